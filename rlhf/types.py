@@ -1,0 +1,40 @@
+"""What travels between the rooms: shapes, ranges and units, stated once.
+
+Shape legend, used as name suffixes everywhere: B batch, C channels, T frames (of video or of latents),
+H height, W width, L text tokens, D text width, P pooled text width.
+
+video_BCTHW    float32, RGB in [0, 1]
+latents_BCTHW  float32, normalised to about unit variance (what the transformer sees)
+scores_B       float32, higher is better
+sigma          0-d float32, noise level: 1 is pure noise, 0 is data
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Text embeddings of a batch of prompts and, for guidance, of the negative prompt."""
+
+    prompt_embeds_BLD: torch.Tensor
+    pooled_embeds_BP: torch.Tensor
+    negative_embeds_BLD: torch.Tensor | None = None
+    negative_pooled_BP: torch.Tensor | None = None
+
+    def to(self, *args, **kwargs) -> "Conditioning":
+        """Move or cast every tensor, as `torch.Tensor.to` does."""
+        return self._map(lambda x: x.to(*args, **kwargs))
+
+    def __getitem__(self, index) -> "Conditioning":
+        """Select along the batch: a slice, a list or an index tensor."""
+        return self._map(lambda x: x[index])
+
+    @property
+    def batch_size(self) -> int:
+        return self.prompt_embeds_BLD.shape[0]
+
+    def _map(self, function) -> "Conditioning":
+        values = (getattr(self, f.name) for f in fields(self))
+        return Conditioning(*(None if v is None else function(v) for v in values))
