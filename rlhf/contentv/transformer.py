@@ -1,0 +1,199 @@
+"""ContentV's denoiser: the SD3.5 joint transformer of diffusers with a 3-D patch embedding.
+
+Sub-class of `diffusers.SD3Transformer2DModel`; state-dict keys are those of the published ContentV-8B checkpoint
+(arXiv 2506.05343). Shape legend: B batch, C channels, T latent frames, H W latent height and width, N = T*H*W/p^2 video
+tokens, L text tokens, D text width, P pooled text width.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_3d_sincos_pos_embed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from torch import nn
+
+SPATIAL_INTERPOLATION_SCALE = 0.5
+FIXED_BY_ARCHITECTURE = {"qk_norm": "rms_norm", "dual_attention_layers": []}
+UNUSED_CONFIG_KEYS = ("sample_size", "pos_embed_max_size", "caption_projection_dim")
+MAX_CACHED_TABLES = 2  # one is 202 MB in bf16 at 432x768 and 125 frames
+
+
+class PatchEmbed3D(nn.Module):
+    """Latents (B, C, T, H, W) to tokens (B, N, width), frame by frame, plus a fixed 3-D sin-cos position table."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+        self._tables: OrderedDict = OrderedDict()  # not a buffer: the checkpoint has no such key
+
+    def forward(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+        B, _, T, H, W = latents_BCTHW.shape
+        frames = self.proj(latents_BCTHW.transpose(1, 2).flatten(0, 1))
+        tokens = frames.flatten(2).unflatten(0, (B, T)).transpose(2, 3).flatten(1, 2).contiguous()
+        return tokens + self.position_table((T, H // self.patch_size, W // self.patch_size), tokens)
+
+    def position_table(self, grid: tuple[int, int, int], like: torch.Tensor) -> torch.Tensor:
+        """Table of shape (N, width) for a token grid (frames, rows, columns), on the device and in the dtype of `like`.
+
+        Built in float64 on the CPU, since accelerators lack it, and kept for the last few grids.
+        """
+        key = (grid, like.device, like.dtype)
+        if key not in self._tables:
+            self._tables[key] = _sincos_table(grid, like.shape[-1]).to(like.device, like.dtype)
+            if len(self._tables) > MAX_CACHED_TABLES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(key)
+        return self._tables[key]
+
+
+@torch.inference_mode(False)  # a table built while sampling is used again while training
+def _sincos_table(grid: tuple[int, int, int], width: int) -> torch.Tensor:
+    frames, rows, columns = grid
+    table = get_3d_sincos_pos_embed(
+        embed_dim=width,
+        spatial_size=(columns, rows),
+        temporal_size=frames,
+        spatial_interpolation_scale=SPATIAL_INTERPOLATION_SCALE,
+        device=torch.device("cpu"),
+    )
+    return table.flatten(0, 1)
+
+
+class SD3Transformer3DModel(SD3Transformer2DModel):
+    """Velocity of a video latent under a text condition. The defaults are the sizes of ContentV-8B.
+
+    Args:
+        in_channels, out_channels: channels of the latents; 16 for the Wan2.1 VAE.
+        patch_size: edge of a spatial patch, in latent pixels.
+        num_layers: joint attention blocks; the last has no text output.
+        num_attention_heads, attention_head_dim: their product is the width, a multiple of 16.
+        joint_attention_dim: width D of the text tokens.
+        pooled_projection_dim: width P of the pooled text.
+    """
+
+    _no_split_modules = ["JointTransformerBlock", "PatchEmbed3D"]
+    _repeated_blocks = ["JointTransformerBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        patch_size: int = 2,
+        num_layers: int = 38,
+        num_attention_heads: int = 38,
+        attention_head_dim: int = 64,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 2048,
+    ):
+        width = num_attention_heads * attention_head_dim
+        if width % 16:
+            raise ValueError(
+                f"width num_attention_heads * attention_head_dim = {num_attention_heads} * {attention_head_dim} = {width} "
+                "must be a multiple of 16 for the 3-D position table; change one of the two"
+            )
+        # The undecorated parent: its config keys would hide that only the sizes above are free.
+        SD3Transformer2DModel.__init__.__wrapped__(
+            self,
+            sample_size=patch_size,  # with the next but one: a 1x1 2-D table, dropped below
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_layers=num_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            caption_projection_dim=width,
+            pooled_projection_dim=pooled_projection_dim,
+            out_channels=out_channels,
+            pos_embed_max_size=1,
+            qk_norm="rms_norm",
+        )
+        self.pos_embed = PatchEmbed3D(patch_size, in_channels, width)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Accept configs of the stock class, as the published checkpoint has; refuse those of another architecture."""
+        config_dict = {key: value for key, value in config_dict.items() if key not in UNUSED_CONFIG_KEYS}
+        for key, expected in FIXED_BY_ARCHITECTURE.items():
+            got = config_dict.pop(key, expected)
+            if got != expected and list(got or ()) != expected:
+                raise ValueError(
+                    f"transformer config has {key}={got!r}, expected {expected!r}: this is not a ContentV checkpoint; pass "
+                    "the path or hub id of one"
+                )
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Velocity (B, C, T, H, W) of latents of that shape.
+
+        Args:
+            hidden_states: noisy latents (B, C, T, H, W); H and W multiples of the patch size.
+            encoder_hidden_states: text tokens (B, L, D).
+            pooled_projections: pooled text (B, P).
+            timestep: (B,), sigma * 1000, in [0, 1000].
+            joint_attention_kwargs: `{"scale": s}` multiplies every LoRA layer by s; anything else goes to the attention
+                processors.
+
+        Raises:
+            ValueError: latents of another rank or size; a LoRA scale together with gradient checkpointing.
+        """
+        self._check_latents(hidden_states)
+        attention_kwargs = dict(joint_attention_kwargs or {})
+        lora_scale = attention_kwargs.pop("scale", 1.0)
+        self._check_lora_scale(lora_scale)
+        scale_lora_layers(self, lora_scale)
+        try:
+            sample = self._velocity(
+                hidden_states, encoder_hidden_states, pooled_projections, timestep, attention_kwargs
+            )
+        finally:
+            unscale_lora_layers(self, lora_scale)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _velocity(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B, attention_kwargs):
+        video = self.pos_embed(latents_BCTHW)
+        temb = self.time_text_embed(timestep_B, pooled_BP)
+        text = self.context_embedder(text_BLD)
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                text, video = self._gradient_checkpointing_func(block, video, text, temb, attention_kwargs)
+            else:
+                text, video = block(video, text, temb, attention_kwargs)
+        patches = self.proj_out(self.norm_out(video, temb))
+        return self._unpatchify(patches, latents_BCTHW.shape)
+
+    def _unpatchify(self, patches_BNK: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Patches (B, N, p*p*C), channels last within a patch, to a video of latents (B, C, T, H, W)."""
+        B, _, T, H, W = shape
+        p = self.config.patch_size
+        patches = patches_BNK.view(B, T, H // p, W // p, p, p, self.out_channels)
+        return torch.einsum("bthwpqc->bcthpwq", patches).reshape(B, self.out_channels, T, H, W)
+
+    def _check_latents(self, latents: torch.Tensor) -> None:
+        p = self.config.patch_size
+        if latents.ndim != 5 or latents.shape[-2] % p or latents.shape[-1] % p:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, expected (batch, channels, frames, height, width) with height "
+                f"and width divisible by the patch size {p}; choose a video size divisible by {8 * p}"
+            )
+
+    def _check_lora_scale(self, scale: float) -> None:
+        if scale != 1.0 and self.gradient_checkpointing and torch.is_grad_enabled():
+            raise ValueError(
+                f"joint_attention_kwargs has scale={scale} while gradient checkpointing is on, expected no scale: blocks are "
+                "recomputed after the scale is undone, so LoRA gradients would be wrong; set the scale with "
+                "set_adapters(name, weight) or disable gradient checkpointing"
+            )
