@@ -1,0 +1,27 @@
+"""Reward models: frozen, differentiable functions from a video and its prompt to one score.
+
+`import rewards` is light: each name below is imported from its file when it is first used, and a reward's own
+packages (open_clip, transformers) only when that reward is loaded.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "Reward": "base",
+    "RewardError": "base",
+    "RewardMix": "mix",
+    "built_in_names": "load",
+    "check_spec": "load",
+    "frames_needed": "base",
+    "load_reward": "load",
+    "probe": "base",
+    "reward_attribute": "base",
+    "reward_name": "base",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'rewards' has no attribute {name!r}")
+    return getattr(import_module(f"rewards.{_HOME[name]}"), name)

@@ -1,0 +1,187 @@
+"""From a spec in a config to a reward: built-in name, `pkg.module:Class`, `path/to/file.py:Class` or an entry point."""
+
+import ast
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import NoReturn
+
+from rewards.base import RewardError
+
+ENTRY_POINT_GROUP = "contentv_rlhf.rewards"
+
+# Name -> module:attribute, imported only when asked for. The attribute (a class, or a function that makes a reward) is
+# called with the reward's keyword arguments.
+BUILT_INS = {
+    "aesthetic": "rewards.aesthetic:Aesthetic",
+    "clip_score": "rewards.clip:ClipScore",
+    "flicker": "rewards.temporal:Flicker",
+    "frame_difference": "rewards.temporal:FrameDifference",
+    "jpeg_size": "rewards.temporal:JpegSize",
+    "nano_clip": "rewards.nano:nano_clip",
+    "nano_preference": "rewards.nano:NanoPreference",
+    "nano_verifier": "rewards.nano:NanoVerifier",
+    "smoothness": "rewards.temporal:Smoothness",
+}
+
+
+def built_in_names() -> list[str]:
+    """The names of the built-in rewards, sorted."""
+    return sorted(BUILT_INS)
+
+
+def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Callable:
+    """The reward that `spec` names.
+
+    A class is instantiated with kwargs; a function is used as it is, with kwargs bound. `path/to/file.py:Class` is
+    relative to base_dir, the folder of the config file (default: the working directory). Raises RewardError.
+    """
+    check_spec(spec, base_dir)
+    if spec in BUILT_INS:
+        return _construct(spec, _import_attribute(spec, BUILT_INS[spec]), kwargs)
+    target = _import_attribute(spec, spec, base_dir) if ":" in spec else _entry_point(spec).load()
+    if inspect.isclass(target):
+        return _construct(spec, target, kwargs)
+    return _bind(spec, target, kwargs)
+
+
+def check_spec(spec: str, base_dir: str | Path | None = None) -> None:
+    """Raise RewardError if `spec` can't name a reward: within milliseconds, running and loading nothing of it."""
+    if spec in BUILT_INS:
+        return
+    if ":" not in spec:
+        if _entry_point(spec) is None:
+            _raise_unknown(spec)
+        return
+    where, attribute = spec.rsplit(":", 1)
+    source = _file_of(spec, where, base_dir) if where.endswith(".py") else _module_source(spec, where)
+    if source is not None:
+        _check_defined(spec, source, attribute)
+
+
+def _entry_point(name: str):
+    return next(iter(entry_points(group=ENTRY_POINT_GROUP, name=name)), None)
+
+
+def _raise_unknown(spec: str) -> NoReturn:
+    plugins = [e.name for e in entry_points(group=ENTRY_POINT_GROUP)]
+    known = built_in_names() + plugins
+    near = difflib.get_close_matches(spec, known, n=1)
+    hint = f"The nearest name is {near[0]!r}. " if near else ""
+    raise RewardError(
+        spec,
+        got="a name that is neither built in nor installed",
+        expected=f"one of {', '.join(known)}",
+        cure=f"{hint}A reward of your own is named 'path/to/file.py:Class' or 'package.module:Class'",
+    )
+
+
+def _file_of(spec: str, where: str, base_dir) -> Path:
+    path = (Path(base_dir or ".") / Path(where).expanduser()).resolve()
+    if not path.is_file():
+        cure = "correct the path; it is relative to the folder of the config file"
+        raise RewardError(spec, got=f"no file at {path}", expected="a Python file", cure=cure)
+    return path
+
+
+def _module_source(spec: str, where: str) -> Path | None:
+    """The module's file, or None if it isn't plain Python source."""
+    try:
+        found = importlib.util.find_spec(where)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        cure = "install the package or correct the name; a file is named 'path/to/file.py:Class'"
+        raise RewardError(spec, got=f"no module {where!r}", expected="an importable module", cure=cure)
+    is_source = found.origin is not None and found.origin.endswith(".py")
+    return Path(found.origin) if is_source else None
+
+
+def _check_defined(spec: str, source: Path, attribute: str) -> None:
+    """Read, without running, which names the file defines. A star import may define any, so it ends the check."""
+    try:
+        names = _top_level_names(ast.parse(source.read_text()))
+    except SyntaxError as error:
+        got = f"a syntax error in {source}, line {error.lineno}"
+        raise RewardError(spec, got=got, expected="a Python file", cure="correct that line") from error
+    if attribute not in names and "*" not in names:
+        near = difflib.get_close_matches(attribute, names, n=1)
+        cure = f"the nearest name is {near[0]!r}" if near else "name a class or function of that file"
+        got = f"no {attribute!r} in {source}"
+        raise RewardError(spec, got=got, expected=f"one of {', '.join(sorted(names)) or 'its names'}", cure=cure)
+
+
+def _top_level_names(tree: ast.AST) -> set[str]:
+    """Names bound anywhere outside functions and classes: definitions, assignments and imports."""
+    names = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        else:
+            names |= _top_level_names(node)
+    return names
+
+
+def _import_attribute(spec: str, target: str, base_dir=None):
+    where, attribute = target.rsplit(":", 1)
+    try:
+        is_file = where.endswith(".py")
+        module = _run_file(_file_of(spec, where, base_dir)) if is_file else importlib.import_module(where)
+        return getattr(module, attribute)
+    except RewardError:
+        raise
+    except Exception as error:
+        got = f"{type(error).__name__} while importing it: {error}".rstrip(".")
+        cure = "correct the code, or install what it imports"
+        raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
+
+
+def _run_file(path: Path):
+    """The file as a module of its own, registered so that dataclasses and pickling find it."""
+    name = f"contentv_reward_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def _construct(spec: str, make: Callable, kwargs: dict) -> Callable:
+    signature = inspect.signature(make)
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        _raise_kwargs(spec, kwargs, signature, error)
+    return make(**kwargs)
+
+
+def _bind(spec: str, reward: Callable, kwargs: dict) -> Callable:
+    """The callable itself, or with kwargs bound and the attributes of the contract kept."""
+    if not callable(reward):
+        cure = "name a class or a function"
+        raise RewardError(spec, got=f"a {type(reward).__name__}", expected="a callable", cure=cure)
+    if not kwargs:
+        return reward
+    signature = inspect.signature(reward)
+    named = [p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if not set(kwargs) <= set(named[2:]):  # after video and prompts; **info is not for settings
+        _raise_kwargs(spec, kwargs, signature)
+    return functools.update_wrapper(functools.partial(reward, **kwargs), reward)
+
+
+def _raise_kwargs(spec: str, kwargs: dict, signature: inspect.Signature, error: Exception | None = None) -> NoReturn:
+    wrong = [name for name in kwargs if name not in signature.parameters]
+    near = difflib.get_close_matches(wrong[0], signature.parameters, n=1) if wrong else []
+    cure = f"the nearest name is {near[0]!r}" if near else "correct the reward's entry in reward_kwargs"
+    got = f"the arguments {kwargs}" + (f" ({error})" if error else "")
+    raise RewardError(spec, got=got, expected=f"arguments for {signature}", cure=cure) from error

@@ -1,0 +1,149 @@
+"""Specs: built-in names, modules, files beside the config, entry points - and what is said of a wrong one."""
+
+import functools
+import importlib
+import time
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+
+from rewards import RewardError, built_in_names, check_spec, frames_needed, load_reward
+from rewards import load as load_module
+
+SOURCE = """
+from math import sqrt as root
+DEFAULT: float = 2.0
+if DEFAULT > 1:
+    WHEN = "big"
+
+class Bright:
+    frames = "first"
+    def __init__(self, gain=DEFAULT):
+        self.gain = gain
+    def __call__(self, video, prompts, **info):
+        return self.gain * video.mean(dim=(1, 2, 3, 4))
+
+def dark(video, prompts, gain=1.0, **info):
+    return -gain * video.mean(dim=(1, 2, 3, 4))
+
+dark.frames = "first"
+instance = Bright(3.0)
+"""
+VIDEO = torch.full((2, 3, 1, 4, 4), 0.5)
+PROMPTS = ["a", "b"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mine.py").write_text(SOURCE)
+    return tmp_path
+
+
+def message(spec, base_dir=None, load=check_spec, **kwargs):
+    with pytest.raises(RewardError) as caught:
+        load(spec, base_dir, **kwargs)
+    assert repr(spec) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_class_in_a_file_is_instantiated(folder):
+    assert load_reward("mine.py:Bright", folder)(VIDEO, PROMPTS).tolist() == [1.0, 1.0]
+    assert load_reward("mine.py:Bright", folder, gain=4.0)(VIDEO, PROMPTS).tolist() == [2.0, 2.0]
+
+
+def test_a_function_in_a_file_is_used_as_it_is(folder):
+    assert not isinstance(load_reward("mine.py:dark", folder), functools.partial)
+    assert load_reward("mine.py:dark", folder)(VIDEO, PROMPTS).tolist() == [-0.5, -0.5]
+
+
+def test_a_function_with_arguments_keeps_its_attributes(folder):
+    reward = load_reward("mine.py:dark", folder, gain=2.0)
+    assert reward(VIDEO, PROMPTS, step=1).tolist() == [-1.0, -1.0]
+    assert frames_needed(reward, 17) == 1
+
+
+def test_an_instance_is_used_as_it_is(folder):
+    assert load_reward("mine.py:instance", folder)(VIDEO, PROMPTS).tolist() == [1.5, 1.5]
+
+
+def test_files_are_relative_to_base_dir_and_may_be_absolute(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    check_spec(f"{folder}/mine.py:Bright")
+    check_spec(f"{folder.name}/mine.py:Bright")
+    assert str(folder.parent / "mine.py") in message("mine.py:Bright")
+
+
+def test_a_module(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    importlib.invalidate_caches()
+    assert load_reward("mine:Bright", gain=2.0)(VIDEO, PROMPTS).tolist() == [1.0, 1.0]
+
+
+def test_an_entry_point(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    plugin = EntryPoint("shiny", "mine:Bright", load_module.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(load_module, "entry_points", lambda group, name=None: [plugin] if name != "shni" else [])
+    assert load_reward("shiny", gain=2.0)(VIDEO, PROMPTS).tolist() == [1.0, 1.0]
+    assert "'shiny'" in message("shni")
+
+
+@pytest.mark.parametrize("name", built_in_names())
+def test_the_built_in_table_names_things_that_exist(name):
+    check_spec(name)
+    check_spec(load_module.BUILT_INS[name])
+
+
+def test_an_unknown_name_gets_its_nearest_neighbour_and_the_list():
+    said = message("clip_scor")
+    assert "nearest name is 'clip_score'" in said
+    assert all(name in said for name in built_in_names())
+
+
+def test_nothing_near_still_lists_the_built_ins():
+    said = message("zzzzzz")
+    assert "nearest" not in said
+    assert "aesthetic" in said
+
+
+@pytest.mark.parametrize(
+    ("spec", "part"),
+    [
+        ("absent.py:Bright", "no file at"),
+        ("mine.py:Brihgt", "nearest name is 'Bright'"),
+        ("mine.py:gain", "expected one of Bright, DEFAULT, WHEN, dark, instance, root"),
+        ("no_such_package_here:Bright", "no module 'no_such_package_here'"),
+        ("no_such_package_here.sub:Bright", "no module 'no_such_package_here.sub'"),
+    ],
+)
+def test_wrong_specs_are_found_without_running_anything(folder, spec, part):
+    assert part in message(spec, folder)
+
+
+def test_a_syntax_error_is_named_with_its_line(tmp_path):
+    (tmp_path / "bad.py").write_text("x = 1\ndef broken(:\n")
+    assert "line 2" in message("bad.py:broken", tmp_path)
+
+
+def test_checking_runs_nothing_and_is_quick(tmp_path):
+    (tmp_path / "slow.py").write_text("raise SystemExit('ran')\nclass Reward: pass\n")
+    started = time.perf_counter()
+    check_spec("slow.py:Reward", tmp_path)
+    check_spec("clip_score")
+    assert time.perf_counter() - started < 0.5
+
+
+def test_an_error_while_importing_names_the_reward(tmp_path):
+    (tmp_path / "needs.py").write_text("import a_package_not_there\nclass Reward: pass\n")
+    assert "a_package_not_there" in message("needs.py:Reward", tmp_path, load=load_reward)
+
+
+@pytest.mark.parametrize("name", ["Bright", "dark"])
+def test_misspelt_arguments_name_the_nearest(folder, name):
+    said = message(f"mine.py:{name}", folder, load=load_reward, gian=1.0)
+    assert "gian" in said
+    assert "nearest name is 'gain'" in said
+
+
+def test_what_is_not_callable_is_refused(folder):
+    assert "expected a callable" in message("mine.py:WHEN", folder, load=load_reward)
