@@ -1,0 +1,1 @@
+"""The generator: ContentV's transformer, pipeline, differentiable decoder and loader. Nothing of training."""

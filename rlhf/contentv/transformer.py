@@ -94,8 +94,8 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         width = num_attention_heads * attention_head_dim
         if width % 16:
             raise ValueError(
-                f"width num_attention_heads * attention_head_dim = {num_attention_heads} * {attention_head_dim} = {width} "
-                "must be a multiple of 16 for the 3-D position table; change one of the two"
+                f"num_attention_heads={num_attention_heads} times attention_head_dim={attention_head_dim} is {width}, "
+                "expected a multiple of 16 for the 3-D position table; change one of the two"
             )
         # The undecorated parent: its config keys would hide that only the sizes above are free.
         SD3Transformer2DModel.__init__.__wrapped__(
@@ -121,10 +121,10 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         config_dict = {key: value for key, value in config_dict.items() if key not in UNUSED_CONFIG_KEYS}
         for key, expected in FIXED_BY_ARCHITECTURE.items():
             got = config_dict.pop(key, expected)
-            if got != expected and list(got or ()) != expected:
+            if got not in (expected, ()):
                 raise ValueError(
-                    f"transformer config has {key}={got!r}, expected {expected!r}: this is not a ContentV checkpoint; pass "
-                    "the path or hub id of one"
+                    f"transformer config has {key}={got!r}, expected {expected!r}: this is not a ContentV checkpoint; "
+                    "pass the path or hub id of one"
                 )
         return super().extract_init_dict(config_dict, **kwargs)
 
@@ -186,14 +186,14 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         p = self.config.patch_size
         if latents.ndim != 5 or latents.shape[-2] % p or latents.shape[-1] % p:
             raise ValueError(
-                f"latents have shape {tuple(latents.shape)}, expected (batch, channels, frames, height, width) with height "
-                f"and width divisible by the patch size {p}; choose a video size divisible by {8 * p}"
+                f"latents have shape {tuple(latents.shape)}, expected (batch, channels, frames, height, width) with "
+                f"height and width divisible by the patch size {p}; choose a video size divisible by {8 * p}"
             )
 
     def _check_lora_scale(self, scale: float) -> None:
         if scale != 1.0 and self.gradient_checkpointing and torch.is_grad_enabled():
             raise ValueError(
-                f"joint_attention_kwargs has scale={scale} while gradient checkpointing is on, expected no scale: blocks are "
-                "recomputed after the scale is undone, so LoRA gradients would be wrong; set the scale with "
-                "set_adapters(name, weight) or disable gradient checkpointing"
+                f"joint_attention_kwargs has scale={scale} while gradient checkpointing is on, expected no scale: "
+                "blocks are recomputed after the scale is undone, so LoRA gradients would be wrong; set the scale "
+                "with set_adapters(name, weight) or disable gradient checkpointing"
             )

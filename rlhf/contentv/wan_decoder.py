@@ -1,9 +1,9 @@
 """Differentiable decoding of Wan2.1 latents with functional causal caches.
 
-`AutoencoderKLWan.decode` walks through the latents one by one and keeps the last frames seen by every causal convolution
-in a list that it mutates, so no part of it can be recomputed in a backward pass. Here these caches are tensors that go in
-and come out of a pure function over the very same modules: a chunk of latents of any length gives the same frames, and
-can be checkpointed. Tiling and slicing settings of the VAE are not looked at.
+`AutoencoderKLWan.decode` walks through the latents one by one and keeps the last frames seen by every causal
+convolution in a list that it mutates, so no part of it can be recomputed in a backward pass. Here these caches are
+tensors that go in and come out of a pure function over the very same modules: a chunk of latents of any length gives
+the same frames, and can be checkpointed. Tiling and slicing settings of the VAE are not looked at.
 
 Shape legend: B batch, C channels, T latent frames or frames, H W height and width.
 """
@@ -115,7 +115,7 @@ def _upsample(resample, x, conv):
 
 
 def _double_frames(time_conv, x, conv):
-    """Every frame but the video's first becomes two; the convolution never sees the first, but zeros before the second."""
+    """Every frame but the video's first becomes two; the convolution sees zeros in place of that first frame."""
     first, rest = (x[:, :, :1], x[:, :, 1:]) if conv.is_start else (x[:, :, :0], x)
     pairs = conv(time_conv, rest).unflatten(1, (2, -1))
     doubled = torch.stack((pairs[:, 0], pairs[:, 1]), 3).flatten(2, 3)
@@ -137,8 +137,8 @@ class _ClampStraightThrough(torch.autograd.Function):
 def _check_vae(vae) -> None:
     if vae.config.is_residual or vae.config.patch_size is not None:
         raise ValueError(
-            f"VAE config has is_residual={vae.config.is_residual}, patch_size={vae.config.patch_size}, expected the Wan2.1 "
-            "decoder (False, None); use the VAE that ContentV was trained with"
+            f"VAE config has is_residual={vae.config.is_residual}, patch_size={vae.config.patch_size}, expected the "
+            "Wan2.1 decoder (False, None); use the VAE that ContentV was trained with"
         )
 
 
@@ -148,7 +148,7 @@ def _check_num_frames(num_frames: int | None, num_latents: int, frames_per_laten
         return available
     if not 1 <= num_frames <= available:
         raise ValueError(
-            f"num_frames={num_frames}, expected 1 to {available} for {num_latents} latent frames; ask for fewer frames or "
-            "sample a longer video"
+            f"num_frames={num_frames}, expected 1 to {available} for {num_latents} latent frames; ask for fewer frames "
+            "or sample a longer video"
         )
     return num_frames

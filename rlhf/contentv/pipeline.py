@@ -1,0 +1,347 @@
+"""Text to video with ContentV: flow-matching Euler steps and classifier-free guidance over two separate forwards.
+
+Sub-class of `diffusers.StableDiffusion3Pipeline`, whose prompt encoding and LoRA loading it uses. The functions
+`flow_sigmas`, `guided_velocity` and `euler_step` are the whole sampler: training uses the same three.
+Shape legend: B batch, C channels, T latent frames, H W latent height and width.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.contentv.wan_decoder import unnormalise
+from rlhf.types import Conditioning
+
+logger = logging.get_logger(__name__)
+
+NUM_TRAIN_TIMESTEPS = 1000  # the transformer was trained on timestep = 1000 * sigma
+SAMPLING_FILE = "sampling.json"
+# What a saved index says, so that the checkpoint loads in the published code too.
+PUBLISHED_CLASSES = {"transformer": ("contentv_transformer", "SD3Transformer3DModel")}
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How a checkpoint is meant to be sampled; kept beside its weights as sampling.json. Defaults: ContentV-8B."""
+
+    height: int = 432  # pixels
+    width: int = 768  # pixels
+    num_frames: int = 125  # 4k + 1
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    fps: int = 24  # frames per second of the written video
+    max_sequence_length: int = 256  # T5 tokens
+    negative_prompt: str = ""
+
+    @classmethod
+    def load(cls, folder: Path) -> "SamplingDefaults":
+        """Read folder/sampling.json; ContentV-8B's values where the file or a key is absent."""
+        path = Path(folder) / SAMPLING_FILE
+        values = json.loads(path.read_text()) if path.exists() else {}
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{path} has {unknown}, expected only {sorted(known)}; remove or rename these keys")
+        return cls(**values)
+
+    def save(self, folder: Path) -> None:
+        (Path(folder) / SAMPLING_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def call_arguments(self) -> dict[str, Any]:
+        """The keyword arguments that `ContentVPipeline.__call__` takes."""
+        return {key: value for key, value in asdict(self).items() if key != "fps"}
+
+
+def flow_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, device=None) -> torch.Tensor:
+    """Noise levels (num_steps + 1,), float32, falling from 1 to 0: linear, then shifted by the scheduler's own rule."""
+    if num_steps < 1:
+        raise ValueError(f"num_inference_steps={num_steps}, expected at least 1; raise it")
+    assert scheduler.config.num_train_timesteps == NUM_TRAIN_TIMESTEPS
+    scheduler = copy.copy(scheduler)  # set_timesteps writes into the scheduler
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_steps + 1)[:-1], device=device)
+    return scheduler.sigmas
+
+
+def guided_velocity(
+    transformer: SD3Transformer3DModel,
+    latents_BCTHW: torch.Tensor,
+    sigma: torch.Tensor,
+    cond: Conditioning,
+    guidance_scale: float,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """v = v_neg + g (v_text - v_neg), in the shape and dtype of the latents (arXiv 2207.12598).
+
+    Args:
+        latents_BCTHW: float32, whatever the dtype of the transformer.
+        sigma: 0-d float32, in [0, 1].
+        cond: embeddings of B prompts; the negative ones are needed, and used, only for guidance_scale > 1.
+    """
+    timestep_B = (sigma * NUM_TRAIN_TIMESTEPS).expand(latents_BCTHW.shape[0])
+    dtype = transformer.dtype
+
+    def velocity(embeds_BLD, pooled_BP):
+        (v,) = transformer(
+            latents_BCTHW.to(dtype),
+            embeds_BLD.to(dtype),
+            pooled_BP.to(dtype),
+            timestep_B,
+            joint_attention_kwargs=joint_attention_kwargs,
+            return_dict=False,
+        )
+        return v.to(latents_BCTHW.dtype)
+
+    v_text = velocity(cond.prompt_embeds_BLD, cond.pooled_embeds_BP)
+    if guidance_scale <= 1:
+        return v_text
+    if cond.negative_embeds_BLD is None or cond.negative_pooled_BP is None:
+        raise ValueError(
+            f"guidance_scale={guidance_scale} but the conditioning has no negative embeddings; encode a negative "
+            "prompt (an empty one will do) or set guidance_scale to 1"
+        )
+    v_neg = velocity(cond.negative_embeds_BLD, cond.negative_pooled_BP)
+    return v_neg + guidance_scale * (v_text - v_neg)
+
+
+def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor):
+    """x(sigma_next) = x(sigma) + (sigma_next - sigma) v, in the dtype of the latents (arXiv 2403.03206, eq. 1)."""
+    return latents + (sigma_next - sigma) * velocity
+
+
+@dataclass
+class ContentVPipelineOutput(BaseOutput):
+    """frames: (B, frames, height, width, 3) in [0, 1] for "np", (B, frames, 3, height, width) for "pt", PIL lists, or
+    normalised latents (B, C, T, H, W) for "latent"."""
+
+    frames: Any
+
+
+class ContentVPipeline(StableDiffusion3Pipeline):
+    """ContentV's text-to-video pipeline; `rlhf.contentv.loading.load_pipeline` makes one from a name or path."""
+
+    _optional_components = []
+
+    def __init__(
+        self,
+        transformer: SD3Transformer3DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKLWan,
+        text_encoder: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer_2: CLIPTokenizer,
+        text_encoder_3: T5EncoderModel,
+        tokenizer_3: T5TokenizerFast,
+    ):
+        DiffusionPipeline.__init__(self)  # the parent's own __init__ reads a config that a Wan VAE does not have
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+        )
+        self.vae_scale_factor_temporal = 2 ** sum(vae.config.temperal_downsample)
+        self.vae_scale_factor = 2 ** len(vae.config.temperal_downsample)
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.tokenizer_max_length = tokenizer.model_max_length
+        self.patch_size = transformer.config.patch_size
+        self.sampling = SamplingDefaults()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write every component, the index under the class names of the published one, and sampling.json."""
+        self.register_to_config(**PUBLISHED_CLASSES)
+        super().save_pretrained(save_directory, **kwargs)
+        self.sampling.save(save_directory)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int = 16,
+        height: int = 432,
+        width: int = 768,
+        num_frames: int = 125,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Gaussian noise (batch, channels, latent frames, height/8, width/8), or `latents` moved and cast."""
+        if latents is not None:
+            return latents.to(device=device, dtype=dtype)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators for a batch of {batch_size} videos; pass one generator, or one per video"
+            )
+        num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
+        size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        shape = (batch_size, num_channels_latents, num_latent_frames, *size)
+        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        prompt_3: str | list[str] | None = None,
+        height: int = 432,
+        width: int = 768,
+        num_frames: int = 125,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 6.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        negative_prompt_3: str | list[str] | None = None,
+        num_videos_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        output_type: str | None = "np",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as in every diffusers pipeline
+        max_sequence_length: int = 256,
+    ) -> ContentVPipelineOutput | tuple:
+        """Generate videos. The defaults are ContentV-8B's; another checkpoint's are `pipe.sampling.call_arguments()`.
+
+        Args:
+            prompt: what to show. `prompt_2` and `prompt_3` replace it for the second CLIP and for T5.
+            height, width: pixels, divisible by 16 (8 of the VAE times the patch size 2).
+            num_frames: 4k + 1; anything else is rounded, with a warning.
+            guidance_scale: no guidance, and one forward a step instead of two, at 1 or less.
+            negative_prompt: what to steer away from; empty by default. `_2` and `_3` as for the prompt.
+            generator: draws the initial noise; a list has one per video.
+            latents: initial noise instead (B, 16, 1 + (frames-1)/4, height/8, width/8).
+            prompt_embeds, pooled_prompt_embeds and their negatives: embeddings (B, L, D) and (B, P) instead of text.
+            output_type: "np", "pt", "pil" or "latent"; see `ContentVPipelineOutput`.
+            joint_attention_kwargs: `{"scale": s}` scales LoRA adapters.
+            clip_skip: CLIP layers to leave out at the end.
+            callback_on_step_end: called as (pipe, step, timestep, tensors) after each step; may return replacements.
+            max_sequence_length: T5 tokens, at most 512.
+        """
+        self.check_inputs(
+            prompt,
+            prompt_2,
+            prompt_3,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_3=negative_prompt_3,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
+        num_frames = self._round_num_frames(num_frames)
+        self._guidance_scale = guidance_scale
+        self._clip_skip = clip_skip
+        self._joint_attention_kwargs = joint_attention_kwargs
+        self._interrupt = False
+
+        device = self._execution_device
+        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = self.encode_prompt(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            prompt_3=prompt_3,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_3=negative_prompt_3,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            device=device,
+            clip_skip=self.clip_skip,
+            num_images_per_prompt=num_videos_per_prompt,
+            max_sequence_length=max_sequence_length,
+            lora_scale=(joint_attention_kwargs or {}).get("scale"),
+        )
+        latents = self.prepare_latents(
+            len(prompt_embeds),
+            self.transformer.config.in_channels,
+            height,
+            width,
+            num_frames,
+            torch.float32,
+            device,
+            generator,
+            latents,
+        )
+        tensors = {
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        }
+        latents = self._denoise(tensors, num_inference_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        frames = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ContentVPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _round_num_frames(self, num_frames: int) -> int:
+        factor = self.vae_scale_factor_temporal
+        rounded = num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
+        rounded = max(rounded, 1)
+        if rounded != num_frames:
+            logger.warning(f"num_frames={num_frames} is not {factor}k + 1; {rounded} frames will be made")
+        return rounded
+
+    def _denoise(self, tensors: dict[str, torch.Tensor], num_steps: int, callback, callback_inputs) -> torch.Tensor:
+        sigmas = flow_sigmas(self.scheduler, num_steps, tensors["latents"].device)
+        self._num_timesteps = num_steps
+        with self.progress_bar(total=num_steps) as progress:
+            for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+                if self.interrupt:
+                    break
+                cond = Conditioning(
+                    tensors["prompt_embeds"],
+                    tensors["pooled_prompt_embeds"],
+                    tensors["negative_prompt_embeds"],
+                    tensors["negative_pooled_prompt_embeds"],
+                )
+                v = guided_velocity(
+                    self.transformer,
+                    tensors["latents"],
+                    sigma,
+                    cond,
+                    self.guidance_scale,
+                    self.joint_attention_kwargs,
+                )
+                tensors["latents"] = euler_step(tensors["latents"], v, sigma, sigma_next)
+                if callback is not None:
+                    asked = {key: tensors[key] for key in callback_inputs}
+                    tensors |= callback(self, i, sigma * NUM_TRAIN_TIMESTEPS, asked) or {}
+                progress.update()
+        return tensors["latents"]
+
+    def _decode(self, latents_BCTHW: torch.Tensor, output_type: str):
+        # Stock decode, not decode_video: no gradient is wanted, and users may have set tiling, slicing or offloading.
+        latents = unnormalise(self.vae, latents_BCTHW).to(self.vae.dtype)
+        video = self.vae.decode(latents, return_dict=False)[0]
+        return self.video_processor.postprocess_video(video.float(), output_type=output_type)

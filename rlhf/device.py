@@ -1,0 +1,71 @@
+"""Where tensors live: the only file that names vendors.
+
+A device is named by the user, by USE_ASCEND_NPU=1, or is what the machine has. Nothing is imported for a device that
+was not asked for, and nothing global is patched.
+"""
+
+import hashlib
+import os
+import resource
+import sys
+
+import torch
+
+KNOWN_DEVICES = ("cuda", "npu", "mps", "cpu")
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`; else an Ascend NPU if USE_ASCEND_NPU=1; else the accelerator present; else the CPU."""
+    if name is None and os.environ.get("USE_ASCEND_NPU", "0") not in ("", "0"):
+        name = "npu"
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name.split(":")[0] not in KNOWN_DEVICES:
+        raise ValueError(f"device={name!r}, expected one of {', '.join(KNOWN_DEVICES)}; correct the name")
+    return torch.device(name) if name == "cpu" else _accelerator(name)
+
+
+def _accelerator(name: str) -> torch.device:
+    kind = name.split(":")[0]
+    if kind == "npu":
+        _import_npu()
+    if not torch.get_device_module(kind).is_available():
+        present = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        raise ValueError(f"device={name!r}, but PyTorch finds none here; use {present}, or check the driver")
+    return torch.device(name)
+
+
+def _import_npu() -> None:
+    try:
+        import torch_npu  # noqa: F401
+    except Exception as error:  # a half-installed CANN raises anything from ImportError to OSError
+        raise ValueError(
+            f"an Ascend NPU was asked for, but torch_npu does not import ({error}); pip install 'contentv-rlhf[npu]' "
+            "and source CANN's set_env.sh, or unset USE_ASCEND_NPU"
+        ) from error
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue, so that wall-clock times mean something."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of `peak_memory`; the CPU's own peak cannot be reset."""
+    if device.type in ("cuda", "npu"):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held at once: on the device by PyTorch, or by this process where there is no such count."""
+    if device.type in ("cuda", "npu"):
+        return torch.get_device_module(device).max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator for the key, such as (seed, step, rank): the same draws on every device and after a resume."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
