@@ -102,6 +102,11 @@ def check_scores(name: str, scores, prompts: list[str]) -> None:
         raise RewardError(name, got=got, expected="a finite number", cure=cure)
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Cast half precision up; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # ---------------------------------------------------------------- the probe
 
 PROBE_PROMPTS = ["a red circle moves to the right", "two dogs run along a beach at sunset", "rain on a window"]

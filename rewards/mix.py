@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from rewards.base import RewardError, check_scores, frames_needed, reward_attribute
+from rewards.base import RewardError, at_least_float32, check_scores, frames_needed, reward_attribute
 
 
 class RewardMix:
@@ -64,11 +64,6 @@ class RewardMix:
     def _normalised(self, reward, scores_B) -> torch.Tensor:
         mean, std = reward_attribute(reward, "mean"), reward_attribute(reward, "std")
         return (scores_B - (mean or 0.0)) / std if self.normalise and std is not None else scores_B
-
-
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Cast half precision up; float32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _most_frames(rewards) -> str | int:

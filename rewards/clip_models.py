@@ -1,0 +1,164 @@
+"""CLIP models of transformers and open_clip behind one face, loaded from hub or disk, never at random.
+
+Shape legend: B batch, C channels, N frames, H height, W width, P width of the joint embedding.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from rewards.base import RewardError, at_least_float32
+from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess
+from rewards.weights import Frozen, missing_weights
+
+CLIP_L14 = "openai/clip-vit-large-patch14"
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Unit length along the last axis, in at least float32."""
+    return F.normalize(at_least_float32(features), dim=-1)
+
+
+class Clip(Frozen):
+    """What both backends offer: embed(frames in [0, 1]) -> unit (N, P), encode_text(prompts) -> (B, P)."""
+
+    size: int  # pixels of the square input
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    fit: str
+
+    def embed(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        pixels_NCHW = preprocess(frames_NCHW, self.size, self.image_mean, self.image_std, self.fit)
+        return unit(self.encode_images(pixels_NCHW.to(self.dtype)))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class TransformersClip(Clip):
+    """A CLIPModel of transformers."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.size, self.fit = model.config.vision_config.image_size, "shortest"
+        self.image_mean, self.image_std = CLIP_MEAN, CLIP_STD
+        self.freeze()
+
+    def encode_images(self, pixels_NCHW):
+        return self.model.get_image_features(pixel_values=pixels_NCHW).pooler_output
+
+    def encode_text(self, prompts):
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+
+
+class OpenClip(Clip):
+    """A model of open_clip, with the preprocessing that its configuration states."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        config = model.visual.preprocess_cfg
+        self.size, self.fit = _square(config["size"]), config["resize_mode"]
+        self.image_mean, self.image_std = tuple(config["mean"]), tuple(config["std"])
+        if self.fit == "longest" or config["interpolation"] == "bilinear":
+            got = f"an open_clip model preprocessed with {self.fit!r}, {config['interpolation']!r}"
+            expected = "'shortest' or 'squash' with bicubic interpolation"
+            raise RewardError("clip_score", got=got, expected=expected, cure="choose another CLIP model")
+        self.freeze()
+
+    def encode_images(self, pixels_NCHW):
+        return self.model.encode_image(pixels_NCHW)
+
+    def encode_text(self, prompts):
+        return self.model.encode_text(self.tokenizer(prompts).to(self.device))
+
+
+def _square(size: int | tuple[int, int]) -> int:
+    return size if isinstance(size, int) else size[0]
+
+
+def load_clip(
+    name: str, model: str, backend: str | None = None, pretrained: str | None = None, dtype: str = "float32"
+) -> Clip:
+    """A frozen CLIP on the CPU; `name` is the reward's, for messages. See ClipScore for the arguments."""
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
+        raise RewardError(name, got=f"model={model!r}", expected="a folder that exists", cure="correct the path")
+    backend = backend or guess_backend(model, pretrained)
+    if backend not in ("transformers", "open_clip"):
+        cure = "correct the backend, or leave it out"
+        raise RewardError(name, got=f"backend={backend!r}", expected="'transformers' or 'open_clip'", cure=cure)
+    clip = _load_transformers(name, model) if backend == "transformers" else _load_open_clip(name, model, pretrained)
+    return clip.to(_dtype(name, dtype))
+
+
+def guess_backend(model: str, pretrained: str | None = None) -> str:
+    """open_clip for its schemas, folders and bare names; transformers for hub ids and other folders."""
+    if pretrained is not None or model.startswith(("local-dir:", "hf-hub:")) or _is_open_clip_folder(model):
+        return "open_clip"
+    return "transformers" if "/" in model or Path(model).is_dir() else "open_clip"
+
+
+def _is_open_clip_folder(model: str) -> bool:
+    return (Path(model).expanduser() / "open_clip_config.json").is_file()
+
+
+def _dtype(name: str, dtype: str) -> torch.dtype:
+    choices = ("float32", "bfloat16", "float16", "float64")
+    if dtype not in choices:
+        raise RewardError(name, got=f"dtype={dtype!r}", expected=f"one of {', '.join(choices)}", cure="correct dtype")
+    return getattr(torch, dtype)
+
+
+def _load_transformers(name: str, model: str) -> TransformersClip:
+    from transformers import AutoTokenizer, CLIPModel
+
+    path = str(Path(model).expanduser()) if model.startswith("~") else model
+    try:
+        clip, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise missing_weights(name, model, "model", error) from error
+    if report["missing_keys"]:  # transformers would leave these at random
+        absent = sorted(report["missing_keys"])
+        got = f"weights in {model!r} without {absent[0]} and {len(absent) - 1} more"
+        raise RewardError(
+            name, got=got, expected="a complete CLIPModel", cure="choose a checkpoint of a whole CLIP model"
+        )
+    return TransformersClip(clip, tokenizer)
+
+
+def _load_open_clip(name: str, model: str, pretrained: str | None) -> OpenClip:
+    import open_clip
+
+    if _is_open_clip_folder(model):
+        model = f"local-dir:{Path(model).expanduser()}"
+    if ":" not in model and pretrained is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none: no such model in open_clip"
+        expected = f"a tag or a weights file besides model={model!r} (tags: {tags})"
+        cure = "set pretrained; without it open_clip would score with random weights"
+        raise RewardError(name, got="pretrained=None", expected=expected, cure=cure)
+    try:
+        clip = open_clip.create_model(model, pretrained, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:  # open_clip and the hub raise half a dozen kinds for files that are not there
+        repository, key = _open_clip_source(open_clip, model, pretrained)
+        raise missing_weights(name, repository, key, error) from error
+    return OpenClip(clip, tokenizer)
+
+
+def _open_clip_source(open_clip, model: str, pretrained: str | None) -> tuple[str, str]:
+    """Where the weights would have come from, and the argument that takes a local path in its place."""
+    if ":" in model:
+        return model.split(":", 1)[1], "model"
+    known = open_clip.get_pretrained_cfg(model, pretrained) or {}
+    return known.get("hf_hub", f"{model}, {pretrained}").rstrip("/"), "pretrained"
