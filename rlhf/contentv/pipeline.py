@@ -29,8 +29,14 @@ logger = logging.get_logger(__name__)
 
 NUM_TRAIN_TIMESTEPS = 1000  # the transformer was trained on timestep = 1000 * sigma
 SAMPLING_FILE = "sampling.json"
-# What a saved index says, so that the checkpoint loads in the published code too.
-PUBLISHED_CLASSES = {"transformer": ("contentv_transformer", "SD3Transformer3DModel")}
+# What a saved index says, so that the published code loads it too: there the transformer and the VAE are passed in, the
+# index is only asked for a base class to check them against, and the tokenizers are of transformers 4.
+INDEX_CLASSES = {
+    "transformer": ("diffusers", "SD3Transformer2DModel"),
+    "tokenizer": ("transformers", "CLIPTokenizerFast"),
+    "tokenizer_2": ("transformers", "CLIPTokenizerFast"),
+    "tokenizer_3": ("transformers", "T5TokenizerFast"),
+}
 
 
 @dataclass(frozen=True)
@@ -165,10 +171,12 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         self.sampling = SamplingDefaults()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Write every component, the index under the class names of the published one, and sampling.json."""
-        self.register_to_config(**PUBLISHED_CLASSES)
+        """Write every component, an index that the published code reads too, and sampling.json."""
+        self.register_to_config(**INDEX_CLASSES)
         super().save_pretrained(save_directory, **kwargs)
         self.sampling.save(save_directory)
+        for config in Path(save_directory).glob("tokenizer*/tokenizer_config.json"):
+            _name_special_tokens_as_before(config)
 
     def prepare_latents(
         self,
@@ -345,3 +353,11 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         latents = unnormalise(self.vae, latents_BCTHW).to(self.vae.dtype)
         video = self.vae.decode(latents, return_dict=False)[0]
         return self.video_processor.postprocess_video(video.float(), output_type=output_type)
+
+
+def _name_special_tokens_as_before(config: Path) -> None:
+    """transformers 5 writes a list under a key where transformers 4 wants a dict; both read the older key."""
+    values = json.loads(config.read_text())
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+        config.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,70 @@
+"""Text to video: `python demo.py` samples the embedded nano model and writes video.mp4.
+
+`python demo.py --model_id ByteDance/ContentV-8B` samples the real one, with USE_ASCEND_NPU=1 on an Ascend NPU.
+`--lora RUN/adapter` adds what a training run learned.
+"""
+
+import argparse
+from dataclasses import fields, replace
+
+import torch
+from diffusers.utils import export_to_video
+
+from rlhf.contentv.loading import CONTENTV_8B, load_pipeline
+from rlhf.contentv.pipeline import SamplingDefaults
+from rlhf.device import pick_device
+
+PROMPTS = {
+    "nano": "a large red circle moving left on a white background",
+    CONTENTV_8B: "A young musician sits on a rustic wooden stool in a cozy, dimly lit room, strumming an acoustic guitar "
+    "with a worn, sunburst finish.",
+}
+NEGATIVE_PROMPTS = {
+    CONTENTV_8B: "overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, bad eyes, bad limbs, "
+    "distortion",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    try:
+        device = pick_device(args.device)
+        pipe = load_pipeline(args.model_id, device=device)
+        if args.lora:
+            pipe.load_lora_weights(args.lora)
+        sampling = override(pipe.sampling, args)
+        generator = torch.Generator().manual_seed(args.seed)
+        video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
+    except ValueError as error:
+        raise SystemExit(f"demo.py: error: {error}") from error
+    export_to_video(video, args.output, fps=sampling.fps)
+    print(f"wrote {args.output}: {len(video)} frames of {sampling.width}x{sampling.height} at {sampling.fps} fps")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sample a video from a prompt.")
+    parser.add_argument("--model_id", default="nano", help="nano, a folder, or a hub id (default: %(default)s)")
+    parser.add_argument("--prompt", help="what to show; nano and ContentV-8B have one of their own")
+    parser.add_argument("--output", default="video.mp4", help="file to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of the initial noise (default: %(default)s)")
+    parser.add_argument("--device", help="cuda, npu, mps or cpu; by default what the machine has")
+    parser.add_argument("--lora", help="folder of an adapter, such as RUN/adapter")
+    for field in fields(SamplingDefaults):
+        parser.add_argument(f"--{field.name}", type=field.type, help="by default what the checkpoint recommends")
+    args = parser.parse_args(arguments)
+    args.prompt = args.prompt or PROMPTS.get(args.model_id)
+    if args.prompt is None:
+        parser.error(f"{args.model_id} has no prompt of its own; add --prompt")
+    if args.negative_prompt is None:
+        args.negative_prompt = NEGATIVE_PROMPTS.get(args.model_id)
+    return args
+
+
+def override(sampling: SamplingDefaults, args: argparse.Namespace) -> SamplingDefaults:
+    """The checkpoint's sampling with whatever the command line set."""
+    given = {field.name: getattr(args, field.name) for field in fields(SamplingDefaults)}
+    return replace(sampling, **{name: value for name, value in given.items() if value is not None})
+
+
+if __name__ == "__main__":
+    main()
