@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from rewards.base import RewardError, at_least_float32
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from rewards.weights import Frozen, missing_weights
+from rewards.weights import Frozen, missing_weights, quick_hub
 
 CLIP_L14 = "openai/clip-vit-large-patch14"
 
@@ -124,8 +124,9 @@ def _load_transformers(name: str, model: str) -> TransformersClip:
 
     path = str(Path(model).expanduser()) if model.startswith("~") else model
     try:
-        clip, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with quick_hub(local=Path(path).is_dir()):
+            clip, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise missing_weights(name, model, "model", error) from error
     if report["missing_keys"]:  # transformers would leave these at random
@@ -148,8 +149,9 @@ def _load_open_clip(name: str, model: str, pretrained: str | None) -> OpenClip:
         cure = "set pretrained; without it open_clip would score with random weights"
         raise RewardError(name, got="pretrained=None", expected=expected, cure=cure)
     try:
-        clip = open_clip.create_model(model, pretrained, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(model)
+        with quick_hub(local=model.startswith("local-dir:")):
+            clip = open_clip.create_model(model, pretrained, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:  # open_clip and the hub raise half a dozen kinds for files that are not there
         repository, key = _open_clip_source(open_clip, model, pretrained)
         raise missing_weights(name, repository, key, error) from error

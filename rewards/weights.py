@@ -1,6 +1,8 @@
 """Weights of frozen models: loading without running code from a file, and saying what is missing."""
 
 import pickle
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -35,6 +37,33 @@ def missing_weights(name: str, repository: str, key: str, error: Exception) -> R
         expected=f"them in the local cache, or a download from the hub ({repository}: {size}, {licence})",
         cure=f"go online once, or set `{key}` in reward_kwargs.{name} to a local path",
     )
+
+
+@contextmanager
+def quick_hub(local: bool = False):
+    """Loading from the hub inside fails at once if the hub can't be reached; its own client would try for a minute.
+
+    local: nothing inside needs the hub, so it is not asked at all.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or local or not _hub_answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@lru_cache
+def _hub_answers(endpoint: str) -> bool:
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=5)
+    except Exception:  # whichever way the client puts "no network"
+        return False
+    return True
 
 
 def load_state_dict(name: str, path: str | Path) -> dict[str, torch.Tensor]:
