@@ -12,16 +12,16 @@ from diffusers.utils import export_to_video
 
 from rlhf.contentv.loading import CONTENTV_8B, load_pipeline
 from rlhf.contentv.pipeline import SamplingDefaults
-from rlhf.device import pick_device
+from rlhf.device import KNOWN_DEVICES, pick_device
 
 PROMPTS = {
     "nano": "a large red circle moving left on a white background",
-    CONTENTV_8B: "A young musician sits on a rustic wooden stool in a cozy, dimly lit room, strumming an acoustic guitar "
-    "with a worn, sunburst finish.",
+    CONTENTV_8B: "A young musician sits on a rustic wooden stool in a cozy, dimly lit room, strumming an acoustic "
+    "guitar with a worn, sunburst finish.",
 }
 NEGATIVE_PROMPTS = {
-    CONTENTV_8B: "overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, bad eyes, bad limbs, "
-    "distortion",
+    CONTENTV_8B: "overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, bad eyes, bad "
+    "limbs, distortion",
 }
 
 
@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="what to show; nano and ContentV-8B have one of their own")
     parser.add_argument("--output", default="video.mp4", help="file to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the initial noise (default: %(default)s)")
-    parser.add_argument("--device", help="cuda, npu, mps or cpu; by default what the machine has")
+    parser.add_argument("--device", help=f"one of {', '.join(KNOWN_DEVICES)}; by default what the machine has")
     parser.add_argument("--lora", help="folder of an adapter, such as RUN/adapter")
     for field in fields(SamplingDefaults):
         parser.add_argument(f"--{field.name}", type=field.type, help="by default what the checkpoint recommends")

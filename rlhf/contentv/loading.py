@@ -79,8 +79,8 @@ def resolve_model(model: str | Path) -> Path | str:
     if HUB_ID.fullmatch(str(model)) and not path.parent.is_dir():
         return str(model)
     raise ValueError(
-        f"model={str(model)!r} is no folder here, expected nano, the path of a checkpoint in diffusers layout, or a hub "
-        f"id such as {CONTENTV_8B}; correct the name or the path"
+        f"model={str(model)!r} is no folder here, expected nano, the folder of a checkpoint in diffusers layout, or a "
+        f"hub id such as {CONTENTV_8B}; correct the name or the path"
     )
 
 
@@ -133,8 +133,8 @@ def _weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
     unexpected = report["unexpected_keys"] if folder.name in CONFIGURED else []  # text encoders carry spare ones
     if wrong := sorted({*report["missing_keys"], *unexpected}):
         raise ValueError(
-            f"the weights in {folder} do not fit {cls.__name__}: {len(wrong)} keys are missing or unexpected, the first "
-            f"is {wrong[0]}; check that the download is complete and its config.json belongs to it"
+            f"the weights in {folder} do not fit {cls.__name__}: {len(wrong)} keys are missing or unexpected, the "
+            f"first is {wrong[0]}; check that the download is complete and its config.json belongs to it"
         )
     return module.eval().requires_grad_(False)
 

@@ -1,0 +1,147 @@
+"""ContentV's transformer and sampler once more, in plain torch and in the order of the arithmetic, to compare against.
+
+Written from the geometry of the published model. Nothing is shared with the package or with diffusers: weights come as
+a state dict, sizes as a plain dict of the transformer's config.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def expected_shapes(sizes: dict) -> dict[str, tuple[int, ...]]:
+    """Every key of the published checkpoint with its shape."""
+    width, head = sizes["num_attention_heads"] * sizes["attention_head_dim"], sizes["attention_head_dim"]
+    p, c_in, c_out = sizes["patch_size"], sizes["in_channels"], sizes["out_channels"]
+    shapes = {"pos_embed.proj.weight": (width, c_in, p, p), "pos_embed.proj.bias": (width,)}
+
+    def linear(name, rows, columns):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, columns), (rows,)
+
+    linear("time_text_embed.timestep_embedder.linear_1", width, 256)
+    linear("time_text_embed.timestep_embedder.linear_2", width, width)
+    linear("time_text_embed.text_embedder.linear_1", width, sizes["pooled_projection_dim"])
+    linear("time_text_embed.text_embedder.linear_2", width, width)
+    linear("context_embedder", width, sizes["joint_attention_dim"])
+    for i in range(sizes["num_layers"]):
+        block, is_last = f"transformer_blocks.{i}", i == sizes["num_layers"] - 1
+        linear(f"{block}.norm1.linear", 6 * width, width)
+        linear(f"{block}.norm1_context.linear", (2 if is_last else 6) * width, width)
+        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"):
+            linear(f"{block}.attn.{name}", width, width)
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            shapes[f"{block}.attn.{name}.weight"] = (head,)
+        linear(f"{block}.ff.net.0.proj", 4 * width, width)
+        linear(f"{block}.ff.net.2", width, 4 * width)
+        if not is_last:
+            linear(f"{block}.attn.to_add_out", width, width)
+            linear(f"{block}.ff_context.net.0.proj", 4 * width, width)
+            linear(f"{block}.ff_context.net.2", width, 4 * width)
+    linear("norm_out.linear", 2 * width, width)
+    linear("proj_out", p * p * c_out, width)
+    return shapes
+
+
+def transformer_forward(w: dict, sizes: dict, latents, text, pooled, timestep):
+    """Velocity (B, C, T, H, W). `w` is the state dict, timestep is (B,) in [0, 1000]."""
+    B, C, T, H, W = latents.shape
+    p, heads = sizes["patch_size"], sizes["num_attention_heads"]
+    rows, columns = H // p, W // p
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def normalise(x):
+        return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, correction=0, keepdim=True) + 1e-6)
+
+    def split_heads(x, norm=None):
+        x = x.reshape(B, -1, heads, x.shape[-1] // heads).transpose(1, 2)
+        if norm is not None:
+            x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w[f"{norm}.weight"]
+        return x
+
+    def feed_forward(name, x):
+        x = linear(f"{name}.net.0.proj", x)
+        gelu = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return linear(f"{name}.net.2", gelu)
+
+    # Patches of p x p pixels of all channels, through the convolution seen as one matrix; plus the position table.
+    patches = latents.reshape(B, C, T, rows, p, columns, p).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, -1, C * p * p)
+    kernel = w["pos_embed.proj.weight"].reshape(-1, C * p * p)
+    video = patches @ kernel.T + w["pos_embed.proj.bias"] + position_table(T, rows, columns, len(kernel)).to(latents)
+    text = linear("context_embedder", text)
+
+    # Condition vector: 256 cosines and sines of the timestep, and the pooled text, each through a two-layer network.
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = timestep[:, None].float() * frequencies
+    time = torch.cat([angles.cos(), angles.sin()], -1).to(pooled)
+    embedder = "time_text_embed.timestep_embedder"
+    condition = linear(f"{embedder}.linear_2", F.silu(linear(f"{embedder}.linear_1", time)))
+    embedder = "time_text_embed.text_embedder"
+    condition = condition + linear(f"{embedder}.linear_2", F.silu(linear(f"{embedder}.linear_1", pooled)))
+    condition = F.silu(condition)[:, None]
+
+    for i in range(sizes["num_layers"]):
+        block, is_last = f"transformer_blocks.{i}", i == sizes["num_layers"] - 1
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = linear(f"{block}.norm1.linear", condition).chunk(6, -1)
+        v = normalise(video) * (1 + scale) + shift
+        if is_last:
+            t_scale, t_shift = linear(f"{block}.norm1_context.linear", condition).chunk(2, -1)
+        else:
+            t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = linear(
+                f"{block}.norm1_context.linear", condition
+            ).chunk(6, -1)
+        t = normalise(text) * (1 + t_scale) + t_shift
+
+        a = f"{block}.attn"
+        q = split_heads(linear(f"{a}.to_q", v), f"{a}.norm_q")
+        k = split_heads(linear(f"{a}.to_k", v), f"{a}.norm_k")
+        q_text = split_heads(linear(f"{a}.add_q_proj", t), f"{a}.norm_added_q")
+        k_text = split_heads(linear(f"{a}.add_k_proj", t), f"{a}.norm_added_k")
+        values = torch.cat([split_heads(linear(f"{a}.to_v", v)), split_heads(linear(f"{a}.add_v_proj", t))], 2)
+        q, k = torch.cat([q, q_text], 2), torch.cat([k, k_text], 2)
+        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
+        mixed = (weights @ values).transpose(1, 2).flatten(2)
+        v_mixed, t_mixed = mixed[:, : video.shape[1]], mixed[:, video.shape[1] :]
+
+        video = video + gate * linear(f"{a}.to_out.0", v_mixed)
+        video = video + ff_gate * feed_forward(f"{block}.ff", normalise(video) * (1 + ff_scale) + ff_shift)
+        if not is_last:
+            text = text + t_gate * linear(f"{a}.to_add_out", t_mixed)
+            t = normalise(text) * (1 + t_ff_scale) + t_ff_shift
+            text = text + t_ff_gate * feed_forward(f"{block}.ff_context", t)
+
+    scale, shift = linear("norm_out.linear", condition).chunk(2, -1)
+    patches = linear("proj_out", normalise(video) * (1 + scale) + shift)
+    patches = patches.reshape(B, T, rows, columns, p, p, sizes["out_channels"])
+    return patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, sizes["out_channels"], T, H, W)
+
+
+def position_table(frames: int, rows: int, columns: int, width: int) -> torch.Tensor:
+    """(frames * rows * columns, width) in float64: a quarter for time, three eighths each for column and row.
+
+    Rows and columns are counted in half patches (interpolation scale 0.5).
+    """
+
+    def waves(positions, size):
+        angles = positions[:, None] * 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+    t, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (frames, rows, columns)), indexing="ij")
+    parts = [(t, width // 4), (x / 0.5, 3 * width // 8), (y / 0.5, 3 * width // 8)]
+    return torch.cat([waves(positions.flatten(), size) for positions, size in parts], -1)
+
+
+def guided_sample(w, sizes, noise, cond, num_steps: int, guidance: float, shift: float):
+    """Euler steps of the guided flow from `noise` to data. `cond` is (text, pooled, negative text, negative pooled)."""
+    text, pooled, negative_text, negative_pooled = cond
+    x = noise
+    sigmas = [1 - i / num_steps for i in range(num_steps + 1)]
+    sigmas = [shift * s / (1 + (shift - 1) * s) for s in sigmas]
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        timestep = torch.full((len(x),), 1000 * sigma)
+        v_text = transformer_forward(w, sizes, x, text, pooled, timestep)
+        v_negative = transformer_forward(w, sizes, x, negative_text, negative_pooled, timestep)
+        x = x + (sigma_next - sigma) * (v_negative + guidance * (v_text - v_negative))
+    return x
