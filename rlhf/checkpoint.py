@@ -1,0 +1,135 @@
+"""Checkpoints that are whole or absent, and the signals that ask for one.
+
+checkpoints/step-N/ holds adapter.safetensors (the float32 masters), optimizer.safetensors (AdamW's moments) and
+state.json. Nothing is pickled; the frozen base is not in it.
+"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf.config import ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal ended the training after a step; the checkpoint goes on from there."""
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        super().__init__(f"stopped by a signal; the state is in {checkpoint}")
+
+
+class StopRequest:
+    """Inside, the first SIGINT or SIGTERM only sets `requested`; a second one acts as it did before."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.requested = False
+        self._before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
+            self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, *_):
+        self.requested = True
+        self.__exit__()
+
+
+def save_checkpoint(folder: Path, step: int, masters, optimizer, state: dict, keep: int = 0) -> Path:
+    """Write folder/step-N whole, then remove all but the newest `keep` (0: none). A step that is there stays as it is.
+
+    The files are written and flushed under step-N.tmp, which is then renamed: a kill at any moment leaves step-N either
+    complete or absent.
+    """
+    final = folder / f"step-{step}"
+    if not final.exists():
+        unfinished = folder / f"step-{step}.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _write_files(unfinished, step, masters, optimizer, state)
+        for path in [*unfinished.iterdir(), unfinished]:
+            _flush(path)
+        unfinished.rename(final)
+        _flush(folder)
+    for old in checkpoints(folder)[: -keep or None] if keep else []:
+        shutil.rmtree(old)
+    return final
+
+
+def _write_files(folder: Path, step: int, masters, optimizer, state: dict) -> None:
+    save_file(_cpu(masters.named(masters.vector)), folder / "adapter.safetensors")
+    moments = optimizer.state_dict()["state"].get(0, {})
+    named = {f"{key}.{n}": t for key in MOMENTS if key in moments for n, t in masters.named(moments[key]).items()}
+    save_file(_cpu(named), folder / "optimizer.safetensors")
+    updates = int(moments["step"]) if moments else 0
+    (folder / "state.json").write_text(
+        json.dumps({"step": step, "optimizer_updates": updates} | state, indent=2) + "\n"
+    )
+
+
+def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    """Have the system write the file, or the folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(path: Path, masters, optimizer) -> dict:
+    """Fill masters, module and optimizer from a checkpoint; returns its state.json."""
+    state = read_state(path)
+    masters.load(masters.vector, load_file(path / "adapter.safetensors"))
+    masters.write()
+    if state["optimizer_updates"]:
+        moments = {key: torch.empty_like(masters.vector, requires_grad=False) for key in MOMENTS}
+        saved = load_file(path / "optimizer.safetensors")
+        for key, vector in moments.items():
+            masters.load(vector, {n: saved[f"{key}.{n}"] for n in masters.names})
+        moments["step"] = torch.tensor(float(state["optimizer_updates"]))
+        optimizer.load_state_dict({"state": {0: moments}, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
+
+
+def read_state(path: Path) -> dict:
+    return json.loads((path / "state.json").read_text())
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in folder, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def find_checkpoint(which: str, output_dir: str | Path) -> Path:
+    """The folder that resume_from_checkpoint names: a path, or "latest" in output_dir. Raises ConfigError if none."""
+    folder = Path(output_dir) / "checkpoints"
+    if which == "latest":
+        if found := checkpoints(folder):
+            return found[-1]
+        expected = f"expected folders step-N in {folder}; correct output_dir, or leave the setting out to start afresh"
+        raise ConfigError([f"resume_from_checkpoint='latest': got no checkpoint, {expected}"])
+    if (Path(which) / "state.json").is_file():
+        return Path(which)
+    expected = f"expected a folder such as {folder / 'step-50'}, or 'latest'; correct the path"
+    raise ConfigError([f"resume_from_checkpoint={which!r}: got no checkpoint there, {expected}"])

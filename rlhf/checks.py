@@ -1,0 +1,214 @@
+"""What can be wrong between settings, found all at once and before any weight is loaded."""
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from rewards import check_spec, load_reward, reward_name
+from rlhf.checkpoint import find_checkpoint, read_state
+from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
+from rlhf.device import pick_device
+from rlhf.prompts import load_prompts
+from rlhf.run_folder import run_in
+
+AT_LEAST_ONE = (
+    "num_inference_steps",
+    "num_grad_steps",
+    "lora_rank",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_prompts",
+    "num_eval_prompts",
+    "per_device_eval_batch_size",
+    "max_sequence_length",
+    "decode_chunk",
+    "cpu_threads",
+    "lora_alpha",
+)
+NOT_NEGATIVE = (
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "sample_steps",
+    "num_sample_prompts",
+    "num_diversity_prompts",
+)
+CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "lr_scheduler_type": ("constant", "linear")}
+# Accelerate's; each is the name of its package too.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+FIXED_ON_RESUME = ("model", "lora_rank", "lora_alpha", "lora_target_modules")
+
+
+def check_config(
+    args: RewardGradientConfig,
+    pipe=None,
+    rewards: list[str | Callable] | None = None,
+    train_prompts: list[str] | None = None,
+    eval_prompts: list[str] | None = None,
+) -> None:
+    """Raise ConfigError with every problem of the settings.
+
+    What was handed over as an object instead of named in args - a pipeline, rewards, prompts - is taken as it is.
+    """
+    problems = [*_out_of_range(args), *_run_folder(args), *_reward_settings(args, rewards), *_trackers(args)]
+    problems += _told_by(pick_device, args.device)
+    for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):
+        if given is None and name is not None:
+            problems += _told_by(load_prompts, name, args.base_dir, 1)
+    try:
+        card = model_card(args.model, pipe)
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        problems += _sampling(with_sampling(args, card["sampling"]), card)
+    if problems:
+        raise ConfigError(problems)
+
+
+def model_card(model: str, pipe=None) -> dict[str, dict]:
+    """The sizes of a model by part, "transformer", "vae" and "sampling", without its weights. ValueError if absent."""
+    if pipe is not None:
+        parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
+        return parts | {"sampling": vars(pipe.sampling)}
+    from rlhf.contentv.loading import model_config  # takes seconds, so only once the rest is known
+
+    return model_config(model)
+
+
+def with_sampling(args: RewardGradientConfig, defaults) -> RewardGradientConfig:
+    """The settings with the model's own values where none was set. defaults: `SamplingDefaults` or its dict."""
+    defaults = defaults if isinstance(defaults, dict) else vars(defaults)
+    unset = {key: defaults[key] for key in SAMPLING_KEYS if getattr(args, key) is None}
+    return dataclasses.replace(args, **unset)
+
+
+def load_rewards(rewards: list[str | Callable], args: RewardGradientConfig) -> dict[str, Callable]:
+    """Rewards by short name: specs are loaded with their reward_kwargs, callables taken as they are."""
+    kwargs = args.reward_kwargs or {}
+    return {
+        short_name(r): load_reward(r, args.base_dir, **kwargs.get(short_name(r), {})) if isinstance(r, str) else r
+        for r in rewards
+    }
+
+
+def short_name(reward: str | Callable) -> str:
+    """How a reward is called in metrics: a built-in's name, else the class or function."""
+    return reward.rsplit(":", 1)[-1] if isinstance(reward, str) else reward_name(reward)
+
+
+def _told_by(check: Callable, *arguments) -> list[str]:
+    """The problems that a check raises, [] for none."""
+    try:
+        check(*arguments)
+    except ConfigError as error:
+        return error.problems
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _out_of_range(args):
+    for names, least in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not value >= least:
+                yield f"{name}: got {value}, expected at least {least}; raise it"
+    for name, choices in CHOICES.items():
+        if getattr(args, name) not in choices:
+            yield f"{name}: got {getattr(args, name)!r}, expected one of {', '.join(choices)}; choose one"
+    if args.warmup_steps > args.max_steps:
+        yield (
+            f"warmup_steps={args.warmup_steps} exceeds max_steps={args.max_steps}: the learning rate would never be "
+            "reached; lower warmup_steps"
+        )
+    if args.decode_checkpoint and args.decode_chunk is None:
+        yield "decode_checkpoint: got no decode_chunk, expected one: a single chunk saves nothing; set decode_chunk, such as 1"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            yield f"{name}: got {getattr(args, name)}, expected 0 <= {name} < 1; correct it"
+
+
+def _sampling(args, card):
+    """Problems of size, frames and steps, for the model of the card; args has all sampling keys set."""
+    stride = 2 ** len(card["vae"]["temperal_downsample"]) * card["transformer"]["patch_size"]
+    every = 2 ** sum(card["vae"]["temperal_downsample"])
+    for name in ("height", "width"):
+        size = getattr(args, name)
+        if size < stride or size % stride:
+            near = max(stride, round(size / stride) * stride)
+            yield f"{name}={size} is not divisible by {stride} (VAE times patch of {args.model}); use {near}"
+    if args.num_frames < 1 or args.num_frames % every != 1 % every:
+        near = max(1, round((args.num_frames - 1) / every) * every + 1)
+        yield f"num_frames={args.num_frames} is not {every}k+1, as the VAE of {args.model} needs; use {near}"
+    if args.num_grad_steps > args.num_inference_steps:
+        yield (
+            f"num_grad_steps={args.num_grad_steps} exceeds num_inference_steps={args.num_inference_steps}: only a step "
+            "that is taken can carry a gradient; lower num_grad_steps"
+        )
+
+
+def _run_folder(args):
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        yield f"output_dir={args.output_dir} is a file, expected a folder or a new path; choose another"
+    elif args.resume_from_checkpoint and args.overwrite_output_dir:
+        yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
+    elif args.resume_from_checkpoint:
+        yield from _resumable(args, folder)
+    elif not args.overwrite_output_dir and run_in(folder):
+        yield (
+            f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, go on "
+            "with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+        )
+
+
+def _resumable(args, folder):
+    try:
+        path = find_checkpoint(args.resume_from_checkpoint, folder)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    saved = read_state(path)["settings"]
+    for name in FIXED_ON_RESUME:
+        if saved[name] != getattr(args, name):
+            yield (
+                f"{name}: got {getattr(args, name)!r}, expected {saved[name]!r} as in {path}: a resumed run continues the "
+                f"same adapter; set it back, or start another output_dir"
+            )
+
+
+def _reward_settings(args, rewards):
+    trained = args.reward_funcs if rewards is None else rewards
+    names = [short_name(reward) for reward in [*trained, *args.eval_reward_funcs]]
+    for spec in [*trained, *args.eval_reward_funcs]:
+        if isinstance(spec, str):
+            yield from _told_by(check_spec, spec, args.base_dir)
+    if not trained:
+        yield "reward_funcs: got none, expected at least one reward; name one"
+    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+        yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; leave one out"
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(trained):
+        yield f"reward_weights: got {len(weights)}, expected one for each of the {len(trained)} reward_funcs; add or remove some"
+    elif weights is not None and not any(weights):
+        yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
+    for name in args.reward_kwargs or {}:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the rewards are {', '.join(names)}"
+            yield f"reward_kwargs: got {name!r}, expected a reward of this run; {hint}"
+
+
+def _trackers(args):
+    for name in args.report_to:
+        if name not in TRACKERS:
+            yield f"report_to: got {name!r}, expected some of {', '.join(TRACKERS)}, or none; correct it"
+        elif importlib.util.find_spec(name) is None:
+            yield f"report_to: got {name!r}, which is not installed; pip install {name}, or set report_to to tensorboard or none"

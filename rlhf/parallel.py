@@ -1,0 +1,50 @@
+"""Processes and their threads, through accelerate. The model is not wrapped: gradients are summed by the trainer."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from rlhf.config import RewardGradientConfig
+from rlhf.device import pick_device
+
+LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for every process it starts
+CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+
+
+def make_accelerator(args: RewardGradientConfig) -> Accelerator:
+    """The process group, the device and the trackers that args name. Formats are our own business: no autocast."""
+    device = pick_device(args.device)
+    if device.type == "cpu" and (threads := cpu_threads(args.cpu_threads)):
+        torch.set_num_threads(threads)
+    folders = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "trackers"))
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no", log_with=args.report_to or None, project_config=folders
+    )
+    assert accelerator.device.type == device.type, (accelerator.device, device)
+    return accelerator
+
+
+def cpu_threads(asked: int | None) -> int | None:
+    """Threads for one process: what was asked; else OMP_NUM_THREADS (None: it is obeyed already); else its share of cores.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 where the user set nothing, which would leave all cores but one idle.
+    """
+    by_launcher = LAUNCHER_MARK in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if asked or ("OMP_NUM_THREADS" in os.environ and not by_launcher):
+        return asked
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = CGROUP_LIMIT.read_text().split() if CGROUP_LIMIT.exists() else ("max", "1")
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any process; all processes get the same answer."""
+    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device, dtype=torch.int32)).any())

@@ -1,0 +1,68 @@
+"""What a run needs, computed from its settings and the sizes of the model alone. Nothing here is measured."""
+
+import torch
+
+from rlhf.checks import model_card, with_sampling
+from rlhf.config import RewardGradientConfig
+
+GIB = 2**30
+SMALL_MODEL = 1e9  # parameters; above that the loader chooses bfloat16
+
+
+def describe(args: RewardGradientConfig) -> str:
+    """The resolved settings as YAML, then sizes and the memory of the weights, each computed and labelled so."""
+    card = model_card(args.model)
+    args = with_sampling(args, card["sampling"])
+    return f"{args.to_yaml()}\n{sizes(args, card)}"
+
+
+def sizes(args: RewardGradientConfig, card: dict[str, dict]) -> str:
+    """Latents, tokens, parameters and the memory that weights and optimizer hold, as text."""
+    transformer, vae, adapter = count_parameters(args, card)
+    bytes_each = 4 if args.dtype == "float32" or (args.dtype == "auto" and transformer < SMALL_MODEL) else 2
+    every, down = 2 ** sum(card["vae"]["temperal_downsample"]), 2 ** len(card["vae"]["temperal_downsample"])
+    patch = card["transformer"]["patch_size"]
+    latent = (1 + (args.num_frames - 1) // every, args.height // down, args.width // down)
+    tokens = latent[0] * (latent[1] // patch) * (latent[2] // patch)
+    branches = 2 if args.guidance_scale > 1 else 1
+    copy = bytes_each if bytes_each < 4 else 0  # of the masters, in the base's format
+    rows = [
+        ("latents (channels, frames, height, width)", f"{(card['transformer']['in_channels'], *latent)}"),
+        ("video tokens", f"{tokens:,}"),
+        ("transformer forwards a step and video", f"{branches * args.num_inference_steps}"),
+        ("of these with gradient", f"{branches * args.num_grad_steps}"),
+        ("transformer weights", f"{transformer:,} parameters, {_gib(transformer * bytes_each)}"),
+        ("VAE weights", f"{vae:,} parameters, {_gib(vae * 4)}"),
+        ("adapter with masters, gradient, two moments", f"{adapter:,} parameters, {_gib(adapter * (16 + copy))}"),
+    ]
+    lines = [f"  {name.ljust(max(len(row[0]) for row in rows))}  {value}" for name, value in rows]
+    return "\n".join(
+        [
+            "Computed from the sizes, not measured. Left out: text encoders (they leave the device once the prompts are",
+            "encoded), reward models, activations.",
+            *lines,
+        ]
+    )
+
+
+def count_parameters(args: RewardGradientConfig, card: dict[str, dict]) -> tuple[int, int, int]:
+    """Parameters of the transformer, the VAE and the adapter, counted on modules without storage."""
+    from diffusers import AutoencoderKLWan
+
+    from rlhf.contentv.transformer import SD3Transformer3DModel
+    from rlhf.lora import add_adapter, lora_config
+
+    with torch.device("meta"):
+        transformer = SD3Transformer3DModel.from_config(card["transformer"])
+        vae = AutoencoderKLWan.from_config(card["vae"])
+        base = _count(transformer.parameters())
+        add_adapter(transformer, lora_config(args.lora_rank, args.lora_alpha, args.lora_target_modules), args.seed)
+    return base, _count(vae.parameters()), _count(p for p in transformer.parameters() if p.requires_grad)
+
+
+def _count(parameters) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

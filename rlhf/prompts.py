@@ -1,0 +1,67 @@
+"""Prompts: where they come from and in which order they are trained on."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from rlhf.config import ConfigError
+from rlhf.device import generator
+
+BUILT_IN_SETS = {"nano_train": "train_prompts", "nano_held_out": "held_out_prompts"}
+
+
+def load_prompts(name: str, base_dir: str | Path | None, count: int, seed: int = 0) -> list[str]:
+    """The prompts that a setting names: `count` of a built-in set drawn from `seed`, or all of a file.
+
+    A file holds one prompt a line; empty lines and lines that start with # are left out. Raises ConfigError if it is
+    absent or holds none.
+    """
+    if name in BUILT_IN_SETS:
+        from rlhf.nano import world
+
+        return getattr(world, BUILT_IN_SETS[name])(count, seed)
+    path = find_prompt_file(name, base_dir)
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ConfigError([f"prompt file {path}: got no prompts, expected one a line; write at least one"])
+    return prompts
+
+
+def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
+    """The file, relative to base_dir or else to the working directory. Raises ConfigError if it is in neither."""
+    places = list(dict.fromkeys([(Path(base_dir or ".") / name).resolve(), Path(name).resolve()]))
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        looked = " or ".join(str(path) for path in places)
+        sets = ", ".join(BUILT_IN_SETS)
+        raise ConfigError(
+            [f"prompts {name!r}: got no file at {looked}, expected a text file or one of {sets}; correct the path"]
+        )
+    return found
+
+
+def as_prompts(dataset: Iterable) -> list[str]:
+    """Prompts of a list of strings, or of anything that yields rows with a "prompt" (a `datasets.Dataset`, dicts)."""
+    prompts = [row if isinstance(row, str) else row["prompt"] for row in dataset]
+    wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+    if not prompts or wrong is not None:
+        got = "no rows" if not prompts else f"a prompt of type {type(wrong).__name__}"
+        raise ConfigError([f"dataset: got {got}, expected strings or rows with a 'prompt'; pass at least one prompt"])
+    return prompts
+
+
+def prompt_positions(num_prompts: int, seed: int, start: int, count: int) -> list[int]:
+    """Which prompts stand at positions start .. start+count-1 of an endless sequence of shuffled epochs.
+
+    A pure function of its arguments: a resumed run, or one on other processes, meets the same prompts.
+    """
+    places = range(start, start + count)
+    return [_permutation(num_prompts, seed, at // num_prompts)[at % num_prompts] for at in places]
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_prompts: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(num_prompts, generator=generator("prompt order", seed, epoch)).tolist()

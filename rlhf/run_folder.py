@@ -1,0 +1,36 @@
+"""The folder of a run: what is in it, and whether it is free."""
+
+import shutil
+from pathlib import Path
+
+from rlhf.config import RewardGradientConfig
+
+METRICS = "metrics.jsonl"
+# Everything that a run writes into its folder; the first three say that there is one.
+RUN_FILES = (
+    "config.yaml",
+    METRICS,
+    "checkpoints",
+    "samples",
+    "evaluation",
+    "adapter",
+    "trackers",
+    "summary.json",
+    "curves.png",
+    "contact_sheet.png",
+)
+
+
+def run_in(folder: Path) -> bool:
+    """Whether a run was started in the folder."""
+    return any((folder / name).exists() for name in RUN_FILES[:3])
+
+
+def start_run_folder(args: RewardGradientConfig) -> None:
+    """Make the folder, free of the files of an earlier run if they are to be overwritten, and write config.yaml."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.overwrite_output_dir:
+        for path in (folder / name for name in RUN_FILES):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (folder / "config.yaml").write_text(args.to_yaml(), encoding="utf-8")

@@ -1,0 +1,50 @@
+"""Text embeddings, computed once per prompt: the encoders are not needed while training."""
+
+from collections.abc import Iterable
+
+import torch
+
+from rlhf.types import Conditioning
+
+ENCODE_BATCH = 16
+
+
+class PromptCache:
+    """Embeddings of the prompts of a run, on the CPU, and of its negative prompt."""
+
+    def __init__(self, prompts: list[str], embeds_NLD: torch.Tensor, pooled_NP: torch.Tensor, negative: Conditioning):
+        self.row = {prompt: i for i, prompt in enumerate(prompts)}
+        self.embeds_NLD, self.pooled_NP, self.negative = embeds_NLD, pooled_NP, negative
+
+    def __call__(self, prompts: list[str], device: torch.device | str) -> Conditioning:
+        """The conditioning of a batch of prompts, all of them encoded before, on the device."""
+        rows, batch = [self.row[prompt] for prompt in prompts], len(prompts)
+        return Conditioning(
+            self.embeds_NLD[rows],
+            self.pooled_NP[rows],
+            self.negative.prompt_embeds_BLD.expand(batch, -1, -1),
+            self.negative.pooled_embeds_BP.expand(batch, -1),
+        ).to(device)
+
+
+@torch.no_grad()
+def encode_prompts(pipe, prompts: Iterable[str], negative_prompt: str, max_sequence_length: int) -> PromptCache:
+    """Encode each different prompt once, with `pipe.encode_prompt`, in the dtype of the encoders."""
+    unique = list(dict.fromkeys(prompts))
+    batches = [
+        _encode(pipe, unique[i : i + ENCODE_BATCH], max_sequence_length) for i in range(0, len(unique), ENCODE_BATCH)
+    ]
+    embeds, pooled = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return PromptCache(unique, embeds, pooled, Conditioning(*_encode(pipe, [negative_prompt], max_sequence_length)))
+
+
+def _encode(pipe, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        prompt=prompts,
+        prompt_2=None,
+        prompt_3=None,
+        device=pipe.text_encoder.device,
+        do_classifier_free_guidance=False,
+        max_sequence_length=max_sequence_length,
+    )
+    return embeds.cpu(), pooled.cpu()

@@ -1,0 +1,124 @@
+"""What a run leaves to look at: metrics.jsonl, trackers, sample videos, summary.json and the table.
+
+The only file that logs; everything else returns its metrics.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from rlhf.config import RewardGradientConfig
+from rlhf.evaluate import Evaluation
+from rlhf.figures import contact_sheet, plot_curves
+from rlhf.run_folder import METRICS
+
+
+class RunLog:
+    """Metrics of a run, from its main process: the file, accelerate's trackers and the progress bar."""
+
+    def __init__(self, accelerator, args: RewardGradientConfig, first_step: int):
+        self.accelerator, self.folder = accelerator, Path(args.output_dir)
+        self.is_main = accelerator.is_main_process
+        if args.report_to:
+            accelerator.init_trackers("contentv-rlhf", config=_plain(args))
+        if self.is_main:
+            keep_rows(self.folder / METRICS, before_step=first_step)
+        self.bar = tqdm(
+            total=args.max_steps, initial=first_step, desc="train", unit="step", disable=not self.is_main, smoothing=0.1
+        )
+
+    def step(self, metrics: dict[str, float]) -> None:
+        """Log one optimizer step; metrics["step"] counts from 1."""
+        if self.is_main:
+            with (self.folder / METRICS).open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+        self.bar.set_postfix_str(f"reward {metrics['reward']:.4f}", refresh=False)
+        self.bar.update()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def keep_rows(path: Path, before_step: int) -> None:
+    """Drop the rows after a checkpoint's step, which a resumed run writes anew, and a half-written last one."""
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        lines = [line for line in whole if json.loads(line)["step"] <= before_step]
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl, one an optimizer step."""
+    return [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
+
+
+def _plain(args: RewardGradientConfig) -> dict:
+    """Settings as trackers take them: numbers and strings."""
+    return {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in vars(args).items()}
+
+
+class EvaluationBar:
+    """A progress bar over the videos of an evaluation, callable with the number made."""
+
+    def __init__(self, name: str, total: int, accelerator):
+        share, shown = -(-total // accelerator.num_processes), accelerator.is_main_process
+        self.bar = tqdm(total=share, desc=f"evaluate {name}", unit="video", disable=not shown)
+
+    def __call__(self, count: int) -> None:
+        self.bar.update(count)
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+
+def write_samples(folder: Path, step: int, prompts: list[str], videos_NCTHW: torch.Tensor, fps: int) -> None:
+    """Write uint8 videos as folder/step-NNNNNN/00.mp4 and so on, and their prompts beside them."""
+    from diffusers.utils import export_to_video
+
+    target = folder / f"step-{step:06d}"
+    target.mkdir(parents=True, exist_ok=True)
+    for i, video in enumerate(videos_NCTHW):
+        frames = [Image.fromarray(frame) for frame in video.permute(1, 2, 3, 0).numpy()]
+        export_to_video(frames, str(target / f"{i:02d}.mp4"), fps=fps, quality=8)
+    lines = [f"{i:02d}\t{prompt}\n" for i, prompt in enumerate(prompts[: len(videos_NCTHW)])]
+    (target / "prompts.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def write_results(folder: Path, summary: dict, base: Evaluation, tuned: Evaluation) -> None:
+    """Write summary.json, curves.png and contact_sheet.png, and print the table."""
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot_curves(read_metrics(folder), folder / "curves.png")
+    contact_sheet(base.prompts, base.videos_NCTHW, tuned.videos_NCTHW, folder / "contact_sheet.png")
+    print(f"\n{len(base.prompts)} held-out prompts, the same noise before and after\n\n{table(summary)}\n")
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {folder / 'contact_sheet.png'}")
+
+
+def table(summary: dict) -> str:
+    """The summary as text: a row for each trained reward, held-out judge and measure."""
+    rows = [("", "base", "tuned", "difference", "95 % interval")]
+    for group in ("trained", "held_out"):
+        rows += [_row(f"{name} ({group.replace('_', '-')})", row) for name, row in summary[group].items()]
+    rows += [_row(name, summary[name]) for name in ("motion", "diversity") if summary[name]]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _row(name: str, row: dict) -> tuple[str, ...]:
+    low, high = row["ci95"]
+    return name, f"{row['base']:.4f}", f"{row['tuned']:.4f}", f"{row['diff']:+.4f}", f"[{low:+.4f}, {high:+.4f}]"

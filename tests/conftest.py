@@ -1,0 +1,60 @@
+"""Shared fixtures: everything random is seeded, tiny and made in code."""
+
+import pytest
+import torch
+from tiny import tiny_pipeline, tiny_transformer, tiny_vae
+
+from rlhf.config import RewardGradientConfig
+
+torch.set_num_threads(1)  # tiny models are slower on more
+
+
+@pytest.fixture
+def tiny_pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(name="tiny_transformer")
+def _tiny_transformer():
+    return tiny_transformer()
+
+
+@pytest.fixture(name="tiny_vae")
+def _tiny_vae():
+    return tiny_vae()
+
+
+def redness(video, prompts, **info):
+    """A reward with an opinion: red up, blue down, over all frames."""
+    return (video[:, 0] - video[:, 2]).mean((1, 2, 3)) * 10
+
+
+def brightness(video, prompts, **info):
+    return video.mean((1, 2, 3, 4))
+
+
+PROMPTS = ["a red fox", "two blue birds", "rain", "a town at night", "the sea", "one leaf falls"]
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    """Settings for a run of seconds with the tiny pipeline; keywords replace any of them."""
+
+    def make(**changes) -> RewardGradientConfig:
+        values = {
+            "output_dir": str(tmp_path / "run"),
+            "eval_prompts": "none",
+            "per_device_train_batch_size": 2,
+            "num_frames": 5,
+            "height": 16,
+            "width": 32,
+            "num_inference_steps": 3,
+            "max_steps": 3,
+            "lora_rank": 4,
+            "learning_rate": 1e-2,
+            "report_to": "none",
+            "cpu_threads": 1,
+        }
+        return RewardGradientConfig(**values | changes)
+
+    return make

@@ -1,0 +1,64 @@
+"""Train ContentV by reward gradient: `accelerate launch train_rlhf.py [--config FILE] [--any_key value]`.
+
+Without --config it runs configs/nano.yaml, the main job. Exits with 2 for settings that cannot work, 1 when training
+cannot go on and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
+"""
+
+import sys
+from pathlib import Path
+
+from rlhf.config import ConfigError, RewardGradientConfig, parse_config
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "nano.yaml"
+EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: list[str]) -> int:
+    try:
+        args = parse_config(argv, DEFAULT_CONFIG)
+        from rlhf.checks import check_config
+
+        check_config(args)  # before the seconds that importing the trainer takes
+    except ConfigError as error:
+        return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
+    return dry_run(args) if args.dry_run else train(args)
+
+
+def dry_run(args: RewardGradientConfig) -> int:
+    from rlhf.planner import describe
+
+    print(describe(args))
+    return 0
+
+
+def train(args: RewardGradientConfig) -> int:
+    from rewards import RewardError
+    from rlhf.checkpoint import checkpoints
+    from rlhf.trainer import RewardGradientTrainer, TrainingError
+
+    try:
+        RewardGradientTrainer(args=args).train()
+        return 0
+    except ConfigError as error:
+        return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
+    except (RewardError, TrainingError) as error:
+        return _tell(f"train_rlhf: {error}{_resume_hint(args, checkpoints)}", EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _tell(f"train_rlhf: interrupted.{_resume_hint(args, checkpoints)}", EXIT_INTERRUPTED)
+
+
+def _resume_hint(args: RewardGradientConfig, checkpoints) -> str:
+    saved = checkpoints(Path(args.output_dir) / "checkpoints")
+    command = f"accelerate launch {' '.join(sys.argv)}"
+    if "--resume_from_checkpoint" not in sys.argv:
+        command += " --resume_from_checkpoint latest"
+    return f" The last good state is {saved[-1]}; go on with\n  {command}" if saved else ""
+
+
+def _tell(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
