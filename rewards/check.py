@@ -1,0 +1,71 @@
+"""Does a reward keep the contract? `python -m rewards.check SPEC` runs the probe and says so; exit status 1 if not."""
+
+import argparse
+import json
+import sys
+
+import torch
+
+from rewards.base import RewardError, probe
+from rewards.load import load_reward
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m rewards.check", description=__doc__)
+    parser.add_argument("spec", help="built-in name, path/to/file.py:Class, package.module:Class or an entry point")
+    parser.add_argument("--shape", type=_shape, default=(3, 17, 64, 64), help="C,T,H,W of one video (3,17,64,64)")
+    parser.add_argument("--kwargs", type=_kwargs, default={}, help="arguments of the reward, as JSON")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompt", action="append", dest="prompts", help="a prompt to use; may be repeated")
+    return parser.parse_args(argv)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected four numbers C,T,H,W, for example 3,17,64,64")
+    return tuple(int(part) for part in parts)
+
+
+def _kwargs(text: str) -> dict:
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected JSON such as '{{\"frames\": 8}}' ({error})"
+        ) from error
+    if not isinstance(kwargs, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a JSON object such as '{{\"frames\": 8}}'")
+    return kwargs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print one line for each check; return the exit status."""
+    arguments = parse_arguments(argv)
+    print(f"reward {arguments.spec}, video {'x'.join(map(str, arguments.shape))} (C, T, H, W), {arguments.device}")
+    try:
+        reward = load_reward(arguments.spec, **arguments.kwargs)
+        if isinstance(reward, torch.nn.Module):
+            reward.to(arguments.device)
+        _say("pass", "loaded")
+        report = probe(
+            reward,
+            arguments.shape,
+            arguments.prompts,
+            arguments.device,
+            name=arguments.spec,
+            on_pass=lambda line: _say("pass", line),
+        )
+    except RewardError as error:
+        _say("FAIL", str(error))
+        return 1
+    print(f"The reward keeps the contract ({report.seconds:.2f} s).")
+    return 0
+
+
+def _say(verdict: str, line: str) -> None:
+    print(f"  {verdict}  {line}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
