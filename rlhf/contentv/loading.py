@@ -56,10 +56,10 @@ def load_pipeline(
     Raises:
         ValueError: the model is not there, or lacks a component.
     """
-    folder = _folder(resolve_model(model))
+    folder = model_folder(model)
     dtype = dtype or _default_dtype(folder)
     pipe = ContentVPipeline(
-        transformer=_weights(SD3Transformer3DModel, folder / "transformer", torch_dtype=dtype),
+        transformer=load_transformer(folder, dtype),
         vae=_weights(AutoencoderKLWan, folder / "vae", torch_dtype=torch.float32),
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         **{name: _weights(cls, folder / name, dtype=dtype) for name, cls in TEXT_ENCODERS.items()},
@@ -67,6 +67,12 @@ def load_pipeline(
     )
     pipe.sampling = SamplingDefaults.load(folder)
     return pipe if device is None else pipe.to(device)
+
+
+def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
+    """The transformer of a checkpoint alone, on the CPU, as `load_pipeline` would have it."""
+    dtype = dtype or _default_dtype(folder)
+    return _weights(SD3Transformer3DModel, folder / "transformer", torch_dtype=dtype)
 
 
 def resolve_model(model: str | Path) -> Path | str:
@@ -92,7 +98,7 @@ def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
     if str(model) == CONTENTV_8B:
         return {name: _init_defaults(cls) for name, cls in CONFIGURED.items()} | {"sampling": vars(SamplingDefaults())}
     files = [f"{name}/{CONFIG_FILES[name]}" for name in CONFIGURED] + [SAMPLING_FILE]
-    folder = _folder(resolve_model(model), files)
+    folder = model_folder(model, files)
     configs = {name: json.loads((folder / name / CONFIG_FILES[name]).read_text()) for name in CONFIGURED}
     filled = {name: _init_defaults(cls) | _public(configs[name]) for name, cls in CONFIGURED.items()}
     return filled | {"sampling": vars(SamplingDefaults.load(folder))}
@@ -111,8 +117,9 @@ def _check_folder(folder: Path, cure: str) -> Path:
     )
 
 
-def _folder(model: Path | str, files: list[str] | None = None) -> Path:
-    """The local folder of a resolved model; for a hub id, of its snapshot with the files wanted."""
+def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
+    """The local folder of a model; a hub id is downloaded, all of the pipeline or only the files named."""
+    model = resolve_model(model)
     if isinstance(model, Path):
         return model
     wanted = files or [f"{name}/*" for name in CONFIG_FILES] + [SAMPLING_FILE]

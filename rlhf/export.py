@@ -1,0 +1,122 @@
+"""What a training run learned, for use elsewhere: `python -m rlhf.export RUN --merged OUT` or `--adapter OUT`.
+
+--merged   a complete pipeline with the adapter added to the weights: loads here and in ContentV's published code
+--adapter  the LoRA weights alone, which `pipe.load_lora_weights(OUT)` reads
+--scale s  either with the adapter counted s times
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rlhf.contentv.loading import CONFIG_FILES, load_transformer, model_folder
+from rlhf.contentv.pipeline import INDEX_CLASSES, SamplingDefaults
+from rlhf.contentv.transformer import SD3Transformer3DModel
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = None) -> None:
+    """Write a pipeline in diffusers layout to `out`: the base model of the run, its transformer with the adapter in it.
+
+    Everything but the transformer is copied file by file. The transformer is written in the dtype it is loaded in:
+    bfloat16 for ContentV-8B, which rounds the sum of weight and adapter once.
+
+    Args:
+        model: the base model's new name or place, if config.yaml names one that is no longer there.
+
+    Raises:
+        ValueError: no finished run in `run`, `out` in use, base model absent, adapter that is not finite.
+    """
+    adapter = _check(run, out)
+    base = model_folder(model or yaml.safe_load((run / "config.yaml").read_text())["model"])
+    transformer = load_transformer(base)
+    transformer.load_lora_adapter(adapter.parent, prefix="transformer", weight_name=adapter.name, use_safetensors=True)
+    with merged(transformer, scale) as plain:  # before anything is written: it may refuse the adapter
+        plain.save_pretrained(out / "transformer")
+    for name in set(CONFIG_FILES) - {"transformer"}:
+        shutil.copytree(base / name, out / name)
+    SamplingDefaults.load(base).save(out)
+    index = json.loads((base / "model_index.json").read_text()) | {"transformer": INDEX_CLASSES["transformer"]}
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def export_adapter(run: Path, out: Path, scale: float = 1.0) -> None:
+    """Write the adapter of a run to `out`/pytorch_lora_weights.safetensors, its B matrices multiplied by `scale`."""
+    adapter = _check(run, out)
+    with safe_open(adapter, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors = {key: value * scale if "lora_B" in key else value for key, value in tensors.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / ADAPTER_FILE, metadata)
+
+
+@contextmanager
+def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[SD3Transformer3DModel]:
+    """Inside, a plain transformer that holds the adapter in its weights; afterwards these are back, bit for bit.
+
+    The plain transformer shares its weights with the one given, so it is of use inside only.
+    """
+    layers = [module.get_base_layer() for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    originals = [(p, p.detach().clone()) for layer in layers for p in layer.parameters()]
+    scale_lora_layers(transformer, scale)
+    try:
+        transformer.fuse_lora(safe_fusing=True)
+        yield _without_adapter(transformer)
+    finally:
+        transformer.unfuse_lora()  # subtracts what was added, up to rounding
+        unscale_lora_layers(transformer, scale)
+        for parameter, original in originals:
+            parameter.data.copy_(original)
+
+
+def _without_adapter(transformer) -> SD3Transformer3DModel:
+    weights = {k.replace(".base_layer.", "."): v for k, v in transformer.state_dict().items() if ".lora_" not in k}
+    with torch.device("meta"):
+        plain = SD3Transformer3DModel.from_config(transformer.config)
+    plain.load_state_dict(weights, strict=True, assign=True)
+    return plain.eval().requires_grad_(False)
+
+
+def _check(run: Path, out: Path) -> Path:
+    """The adapter file of a run, after making sure that there is one and that `out` is free."""
+    adapter = run / "adapter" / ADAPTER_FILE
+    for file in (run / "config.yaml", adapter):
+        if not file.is_file():
+            raise ValueError(f"{file} is not there, expected the folder of a finished training run; correct {run}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty, expected a new folder; choose another or remove it")
+    return adapter
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m rlhf.export", description="Export what a training run learned.")
+    parser.add_argument("run", type=Path, help="folder of a training run")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--merged", type=Path, metavar="OUT", help="write a complete pipeline, adapter merged")
+    target.add_argument("--adapter", type=Path, metavar="OUT", help="write the adapter alone")
+    parser.add_argument("--scale", type=float, default=1.0, help="count the adapter this often (default: %(default)s)")
+    parser.add_argument("--model", help="base model, if not the one in the run's config.yaml")
+    args = parser.parse_args(arguments)
+    try:
+        if args.merged:
+            export_merged(args.run, args.merged, args.scale, args.model)
+        else:
+            export_adapter(args.run, args.adapter, args.scale)
+    except ValueError as error:
+        raise SystemExit(f"rlhf.export: error: {error}") from error
+    print(f"wrote {args.merged or args.adapter}")
+
+
+if __name__ == "__main__":
+    main()

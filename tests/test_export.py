@@ -1,0 +1,161 @@
+"""A merged checkpoint computes what the adapter does; a merge and un-merge leaves no trace; an adapter file loads."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
+
+from rlhf.contentv.loading import load_pipeline
+from rlhf.export import ADAPTER_FILE, main, merged
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+
+def add_adapter(pipe):
+    """Rank 4, alpha 12, both matrices random: a strong adapter."""
+    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS))
+    generator = torch.Generator().manual_seed(7)
+    for name, weight in pipe.transformer.named_parameters():
+        if "lora_" in name:
+            weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    return pipe
+
+
+def make_run(folder: Path) -> Path:
+    """What a training run leaves behind, and its base model beside it."""
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(folder / "base")
+    add_adapter(pipe)
+    pipe.save_lora_weights(
+        folder / "run" / "adapter",
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+    )
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump({"model": str(folder / "base"), "seed": 0}))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("export"))
+
+
+def velocity(pipe, **kwargs):
+    cond = tiny_conditioning()
+    latents = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return pipe.transformer(
+            latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.tensor([500.0]), **kwargs
+        ).sample
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_merged_output_equals_adapter_on(run, tmp_path, scale):
+    before = fingerprint(run.parent / "base")
+    main([str(run), "--merged", str(tmp_path / "out"), "--scale", str(scale)])
+    assert fingerprint(run.parent / "base") == before
+
+    base, exported = load_pipeline(run.parent / "base"), load_pipeline(tmp_path / "out")
+    off, on = velocity(base), velocity(add_adapter(base), joint_attention_kwargs={"scale": scale})
+    torch.testing.assert_close(velocity(exported), on, atol=1e-5, rtol=1e-5)
+    assert (on - off).abs().max() > 0.02
+    assert exported.transformer.state_dict().keys() == tiny_pipeline().transformer.state_dict().keys()
+
+
+def test_merged_checkpoint_samples_what_the_adapter_samples(run, tmp_path):
+    main([str(run), "--merged", str(tmp_path / "out")])
+    with_adapter, exported = load_pipeline(run.parent / "base"), load_pipeline(tmp_path / "out")
+    with_adapter.load_lora_weights(run / "adapter")
+    assert exported.sampling == SAMPLING
+    videos = [
+        pipe("a red circle", generator=torch.Generator().manual_seed(0), **SAMPLING.call_arguments()).frames
+        for pipe in (with_adapter, exported)
+    ]
+    torch.testing.assert_close(*map(torch.tensor, videos), atol=1e-4, rtol=0)
+
+
+def test_merged_checkpoint_keeps_every_other_file_and_a_readable_index(run, tmp_path):
+    main([str(run), "--merged", str(tmp_path / "out")])
+    before, after = fingerprint(run.parent / "base"), fingerprint(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name] and not name.endswith(".json")}
+    assert changed == {"transformer/diffusion_pytorch_model.safetensors"}
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "SD3Transformer2DModel"]
+
+
+def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():
+    transformer = add_adapter(tiny_pipeline()).transformer
+    before = {key: value.clone() for key, value in transformer.state_dict().items()}
+    with merged(transformer, 0.7) as plain:
+        key = "transformer_blocks.0.attn.to_q"
+        assert not torch.equal(plain.state_dict()[f"{key}.weight"], before[f"{key}.base_layer.weight"])
+    after = transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_unmerging_happens_even_after_an_error():
+    pipe = add_adapter(tiny_pipeline())
+    expected = velocity(pipe)
+    with pytest.raises(RuntimeError, match="stop"), merged(pipe.transformer, 0.3):
+        raise RuntimeError("stop")
+    torch.testing.assert_close(velocity(pipe), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_exported_adapter_is_read_by_load_lora_weights(run, tmp_path, scale):
+    main([str(run), "--adapter", str(tmp_path / "out"), "--scale", str(scale)])
+    pipe = load_pipeline(run.parent / "base")
+    expected = velocity(add_adapter(load_pipeline(run.parent / "base")), joint_attention_kwargs={"scale": scale})
+    pipe.load_lora_weights(tmp_path / "out")
+    torch.testing.assert_close(velocity(pipe), expected, atol=1e-5, rtol=1e-5)
+    assert all(key.startswith("transformer.") for key in load_file(tmp_path / "out" / ADAPTER_FILE))
+
+
+@pytest.mark.parametrize("kind", ["--merged", "--adapter"])
+def test_an_output_folder_in_use_is_refused(run, tmp_path, kind):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="exists and is not empty, expected a new folder; choose another"):
+        main([str(run), kind, str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"config.yaml is not there, expected the folder of a finished training run"):
+        main([str(tmp_path / "nowhere"), "--merged", str(tmp_path / "out")])
+
+
+def test_a_moved_base_model_can_be_named(tmp_path):
+    run = make_run(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(SystemExit, match="base.*is no folder here"):
+        main([str(run), "--merged", str(tmp_path / "out")])
+    main([str(run), "--merged", str(tmp_path / "out"), "--model", str(tmp_path / "moved")])
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    run = make_run(tmp_path)
+    path = run / "adapter" / ADAPTER_FILE
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    next(value for key, value in tensors.items() if "lora_B" in key)[0, 0] = torch.nan
+    save_file(tensors, path, metadata)
+    with pytest.raises(SystemExit, match="NaN"):
+        main([str(run), "--merged", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
