@@ -194,7 +194,7 @@ def _score_one(name, reward, video_BCTHW, prompts, index, differentiable):
 def _call(name, reward, video_BCTHW, prompts):
     try:
         return reward(video_BCTHW, list(prompts), probe=True)
-    except RewardError:
+    except (RewardError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         got = f"{type(error).__name__}: {error}".rstrip(".") + f" for a video of shape {tuple(video_BCTHW.shape)}"

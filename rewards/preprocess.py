@@ -59,7 +59,7 @@ _FITS = {"shortest": resize_shorter_and_crop, "squash": squash}
 def _resize_matrix(before: int, after: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(after, before): the resize of an identity. Made in float64 on the CPU, where every backend gets the same."""
     identity = torch.eye(before, dtype=torch.float64)[None, None]
-    return F.interpolate(identity, size=(after, before), mode="bicubic", antialias=True)[0, 0].to(device, dtype)
+    return F.interpolate(identity, size=(after, before), mode="bicubic", antialias=True)[0, 0].to(dtype).to(device)
 
 
 def evenly_spaced(total: int, count: int | None) -> list[int]:

@@ -275,3 +275,37 @@ def test_the_folder_need_not_name_its_schema(folders):
     assert json.loads((folders["open_clip"] / "open_clip_config.json").read_text())
     video = make_video()
     assert torch.equal(ClipScore(plain)(video, PROMPTS), ClipScore(schema)(video, PROMPTS))
+
+
+# ---------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def online(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(online, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr("rewards.weights._hub_answers", lambda endpoint: False)
+    for kwargs in [{}, {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}]:
+        started = time.perf_counter()
+        with pytest.raises(RewardError, match="no weights for"):
+            load_reward("clip_score", **kwargs)
+        assert time.perf_counter() - started < 10
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_that_can_not_be_reached_does_not_answer(monkeypatch):
+    from rewards.weights import _hub_answers
+
+    assert _hub_answers("http://127.0.0.1:9") is False
+
+
+def test_a_local_folder_asks_no_hub(model, online, monkeypatch):
+    def asked(endpoint):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("rewards.weights._hub_answers", asked)
+    ClipScore(model)
