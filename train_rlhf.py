@@ -37,7 +37,9 @@ def train(args: RewardGradientConfig) -> int:
     from rlhf.trainer import RewardGradientTrainer, TrainingError
 
     try:
-        RewardGradientTrainer(args=args).train()
+        trainer = RewardGradientTrainer(args=args)
+        trainer.train()
+        trainer.accelerator.end_training()
         return 0
     except ConfigError as error:
         return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)

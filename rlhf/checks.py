@@ -129,7 +129,7 @@ def _out_of_range(args):
             "reached; lower warmup_steps"
         )
     if args.decode_checkpoint and args.decode_chunk is None:
-        yield "decode_checkpoint: got no decode_chunk, expected one: a single chunk saves nothing; set decode_chunk, such as 1"
+        yield "decode_checkpoint: got no decode_chunk, expected one, since a single chunk saves nothing; set it to 1"
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             yield f"{name}: got {getattr(args, name)}, expected 0 <= {name} < 1; correct it"
@@ -164,8 +164,8 @@ def _run_folder(args):
         yield from _resumable(args, folder)
     elif not args.overwrite_output_dir and run_in(folder):
         yield (
-            f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, go on "
-            "with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+            f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, "
+            "go on with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
 
 
@@ -179,8 +179,8 @@ def _resumable(args, folder):
     for name in FIXED_ON_RESUME:
         if saved[name] != getattr(args, name):
             yield (
-                f"{name}: got {getattr(args, name)!r}, expected {saved[name]!r} as in {path}: a resumed run continues the "
-                f"same adapter; set it back, or start another output_dir"
+                f"{name}: got {getattr(args, name)!r}, expected {saved[name]!r} as in {path}: a resumed run "
+                "continues the same adapter; set it back, or start another output_dir"
             )
 
 
@@ -196,7 +196,7 @@ def _reward_settings(args, rewards):
         yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; leave one out"
     weights = args.reward_weights
     if weights is not None and len(weights) != len(trained):
-        yield f"reward_weights: got {len(weights)}, expected one for each of the {len(trained)} reward_funcs; add or remove some"
+        yield f"reward_weights: got {len(weights)}, expected {len(trained)}, one for each of reward_funcs; correct them"
     elif weights is not None and not any(weights):
         yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
     for name in args.reward_kwargs or {}:
@@ -211,4 +211,4 @@ def _trackers(args):
         if name not in TRACKERS:
             yield f"report_to: got {name!r}, expected some of {', '.join(TRACKERS)}, or none; correct it"
         elif importlib.util.find_spec(name) is None:
-            yield f"report_to: got {name!r}, which is not installed; pip install {name}, or set report_to to tensorboard or none"
+            yield f"report_to: got {name!r}, which is not installed; pip install {name}, or set report_to to none"

@@ -1,7 +1,7 @@
 """The settings of a run: one dataclass, read from a YAML file with flat keys, any of them again as a flag.
 
-Names follow TRL and transformers where these have a word for a thing. What can be wrong between settings is looked at in
-`rlhf.checks`, before any weight is loaded.
+Names follow TRL and transformers where these have a word for a thing. What can be wrong between settings is looked at
+in `rlhf.checks`, before any weight is loaded.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ class RewardGradientConfig:
     model: str = _key("nano", "The generator: 'nano' (embedded), a local folder in diffusers layout, or a hub id.")
     dtype: str = _key(
         "auto",
-        "Number format of the frozen transformer and text encoders: auto, float32 or bfloat16; auto is float32 on a CPU "
-        "and for nano, else bfloat16. VAE, latents, scores and the trained numbers are float32 whatever this says.",
+        "Number format of the frozen transformer and text encoders: auto, float32 or bfloat16; auto is bfloat16 for a "
+        "transformer of more than 2 GiB, else float32. VAE, latents, scores and trained numbers are always float32.",
     )
     device: str | None = _key(None, "Device, for instance cpu or cuda. Default: the accelerator of this machine.")
     cpu_threads: int | None = _key(
@@ -71,7 +71,7 @@ class RewardGradientConfig:
     # Rewards
     reward_funcs: list[str] = _key(
         ["nano_preference"],
-        "Rewards to train on: built-in names, package.module:Class or path/to/file.py:Class. A file is code and is run.",
+        "Rewards to train on: built-in names, package.module:Class or path/file.py:Class. A file is code and is run.",
     )
     reward_weights: list[float] | None = _key(None, "One weight for each of reward_funcs. Default: 1 each.")
     reward_kwargs: dict | str | None = _key(
@@ -157,6 +157,8 @@ class RewardGradientConfig:
             raise ConfigError(problems)
         if self.report_to == ["none"]:
             self.report_to = []
+        if self.model != "nano" and Path(self.model).is_dir():  # config.yaml is read elsewhere, too
+            self.model = str(Path(self.model).resolve())
 
     def to_yaml(self) -> str:
         """The settings as the YAML text that `--config` reads."""

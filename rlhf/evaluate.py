@@ -1,4 +1,4 @@
-"""Base against tuned on held-out prompts: the same prompts, the same noise, each prompt's own difference.
+"""A model on held-out prompts: always the same prompts and the same noise, so that models can be compared.
 
 Shape legend: B batch, N prompts, C channels, T frames, H height, W width.
 """
@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rewards import RewardMix
+from rlhf.config import RewardGradientConfig
 from rlhf.sampler import draw_noise
+from rlhf.tracking import EvaluationBar, write_samples
 
 MOTION, DIVERSITY = "motion", "diversity"
 
@@ -35,9 +37,7 @@ class Evaluation:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
-        save_file(
-            tensors | {"videos": self.videos_NCTHW.contiguous()}, path, metadata={"prompts": json.dumps(self.prompts)}
-        )
+        save_file(tensors | {"videos": self.videos_NCTHW}, path, metadata={"prompts": json.dumps(self.prompts)})
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
@@ -47,48 +47,94 @@ class Evaluation:
         return cls(prompts, {k[7:]: v for k, v in tensors.items() if k != "videos"}, tensors["videos"])
 
 
-@torch.no_grad()
-def evaluate(
-    make_videos: Callable[[list[str], torch.Tensor], torch.Tensor],
-    judges: dict[str, Callable],
-    prompts: list[str],
-    noise_shape_CTHW: tuple[int, int, int, int],
-    *,
-    seed: int,
-    batch_size: int,
-    num_videos: int,
-    num_diversity: int,
-    accelerator,
-    progress: Callable[[int], None] = lambda count: None,
-) -> Evaluation:
-    """Sample a video of every prompt and judge it; the processes share the prompts and all get all scores.
+class HeldOut:
+    """The held-out prompts of a run, and what is done with them.
 
-    make_videos: prompts and noise (B, C, T, H, W) to whole videos. The noise depends on `seed` and the prompt's place
-    alone. motion: mean absolute difference of neighbouring frames, in [0, 1]. diversity: mean absolute difference of two
-    videos of one prompt, of the leading num_diversity prompts. `progress` is told the videos made.
+    Args:
+        make_videos: prompts and noise (B, C, T, H, W) to whole videos (B, 3, T, H, W) in [0, 1], by the current model.
+        judges: rewards by name, trained on or not.
+        noise_shape_CTHW: of the latents of one video.
     """
-    mix = RewardMix(judges, [0.0] * len(judges))  # of weight 0: scores without gradient
-    share = math.ceil(len(prompts) / accelerator.num_processes)
-    own = range(len(prompts))[accelerator.process_index * share :][:share]
-    scores = {name: torch.zeros(len(prompts)) for name in [*judges, MOTION]}
-    scores[DIVERSITY] = torch.zeros(min(num_diversity, len(prompts)))
-    kept = []
-    for start in range(0, len(own), batch_size):
-        rows = list(own[start : start + batch_size])
-        texts = [prompts[i] for i in rows]
-        video = make_videos(texts, draw_noise(noise_shape_CTHW, seed, "evaluation", [(i, 0) for i in rows]))
-        for name, scores_B in mix(video, texts)[1].items():
-            scores[name][rows] = scores_B.cpu()
-        scores[MOTION][rows] = motion(video).cpu()
-        if again := [i for i in rows if i < num_diversity]:
-            noise = draw_noise(noise_shape_CTHW, seed, "evaluation", [(i, 1) for i in again])
-            other = make_videos([prompts[i] for i in again], noise)
-            scores[DIVERSITY][again] = distance(video[: len(again)], other).cpu()
-        if accelerator.is_main_process and rows[0] < num_videos:
-            kept.append(to_uint8(video[: num_videos - rows[0]]))
-        progress(len(rows) + len(again))
-    scores = {name: accelerator.reduce(s.to(accelerator.device), "sum").cpu() for name, s in scores.items()}
-    return Evaluation(prompts, scores, torch.cat(kept) if kept else torch.zeros(0, dtype=torch.uint8))
+
+    def __init__(
+        self,
+        make_videos: Callable[[list[str], torch.Tensor], torch.Tensor],
+        judges: dict[str, Callable],
+        prompts: list[str],
+        noise_shape_CTHW: tuple[int, int, int, int],
+        args: RewardGradientConfig,
+        accelerator,
+        fps: int,
+    ):
+        self.make_videos, self.judges, self.prompts = make_videos, judges, prompts
+        self.noise_shape, self.args, self.accelerator, self.fps = noise_shape_CTHW, args, accelerator, fps
+        self.folder = Path(args.output_dir)
+        self.diversity_count = min(args.num_diversity_prompts, len(prompts))
+
+    @torch.no_grad()
+    def evaluate(self, name: str, step: int) -> Evaluation:
+        """Sample a video of every prompt, judge it and write the samples; all processes share the work and the scores.
+
+        motion: mean absolute difference of neighbouring frames. diversity: mean absolute difference of two videos of
+        one prompt, for the leading prompts. Both in [0, 1].
+        """
+        mix = RewardMix(self.judges, [0.0] * len(self.judges))  # of weight 0: scores without gradient
+        scores = {judge: torch.zeros(len(self.prompts)) for judge in [*self.judges, MOTION]}
+        scores[DIVERSITY] = torch.zeros(self.diversity_count)
+        shown, videos = self.args.num_sample_prompts, [torch.zeros(0, dtype=torch.uint8)]
+        own, size = self._own_rows(), self.args.per_device_eval_batch_size
+        count = len(own) + sum(i < self.diversity_count for i in own)
+        with EvaluationBar(name, count, self._is_main) as progress:
+            for rows in (own[i : i + size] for i in range(0, len(own), size)):
+                video = self._videos(rows, draw=0)
+                for judge, scores_B in mix(video, [self.prompts[i] for i in rows])[1].items():
+                    scores[judge][rows] = scores_B.cpu()
+                scores[MOTION][rows] = motion(video).cpu()
+                if twice := [i for i in rows if i < self.diversity_count]:
+                    scores[DIVERSITY][twice] = distance(video[: len(twice)], self._videos(twice, draw=1)).cpu()
+                videos.append(to_uint8(video[: max(0, shown - rows[0])]))
+                progress(len(rows) + len(twice))
+        scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
+        evaluation = Evaluation(self.prompts, scores, torch.cat(videos)[: shown if self._is_main else 0])
+        self._write(step, evaluation.videos_NCTHW)
+        return evaluation
+
+    def base(self, resumed: bool) -> Evaluation:
+        """The evaluation of the base, which has to be the current model; a resumed run reads that of its folder."""
+        path = self.folder / "evaluation" / "base.safetensors"
+        if resumed and path.is_file():
+            kept = Evaluation.load(path)
+            if kept.prompts == self.prompts and set(self.judges) <= set(kept.scores):
+                return kept
+        base = self.evaluate("base", step=0)
+        if self._is_main:
+            base.save(path)
+        return base
+
+    def sample(self, step: int) -> None:
+        """Write sample videos of the current model, without judging them."""
+        if self._is_main:
+            rows = list(range(len(self.prompts)))[: self.args.num_sample_prompts]
+            self._write(step, to_uint8(self._videos(rows, draw=0)))
+
+    def _videos(self, rows: list[int], draw: int) -> torch.Tensor:
+        noise = draw_noise(self.noise_shape, self.args.eval_seed, "evaluation", [(i, draw) for i in rows])
+        return self.make_videos([self.prompts[i] for i in rows], noise)
+
+    def _own_rows(self) -> list[int]:
+        share = math.ceil(len(self.prompts) / self.accelerator.num_processes)
+        return list(range(len(self.prompts)))[self.accelerator.process_index * share :][:share]
+
+    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+
+    def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
+        if self._is_main:
+            write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps)
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
 
 
 def motion(video_BCTHW: torch.Tensor) -> torch.Tensor:
@@ -105,48 +151,4 @@ def distance(a_BCTHW: torch.Tensor, b_BCTHW: torch.Tensor) -> torch.Tensor:
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
     """[0, 1] to 0 .. 255, rounded, on the CPU."""
-    return (video.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
-def paired(base_N: torch.Tensor, tuned_N: torch.Tensor) -> dict:
-    """Means, mean difference and its 95 % interval from the differences of each prompt (Student's t)."""
-    difference = (tuned_N - base_N).double()
-    count, diff = len(difference), difference.mean().item()
-    error = difference.std().item() / math.sqrt(count) if count > 1 else 0.0
-    half = student_t_975(count - 1) * error
-    return {
-        "base": base_N.double().mean().item(),
-        "tuned": tuned_N.double().mean().item(),
-        "diff": diff,
-        "ci95": [diff - half, diff + half],
-    }
-
-
-def student_t_975(freedom: int) -> float:
-    """The 97.5 % point of Student's t: exact for one and two degrees of freedom, then Cornish-Fisher's expansion."""
-    if freedom < 3:
-        return (0.0, 12.7062, 4.3027)[freedom]
-    z = 1.959964
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
-
-
-def summarise(base: Evaluation, tuned: Evaluation, trained: list[str], seconds: float, steps: int) -> dict:
-    """The content of summary.json. `trained`: the judges that were trained on; the others are held out.
-
-    {"seconds", "steps", "trained": {name: {"base", "tuned", "diff", "ci95": [lo, hi]}}, "held_out": {...}, "motion": {...},
-    "diversity": {...}}; a held-out judge goes by its short name, without the prefix "nano_".
-    """
-    compared = {n: paired(base.scores[n], tuned.scores[n]) for n in base.scores if len(base.scores[n])}
-    measures = {name: compared.pop(name, {}) for name in (MOTION, DIVERSITY)}
-    held_out = {name.removeprefix("nano_"): row for name, row in compared.items() if name not in trained}
-    return {
-        "seconds": seconds,
-        "steps": steps,
-        "trained": {name: compared[name] for name in trained},
-        "held_out": held_out,
-    } | measures
+    return (video.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()

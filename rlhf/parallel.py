@@ -28,7 +28,7 @@ def make_accelerator(args: RewardGradientConfig) -> Accelerator:
 
 
 def cpu_threads(asked: int | None) -> int | None:
-    """Threads for one process: what was asked; else OMP_NUM_THREADS (None: it is obeyed already); else its share of cores.
+    """Threads of a process: what was asked; else OMP_NUM_THREADS (None: it is obeyed already); else its share of cores.
 
     `accelerate launch` sets OMP_NUM_THREADS=1 where the user set nothing, which would leave all cores but one idle.
     """

@@ -38,8 +38,8 @@ def sizes(args: RewardGradientConfig, card: dict[str, dict]) -> str:
     lines = [f"  {name.ljust(max(len(row[0]) for row in rows))}  {value}" for name, value in rows]
     return "\n".join(
         [
-            "Computed from the sizes, not measured. Left out: text encoders (they leave the device once the prompts are",
-            "encoded), reward models, activations.",
+            "Computed from the sizes, not measured. Left out: text encoders (they leave the device when the prompts",
+            "are encoded), reward models, activations.",
             *lines,
         ]
     )

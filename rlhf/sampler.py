@@ -18,13 +18,13 @@ def rollout(
     guidance_scale: float,
     grad_steps: list[int],
 ) -> torch.Tensor:
-    """Latents (B, C, T, H, W), float32, after all N Euler steps of the probability flow dx/dsigma = v (arXiv 2210.02747).
+    """Latents (B, C, T, H, W), float32, after all N Euler steps of the flow dx/dsigma = v (arXiv 2210.02747).
 
     Args:
         noise_BCTHW: float32, unit normal.
         sigmas: (N+1,) float32 from 1 down to 0.
-        grad_steps: the last steps, consecutive, or [] for none: from the first of them on, both branches of guidance and
-            the latents themselves carry the gradient.
+        grad_steps: the last steps, consecutive, or [] for none: from the first of them on, the latents and both
+            branches of guidance carry the gradient.
     """
     num_steps = len(sigmas) - 1
     start = grad_steps[0] if grad_steps else num_steps

@@ -12,7 +12,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from rlhf.config import RewardGradientConfig
-from rlhf.evaluate import Evaluation
 from rlhf.figures import contact_sheet, plot_curves
 from rlhf.run_folder import METRICS
 
@@ -45,7 +44,8 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would take the process group down as well
+            tracker.finish()
 
 
 def keep_rows(path: Path, before_step: int) -> None:
@@ -69,9 +69,8 @@ def _plain(args: RewardGradientConfig) -> dict:
 class EvaluationBar:
     """A progress bar over the videos of an evaluation, callable with the number made."""
 
-    def __init__(self, name: str, total: int, accelerator):
-        share, shown = -(-total // accelerator.num_processes), accelerator.is_main_process
-        self.bar = tqdm(total=share, desc=f"evaluate {name}", unit="video", disable=not shown)
+    def __init__(self, name: str, total: int, shown: bool):
+        self.bar = tqdm(total=total, desc=f"evaluate {name}", unit="video", disable=not shown)
 
     def __call__(self, count: int) -> None:
         self.bar.update(count)
@@ -96,12 +95,12 @@ def write_samples(folder: Path, step: int, prompts: list[str], videos_NCTHW: tor
     (target / "prompts.txt").write_text("".join(lines), encoding="utf-8")
 
 
-def write_results(folder: Path, summary: dict, base: Evaluation, tuned: Evaluation) -> None:
-    """Write summary.json, curves.png and contact_sheet.png, and print the table."""
+def write_results(folder: Path, summary: dict, prompts: list[str], before_NCTHW, after_NCTHW) -> None:
+    """Write summary.json, curves.png and contact_sheet.png (of uint8 videos), and print the table."""
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curves(read_metrics(folder), folder / "curves.png")
-    contact_sheet(base.prompts, base.videos_NCTHW, tuned.videos_NCTHW, folder / "contact_sheet.png")
-    print(f"\n{len(base.prompts)} held-out prompts, the same noise before and after\n\n{table(summary)}\n")
+    contact_sheet(prompts, before_NCTHW, after_NCTHW, folder / "contact_sheet.png")
+    print(f"\n{len(prompts)} held-out prompts, the same noise before and after\n\n{table(summary)}\n")
     print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {folder / 'contact_sheet.png'}")
 
 

@@ -16,11 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from rewards import RewardError, RewardMix, frames_needed, probe, reward_name
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.checks import check_config, load_rewards, with_sampling
+from rlhf.compare import summarise
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline, flow_sigmas
 from rlhf.contentv.wan_decoder import decode_video
-from rlhf.evaluate import Evaluation, evaluate, summarise, to_uint8
+from rlhf.evaluate import HeldOut
 from rlhf.grad_steps import choose_grad_steps
 from rlhf.lora import Masters, adapter_off, add_adapter, lora_config, save_adapter
 from rlhf.losses import reward_loss
@@ -29,7 +30,7 @@ from rlhf.prompts import as_prompts, load_prompts, prompt_positions
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import draw_noise, rollout
 from rlhf.text import encode_prompts
-from rlhf.tracking import EvaluationBar, RunLog, write_results, write_samples
+from rlhf.tracking import RunLog, write_results
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -42,7 +43,8 @@ class RewardGradientTrainer:
     """Trains an adapter on a text-to-video model by back-propagating rewards through its last denoising steps.
 
     Args:
-        model: a `ContentVPipeline`, or what names one: "nano", a local folder, a hub id. Default: args.model.
+        model: what names the generator ("nano", a local folder, a hub id; default: args.model) or a `ContentVPipeline`,
+            which is trained in place; args.model then only says in config.yaml which it was.
         reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts, **info) -> scores.
             Default: args.reward_funcs.
         args: the settings.
@@ -64,9 +66,9 @@ class RewardGradientTrainer:
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        args = dataclasses.replace(args or RewardGradientConfig())
+        args = args or RewardGradientConfig()
+        args = dataclasses.replace(args, model=model if isinstance(model, str) else args.model)
         pipe = None if model is None or isinstance(model, str) else model
-        args.model = model if isinstance(model, str) else args.model
         rewards = args.reward_funcs if reward_funcs is None else reward_funcs
         rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
         args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
@@ -87,15 +89,19 @@ class RewardGradientTrainer:
             eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
         self.eval_prompts = (eval_prompts or [])[: args.num_eval_prompts]
         self.rewards = RewardMix(load_rewards(rewards, args), args.reward_weights, args.normalise_rewards)
-        self.judges = self.rewards.rewards | load_rewards(args.eval_reward_funcs, args)
-        self._freeze_and_adapt(peft_config)
+        judges = self.rewards.rewards | load_rewards(args.eval_reward_funcs, args)
+        self._freeze_and_adapt(judges, peft_config)
+        self.held_out = None
+        if self.eval_prompts:
+            fps, shape = self.pipe.sampling.fps, self.latent_shape
+            self.held_out = HeldOut(self._make_videos, judges, self.eval_prompts, shape, args, self.accelerator, fps)
         self.callbacks, self.control = callbacks or [], TrainerControl()
         self.state = TrainerState(max_steps=args.max_steps)
 
-    def _freeze_and_adapt(self, peft_config: PeftConfig | None) -> None:
-        """Everything frozen, on the device, in evaluation mode; the adapter and its optimizer; what the rollout needs."""
+    def _freeze_and_adapt(self, judges: dict[str, Callable], peft_config: PeftConfig | None) -> None:
+        """Everything frozen, on the device, in evaluation mode; the adapter and its optimizer; the rollout's plan."""
         args, pipe = self.args, self.pipe
-        for reward in self.judges.values():
+        for reward in judges.values():
             if isinstance(reward, torch.nn.Module):
                 reward.to(self.device).requires_grad_(False).eval()
         pipe.vae.to(self.device).float().requires_grad_(False).eval()
@@ -123,35 +129,35 @@ class RewardGradientTrainer:
         Raises TrainingInterrupted after a signal, TrainingError or RewardError where training cannot go on; then
         checkpoints/ holds the last good step.
         """
-        started = time.perf_counter()
+        started, held_out = time.perf_counter(), self.held_out
         first = self._begin()
-        base = self._base_evaluation()
+        if held_out:
+            with adapter_off(self.pipe.transformer):
+                base = held_out.base(resumed=bool(self.args.resume_from_checkpoint))
         done = self._train_steps(first)
         self._save(done)
-        self._save_adapter()
+        if self.accelerator.is_main_process:
+            save_adapter(self.pipe, self.masters, self.folder / "adapter")
         summary = {"seconds": time.perf_counter() - started, "steps": done}
-        if self.eval_prompts:
-            tuned = self._evaluate("tuned")
+        if held_out:
+            tuned = held_out.evaluate("tuned", done)
             summary = summarise(base, tuned, list(self.rewards.rewards), time.perf_counter() - started, done)
             if self.accelerator.is_main_process:
                 tuned.save(self.folder / "evaluation" / "tuned.safetensors")
-                write_samples(
-                    self.folder / "samples", done, self.eval_prompts, tuned.videos_NCTHW, self.pipe.sampling.fps
-                )
-                write_results(self.folder, summary, base, tuned)
+                write_results(self.folder, summary, tuned.prompts, base.videos_NCTHW, tuned.videos_NCTHW)
         self._tell("on_train_end")
         return summary
 
     def _begin(self) -> int:
-        """Prepare the run folder, probe the rewards, restore a checkpoint, encode the prompts. The first step to do."""
+        """Probe the rewards, prepare the run folder, restore a checkpoint, encode the prompts. The first step to do."""
         args, accelerator = self.args, self.accelerator
         resumed = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, self.folder)
-        accelerator.wait_for_everyone()  # all have checked the folder before the first one writes there
-        if accelerator.is_main_process:
-            start_run_folder(args)
         for name, reward in self.rewards.rewards.items():
             shape = (3, args.num_frames, args.height, args.width)
             probe(reward, shape, self.train_prompts[:3], self.device, name=name)
+        accelerator.wait_for_everyone()  # all have checked the folder before the first one writes there
+        if accelerator.is_main_process:
+            start_run_folder(args)
         first = load_checkpoint(resumed, self.masters, self.optimizer)["step"] if resumed else 0
         self.state.global_step = first
         places = range(first * self.samples_per_step, args.max_steps * self.samples_per_step)
@@ -168,14 +174,14 @@ class RewardGradientTrainer:
 
     def _train_steps(self, first: int) -> int:
         """The loop over optimizer steps; returns how many are done, counted from the start of the first run."""
-        args, log = self.args, RunLog(self.accelerator, self.args, first)
+        args, log, done = self.args, RunLog(self.accelerator, self.args, first), first
         self._tell("on_train_begin")
         with StopRequest() as stop, log:
             for done in range(first + 1, args.max_steps + 1):
                 try:
                     metrics = self.step(done - 1)
                 except Exception:
-                    self._save(done - 1, together=False)
+                    self._save(done - 1, together=False)  # the others may have failed elsewhere, or not at all
                     raise
                 self.state.global_step = done
                 self.control._new_step()
@@ -185,13 +191,13 @@ class RewardGradientTrainer:
                 self.state.log_history.append(metrics)
                 self._tell("on_log", logs=metrics)
                 stopping = any_process(self.accelerator, stop.requested)
-                if stopping or self.control.should_save or (args.save_steps and done % args.save_steps == 0):
+                if stopping or self.control.should_save or _due(done, args.save_steps):
                     saved = self._save(done)
                 if stopping:
                     raise TrainingInterrupted(saved)
                 if self.control.should_training_stop:
-                    return done
-        return args.max_steps
+                    break
+        return done
 
     # --------------------------------------------------------------------------------------------- one step
 
@@ -262,14 +268,14 @@ class RewardGradientTrainer:
         return metrics
 
     def _clip(self) -> float:
-        """Scale the gradient to max_grad_norm if it is longer; its norm before that. Raises TrainingError for 0 or NaN."""
+        """Scale the gradient to max_grad_norm if it is longer; its norm before. Raises TrainingError for 0 or NaN."""
         norm = self.masters.vector.grad.norm().item()
         if not math.isfinite(norm):
             raise TrainingError(self._blame(norm))
         if norm == 0:
             raise TrainingError(
-                f"The gradient at the adapter is exactly zero after {self.state.global_step} steps, expected a number above "
-                "0: nothing would be learnt. Look for a reward that is saturated on these videos, or a weight of 0."
+                f"The gradient at the adapter is exactly zero after {self.state.global_step} steps, expected a number "
+                "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."
             )
         if self.args.max_grad_norm and norm > self.args.max_grad_norm:
             self.masters.vector.grad *= self.args.max_grad_norm / norm
@@ -291,8 +297,9 @@ class RewardGradientTrainer:
                 guilty.append(name)
         source = f"the reward {', '.join(guilty)}" if guilty else "no reward, so the decoder or the transformer"
         return (
-            f"The gradient at the adapter has norm {norm} in step {self.state.global_step + 1}, expected a finite number; it "
-            f"comes from {source}. Look for sqrt, norm or log at zero in it, lower learning_rate, or use dtype float32."
+            f"The gradient at the adapter has norm {norm} in step {self.state.global_step + 1}, expected a finite "
+            f"number; it comes from {source}. Look for sqrt, norm or log at zero there, lower learning_rate, or use "
+            "dtype float32."
         )
 
     # ------------------------------------------------------------------------------- looking at it and saving
@@ -300,18 +307,13 @@ class RewardGradientTrainer:
     def _look(self, done: int) -> dict[str, float]:
         """Evaluate or sample if this is a step for it; the evaluation's means as metrics."""
         args = self.args
-        due = args.eval_steps and done % args.eval_steps == 0
-        if (due or self.control.should_evaluate) and self.eval_prompts:
-            evaluation = self._evaluate(f"step {done}")
-            self._write_samples(done, evaluation.videos_NCTHW)
+        if self.held_out and (self.control.should_evaluate or _due(done, args.eval_steps)):
+            evaluation = self.held_out.evaluate(f"step {done}", done)
             metrics = {f"eval/{name}": mean for name, mean in evaluation.means().items()}
             self._tell("on_evaluate", metrics=metrics)
             return metrics
-        if args.sample_steps and done % args.sample_steps == 0 and done < args.max_steps and self.eval_prompts:
-            shown = range(len(self.eval_prompts))[: args.num_sample_prompts]
-            noise = draw_noise(self.latent_shape, args.eval_seed, "evaluation", [(i, 0) for i in shown])
-            if self.accelerator.is_main_process:
-                self._write_samples(done, to_uint8(self._make_videos([self.eval_prompts[i] for i in shown], noise)))
+        if self.held_out and _due(done, args.sample_steps) and done < args.max_steps:
+            self.held_out.sample(done)
         return {}
 
     @torch.no_grad()
@@ -320,42 +322,6 @@ class RewardGradientTrainer:
         args, cond = self.args, self.text(prompts, self.device)
         latents = rollout(self.pipe.transformer, noise.to(self.device), cond, self.sigmas, args.guidance_scale, [])
         return decode_video(self.pipe.vae, latents, chunk=args.decode_chunk)
-
-    def _evaluate(self, name: str) -> Evaluation:
-        args, count = self.args, len(self.eval_prompts) + min(self.args.num_diversity_prompts, len(self.eval_prompts))
-        with EvaluationBar(name, count, self.accelerator) as progress:
-            return evaluate(
-                self._make_videos,
-                self.judges,
-                self.eval_prompts,
-                self.latent_shape,
-                seed=args.eval_seed,
-                batch_size=args.per_device_eval_batch_size,
-                num_videos=args.num_sample_prompts,
-                num_diversity=args.num_diversity_prompts,
-                accelerator=self.accelerator,
-                progress=progress,
-            )
-
-    def _base_evaluation(self) -> Evaluation | None:
-        """The base model's evaluation: read from the run folder if a resumed run has it, else made."""
-        if not self.eval_prompts:
-            return None
-        path = self.folder / "evaluation" / "base.safetensors"
-        if self.args.resume_from_checkpoint and path.is_file():
-            kept = Evaluation.load(path)
-            if kept.prompts == self.eval_prompts and set(self.judges) <= set(kept.scores):
-                return kept
-        with adapter_off(self.pipe.transformer):
-            base = self._evaluate("base")
-        if self.accelerator.is_main_process:
-            base.save(path)
-            self._write_samples(0, base.videos_NCTHW)
-        return base
-
-    def _write_samples(self, done: int, videos_NCTHW: torch.Tensor) -> None:
-        if self.accelerator.is_main_process:
-            write_samples(self.folder / "samples", done, self.eval_prompts, videos_NCTHW, self.pipe.sampling.fps)
 
     def _save(self, done: int, together: bool = True) -> Path:
         """Checkpoint after `done` steps. together: all processes are here, and wait until it is written."""
@@ -368,10 +334,6 @@ class RewardGradientTrainer:
             self._tell("on_save")
         return self.folder / "checkpoints" / f"step-{done}"
 
-    def _save_adapter(self) -> None:
-        if self.accelerator.is_main_process:
-            save_adapter(self.pipe, self.masters, self.folder / "adapter")
-
     def _tell(self, event: str, **kwargs) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self.args, self.state, self.control, model=self.pipe.transformer, **kwargs)
@@ -383,6 +345,11 @@ def learning_rate(step: int, args: RewardGradientConfig) -> float:
     if args.lr_scheduler_type == "constant":
         return args.learning_rate * warm
     return args.learning_rate * min(warm, (args.max_steps - step) / max(1, args.max_steps - args.warmup_steps))
+
+
+def _due(done: int, every: int) -> bool:
+    """Whether something that happens each `every` steps, 0 for never, happens after `done` of them."""
+    return every > 0 and done % every == 0
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -1,0 +1,99 @@
+"""Checkpoints are whole or absent, hold everything, and are found again."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from tiny import tiny_transformer
+
+from rlhf.checkpoint import StopRequest, checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+from rlhf.config import ConfigError
+from rlhf.lora import Masters, add_adapter, lora_config
+
+
+def trained(updates: int, seed: int = 0):
+    """Masters and an optimizer after some steps on gradients that depend on the step alone."""
+    transformer = tiny_transformer()
+    add_adapter(transformer, lora_config(2, None, None), seed)
+    masters = Masters(transformer)
+    optimizer = torch.optim.AdamW([masters.vector], lr=1e-2, weight_decay=0.1, fused=True)
+    update(masters, optimizer, range(updates))
+    return masters, optimizer
+
+
+def update(masters, optimizer, steps) -> None:
+    for step in steps:
+        masters.vector.grad = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    masters.write()
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, updates):
+    masters, optimizer = trained(updates)
+    path = save_checkpoint(tmp_path, updates, masters, optimizer, {"note": 1})
+    update(masters, optimizer, range(updates, 6))
+
+    other, other_optimizer = trained(updates=2, seed=9)  # with wrong numbers and moments to be replaced
+    if updates == 0:
+        other, other_optimizer = trained(updates=0, seed=9)
+    assert load_checkpoint(path, other, other_optimizer) == {"step": updates, "optimizer_updates": updates, "note": 1}
+    assert all(torch.equal(p, piece) for p, piece in zip(other.params, other.named(other.vector).values(), strict=True))
+    update(other, other_optimizer, range(updates, 6))
+    assert torch.equal(masters.vector, other.vector)
+
+
+def test_nothing_is_pickled_and_no_unfinished_folder_stays(tmp_path):
+    path = save_checkpoint(tmp_path, 5, *trained(1), {})
+    assert sorted(p.name for p in path.iterdir()) == ["adapter.safetensors", "optimizer.safetensors", "state.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
+
+
+def test_a_failed_write_leaves_the_older_checkpoint_as_the_latest(tmp_path, monkeypatch):
+    masters, optimizer = trained(1)
+    save_checkpoint(tmp_path, 1, masters, optimizer, {})
+    monkeypatch.setattr("rlhf.checkpoint._flush", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path, 2, masters, optimizer, {})
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-1"]
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, 2, masters, optimizer, {})
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-1", "step-2"]
+
+
+def test_only_the_newest_are_kept_by_number(tmp_path):
+    masters, optimizer = trained(0)
+    for step in (2, 9, 10, 11):
+        save_checkpoint(tmp_path, step, masters, optimizer, {}, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-10", "step-11"]
+
+
+def test_latest_is_the_newest_whole_one(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in (9, 10):
+        save_checkpoint(folder, step, *trained(0), {})
+    (folder / "step-11.tmp").mkdir()
+    (folder / "step-12").mkdir()  # without a state
+    assert find_checkpoint("latest", tmp_path) == folder / "step-10"
+    assert find_checkpoint(str(folder / "step-9"), tmp_path) == folder / "step-9"
+    assert json.loads((folder / "step-9" / "state.json").read_text())["step"] == 9
+    with pytest.raises(ConfigError, match="got no checkpoint there"):
+        find_checkpoint(str(folder / "step-12"), tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_acts(number):
+    before = signal.getsignal(signal.SIGINT)
+    if number == signal.SIGTERM:  # so that the second one does not end the tests
+        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(signal.SIGINT) is before
+    if number == signal.SIGTERM:
+        signal.signal(signal.SIGTERM, old)

@@ -1,0 +1,101 @@
+"""Held-out evaluation: the same noise for each prompt whatever the batch, judges without gradient, measures by hand."""
+
+import types
+
+import pytest
+import torch
+
+from rlhf.evaluate import Evaluation, HeldOut, distance, motion, to_uint8
+
+SHAPE = (16, 2, 2, 2)
+PROMPTS = [f"prompt {i}" for i in range(5)]
+
+
+class OneProcess:
+    num_processes, process_index, is_main_process, device = 1, 0, True, torch.device("cpu")
+
+    def reduce(self, tensor, how):
+        return tensor
+
+
+def make_videos(prompts, noise):
+    """The noise as a video: three channels, five frames."""
+    return noise[:, :3].sigmoid().repeat(1, 1, 3, 8, 8)[:, :, :5]
+
+
+def first_pixel(video, prompts, **info):
+    assert not torch.is_grad_enabled()
+    return video[:, 0, 0, 0, 0] * 100 + torch.tensor([float(p[-1]) for p in prompts])
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    def make(**changes):
+        settings = {"output_dir": tmp_path, "eval_seed": 3, "per_device_eval_batch_size": 2}
+        settings |= {"num_sample_prompts": 3, "num_diversity_prompts": 3} | changes
+        args, prompts = types.SimpleNamespace(**settings), PROMPTS
+        return HeldOut(make_videos, {"pixel": first_pixel}, prompts, SHAPE, args, OneProcess(), fps=8)
+
+    return make
+
+
+def test_scores_do_not_depend_on_the_batch_and_videos_are_the_leading_ones(held_out):
+    in_twos, in_fives = (held_out(per_device_eval_batch_size=n).evaluate("x", 0) for n in (2, 5))
+    for name in ("pixel", "motion", "diversity"):
+        assert torch.equal(in_twos.scores[name], in_fives.scores[name])
+        assert in_twos.scores[name].unique().numel() > 1
+    assert len(in_twos.scores["pixel"]) == 5
+    assert len(in_twos.scores["diversity"]) == 3
+    assert in_twos.videos_NCTHW.shape == (3, 3, 5, 16, 16)
+    assert torch.equal(in_twos.videos_NCTHW, in_fives.videos_NCTHW)
+
+
+def test_another_seed_gives_other_noise(held_out):
+    a, b = (held_out(eval_seed=seed).evaluate("x", 0).scores["pixel"] for seed in (0, 1))
+    assert not torch.allclose(a, b)
+
+
+def test_base_is_made_once_and_read_again_only_by_a_resumed_run(held_out, monkeypatch):
+    first = held_out().base(resumed=False)
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    again = held_out().base(resumed=True)
+    assert again.prompts == first.prompts
+    assert all(torch.equal(again.scores[name], first.scores[name]) for name in first.scores)
+    assert torch.equal(again.videos_NCTHW, first.videos_NCTHW)
+    with pytest.raises(pytest.fail.Exception):
+        held_out().base(resumed=False)
+
+
+def test_two_processes_share_the_prompts(held_out):
+    class Second(OneProcess):
+        num_processes, process_index, is_main_process = 2, 1, False
+
+    both = held_out()
+    second = held_out()
+    second.accelerator = Second()
+    assert second._own_rows() == [3, 4]
+    scores, whole = second.evaluate("x", 0).scores["pixel"], both.evaluate("x", 0).scores["pixel"]
+    assert scores[:3].tolist() == [0, 0, 0]  # summed with the first process's
+    assert torch.equal(scores[3:], whole[3:])
+    assert len(second.evaluate("x", 0).videos_NCTHW) == 0
+
+
+def test_samples_are_videos_with_their_prompts(held_out, tmp_path):
+    held_out().sample(7)
+    folder = tmp_path / "samples" / "step-000007"
+    assert sorted(p.name for p in folder.iterdir()) == ["00.mp4", "01.mp4", "02.mp4", "prompts.txt"]
+    assert (folder / "prompts.txt").read_text().splitlines()[1] == "01\tprompt 1"
+
+
+def test_measures_by_hand():
+    video = torch.zeros(1, 3, 3, 4, 4)
+    video[:, :, 1] = 0.5
+    assert motion(video).item() == pytest.approx(0.5)
+    assert motion(video[:, :, :1]).item() == 0
+    assert distance(video, torch.ones_like(video)).item() == pytest.approx(1 - 0.5 / 3)
+    assert to_uint8(torch.tensor([0.0, 0.5, 1.0, 1.2])).tolist() == [0, 128, 255, 255]
+
+
+def test_means_leave_out_what_was_not_measured():
+    evaluation = Evaluation(["a"], {"x": torch.tensor([2.0]), "diversity": torch.zeros(0)}, torch.zeros(0))
+    assert evaluation.means() == {"x": 2.0}

@@ -1,0 +1,40 @@
+"""How many threads a process takes, also under a launcher that says one."""
+
+import pytest
+
+from rlhf import parallel
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Eight cores and an empty environment."""
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", parallel.LAUNCHER_MARK):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(parallel, "CGROUP_LIMIT", tmp_path / "cpu.max")
+    return monkeypatch
+
+
+def test_all_cores_are_used_and_shared_between_processes(machine):
+    assert parallel.cpu_threads(None) == 8
+    machine.setenv("LOCAL_WORLD_SIZE", "4")
+    assert parallel.cpu_threads(None) == 2
+
+
+def test_what_the_user_says_holds(machine):
+    machine.setenv("OMP_NUM_THREADS", "3")
+    assert parallel.cpu_threads(None) is None  # torch has obeyed it already
+    assert parallel.cpu_threads(5) == 5
+
+
+def test_the_one_thread_of_accelerate_launch_does_not_hold(machine):
+    machine.setenv("OMP_NUM_THREADS", "1")
+    assert parallel.cpu_threads(None) is None
+    machine.setenv(parallel.LAUNCHER_MARK, "no")
+    assert parallel.cpu_threads(None) == 8
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("200000 100000", 2), ("max 100000", 8), ("50000 100000", 1)])
+def test_a_containers_quota_counts(machine, tmp_path, quota, cores):
+    (tmp_path / "cpu.max").write_text(quota)
+    assert parallel.available_cores() == cores

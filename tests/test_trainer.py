@@ -1,0 +1,301 @@
+"""The loop as a whole, on a tiny random pipeline: it learns, resumes to the bit, sums over processes, fails clearly."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPTS, brightness, redness
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import tiny_pipeline
+from transformers import TrainerCallback
+
+from rewards import RewardError
+from rlhf.checkpoint import TrainingInterrupted
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.tracking import read_metrics
+from rlhf.trainer import RewardGradientTrainer, TrainingError, learning_rate
+
+
+def train(args, rewards=redness, pipe=None, evaluate=False, **kwargs) -> dict:
+    evaluated = PROMPTS if evaluate else None
+    return RewardGradientTrainer(pipe or tiny_pipeline(), rewards, args, PROMPTS, evaluated, **kwargs).train()
+
+
+def adapter(args) -> dict[str, torch.Tensor]:
+    return load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def rows_without_time(args) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(Path(args.output_dir))]
+
+
+class At(TrainerCallback):
+    """Does something after one step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action(control)
+
+
+# ---------------------------------------------------------------------------------------------- it learns
+
+
+def test_the_reward_rises_on_prompts_it_was_not_trained_on(make_args):
+    args = make_args(max_steps=12, per_device_train_batch_size=4, num_grad_steps=2, learning_rate=3e-2)
+    args.num_sample_prompts = 2
+    summary = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS[:4], [f"a {p}" for p in PROMPTS]).train()
+    row = summary["trained"]["redness"]
+    assert row["ci95"][0] > 0
+    assert row["diff"] == pytest.approx(row["tuned"] - row["base"], abs=1e-6)
+    rows = read_metrics(Path(args.output_dir))
+    assert sum(r["reward"] for r in rows[-3:]) > sum(r["reward"] for r in rows[:3])
+
+
+def test_what_a_run_leaves(make_args):
+    args = make_args(
+        max_steps=4, save_steps=2, save_total_limit=1, sample_steps=1, eval_steps=3, report_to=["tensorboard"]
+    )
+    pipe = tiny_pipeline()
+    before = {name: t.clone() for name, t in pipe.transformer.state_dict().items()}
+    summary = train(args, [redness, brightness], pipe, evaluate=True)
+    folder = Path(args.output_dir)
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"step-{i:06d}" for i in range(5)]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-4"]
+    assert list(folder.glob("trackers/**/events.out.tfevents*"))
+    for name in ("config.yaml", "curves.png", "contact_sheet.png", "adapter", "evaluation"):
+        assert (folder / name).exists()
+    rows = read_metrics(folder)
+    keys = {"step", "epoch", "loss", "reward", "grad_norm", "learning_rate", "seconds", "samples"}
+    keys |= {f"rewards/{name}{end}" for name in ("redness", "brightness") for end in ("", "_std")}
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert set(rows[0]) == keys
+    assert set(rows[2]) == keys | {f"eval/{name}" for name in ("redness", "brightness", "motion", "diversity")}
+    assert rows[3]["samples"] == 8
+    assert rows[3]["epoch"] == pytest.approx(8 / 6)
+    assert rows[0]["loss"] == pytest.approx(-rows[0]["reward"])
+    assert rows[0]["reward"] == pytest.approx(rows[0]["rewards/redness"] + rows[0]["rewards/brightness"], rel=1e-5)
+    after = {name.replace(".base_layer", ""): t for name, t in pipe.transformer.state_dict().items()}
+    assert all(torch.equal(t, after[name]) for name, t in before.items()), "the base must stay as it was"
+    assert any(t.abs().max() > 0 for name, t in adapter(args).items() if "lora_B" in name)
+
+
+def test_weights_weigh_the_gradient(make_args, tmp_path):
+    """A weight of 0 only logs; a negative one turns the direction round."""
+    adapters = []
+    for i, weights in enumerate(([1.0, 0.0], [1.0], [-1.0])):
+        args = make_args(output_dir=str(tmp_path / str(i)), reward_weights=weights, max_steps=1)
+        train(args, [redness, brightness][: len(weights)])
+        adapters.append(torch.cat([t.flatten() for n, t in adapter(args).items() if "lora_B" in n]))
+    assert torch.equal(adapters[0], adapters[1])
+    torch.testing.assert_close(adapters[1], -adapters[2], rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_frames_that_rewards_ask_for_are_decoded(make_args):
+    seen = []
+
+    def first(video, prompts, **info):
+        seen.append(video.shape[2])
+        return video.mean((1, 2, 3, 4))
+
+    first.frames = "first"
+    trainer = RewardGradientTrainer(tiny_pipeline(), first, make_args(max_steps=1), PROMPTS)
+    assert trainer.frames == 1
+    trainer.train()
+    assert set(seen) == {1}
+
+
+def test_accumulated_batches_equal_one_large_batch(make_args, tmp_path):
+    runs = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        runs.append(
+            make_args(
+                output_dir=str(tmp_path / str(size)),
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulation,
+            )
+        )
+        train(runs[-1])
+    assert_same_training(runs[0], runs[1])
+    assert_same_training(runs[0], runs[2])
+
+
+def assert_same_training(a, b):
+    for row, other in zip(rows_without_time(a), rows_without_time(b), strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    for name, tensor in adapter(a).items():
+        torch.testing.assert_close(tensor, adapter(b)[name], rtol=1e-3, atol=2e-5)
+
+
+def test_settings_of_memory_change_nothing_else(make_args, tmp_path):
+    plain = make_args(output_dir=str(tmp_path / "a"), num_grad_steps=2)
+    thrifty = dataclasses.replace(
+        plain, output_dir=str(tmp_path / "b"), gradient_checkpointing=True, decode_chunk=1, decode_checkpoint=True
+    )
+    train(plain)
+    train(thrifty)
+    assert_same_training(plain, thrifty)
+
+
+def test_a_bfloat16_base_trains_float32_masters(make_args):
+    pipe = tiny_pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    args = make_args()
+    train(args, pipe=pipe)
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
+    saved = torch.cat([t.flatten() for t in adapter(args).values()])
+    assert saved.dtype == torch.float32
+    assert not torch.equal(saved, saved.bfloat16().float())
+
+
+def test_another_peft_config_and_a_model_by_path(make_args, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    args = make_args(max_steps=1)
+    config = LoraConfig(r=2, target_modules=["ff.net.2"])
+    RewardGradientTrainer(str(tmp_path / "model"), redness, args, PROMPTS, peft_config=config).train()
+    assert {name.split(".ff.")[1] for name in adapter(args)} == {"net.2.lora_A.weight", "net.2.lora_B.weight"}
+    assert f"model: {tmp_path / 'model'}" in (Path(args.output_dir) / "config.yaml").read_text()
+
+
+# ------------------------------------------------------------------------------------------- it goes on
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(make_args, tmp_path):
+    whole = make_args(output_dir=str(tmp_path / "whole"), max_steps=5, gradient_accumulation_steps=2)
+    expected = train(whole, evaluate=True)
+
+    args = dataclasses.replace(whole, output_dir=str(tmp_path / "parts"))
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(args, evaluate=True, callbacks=[At(2, lambda _: os.kill(os.getpid(), signal.SIGINT))])
+    assert caught.value.checkpoint == tmp_path / "parts" / "checkpoints" / "step-2"
+    assert caught.value.checkpoint.is_dir()
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "reward": 99}\n')  # of a step after the checkpoint
+    summary = train(dataclasses.replace(args, resume_from_checkpoint="latest"), evaluate=True)
+
+    assert summary["trained"] == expected["trained"]
+    assert rows_without_time(args) == rows_without_time(whole)
+    for name, tensor in adapter(whole).items():
+        assert torch.equal(tensor, adapter(args)[name]), name
+
+
+def test_two_processes_equal_one_with_a_double_batch(make_args, tmp_path):
+    double = make_args(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4)
+    RewardGradientTrainer(tiny_pipeline(), redness, double, PROMPTS, PROMPTS[:3]).train()
+
+    halves = dataclasses.replace(double, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2)
+    (tmp_path / "two.yaml").write_text(halves.to_yaml())
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("two_processes.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "two.yaml")],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert_same_training(double, halves)
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert two["trained"]["redness"]["tuned"] == pytest.approx(one["trained"]["redness"]["tuned"], rel=1e-4)
+
+
+def test_a_callback_stops_the_training_and_hears_of_everything(make_args):
+    told = []
+
+    class Listener(TrainerCallback):
+        def __getattribute__(self, name):
+            if name.startswith("on_"):
+                told.append(name)
+            return super().__getattribute__(name)
+
+    def stop(control):
+        control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    args = make_args(max_steps=9)
+    summary = train(args, evaluate=True, callbacks=[Listener(), At(2, stop)])
+    assert summary["steps"] == 2
+    assert [row["step"] for row in read_metrics(Path(args.output_dir))] == [1, 2]
+    assert "eval/redness" in read_metrics(Path(args.output_dir))[1]
+    events = ["on_train_begin", "on_step_end", "on_log", "on_step_end", "on_evaluate", "on_log", "on_save", "on_save"]
+    assert told == [*events, "on_train_end"]
+
+
+# ---------------------------------------------------------------------------------------- it fails clearly
+
+
+def after(step: int, bad):
+    """A reward that is good until it has been trained on for `step` steps. The probe asks it twice before."""
+    calls = []
+
+    def reward(video, prompts, **info):
+        calls.append("probe" not in info)
+        return bad(video) if sum(calls) > step else redness(video, prompts)
+
+    reward.name = "turncoat"
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "told"),
+    [
+        (lambda v: redness(v, 0) * math.nan, RewardError, "reward 'turncoat': got the score nan for prompt"),
+        (lambda v: redness(v, 0).sum(), RewardError, r"reward 'turncoat': got scores of shape \(\)"),
+        (lambda v: (redness(v, 0) - redness(v, 0)).sqrt(), TrainingError, "comes from the reward turncoat"),
+        (lambda v: redness(v, 0) * 0, TrainingError, "The gradient at the adapter is exactly zero"),
+    ],
+)
+def test_a_reward_that_breaks_is_named_and_the_last_good_step_saved(make_args, bad, error, told):
+    args = make_args(max_steps=5)
+    with pytest.raises(error, match=told):
+        train(args, [after(2, bad), brightness] if "zero" not in told else after(2, bad))
+    assert [p.name for p in (Path(args.output_dir) / "checkpoints").iterdir()] == ["step-2"]
+    assert len(read_metrics(Path(args.output_dir))) == 2
+
+
+def test_the_probe_refuses_a_reward_before_the_first_step(make_args):
+    args = make_args()
+    with pytest.raises(RewardError, match="got no gradient at the pixels"):
+        train(args, lambda video, prompts, **info: redness(video.detach(), prompts))
+    assert not (Path(args.output_dir) / "metrics.jsonl").exists()
+
+
+def test_wrong_settings_are_told_before_weights_load(make_args, monkeypatch):
+    monkeypatch.setattr("rlhf.trainer.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    with pytest.raises(ConfigError, match="3 problems"):
+        RewardGradientTrainer("no/where/model", "no_reward", make_args(max_steps=0), PROMPTS)
+    with pytest.raises(ConfigError, match="got no rows"):
+        RewardGradientTrainer(tiny_pipeline(), redness, make_args(), [])
+    with pytest.raises(ConfigError, match="num_grad_steps=4 exceeds num_inference_steps=3"):
+        RewardGradientTrainer(tiny_pipeline(), redness, make_args(num_grad_steps=4), PROMPTS)
+    with pytest.raises(ConfigError, match="num_frames=6 is not 4k"):
+        RewardGradientTrainer(tiny_pipeline(), redness, make_args(num_frames=6), PROMPTS)
+
+
+def test_learning_rate_warms_up_then_stays_or_falls():
+    args = RewardGradientConfig(learning_rate=1.0, warmup_steps=4, max_steps=10)
+    assert [learning_rate(step, args) for step in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    args.lr_scheduler_type = "linear"
+    assert [learning_rate(step, args) for step in (0, 3, 4, 7, 9)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 1 / 6])
+    args.warmup_steps = 0
+    assert learning_rate(0, args) == 1.0

@@ -1,0 +1,13 @@
+"""One of two processes that train together: run by test_trainer, with accelerate's variables set."""
+
+import sys
+
+from conftest import PROMPTS, redness
+from tiny import tiny_pipeline
+
+from rlhf.config import RewardGradientConfig, parse_config
+from rlhf.trainer import RewardGradientTrainer
+
+if __name__ == "__main__":
+    args: RewardGradientConfig = parse_config(["--config", sys.argv[1]])
+    RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS, PROMPTS[:3]).train()
