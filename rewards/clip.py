@@ -55,7 +55,6 @@ class ClipScore(Frozen):
             text_B1P = self.text_features(prompts).to(image_BNP)[:, None]
         return (image_BNP * text_B1P).sum(-1).mean(1)
 
-    @torch.inference_mode(False)  # an embedding made during evaluation serves training too
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> torch.Tensor:
         """(B, P) unit embeddings; each prompt is embedded once."""

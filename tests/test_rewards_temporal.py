@@ -99,10 +99,12 @@ def test_jpeg_size_of_one_plain_colour_is_zero_whatever_the_size():
         assert score("jpeg_size", video) == pytest.approx([0.0, 0.0], abs=1e-5)
 
 
-def test_jpeg_coefficients_are_those_of_the_cosine_transform():
+@pytest.mark.parametrize(("channel", "share"), [(0, 0.299), (1, 0.587), (2, 0.114)])
+def test_jpeg_coefficients_are_those_of_the_cosine_transform(channel, share):
     """One basis function of amplitude A in every block gives one coefficient of known size."""
     place, amplitude = torch.arange(16.0), 0.25
     wave = torch.cos(torch.pi / 8 * (place % 8 + 0.5) * 3)  # frequency 3 along the width, 0 along the height
-    video = (0.5 + amplitude * wave).expand(1, 3, 1, 16, 16)
-    coefficient = 255 * amplitude * (8**0.5) * 2 / 16  # norm of the block / quantisation step of (0, 3)
+    video = torch.full((1, 3, 1, 16, 16), 0.5)
+    video[:, channel] += amplitude * wave
+    coefficient = 255 * share * amplitude * (8**0.5) * 2 / 16  # norm of the block / quantisation step of (0, 3)
     assert load_reward("jpeg_size")(video, ["a"]).item() == pytest.approx(-np.log1p(coefficient) / 63, rel=1e-4)
