@@ -24,6 +24,8 @@ BUILT_INS = {
     "clip_score": "rewards.clip:ClipScore",
     "flicker": "rewards.temporal:Flicker",
     "frame_difference": "rewards.temporal:FrameDifference",
+    "hps_v2": "rewards.hps:HpsV2",
+    "hps_v2_1": "rewards.hps:HpsV21",
     "jpeg_size": "rewards.temporal:JpegSize",
     "nano_clip": "rewards.nano:nano_clip",
     "nano_preference": "rewards.nano:NanoPreference",

@@ -16,7 +16,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def preprocess(frames_NCHW: torch.Tensor, size: int, mean=CLIP_MEAN, std=CLIP_STD, fit="shortest") -> torch.Tensor:
-    """(N, C, size, size), normalised. fit: "shortest" (resize the shorter side, crop the centre) or "squash"."""
+    """(N, C, size, size), normalised. fit: "shortest" (resize the shorter side, crop the centre), "squash"
+    or "pad" (resize the longer side, black bars)."""
     with torch.autocast(frames_NCHW.device.type, enabled=False):  # bf16 products would cost half a grey level
         pixels_NCHW = _FITS[fit](at_least_float32(frames_NCHW), size)
     mean_C11, std_C11 = (pixels_NCHW.new_tensor(x)[:, None, None] for x in (mean, std))
@@ -51,7 +52,17 @@ def squash(x_NCHW: torch.Tensor, size: int) -> torch.Tensor:
     return resize(x_NCHW, size, size)
 
 
-_FITS = {"shortest": resize_shorter_and_crop, "squash": squash}
+def resize_longer_and_pad(x_NCHW: torch.Tensor, size: int) -> torch.Tensor:
+    """Longer side to `size`, the other in proportion, in the middle of a black square."""
+    height, width = x_NCHW.shape[-2:]
+    scale = size / max(height, width)
+    new_height, new_width = round(height * scale), round(width * scale)
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    bars = (left, size - new_width - left, top, size - new_height - top)
+    return F.pad(resize(x_NCHW, new_height, new_width), bars)
+
+
+_FITS = {"shortest": resize_shorter_and_crop, "squash": squash, "pad": resize_longer_and_pad}
 
 
 @lru_cache(maxsize=64)

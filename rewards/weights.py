@@ -13,6 +13,7 @@ from rewards.base import RewardError
 KNOWN_WEIGHTS = {
     "openai/clip-vit-large-patch14": ("1.7 GB", "MIT, as OpenAI's CLIP code"),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("3.9 GB", "MIT"),
+    "xswu/HPSv2": ("a CLIP ViT-H/14 of 986 million parameters", "Apache-2.0"),
     "trl-lib/ddpo-aesthetic-predictor": ("3.7 MB", "Apache-2.0"),
 }
 
