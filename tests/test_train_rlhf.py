@@ -1,0 +1,185 @@
+"""The command: its defaults, its errors as plain paragraphs, and a run that is interrupted and goes on."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_pipeline
+
+from rlhf.config import field_names, parse_config
+from rlhf.contentv.loading import NANO_PATH
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_rlhf.py"
+
+REWARD = """
+def redness(video, prompts, **info):
+    return (video[:, 0] - video[:, 2]).mean((1, 2, 3)) * 10
+"""
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("train_rlhf", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A user's folder: a model, prompts, a reward of their own and a config that names them."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "train.txt").write_text("a red fox\nrain\nthe sea\n")
+    (tmp_path / "held_out.txt").write_text("a town\na leaf\n")
+    (tmp_path / "reward.py").write_text(REWARD)
+    settings = {
+        "model": str(tmp_path / "model"),
+        "prompts": "train.txt",
+        "eval_prompts": "held_out.txt",
+        "reward_funcs": ["reward.py:redness"],
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 3,
+        "num_frames": 5,
+        "report_to": "none",
+        "cpu_threads": 1,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def test_the_command_stays_short():
+    assert len(SCRIPT.read_text().splitlines()) < 80
+
+
+def test_a_users_own_model_prompts_and_reward(main, project, capsys):
+    assert main(["--config", str(project / "config.yaml"), "--max_steps", "2"]) == 0
+    summary = json.loads((project / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert set(summary["trained"]) == {"redness"}
+    assert "2 held-out prompts" in capsys.readouterr().out
+    assert main(["--config", str(project / "config.yaml")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_the_resolved_config_repeats_the_run(main, project, monkeypatch):
+    assert main(["--config", str(project / "config.yaml")]) == 0
+    resolved = project / "run" / "config.yaml"
+    assert yaml.safe_load(resolved.read_text())["height"] == 32, "the model's own size"
+    monkeypatch.chdir("/")
+    assert main(["--config", str(resolved), "--output_dir", str(project / "again")]) == 0
+    first, again = (json.loads((project / name / "summary.json").read_text()) for name in ("run", "again"))
+    assert first["trained"] == again["trained"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--learing_rate", "1"], "did you mean 'learning_rate'?"),
+        (["--num_grad_steps", "5"], "num_grad_steps=5 exceeds num_inference_steps=4"),
+        (["--num_frames", "6"], "num_frames=6 is not 4k+1"),
+        (["--height", "33"], "height=33 is not divisible by 16"),
+        (["--model", "nowhere/at/all"], "model='nowhere/at/all' is no folder here"),
+        (["--prompts", "absent.txt"], "got no file at"),
+        (["--prompts", "empty.txt"], "got no prompts"),
+        (["--reward_funcs", "reward.py:blueness"], "no 'blueness' in"),
+        (["--max_steps", "few"], "invalid int value"),
+        (["--config", "absent.yaml"], "expected a YAML file"),
+    ],
+)
+def test_errors_are_one_paragraph_and_exit_2(main, project, capsys, flags, told, monkeypatch):
+    (project / "empty.txt").touch()
+    monkeypatch.setattr("rlhf.contentv.loading.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    arguments = flags if "--config" in flags else ["--config", str(project / "config.yaml"), *flags]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("train_rlhf: The settings have 1 problem:")
+    assert told in captured.err
+    assert "Traceback" not in captured.err + captured.out
+    assert not (project / "run").exists()
+
+
+def test_a_reward_that_breaks_ends_with_1_and_its_name(main, project, capsys):
+    (project / "reward.py").write_text(REWARD.replace("* 10", "* float('nan')"))
+    assert main(["--config", str(project / "config.yaml")]) == 1
+    assert "train_rlhf: reward 'redness': got the score nan" in capsys.readouterr().err
+
+
+def test_a_misspelt_key_is_told_before_anything_heavy_is_imported():
+    code = f"import runpy, sys; sys.argv = ['x', '--learing_rate', '1']; runpy.run_path({str(SCRIPT)!r}, run_name='m')"
+    code += "['main'](sys.argv[1:]); print('diffusers' in sys.modules, 'peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_ctrl_c_saves_and_a_second_run_goes_on(main, project):
+    config = str(project / "config.yaml")
+    command = [sys.executable, str(SCRIPT), "--config", config, "--max_steps", "100000", "--eval_prompts", "none"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for(project / "run" / "metrics.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    saved = sorted((project / "run" / "checkpoints").iterdir())
+    assert len(saved) == 1
+    done = int(saved[0].name.removeprefix("step-"))
+    assert f"{saved[0]}; go on with" in errors
+    assert "--resume_from_checkpoint latest" in errors
+
+    goal = str(done + 2)
+    assert main(["--config", config, "--resume_from_checkpoint", "latest", "--max_steps", goal]) == 0
+    steps = [json.loads(line)["step"] for line in (project / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, done + 3))
+
+
+def wait_for(path: Path, process, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_use_known_keys_and_their_prompt_files_exist(path):
+    args = parse_config(["--config", str(path)])
+    for name in (args.prompts, args.eval_prompts):
+        assert name.startswith("nano_") or (path.parent / name).is_file()
+    assert set(yaml.safe_load(path.read_text())) <= set(field_names())
+
+
+def test_the_recipe_for_contentv_8b_passes_the_dry_run_without_weights(main, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["--config", str(ROOT / "configs" / "contentv_8b_hps.yaml"), "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    for line in ("learning_rate: 1.0e-05", "num_grad_steps: 5", "lora_rank: 32", "8,056,627,520 parameters"):
+        assert line in text
+    assert not (ROOT / "runs" / "contentv_8b_hps").exists()
+
+
+def test_shipped_training_and_held_out_prompts_share_none():
+    train, held_out = (
+        set((ROOT / "configs" / "prompts" / f"general_{name}.txt").read_text().splitlines())
+        for name in ("train", "held_out")
+    )
+    assert not train & held_out
+    assert len(train) > 60
+    assert len(held_out) >= 32
+
+
+@pytest.mark.skipif(not NANO_PATH.exists(), reason="the weights of nano are not trained yet")
+def test_the_main_job_in_small(main, tmp_path):
+    flags = ["--max_steps", "1", "--num_eval_prompts", "2", "--per_device_train_batch_size", "1"]
+    flags += ["--num_diversity_prompts", "0", "--num_sample_prompts", "2", "--output_dir", str(tmp_path / "run")]
+    assert main(flags) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 <= summary["held_out"]["verifier"]["base"] <= 1
