@@ -67,14 +67,15 @@ def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[S
 
     The plain transformer shares its weights with the one given, so it is of use inside only.
     """
-    layers = [module.get_base_layer() for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
-    originals = [(p, p.detach().clone()) for layer in layers for p in layer.parameters()]
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    originals = [(p, p.detach().clone()) for layer in layers for p in layer.get_base_layer().parameters()]
     scale_lora_layers(transformer, scale)
     try:
         transformer.fuse_lora(safe_fusing=True)
         yield _without_adapter(transformer)
     finally:
-        transformer.unfuse_lora()  # subtracts what was added, up to rounding
+        for layer in (layer for layer in layers if layer.merged):
+            layer.unmerge()  # subtracts what was added, up to rounding
         unscale_lora_layers(transformer, scale)
         for parameter, original in originals:
             parameter.data.copy_(original)

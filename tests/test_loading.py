@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from rlhf.contentv import loading
 from rlhf.contentv.loading import CONTENTV_8B, NANO_PATH, load_pipeline, model_config, model_folder, resolve_model
+from rlhf.contentv.transformer import SD3Transformer3DModel
 
 PROMPT = "a red circle"
 
@@ -125,7 +126,14 @@ def test_weights_are_never_unpickled(checkpoint):
     path = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(path), path.with_suffix(".bin"))
     path.unlink()
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises(ValueError, match="transformer holds no readable safetensors weights"):
+        load_pipeline(checkpoint)
+
+
+def test_a_truncated_download_is_named(checkpoint):
+    path = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="vae holds no readable safetensors weights .* check that the download is"):
         load_pipeline(checkpoint)
 
 
@@ -152,7 +160,7 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(monkeypatch, saved):
     monkeypatch.setattr(loading, "snapshot_download", lambda name, **kwargs: asked.update(kwargs) or str(saved))
     assert model_folder("someone/Some-Model") == saved
     assert "transformer/*" in asked["allow_patterns"]
-    assert len(asked["allow_patterns"]) == 10
+    assert len(asked["allow_patterns"]) == 11
     assert model_config("someone/Some-Model")["transformer"]["num_layers"] == 2
     assert asked["allow_patterns"] == [
         "transformer/config.json",
@@ -188,7 +196,9 @@ def test_config_of_contentv_8b_needs_nothing(monkeypatch):
 def test_config_of_a_folder_reads_no_weights(checkpoint):
     for file in checkpoint.rglob("*.safetensors"):
         file.unlink()
+    edit_json(checkpoint / "transformer" / "config.json", qk_norm="rms_norm", sample_size=128)
     config = model_config(checkpoint)
+    assert SD3Transformer3DModel(**config["transformer"]).config.num_layers == 2
     assert config["transformer"]["joint_attention_dim"] == 32
     assert config["vae"]["base_dim"] == 4
     assert config["vae"]["z_dim"] == 16

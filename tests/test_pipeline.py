@@ -12,6 +12,7 @@ from straight_line import guided_sample
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline, tiny_transformer
 
 from rlhf.contentv.pipeline import ContentVPipeline, SamplingDefaults, euler_step, flow_sigmas, guided_velocity
+from rlhf.contentv.wan_decoder import decode_video
 
 PROMPT = "a red circle"
 PUBLISHED_SIGNATURE = {
@@ -129,6 +130,21 @@ def test_latents_stay_in_float32_for_a_bfloat16_transformer():
     torch.testing.assert_close(v, expected, atol=0.1, rtol=0.1)
 
 
+def test_a_bfloat16_pipeline_keeps_its_latents_in_float32():
+    pipe, seen = tiny_pipeline(), []
+    for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        part.to(torch.bfloat16)
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"].dtype)
+        return {}
+
+    latents = sample(pipe, callback_on_step_end=look)
+    assert set(seen) == {latents.dtype} == {torch.float32}
+    assert not torch.equal(latents, latents.bfloat16().float())
+    torch.testing.assert_close(latents, sample(tiny_pipeline()), atol=0.2, rtol=0.1)
+
+
 def test_guidance_without_negative_embeddings_is_refused():
     cond = replace(tiny_conditioning(), negative_embeds_BLD=None)
     with pytest.raises(
@@ -162,6 +178,7 @@ def test_output_types_agree(pipe):
     as_np, as_pt, as_pil = (sample(pipe, output_type=kind) for kind in ("np", "pt", "pil"))
     assert as_np.shape == (1, 9, 32, 48, 3)
     assert 0 <= as_np.min() < as_np.max() <= 1
+    torch.testing.assert_close(as_pt.transpose(1, 2), decode_video(pipe.vae, latents), atol=1e-5, rtol=0)
     np.testing.assert_allclose(as_pt.permute(0, 1, 3, 4, 2).numpy(), as_np, atol=1e-6)
     np.testing.assert_allclose(np.asarray(as_pil[0][3]) / 255, as_np[0, 3], atol=1 / 255)
 

@@ -5,7 +5,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from tiny import tiny_vae
 
-from rlhf.contentv.wan_decoder import decode_video, unnormalise
+from rlhf.contentv.wan_decoder import decode_video
+
+# The published statistics of Wan2.1's latents.
+WAN_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
+WAN_MEAN += [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
+WAN_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
+WAN_STD += [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
 
 
 def latents(frames=4, batch=2, dtype=torch.float32):
@@ -14,7 +20,8 @@ def latents(frames=4, batch=2, dtype=torch.float32):
 
 
 def stock_decode(vae, z):
-    return (vae.decode(unnormalise(vae, z)).sample + 1) / 2
+    mean, std = (torch.tensor(v, dtype=z.dtype)[:, None, None, None] for v in (WAN_MEAN, WAN_STD))
+    return (vae.decode(z * std + mean).sample + 1) / 2
 
 
 def unsaturated_vae(dtype=torch.float64):

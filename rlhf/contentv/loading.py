@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from rlhf.contentv.pipeline import SAMPLING_FILE, ContentVPipeline, SamplingDefaults
@@ -100,12 +101,13 @@ def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
     files = [f"{name}/{CONFIG_FILES[name]}" for name in CONFIGURED] + [SAMPLING_FILE]
     folder = model_folder(model, files)
     configs = {name: json.loads((folder / name / CONFIG_FILES[name]).read_text()) for name in CONFIGURED}
-    filled = {name: _init_defaults(cls) | _public(configs[name]) for name, cls in CONFIGURED.items()}
+    filled = {name: _filled(cls, configs[name]) for name, cls in CONFIGURED.items()}
     return filled | {"sampling": vars(SamplingDefaults.load(folder))}
 
 
 def _check_folder(folder: Path, cure: str) -> Path:
-    missing = [f"{name}/{file}" for name, file in CONFIG_FILES.items() if not (folder / name / file).is_file()]
+    files = ["model_index.json", *(f"{name}/{file}" for name, file in CONFIG_FILES.items())]
+    missing = [file for file in files if not (folder / file).is_file()]
     if not missing:
         return folder
     if (folder / "adapter").is_dir():
@@ -122,13 +124,13 @@ def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
     model = resolve_model(model)
     if isinstance(model, Path):
         return model
-    wanted = files or [f"{name}/*" for name in CONFIG_FILES] + [SAMPLING_FILE]
+    wanted = files or [f"{name}/*" for name in CONFIG_FILES] + ["model_index.json", SAMPLING_FILE]
     try:
         folder = Path(snapshot_download(model, allow_patterns=wanted, etag_timeout=5))
     except Exception as error:  # offline, unknown, gated and broken connections all have types of their own
         raise ValueError(
             f"model={model!r} is no folder here and not in the Hugging Face cache, and downloading it failed "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); correct the name, download it where there is a "
+            f"({_one_line(error)}); correct the name, download it where there is a "
             "network and pass the folder, or use --model nano"
         ) from error
     return folder if files else _check_folder(folder, "pass the id of a ContentV checkpoint")
@@ -136,7 +138,12 @@ def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
 
 def _weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
     """A component, frozen; every weight must come from the checkpoint (the libraries would only warn)."""
-    module, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
+    try:
+        module, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} holds no readable safetensors weights ({_one_line(error)}); check that the download is complete"
+        ) from error
     unexpected = report["unexpected_keys"] if folder.name in CONFIGURED else []  # text encoders carry spare ones
     if wrong := sorted({*report["missing_keys"], *unexpected}):
         raise ValueError(
@@ -156,5 +163,10 @@ def _init_defaults(cls) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def _public(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+def _filled(cls, config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a class as a config file sets them; keys of other classes are left out."""
+    return {key: config.get(key, default) for key, default in _init_defaults(cls).items()}
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

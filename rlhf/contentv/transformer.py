@@ -51,7 +51,6 @@ class PatchEmbed3D(nn.Module):
         return self._tables[key]
 
 
-@torch.inference_mode(False)  # a table built while sampling is used again while training
 def _sincos_table(grid: tuple[int, int, int], width: int) -> torch.Tensor:
     frames, rows, columns = grid
     table = get_3d_sincos_pos_embed(
