@@ -61,7 +61,7 @@ def load_pipeline(
     dtype = dtype or _default_dtype(folder)
     pipe = ContentVPipeline(
         transformer=load_transformer(folder, dtype),
-        vae=_weights(AutoencoderKLWan, folder / "vae", torch_dtype=torch.float32),
+        vae=_weights(AutoencoderKLWan, folder / "vae", dtype=torch.float32),
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         **{name: _weights(cls, folder / name, dtype=dtype) for name, cls in TEXT_ENCODERS.items()},
         **{name: cls.from_pretrained(folder / name) for name, cls in TOKENIZERS.items()},
@@ -73,7 +73,7 @@ def load_pipeline(
 def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
     """The transformer of a checkpoint alone, on the CPU, as `load_pipeline` would have it."""
     dtype = dtype or _default_dtype(folder)
-    return _weights(SD3Transformer3DModel, folder / "transformer", torch_dtype=dtype)
+    return _weights(SD3Transformer3DModel, folder / "transformer", dtype=dtype)
 
 
 def resolve_model(model: str | Path) -> Path | str:
