@@ -58,7 +58,7 @@ def check_config(
     What was handed over as an object instead of named in args - a pipeline, rewards, prompts - is taken as it is.
     """
     problems = [*_out_of_range(args), *_run_folder(args), *_reward_settings(args, rewards), *_trackers(args)]
-    problems += _told_by(pick_device, args.device)
+    problems += _device(args)
     for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):
         if given is None and name is not None:
             problems += _told_by(load_prompts, name, args.base_dir, 1)
@@ -112,6 +112,13 @@ def _told_by(check: Callable, *arguments) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _device(args):
+    if args.device is not None and ":" in args.device:
+        kind = args.device.split(":")[0]
+        return [f"device: got {args.device!r}, expected a kind; use {kind} and hide the other devices from the process"]
+    return _told_by(pick_device, args.device)
 
 
 def _out_of_range(args):

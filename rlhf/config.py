@@ -52,7 +52,7 @@ class RewardGradientConfig:
         "Number format of the frozen transformer and text encoders: auto, float32 or bfloat16; auto is bfloat16 for a "
         "transformer of more than 2 GiB, else float32. VAE, latents, scores and trained numbers are always float32.",
     )
-    device: str | None = _key(None, "Device, for instance cpu or cuda. Default: the accelerator of this machine.")
+    device: str | None = _key(None, "Kind of device, such as cpu. Default: the accelerator of this machine.")
     cpu_threads: int | None = _key(
         None,
         "Threads of one process on a CPU. Default: OMP_NUM_THREADS if you set it, else the cores this process has.",

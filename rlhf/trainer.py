@@ -184,7 +184,7 @@ class RewardGradientTrainer:
                     self._save(done - 1, together=False)  # the others may have failed elsewhere, or not at all
                     raise
                 self.state.global_step = done
-                self.control._new_step()
+                self.control.should_evaluate = self.control.should_save = False
                 self._tell("on_step_end")
                 metrics |= self._look(done)
                 log.step(metrics)
@@ -215,6 +215,7 @@ class RewardGradientTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.masters.write()
+        self.last_batch = None  # a long video is large
         return {
             "step": step + 1,
             "epoch": (step + 1) * self.samples_per_step / len(self.train_prompts),

@@ -59,6 +59,7 @@ def test_good_settings_pass(problems):
         ({"lr_scheduler_type": "cosine"}, "expected one of constant, linear"),
         ({"decode_checkpoint": True}, "decode_checkpoint: got no decode_chunk"),
         ({"device": "gpu"}, "device='gpu', expected one of"),
+        ({"device": "cuda:1"}, "device: got 'cuda:1', expected a kind"),
         ({"report_to": ["tensorbord"]}, "report_to: got 'tensorbord'"),
         ({"report_to": ["clearml"]}, "pip install clearml"),
         ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint='latest': got no checkpoint"),

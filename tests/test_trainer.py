@@ -139,6 +139,15 @@ def assert_same_training(a, b):
         torch.testing.assert_close(tensor, adapter(b)[name], rtol=1e-3, atol=2e-5)
 
 
+def test_no_two_samples_of_a_run_share_their_noise(make_args):
+    args = make_args(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
+    keys = [key for step in range(3) for micro in range(2) for key in trainer._batch(step, micro)[1]]
+    assert len(set(keys)) == 12
+    prompts = [prompt for step in range(3) for micro in range(2) for prompt in trainer._batch(step, micro)[0]]
+    assert sorted(prompts[:6]) == sorted(prompts[6:]) == sorted(PROMPTS), "an epoch is every prompt once"
+
+
 def test_settings_of_memory_change_nothing_else(make_args, tmp_path):
     plain = make_args(output_dir=str(tmp_path / "a"), num_grad_steps=2)
     thrifty = dataclasses.replace(
