@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from rewards import RewardError
 from rlhf.checkpoint import TrainingInterrupted
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.sampler import rollout
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer, TrainingError, learning_rate
 
@@ -139,11 +140,17 @@ def assert_same_training(a, b):
         torch.testing.assert_close(tensor, adapter(b)[name], rtol=1e-3, atol=2e-5)
 
 
-def test_no_two_samples_of_a_run_share_their_noise(make_args):
+def test_no_two_samples_of_a_run_share_their_noise(make_args, monkeypatch):
+    noises = []
+    monkeypatch.setattr("rlhf.trainer.rollout", lambda *args: noises.extend(args[1]) or rollout(*args))
+    train(make_args(max_steps=2, gradient_accumulation_steps=2))
+    assert len(noises) == 8
+    assert all(not torch.allclose(a, b) for i, a in enumerate(noises) for b in noises[:i])
+
+
+def test_every_prompt_comes_once_an_epoch(make_args):
     args = make_args(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
-    keys = [key for step in range(3) for micro in range(2) for key in trainer._batch(step, micro)[1]]
-    assert len(set(keys)) == 12
     prompts = [prompt for step in range(3) for micro in range(2) for prompt in trainer._batch(step, micro)[0]]
     assert sorted(prompts[:6]) == sorted(prompts[6:]) == sorted(PROMPTS), "an epoch is every prompt once"
 
@@ -192,6 +199,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(make_args, tmp_
     assert caught.value.checkpoint.is_dir()
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "reward": 99}\n')  # of a step after the checkpoint
+    (tmp_path / "parts" / "evaluation" / "base.safetensors").unlink()  # to be made again, without the adapter
     summary = train(dataclasses.replace(args, resume_from_checkpoint="latest"), evaluate=True)
 
     assert summary["trained"] == expected["trained"]
@@ -299,6 +307,24 @@ def test_wrong_settings_are_told_before_weights_load(make_args, monkeypatch):
         RewardGradientTrainer(tiny_pipeline(), redness, make_args(num_grad_steps=4), PROMPTS)
     with pytest.raises(ConfigError, match="num_frames=6 is not 4k"):
         RewardGradientTrainer(tiny_pipeline(), redness, make_args(num_frames=6), PROMPTS)
+
+
+def test_settings_of_the_optimizer_reach_it(make_args):
+    args = make_args(weight_decay=0.3, adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3)
+    (group,) = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).optimizer.param_groups
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.3, (0.5, 0.6), 1e-3)
+
+
+def test_a_long_gradient_is_scaled_down_to_the_limit(make_args, tmp_path):
+    """By AdamW with a large epsilon, the first step is close to proportional to the gradient."""
+    moved = []
+    for limit in (0.0, 1e-3):
+        args = make_args(output_dir=str(tmp_path / str(limit)), max_grad_norm=limit, adam_epsilon=1.0, max_steps=1)
+        train(args)
+        moved.append(torch.cat([t.flatten() for name, t in adapter(args).items() if "lora_B" in name]).norm().item())
+        norm = read_metrics(Path(args.output_dir))[0]["grad_norm"]
+    assert norm > 2e-3, "the norm is logged as it was before clipping"
+    assert moved[0] / moved[1] == pytest.approx(norm / 1e-3, rel=0.1)
 
 
 def test_learning_rate_warms_up_then_stays_or_falls():
