@@ -27,7 +27,7 @@ BUILT_INS = {
     "hps_v2": "rewards.hps:HpsV2",
     "hps_v2_1": "rewards.hps:HpsV21",
     "jpeg_size": "rewards.temporal:JpegSize",
-    "nano_clip": "rewards.nano:nano_clip",
+    "nano_clip": "rewards.nano:NanoClip",
     "nano_preference": "rewards.nano:NanoPreference",
     "nano_verifier": "rewards.nano:NanoVerifier",
     "smoothness": "rewards.temporal:Smoothness",

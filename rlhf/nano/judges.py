@@ -1,0 +1,84 @@
+"""Small networks that look at nano videos: the verifier (a judge, never a reward) and the preference model (a reward).
+
+They share no weights and were trained on different tasks: the verifier names attributes, the preference model ranks
+clean, rightly captioned clips above degraded or mis-captioned ones. Shapes as in `rlhf.types`.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rlhf.nano import world
+
+WORDS = ("<pad>", "<unknown>", *sorted({w for s in world.SENTENCES for w in re.findall(r"(?<!{)\b[a-z]+\b(?!})", s)}
+         | {w for p in world.MOTION_PHRASES.values() for w in " ".join(p).split()}
+         | {"an", *world.COLORS, *world.SIZES, *world.GROUNDS, *world.COUNTS}
+         | {*world.PLURALS, *world.PLURALS.values()}))
+MAX_WORDS = 16
+
+
+def word_ids(prompts: list[str]) -> torch.Tensor:
+    """Sentences -> (B, MAX_WORDS) int64 ids of whole words; 0 pads, 1 is any word outside this world."""
+    index = {w: i for i, w in enumerate(WORDS)}
+    ids = torch.zeros(len(prompts), MAX_WORDS, dtype=torch.long)
+    for row, prompt in zip(ids, prompts, strict=True):
+        words = [index.get(w, 1) for w in re.findall(r"[a-z]+", prompt.lower())][:MAX_WORDS]
+        row[: len(words)] = torch.tensor(words, dtype=torch.long)
+    return ids
+
+
+class VideoTower(nn.Module):
+    """video_BCTHW in [0, 1] -> features (B, 16 * width): strided 3-D convolutions over time and space."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        stage = lambda i, o, stride: nn.Sequential(nn.Conv3d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU())
+        self.stages = nn.Sequential(
+            stage(3, width, (1, 2, 2)),
+            stage(width, 2 * width, (2, 2, 2)),
+            stage(2 * width, 4 * width, (2, 2, 2)),
+            stage(4 * width, 4 * width, (2, 2, 2)),
+        )
+
+    def forward(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool3d(self.stages(video_BCTHW * 2 - 1), (1, 2, 2)).flatten(1)
+
+
+class Verifier(nn.Module):
+    """Reads colour, shape, motion and count of a clip: a dict of logits (B, number of values)."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.tower = VideoTower(width)
+        self.heads = nn.ModuleDict({k: nn.Linear(16 * width, world.NUM_VALUES[k]) for k in world.JUDGED})
+
+    def forward(self, video_BCTHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.tower(video_BCTHW)
+        return {k: head(features) for k, head in self.heads.items()}
+
+
+class Preference(nn.Module):
+    """How well a clip shows its caption, cleanly: cosine of a video and a sentence embedding, (B,) in [-1, 1]."""
+
+    def __init__(self, width: int = 32, dim: int = 128, layers: int = 2):
+        super().__init__()
+        self.tower = VideoTower(width)
+        self.project = nn.Linear(16 * width, dim)
+        self.words = nn.Embedding(len(WORDS), dim)
+        self.positions = nn.Parameter(torch.randn(MAX_WORDS, dim) * 0.02)
+        layer = nn.TransformerEncoderLayer(dim, 4, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.log_scale = nn.Parameter(torch.tensor(2.5))  # temperature of training; the score does not use it
+
+    def embed_video(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.project(self.tower(video_BCTHW)), dim=-1)
+
+    def embed_words(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        hidden = self.encoder(self.words(ids_BL) + self.positions)
+        kept = (ids_BL > 0).unsqueeze(-1)
+        return F.normalize((hidden * kept).sum(1) / kept.sum(1).clamp(min=1), dim=-1)
+
+    def forward(self, video_BCTHW: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
+        return (self.embed_video(video_BCTHW) * self.embed_words(ids_BL)).sum(-1)

@@ -1,0 +1,174 @@
+"""The untrained parts of ContentV-nano: the real classes at small size, with small vocabularies of their own."""
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.nano import world
+
+MAX_TOKENS = 20  # of each text encoder; the longest sentence of the world has 14 tokens
+TEXT_WIDTH = 128  # T5; the two CLIP encoders are half as wide each, as 768 + 1280 fit into 4096 at full size
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+SAMPLING = {
+    "height": 64,
+    "width": 64,
+    "num_frames": 17,
+    "num_inference_steps": 8,
+    "guidance_scale": 1.5,
+    "fps": 8,
+    "max_sequence_length": MAX_TOKENS,
+    "negative_prompt": "",
+}
+CLIP_CONFIG = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "patch_size": 8, "head_width": 32},
+    "text_cfg": {"context_length": MAX_TOKENS, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
+}
+
+
+def build_transformer() -> SD3Transformer3DModel:
+    """MM-DiT of 6 joint blocks, 4 heads of 40."""
+    return SD3Transformer3DModel(
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=40,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+    )
+
+
+def build_vae() -> AutoencoderKLWan:
+    """Wan VAE, 8x in space and 4x in time, with a decoder lighter than its encoder: it runs in every training step."""
+    return AutoencoderKLWan(
+        base_dim=24,
+        decoder_base_dim=16,
+        num_res_blocks=1,
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def build_text_encoders(tokenizers: dict) -> dict[str, torch.nn.Module]:
+    """Two CLIP encoders of width 64 and a T5 encoder of width 128."""
+    encoders = {}
+    for name in ("", "_2"):
+        tokenizer = tokenizers[f"tokenizer{name}"]
+        encoders[f"text_encoder{name}"] = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH // 2,
+                intermediate_size=2 * TEXT_WIDTH,
+                projection_dim=TEXT_WIDTH // 2,
+                num_hidden_layers=3,  # the last but one feeds the joint attention, the last the pooled vector
+                num_attention_heads=4,
+                max_position_embeddings=MAX_TOKENS,
+                hidden_act="gelu" if name else "quick_gelu",
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    encoders["text_encoder_3"] = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizers["tokenizer_3"]),
+            d_model=TEXT_WIDTH,
+            d_kv=32,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            relative_attention_num_buckets=16,
+        )
+    )
+    return encoders
+
+
+def build_tokenizers() -> dict:
+    """CLIP byte-pair and T5 unigram tokenizers, both made from every sentence of the world."""
+    sentences = all_captions()
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    bpe.train_from_iterator(
+        sentences,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            show_progress=False,
+            end_of_word_suffix="</w>",
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            initial_alphabet=list(LETTERS),
+        ),
+    )
+    state = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
+    clip = CLIPTokenizer(vocab=_with_word_ends(state["vocab"]), merges=merges, model_max_length=MAX_TOKENS)
+
+    words = Counter(word for sentence in sentences for word in re.findall(r"\w+", sentence))
+    total = sum(words.values())
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [("▁" + word, math.log(n / total)) for word, n in words.most_common()]
+    pieces += [(letter, -20.0) for letter in "▁" + LETTERS]
+    t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
+    return {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5}
+
+
+def _with_word_ends(vocab: dict[str, int]) -> dict[str, int]:
+    """Every letter also as the end of a word, so that no lower-case word is unknown."""
+    vocab = dict(vocab)
+    for letter in [k for k in vocab if len(k) == 1]:
+        vocab.setdefault(letter + "</w>", len(vocab))
+    return vocab
+
+
+def all_captions() -> list[str]:
+    """Every sentence of the world, in the order of `caption_index`."""
+    keys = ("color", "shape", "motion", "count", "size", "ground")
+    grid = torch.cartesian_prod(*(torch.arange(world.NUM_VALUES[k]) for k in keys)).tolist()
+    wordings = [(s, p) for s in range(len(world.SENTENCES)) for p in range(2)]
+    return [world.caption(dict(zip(keys, row, strict=True)), *w) for row in grid for w in wordings]
+
+
+def caption_index(scenes: world.Scenes, wording: torch.Tensor) -> torch.Tensor:
+    """(B,) position in `all_captions` of each scene's sentence; wording (B,) in [0, 2 * number of sentences)."""
+    index = torch.zeros_like(wording)
+    for key in ("color", "shape", "motion", "count", "size", "ground"):
+        index = index * world.NUM_VALUES[key] + scenes[key]
+    return index * 2 * len(world.SENTENCES) + wording
+
+
+def build_clip() -> open_clip.CLIP:
+    """An open_clip model of single frames and sentences."""
+    return open_clip.CLIP(**CLIP_CONFIG)
+
+
+def save_clip(model: open_clip.CLIP, folder: Path) -> None:
+    """Write open_clip's own folder layout (`local-dir:`), float16 safetensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    mean_std = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": mean_std}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
