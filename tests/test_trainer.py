@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from rewards import RewardError
 from rlhf.checkpoint import TrainingInterrupted
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.contentv.wan_decoder import decode_video
 from rlhf.sampler import rollout
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer, TrainingError, learning_rate
@@ -104,18 +105,28 @@ def test_weights_weigh_the_gradient(make_args, tmp_path):
     torch.testing.assert_close(adapters[1], -adapters[2], rtol=1e-3, atol=1e-5)
 
 
-def test_only_the_frames_that_rewards_ask_for_are_decoded(make_args):
-    seen = []
+def test_only_the_frames_that_rewards_ask_for_are_decoded(make_args, monkeypatch):
+    decoded = []
+
+    def record(*args):
+        video = decode_video(*args)
+        decoded.append(video.shape[2])
+        return video
 
     def first(video, prompts, **info):
-        seen.append(video.shape[2])
+        assert video.shape[2] == 1
         return video.mean((1, 2, 3, 4))
 
-    first.frames = "first"
-    trainer = RewardGradientTrainer(tiny_pipeline(), first, make_args(max_steps=1), PROMPTS)
-    assert trainer.frames == 1
-    trainer.train()
-    assert set(seen) == {1}
+    def three(video, prompts, **info):
+        assert video.shape[2] == 3
+        return video.mean((1, 2, 3, 4))
+
+    first.frames, three.frames = "first", 3
+    monkeypatch.setattr("rlhf.trainer.decode_video", record)
+    train(make_args(max_steps=2), first)
+    assert decoded == [1, 1]
+    train(make_args(max_steps=1, overwrite_output_dir=True), [first, three])
+    assert decoded[2:] == [3]
 
 
 def test_accumulated_batches_equal_one_large_batch(make_args, tmp_path):
