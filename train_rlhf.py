@@ -4,6 +4,7 @@ Without --config it runs configs/nano.yaml, the main job. Exits with 2 for setti
 cannot go on and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -51,10 +52,12 @@ def train(args: RewardGradientConfig) -> int:
 
 def _resume_hint(args: RewardGradientConfig, checkpoints) -> str:
     saved = checkpoints(Path(args.output_dir) / "checkpoints")
-    command = f"accelerate launch {' '.join(sys.argv)}"
-    if "--resume_from_checkpoint" not in sys.argv:
-        command += " --resume_from_checkpoint latest"
-    return f" The last good state is {saved[-1]}; go on with\n  {command}" if saved else ""
+    if not saved:
+        return ""
+    # The last flag of a kind counts, so that those given may stay.
+    flags = ["--overwrite_output_dir", "false"] * args.overwrite_output_dir + ["--resume_from_checkpoint", "latest"]
+    command = shlex.join([*sys.argv, *flags])
+    return f" The last good state is {saved[-1]}; go on with\n  accelerate launch {command}"
 
 
 def _tell(text: str, code: int) -> int:
