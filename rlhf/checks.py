@@ -130,11 +130,6 @@ def _out_of_range(args):
     for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
             yield f"{name}: got {getattr(args, name)!r}, expected one of {', '.join(choices)}; choose one"
-    if args.warmup_steps > args.max_steps:
-        yield (
-            f"warmup_steps={args.warmup_steps} exceeds max_steps={args.max_steps}: the learning rate would never be "
-            "reached; lower warmup_steps"
-        )
     if args.decode_checkpoint and args.decode_chunk is None:
         yield "decode_checkpoint: got no decode_chunk, expected one, since a single chunk saves nothing; set it to 1"
     for name in ("adam_beta1", "adam_beta2"):

@@ -51,7 +51,6 @@ def test_good_settings_pass(problems):
         ({"reward_weights": [1, 2]}, "reward_weights: got 2, expected 1"),
         ({"reward_weights": [0]}, "reward_weights: got only zeros"),
         ({"reward_kwargs": {"clip_scor": {}}}, "did you mean 'clip_score'?"),
-        ({"warmup_steps": 200}, "warmup_steps=200 exceeds max_steps=100"),
         ({"learning_rate": -1}, "learning_rate: got -1.0, expected at least 0"),
         ({"max_steps": 0}, "max_steps: got 0, expected at least 1"),
         ({"adam_beta2": 1.0}, "adam_beta2: got 1.0"),
