@@ -63,7 +63,8 @@ class RewardGradientConfig:
         "built-in set nano_train.",
     )
     eval_prompts: str | None = _key(
-        "nano_held_out", "Held-out prompts, named like `prompts`; built-in set nano_held_out. 'none': no evaluation."
+        "nano_held_out",
+        "Held-out prompts, named like `prompts`; built-in set nano_held_out. 'none': no evaluation, no samples.",
     )
     num_train_prompts: int = _key(4096, "How many prompts a built-in training set draws. A file is used whole.")
     base_dir: str | None = _key(None, "Folder that relative paths refer to. Default: the config file's.")

@@ -167,7 +167,8 @@ class RewardGradientTrainer:
     def _encode(self, prompts: list[str]) -> None:
         """Embed the prompts of this run; the encoders, no longer needed, leave the device."""
         args = self.args
-        self.text = encode_prompts(self.pipe, prompts, args.negative_prompt, args.max_sequence_length)
+        if prompts:  # none for a finished run that is resumed
+            self.text = encode_prompts(self.pipe, prompts, args.negative_prompt, args.max_sequence_length)
         if self.owns_pipe:
             for name in ENCODERS:
                 getattr(self.pipe, name).to("cpu")

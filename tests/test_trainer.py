@@ -219,6 +219,15 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(make_args, tmp_
         assert torch.equal(tensor, adapter(args)[name]), name
 
 
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_resuming_a_finished_run_only_finishes_it(make_args, evaluate):
+    args = make_args(max_steps=2)
+    first = train(args, evaluate=evaluate)
+    again = train(dataclasses.replace(args, resume_from_checkpoint="latest"), evaluate=evaluate)
+    assert again["steps"] == first["steps"] == 2
+    assert again.get("trained") == first.get("trained")
+
+
 def test_two_processes_equal_one_with_a_double_batch(make_args, tmp_path):
     double = make_args(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4)
     RewardGradientTrainer(tiny_pipeline(), redness, double, PROMPTS, PROMPTS[:3]).train()
