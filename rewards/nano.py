@@ -51,7 +51,8 @@ class NanoPreference(Frozen):
 class NanoVerifier(Frozen):
     """1 where colour, shape, motion and count of the clip are all what the prompt says, else 0. No gradient.
 
-    `read` gives the single attributes. Raises ValueError for a prompt that names no colour, shape or motion of the world.
+    `read` gives the single attributes. Raises ValueError for a prompt that names no colour, shape or motion of the
+    world.
     """
 
     name, frames, differentiable = "nano_verifier", "all", False

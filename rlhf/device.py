@@ -8,6 +8,7 @@ import hashlib
 import os
 import resource
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -63,6 +64,35 @@ def peak_memory(device: torch.device) -> int:
         return torch.get_device_module(device).max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether `capture` works there."""
+    return device.type == "cuda"
+
+
+def capture(step: Callable[[], torch.Tensor], reset: Callable[[], None]) -> Callable[[], torch.Tensor]:
+    """A whole training step as one graph: warm-up on a side stream, then capture. Returns () -> the step's result.
+
+    step must work on fixed tensors and read nothing back to the host; reset drops its gradients.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            reset()
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
 
 
 def generator(*key: int | str) -> torch.Generator:

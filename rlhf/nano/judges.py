@@ -12,10 +12,16 @@ from torch import nn
 
 from rlhf.nano import world
 
-WORDS = ("<pad>", "<unknown>", *sorted({w for s in world.SENTENCES for w in re.findall(r"(?<!{)\b[a-z]+\b(?!})", s)}
-         | {w for p in world.MOTION_PHRASES.values() for w in " ".join(p).split()}
-         | {"an", *world.COLORS, *world.SIZES, *world.GROUNDS, *world.COUNTS}
-         | {*world.PLURALS, *world.PLURALS.values()}))
+WORDS = (
+    "<pad>",
+    "<unknown>",
+    *sorted(
+        {w for s in world.SENTENCES for w in re.findall(r"(?<!{)\b[a-z]+\b(?!})", s)}
+        | {w for p in world.MOTION_PHRASES.values() for w in " ".join(p).split()}
+        | {"an", *world.COLORS, *world.SIZES, *world.GROUNDS, *world.COUNTS}
+        | {*world.PLURALS, *world.PLURALS.values()}
+    ),
+)
 MAX_WORDS = 16
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import open_clip
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
@@ -24,6 +25,7 @@ from rlhf.nano import world
 
 MAX_TOKENS = 20  # of each text encoder; the longest sentence of the world has 14 tokens
 TEXT_WIDTH = 128  # T5; the two CLIP encoders are half as wide each, as 768 + 1280 fit into 4096 at full size
+CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 SAMPLING = {
     "height": 64,
@@ -34,11 +36,6 @@ SAMPLING = {
     "fps": 8,
     "max_sequence_length": MAX_TOKENS,
     "negative_prompt": "",
-}
-CLIP_CONFIG = {
-    "embed_dim": 128,
-    "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "patch_size": 8, "head_width": 32},
-    "text_cfg": {"context_length": MAX_TOKENS, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
 }
 
 
@@ -157,18 +154,57 @@ def caption_index(scenes: world.Scenes, wording: torch.Tensor) -> torch.Tensor:
     return index * 2 * len(world.SENTENCES) + wording
 
 
-def build_clip() -> open_clip.CLIP:
+def build_clip_tokenizer() -> CLIPTokenizer:
+    """The part of OpenAI's CLIP vocabulary that this world's sentences use, plus single bytes for everything else.
+
+    Its ids keep the order of the full vocabulary, so the end of a text is still the highest, which open_clip relies on.
+    """
+    full = open_clip.SimpleTokenizer()
+    parts_of = {"".join(pair): pair for pair in full.bpe_ranks}
+    wanted = {full.decoder[i] for i in full(all_captions()).unique().tolist()}
+    kept = {token for token in full.encoder if len(token.removesuffix("</w>")) == 1} | {
+        "<start_of_text>",
+        "<end_of_text>",
+    }
+    while wanted:
+        token = wanted.pop()
+        if token not in kept:
+            kept.add(token)
+            wanted |= set(parts_of[token])
+    vocab = {token: i for i, token in enumerate(sorted(kept, key=full.encoder.get))}
+    merges = [pair for pair in full.bpe_ranks if "".join(pair) in kept]
+    start, end = "<start_of_text>", "<end_of_text>"
+    special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS, **special)
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> open_clip.CLIP:
     """An open_clip model of single frames and sentences."""
-    return open_clip.CLIP(**CLIP_CONFIG)
+    return open_clip.CLIP(**clip_config(tokenizer))
 
 
-def save_clip(model: open_clip.CLIP, folder: Path) -> None:
+def clip_config(tokenizer: CLIPTokenizer) -> dict:
+    """What open_clip calls model_cfg; `hf_tokenizer_name` makes it read the tokenizer beside the weights."""
+    return {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "patch_size": 8, "head_width": 32},
+        "text_cfg": {
+            "context_length": MAX_TOKENS,
+            "vocab_size": len(tokenizer),
+            "hf_tokenizer_name": ".",
+            "width": 64,
+            "heads": 4,
+            "layers": 2,
+        },
+    }
+
+
+def save_clip(model: open_clip.CLIP, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write open_clip's own folder layout (`local-dir:`), float16 safetensors."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    mean_std = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
-    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": mean_std}
+    mean_std = {"mean": CLIP_MEAN, "std": CLIP_STD}
+    config = {"model_cfg": clip_config(tokenizer), "preprocess_cfg": mean_std}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
     state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")

@@ -1,8 +1,8 @@
-"""The world of ContentV-nano: captioned clips of one or two moving shapes, drawn from signed distances on any device.
+"""The world of ContentV-nano: captioned clips of one or two moving shapes, drawn from signed distances.
 
-A scene has eight attributes; the caption names them in one of several sentences. Every sixth combination of colour, shape
-and motion is held out: it appears in no training caption and no training prompt, so a model that draws it has combined
-what it knows. The same seed gives the same scenes, videos and prompts on every machine.
+A scene has six named attributes and a place; the caption names attributes in one of several sentences. Every sixth
+combination of colour, shape and motion is held out: it appears in no training caption and no training prompt, so a
+model that draws it has combined what it knows. The same seed gives the same scenes and prompts on every machine.
 
 Shapes as in `rlhf.types`; a scene batch is a dict of (B,) tensors (see `sample_scenes`).
 """
@@ -25,7 +25,12 @@ COLORS = {
 }
 PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
 SIZES = {"small": 0.26, "large": 0.42}  # radius in units of half the shorter side
-GROUNDS = {"black": (0.03, 0.03, 0.03), "white": (0.97, 0.97, 0.97), "gray": (0.5, 0.5, 0.5), "navy": (0.05, 0.08, 0.25)}
+GROUNDS = {
+    "black": (0.03, 0.03, 0.03),
+    "white": (0.97, 0.97, 0.97),
+    "gray": (0.5, 0.5, 0.5),
+    "navy": (0.05, 0.08, 0.25),
+}
 MOTIONS = ("left", "right", "up", "down", "still", "growing")
 MOTION_PHRASES = {
     "left": ("moving left", "drifting to the left"),
@@ -112,7 +117,6 @@ def render(
     apart_x = column(torch.where(step_y != 0, 0.5, 0.0) + torch.where(motion >= 4, 0.5, 0.0)) * column(pair)
     apart_y = column(torch.where(step_x != 0, 0.5, 0.0)) * column(pair)
 
-
     def distance_to(u, v):
         own = _distance(u, v, radius, scenes["shape"])
         return own if melt is None else torch.lerp(own, _distance(u, v, radius, melt[0]), column(melt[1]))
@@ -147,7 +151,10 @@ def _distance(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Te
 
 
 def caption(scene: dict[str, int], sentence: int = 0, phrase: int = 0) -> str:
-    """One scene's attribute indices -> a sentence; `sentence` and `phrase` choose the wording (odd phrases start with a capital)."""
+    """One scene's attribute indices -> a sentence; `sentence` and `phrase` choose the wording.
+
+    Odd phrases start with a capital letter.
+    """
     shape, pair = SHAPES[scene["shape"]], scene["count"] == 1
     size = list(SIZES)[scene["size"]]
     template = SENTENCES[sentence % len(SENTENCES)]
@@ -190,8 +197,8 @@ def read_caption(text: str) -> dict[str, int]:
     missing = [k for k, v in found.items() if not v]
     if missing:
         raise ValueError(
-            f"got the prompt {text!r}, which names no {' and no '.join(missing)} of the nano world; expected a sentence such "
-            "as 'a small red circle moving left'; use prompts of rlhf.nano.world, or leave the verifier out for others."
+            f"got the prompt {text!r}, which names no {' and no '.join(missing)} of this world; expected a sentence "
+            "such as 'a small red circle moving left'; use prompts of rlhf.nano.world, or leave out the verifier."
         )
     return {k: v[0] for k, v in found.items()} | {"count": int("two" in words)}
 

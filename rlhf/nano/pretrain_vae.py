@@ -1,0 +1,77 @@
+"""The video autoencoder of ContentV-nano: whole clips in one pass, its loss and its training."""
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from rlhf.contentv.wan_decoder import _decode_chunks
+from rlhf.nano import parts, world
+from rlhf.nano.loop import train
+
+
+def encode_whole(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log variance of all latents in one pass; equal to `vae.encode`, which goes four frames at a time."""
+
+    def halve_frames(resample, inputs, out):
+        # With no cache the stock module leaves its temporal convolution out; the first frame never passes through it.
+        return torch.cat([out[:, :, :1], resample.time_conv(out)], 2) if out.shape[2] > 1 else out
+
+    hooks = [
+        m.register_forward_hook(halve_frames) for m in vae.encoder.modules() if getattr(m, "mode", "") == "downsample3d"
+    ]
+    try:
+        mean, logvar = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return mean, logvar.clamp(-30, 20)
+
+
+def decode_whole(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Raw latents to video in about [-1, 1], in one pass."""
+    return _decode_chunks(vae, latents, latents.shape[2], False)
+
+
+def vae_loss(vae, video):
+    """L1 with the shapes weighted up, L1 of edges, and a light KL."""
+    mean, logvar = encode_whole(vae, video)
+    out = decode_whole(vae, mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
+    weight = 1 + 4 * (video - video[..., :1, :1]).abs().amax(1, keepdim=True).clamp(max=1)
+    edges = sum(((out - video).diff(dim=d)).abs().mean() for d in (-1, -2))
+    kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
+    return ((out - video).abs() * weight).mean() + 2 * edges + 5e-5 * kl
+
+
+def train_vae(device, generator, steps) -> AutoencoderKLWan:
+    vae = parts.build_vae().to(device)
+    params, loss = list(vae.parameters()), lambda v: vae_loss(vae, v)
+
+    def images():
+        clips = world.render(world.sample_scenes(128, generator), num_frames=5)
+        pick = torch.randint(5, (128,), generator=generator, device=device)
+        return (clips[torch.arange(128, device=device), :, pick].unsqueeze(2) * 2 - 1,)
+
+    def clips():
+        return (world.render(world.sample_scenes(32, generator)) * 2 - 1,)
+
+    train("vae_image", steps["vae_image"], params, 1e-3, images, loss)
+    train("vae_video", steps["vae_video"], params, 1e-3, clips, loss)
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        latents = torch.cat([encode_whole(vae, clips()[0])[0] for _ in range(32)])
+    vae.register_to_config(
+        latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
+    )
+    return vae
+
+
+def latent_scale(vae, device) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = lambda v: torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
+    return shape(vae.config.latents_mean), shape(vae.config.latents_std)
+
+
+@torch.no_grad()
+def reconstruct(vae, video, noise: float | torch.Tensor = 0.0):
+    """video_BCTHW in [0, 1] through the VAE; noise is added to its unit-variance latents."""
+    mean, std = latent_scale(vae, video.device)
+    latents = encode_whole(vae, video * 2 - 1)[0]
+    return (decode_whole(vae, latents + noise * std * torch.randn_like(latents)) / 2 + 0.5).clamp(0, 1)
