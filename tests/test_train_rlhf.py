@@ -178,7 +178,7 @@ def test_shipped_training_and_held_out_prompts_share_none():
 
 @pytest.mark.skipif(not NANO_PATH.exists(), reason="the weights of nano are not trained yet")
 def test_the_main_job_in_small(main, tmp_path):
-    flags = ["--max_steps", "1", "--num_eval_prompts", "2", "--per_device_train_batch_size", "1"]
+    flags = ["--max_steps", "1", "--warmup_steps", "0", "--num_eval_prompts", "2", "--per_device_train_batch_size", "1"]
     flags += ["--num_diversity_prompts", "0", "--num_sample_prompts", "2", "--output_dir", str(tmp_path / "run")]
     assert main(flags) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
