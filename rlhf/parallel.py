@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from rlhf.config import RewardGradientConfig
-from rlhf.device import pick_device
+from rlhf.device import keep_freed_memory, pick_device
 
 LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for every process it starts
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
@@ -17,8 +17,10 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 def make_accelerator(args: RewardGradientConfig) -> Accelerator:
     """The process group, the device and the trackers that args name. Formats are our own business: no autocast."""
     device = pick_device(args.device)
-    if device.type == "cpu" and (threads := cpu_threads(args.cpu_threads)):
-        torch.set_num_threads(threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+        if threads := cpu_threads(args.cpu_threads):
+            torch.set_num_threads(threads)
     folders = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "trackers"))
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="no", log_with=args.report_to or None, project_config=folders

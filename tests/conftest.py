@@ -5,8 +5,10 @@ import torch
 from tiny import tiny_pipeline, tiny_transformer, tiny_vae
 
 from rlhf.config import RewardGradientConfig
+from rlhf.device import keep_freed_memory
 
 torch.set_num_threads(1)  # tiny models are slower on more
+keep_freed_memory()
 
 
 @pytest.fixture

@@ -89,3 +89,20 @@ def test_importing_the_package_imports_no_vendor():
     code = "import sys, rlhf.device, rlhf.contentv.loading; assert 'torch_npu' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert module.KNOWN_DEVICES[-1] == "cpu"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
+def test_freed_memory_is_used_again():
+    code = """
+import resource, torch
+from rlhf.device import keep_freed_memory
+keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(12):
+    before = faults()
+    torch.ones(64 * 2**20 // 4).sum()
+    last = faults() - before
+print(last)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 1000  # untouched pages would be 16,384

@@ -1,0 +1,80 @@
+"""What a nano training step takes on a CPU: as shipped, without kept memory, with spinning threads; alone or not.
+
+    python bench/cpu_step.py        writes bench/results/cpu_step.json
+
+Prediction: page faults take two fifths of a step alone; spinning threads cost nothing alone and ten
+times the step beside a second busy program of as many threads.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RESULT = Path(__file__).parent / "results" / "cpu_step.json"
+STEPS = 6
+STEP = """
+import sys, torch
+import rlhf.parallel
+from rlhf.config import RewardGradientConfig
+from rlhf.trainer import RewardGradientTrainer
+if sys.argv[2] == "returned":
+    rlhf.parallel.keep_freed_memory = lambda: None
+settings = dict(num_grad_steps=4, per_device_train_batch_size=8, num_eval_prompts=1, num_sample_prompts=0)
+args = RewardGradientConfig(output_dir=sys.argv[1], max_steps=100, report_to=["none"], device="cpu", **settings)
+trainer = RewardGradientTrainer(args=args)
+trainer._begin()
+for step in range(int(sys.argv[3])):
+    print("seconds", trainer.step(step)["seconds"], flush=True)
+"""
+BUSY = "import torch\nx = torch.randn(700, 700)\nwhile True: x = (x @ x).tanh()"
+ARMS = {
+    "as shipped": ({}, "kept"),
+    "freed memory returned": ({}, "returned"),
+    "threads spin (libgomp's default)": ({"GOMP_SPINCOUNT": "300000"}, "kept"),
+}
+
+
+def measure(environment: dict[str, str], memory: str, limit: float = 120) -> list[float]:
+    """Seconds of each step but the first, as many as were done within the limit."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", STEP, str(Path(folder) / "run"), memory, str(STEPS)]
+        try:
+            done = subprocess.run(
+                command, env=os.environ | environment, capture_output=True, text=True, timeout=limit
+            ).stdout
+        except subprocess.TimeoutExpired as error:
+            done = (error.stdout or b"").decode()
+    return [float(line.split()[1]) for line in done.splitlines() if line.startswith("seconds")][1:]
+
+
+def main() -> None:
+    import torch
+
+    rows = []
+    for phase in ("alone", "beside a busy program"):
+        company = subprocess.Popen([sys.executable, "-c", BUSY]) if phase != "alone" else None
+        for arm, (environment, memory) in ARMS.items():
+            seconds = measure(environment, memory)
+            median = statistics.median(seconds) if seconds else None
+            rows.append({"arm": arm, "phase": phase, "seconds": median, "all": seconds})
+            print(rows[-1], flush=True)
+        if company:
+            company.kill()
+    environment = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "batch": 8,
+        "steps": STEPS,
+    }
+    RESULT.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
