@@ -25,14 +25,13 @@ def log(**values) -> None:
     print(json.dumps({"seconds": seconds()} | values), flush=True)
 
 
-def train(name, steps, params, learning_rate, batch, loss_fn, ema=None, every=500, on_step=None):
+def train(name, steps, params, learning_rate, batch, loss_fn, ema=None, every=500):
     """AdamW with warm-up and linear decay. With graphs, one is replayed on fixed tensors.
 
     Args:
         batch: () -> tuple of tensors of fixed shapes.
         loss_fn: (*batch) -> scalar loss; must not read values back to the host.
         ema: (averaged parameters, live parameters), averaged at 0.997 per step.
-        on_step: called with the step number after each step.
     """
     device = params[0].device
     rate = torch.zeros((), device=device)
@@ -71,5 +70,3 @@ def train(name, steps, params, learning_rate, batch, loss_fn, ema=None, every=50
                 loss=round(loss.item(), 4),
                 step_ms=round(1000 * (time.time() - started) / (i + 1), 1),
             )
-        if on_step:
-            on_step(i + 1)

@@ -85,10 +85,10 @@ def token_tables(tokenizers, device):
     return tuple(token_table(tokenizers[k], sentences, device) for k in ("tokenizer", "tokenizer_3"))
 
 
-def train_transformer(vae, tokenizers, device, generator, steps, keep=()):
+def train_transformer(vae, tokenizers, device, generator, steps) -> Denoiser:
     """Flow matching (velocity noise - data) with logit-normal noise levels, shifted as the sampler is.
 
-    Returns the averaged weights at the end and, for each step count in `keep`, a copy at that step.
+    Returns the averaged weights.
     """
     model = Denoiser(tokenizers).to(device)
     averaged = copy.deepcopy(model)
@@ -113,15 +113,9 @@ def train_transformer(vae, tokenizers, device, generator, steps, keep=()):
             velocity = model((1 - s) * data + s * noise, sigma, clip_ids, t5_ids)
         return F.mse_loss(velocity.float(), noise - data)
 
-    snapshots = {}
-
-    def snapshot(step):
-        if step in keep:
-            snapshots[step] = copy.deepcopy(averaged).eval()
-
     ema = (list(averaged.parameters()), list(model.parameters()))
-    train("transformer", steps["transformer"], list(model.parameters()), 1e-3, batch, loss, ema, on_step=snapshot)
-    return averaged.eval().requires_grad_(False), snapshots
+    train("transformer", steps["transformer"], list(model.parameters()), 1e-3, batch, loss, ema)
+    return averaged.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -235,9 +229,10 @@ def main() -> None:
     del pool
     tokenizers = parts.build_tokenizers()
     denoiser = train_transformer(vae, tokenizers, device, generator, steps)
-    results = report(args.output, vae, denoiser, tokenizers, verifier, device)
     save_model(args.output / "contentv-nano", vae, denoiser, tokenizers)
     save_judges(args.output, verifier, clip, clip_tokenizer, preference)
+    vae, denoiser = vae.to(device).float(), denoiser.to(device).float()  # saving made them float16
+    results = report(args.output, vae, denoiser, tokenizers, verifier, device)
     results |= {"steps": steps, "seconds": seconds()}
     (args.output / "report.json").write_text(json.dumps(results, indent=2) + "\n")
     log(**results)

@@ -1,7 +1,7 @@
 """The world of ContentV-nano: captioned clips of one or two moving shapes, drawn from signed distances.
 
 A scene has six named attributes and a place; the caption names attributes in one of several sentences. Every sixth
-combination of colour, shape and motion is held out: it appears in no training caption and no training prompt, so a
+combination of colour, shape and motion is held out: it appears in no training clip and no training prompt, so a
 model that draws it has combined what it knows. The same seed gives the same scenes and prompts on every machine.
 
 Shapes as in `rlhf.types`; a scene batch is a dict of (B,) tensors (see `sample_scenes`).
