@@ -6,10 +6,13 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from rewards import check_spec, load_reward, reward_name
+import torch
+
+from rewards import check_spec, load_reward, probe, reward_name
 from rlhf.checkpoint import find_checkpoint, read_state
 from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
-from rlhf.device import pick_device
+from rlhf.contentv.files import model_config
+from rlhf.device import local_device, pick_device
 from rlhf.prompts import load_prompts
 from rlhf.run_folder import run_in
 
@@ -52,8 +55,8 @@ def check_config(
     rewards: list[str | Callable] | None = None,
     train_prompts: list[str] | None = None,
     eval_prompts: list[str] | None = None,
-) -> None:
-    """Raise ConfigError with every problem of the settings.
+) -> RewardGradientConfig:
+    """The settings with the model's own sampling where none was set. Raises ConfigError with every problem of them.
 
     What was handed over as an object instead of named in args - a pipeline, rewards, prompts - is taken as it is.
     """
@@ -67,9 +70,30 @@ def check_config(
     except ValueError as error:
         problems.append(str(error))
     else:
-        problems += _sampling(with_sampling(args, card["sampling"]), card)
+        args = with_sampling(args, card["sampling"])
+        problems += _sampling(args, card)
     if problems:
         raise ConfigError(problems)
+    return args
+
+
+def open_rewards(
+    args: RewardGradientConfig,
+    rewards: list[str | Callable] | None = None,
+    prompts: list[str] | None = None,
+    device: torch.device | None = None,
+) -> dict[str, Callable]:
+    """The rewards, then the judges, by short name: frozen, on the device, those that train probed with three prompts.
+
+    A reward that cannot train is found here, before the generator's weights are loaded. args: as `check_config` returns
+    them. rewards, prompts: instead of those that args name. Raises RewardError.
+    """
+    device = device or local_device(args.device)
+    prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
+    for name, reward in trained.items():
+        probe(reward, (3, args.num_frames, args.height, args.width), prompts[:3], device, name=name)
+    return trained | _load_rewards(args.eval_reward_funcs, args, device)
 
 
 def model_card(model: str, pipe=None) -> dict[str, dict]:
@@ -77,8 +101,6 @@ def model_card(model: str, pipe=None) -> dict[str, dict]:
     if pipe is not None:
         parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
         return parts | {"sampling": vars(pipe.sampling)}
-    from rlhf.contentv.loading import model_config  # takes seconds, so only once the rest is known
-
     return model_config(model)
 
 
@@ -89,13 +111,17 @@ def with_sampling(args: RewardGradientConfig, defaults) -> RewardGradientConfig:
     return dataclasses.replace(args, **unset)
 
 
-def load_rewards(rewards: list[str | Callable], args: RewardGradientConfig) -> dict[str, Callable]:
-    """Rewards by short name: specs are loaded with their reward_kwargs, callables taken as they are."""
-    kwargs = args.reward_kwargs or {}
-    return {
-        short_name(r): load_reward(r, args.base_dir, **kwargs.get(short_name(r), {})) if isinstance(r, str) else r
-        for r in rewards
-    }
+def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> dict[str, Callable]:
+    """Rewards by short name, frozen: specs are loaded with their reward_kwargs, callables taken as they are."""
+    loaded, kwargs = {}, args.reward_kwargs or {}
+    for reward in rewards:
+        name = short_name(reward)
+        if isinstance(reward, str):
+            reward = load_reward(reward, args.base_dir, **kwargs.get(name, {}))
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device).requires_grad_(False).eval()
+        loaded[name] = reward
+    return loaded
 
 
 def short_name(reward: str | Callable) -> str:

@@ -13,9 +13,9 @@ import torch
 from peft import PeftConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from rewards import RewardError, RewardMix, frames_needed, probe, reward_name
+from rewards import RewardError, RewardMix, frames_needed, reward_name
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
-from rlhf.checks import check_config, load_rewards, with_sampling
+from rlhf.checks import check_config, open_rewards
 from rlhf.compare import summarise
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
@@ -50,10 +50,12 @@ class RewardGradientTrainer:
         args: the settings.
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
         peft_config: another adapter than the LoRA that args describe.
+        opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, told on_train_begin, on_step_end, on_log, on_evaluate, on_save and
             on_train_end; `control.should_evaluate`, `should_save` and `should_training_stop` are obeyed.
 
-    Raises ConfigError, with everything that is wrong at once, before any weight is loaded.
+    Raises ConfigError, with everything that is wrong at once, and RewardError for a reward that cannot train, before
+    any weight of the model is loaded.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class RewardGradientTrainer:
         eval_dataset: Iterable | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        opened_rewards: dict[str, Callable] | None = None,
     ):
         args = args or RewardGradientConfig()
         args = dataclasses.replace(args, model=model if isinstance(model, str) else args.model)
@@ -74,13 +77,10 @@ class RewardGradientTrainer:
         args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
         train_prompts = None if train_dataset is None else as_prompts(train_dataset)
         eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset)
-        check_config(args, pipe, rewards, train_prompts, eval_prompts)
+        self.args = args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
 
         self.accelerator = make_accelerator(args)
         self.device = self.accelerator.device
-        self.owns_pipe = pipe is None
-        self.pipe = pipe or load_pipeline(args.model, dtype=_dtype(args.dtype), device=self.device)
-        self.args = args = with_sampling(args, self.pipe.sampling)
         self.folder = Path(args.output_dir)
         self.train_prompts = train_prompts or load_prompts(
             args.prompts, args.base_dir, args.num_train_prompts, args.seed
@@ -88,9 +88,12 @@ class RewardGradientTrainer:
         if eval_prompts is None and args.eval_prompts:
             eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
         self.eval_prompts = (eval_prompts or [])[: args.num_eval_prompts]
-        self.rewards = RewardMix(load_rewards(rewards, args), args.reward_weights, args.normalise_rewards)
-        judges = self.rewards.rewards | load_rewards(args.eval_reward_funcs, args)
-        self._freeze_and_adapt(judges, peft_config)
+        judges = opened_rewards or open_rewards(args, rewards, self.train_prompts, self.device)
+        trained = dict(list(judges.items())[: len(rewards)])
+        self.rewards = RewardMix(trained, args.reward_weights, args.normalise_rewards)
+        self.owns_pipe = pipe is None
+        self.pipe = pipe or load_pipeline(args.model, dtype=_dtype(args.dtype), device=self.device)
+        self._adapt(peft_config)
         self.held_out = None
         if self.eval_prompts:
             fps, shape = self.pipe.sampling.fps, self.latent_shape
@@ -98,12 +101,9 @@ class RewardGradientTrainer:
         self.callbacks, self.control = callbacks or [], TrainerControl()
         self.state = TrainerState(max_steps=args.max_steps)
 
-    def _freeze_and_adapt(self, judges: dict[str, Callable], peft_config: PeftConfig | None) -> None:
-        """Everything frozen, on the device, in evaluation mode; the adapter and its optimizer; the rollout's plan."""
+    def _adapt(self, peft_config: PeftConfig | None) -> None:
+        """The decoder frozen, in evaluation mode; the adapter and its optimizer; the rollout's plan."""
         args, pipe = self.args, self.pipe
-        for reward in judges.values():
-            if isinstance(reward, torch.nn.Module):
-                reward.to(self.device).requires_grad_(False).eval()
         pipe.vae.to(self.device).float().requires_grad_(False).eval()
         adapter = peft_config or lora_config(args.lora_rank, args.lora_alpha, args.lora_target_modules)
         add_adapter(pipe.transformer.to(self.device), adapter, args.seed)
@@ -149,12 +149,9 @@ class RewardGradientTrainer:
         return summary
 
     def _begin(self) -> int:
-        """Probe the rewards, prepare the run folder, restore a checkpoint, encode the prompts. The first step to do."""
+        """Prepare the run folder, restore a checkpoint, encode the prompts. The first step to do."""
         args, accelerator = self.args, self.accelerator
         resumed = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, self.folder)
-        for name, reward in self.rewards.rewards.items():
-            shape = (3, args.num_frames, args.height, args.width)
-            probe(reward, shape, self.train_prompts[:3], self.device, name=name)
         accelerator.wait_for_everyone()  # all have checked the folder before the first one writes there
         if accelerator.is_main_process:
             start_run_folder(args)

@@ -20,7 +20,8 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 from torchvision.utils import save_image
 
-from rlhf.contentv.pipeline import ContentVPipeline, SamplingDefaults
+from rlhf.contentv.files import SamplingDefaults
+from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator, pick_device
 from rlhf.nano import parts, world
 from rlhf.nano.judges import Preference, Verifier
@@ -200,7 +201,7 @@ def report(folder: Path, vae, denoiser, tokenizers, verifier, device) -> dict:
     rebuilt = torch.cat([reconstruct(vae, clips) for clips in real.split(128)])
     results = {"renders": accuracy(verifier, real, scenes), "reconstructions": accuracy(verifier, rebuilt, scenes)}
     sheet(folder / "reconstructions.png", torch.cat([real[:12], rebuilt[:12]]))
-    for guidance in (1.0, 2.0, 3.0, 4.5):
+    for guidance in (1.0, parts.SAMPLING["guidance_scale"], 4.5):
         for name, prompts in (("held_out", world.held_out_prompts(512)), ("train", world.train_prompts(512))):
             video = sample(denoiser, vae, prompts, tokenizers, device, guidance=guidance)
             results[f"samples, {name}, guidance {guidance}"] = accuracy(verifier, video, wanted_of(prompts, device))
