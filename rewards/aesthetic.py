@@ -7,8 +7,9 @@ repository trl-lib/ddpo-aesthetic-predictor.
 import torch
 
 from rewards.base import RewardError
-from rewards.clip import check_num_frames, embed_frames
+from rewards.clip import embed_frames
 from rewards.clip_models import CLIP_L14, load_clip
+from rewards.frames import check_num_frames, pick_frames
 from rewards.weights import Frozen, load_state_dict, missing_weights, quick_hub
 
 HEAD_REPOSITORY, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -36,7 +37,7 @@ class Aesthetic(Frozen):
         backend: str | None = None,
         pretrained: str | None = None,
         frames: str | int = "first",
-        num_frames: int | None = None,
+        num_frames: int | str | None = None,
         dtype: str = "float32",
         chunk: int | None = None,
         mean: float | None = None,
@@ -51,7 +52,7 @@ class Aesthetic(Frozen):
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            image_BNP = embed_frames(self.clip, video_BCTHW, self.num_frames, self.chunk)
+            image_BNP = embed_frames(self.clip, pick_frames(self, video_BCTHW, info), self.chunk)
             return self.score_embeddings(image_BNP).mean(1)
 
     def score_embeddings(self, image_BNP: torch.Tensor) -> torch.Tensor:

@@ -71,10 +71,3 @@ def _resize_matrix(before: int, after: int, dtype: torch.dtype, device: torch.de
     """(after, before): the resize of an identity. Made in float64 on the CPU, where every backend gets the same."""
     identity = torch.eye(before, dtype=torch.float64)[None, None]
     return F.interpolate(identity, size=(after, before), mode="bicubic", antialias=True)[0, 0].to(dtype).to(device)
-
-
-def evenly_spaced(total: int, count: int | None) -> list[int]:
-    """Indices of `count` frames out of `total`, first and last among them; all for None or too large a count."""
-    if count is None or count >= total:
-        return list(range(total))
-    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
