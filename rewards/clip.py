@@ -4,10 +4,9 @@ Shape legend: B batch, C channels, T frames, N frames that are scored, P width o
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from rewards.clip_models import CLIP_L14, load_clip, unit
-from rewards.frames import check_num_frames, pick_frames
+from rewards.clip_models import CLIP_L14, Clip, load_clip, random_clip, unit
+from rewards.frames import check_num_frames, in_chunks, pick_frames
 from rewards.weights import Frozen
 
 
@@ -31,7 +30,7 @@ class ClipScore(Frozen):
 
     def __init__(
         self,
-        model: str = CLIP_L14,
+        model: str | Clip = CLIP_L14,
         backend: str | None = None,
         pretrained: str | None = None,
         frames: str | int = "first",
@@ -47,6 +46,11 @@ class ClipScore(Frozen):
         self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
         self._text_cache: dict[str, torch.Tensor] = {}
         self.freeze()
+
+    @classmethod
+    def random_init(cls, model: str = CLIP_L14, **settings) -> "ClipScore":
+        """Full size with random weights, on torch's default device, without hub or disk; `model` as for random_clip."""
+        return cls(random_clip(model), **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         with torch.autocast(video_BCTHW.device.type, enabled=False):
@@ -66,12 +70,4 @@ class ClipScore(Frozen):
 def embed_frames(clip: Frozen, video_BCNHW: torch.Tensor, chunk: int | None) -> torch.Tensor:
     """(B, N, P) unit float32 embeddings of all N frames, recomputed chunk by chunk in backward."""
     frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
-    if chunk is None:
-        embeds_NP = clip.embed(frames_NCHW)
-    else:
-        parts = [
-            checkpoint(clip.embed, part, use_reentrant=False, preserve_rng_state=False)
-            for part in frames_NCHW.split(chunk)
-        ]
-        embeds_NP = torch.cat(parts)
-    return embeds_NP.unflatten(0, (video_BCNHW.shape[0], -1))
+    return in_chunks(clip.embed, chunk, frames_NCHW).unflatten(0, (video_BCNHW.shape[0], -1))

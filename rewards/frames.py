@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rewards.base import RewardError
 
@@ -62,6 +63,21 @@ def check_num_frames(name: str, frames: str | int, num_frames: int | str | None)
         expected = f"num_frames between 1 and the {decoded} that frames={frames!r} decodes"
         cure = "set frames to 'all' or to a larger number"
         raise RewardError(name, got=f"num_frames={num_frames!r}", expected=expected, cure=cure)
+
+
+def require_frames(name: str, got: int, least: int) -> None:
+    """Raise RewardError where a reward is about change between frames and got too few of them."""
+    if got < least:
+        cure = "generate more frames, or leave this reward out for images"
+        raise RewardError(name, got=f"{got} frame(s)", expected=f"at least {least}", cure=cure)
+
+
+def in_chunks(function: Callable, chunk: int | None, *frames_NCHW: torch.Tensor) -> torch.Tensor:
+    """function(*frames_NCHW), at most `chunk` frames at a time and recomputed in backward; None: all at once."""
+    if chunk is None:
+        return function(*frames_NCHW)
+    parts = zip(*(frames.split(chunk) for frames in frames_NCHW), strict=True)
+    return torch.cat([checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def _parse(name: str, num_frames: int | str | None) -> tuple[str, float]:

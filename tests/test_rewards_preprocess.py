@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import CenterCrop, Resize
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess, resize
 
@@ -48,7 +48,12 @@ def test_two_calls_equal_one():
     assert torch.equal(by_pil(image, 40, "shortest"), to_float(CenterCrop(40)(image.resize(target, Image.BICUBIC))))
 
 
-@pytest.mark.parametrize("fit", ["shortest", "squash"])
+def by_vbench(image, size):
+    """VBench's dino_transform_Image: bilinear, nothing cropped."""
+    return to_float(Resize(size, InterpolationMode.BILINEAR)(image))
+
+
+@pytest.mark.parametrize("fit", ["shortest", "squash", "whole"])
 @pytest.mark.parametrize(
     ("width", "height", "size"),
     [
@@ -65,9 +70,12 @@ def test_two_calls_equal_one():
 @pytest.mark.parametrize("picture", [photograph, noise])
 def test_it_matches_pil(picture, width, height, size, fit):
     image = picture(width, height)
-    ours = preprocess(to_float(image), size, *NONE, fit)
-    assert ours.shape == (1, 3, size, size)
-    difference = (ours - by_pil(image, size, fit)).abs() * 255
+    whole = fit == "whole"
+    ours = preprocess(to_float(image), size, *NONE, fit, "bilinear" if whole else "bicubic")
+    theirs = by_vbench(image, size) if whole else by_pil(image, size, fit)
+    assert ours.shape == theirs.shape
+    assert whole or ours.shape == (1, 3, size, size)
+    difference = (ours - theirs).abs() * 255
     assert difference.mean() < 0.4
     assert difference.max() < 2
 
