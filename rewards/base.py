@@ -143,7 +143,7 @@ def probe(
 
     video_shape is (C, T, H, W) of one video; the reward gets the leading frames that it asks for. prompts: two or three
     (repeated if fewer). info: what the reward is told besides, over `PROBE_INFO`. `on_pass` is told each check that
-    passed. Rewards with differentiable=False skip the gradient checks. Raises RewardError at the first check that fails.
+    passed. Rewards with differentiable=False skip the gradient checks. Raises RewardError at the first that fails.
     """
     started = time.perf_counter()
     name = name or reward_name(reward)
