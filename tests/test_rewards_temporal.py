@@ -124,8 +124,10 @@ def test_jpeg_size_equals_its_definition_written_out():
     """Over the 63 coefficients of two blocks, by the double sum of ITU-T T.81, A.3.3; Q read off its table K.1."""
     video = torch.rand(1, 3, 1, 8, 16, generator=torch.Generator().manual_seed(0))
     y = 255 * np.einsum("c,chw->hw", [0.299, 0.587, 0.114], video[0, :, 0].double().numpy())
-    table = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
-               18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
+    table = """
+        16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
+        18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99
+    """
     steps = [int(step) for step in table.split()]
     total = 0.0
     for block in (y[:, :8], y[:, 8:]):
