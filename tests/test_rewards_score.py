@@ -1,6 +1,8 @@
 """`python -m rewards.score` on real files: what is read from each kind, the table, the JSON, and what is missing."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,9 @@ import torch
 from diffusers.utils import export_to_video
 from PIL import Image
 
-from rewards import load_reward
+from rewards import check_spec, load_reward
 from rewards.read import read_video
-from rewards.score import main
+from rewards.score import main, parse_arguments, prompts_of
 
 ROOT = Path(__file__).parents[1]
 SQUARES = np.kron(np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3)), np.ones((1, 16, 16, 1))).astype(np.uint8)
@@ -145,6 +147,16 @@ def test_what_is_missing_or_wrong_is_told_in_a_line(folder, arguments, told, cap
     assert told in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_the_command_of_the_guide_is_understood():
+    guide = (ROOT / "docs" / "rewards.md").read_text()
+    (command,) = re.findall(r"^python -m rewards.score (.*)$", guide, re.MULTILINE)
+    arguments = parse_arguments(shlex.split(command))
+    assert [str(path) for path in arguments.files] == ["video.mp4", "other.gif"]
+    for name in arguments.rewards:
+        check_spec(name)
+    assert prompts_of(arguments.files, arguments.prompts, arguments.rewards) == ["a red kite"] * 2
 
 
 def test_it_runs_as_a_module(folder):
