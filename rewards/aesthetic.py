@@ -7,8 +7,9 @@ repository trl-lib/ddpo-aesthetic-predictor.
 import torch
 
 from rewards.base import RewardError
-from rewards.clip import check_num_frames, embed_frames
-from rewards.clip_models import CLIP_L14, load_clip
+from rewards.clip import embed_frames
+from rewards.clip_models import CLIP_L14, Clip, load_clip, random_clip
+from rewards.frames import check_num_frames, pick_frames
 from rewards.weights import Frozen, load_state_dict, missing_weights, quick_hub
 
 HEAD_REPOSITORY, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -31,12 +32,12 @@ class Aesthetic(Frozen):
 
     def __init__(
         self,
-        head: str | None = None,
-        model: str = CLIP_L14,
+        head: "str | AestheticHead | None" = None,
+        model: str | Clip = CLIP_L14,
         backend: str | None = None,
         pretrained: str | None = None,
         frames: str | int = "first",
-        num_frames: int | None = None,
+        num_frames: int | str | None = None,
         dtype: str = "float32",
         chunk: int | None = None,
         mean: float | None = None,
@@ -44,14 +45,20 @@ class Aesthetic(Frozen):
     ):
         super().__init__()
         check_num_frames(self.name, frames, num_frames)
-        self.head = load_head(self.name, head or _download_head(self.name))
+        made = isinstance(head, AestheticHead)
+        self.head = head if made else load_head(self.name, head or _download_head(self.name))
         self.clip = load_clip(self.name, model, backend, pretrained, dtype)
         self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
         self.freeze()
 
+    @classmethod
+    def random_init(cls, **settings) -> "Aesthetic":
+        """Full size with random weights, on torch's default device, without hub or disk."""
+        return cls(AestheticHead(), random_clip(CLIP_L14), **settings)
+
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            image_BNP = embed_frames(self.clip, video_BCTHW, self.num_frames, self.chunk)
+            image_BNP = embed_frames(self.clip, pick_frames(self, video_BCTHW, info), self.chunk)
             return self.score_embeddings(image_BNP).mean(1)
 
     def score_embeddings(self, image_BNP: torch.Tensor) -> torch.Tensor:

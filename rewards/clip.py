@@ -4,11 +4,9 @@ Shape legend: B batch, C channels, T frames, N frames that are scored, P width o
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from rewards.base import RewardError
-from rewards.clip_models import CLIP_L14, load_clip, unit
-from rewards.preprocess import evenly_spaced
+from rewards.clip_models import CLIP_L14, Clip, load_clip, random_clip, unit
+from rewards.frames import check_num_frames, in_chunks, pick_frames
 from rewards.weights import Frozen
 
 
@@ -20,7 +18,7 @@ class ClipScore(Frozen):
     backend     "transformers" or "open_clip"; None: told from `model`
     pretrained  open_clip's tag or a weights file, for an open_clip name only
     frames      what must be decoded: "first", a number of leading frames, or "all"
-    num_frames  how many of these are scored, evenly spaced; None: every one
+    num_frames  which of these are scored: 4 evenly spaced, "random 4", "8 fps", or None for every one
     dtype       of the model; scores are float32 in any case
     chunk       frames in the model at once, to bound memory; the result stays the same
     mean, std   the typical score of this model, for mixing
@@ -32,11 +30,11 @@ class ClipScore(Frozen):
 
     def __init__(
         self,
-        model: str = CLIP_L14,
+        model: str | Clip = CLIP_L14,
         backend: str | None = None,
         pretrained: str | None = None,
         frames: str | int = "first",
-        num_frames: int | None = None,
+        num_frames: int | str | None = None,
         dtype: str = "float32",
         chunk: int | None = None,
         mean: float | None = None,
@@ -49,9 +47,14 @@ class ClipScore(Frozen):
         self._text_cache: dict[str, torch.Tensor] = {}
         self.freeze()
 
+    @classmethod
+    def random_init(cls, model: str = CLIP_L14, **settings) -> "ClipScore":
+        """Full size with random weights, on torch's default device, without hub or disk; `model` as for random_clip."""
+        return cls(random_clip(model), **settings)
+
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            image_BNP = embed_frames(self.clip, video_BCTHW, self.num_frames, self.chunk)
+            image_BNP = embed_frames(self.clip, pick_frames(self, video_BCTHW, info), self.chunk)
             text_B1P = self.text_features(prompts).to(image_BNP)[:, None]
         return (image_BNP * text_B1P).sum(-1).mean(1)
 
@@ -64,25 +67,7 @@ class ClipScore(Frozen):
         return torch.stack([self._text_cache[prompt].to(self.clip.device) for prompt in prompts])
 
 
-def embed_frames(clip: Frozen, video_BCTHW: torch.Tensor, num_frames: int | None, chunk: int | None) -> torch.Tensor:
-    """(B, N, P) unit float32 embeddings of evenly spaced frames, recomputed chunk by chunk in backward."""
-    video_BCNHW = video_BCTHW[:, :, evenly_spaced(video_BCTHW.shape[2], num_frames)]
+def embed_frames(clip: Frozen, video_BCNHW: torch.Tensor, chunk: int | None) -> torch.Tensor:
+    """(B, N, P) unit float32 embeddings of all N frames, recomputed chunk by chunk in backward."""
     frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
-    if chunk is None:
-        embeds_NP = clip.embed(frames_NCHW)
-    else:
-        parts = [
-            checkpoint(clip.embed, part, use_reentrant=False, preserve_rng_state=False)
-            for part in frames_NCHW.split(chunk)
-        ]
-        embeds_NP = torch.cat(parts)
-    return embeds_NP.unflatten(0, (video_BCTHW.shape[0], -1))
-
-
-def check_num_frames(name: str, frames: str | int, num_frames: int | None) -> None:
-    """Raise RewardError if num_frames can't be taken from what `frames` decodes."""
-    decoded = {"first": 1, "all": float("inf")}.get(frames, frames)
-    if num_frames is not None and not 1 <= num_frames <= decoded:
-        expected = f"num_frames between 1 and the {decoded} that frames={frames!r} decodes"
-        cure = "set frames to 'all' or to a larger number"
-        raise RewardError(name, got=f"num_frames={num_frames}", expected=expected, cure=cure)
+    return in_chunks(clip.embed, chunk, frames_NCHW).unflatten(0, (video_BCNHW.shape[0], -1))

@@ -10,9 +10,24 @@ import torch.nn.functional as F
 
 from rewards.base import RewardError, at_least_float32
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from rewards.weights import Frozen, missing_weights, quick_hub
+from rewards.weights import Frozen, from_pretrained, load_pretrained, missing_weights, quick_hub, torch_dtype
 
-CLIP_L14 = "openai/clip-vit-large-patch14"
+CLIP_B32, CLIP_L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
+# Sizes of these, as in their config.json; what is left out equals the defaults of transformers' CLIPConfig.
+SIZES = {
+    CLIP_B32: {},
+    CLIP_L14: {
+        "projection_dim": 768,
+        "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+    },
+}
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
@@ -88,9 +103,11 @@ def _square(size: int | tuple[int, int]) -> int:
 
 
 def load_clip(
-    name: str, model: str, backend: str | None = None, pretrained: str | None = None, dtype: str = "float32"
+    name: str, model: str | Clip, backend: str | None = None, pretrained: str | None = None, dtype: str = "float32"
 ) -> Clip:
     """A frozen CLIP on the CPU; `name` is the reward's, for messages. See ClipScore for the arguments."""
+    if isinstance(model, Clip):
+        return model.to(torch_dtype(name, dtype))
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
         raise RewardError(name, got=f"model={model!r}", expected="a folder that exists", cure="correct the path")
     backend = backend or guess_backend(model, pretrained)
@@ -98,7 +115,27 @@ def load_clip(
         cure = "correct the backend, or leave it out"
         raise RewardError(name, got=f"backend={backend!r}", expected="'transformers' or 'open_clip'", cure=cure)
     clip = _load_transformers(name, model) if backend == "transformers" else _load_open_clip(name, model, pretrained)
-    return clip.to(_dtype(name, dtype))
+    return clip.to(torch_dtype(name, dtype))
+
+
+def random_clip(model: str = CLIP_L14) -> Clip:
+    """A CLIP of full size with random weights, on torch's default device, without hub or disk.
+
+    model: a key of `SIZES`, or an architecture of open_clip. It reads prompts by OpenAI's vocabulary, which comes with
+    open_clip.
+    """
+    import open_clip
+
+    if model not in SIZES:
+        clip = open_clip.create_model(model, device=torch.get_default_device())
+        return OpenClip(clip, open_clip.get_tokenizer(model))
+    from transformers import BatchEncoding, CLIPConfig, CLIPModel
+
+    def tokenize(prompts, **_):
+        ids = open_clip.get_tokenizer("ViT-B-32")(prompts)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    return TransformersClip(CLIPModel(CLIPConfig(**SIZES[model])), tokenize)
 
 
 def guess_backend(model: str, pretrained: str | None = None) -> str:
@@ -112,30 +149,11 @@ def _is_open_clip_folder(model: str) -> bool:
     return (Path(model).expanduser() / "open_clip_config.json").is_file()
 
 
-def _dtype(name: str, dtype: str) -> torch.dtype:
-    choices = ("float32", "bfloat16", "float16", "float64")
-    if dtype not in choices:
-        raise RewardError(name, got=f"dtype={dtype!r}", expected=f"one of {', '.join(choices)}", cure="correct dtype")
-    return getattr(torch, dtype)
-
-
 def _load_transformers(name: str, model: str) -> TransformersClip:
     from transformers import AutoTokenizer, CLIPModel
 
-    path = str(Path(model).expanduser()) if model.startswith("~") else model
-    try:
-        with quick_hub(local=Path(path).is_dir()):
-            clip, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise missing_weights(name, model, "model", error) from error
-    if report["missing_keys"]:  # transformers would leave these at random
-        absent = sorted(report["missing_keys"])
-        got = f"weights in {model!r} without {absent[0]} and {len(absent) - 1} more"
-        raise RewardError(
-            name, got=got, expected="a complete CLIPModel", cure="choose a checkpoint of a whole CLIP model"
-        )
-    return TransformersClip(clip, tokenizer)
+    clip = load_pretrained(name, CLIPModel, model)
+    return TransformersClip(clip, from_pretrained(name, AutoTokenizer, model))
 
 
 def _load_open_clip(name: str, model: str, pretrained: str | None) -> OpenClip:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rewards.base import RewardError
 from rewards.clip import ClipScore
+from rewards.clip_models import Clip, load_clip, random_clip
 from rewards.weights import missing_weights, quick_hub
 
 REPOSITORY = "xswu/HPSv2"
@@ -26,13 +27,23 @@ class HpsV21(ClipScore):
     name = "hps_v2_1"
     file = "HPS_v2.1_compressed.pt"
 
-    def __init__(self, checkpoint: str | None = None, architecture: str = "ViT-H-14", **clip_score):
-        path = self._published() if checkpoint is None else Path(checkpoint).expanduser()
+    def __init__(self, checkpoint: str | Clip | None = None, architecture: str = "ViT-H-14", **clip_score):
+        clip = checkpoint if isinstance(checkpoint, Clip) else self._load(checkpoint, architecture)
+        clip.fit = "pad"
+        super().__init__(model=clip, **clip_score)
+
+    @classmethod
+    def random_init(cls, **settings) -> "HpsV21":
+        """Full size with random weights, on torch's default device, without hub or disk."""
+        return cls(random_clip("ViT-H-14"), **settings)
+
+    @classmethod
+    def _load(cls, checkpoint: str | None, architecture: str) -> Clip:
+        path = cls._published() if checkpoint is None else Path(checkpoint).expanduser()
         if not path.is_file():
             cure = "correct `checkpoint`, or leave it out to use the hub"
-            raise RewardError(self.name, got=f"no file at {path}", expected=self.file, cure=cure)
-        super().__init__(model=architecture, backend="open_clip", pretrained=str(path), **clip_score)
-        self.clip.fit = "pad"
+            raise RewardError(cls.name, got=f"no file at {path}", expected=cls.file, cure=cure)
+        return load_clip(cls.name, architecture, backend="open_clip", pretrained=str(path))
 
     @classmethod
     def _published(cls) -> Path:

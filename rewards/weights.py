@@ -8,14 +8,7 @@ from pathlib import Path
 import torch
 
 from rewards.base import RewardError
-
-# Repository -> (download size, licence) for messages.
-KNOWN_WEIGHTS = {
-    "openai/clip-vit-large-patch14": ("1.7 GB", "MIT, as OpenAI's CLIP code"),
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("3.9 GB", "MIT"),
-    "xswu/HPSv2": ("a CLIP ViT-H/14 of 986 million parameters", "Apache-2.0"),
-    "trl-lib/ddpo-aesthetic-predictor": ("3.7 MB", "Apache-2.0"),
-}
+from rewards.catalogue import WEIGHTS
 
 
 class Frozen(torch.nn.Module):
@@ -28,14 +21,22 @@ class Frozen(torch.nn.Module):
         return super().train(False)
 
 
+def torch_dtype(name: str, dtype: str) -> torch.dtype:
+    """The number format that a reward's setting names."""
+    choices = ("float32", "bfloat16", "float16", "float64")
+    if dtype not in choices:
+        raise RewardError(name, got=f"dtype={dtype!r}", expected=f"one of {', '.join(choices)}", cure="correct dtype")
+    return getattr(torch, dtype)
+
+
 def missing_weights(name: str, repository: str, key: str, error: Exception) -> RewardError:
     """The error for weights that are neither on disk nor to be had: what they are, and the key that takes a path."""
-    size, licence = KNOWN_WEIGHTS.get(repository, ("size unknown", "licence: see its model card"))
+    size, licence = WEIGHTS.get(repository, ("size unknown", "licence: see its model card"))
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return RewardError(
         name,
         got=f"no weights for {repository!r} ({reason})",
-        expected=f"them in the local cache, or a download from the hub ({repository}: {size}, {licence})",
+        expected=f"them in the local cache, or a download ({repository}: {size}, {licence})",
         cure=f"go online once, or set `{key}` in reward_kwargs.{name} to a local path",
     )
 
@@ -65,6 +66,38 @@ def _hub_answers(endpoint: str) -> bool:
     except Exception:  # whichever way the client puts "no network"
         return False
     return True
+
+
+def from_pretrained(name: str, cls, model: str, **kwargs):
+    """cls.from_pretrained of transformers, from hub or folder; RewardError where `model` is in neither."""
+    path = str(Path(model).expanduser()) if model.startswith("~") else model
+    try:
+        with quick_hub(local=Path(path).is_dir()):
+            return cls.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise missing_weights(name, model, "model", error) from error
+
+
+def load_pretrained(name: str, cls, model: str, **kwargs) -> torch.nn.Module:
+    """A model of transformers in float32 with every weight from the checkpoint; RewardError if some are missing."""
+    loaded, report = from_pretrained(name, cls, model, dtype=torch.float32, output_loading_info=True, **kwargs)
+    if report["missing_keys"]:  # transformers would leave these at random
+        absent = sorted(report["missing_keys"])
+        got = f"weights in {model!r} without {absent[0]} and {len(absent) - 1} more"
+        expected, cure = f"a complete {cls.__name__}", "choose a checkpoint of the whole model"
+        raise RewardError(name, got=got, expected=expected, cure=cure)
+    return loaded
+
+
+def load_from_torch_hub(name: str, url: str, key: str) -> dict[str, torch.Tensor]:
+    """A state dict of torchvision, from torch's cache or downloaded there; RewardError names the setting `key`."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    try:
+        if not cached.is_file() and not _hub_answers(url.rsplit("/", 1)[0]):
+            raise OSError("its server does not answer")
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # no connection, or a file that is not what its name says
+        raise missing_weights(name, url, key, error) from error
 
 
 def load_state_dict(name: str, path: str | Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,143 @@
+"""The built-in rewards, one entry each, and what is known of their weights. Plain data: nothing is imported or loaded.
+
+`python -m rewards.list` prints it.
+"""
+
+from dataclasses import dataclass
+
+# Repository, or where else weights come from -> (download size, licence).
+WEIGHTS = {
+    "facebook/dino-vitb16": ("343 MB", "Apache-2.0"),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("3.9 GB", "MIT"),
+    "openai/clip-vit-base-patch32": ("605 MB", "MIT, as OpenAI's CLIP code"),
+    "openai/clip-vit-large-patch14": ("1.7 GB", "MIT, as OpenAI's CLIP code"),
+    "trl-lib/ddpo-aesthetic-predictor": ("3.7 MB", "Apache-2.0"),
+    "xswu/HPSv2": ("a CLIP ViT-H/14 of 986 million parameters", "Apache-2.0"),
+    "https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth": ("20.1 MB", "BSD-3-Clause"),
+    "this package": ("embedded", "Apache-2.0"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One built-in reward.
+
+    home        module:attribute, imported when the reward is asked for; a class, called with the reward's settings
+    input       what the score depends on: "image" or "video", "+ prompt" where it does
+    frames      which frames are scored by default
+    range       of the score, higher is better
+    weights     where its weights come from by default, keys of `WEIGHTS`
+    parameters  of all its models together
+    bytes_each  that one parameter takes with default settings
+    own_path    the setting that has to be a path of the user's own: weights whose licence we do not hand on
+    """
+
+    home: str
+    input: str
+    frames: str
+    range: str
+    weights: tuple[str, ...] = ()
+    parameters: int = 0
+    bytes_each: int = 4
+    own_path: str | None = None
+
+    @property
+    def licence(self) -> str:
+        """The licences of the weights, each once; "-" for a reward without weights."""
+        licences = dict.fromkeys(WEIGHTS[source][1] for source in self.weights)
+        note = " (by your own path only)" if self.own_path else ""
+        return ("; ".join(licences) or "-") + note
+
+    @property
+    def memory(self) -> str:
+        """What the weights take; activations come on top, see docs/rewards.md."""
+        size = self.parameters * self.bytes_each
+        return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB" if size else "-"
+
+
+CATALOGUE = {
+    "aesthetic": Entry(
+        home="rewards.aesthetic:Aesthetic",
+        input="image",
+        frames="first",
+        range="unbounded; 5 average, 6.5 good",
+        weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"),
+        parameters=428_544_482,
+    ),
+    "background_consistency": Entry(
+        home="rewards.consistency:BackgroundConsistency",
+        input="video",
+        frames="all",
+        range="0 to 1",
+        weights=("openai/clip-vit-base-patch32",),
+        parameters=151_277_313,
+    ),
+    "clip_score": Entry(
+        home="rewards.clip:ClipScore",
+        input="image + prompt",
+        frames="first",
+        range="-1 to 1; .2 to .38 usual",
+        weights=("openai/clip-vit-large-patch14",),
+        parameters=427_616_513,
+    ),
+    "flicker": Entry(home="rewards.temporal:Flicker", input="video", frames="all", range="0 to 1"),
+    "frame_difference": Entry(home="rewards.temporal:FrameDifference", input="video", frames="all", range="0 to 1"),
+    "hps_v2": Entry(
+        home="rewards.hps:HpsV2",
+        input="image + prompt",
+        frames="first",
+        range="-1 to 1",
+        weights=("xswu/HPSv2",),
+        parameters=986_109_441,
+    ),
+    "hps_v2_1": Entry(
+        home="rewards.hps:HpsV21",
+        input="image + prompt",
+        frames="first",
+        range="-1 to 1; .14 to .31 usual",
+        weights=("xswu/HPSv2",),
+        parameters=986_109_441,
+    ),
+    "jpeg_size": Entry(home="rewards.temporal:JpegSize", input="image", frames="all", range="-5 to 0"),
+    "motion_degree": Entry(
+        home="rewards.motion:MotionDegree",
+        input="video",
+        frames="all, at 8 a second",
+        range="0 to 1",
+        weights=("https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth",),
+        parameters=5_257_536,
+    ),
+    "nano_clip": Entry(
+        home="rewards.nano:NanoClip",
+        input="image + prompt",
+        frames="3 of all",
+        range="-1 to 1",
+        weights=("this package",),
+        parameters=995_137,
+    ),
+    "nano_preference": Entry(
+        home="rewards.nano:NanoPreference",
+        input="video + prompt",
+        frames="all",
+        range="-1 to 1",
+        weights=("this package",),
+        parameters=1_193_665,
+    ),
+    "nano_verifier": Entry(
+        home="rewards.nano:NanoVerifier",
+        input="video + prompt",
+        frames="all",
+        range="0 or 1; no gradient",
+        weights=("this package",),
+        parameters=733_782,
+    ),
+    "smoothness": Entry(home="rewards.temporal:Smoothness", input="video", frames="all", range="0 to 1"),
+    "subject_consistency": Entry(
+        home="rewards.consistency:SubjectConsistency",
+        input="video",
+        frames="all",
+        range="0 to 1",
+        weights=("facebook/dino-vitb16",),
+        parameters=85_798_656,
+    ),
+}
