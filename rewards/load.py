@@ -21,15 +21,20 @@ ENTRY_POINT_GROUP = "contentv_rlhf.rewards"
 # called with the reward's keyword arguments.
 BUILT_INS = {
     "aesthetic": "rewards.aesthetic:Aesthetic",
+    "aesthetic_v1": "rewards.aesthetic:AestheticV1",
+    "aesthetic_v2_5": "rewards.aesthetic:AestheticV25",
     "clip_score": "rewards.clip:ClipScore",
     "flicker": "rewards.temporal:Flicker",
     "frame_difference": "rewards.temporal:FrameDifference",
     "hps_v2": "rewards.hps:HpsV2",
     "hps_v2_1": "rewards.hps:HpsV21",
+    "image_reward": "rewards.image_reward:ImageReward",
     "jpeg_size": "rewards.temporal:JpegSize",
+    "mps": "rewards.mps:Mps",
     "nano_clip": "rewards.nano:NanoClip",
     "nano_preference": "rewards.nano:NanoPreference",
     "nano_verifier": "rewards.nano:NanoVerifier",
+    "pickscore": "rewards.pickscore:PickScore",
     "smoothness": "rewards.temporal:Smoothness",
 }
 

@@ -1,0 +1,120 @@
+"""What rewards that look at single frames share: their settings, chunks, precision, and the cache of prompts.
+
+Shape legend: B batch, C channels, T frames, N frames of all videos that are scored, H height, W width.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from rewards.base import RewardError, at_least_float32
+from rewards.preprocess import evenly_spaced
+from rewards.weights import Frozen, torch_dtype
+
+CACHED_PROMPTS = 2000
+
+
+class FrameReward(Frozen):
+    """The mean over frames of a score for each frame and its prompt; float32 whatever the model computes in.
+
+    frames      what must be decoded: "first", a number of leading frames, or "all"
+    num_frames  how many of these are scored, evenly spaced; None: every one
+    dtype       of the model; heads and scores are float32 in any case (float64 for a float64 model)
+    chunk       frames in the model at once, recomputed in backward, to bound memory; the result stays the same
+    mean, std   the typical score, for mixing
+
+    A subclass calls super().__init__(**options), builds its model in `self.dtype`, ends with `self.freeze()`, and
+    defines `score_frames` and, if it reads the prompt, `encode_text`.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        *,
+        frames: str | int = "first",
+        num_frames: int | None = None,
+        dtype: str = "float32",
+        chunk: int | None = None,
+        mean: float | None = None,
+        std: float | None = None,
+    ):
+        super().__init__()
+        check_num_frames(self.name, frames, num_frames)
+        if chunk is not None and chunk < 1:
+            raise RewardError(self.name, got=f"chunk={chunk}", expected="1 or more, or None", cure="correct chunk")
+        self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
+        self.dtype = torch_dtype(self.name, dtype)
+        self._texts: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        """Show the options behind **options in the signature: to help(), and where misspelt names are looked up."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__signature__ = _joined(inspect.signature(cls.__init__), inspect.signature(cls.__base__))
+
+    def score_frames(self, frames_NCHW: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
+        """(N,) scores of frames in [0, 1], each with its own row of what `encode_text` gave."""
+        raise NotImplementedError
+
+    def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, ...]:
+        """What score_frames needs of the prompts: tensors with one row for each, kept for later calls."""
+        return ()
+
+    def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        chosen = evenly_spaced(video_BCTHW.shape[2], self.num_frames)
+        frames_NCHW = video_BCTHW[:, :, chosen].transpose(1, 2).flatten(0, 1)
+        with torch.autocast(video_BCTHW.device.type, enabled=False):
+            text = [rows.repeat_interleave(len(chosen), 0) for rows in self.text_features(prompts)]
+            scores_N = in_chunks(self.score_frames, self.chunk, frames_NCHW, *text)
+            return at_least_float32(scores_N).unflatten(0, (len(prompts), len(chosen))).mean(1)
+
+    @torch.no_grad()
+    def text_features(self, prompts: list[str]) -> list[torch.Tensor]:
+        """`encode_text` of the prompts; each is encoded once and then kept in host memory."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if new:
+            features = [feature.cpu() for feature in self.encode_text(new)]
+            self._texts |= {prompt: tuple(feature[i] for feature in features) for i, prompt in enumerate(new)}
+        columns = zip(*(self._texts[prompt] for prompt in prompts), strict=True)
+        stacked = [torch.stack(column).to(self.device) for column in columns]
+        while len(self._texts) > CACHED_PROMPTS:
+            del self._texts[next(iter(self._texts))]
+        return stacked
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+def in_chunks(score: Callable, chunk: int | None, *inputs: torch.Tensor) -> torch.Tensor:
+    """score(*inputs), whole or in pieces of `chunk` rows that are recomputed in backward."""
+    if chunk is None:
+        return score(*inputs)
+    pieces = zip(*(rows.split(chunk) for rows in inputs), strict=True)
+    return torch.cat([checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
+
+
+def check_num_frames(name: str, frames: str | int, num_frames: int | None) -> None:
+    """Raise RewardError if num_frames can't be taken from what `frames` decodes."""
+    decoded = {"first": 1, "all": float("inf")}.get(frames, frames)
+    if num_frames is not None and not 1 <= num_frames <= decoded:
+        expected = f"num_frames between 1 and the {decoded} that frames={frames!r} decodes"
+        cure = "set frames to 'all' or to a larger number"
+        raise RewardError(name, got=f"num_frames={num_frames}", expected=expected, cure=cure)
+
+
+def _joined(own: inspect.Signature, base: inspect.Signature) -> inspect.Signature:
+    """`own` without self, and with the keyword arguments of `base` in place of **options."""
+    parameters = list(own.parameters.values())[1:]
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        parameters.pop()
+        named = {parameter.name for parameter in parameters}
+        parameters += [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in base.parameters.values()
+            if parameter.name not in named
+        ]
+    return own.replace(parameters=parameters)
