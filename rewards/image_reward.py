@@ -26,17 +26,17 @@ TEXT |= {"num_attention_heads": 12, "max_position_embeddings": 512, "encoder_hid
 class ImageRewardModel(torch.nn.Module):
     """A vision transformer, a BERT that looks at its patches by cross-attention, and a head on the first token.
 
-    vision, text: settings of transformers' BlipVisionConfig and BlipTextConfig; the published ones by default.
+    vision, text: settings of transformers' BlipVisionConfig and BlipTextConfig; None: the published ones.
     """
 
-    def __init__(self, vision: dict = VISION, text: dict = TEXT):
+    def __init__(self, vision: dict | None = None, text: dict | None = None):
         super().__init__()
         from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-        self.vision = BlipVisionModel(BlipVisionConfig(**vision))
-        self.text = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
-        self.head = LinearLayers(text["hidden_size"])
+        self.vision = BlipVisionModel(BlipVisionConfig(**(vision or VISION)))
+        self.text = BlipTextModel(BlipTextConfig(**(text or TEXT)), add_pooling_layer=False)
+        self.head = LinearLayers(self.text.config.hidden_size)
 
     def forward(self, pixels_NCHW: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
         """(N,) scores of normalised pixels and padded tokens; the head computes in its own, wider dtype."""

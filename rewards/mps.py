@@ -26,30 +26,26 @@ VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
 VISION |= {"patch_size": 14, "hidden_act": "gelu"}
 TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 TEXT |= {"hidden_act": "gelu"}
+CROSS = {"layers": 4, "width": 1024, "heads": 16, "head_width": 64}
 
 
 class MpsModel(torch.nn.Module):
     """The CLIP and the cross-model on top of it.
 
-    vision, text, width: settings of transformers' CLIPConfig, the published ones by default; layers, heads, head_width:
-    of the cross-model.
+    vision, text, cross: settings of transformers' CLIPVisionConfig and CLIPTextConfig, and of the cross-model (layers,
+    width, heads, head_width); None: the published ones.
     """
 
-    def __init__(
-        self,
-        vision: dict = VISION,
-        text: dict = TEXT,
-        width: int = 1024,
-        layers: int = 4,
-        heads: int = 16,
-        head_width: int = 64,
-    ):
+    def __init__(self, vision: dict | None = None, text: dict | None = None, cross: dict | None = None):
         super().__init__()
         from transformers import CLIPConfig, CLIPModel
 
-        self.model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=width))
+        cross = dict(cross or CROSS)
+        layers = range(cross.pop("layers"))
+        config = {"vision_config": vision or VISION, "text_config": text or TEXT, "projection_dim": cross["width"]}
+        self.model = CLIPModel(CLIPConfig(**config))
         self.cross_model = torch.nn.Module()
-        self.cross_model.layers = torch.nn.ModuleList(CrossLayer(width, heads, head_width) for _ in range(layers))
+        self.cross_model.layers = torch.nn.ModuleList(CrossLayer(**cross) for _ in layers)
 
     def text_tokens(self, ids_NL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, L, P) projected tokens, padding included, and the (N, P) projected end of the text."""
