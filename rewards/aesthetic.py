@@ -10,17 +10,34 @@ Shape legend: N frames of all videos that are scored, C channels, H height, W wi
 import torch
 
 from rewards.base import RewardError
-from rewards.clip_models import CLIP_L14, SIGLIP_384, Clip, ImageEncoder, Siglip, load_clip, load_siglip
+from rewards.clip_models import (
+    CLIP_L14,
+    SIGLIP_384,
+    Clip,
+    ImageEncoder,
+    Siglip,
+    load_clip,
+    load_siglip,
+    random_clip,
+    random_siglip,
+)
 from rewards.frame_reward import FrameReward
 from rewards.heads import LinearLayers, load_head
-from rewards.weights import hub_file, not_on_the_hub
+from rewards.weights import hub_file
 
 
 class HeadScore(FrameReward):
     """A linear head on the unit embedding of a frame; the prompt is not read."""
 
     encoder: ImageEncoder
-    head: torch.nn.Module
+
+    def __init__(self, head: str | torch.nn.Module | None = None, **options):
+        super().__init__(**options)
+        head = head if isinstance(head, torch.nn.Module) else self.load_head(head)
+        self.head = head.to(torch.promote_types(self.dtype, torch.float32))
+
+    def load_head(self, path: str | None) -> torch.nn.Module:
+        raise NotImplementedError
 
     def score_frames(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
         embeds_NP = self.encoder.embed(frames_NCHW)
@@ -30,11 +47,6 @@ class HeadScore(FrameReward):
             cure = "choose the image model that belongs to the head"
             raise RewardError(self.name, got=f"width {embeds_NP.shape[1]}", expected=expected, cure=cure)
         return self.head(embeds_NP).squeeze(-1)
-
-    def finish(self, head: torch.nn.Module, encoder: ImageEncoder) -> None:
-        self.head = head.to(torch.promote_types(self.dtype, torch.float32))
-        self.encoder = encoder.to(self.dtype)
-        self.freeze()
 
 
 class Aesthetic(HeadScore):
@@ -60,47 +72,60 @@ class Aesthetic(HeadScore):
         pretrained: str | None = None,
         **options,
     ):
-        super().__init__(**options)
-        head = head if isinstance(head, torch.nn.Module) else self.load_head(head)
-        self.finish(head, load_clip(self.name, model, backend, pretrained))
+        super().__init__(head, **options)
+        self.encoder = load_clip(self.name, model, backend, pretrained).to(self.dtype)
+        self.freeze()
 
     def load_head(self, path: str | None) -> torch.nn.Module:
         path = path or hub_file(self.name, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head")
         return load_head(self.name, path, "layers.", LinearLayers)
 
+    @classmethod
+    def random_init(cls, **options) -> "Aesthetic":
+        """Full size with random weights, on torch's default device, without hub or disk."""
+        return cls(LinearLayers(768), random_clip(CLIP_L14), **options)
+
 
 class AestheticV1(Aesthetic):
     """Mean score of the frames by the first predictor, one linear layer; VBench's aesthetic quality is a tenth of it.
 
-    `head` is the path of sa_0_4_vit_l_14_linear.pth; the other arguments are those of Aesthetic.
+    head     path of sa_0_4_vit_l_14_linear.pth, which is not on the hub, or a module
+    options  as for Aesthetic, `model` among them; the same errors
     """
 
     name = "aesthetic_v1"
 
-    def load_head(self, path: str | None) -> torch.nn.Module:
-        if path is None:
-            raise not_on_the_hub(self.name, "LAION-AI/aesthetic-predictor", "sa_0_4_vit_l_14_linear.pth", "head")
+    def __init__(self, head: str | torch.nn.Module, **options):
+        super().__init__(head, **options)
+
+    def load_head(self, path: str) -> torch.nn.Module:
         return load_head(self.name, path, "", lambda width: torch.nn.Linear(width, 1))
+
+    @classmethod
+    def random_init(cls, **options) -> "AestheticV1":
+        """As that of Aesthetic."""
+        return cls(torch.nn.Linear(768, 1), model=random_clip(CLIP_L14), **options)
 
 
 class AestheticV25(HeadScore):
     """Mean score of the frames by aesthetic predictor v2.5, in about 1 to 10; 5.5 and more is a great picture.
 
-    head     path of aesthetic_predictor_v2_5.pth, or a module. Its licence is AGPL-3.0, so it is never downloaded for
-             you
+    head     path of aesthetic_predictor_v2_5.pth, or a module. Its licence is AGPL-3.0: it is never downloaded for you
     model    the SigLIP: hub id, folder, or a Siglip; its image half is used
     options  as for Aesthetic; the same errors
     """
 
     name = "aesthetic_v2_5"
 
-    def __init__(self, head: str | torch.nn.Module | None = None, model: str | Siglip = SIGLIP_384, **options):
-        super().__init__(**options)
-        head = head if isinstance(head, torch.nn.Module) else self.load_head(head)
-        self.finish(head, load_siglip(self.name, model))
+    def __init__(self, head: str | torch.nn.Module, model: str | Siglip = SIGLIP_384, **options):
+        super().__init__(head, **options)
+        self.encoder = load_siglip(self.name, model).to(self.dtype)
+        self.freeze()
 
-    def load_head(self, path: str | None) -> torch.nn.Module:
-        repository = "discus0434/aesthetic-predictor-v2-5"
-        if path is None:
-            raise not_on_the_hub(self.name, repository, "models/aesthetic_predictor_v2_5.pth", "head")
+    def load_head(self, path: str) -> torch.nn.Module:
         return load_head(self.name, path, "scoring_head.", lambda width: LinearLayers(width, dropout_before_last=True))
+
+    @classmethod
+    def random_init(cls, **options) -> "AestheticV25":
+        """As that of Aesthetic."""
+        return cls(LinearLayers(1152, dropout_before_last=True), random_siglip(), **options)

@@ -5,7 +5,7 @@ Shape legend: N frames of all videos that are scored, C channels, H height, W wi
 
 import torch
 
-from rewards.clip_models import CLIP_L14, Clip, load_clip, unit
+from rewards.clip_models import CLIP_L14, Clip, load_clip, random_clip, unit
 from rewards.frame_reward import FrameReward
 
 
@@ -41,3 +41,8 @@ class ClipScore(CosineScore):
         super().__init__(**options)
         self.clip = load_clip(self.name, model, backend, pretrained).to(self.dtype)
         self.freeze()
+
+    @classmethod
+    def random_init(cls, model: str = CLIP_L14, **options) -> "ClipScore":
+        """Full size with random weights, on torch's default device, without hub or disk; `model` as for random_clip."""
+        return cls(random_clip(model), **options)

@@ -10,10 +10,52 @@ import torch.nn.functional as F
 
 from rewards.base import RewardError, at_least_float32
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from rewards.weights import Frozen, load_tokenizer, missing_weights, pretrained_model, quick_hub
+from rewards.weights import Frozen, load_pretrained, load_tokenizer, missing_weights, quick_hub
 
-CLIP_L14 = "openai/clip-vit-large-patch14"
-SIGLIP_384 = "google/siglip-so400m-patch14-384"
+CLIP_B32, CLIP_L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
+CLIP_H14, SIGLIP_384 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "google/siglip-so400m-patch14-384"
+# Sizes of these, as in their config.json; what is left out equals the defaults of transformers' CLIPConfig, or of
+# SiglipVisionConfig.
+SIZES = {
+    CLIP_B32: {},
+    CLIP_L14: {
+        "projection_dim": 768,
+        "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+    },
+    CLIP_H14: {
+        "projection_dim": 1024,
+        "text_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "hidden_act": "gelu",
+        },
+        "vision_config": {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 32,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
+    },
+    SIGLIP_384: {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "image_size": 384,
+    },
+}
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
@@ -132,7 +174,30 @@ def load_siglip(name: str, model: str | Siglip) -> Siglip:
         return model
     from transformers import SiglipVisionModel
 
-    return Siglip(pretrained_model(name, SiglipVisionModel, model, "model"))
+    return Siglip(load_pretrained(name, SiglipVisionModel, model))
+
+
+def random_clip(model: str = CLIP_L14) -> TransformersClip:
+    """A CLIP of full size with random weights, on torch's default device, without hub or disk; `model` of `SIZES`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    return TransformersClip(CLIPModel(CLIPConfig(**SIZES[model])), openai_tokenizer)
+
+
+def random_siglip(model: str = SIGLIP_384) -> Siglip:
+    """The image half of a SigLIP of full size with random weights, as `random_clip`."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return Siglip(SiglipVisionModel(SiglipVisionConfig(**SIZES[model])))
+
+
+def openai_tokenizer(prompts: list[str], **_):
+    """Prompts by OpenAI's vocabulary, which comes with open_clip, as transformers' tokenizer gives them; 77 tokens."""
+    import open_clip
+    from transformers import BatchEncoding
+
+    ids = open_clip.get_tokenizer("ViT-B-32")(prompts)
+    return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def guess_backend(model: str, pretrained: str | None = None) -> str:
@@ -149,8 +214,7 @@ def _is_open_clip_folder(model: str) -> bool:
 def _load_transformers(name: str, model: str) -> TransformersClip:
     from transformers import CLIPModel
 
-    clip = pretrained_model(name, CLIPModel, model, "model")
-    return TransformersClip(clip, load_tokenizer(name, model, "model"))
+    return TransformersClip(load_pretrained(name, CLIPModel, model), load_tokenizer(name, model, "model"))
 
 
 def _load_open_clip(name: str, model: str, pretrained: str | None) -> OpenClip:

@@ -4,13 +4,11 @@ Shape legend: B batch, C channels, T frames, N frames of all videos that are sco
 """
 
 import inspect
-from collections.abc import Callable
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from rewards.base import RewardError, at_least_float32
-from rewards.preprocess import evenly_spaced
+from rewards.frames import check_num_frames, in_chunks, pick_frames
 from rewards.weights import Frozen, torch_dtype
 
 CACHED_PROMPTS = 2000
@@ -20,7 +18,7 @@ class FrameReward(Frozen):
     """The mean over frames of a score for each frame and its prompt; float32 whatever the model computes in.
 
     frames      what must be decoded: "first", a number of leading frames, or "all"
-    num_frames  how many of these are scored, evenly spaced; None: every one
+    num_frames  which of these are scored: 4 evenly spaced, "random 4", "8 fps", or None for every one
     dtype       of the model; heads and scores are float32 in any case (float64 for a float64 model)
     chunk       frames in the model at once, recomputed in backward, to bound memory; the result stays the same
     mean, std   the typical score, for mixing
@@ -35,7 +33,7 @@ class FrameReward(Frozen):
         self,
         *,
         frames: str | int = "first",
-        num_frames: int | None = None,
+        num_frames: int | str | None = None,
         dtype: str = "float32",
         chunk: int | None = None,
         mean: float | None = None,
@@ -64,12 +62,12 @@ class FrameReward(Frozen):
         return ()
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        chosen = evenly_spaced(video_BCTHW.shape[2], self.num_frames)
-        frames_NCHW = video_BCTHW[:, :, chosen].transpose(1, 2).flatten(0, 1)
+        video_BTCHW = pick_frames(self, video_BCTHW, info).transpose(1, 2)
+        batch, count = video_BTCHW.shape[:2]
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            text = [rows.repeat_interleave(len(chosen), 0) for rows in self.text_features(prompts)]
-            scores_N = in_chunks(self.score_frames, self.chunk, frames_NCHW, *text)
-            return at_least_float32(scores_N).unflatten(0, (len(prompts), len(chosen))).mean(1)
+            text = [rows.repeat_interleave(count, 0) for rows in self.text_features(prompts)]
+            scores_N = in_chunks(self.score_frames, self.chunk, video_BTCHW.flatten(0, 1), *text)
+            return at_least_float32(scores_N).unflatten(0, (batch, count)).mean(1)
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> list[torch.Tensor]:
@@ -87,23 +85,6 @@ class FrameReward(Frozen):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
-
-
-def in_chunks(score: Callable, chunk: int | None, *inputs: torch.Tensor) -> torch.Tensor:
-    """score(*inputs), whole or in pieces of `chunk` rows that are recomputed in backward."""
-    if chunk is None:
-        return score(*inputs)
-    pieces = zip(*(rows.split(chunk) for rows in inputs), strict=True)
-    return torch.cat([checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
-
-
-def check_num_frames(name: str, frames: str | int, num_frames: int | None) -> None:
-    """Raise RewardError if num_frames can't be taken from what `frames` decodes."""
-    decoded = {"first": 1, "all": float("inf")}.get(frames, frames)
-    if num_frames is not None and not 1 <= num_frames <= decoded:
-        expected = f"num_frames between 1 and the {decoded} that frames={frames!r} decodes"
-        cure = "set frames to 'all' or to a larger number"
-        raise RewardError(name, got=f"num_frames={num_frames}", expected=expected, cure=cure)
 
 
 def _joined(own: inspect.Signature, base: inspect.Signature) -> inspect.Signature:

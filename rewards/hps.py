@@ -34,6 +34,13 @@ class HpsV21(CosineScore):
         self.clip.fit = "pad"
         self.freeze()
 
+    @classmethod
+    def random_init(cls, **options) -> "HpsV21":
+        """Full size with random weights, on torch's default device, without hub or disk."""
+        import open_clip
+
+        return cls(OpenClip(untrained(), open_clip.get_tokenizer("ViT-H-14")), **options)
+
     def _load(self, checkpoint: str | None, architecture: str) -> Clip:
         import open_clip
 

@@ -17,6 +17,7 @@ from rewards.weights import filled, hub_file, load_state_dict, load_tokenizer, r
 REPOSITORY, FILE, TOKENIZER = "THUDM/ImageReward", "ImageReward.pt", "bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score on the authors' data
 MAX_TOKENS = 35
+ADDED_TOKENS = {"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]}  # BLIP's, to BERT's vocabulary
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 VISION |= {"image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}
 TEXT = {"vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
@@ -64,11 +65,20 @@ class ImageReward(FrameReward):
     def __init__(self, checkpoint: str | ImageRewardModel | None = None, tokenizer=TOKENIZER, **options):
         super().__init__(**options)
         loaded = isinstance(checkpoint, ImageRewardModel)
-        self.tokenizer = blip_tokenizer(self.name, tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.tokenizer = load_tokenizer(self.name, tokenizer)
+        self.tokenizer.add_special_tokens(ADDED_TOKENS)
         self.model = (checkpoint if loaded else load_model(self.name, checkpoint)).to(self.dtype)
         self.model.head.to(torch.promote_types(self.dtype, torch.float32))
         self.size = self.model.vision.config.image_size
         self.freeze()
+
+    @classmethod
+    def random_init(cls, **options) -> "ImageReward":
+        """Full size with random weights, on torch's default device, without hub or disk; it reads no real words."""
+        from transformers import BertTokenizer
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        return cls(ImageRewardModel(), BertTokenizer(vocab={word: i for i, word in enumerate(words)}), **options)
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.tokenizer(
@@ -78,13 +88,6 @@ class ImageReward(FrameReward):
 
     def score_frames(self, frames_NCHW: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
         return self.model(preprocess(frames_NCHW, self.size).to(self.dtype), ids_NL, mask_NL)
-
-
-def blip_tokenizer(name: str, source: str):
-    """BERT's tokenizer with the two tokens that BLIP adds."""
-    tokenizer = load_tokenizer(name, source)
-    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
-    return tokenizer
 
 
 def load_model(name: str, path: str | None) -> ImageRewardModel:

@@ -12,38 +12,33 @@ P width of the joint embedding, K attention heads, D width of one head.
 import torch
 import torch.nn.functional as F
 
-from rewards.clip_models import unit
+from rewards.clip_models import CLIP_H14, SIZES, openai_tokenizer, unit
 from rewards.frame_reward import FrameReward
 from rewards.preprocess import preprocess
 from rewards.weights import filled, hub_file, load_state_dict, load_tokenizer, renamed
 
-REPOSITORY, FILE, TOKENIZER = "RE-N-Y/mpsv1", "model.safetensors", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+REPOSITORY, FILE = "RE-N-Y/mpsv1", "model.safetensors"
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
     "texture, quantity, attributes, position, number, location, word, things."
 )
-VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-VISION |= {"patch_size": 14, "hidden_act": "gelu"}
-TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-TEXT |= {"hidden_act": "gelu"}
 CROSS = {"layers": 4, "width": 1024, "heads": 16, "head_width": 64}
 
 
 class MpsModel(torch.nn.Module):
     """The CLIP and the cross-model on top of it.
 
-    vision, text, cross: settings of transformers' CLIPVisionConfig and CLIPTextConfig, and of the cross-model (layers,
-    width, heads, head_width); None: the published ones.
+    clip, cross: settings of transformers' CLIPConfig, and of the cross-model (layers, width, heads, head_width); None:
+    the published ones.
     """
 
-    def __init__(self, vision: dict | None = None, text: dict | None = None, cross: dict | None = None):
+    def __init__(self, clip: dict | None = None, cross: dict | None = None):
         super().__init__()
         from transformers import CLIPConfig, CLIPModel
 
         cross = dict(cross or CROSS)
         layers = range(cross.pop("layers"))
-        config = {"vision_config": vision or VISION, "text_config": text or TEXT, "projection_dim": cross["width"]}
-        self.model = CLIPModel(CLIPConfig(**config))
+        self.model = CLIPModel(CLIPConfig(**(clip or SIZES[CLIP_H14])))
         self.cross_model = torch.nn.Module()
         self.cross_model.layers = torch.nn.ModuleList(CrossLayer(**cross) for _ in layers)
 
@@ -82,17 +77,22 @@ class Mps(FrameReward):
     def __init__(
         self,
         checkpoint: str | MpsModel | None = None,
-        tokenizer=TOKENIZER,
+        tokenizer=CLIP_H14,
         mask_threshold: float = 0.01,
         **options,
     ):
         super().__init__(**options)
-        self.tokenizer = load_tokenizer(self.name, tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.tokenizer = load_tokenizer(self.name, tokenizer)
         self.mask_threshold = mask_threshold
         loaded = isinstance(checkpoint, MpsModel)
         self.mps = (checkpoint if loaded else load_model(self.name, checkpoint)).to(self.dtype)
         self.size = self.mps.model.config.vision_config.image_size
         self.freeze()
+
+    @classmethod
+    def random_init(cls, **options) -> "Mps":
+        """Full size with random weights, on torch's default device, without hub or disk."""
+        return cls(MpsModel(), openai_tokenizer, **options)
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens (N, L, P), which of them to keep (N, L), and the prompt's unit embedding (N, P)."""

@@ -6,7 +6,7 @@ A CLIP ViT-H/14 fine-tuned on the choices of Pick-a-Pic. Source: yuvalkirstain/P
 import torch
 
 from rewards.clip import ClipScore
-from rewards.clip_models import Clip
+from rewards.clip_models import CLIP_H14, Clip, random_clip
 
 
 class PickScore(ClipScore):
@@ -24,6 +24,11 @@ class PickScore(ClipScore):
 
     def __init__(self, model: str | Clip = "yuvalkirstain/PickScore_v1", **options):
         super().__init__(model, **options)
+
+    @classmethod
+    def random_init(cls, **options) -> "PickScore":
+        """Full size with random weights, on torch's default device, without hub or disk."""
+        return cls(random_clip(CLIP_H14), **options)
 
     def score_frames(self, frames_NCHW: torch.Tensor, text_NP: torch.Tensor) -> torch.Tensor:
         return self.clip.scale * super().score_frames(frames_NCHW, text_NP)

@@ -11,7 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from rewards.base import RewardError, at_least_float32
+from rewards.base import at_least_float32
+from rewards.frames import require_frames
 
 
 class PixelReward:
@@ -24,10 +25,7 @@ class PixelReward:
 
     def mean_difference(self, video_BCTHW: torch.Tensor, order: int) -> torch.Tensor:
         """(B,) mean absolute difference of the given order between successive frames, in [0, 2^(order - 1)]."""
-        if video_BCTHW.shape[2] <= order:
-            got, expected = f"{video_BCTHW.shape[2]} frame(s)", f"at least {order + 1}"
-            cure = "generate more frames, or leave this reward out for images"
-            raise RewardError(self.name, got=got, expected=expected, cure=cure)
+        require_frames(self.name, video_BCTHW.shape[2], order + 1)
         return at_least_float32(video_BCTHW).diff(n=order, dim=2).abs().mean(dim=(1, 2, 3, 4))
 
 

@@ -8,21 +8,7 @@ from pathlib import Path
 import torch
 
 from rewards.base import RewardError
-
-# Repository -> (download size, licence) for messages.
-KNOWN_WEIGHTS = {
-    "LAION-AI/aesthetic-predictor": ("4 kB", "MIT"),
-    "RE-N-Y/mpsv1": ("4.4 GB", "MIT, as the model of Kwai-Kolors/MPS"),
-    "THUDM/ImageReward": ("1.8 GB", "Apache-2.0"),
-    "bert-base-uncased": ("the tokenizer, under 1 MB", "Apache-2.0"),
-    "discus0434/aesthetic-predictor-v2-5": ("2.6 MB", "AGPL-3.0"),
-    "google/siglip-so400m-patch14-384": ("3.5 GB", "Apache-2.0"),
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("3.9 GB", "MIT"),
-    "openai/clip-vit-large-patch14": ("1.7 GB", "MIT, as OpenAI's CLIP code"),
-    "trl-lib/ddpo-aesthetic-predictor": ("3.7 MB", "Apache-2.0"),
-    "xswu/HPSv2": ("2.0 GB", "Apache-2.0"),
-    "yuvalkirstain/PickScore_v1": ("3.9 GB", "MIT"),
-}
+from rewards.catalogue import WEIGHTS
 
 
 class Frozen(torch.nn.Module):
@@ -35,106 +21,25 @@ class Frozen(torch.nn.Module):
         return super().train(False)
 
 
+def torch_dtype(name: str, dtype: str) -> torch.dtype:
+    """The number format that a reward's setting names."""
+    choices = ("float32", "bfloat16", "float16", "float64")
+    if dtype not in choices:
+        raise RewardError(name, got=f"dtype={dtype!r}", expected=f"one of {', '.join(choices)}", cure="correct dtype")
+    return getattr(torch, dtype)
+
+
 def missing_weights(name: str, repository: str, key: str, error: Exception, file: str | None = None) -> RewardError:
     """The error for weights that are neither on disk nor to be had: what they are, and the key that takes a path."""
-    size, licence = KNOWN_WEIGHTS.get(repository, ("size unknown", "licence: see its model card"))
+    size, licence = WEIGHTS.get(repository, ("size unknown", "licence: see its model card"))
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     what = f"{repository}, {file}" if file else repository
     return RewardError(
         name,
         got=f"no weights for {repository!r} ({reason})",
-        expected=f"them in the local cache, or a download from the hub ({what}: {size}, {licence})",
+        expected=f"them in the local cache, or a download ({what}: {size}, {licence})",
         cure=f"go online once, or set `{key}` in reward_kwargs.{name} to a local path",
     )
-
-
-def hub_file(name: str, repository: str, file: str, key: str) -> str:
-    """Path of a file of the hub, downloaded once. Raises RewardError, naming the argument that takes a local path."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        with quick_hub():
-            return hf_hub_download(repository, file)
-    except Exception as error:  # offline, gated and broken connections all have types of their own
-        raise missing_weights(name, repository, key, error, file) from error
-
-
-def not_on_the_hub(name: str, repository: str, file: str, key: str) -> RewardError:
-    """The error for weights that are only loaded from the user's own path: where they are, and under what licence."""
-    size, licence = KNOWN_WEIGHTS[repository]
-    return RewardError(
-        name,
-        got=f"no path to {file}",
-        expected=f"one: it is never downloaded for you (github.com/{repository}, {file}: {size}, {licence})",
-        cure=f"download it and set `{key}` in reward_kwargs.{name} to its path",
-    )
-
-
-def from_pretrained(name: str, kind, source: str, key: str, **kwargs):
-    """`kind.from_pretrained(source)` of transformers: a hub id or a folder. Raises RewardError naming `key`."""
-    path = str(Path(source).expanduser()) if source.startswith("~") else source
-    try:
-        with quick_hub(local=Path(path).is_dir()):
-            return kind.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        raise missing_weights(name, source, key, error) from error
-
-
-def pretrained_model(name: str, kind, source: str, key: str) -> torch.nn.Module:
-    """A model of transformers in float32, with every weight from the checkpoint. Raises RewardError."""
-    model, report = from_pretrained(name, kind, source, key, dtype=torch.float32, output_loading_info=True)
-    if report["missing_keys"]:  # transformers would leave these at random
-        absent = sorted(report["missing_keys"])
-        got = f"weights in {source!r} without {absent[0]} and {len(absent) - 1} more"
-        cure = f"choose a checkpoint of a whole {kind.__name__}"
-        raise RewardError(name, got=got, expected=f"a complete {kind.__name__}", cure=cure)
-    return model
-
-
-def load_tokenizer(name: str, source: str, key: str = "tokenizer"):
-    """A tokenizer of transformers: a hub id or a folder. Raises RewardError naming `key`."""
-    from transformers import AutoTokenizer
-
-    return from_pretrained(name, AutoTokenizer, source, key)
-
-
-def renamed(state: dict, names: dict[str, str], unused: tuple[str, ...]) -> dict:
-    """The entries of a state dict with parts of their keys replaced; without those that have a part in `unused`."""
-    kept = {key: key for key in state if not any(part in key for part in unused)}
-    for old, new in names.items():
-        kept = {key: name.replace(old, new) for key, name in kept.items()}
-    return {name: state[key] for key, name in kept.items()}
-
-
-def filled(name: str, source: str, build: Callable[[], torch.nn.Module], state: dict) -> torch.nn.Module:
-    """build() with the weights of `state`, which must have exactly its keys and shapes; else RewardError.
-
-    Nothing is initialised and nothing copied: the parameters are the tensors of `state`.
-    """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        module = build()
-    wanted, found = shapes(module.state_dict()), shapes(state)
-    wrong = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-    if wrong:
-        got = f"{source}, where {wrong[0]} is {found.get(wrong[0], 'missing')}; {len(wrong)} such keys in all"
-        expected = f"{wrong[0]}: {wanted.get(wrong[0], 'no such key')}"
-        raise RewardError(name, got=got, expected=expected, cure="use the published file of this model")
-    module.load_state_dict(state, assign=True)
-    return module
-
-
-def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}
-
-
-def torch_dtype(name: str, dtype: str) -> torch.dtype:
-    """The dtype of a model by its name. Raises RewardError."""
-    choices = ("float32", "bfloat16", "float16", "float64")
-    if dtype not in choices:
-        raise RewardError(name, got=f"dtype={dtype!r}", expected=f"one of {', '.join(choices)}", cure="correct dtype")
-    return getattr(torch, dtype)
 
 
 @contextmanager
@@ -164,6 +69,46 @@ def _hub_answers(endpoint: str) -> bool:
     return True
 
 
+def from_pretrained(name: str, cls, model: str, key: str = "model", **kwargs):
+    """cls.from_pretrained of transformers, from hub or folder; RewardError, naming `key`, where it is in neither."""
+    path = str(Path(model).expanduser()) if model.startswith("~") else model
+    try:
+        with quick_hub(local=Path(path).is_dir()):
+            return cls.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise missing_weights(name, model, key, error) from error
+
+
+def load_pretrained(name: str, cls, model: str, **kwargs) -> torch.nn.Module:
+    """A model of transformers with every weight from the checkpoint, in float32; RewardError if some are missing."""
+    kwargs = {"dtype": torch.float32, "output_loading_info": True} | kwargs
+    loaded, report = from_pretrained(name, cls, model, **kwargs)
+    if report["missing_keys"]:  # transformers would leave these at random
+        absent = sorted(report["missing_keys"])
+        got = f"weights in {model!r} without {absent[0]} and {len(absent) - 1} more"
+        expected, cure = f"a complete {cls.__name__}", "choose a checkpoint of the whole model"
+        raise RewardError(name, got=got, expected=expected, cure=cure)
+    return loaded
+
+
+def load_tokenizer(name: str, tokenizer, key: str = "tokenizer"):
+    """A tokenizer of transformers from hub or folder; one that is made already is taken as it is."""
+    from transformers import AutoTokenizer
+
+    return from_pretrained(name, AutoTokenizer, tokenizer, key) if isinstance(tokenizer, str) else tokenizer
+
+
+def load_from_torch_hub(name: str, url: str, key: str) -> dict[str, torch.Tensor]:
+    """A state dict of torchvision, from torch's cache or downloaded there; RewardError names the setting `key`."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    try:
+        if not cached.is_file() and not _hub_answers(url.rsplit("/", 1)[0]):
+            raise OSError("its server does not answer")
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # no connection, or a file that is not what its name says
+        raise missing_weights(name, url, key, error) from error
+
+
 def load_state_dict(name: str, path: str | Path, instead: str | None = None) -> dict[str, torch.Tensor]:
     """Tensors of a .safetensors file, or of a torch file that holds nothing else. Raises RewardError.
 
@@ -179,10 +124,9 @@ def load_state_dict(name: str, path: str | Path, instead: str | None = None) -> 
         if "Unsupported global" not in str(error):
             reason = f"{type(error).__name__} on reading {path}"
             raise RewardError(name, got=reason, expected=expected, cure="download the file again") from error
-        cure = f"loading it would run code from the file; {instead or 'convert it on a machine you can afford to lose'}"
-        raise RewardError(
-            name, got=f"{path}, a pickled module, not plain tensors", expected=expected, cure=cure
-        ) from error
+        cure = f"loading it would run code from the file; {instead or 'convert it where that can do no harm'}"
+        got = f"{path}, a pickled module, not plain tensors"
+        raise RewardError(name, got=got, expected=expected, cure=cure) from error
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -191,3 +135,45 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def hub_file(name: str, repository: str, file: str, key: str) -> str:
+    """Path of a file of the hub, downloaded once. Raises RewardError, naming the setting that takes a local path."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with quick_hub():
+            return hf_hub_download(repository, file)
+    except Exception as error:  # offline, gated and broken connections all have types of their own
+        raise missing_weights(name, repository, key, error, file) from error
+
+
+def filled(name: str, source: str, build: Callable[[], torch.nn.Module], state: dict) -> torch.nn.Module:
+    """build() with the weights of `state`, which must have exactly its keys and shapes; else RewardError.
+
+    Nothing is initialised and nothing copied: the parameters are the tensors of `state`.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        module = build()
+    wanted, found = shapes(module.state_dict()), shapes(state)
+    wrong = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if wrong:
+        got = f"{source}, where {wrong[0]} is {found.get(wrong[0], 'missing')}; {len(wrong)} such keys in all"
+        expected = f"{wrong[0]}: {wanted.get(wrong[0], 'no such key')}"
+        raise RewardError(name, got=got, expected=expected, cure="use the published file of this model")
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def renamed(state: dict, names: dict[str, str], unused: tuple[str, ...]) -> dict:
+    """The entries of a state dict with parts of their keys replaced; without those that have a part in `unused`."""
+    kept = {key: key for key in state if not any(part in key for part in unused)}
+    for old, new in names.items():
+        kept = {key: name.replace(old, new) for key, name in kept.items()}
+    return {name: state[key] for key, name in kept.items()}

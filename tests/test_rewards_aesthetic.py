@@ -35,7 +35,7 @@ def head(name):
 
 
 def make(name, **options):
-    return KINDS[name](head(name), siglip() if name == "aesthetic_v2_5" else clip(), **options)
+    return KINDS[name](head(name), model=siglip() if name == "aesthetic_v2_5" else clip(), **options)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -8,7 +8,8 @@ from frame_reward_checks import PROMPTS, every_check, make_video
 
 from rewards import RewardError, frame_reward, load_reward
 from rewards.clip import ClipScore
-from rewards.frame_reward import FrameReward, in_chunks
+from rewards.frame_reward import FrameReward
+from rewards.frames import in_chunks
 from rewards.hps import HpsV2
 from rewards.pickscore import PickScore
 
@@ -94,7 +95,7 @@ def test_the_signature_shows_options_that_a_base_class_takes():
     assert inspect.signature(PickScore).parameters["model"].default == "yuvalkirstain/PickScore_v1"
 
 
-@pytest.mark.parametrize("name", ["hps_v2", "mps", "image_reward", "pickscore", "aesthetic_v2_5", "clip_score"])
+@pytest.mark.parametrize("name", ["hps_v2", "mps", "image_reward", "pickscore", "aesthetic", "clip_score"])
 def test_a_misspelt_option_names_the_nearest_before_anything_is_loaded(name):
     with pytest.raises(RewardError, match="(?i)the nearest name is 'num_frames'"):
         load_reward(name, num_frame=2)

@@ -48,20 +48,20 @@ def image_reward_model(size=SIZE):
 
 
 def clip_settings(size=SIZE, **both):
-    """vision, text settings for transformers, with the tokenizer of tiny_clip: it pads with the end of the text."""
+    """For transformers' CLIPConfig, with the tokenizer of tiny_clip: it pads with the end of the text."""
     text = TEXT | {"vocab_size": len(letter_tokenizer()), "max_position_embeddings": 24}
-    return vision(size) | both, text | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1} | both
+    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1} | both
+    return {"vision_config": vision(size) | both, "text_config": text, "projection_dim": 24}
 
 
 def mps_model(size=SIZE):
-    return random_model(lambda: MpsModel(*clip_settings(size, hidden_act="gelu"), CROSS))
+    return random_model(lambda: MpsModel(clip_settings(size, hidden_act="gelu"), CROSS))
 
 
 def clip(size=SIZE, **both):
     from transformers import CLIPConfig, CLIPModel
 
-    towers = dict(zip(("vision_config", "text_config"), clip_settings(size, **both), strict=True))
-    config = CLIPConfig(**towers, projection_dim=24)
+    config = CLIPConfig(**clip_settings(size, **both))
     return TransformersClip(random_model(lambda: CLIPModel(config)), letter_tokenizer())
 
 
