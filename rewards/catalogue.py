@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 # Repository, or where else weights come from -> (download size, licence).
 WEIGHTS = {
+    "KwaiVGI/VideoReward": ("5.0 GB", "MIT"),
+    "MizzenAI/HPSv3": ("16.6 GB", "MIT"),
+    "Qwen/Qwen2-VL-2B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
+    "Qwen/Qwen2-VL-7B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
     "facebook/dino-vitb16": ("343 MB", "Apache-2.0"),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("3.9 GB", "MIT"),
     "openai/clip-vit-base-patch32": ("605 MB", "MIT, as OpenAI's CLIP code"),
@@ -98,6 +102,15 @@ CATALOGUE = {
         weights=("xswu/HPSv2",),
         parameters=986_109_441,
     ),
+    "hps_v3": Entry(
+        home="rewards.hps_v3:HpsV3",
+        input="image + prompt",
+        frames="first",
+        range="unbounded; -0.2 to 10.6 published",
+        weights=("MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"),
+        parameters=7_748_610_610,
+        bytes_each=2,
+    ),
     "jpeg_size": Entry(home="rewards.temporal:JpegSize", input="image", frames="all", range="-5 to 0"),
     "motion_degree": Entry(
         home="rewards.motion:MotionDegree",
@@ -139,5 +152,14 @@ CATALOGUE = {
         range="0 to 1",
         weights=("facebook/dino-vitb16",),
         parameters=85_798_656,
+    ),
+    "video_align": Entry(
+        home="rewards.video_align:VideoAlign",
+        input="video + prompt",
+        frames="all, at 2 a second",
+        range="unbounded; 0 average",
+        weights=("KwaiVGI/VideoReward", "Qwen/Qwen2-VL-2B-Instruct"),
+        parameters=2_208_563_200,
+        bytes_each=2,
     ),
 }

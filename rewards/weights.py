@@ -1,6 +1,7 @@
 """Weights of frozen models: loading without running code from a file, and saying what is missing."""
 
 import pickle
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -29,14 +30,15 @@ def torch_dtype(name: str, dtype: str) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def missing_weights(name: str, repository: str, key: str, error: Exception) -> RewardError:
+def missing_weights(name: str, repository: str, key: str, error: Exception, file: str | None = None) -> RewardError:
     """The error for weights that are neither on disk nor to be had: what they are, and the key that takes a path."""
     size, licence = WEIGHTS.get(repository, ("size unknown", "licence: see its model card"))
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    what = f"{repository}, {file}" if file else repository
     return RewardError(
         name,
         got=f"no weights for {repository!r} ({reason})",
-        expected=f"them in the local cache, or a download ({repository}: {size}, {licence})",
+        expected=f"them in the local cache, or a download ({what}: {size}, {licence})",
         cure=f"go online once, or set `{key}` in reward_kwargs.{name} to a local path",
     )
 
@@ -118,3 +120,37 @@ def load_state_dict(name: str, path: str | Path) -> dict[str, torch.Tensor]:
             expected="a state dict (safetensors, or torch.save of module.state_dict())",
             cure="loading it would run code from the file; convert it on a machine that you can afford to lose",
         ) from error
+
+
+def hub_file(name: str, repository: str, file: str, key: str) -> str:
+    """Path of a file of the hub, downloaded once. Raises RewardError, naming the setting that takes a local path."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with quick_hub():
+            return hf_hub_download(repository, file)
+    except Exception as error:  # offline, gated and broken connections all have types of their own
+        raise missing_weights(name, repository, key, error, file) from error
+
+
+def filled(name: str, source: str, build: Callable[[], torch.nn.Module], state: dict) -> torch.nn.Module:
+    """build() with the weights of `state`, which must have exactly its keys and shapes; else RewardError.
+
+    Nothing is initialised and nothing copied: the parameters are the tensors of `state`.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        module = build()
+    wanted, found = shapes(module.state_dict()), shapes(state)
+    wrong = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if wrong:
+        got = f"{source}, where {wrong[0]} is {found.get(wrong[0], 'missing')}; {len(wrong)} such keys in all"
+        expected = f"{wrong[0]}: {wanted.get(wrong[0], 'no such key')}"
+        raise RewardError(name, got=got, expected=expected, cure="use the published file of this model")
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
