@@ -11,6 +11,7 @@ WEIGHTS = {
     "MizzenAI/HPSv3": ("16.6 GB", "MIT"),
     "Qwen/Qwen2-VL-2B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
     "Qwen/Qwen2-VL-7B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
+    "TIGER-Lab/VideoScore-v1.1": ("16.8 GB", "Apache-2.0, as the card of TIGER-Lab/VideoScore says"),
     "facebook/dino-vitb16": ("343 MB", "Apache-2.0"),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("3.9 GB", "MIT"),
     "openai/clip-vit-base-patch32": ("605 MB", "MIT, as OpenAI's CLIP code"),
@@ -160,6 +161,15 @@ CATALOGUE = {
         range="unbounded; 0 average",
         weights=("KwaiVGI/VideoReward", "Qwen/Qwen2-VL-2B-Instruct"),
         parameters=2_208_563_200,
+        bytes_each=2,
+    ),
+    "video_score": Entry(
+        home="rewards.video_score:VideoScore",
+        input="video + prompt",
+        frames="up to 48 of all",
+        range="1 to 4 usual, unbounded",
+        weights=("TIGER-Lab/VideoScore-v1.1",),
+        parameters=8_271_704_309,
         bytes_each=2,
     ),
 }

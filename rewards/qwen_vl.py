@@ -195,14 +195,20 @@ def random_qwen_vl(sizes: dict, head: torch.nn.Module, tokens: list[str], dtype:
 
 
 def stand_in_encoder(ids: dict[str, int]) -> Callable[[str], list[int]]:
-    """text -> ids where the model's own tokenizer is not at hand: OpenAI's vocabulary, which comes with open_clip, for
-    about as many tokens, and `ids` for special tokens."""
+    """text -> ids where the model's own tokenizer is not at hand: `ids` for special tokens, and below them OpenAI's
+    vocabulary, which comes with open_clip, for about as many tokens."""
     import open_clip
 
     tokenizer, special = open_clip.SimpleTokenizer(), re.compile(f"({'|'.join(map(re.escape, ids))})")
 
+    words = min(ids.values())
+
     def encode(text: str) -> list[int]:
         pieces = special.split(text)
-        return [i for piece in pieces for i in ([ids[piece]] if piece in ids else tokenizer.encode(piece))]
+        return [i for piece in pieces for i in ([ids[piece]] if piece in ids else _below(words, tokenizer, piece))]
 
     return encode
+
+
+def _below(limit: int, tokenizer, text: str) -> list[int]:
+    return [token % limit for token in tokenizer.encode(text)]

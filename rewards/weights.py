@@ -81,8 +81,9 @@ def from_pretrained(name: str, cls, model: str, **kwargs):
 
 
 def load_pretrained(name: str, cls, model: str, **kwargs) -> torch.nn.Module:
-    """A model of transformers in float32 with every weight from the checkpoint; RewardError if some are missing."""
-    loaded, report = from_pretrained(name, cls, model, dtype=torch.float32, output_loading_info=True, **kwargs)
+    """A model of transformers with every weight from the checkpoint, in float32; RewardError if some are missing."""
+    kwargs = {"dtype": torch.float32, "output_loading_info": True} | kwargs
+    loaded, report = from_pretrained(name, cls, model, **kwargs)
     if report["missing_keys"]:  # transformers would leave these at random
         absent = sorted(report["missing_keys"])
         got = f"weights in {model!r} without {absent[0]} and {len(absent) - 1} more"
