@@ -9,6 +9,7 @@ from dataclasses import dataclass
 WEIGHTS = {
     "KwaiVGI/VideoReward": ("5.0 GB", "MIT"),
     "MizzenAI/HPSv3": ("16.6 GB", "MIT"),
+    "OpenGVLab/ViCLIP": ("1.7 GB", "see its model card; the code is Apache-2.0"),
     "Qwen/Qwen2-VL-2B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
     "Qwen/Qwen2-VL-7B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
     "TIGER-Lab/VideoScore-v1.1": ("16.8 GB", "Apache-2.0, as the card of TIGER-Lab/VideoScore says"),
@@ -153,6 +154,14 @@ CATALOGUE = {
         range="0 to 1",
         weights=("facebook/dino-vitb16",),
         parameters=85_798_656,
+    ),
+    "viclip": Entry(
+        home="rewards.viclip:ViClip",
+        input="video + prompt",
+        frames="8 of all",
+        range="-1 to 1",
+        weights=("OpenGVLab/ViCLIP",),
+        parameters=427_590_144,
     ),
     "video_align": Entry(
         home="rewards.video_align:VideoAlign",
