@@ -14,6 +14,7 @@ WEIGHTS = {
     "Qwen/Qwen2-VL-7B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
     "TIGER-Lab/VideoScore-v1.1": ("16.8 GB", "Apache-2.0, as the card of TIGER-Lab/VideoScore says"),
     "facebook/dino-vitb16": ("343 MB", "Apache-2.0"),
+    "facebook/vjepa2-vitl-fpc64-256": ("1.3 GB", "MIT, as the code of V-JEPA 2"),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("3.9 GB", "MIT"),
     "openai/clip-vit-base-patch32": ("605 MB", "MIT, as OpenAI's CLIP code"),
     "openai/clip-vit-large-patch14": ("1.7 GB", "MIT, as OpenAI's CLIP code"),
@@ -180,5 +181,13 @@ CATALOGUE = {
         weights=("TIGER-Lab/VideoScore-v1.1",),
         parameters=8_271_704_309,
         bytes_each=2,
+    ),
+    "vjepa2": Entry(
+        home="rewards.vjepa2:VJepa2",
+        input="video",
+        frames="all, at 4 a second",
+        range="at most 0",
+        weights=("facebook/vjepa2-vitl-fpc64-256",),
+        parameters=325_971_328,
     ),
 }
