@@ -142,17 +142,22 @@ def load_qwen_vl(name: str, model: str, state: dict, head: torch.nn.Module, toke
 
     tokenizer = from_pretrained(name, AutoTokenizer, model)
     tokenizer.add_tokens(tokens, special_tokens=True)
-    state = {today(key): tensor for key, tensor in state.items()}
+    backbone, head_state = backbone_and_head(state, dtype)
     config = from_pretrained(name, AutoConfig, model)
-    config.text_config.vocab_size = _rows(name, model, state, len(tokenizer))
-    backbone = {
-        key.removeprefix("model."): tensor.to(dtype) for key, tensor in state.items() if key.startswith("model.")
-    }
-    head_state = {key.removeprefix("rm_head."): tensor for key, tensor in state.items() if key.startswith("rm_head.")}
+    config.text_config.vocab_size = _rows(name, model, backbone, len(tokenizer))
     vlm = filled(name, "the checkpoint", lambda: Qwen2VLModel(config), backbone)
     head = filled(name, "the checkpoint", lambda: head, head_state).to(torch.promote_types(dtype, torch.float32))
     ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
     return QwenVl(vlm, head, lambda text: tokenizer.encode(text, add_special_tokens=False), ids)
+
+
+def backbone_and_head(state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[dict, dict]:
+    """The weights of Qwen2VLModel, in dtype, and those of rm_head; what predicts words is left out."""
+    named = {today(key): tensor for key, tensor in state.items()}
+    backbone = {
+        key.removeprefix("model."): tensor.to(dtype) for key, tensor in named.items() if key.startswith("model.")
+    }
+    return backbone, {key.removeprefix("rm_head."): named[key] for key in named if key.startswith("rm_head.")}
 
 
 def today(key: str) -> str:
@@ -163,7 +168,7 @@ def today(key: str) -> str:
 
 
 def _rows(name: str, model: str, state: dict, expected: int) -> int:
-    rows = len(state["model.language_model.embed_tokens.weight"])
+    rows = len(state["language_model.embed_tokens.weight"])
     if rows != expected:
         got, wanted = f"a tokenizer of {expected} tokens from {model!r}", f"{rows}, as the checkpoint has embeddings"
         raise RewardError(name, got=got, expected=wanted, cure="set `model` to the model that was tuned")
