@@ -93,7 +93,7 @@ CATALOGUE = {
         home="rewards.hps:HpsV2",
         input="image + prompt",
         frames="first",
-        range="-1 to 1; .2 to .3 usual",
+        range="-1 to 1",
         weights=("xswu/HPSv2",),
         parameters=986_109_441,
     ),

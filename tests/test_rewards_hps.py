@@ -6,10 +6,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from layouts import layout_of, published_layout
 from PIL import Image
 from tiny_clip import save_open_clip
 
 from rewards import RewardError, load_reward, probe
+from rewards.hps import HpsV2, HpsV21
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess, resize_longer_and_pad
 
 PROMPTS = ["a red circle", "rain"]
@@ -77,3 +79,11 @@ def test_missing_weights_are_named(name, monkeypatch):
         load_reward(name)
     with pytest.raises(RewardError, match="no file at /nowhere/x.pt; expected HPS_v2"):
         load_reward(name, checkpoint="/nowhere/x.pt")
+
+
+@pytest.mark.parametrize("reward", [HpsV2, HpsV21])
+def test_full_size_has_the_published_layout(reward):
+    with torch.device("meta"):
+        clip = reward.random_init().clip
+    assert layout_of(clip.model) == published_layout("xswu_hpsv2_vit_h_14")
+    assert (clip.size, clip.fit) == (224, "pad")
