@@ -29,6 +29,7 @@ AT_LEAST_ONE = (
     "lora_alpha",
 )
 NOT_NEGATIVE = (
+    "calibrate_rewards",
     "learning_rate",
     "warmup_steps",
     "weight_decay",
@@ -201,11 +202,28 @@ def _reward_settings(args, rewards):
         yield f"reward_weights: got {len(weights)}, expected {len(trained)}, one for each of reward_funcs; correct them"
     elif weights is not None and not any(weights):
         yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
-    for name in args.reward_kwargs or {}:
+    yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
+    yield from _reward_mixing(args, [short_name(reward) for reward in trained])
+
+
+def _reward_mixing(args, trained: list[str]):
+    caps, targets = args.reward_caps or {}, args.reward_targets or {}
+    yield from _unknown_rewards("reward_caps", caps, trained)
+    yield from _unknown_rewards("reward_targets", targets, trained)
+    for name in caps.keys() & targets.keys():
+        yield f"reward_caps and reward_targets: got {name!r} in both, expected one of them; leave one out"
+    if args.calibrate_rewards == 1:
+        yield "calibrate_rewards: got 1, expected 0 or at least 2, since one video has no spread; raise it"
+    if args.calibrate_rewards and not args.normalise_rewards:
+        yield "calibrate_rewards: got no normalise_rewards, which uses what is measured; set it, or calibrate none"
+
+
+def _unknown_rewards(key: str, given: dict | None, names: list[str]):
+    for name in given or {}:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the rewards are {', '.join(names)}"
-            yield f"reward_kwargs: got {name!r}, expected a reward of this run; {hint}"
+            yield f"{key}: got {name!r}, expected a reward of this run; {hint}"
 
 
 def _trackers(args):

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rewards import RewardError, RewardMix, frames_needed, probe, reward_name
+from rlhf.calibrate import CALIBRATION, calibrate
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.checks import check_config, load_rewards, with_sampling
 from rlhf.compare import summarise
@@ -88,7 +89,14 @@ class RewardGradientTrainer:
         if eval_prompts is None and args.eval_prompts:
             eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
         self.eval_prompts = (eval_prompts or [])[: args.num_eval_prompts]
-        self.rewards = RewardMix(load_rewards(rewards, args), args.reward_weights, args.normalise_rewards)
+        self.rewards = RewardMix(
+            load_rewards(rewards, args),
+            args.reward_weights,
+            args.normalise_rewards,
+            args.reward_caps,
+            args.reward_targets,
+            args.balance_reward_gradients,
+        )
         judges = self.rewards.rewards | load_rewards(args.eval_reward_funcs, args)
         self._freeze_and_adapt(judges, peft_config)
         self.held_out = None
@@ -154,15 +162,34 @@ class RewardGradientTrainer:
         resumed = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, self.folder)
         for name, reward in self.rewards.rewards.items():
             shape = (3, args.num_frames, args.height, args.width)
-            probe(reward, shape, self.train_prompts[:3], self.device, name=name)
+            probe(reward, shape, self.train_prompts[:3], self.device, name=name, info=self._info(0))
         accelerator.wait_for_everyone()  # all have checked the folder before the first one writes there
         if accelerator.is_main_process:
             start_run_folder(args)
         first = load_checkpoint(resumed, self.masters, self.optimizer)["step"] if resumed else 0
         self.state.global_step = first
         places = range(first * self.samples_per_step, args.max_steps * self.samples_per_step)
-        self._encode([self.train_prompts[i] for i in self._positions(places.start, len(places))] + self.eval_prompts)
+        base_prompts = self._base_prompts(resumed)
+        self._encode(
+            [self.train_prompts[i] for i in self._positions(places.start, len(places))]
+            + self.eval_prompts
+            + base_prompts
+        )
+        if args.calibrate_rewards:
+            with adapter_off(self.pipe.transformer):
+                shape, info = self.latent_shape, self._info(0)
+                calibrate(self.rewards, self._make_videos, base_prompts, shape, args, accelerator, info)
         return first
+
+    def _base_prompts(self, resumed) -> list[str]:
+        """What calibration samples: the first training prompts; none where the resumed run has done it."""
+        if resumed and (self.folder / CALIBRATION).is_file():
+            return []
+        return [self.train_prompts[i] for i in self._positions(0, self.args.calibrate_rewards)]
+
+    def _info(self, step: int) -> dict:
+        """What rewards are told besides videos and prompts."""
+        return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
 
     def _encode(self, prompts: list[str]) -> None:
         """Embed the prompts of this run; the encoders, no longer needed, leave the device."""
@@ -237,7 +264,7 @@ class RewardGradientTrainer:
         video = decode_video(self.pipe.vae, latents, self.frames, args.decode_chunk, args.decode_checkpoint)
         self.last_batch = video.detach(), prompts
         try:
-            scores_B, breakdown = self.rewards(video, prompts)
+            scores_B, breakdown = self.rewards(video, prompts, **self._info(step))
         except RewardError as error:  # every process hears of it in `step`, then all of them stop
             self.failure = error
             return torch.full((len(prompts), 2 + len(self.rewards.rewards)), math.nan, device=self.device)
@@ -274,7 +301,7 @@ class RewardGradientTrainer:
         norm = self.masters.vector.grad.norm().item()
         if not math.isfinite(norm):
             raise TrainingError(self._blame(norm))
-        if norm == 0:
+        if norm == 0 and not self.rewards.caps:  # beyond a cap nothing is to be learnt
             raise TrainingError(
                 f"The gradient at the adapter is exactly zero after {self.state.global_step} steps, expected a number "
                 "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."
@@ -293,7 +320,7 @@ class RewardGradientTrainer:
         guilty = []
         for name, reward in self.rewards.rewards.items():
             pixels = video.clone().requires_grad_()
-            scores_B, _ = RewardMix({name: reward})(pixels, prompts)
+            scores_B, _ = RewardMix({name: reward})(pixels, prompts, **self._info(self.state.global_step))
             (grad,) = torch.autograd.grad(scores_B.sum(), pixels)
             if any_process(self.accelerator, not torch.isfinite(grad).all()):
                 guilty.append(name)

@@ -1,6 +1,6 @@
 """Published layouts of weights, tests/data/layouts/*.json: {"source": where from, "keys": {name: shape}}.
 
-`{0..31}` in a name stands for that run of numbers.
+A name with {0..27} in it stands for 28 names.
 """
 
 import json
@@ -14,12 +14,14 @@ def published_layout(name):
     """Shapes by key."""
     layout = json.loads((FOLDER / f"{name}.json").read_text())
     assert layout["source"]
-    shapes = {}
-    for key, shape in layout["keys"].items():
-        run = re.search(r"\{(\d+)\.\.(\d+)\}", key)
-        for number in range(int(run[1]), int(run[2]) + 1) if run else [None]:
-            shapes[key if run is None else key.replace(run[0], str(number))] = tuple(shape)
-    return shapes
+    return {key: tuple(shape) for pattern, shape in layout["keys"].items() for key in _expanded(pattern)}
+
+
+def _expanded(pattern):
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    return [pattern.replace(found[0], str(i)) for i in range(int(found[1]), int(found[2]) + 1)]
 
 
 def layout_of(module):

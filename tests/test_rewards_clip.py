@@ -14,7 +14,7 @@ from tiny_judges import as_open_clip, clip
 
 from rewards import RewardError, RewardMix, frames_needed, load_reward
 from rewards.clip import ClipScore
-from rewards.clip_models import guess_backend
+from rewards.clip_models import SIZES, guess_backend
 
 
 @pytest.fixture(autouse=True)
@@ -228,3 +228,19 @@ def test_a_local_folder_asks_no_hub(model, online, monkeypatch):
 
     monkeypatch.setattr("rewards.weights._hub_answers", asked)
     ClipScore(model)
+
+
+# ---------------------------------------------------------------- without weights
+
+
+def test_random_weights_still_tell_prompts_and_pictures_apart(monkeypatch):
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"projection_dim": 24, "text_config": tower, "vision_config": tower | {"image_size": SIZE, "patch_size": 8}}
+    monkeypatch.setitem(SIZES, "tiny", sizes)
+    torch.manual_seed(0)
+    reward = ClipScore.random_init("tiny", dtype="float64")
+    video = make_video()
+    scores = reward(video, PROMPTS)
+    assert scores.dtype == torch.float64
+    assert (reward(video, PROMPTS[::-1]) - scores).abs().min() > 1e-5
+    assert (reward(video.flip(0), PROMPTS) - scores).abs().min() > 1e-5
