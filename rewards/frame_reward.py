@@ -1,4 +1,4 @@
-"""What rewards that look at single frames share: their settings, chunks, precision, and the cache of prompts.
+"""What rewards that look at frames share: their settings, chunks, precision, and the cache of prompts.
 
 Shape legend: B batch, C channels, T frames, N frames of all videos that are scored, H height, W width.
 """
@@ -14,8 +14,22 @@ from rewards.weights import Frozen, torch_dtype
 CACHED_PROMPTS = 2000
 
 
-class FrameReward(Frozen):
-    """The mean over frames of a score for each frame and its prompt; float32 whatever the model computes in.
+def _joined(own: inspect.Signature, base: inspect.Signature) -> inspect.Signature:
+    """`own` without self, and with the keyword arguments of `base` in place of **options."""
+    parameters = list(own.parameters.values())[1:]
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        parameters.pop()
+        named = {parameter.name for parameter in parameters}
+        parameters += [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in base.parameters.values()
+            if parameter.name not in named
+        ]
+    return own.replace(parameters=parameters)
+
+
+class ModelReward(Frozen):
+    """The settings of a frozen model that looks at frames.
 
     frames      what must be decoded: "first", a number of leading frames, or "all"
     num_frames  which of these are scored: 4 evenly spaced, "random 4", "8 fps", or None for every one
@@ -23,8 +37,7 @@ class FrameReward(Frozen):
     chunk       frames in the model at once, recomputed in backward, to bound memory; the result stays the same
     mean, std   the typical score, for mixing
 
-    A subclass calls super().__init__(**options), builds its model in `self.dtype`, ends with `self.freeze()`, and
-    defines `score_frames` and, if it reads the prompt, `encode_text`.
+    A subclass calls super().__init__(**options), builds its model in `self.dtype`, and ends with `self.freeze()`.
     """
 
     name: str
@@ -45,13 +58,27 @@ class FrameReward(Frozen):
             raise RewardError(self.name, got=f"chunk={chunk}", expected="1 or more, or None", cure="correct chunk")
         self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
         self.dtype = torch_dtype(self.name, dtype)
-        self._texts: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def __init_subclass__(cls, **kwargs):
         """Show the options behind **options in the signature: to help(), and where misspelt names are looked up."""
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             cls.__signature__ = _joined(inspect.signature(cls.__init__), inspect.signature(cls.__base__))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class FrameReward(ModelReward):
+    """The mean over frames of a score for each frame and its prompt; float32 whatever the model computes in.
+
+    A subclass defines `score_frames` and, if it reads the prompt, `encode_text`.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._texts: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def score_frames(self, frames_NCHW: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
         """(N,) scores of frames in [0, 1], each with its own row of what `encode_text` gave."""
@@ -81,21 +108,3 @@ class FrameReward(Frozen):
         while len(self._texts) > CACHED_PROMPTS:
             del self._texts[next(iter(self._texts))]
         return stacked
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-
-def _joined(own: inspect.Signature, base: inspect.Signature) -> inspect.Signature:
-    """`own` without self, and with the keyword arguments of `base` in place of **options."""
-    parameters = list(own.parameters.values())[1:]
-    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        parameters.pop()
-        named = {parameter.name for parameter in parameters}
-        parameters += [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in base.parameters.values()
-            if parameter.name not in named
-        ]
-    return own.replace(parameters=parameters)
