@@ -124,7 +124,8 @@ class HpsV3(Frozen):
     @classmethod
     def random_init(cls, dtype: str = "bfloat16", **settings) -> "HpsV3":
         """Full size with random weights, on torch's default device, without hub or disk."""
-        vlm = random_qwen_vl(SIZES, preference_head(3584), TOKENS, torch_dtype(cls.name, dtype))
+        head = preference_head(SIZES["text_config"]["hidden_size"])
+        vlm = random_qwen_vl(SIZES, head, TOKENS, torch_dtype(cls.name, dtype))
         return cls(vlm, **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:

@@ -161,7 +161,7 @@ class VideoAlign(Frozen):
     @classmethod
     def random_init(cls, dtype: str = "bfloat16", **settings) -> "VideoAlign":
         """Full size with random weights, on torch's default device, without hub or disk."""
-        head = torch.nn.Linear(1536, 1, bias=False)
+        head = torch.nn.Linear(SIZES["text_config"]["hidden_size"], 1, bias=False)
         vlm = random_qwen_vl(SIZES, head, TOKENS, torch_dtype(cls.name, dtype))
         return cls(checkpoint=vlm, **settings)
 

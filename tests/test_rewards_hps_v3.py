@@ -19,7 +19,7 @@ from tiny_qwen import WIDTH, hidden_states, in_float64, name_in_445, random_mode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rewards import RewardError, load_reward
-from rewards.hps_v3 import PROMPT, TOKENS
+from rewards.hps_v3 import PROMPT, TOKENS, HpsV3
 from rewards.qwen_vl import AFTER, BEFORE
 
 
@@ -116,3 +116,11 @@ def test_missing_weights_are_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RewardError, match=r"MizzenAI/HPSv3, HPSv3.safetensors: 16.6 GB, MIT.*`checkpoint`"):
         load_reward("hps_v3")
+
+
+def test_random_weights_score_without_a_tokenizer(published, monkeypatch, few_pixels):
+    """What the benchmark builds, at a small size: it scores and has a gradient."""
+    config = published[0].config
+    sizes = {"text_config": config.text_config.to_dict(), "vision_config": config.vision_config.to_dict()}
+    monkeypatch.setattr("rewards.hps_v3.SIZES", sizes)
+    assert_contract(HpsV3.random_init(dtype="float32"))

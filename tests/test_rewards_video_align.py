@@ -180,3 +180,11 @@ def test_a_pickled_module_is_refused(tmp_path, base):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
     with pytest.raises(RewardError, match="pickled module"):
         VideoAlign(checkpoint=str(tmp_path / "model.pth"), model=base)
+
+
+def test_random_weights_score_without_a_tokenizer(tuned, monkeypatch, few_pixels):
+    """What the benchmark builds, at a small size: it scores and has a gradient."""
+    config = tuned[0].config
+    sizes = {"text_config": config.text_config.to_dict(), "vision_config": config.vision_config.to_dict()}
+    monkeypatch.setattr("rewards.video_align.SIZES", sizes)
+    assert_contract(VideoAlign.random_init(dtype="float32", fps=8))

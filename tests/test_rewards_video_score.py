@@ -28,7 +28,7 @@ from transformers.models.mistral import modeling_mistral
 
 from rewards import RewardError, load_reward
 from rewards.preprocess import resize
-from rewards.video_score import ASPECTS, PROMPT, frames_up_to, model_class, target_size
+from rewards.video_score import ASPECTS, PROMPT, VideoScore, frames_up_to, model_class, target_size
 
 WIDTH, LATENTS = 32, 3
 SPECIAL = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
@@ -206,3 +206,12 @@ def test_missing_weights_are_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RewardError, match=r"TIGER-Lab/VideoScore-v1.1.*16.8 GB, Apache-2.0.*`model`"):
         load_reward("video_score")
+
+
+def test_random_weights_score_without_a_tokenizer(folder, monkeypatch):
+    """What the benchmark builds, at a small size: it scores and has a gradient."""
+    config = Idefics2Config.from_pretrained(folder)
+    parts = ("text_config", "vision_config", "perceiver_config")
+    sizes = {part: getattr(config, part).to_dict() for part in parts} | {"num_labels": 5}
+    monkeypatch.setattr("rewards.video_score.SIZES", sizes | {"image_token_id": config.image_token_id})
+    assert_contract(VideoScore.random_init(dtype="float32"), (3, 2, 400, 420))
