@@ -87,12 +87,8 @@ def test_chunks_split_every_input_alike_and_are_recomputed():
 
 
 def test_the_signature_shows_options_that_a_base_class_takes():
-    options = set(inspect.signature(ModelReward).parameters)
-    assert (
-        options
-        == set(inspect.signature(FrameReward).parameters)
-        == {"frames", "num_frames", "dtype", "chunk", "mean", "std"}
-    )
+    options = set(inspect.signature(FrameReward).parameters)
+    assert options == {"frames", "num_frames", "dtype", "chunk", "mean", "std"}
     assert set(inspect.signature(ClipScore).parameters) == options | {"model", "backend", "pretrained"}
     assert set(inspect.signature(PickScore).parameters) == set(inspect.signature(ClipScore).parameters)
     assert set(inspect.signature(HpsV2).parameters) == options | {"checkpoint", "architecture"}
