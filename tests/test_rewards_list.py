@@ -38,7 +38,7 @@ def test_an_entry_is_true_to_its_class(named):
     assert entry.frames.startswith("first") == (reward_attribute(reward, "frames") == "first")
     assert ("no gradient" in entry.range) == (not reward_attribute(reward, "differentiable"))
     if parameters:
-        assert {p.element_size() for p in reward.parameters()} == {entry.bytes_each}
+        assert max(reward.parameters(), key=torch.numel).element_size() == entry.bytes_each  # heads may be float32
         assert not any(p.requires_grad for p in reward.parameters())
 
 
