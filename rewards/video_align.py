@@ -10,7 +10,7 @@ import torch
 
 from rewards.base import RewardError
 from rewards.frames import in_chunks, require_frames
-from rewards.qwen_vl import QwenVl, load_qwen_vl, merge_lora, random_qwen_vl
+from rewards.qwen_vl import QwenVl, load_qwen_vl, merge_lora, random_qwen_vl, sizes
 from rewards.weights import Frozen, hub_file, load_state_dict, torch_dtype
 
 REPOSITORY, FILE = "KwaiVGI/VideoReward", "checkpoint-11352/model.pth"
@@ -98,19 +98,7 @@ PROMPT = (
 )
 
 # Sizes of Qwen2-VL-2B-Instruct as in its config.json, with the tokenizer's 151,657 tokens and the three reward tokens.
-SIZES = {
-    "text_config": {
-        "vocab_size": 151660,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {"hidden_size": 1536},
-}
+SIZES = sizes(vocabulary=151660, width=1536, inner=8960, heads=12, key_value_heads=2)
 
 
 class VideoAlign(Frozen):

@@ -14,6 +14,7 @@ import torch
 from rewards.base import RewardError, at_least_float32
 from rewards.frames import in_chunks
 from rewards.preprocess import resize
+from rewards.qwen_vl import stand_in_encoder
 from rewards.recompute import recompute_in_backward
 from rewards.weights import Frozen, from_pretrained, load_pretrained, torch_dtype
 
@@ -205,15 +206,14 @@ def frames_up_to(most: int, total: int) -> list[int]:
 
 def load_scorer(name: str, model: str, dtype: str) -> Idefics2Scorer:
     """The published model from hub or folder, with its tokenizer and the frame sizes of its image processor."""
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     config = from_pretrained(name, AutoConfig, model)
     # Versions that trained it took the language model's epsilon for the resampler too; today's has its own default.
     config.perceiver_config.rms_norm_eps = config.text_config.rms_norm_eps
     precision = torch_dtype(name, dtype)
     tuned = load_pretrained(name, model_class(), model, config=config, dtype=precision)
-    processor = from_pretrained(name, Idefics2ImageProcessorPil, model)
+    processor = from_pretrained(name, AutoImageProcessor, model)
     if processor.do_image_splitting:
         got, expected = f"do_image_splitting in {model!r}", "whole frames, as VideoScore was trained on"
         raise RewardError(name, got=got, expected=expected, cure="set it to false in preprocessor_config.json")
@@ -242,8 +242,6 @@ def model_class():
 def random_scorer(sizes: dict, dtype: torch.dtype) -> Idefics2Scorer:
     """A scorer of these sizes (Idefics2Config) with random weights, on torch's default device, without hub or disk."""
     from transformers import Idefics2Config
-
-    from rewards.qwen_vl import stand_in_encoder
 
     config = Idefics2Config(**sizes)
     tuned = model_class()._from_config(config, dtype=dtype)
