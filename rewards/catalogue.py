@@ -12,7 +12,7 @@ WEIGHTS = {
     "OpenGVLab/ViCLIP": ("1.7 GB", "see its model card; the code is Apache-2.0"),
     "Qwen/Qwen2-VL-2B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
     "Qwen/Qwen2-VL-7B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
-    "TIGER-Lab/VideoScore-v1.1": ("16.8 GB", "Apache-2.0, as the card of TIGER-Lab/VideoScore says"),
+    "TIGER-Lab/VideoScore-v1.1": ("16.5 GB", "Apache-2.0, as the card of TIGER-Lab/VideoScore says"),
     "facebook/dino-vitb16": ("343 MB", "Apache-2.0"),
     "facebook/vjepa2-vitl-fpc64-256": ("1.3 GB", "MIT, as the code of V-JEPA 2"),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("3.9 GB", "MIT"),

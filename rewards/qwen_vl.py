@@ -189,7 +189,7 @@ def merge_lora(state: dict[str, torch.Tensor], alpha: float, dtype: torch.dtype)
     return merged
 
 
-def sizes(vocabulary: int, width: int, inner: int, heads: int, key_value_heads: int) -> dict:
+def qwen2_vl_sizes(vocabulary: int, width: int, inner: int, heads: int, key_value_heads: int) -> dict:
     """Of a Qwen2-VL-*-Instruct, as in its config.json: of the language model; the vision tower is the same in all."""
     return {
         "text_config": {

@@ -103,8 +103,10 @@ def test_dimensions_and_their_mean(make):
     each = torch.stack([make(dimension=name)(video, PROMPTS) for name in ASPECTS], 1)
     assert torch.equal(each, make().aspects(video, PROMPTS))
     torch.testing.assert_close(make()(video, PROMPTS), each.mean(1))
-    with pytest.raises(RewardError, match="dimension='visual'.*visual_quality, .* or mean"):
-        make(dimension="visual")
+    torch.testing.assert_close(make(dimension={"dynamic_degree": 3})(video, PROMPTS), 3 * each[:, 2])
+    for wrong in ("visual", {}, {"mean": 2}, {"visual_quality": 1, "more": 1}):
+        with pytest.raises(RewardError, match="got dimension=.*visual_quality, .* or mean, or a weight"):
+            make(dimension=wrong)
 
 
 @pytest.mark.parametrize("size", [*PHOTOGRAPH_SIZES, (1080, 1920), (1500, 700)])
@@ -205,7 +207,7 @@ def test_split_images_are_refused(folder, tmp_path):
 
 def test_missing_weights_are_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RewardError, match=r"TIGER-Lab/VideoScore-v1.1.*16.8 GB, Apache-2.0.*`model`"):
+    with pytest.raises(RewardError, match=r"TIGER-Lab/VideoScore-v1.1.*16.5 GB, Apache-2.0.*`model`"):
         load_reward("video_score")
 
 
