@@ -12,14 +12,21 @@ WEIGHTS = {
     "OpenGVLab/ViCLIP": ("1.7 GB", "see its model card; the code is Apache-2.0"),
     "Qwen/Qwen2-VL-2B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
     "Qwen/Qwen2-VL-7B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
+    "RE-N-Y/mpsv1": ("4.4 GB", "MIT, as the model of Kwai-Kolors/MPS"),
+    "THUDM/ImageReward": ("1.8 GB", "Apache-2.0"),
     "TIGER-Lab/VideoScore-v1.1": ("16.5 GB", "Apache-2.0, as the card of TIGER-Lab/VideoScore says"),
+    "bert-base-uncased": ("the tokenizer, under 1 MB", "Apache-2.0"),
     "facebook/dino-vitb16": ("343 MB", "Apache-2.0"),
     "facebook/vjepa2-vitl-fpc64-256": ("1.3 GB", "MIT, as the code of V-JEPA 2"),
+    "google/siglip-so400m-patch14-384": ("3.5 GB", "Apache-2.0"),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("3.9 GB", "MIT"),
     "openai/clip-vit-base-patch32": ("605 MB", "MIT, as OpenAI's CLIP code"),
     "openai/clip-vit-large-patch14": ("1.7 GB", "MIT, as OpenAI's CLIP code"),
     "trl-lib/ddpo-aesthetic-predictor": ("3.7 MB", "Apache-2.0"),
-    "xswu/HPSv2": ("a CLIP ViT-H/14 of 986 million parameters", "Apache-2.0"),
+    "xswu/HPSv2": ("2.0 GB", "Apache-2.0"),
+    "yuvalkirstain/PickScore_v1": ("3.9 GB", "MIT"),
+    "github.com/LAION-AI/aesthetic-predictor, sa_0_4_vit_l_14_linear.pth": ("4 kB", "MIT"),
+    "github.com/discus0434/aesthetic-predictor-v2-5, models/aesthetic_predictor_v2_5.pth": ("2.6 MB", "AGPL-3.0"),
     "https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth": ("20.1 MB", "BSD-3-Clause"),
     "this package": ("embedded", "Apache-2.0"),
 }
@@ -36,7 +43,8 @@ class Entry:
     weights     where its weights come from by default, keys of `WEIGHTS`
     parameters  of all its models together
     bytes_each  that one parameter takes with default settings
-    own_path    the setting that has to be a path of the user's own: weights whose licence we do not hand on
+    own_path    the setting that has to be a path of the user's own: the last of `weights` is not on the hub, or its
+                licence is not ours to hand on
     """
 
     home: str
@@ -70,6 +78,30 @@ CATALOGUE = {
         range="unbounded; 5 average, 6.5 good",
         weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"),
         parameters=428_544_482,
+    ),
+    "aesthetic_v1": Entry(
+        home="rewards.aesthetic:AestheticV1",
+        input="image",
+        frames="first",
+        range="unbounded; VBench divides it by 10",
+        weights=(
+            "openai/clip-vit-large-patch14",
+            "github.com/LAION-AI/aesthetic-predictor, sa_0_4_vit_l_14_linear.pth",
+        ),
+        parameters=427_617_282,
+        own_path="head",
+    ),
+    "aesthetic_v2_5": Entry(
+        home="rewards.aesthetic:AestheticV25",
+        input="image",
+        frames="first",
+        range="unbounded; 1 to 10 usual, 5.5 good",
+        weights=(
+            "google/siglip-so400m-patch14-384",
+            "github.com/discus0434/aesthetic-predictor-v2-5, models/aesthetic_predictor_v2_5.pth",
+        ),
+        parameters=429_546_785,
+        own_path="head",
     ),
     "background_consistency": Entry(
         home="rewards.consistency:BackgroundConsistency",
@@ -114,6 +146,14 @@ CATALOGUE = {
         parameters=7_748_610_610,
         bytes_each=2,
     ),
+    "image_reward": Entry(
+        home="rewards.image_reward:ImageReward",
+        input="image + prompt",
+        frames="first",
+        range="unbounded; -2 to 2 usual",
+        weights=("THUDM/ImageReward", "bert-base-uncased"),
+        parameters=446_206_689,
+    ),
     "jpeg_size": Entry(home="rewards.temporal:JpegSize", input="image", frames="all", range="-5 to 0"),
     "motion_degree": Entry(
         home="rewards.motion:MotionDegree",
@@ -122,6 +162,14 @@ CATALOGUE = {
         range="0 to 1",
         weights=("https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth",),
         parameters=5_257_536,
+    ),
+    "mps": Entry(
+        home="rewards.mps:Mps",
+        input="image + prompt",
+        frames="first",
+        range="exp(logit_scale) x cosine",
+        weights=("RE-N-Y/mpsv1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        parameters=1_104_614_913,
     ),
     "nano_clip": Entry(
         home="rewards.nano:NanoClip",
@@ -146,6 +194,14 @@ CATALOGUE = {
         range="0 or 1; no gradient",
         weights=("this package",),
         parameters=733_782,
+    ),
+    "pickscore": Entry(
+        home="rewards.pickscore:PickScore",
+        input="image + prompt",
+        frames="first",
+        range="exp(logit_scale) x cosine; 18 to 24 usual",
+        weights=("yuvalkirstain/PickScore_v1",),
+        parameters=986_109_441,
     ),
     "smoothness": Entry(home="rewards.temporal:Smoothness", input="video", frames="all", range="0 to 1"),
     "subject_consistency": Entry(

@@ -14,44 +14,28 @@ import torch
 import torch.nn.functional as F
 
 from rewards.base import at_least_float32
-from rewards.clip import embed_frames
 from rewards.clip_models import CLIP_B32, load_clip, random_clip, unit
-from rewards.frames import check_num_frames, pick_frames, require_frames
+from rewards.frame_reward import ModelReward
+from rewards.frames import in_chunks, pick_frames, require_frames
 from rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
-from rewards.weights import Frozen, load_pretrained, torch_dtype
+from rewards.weights import Frozen, load_pretrained
 
 DINO = "facebook/dino-vitb16"
 
 
-class Consistency(Frozen):
+class Consistency(ModelReward):
     """What the two share: scores in [0, 1], 1 for frames that are all the same.
 
-    model       what embeds the frames: hub id or folder; None: the published one
-    frames, num_frames  as for clip_score; VBench scores all of them, at least 2
-    dtype       of the model; scores are float32 in any case
-    chunk       frames in the model at once, to bound memory; the result stays the same
-    mean, std   the typical score, for mixing
+    model    what embeds the frames: hub id or folder; None: the published one
+    options  frames, num_frames, dtype, chunk, mean, std: as for ModelReward; VBench scores all frames, at least 2
     """
 
-    name: str
-
-    def __init__(
-        self,
-        model: str | Frozen | None = None,
-        frames: str | int = "all",
-        num_frames: int | str | None = None,
-        dtype: str = "float32",
-        chunk: int | None = None,
-        mean: float | None = None,
-        std: float | None = None,
-    ):
-        super().__init__()
-        check_num_frames(self.name, frames, num_frames)
-        self.embedder = self.load_embedder(model, dtype)
-        self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
+    def __init__(self, model: str | Frozen | None = None, frames: str | int = "all", **options):
+        super().__init__(frames=frames, **options)
+        self.embedder = self.load_embedder(model).to(self.dtype)
         self.freeze()
 
-    def load_embedder(self, model: str | Frozen | None, dtype: str) -> Frozen:
+    def load_embedder(self, model: str | Frozen | None) -> Frozen:
         raise NotImplementedError
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
@@ -59,6 +43,12 @@ class Consistency(Frozen):
         require_frames(self.name, video_BCNHW.shape[2], 2)
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             return consistency(embed_frames(self.embedder, video_BCNHW, self.chunk))
+
+
+def embed_frames(embedder: Frozen, video_BCNHW: torch.Tensor, chunk: int | None) -> torch.Tensor:
+    """(B, N, P) unit float32 embeddings of all N frames, recomputed chunk by chunk in backward."""
+    frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
+    return in_chunks(embedder.embed, chunk, frames_NCHW).unflatten(0, (video_BCNHW.shape[0], -1))
 
 
 def consistency(embeds_BNP: torch.Tensor) -> torch.Tensor:
@@ -74,13 +64,13 @@ class SubjectConsistency(Consistency):
 
     name = "subject_consistency"
 
-    def load_embedder(self, model, dtype):
+    def load_embedder(self, model):
         if isinstance(model, Frozen):
-            return model.to(torch_dtype(self.name, dtype))
+            return model
         from transformers import ViTModel
 
         vit = load_pretrained(self.name, ViTModel, model or DINO, add_pooling_layer=False)
-        return Dino(vit).to(torch_dtype(self.name, dtype))
+        return Dino(vit)
 
     @classmethod
     def random_init(cls, **settings) -> "SubjectConsistency":
@@ -98,8 +88,8 @@ class BackgroundConsistency(Consistency):
 
     name = "background_consistency"
 
-    def load_embedder(self, model, dtype):
-        return load_clip(self.name, model or CLIP_B32, dtype=dtype)
+    def load_embedder(self, model):
+        return load_clip(self.name, model or CLIP_B32)
 
     @classmethod
     def random_init(cls, **settings) -> "BackgroundConsistency":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rewards.base import RewardError
-from rewards.catalogue import CATALOGUE
+from rewards.catalogue import CATALOGUE, WEIGHTS
 
 ENTRY_POINT_GROUP = "contentv_rlhf.rewards"
 
@@ -60,13 +60,13 @@ def built_in(name: str) -> Callable:
 
 
 def _check_own_path(name: str, kwargs: dict) -> None:
-    """Raise RewardError where a licence asks that the user brings the weights, and no path to them is given."""
+    """Raise RewardError for weights that the user has to bring, if no path to them is given."""
     entry = CATALOGUE[name]
     if entry.own_path and not kwargs.get(entry.own_path):
-        expected = (
-            f"the path of weights that you hold under their licence ({', '.join(entry.weights)}: {entry.licence})"
-        )
-        cure = f"set `{entry.own_path}` in reward_kwargs.{name}; they are never downloaded for you"
+        source = entry.weights[-1]
+        size, licence = WEIGHTS[source]
+        expected = f"the path of {source}: {size}, {licence} (it is never downloaded for you)"
+        cure = f"download it and set `{entry.own_path}` in reward_kwargs.{name} to where it is"
         raise RewardError(name, got=f"no `{entry.own_path}`", expected=expected, cure=cure)
 
 

@@ -1,6 +1,5 @@
 """Weights of frozen models: loading without running code from a file, and saying what is missing."""
 
-import pickle
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache
@@ -70,14 +69,14 @@ def _hub_answers(endpoint: str) -> bool:
     return True
 
 
-def from_pretrained(name: str, cls, model: str, **kwargs):
-    """cls.from_pretrained of transformers, from hub or folder; RewardError where `model` is in neither."""
+def from_pretrained(name: str, cls, model: str, key: str = "model", **kwargs):
+    """cls.from_pretrained of transformers, from hub or folder; RewardError, naming `key`, where it is in neither."""
     path = str(Path(model).expanduser()) if model.startswith("~") else model
     try:
         with quick_hub(local=Path(path).is_dir()):
             return cls.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
-        raise missing_weights(name, model, "model", error) from error
+        raise missing_weights(name, model, key, error) from error
 
 
 def load_pretrained(name: str, cls, model: str, **kwargs) -> torch.nn.Module:
@@ -92,6 +91,13 @@ def load_pretrained(name: str, cls, model: str, **kwargs) -> torch.nn.Module:
     return loaded
 
 
+def load_tokenizer(name: str, tokenizer, key: str = "tokenizer"):
+    """A tokenizer of transformers from hub or folder; one that is made already is taken as it is."""
+    from transformers import AutoTokenizer
+
+    return from_pretrained(name, AutoTokenizer, tokenizer, key) if isinstance(tokenizer, str) else tokenizer
+
+
 def load_from_torch_hub(name: str, url: str, key: str) -> dict[str, torch.Tensor]:
     """A state dict of torchvision, from torch's cache or downloaded there; RewardError names the setting `key`."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
@@ -103,24 +109,32 @@ def load_from_torch_hub(name: str, url: str, key: str) -> dict[str, torch.Tensor
         raise missing_weights(name, url, key, error) from error
 
 
-def load_state_dict(name: str, path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .safetensors file, or of a torch file that holds nothing else. Raises RewardError."""
+def load_state_dict(name: str, path: str | Path, instead: str | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors file, or of a torch file that holds nothing else. Raises RewardError.
+
+    instead: what to use where the file is a pickled module, for the message.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise RewardError(name, got=f"no file at {path}", expected="a weights file", cure="correct the path")
+    try:
+        return _read_tensors(path)
+    except Exception as error:  # KeyError, EOFError, RuntimeError, UnpicklingError: whichever the damage leads to
+        expected = "a state dict (safetensors, or torch.save of module.state_dict())"
+        if "Unsupported global" not in str(error):
+            reason = f"{type(error).__name__} on reading {path}"
+            raise RewardError(name, got=reason, expected=expected, cure="download the file again") from error
+        cure = f"loading it would run code from the file; {instead or 'convert it where that can do no harm'}"
+        got = f"{path}, a pickled module, not plain tensors"
+        raise RewardError(name, got=got, expected=expected, cure=cure) from error
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise RewardError(
-            name,
-            got=f"{path}, a pickled module, not plain tensors",
-            expected="a state dict (safetensors, or torch.save of module.state_dict())",
-            cure="loading it would run code from the file; convert it on a machine that you can afford to lose",
-        ) from error
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def hub_file(name: str, repository: str, file: str, key: str) -> str:
@@ -155,3 +169,11 @@ def filled(name: str, source: str, build: Callable[[], torch.nn.Module], state: 
 
 def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def renamed(state: dict, names: dict[str, str], unused: tuple[str, ...]) -> dict:
+    """The entries of a state dict with parts of their keys replaced; without those that have a part in `unused`."""
+    kept = {key: key for key in state if not any(part in key for part in unused)}
+    for old, new in names.items():
+        kept = {key: name.replace(old, new) for key, name in kept.items()}
+    return {name: state[key] for key, name in kept.items()}

@@ -1,45 +1,16 @@
 """Preprocessing against PIL, and its gradient against float64 finite differences."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import DATA, by_pil, noise, photograph, to_float
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess, resize
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 NONE = (0, 0, 0), (1, 1, 1)  # no normalisation
-
-
-def photograph(width, height):
-    if not (DATA / "franz-kafka.jpg").exists():
-        pytest.skip("no photograph in ../shared/data")
-    image = Image.open(DATA / "franz-kafka.jpg").convert("RGB")
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def noise(width, height):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def to_float(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-
-
-def by_pil(image, size, fit):
-    """The published pipelines: torchvision's transforms on PIL images, as OpenAI's CLIP and open_clip use them.
-
-    The resize is made width first, in two calls: up to version 12, PIL always went that way, and newer ones go height
-    first where that is cheaper, which moves single pixels of some tall images by up to 8/255.
-    """
-    target = Resize(size if fit == "shortest" else (size, size))(image).size
-    narrowed = image.resize((target[0], image.height), Image.Resampling.BICUBIC)
-    return to_float(CenterCrop(size)(narrowed.resize(target, Image.Resampling.BICUBIC)))
 
 
 def test_two_calls_equal_one():
