@@ -14,7 +14,7 @@ WEIGHTS = {
     "Qwen/Qwen2-VL-7B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
     "RE-N-Y/mpsv1": ("4.4 GB", "MIT, as the model of Kwai-Kolors/MPS"),
     "THUDM/ImageReward": ("1.8 GB", "Apache-2.0"),
-    "TIGER-Lab/VideoScore-v1.1": ("16.8 GB", "Apache-2.0, as the card of TIGER-Lab/VideoScore says"),
+    "TIGER-Lab/VideoScore-v1.1": ("16.5 GB", "Apache-2.0, as the card of TIGER-Lab/VideoScore says"),
     "bert-base-uncased": ("the tokenizer, under 1 MB", "Apache-2.0"),
     "facebook/dino-vitb16": ("343 MB", "Apache-2.0"),
     "facebook/vjepa2-vitl-fpc64-256": ("1.3 GB", "MIT, as the code of V-JEPA 2"),

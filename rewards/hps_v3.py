@@ -8,7 +8,7 @@ Shape legend: B batch, C channels, T frames, N frames of all videos that are sco
 import torch
 
 from rewards.frames import check_num_frames, in_chunks, pick_frames
-from rewards.qwen_vl import QwenVl, load_qwen_vl, random_qwen_vl
+from rewards.qwen_vl import QwenVl, load_qwen_vl, qwen2_vl_sizes, random_qwen_vl
 from rewards.weights import Frozen, hub_file, load_state_dict, torch_dtype
 
 REPOSITORY, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
@@ -65,19 +65,7 @@ PROMPT = (
 )
 
 # Sizes of Qwen2-VL-7B-Instruct as in its config.json, with the tokenizer's 151,657 tokens and the reward token.
-SIZES = {
-    "text_config": {
-        "vocab_size": 151658,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {"hidden_size": 3584},
-}
+SIZES = qwen2_vl_sizes(vocabulary=151658, width=3584, inner=18944, heads=28, key_value_heads=4)
 
 
 class HpsV3(Frozen):

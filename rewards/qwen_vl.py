@@ -189,6 +189,23 @@ def merge_lora(state: dict[str, torch.Tensor], alpha: float, dtype: torch.dtype)
     return merged
 
 
+def qwen2_vl_sizes(vocabulary: int, width: int, inner: int, heads: int, key_value_heads: int) -> dict:
+    """Of a Qwen2-VL-*-Instruct, as in its config.json: of the language model; the vision tower is the same in all."""
+    return {
+        "text_config": {
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": 28,
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_value_heads,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {"hidden_size": width},
+    }
+
+
 def random_qwen_vl(sizes: dict, head: torch.nn.Module, tokens: list[str], dtype: torch.dtype) -> QwenVl:
     """A QwenVl of these sizes (Qwen2VLConfig) with random weights, on torch's default device, without hub or disk."""
     from transformers import Qwen2VLConfig, Qwen2VLModel

@@ -8,9 +8,9 @@ Shape legend: B batch, C channels, T frames, N frames that are scored, H height,
 
 import torch
 
-from rewards.base import RewardError
+from rewards.dimensions import dimension_weights
 from rewards.frames import in_chunks, require_frames
-from rewards.qwen_vl import QwenVl, load_qwen_vl, merge_lora, random_qwen_vl
+from rewards.qwen_vl import QwenVl, load_qwen_vl, merge_lora, qwen2_vl_sizes, random_qwen_vl
 from rewards.weights import Frozen, hub_file, load_state_dict, torch_dtype
 
 REPOSITORY, FILE = "KwaiVGI/VideoReward", "checkpoint-11352/model.pth"
@@ -98,19 +98,7 @@ PROMPT = (
 )
 
 # Sizes of Qwen2-VL-2B-Instruct as in its config.json, with the tokenizer's 151,657 tokens and the three reward tokens.
-SIZES = {
-    "text_config": {
-        "vocab_size": 151660,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {"hidden_size": 1536},
-}
+SIZES = qwen2_vl_sizes(vocabulary=151660, width=1536, inner=8960, heads=12, key_value_heads=2)
 
 
 class VideoAlign(Frozen):
@@ -119,7 +107,8 @@ class VideoAlign(Frozen):
     The model sees 2 frames a second, evenly spaced from the first to the last frame, at least 4 of them. The frame rate
     of the video is the caller's, reward(video, prompts, fps=24), or else the setting `fps`.
 
-    dimension   "quality" (visual), "motion", "text" (alignment with the prompt), or "overall", the sum of the three
+    dimension   "quality" (visual), "motion", "text" (alignment with the prompt), or "overall", the sum of the three; or
+                weights, such as {motion: 2, text: 1}: all three are read in one pass
     checkpoint  the published file on disk; None: from the hub
     model       the Qwen2-VL that was tuned, for its configuration and tokenizer: hub id or folder
     fps         frame rate of the videos where the caller doesn't state it
@@ -134,7 +123,7 @@ class VideoAlign(Frozen):
 
     def __init__(
         self,
-        dimension: str = "overall",
+        dimension: str | dict[str, float] = "overall",
         checkpoint: str | QwenVl | None = None,
         model: str = BASE,
         fps: float = 24.0,
@@ -144,11 +133,9 @@ class VideoAlign(Frozen):
         std: float | None = None,
     ):
         super().__init__()
-        if dimension not in (*DIMENSIONS, "overall"):
-            expected = f"one of {', '.join(DIMENSIONS)} or overall"
-            raise RewardError(self.name, got=f"dimension={dimension!r}", expected=expected, cure="correct dimension")
+        self.weights = dimension_weights(self.name, dimension, list(DIMENSIONS), "overall", 1.0)
         self.vlm = checkpoint if isinstance(checkpoint, QwenVl) else self._load(checkpoint, model, dtype)
-        self.dimension, self.fps, self.chunk, self.mean, self.std = dimension, fps, chunk, mean, std
+        self.fps, self.chunk, self.mean, self.std = fps, chunk, mean, std
         self.freeze()
 
     def _load(self, checkpoint: str | None, model: str, dtype: str) -> QwenVl:
@@ -167,9 +154,7 @@ class VideoAlign(Frozen):
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         scores_B3 = self.dimensions(video_BCTHW, prompts, **info)
-        if self.dimension == "overall":
-            return scores_B3.sum(1)
-        return scores_B3[:, list(DIMENSIONS).index(self.dimension)]
+        return (scores_B3 * scores_B3.new_tensor(self.weights)).sum(1)
 
     def dimensions(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         """(B, 3) standardised scores: quality, motion, text."""

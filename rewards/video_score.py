@@ -12,8 +12,10 @@ import math
 import torch
 
 from rewards.base import RewardError, at_least_float32
+from rewards.dimensions import dimension_weights
 from rewards.frames import in_chunks
 from rewards.preprocess import resize
+from rewards.qwen_vl import stand_in_encoder
 from rewards.recompute import recompute_in_backward
 from rewards.weights import Frozen, from_pretrained, load_pretrained, torch_dtype
 
@@ -80,7 +82,7 @@ class VideoScore(Frozen):
     """One aspect of a video on the raters' scale, 1 (bad) to 4 (as if real), or the mean of the five; not bounded.
 
     dimension   "visual_quality", "temporal_consistency", "dynamic_degree", "text_alignment", "factual_consistency" or
-                "mean"
+                "mean"; or weights, such as {dynamic_degree: 1, text_alignment: 1}: all are read in one pass
     model       the published repository, or a folder with its files
     max_frames  frames that are scored, evenly spaced, where the video has more; the model was trained for up to 48
     dtype       of the model; head and scores are float32 in any case
@@ -97,7 +99,7 @@ class VideoScore(Frozen):
 
     def __init__(
         self,
-        dimension: str = "mean",
+        dimension: str | dict[str, float] = "mean",
         model: "str | Idefics2Scorer" = VIDEO_SCORE,
         max_frames: int = 48,
         dtype: str = "bfloat16",
@@ -106,11 +108,9 @@ class VideoScore(Frozen):
         std: float | None = None,
     ):
         super().__init__()
-        if dimension not in (*ASPECTS, "mean"):
-            expected = f"one of {', '.join(ASPECTS)} or mean"
-            raise RewardError(self.name, got=f"dimension={dimension!r}", expected=expected, cure="correct dimension")
+        self.weights = dimension_weights(self.name, dimension, ASPECTS, "mean", 1 / len(ASPECTS))
         self.scorer = model if isinstance(model, Idefics2Scorer) else load_scorer(self.name, model, dtype)
-        self.dimension, self.max_frames, self.chunk, self.mean, self.std = dimension, max_frames, chunk, mean, std
+        self.max_frames, self.chunk, self.mean, self.std = max_frames, chunk, mean, std
         self.freeze()
 
     @classmethod
@@ -120,7 +120,7 @@ class VideoScore(Frozen):
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         scores_B5 = self.aspects(video_BCTHW, prompts)
-        return scores_B5.mean(1) if self.dimension == "mean" else scores_B5[:, ASPECTS.index(self.dimension)]
+        return (scores_B5 * scores_B5.new_tensor(self.weights)).sum(1)
 
     def aspects(self, video_BCTHW: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """(B, 5) scores in the order of `ASPECTS`."""
@@ -205,15 +205,14 @@ def frames_up_to(most: int, total: int) -> list[int]:
 
 def load_scorer(name: str, model: str, dtype: str) -> Idefics2Scorer:
     """The published model from hub or folder, with its tokenizer and the frame sizes of its image processor."""
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     config = from_pretrained(name, AutoConfig, model)
     # Versions that trained it took the language model's epsilon for the resampler too; today's has its own default.
     config.perceiver_config.rms_norm_eps = config.text_config.rms_norm_eps
     precision = torch_dtype(name, dtype)
     tuned = load_pretrained(name, model_class(), model, config=config, dtype=precision)
-    processor = from_pretrained(name, Idefics2ImageProcessorPil, model)
+    processor = from_pretrained(name, AutoImageProcessor, model)
     if processor.do_image_splitting:
         got, expected = f"do_image_splitting in {model!r}", "whole frames, as VideoScore was trained on"
         raise RewardError(name, got=got, expected=expected, cure="set it to false in preprocessor_config.json")
@@ -242,8 +241,6 @@ def model_class():
 def random_scorer(sizes: dict, dtype: torch.dtype) -> Idefics2Scorer:
     """A scorer of these sizes (Idefics2Config) with random weights, on torch's default device, without hub or disk."""
     from transformers import Idefics2Config
-
-    from rewards.qwen_vl import stand_in_encoder
 
     config = Idefics2Config(**sizes)
     tuned = model_class()._from_config(config, dtype=dtype)

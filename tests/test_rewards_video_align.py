@@ -101,6 +101,8 @@ def test_dimensions_and_their_sum(make, few_pixels):
     each = torch.stack([make(dimension=name)(video, PROMPTS) for name in ("quality", "motion", "text")], 1)
     assert torch.equal(each, make().dimensions(video, PROMPTS))
     torch.testing.assert_close(make()(video, PROMPTS), each.sum(1))
+    mixed = make(dimension={"text": 2, "motion": 0.5})(video, PROMPTS)
+    torch.testing.assert_close(mixed, 2 * each[:, 2] + each[:, 1] / 2)
     with pytest.raises(RewardError, match="dimension='visual'.*one of quality, motion, text or overall"):
         make(dimension="visual")
 

@@ -42,10 +42,11 @@ def folder(tmp_path_factory):
     tokenizer = tokenizer_for(PROMPT.replace("{text_prompt}", " ".join(PROMPTS)))
     tokenizer.add_tokens(SPECIAL, special_tokens=True)
     tokenizer.save_pretrained(folder)
-    Idefics2ImageProcessorPil(size=EDGES, do_image_splitting=False).save_pretrained(folder)
+    Idefics2ImageProcessor(size=EDGES, do_image_splitting=False).save_pretrained(folder)
     attention = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": WIDTH, "intermediate_size": 48}
     config = Idefics2Config(
-        text_config=attention | {"model_type": "mistral", "vocab_size": len(tokenizer), "num_key_value_heads": 1},
+        text_config=attention
+        | {"model_type": "mistral", "vocab_size": len(tokenizer), "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
         vision_config=attention | {"image_size": 98, "patch_size": 14},
         perceiver_config={
             "hidden_size": WIDTH,
@@ -102,8 +103,10 @@ def test_dimensions_and_their_mean(make):
     each = torch.stack([make(dimension=name)(video, PROMPTS) for name in ASPECTS], 1)
     assert torch.equal(each, make().aspects(video, PROMPTS))
     torch.testing.assert_close(make()(video, PROMPTS), each.mean(1))
-    with pytest.raises(RewardError, match="dimension='visual'.*visual_quality, .* or mean"):
-        make(dimension="visual")
+    torch.testing.assert_close(make(dimension={"dynamic_degree": 3})(video, PROMPTS), 3 * each[:, 2])
+    for wrong in ("visual", {}, {"mean": 2}, {"visual_quality": 1, "more": 1}):
+        with pytest.raises(RewardError, match="got dimension=.*visual_quality, .* or mean, or a weight"):
+            make(dimension=wrong)
 
 
 @pytest.mark.parametrize("size", [*PHOTOGRAPH_SIZES, (1080, 1920), (1500, 700)])
@@ -156,7 +159,7 @@ def test_the_resampler_has_the_epsilon_it_was_trained_with(make):
     """Idefics2Config gives it 1e-6 where the file states none; the language model has 1e-5."""
     model = make().scorer.model
     text = model.config.text_config.rms_norm_eps
-    assert model.connector.perceiver_resampler.norm.variance_epsilon == text
+    assert model.connector.perceiver_resampler.norm.variance_epsilon == text == 1e-3
     assert Idefics2Config().perceiver_config.rms_norm_eps != Idefics2Config().text_config.rms_norm_eps
 
 
@@ -204,7 +207,7 @@ def test_split_images_are_refused(folder, tmp_path):
 
 def test_missing_weights_are_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RewardError, match=r"TIGER-Lab/VideoScore-v1.1.*16.8 GB, Apache-2.0.*`model`"):
+    with pytest.raises(RewardError, match=r"TIGER-Lab/VideoScore-v1.1.*16.5 GB, Apache-2.0.*`model`"):
         load_reward("video_score")
 
 
