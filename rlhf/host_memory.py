@@ -24,11 +24,11 @@ class HostMemory:
         self.last = _nothing  # a weak reference: a graph that is dropped takes its groups along
         self.free: dict[int, list[torch.Tensor]] = {}
 
-    def group(self) -> AbstractContextManager:
-        """Inside, what autograd keeps goes to the host, to come back together, once."""
-        group = _Group(self, self.last)
+    def group(self) -> "Group":
+        """A new group, after all those before."""
+        group = Group(self, self.last)
         self.last = weakref.ref(group)
-        return torch.autograd.graph.saved_tensors_hooks(group.pack, group.unpack)
+        return group
 
     def take(self, size: int) -> torch.Tensor:
         """A buffer of so many bytes."""
@@ -47,8 +47,8 @@ def _nothing() -> None:
     """A weak reference to a group that is gone."""
 
 
-class _Group:
-    """What one `with host.group()` kept."""
+class Group:
+    """Tensors that come back together, once: `pack` and `unpack` are hooks for autograd's saved tensors."""
 
     def __init__(self, host: HostMemory, previous):
         self.host, self.previous = host, previous

@@ -9,26 +9,34 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+from rlhf.host_memory import Group
 
 
 def recomputed(
     function: Callable,
     *inputs: torch.Tensor | None,
     parameters: Iterable[torch.Tensor] = (),
-    keeping: AbstractContextManager | None = None,
+    place: Group | None = None,
 ):
     """function(*inputs), tensors or None in and out; the backward pass calls it again. Exact if it is deterministic.
 
     Args:
         parameters: the trained tensors that function reads besides its inputs; they receive their gradient.
-        keeping: entered while the inputs are kept: hooks of `torch.autograd.graph.saved_tensors_hooks`.
+        place: where the inputs are kept; None: where they are.
     """
     parameters = tuple(parameters)
     tensors = (x for x in (*inputs, *parameters) if x is not None)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
         return function(*inputs)
-    with keeping or nullcontext():
+    with kept_in(place):
         return _Recomputed.apply(function, len(inputs), *inputs, *parameters)
+
+
+def kept_in(place: Group | None) -> AbstractContextManager:
+    """Inside, what autograd keeps is kept in that place."""
+    return saved_tensors_hooks(place.pack, place.unpack) if place else nullcontext()
 
 
 class _Recomputed(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf.host_memory import HostMemory
-from rlhf.recompute import recomputed
+from rlhf.recompute import kept_in, recomputed
 
 WEIGHT = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(5, 6)
 
@@ -34,14 +34,14 @@ class Layers:
             x, carry = self.one(i, x, carry)
         return x * carry
 
-    def stepwise(self, x, keeping=lambda: None):
+    def stepwise(self, x, place=lambda: None):
         carry = None
         for i in range(3):
 
             def step(x, carry, i=i):
                 return self.one(i, x, carry)
 
-            x, carry = recomputed(step, x, carry, parameters=[self.weights[i]], keeping=keeping())
+            x, carry = recomputed(step, x, carry, parameters=[self.weights[i]], place=place())
         return x * carry
 
     def gradients(self, forward):
@@ -116,7 +116,7 @@ def test_groups_come_back_last_first_with_the_one_before_on_its_way():
     x = numbers(4).requires_grad_()
     y = x
     for _ in range(3):
-        with host.group():
+        with kept_in(host.group()):
             y = y * 2 * y
     groups = []
     group = host.last()
@@ -136,7 +136,7 @@ def test_groups_come_back_last_first_with_the_one_before_on_its_way():
 def test_strides_and_slices_survive_the_host():
     host = HostMemory("cpu", smallest_bytes=0)
     x = numbers(2, 3, 4, 5).to(memory_format=torch.channels_last)[:, :, 1:].requires_grad_()
-    with host.group():
+    with kept_in(host.group()):
         y = x * x
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad, 2 * x)
@@ -145,7 +145,7 @@ def test_strides_and_slices_survive_the_host():
 
 def test_a_graph_that_is_dropped_frees_its_host_memory():
     host = HostMemory("cpu", smallest_bytes=0)
-    with host.group():
+    with kept_in(host.group()):
         y = numbers(4).requires_grad_().square()
     assert host.last() is not None
     del y
@@ -155,7 +155,7 @@ def test_a_graph_that_is_dropped_frees_its_host_memory():
 
 def test_a_second_backward_pass_is_refused():
     host = HostMemory("cpu", smallest_bytes=0)
-    with host.group():
+    with kept_in(host.group()):
         y = numbers(4).requires_grad_().square().sum()
     y.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass"):

@@ -16,6 +16,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
+from rlhf.contentv.blocks import BlockRunner
+
 SPATIAL_INTERPOLATION_SCALE = 0.5
 FIXED_BY_ARCHITECTURE = {"qk_norm": "rms_norm", "dual_attention_layers": []}
 UNUSED_CONFIG_KEYS = ("sample_size", "pos_embed_max_size", "caption_projection_dim")
@@ -113,6 +115,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             qk_norm="rms_norm",
         )
         self.pos_embed = PatchEmbed3D(patch_size, in_channels, width)
+        self.run_block: BlockRunner | None = None  # None: a block runs as diffusers has it
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -144,7 +147,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             pooled_projections: pooled text (B, P).
             timestep: (B,), sigma * 1000, in [0, 1000].
             joint_attention_kwargs: `{"scale": s}` multiplies every LoRA layer by s; anything else goes to the attention
-                processors.
+                processors, which a `run_block` does without.
 
         Raises:
             ValueError: latents of another rank or size; a LoRA scale together with gradient checkpointing.
@@ -167,7 +170,9 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         temb = self.time_text_embed(timestep_B, pooled_BP)
         text = self.context_embedder(text_BLD)
         for block in self.transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+            if self.run_block is not None:
+                text, video = self.run_block(block, video, text, temb)
+            elif torch.is_grad_enabled() and self.gradient_checkpointing:
                 text, video = self._gradient_checkpointing_func(block, video, text, temb, attention_kwargs)
             else:
                 text, video = block(video, text, temb, attention_kwargs)
@@ -190,7 +195,8 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             )
 
     def _check_lora_scale(self, scale: float) -> None:
-        if scale != 1.0 and self.gradient_checkpointing and torch.is_grad_enabled():
+        recomputes = self.gradient_checkpointing or (self.run_block and self.run_block.recompute != "nothing")
+        if scale != 1.0 and recomputes and torch.is_grad_enabled():
             raise ValueError(
                 f"joint_attention_kwargs has scale={scale} while gradient checkpointing is on, expected no scale: "
                 "blocks are recomputed after the scale is undone, so LoRA gradients would be wrong; set the scale "

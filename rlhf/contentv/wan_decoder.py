@@ -128,8 +128,8 @@ def _again(decoder, caches):
     trained = [p for p in decoder.parameters() if p.requires_grad]
 
     def run(function, *tensors):
-        keeping = caches.group() if isinstance(caches, HostMemory) else None
-        return recomputed(function, *tensors, parameters=trained, keeping=keeping)
+        place = caches.group() if isinstance(caches, HostMemory) else None
+        return recomputed(function, *tensors, parameters=trained, place=place)
 
     return run
 
