@@ -114,7 +114,7 @@ class HeldOut:
 
     def sample(self, step: int) -> None:
         """Write sample videos of the current model, without judging them."""
-        if self._is_main:
+        if self._is_main and self.args.num_sample_prompts:
             rows = list(range(len(self.prompts)))[: self.args.num_sample_prompts]
             self._write(step, to_uint8(self._videos(rows, draw=0)))
 
