@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+OUT_OF_MEMORY = "out of memory"  # why a row of bench/rewards.py has no figures
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -36,12 +37,17 @@ def rewards_table(result: dict) -> str:
     ]
     for (name, dtype, frames), phases in cells.items():
         forward, both = phases["forward"], phases["forward and backward"]
-        if "skipped" in both:  # rewards of change between frames have nothing to say of one
+        if both.get("skipped", OUT_OF_MEMORY) != OUT_OF_MEMORY:  # change between frames: nothing to say of one
             continue
-        times = (f"{phase['seconds'] * 1e3:.1f}" for phase in (forward, both))
-        row = (f"`{name}`", dtype if both["weights_gib"] else "-", str(frames), *times)
-        lines.append(f"| {' | '.join(row)} | {both['peak_gib']:.2f} | {both['weights_gib']:.2f} |")
+        times = (_cell(phase, "seconds", 1e3, ".1f") for phase in (forward, both))
+        memory = _cell(both, "peak_gib", 1, ".2f")
+        row = (f"`{name}`", dtype if both["weights_gib"] else "-", str(frames), *times, memory)
+        lines.append(f"| {' | '.join(row)} | {both['weights_gib']:.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict, key: str, scale: float, form: str) -> str:
+    return format(row[key] * scale, form) if key in row else row["skipped"]
 
 
 TABLES = {"rewards.json": rewards_table}
