@@ -44,6 +44,7 @@ class Row:
     """One line of the table: what was done, how long it took, how far the result is from the reference."""
 
     arm: str  # number format of transformer and text encoders
+    frames: int  # of each video
     phase: str
     seconds: float
     peak_gib: float  # most memory held so far: on the device, or by the process on a CPU
@@ -128,7 +129,7 @@ def check_device(device: torch.device, dtypes: list[str]) -> list[Row]:
 
 def _check_dtype(device: torch.device, dtype: str, expected: dict[str, torch.Tensor]) -> list[Row]:
     training, rows = Training(device, getattr(torch, dtype)), []
-    given = expected["gradient"].to(device)
+    given, frames = expected["gradient"].to(device), training.sampling.num_frames
     reset_peak_memory(device)
 
     def measure(phase: str, work: Callable, reference: torch.Tensor | None = None) -> torch.Tensor:
@@ -140,7 +141,7 @@ def _check_dtype(device: torch.device, dtype: str, expected: dict[str, torch.Ten
         seconds = time.perf_counter() - began
         result, reference = result if reference is None else (result, reference)
         tolerance, peak = TOLERANCES[dtype][phase], peak_memory(device) / 2**30
-        rows.append(Row(dtype, phase, seconds, peak, distance(result, reference), tolerance))
+        rows.append(Row(dtype, frames, phase, seconds, peak, distance(result, reference), tolerance))
         return result
 
     with torch.no_grad():

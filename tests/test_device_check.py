@@ -15,7 +15,7 @@ PHASES = ["forward", "gradient", "repeat", "step", "restore"]
 
 
 def row(difference, tolerance=1e-3) -> Row:
-    return Row("float32", "forward", 0.1, 1.0, difference, tolerance)
+    return Row("float32", 17, "forward", 0.1, 1.0, difference, tolerance)
 
 
 def test_distances_are_relative_and_nothing_hides_a_nan():
