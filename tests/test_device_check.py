@@ -56,8 +56,8 @@ def test_each_phase_can_fail(monkeypatch, capsys):
             self.calls += len(made) > 1
             return x * (1 + 0.01 * self.calls)
 
-        def latents(self, gradient=False):
-            return self._err(super().latents(gradient))
+        def latents(self):
+            return self._err(super().latents())
 
         def gradient(self):
             return self._err(super().gradient())
