@@ -81,6 +81,13 @@ class RewardGradientConfig:
     normalise_rewards: bool = _key(
         True, "Weigh (score - mean) / std of those rewards that state their typical mean and spread."
     )
+    calibrate_rewards: int = _key(
+        0,
+        "Videos of the base model on which that mean and spread are measured instead, before the first step. 0: none.",
+    )
+    reward_caps: dict[str, float] | str | None = _key(None, "Raw scores above which nothing is learnt, {name: cap}.")
+    reward_targets: dict[str, float] | str | None = _key(None, "Raw scores to aim at instead, {name: target}.")
+    balance_reward_gradients: bool = _key(False, "Scale each reward's pixel gradient to length 1 before weighing it.")
     eval_reward_funcs: list[str] = _key([], "Judges that only evaluate: never trained on, no gradient needed.")
 
     # Sampling; each defaults to the model's own
@@ -179,8 +186,8 @@ def coerce(value, annotation):
         return [
             coerce(item, typing.get_args(kind)[0]) for item in (value if isinstance(value, list | tuple) else [value])
         ]
-    if kind is dict:
-        return _coerce_dict(value)
+    if kind is dict or typing.get_origin(kind) is dict:
+        return _coerce_dict(value, numbers=kind is not dict)
     if kind is bool or kind is str:
         return _exactly(value, kind)
     return _coerce_number(value, kind)
@@ -192,8 +199,10 @@ def _coerce_number(value, kind):
     return kind(value)
 
 
-def _coerce_dict(value) -> dict:
+def _coerce_dict(value, numbers: bool) -> dict:
     value = json.loads(value) if isinstance(value, str) else value
+    if numbers:
+        return {name: _coerce_number(number, float) for name, number in _exactly(value, dict).items()}
     if not all(isinstance(kwargs, dict) for kwargs in _exactly(value, dict).values()):
         raise TypeError(value)
     return value
@@ -207,6 +216,7 @@ def _exactly(value, kind):
 
 def _type_name(annotation) -> str:
     name = str(annotation) if typing.get_args(annotation) else annotation.__name__
+    name = name.replace("dict[str, float] | str", "a mapping {name: number}")
     return name.replace(" | None", " or none").replace("dict | str", "a mapping {name: {argument: value}}")
 
 

@@ -76,7 +76,7 @@ class Training:
         self.sigmas = flow_sigmas(self.pipe.scheduler, sampling.num_inference_steps, device)
 
     def latents(self) -> torch.Tensor:
-        """(B, C, T, H, W) float32, after all denoising steps; the gradient, where it is enabled, runs through them all."""
+        """(B, C, T, H, W) float32, after all denoising steps, with their gradient where it is enabled."""
         x, guidance = self.noise, self.sampling.guidance_scale
         for sigma, sigma_next in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
             v = guided_velocity(self.pipe.transformer, x, sigma, self.cond, guidance)

@@ -14,6 +14,7 @@ RUN_FILES = (
     "samples",
     "evaluation",
     "adapter",
+    "calibration.json",
     "trackers",
     "summary.json",
     "curves.png",

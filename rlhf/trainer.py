@@ -13,9 +13,10 @@ import torch
 from peft import PeftConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from rewards import RewardError, RewardMix, frames_needed, probe, reward_name
+from rewards import RewardError, RewardMix, frames_needed, reward_name
+from rlhf.calibrate import CALIBRATION, calibrate
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
-from rlhf.checks import check_config, load_rewards, with_sampling
+from rlhf.checks import check_config, open_rewards
 from rlhf.compare import summarise
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
@@ -50,10 +51,12 @@ class RewardGradientTrainer:
         args: the settings.
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
         peft_config: another adapter than the LoRA that args describe.
+        opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, told on_train_begin, on_step_end, on_log, on_evaluate, on_save and
             on_train_end; `control.should_evaluate`, `should_save` and `should_training_stop` are obeyed.
 
-    Raises ConfigError, with everything that is wrong at once, before any weight is loaded.
+    Raises ConfigError, with everything that is wrong at once, and RewardError for a reward that cannot train, before
+    any weight of the model is loaded.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class RewardGradientTrainer:
         eval_dataset: Iterable | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        opened_rewards: dict[str, Callable] | None = None,
     ):
         args = args or RewardGradientConfig()
         args = dataclasses.replace(args, model=model if isinstance(model, str) else args.model)
@@ -74,13 +78,10 @@ class RewardGradientTrainer:
         args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
         train_prompts = None if train_dataset is None else as_prompts(train_dataset)
         eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset)
-        check_config(args, pipe, rewards, train_prompts, eval_prompts)
+        self.args = args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
 
         self.accelerator = make_accelerator(args)
         self.device = self.accelerator.device
-        self.owns_pipe = pipe is None
-        self.pipe = pipe or load_pipeline(args.model, dtype=_dtype(args.dtype), device=self.device)
-        self.args = args = with_sampling(args, self.pipe.sampling)
         self.folder = Path(args.output_dir)
         self.train_prompts = train_prompts or load_prompts(
             args.prompts, args.base_dir, args.num_train_prompts, args.seed
@@ -88,9 +89,18 @@ class RewardGradientTrainer:
         if eval_prompts is None and args.eval_prompts:
             eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
         self.eval_prompts = (eval_prompts or [])[: args.num_eval_prompts]
-        self.rewards = RewardMix(load_rewards(rewards, args), args.reward_weights, args.normalise_rewards)
-        judges = self.rewards.rewards | load_rewards(args.eval_reward_funcs, args)
-        self._freeze_and_adapt(judges, peft_config)
+        judges = opened_rewards or open_rewards(args, rewards, self.train_prompts, self.device, pipe)
+        self.rewards = RewardMix(
+            dict(list(judges.items())[: len(rewards)]),
+            args.reward_weights,
+            args.normalise_rewards,
+            args.reward_caps,
+            args.reward_targets,
+            args.balance_reward_gradients,
+        )
+        self.owns_pipe = pipe is None
+        self.pipe = pipe or load_pipeline(args.model, dtype=_dtype(args.dtype), device=self.device)
+        self._adapt(peft_config)
         self.held_out = None
         if self.eval_prompts:
             fps, shape = self.pipe.sampling.fps, self.latent_shape
@@ -98,12 +108,9 @@ class RewardGradientTrainer:
         self.callbacks, self.control = callbacks or [], TrainerControl()
         self.state = TrainerState(max_steps=args.max_steps)
 
-    def _freeze_and_adapt(self, judges: dict[str, Callable], peft_config: PeftConfig | None) -> None:
-        """Everything frozen, on the device, in evaluation mode; the adapter and its optimizer; the rollout's plan."""
+    def _adapt(self, peft_config: PeftConfig | None) -> None:
+        """The decoder frozen, in evaluation mode; the adapter and its optimizer; the rollout's plan."""
         args, pipe = self.args, self.pipe
-        for reward in judges.values():
-            if isinstance(reward, torch.nn.Module):
-                reward.to(self.device).requires_grad_(False).eval()
         pipe.vae.to(self.device).float().requires_grad_(False).eval()
         adapter = peft_config or lora_config(args.lora_rank, args.lora_alpha, args.lora_target_modules)
         add_adapter(pipe.transformer.to(self.device), adapter, args.seed)
@@ -149,20 +156,36 @@ class RewardGradientTrainer:
         return summary
 
     def _begin(self) -> int:
-        """Probe the rewards, prepare the run folder, restore a checkpoint, encode the prompts. The first step to do."""
+        """Prepare the run folder, restore a checkpoint, encode the prompts. The first step to do."""
         args, accelerator = self.args, self.accelerator
         resumed = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, self.folder)
-        for name, reward in self.rewards.rewards.items():
-            shape = (3, args.num_frames, args.height, args.width)
-            probe(reward, shape, self.train_prompts[:3], self.device, name=name)
         accelerator.wait_for_everyone()  # all have checked the folder before the first one writes there
         if accelerator.is_main_process:
             start_run_folder(args)
         first = load_checkpoint(resumed, self.masters, self.optimizer)["step"] if resumed else 0
         self.state.global_step = first
         places = range(first * self.samples_per_step, args.max_steps * self.samples_per_step)
-        self._encode([self.train_prompts[i] for i in self._positions(places.start, len(places))] + self.eval_prompts)
+        base_prompts = self._base_prompts(resumed)
+        self._encode(
+            [self.train_prompts[i] for i in self._positions(places.start, len(places))]
+            + self.eval_prompts
+            + base_prompts
+        )
+        if args.calibrate_rewards:
+            with adapter_off(self.pipe.transformer):
+                shape, info = self.latent_shape, self._info(0)
+                calibrate(self.rewards, self._make_videos, base_prompts, shape, args, accelerator, info)
         return first
+
+    def _base_prompts(self, resumed) -> list[str]:
+        """What calibration samples: the first training prompts; none where the resumed run has done it."""
+        if resumed and (self.folder / CALIBRATION).is_file():
+            return []
+        return [self.train_prompts[i] for i in self._positions(0, self.args.calibrate_rewards)]
+
+    def _info(self, step: int) -> dict:
+        """What rewards are told besides videos and prompts."""
+        return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
 
     def _encode(self, prompts: list[str]) -> None:
         """Embed the prompts of this run; the encoders, no longer needed, leave the device."""
@@ -237,7 +260,7 @@ class RewardGradientTrainer:
         video = decode_video(self.pipe.vae, latents, self.frames, args.decode_chunk, args.decode_checkpoint)
         self.last_batch = video.detach(), prompts
         try:
-            scores_B, breakdown = self.rewards(video, prompts)
+            scores_B, breakdown = self.rewards(video, prompts, **self._info(step))
         except RewardError as error:  # every process hears of it in `step`, then all of them stop
             self.failure = error
             return torch.full((len(prompts), 2 + len(self.rewards.rewards)), math.nan, device=self.device)
@@ -274,7 +297,7 @@ class RewardGradientTrainer:
         norm = self.masters.vector.grad.norm().item()
         if not math.isfinite(norm):
             raise TrainingError(self._blame(norm))
-        if norm == 0:
+        if norm == 0 and not self.rewards.caps:  # beyond a cap nothing is to be learnt
             raise TrainingError(
                 f"The gradient at the adapter is exactly zero after {self.state.global_step} steps, expected a number "
                 "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."
@@ -293,7 +316,7 @@ class RewardGradientTrainer:
         guilty = []
         for name, reward in self.rewards.rewards.items():
             pixels = video.clone().requires_grad_()
-            scores_B, _ = RewardMix({name: reward})(pixels, prompts)
+            scores_B, _ = RewardMix({name: reward})(pixels, prompts, **self._info(self.state.global_step))
             (grad,) = torch.autograd.grad(scores_B.sum(), pixels)
             if any_process(self.accelerator, not torch.isfinite(grad).all()):
                 guilty.append(name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf import device_check
-from rlhf.contentv.loading import NANO_PATH
+from rlhf.contentv.files import NANO_PATH
 from rlhf.device_check import Row, Training, distance, main, table
 
 PHASES = ["forward", "gradient", "repeat", "step", "restore"]

@@ -87,6 +87,11 @@ def test_samples_are_videos_with_their_prompts(held_out, tmp_path):
     assert (folder / "prompts.txt").read_text().splitlines()[1] == "01\tprompt 1"
 
 
+def test_no_samples_are_made_where_none_are_asked_for(held_out, tmp_path):
+    held_out(num_sample_prompts=0).sample(7)
+    assert not (tmp_path / "samples" / "step-000007").exists()
+
+
 def test_measures_by_hand():
     video = torch.zeros(1, 3, 3, 4, 4)
     video[:, :, 1] = 0.5

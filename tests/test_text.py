@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlhf.contentv.loading import NANO_PATH, load_pipeline
+from rlhf.contentv.files import NANO_PATH
+from rlhf.contentv.loading import load_pipeline
 from rlhf.text import ENCODE_BATCH, encode_prompts
 
 

@@ -14,7 +14,7 @@ import yaml
 from tiny import tiny_pipeline
 
 from rlhf.config import field_names, parse_config
-from rlhf.contentv.loading import NANO_PATH
+from rlhf.contentv.files import NANO_PATH
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_rlhf.py"
