@@ -1,5 +1,7 @@
 """Shared fixtures: everything random is seeded, tiny and made in code."""
 
+import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
+
 import pytest
 import torch
 from tiny import tiny_pipeline, tiny_transformer, tiny_vae
