@@ -1,4 +1,4 @@
-"""What a nano training step takes on a CPU: as shipped, without kept memory, with threads that soon sleep; alone or not.
+"""What a nano training step takes on a CPU: as shipped, without kept memory, with threads that soon sleep.
 
     python bench/cpu_step.py        writes bench/results/cpu_step.json
 
