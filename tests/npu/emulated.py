@@ -16,9 +16,11 @@ from emulator import EmulatedNPU
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
+from tiny_clip import save_transformers_clip
 
 import rlhf.checks
-from rewards import preprocess
+from rewards import load_reward, preprocess, reward_attribute
+from rewards.catalogue import CATALOGUE
 from rlhf.device import describe, peak_memory, pick_device, reproducible, reset_peak_memory, synchronize
 from rlhf.device_check import check_device, distance
 from rlhf.export import export_merged
@@ -156,6 +158,23 @@ def test_resizing_is_matrix_products_with_the_gradient_of_the_cpu(npu):
         results[device] = resized.detach().cpu(), pixels.grad.cpu()
     torch.testing.assert_close(results["npu"], results["cpu"], rtol=1e-5, atol=1e-5)
     assert not [name for name in npu.calls if "upsample" in name]
+
+
+@pytest.mark.parametrize("name", ["clip_score", *(name for name, entry in CATALOGUE.items() if not entry.weights)])
+def test_rewards_and_their_gradients_are_the_cpus(name, tmp_path):
+    settings = {"model": str(save_transformers_clip(tmp_path))} if name == "clip_score" else {}
+    reward, video = load_reward(name, **settings), torch.rand(2, 3, 5, 40, 48)
+    results = {}
+    for device in ("cpu", "npu"):
+        pixels = video.to(device, copy=True).requires_grad_()
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device)
+        scores = reward(pixels, ["a red fox", "rain"])
+        if reward_attribute(reward, "differentiable"):
+            scores.sum().backward()
+        assert scores.device.type == device
+        results[device] = scores.detach().cpu(), None if pixels.grad is None else pixels.grad.cpu()
+    torch.testing.assert_close(results["npu"], results["cpu"], rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------- the device, and the emulation
