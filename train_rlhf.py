@@ -8,7 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from rlhf.config import ConfigError, RewardGradientConfig, parse_config
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.parse import parse_config
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "nano.yaml"
 EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, and the signals that ask for one.
 
-checkpoints/step-N/ holds adapter.safetensors (the float32 masters), optimizer.safetensors (AdamW's moments) and
-state.json. Nothing is pickled; the frozen base is not in it.
+checkpoints/step-N/ holds adapter.safetensors (the float32 masters), average.safetensors (their running average, if one
+is kept), optimizer.safetensors (AdamW's moments) and state.json. Nothing is pickled; the frozen base is not in it.
 """
 
 import json
@@ -73,7 +73,9 @@ def save_checkpoint(folder: Path, step: int, masters, optimizer, state: dict, ke
 
 
 def _write_files(folder: Path, step: int, masters, optimizer, state: dict) -> None:
-    save_file(_cpu(masters.named(masters.vector)), folder / "adapter.safetensors")
+    save_vector(folder / "adapter.safetensors", masters, masters.vector)
+    if masters.average is not None:
+        save_vector(folder / "average.safetensors", masters, masters.average)
     moments = optimizer.state_dict()["state"].get(0, {})
     named = {f"{key}.{n}": t for key in MOMENTS if key in moments for n, t in masters.named(moments[key]).items()}
     save_file(_cpu(named), folder / "optimizer.safetensors")
@@ -81,6 +83,16 @@ def _write_files(folder: Path, step: int, masters, optimizer, state: dict) -> No
     (folder / "state.json").write_text(
         json.dumps({"step": step, "optimizer_updates": updates} | state, indent=2) + "\n"
     )
+
+
+def save_vector(path: Path, masters, vector: torch.Tensor) -> None:
+    """Write a flat vector of the masters as tensors by parameter name."""
+    save_file(_cpu(masters.named(vector)), path)
+
+
+def load_vector(path: Path, masters, vector: torch.Tensor) -> None:
+    """Fill a flat vector of the masters from such a file."""
+    masters.load(vector, load_file(path))
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -99,8 +111,11 @@ def _flush(path: Path) -> None:
 def load_checkpoint(path: Path, masters, optimizer) -> dict:
     """Fill masters, module and optimizer from a checkpoint; returns its state.json."""
     state = read_state(path)
-    masters.load(masters.vector, load_file(path / "adapter.safetensors"))
+    load_vector(path / "adapter.safetensors", masters, masters.vector)
     masters.write()
+    if masters.average is not None:  # of a run that kept none until now, it begins here
+        average = path / "average.safetensors"
+        load_vector(average if average.exists() else path / "adapter.safetensors", masters, masters.average)
     if state["optimizer_updates"]:
         moments = {key: torch.empty_like(masters.vector, requires_grad=False) for key in MOMENTS}
         saved = load_file(path / "optimizer.safetensors")

@@ -14,6 +14,7 @@ RUN_FILES = (
     "samples",
     "evaluation",
     "adapter",
+    "best_adapter",
     "trackers",
     "summary.json",
     "curves.png",

@@ -9,14 +9,14 @@ import torch
 from tiny import tiny_transformer
 
 from rlhf.checkpoint import StopRequest, checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.lora import Masters, add_adapter, lora_config
 
 
 def trained(updates: int, seed: int = 0):
     """Masters and an optimizer after some steps on gradients that depend on the step alone."""
     transformer = tiny_transformer()
-    add_adapter(transformer, lora_config(2, None, None), seed)
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=2)), seed)
     masters = Masters(transformer)
     optimizer = torch.optim.AdamW([masters.vector], lr=1e-2, weight_decay=0.1, fused=True)
     update(masters, optimizer, range(updates))

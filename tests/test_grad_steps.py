@@ -22,5 +22,5 @@ def test_impossible_counts_are_refused(num_grad):
 
 
 def test_unknown_strategy_is_refused():
-    with pytest.raises(ValueError, match="expected 'last'"):
+    with pytest.raises(ValueError, match="expected one of last, random_last"):
         choose_grad_steps("first", 10, 1)

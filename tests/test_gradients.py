@@ -7,10 +7,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from diffusers.models.normalization import RMSNorm
 from tiny import tiny_conditioning, tiny_transformer, tiny_vae
 
+from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video, unnormalise
 from rlhf.grad_steps import choose_grad_steps
 from rlhf.lora import Masters, add_adapter, lora_config
-from rlhf.sampler import rollout
+from rlhf.sampler import rollout, velocity_field
 
 STEPS, GUIDANCE = 3, 3.0
 SIGMAS = torch.tensor([1.0, 0.7, 0.4, 0.0], dtype=torch.float64)
@@ -24,7 +25,7 @@ class Problem:
         self.vae.decoder.conv_out.weight.mul_(
             0.3
         )  # no pixel saturates: there the gradient goes straight through instead
-        add_adapter(self.transformer, lora_config(2, None, None), seed=0)
+        add_adapter(self.transformer, lora_config(RewardGradientConfig(lora_rank=2)), seed=0)
         self.masters = Masters(self.transformer)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():  # B starts as zero, where the gradient of A is zero and proves nothing
@@ -37,7 +38,7 @@ class Problem:
         self.weight = torch.randn(2, 3, 5, 32, 32, generator=generator, dtype=torch.float64)
 
     def latents(self, noise, sigmas, grad_steps):
-        return rollout(self.transformer, noise, self.cond, sigmas, GUIDANCE, grad_steps)
+        return rollout(velocity_field(self.transformer, self.cond, GUIDANCE), noise, sigmas, grad_steps)
 
     def loss(self, latents, **decode):
         return self.loss_of_video(decode_video(self.vae, latents, **decode))

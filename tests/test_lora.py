@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
+from rlhf.config import RewardGradientConfig
 from rlhf.lora import Masters, adapter_off, add_adapter, lora_config, save_adapter
 
 LATENTS = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -20,7 +21,7 @@ def velocity(transformer) -> torch.Tensor:
 
 def shaken(transformer, config=None, amount=0.3) -> Masters:
     """An adapter that does something."""
-    add_adapter(transformer, config or lora_config(4, None, None), seed=0)
+    add_adapter(transformer, config or lora_config(RewardGradientConfig(lora_rank=4)), seed=0)
     masters = Masters(transformer)
     with torch.no_grad():
         noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
@@ -33,7 +34,7 @@ def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed():
     base, adapted, again, other = (tiny_transformer() for _ in range(4))
     for transformer, seed in ((adapted, 0), (again, 0), (other, 1)):
         torch.rand(3)  # the global generator has no say
-        add_adapter(transformer, lora_config(4, None, None), seed)
+        add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), seed)
     assert torch.equal(velocity(base), velocity(adapted))
     assert torch.equal(Masters(adapted).vector, Masters(again).vector)
     assert not torch.allclose(Masters(adapted).vector, Masters(other).vector)
@@ -41,7 +42,7 @@ def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed():
 
 def test_only_the_adapter_is_trainable_and_all_eight_projections_have_one():
     transformer = tiny_transformer()
-    add_adapter(transformer, lora_config(4, 8, None), 0)
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4, lora_alpha=8)), 0)
     names = Masters(transformer).names
     assert all("lora_" in name for name in names)
     assert len(names) == 2 * (8 + 7)  # the last block has no output for the text
@@ -50,9 +51,9 @@ def test_only_the_adapter_is_trainable_and_all_eight_projections_have_one():
 
 def test_adapter_off_is_the_base_and_on_again_afterwards():
     base, transformer = tiny_transformer(), tiny_transformer()
-    shaken(transformer)
+    masters = shaken(transformer)
     tuned = velocity(transformer)
-    with adapter_off(transformer):
+    with adapter_off(transformer, masters):
         assert torch.equal(velocity(transformer), velocity(base))
     assert torch.equal(velocity(transformer), tuned)
     assert not torch.allclose(tuned, velocity(base), atol=1e-3)
@@ -61,7 +62,7 @@ def test_adapter_off_is_the_base_and_on_again_afterwards():
 
 def test_masters_of_a_bfloat16_base_keep_steps_that_bfloat16_would_lose():
     transformer = tiny_transformer().to(torch.bfloat16)
-    add_adapter(transformer, lora_config(4, None, None), 0)
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), 0)
     masters = Masters(transformer)
     assert masters.vector.dtype == torch.float32
     assert {p.dtype for p in masters.params} == {torch.bfloat16}
@@ -89,7 +90,7 @@ def test_gradients_of_several_passes_add_up_in_the_masters():
 @pytest.mark.parametrize("alpha", [4, 2])
 def test_a_saved_adapter_loads_in_a_fresh_pipeline(tmp_path, alpha):
     tuned, fresh = tiny_pipeline(), tiny_pipeline()
-    masters = shaken(tuned.transformer, lora_config(4, alpha, None))
+    masters = shaken(tuned.transformer, lora_config(RewardGradientConfig(lora_rank=4, lora_alpha=alpha)))
     save_adapter(tuned, masters, tmp_path)
     fresh.load_lora_weights(tmp_path)
     torch.testing.assert_close(velocity(fresh.transformer), velocity(tuned.transformer), rtol=1e-5, atol=1e-6)

@@ -3,14 +3,15 @@
 import torch
 
 from rlhf.contentv.pipeline import flow_sigmas
-from rlhf.sampler import draw_noise, rollout
+from rlhf.sampler import draw_noise, rollout, velocity_field
 from rlhf.text import encode_prompts
 
 
 def test_rollout_equals_the_pipeline(tiny_pipe):
     noise, prompts = draw_noise((16, 2, 4, 4), 0, "test", [(0,), (1,)]), ["a cat", "rain"]
     cond = encode_prompts(tiny_pipe, prompts, "ugly", 24)(prompts, "cpu")
-    latents = rollout(tiny_pipe.transformer, noise, cond, flow_sigmas(tiny_pipe.scheduler, 3), 2.5, [])
+    velocity = velocity_field(tiny_pipe.transformer, cond, 2.5)
+    latents = rollout(velocity, noise, flow_sigmas(tiny_pipe.scheduler, 3), [])
     expected = tiny_pipe(
         prompts,
         negative_prompt=["ugly", "ugly"],
@@ -31,8 +32,9 @@ def test_the_window_changes_no_latent_and_ends_in_a_graph(tiny_pipe):
     cond = encode_prompts(tiny_pipe, ["rain"], "", 24)(["rain"], "cpu")
     tiny_pipe.transformer.proj_out.requires_grad_(True)
     sigmas = flow_sigmas(tiny_pipe.scheduler, 4)
-    plain = rollout(tiny_pipe.transformer, noise, cond, sigmas, 3.0, [])
-    windowed = rollout(tiny_pipe.transformer, noise, cond, sigmas, 3.0, [2, 3])
+    velocity = velocity_field(tiny_pipe.transformer, cond, 3.0)
+    plain = rollout(velocity, noise, sigmas, [])
+    windowed = rollout(velocity, noise, sigmas, [2, 3])
     assert torch.equal(plain, windowed)
     assert windowed.requires_grad
     assert not plain.requires_grad

@@ -1,0 +1,49 @@
+"""Why training cannot go on, said in one paragraph."""
+
+import math
+
+import torch
+
+from rewards import RewardError, RewardMix
+from rlhf.parallel import any_process
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: why, and what to do. checkpoints/ holds the last good step."""
+
+
+def require_finite_scores(scores: torch.Tensor, failure: RewardError | None) -> None:
+    """Raise what went wrong here, or that it did so elsewhere, if the scores of any process are not finite."""
+    if not torch.isfinite(scores).all():
+        raise failure or TrainingError("A reward failed on another process; its message says which and why.")
+
+
+def require_gradient(norm: float, step: int, rewards: RewardMix, last_batch: tuple, accelerator) -> None:
+    """Raise TrainingError for a gradient norm of 0 or one that is not finite, naming the rewards at fault.
+
+    last_batch: the video and the prompts that each process scored last.
+    """
+    if norm == 0:
+        raise TrainingError(
+            f"The gradient at the adapter is exactly zero after {step} steps, expected a number "
+            "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."
+        )
+    if not math.isfinite(norm):
+        guilty = [n for n, bad in broken_rewards(rewards, *last_batch).items() if any_process(accelerator, bad)]
+        source = f"the reward {', '.join(guilty)}" if guilty else "no reward, so the decoder or the transformer"
+        raise TrainingError(
+            f"The gradient at the adapter has norm {norm} in step {step + 1}, expected a finite "
+            f"number; it comes from {source}. Look for sqrt, norm or log at zero there, lower learning_rate, or use "
+            "dtype float32."
+        )
+
+
+def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str]) -> dict[str, bool]:
+    """Of each reward, asked alone, whether its gradient at the video is not finite."""
+    broken = {}
+    for name, reward in rewards.rewards.items():
+        pixels = video_BCTHW.clone().requires_grad_()
+        scores_B, _ = RewardMix({name: reward})(pixels, prompts)
+        (grad,) = torch.autograd.grad(scores_B.sum(), pixels)
+        broken[name] = not bool(torch.isfinite(grad).all())
+    return broken
