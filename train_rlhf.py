@@ -36,7 +36,8 @@ def dry_run(args: RewardGradientConfig) -> int:
 def train(args: RewardGradientConfig) -> int:
     from rewards import RewardError
     from rlhf.checkpoint import checkpoints
-    from rlhf.trainer import RewardGradientTrainer, TrainingError
+    from rlhf.failures import TrainingError
+    from rlhf.trainer import RewardGradientTrainer
 
     try:
         trainer = RewardGradientTrainer(args=args)
