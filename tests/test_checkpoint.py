@@ -45,6 +45,21 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, updates):
     assert torch.equal(masters.vector, other.vector)
 
 
+def test_the_average_goes_on_and_begins_at_the_weights_where_none_was_kept(tmp_path):
+    transformer = tiny_transformer()
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=2)), 0)
+    masters = Masters(transformer, average_decay=0.9)
+    optimizer = torch.optim.AdamW([masters.vector], lr=1e-2, fused=True)
+    masters.average += 1
+    path = save_checkpoint(tmp_path, 1, masters, optimizer, {})
+    other = Masters(transformer, average_decay=0.5)
+    load_checkpoint(path, other, optimizer)
+    assert torch.equal(other.average, masters.average)
+    (path / "average.safetensors").unlink()
+    load_checkpoint(path, other, optimizer)
+    assert torch.equal(other.average, masters.vector)
+
+
 def test_nothing_is_pickled_and_no_unfinished_folder_stays(tmp_path):
     path = save_checkpoint(tmp_path, 5, *trained(1), {})
     assert sorted(p.name for p in path.iterdir()) == ["adapter.safetensors", "optimizer.safetensors", "state.json"]
