@@ -18,10 +18,10 @@ def require_finite_scores(scores: torch.Tensor, failure: RewardError | None) -> 
         raise failure or TrainingError("A reward failed on another process; its message says which and why.")
 
 
-def require_gradient(norm: float, step: int, rewards: RewardMix, last_batch: tuple, accelerator) -> None:
+def require_gradient(norm: float, step: int, rewards: RewardMix, last_batch: tuple | None, accelerator) -> None:
     """Raise TrainingError for a gradient norm of 0 or one that is not finite, naming the rewards at fault.
 
-    last_batch: the video and the prompts that each process scored last.
+    last_batch: the video and the prompts that each process scored last, None in a step without reward.
     """
     if norm == 0:
         raise TrainingError(
@@ -29,7 +29,8 @@ def require_gradient(norm: float, step: int, rewards: RewardMix, last_batch: tup
             "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."
         )
     if not math.isfinite(norm):
-        guilty = [n for n, bad in broken_rewards(rewards, *last_batch).items() if any_process(accelerator, bad)]
+        broken = broken_rewards(rewards, *last_batch) if last_batch else {}
+        guilty = [name for name, bad in broken.items() if any_process(accelerator, bad)]
         source = f"the reward {', '.join(guilty)}" if guilty else "no reward, so the decoder or the transformer"
         raise TrainingError(
             f"The gradient at the adapter has norm {norm} in step {step + 1}, expected a finite "

@@ -99,6 +99,7 @@ class RewardGradientTrainer:
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters)
         self.callbacks, self.control = callbacks or [], TrainerControl()
         self.state = TrainerState(max_steps=args.max_steps)
+        self.last_batch: tuple[torch.Tensor, list[str]] | None = None
 
     # ---------------------------------------------------------------------------------------------- the run
 
