@@ -234,7 +234,8 @@ def test_resuming_a_finished_run_only_finishes_it(make_args, evaluate):
 
 
 def test_two_processes_equal_one_with_a_double_batch(make_args, tmp_path):
-    double = make_args(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4)
+    settings = {"method": "uniform", "num_grad_steps": 2, "drift_weight": 0.1, "ema_decay": 0.5, "eval_steps": 2}
+    double = make_args(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **settings)
     RewardGradientTrainer(tiny_pipeline(), redness, double, PROMPTS, PROMPTS[:3]).train()
 
     halves = dataclasses.replace(double, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2)
