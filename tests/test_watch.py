@@ -225,3 +225,48 @@ def test_every_reward_that_is_not_trained_counts_as_held_out(guarded):
         / Evaluation.load(Path(args.output_dir) / "evaluation" / "base.safetensors").scores["redness"].std().item(),
         rel=1e-4,
     )
+
+
+def grain(video, prompts, **info):
+    """Loves detail, and so is cheated by a grid of dots."""
+    return video.diff(dim=-1).abs().mean((1, 2, 3, 4)) * 10
+
+
+grain.frames = "first"
+
+
+def test_nano_cheats_a_reward_and_is_caught_while_an_unguarded_run_breaks(make_args, tmp_path):
+    common = {
+        "height": None,
+        "width": None,
+        "num_frames": None,
+        "num_inference_steps": None,
+        "max_steps": 8,
+        "per_device_train_batch_size": 1,
+        "num_eval_prompts": 4,
+        "num_sample_prompts": 1,
+        "num_diversity_prompts": 1,
+        "eval_reward_funcs": ["nano_preference", "nano_verifier"],
+        "eval_prompts": "nano_held_out",
+    }
+    unguarded = make_args(output_dir=str(tmp_path / "unguarded"), **common)
+    guarded = make_args(
+        output_dir=str(tmp_path / "guarded"),
+        eval_steps=2,
+        early_stopping_patience=2,
+        load_best_model_at_end=True,
+        **common,
+    )
+    broken, kept = (RewardGradientTrainer(None, grain, args).train() for args in (unguarded, guarded))
+
+    assert broken["steps"] == 8
+    assert broken["gain_trained"] > 5, "the reward rises by many spreads of the base"
+    assert broken["gain_held_out"] < -2, "and what it stood for is lost"
+    assert broken["hacking_gap"] > 8
+    assert broken["high_frequency"]["tuned"] > 1.5 * broken["high_frequency"]["base"]
+    assert broken["held_out"]["preference"]["tuned"] < 0.5 < broken["held_out"]["preference"]["base"]
+
+    assert kept["steps"] <= 6, "stopped after two evaluations without a better held-out reward"
+    assert kept["gain_held_out"] >= 0, "the best adapter is the result"
+    assert kept["held_out"]["preference"]["tuned"] > 0.5
+    assert abs(kept["high_frequency"]["diff"]) < 0.3 * kept["high_frequency"]["base"]
