@@ -17,7 +17,7 @@ def choose_grad_steps(
     strategy:
         "last": the last num_grad (DRaFT-K, arXiv 2309.17400, algorithm 1).
         "random_last": the last k, with k drawn once, evenly from 1 .. num_grad (randomised truncation of AlignProp,
-            arXiv 2310.03739, section 4).
+            arXiv 2310.03739).
         "uniform": num_grad of them, num_steps // num_grad apart (DRTune, arXiv 2405.00760, algorithm 1); the first is
             drawn from all that leave room for the rest, so that every step can come up.
         "listed": those of `listed`; num_grad is not asked.
