@@ -10,8 +10,8 @@ from dataclasses import fields, replace
 import torch
 from diffusers.utils import export_to_video
 
-from rlhf.contentv.loading import CONTENTV_8B, load_pipeline
-from rlhf.contentv.pipeline import SamplingDefaults
+from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults
+from rlhf.contentv.loading import load_pipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
 
 PROMPTS = {

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         args = parse_config(argv, DEFAULT_CONFIG)
         from rlhf.checks import check_config
 
-        check_config(args)  # before the seconds that importing the trainer takes
+        args = check_config(args)  # before the seconds that importing the trainer takes
     except ConfigError as error:
         return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
     return dry_run(args) if args.dry_run else train(args)
@@ -35,12 +35,19 @@ def dry_run(args: RewardGradientConfig) -> int:
 
 def train(args: RewardGradientConfig) -> int:
     from rewards import RewardError
+    from rlhf.checks import open_rewards
+
+    try:
+        rewards = open_rewards(args)  # a reward that cannot train should not wait for the trainer either
+    except RewardError as error:
+        return _tell(f"train_rlhf: {error}", EXIT_FAILED)
+
     from rlhf.checkpoint import checkpoints
     from rlhf.failures import TrainingError
     from rlhf.trainer import RewardGradientTrainer
 
     try:
-        trainer = RewardGradientTrainer(args=args)
+        trainer = RewardGradientTrainer(args=args, opened_rewards=rewards)
         trainer.train()
         trainer.accelerator.end_training()
         return 0

@@ -73,6 +73,7 @@ def main() -> None:
         "batch": 8,
         "steps": STEPS,
     }
+    RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
 
 

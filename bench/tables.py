@@ -1,7 +1,8 @@
-"""Fill the tables of docs/methods.md from bench/results: `python bench/tables.py`.
+"""Put the tables of measured results into the guides: `python bench/tables.py`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, a single result between `<!-- nano: ARM -->` and
-`<!-- / -->`; what is there is replaced.
+A guide marks the place: what stands between `<!-- table: bench/results/NAME.json -->` and `<!-- end of table -->` is
+replaced by that file's table, or by nothing while there is no such file. A single result of bench/methods.py stands
+between `<!-- nano: ARM -->` and `<!-- / -->`.
 """
 
 import json
@@ -9,71 +10,101 @@ import re
 import statistics
 from pathlib import Path
 
+OUT_OF_MEMORY = "out of memory"  # why a row of bench/rewards.py has no figures
 ROOT = Path(__file__).parents[1]
-RESULTS, DOC = ROOT / "bench" / "results", ROOT / "docs" / "methods.md"
+METHODS = ROOT / "bench" / "results" / "methods.json"
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def fill(text: str, root: Path = ROOT) -> str:
+    """The text of a guide with every marked table made anew."""
+
+    def made(place: re.Match) -> str:
+        path = root / place[2]
+        table = TABLES[path.name](json.loads(path.read_text())) if path.exists() else ""
+        return f"{place[1]}{table}{place[3]}"
+
+    return PLACE.sub(made, text)
 
 
-def fill(text: str, name: str, table: str) -> str:
-    """The text with the table of that name replaced. ValueError if it has no such place."""
-    begin, end = f"<!-- table: {name} -->", "<!-- end -->"
-    pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"got no place for the table {name!r}, expected {begin} and {end}; add them")
-    return pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
+def rewards_table(result: dict) -> str:
+    """A row for each reward, format and number of frames; times in milliseconds."""
+    where, cells = result["environment"], {}
+    for row in result["rows"]:
+        cells.setdefault((row["arm"], row["dtype"], row["frames"]), {})[row["phase"]] = row
+    lines = [
+        f"One video of {where['height']}x{where['width']} on one {where['device']}, torch {where['torch']}, median of "
+        f"{where['repeats']}:\n",
+        "| reward | model | frames | forward, ms | forward and backward, ms | peak, GiB | of it weights, GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (name, dtype, frames), phases in cells.items():
+        forward, both = phases["forward"], phases["forward and backward"]
+        if both.get("skipped", OUT_OF_MEMORY) != OUT_OF_MEMORY:  # change between frames: nothing to say of one
+            continue
+        times = (_cell(phase, "seconds", 1e3, ".1f") for phase in (forward, both))
+        memory = _cell(both, "peak_gib", 1, ".2f")
+        row = (f"`{name}`", dtype if both["weights_gib"] else "-", str(frames), *times, memory)
+        lines.append(f"| {' | '.join(row)} | {both['weights_gib']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict, key: str, scale: float, form: str) -> str:
+    return format(row[key] * scale, form) if key in row else row["skipped"]
+
+
+def guidance_table(result: dict) -> str:
+    """A row for each adapter, number of steps and mode but the exact one."""
+    lines = [
+        f"{_made_on(result)}\n",
+        "| adapter | steps with gradient | `guidance_gradient` | cosine with full | length, full = 1 |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["arm"] != "full":
+            where = f"| {row['adapter']} | {row['grad_steps']} | {row['arm']} "
+            lines.append(f"{where}| {row['cosine']:.3f} | {row['norm_ratio']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def methods_table(result: dict) -> str:
+    """A row for each arm; means over seeds, with the least and the most."""
+    lines = [
+        f"{_made_on(result)}\n",
+        "| run | seeds | trained reward | verifier, points | CLIP score | gap | motion, % | s a step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, rows in _by_arm(result).items():
+        cells = [f"`{arm}`", str(len(rows)), _over_seeds(rows, "trained"), _over_seeds(rows, "verifier", percent=True)]
+        cells += [
+            _over_seeds(rows, "clip"),
+            _over_seeds(rows, "hacking_gap"),
+            _over_seeds(rows, "motion", percent=True),
+        ]
+        cells.append(f"{statistics.mean(row['seconds_per_step'] for row in rows):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def fill_cells(text: str, result: dict) -> str:
-    """The text with every single result replaced: trained reward and verifier, means over seeds."""
-    for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
-        of_arm = [row for row in result["rows"] if row["arm"] == arm]
-        trained, verifier = (statistics.mean(row[key] for row in of_arm) for key in ("trained", "verifier"))
-        pattern = re.compile(f"(<!-- nano: {re.escape(arm)} -->).*?(<!-- / -->)")
-        text = pattern.sub(rf"\g<1>{trained:+.3f}, {100 * verifier:+.1f}\g<2>", text)
+    """The text with every single result replaced: gain of trained reward and verifier, means over seeds."""
+    for arm, rows in _by_arm(result).items():
+        trained, verifier = (statistics.mean(row[key] for row in rows) for key in ("trained", "verifier"))
+        cell = re.compile(f"(<!-- nano: {re.escape(arm)} -->).*?(<!-- / -->)")
+        text = cell.sub(rf"\g<1>{trained:+.3f}, {100 * verifier:+.1f}\g<2>", text)
     return text
 
 
-def over_seeds(rows: list[dict], key: str, percent: bool = False) -> str:
-    """Mean and, of several seeds, the least and the most."""
+def _by_arm(result: dict) -> dict[str, list[dict]]:
+    arms = dict.fromkeys(row["arm"] for row in result["rows"])
+    return {arm: [row for row in result["rows"] if row["arm"] == arm] for arm in arms}
+
+
+def _over_seeds(rows: list[dict], key: str, percent: bool = False) -> str:
     values = [row[key] * (100 if percent else 1) for row in rows]
-    form = "{:+.1f}" if percent else "{:+.3f}"
-    mean, low, high = (form.format(v) for v in (statistics.mean(values), min(values), max(values)))
+    form = "+.1f" if percent else "+.3f"
+    mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
-
-
-def methods(result: dict) -> str:
-    head = ["run", "seeds", "trained reward", "verifier, points", "CLIP score", "gap", "motion, %", "s a step"]
-    rows = []
-    for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
-        of_arm = [row for row in result["rows"] if row["arm"] == arm]
-        seconds = statistics.mean(row["seconds_per_step"] for row in of_arm)
-        rows.append(
-            [
-                f"`{arm}`",
-                str(len(of_arm)),
-                over_seeds(of_arm, "trained"),
-                over_seeds(of_arm, "verifier", percent=True),
-                over_seeds(of_arm, "clip"),
-                over_seeds(of_arm, "hacking_gap"),
-                over_seeds(of_arm, "motion", percent=True),
-                f"{seconds:.2f}",
-            ]
-        )
-    return f"{_made_on(result)}\n\n{markdown(head, rows)}"
-
-
-def guidance(result: dict) -> str:
-    rows = [row for row in result["rows"] if row["arm"] != "full"]
-    head = ["adapter", "steps with gradient", "guidance_gradient", "cosine with full", "length, full = 1"]
-    cells = [
-        [row["adapter"], str(row["grad_steps"]), row["arm"], f"{row['cosine']:.3f}", f"{row['norm_ratio']:.2f}"]
-        for row in rows
-    ]
-    return f"{_made_on(result)}\n\n{markdown(head, cells)}"
 
 
 def _made_on(result: dict) -> str:
@@ -81,15 +112,16 @@ def _made_on(result: dict) -> str:
     return f"Measured on {about['device']} ({about['cores']} cores), torch {about['torch']}."
 
 
+TABLES = {"rewards.json": rewards_table, "guidance.json": guidance_table, "methods.json": methods_table}
+
+
 def main() -> None:
-    text = DOC.read_text(encoding="utf-8")
-    for name, table in (("methods", methods), ("guidance", guidance)):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            result = json.loads(path.read_text())
-            text = fill(text, name, table(result))
-            text = fill_cells(text, result) if name == "methods" else text
-    DOC.write_text(text, encoding="utf-8")
+    for guide in sorted((ROOT / "docs").glob("*.md")):
+        text = guide.read_text()
+        filled = fill_cells(fill(text), json.loads(METHODS.read_text())) if METHODS.exists() else fill(text)
+        if filled != text:
+            guide.write_text(filled)
+            print(f"wrote {guide.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

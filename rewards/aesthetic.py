@@ -1,28 +1,63 @@
-"""LAION's improved aesthetic predictor (v2): a linear head, in five layers, on unit CLIP L/14 image embeddings.
+"""LAION's aesthetic predictors v1 and v2 on CLIP, and v2.5 on SigLIP: linear heads on unit image embeddings.
 
-Source: christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE.pth`; the same file is in the
-repository trl-lib/ddpo-aesthetic-predictor.
+Sources: v1 LAION-AI/aesthetic-predictor; v2 christophschuhmann/improved-aesthetic-predictor, whose
+`sac+logos+ava1-l14-linearMSE.pth` is also in trl-lib/ddpo-aesthetic-predictor; v2.5
+discus0434/aesthetic-predictor-v2-5, siglip_v2_5.py.
+
+Shape legend: N frames of all videos that are scored, C channels, H height, W width, P width of the embedding.
 """
 
 import torch
 
 from rewards.base import RewardError
-from rewards.clip import check_num_frames, embed_frames
-from rewards.clip_models import CLIP_L14, load_clip
-from rewards.weights import Frozen, load_state_dict, missing_weights, quick_hub
+from rewards.clip_models import (
+    CLIP_L14,
+    SIGLIP_384,
+    Clip,
+    ImageEncoder,
+    Siglip,
+    load_clip,
+    load_siglip,
+    random_clip,
+    random_siglip,
+)
+from rewards.frame_reward import FrameReward
+from rewards.heads import LinearLayers, load_head
+from rewards.weights import hub_file
 
-HEAD_REPOSITORY, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
+
+class HeadScore(FrameReward):
+    """A linear head on the unit embedding of a frame; the prompt is not read."""
+
+    encoder: ImageEncoder
+
+    def __init__(self, head: str | torch.nn.Module | None = None, **options):
+        super().__init__(**options)
+        head = head if isinstance(head, torch.nn.Module) else self.load_head(head)
+        self.head = head.to(torch.promote_types(self.dtype, torch.float32))
+
+    def load_head(self, path: str | None) -> torch.nn.Module:
+        raise NotImplementedError
+
+    def score_frames(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        embeds_NP = self.encoder.embed(frames_NCHW)
+        width = next(self.head.parameters()).shape[1]
+        if embeds_NP.shape[1] != width:
+            expected = f"embeddings of width {width}, as the head was trained on"
+            cure = "choose the image model that belongs to the head"
+            raise RewardError(self.name, got=f"width {embeds_NP.shape[1]}", expected=expected, cure=cure)
+        return self.head(embeds_NP).squeeze(-1)
 
 
-class Aesthetic(Frozen):
-    """Mean aesthetic score of the frames: about 5 for an average photograph, 6.5 and more for a good one.
+class Aesthetic(HeadScore):
+    """Mean aesthetic score of the frames (v2): about 5 for an average photograph, 6.5 and more for a good one.
 
     The head has no activation between its layers, so the score is w.e + 5.2 with |w| = 18: it has no ceiling at 10, and
     pushing it far beyond 7 finds pictures that exploit it.
 
-    head        weights file (.safetensors or a state dict of torch); None: from the hub, 3.7 MB
-    model, backend, pretrained, dtype  the CLIP, as for clip_score; the published head wants CLIP L/14
-    frames, num_frames, chunk, mean, std  as for clip_score
+    head     weights file (.safetensors or a state dict of torch), or a module; None: from the hub, 3.7 MB
+    model, backend, pretrained  the CLIP, as for clip_score; the published head wants CLIP L/14
+    options  frames, num_frames, dtype, chunk, mean, std: as for FrameReward
 
     Raises RewardError for missing weights, and for a pickled module in place of a state dict.
     """
@@ -31,72 +66,66 @@ class Aesthetic(Frozen):
 
     def __init__(
         self,
-        head: str | None = None,
-        model: str = CLIP_L14,
+        head: str | torch.nn.Module | None = None,
+        model: str | Clip = CLIP_L14,
         backend: str | None = None,
         pretrained: str | None = None,
-        frames: str | int = "first",
-        num_frames: int | None = None,
-        dtype: str = "float32",
-        chunk: int | None = None,
-        mean: float | None = None,
-        std: float | None = None,
+        **options,
     ):
-        super().__init__()
-        check_num_frames(self.name, frames, num_frames)
-        self.head = load_head(self.name, head or _download_head(self.name))
-        self.clip = load_clip(self.name, model, backend, pretrained, dtype)
-        self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
+        super().__init__(head, **options)
+        self.encoder = load_clip(self.name, model, backend, pretrained).to(self.dtype)
         self.freeze()
 
-    def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        with torch.autocast(video_BCTHW.device.type, enabled=False):
-            image_BNP = embed_frames(self.clip, video_BCTHW, self.num_frames, self.chunk)
-            return self.score_embeddings(image_BNP).mean(1)
+    def load_head(self, path: str | None) -> torch.nn.Module:
+        path = path or hub_file(self.name, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head")
+        return load_head(self.name, path, "layers.", LinearLayers)
 
-    def score_embeddings(self, image_BNP: torch.Tensor) -> torch.Tensor:
-        """(B, N) scores of unit embeddings."""
-        if image_BNP.shape[-1] != self.head.width:
-            expected = f"embeddings of width {self.head.width}, as the head was trained on (CLIP L/14: 768)"
-            cure = "choose the CLIP model that belongs to the head"
-            raise RewardError(self.name, got=f"width {image_BNP.shape[-1]}", expected=expected, cure=cure)
-        return self.head(image_BNP).squeeze(-1)
+    @classmethod
+    def random_init(cls, **options) -> "Aesthetic":
+        """Full size with random weights, on torch's default device, without hub or disk."""
+        return cls(LinearLayers(768), random_clip(CLIP_L14), **options)
 
 
-class AestheticHead(torch.nn.Module):
-    """width-1024-128-64-16-1, no activations. Identities stand where training had dropout, so that keys agree."""
+class AestheticV1(Aesthetic):
+    """Mean score of the frames by the first predictor, one linear layer; VBench's aesthetic quality is a tenth of it.
 
-    def __init__(self, width: int = 768):
-        super().__init__()
-        self.width = width
-        linear, dropout = torch.nn.Linear, torch.nn.Identity
-        first = [linear(width, 1024), dropout(), linear(1024, 128), dropout(), linear(128, 64), dropout()]
-        self.layers = torch.nn.Sequential(*first, linear(64, 16), linear(16, 1))
+    head     path of sa_0_4_vit_l_14_linear.pth, which is not on the hub, or a module
+    options  as for Aesthetic, `model` among them; the same errors
+    """
 
-    def forward(self, embeds: torch.Tensor) -> torch.Tensor:
-        return self.layers(embeds.to(self.layers[0].weight.dtype))
+    name = "aesthetic_v1"
 
+    def __init__(self, head: str | torch.nn.Module, **options):
+        super().__init__(head, **options)
 
-def load_head(name: str, path: str) -> AestheticHead:
-    """The head in a state dict; its input width is the file's."""
-    state = load_state_dict(name, path)
-    width = state["layers.0.weight"].shape[1] if "layers.0.weight" in state else 768
-    head = AestheticHead(width)
-    try:
-        head.load_state_dict(state)
-    except RuntimeError as error:
-        got = f"{path} with the keys {', '.join(sorted(state)[:4])}, ..."
-        expected = "layers.{0,2,4,6,7}.{weight,bias} of width-1024-128-64-16-1"
-        cure = "use the head of the improved predictor (v2)"
-        raise RewardError(name, got=got, expected=expected, cure=cure) from error
-    return head
+    def load_head(self, path: str) -> torch.nn.Module:
+        return load_head(self.name, path, "", lambda width: torch.nn.Linear(width, 1))
+
+    @classmethod
+    def random_init(cls, **options) -> "AestheticV1":
+        """As that of Aesthetic."""
+        return cls(torch.nn.Linear(768, 1), model=random_clip(CLIP_L14), **options)
 
 
-def _download_head(name: str) -> str:
-    from huggingface_hub import hf_hub_download
+class AestheticV25(HeadScore):
+    """Mean score of the frames by aesthetic predictor v2.5, in about 1 to 10; 5.5 and more is a great picture.
 
-    try:
-        with quick_hub():
-            return hf_hub_download(HEAD_REPOSITORY, HEAD_FILE)
-    except OSError as error:
-        raise missing_weights(name, HEAD_REPOSITORY, "head", error) from error
+    head     path of aesthetic_predictor_v2_5.pth, or a module. Its licence is AGPL-3.0: it is never downloaded for you
+    model    the SigLIP: hub id, folder, or a Siglip; its image half is used
+    options  as for Aesthetic; the same errors
+    """
+
+    name = "aesthetic_v2_5"
+
+    def __init__(self, head: str | torch.nn.Module, model: str | Siglip = SIGLIP_384, **options):
+        super().__init__(head, **options)
+        self.encoder = load_siglip(self.name, model).to(self.dtype)
+        self.freeze()
+
+    def load_head(self, path: str) -> torch.nn.Module:
+        return load_head(self.name, path, "scoring_head.", lambda width: LinearLayers(width, dropout_before_last=True))
+
+    @classmethod
+    def random_init(cls, **options) -> "AestheticV25":
+        """As that of Aesthetic."""
+        return cls(LinearLayers(1152, dropout_before_last=True), random_siglip(), **options)

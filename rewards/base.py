@@ -5,12 +5,18 @@ A reward is a plain callable; it needs to import nothing from here:
     def reward(video, prompts, **info):    # (B, C, T, H, W) float32 in [0, 1], gradient attached; list of B strings
         return scores                      # (B,) float32, higher is better
 
+`info` holds at least `fps`, the frame rate of the video, and `seed` and `step`, from which all that is random comes.
+A reward with weights may also offer a classmethod `random_init(**settings)`: itself at full size with random weights,
+made on torch's default device and reading neither hub nor disk; settings are those of the constructor that name no
+weights. The benchmark and the tests of the published layouts build it so.
+
 Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -110,6 +116,7 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- the probe
 
 PROBE_PROMPTS = ["a red circle moves to the right", "two dogs run along a beach at sunset", "rain on a window"]
+PROBE_INFO = {"fps": 24, "seed": 0, "step": 0}
 
 
 @dataclass(frozen=True)
@@ -129,13 +136,14 @@ def probe(
     prompts: list[str] | None = None,
     device: torch.device | str = "cpu",
     name: str | None = None,
+    info: dict | None = None,
     on_pass: Callable[[str], None] = lambda line: None,
 ) -> ProbeReport:
     """Check a reward against the contract on two random smooth videos.
 
     video_shape is (C, T, H, W) of one video; the reward gets the leading frames that it asks for. prompts: two or three
-    (repeated if fewer). `on_pass` is told each check that passed. Rewards with differentiable=False skip the gradient
-    checks. Raises RewardError at the first check that fails.
+    (repeated if fewer). info: what the reward is told besides, over `PROBE_INFO`. `on_pass` is told each check that
+    passed. Rewards with differentiable=False skip the gradient checks. Raises RewardError at the first that fails.
     """
     started = time.perf_counter()
     name = name or reward_name(reward)
@@ -149,12 +157,13 @@ def probe(
     videos = smooth_random_videos(3, (channels, frames, height, width), seed=0).to(device)
     differentiable = reward_attribute(reward, "differentiable")
     first, again = [0, 1], [0, 2]  # the same sample beside two neighbours
+    call = partial(_call, name, reward, {"probe": True} | PROBE_INFO | (info or {}))
 
-    scores, grads = _score_one(name, reward, videos[first], [prompts[i] for i in first], 0, differentiable)
+    scores, grads = _score_one(name, call, videos[first], [prompts[i] for i in first], 0, differentiable)
     on_pass(f"scores: shape (2,), float32, finite: {scores[0]:.4g}, {scores[1]:.4g}")
-    swapped, swapped_grads = _score_one(name, reward, videos[again], [prompts[i] for i in again], 1, differentiable)
+    swapped, swapped_grads = _score_one(name, call, videos[again], [prompts[i] for i in again], 1, differentiable)
     if not _close(scores[0], swapped[0]):
-        _raise_unstable(name, reward, videos[first], [prompts[i] for i in first], scores[0], swapped[0])
+        _raise_unstable(name, call, videos[first], [prompts[i] for i in first], scores[0], swapped[0])
     on_pass("neighbours: a score stays the same beside another video and prompt")
 
     norms = ()
@@ -177,11 +186,11 @@ def smooth_random_videos(batch: int, shape: tuple[int, int, int, int], seed: int
     return (0.05 + 0.9 * smooth[:, :, :frames] + 0.05 * grain).clamp(0.01, 0.99)
 
 
-def _score_one(name, reward, video_BCTHW, prompts, index, differentiable):
+def _score_one(name, call, video_BCTHW, prompts, index, differentiable):
     """Detached scores of the batch and, if differentiable, the gradient of scores[index] at all the pixels."""
     video_BCTHW = video_BCTHW.clone().requires_grad_(differentiable)
     with torch.set_grad_enabled(differentiable):
-        scores = _call(name, reward, video_BCTHW, prompts)
+        scores = call(video_BCTHW, prompts)
     check_scores(name, scores, prompts)
     if scores.dtype != torch.float32:
         cure = "compute or at least return the score as scores.float(); half precision loses the signal"
@@ -191,9 +200,9 @@ def _score_one(name, reward, video_BCTHW, prompts, index, differentiable):
     return scores.detach(), _pixel_gradient(name, scores[index], video_BCTHW)
 
 
-def _call(name, reward, video_BCTHW, prompts):
+def _call(name, reward, info, video_BCTHW, prompts):
     try:
-        return reward(video_BCTHW, list(prompts), probe=True)
+        return reward(video_BCTHW, list(prompts), **info)
     except (RewardError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -234,10 +243,10 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs() <= 1e-5 + 1e-4 * a.abs())
 
 
-def _raise_unstable(name, reward, video_BCTHW, prompts, score, swapped):
+def _raise_unstable(name, call, video_BCTHW, prompts, score, swapped):
     """The same video scored differently: by chance (does the very same batch differ too?) or by its neighbour."""
     with torch.no_grad():
-        repeated = _call(name, reward, video_BCTHW, prompts)[0]
+        repeated = call(video_BCTHW, prompts)[0]
     if not _close(score, repeated):
         got = f"two scores for the same batch, {score:.6g} and {repeated:.6g}"
         cure = "call .eval() on the model (dropout) and draw no random numbers inside"

@@ -14,7 +14,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rewards.check", description=__doc__)
     parser.add_argument("spec", help="built-in name, path/to/file.py:Class, package.module:Class or an entry point")
     parser.add_argument("--shape", type=_shape, default=(3, 17, 64, 64), help="C,T,H,W of one video (3,17,64,64)")
-    parser.add_argument("--kwargs", type=_kwargs, default={}, help="arguments of the reward, as JSON")
+    parser.add_argument("--kwargs", type=json_object, default={}, help="arguments of the reward, as JSON")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt", action="append", dest="prompts", help="a prompt to use; may be repeated")
     return parser.parse_args(argv)
@@ -27,7 +27,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _kwargs(text: str) -> dict:
+def json_object(text: str) -> dict:
     try:
         kwargs = json.loads(text)
     except json.JSONDecodeError as error:

@@ -1,29 +1,34 @@
-"""CLIP score: how well frames fit their prompt, by any CLIP of transformers or open_clip.
+"""CLIP score: how well frames fit their prompt, by any CLIP of transformers or open_clip (arXiv 2104.08718).
 
-Shape legend: B batch, C channels, T frames, N frames that are scored, P width of the joint embedding.
+Shape legend: N frames of all videos that are scored, C channels, H height, W width, P width of the joint embedding.
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from rewards.base import RewardError
-from rewards.clip_models import CLIP_L14, load_clip, unit
-from rewards.preprocess import evenly_spaced
-from rewards.weights import Frozen
+from rewards.clip_models import CLIP_L14, Clip, load_clip, random_clip, unit
+from rewards.frame_reward import FrameReward
 
 
-class ClipScore(Frozen):
+class CosineScore(FrameReward):
+    """The cosine between frame and prompt, by `self.clip`."""
+
+    clip: Clip
+
+    def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor]:
+        return (unit(self.clip.encode_text(prompts)),)
+
+    def score_frames(self, frames_NCHW: torch.Tensor, text_NP: torch.Tensor) -> torch.Tensor:
+        return (self.clip.embed(frames_NCHW) * text_NP).sum(-1)
+
+
+class ClipScore(CosineScore):
     """Mean over frames of the cosine between frame and prompt, in [-1, 1]; published models give about .2 to .38.
 
     model       a transformers CLIPModel (hub id or folder), an open_clip name such as "ViT-H-14" (then also
-                `pretrained`), or a folder with open_clip_config.json, with or without "local-dir:" before it
+                `pretrained`), a folder with open_clip_config.json, with or without "local-dir:" before it, or a Clip
     backend     "transformers" or "open_clip"; None: told from `model`
     pretrained  open_clip's tag or a weights file, for an open_clip name only
-    frames      what must be decoded: "first", a number of leading frames, or "all"
-    num_frames  how many of these are scored, evenly spaced; None: every one
-    dtype       of the model; scores are float32 in any case
-    chunk       frames in the model at once, to bound memory; the result stays the same
-    mean, std   the typical score of this model, for mixing
+    options     frames, num_frames, dtype, chunk, mean, std: as for FrameReward
 
     Raises RewardError for weights that are missing or incomplete.
     """
@@ -31,58 +36,13 @@ class ClipScore(Frozen):
     name = "clip_score"
 
     def __init__(
-        self,
-        model: str = CLIP_L14,
-        backend: str | None = None,
-        pretrained: str | None = None,
-        frames: str | int = "first",
-        num_frames: int | None = None,
-        dtype: str = "float32",
-        chunk: int | None = None,
-        mean: float | None = None,
-        std: float | None = None,
+        self, model: str | Clip = CLIP_L14, backend: str | None = None, pretrained: str | None = None, **options
     ):
-        super().__init__()
-        check_num_frames(self.name, frames, num_frames)
-        self.clip = load_clip(self.name, model, backend, pretrained, dtype)
-        self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
-        self._text_cache: dict[str, torch.Tensor] = {}
+        super().__init__(**options)
+        self.clip = load_clip(self.name, model, backend, pretrained).to(self.dtype)
         self.freeze()
 
-    def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        with torch.autocast(video_BCTHW.device.type, enabled=False):
-            image_BNP = embed_frames(self.clip, video_BCTHW, self.num_frames, self.chunk)
-            text_B1P = self.text_features(prompts).to(image_BNP)[:, None]
-        return (image_BNP * text_B1P).sum(-1).mean(1)
-
-    @torch.no_grad()
-    def text_features(self, prompts: list[str]) -> torch.Tensor:
-        """(B, P) unit embeddings; each prompt is embedded once."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_cache]
-        if new:
-            self._text_cache.update(zip(new, unit(self.clip.encode_text(new)), strict=True))
-        return torch.stack([self._text_cache[prompt].to(self.clip.device) for prompt in prompts])
-
-
-def embed_frames(clip: Frozen, video_BCTHW: torch.Tensor, num_frames: int | None, chunk: int | None) -> torch.Tensor:
-    """(B, N, P) unit float32 embeddings of evenly spaced frames, recomputed chunk by chunk in backward."""
-    video_BCNHW = video_BCTHW[:, :, evenly_spaced(video_BCTHW.shape[2], num_frames)]
-    frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
-    if chunk is None:
-        embeds_NP = clip.embed(frames_NCHW)
-    else:
-        parts = [
-            checkpoint(clip.embed, part, use_reentrant=False, preserve_rng_state=False)
-            for part in frames_NCHW.split(chunk)
-        ]
-        embeds_NP = torch.cat(parts)
-    return embeds_NP.unflatten(0, (video_BCTHW.shape[0], -1))
-
-
-def check_num_frames(name: str, frames: str | int, num_frames: int | None) -> None:
-    """Raise RewardError if num_frames can't be taken from what `frames` decodes."""
-    decoded = {"first": 1, "all": float("inf")}.get(frames, frames)
-    if num_frames is not None and not 1 <= num_frames <= decoded:
-        expected = f"num_frames between 1 and the {decoded} that frames={frames!r} decodes"
-        cure = "set frames to 'all' or to a larger number"
-        raise RewardError(name, got=f"num_frames={num_frames}", expected=expected, cure=cure)
+    @classmethod
+    def random_init(cls, model: str = CLIP_L14, **options) -> "ClipScore":
+        """Full size with random weights, on torch's default device, without hub or disk; `model` as for random_clip."""
+        return cls(random_clip(model), **options)

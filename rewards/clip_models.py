@@ -1,4 +1,4 @@
-"""CLIP models of transformers and open_clip behind one face, loaded from hub or disk, never at random.
+"""Image and text encoders of transformers and open_clip behind one face, loaded from hub or disk, never at random.
 
 Shape legend: B batch, C channels, N frames, H height, W width, P width of the joint embedding.
 """
@@ -10,9 +10,52 @@ import torch.nn.functional as F
 
 from rewards.base import RewardError, at_least_float32
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from rewards.weights import Frozen, missing_weights, quick_hub
+from rewards.weights import Frozen, load_pretrained, load_tokenizer, missing_weights, quick_hub
 
-CLIP_L14 = "openai/clip-vit-large-patch14"
+CLIP_B32, CLIP_L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
+CLIP_H14, SIGLIP_384 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "google/siglip-so400m-patch14-384"
+# Sizes of these, as in their config.json; what is left out equals the defaults of transformers' CLIPConfig, or of
+# SiglipVisionConfig.
+SIZES = {
+    CLIP_B32: {},
+    CLIP_L14: {
+        "projection_dim": 768,
+        "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+    },
+    CLIP_H14: {
+        "projection_dim": 1024,
+        "text_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "hidden_act": "gelu",
+        },
+        "vision_config": {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 32,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
+    },
+    SIGLIP_384: {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "image_size": 384,
+    },
+}
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
@@ -20,17 +63,20 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(at_least_float32(features), dim=-1)
 
 
-class Clip(Frozen):
-    """What both backends offer: embed(frames in [0, 1]) -> unit (N, P), encode_text(prompts) -> (B, P)."""
+class ImageEncoder(Frozen):
+    """A model that embeds images, with its own preprocessing. Subclasses define encode_images(pixels) -> (N, P)."""
 
     size: int  # pixels of the square input
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
-    fit: str
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    fit: str = "shortest"
 
     def embed(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
-        pixels_NCHW = preprocess(frames_NCHW, self.size, self.image_mean, self.image_std, self.fit)
-        return unit(self.encode_images(pixels_NCHW.to(self.dtype)))
+        """(N, P) unit embeddings, in at least float32, of frames in [0, 1]."""
+        return unit(self.encode_images(self.pixels(frames_NCHW).to(self.dtype)))
+
+    def pixels(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        return preprocess(frames_NCHW, self.size, self.image_mean, self.image_std, self.fit)
 
     @property
     def device(self) -> torch.device:
@@ -41,14 +87,22 @@ class Clip(Frozen):
         return next(self.parameters()).dtype
 
 
+class Clip(ImageEncoder):
+    """An encoder of images and text. Subclasses define encode_text(prompts) -> (B, P) too."""
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The factor on cosines that it was trained with: exp(logit_scale)."""
+        return at_least_float32(self.model.logit_scale).exp()
+
+
 class TransformersClip(Clip):
     """A CLIPModel of transformers."""
 
     def __init__(self, model: torch.nn.Module, tokenizer):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        self.size, self.fit = model.config.vision_config.image_size, "shortest"
-        self.image_mean, self.image_std = CLIP_MEAN, CLIP_STD
+        self.size = model.config.vision_config.image_size
         self.freeze()
 
     def encode_images(self, pixels_NCHW):
@@ -83,22 +137,67 @@ class OpenClip(Clip):
         return self.model.encode_text(self.tokenizer(prompts).to(self.device))
 
 
+class Siglip(ImageEncoder):
+    """The image half of a SigLIP of transformers: attention-pooled, of no joint width with text."""
+
+    fit, image_mean, image_std = "squash", (0.5,) * 3, (0.5,) * 3
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model, self.size = model, model.config.image_size
+        self.freeze()
+
+    def encode_images(self, pixels_NCHW):
+        return self.model(pixel_values=pixels_NCHW).pooler_output
+
+
 def _square(size: int | tuple[int, int]) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-def load_clip(
-    name: str, model: str, backend: str | None = None, pretrained: str | None = None, dtype: str = "float32"
-) -> Clip:
+def load_clip(name: str, model: str | Clip, backend: str | None = None, pretrained: str | None = None) -> Clip:
     """A frozen CLIP on the CPU; `name` is the reward's, for messages. See ClipScore for the arguments."""
+    if isinstance(model, Clip):
+        return model
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
         raise RewardError(name, got=f"model={model!r}", expected="a folder that exists", cure="correct the path")
     backend = backend or guess_backend(model, pretrained)
     if backend not in ("transformers", "open_clip"):
         cure = "correct the backend, or leave it out"
         raise RewardError(name, got=f"backend={backend!r}", expected="'transformers' or 'open_clip'", cure=cure)
-    clip = _load_transformers(name, model) if backend == "transformers" else _load_open_clip(name, model, pretrained)
-    return clip.to(_dtype(name, dtype))
+    return _load_transformers(name, model) if backend == "transformers" else _load_open_clip(name, model, pretrained)
+
+
+def load_siglip(name: str, model: str | Siglip) -> Siglip:
+    """The image half of a SigLIP: a hub id, a folder, or a Siglip as it is."""
+    if isinstance(model, Siglip):
+        return model
+    from transformers import SiglipVisionModel
+
+    return Siglip(load_pretrained(name, SiglipVisionModel, model))
+
+
+def random_clip(model: str = CLIP_L14) -> TransformersClip:
+    """A CLIP of full size with random weights, on torch's default device, without hub or disk; `model` of `SIZES`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    return TransformersClip(CLIPModel(CLIPConfig(**SIZES[model])), openai_tokenizer)
+
+
+def random_siglip(model: str = SIGLIP_384) -> Siglip:
+    """The image half of a SigLIP of full size with random weights, as `random_clip`."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return Siglip(SiglipVisionModel(SiglipVisionConfig(**SIZES[model])))
+
+
+def openai_tokenizer(prompts: list[str], **_):
+    """Prompts by OpenAI's vocabulary, which comes with open_clip, as transformers' tokenizer gives them; 77 tokens."""
+    import open_clip
+    from transformers import BatchEncoding
+
+    ids = open_clip.get_tokenizer("ViT-B-32")(prompts)
+    return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def guess_backend(model: str, pretrained: str | None = None) -> str:
@@ -112,30 +211,10 @@ def _is_open_clip_folder(model: str) -> bool:
     return (Path(model).expanduser() / "open_clip_config.json").is_file()
 
 
-def _dtype(name: str, dtype: str) -> torch.dtype:
-    choices = ("float32", "bfloat16", "float16", "float64")
-    if dtype not in choices:
-        raise RewardError(name, got=f"dtype={dtype!r}", expected=f"one of {', '.join(choices)}", cure="correct dtype")
-    return getattr(torch, dtype)
-
-
 def _load_transformers(name: str, model: str) -> TransformersClip:
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
 
-    path = str(Path(model).expanduser()) if model.startswith("~") else model
-    try:
-        with quick_hub(local=Path(path).is_dir()):
-            clip, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise missing_weights(name, model, "model", error) from error
-    if report["missing_keys"]:  # transformers would leave these at random
-        absent = sorted(report["missing_keys"])
-        got = f"weights in {model!r} without {absent[0]} and {len(absent) - 1} more"
-        raise RewardError(
-            name, got=got, expected="a complete CLIPModel", cure="choose a checkpoint of a whole CLIP model"
-        )
-    return TransformersClip(clip, tokenizer)
+    return TransformersClip(load_pretrained(name, CLIPModel, model), load_tokenizer(name, model, "model"))
 
 
 def _load_open_clip(name: str, model: str, pretrained: str | None) -> OpenClip:

@@ -14,29 +14,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from rewards.base import RewardError
+from rewards.catalogue import CATALOGUE, WEIGHTS
 
 ENTRY_POINT_GROUP = "contentv_rlhf.rewards"
-
-# Name -> module:attribute, imported only when asked for. The attribute (a class, or a function that makes a reward) is
-# called with the reward's keyword arguments.
-BUILT_INS = {
-    "aesthetic": "rewards.aesthetic:Aesthetic",
-    "clip_score": "rewards.clip:ClipScore",
-    "flicker": "rewards.temporal:Flicker",
-    "frame_difference": "rewards.temporal:FrameDifference",
-    "hps_v2": "rewards.hps:HpsV2",
-    "hps_v2_1": "rewards.hps:HpsV21",
-    "jpeg_size": "rewards.temporal:JpegSize",
-    "nano_clip": "rewards.nano:NanoClip",
-    "nano_preference": "rewards.nano:NanoPreference",
-    "nano_verifier": "rewards.nano:NanoVerifier",
-    "smoothness": "rewards.temporal:Smoothness",
-}
 
 
 def built_in_names() -> list[str]:
     """The names of the built-in rewards, sorted."""
-    return sorted(BUILT_INS)
+    return sorted(CATALOGUE)
 
 
 def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Callable:
@@ -46,8 +31,9 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
     relative to base_dir, the folder of the config file (default: the working directory). Raises RewardError.
     """
     check_spec(spec, base_dir)
-    if spec in BUILT_INS:
-        return _construct(spec, _import_attribute(spec, BUILT_INS[spec]), kwargs)
+    if spec in CATALOGUE:
+        _check_own_path(spec, kwargs)
+        return _construct(spec, built_in(spec), kwargs)
     target = _import_attribute(spec, spec, base_dir) if ":" in spec else _entry_point(spec).load()
     if inspect.isclass(target):
         return _construct(spec, target, kwargs)
@@ -56,7 +42,7 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
 
 def check_spec(spec: str, base_dir: str | Path | None = None) -> None:
     """Raise RewardError if `spec` can't name a reward: within milliseconds, running and loading nothing of it."""
-    if spec in BUILT_INS:
+    if spec in CATALOGUE:
         return
     if ":" not in spec:
         if _entry_point(spec) is None:
@@ -66,6 +52,22 @@ def check_spec(spec: str, base_dir: str | Path | None = None) -> None:
     source = _file_of(spec, where, base_dir) if where.endswith(".py") else _module_source(spec, where)
     if source is not None:
         _check_defined(spec, source, attribute)
+
+
+def built_in(name: str) -> Callable:
+    """The class, or the function that makes the reward, behind a built-in name."""
+    return _import_attribute(name, CATALOGUE[name].home)
+
+
+def _check_own_path(name: str, kwargs: dict) -> None:
+    """Raise RewardError for weights that the user has to bring, if no path to them is given."""
+    entry = CATALOGUE[name]
+    if entry.own_path and not kwargs.get(entry.own_path):
+        source = entry.weights[-1]
+        size, licence = WEIGHTS[source]
+        expected = f"the path of {source}: {size}, {licence} (it is never downloaded for you)"
+        cure = f"download it and set `{entry.own_path}` in reward_kwargs.{name} to where it is"
+        raise RewardError(name, got=f"no `{entry.own_path}`", expected=expected, cure=cure)
 
 
 def _entry_point(name: str):

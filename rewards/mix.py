@@ -1,5 +1,9 @@
-"""Several rewards as one: a weighted sum, each reward seeing only the frames it asked for."""
+"""Several rewards as one: a weighted sum, each reward seeing only the frames it asked for.
 
+Shape legend: B batch, C channels, T frames, H height, W width, N base samples.
+"""
+
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,12 +14,25 @@ from rewards.base import RewardError, at_least_float32, check_scores, frames_nee
 class RewardMix:
     """Weighted sum of rewards, and each one's raw score.
 
-    With normalise, a reward that states `mean` and `std` enters as (score - mean) / std, so that weights compare
-    typical spreads; one that states neither enters as it is. A weight of 0 keeps a reward in the breakdown, without
-    gradient.
+    How a raw score enters the sum, each step only where asked for:
+        1. a cap c: min(score, c), a hinge: nothing is learnt above c; or a target t: -|score - t|
+        2. normalise: less the mean (a target has none), over the standard deviation: weights compare typical spreads
+        3. balance: its gradient at each video's pixels is scaled to unit length: weights compare gradients
+        4. times its weight; a weight of 0 keeps a reward in the breakdown, without gradient
+
+    normalise uses the `mean` and `std` that a reward states, until `calibrate` has measured them; a reward with neither
+    enters as it is. caps, targets: by name, in units of the raw score.
     """
 
-    def __init__(self, rewards: dict[str, Callable], weights: list[float] | None = None, normalise: bool = True):
+    def __init__(
+        self,
+        rewards: dict[str, Callable],
+        weights: list[float] | None = None,
+        normalise: bool = True,
+        caps: dict[str, float] | None = None,
+        targets: dict[str, float] | None = None,
+        balance: bool = False,
+    ):
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if not rewards or len(weights) != len(rewards):
             raise ValueError(
@@ -24,6 +41,8 @@ class RewardMix:
                 "Give reward_weights as many entries as reward_funcs."
             )
         self.rewards, self.weights, self.normalise = dict(rewards), dict(zip(rewards, weights, strict=True)), normalise
+        self.caps, self.targets, self.balance = caps or {}, targets or {}, balance
+        self.statistics = {name: _stated(reward) for name, reward in self.rewards.items()}
         self.frames = _most_frames(self.rewards.values())
 
     def to(self, device) -> "RewardMix":
@@ -32,6 +51,19 @@ class RewardMix:
             if isinstance(reward, torch.nn.Module):
                 reward.to(device)
         return self
+
+    def calibrate(self, scores: dict[str, torch.Tensor]) -> None:
+        """Normalise by mean and standard deviation of these raw scores (N,) of base samples from now on.
+
+        Raises RewardError for a reward of which they are all the same.
+        """
+        for name, scores_N in scores.items():
+            mean, std = scores_N.double().mean().item(), scores_N.double().std().item()
+            if self.weights[name] != 0 and not (math.isfinite(std) and std > 0):
+                got = f"a standard deviation of {std} over {len(scores_N)} base samples"
+                cure = "look whether the reward is saturated on them, calibrate on more, or state its mean and std"
+                raise RewardError(name, got=got, expected="scores that differ", cure=cure)
+            self.statistics[name] = (mean, std)
 
     def __call__(
         self, video_BCTHW: torch.Tensor, prompts: list[str], **info
@@ -42,14 +74,34 @@ class RewardMix:
         finite or of the wrong shape.
         """
         total_B, breakdown = torch.zeros(len(prompts), device=video_BCTHW.device), {}
-        for name, reward in self.rewards.items():
-            scores_B = self._score(name, reward, video_BCTHW, prompts, info)
-            breakdown[name] = scores_B.detach()
+        for name in self.rewards:
+            trained = torch.is_grad_enabled() and video_BCTHW.requires_grad and self.weights[name] != 0
+            term = self._balanced if self.balance and trained else self._plain
+            breakdown[name], term_B = term(name, video_BCTHW, prompts, info)
             if self.weights[name] != 0:
-                total_B = total_B + self.weights[name] * self._normalised(reward, scores_B)
+                total_B = total_B + self.weights[name] * term_B
         return total_B, breakdown
 
-    def _score(self, name, reward, video_BCTHW, prompts, info) -> torch.Tensor:
+    def _plain(self, name, video_BCTHW, prompts, info):
+        """The raw score (B,), detached, and what of it enters the sum."""
+        scores_B = self._score(name, video_BCTHW, prompts, info)
+        return scores_B.detach(), self._entering(name, scores_B)
+
+    def _balanced(self, name, video_BCTHW, prompts, info):
+        """The same with the pixel gradient of each video scaled to unit length, or left at zero.
+
+        The gradient is taken here, which also frees the reward's graph, and handed on by a term that is zero in value.
+        """
+        pixels_BCTHW = video_BCTHW.detach().requires_grad_()
+        scores_B, term_B = self._plain(name, pixels_BCTHW, prompts, info)
+        (grad_BCTHW,) = torch.autograd.grad(term_B.sum(), pixels_BCTHW)  # scores know nothing of their neighbours
+        norm_B = grad_BCTHW.flatten(1).norm(dim=1)
+        unit_BCTHW = grad_BCTHW / torch.where(norm_B > 0, norm_B, 1.0).reshape(-1, 1, 1, 1, 1)
+        nothing_B = (unit_BCTHW * (video_BCTHW - video_BCTHW.detach())).sum((1, 2, 3, 4))
+        return scores_B, term_B.detach() + nothing_B
+
+    def _score(self, name, video_BCTHW, prompts, info) -> torch.Tensor:
+        reward = self.rewards[name]
         with_gradient = torch.is_grad_enabled() and self.weights[name] != 0
         if with_gradient and video_BCTHW.requires_grad and not reward_attribute(reward, "differentiable"):
             expected = "a reward with a gradient, for training"
@@ -61,9 +113,16 @@ class RewardMix:
         check_scores(name, scores_B, prompts)
         return at_least_float32(scores_B)
 
-    def _normalised(self, reward, scores_B) -> torch.Tensor:
-        mean, std = reward_attribute(reward, "mean"), reward_attribute(reward, "std")
-        return (scores_B - (mean or 0.0)) / std if self.normalise and std is not None else scores_B
+    def _entering(self, name, scores_B: torch.Tensor) -> torch.Tensor:
+        mean, std = self.statistics[name] if self.normalise and self.statistics[name] else (0.0, 1.0)
+        if name in self.targets:
+            return -(scores_B - self.targets[name]).abs() / std
+        return (scores_B.clamp(max=self.caps.get(name, math.inf)) - mean) / std
+
+
+def _stated(reward) -> tuple[float, float] | None:
+    mean, std = reward_attribute(reward, "mean"), reward_attribute(reward, "std")
+    return None if std is None else (mean or 0.0, std)
 
 
 def _most_frames(rewards) -> str | int:

@@ -24,7 +24,7 @@ class NanoClip(ClipScore):
 
     name = "nano_clip"
 
-    def __init__(self, frames: str | int = "all", num_frames: int | None = 3, **kwargs):
+    def __init__(self, frames: str | int = "all", num_frames: int | str | None = 3, **kwargs):
         super().__init__(f"local-dir:{WEIGHTS / 'clip'}", frames=frames, num_frames=num_frames, **kwargs)
 
 

@@ -11,24 +11,41 @@ import math
 import torch
 import torch.nn.functional as F
 
-from rewards.base import RewardError, at_least_float32
+from rewards.base import at_least_float32
+from rewards.frames import check_num_frames, pick_frames, require_frames
 
 
 class PixelReward:
-    """What they share. frames: "all" or a number of leading frames; mean, std: typical score, for mixing."""
+    """What they share.
+
+    frames      what must be decoded: "all", "first" or a number of leading frames
+    num_frames  which of these are scored, as for clip_score
+    mean, std   typical score, for mixing
+    """
 
     name: str
 
-    def __init__(self, frames: str | int = "all", mean: float | None = None, std: float | None = None):
-        self.frames, self.mean, self.std = frames, mean, std
+    def __init__(
+        self,
+        frames: str | int = "all",
+        num_frames: int | str | None = None,
+        mean: float | None = None,
+        std: float | None = None,
+    ):
+        check_num_frames(self.name, frames, num_frames)
+        self.frames, self.num_frames, self.mean, self.std = frames, num_frames, mean, std
+
+    def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        return self.score(at_least_float32(pick_frames(self, video_BCTHW, info)))
+
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """(B,) scores of the frames that were picked."""
+        raise NotImplementedError
 
     def mean_difference(self, video_BCTHW: torch.Tensor, order: int) -> torch.Tensor:
         """(B,) mean absolute difference of the given order between successive frames, in [0, 2^(order - 1)]."""
-        if video_BCTHW.shape[2] <= order:
-            got, expected = f"{video_BCTHW.shape[2]} frame(s)", f"at least {order + 1}"
-            cure = "generate more frames, or leave this reward out for images"
-            raise RewardError(self.name, got=got, expected=expected, cure=cure)
-        return at_least_float32(video_BCTHW).diff(n=order, dim=2).abs().mean(dim=(1, 2, 3, 4))
+        require_frames(self.name, video_BCTHW.shape[2], order + 1)
+        return video_BCTHW.diff(n=order, dim=2).abs().mean(dim=(1, 2, 3, 4))
 
 
 class FrameDifference(PixelReward):
@@ -36,7 +53,7 @@ class FrameDifference(PixelReward):
 
     name = "frame_difference"
 
-    def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
         return self.mean_difference(video_BCTHW, 1)
 
 
@@ -48,7 +65,7 @@ class Flicker(PixelReward):
 
     name = "flicker"
 
-    def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
         return 1 - self.mean_difference(video_BCTHW, 1)
 
 
@@ -60,7 +77,7 @@ class Smoothness(PixelReward):
 
     name = "smoothness"
 
-    def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
         return 1 - self.mean_difference(video_BCTHW, 2) / 2
 
 
@@ -68,14 +85,15 @@ class JpegSize(PixelReward):
     """Compressibility: -mean log(1 + |DCT / Q|) of the brightness in 8x8 blocks, in [-5, 0]; 0 is one plain colour.
 
     A stand-in for the negative size as JPEG of quality 50. Q is the standard's table for brightness (ITU-T T.81, K.1).
-    The mean of a block is left out: JPEG codes its change between blocks, and with it the reward would pull towards
-    grey. It rewards pictures without detail, and each frame by itself, so a frozen video is as good as any.
+    The sum over the coefficients is divided by their number, so that pictures of any size compare. The mean of a block
+    is left out: JPEG codes its change between blocks, and with it the reward would pull towards grey. It rewards
+    pictures without detail, and each frame by itself, so a frozen video is as good as any.
     """
 
     name = "jpeg_size"
 
-    def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        blocks = _blocks(_brightness(at_least_float32(video_BCTHW)))
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        blocks = _blocks(_brightness(video_BCTHW))
         dct, table = _dct_matrix().to(blocks), torch.tensor(_QUANTISATION).to(blocks)
         coefficients = (dct @ blocks @ dct.T / table).flatten(-2)[..., 1:]
         return -coefficients.abs().log1p().flatten(1).mean(1)

@@ -21,8 +21,9 @@ class Batch:
 class Batches:
     """The batches of a run."""
 
-    def __init__(self, args: RewardGradientConfig, accelerator, prompts: list[str], noise_shape_CTHW: tuple):
-        self.args, self.accelerator, self.prompts, self.noise_shape = args, accelerator, prompts, noise_shape_CTHW
+    def __init__(self, args: RewardGradientConfig, accelerator, prompts: list[str], noise_shape_CTHW: tuple, fps: int):
+        self.args, self.accelerator, self.prompts, self.fps = args, accelerator, prompts, fps
+        self.noise_shape = noise_shape_CTHW
         self.size, self.processes = args.per_device_train_batch_size, accelerator.num_processes
         self.samples_per_step = self.size * args.gradient_accumulation_steps * self.processes  # over all processes
 
@@ -34,11 +35,16 @@ class Batches:
         def noise(purpose: str) -> torch.Tensor:
             return draw_noise(self.noise_shape, self.args.seed, purpose, keys).to(self.accelerator.device)
 
-        return Batch(self._at(step * self.samples_per_step + start, self.size), noise)
+        return Batch(self.prompts_at(step * self.samples_per_step + start, self.size), noise)
+
+    def info(self, step: int) -> dict:
+        """What rewards are told besides videos and prompts."""
+        return {"fps": self.fps, "seed": self.args.seed, "step": step}
 
     def from_step(self, step: int) -> list[str]:
         """The prompts of all steps from `step` on, to the end of the run."""
-        return self._at(step * self.samples_per_step, (self.args.max_steps - step) * self.samples_per_step)
+        return self.prompts_at(step * self.samples_per_step, (self.args.max_steps - step) * self.samples_per_step)
 
-    def _at(self, start: int, count: int) -> list[str]:
+    def prompts_at(self, start: int, count: int) -> list[str]:
+        """Those of the run's places start .. start+count-1."""
         return [self.prompts[i] for i in prompt_positions(len(self.prompts), self.args.seed, start, count)]

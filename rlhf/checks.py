@@ -6,10 +6,13 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from rewards import check_spec, load_reward, reward_name
+import torch
+
+from rewards import check_spec, load_reward, probe, reward_name
 from rlhf.checkpoint import find_checkpoint, read_state
 from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
-from rlhf.device import pick_device
+from rlhf.contentv.files import model_config
+from rlhf.device import local_device, pick_device
 from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, method_problems
 from rlhf.prompts import load_prompts
 from rlhf.run_folder import run_in
@@ -32,6 +35,7 @@ AT_LEAST_ONE = (
     "num_draws",
 )
 NOT_NEGATIVE = (
+    "calibrate_rewards",
     "learning_rate",
     "warmup_steps",
     "weight_decay",
@@ -76,8 +80,8 @@ def check_config(
     rewards: list[str | Callable] | None = None,
     train_prompts: list[str] | None = None,
     eval_prompts: list[str] | None = None,
-) -> None:
-    """Raise ConfigError with every problem of the settings.
+) -> RewardGradientConfig:
+    """The settings with the model's own sampling where none was set. Raises ConfigError with every problem of them.
 
     What was handed over as an object instead of named in args - a pipeline, rewards, prompts - is taken as it is.
     """
@@ -91,9 +95,33 @@ def check_config(
     except ValueError as error:
         problems.append(str(error))
     else:
-        problems += _sampling(with_sampling(args, card["sampling"]), card)
+        args = with_sampling(args, card["sampling"])
+        problems += _sampling(args, card)
     if problems:
         raise ConfigError(problems)
+    return args
+
+
+def open_rewards(
+    args: RewardGradientConfig,
+    rewards: list[str | Callable] | None = None,
+    prompts: list[str] | None = None,
+    device: torch.device | None = None,
+    pipe=None,
+) -> dict[str, Callable]:
+    """The rewards, then the judges, by short name: frozen, on the device, those that train probed with three prompts.
+
+    A reward that cannot train is found here, before the generator's weights are loaded. args: as `check_config` returns
+    them. rewards, prompts, pipe: instead of those that args name. Raises RewardError.
+    """
+    device = device or local_device(args.device)
+    prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
+    shape = (3, args.num_frames, args.height, args.width)
+    info = {"fps": model_card(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
+    for name, reward in trained.items():
+        probe(reward, shape, prompts[:3], device, name=name, info=info)
+    return trained | _load_rewards(args.eval_reward_funcs, args, device)
 
 
 def model_card(model: str, pipe=None) -> dict[str, dict]:
@@ -101,8 +129,6 @@ def model_card(model: str, pipe=None) -> dict[str, dict]:
     if pipe is not None:
         parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
         return parts | {"sampling": vars(pipe.sampling)}
-    from rlhf.contentv.loading import model_config  # takes seconds, so only once the rest is known
-
     return model_config(model)
 
 
@@ -113,13 +139,17 @@ def with_sampling(args: RewardGradientConfig, defaults) -> RewardGradientConfig:
     return dataclasses.replace(args, **unset)
 
 
-def load_rewards(rewards: list[str | Callable], args: RewardGradientConfig) -> dict[str, Callable]:
-    """Rewards by short name: specs are loaded with their reward_kwargs, callables taken as they are."""
-    kwargs = args.reward_kwargs or {}
-    return {
-        short_name(r): load_reward(r, args.base_dir, **kwargs.get(short_name(r), {})) if isinstance(r, str) else r
-        for r in rewards
-    }
+def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> dict[str, Callable]:
+    """Rewards by short name, frozen: specs are loaded with their reward_kwargs, callables taken as they are."""
+    loaded, kwargs = {}, args.reward_kwargs or {}
+    for reward in rewards:
+        name = short_name(reward)
+        if isinstance(reward, str):
+            reward = load_reward(reward, args.base_dir, **kwargs.get(name, {}))
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device).requires_grad_(False).eval()
+        loaded[name] = reward
+    return loaded
 
 
 def short_name(reward: str | Callable) -> str:
@@ -233,11 +263,28 @@ def _reward_settings(args, rewards):
         yield f"reward_weights: got {len(weights)}, expected {len(trained)}, one for each of reward_funcs; correct them"
     elif weights is not None and not any(weights):
         yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
-    for name in args.reward_kwargs or {}:
+    yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
+    yield from _reward_mixing(args, [short_name(reward) for reward in trained])
+
+
+def _reward_mixing(args, trained: list[str]):
+    caps, targets = args.reward_caps or {}, args.reward_targets or {}
+    yield from _unknown_rewards("reward_caps", caps, trained)
+    yield from _unknown_rewards("reward_targets", targets, trained)
+    for name in caps.keys() & targets.keys():
+        yield f"reward_caps and reward_targets: got {name!r} in both, expected one of them; leave one out"
+    if args.calibrate_rewards == 1:
+        yield "calibrate_rewards: got 1, expected 0 or at least 2, since one video has no spread; raise it"
+    if args.calibrate_rewards and not args.normalise_rewards:
+        yield "calibrate_rewards: got no normalise_rewards, which uses what is measured; set it, or calibrate none"
+
+
+def _unknown_rewards(key: str, given: dict | None, names: list[str]):
+    for name in given or {}:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the rewards are {', '.join(names)}"
-            yield f"reward_kwargs: got {name!r}, expected a reward of this run; {hint}"
+            yield f"{key}: got {name!r}, expected a reward of this run; {hint}"
 
 
 def _trackers(args):

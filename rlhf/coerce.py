@@ -47,7 +47,8 @@ def _exactly(value, kind):
 def type_name(annotation) -> str:
     name = str(annotation) if typing.get_args(annotation) else annotation.__name__
     names = {" | None": " or none", "dict[str, dict]": "a mapping {name: {argument: value}}"}
-    names |= {"dict[str, int]": "a mapping {name: whole number}", " | str or": " or"}
+    names |= {"dict[str, int]": "a mapping {name: whole number}", "dict[str, float]": "a mapping {name: number}"}
+    names |= {" | str or": " or"}
     for python, plain in names.items():
         name = name.replace(python, plain)
     return name

@@ -80,6 +80,13 @@ class RewardGradientConfig:
     normalise_rewards: bool = _key(
         True, "Weigh (score - mean) / std of those rewards that state their typical mean and spread."
     )
+    calibrate_rewards: int = _key(
+        0,
+        "Videos of the base model on which that mean and spread are measured instead, before the first step. 0: none.",
+    )
+    reward_caps: dict[str, float] | str | None = _key(None, "Raw scores above which nothing is learnt, {name: cap}.")
+    reward_targets: dict[str, float] | str | None = _key(None, "Raw scores to aim at instead, {name: target}.")
+    balance_reward_gradients: bool = _key(False, "Scale each reward's pixel gradient to length 1 before weighing it.")
     eval_reward_funcs: list[str] = _key([], "Judges that only evaluate: never trained on, no gradient needed.")
 
     # Sampling; each defaults to the model's own

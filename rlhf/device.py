@@ -27,6 +27,13 @@ def pick_device(name: str | None = None) -> torch.device:
     return torch.device(name) if name == "cpu" else _accelerator(name)
 
 
+def local_device(name: str | None = None) -> torch.device:
+    """`pick_device`, and of several devices the one of this process, by the LOCAL_RANK that launchers set."""
+    device = pick_device(name)
+    rank = os.environ.get("LOCAL_RANK")
+    return device if device.type == "cpu" or rank is None else torch.device(device.type, int(rank))
+
+
 def _accelerator(name: str) -> torch.device:
     kind = name.split(":")[0]
     if kind == "npu":

@@ -4,7 +4,6 @@ Shape legend: B batch, N prompts, C channels, T frames, H height, W width.
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
+from rlhf.parallel import own_share
 from rlhf.sampler import draw_noise
 from rlhf.tracking import EvaluationBar, write_samples
 
@@ -83,11 +83,12 @@ class HeldOut:
         scores[DIVERSITY] = torch.zeros(self.diversity_count)
         shown, videos = self.args.num_sample_prompts, [torch.zeros(0, dtype=torch.uint8)]
         own, size = self._own_rows(), self.args.per_device_eval_batch_size
+        info = {"fps": self.fps, "seed": self.args.eval_seed, "step": 0}
         count = len(own) + sum(i < self.diversity_count for i in own)
         with EvaluationBar(name, count, self._is_main) as progress:
             for rows in (own[i : i + size] for i in range(0, len(own), size)):
                 video = make_videos(*self._inputs(rows, draw=0))
-                for judge, scores_B in mix(video, [self.prompts[i] for i in rows])[1].items():
+                for judge, scores_B in mix(video, [self.prompts[i] for i in rows], **info)[1].items():
                     scores[judge][rows] = scores_B.cpu()
                 for measure, of in OF_ONE_VIDEO.items():
                     scores[measure][rows] = of(video).cpu()
@@ -115,7 +116,7 @@ class HeldOut:
 
     def sample(self, step: int) -> None:
         """Write sample videos of the current model, without judging them."""
-        if self._is_main:
+        if self._is_main and self.args.num_sample_prompts:
             rows = list(range(len(self.prompts)))[: self.args.num_sample_prompts]
             self._write(step, to_uint8(self.make_videos(*self._inputs(rows, draw=0))))
 
@@ -125,8 +126,7 @@ class HeldOut:
         return [self.prompts[i] for i in rows], noise
 
     def _own_rows(self) -> list[int]:
-        share = math.ceil(len(self.prompts) / self.accelerator.num_processes)
-        return list(range(len(self.prompts)))[self.accelerator.process_index * share :][:share]
+        return own_share(len(self.prompts), self.accelerator)
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()

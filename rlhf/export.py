@@ -19,8 +19,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rlhf.contentv.loading import CONFIG_FILES, load_transformer, model_folder
-from rlhf.contentv.pipeline import INDEX_CLASSES, SamplingDefaults
+from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder
+from rlhf.contentv.loading import load_transformer
+from rlhf.contentv.pipeline import INDEX_CLASSES
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.lora import BLOCKS_FILE
 

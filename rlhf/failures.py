@@ -21,9 +21,9 @@ def require_finite_scores(scores: torch.Tensor, failure: RewardError | None) -> 
 def require_gradient(norm: float, step: int, rewards: RewardMix, last_batch: tuple | None, accelerator) -> None:
     """Raise TrainingError for a gradient norm of 0 or one that is not finite, naming the rewards at fault.
 
-    last_batch: the video and the prompts that each process scored last, None in a step without reward.
+    last_batch: the video, the prompts and the info that each process scored last, None in a step without reward.
     """
-    if norm == 0:
+    if norm == 0 and not rewards.caps:  # beyond a cap nothing is to be learnt
         raise TrainingError(
             f"The gradient at the adapter is exactly zero after {step} steps, expected a number "
             "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."
@@ -39,12 +39,12 @@ def require_gradient(norm: float, step: int, rewards: RewardMix, last_batch: tup
         )
 
 
-def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str]) -> dict[str, bool]:
+def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str], info: dict) -> dict[str, bool]:
     """Of each reward, asked alone, whether its gradient at the video is not finite."""
     broken = {}
     for name, reward in rewards.rewards.items():
         pixels = video_BCTHW.clone().requires_grad_()
-        scores_B, _ = RewardMix({name: reward})(pixels, prompts)
+        scores_B, _ = RewardMix({name: reward})(pixels, prompts, **info)
         (grad,) = torch.autograd.grad(scores_B.sum(), pixels)
         broken[name] = not bool(torch.isfinite(grad).all())
     return broken

@@ -1,5 +1,6 @@
 """Processes and their threads, through accelerate. The model is not wrapped: gradients are summed by the trainer."""
 
+import math
 import os
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, period = CGROUP_LIMIT.read_text().split() if CGROUP_LIMIT.exists() else ("max", "1")
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def own_share(count: int, accelerator: Accelerator) -> list[int]:
+    """Which of `count` pieces of work are this process's: neighbours, as many as any other's but for the last."""
+    share = math.ceil(count / accelerator.num_processes)
+    return list(range(count))[accelerator.process_index * share :][:share]
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -15,6 +15,7 @@ RUN_FILES = (
     "evaluation",
     "adapter",
     "best_adapter",
+    "calibration.json",
     "trackers",
     "summary.json",
     "curves.png",

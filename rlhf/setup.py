@@ -1,15 +1,20 @@
-"""What a trainer starts from: arguments checked before anything heavy is loaded, prompts, frozen models, sizes."""
+"""What a trainer starts from: arguments checked before anything heavy is loaded, prompts, rewards, frozen models."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
+from peft import PeftConfig
 
-from rewards import reward_name
+from rewards import RewardMix, reward_name
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
+from rlhf.text import PromptCache, encode_prompts
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclasses.dataclass
@@ -39,12 +44,13 @@ def checked_inputs(
     args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
     train_prompts = None if train_dataset is None else as_prompts(train_dataset)
     eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset)
-    check_config(args, pipe, rewards, train_prompts, eval_prompts)
+    args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
 
 
-def load_prompt_sets(inputs: Inputs, args: RewardGradientConfig) -> tuple[list[str], list[str]]:
+def load_prompt_sets(inputs: Inputs) -> tuple[list[str], list[str]]:
     """The prompts to train on and those held out, [] for none, as handed over or as args name them."""
+    args = inputs.args
     train = inputs.train_prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
     held_out = inputs.eval_prompts
     if held_out is None and args.eval_prompts:
@@ -52,11 +58,27 @@ def load_prompt_sets(inputs: Inputs, args: RewardGradientConfig) -> tuple[list[s
     return train, (held_out or [])[: args.num_eval_prompts]
 
 
-def freeze(pipe: ContentVPipeline, judges: Iterable[Callable], device: torch.device) -> None:
-    """Everything on the device, without gradient and in evaluation mode; the VAE in float32."""
-    for module in [pipe.transformer, pipe.vae.float(), *judges]:
-        if isinstance(module, torch.nn.Module):
-            module.to(device).requires_grad_(False).eval()
+def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientConfig) -> RewardMix:
+    """The leading `count` of the opened rewards, those that train, as args mix them."""
+    return RewardMix(
+        dict(list(opened.items())[:count]),
+        args.reward_weights,
+        args.normalise_rewards,
+        args.reward_caps,
+        args.reward_targets,
+        args.balance_reward_gradients,
+    )
+
+
+def adapt(
+    pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, device: torch.device
+) -> Masters:
+    """Transformer and VAE on the device, frozen, for evaluation, the VAE in float32; the adapter's masters."""
+    pipe.vae.to(device).float().requires_grad_(False).eval()
+    add_adapter(pipe.transformer.to(device), peft_config or lora_config(args), args.seed, args.train_blocks)
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    return Masters(pipe.transformer, args.ema_decay)
 
 
 def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[int, int, int, int]:
@@ -64,6 +86,16 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
     frames = (args.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     size = (args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor)
     return pipe.transformer.config.in_channels, frames, *size
+
+
+def encode_and_release(pipe: ContentVPipeline, prompts: list[str], args, release: bool) -> PromptCache | None:
+    """Embed the prompts, None for none of them (a finished run that is resumed); the encoders may leave the device."""
+    text = None
+    if prompts:
+        text = encode_prompts(pipe, prompts, args.negative_prompt, args.max_sequence_length)
+    for name in ENCODERS if release else ():
+        getattr(pipe, name).to("cpu")
+    return text
 
 
 def base_dtype(name: str) -> torch.dtype | None:

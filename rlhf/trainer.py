@@ -4,7 +4,6 @@ Shape legend: B batch, C channels, T frames, H height, W width, R rewards, S sam
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -14,10 +13,11 @@ import torch
 from peft import PeftConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from rewards import RewardError, RewardMix, frames_needed, probe
+from rewards import RewardError, frames_needed
 from rlhf.batches import Batches
+from rlhf.calibrate import CALIBRATION, calibrate
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
-from rlhf.checks import load_rewards, with_sampling
+from rlhf.checks import open_rewards
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline, flow_sigmas
@@ -26,20 +26,25 @@ from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
 from rlhf.failures import require_finite_scores, require_gradient
-from rlhf.lora import Masters, add_adapter, lora_config, save_adapter, without_adapter
+from rlhf.lora import save_adapter, without_adapter
 from rlhf.losses import reward_loss, score, score_metrics
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout, velocity_field
-from rlhf.setup import base_dtype, checked_inputs, freeze, latent_shape, load_prompt_sets
-from rlhf.text import encode_prompts
+from rlhf.setup import (
+    adapt,
+    base_dtype,
+    checked_inputs,
+    encode_and_release,
+    latent_shape,
+    load_prompt_sets,
+    mix_rewards,
+)
 from rlhf.tracking import RunLog
 from rlhf.types import Conditioning
 from rlhf.watch import Watch
-
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class RewardGradientTrainer:
@@ -53,10 +58,12 @@ class RewardGradientTrainer:
         args: the settings.
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
         peft_config: another adapter than the LoRA that args describe.
+        opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, told on_train_begin, on_step_end, on_log, on_evaluate, on_save and
             on_train_end; `control.should_evaluate`, `should_save` and `should_training_stop` are obeyed.
 
-    Raises ConfigError, with everything that is wrong at once, before any weight is loaded.
+    Raises ConfigError, with everything that is wrong at once, and RewardError for a reward that cannot train, before
+    any weight of the model is loaded.
     """
 
     def __init__(
@@ -68,38 +75,32 @@ class RewardGradientTrainer:
         eval_dataset: Iterable | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        opened_rewards: dict[str, Callable] | None = None,
     ):
         inputs = checked_inputs(model, reward_funcs, args, train_dataset, eval_dataset)
-        self.accelerator = make_accelerator(inputs.args)
+        self.args = args = inputs.args
+        self.accelerator = make_accelerator(args)
         self.device = self.accelerator.device
-        self.owns_pipe = inputs.pipe is None
-        self.pipe = inputs.pipe or load_pipeline(
-            inputs.args.model, dtype=base_dtype(inputs.args.dtype), device=self.device
-        )
-        self.args = args = with_sampling(inputs.args, self.pipe.sampling)
         self.folder = Path(args.output_dir)
-        train_prompts, self.eval_prompts = load_prompt_sets(inputs, args)
-        self.rewards = RewardMix(load_rewards(inputs.rewards, args), args.reward_weights, args.normalise_rewards)
-        judges = self.rewards.rewards | load_rewards(args.eval_reward_funcs, args)
+        train_prompts, self.eval_prompts = load_prompt_sets(inputs)
+        judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
+        self.rewards = mix_rewards(judges, len(inputs.rewards), args)
+        self.owns_pipe = inputs.pipe is None
+        self.pipe = inputs.pipe or load_pipeline(args.model, dtype=base_dtype(args.dtype), device=self.device)
 
-        freeze(self.pipe, judges.values(), self.device)
-        add_adapter(self.pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
-        if args.gradient_checkpointing:
-            self.pipe.transformer.enable_gradient_checkpointing()
-        self.masters = Masters(self.pipe.transformer, args.ema_decay)
+        self.masters = adapt(self.pipe, peft_config, args, self.device)
         self.optimizer = make_optimizer(self.masters.vector, args)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
         self.frames = max(frames_needed(reward, args.num_frames) for reward in self.rewards.rewards.values())
-        shape = latent_shape(self.pipe, args)
-        self.batches = Batches(args, self.accelerator, train_prompts, shape)
+        shape, fps = latent_shape(self.pipe, args), self.pipe.sampling.fps
+        self.batches = Batches(args, self.accelerator, train_prompts, shape, fps)
         self.watch = None
         if self.eval_prompts:
-            fps = self.pipe.sampling.fps
             held_out = HeldOut(self._make_videos, judges, self.eval_prompts, shape, args, self.accelerator, fps)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters)
         self.callbacks, self.control = callbacks or [], TrainerControl()
         self.state = TrainerState(max_steps=args.max_steps)
-        self.last_batch: tuple[torch.Tensor, list[str]] | None = None
+        self.last_batch: tuple[torch.Tensor, list[str], dict] | None = None
 
     # ---------------------------------------------------------------------------------------------- the run
 
@@ -112,7 +113,7 @@ class RewardGradientTrainer:
         started = time.perf_counter()
         first, saved = self._begin()
         if self.watch:
-            self.watch.begin(functools.partial(self._make_videos, field=self._base), first, saved.get("guard"))
+            self.watch.begin(self._make_base_videos, first, saved.get("guard"))
         done = self._train_steps(first)
         self._save(done)
         with self.masters.averaged():
@@ -127,28 +128,22 @@ class RewardGradientTrainer:
         return summary
 
     def _begin(self) -> tuple[int, dict]:
-        """Probe the rewards, prepare the folder, restore a checkpoint, encode the prompts. First step, its state."""
+        """Prepare the folder, restore a checkpoint, encode the prompts, calibrate. The first step, and its state."""
         args, accelerator = self.args, self.accelerator
         resumed = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, self.folder)
-        for name, reward in self.rewards.rewards.items():
-            shape = (3, args.num_frames, args.height, args.width)
-            probe(reward, shape, self.batches.prompts[:3], self.device, name=name)
         accelerator.wait_for_everyone()  # all have checked the folder before the first one writes there
         if accelerator.is_main_process:
             start_run_folder(args)
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
         self.state.global_step = first = saved["step"]
-        self._encode(self.batches.from_step(first) + self.eval_prompts)
+        done = resumed and (self.folder / CALIBRATION).is_file()
+        sampled = [] if done else self.batches.prompts_at(0, args.calibrate_rewards)
+        prompts = self.batches.from_step(first) + self.eval_prompts + sampled
+        self.text = encode_and_release(self.pipe, prompts, args, self.owns_pipe)
+        if args.calibrate_rewards:
+            shape, info = self.batches.noise_shape, self.batches.info(0)
+            calibrate(self.rewards, self._make_base_videos, sampled, shape, args, accelerator, info)
         return first, saved
-
-    def _encode(self, prompts: list[str]) -> None:
-        """Embed the prompts of this run; the encoders, no longer needed, leave the device."""
-        args = self.args
-        if prompts:  # none for a finished run that is resumed
-            self.text = encode_prompts(self.pipe, prompts, args.negative_prompt, args.max_sequence_length)
-        if self.owns_pipe:
-            for name in ENCODERS:
-                getattr(self.pipe, name).to("cpu")
 
     def _train_steps(self, first: int) -> int:
         """The loop over optimizer steps; returns how many are done, counted from the start of the first run."""
@@ -220,8 +215,8 @@ class RewardGradientTrainer:
         velocity, losses, first = Visited(self._tuned(cond), plan.drift_step), [], None
         for sample in gradient_samples(velocity, batch.noise, plan):
             video = decode_video(self.pipe.vae, sample.latents, self.frames, args.decode_chunk, args.decode_checkpoint)
-            self.last_batch = video.detach(), batch.prompts
-            scores_B, raw = self._score(video, batch.prompts, sample.penalty)
+            self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
+            scores_B, raw = self._score(video, *self.last_batch[1:], sample.penalty)
             loss, _ = reward_loss(scores_B)
             self._back_propagate(loss / plan.num_samples)
             losses.append(loss.detach())
@@ -250,10 +245,10 @@ class RewardGradientTrainer:
         (loss / (self.args.gradient_accumulation_steps * self.accelerator.num_processes)).backward()
         self.masters.collect_grad()
 
-    def _score(self, video: torch.Tensor, prompts: list[str], penalty: bool):
+    def _score(self, video: torch.Tensor, prompts: list[str], info: dict, penalty: bool):
         args = self.args
         try:
-            return score(self.rewards, video, prompts, args.relative_words, args.relative_strength, penalty)
+            return score(self.rewards, video, prompts, info, args.relative_words, args.relative_strength, penalty)
         except RewardError as error:  # every process hears of it in `step`, then all of them stop
             self.failure = error
             broken_B = video.mean((1, 2, 3, 4)) * math.nan
@@ -275,11 +270,16 @@ class RewardGradientTrainer:
             self._tell("on_evaluate", metrics=metrics)
         return metrics
 
+    def _make_videos(self, prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
+        return self._sample(self._tuned, prompts, noise)
+
+    def _make_base_videos(self, prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
+        return self._sample(self._base, prompts, noise)
+
     @torch.no_grad()
-    def _make_videos(self, prompts: list[str], noise: torch.Tensor, field=None) -> torch.Tensor:
-        """Whole videos (B, 3, T, H, W) in [0, 1], without gradient, of the current model or of another velocity."""
-        cond = self.text(prompts, self.device)
-        latents = rollout((field or self._tuned)(cond), noise.to(self.device), self.sigmas, [])
+    def _sample(self, field: Callable[[Conditioning], Velocity], prompts: list[str], noise: torch.Tensor):
+        """Whole videos (B, 3, T, H, W) in [0, 1], without gradient."""
+        latents = rollout(field(self.text(prompts, self.device)), noise.to(self.device), self.sigmas, [])
         return decode_video(self.pipe.vae, latents, chunk=self.args.decode_chunk)
 
     def _save(self, done: int, together: bool = True) -> Path:

@@ -49,6 +49,14 @@ def test_reward_kwargs_come_as_a_mapping_or_as_json(yaml_file):
     )
 
 
+def test_caps_and_targets_come_as_a_mapping_or_as_json(yaml_file):
+    path = yaml_file("reward_caps: {aesthetic: 7, clip_score: 3e-1}")
+    args = parse_config(["--config", path, "--reward_targets", '{"flicker": 0.9}'])
+    assert args.reward_caps == {"aesthetic": 7.0, "clip_score": 0.3}
+    assert args.reward_targets == {"flicker": 0.9}
+    assert parse_config(["--config", yaml_file(args.to_yaml())]).reward_targets == {"flicker": 0.9}
+
+
 def test_what_is_written_is_what_is_read(yaml_file):
     args = parse_config(
         ["--config", yaml_file("prompts: x.txt\nheight: 64"), "--report_to", "none", "--weight_decay", "3e-2"]
@@ -82,6 +90,7 @@ def test_no_setting_may_be_abbreviated():
         ("max_steps: many", "invalid int value: 'many'"),
         ("reward_weights: [1, x]", r"reward_weights: got \[1, 'x'\], expected list\[float\] or none"),
         ("reward_kwargs: {clip_score: 3}", "expected a mapping {name: {argument: value}}"),
+        ("reward_caps: {aesthetic: high}", "reward_caps: .* expected a mapping {name: number} or none"),
         ("dry_run: 3", "dry_run: got 3, expected bool"),
         ("- a list", "expected lines of the form 'key: value'"),
         ("a: [1", "is not YAML"),

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny import tiny_pipeline
 
-from rlhf.contentv.loading import CONTENTV_8B, NANO_PATH
+from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
 
 DEMO = runpy.run_path(str(Path(__file__).parents[1] / "demo.py"))
 main, parse, override = DEMO["main"], DEMO["parse"], DEMO["override"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf import device as module
-from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize
+from rlhf.device import generator, local_device, peak_memory, pick_device, reset_peak_memory, synchronize
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -60,6 +60,14 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 def test_a_device_that_is_there_is_given_with_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("cuda:1") == torch.device("cuda", 1)
+
+
+def test_each_process_of_a_host_gets_its_own_device(monkeypatch):
+    monkeypatch.setattr(module, "pick_device", torch.device)
+    assert local_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert local_device("cuda") == torch.device("cuda", 3)
+    assert local_device("cpu") == torch.device("cpu")
 
 
 def test_memory_of_the_process_is_counted_in_bytes():

@@ -88,6 +88,11 @@ def test_samples_are_videos_with_their_prompts(held_out, tmp_path):
     assert (folder / "prompts.txt").read_text().splitlines()[1] == "01\tprompt 1"
 
 
+def test_no_samples_are_made_where_none_are_asked_for(held_out, tmp_path):
+    held_out(num_sample_prompts=0).sample(7)
+    assert not (tmp_path / "samples" / "step-000007").exists()
+
+
 def test_eight_bits_are_rounded():
     assert to_uint8(torch.tensor([0.0, 0.5, 1.0, 1.2])).tolist() == [0, 128, 255, 255]
 

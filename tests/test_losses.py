@@ -32,13 +32,21 @@ def test_a_score_is_the_rewards_and_a_penalty_its_opposite():
     assert score(mix, VIDEO, PROMPTS, penalty=True)[0].tolist() == [-2.0, -4.5]
 
 
+def test_rewards_are_told_what_else_is_known():
+    told = []
+    mix = RewardMix({"curious": lambda video, prompts, **info: told.append(info) or video.mean((1, 2, 3, 4))})
+    score(mix, VIDEO, PROMPTS, {"step": 3})
+    score(mix, VIDEO, PROMPTS, {"step": 4}, ["a", "b"])
+    assert told == [{"step": 3}, {"step": 4}, {"step": 4}]
+
+
 def test_relative_words_take_the_difference_and_a_penalty_exchanges_them():
     mix, words = RewardMix({"length": length}), ["sharp", "out of focus"]  # "sharp. " has 7 letters, the other 14
     liked, disliked = [5.5, 8.0], [9.0, 11.5]
-    scores, raw = score(mix, VIDEO, PROMPTS, words, 0.2)
+    scores, raw = score(mix, VIDEO, PROMPTS, {}, words, 0.2)
     assert scores.tolist() == pytest.approx([1.2 * a - b for a, b in zip(liked, disliked, strict=True)])
     assert raw["length"].tolist() == liked
-    scores, raw = score(mix, VIDEO, PROMPTS, words, 0.2, penalty=True)
+    scores, raw = score(mix, VIDEO, PROMPTS, {}, words, 0.2, penalty=True)
     assert scores.tolist() == pytest.approx([1.2 * b - a for a, b in zip(liked, disliked, strict=True)])
     assert raw["length"].tolist() == disliked
 

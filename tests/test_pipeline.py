@@ -11,7 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from straight_line import guided_sample
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline, tiny_transformer
 
-from rlhf.contentv.pipeline import ContentVPipeline, SamplingDefaults, euler_step, flow_sigmas, guided_velocity
+from rlhf.contentv.files import SamplingDefaults
+from rlhf.contentv.pipeline import ContentVPipeline, euler_step, flow_sigmas, guided_velocity
 from rlhf.contentv.wan_decoder import decode_video
 
 PROMPT = "a red circle"

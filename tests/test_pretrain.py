@@ -84,10 +84,31 @@ def test_the_stages_run_on_a_cpu(monkeypatch):
     ).abs().mean() > 0.05  # even ones went through an untrained VAE
     pick, _, video = pool.draw(16, generator)
     assert pretrain_judges.degraded(pool, pick, video, generator).shape == video.shape
-    denoiser = pretrain.train_transformer(
-        parts.build_vae(), parts.build_tokenizers(), torch.device("cpu"), generator, {"transformer": 1}
-    )
-    assert not denoiser.training
+    tokenizers = parts.build_tokenizers()
+    denoiser = pretrain.Denoiser(tokenizers)
+    before = [p.clone() for p in denoiser.parameters()]
+    pretrain.train_transformer(denoiser, parts.build_vae(), tokenizers, generator, {"transformer": 1})
+    assert any(not torch.equal(old, new) for old, new in zip(before, denoiser.parameters(), strict=True))
+
+
+def test_a_finished_part_is_not_trained_again_and_is_the_same_as_in_one_go(tmp_path):
+    trained = []
+
+    def stage(stages, name):
+        def train_stage(model, generator):
+            trained.append(name)
+            with torch.no_grad():
+                model.weight += torch.rand(model.weight.shape, generator=generator) + torch.rand(())
+
+        return stages(name, lambda: torch.nn.Linear(3, 2), train_stage).weight
+
+    cpu = torch.device("cpu")
+    first, second = (stage(pretrain.Stages(tmp_path / "one", cpu, 0), name) for name in ("first", "second"))
+    assert torch.equal(stage(pretrain.Stages(tmp_path / "other", cpu, 0), "second"), second)
+    again = pretrain.Stages(tmp_path / "one", cpu, 0)
+    assert torch.equal(stage(again, "first"), first)
+    assert torch.equal(stage(again, "second"), second)
+    assert trained == ["first", "second", "second"]
 
 
 def _random_pool(generator):

@@ -67,6 +67,19 @@ def test_the_probe_gives_the_frames_asked_for():
     assert set(seen) == {1}
 
 
+def test_the_probe_tells_frame_rate_seed_and_step():
+    seen = []
+
+    def reward(video, prompts, **info):
+        seen.append(info)
+        return good(video, prompts)
+
+    probe(reward, SHAPE)
+    probe(reward, SHAPE, info={"fps": 8})
+    assert seen[0] == {"probe": True, "fps": 24, "seed": 0, "step": 0}
+    assert seen[-1] == {"probe": True, "fps": 8, "seed": 0, "step": 0}
+
+
 def per_frame(video, prompts, **info):
     return video.mean(dim=(1, 3, 4))
 

@@ -7,15 +7,14 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from frame_reward_checks import PROMPTS, as_is, every_check, make_video, same
 from PIL import Image
 from tiny_clip import SIZE, save_open_clip, save_transformers_clip
+from tiny_judges import as_open_clip, clip
 
-from rewards import RewardError, RewardMix, frames_needed, load_reward, probe
+from rewards import RewardError, RewardMix, frames_needed, load_reward
 from rewards.clip import ClipScore
-from rewards.clip_models import guess_backend
-
-PROMPTS = ["a red circle moves", "a dog on the beach"]
+from rewards.clip_models import SIZES, guess_backend
 
 
 @pytest.fixture(autouse=True)
@@ -39,24 +38,31 @@ def model(request, folders):
     return str(folders[request.param])
 
 
-def make_video(frames=5, size=SIZE, batch=2):
-    """Levels of 1/255, so that an image file holds the same."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(batch, 3, frames, 5, 5, generator=generator)
-    smooth = F.interpolate(coarse, size=(frames, size, size), mode="trilinear")
-    return (smooth * 255).round() / 255
+@every_check
+def test_as_any_reward_of_frames(check, model):
+    check(lambda **options: ClipScore(model, **options))
 
 
-def test_the_probe_passes(model):
-    report = probe(load_reward("clip_score", model=model), (3, 5, 48, 40))
-    assert report.frames == 1
+def test_open_clip_equals_transformers_on_the_same_weights():
+    """Each by its own code, for both activations: OpenAI's models have the quick one."""
+    frames = as_is(SIZE)
+    for activation in ("gelu", "quick_gelu"):
+        theirs = clip(hidden_act=activation)
+        other = as_open_clip(theirs.model, quick_gelu=activation == "quick_gelu")
+        tokens = theirs.tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="pt").input_ids
+        with torch.no_grad():
+            image = other.encode_image(theirs.pixels(frames[:, :, 0]), normalize=True)
+            text = other.encode_text(tokens, normalize=True)
+        scores = ClipScore(theirs)(frames, PROMPTS)
+        same(scores, (image * text).sum(1))
+        assert scores.diff().abs() > 0.01
 
 
 def test_transformers_equals_the_library_route(folders):
     from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
     clip = CLIPModel.from_pretrained(folders["transformers"]).eval()
-    video = make_video()
+    video = as_is(SIZE)
     images = [Image.fromarray(to_uint8(sample[:, 0])) for sample in video]
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
     pixels = processor(images, return_tensors="pt").pixel_values
@@ -72,7 +78,7 @@ def test_open_clip_equals_the_library_route(folders):
 
     source = f"local-dir:{folders['open_clip']}"
     clip, _, preprocess = open_clip.create_model_and_transforms(source)
-    video = make_video()
+    video = as_is(SIZE)
     pixels = torch.stack([preprocess(Image.fromarray(to_uint8(sample[:, 0]))) for sample in video])
     images = clip.eval().encode_image(pixels, normalize=True)
     texts = clip.encode_text(open_clip.get_tokenizer(source)(PROMPTS), normalize=True)
@@ -93,7 +99,7 @@ def test_open_clip_preprocessing_follows_the_model(tmp_path, monkeypatch):
     _, _, preprocess = open_clip.create_model_and_transforms(source)
     clip, seen = ClipScore(source).clip, []
     monkeypatch.setattr(clip, "encode_images", lambda pixels: seen.append(pixels) or pixels.mean(dim=(2, 3)))
-    frame = make_video(size=SIZE)[:1, :, 0, :, 4:28]
+    frame = as_is(SIZE)[:1, :, 0, :, 4:28]
     clip.embed(frame)
     theirs = preprocess(Image.fromarray(to_uint8(frame[0])))
     assert ((seen[0][0] - theirs) * 0.25 * 255).abs().max() < 2
@@ -106,94 +112,12 @@ def test_other_preprocessing_is_refused(tmp_path, preprocess):
         ClipScore(str(folder))
 
 
-def test_gradient_equals_finite_difference(model):
-    """Directional derivative in float64, from the pixels through resize, crop, clamp and model."""
-    reward = ClipScore(model, dtype="float64", frames="all")
-    video = make_video(frames=2, size=37).double()[..., 3:].clamp(0.05, 0.95).requires_grad_()
-    direction = torch.randn(video.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (grad,) = torch.autograd.grad(reward(video, PROMPTS).sum(), video)
-    with torch.no_grad():
-        ahead, behind = (reward(video + step * direction, PROMPTS).sum() for step in (1e-5, -1e-5))
-    derivative = (ahead - behind) / 2e-5
-    assert derivative.abs() > 1e-3
-    torch.testing.assert_close((grad * direction).sum(), derivative, rtol=1e-6, atol=1e-9)
-
-
-def test_the_score_is_the_mean_over_evenly_spaced_frames(model):
-    video = make_video(frames=5)
-    every = torch.stack([ClipScore(model)(video[:, :, i : i + 1], PROMPTS) for i in range(5)])
-    close = {"atol": 1e-6, "rtol": 0}
-    torch.testing.assert_close(ClipScore(model, frames="all")(video, PROMPTS), every.mean(0), **close)
-    three = ClipScore(model, frames="all", num_frames=3)
-    torch.testing.assert_close(three(video, PROMPTS), every[[0, 2, 4]].mean(0), **close)
-
-
 def test_in_a_mix_only_the_first_frame_counts(model):
-    video = make_video(frames=5)
+    video = make_video(5)
     reward = ClipScore(model)
     total, _ = RewardMix({"clip_score": reward})(video, PROMPTS)
     torch.testing.assert_close(total, reward(video[:, :, :1], PROMPTS))
     assert frames_needed(reward, 17) == 1
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_chunks_change_nothing(model, chunk):
-    def scores_and_gradient(**kwargs):
-        video = make_video(frames=4).requires_grad_()
-        scores = ClipScore(model, frames="all", **kwargs)(video, PROMPTS)
-        return scores.detach(), torch.autograd.grad(scores.sum(), video)[0]
-
-    for whole, chunked in zip(scores_and_gradient(), scores_and_gradient(chunk=chunk), strict=True):
-        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
-
-
-def test_a_batch_equals_single_videos(model):
-    reward, video = ClipScore(model, frames="all"), make_video()
-    single = torch.cat([reward(video[i : i + 1], PROMPTS[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(reward(video, PROMPTS), single, atol=1e-6, rtol=0)
-
-
-def test_a_bfloat16_model_gives_float32_scores(model):
-    scores = ClipScore(model, dtype="bfloat16")(make_video(), PROMPTS)
-    assert scores.dtype == torch.float32
-    assert not torch.equal(scores, scores.bfloat16().float())
-    torch.testing.assert_close(scores, ClipScore(model)(make_video(), PROMPTS), atol=0.05, rtol=0)
-
-
-def test_autocast_does_not_reach_inside(model):
-    reward = ClipScore(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = reward(make_video(), PROMPTS)
-    assert torch.equal(inside, reward(make_video(), PROMPTS))
-
-
-def test_text_is_embedded_once_per_prompt(model, monkeypatch):
-    reward, asked = ClipScore(model), []
-    encode = reward.clip.encode_text
-    monkeypatch.setattr(reward.clip, "encode_text", lambda prompts: asked.extend(prompts) or encode(prompts))
-    video = torch.cat([make_video(), make_video()])
-    first = reward(video, PROMPTS + PROMPTS)
-    again = reward(video, PROMPTS + PROMPTS)
-    assert asked == PROMPTS
-    assert torch.equal(first, again)
-
-
-def test_a_long_prompt_is_cut(model):
-    assert ClipScore(model)(make_video(), ["dog " * 200] * 2).isfinite().all()
-
-
-def test_evaluation_under_inference_mode_does_not_spoil_training(model):
-    reward, video = ClipScore(model), make_video(size=41)
-    with torch.inference_mode():
-        reward(video, PROMPTS)
-    reward(video.requires_grad_(), PROMPTS).sum().backward()
-
-
-def test_it_is_frozen_and_stays_in_evaluation_mode(model):
-    reward = ClipScore(model)
-    assert not any(parameter.requires_grad for parameter in reward.parameters())
-    reward.train()
-    assert not any(module.training for module in reward.modules())
 
 
 # ---------------------------------------------------------------- choosing and missing
@@ -245,11 +169,6 @@ def test_what_is_missing_or_wrong_is_said_quickly(kwargs, parts):
     for part in ["clip_score", "expected", *parts]:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_wrong_dtype_is_named(folders):
-    with pytest.raises(RewardError, match="dtype='int8'"):
-        ClipScore(str(folders["transformers"]), dtype="int8")
 
 
 def test_a_folder_without_weights_is_not_scored_at_random(folders, tmp_path):
@@ -309,3 +228,19 @@ def test_a_local_folder_asks_no_hub(model, online, monkeypatch):
 
     monkeypatch.setattr("rewards.weights._hub_answers", asked)
     ClipScore(model)
+
+
+# ---------------------------------------------------------------- without weights
+
+
+def test_random_weights_still_tell_prompts_and_pictures_apart(monkeypatch):
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"projection_dim": 24, "text_config": tower, "vision_config": tower | {"image_size": SIZE, "patch_size": 8}}
+    monkeypatch.setitem(SIZES, "tiny", sizes)
+    torch.manual_seed(0)
+    reward = ClipScore.random_init("tiny", dtype="float64")
+    video = make_video()
+    scores = reward(video, PROMPTS)
+    assert scores.dtype == torch.float64
+    assert (reward(video, PROMPTS[::-1]) - scores).abs().min() > 1e-5
+    assert (reward(video.flip(0), PROMPTS) - scores).abs().min() > 1e-5

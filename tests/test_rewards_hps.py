@@ -1,18 +1,57 @@
-"""HPS: preprocessing against PIL, the score against open_clip's own parts, and missing weights."""
+"""HPS: preprocessing against its published pipeline, the score against transformers, and files."""
 
 import json
 
-import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from frame_reward_checks import PROMPTS, as_is, every_check, same
 from tiny_clip import save_open_clip
+from tiny_judges import SIZE, clip, open_clip_of
 
-from rewards import RewardError, load_reward, probe
+from rewards import RewardError, load_reward
+from rewards.hps import HpsV2, HpsV21, untrained
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess, resize_longer_and_pad
 
-PROMPTS = ["a red circle", "rain"]
+
+def make(kind=HpsV21, **options):
+    return kind(open_clip_of(clip(hidden_act="gelu")), **options)
+
+
+@every_check
+def test_as_any_reward_of_frames(check):
+    check(make)
+
+
+@pytest.mark.parametrize("kind", [HpsV2, HpsV21])
+def test_the_score_is_the_plain_cosine_of_transformers(kind):
+    """The same weights in transformers; a frame of half the height stands in the middle of a black square."""
+    frames, twin = as_is(SIZE)[..., SIZE // 4 : -SIZE // 4, :], clip(hidden_act="gelu")
+    square = torch.zeros(2, 3, SIZE, SIZE)
+    square[..., SIZE // 4 : -SIZE // 4, :] = frames[:, :, 0]
+    mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    with torch.no_grad():
+        tokens = twin.tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="pt")
+        out = twin.model(pixel_values=(square - mean) / std, input_ids=tokens.input_ids)
+    scores = make(kind)(frames, PROMPTS)
+    same(scores, (out.image_embeds * out.text_embeds).sum(1))
+    assert scores.diff().abs() > 1e-3
+
+
+def test_bars_are_black_before_normalising():
+    x = preprocess(torch.ones(1, 3, 20, 40), 40, CLIP_MEAN, CLIP_STD, "pad")
+    black = torch.tensor([-m / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)])
+    torch.testing.assert_close(x[0, :, 0, 0], black)
+
+
+def test_wide_frames_have_47_rows_of_bar_above_and_48_below():
+    column = resize_longer_and_pad(torch.ones(1, 1, 480, 832), 224)[0, 0, :, 112]
+    assert (column[:47] == 0).all()
+    torch.testing.assert_close(column[47:176], torch.ones(129))
+    assert (column[176:] == 0).all()
+
+
+# ---------------------------------------------------------------- files
 
 
 @pytest.fixture(scope="module")
@@ -23,57 +62,58 @@ def published(tmp_path_factory):
     (folder / "tiny-hps.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "tiny-hps.json")
     model = open_clip.create_model(f"local-dir:{folder}")
-    torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "HPS_v2.1_compressed.pt")
-    return {"checkpoint": str(folder / "HPS_v2.1_compressed.pt"), "architecture": "tiny-hps"}, model
+    half = {key: value.half() for key, value in model.state_dict().items()}
+    torch.save({"epoch": 1, "state_dict": half}, folder / "HPS_v2.1_compressed.pt")
+    torch.save(model, folder / "module.pt")
+    return folder
 
 
-@pytest.mark.parametrize("size", [(480, 832), (832, 480), (100, 100), (37, 224)])
-def test_padding_equals_pil(size):
-    """480x832 becomes 129x224 with bars of 47 above and 48 below."""
-    height, width = size
-    pixels = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).resize((width, height), Image.BICUBIC)
-    scale = 224 / max(size)
-    small = image.resize((round(width * scale), round(height * scale)), Image.BICUBIC)
-    square = Image.new("RGB", (224, 224))
-    square.paste(small, ((224 - small.width) // 2, (224 - small.height) // 2))
-
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    difference = (
-        resize_longer_and_pad(x, 224)[0].permute(1, 2, 0) * 255 - torch.from_numpy(np.array(square)).float()
-    ).abs()
-    assert difference.mean() < 0.5
-    assert difference.max() <= 4
-    if size == (480, 832):
-        padded = resize_longer_and_pad(torch.ones(1, 1, *size), 224)[0, 0, :, 112]
-        assert (padded[:47] == 0).all()
-        torch.testing.assert_close(padded[47:176], torch.ones(129))
-        assert (padded[176:] == 0).all()
-
-
-def test_bars_are_black_before_normalising():
-    x = preprocess(torch.ones(1, 3, 20, 40), 40, CLIP_MEAN, CLIP_STD, "pad")
-    black = torch.tensor([-m / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)])
-    torch.testing.assert_close(x[0, :, 0, 0], black)
-
-
-def test_score_is_the_plain_cosine_of_the_padded_frame(published):
-    settings, model = published
-    reward = load_reward("hps_v2_1", **settings)
-    video = torch.rand(2, 3, 3, 48, 80, generator=torch.Generator().manual_seed(0))
-    pixels = preprocess(video[:, :, 0], 32, fit="pad")
+def test_the_published_file_is_read(published):
+    """Half-precision weights under "state_dict", with open_clip's own tokenizer."""
+    path, frames = str(published / "HPS_v2.1_compressed.pt"), as_is(SIZE)
+    reward = load_reward("hps_v2_1", checkpoint=path, architecture="tiny-hps")
+    model = open_clip.create_model(f"local-dir:{published}").half().float()
     with torch.no_grad():
-        image = model.encode_image(pixels, normalize=True)
+        image = model.encode_image(preprocess(frames[:, :, 0], SIZE), normalize=True)
         text = model.encode_text(open_clip.get_tokenizer("tiny-hps")(PROMPTS), normalize=True)
-    torch.testing.assert_close(reward(video[:, :, :1], PROMPTS), (image * text).sum(1), rtol=1e-4, atol=1e-5)
-    assert reward.name == "hps_v2_1"
-    assert probe(reward, (3, 5, 48, 80)).frames == 1
+    same(reward(frames, PROMPTS), (image * text).sum(1))
+    assert reward.clip.fit == "pad"
+    assert {parameter.dtype for parameter in reward.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["hps_v2", "hps_v2_1"])
-def test_missing_weights_are_named(name, monkeypatch):
+def test_the_size_and_normalisation_are_those_of_the_architecture():
+    with torch.device("meta"):
+        config = untrained("ViT-H-14").visual.preprocess_cfg
+    assert config["size"] == 224
+    assert (tuple(config["mean"]), tuple(config["std"])) == (CLIP_MEAN, CLIP_STD)
+
+
+def refusal(name="hps_v2_1", **kwargs):
+    with pytest.raises(RewardError) as caught:
+        load_reward(name, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_pickled_module_and_another_layout_are_refused(published):
+    said = refusal(checkpoint=str(published / "module.pt"), architecture="tiny-hps")
+    assert "a pickled module" in said
+    assert "run code from the file" in said
+    path = str(published / "HPS_v2.1_compressed.pt")
+    said = refusal(checkpoint=path, architecture="ViT-B-32")
+    assert "where ln_final.bias is (32,)" in said
+    assert "expected ln_final.bias: (512,)" in said
+
+
+def test_a_misspelt_option_is_found_before_anything_is_loaded():
+    said = refusal(chnk=2)
+    assert "the nearest name is 'chunk'" in said.lower()
+
+
+@pytest.mark.parametrize(("name", "file"), [("hps_v2", "HPS_v2_compressed.pt"), ("hps_v2_1", "HPS_v2.1_compressed.pt")])
+def test_missing_weights_are_named(name, file, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RewardError, match="xswu/HPSv2.*`checkpoint`"):
-        load_reward(name)
-    with pytest.raises(RewardError, match="no file at /nowhere/x.pt; expected HPS_v2"):
-        load_reward(name, checkpoint="/nowhere/x.pt")
+    said = refusal(name)
+    for words in [f"xswu/HPSv2, {file}: 2.0 GB, Apache-2.0", f"`checkpoint` in reward_kwargs.{name}"]:
+        assert words in said
+    assert "no file at /nowhere/x.pt" in refusal(name, checkpoint="/nowhere/x.pt")

@@ -91,7 +91,7 @@ def test_an_entry_point(folder, monkeypatch):
 @pytest.mark.parametrize("name", built_in_names())
 def test_the_built_in_table_names_things_that_exist(name):
     check_spec(name)
-    check_spec(load_module.BUILT_INS[name])
+    check_spec(load_module.CATALOGUE[name].home)
 
 
 def test_an_unknown_name_gets_its_nearest_neighbour_and_the_list():

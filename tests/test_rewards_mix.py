@@ -49,6 +49,140 @@ def test_normalisation_by_stated_mean_and_std(video):
     torch.testing.assert_close(total, 4 * mean)
 
 
+# ---------------------------------------------------------------- caps and targets
+
+
+def gradient(mix, video):
+    """d total_i / d video_i at one pixel, times the number of pixels: d total / d mean level."""
+    total, _ = mix(video, PROMPTS)
+    return torch.autograd.grad(total.sum(), video)[0].flatten(1)[:, 0] * video[0].numel()
+
+
+@pytest.fixture
+def two_levels():
+    """Two videos, of mean level .25 and .75."""
+    return torch.tensor([0.25, 0.75]).reshape(2, 1, 1, 1, 1).expand(2, 3, 2, 4, 4).clone().requires_grad_()
+
+
+def test_nothing_is_learnt_above_a_cap(two_levels):
+    mix = RewardMix({"a": Mean(), "b": Mean()}, [1.0, 2.0], caps={"a": 0.5})
+    total, breakdown = mix(two_levels, PROMPTS)
+    torch.testing.assert_close(total, torch.tensor([0.25 + 2 * 0.25, 0.5 + 2 * 0.75]))
+    assert breakdown["a"].tolist() == pytest.approx([0.25, 0.75]), "the breakdown stays raw"
+    torch.testing.assert_close(gradient(mix, two_levels), torch.tensor([3.0, 2.0]))
+
+
+def test_a_target_is_approached_from_both_sides(two_levels):
+    mix = RewardMix({"a": Mean()}, targets={"a": 0.6})
+    torch.testing.assert_close(mix(two_levels, PROMPTS)[0], torch.tensor([-0.35, -0.15]))
+    torch.testing.assert_close(gradient(mix, two_levels), torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({"caps": {"a": 0.5}}, [0.5, 3.0]), ({"targets": {"a": 0.6}}, [-3.5, -1.5])]
+)
+def test_caps_and_targets_are_in_raw_units_and_normalised_after(two_levels, settings, expected):
+    mix = RewardMix({"a": Mean(mean=0.2, std=0.1)}, **settings)
+    torch.testing.assert_close(mix(two_levels, PROMPTS)[0], torch.tensor(expected))
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_measured_statistics_replace_the_stated_ones(two_levels):
+    mix = RewardMix({"a": Mean(mean=9.0, std=9.0), "silent": Mean(2.0)}, [1.0, 1.0])
+    base = torch.tensor([0.0, 1.0, 2.0, 5.0])
+    mix.calibrate({"a": base, "silent": 10 * base})
+    mean, std = 2.0, (14 / 3) ** 0.5  # squared differences 4, 1, 0, 9 over n - 1
+    assert mix.statistics["a"] == pytest.approx((mean, std))
+    level = torch.tensor([0.25, 0.75])
+    torch.testing.assert_close(mix(two_levels, PROMPTS)[0], (level - mean) / std + (2 * level - 10 * mean) / (10 * std))
+
+
+def test_calibrated_scores_of_the_samples_have_mean_0_and_deviation_1():
+    video = torch.rand(6, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    mix = RewardMix({"a": Mean(7.0)})
+    mix.calibrate(mix(video, PROMPTS * 3)[1])
+    total, _ = mix(video, PROMPTS * 3)
+    assert total.mean().abs() < 1e-4
+    assert total.std().item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_reward_that_is_constant_on_the_samples_is_named():
+    mix = RewardMix({"fine": Mean(), "flat": Mean(), "logged": Mean()}, [1.0, 1.0, 0.0])
+    fine = torch.tensor([0.0, 1.0])
+    with pytest.raises(RewardError, match="'flat': got a standard deviation of 0.0 over 2 base samples"):
+        mix.calibrate({"fine": fine, "logged": torch.ones(2), "flat": torch.ones(2)})
+
+
+# ---------------------------------------------------------------- balanced gradients
+
+
+class Steep(Mean):
+    """Another direction for each gain, and far steeper."""
+
+    def __call__(self, video, prompts, **info):
+        ramp = torch.linspace(-1, 1, video[0].numel(), dtype=video.dtype).reshape(video[0].shape)
+        return 1000 * self.gain * (video * ramp).square().mean(dim=(1, 2, 3, 4))
+
+
+def pixel_gradients(mix, video):
+    total, _ = mix(video, PROMPTS)
+    return torch.autograd.grad(total.sum(), video)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_balanced_gradients_have_the_length_of_their_weight(video, dtype):
+    video = video.detach().to(dtype).requires_grad_()
+    rewards = {"a": Mean(), "b": Steep(mean=3.0, std=7.0)}
+    plain = [pixel_gradients(RewardMix({name: reward}), video) for name, reward in rewards.items()]
+    unit = [grad / grad.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1, 1) for grad in plain]
+    balanced = pixel_gradients(RewardMix(rewards, [0.5, -2.0], balance=True), video)
+    torch.testing.assert_close(balanced, 0.5 * unit[0] - 2.0 * unit[1], rtol=1e-4, atol=1e-6)
+
+
+def test_balancing_changes_no_score(video):
+    rewards = {"a": Mean(), "b": Steep(), "logged": Mean(3.0)}
+    plain, balanced = (
+        RewardMix(rewards, [0.5, 2.0, 0.0], balance=balance)(video, PROMPTS) for balance in (False, True)
+    )
+    assert torch.equal(plain[0], balanced[0])
+    assert all(torch.equal(plain[1][name], balanced[1][name]) for name in rewards)
+    with torch.no_grad():
+        assert torch.equal(RewardMix(rewards, [0.5, 2.0, 0.0], balance=True)(video, PROMPTS)[0], plain[0])
+
+
+def test_balanced_samples_know_nothing_of_their_neighbours(video):
+    mix = RewardMix({"a": Mean(), "b": Steep()}, balance=True)
+    single = torch.cat([pixel_gradients_of_one(mix, video[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(pixel_gradients(mix, video), single)
+
+
+def pixel_gradients_of_one(mix, video):
+    pixels = video.detach().requires_grad_()
+    return torch.autograd.grad(mix(pixels, PROMPTS[:1])[0].sum(), pixels)[0]
+
+
+def test_the_gradient_of_a_capped_sample_stays_zero(two_levels):
+    mix = RewardMix({"a": Mean()}, caps={"a": 0.5}, balance=True)
+    grad = pixel_gradients(mix, two_levels).flatten(1)
+    assert grad[0].norm().item() == pytest.approx(1.0, abs=1e-5)
+    assert (grad[1] == 0).all()
+
+
+def test_balancing_goes_through_what_made_the_video():
+    """The gradient arrives at the weights behind the video, scaled by the loss that is made of the total."""
+    weight = torch.tensor(0.3, requires_grad=True)
+    pattern = torch.rand(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    total, _ = RewardMix({"a": Mean()}, balance=True)(weight * pattern, PROMPTS)
+    (total.mean() * 5).backward()
+    unit = torch.full_like(pattern, pattern[0].numel() ** -0.5)
+    torch.testing.assert_close(weight.grad, 5 / 2 * (unit * pattern).sum())
+
+
+# ---------------------------------------------------------------- frames, info, precision
+
+
 def test_each_reward_sees_only_the_frames_it_asked_for(video):
     rewards = {"first": Mean(frames="first"), "three": Mean(frames=3), "all": Mean(frames="all")}
     RewardMix(rewards)(video, PROMPTS)

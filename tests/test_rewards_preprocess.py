@@ -1,45 +1,16 @@
 """Preprocessing against PIL, and its gradient against float64 finite differences."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import DATA, by_pil, noise, photograph, to_float
 from PIL import Image
-from torchvision.transforms import CenterCrop, Resize
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from rewards.preprocess import CLIP_MEAN, CLIP_STD, evenly_spaced, preprocess, resize
+from rewards.preprocess import CLIP_MEAN, CLIP_STD, preprocess, resize
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 NONE = (0, 0, 0), (1, 1, 1)  # no normalisation
-
-
-def photograph(width, height):
-    if not (DATA / "franz-kafka.jpg").exists():
-        pytest.skip("no photograph in ../shared/data")
-    image = Image.open(DATA / "franz-kafka.jpg").convert("RGB")
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def noise(width, height):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def to_float(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-
-
-def by_pil(image, size, fit):
-    """The published pipelines: torchvision's transforms on PIL images, as OpenAI's CLIP and open_clip use them.
-
-    The resize is made width first, in two calls: up to version 12, PIL always went that way, and newer ones go height
-    first where that is cheaper, which moves single pixels of some tall images by up to 8/255.
-    """
-    target = Resize(size if fit == "shortest" else (size, size))(image).size
-    narrowed = image.resize((target[0], image.height), Image.Resampling.BICUBIC)
-    return to_float(CenterCrop(size)(narrowed.resize(target, Image.Resampling.BICUBIC)))
 
 
 def test_two_calls_equal_one():
@@ -48,7 +19,12 @@ def test_two_calls_equal_one():
     assert torch.equal(by_pil(image, 40, "shortest"), to_float(CenterCrop(40)(image.resize(target, Image.BICUBIC))))
 
 
-@pytest.mark.parametrize("fit", ["shortest", "squash"])
+def by_vbench(image, size):
+    """VBench's dino_transform_Image: bilinear, nothing cropped."""
+    return to_float(Resize(size, InterpolationMode.BILINEAR)(image))
+
+
+@pytest.mark.parametrize("fit", ["shortest", "squash", "whole"])
 @pytest.mark.parametrize(
     ("width", "height", "size"),
     [
@@ -65,9 +41,12 @@ def test_two_calls_equal_one():
 @pytest.mark.parametrize("picture", [photograph, noise])
 def test_it_matches_pil(picture, width, height, size, fit):
     image = picture(width, height)
-    ours = preprocess(to_float(image), size, *NONE, fit)
-    assert ours.shape == (1, 3, size, size)
-    difference = (ours - by_pil(image, size, fit)).abs() * 255
+    whole = fit == "whole"
+    ours = preprocess(to_float(image), size, *NONE, fit, "bilinear" if whole else "bicubic")
+    theirs = by_vbench(image, size) if whole else by_pil(image, size, fit)
+    assert ours.shape == theirs.shape
+    assert whole or ours.shape == (1, 3, size, size)
+    difference = (ours - theirs).abs() * 255
     assert difference.mean() < 0.4
     assert difference.max() < 2
 
@@ -140,27 +119,3 @@ def test_gradient_equals_finite_difference(shape, fit):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(1, 3, *shape, dtype=torch.float64, generator=generator)
     assert torch.autograd.gradcheck(lambda x: preprocess(x, 7, fit=fit), x.requires_grad_())
-
-
-@pytest.mark.parametrize(
-    ("total", "count", "chosen"),
-    [
-        (17, None, list(range(17))),
-        (17, 5, [0, 4, 8, 12, 16]),
-        (17, 2, [0, 16]),
-        (17, 1, [0]),
-        (3, 8, [0, 1, 2]),
-        (1, 1, [0]),
-    ],
-)
-def test_evenly_spaced(total, count, chosen):
-    assert evenly_spaced(total, count) == chosen
-
-
-def test_evenly_spaced_is_sorted_unique_and_in_range():
-    for total in range(1, 40):
-        for count in range(1, total + 1):
-            chosen = evenly_spaced(total, count)
-            assert len(chosen) == len(set(chosen)) == count
-            assert chosen == sorted(chosen)
-            assert 0 <= chosen[0] <= chosen[-1] < total

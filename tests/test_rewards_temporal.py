@@ -68,6 +68,16 @@ def test_arguments_of_the_contract():
     assert (reward.frames, reward.mean, reward.std) == (5, 0.9, 0.05)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_frames_are_chosen_as_elsewhere(name):
+    video = torch.rand(2, 3, 9, 16, 16, generator=torch.Generator().manual_seed(0))
+    chosen = load_reward(name)(video[:, :, [0, 2, 4, 6, 8]], PROMPTS)
+    torch.testing.assert_close(load_reward(name, num_frames=5)(video, PROMPTS), chosen)
+    torch.testing.assert_close(load_reward(name, num_frames="4 fps")(video, PROMPTS, fps=8), chosen)
+    with pytest.raises(RewardError, match="got num_frames=5; expected num_frames between 1 and the 4"):
+        load_reward(name, frames=4, num_frames=5)
+
+
 def pictures():
     """From plain to noisy, as (3, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
@@ -108,3 +118,23 @@ def test_jpeg_coefficients_are_those_of_the_cosine_transform(channel, share):
     video[:, channel] += amplitude * wave
     coefficient = 255 * share * amplitude * (8**0.5) * 2 / 16  # norm of the block / quantisation step of (0, 3)
     assert load_reward("jpeg_size")(video, ["a"]).item() == pytest.approx(-np.log1p(coefficient) / 63, rel=1e-4)
+
+
+def test_jpeg_size_equals_its_definition_written_out():
+    """Over the 63 coefficients of two blocks, by the double sum of ITU-T T.81, A.3.3; Q read off its table K.1."""
+    video = torch.rand(1, 3, 1, 8, 16, generator=torch.Generator().manual_seed(0))
+    y = 255 * np.einsum("c,chw->hw", [0.299, 0.587, 0.114], video[0, :, 0].double().numpy())
+    table = """
+        16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
+        18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99
+    """
+    steps = [int(step) for step in table.split()]
+    total = 0.0
+    for block in (y[:, :8], y[:, 8:]):
+        for v in range(8):
+            for u in range(8):
+                waves = [np.cos((2 * np.arange(8) + 1) * k * np.pi / 16) for k in (v, u)]
+                scale = (2**-0.5 if u == 0 else 1) * (2**-0.5 if v == 0 else 1) / 4
+                coefficient = scale * (waves[0] @ block @ waves[1])
+                total += 0 if u == v == 0 else np.log1p(abs(coefficient) / steps[8 * v + u])
+    assert load_reward("jpeg_size")(video, ["a"]).item() == pytest.approx(-total / 126, abs=1e-5)

@@ -14,7 +14,7 @@ import yaml
 from tiny import tiny_pipeline
 
 from rlhf.config import field_names
-from rlhf.contentv.loading import NANO_PATH
+from rlhf.contentv.files import NANO_PATH
 from rlhf.parse import parse_config
 
 ROOT = Path(__file__).parents[1]

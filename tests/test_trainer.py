@@ -316,11 +316,12 @@ def test_a_reward_that_breaks_is_named_and_the_last_good_step_saved(make_args, b
     assert len(read_metrics(Path(args.output_dir))) == 2
 
 
-def test_the_probe_refuses_a_reward_before_the_first_step(make_args):
-    args = make_args()
+def test_a_reward_that_cannot_train_is_refused_before_weights_load(make_args, monkeypatch):
+    monkeypatch.setattr("rlhf.trainer.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    args = make_args(model="nano")
     with pytest.raises(RewardError, match="got no gradient at the pixels"):
-        train(args, lambda video, prompts, **info: redness(video.detach(), prompts))
-    assert not (Path(args.output_dir) / "metrics.jsonl").exists()
+        RewardGradientTrainer(reward_funcs=lambda video, prompts, **_: redness(video.detach(), prompts), args=args)
+    assert not Path(args.output_dir).exists()
 
 
 def test_wrong_settings_are_told_before_weights_load(make_args, monkeypatch):

@@ -15,7 +15,7 @@ def save_transformers_clip(folder, size=SIZE):
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = tower | {"image_size": size, "patch_size": 8}
-    tokenizer = _tokenizer()
+    tokenizer = letter_tokenizer()
     text = tower | {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT}
     text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
@@ -31,7 +31,7 @@ def save_open_clip(folder, size=SIZE, own_tokenizer=True, preprocess=None):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = letter_tokenizer()
     text = {"context_length": CONTEXT, "width": 32, "heads": 2, "layers": 2, "vocab_size": 49408}
     if own_tokenizer:
         text |= {"vocab_size": len(tokenizer), "hf_tokenizer_name": "own", "pad_id": 1, "eos_id": 1}
@@ -51,7 +51,7 @@ def save_open_clip(folder, size=SIZE, own_tokenizer=True, preprocess=None):
     return folder
 
 
-def _tokenizer():
+def letter_tokenizer():
     from transformers import CLIPTokenizer
 
     pieces = (

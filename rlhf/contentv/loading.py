@@ -4,24 +4,17 @@ A checkpoint is a folder per component, in diffusers layout. The components and 
 they are read one by one and the index is not asked: some indexes name a module that is not in diffusers.
 """
 
-import inspect
-import json
-import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rlhf.contentv.pipeline import SAMPLING_FILE, ContentVPipeline, SamplingDefaults
+from rlhf.contentv.files import SamplingDefaults, model_folder, one_line
+from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.transformer import SD3Transformer3DModel
 
-NANO_PATH = Path(__file__).parents[1] / "nano" / "weights" / "contentv-nano"
-CONTENTV_8B = "ByteDance/ContentV-8B"
-HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
 BF16_ABOVE_BYTES = 2 * 2**30  # of transformer weights on disk
 TEXT_ENCODERS = {
     "text_encoder": CLIPTextModelWithProjection,
@@ -29,18 +22,6 @@ TEXT_ENCODERS = {
     "text_encoder_3": T5EncoderModel,
 }
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5TokenizerFast}
-CONFIG_FILES = {
-    "transformer": "config.json",
-    "vae": "config.json",
-    "scheduler": "scheduler_config.json",
-    **dict.fromkeys(TEXT_ENCODERS, "config.json"),
-    **dict.fromkeys(TOKENIZERS, "tokenizer_config.json"),
-}
-CONFIGURED = {
-    "transformer": SD3Transformer3DModel,
-    "vae": AutoencoderKLWan,
-    "scheduler": FlowMatchEulerDiscreteScheduler,
-}
 
 
 def load_pipeline(
@@ -76,75 +57,15 @@ def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> SD3Trans
     return _weights(SD3Transformer3DModel, folder / "transformer", dtype=dtype)
 
 
-def resolve_model(model: str | Path) -> Path | str:
-    """The folder of "nano" or of a local checkpoint, or the hub id unchanged. Reads no weights and asks no network."""
-    if str(model) == "nano":
-        return _check_folder(NANO_PATH, "run `python -m rlhf.nano.pretrain` to train it, or clone the repository again")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _check_folder(path, "pass the folder that holds model_index.json")
-    if HUB_ID.fullmatch(str(model)) and not path.parent.is_dir():
-        return str(model)
-    raise ValueError(
-        f"model={str(model)!r} is no folder here, expected nano, the folder of a checkpoint in diffusers layout, or a "
-        f"hub id such as {CONTENTV_8B}; correct the name or the path"
-    )
-
-
-def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
-    """Sizes of a model without its weights: {"transformer", "vae", "scheduler", "sampling"}, each a plain dict.
-
-    ContentV-8B's sizes are known here and need neither files nor network; other hub ids fetch their config files.
-    """
-    if str(model) == CONTENTV_8B:
-        return {name: _init_defaults(cls) for name, cls in CONFIGURED.items()} | {"sampling": vars(SamplingDefaults())}
-    files = [f"{name}/{CONFIG_FILES[name]}" for name in CONFIGURED] + [SAMPLING_FILE]
-    folder = model_folder(model, files)
-    configs = {name: json.loads((folder / name / CONFIG_FILES[name]).read_text()) for name in CONFIGURED}
-    filled = {name: _filled(cls, configs[name]) for name, cls in CONFIGURED.items()}
-    return filled | {"sampling": vars(SamplingDefaults.load(folder))}
-
-
-def _check_folder(folder: Path, cure: str) -> Path:
-    files = ["model_index.json", *(f"{name}/{file}" for name, file in CONFIG_FILES.items())]
-    missing = [file for file in files if not (folder / file).is_file()]
-    if not missing:
-        return folder
-    if (folder / "adapter").is_dir():
-        cure = f"this is a run directory: `python -m rlhf.export {folder} --merged OUT` makes a checkpoint of it"
-    more = f" and {len(missing) - 1} files more" if len(missing) > 1 else ""
-    raise ValueError(
-        f"{folder} lacks {missing[0]}{more}, expected a checkpoint in diffusers layout with a folder for each of "
-        f"{', '.join(CONFIG_FILES)}; {cure}"
-    )
-
-
-def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
-    """The local folder of a model; a hub id is downloaded, all of the pipeline or only the files named."""
-    model = resolve_model(model)
-    if isinstance(model, Path):
-        return model
-    wanted = files or [f"{name}/*" for name in CONFIG_FILES] + ["model_index.json", SAMPLING_FILE]
-    try:
-        folder = Path(snapshot_download(model, allow_patterns=wanted, etag_timeout=5))
-    except Exception as error:  # offline, unknown, gated and broken connections all have types of their own
-        raise ValueError(
-            f"model={model!r} is no folder here and not in the Hugging Face cache, and downloading it failed "
-            f"({_one_line(error)}); correct the name, download it where there is a "
-            "network and pass the folder, or use --model nano"
-        ) from error
-    return folder if files else _check_folder(folder, "pass the id of a ContentV checkpoint")
-
-
 def _weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
     """A component, frozen; every weight must come from the checkpoint (the libraries would only warn)."""
     try:
         module, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{folder} holds no readable safetensors weights ({_one_line(error)}); check that the download is complete"
+            f"{folder} holds no readable safetensors weights ({one_line(error)}); check that the download is complete"
         ) from error
-    unexpected = report["unexpected_keys"] if folder.name in CONFIGURED else []  # text encoders carry spare ones
+    unexpected = [] if folder.name in TEXT_ENCODERS else report["unexpected_keys"]  # text encoders carry spare ones
     if wrong := sorted({*report["missing_keys"], *unexpected}):
         raise ValueError(
             f"the weights in {folder} do not fit {cls.__name__}: {len(wrong)} keys are missing or unexpected, the "
@@ -156,17 +77,3 @@ def _weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
 def _default_dtype(folder: Path) -> torch.dtype:
     size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
     return torch.bfloat16 if size > BF16_ABOVE_BYTES else torch.float32
-
-
-def _init_defaults(cls) -> dict[str, Any]:
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-
-def _filled(cls, config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a class as a config file sets them; keys of other classes are left out."""
-    return {key: config.get(key, default) for key, default in _init_defaults(cls).items()}
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -8,7 +8,7 @@ Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import unnormalise
 from rlhf.types import Conditioning
@@ -28,7 +29,6 @@ from rlhf.types import Conditioning
 logger = logging.get_logger(__name__)
 
 NUM_TRAIN_TIMESTEPS = 1000  # the transformer was trained on timestep = 1000 * sigma
-SAMPLING_FILE = "sampling.json"
 # What a saved index says, so that the published code loads it too: there the transformer and the VAE are passed in, the
 # index is only asked for a base class to check them against, and the tokenizers are of transformers 4.
 INDEX_CLASSES = {
@@ -37,37 +37,6 @@ INDEX_CLASSES = {
     "tokenizer_2": ("transformers", "CLIPTokenizerFast"),
     "tokenizer_3": ("transformers", "T5TokenizerFast"),
 }
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """How a checkpoint is meant to be sampled; kept beside its weights as sampling.json. Defaults: ContentV-8B."""
-
-    height: int = 432  # pixels
-    width: int = 768  # pixels
-    num_frames: int = 125  # 4k + 1
-    num_inference_steps: int = 50
-    guidance_scale: float = 6.0
-    fps: int = 24  # frames per second of the written video
-    max_sequence_length: int = 256  # T5 tokens
-    negative_prompt: str = ""
-
-    @classmethod
-    def load(cls, folder: Path) -> "SamplingDefaults":
-        """Read folder/sampling.json; ContentV-8B's values where the file or a key is absent."""
-        path = Path(folder) / SAMPLING_FILE
-        values = json.loads(path.read_text()) if path.exists() else {}
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{path} has {unknown}, expected only {sorted(known)}; remove or rename these keys")
-        return cls(**values)
-
-    def save(self, folder: Path) -> None:
-        (Path(folder) / SAMPLING_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    def call_arguments(self) -> dict[str, Any]:
-        """The keyword arguments that `ContentVPipeline.__call__` takes."""
-        return {key: value for key, value in asdict(self).items() if key != "fps"}
 
 
 def flow_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, device=None) -> torch.Tensor:

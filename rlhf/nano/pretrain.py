@@ -5,22 +5,26 @@ Stages, in order, each a plain training loop on procedural clips (`rlhf.nano.wor
   judges       verifier, CLIP of single frames, preference model; they also see VAE reconstructions
   transformer  the denoiser and its three text encoders by flow matching, on captions of which a part is wrong
   report       attribute accuracy of renders, reconstructions and samples; sample sheets
+A second start on the same folder goes on after the last finished part.
 """
 
 import argparse
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 from torchvision.utils import save_image
 
-from rlhf.contentv.pipeline import ContentVPipeline, SamplingDefaults
-from rlhf.device import pick_device
+from rlhf.contentv.files import SamplingDefaults
+from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.device import generator, pick_device
 from rlhf.nano import parts, world
+from rlhf.nano.judges import Preference, Verifier
 from rlhf.nano.loop import log, seconds, train
 from rlhf.nano.pretrain_judges import (
     JUDGE_POOL,
@@ -31,7 +35,7 @@ from rlhf.nano.pretrain_judges import (
     train_preference,
     train_verifier,
 )
-from rlhf.nano.pretrain_vae import decode_whole, encode_whole, latent_scale, reconstruct, train_vae
+from rlhf.nano.pretrain_vae import decode_whole, encode_whole, latent_scale, measure_latents, reconstruct, train_vae
 
 STEPS = {
     "vae_image": 1050,
@@ -85,13 +89,12 @@ def token_tables(tokenizers, device):
     return tuple(token_table(tokenizers[k], sentences, device) for k in ("tokenizer", "tokenizer_3"))
 
 
-def train_transformer(vae, tokenizers, device, generator, steps) -> Denoiser:
+def train_transformer(averaged: Denoiser, vae, tokenizers, generator, steps) -> None:
     """Flow matching (velocity noise - data) with logit-normal noise levels, shifted as the sampler is.
 
-    Returns the averaged weights.
+    What stays in the model is the running average of the weights.
     """
-    model = Denoiser(tokenizers).to(device)
-    averaged = copy.deepcopy(model)
+    device, model = generator.device, copy.deepcopy(averaged)
     clip_table, t5_table = token_tables(tokenizers, device)
     mean, std = latent_scale(vae, device)
     pool, scenes = _latent_pool(vae, mean, std, generator)
@@ -115,7 +118,6 @@ def train_transformer(vae, tokenizers, device, generator, steps) -> Denoiser:
 
     ema = (list(averaged.parameters()), list(model.parameters()))
     train("transformer", steps["transformer"], list(model.parameters()), 1e-3, batch, loss, ema)
-    return averaged.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -166,7 +168,7 @@ def wanted_of(prompts, device):
     return {k: torch.tensor([r[k] for r in read], device=device) for k in world.JUDGED}
 
 
-def save_model(folder: Path, vae, denoiser, tokenizers) -> None:
+def save_pipeline(folder: Path, vae, denoiser, tokenizers) -> None:
     """A checkpoint in diffusers layout, float16: what `load_pipeline` reads."""
     pipe = ContentVPipeline(
         transformer=denoiser.transformer,
@@ -199,7 +201,7 @@ def report(folder: Path, vae, denoiser, tokenizers, verifier, device) -> dict:
     rebuilt = torch.cat([reconstruct(vae, clips) for clips in real.split(128)])
     results = {"renders": accuracy(verifier, real, scenes), "reconstructions": accuracy(verifier, rebuilt, scenes)}
     sheet(folder / "reconstructions.png", torch.cat([real[:12], rebuilt[:12]]))
-    for guidance in (1.0, 2.0, 3.0, 4.5):
+    for guidance in (1.0, parts.SAMPLING["guidance_scale"], 4.5):
         for name, prompts in (("held_out", world.held_out_prompts(512)), ("train", world.train_prompts(512))):
             video = sample(denoiser, vae, prompts, tokenizers, device, guidance=guidance)
             results[f"samples, {name}, guidance {guidance}"] = accuracy(verifier, video, wanted_of(prompts, device))
@@ -208,34 +210,67 @@ def report(folder: Path, vae, denoiser, tokenizers, verifier, device) -> dict:
     return results
 
 
+class Stages:
+    """The trained parts, each kept in `folder` as soon as it is done, so that a second start goes on from there.
+
+    Each has randomness of its own, from (seed, name): it comes out the same whether or not the others are trained now.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, seed: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.device, self.seed = folder, device, seed
+
+    def generator(self, name: str) -> torch.Generator:
+        """Seeds the global randomness for the stage as well."""
+        start = generator(self.seed, name).initial_seed()
+        torch.manual_seed(start)
+        return torch.Generator(self.device).manual_seed(start)
+
+    def __call__(self, name: str, build: Callable[[], nn.Module], train_stage: Callable) -> nn.Module:
+        """The module of `build`, trained by train_stage(module, generator) or as an earlier start left it."""
+        path, own = self.folder / f"{name}.safetensors", self.generator(name)
+        module = build().to(self.device)
+        if path.exists():
+            load_model(module, path)
+            log(stage=name, found=str(path))
+        else:
+            train_stage(module, own)
+            save_model(module, str(path))
+        return module.eval().requires_grad_(False)
+
+
+def train_all(stages: Stages, steps: dict[str, int]) -> tuple:
+    """VAE, denoiser and its tokenizers, verifier, CLIP and its tokenizer, preference model."""
+    vae = stages("vae", parts.build_vae, lambda model, own: train_vae(model, own, steps))
+    measure_latents(vae, stages.generator("latents"))
+    pool = ClipPool(vae, JUDGE_POOL, stages.generator("clips"))
+    clip_tokenizer, tokenizers = parts.build_clip_tokenizer(), parts.build_tokenizers()
+    verifier = stages("verifier", Verifier, lambda model, own: train_verifier(model, pool, own, steps))
+    build_clip = lambda: parts.build_clip(clip_tokenizer)
+    clip = stages("clip", build_clip, lambda model, own: train_clip(model, clip_tokenizer, pool, own, steps))
+    preference = stages("preference", Preference, lambda model, own: train_preference(model, pool, own, steps))
+    flow_matching = lambda model, own: train_transformer(model, vae, tokenizers, own, steps)
+    denoiser = stages("transformer", lambda: Denoiser(tokenizers), flow_matching)
+    return vae, denoiser, tokenizers, verifier, clip, clip_tokenizer, preference
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="a new folder for the weights and the report")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the weights and the report")
     parser.add_argument("--device", default=None, help="default: the accelerator of this machine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps_scale", type=float, default=1.0, help="multiplies the steps of every stage")
     args = parser.parse_args()
     device = pick_device(args.device)
     steps = {name: max(1, int(n * args.steps_scale)) for name, n in STEPS.items()}
-    args.output.mkdir(parents=True)
-
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    vae = train_vae(device, generator, steps)
-    pool = ClipPool(vae, JUDGE_POOL, generator)
-    verifier = train_verifier(pool, device, generator, steps)
-    clip, clip_tokenizer = train_clip(pool, device, generator, steps)
-    preference = train_preference(pool, device, generator, steps)
-    del pool
-    tokenizers = parts.build_tokenizers()
-    denoiser = train_transformer(vae, tokenizers, device, generator, steps)
-    save_model(args.output / "contentv-nano", vae, denoiser, tokenizers)
-    save_judges(args.output, verifier, clip, clip_tokenizer, preference)
-    vae, denoiser = vae.to(device).float(), denoiser.to(device).float()  # saving made them float16
+    vae, denoiser, tokenizers, *judges = train_all(Stages(args.output / "stages", device, args.seed), steps)
+    verifier = judges[0]
     results = report(args.output, vae, denoiser, tokenizers, verifier, device)
-    results |= {"steps": steps, "seconds": seconds()}
+    results |= {"steps": steps, "seconds_of_last_start": seconds()}
     (args.output / "report.json").write_text(json.dumps(results, indent=2) + "\n")
     log(**results)
+    save_pipeline(args.output / "contentv-nano", vae, denoiser, tokenizers)
+    save_judges(args.output, *judges)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def random_wording(count, generator):
     return torch.randint(2 * len(world.SENTENCES), (count,), generator=generator, device=generator.device)
 
 
-def train_verifier(pool, device, generator, steps) -> judges.Verifier:
-    verifier = judges.Verifier().to(device)
+def train_verifier(verifier: judges.Verifier, pool, generator, steps) -> None:
+    """Cross-entropy on every judged attribute."""
 
     def batch():
         _, scenes, video = pool.draw(128, generator, held_out=True)
@@ -99,7 +99,6 @@ def train_verifier(pool, device, generator, steps) -> judges.Verifier:
         return sum(F.cross_entropy(logits[k], t) for k, t in zip(world.JUDGED, targets, strict=True))
 
     train("verifier", steps["verifier"], list(verifier.parameters()), 2e-3, batch, loss)
-    return verifier.eval().requires_grad_(False)
 
 
 def contrastive(a, b, scale):
@@ -107,9 +106,9 @@ def contrastive(a, b, scale):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def train_clip(pool, device, generator, steps):
-    tokenizer = parts.build_clip_tokenizer()
-    clip = parts.build_clip(tokenizer).to(device)
+def train_clip(clip, tokenizer, pool, generator, steps) -> None:
+    """Contrastive over the batch, and each frame's caption against one with a single attribute wrong."""
+    device = generator.device
     table = token_table(tokenizer, parts.all_captions(), device)
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (parts.CLIP_MEAN, parts.CLIP_STD))
 
@@ -133,13 +132,11 @@ def train_clip(pool, device, generator, steps):
         return contrastive(image, text, scale) - F.logsigmoid(margin).mean()
 
     train("clip", steps["clip"], list(clip.parameters()), 1e-3, batch, loss)
-    return clip.eval().requires_grad_(False), tokenizer
 
 
-def train_preference(pool, device, generator, steps) -> judges.Preference:
+def train_preference(model: judges.Preference, pool, generator, steps) -> None:
     """Bradley-Terry on pairs nobody had to label: clean over degraded, rightly over wrongly captioned."""
-    model = judges.Preference().to(device)
-    table = judges.word_ids(parts.all_captions()).to(device)
+    table = judges.word_ids(parts.all_captions()).to(generator.device)
 
     def batch():
         pick, scenes, clean = pool.draw(160, generator)
@@ -161,7 +158,6 @@ def train_preference(pool, device, generator, steps) -> judges.Preference:
         return contrastive(good, text, scale) - over_degraded - over_miscaptioned
 
     train("preference", steps["preference"], list(model.parameters()), 1e-3, batch, loss)
-    return model.eval().requires_grad_(False)
 
 
 def token_table(tokenizer, sentences, device):

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from rlhf.contentv.wan_decoder import _decode_chunks
-from rlhf.nano import parts, world
+from rlhf.nano import world
 from rlhf.nano.loop import train
 
 
@@ -41,9 +41,9 @@ def vae_loss(vae, video):
     return ((out - video).abs() * weight).mean() + 2 * edges + 5e-5 * kl
 
 
-def train_vae(device, generator, steps) -> AutoencoderKLWan:
-    vae = parts.build_vae().to(device)
-    params, loss = list(vae.parameters()), lambda v: vae_loss(vae, v)
+def train_vae(vae: AutoencoderKLWan, generator, steps) -> None:
+    """On single frames first, then on clips; the last 32 batches give the statistics of its latents."""
+    device, params, loss = generator.device, list(vae.parameters()), lambda v: vae_loss(vae, v)
 
     def images():
         clips = world.render(world.sample_scenes(128, generator), num_frames=5)
@@ -55,13 +55,16 @@ def train_vae(device, generator, steps) -> AutoencoderKLWan:
 
     train("vae_image", steps["vae_image"], params, 1e-3, images, loss)
     train("vae_video", steps["vae_video"], params, 1e-3, clips, loss)
-    vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        latents = torch.cat([encode_whole(vae, clips()[0])[0] for _ in range(32)])
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKLWan, generator) -> None:
+    """Write mean and standard deviation of each latent channel, over 1,024 clips, into the VAE's config."""
+    scenes = [world.sample_scenes(32, generator) for _ in range(32)]
+    latents = torch.cat([encode_whole(vae, world.render(drawn) * 2 - 1)[0] for drawn in scenes])
     vae.register_to_config(
         latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
     )
-    return vae
 
 
 def latent_scale(vae, device) -> tuple[torch.Tensor, torch.Tensor]:

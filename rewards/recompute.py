@@ -1,0 +1,22 @@
+"""Activations of frozen layers: computed again in backward rather than kept.
+
+transformers' own switch for it works in training mode only, which would bring dropout back.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_in_backward(layers: Iterable[torch.nn.Module]) -> None:
+    """Make each layer keep only its inputs while gradients are on; values and gradients stay the same."""
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

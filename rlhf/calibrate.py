@@ -1,0 +1,53 @@
+"""Each reward's mean and spread on videos of the base model, measured once in a run and kept in its folder.
+
+Shape legend: C channels, T frames, H height, W width, N base samples, R rewards.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rewards import RewardMix
+from rlhf.config import RewardGradientConfig
+from rlhf.parallel import own_share
+from rlhf.sampler import draw_noise
+
+CALIBRATION = "calibration.json"  # {name: [raw score of each base sample]}
+
+
+def calibrate(
+    mix: RewardMix,
+    make_videos: Callable[[list[str], torch.Tensor], torch.Tensor],
+    prompts: list[str],
+    noise_shape_CTHW: tuple[int, int, int, int],
+    args: RewardGradientConfig,
+    accelerator,
+    info: dict,
+) -> None:
+    """Normalise the mix by scores of one video a prompt, by the current model, which has to be the base.
+
+    The scores are written to the run's folder; without prompts they are read from there. Raises RewardError for a
+    reward that gives all of them the same.
+    """
+    path = Path(args.output_dir) / CALIBRATION
+    if prompts:
+        scores = base_scores(mix, make_videos, prompts, noise_shape_CTHW, args, accelerator, info)
+        if accelerator.is_main_process:
+            path.write_text(json.dumps({name: scores_N.tolist() for name, scores_N in scores.items()}) + "\n")
+    else:
+        scores = {name: torch.tensor(values) for name, values in json.loads(path.read_text()).items()}
+    mix.calibrate(scores)
+
+
+@torch.no_grad()
+def base_scores(mix, make_videos, prompts, noise_shape_CTHW, args, accelerator, info) -> dict[str, torch.Tensor]:
+    """Raw scores (N,) by reward, on the CPU; all processes share the work and get all of them."""
+    scores_NR = torch.zeros(len(prompts), len(mix.rewards), device=accelerator.device)
+    own, size = own_share(len(prompts), accelerator), args.per_device_eval_batch_size
+    for rows in (own[i : i + size] for i in range(0, len(own), size)):
+        noise = draw_noise(noise_shape_CTHW, args.seed, "calibration", [(i,) for i in rows])
+        batch = [prompts[i] for i in rows]
+        scores_NR[rows] = torch.stack(list(mix(make_videos(batch, noise), batch, **info)[1].values()), dim=1)
+    return dict(zip(mix.rewards, accelerator.reduce(scores_NR, "sum").cpu().unbind(1), strict=True))

@@ -1,0 +1,124 @@
+"""What lies in a checkpoint - names, sizes, sampling - told without a weight and without the libraries that load them.
+
+Settings are checked against this before the seconds that importing those libraries takes.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+NANO_PATH = Path(__file__).parents[1] / "nano" / "weights" / "contentv-nano"
+CONTENTV_8B = "ByteDance/ContentV-8B"
+HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
+SAMPLING_FILE = "sampling.json"
+CONFIG_FILES = {
+    "transformer": "config.json",
+    "vae": "config.json",
+    "scheduler": "scheduler_config.json",
+    **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "config.json"),
+    **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), "tokenizer_config.json"),
+}
+# ContentV-8B's, and what the classes take where a config file leaves them out.
+SIZES = {
+    "transformer": {"in_channels": 16, "patch_size": 2, "num_layers": 38},
+    "vae": {"temperal_downsample": [False, True, True]},
+}
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How a checkpoint is meant to be sampled; kept beside its weights as sampling.json. Defaults: ContentV-8B."""
+
+    height: int = 432  # pixels
+    width: int = 768  # pixels
+    num_frames: int = 125  # 4k + 1
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    fps: int = 24  # frames per second of the written video
+    max_sequence_length: int = 256  # T5 tokens
+    negative_prompt: str = ""
+
+    @classmethod
+    def load(cls, folder: Path) -> "SamplingDefaults":
+        """Read folder/sampling.json; ContentV-8B's values where the file or a key is absent."""
+        path = Path(folder) / SAMPLING_FILE
+        values = json.loads(path.read_text()) if path.exists() else {}
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{path} has {unknown}, expected only {sorted(known)}; remove or rename these keys")
+        return cls(**values)
+
+    def save(self, folder: Path) -> None:
+        (Path(folder) / SAMPLING_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def call_arguments(self) -> dict[str, Any]:
+        """The keyword arguments that `ContentVPipeline.__call__` takes."""
+        return {key: value for key, value in asdict(self).items() if key != "fps"}
+
+
+def resolve_model(model: str | Path) -> Path | str:
+    """The folder of "nano" or of a local checkpoint, or the hub id unchanged. Reads no weights and asks no network."""
+    if str(model) == "nano":
+        return _check_folder(NANO_PATH, "run `python -m rlhf.nano.pretrain` to train it, or clone the repository again")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _check_folder(path, "pass the folder that holds model_index.json")
+    if HUB_ID.fullmatch(str(model)) and not path.parent.is_dir():
+        return str(model)
+    raise ValueError(
+        f"model={str(model)!r} is no folder here, expected nano, the folder of a checkpoint in diffusers layout, or a "
+        f"hub id such as {CONTENTV_8B}; correct the name or the path"
+    )
+
+
+def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
+    """Sizes of a model without its weights: {"transformer", "vae", "sampling"}, each a plain dict.
+
+    Those of its config files; `from_config` fills in what these leave out. ContentV-8B's are known here and need
+    neither files nor network; other hub ids fetch their config files.
+    """
+    if str(model) == CONTENTV_8B:
+        return SIZES | {"sampling": asdict(SamplingDefaults())}
+    folder = model_folder(model, [f"{name}/{CONFIG_FILES[name]}" for name in SIZES] + [SAMPLING_FILE])
+    read = lambda name: json.loads((folder / name / CONFIG_FILES[name]).read_text())
+    configs = {name: known | read(name) for name, known in SIZES.items()}
+    return configs | {"sampling": asdict(SamplingDefaults.load(folder))}
+
+
+def _check_folder(folder: Path, cure: str) -> Path:
+    files = ["model_index.json", *(f"{name}/{file}" for name, file in CONFIG_FILES.items())]
+    missing = [file for file in files if not (folder / file).is_file()]
+    if not missing:
+        return folder
+    if (folder / "adapter").is_dir():
+        cure = f"this is a run directory: `python -m rlhf.export {folder} --merged OUT` makes a checkpoint of it"
+    more = f" and {len(missing) - 1} files more" if len(missing) > 1 else ""
+    raise ValueError(
+        f"{folder} lacks {missing[0]}{more}, expected a checkpoint in diffusers layout with a folder for each of "
+        f"{', '.join(CONFIG_FILES)}; {cure}"
+    )
+
+
+def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
+    """The local folder of a model; a hub id is downloaded, all of the pipeline or only the files named."""
+    model = resolve_model(model)
+    if isinstance(model, Path):
+        return model
+    wanted = files or [f"{name}/*" for name in CONFIG_FILES] + ["model_index.json", SAMPLING_FILE]
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=wanted, etag_timeout=5))
+    except Exception as error:  # offline, unknown, gated and broken connections all have types of their own
+        raise ValueError(
+            f"model={model!r} is no folder here and not in the Hugging Face cache, and downloading it failed "
+            f"({one_line(error)}); correct the name, download it where there is a "
+            "network and pass the folder, or use --model nano"
+        ) from error
+    return folder if files else _check_folder(folder, "pass the id of a ContentV checkpoint")
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

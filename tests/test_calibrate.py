@@ -1,0 +1,98 @@
+"""Calibration on base samples, as a run does it; and how mixing reaches the trainer."""
+
+import dataclasses
+import json
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPTS, brightness, redness
+from tiny import tiny_pipeline
+
+from rewards import RewardMix
+from rlhf.calibrate import CALIBRATION, base_scores
+from rlhf.tracking import read_metrics
+from rlhf.trainer import RewardGradientTrainer
+
+
+def train(args, rewards):
+    RewardGradientTrainer(tiny_pipeline(), rewards, args, PROMPTS).train()
+    rows = read_metrics(Path(args.output_dir))
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def kept(args):
+    """The scores of the base samples, as double precision, by reward."""
+    scores = json.loads((Path(args.output_dir) / CALIBRATION).read_text())
+    return {name: torch.tensor(values).double() for name, values in scores.items()}
+
+
+def test_processes_share_the_samples_and_each_gets_its_own_noise():
+    def make_videos(prompts, noise):
+        return noise[:, :3].sigmoid()
+
+    class Process:
+        device = torch.device("cpu")
+
+        def __init__(self, index, count):
+            self.process_index, self.num_processes = index, count
+
+        def reduce(self, tensor, how):
+            assert how == "sum"
+            return tensor
+
+    def scores(process, size=2):
+        args = types.SimpleNamespace(seed=3, per_device_eval_batch_size=size)
+        return base_scores(
+            RewardMix({"redness": redness}), make_videos, PROMPTS[:5], (4, 2, 3, 3), args, process, {"fps": 8}
+        )["redness"]
+
+    whole = scores(Process(0, 1))
+    assert whole.unique().numel() == 5
+    torch.testing.assert_close(scores(Process(0, 1), size=5), whole)
+    torch.testing.assert_close(scores(Process(0, 2)) + scores(Process(1, 2)), whole)
+
+
+def test_a_run_measures_its_base_and_a_resumed_run_reads_that(make_args, tmp_path, monkeypatch):
+    rewards = [redness, brightness]
+    args = make_args(max_steps=2, save_steps=1, calibrate_rewards=4, reward_weights=[1.0, 0.5])
+    args.per_device_train_batch_size = len(PROMPTS)  # each run embeds the same prompts in one go
+    whole = train(args, rewards)
+    scores = kept(args)
+    assert {name: len(values) for name, values in scores.items()} == {"redness": 4, "brightness": 4}
+    for row in whole:
+        z = {n: (row[f"rewards/{n}"] - values.mean().item()) / values.std().item() for n, values in scores.items()}
+        assert row["reward"] == pytest.approx(z["redness"] + 0.5 * z["brightness"], abs=1e-4)
+
+    parts = dataclasses.replace(args, output_dir=str(tmp_path / "parts"), max_steps=1)
+    train(parts, rewards)
+    monkeypatch.setattr("rlhf.calibrate.base_scores", lambda *_: pytest.fail("measured again"))
+    parts = dataclasses.replace(parts, max_steps=2, resume_from_checkpoint="latest")
+    assert train(parts, rewards) == whole
+
+
+def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_args):
+    args = make_args(
+        max_steps=2, reward_caps={"redness": -100.0}, reward_targets={"brightness": 0.9}, balance_reward_gradients=True
+    )
+    trainer = RewardGradientTrainer(tiny_pipeline(), [redness, brightness], args, PROMPTS)
+    assert (trainer.rewards.caps, trainer.rewards.targets) == ({"redness": -100.0}, {"brightness": 0.9})
+    assert trainer.rewards.balance
+    capped = make_args(max_steps=2, reward_caps={"redness": -100.0}, overwrite_output_dir=True)
+    rows = train(capped, redness)
+    assert [row["grad_norm"] for row in rows] == [0.0, 0.0]
+    assert [row["reward"] for row in rows] == [-100.0, -100.0]
+
+
+def test_rewards_are_told_frame_rate_seed_and_step(make_args):
+    told = []
+
+    def reward(video, prompts, **info):
+        told.append(info)
+        return redness(video, prompts)
+
+    args = make_args(max_steps=2, seed=5, eval_seed=7, num_diversity_prompts=0)
+    RewardGradientTrainer(tiny_pipeline(), reward, args, PROMPTS, PROMPTS[:1]).train()
+    assert {info["fps"] for info in told} == {8}
+    assert [(info["seed"], info["step"]) for info in told if "probe" not in info] == [(7, 0), (5, 0), (5, 1), (7, 0)]
