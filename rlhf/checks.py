@@ -40,6 +40,7 @@ NOT_NEGATIVE = (
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",
+    "max_skipped_steps",
     "save_steps",
     "save_total_limit",
     "eval_steps",
@@ -235,7 +236,7 @@ def _run_folder(args):
 
 def _resumable(args, folder):
     try:
-        path = find_checkpoint(args.resume_from_checkpoint, folder)
+        path = find_checkpoint(args.resume_from_checkpoint, folder, quiet=True)  # the run will say more
     except ConfigError as error:
         yield from error.problems
         return

@@ -187,6 +187,10 @@ class RewardGradientConfig:
     resume_from_checkpoint: str | None = _key(
         None, "'latest', or the path of a checkpoints/step-N folder, to go on from."
     )
+    max_skipped_steps: int = _key(
+        0,
+        "Optimizer steps in a row that may be skipped for a score or gradient that is not finite. 0: none.",
+    )
     save_steps: int = _key(50, "Optimizer steps between checkpoints. 0: at the end only.")
     save_total_limit: int = _key(3, "Checkpoints kept, the newest. 0: all.")
     eval_steps: int = _key(0, "Optimizer steps between evaluations on held-out prompts. 0: before and after only.")

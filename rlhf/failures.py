@@ -12,30 +12,34 @@ class TrainingError(RuntimeError):
     """Training cannot go on: why, and what to do. checkpoints/ holds the last good step."""
 
 
-def require_finite_scores(scores: torch.Tensor, failure: RewardError | None) -> None:
-    """Raise what went wrong here, or that it did so elsewhere, if the scores of any process are not finite."""
-    if not torch.isfinite(scores).all():
-        raise failure or TrainingError("A reward failed on another process; its message says which and why.")
+def not_finite(
+    scores: torch.Tensor, norm: float, failure: RewardError | None, rewards: RewardMix, last_batch, accelerator
+) -> Exception | None:
+    """What to tell of a step whose scores, of all processes, or whose gradient norm is not finite; None if they are.
 
-
-def require_gradient(norm: float, step: int, rewards: RewardMix, last_batch: tuple | None, accelerator) -> None:
-    """Raise TrainingError for a gradient norm of 0 or one that is not finite, naming the rewards at fault.
-
-    last_batch: the video, the prompts and the info that each process scored last, None in a step without reward.
+    failure: what a reward raised here. last_batch: the video, the prompts and the info that each process scored last,
+    None in a step without reward. All processes come to the same answer, if not to the same words.
     """
+    if not torch.isfinite(scores).all():
+        return failure or TrainingError("A reward failed on another process; its message says which and why.")
+    if math.isfinite(norm):
+        return None
+    broken = broken_rewards(rewards, *last_batch) if last_batch else {}
+    guilty = [name for name, bad in broken.items() if any_process(accelerator, bad)]
+    source = f"the reward {', '.join(guilty)}" if guilty else "no reward, so the decoder or the transformer"
+    return TrainingError(
+        f"The gradient at the adapter has norm {norm}, expected a finite number; it comes from {source}. Look for "
+        "sqrt, norm or log at zero there, lower learning_rate, use dtype float32, or pass over single steps with "
+        "max_skipped_steps."
+    )
+
+
+def require_gradient(norm: float, step: int, rewards: RewardMix) -> None:
+    """Raise TrainingError for a gradient norm of 0."""
     if norm == 0 and not rewards.caps:  # beyond a cap nothing is to be learnt
         raise TrainingError(
             f"The gradient at the adapter is exactly zero after {step} steps, expected a number "
             "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."
-        )
-    if not math.isfinite(norm):
-        broken = broken_rewards(rewards, *last_batch) if last_batch else {}
-        guilty = [name for name, bad in broken.items() if any_process(accelerator, bad)]
-        source = f"the reward {', '.join(guilty)}" if guilty else "no reward, so the decoder or the transformer"
-        raise TrainingError(
-            f"The gradient at the adapter has norm {norm} in step {step + 1}, expected a finite "
-            f"number; it comes from {source}. Look for sqrt, norm or log at zero there, lower learning_rate, or use "
-            "dtype float32."
         )
 
 

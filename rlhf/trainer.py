@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import require_finite_scores, require_gradient
+from rlhf.failures import not_finite, require_gradient
 from rlhf.lora import save_adapter, without_adapter
 from rlhf.losses import reward_loss, score, score_metrics
 from rlhf.methods import gradient_samples, make_plan
@@ -96,11 +97,12 @@ class RewardGradientTrainer:
         self.batches = Batches(args, self.accelerator, train_prompts, shape, fps)
         self.watch = None
         if self.eval_prompts:
-            held_out = HeldOut(self._make_videos, judges, self.eval_prompts, shape, args, self.accelerator, fps)
+            sample = partial(self._sample, self._tuned)
+            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.accelerator, fps)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters)
         self.callbacks, self.control = callbacks or [], TrainerControl()
         self.state = TrainerState(max_steps=args.max_steps)
-        self.last_batch: tuple[torch.Tensor, list[str], dict] | None = None
+        self.last_batch, self.skipped = None, 0  # video, prompts and info that were scored last; steps in a row
 
     # ---------------------------------------------------------------------------------------------- the run
 
@@ -113,7 +115,7 @@ class RewardGradientTrainer:
         started = time.perf_counter()
         first, saved = self._begin()
         if self.watch:
-            self.watch.begin(self._make_base_videos, first, saved.get("guard"))
+            self.watch.begin(partial(self._sample, self._base), first, saved.get("guard"))
         done = self._train_steps(first)
         self._save(done)
         with self.masters.averaged():
@@ -130,7 +132,8 @@ class RewardGradientTrainer:
     def _begin(self) -> tuple[int, dict]:
         """Prepare the folder, restore a checkpoint, encode the prompts, calibrate. The first step, and its state."""
         args, accelerator = self.args, self.accelerator
-        resumed = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, self.folder)
+        which, quiet = args.resume_from_checkpoint, not accelerator.is_main_process
+        resumed = which and find_checkpoint(which, self.folder, quiet)
         accelerator.wait_for_everyone()  # all have checked the folder before the first one writes there
         if accelerator.is_main_process:
             start_run_folder(args)
@@ -141,8 +144,8 @@ class RewardGradientTrainer:
         prompts = self.batches.from_step(first) + self.eval_prompts + sampled
         self.text = encode_and_release(self.pipe, prompts, args, self.owns_pipe)
         if args.calibrate_rewards:
-            shape, info = self.batches.noise_shape, self.batches.info(0)
-            calibrate(self.rewards, self._make_base_videos, sampled, shape, args, accelerator, info)
+            sample, shape = partial(self._sample, self._base), self.batches.noise_shape
+            calibrate(self.rewards, sample, sampled, shape, args, accelerator, self.batches.info(0))
         return first, saved
 
     def _train_steps(self, first: int) -> int:
@@ -159,7 +162,7 @@ class RewardGradientTrainer:
                 self.state.global_step = done
                 self.control.should_evaluate = self.control.should_save = False
                 self._tell("on_step_end")
-                metrics |= self._look(done)
+                metrics |= self.watch.look(done, self.control.should_evaluate, self._tell) if self.watch else {}
                 log.step(metrics)
                 self.state.log_history.append(metrics)
                 self._tell("on_log", logs=metrics)
@@ -186,10 +189,13 @@ class RewardGradientTrainer:
         columns = [gradient(step, micro) for micro in range(args.gradient_accumulation_steps)]
         local_SR = torch.cat([torch.stack([*of_batch.values()], 1) for of_batch in columns])
         scores_SR = self.accelerator.gather(local_SR).cpu()
-        require_finite_scores(scores_SR, self.failure)
         self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
         norm = self.masters.vector.grad.norm().item()
-        require_gradient(norm, self.state.global_step, self.rewards, self.last_batch, self.accelerator)
+        place = {"step": step + 1, "epoch": (step + 1) * self.batches.samples_per_step / len(self.batches.prompts)}
+        if error := not_finite(scores_SR, norm, self.failure, self.rewards, self.last_batch, self.accelerator):
+            return place | self._skip(error) | {"seconds": time.perf_counter() - began}
+        self.skipped = 0
+        require_gradient(norm, self.state.global_step, self.rewards)
         clip_gradient(self.masters.vector.grad, norm, args.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         self.optimizer.step()
@@ -198,14 +204,21 @@ class RewardGradientTrainer:
         self.masters.update_average(step)
         self.last_batch = None  # a long video is large
         return {
-            "step": step + 1,
-            "epoch": (step + 1) * self.batches.samples_per_step / len(self.batches.prompts),
+            **place,
             **score_metrics(list(columns[0]), scores_SR),
             "grad_norm": norm,
             "learning_rate": learning_rate(step, args),
             "seconds": time.perf_counter() - began,
             "samples": (step + 1) * self.batches.samples_per_step,
         }
+
+    def _skip(self, error: Exception) -> dict:
+        """Take no step; raises the error if too many in a row could not be taken."""
+        if self.skipped == self.args.max_skipped_steps:
+            raise error
+        self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=False)
+        return {"skipped": self.skipped, "why": str(error)}
 
     def _reward_gradient(self, step: int, micro: int) -> dict[str, torch.Tensor]:
         """One batch, forward and back: its gradient goes to the masters. Its loss, reward and scores, (B,) each."""
@@ -262,19 +275,6 @@ class RewardGradientTrainer:
         return without_adapter(velocity, self.pipe.transformer, self.masters)
 
     # ------------------------------------------------------------------------------- looking at it and saving
-
-    def _look(self, done: int) -> dict[str, float]:
-        """Evaluate or sample if this is a step for it; the evaluation as metrics."""
-        metrics = self.watch.look(done, self.control.should_evaluate) if self.watch else {}
-        if metrics:
-            self._tell("on_evaluate", metrics=metrics)
-        return metrics
-
-    def _make_videos(self, prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
-        return self._sample(self._tuned, prompts, noise)
-
-    def _make_base_videos(self, prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
-        return self._sample(self._base, prompts, noise)
 
     @torch.no_grad()
     def _sample(self, field: Callable[[Conditioning], Velocity], prompts: list[str], noise: torch.Tensor):

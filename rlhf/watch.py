@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ class Watch:
             self.guard.best_step = first
             self._keep_best()
 
-    def look(self, done: int, asked: bool) -> dict[str, float]:
+    def look(self, done: int, asked: bool, tell: Callable) -> dict[str, float]:
         """After `done` steps: evaluate if it is time or asked for, else sample if it is time. What was found."""
         args = self.args
         with self.masters.averaged():
@@ -47,7 +48,9 @@ class Watch:
                 found = self._gains(evaluation)
                 if self.guard and self.guard.is_best(done, found):
                     self._keep_best()
-                return {f"eval/{name}": value for name, value in (evaluation.means() | found).items()}
+                metrics = {f"eval/{name}": value for name, value in (evaluation.means() | found).items()}
+                tell("on_evaluate", metrics=metrics)
+                return metrics
             if due(done, args.sample_steps) and done < args.max_steps:
                 self.held_out.sample(done)
             return {}

@@ -128,6 +128,7 @@ def test_a_resumed_run_keeps_the_shape_of_its_adapter(problems, tmp_path):
     folder.mkdir(parents=True)
     settings = vars(RewardGradientConfig(**MODEL))
     (folder / "state.json").write_text(json.dumps({"step": 3, "settings": settings}))
+    (folder / "manifest.json").write_text('{"files": {}}')
     assert problems(resume_from_checkpoint="latest", learning_rate=1e-6) == ""
     told = problems(resume_from_checkpoint="latest", lora_rank=7)
     assert "lora_rank: got 7, expected 16 as in" in told
