@@ -4,6 +4,8 @@
 `--lora RUN/adapter` adds what a training run learned.
 """
 
+import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
+
 import argparse
 from dataclasses import fields, replace
 

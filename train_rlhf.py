@@ -8,7 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from rlhf.config import ConfigError, RewardGradientConfig, parse_config
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.parse import parse_config
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "nano.yaml"
 EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130
@@ -41,8 +42,9 @@ def train(args: RewardGradientConfig) -> int:
     except RewardError as error:
         return _tell(f"train_rlhf: {error}", EXIT_FAILED)
 
-    from rlhf.checkpoint import checkpoints
-    from rlhf.trainer import RewardGradientTrainer, TrainingError
+    from rlhf.checkpoint import SavingError, last_whole
+    from rlhf.failures import TrainingError
+    from rlhf.trainer import RewardGradientTrainer
 
     try:
         trainer = RewardGradientTrainer(args=args, opened_rewards=rewards)
@@ -51,20 +53,20 @@ def train(args: RewardGradientConfig) -> int:
         return 0
     except ConfigError as error:
         return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
-    except (RewardError, TrainingError) as error:
-        return _tell(f"train_rlhf: {error}{_resume_hint(args, checkpoints)}", EXIT_FAILED)
+    except (RewardError, TrainingError, SavingError) as error:
+        return _tell(f"train_rlhf: {error}{_resume_hint(args, last_whole)}", EXIT_FAILED)
     except KeyboardInterrupt:
-        return _tell(f"train_rlhf: interrupted.{_resume_hint(args, checkpoints)}", EXIT_INTERRUPTED)
+        return _tell(f"train_rlhf: interrupted.{_resume_hint(args, last_whole)}", EXIT_INTERRUPTED)
 
 
-def _resume_hint(args: RewardGradientConfig, checkpoints) -> str:
-    saved = checkpoints(Path(args.output_dir) / "checkpoints")
-    if not saved:
+def _resume_hint(args: RewardGradientConfig, last_whole) -> str:
+    saved = last_whole(Path(args.output_dir) / "checkpoints")
+    if saved is None:
         return ""
     # The last flag of a kind counts, so that those given may stay.
     flags = ["--overwrite_output_dir", "false"] * args.overwrite_output_dir + ["--resume_from_checkpoint", "latest"]
     command = shlex.join([*sys.argv, *flags])
-    return f" The last good state is {saved[-1]}; go on with\n  accelerate launch {command}"
+    return f" The last good state is {saved}; go on with\n  accelerate launch {command}"
 
 
 def _tell(text: str, code: int) -> int:

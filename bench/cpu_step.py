@@ -1,9 +1,9 @@
-"""What a nano training step takes on a CPU: as shipped, without kept memory, with spinning threads; alone or not.
+"""What a nano training step takes on a CPU: as shipped and without kept memory, alone and beside another program.
 
     python bench/cpu_step.py        writes bench/results/cpu_step.json
 
-Prediction: page faults take two fifths of a step alone; spinning threads cost nothing alone and ten
-times the step beside a second busy program of as many threads.
+Prediction: page faults take two fifths of a step. Beside a second busy program of as many threads a step can stall for
+minutes, since threads wait for one another; such an arm has no seconds.
 """
 
 import json
@@ -33,20 +33,17 @@ for step in range(int(sys.argv[3])):
 """
 BUSY = "import torch\nx = torch.randn(700, 700)\nwhile True: x = (x @ x).tanh()"
 ARMS = {
-    "as shipped": ({}, "kept"),
-    "freed memory returned": ({}, "returned"),
-    "threads spin (libgomp's default)": ({"GOMP_SPINCOUNT": "300000"}, "kept"),
+    "as shipped": "kept",
+    "freed memory returned": "returned",
 }
 
 
-def measure(environment: dict[str, str], memory: str, limit: float = 120) -> list[float]:
+def measure(memory: str, limit: float = 120) -> list[float]:
     """Seconds of each step but the first, as many as were done within the limit."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", STEP, str(Path(folder) / "run"), memory, str(STEPS)]
         try:
-            done = subprocess.run(
-                command, env=os.environ | environment, capture_output=True, text=True, timeout=limit
-            ).stdout
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit).stdout
         except subprocess.TimeoutExpired as error:
             done = (error.stdout or b"").decode()
     return [float(line.split()[1]) for line in done.splitlines() if line.startswith("seconds")][1:]
@@ -58,8 +55,8 @@ def main() -> None:
     rows = []
     for phase in ("alone", "beside a busy program"):
         company = subprocess.Popen([sys.executable, "-c", BUSY]) if phase != "alone" else None
-        for arm, (environment, memory) in ARMS.items():
-            seconds = measure(environment, memory)
+        for arm, memory in ARMS.items():
+            seconds = measure(memory)
             median = statistics.median(seconds) if seconds else None
             rows.append({"arm": arm, "phase": phase, "seconds": median, "all": seconds})
             print(rows[-1], flush=True)

@@ -1,14 +1,18 @@
 """Put the tables of measured results into the guides: `python bench/tables.py`.
 
 A guide marks the place: what stands between `<!-- table: bench/results/NAME.json -->` and `<!-- end of table -->` is
-replaced by that file's table, or by nothing while there is no such file.
+replaced by that file's table, or by nothing while there is no such file. A single result of bench/methods.py stands
+between `<!-- nano: ARM -->` and `<!-- / -->`.
 """
 
 import json
 import re
+import statistics
 from pathlib import Path
 
+OUT_OF_MEMORY = "out of memory"  # why a row of bench/rewards.py has no figures
 ROOT = Path(__file__).parents[1]
+METHODS = ROOT / "bench" / "results" / "methods.json"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -36,6 +40,8 @@ def rewards_table(result: dict) -> str:
     ]
     for (name, dtype, frames), phases in cells.items():
         forward, both = phases["forward"], phases["forward and backward"]
+        if both.get("skipped", OUT_OF_MEMORY) != OUT_OF_MEMORY:  # change between frames: nothing to say of one
+            continue
         times = (_cell(phase, "seconds", 1e3, ".1f") for phase in (forward, both))
         memory = _cell(both, "peak_gib", 1, ".2f")
         row = (f"`{name}`", dtype if both["weights_gib"] else "-", str(frames), *times, memory)
@@ -44,17 +50,77 @@ def rewards_table(result: dict) -> str:
 
 
 def _cell(row: dict, key: str, scale: float, form: str) -> str:
-    return format(row[key] * scale, form) if key in row else "-"
+    return format(row[key] * scale, form) if key in row else row["skipped"]
 
 
-TABLES = {"rewards.json": rewards_table}
+def guidance_table(result: dict) -> str:
+    """A row for each adapter, number of steps and mode but the exact one."""
+    lines = [
+        f"{_made_on(result)}\n",
+        "| adapter | steps with gradient | `guidance_gradient` | cosine with full | length, full = 1 |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["arm"] != "full":
+            where = f"| {row['adapter']} | {row['grad_steps']} | {row['arm']} "
+            lines.append(f"{where}| {row['cosine']:.3f} | {row['norm_ratio']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def methods_table(result: dict) -> str:
+    """A row for each arm; means over seeds, with the least and the most."""
+    lines = [
+        f"{_made_on(result)}\n",
+        "| run | seeds | trained reward | verifier, points | CLIP score | gap | motion, % | s a step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, rows in _by_arm(result).items():
+        cells = [f"`{arm}`", str(len(rows)), _over_seeds(rows, "trained"), _over_seeds(rows, "verifier", percent=True)]
+        cells += [
+            _over_seeds(rows, "clip"),
+            _over_seeds(rows, "hacking_gap"),
+            _over_seeds(rows, "motion", percent=True),
+        ]
+        cells.append(f"{statistics.mean(row['seconds_per_step'] for row in rows):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def fill_cells(text: str, result: dict) -> str:
+    """The text with every single result replaced: gain of trained reward and verifier, means over seeds."""
+    for arm, rows in _by_arm(result).items():
+        trained, verifier = (statistics.mean(row[key] for row in rows) for key in ("trained", "verifier"))
+        cell = re.compile(f"(<!-- nano: {re.escape(arm)} -->).*?(<!-- / -->)")
+        text = cell.sub(rf"\g<1>{trained:+.3f}, {100 * verifier:+.1f}\g<2>", text)
+    return text
+
+
+def _by_arm(result: dict) -> dict[str, list[dict]]:
+    arms = dict.fromkeys(row["arm"] for row in result["rows"])
+    return {arm: [row for row in result["rows"] if row["arm"] == arm] for arm in arms}
+
+
+def _over_seeds(rows: list[dict], key: str, percent: bool = False) -> str:
+    values = [row[key] * (100 if percent else 1) for row in rows]
+    form = "+.1f" if percent else "+.3f"
+    mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+
+
+def _made_on(result: dict) -> str:
+    about = result["environment"]
+    return f"Measured on {about['device']} ({about['cores']} cores), torch {about['torch']}."
+
+
+TABLES = {"rewards.json": rewards_table, "guidance.json": guidance_table, "methods.json": methods_table}
 
 
 def main() -> None:
     for guide in sorted((ROOT / "docs").glob("*.md")):
         text = guide.read_text()
-        if fill(text) != text:
-            guide.write_text(fill(text))
+        filled = fill_cells(fill(text), json.loads(METHODS.read_text())) if METHODS.exists() else fill(text)
+        if filled != text:
+            guide.write_text(filled)
             print(f"wrote {guide.relative_to(ROOT)}")
 
 

@@ -6,6 +6,8 @@ packages (open_clip, transformers) only when that reward is loaded.
 
 from importlib import import_module
 
+import rlhf  # noqa: F401 - it has to come before torch, see rlhf.plugins
+
 _HOME = {
     "Reward": "base",
     "RewardError": "base",

@@ -109,7 +109,7 @@ class RewardMix:
             raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
         frames = frames_needed(reward, video_BCTHW.shape[2])
         with torch.set_grad_enabled(with_gradient):
-            scores_B = reward(video_BCTHW[:, :, :frames], prompts, **info)
+            scores_B = _asked(name, reward, video_BCTHW[:, :, :frames], prompts, info)
         check_scores(name, scores_B, prompts)
         return at_least_float32(scores_B)
 
@@ -123,6 +123,18 @@ class RewardMix:
 def _stated(reward) -> tuple[float, float] | None:
     mean, std = reward_attribute(reward, "mean"), reward_attribute(reward, "std")
     return None if std is None else (mean or 0.0, std)
+
+
+def _asked(name, reward, video_BCTHW, prompts, info) -> torch.Tensor:
+    """The reward's scores. What it raises becomes a RewardError that names it and the prompts, so that no run hangs."""
+    try:
+        return reward(video_BCTHW, prompts, **info)
+    except (RewardError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}".rstrip(".") + f" for the prompts {prompts}"
+        expected = "scores of these videos"
+        raise RewardError(name, got=got, expected=expected, cure="correct the reward where it failed") from error
 
 
 def _most_frames(rewards) -> str | int:

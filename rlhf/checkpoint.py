@@ -1,10 +1,14 @@
-"""Checkpoints that are whole or absent, and the signals that ask for one.
+"""Checkpoints that are whole or passed over, and the signals that ask for one.
 
-checkpoints/step-N/ holds adapter.safetensors (the float32 masters), optimizer.safetensors (AdamW's moments) and
-state.json. Nothing is pickled; the frozen base is not in it.
+checkpoints/step-N/ holds adapter.safetensors (the float32 masters), average.safetensors (their running average, if one
+is kept), optimizer.safetensors (AdamW's moments), state.json, and manifest.json with the size and hash of each of them.
+Nothing is pickled; the frozen base is not in it.
 """
 
+import errno
+import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -12,10 +16,14 @@ import threading
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
 
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
@@ -29,9 +37,9 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Inside, the first SIGINT or SIGTERM only sets `requested`; a second one acts as it did before."""
+    """Inside, SIGINT, SIGTERM or SIGUSR1 only set `requested`; a second SIGINT or SIGTERM acts as it did before."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
     def __init__(self):
         self.requested = False
@@ -46,25 +54,35 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _request(self, *_):
+    def _request(self, number, _):
         self.requested = True
-        self.__exit__()
+        for other in (signal.SIGINT, signal.SIGTERM):  # a batch system sends its warning, SIGUSR1, more than once
+            signal.signal(other, self._before[other])
+
+
+class SavingError(RuntimeError):
+    """A checkpoint could not be written: where and why. Older ones are as they were."""
 
 
 def save_checkpoint(folder: Path, step: int, masters, optimizer, state: dict, keep: int = 0) -> Path:
-    """Write folder/step-N whole, then remove all but the newest `keep` (0: none). A step that is there stays as it is.
+    """Write folder/step-N whole, then remove all but the newest `keep` (0: none). A whole one that is there stays.
 
     The files are written and flushed under step-N.tmp, which is then renamed: a kill at any moment leaves step-N either
-    complete or absent.
+    complete or absent. Raises SavingError, with step-N absent, where they cannot be written.
     """
     final = folder / f"step-{step}"
-    if not final.exists():
+    if not final.exists() or damage(final):
         unfinished = folder / f"step-{step}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        _write_files(unfinished, step, masters, optimizer, state)
-        for path in [*unfinished.iterdir(), unfinished]:
-            _flush(path)
+        try:
+            unfinished.mkdir(parents=True)
+            _write_files(unfinished, step, masters, optimizer, state)
+            for path in [*unfinished.iterdir(), unfinished]:
+                _flush(path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise SavingError(_why_not_saved(final, error)) from error
+        shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         _flush(folder)
     for old in checkpoints(folder)[: -keep or None] if keep else []:
@@ -72,8 +90,16 @@ def save_checkpoint(folder: Path, step: int, masters, optimizer, state: dict, ke
     return final
 
 
+def _why_not_saved(path: Path, error: Exception) -> str:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    why = "the disk is full" if full else str(error)
+    return f"The checkpoint {path} could not be written: {why}. Free some space or check the disk, then go on."
+
+
 def _write_files(folder: Path, step: int, masters, optimizer, state: dict) -> None:
-    save_file(_cpu(masters.named(masters.vector)), folder / "adapter.safetensors")
+    save_vector(folder / "adapter.safetensors", masters, masters.vector)
+    if masters.average is not None:
+        save_vector(folder / "average.safetensors", masters, masters.average)
     moments = optimizer.state_dict()["state"].get(0, {})
     named = {f"{key}.{n}": t for key in MOMENTS if key in moments for n, t in masters.named(moments[key]).items()}
     save_file(_cpu(named), folder / "optimizer.safetensors")
@@ -81,6 +107,38 @@ def _write_files(folder: Path, step: int, masters, optimizer, state: dict) -> No
     (folder / "state.json").write_text(
         json.dumps({"step": step, "optimizer_updates": updates} | state, indent=2) + "\n"
     )
+    manifest = {"files": {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"processes": state.get("processes", 1)}, indent=2) + "\n")
+
+
+def _fingerprint(path: Path) -> dict:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, by its manifest; None if nothing is."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} is missing or damaged"
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (found := _fingerprint(path / name)) != expected:
+            sizes = f"{found['bytes']} bytes, {expected['bytes']} were written"
+            return f"{name} is damaged ({sizes})"
+    return None
+
+
+def save_vector(path: Path, masters, vector: torch.Tensor) -> None:
+    """Write a flat vector of the masters as tensors by parameter name."""
+    save_file(_cpu(masters.named(vector)), path)
+
+
+def load_vector(path: Path, masters, vector: torch.Tensor) -> None:
+    """Fill a flat vector of the masters from such a file."""
+    masters.load(vector, load_file(path))
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -99,8 +157,11 @@ def _flush(path: Path) -> None:
 def load_checkpoint(path: Path, masters, optimizer) -> dict:
     """Fill masters, module and optimizer from a checkpoint; returns its state.json."""
     state = read_state(path)
-    masters.load(masters.vector, load_file(path / "adapter.safetensors"))
+    load_vector(path / "adapter.safetensors", masters, masters.vector)
     masters.write()
+    if masters.average is not None:  # of a run that kept none until now, it begins here
+        average = path / "average.safetensors"
+        load_vector(average if average.exists() else path / "adapter.safetensors", masters, masters.average)
     if state["optimizer_updates"]:
         moments = {key: torch.empty_like(masters.vector, requires_grad=False) for key in MOMENTS}
         saved = load_file(path / "optimizer.safetensors")
@@ -116,20 +177,39 @@ def read_state(path: Path) -> dict:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in folder, oldest first."""
+    """The checkpoints in folder, oldest first; `damage` tells whether one is whole."""
     found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / "state.json").is_file()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def find_checkpoint(which: str, output_dir: str | Path) -> Path:
-    """The folder that resume_from_checkpoint names: a path, or "latest" in output_dir. Raises ConfigError if none."""
+def last_whole(folder: Path) -> Path | None:
+    """The newest checkpoint without damage."""
+    return next((path for path in reversed(checkpoints(folder)) if not damage(path)), None)
+
+
+def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> Path:
+    """The folder that resume_from_checkpoint names: a path, or "latest", the newest whole one in output_dir.
+
+    A damaged one that is passed over is logged as a warning, unless quiet. Raises ConfigError if there is none.
+    """
     folder = Path(output_dir) / "checkpoints"
     if which == "latest":
-        if found := checkpoints(folder):
-            return found[-1]
+        return _newest_whole(folder, quiet)
+    if not (Path(which) / "state.json").is_file():
+        expected = f"expected a folder such as {folder / 'step-50'}, or 'latest'; correct the path"
+        raise ConfigError([f"resume_from_checkpoint={which!r}: got no checkpoint there, {expected}"])
+    if wrong := damage(Path(which)):
+        cure = "expected a whole one; use 'latest', which takes the newest of these"
+        raise ConfigError([f"resume_from_checkpoint={which!r}: {wrong}, {cure}"])
+    return Path(which)
+
+
+def _newest_whole(folder: Path, quiet: bool) -> Path:
+    every, found = checkpoints(folder), last_whole(folder)
+    if found is None:
+        got = "; ".join(f"{path}: {damage(path)}" for path in every) or "no checkpoint"
         expected = f"expected folders step-N in {folder}; correct output_dir, or leave the setting out to start afresh"
-        raise ConfigError([f"resume_from_checkpoint='latest': got no checkpoint, {expected}"])
-    if (Path(which) / "state.json").is_file():
-        return Path(which)
-    expected = f"expected a folder such as {folder / 'step-50'}, or 'latest'; correct the path"
-    raise ConfigError([f"resume_from_checkpoint={which!r}: got no checkpoint there, {expected}"])
+        raise ConfigError([f"resume_from_checkpoint='latest': got {got}, {expected}"])
+    for path in every[every.index(found) + 1 :] if not quiet else []:
+        logger.warning(f"{path}: {damage(path)}; going on from {found} instead")
+    return found

@@ -13,6 +13,7 @@ from rlhf.checkpoint import find_checkpoint, read_state
 from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
 from rlhf.contentv.files import model_config
 from rlhf.device import local_device, pick_device
+from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, method_problems
 from rlhf.prompts import load_prompts
 from rlhf.run_folder import run_in
 
@@ -30,6 +31,8 @@ AT_LEAST_ONE = (
     "decode_chunk",
     "cpu_threads",
     "lora_alpha",
+    "jump_steps",
+    "num_draws",
 )
 NOT_NEGATIVE = (
     "calibrate_rewards",
@@ -37,17 +40,39 @@ NOT_NEGATIVE = (
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",
+    "max_skipped_steps",
     "save_steps",
     "save_total_limit",
     "eval_steps",
     "sample_steps",
     "num_sample_prompts",
     "num_diversity_prompts",
+    "relative_strength",
+    "drift_weight",
+    "anchor_steps",
+    "early_stopping_patience",
+    "early_stopping_threshold",
 )
-CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "lr_scheduler_type": ("constant", "linear")}
+BELOW_ONE = ("adam_beta1", "adam_beta2", "ema_decay")
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "lr_scheduler_type": ("constant", "linear"),
+    "method": METHODS,
+    "guidance_gradient": GUIDANCE_GRADIENTS,
+    "drift_weighting": ("kl", "even"),
+}
 # Accelerate's; each is the name of its package too.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-FIXED_ON_RESUME = ("model", "lora_rank", "lora_alpha", "lora_target_modules")
+FIXED_ON_RESUME = (
+    "model",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target_modules",
+    "lora_use_dora",
+    "lora_rank_pattern",
+    "lora_alpha_pattern",
+    "train_blocks",
+)
 
 
 def check_config(
@@ -62,7 +87,7 @@ def check_config(
     What was handed over as an object instead of named in args - a pipeline, rewards, prompts - is taken as it is.
     """
     problems = [*_out_of_range(args), *_run_folder(args), *_reward_settings(args, rewards), *_trackers(args)]
-    problems += _device(args)
+    problems += [*_device(args), *_guards(args, eval_prompts)]
     for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):
         if given is None and name is not None:
             problems += _told_by(load_prompts, name, args.base_dir, 1)
@@ -162,7 +187,7 @@ def _out_of_range(args):
             yield f"{name}: got {getattr(args, name)!r}, expected one of {', '.join(choices)}; choose one"
     if args.decode_checkpoint and args.decode_chunk is None:
         yield "decode_checkpoint: got no decode_chunk, expected one, since a single chunk saves nothing; set it to 1"
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in BELOW_ONE:
         if not 0 <= getattr(args, name) < 1:
             yield f"{name}: got {getattr(args, name)}, expected 0 <= {name} < 1; correct it"
 
@@ -179,10 +204,18 @@ def _sampling(args, card):
     if args.num_frames < 1 or args.num_frames % every != 1 % every:
         near = max(1, round((args.num_frames - 1) / every) * every + 1)
         yield f"num_frames={args.num_frames} is not {every}k+1, as the VAE of {args.model} needs; use {near}"
-    if args.num_grad_steps > args.num_inference_steps:
+    yield from method_problems(args, card["transformer"]["num_layers"])
+
+
+def _guards(args, eval_prompts):
+    asked = [n for n in ("early_stopping_patience", "load_best_model_at_end") if getattr(args, n)]
+    missing = [n for n in ("eval_steps", "eval_reward_funcs") if not getattr(args, n)]
+    if args.eval_prompts is None and eval_prompts is None:
+        missing.append("eval_prompts")
+    if asked and missing:
         yield (
-            f"num_grad_steps={args.num_grad_steps} exceeds num_inference_steps={args.num_inference_steps}: only a step "
-            "that is taken can carry a gradient; lower num_grad_steps"
+            f"{' and '.join(asked)}: got no {' and no '.join(missing)}, expected evaluations during the training by a "
+            "reward that is not trained on; set them"
         )
 
 
@@ -203,13 +236,13 @@ def _run_folder(args):
 
 def _resumable(args, folder):
     try:
-        path = find_checkpoint(args.resume_from_checkpoint, folder)
+        path = find_checkpoint(args.resume_from_checkpoint, folder, quiet=True)  # the run will say more
     except ConfigError as error:
         yield from error.problems
         return
     saved = read_state(path)["settings"]
     for name in FIXED_ON_RESUME:
-        if saved[name] != getattr(args, name):
+        if name in saved and saved[name] != getattr(args, name):
             yield (
                 f"{name}: got {getattr(args, name)!r}, expected {saved[name]!r} as in {path}: a resumed run "
                 "continues the same adapter; set it back, or start another output_dir"

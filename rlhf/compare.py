@@ -4,17 +4,19 @@ import math
 
 import torch
 
-from rlhf.evaluate import DIVERSITY, MOTION, Evaluation
+from rlhf.evaluate import Evaluation
+from rlhf.measures import MEASURES
 
 
 def summarise(base: Evaluation, tuned: Evaluation, trained: list[str], seconds: float, steps: int) -> dict:
     """The content of summary.json; trained names the judges that were trained on, the others are held out.
 
-    {"seconds", "steps", "trained": {name: row}, "held_out": {name: row}, "motion": row, "diversity": row}, each row
-    {"base", "tuned", "diff", "ci95": [lo, hi]}; a held-out judge goes by its name without the prefix "nano_".
+    {"seconds", "steps", "trained": {name: row}, "held_out": {name: row}, "motion": row, "saturation": row,
+    "high_frequency": row, "diversity": row}, each row {"base", "tuned", "diff", "ci95": [lo, hi]}; a held-out judge
+    goes by its name without the prefix "nano_".
     """
     rows = {n: paired(base.scores[n], tuned.scores[n]) for n in base.scores if len(base.scores[n])}
-    measures = {name: rows.pop(name, {}) for name in (MOTION, DIVERSITY)}
+    measures = {name: rows.pop(name, {}) for name in MEASURES}
     held_out = {name.removeprefix("nano_"): row for name, row in rows.items() if name not in trained}
     return {
         "seconds": seconds,

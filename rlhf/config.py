@@ -5,14 +5,13 @@ in `rlhf.checks`, before any weight is loaded.
 """
 
 import dataclasses
-import difflib
-import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+from rlhf.coerce import coerce, type_name
 
 SAMPLING_KEYS = (
     "height",
@@ -75,7 +74,7 @@ class RewardGradientConfig:
         "Rewards to train on: built-in names, package.module:Class or path/file.py:Class. A file is code and is run.",
     )
     reward_weights: list[float] | None = _key(None, "One weight for each of reward_funcs. Default: 1 each.")
-    reward_kwargs: dict | str | None = _key(
+    reward_kwargs: dict[str, dict] | str | None = _key(
         None, "Arguments of rewards by name, {name: {argument: value}}; as a flag, the same in JSON."
     )
     normalise_rewards: bool = _key(
@@ -101,9 +100,47 @@ class RewardGradientConfig:
     negative_prompt: str | None = _key(None, "What guidance leads away from. Default: the model's.")
     max_sequence_length: int | None = _key(None, "Tokens of the T5 text encoder. Default: the model's.")
 
-    # The gradient
+    # The gradient. docs/methods.md compares the methods
+    method: str = _key(
+        "draft_k",
+        "How the reward's gradient enters the denoiser: draft_k, draft_lv, alignprop, uniform, listed, drtune, refl or "
+        "srpo.",
+    )
     num_grad_steps: int = _key(
-        1, "K: the gradient runs through the last K of the N denoising steps (DRaFT-K, arXiv 2309.17400)."
+        1,
+        "K: draft_k (arXiv 2309.17400) takes the gradient through the last K of the N denoising steps, alignprop "
+        "through the last k, drawn from 1 to K, uniform and drtune through K evenly spaced ones. Others: 1.",
+    )
+    grad_steps: list[int] | None = _key(None, "For listed: the denoising steps with gradient, of 0 to N-1.")
+    jump_steps: int | None = _key(
+        None,
+        "For refl and drtune: the rollout jumps to x0 from one of its last so many steps, drawn each time. Default: a "
+        "quarter of the steps for refl, 1 (no jump) for drtune.",
+    )
+    num_draws: int = _key(
+        2, "Extra draws of the last step for draft_lv, gradients per rollout for srpo (every second one a penalty)."
+    )
+    align_sigmas: list[float] = _key(
+        [0.75, 0.96], "For srpo: the noise levels, from and to, at which videos are recovered; those of its code."
+    )
+    align_delta: float = _key(0.02, "For srpo: how long the one step is that a recovered video takes, in sigma.")
+    relative_words: list[str] | None = _key(
+        None,
+        "Two phrases, positive and negative, put before each prompt: what is trained on is then the reward for the "
+        "first less that for the second (arXiv 2509.06942, eq. 9).",
+    )
+    relative_strength: float = _key(0.2, "k in (1 + k) R(positive) - R(negative), with relative_words.")
+    guidance_gradient: str = _key(
+        "full",
+        "What of guidance carries the gradient: full (exact), text (its text branch), none (only the unguided "
+        "velocity), or distill: no guidance at all, the adapter is taught it by drift_weight.",
+    )
+    drift_weight: float = _key(
+        0.0, "Weight of the drift from the base, in nats an element of the latents (docs/methods.md)."
+    )
+    drift_weighting: str = _key("kl", "How steps count in the drift: kl, as a KL divergence, or even.")
+    anchor_steps: int = _key(
+        0, "Every so many optimizer steps, one without reward pulls back to the base on its own samples. 0: never."
     )
     gradient_checkpointing: bool = _key(
         False, "Recompute the transformer's blocks in the backward pass: less memory, a third more time there."
@@ -116,6 +153,18 @@ class RewardGradientConfig:
     lora_alpha: int | None = _key(None, "LoRA alpha: the adapter counts alpha / r. Default: the rank.")
     lora_target_modules: list[str] | None = _key(
         None, "Ends of the names of the linear layers that are adapted. Default: the eight attention projections."
+    )
+
+    lora_use_dora: bool = _key(False, "Train magnitudes of the weights, too (DoRA, arXiv 2402.09353).")
+    lora_rank_pattern: dict[str, int] | str | None = _key(
+        None, "Ranks of layers by name or regular expression where they differ from lora_rank; as a flag, in JSON."
+    )
+    lora_alpha_pattern: dict[str, int] | str | None = _key(None, "Alphas of layers, in the same way.")
+    train_blocks: list[str] | None = _key(
+        None, "Modules of the transformer, such as transformer_blocks.3, that are trained whole instead of by LoRA."
+    )
+    ema_decay: float = _key(
+        0.0, "Decay of a running average of the trained numbers, which is evaluated and kept in their place. 0: none."
     )
 
     # The optimizer
@@ -138,9 +187,22 @@ class RewardGradientConfig:
     resume_from_checkpoint: str | None = _key(
         None, "'latest', or the path of a checkpoints/step-N folder, to go on from."
     )
+    max_skipped_steps: int = _key(
+        0,
+        "Optimizer steps in a row that may be skipped for a score or gradient that is not finite. 0: none.",
+    )
     save_steps: int = _key(50, "Optimizer steps between checkpoints. 0: at the end only.")
     save_total_limit: int = _key(3, "Checkpoints kept, the newest. 0: all.")
     eval_steps: int = _key(0, "Optimizer steps between evaluations on held-out prompts. 0: before and after only.")
+    early_stopping_patience: int = _key(
+        0, "Stop after so many evaluations in a row that did not raise the eval_reward_funcs. 0: never."
+    )
+    early_stopping_threshold: float = _key(
+        0.0, "What counts as raised: more than this above the best so far, in spreads of the base's scores."
+    )
+    load_best_model_at_end: bool = _key(
+        False, "Finish with the adapter that eval_reward_funcs liked best, as kept in best_adapter/."
+    )
     num_eval_prompts: int = _key(64, "Held-out prompts that are evaluated: the leading ones.")
     per_device_eval_batch_size: int = _key(8, "Videos sampled at a time in an evaluation.")
     eval_seed: int = _key(0, "Source of the evaluation's noise, the same for every model and run.")
@@ -159,7 +221,7 @@ class RewardGradientConfig:
             try:
                 setattr(self, f.name, coerce(getattr(self, f.name), hints[f.name]))
             except (TypeError, ValueError):
-                expected = f"expected {_type_name(hints[f.name])}"
+                expected = f"expected {type_name(hints[f.name])}"
                 problems.append(f"{f.name}: got {getattr(self, f.name)!r}, {expected}; correct its value")
         if problems:
             raise ConfigError(problems)
@@ -173,127 +235,5 @@ class RewardGradientConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
 
 
-def coerce(value, annotation):
-    """`value` as the annotated type, forgiving what YAML and the shell blur: 1e-5 as text, 'none', one item for a list.
-
-    Raises TypeError or ValueError where no reading makes sense.
-    """
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if type(None) in options and (value is None or value == "none"):
-        return None
-    kind = next(option for option in options if option is not type(None))
-    if typing.get_origin(kind) is list:
-        return [
-            coerce(item, typing.get_args(kind)[0]) for item in (value if isinstance(value, list | tuple) else [value])
-        ]
-    if kind is dict or typing.get_origin(kind) is dict:
-        return _coerce_dict(value, numbers=kind is not dict)
-    if kind is bool or kind is str:
-        return _exactly(value, kind)
-    return _coerce_number(value, kind)
-
-
-def _coerce_number(value, kind):
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or kind(value) != float(value):
-        raise TypeError(value)
-    return kind(value)
-
-
-def _coerce_dict(value, numbers: bool) -> dict:
-    value = json.loads(value) if isinstance(value, str) else value
-    if numbers:
-        return {name: _coerce_number(number, float) for name, number in _exactly(value, dict).items()}
-    if not all(isinstance(kwargs, dict) for kwargs in _exactly(value, dict).values()):
-        raise TypeError(value)
-    return value
-
-
-def _exactly(value, kind):
-    if not isinstance(value, kind):
-        raise TypeError(value)
-    return value
-
-
-def _type_name(annotation) -> str:
-    name = str(annotation) if typing.get_args(annotation) else annotation.__name__
-    name = name.replace("dict[str, float] | str", "a mapping {name: number}")
-    return name.replace(" | None", " or none").replace("dict | str", "a mapping {name: {argument: value}}")
-
-
-def parse_config(argv: list[str], default_config: str | Path | None = None) -> RewardGradientConfig:
-    """Settings from `--config FILE` (default: default_config) and flags; a flag beats the file, the file the default.
-
-    Raises ConfigError naming every misspelt key with its nearest neighbour.
-    """
-    argv = _split_equals(argv)
-    if "--config" not in argv and default_config is not None:
-        argv = ["--config", str(default_config), *argv]
-    path = _config_path(argv)
-    problems = _unknown_keys(path)
-    try:
-        args, unknown_flags = _parse(argv, without_config=bool(problems))
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    problems += [_unknown(flag, "flag --") for flag in unknown_flags]
-    if problems:
-        raise ConfigError(problems)
-    if args.base_dir is None and path is not None:
-        args.base_dir = str(path.parent.resolve())
-    return args
-
-
-def _parse(argv: list[str], without_config: bool) -> tuple[RewardGradientConfig, list[str]]:
-    from trl import TrlParser
-
-    class Parser(TrlParser):
-        def error(self, message):  # argparse would print the whole usage and exit
-            raise ConfigError([message])
-
-    if without_config:  # its unknown keys are told already; look at the flags alone
-        at = argv.index("--config")
-        argv = argv[:at] + argv[at + 2 :]
-    parser = Parser(RewardGradientConfig, prog="train_rlhf.py", allow_abbrev=False)
-    args, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    return args, [text[2:] for text in rest if text.startswith("--")] or rest
-
-
-def _split_equals(argv: list[str]) -> list[str]:
-    """--config=FILE as two words, the only form that TrlParser knows."""
-    return [word for text in argv for word in (text.split("=", 1) if text.startswith("--config=") else [text])]
-
-
-def _config_path(argv: list[str]) -> Path | None:
-    if "--config" not in argv:
-        return None
-    at = argv.index("--config")
-    path = Path(argv[at + 1]) if at + 1 < len(argv) else None
-    if path is None or not path.is_file():
-        got = "no path" if path is None else f"{path}, which is not a file"
-        raise ConfigError([f"--config: got {got}; expected a YAML file such as configs/nano.yaml; correct the path"])
-    return path
-
-
-def _unknown_keys(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError([f"{path} is not YAML: {reason}; correct that line"]) from None
-    if not isinstance(keys, dict):
-        raise ConfigError(
-            [f"{path}: got {type(keys).__name__}, expected lines of the form 'key: value'; correct the file"]
-        )
-    known = field_names()
-    return [_unknown(str(key), f"{path.name}: key ") for key in keys if key not in known and key != "env"]
-
-
 def field_names() -> list[str]:
     return [f.name for f in dataclasses.fields(RewardGradientConfig)]
-
-
-def _unknown(name: str, where: str) -> str:
-    near = difflib.get_close_matches(name.split("=")[0].replace("-", "_"), field_names(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "`train_rlhf.py --help` lists the settings"
-    return f"{where}{name}: no such setting; {hint}"

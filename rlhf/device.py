@@ -1,17 +1,23 @@
 """Where tensors live: the only file that names vendors.
 
-A device is named by the user, by USE_ASCEND_NPU=1, or is what the machine has. Nothing is imported for a device that
-was not asked for, and nothing global is patched.
+A device is named by the user, by USE_ASCEND_NPU=1, or is what the machine has; no function of another library is
+replaced. Attention is `F.scaled_dot_product_attention` everywhere: each vendor's PyTorch has a fused kernel behind it.
+The distributed backend is accelerate's choice, by the device. `python -m rlhf.device --check` tries a device out.
 """
 
 import ctypes
 import hashlib
 import os
+import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from rlhf import plugins
 
 KNOWN_DEVICES = ("cuda", "npu", "mps", "cpu")
 
@@ -21,10 +27,15 @@ def pick_device(name: str | None = None) -> torch.device:
     if name is None and os.environ.get("USE_ASCEND_NPU", "0") not in ("", "0"):
         name = "npu"
     if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if name.split(":")[0] not in KNOWN_DEVICES:
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    elif name.split(":")[0] not in KNOWN_DEVICES:
         raise ValueError(f"device={name!r}, expected one of {', '.join(KNOWN_DEVICES)}; correct the name")
-    return torch.device(name) if name == "cpu" else _accelerator(name)
+    else:
+        device = torch.device(name) if name == "cpu" else _accelerator(name)
+    if device.type == "npu":
+        torch.npu.config.allow_internal_format = False  # tensors keep the layout that they have elsewhere
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused operators have no kernel there
+    return device
 
 
 def local_device(name: str | None = None) -> torch.device:
@@ -47,11 +58,61 @@ def _accelerator(name: str) -> torch.device:
 def _import_npu() -> None:
     try:
         import torch_npu  # noqa: F401
-    except Exception as error:  # a half-installed CANN raises anything from ImportError to OSError
+    except Exception as error:
         raise ValueError(
-            f"an Ascend NPU was asked for, but torch_npu does not import ({error}); pip install 'contentv-rlhf[npu]' "
-            "and source CANN's set_env.sh, or unset USE_ASCEND_NPU"
+            f"an Ascend NPU was asked for, but {_why_no_npu(plugins.ERRORS.get('torch_npu', error))}, "
+            "or unset USE_ASCEND_NPU"
         ) from error
+
+
+def _why_no_npu(error: Exception) -> str:
+    try:
+        found = version("torch_npu")
+    except PackageNotFoundError:
+        return "torch_npu is not installed; pip install 'contentv-rlhf[npu]' and source CANN's set_env.sh"
+    pair = ".".join(found.split(".")[:2])
+    if not torch.__version__.startswith(f"{pair}."):
+        return (
+            f"torch_npu {found} does not pair with torch {torch.__version__}, expected torch {pair}; "
+            f"pip install 'torch=={pair}.*'"
+        )
+    return f"torch_npu {found} does not load ({error}); source CANN's set_env.sh in this shell"
+
+
+def describe(device: torch.device) -> str:
+    """The device's own name, such as "NVIDIA H200"; for a CPU, the processor's architecture and cores."""
+    if device.type in ("cuda", "npu"):
+        return torch.get_device_module(device).get_device_name(device)
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Inside, deterministic kernels where there are such, and float32 products and convolutions in full float32.
+
+    The vendors' defaults shorten float32 to 10 bits of mantissa in convolutions (TF32 and HF32).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the device is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True), _no_hf32(device):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _no_hf32(device: torch.device) -> Iterator[None]:
+    places = [torch.npu.conv, torch.npu.matmul] if device.type == "npu" else []
+    before = [place.allow_hf32 for place in places]
+    for place in places:
+        place.allow_hf32 = False
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.allow_hf32 = value
 
 
 def synchronize(device: torch.device) -> None:
@@ -123,3 +184,9 @@ def generator(*key: int | str) -> torch.Generator:
     """A CPU generator for the key, such as (seed, step, rank): the same draws on every device and after a resume."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+if __name__ == "__main__":
+    from rlhf.device_check import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
+from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_share
 from rlhf.sampler import draw_noise
 from rlhf.tracking import EvaluationBar, write_samples
 
-MOTION, DIVERSITY = "motion", "diversity"
+MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,7 @@ class Evaluation:
     """What one model did on the held-out prompts."""
 
     prompts: list[str]
-    scores: dict[
-        str, torch.Tensor
-    ]  # by judge, MOTION or DIVERSITY: (N,) float32; DIVERSITY of the leading prompts only
+    scores: dict[str, torch.Tensor]  # by judge or measure: (N,) float32; DIVERSITY of the leading prompts only
     videos_NCTHW: torch.Tensor  # uint8, of the leading prompts; empty on all but the main process
 
     def means(self) -> dict[str, float]:
@@ -58,7 +57,7 @@ class HeldOut:
 
     def __init__(
         self,
-        make_videos: Callable[[list[str], torch.Tensor], torch.Tensor],
+        make_videos: MakeVideos,
         judges: dict[str, Callable],
         prompts: list[str],
         noise_shape_CTHW: tuple[int, int, int, int],
@@ -72,14 +71,15 @@ class HeldOut:
         self.diversity_count = min(args.num_diversity_prompts, len(prompts))
 
     @torch.no_grad()
-    def evaluate(self, name: str, step: int) -> Evaluation:
+    def evaluate(self, name: str, step: int, make_videos: MakeVideos | None = None) -> Evaluation:
         """Sample a video of every prompt, judge it and write the samples; all processes share the work and the scores.
 
-        motion: mean absolute difference of neighbouring frames. diversity: mean absolute difference of two videos of
-        one prompt, for the leading prompts. Both in [0, 1].
+        Measures are those of `rlhf.measures`, all in [0, 1]; diversity is the distance of two videos of one prompt, for
+        the leading prompts. make_videos: of another model than the current one.
         """
+        make_videos = make_videos or self.make_videos
         mix = RewardMix(self.judges, [0.0] * len(self.judges))  # of weight 0: scores without gradient
-        scores = {judge: torch.zeros(len(self.prompts)) for judge in [*self.judges, MOTION]}
+        scores = {judge: torch.zeros(len(self.prompts)) for judge in [*self.judges, *OF_ONE_VIDEO]}
         scores[DIVERSITY] = torch.zeros(self.diversity_count)
         shown, videos = self.args.num_sample_prompts, [torch.zeros(0, dtype=torch.uint8)]
         own, size = self._own_rows(), self.args.per_device_eval_batch_size
@@ -87,12 +87,14 @@ class HeldOut:
         count = len(own) + sum(i < self.diversity_count for i in own)
         with EvaluationBar(name, count, self._is_main) as progress:
             for rows in (own[i : i + size] for i in range(0, len(own), size)):
-                video = self._videos(rows, draw=0)
+                video = make_videos(*self._inputs(rows, draw=0))
                 for judge, scores_B in mix(video, [self.prompts[i] for i in rows], **info)[1].items():
                     scores[judge][rows] = scores_B.cpu()
-                scores[MOTION][rows] = motion(video).cpu()
+                for measure, of in OF_ONE_VIDEO.items():
+                    scores[measure][rows] = of(video).cpu()
                 if twice := [i for i in rows if i < self.diversity_count]:
-                    scores[DIVERSITY][twice] = distance(video[: len(twice)], self._videos(twice, draw=1)).cpu()
+                    other = make_videos(*self._inputs(twice, draw=1))
+                    scores[DIVERSITY][twice] = distance(video[: len(twice)], other).cpu()
                 videos.append(to_uint8(video[: max(0, shown - rows[0])]))
                 progress(len(rows) + len(twice))
         scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
@@ -100,27 +102,28 @@ class HeldOut:
         self._write(step, evaluation.videos_NCTHW)
         return evaluation
 
-    def base(self, resumed: bool) -> Evaluation:
-        """The evaluation of the base, which has to be the current model; a resumed run reads that of its folder."""
+    def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
+        """The evaluation of the base, whose videos make_videos makes; a resumed run reads that of its folder."""
         path = self.folder / "evaluation" / "base.safetensors"
         if resumed and path.is_file():
             kept = Evaluation.load(path)
-            if kept.prompts == self.prompts and set(self.judges) <= set(kept.scores):
+            if kept.prompts == self.prompts and {*self.judges, *MEASURES} <= set(kept.scores):
                 return kept
-        base = self.evaluate("base", step=0)
+        base = self.evaluate("base", 0, make_videos)
         if self._is_main:
             base.save(path)
         return base
 
     def sample(self, step: int) -> None:
         """Write sample videos of the current model, without judging them."""
-        if self._is_main:
+        if self._is_main and self.args.num_sample_prompts:
             rows = list(range(len(self.prompts)))[: self.args.num_sample_prompts]
-            self._write(step, to_uint8(self._videos(rows, draw=0)))
+            self._write(step, to_uint8(self.make_videos(*self._inputs(rows, draw=0))))
 
-    def _videos(self, rows: list[int], draw: int) -> torch.Tensor:
+    def _inputs(self, rows: list[int], draw: int) -> tuple[list[str], torch.Tensor]:
+        """The prompts of the rows, and the noise of their videos number `draw`."""
         noise = draw_noise(self.noise_shape, self.args.eval_seed, "evaluation", [(i, draw) for i in rows])
-        return self.make_videos([self.prompts[i] for i in rows], noise)
+        return [self.prompts[i] for i in rows], noise
 
     def _own_rows(self) -> list[int]:
         return own_share(len(self.prompts), self.accelerator)
@@ -135,18 +138,6 @@ class HeldOut:
     @property
     def _is_main(self) -> bool:
         return self.accelerator.is_main_process
-
-
-def motion(video_BCTHW: torch.Tensor) -> torch.Tensor:
-    """(B,) mean absolute difference of neighbouring frames; 0 for a single frame."""
-    if video_BCTHW.shape[2] == 1:
-        return torch.zeros(len(video_BCTHW), device=video_BCTHW.device)
-    return video_BCTHW.diff(dim=2).abs().mean((1, 2, 3, 4))
-
-
-def distance(a_BCTHW: torch.Tensor, b_BCTHW: torch.Tensor) -> torch.Tensor:
-    """(B,) mean absolute difference of two videos."""
-    return (a_BCTHW - b_BCTHW).abs().mean((1, 2, 3, 4))
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:

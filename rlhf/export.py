@@ -17,12 +17,13 @@ import yaml
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder
 from rlhf.contentv.loading import load_transformer
 from rlhf.contentv.pipeline import INDEX_CLASSES
 from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.lora import BLOCKS_FILE
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
@@ -43,6 +44,7 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     base = model_folder(model or yaml.safe_load((run / "config.yaml").read_text())["model"])
     transformer = load_transformer(base)
     transformer.load_lora_adapter(adapter.parent, prefix="transformer", weight_name=adapter.name, use_safetensors=True)
+    add_trained_blocks(transformer, adapter.parent, scale)
     with merged(transformer, scale) as plain:  # before anything is written: it may refuse the adapter
         plain.save_pretrained(out / "transformer")
     for name in set(CONFIG_FILES) - {"transformer"}:
@@ -53,8 +55,13 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
 
 
 def export_adapter(run: Path, out: Path, scale: float = 1.0) -> None:
-    """Write the adapter of a run to `out`/pytorch_lora_weights.safetensors, its B matrices multiplied by `scale`."""
+    """Write the adapter of a run to `out`/pytorch_lora_weights.safetensors, its B matrices multiplied by `scale`.
+
+    Raises ValueError as `export_merged` does, and for a run that trained whole blocks.
+    """
     adapter = _check(run, out)
+    if (blocks := adapter.parent / BLOCKS_FILE).exists():
+        raise ValueError(f"{blocks} is there, expected LoRA weights alone: the run trained whole blocks; use --merged")
     with safe_open(adapter, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     tensors = {key: value * scale if "lora_B" in key else value for key, value in tensors.items()}
@@ -80,6 +87,15 @@ def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[S
         unscale_lora_layers(transformer, scale)
         for parameter, original in originals:
             parameter.data.copy_(original)
+
+
+@torch.no_grad()
+def add_trained_blocks(transformer: SD3Transformer3DModel, folder: Path, scale: float = 1.0) -> None:
+    """Move the blocks that a run trained whole, if any, from their own weights by `scale` towards the trained ones."""
+    path = folder / BLOCKS_FILE
+    for name, trained in (load_file(path) if path.exists() else {}).items():
+        weight = transformer.get_parameter(name)
+        weight.copy_(weight.float().lerp(trained.to(weight.device), scale))
 
 
 def _without_adapter(transformer) -> SD3Transformer3DModel:

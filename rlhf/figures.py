@@ -12,15 +12,14 @@ BASE_COLOR, TUNED_COLOR = "#8a8f98", "#1f6feb"
 def plot_curves(rows: list[dict], path: Path) -> None:
     """Curves over the optimizer steps of every reward, with its evaluations, and of the gradient norm."""
     pyplot = _pyplot()
-    names = [key for key in rows[0] if key.startswith("rewards/") and not key.endswith("_std")]
+    names = [key for key in max(rows, key=len) if key.startswith("rewards/") and not key.endswith("_std")]
     panels = [("reward", "trained reward (weighted)"), *((n, n.removeprefix("rewards/")) for n in names)]
     panels = (panels if len(names) > 1 else panels[1:]) + [("grad_norm", "gradient norm, before clipping")]
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(4.6 * columns, 3.0 * lines), squeeze=False)
-    steps = [row["step"] for row in rows]
     for axis, (key, title) in zip(axes.flat, panels, strict=False):
-        values = [row[key] for row in rows]
+        steps, values = zip(*[(row["step"], row[key]) for row in rows if key in row], strict=True)
         axis.plot(steps, values, color=TUNED_COLOR, alpha=0.3, linewidth=1)
         axis.plot(steps, _smooth(values), color=TUNED_COLOR, linewidth=2)
         axis.set_title(title, fontsize=10, loc="left")

@@ -1,17 +1,56 @@
 """Which denoising steps carry the gradient."""
 
+import torch
 
-def choose_grad_steps(strategy: str, num_steps: int, num_grad: int, rng=None) -> list[int]:
-    """Indices of the steps, of 0 .. num_steps-1, that the gradient runs through: sorted, unique, num_grad of them.
+STRATEGIES = ("last", "random_last", "uniform", "listed")
 
-    strategy: "last", the last num_grad steps (DRaFT-K, arXiv 2309.17400). It draws nothing from rng, the
-    `torch.Generator` of strategies that choose at random.
+
+def choose_grad_steps(
+    strategy: str,
+    num_steps: int,
+    num_grad: int,
+    rng: torch.Generator | None = None,
+    listed: list[int] | None = None,
+) -> list[int]:
+    """Indices of the steps, of 0 .. num_steps-1, that carry the gradient: sorted, unique, in range.
+
+    strategy:
+        "last": the last num_grad (DRaFT-K, arXiv 2309.17400, algorithm 1).
+        "random_last": the last k, with k drawn once, evenly from 1 .. num_grad (randomised truncation of AlignProp,
+            arXiv 2310.03739).
+        "uniform": num_grad of them, num_steps // num_grad apart (DRTune, arXiv 2405.00760, algorithm 1); the first is
+            drawn from all that leave room for the rest, so that every step can come up.
+        "listed": those of `listed`; num_grad is not asked.
+
+    rng is drawn from by "random_last" and "uniform" alone. Raises ValueError where there is no such choice.
     """
+    if strategy == "listed":
+        return _checked(listed, num_steps)
     if not 1 <= num_grad <= num_steps:
         raise ValueError(
             f"num_grad_steps={num_grad}, expected 1 to num_inference_steps={num_steps}: only a step that is taken can "
             "carry a gradient; lower num_grad_steps"
         )
-    if strategy != "last":
-        raise ValueError(f"strategy={strategy!r}, expected 'last'; use that one")
-    return list(range(num_steps - num_grad, num_steps))
+    if strategy == "last":
+        return list(range(num_steps - num_grad, num_steps))
+    if strategy == "random_last":
+        return list(range(num_steps - 1 - draw_below(num_grad, rng), num_steps))
+    if strategy == "uniform":
+        apart = num_steps // num_grad
+        start = draw_below(num_steps - (num_grad - 1) * apart, rng)
+        return [start + i * apart for i in range(num_grad)]
+    raise ValueError(f"strategy={strategy!r}, expected one of {', '.join(STRATEGIES)}; use one of these")
+
+
+def _checked(listed: list[int] | None, num_steps: int) -> list[int]:
+    if not listed or len(set(listed)) < len(listed) or not all(0 <= i < num_steps for i in listed):
+        raise ValueError(
+            f"grad_steps={listed}, expected different steps of 0 to {num_steps - 1} (num_inference_steps={num_steps}), "
+            "at least one; correct grad_steps"
+        )
+    return sorted(listed)
+
+
+def draw_below(count: int, rng: torch.Generator) -> int:
+    """One of 0 .. count-1, all as likely."""
+    return int(torch.randint(count, (), generator=rng))

@@ -56,7 +56,7 @@ def count_parameters(args: RewardGradientConfig, card: dict[str, dict]) -> tuple
         transformer = SD3Transformer3DModel.from_config(card["transformer"])
         vae = AutoencoderKLWan.from_config(card["vae"])
         base = _count(transformer.parameters())
-        add_adapter(transformer, lora_config(args.lora_rank, args.lora_alpha, args.lora_target_modules), args.seed)
+        add_adapter(transformer, lora_config(args), args.seed, args.train_blocks)
     return base, _count(vae.parameters()), _count(p for p in transformer.parameters() if p.requires_grad)
 
 

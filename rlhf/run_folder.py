@@ -14,6 +14,7 @@ RUN_FILES = (
     "samples",
     "evaluation",
     "adapter",
+    "best_adapter",
     "calibration.json",
     "trackers",
     "summary.json",

@@ -29,12 +29,17 @@ class PromptCache:
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts: Iterable[str], negative_prompt: str, max_sequence_length: int) -> PromptCache:
-    """Encode each different prompt once, with `pipe.encode_prompt`, in the dtype of the encoders."""
+    """Encode each different prompt once, with `pipe.encode_prompt`, in the dtype of the encoders.
+
+    All batches are of one size, for the rounding of products depends on it, and a resumed run, which encodes only the
+    prompts that are left, has to see the same embeddings to the bit.
+    """
     unique = list(dict.fromkeys(prompts))
+    padded = unique + unique[-1:] * (-len(unique) % ENCODE_BATCH)
     batches = [
-        _encode(pipe, unique[i : i + ENCODE_BATCH], max_sequence_length) for i in range(0, len(unique), ENCODE_BATCH)
+        _encode(pipe, padded[i : i + ENCODE_BATCH], max_sequence_length) for i in range(0, len(padded), ENCODE_BATCH)
     ]
-    embeds, pooled = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    embeds, pooled = (torch.cat(parts)[: len(unique)] for parts in zip(*batches, strict=True))
     return PromptCache(unique, embeds, pooled, Conditioning(*_encode(pipe, [negative_prompt], max_sequence_length)))
 
 

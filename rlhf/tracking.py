@@ -36,8 +36,16 @@ class RunLog:
             with (self.folder / METRICS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
         self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
-        self.bar.set_postfix_str(f"reward {metrics['reward']:.4f}", refresh=False)
+        if "skipped" in metrics:
+            self.say(f"Step {metrics['step']} was skipped: {metrics['why']}")
+        if "reward" in metrics:
+            self.bar.set_postfix_str(f"reward {metrics['reward']:.4f}", refresh=False)
         self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.is_main:
+            self.bar.write(text)
 
     def __enter__(self) -> "RunLog":
         return self

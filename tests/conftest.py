@@ -1,7 +1,10 @@
 """Shared fixtures: everything random is seeded, tiny and made in code."""
 
+import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
+
 import pytest
 import torch
+from problem import Problem, keep_float64
 from tiny import tiny_pipeline, tiny_transformer, tiny_vae
 
 from rlhf.config import RewardGradientConfig
@@ -24,6 +27,13 @@ def _tiny_transformer():
 @pytest.fixture(name="tiny_vae")
 def _tiny_vae():
     return tiny_vae()
+
+
+@pytest.fixture
+def problem(monkeypatch):
+    """The adapter's gradient of a tiny model, in float64 throughout."""
+    keep_float64(monkeypatch)
+    return Problem()
 
 
 def redness(video, prompts, **info):

@@ -72,9 +72,12 @@ def test_each_reward_can_be_built_without_hub_or_disk(name, monkeypatch):
 def test_the_table_by_hand():
     common = {"arm": "clip_score", "dtype": "bfloat16", "frames": 8, "weights_gib": 0.7964}
     one = common | {"arm": "flicker", "dtype": "float32", "frames": 1, "weights_gib": 0.0, "skipped": "1 frame(s)"}
+    full = one | {"arm": "mps", "weights_gib": 4.0, "skipped": "out of memory"}
     rows = [
         one | {"phase": "forward"},
         one | {"phase": "forward and backward"},
+        full | {"phase": "forward"},
+        full | {"phase": "forward and backward"},
         common | {"phase": "forward", "seconds": 0.01234, "peak_gib": 1.0},
         common | {"phase": "forward and backward", "seconds": 0.03456, "peak_gib": 2.345},
     ]
@@ -82,7 +85,7 @@ def test_the_table_by_hand():
     lines = tables.rewards_table({"environment": environment, "rows": rows}).splitlines()
     assert lines[0] == "One video of 432x768 on one Chip, torch 9.9, median of 5:"
     assert lines[4:] == [
-        "| `flicker` | - | 1 | - | - | - | 0.00 |",
+        "| `mps` | float32 | 1 | out of memory | out of memory | out of memory | 4.00 |",
         "| `clip_score` | bfloat16 | 8 | 12.3 | 34.6 | 2.35 | 0.80 |",
     ]
 

@@ -1,22 +1,33 @@
 """Checkpoints are whole or absent, hold everything, and are found again."""
 
+import errno
 import json
 import os
+import resource
 import signal
 
 import pytest
 import torch
 from tiny import tiny_transformer
 
-from rlhf.checkpoint import StopRequest, checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
-from rlhf.config import ConfigError
+from rlhf.checkpoint import (
+    SavingError,
+    StopRequest,
+    checkpoints,
+    damage,
+    find_checkpoint,
+    last_whole,
+    load_checkpoint,
+    save_checkpoint,
+)
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.lora import Masters, add_adapter, lora_config
 
 
 def trained(updates: int, seed: int = 0):
     """Masters and an optimizer after some steps on gradients that depend on the step alone."""
     transformer = tiny_transformer()
-    add_adapter(transformer, lora_config(2, None, None), seed)
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=2)), seed)
     masters = Masters(transformer)
     optimizer = torch.optim.AdamW([masters.vector], lr=1e-2, weight_decay=0.1, fused=True)
     update(masters, optimizer, range(updates))
@@ -45,22 +56,99 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, updates):
     assert torch.equal(masters.vector, other.vector)
 
 
+def test_the_average_goes_on_and_begins_at_the_weights_where_none_was_kept(tmp_path):
+    transformer = tiny_transformer()
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=2)), 0)
+    masters = Masters(transformer, average_decay=0.9)
+    optimizer = torch.optim.AdamW([masters.vector], lr=1e-2, fused=True)
+    masters.average += 1
+    path = save_checkpoint(tmp_path, 1, masters, optimizer, {})
+    other = Masters(transformer, average_decay=0.5)
+    load_checkpoint(path, other, optimizer)
+    assert torch.equal(other.average, masters.average)
+    (path / "average.safetensors").unlink()
+    load_checkpoint(path, other, optimizer)
+    assert torch.equal(other.average, masters.vector)
+
+
 def test_nothing_is_pickled_and_no_unfinished_folder_stays(tmp_path):
     path = save_checkpoint(tmp_path, 5, *trained(1), {})
-    assert sorted(p.name for p in path.iterdir()) == ["adapter.safetensors", "optimizer.safetensors", "state.json"]
+    files = ["adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json"]
+    assert sorted(p.name for p in path.iterdir()) == files
     assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
 
 
-def test_a_failed_write_leaves_the_older_checkpoint_as_the_latest(tmp_path, monkeypatch):
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("function", ["_flush", "save_file"])
+def test_a_full_disk_is_named_and_leaves_the_older_checkpoint_as_the_latest(tmp_path, monkeypatch, function):
     masters, optimizer = trained(1)
     save_checkpoint(tmp_path, 1, masters, optimizer, {})
-    monkeypatch.setattr("rlhf.checkpoint._flush", lambda path: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(f"rlhf.checkpoint.{function}", lambda *_: (_ for _ in ()).throw(FULL))
+    with pytest.raises(SavingError, match="step-2 could not be written: the disk is full. Free some space"):
         save_checkpoint(tmp_path, 2, masters, optimizer, {})
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-1"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
     monkeypatch.undo()
     save_checkpoint(tmp_path, 2, masters, optimizer, {})
     assert [p.name for p in checkpoints(tmp_path)] == ["step-1", "step-2"]
+
+
+def test_a_file_that_the_system_refuses_to_write_is_a_saving_error_too(tmp_path):
+    """By a real limit of the system: files of this process may not grow beyond a kilobyte."""
+    masters, optimizer = trained(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(SavingError, match="could not be written"):
+            save_checkpoint(tmp_path, 2, masters, optimizer, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def truncate(path):
+    data = (path / "optimizer.safetensors").read_bytes()
+    (path / "optimizer.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def flip(path):
+    data = bytearray((path / "adapter.safetensors").read_bytes())
+    data[-5] ^= 1
+    (path / "adapter.safetensors").write_bytes(data)
+
+
+DAMAGES = [
+    (truncate, "optimizer.safetensors is damaged"),
+    (flip, "adapter.safetensors is damaged"),
+    (lambda path: (path / "adapter.safetensors").unlink(), "adapter.safetensors is missing"),
+    (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing or damaged"),
+    (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is missing or damaged"),
+]
+
+
+@pytest.mark.parametrize(("harm", "told"), DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, harm, told):
+    folder, (masters, optimizer) = tmp_path / "checkpoints", trained(1)
+    for step in (9, 10):
+        save_checkpoint(folder, step, masters, optimizer, {})
+    assert damage(folder / "step-10") is None
+    harm(folder / "step-10")
+    assert told in damage(folder / "step-10")
+    assert find_checkpoint("latest", tmp_path, quiet=True) == last_whole(folder) == folder / "step-9"
+    assert not caplog.text
+    assert find_checkpoint("latest", tmp_path) == folder / "step-9"
+    assert f"{folder / 'step-10'}: {told}" in caplog.text
+    assert f"going on from {folder / 'step-9'} instead" in caplog.text
+    with pytest.raises(ConfigError, match=f"{told}.*use 'latest'"):
+        find_checkpoint(str(folder / "step-10"), tmp_path)
+
+    save_checkpoint(folder, 10, masters, optimizer, {})  # the step is done again, and its checkpoint replaced
+    assert damage(folder / "step-10") is None
+    for step in (9, 10):
+        harm(folder / f"step-{step}")
+    with pytest.raises(ConfigError, match=f"got .*step-9: {told}.*; .*step-10: {told}"):
+        find_checkpoint("latest", tmp_path)
 
 
 def test_only_the_newest_are_kept_by_number(tmp_path):
@@ -97,3 +185,10 @@ def test_the_first_signal_asks_and_the_second_acts(number):
     assert signal.getsignal(signal.SIGINT) is before
     if number == signal.SIGTERM:
         signal.signal(signal.SIGTERM, old)
+
+
+def test_a_batch_systems_warning_may_come_often():
+    with StopRequest() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested

@@ -59,6 +59,30 @@ def test_good_settings_pass(problems):
         ({"learning_rate": -1}, "learning_rate: got -1.0, expected at least 0"),
         ({"max_steps": 0}, "max_steps: got 0, expected at least 1"),
         ({"adam_beta2": 1.0}, "adam_beta2: got 1.0"),
+        ({"method": "ddpo"}, "method: got 'ddpo', expected one of draft_k, draft_lv"),
+        ({"method": "refl", "num_grad_steps": 4}, "num_grad_steps: got 4 with method refl, which has no use for it"),
+        ({"grad_steps": [1]}, "grad_steps: got [1] with method draft_k, which has no use for it; expected None, or"),
+        ({"method": "listed"}, "grad_steps: got None with method listed, expected different steps of 0 to 49"),
+        ({"method": "listed", "grad_steps": [3, 50]}, "expected different steps of 0 to 49"),
+        ({"method": "alignprop"}, "num_grad_steps: got 1 with method alignprop"),
+        ({"method": "refl", "jump_steps": 51}, "jump_steps=51 exceeds num_inference_steps=50"),
+        ({"method": "drtune", "num_grad_steps": 42, "jump_steps": 10}, "jump to x0 after 41 of"),
+        ({"method": "srpo", "align_sigmas": [0.5]}, "align_sigmas=[0.5] with align_delta=0.02"),
+        ({"method": "srpo", "align_sigmas": [0.9, 0.99]}, "expected [from, to] with align_delta <= from"),
+        ({"relative_words": ["sharp"]}, "relative_words: got ['sharp'], expected two phrases"),
+        ({"guidance_gradient": "distill"}, "distill with drift_weight 0"),
+        ({"guidance_gradient": "distill", "drift_weight": 1, "guidance_scale": 1}, "no guidance to teach"),
+        ({"guidance_gradient": "half"}, "guidance_gradient: got 'half', expected one of full, text, none, distill"),
+        ({"anchor_steps": 1}, "anchor_steps: got 1, which leaves no step for the reward"),
+        ({"drift_weight": -1}, "drift_weight: got -1.0, expected at least 0"),
+        ({"ema_decay": 1.0}, "ema_decay: got 1.0"),
+        ({"train_blocks": ["transformer_blocks.38"]}, "expected transformer_blocks.0 to .37"),
+        ({"lora_use_dora": True, "weight_decay": 0.1}, "weight_decay: got 0.1 with train_blocks or lora_use_dora"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience: got no eval_steps and no eval_reward_funcs"),
+        (
+            {"load_best_model_at_end": True, "eval_steps": 2, "eval_reward_funcs": ["flicker"], "eval_prompts": None},
+            "load_best_model_at_end: got no eval_prompts",
+        ),
         ({"dtype": "float16"}, "dtype: got 'float16', expected one of auto, float32, bfloat16"),
         ({"lr_scheduler_type": "cosine"}, "expected one of constant, linear"),
         ({"decode_checkpoint": True}, "decode_checkpoint: got no decode_chunk"),
@@ -104,6 +128,7 @@ def test_a_resumed_run_keeps_the_shape_of_its_adapter(problems, tmp_path):
     folder.mkdir(parents=True)
     settings = vars(RewardGradientConfig(**MODEL))
     (folder / "state.json").write_text(json.dumps({"step": 3, "settings": settings}))
+    (folder / "manifest.json").write_text('{"files": {}}')
     assert problems(resume_from_checkpoint="latest", learning_rate=1e-6) == ""
     told = problems(resume_from_checkpoint="latest", lora_rank=7)
     assert "lora_rank: got 7, expected 16 as in" in told

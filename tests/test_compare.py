@@ -7,6 +7,7 @@ import torch
 
 from rlhf.compare import paired, student_t_975, summarise
 from rlhf.evaluate import Evaluation
+from rlhf.measures import MEASURES
 
 
 @pytest.mark.parametrize(
@@ -41,12 +42,12 @@ def test_equal_models_have_no_difference():
 
 def test_summary_has_the_agreed_form():
     def evaluation(shift):
-        names = ["nano_clip", "nano_verifier", "motion"]
+        names = ["nano_clip", "nano_verifier", "motion", "saturation", "high_frequency"]
         scores = {name: torch.tensor([0.1, 0.2]) + shift for name in names} | {"diversity": torch.tensor([0.3]) + shift}
         return Evaluation(["a", "b"], scores, torch.zeros(0))
 
     summary = summarise(evaluation(0.0), evaluation(0.5), ["nano_clip"], seconds=1.5, steps=7)
-    assert set(summary) == {"seconds", "steps", "trained", "held_out", "motion", "diversity"}
+    assert set(summary) == {"seconds", "steps", "trained", "held_out", *MEASURES}
     assert (summary["seconds"], summary["steps"]) == (1.5, 7)
     assert set(summary["trained"]) == {"nano_clip"}
     assert set(summary["held_out"]) == {"verifier"}

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from rlhf.config import ConfigError, RewardGradientConfig, field_names, parse_config
+from rlhf.config import ConfigError, RewardGradientConfig, field_names
+from rlhf.parse import parse_config
 
 
 @pytest.fixture

@@ -5,7 +5,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
-from rlhf.lora import Masters, adapter_off, add_adapter, lora_config, save_adapter
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.loading import load_pipeline
+from rlhf.export import add_trained_blocks, export_adapter, export_merged
+from rlhf.lora import Masters, adapter_off, add_adapter, lora_config, save_adapter, without_adapter
 
 LATENTS = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -20,7 +23,7 @@ def velocity(transformer) -> torch.Tensor:
 
 def shaken(transformer, config=None, amount=0.3) -> Masters:
     """An adapter that does something."""
-    add_adapter(transformer, config or lora_config(4, None, None), seed=0)
+    add_adapter(transformer, config or lora_config(RewardGradientConfig(lora_rank=4)), seed=0)
     masters = Masters(transformer)
     with torch.no_grad():
         noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
@@ -33,7 +36,7 @@ def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed():
     base, adapted, again, other = (tiny_transformer() for _ in range(4))
     for transformer, seed in ((adapted, 0), (again, 0), (other, 1)):
         torch.rand(3)  # the global generator has no say
-        add_adapter(transformer, lora_config(4, None, None), seed)
+        add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), seed)
     assert torch.equal(velocity(base), velocity(adapted))
     assert torch.equal(Masters(adapted).vector, Masters(again).vector)
     assert not torch.allclose(Masters(adapted).vector, Masters(other).vector)
@@ -41,7 +44,7 @@ def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed():
 
 def test_only_the_adapter_is_trainable_and_all_eight_projections_have_one():
     transformer = tiny_transformer()
-    add_adapter(transformer, lora_config(4, 8, None), 0)
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4, lora_alpha=8)), 0)
     names = Masters(transformer).names
     assert all("lora_" in name for name in names)
     assert len(names) == 2 * (8 + 7)  # the last block has no output for the text
@@ -50,9 +53,9 @@ def test_only_the_adapter_is_trainable_and_all_eight_projections_have_one():
 
 def test_adapter_off_is_the_base_and_on_again_afterwards():
     base, transformer = tiny_transformer(), tiny_transformer()
-    shaken(transformer)
+    masters = shaken(transformer)
     tuned = velocity(transformer)
-    with adapter_off(transformer):
+    with adapter_off(transformer, masters):
         assert torch.equal(velocity(transformer), velocity(base))
     assert torch.equal(velocity(transformer), tuned)
     assert not torch.allclose(tuned, velocity(base), atol=1e-3)
@@ -61,7 +64,7 @@ def test_adapter_off_is_the_base_and_on_again_afterwards():
 
 def test_masters_of_a_bfloat16_base_keep_steps_that_bfloat16_would_lose():
     transformer = tiny_transformer().to(torch.bfloat16)
-    add_adapter(transformer, lora_config(4, None, None), 0)
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), 0)
     masters = Masters(transformer)
     assert masters.vector.dtype == torch.float32
     assert {p.dtype for p in masters.params} == {torch.bfloat16}
@@ -89,7 +92,7 @@ def test_gradients_of_several_passes_add_up_in_the_masters():
 @pytest.mark.parametrize("alpha", [4, 2])
 def test_a_saved_adapter_loads_in_a_fresh_pipeline(tmp_path, alpha):
     tuned, fresh = tiny_pipeline(), tiny_pipeline()
-    masters = shaken(tuned.transformer, lora_config(4, alpha, None))
+    masters = shaken(tuned.transformer, lora_config(RewardGradientConfig(lora_rank=4, lora_alpha=alpha)))
     save_adapter(tuned, masters, tmp_path)
     fresh.load_lora_weights(tmp_path)
     torch.testing.assert_close(velocity(fresh.transformer), velocity(tuned.transformer), rtol=1e-5, atol=1e-6)
@@ -100,3 +103,103 @@ def test_a_saved_adapter_loads_in_a_fresh_pipeline(tmp_path, alpha):
 def test_a_transformer_without_an_adapter_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter, expected an adapter"):
         Masters(tiny_transformer())
+
+
+# -------------------------------------------------------------------------- DoRA, patterns, whole blocks, the average
+
+EVERYTHING = {
+    "lora_rank": 4,
+    "lora_use_dora": True,
+    "lora_rank_pattern": {"to_q": 2},
+    "lora_alpha_pattern": {"to_q": 6},
+    "train_blocks": ["transformer_blocks.1", "proj_out"],
+}
+
+
+def whole_and_adapted(**settings):
+    """A pipeline with everything that can be trained, shaken, and its masters."""
+    pipe, args = tiny_pipeline(), RewardGradientConfig(**(EVERYTHING | settings))
+    add_adapter(pipe.transformer, lora_config(args), 0, args.train_blocks)
+    masters = Masters(pipe.transformer)
+    with torch.no_grad():
+        noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
+        masters.set(masters.vector + 0.05 * noise)
+    return pipe, masters
+
+
+def test_chosen_blocks_are_trained_whole_and_have_no_lora():
+    pipe, masters = whole_and_adapted()
+    whole = [name for name in masters.names if "lora_" not in name]
+    assert sorted(whole) == sorted(masters.base_weights)
+    parts = [pipe.transformer.get_submodule(block) for block in EVERYTHING["train_blocks"]]
+    assert sum(masters.base_weights[n].numel() for n in whole) == sum(p.numel() for m in parts for p in m.parameters())
+    assert {name.split(".")[1] for name in masters.names if "lora_" in name} == {"0"}
+
+
+def test_rank_and_alpha_patterns_and_magnitudes_are_as_asked():
+    pipe, masters = whole_and_adapted()
+    shapes = {name: tensor.shape for name, tensor in masters.named(masters.vector).items()}
+    assert shapes["transformer_blocks.0.attn.to_q.lora_A.default.weight"][0] == 2
+    assert shapes["transformer_blocks.0.attn.to_k.lora_A.default.weight"][0] == 4
+    attention = pipe.transformer.transformer_blocks[0].attn
+    assert (attention.to_q.scaling["default"], attention.to_k.scaling["default"]) == (3.0, 1.0)
+    assert shapes["transformer_blocks.0.attn.to_q.lora_magnitude_vector.default.weight"] == (32,)
+
+
+def test_adapter_off_is_the_base_with_whole_blocks_too():
+    pipe, masters = whole_and_adapted()
+    tuned, base = velocity(pipe.transformer), velocity(tiny_transformer())
+    assert not torch.allclose(tuned, base, atol=1e-2)
+    with adapter_off(pipe.transformer, masters):
+        assert torch.equal(velocity(pipe.transformer), base)
+    assert torch.equal(velocity(pipe.transformer), tuned)
+    assert torch.equal(without_adapter(velocity, pipe.transformer, masters)(pipe.transformer), base)
+
+
+def test_what_was_trained_is_merged_into_a_plain_checkpoint(tmp_path):
+    pipe, masters = whole_and_adapted()
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    save_adapter(pipe, masters, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "config.yaml").write_text(f"model: {tmp_path / 'base'}")
+    export_merged(tmp_path / "run", tmp_path / "out")
+    merged = load_pipeline(str(tmp_path / "out"))
+    torch.testing.assert_close(velocity(merged.transformer), velocity(pipe.transformer), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the run trained whole blocks; use --merged"):
+        export_adapter(tmp_path / "run", tmp_path / "adapter")
+
+
+def test_a_whole_block_is_scaled_from_the_base_on(tmp_path):
+    pipe, masters = whole_and_adapted()
+    save_adapter(pipe, masters, tmp_path)
+    half = tiny_transformer()
+    add_trained_blocks(half, tmp_path, scale=0.5)
+    between = (tiny_transformer().proj_out.weight + pipe.transformer.proj_out.weight) / 2
+    torch.testing.assert_close(half.proj_out.weight, between)
+
+
+def test_an_unknown_block_is_named():
+    with pytest.raises(ValueError, match="train_blocks: got 'blocks.0', expected modules of pos_embed"):
+        add_adapter(tiny_transformer(), lora_config(RewardGradientConfig()), 0, ["blocks.0"])
+
+
+def test_the_average_follows_the_vector_and_stands_in_for_it():
+    transformer = tiny_transformer()
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), 0)
+    masters = Masters(transformer, average_decay=0.9)
+    expected, values = masters.vector.detach().clone(), []
+    for update in range(200):
+        with torch.no_grad():
+            masters.vector += 0.01
+        masters.update_average(update)
+        decay = min(0.9, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * masters.vector.detach()
+        values.append((masters.vector - masters.average).mean().item())
+    torch.testing.assert_close(masters.average, expected)
+    assert values[-1] == pytest.approx(0.01 * 0.9 / 0.1, rel=1e-3)  # the lag behind a steady drift
+    masters.write()
+    current = masters.vector.detach().clone()
+    with masters.averaged():
+        assert torch.equal(masters.vector.detach(), masters.average)
+        assert torch.equal(masters.params[0].flatten(), masters.average[: masters.params[0].numel()])
+    assert torch.equal(masters.vector.detach(), current)
+    assert torch.equal(masters.params[0].flatten(), current[: masters.params[0].numel()])

@@ -12,7 +12,7 @@ def test_counts_are_those_of_the_real_modules():
     pipe = tiny_pipeline()
     card = model_card("", pipe)
     expected = [sum(p.numel() for p in module.parameters()) for module in (pipe.transformer, pipe.vae)]
-    add_adapter(pipe.transformer, lora_config(4, None, None), 0)
+    add_adapter(pipe.transformer, lora_config(RewardGradientConfig(lora_rank=4)), 0)
     args = RewardGradientConfig(lora_rank=4)
     assert count_parameters(args, card) == (*expected, Masters(pipe.transformer).vector.numel())
     assert "(16, 3, 4, 6)" in sizes(with_sampling(args, card["sampling"]), card)

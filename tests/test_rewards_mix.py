@@ -259,3 +259,14 @@ def test_modules_are_moved():
     module = torch.nn.Linear(1, 1)
     assert RewardMix({"a": module, "b": Mean()}).to("meta") is not None
     assert module.weight.device.type == "meta"
+
+
+def test_what_a_reward_raises_names_it_and_the_prompts():
+    def fragile(video, prompts, **info):
+        raise KeyError("no such word")
+
+    with pytest.raises(
+        RewardError, match=r"reward 'fragile': got KeyError: 'no such word' for the prompts \['a cat'\]"
+    ) as caught:
+        RewardMix({"fragile": fragile})(torch.rand(1, 3, 1, 8, 8), ["a cat"])
+    assert isinstance(caught.value.__cause__, KeyError)

@@ -1,8 +1,11 @@
 """The cache gives what the pipeline's own encoding gives, prompt by prompt."""
 
+import pytest
 import torch
 
-from rlhf.text import encode_prompts
+from rlhf.contentv.files import NANO_PATH
+from rlhf.contentv.loading import load_pipeline
+from rlhf.text import ENCODE_BATCH, encode_prompts
 
 
 def test_cached_conditioning_equals_encoding_the_batch(tiny_pipe):
@@ -21,5 +24,14 @@ def test_each_prompt_is_encoded_once_and_without_graph(tiny_pipe, monkeypatch):
     seen, encode = [], tiny_pipe.encode_prompt
     monkeypatch.setattr(tiny_pipe, "encode_prompt", lambda **kw: seen.extend(kw["prompt"]) or encode(**kw))
     cache = encode_prompts(tiny_pipe, ["b", "a", "b"] * 20, "", 24)
-    assert seen == ["b", "a", ""]
+    assert seen == ["b", *["a"] * (ENCODE_BATCH - 1), ""], "one full batch, and the negative prompt"
     assert not cache(["a"], "cpu").prompt_embeds_BLD.requires_grad
+
+
+@pytest.mark.skipif(not NANO_PATH.is_dir(), reason="the nano weights are not in this checkout")
+def test_an_embedding_is_the_same_to_the_bit_whatever_is_encoded_with_it():
+    """What a resumed run relies on: it encodes the prompts that are left."""
+    pipe, prompts = load_pipeline("nano"), ["one red star", "two small blue circles", "a star falling", "a ring"]
+    whole, rest = (encode_prompts(pipe, some, "", 16)(prompts[3:], "cpu") for some in (prompts, prompts[3:]))
+    assert torch.equal(whole.prompt_embeds_BLD, rest.prompt_embeds_BLD)
+    assert torch.equal(whole.pooled_embeds_BP, rest.pooled_embeds_BP)

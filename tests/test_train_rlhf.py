@@ -13,8 +13,9 @@ import pytest
 import yaml
 from tiny import tiny_pipeline
 
-from rlhf.config import field_names, parse_config
+from rlhf.config import field_names
 from rlhf.contentv.files import NANO_PATH
+from rlhf.parse import parse_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_rlhf.py"

@@ -22,9 +22,11 @@ from rewards import RewardError
 from rlhf.checkpoint import TrainingInterrupted
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
+from rlhf.failures import TrainingError
+from rlhf.optimizer import learning_rate
 from rlhf.sampler import rollout
 from rlhf.tracking import read_metrics
-from rlhf.trainer import RewardGradientTrainer, TrainingError, learning_rate
+from rlhf.trainer import RewardGradientTrainer
 
 
 def train(args, rewards=redness, pipe=None, evaluate=False, **kwargs) -> dict:
@@ -84,7 +86,8 @@ def test_what_a_run_leaves(make_args):
     keys |= {f"rewards/{name}{end}" for name in ("redness", "brightness") for end in ("", "_std")}
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert set(rows[0]) == keys
-    assert set(rows[2]) == keys | {f"eval/{name}" for name in ("redness", "brightness", "motion", "diversity")}
+    evaluated = ("redness", "brightness", "motion", "saturation", "high_frequency", "diversity", "gain_trained")
+    assert set(rows[2]) == keys | {f"eval/{name}" for name in evaluated}
     assert rows[3]["samples"] == 8
     assert rows[3]["epoch"] == pytest.approx(8 / 6)
     assert rows[0]["loss"] == pytest.approx(-rows[0]["reward"])
@@ -153,7 +156,7 @@ def assert_same_training(a, b):
 
 def test_no_two_samples_of_a_run_share_their_noise(make_args, monkeypatch):
     noises = []
-    monkeypatch.setattr("rlhf.trainer.rollout", lambda *args: noises.extend(args[1]) or rollout(*args))
+    monkeypatch.setattr("rlhf.methods.rollout", lambda *args: noises.extend(args[1]) or rollout(*args))
     train(make_args(max_steps=2, gradient_accumulation_steps=2))
     assert len(noises) == 8
     assert all(not torch.allclose(a, b) for i, a in enumerate(noises) for b in noises[:i])
@@ -162,7 +165,9 @@ def test_no_two_samples_of_a_run_share_their_noise(make_args, monkeypatch):
 def test_every_prompt_comes_once_an_epoch(make_args):
     args = make_args(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
-    prompts = [prompt for step in range(3) for micro in range(2) for prompt in trainer._batch(step, micro)[0]]
+    prompts = [
+        prompt for step in range(3) for micro in range(2) for prompt in trainer.batches.batch(step, micro).prompts
+    ]
     assert sorted(prompts[:6]) == sorted(prompts[6:]) == sorted(PROMPTS), "an epoch is every prompt once"
 
 
@@ -229,7 +234,8 @@ def test_resuming_a_finished_run_only_finishes_it(make_args, evaluate):
 
 
 def test_two_processes_equal_one_with_a_double_batch(make_args, tmp_path):
-    double = make_args(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4)
+    settings = {"method": "uniform", "num_grad_steps": 2, "drift_weight": 0.1, "ema_decay": 0.5, "eval_steps": 2}
+    double = make_args(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **settings)
     RewardGradientTrainer(tiny_pipeline(), redness, double, PROMPTS, PROMPTS[:3]).train()
 
     halves = dataclasses.replace(double, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from diffusers.models import normalization
 from peft import LoraConfig
 from straight_line import expected_shapes, position_table, transformer_forward
 from tiny import tiny_conditioning, tiny_transformer
 
 from rlhf.contentv import transformer as module
-from rlhf.contentv.transformer import MAX_CACHED_TABLES, SD3Transformer3DModel
+from rlhf.contentv.transformer import MAX_CACHED_TABLES, QueryKeyNorm, SD3Transformer3DModel
 
 LORA = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "add_k_proj", "to_out.0"])
 
@@ -168,3 +169,29 @@ def test_the_repeated_block_can_be_compiled_alone():
     expected = model(*arguments(model)).sample
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
     torch.testing.assert_close(model(*arguments(model)).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_the_norm_of_queries_and_keys_is_that_of_diffusers_to_the_bit(dtype, weight_dtype):
+    ours, theirs = (cls(16, eps=1e-6).to(weight_dtype) for cls in (QueryKeyNorm, normalization.RMSNorm))
+    weight = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    for norm in (ours, theirs):
+        norm.weight.data.copy_(weight)
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert torch.equal(ours(x), theirs(x))
+    assert ours(x).dtype == theirs(x).dtype
+
+
+def test_on_the_cpu_no_plug_in_is_asked_for_the_norm(monkeypatch):
+    """The stock class asks an installed plug-in for it, which has no kernel for tensors of the CPU."""
+    monkeypatch.setattr(normalization, "is_torch_npu_available", lambda: True)
+    model = tiny_transformer()
+    assert model(*arguments(model)).sample.isfinite().all()

@@ -5,7 +5,8 @@ import sys
 from conftest import PROMPTS, redness
 from tiny import tiny_pipeline
 
-from rlhf.config import RewardGradientConfig, parse_config
+from rlhf.config import RewardGradientConfig
+from rlhf.parse import parse_config
 from rlhf.trainer import RewardGradientTrainer
 
 if __name__ == "__main__":

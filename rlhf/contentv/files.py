@@ -22,7 +22,7 @@ CONFIG_FILES = {
 }
 # ContentV-8B's, and what the classes take where a config file leaves them out.
 SIZES = {
-    "transformer": {"in_channels": 16, "patch_size": 2},
+    "transformer": {"in_channels": 16, "patch_size": 2, "num_layers": 38},
     "vae": {"temperal_downsample": [False, True, True]},
 }
 

@@ -13,6 +13,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_3d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import RMSNorm
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
@@ -63,6 +64,17 @@ def _sincos_table(grid: tuple[int, int, int], width: int) -> torch.Tensor:
         device=torch.device("cpu"),
     )
     return table.flatten(0, 1)
+
+
+class QueryKeyNorm(RMSNorm):
+    """The parent, which calls a plug-in's kernel wherever one is installed, for tensors on the CPU too."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.device.type != "cpu":
+            return super().forward(hidden_states)
+        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
+        normed = hidden_states * torch.rsqrt(variance + self.eps)
+        return normed.to(self.weight.dtype) * self.weight
 
 
 class SD3Transformer3DModel(SD3Transformer2DModel):
@@ -116,6 +128,10 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         )
         self.pos_embed = PatchEmbed3D(patch_size, in_channels, width)
         self.run_block: BlockRunner | None = None  # None: a block runs as diffusers has it
+        for block in self.transformer_blocks:
+            for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+                norm = getattr(block.attn, name)
+                setattr(block.attn, name, QueryKeyNorm(attention_head_dim, norm.eps))
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):

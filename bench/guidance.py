@@ -1,0 +1,105 @@
+"""By how much the cheaper gradients of guidance turn the exact one, on nano.
+
+    python bench/guidance.py [--device cpu]     writes bench/results/guidance.json; under a minute on two cores
+
+Prediction: for one step, "none" points where "text" does and is guidance_scale times shorter; over more steps the text
+branch alone turns further away, since it leaves (g - 1) J_neg out of every factor; "distill", the exact gradient of
+another sampler, is no nearer.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from environment import environment
+
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.wan_decoder import decode_video
+from rlhf.device import generator, synchronize
+from rlhf.grad_steps import choose_grad_steps
+from rlhf.losses import reward_loss
+from rlhf.sampler import rollout, velocity_field
+from rlhf.trainer import RewardGradientTrainer
+
+RESULT = Path(__file__).parent / "results" / "guidance.json"
+MODES, STEPS, BATCHES, BATCH = ("text", "none", "distill"), (1, 2, 4), 2, 2
+ADAPTERS = {"at the start (B = 0)": 0.0, "trained (B drawn, spread 0.02)": 0.02}
+
+
+def make_trainer(device: str | None) -> RewardGradientTrainer:
+    args = RewardGradientConfig(
+        output_dir=f"{tempfile.mkdtemp()}/run",
+        device=device,
+        eval_prompts="none",
+        report_to=["none"],
+        per_device_train_batch_size=BATCH,
+        max_steps=BATCHES,
+    )
+    trainer = RewardGradientTrainer(args=args)
+    trainer._begin()
+    return trainer
+
+
+def shake(trainer: RewardGradientTrainer, spread: float) -> None:
+    """The adapter with its B matrices drawn, as if it had been trained."""
+    masters = trainer.masters
+    for name, piece in masters.named(masters.vector).items():
+        if "lora_B" in name:
+            piece.copy_(spread * torch.randn(piece.shape, generator=generator("shake", name)))
+    masters.write()
+
+
+def gradient(trainer: RewardGradientTrainer, mode: str, num_grad: int, batch_number: int) -> torch.Tensor:
+    """Of the mean reward at the adapter, in float64 on the CPU."""
+    args, batch = trainer.args, trainer.batches.batch(batch_number, 0)
+    cond = trainer.text(batch.prompts, trainer.device)
+    velocity = velocity_field(trainer.pipe.transformer, cond, args.guidance_scale, mode)
+    steps = choose_grad_steps("last", args.num_inference_steps, num_grad)
+    video = decode_video(trainer.pipe.vae, rollout(velocity, batch.noise("train"), trainer.sigmas, steps))
+    reward_loss(trainer.rewards(video, batch.prompts)[0])[0].backward()
+    trainer.masters.collect_grad()
+    found = trainer.masters.vector.grad.double().cpu()
+    trainer.masters.vector.grad.zero_()
+    return found
+
+
+def compare(trainer: RewardGradientTrainer, num_grad: int) -> list[dict]:
+    rows = {mode: {"cosine": [], "norm_ratio": [], "seconds": []} for mode in ("full", *MODES)}
+    for batch in range(BATCHES):
+        exact = None
+        for mode, found in rows.items():
+            synchronize(trainer.device)
+            began = time.perf_counter()
+            one = gradient(trainer, mode, num_grad, batch)
+            found["seconds"].append(time.perf_counter() - began)
+            exact = one if exact is None else exact
+            found["cosine"].append(torch.cosine_similarity(one, exact, dim=0).item())
+            found["norm_ratio"].append((one.norm() / exact.norm()).item())
+    return [
+        {"arm": mode, "grad_steps": num_grad, **{key: sum(v) / len(v) for key, v in found.items()}, "all": found}
+        for mode, found in rows.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", help="kind of device; default: the accelerator of this machine")
+    trainer = make_trainer(parser.parse_args().device)
+    rows = []
+    for (adapter, spread), num_grad in itertools.product(ADAPTERS.items(), STEPS):
+        shake(trainer, spread)
+        found = [{"adapter": adapter} | row for row in compare(trainer, num_grad)]
+        for row in found:
+            print({k: v for k, v in row.items() if k != "all"}, flush=True)
+        rows += found
+    about = environment(trainer.device) | {"model": "nano", "batch": BATCH, "batches": BATCHES}
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

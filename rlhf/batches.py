@@ -1,0 +1,50 @@
+"""Which prompts and which noise belong to a step: a pure function of seed and place, on any number of processes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.config import RewardGradientConfig
+from rlhf.prompts import prompt_positions
+from rlhf.sampler import draw_noise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process samples at a time: B prompts and, by purpose, their noise (B, C, T, H, W)."""
+
+    prompts: list[str]
+    noise: Callable[[str], torch.Tensor]
+
+
+class Batches:
+    """The batches of a run."""
+
+    def __init__(self, args: RewardGradientConfig, accelerator, prompts: list[str], noise_shape_CTHW: tuple, fps: int):
+        self.args, self.accelerator, self.prompts, self.fps = args, accelerator, prompts, fps
+        self.noise_shape = noise_shape_CTHW
+        self.size, self.processes = args.per_device_train_batch_size, accelerator.num_processes
+        self.samples_per_step = self.size * args.gradient_accumulation_steps * self.processes  # over all processes
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """This process's batch number `micro` of a step. A sample's noise has the key (step, place in the step)."""
+        start = (micro * self.processes + self.accelerator.process_index) * self.size
+        keys = [(step, start + i) for i in range(self.size)]
+
+        def noise(purpose: str) -> torch.Tensor:
+            return draw_noise(self.noise_shape, self.args.seed, purpose, keys).to(self.accelerator.device)
+
+        return Batch(self.prompts_at(step * self.samples_per_step + start, self.size), noise)
+
+    def info(self, step: int) -> dict:
+        """What rewards are told besides videos and prompts."""
+        return {"fps": self.fps, "seed": self.args.seed, "step": step}
+
+    def from_step(self, step: int) -> list[str]:
+        """The prompts of all steps from `step` on, to the end of the run."""
+        return self.prompts_at(step * self.samples_per_step, (self.args.max_steps - step) * self.samples_per_step)
+
+    def prompts_at(self, start: int, count: int) -> list[str]:
+        """Those of the run's places start .. start+count-1."""
+        return [self.prompts[i] for i in prompt_positions(len(self.prompts), self.args.seed, start, count)]

@@ -1,0 +1,208 @@
+"""`python -m rlhf.device --check`: the nano model's training on a device, part by part, beside the CPU's.
+
+Samples two videos, takes a reward's gradient through all denoising steps, does an optimizer step, saves and restores
+the state, and prints how far each is from float32 on the CPU. B batch, C channels, T latent frames, H W latent size.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+
+from rewards import load_reward
+from rlhf.checkpoint import load_checkpoint, save_checkpoint
+from rlhf.contentv.loading import load_pipeline
+from rlhf.contentv.pipeline import euler_step, flow_sigmas, guided_velocity
+from rlhf.contentv.wan_decoder import decode_video
+from rlhf.device import describe, peak_memory, pick_device, reproducible, reset_peak_memory, synchronize
+from rlhf.lora import ATTENTION, Masters, add_adapter
+from rlhf.sampler import draw_noise
+from rlhf.text import encode_prompts
+
+PROMPTS = ["a large red circle moving left on a white background", "two small blue stars growing on a black background"]
+SEED, RANK, LEARNING_RATE = 0, 8, 1e-3
+# Largest |x - cpu| / |cpu| (Euclidean norms) by number format and phase. float32 leaves room for sums in another order;
+# bfloat16 is twice what the CPU's own bfloat16 differs. "step" is AdamW on the CPU's gradient, in float32 for both;
+# "restore" and "repeat" compare a device with itself.
+TOLERANCES = {
+    "float32": {"forward": 1e-4, "gradient": 1e-3, "step": 1e-4, "restore": 0.0, "repeat": 1e-5},
+    "bfloat16": {"forward": 5e-2, "gradient": 1e-1, "step": 1e-4, "restore": 0.0, "repeat": 1e-2},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was done, how long it took, how far the result is from the reference."""
+
+    arm: str  # number format of transformer and text encoders
+    frames: int  # of each video
+    phase: str
+    seconds: float
+    peak_gib: float  # most memory held so far: on the device, or by the process on a CPU
+    difference: float  # |x - reference| / |reference|
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance  # False for NaN
+
+
+class Training:
+    """The nano model with an adapter, on a device: the parts of `RewardGradientTrainer.step`, one by one."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.pipe, self.device = load_pipeline("nano", dtype, device), device
+        sampling = self.sampling = self.pipe.sampling
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=ATTENTION, init_lora_weights=False)
+        add_adapter(self.pipe.transformer, config, SEED)
+        _shrink(self.pipe.transformer)
+        self.masters = Masters(self.pipe.transformer)
+        self.optimizer = torch.optim.AdamW([self.masters.vector], lr=LEARNING_RATE, fused=True)
+        self.reward = load_reward("nano_preference").to(device).requires_grad_(False).eval()
+        text = encode_prompts(self.pipe, PROMPTS, sampling.negative_prompt, sampling.max_sequence_length)
+        self.cond = text(PROMPTS, device)
+        vae, factor = self.pipe.vae, self.pipe.vae_scale_factor
+        latent_frames = (sampling.num_frames - 1) // self.pipe.vae_scale_factor_temporal + 1
+        shape = (vae.config.z_dim, latent_frames, sampling.height // factor, sampling.width // factor)
+        self.noise = draw_noise(shape, SEED, "check", [(i,) for i in range(len(PROMPTS))]).to(device)
+        self.sigmas = flow_sigmas(self.pipe.scheduler, sampling.num_inference_steps, device)
+
+    def latents(self) -> torch.Tensor:
+        """(B, C, T, H, W) float32, after all denoising steps, with their gradient where it is enabled."""
+        x, guidance = self.noise, self.sampling.guidance_scale
+        for sigma, sigma_next in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
+            v = guided_velocity(self.pipe.transformer, x, sigma, self.cond, guidance)
+            x = euler_step(x, v, sigma, sigma_next)
+        return x
+
+    def gradient(self) -> torch.Tensor:
+        """Of minus the mean score, at the masters: one float32 vector."""
+        self.masters.vector.grad.zero_()
+        video = decode_video(self.pipe.vae, self.latents())
+        (-self.reward(video, PROMPTS).mean()).backward()
+        self.masters.collect_grad()
+        return self.masters.vector.grad.clone()
+
+    def step(self, gradient: torch.Tensor) -> torch.Tensor:
+        """How far an optimizer step on this gradient moves the masters."""
+        before = self.masters.vector.detach().clone()
+        self.masters.vector.grad.copy_(gradient)
+        self.optimizer.step()
+        self.masters.write()
+        return self.masters.vector.detach() - before
+
+    def restore(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masters after one more step, and again after the same step from a saved and loaded state."""
+        with tempfile.TemporaryDirectory() as folder:
+            saved = save_checkpoint(Path(folder), 1, self.masters, self.optimizer, {})
+            self.step(gradient)
+            first = self.masters.vector.detach().clone()
+            load_checkpoint(saved, self.masters, self.optimizer)
+            self.step(gradient)
+        return self.masters.vector.detach(), first
+
+
+@torch.no_grad()
+def _shrink(transformer) -> None:
+    """Small random B, where training starts from zeros: so A has a gradient, and the model is still near its base."""
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            parameter *= 0.1
+
+
+def check_device(device: torch.device, dtypes: list[str]) -> list[Row]:
+    """A row for each number format and phase. The reference is float32 on the CPU."""
+    with reproducible(torch.device("cpu")), reproducible(device):
+        reference = Training(torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            expected = {"forward": reference.latents()}
+        expected["gradient"] = reference.gradient()
+        expected["step"] = reference.step(expected["gradient"])
+        return [row for dtype in dtypes for row in _check_dtype(device, dtype, expected)]
+
+
+def _check_dtype(device: torch.device, dtype: str, expected: dict[str, torch.Tensor]) -> list[Row]:
+    training, rows = Training(device, getattr(torch, dtype)), []
+    given, frames = expected["gradient"].to(device), training.sampling.num_frames
+    reset_peak_memory(device)
+
+    def measure(phase: str, work: Callable, reference: torch.Tensor | None = None) -> torch.Tensor:
+        """Add a row; without a reference, work returns it as the second of two tensors."""
+        synchronize(device)
+        began = time.perf_counter()
+        result = work()
+        synchronize(device)
+        seconds = time.perf_counter() - began
+        result, reference = result if reference is None else (result, reference)
+        tolerance, peak = TOLERANCES[dtype][phase], peak_memory(device) / 2**30
+        rows.append(Row(dtype, frames, phase, seconds, peak, distance(result, reference), tolerance))
+        return result
+
+    with torch.no_grad():
+        training.latents()  # the first call loads kernels, which is nobody's time
+        measure("forward", training.latents, expected["forward"])
+    gradient = measure("gradient", training.gradient, expected["gradient"])
+    measure("repeat", training.gradient, gradient)
+    measure("step", lambda: training.step(given), expected["step"])
+    measure("restore", lambda: training.restore(given))
+    return rows
+
+
+def distance(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """|result - reference| / |reference|, Euclidean norms, in float64 on the CPU."""
+    result, reference = (x.detach().cpu().double() for x in (result, reference))
+    return ((result - reference).norm() / reference.norm()).item()
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'format':<10}{'phase':<10}{'seconds':>9}{'GiB':>7}{'difference':>12}{'tolerance':>11}"]
+    for row in rows:
+        numbers = f"{row.seconds:>9.3f}{row.peak_gib:>7.2f}{row.difference:>12.1e}{row.tolerance:>11.0e}"
+        lines.append(f"{row.arm:<10}{row.phase:<10}{numbers}  {'ok' if row.passed else 'FAILED'}")
+    return "\n".join(lines)
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    return {
+        "device": str(device),
+        "name": describe(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "reference": "float32 on the CPU",
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns 0 if all is within tolerance, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf.device", description="Which device is used, and does it work?"
+    )
+    parser.add_argument("--check", action="store_true", help="train the nano model a little and compare with the CPU")
+    parser.add_argument("--device", help="its kind; by default USE_ASCEND_NPU=1 or what the machine has")
+    parser.add_argument("--dtype", nargs="+", choices=TOLERANCES, default=list(TOLERANCES), help="default: both")
+    parser.add_argument("--output", type=Path, help="write the rows as JSON, too")
+    args = parser.parse_args(arguments)
+    try:
+        device = pick_device(args.device)
+    except ValueError as error:
+        raise SystemExit(f"rlhf.device: error: {error}") from error
+    print(f"{device}: {describe(device)}, torch {torch.__version__}")
+    if not args.check:
+        return 0
+    rows = check_device(device, args.dtype)
+    print(table(rows))
+    if args.output:
+        listed = [asdict(row) | {"passed": row.passed} for row in rows]
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"environment": environment(device), "rows": listed}, indent=2) + "\n")
+    return 0 if all(row.passed for row in rows) else 1

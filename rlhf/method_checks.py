@@ -1,0 +1,96 @@
+"""What the method of a run asks of the other settings."""
+
+from rlhf.config import RewardGradientConfig
+
+# Which settings belong to which methods; elsewhere they keep their default, so that none is silently without effect.
+BELONGS = {
+    "num_grad_steps": ("draft_k", "alignprop", "uniform", "drtune"),
+    "grad_steps": ("listed",),
+    "jump_steps": ("refl", "drtune"),
+    "num_draws": ("draft_lv", "srpo"),
+    "align_sigmas": ("srpo",),
+    "align_delta": ("srpo",),
+}
+METHODS = ("draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo")
+GUIDANCE_GRADIENTS = ("full", "text", "none", "distill")
+
+
+def method_problems(args: RewardGradientConfig, num_blocks: int):
+    """Problems of the method, guidance and drift; args has all sampling keys set. num_blocks: of the transformer."""
+    yield from _belonging(args)
+    yield from _steps(args)
+    yield from _drift(args)
+    yield from _direct_align(args)
+    yield from _whole_blocks(args, num_blocks)
+
+
+def _belonging(args):
+    default = RewardGradientConfig()
+    for name, methods in BELONGS.items():
+        if args.method in METHODS and args.method not in methods and getattr(args, name) != getattr(default, name):
+            yield (
+                f"{name}: got {getattr(args, name)} with method {args.method}, which has no use for it; expected "
+                f"{getattr(default, name)}, or method {' or '.join(methods)}; change one of the two"
+            )
+
+
+def _steps(args):
+    steps, early = args.num_inference_steps, args.jump_steps or 1
+    if args.num_grad_steps > steps:
+        yield (
+            f"num_grad_steps={args.num_grad_steps} exceeds num_inference_steps={steps}: only a step "
+            "that is taken can carry a gradient; lower num_grad_steps"
+        )
+    elif args.method == "alignprop" and args.num_grad_steps == 1:
+        yield (
+            "num_grad_steps: got 1 with method alignprop, which draws a number from 1 to it, expected at least 2; "
+            f"raise it, to num_inference_steps={steps} for the published method"
+        )
+    if early > steps:
+        yield f"jump_steps={early} exceeds num_inference_steps={steps}, expected at most that; lower jump_steps"
+    elif args.method == "drtune" and args.num_grad_steps > steps - early + 1:
+        yield (
+            f"num_grad_steps={args.num_grad_steps} and jump_steps={early} leave too few steps: a rollout may jump to "
+            f"x0 after {steps - early + 1} of num_inference_steps={steps}; lower one of the first two"
+        )
+    wrong = [i for i in args.grad_steps or [] if not 0 <= i < steps]
+    if args.method == "listed" and (not args.grad_steps or wrong or len(set(args.grad_steps)) < len(args.grad_steps)):
+        yield (
+            f"grad_steps: got {args.grad_steps} with method listed, expected different steps of 0 to {steps - 1}, at "
+            "least one; correct them"
+        )
+
+
+def _drift(args):
+    if args.guidance_gradient == "distill" and not args.drift_weight:
+        yield (
+            "guidance_gradient: got distill with drift_weight 0, which would teach the adapter no guidance; set "
+            "drift_weight above 0, with drift_weighting even"
+        )
+    if args.guidance_gradient == "distill" and args.guidance_scale <= 1:
+        yield f"guidance_scale: got {args.guidance_scale} with distill, expected above 1: there is no guidance to teach"
+    if args.anchor_steps == 1:
+        yield "anchor_steps: got 1, which leaves no step for the reward, expected 0 or at least 2; raise it"
+
+
+def _direct_align(args):
+    low, high = args.align_sigmas if len(args.align_sigmas) == 2 else (1.0, 0.0)
+    if not (0 < low <= high < 1 and args.align_delta > 0 and low >= args.align_delta and high + args.align_delta <= 1):
+        yield (
+            f"align_sigmas={args.align_sigmas} with align_delta={args.align_delta}: expected [from, to] with "
+            "align_delta <= from <= to <= 1 - align_delta, for a step on both sides of each level; correct them"
+        )
+    if args.relative_words is not None and len(args.relative_words) != 2:
+        yield f"relative_words: got {args.relative_words}, expected two phrases, positive and negative; give both"
+
+
+def _whole_blocks(args, num_blocks):
+    if args.weight_decay and (args.train_blocks or args.lora_use_dora):
+        yield (
+            f"weight_decay: got {args.weight_decay} with train_blocks or lora_use_dora, expected 0: it would pull the "
+            "model's own weights to 0; hold them with drift_weight instead"
+        )
+    for block in args.train_blocks or []:
+        number = block.removeprefix("transformer_blocks.").split(".")[0]
+        if block.startswith("transformer_blocks.") and not (number.isdigit() and int(number) < num_blocks):
+            yield f"train_blocks: got {block!r}, expected transformer_blocks.0 to .{num_blocks - 1}; correct it"

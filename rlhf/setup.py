@@ -1,0 +1,103 @@
+"""What a trainer starts from: arguments checked before anything heavy is loaded, prompts, rewards, frozen models."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+from peft import PeftConfig
+
+from rewards import RewardMix, reward_name
+from rlhf.checks import check_config
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.prompts import as_prompts, load_prompts
+from rlhf.text import PromptCache, encode_prompts
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclasses.dataclass
+class Inputs:
+    """The arguments of `RewardGradientTrainer`, of one form each; None for what args name and is yet to be loaded."""
+
+    args: RewardGradientConfig
+    pipe: ContentVPipeline | None
+    rewards: list[str | Callable]
+    train_prompts: list[str] | None
+    eval_prompts: list[str] | None
+
+
+def checked_inputs(
+    model: str | ContentVPipeline | None,
+    reward_funcs: str | Callable | list[str | Callable] | None,
+    args: RewardGradientConfig | None,
+    train_dataset: Iterable | None,
+    eval_dataset: Iterable | None,
+) -> Inputs:
+    """Raises ConfigError, with everything that is wrong at once."""
+    args = args or RewardGradientConfig()
+    args = dataclasses.replace(args, model=model if isinstance(model, str) else args.model)
+    pipe = None if model is None or isinstance(model, str) else model
+    rewards = args.reward_funcs if reward_funcs is None else reward_funcs
+    rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+    args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
+    train_prompts = None if train_dataset is None else as_prompts(train_dataset)
+    eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset)
+    args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
+    return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
+
+
+def load_prompt_sets(inputs: Inputs) -> tuple[list[str], list[str]]:
+    """The prompts to train on and those held out, [] for none, as handed over or as args name them."""
+    args = inputs.args
+    train = inputs.train_prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    held_out = inputs.eval_prompts
+    if held_out is None and args.eval_prompts:
+        held_out = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
+    return train, (held_out or [])[: args.num_eval_prompts]
+
+
+def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientConfig) -> RewardMix:
+    """The leading `count` of the opened rewards, those that train, as args mix them."""
+    return RewardMix(
+        dict(list(opened.items())[:count]),
+        args.reward_weights,
+        args.normalise_rewards,
+        args.reward_caps,
+        args.reward_targets,
+        args.balance_reward_gradients,
+    )
+
+
+def adapt(
+    pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, device: torch.device
+) -> Masters:
+    """Transformer and VAE on the device, frozen, for evaluation, the VAE in float32; the adapter's masters."""
+    pipe.vae.to(device).float().requires_grad_(False).eval()
+    add_adapter(pipe.transformer.to(device), peft_config or lora_config(args), args.seed, args.train_blocks)
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    return Masters(pipe.transformer, args.ema_decay)
+
+
+def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[int, int, int, int]:
+    """(C, T, H, W) of the latents of one video."""
+    frames = (args.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+    size = (args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor)
+    return pipe.transformer.config.in_channels, frames, *size
+
+
+def encode_and_release(pipe: ContentVPipeline, prompts: list[str], args, release: bool) -> PromptCache | None:
+    """Embed the prompts, None for none of them (a finished run that is resumed); the encoders may leave the device."""
+    text = None
+    if prompts:
+        text = encode_prompts(pipe, prompts, args.negative_prompt, args.max_sequence_length)
+    for name in ENCODERS if release else ():
+        getattr(pipe, name).to("cpu")
+    return text
+
+
+def base_dtype(name: str) -> torch.dtype | None:
+    """None, for "auto", leaves the choice to the loader."""
+    return None if name == "auto" else getattr(torch, name)

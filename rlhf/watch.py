@@ -1,0 +1,103 @@
+"""A run looked at while it trains: held-out evaluations, the gains of its judges, the best adapter so far."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rlhf.checkpoint import load_vector, save_vector
+from rlhf.compare import summarise
+from rlhf.evaluate import HeldOut, MakeVideos
+from rlhf.guards import Guard, gains
+from rlhf.lora import Masters, save_adapter
+from rlhf.optimizer import due
+from rlhf.tracking import write_results
+
+MASTERS_FILE = "masters.safetensors"
+
+
+class Watch:
+    """The held-out prompts of a run, its guard and its results.
+
+    trained: the weight of each reward that is trained on. All of it sees the averaged adapter where there is one.
+    """
+
+    def __init__(self, held_out: HeldOut, trained: dict[str, float], pipe, masters: Masters):
+        self.held_out, self.trained, self.pipe, self.masters = held_out, trained, pipe, masters
+        self.args, self.folder = held_out.args, held_out.folder
+        self.guard = Guard.of(self.args)
+        self.is_main = held_out.accelerator.is_main_process
+
+    def begin(self, make_base_videos: MakeVideos, first: int, saved: dict | None) -> None:
+        """Evaluate the base, or read its evaluation again for a run that goes on from step `first`, as `saved` then."""
+        self.base = self.held_out.base(bool(self.args.resume_from_checkpoint), make_base_videos)
+        if self.guard and saved:
+            self.guard = dataclasses.replace(self.guard, **saved)
+        elif self.guard:
+            self.guard.best_step = first
+            self._keep_best()
+
+    def look(self, done: int, asked: bool, tell: Callable) -> dict[str, float]:
+        """After `done` steps: evaluate if it is time or asked for, else sample if it is time. What was found."""
+        args = self.args
+        with self.masters.averaged():
+            if asked or due(done, args.eval_steps):
+                evaluation = self.held_out.evaluate(f"step {done}", done)
+                found = self._gains(evaluation)
+                if self.guard and self.guard.is_best(done, found):
+                    self._keep_best()
+                metrics = {f"eval/{name}": value for name, value in (evaluation.means() | found).items()}
+                tell("on_evaluate", metrics=metrics)
+                return metrics
+            if due(done, args.sample_steps) and done < args.max_steps:
+                self.held_out.sample(done)
+            return {}
+
+    @property
+    def stop(self) -> str | None:
+        """Why the run should stop now, if it should."""
+        guard = self.guard
+        if guard is None or not guard.stop:
+            return None
+        best = f"the best was step {guard.best_step}, {guard.best_gain:+.2f} spreads above the base"
+        return f"The held-out rewards did not rise in {guard.worse} evaluations; {best}, kept in {self._best}."
+
+    def saved(self) -> dict | None:
+        """What `begin` takes when the run goes on."""
+        if self.guard is None:
+            return None
+        return {name: getattr(self.guard, name) for name in ("best_gain", "best_step", "worse")}
+
+    def load_best(self) -> None:
+        """Make the best adapter so far the current one, on every process."""
+        self.held_out.accelerator.wait_for_everyone()
+        vector = torch.empty_like(self.masters.vector, requires_grad=False)
+        load_vector(self._best / MASTERS_FILE, self.masters, vector)
+        self.masters.set(vector)
+
+    def finish(self, done: int, started: float) -> dict:
+        """Evaluate the current adapter as the run's result and write what a person looks at. The summary."""
+        tuned = self.held_out.evaluate("tuned", done)
+        seconds = time.perf_counter() - started
+        summary = summarise(self.base, tuned, list(self.trained), seconds, done) | self._gains(tuned)
+        if self.guard:
+            summary["best"] = {"step": self.guard.best_step, "gain_held_out": self.guard.best_gain}
+        if self.is_main:
+            tuned.save(self.folder / "evaluation" / "tuned.safetensors")
+            write_results(self.folder, summary, tuned.prompts, self.base.videos_NCTHW, tuned.videos_NCTHW)
+        return summary
+
+    def _gains(self, evaluation) -> dict[str, float]:
+        others = [name for name in self.held_out.judges if name not in self.trained]
+        return gains(self.base, evaluation, self.trained, others)
+
+    @property
+    def _best(self) -> Path:
+        return self.folder / "best_adapter"
+
+    def _keep_best(self) -> None:
+        if self.is_main:
+            save_adapter(self.pipe, self.masters, self._best)
+            save_vector(self._best / MASTERS_FILE, self.masters, self.masters.vector)

@@ -1,0 +1,46 @@
+"""A training test is a curve: twenty steps of nano by every method are what they were."""
+
+import pytest
+import torch
+from curves import CURVES, KEYS, STEPS, draw, stored
+
+from rlhf.method_checks import METHODS
+
+# How far single points and the mean of a curve may be off, as a share of what its values span. With PyTorch's kernels
+# for lesser processors (ATEN_CPU_CAPABILITY=avx2 and default) it was 8e-4 and 4e-5 at most.
+POINT, MEAN = 0.01, 0.002
+
+
+def off(new: dict, old: dict) -> dict[str, tuple[float, float]]:
+    """By curve: the largest residual and the mean one, as shares of the span of the old curve."""
+    found = {}
+    for key in KEYS:
+        a, b = (torch.tensor(curve[key], dtype=torch.float64) for curve in (new, old))
+        assert a.shape == b.shape, key
+        if len(b):
+            span = b.max() - b.min()
+            found[key] = ((a - b).abs().max() / span).item(), ((a - b).mean().abs() / span).item()
+    return found
+
+
+def test_every_method_has_its_curve():
+    assert {settings.get("method", "draft_k") for settings in CURVES.values()} == set(METHODS)
+    for name in CURVES:
+        assert [len(stored(name)[key]) for key in ("loss", "grad_norm")] == [STEPS, STEPS]
+
+
+def test_curves_of_different_methods_are_further_apart_than_what_is_let_pass():
+    names = [name for name in CURVES if name != "drift"]  # its rewards are fewer
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            found = off(stored(name), stored(other))
+            assert any(point > POINT or mean > MEAN for point, mean in found.values()), (name, other, found)
+
+
+ALL = [name if name == "draft_k" else pytest.param(name, marks=pytest.mark.slow) for name in CURVES]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_twenty_steps_are_what_they_were(name):
+    found = off(draw(name), stored(name))
+    assert all(point <= POINT and mean <= MEAN for point, mean in found.values()), found

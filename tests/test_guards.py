@@ -1,0 +1,62 @@
+"""Gains and the gap between them, by hand; when a run is stopped."""
+
+import pytest
+import torch
+
+from rlhf.config import RewardGradientConfig
+from rlhf.evaluate import Evaluation
+from rlhf.guards import Guard, gain, gains
+
+
+def evaluation(**scores):
+    return Evaluation(["a", "b"], {name: torch.tensor(values) for name, values in scores.items()}, torch.zeros(0))
+
+
+BASE = evaluation(taught=[1.0, 3.0], other=[0.0, 1.0], judge=[10.0, 30.0], constant=[1.0, 1.0])
+TUNED = evaluation(taught=[3.0, 5.0], other=[0.0, 0.0], judge=[10.0, 20.0], constant=[1.0, 0.0])
+SPREAD = 2**0.5  # of 1 and 3
+
+
+def test_a_gain_is_in_spreads_of_the_base():
+    assert gain("taught", BASE, TUNED) == pytest.approx(2 / SPREAD)
+    assert gain("judge", BASE, TUNED) == pytest.approx(-5 / (10 * SPREAD))
+    assert gain("constant", BASE, TUNED) is None, "without a spread there is no unit"
+
+
+def test_the_gap_is_the_trained_gain_less_the_held_out_one():
+    found = gains(BASE, TUNED, {"taught": 1.0}, ["judge", "constant"])
+    assert found["gain_trained"] == pytest.approx(2 / SPREAD)
+    assert found["gain_held_out"] == pytest.approx(-0.5 / SPREAD)
+    assert found["hacking_gap"] == pytest.approx(2.5 / SPREAD)
+
+
+def test_trained_gains_are_weighted_and_a_negative_weight_wants_less():
+    found = gains(BASE, TUNED, {"taught": 3.0, "other": -1.0, "judge": 0.0}, [])
+    assert set(found) == {"gain_trained"}
+    assert found["gain_trained"] == pytest.approx((3 * 2 / SPREAD + 0.5 / (SPREAD / 2)) / 4)
+    assert gains(BASE, TUNED, {"constant": 1.0}, ["constant"]) == {}
+
+
+def test_a_guard_stops_after_its_patience_and_remembers_the_best():
+    guard = Guard(patience=2, threshold=0.1)
+    seen = []
+    for step, value in enumerate([0.5, 0.55, 0.9, 0.95, 0.2], start=1):
+        seen.append((guard.is_best(step, {"gain_held_out": value}), guard.stop))
+    assert seen == [(True, False), (False, False), (True, False), (False, False), (False, True)]
+    assert (guard.best_step, guard.best_gain) == (3, 0.9)
+
+
+def test_the_base_is_the_first_best():
+    guard = Guard(patience=1, threshold=0.0)
+    assert not guard.is_best(10, {"gain_held_out": -0.1})
+    assert guard.stop
+    assert (guard.best_step, guard.best_gain) == (0, 0.0)
+
+
+def test_a_guard_needs_a_held_out_reward_and_evaluations_and_stops_only_if_asked():
+    assert Guard.of(RewardGradientConfig(eval_steps=5)) is None
+    assert Guard.of(RewardGradientConfig(eval_reward_funcs=["nano_clip"])) is None
+    guard = Guard.of(RewardGradientConfig(eval_steps=5, eval_reward_funcs=["nano_clip"]))
+    for step in range(50):
+        guard.is_best(step, {})
+    assert not guard.stop

@@ -1,0 +1,272 @@
+"""Methods, drift and guards through the whole loop, on a tiny random pipeline: what is exact stays exact."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPTS, brightness, redness
+from safetensors.torch import load_file
+from tiny import tiny_pipeline
+from transformers import TrainerCallback
+
+from rlhf.checkpoint import TrainingInterrupted
+from rlhf.contentv.pipeline import guided_velocity
+from rlhf.evaluate import Evaluation
+from rlhf.sampler import draw_noise
+from rlhf.tracking import read_metrics
+from rlhf.trainer import RewardGradientTrainer
+
+JUDGE = '''
+def paleness(video, prompts, **info):
+    """Against redness: grey is liked."""
+    return -10 * (video[:, 0] - video[:, 2]).mean((1, 2, 3)).abs()
+
+def rosiness(video, prompts, **info):
+    return (video[:, 0] - video[:, 1]).mean((1, 2, 3))
+'''
+
+
+@pytest.fixture
+def guarded(make_args, tmp_path):
+    """Settings of a run with a judge that falls when redness rises, and one that rises with it."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+
+    def make(judge="paleness", **changes):
+        settings = {"base_dir": str(tmp_path), "eval_reward_funcs": [f"judge.py:{judge}"], "eval_steps": 1}
+        settings |= {"num_sample_prompts": 1, "num_diversity_prompts": 1}
+        return make_args(**settings | changes)
+
+    return make
+
+
+def run(args, rewards=redness, **kwargs) -> dict:
+    return RewardGradientTrainer(tiny_pipeline(), rewards, args, PROMPTS, PROMPTS, **kwargs).train()
+
+
+def rows(args) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(Path(args.output_dir))]
+
+
+def adapter(args, folder="adapter") -> torch.Tensor:
+    tensors = load_file(Path(args.output_dir) / folder / "pytorch_lora_weights.safetensors")
+    return torch.cat([tensor.flatten() for _, tensor in sorted(tensors.items())])
+
+
+class InterruptAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+# ----------------------------------------------------------------------------------------- methods in the loop
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "draft_lv"},
+        {"method": "drtune", "num_grad_steps": 2, "jump_steps": 2, "drift_weight": 0.1, "anchor_steps": 2},
+        {"method": "srpo", "relative_words": ["good", "bad"], "guidance_gradient": "text"},
+    ],
+)
+def test_accumulated_batches_equal_one_large_batch_with_every_method(make_args, tmp_path, settings):
+    """Choices belong to the step and noise to the sample, so that neither batches nor processes change them."""
+    settings |= {"adam_epsilon": 1e-4}  # else AdamW makes whole steps of what is rounding
+    many = make_args(output_dir=str(tmp_path / "a"), gradient_accumulation_steps=2, **settings)
+    one = make_args(output_dir=str(tmp_path / "b"), per_device_train_batch_size=4, **settings)
+    for args in (many, one):
+        RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
+    for row, other in zip(rows(many), rows(one), strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    torch.testing.assert_close(adapter(many), adapter(one), rtol=1e-3, atol=3e-5)
+
+
+def test_drift_is_logged_and_held_down_by_its_weight(make_args, tmp_path):
+    drifts = []
+    for weight in (1e-6, 30.0):
+        args = make_args(output_dir=str(tmp_path / str(weight)), max_steps=8, drift_weight=weight, learning_rate=3e-2)
+        RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
+        found = [row["drift"] for row in rows(args)]
+        assert found[0] == 0
+        assert rows(args)[3]["loss"] == pytest.approx(weight * found[3] - rows(args)[3]["reward"], rel=1e-5)
+        drifts.append(sum(found[-3:]))
+    assert drifts[1] < 0.5 * drifts[0]
+
+
+def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_args):
+    asked = []
+
+    def counted(video, prompts, **info):
+        asked.append("probe" not in info)
+        return redness(video, prompts)
+
+    args = make_args(max_steps=6, anchor_steps=3, learning_rate=3e-2)
+    trainer = RewardGradientTrainer(tiny_pipeline(), counted, args, PROMPTS)
+    trainer.train()
+    assert sum(asked) == 4
+    of_anchors = [row for row in rows(args) if "reward" not in row]
+    assert [row["step"] for row in of_anchors] == [3, 6]
+    assert all(row["loss"] == row["drift"] > 0 for row in of_anchors)
+
+    # Descending the anchor's gradient brings the tuned model nearer to the base.
+    before = trainer.step(8)["drift"]
+    for _ in range(20):
+        after = trainer.step(8)["drift"]
+    assert after < 0.5 * before
+
+
+def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
+    args = make_args(
+        guidance_gradient="distill", drift_weight=10.0, drift_weighting="even", max_steps=25, learning_rate=1e-2
+    )
+    trainer = RewardGradientTrainer(tiny_pipeline(), lambda v, p, **info: redness(v, p) * 1e-3, args, PROMPTS, PROMPTS)
+    base = trainer.pipe.transformer
+    trainer.train()
+    found = [row["drift"] for row in rows(args)]
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+
+    # The base is sampled with guidance, the tuned model without.
+    noise = draw_noise(trainer.batches.noise_shape, 0, "test", [(0,)])
+    cond = trainer.text(PROMPTS[:1], "cpu")
+    sigma = trainer.sigmas[0]
+    with torch.no_grad():
+        assert torch.equal(trainer._tuned(cond)(noise, sigma), guided_velocity(base, noise, sigma, cond, 1.0))
+        guided = trainer._base(cond)(noise, sigma)
+        base.disable_adapters()
+        assert torch.equal(guided, guided_velocity(base, noise, sigma, cond, args.guidance_scale or 3.0))
+
+
+def test_whole_blocks_and_dora_train_in_the_loop(make_args):
+    args = make_args(lora_use_dora=True, train_blocks=["proj_out"], max_steps=2, drift_weight=0.1)
+    RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
+    trained = load_file(Path(args.output_dir) / "adapter" / "trained_blocks.safetensors")
+    assert set(trained) == {"proj_out.weight", "proj_out.bias"}
+    assert not torch.equal(trained["proj_out.weight"], tiny_pipeline().transformer.proj_out.weight)
+
+
+def test_what_is_evaluated_and_kept_is_the_average(make_args):
+    args = make_args(ema_decay=0.9, max_steps=4, eval_steps=4)
+    summary = run(args)
+    saved = Path(args.output_dir) / "checkpoints" / "step-4"
+    own = load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors")
+    name = "transformer_blocks.0.attn.to_q.lora_B"
+    current, average = (load_file(saved / f"{n}.safetensors")[f"{name}.default.weight"] for n in ("adapter", "average"))
+    assert torch.equal(own[f"transformer.{name}.weight"], average)
+    assert not torch.equal(current, average)
+    assert rows(args)[-1]["eval/redness"] == pytest.approx(summary["trained"]["redness"]["tuned"])
+
+
+# --------------------------------------------------------------------------------------------------- the guard
+
+
+def test_a_cheated_reward_stops_the_run_and_the_best_adapter_is_the_result(guarded, capsys):
+    args = guarded(max_steps=9, learning_rate=3e-2, early_stopping_patience=2, load_best_model_at_end=True)
+    summary = run(args)
+    found = rows(args)
+    assert summary["steps"] == len(found) == 2, "the held-out judge fell from the first evaluation on"
+    assert found[-1]["eval/gain_trained"] > 0 > found[-1]["eval/gain_held_out"]
+    assert found[-1]["eval/hacking_gap"] == pytest.approx(
+        found[-1]["eval/gain_trained"] - found[-1]["eval/gain_held_out"]
+    )
+    assert summary["best"] == {"step": 0, "gain_held_out": 0.0}
+    assert summary["trained"]["redness"]["diff"] == 0, "the best was the base, and it is the result"
+    assert torch.equal(adapter(args), adapter(args, "best_adapter"))
+    assert "The held-out rewards did not rise in 2 evaluations; the best was step 0" in capsys.readouterr().out
+
+
+def test_a_reward_that_judges_agree_with_runs_to_its_end_and_its_best_is_late(guarded):
+    args = guarded("rosiness", max_steps=4, learning_rate=3e-2, early_stopping_patience=2)
+    summary = run(args)
+    assert summary["steps"] == 4
+    assert summary["best"]["step"] == 4
+    assert summary["best"]["gain_held_out"] == pytest.approx(summary["gain_held_out"])
+    assert summary["hacking_gap"] == pytest.approx(summary["gain_trained"] - summary["gain_held_out"])
+    assert torch.equal(adapter(args), adapter(args, "best_adapter"))
+
+
+def test_a_guarded_run_with_everything_resumes_to_the_bit(guarded, tmp_path):
+    settings = {"method": "uniform", "num_grad_steps": 2, "drift_weight": 0.1, "anchor_steps": 2, "ema_decay": 0.5}
+    whole = guarded("rosiness", output_dir=str(tmp_path / "whole"), max_steps=5, learning_rate=3e-2, **settings)
+    expected = run(whole)
+    parts = dataclasses.replace(whole, output_dir=str(tmp_path / "parts"))
+    with pytest.raises(TrainingInterrupted):
+        run(parts, callbacks=[InterruptAt(3)])
+    state = json.loads((tmp_path / "parts" / "checkpoints" / "step-3" / "state.json").read_text())
+    assert state["guard"]["best_step"] > 0
+    summary = run(dataclasses.replace(parts, resume_from_checkpoint="latest"))
+    assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
+    assert rows(parts) == rows(whole)
+    assert torch.equal(adapter(parts), adapter(whole))
+
+
+def test_the_base_of_an_older_run_is_made_anew_for_measures_that_it_lacks(guarded):
+    args = guarded(max_steps=1)
+    run(args)
+    path = Path(args.output_dir) / "evaluation" / "base.safetensors"
+    kept = Evaluation.load(path)
+    dataclasses.replace(kept, scores={n: s for n, s in kept.scores.items() if n != "saturation"}).save(path)
+    assert run(dataclasses.replace(args, resume_from_checkpoint="latest"))["saturation"]["base"] >= 0
+    assert "saturation" in Evaluation.load(path).scores
+
+
+def test_every_reward_that_is_not_trained_counts_as_held_out(guarded):
+    args = guarded(max_steps=1, reward_weights=[1.0, 0.0])
+    found = run(args, [redness, brightness])
+    assert set(found["trained"]) == {"redness", "brightness"}
+    assert found["gain_trained"] == pytest.approx(
+        found["trained"]["redness"]["diff"]
+        / Evaluation.load(Path(args.output_dir) / "evaluation" / "base.safetensors").scores["redness"].std().item(),
+        rel=1e-4,
+    )
+
+
+def grain(video, prompts, **info):
+    """Loves detail, and so is cheated by a grid of dots."""
+    return video.diff(dim=-1).abs().mean((1, 2, 3, 4)) * 10
+
+
+grain.frames = "first"
+
+
+def test_nano_cheats_a_reward_and_is_caught_while_an_unguarded_run_breaks(make_args, tmp_path):
+    common = {
+        "height": None,
+        "width": None,
+        "num_frames": None,
+        "num_inference_steps": None,
+        "max_steps": 8,
+        "per_device_train_batch_size": 1,
+        "num_eval_prompts": 4,
+        "num_sample_prompts": 1,
+        "num_diversity_prompts": 1,
+        "eval_reward_funcs": ["nano_preference", "nano_verifier"],
+        "eval_prompts": "nano_held_out",
+    }
+    unguarded = make_args(output_dir=str(tmp_path / "unguarded"), **common)
+    guarded = make_args(
+        output_dir=str(tmp_path / "guarded"),
+        eval_steps=2,
+        early_stopping_patience=2,
+        load_best_model_at_end=True,
+        **common,
+    )
+    broken, kept = (RewardGradientTrainer(None, grain, args).train() for args in (unguarded, guarded))
+
+    assert broken["steps"] == 8
+    assert broken["gain_trained"] > 5, "the reward rises by many spreads of the base"
+    assert broken["gain_held_out"] < -2, "and what it stood for is lost"
+    assert broken["hacking_gap"] > 8
+    assert broken["high_frequency"]["tuned"] > 1.5 * broken["high_frequency"]["base"]
+    assert broken["held_out"]["preference"]["tuned"] < 0.5 < broken["held_out"]["preference"]["base"]
+
+    assert kept["steps"] <= 6, "stopped after two evaluations without a better held-out reward"
+    assert kept["gain_held_out"] >= 0, "the best adapter is the result"
+    assert kept["held_out"]["preference"]["tuned"] > 0.5
+    assert abs(kept["high_frequency"]["diff"]) < 0.3 * kept["high_frequency"]["base"]
