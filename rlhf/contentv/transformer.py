@@ -9,6 +9,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_3d_sincos_pos_embed
@@ -18,6 +19,7 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from rlhf.contentv.blocks import BlockRunner
+from rlhf.device import is_plugged_in
 
 SPATIAL_INTERPOLATION_SCALE = 0.5
 FIXED_BY_ARCHITECTURE = {"qk_norm": "rms_norm", "dual_attention_layers": []}
@@ -67,14 +69,13 @@ def _sincos_table(grid: tuple[int, int, int], width: int) -> torch.Tensor:
 
 
 class QueryKeyNorm(RMSNorm):
-    """The parent, which calls a plug-in's kernel wherever one is installed, for tensors on the CPU too."""
+    """The parent's norm in one kernel. The parent takes several, or a plug-in's, for tensors of any device."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.device.type != "cpu":
+        if is_plugged_in(hidden_states.device):
             return super().forward(hidden_states)
-        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
-        normed = hidden_states * torch.rsqrt(variance + self.eps)
-        return normed.to(self.weight.dtype) * self.weight
+        weight = self.weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
 class SD3Transformer3DModel(SD3Transformer2DModel):
