@@ -12,9 +12,8 @@ from collections.abc import Callable, Hashable
 import torch
 
 from rlhf.contentv.pipeline import guided_velocity
+from rlhf.sampler import Velocity
 from rlhf.types import Conditioning
-
-Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (latents_BCTHW, sigma) -> dx/dsigma
 
 
 def fewer_steps(sigmas: torch.Tensor, window: int, steps: int) -> torch.Tensor:
@@ -97,7 +96,7 @@ class PrefixBuffer:
 
     def rollout_of(self, step: int, micro: int) -> int:
         """Which rollout batch number `micro` of a step uses. Batches change one after the other, not all in a step."""
-        return (step + micro) // self.uses
+        return (step + micro % self.uses) // self.uses
 
     def start(self, step: int, micro: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Where that rollout's window starts; make() is called the first time."""

@@ -1,6 +1,7 @@
 """What a trainer starts from: arguments checked before anything heavy is loaded, prompts, rewards, frozen models."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,10 +10,14 @@ from peft import PeftConfig
 from rewards import RewardMix, reward_name
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig
+from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
+from rlhf.speed import Speed, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
+
+logger = logging.getLogger(__name__)
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -75,10 +80,16 @@ def adapt(
 ) -> Masters:
     """Transformer and VAE on the device, frozen, for evaluation, the VAE in float32; the adapter's masters."""
     pipe.vae.to(device).float().requires_grad_(False).eval()
-    add_adapter(pipe.transformer.to(device), peft_config or lora_config(args), args.seed, args.train_blocks)
-    if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+    add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
+    for name, choice in set_up_blocks(pipe.transformer, Speed.of(args), device).items():
+        logger.info(f"{name}: {choice}")
     return Masters(pipe.transformer, args.ema_decay)
+
+
+def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
+    """The model that args name, on the device; on the CPU where its weights shall never be there all at once."""
+    one_by_one = args.stream_weights or args.base_bits
+    return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
 
 
 def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[int, int, int, int]:
@@ -88,10 +99,14 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
     return pipe.transformer.config.in_channels, frames, *size
 
 
-def encode_and_release(pipe: ContentVPipeline, prompts: list[str], args, release: bool) -> PromptCache | None:
+def encode_and_release(
+    pipe: ContentVPipeline, prompts: list[str], args, device: torch.device, release: bool
+) -> PromptCache | None:
     """Embed the prompts, None for none of them (a finished run that is resumed); the encoders may leave the device."""
     text = None
     if prompts:
+        for name in ENCODERS if release else ():
+            getattr(pipe, name).to(device)
         text = encode_prompts(pipe, prompts, args.negative_prompt, args.max_sequence_length)
     for name in ENCODERS if release else ():
         getattr(pipe, name).to("cpu")

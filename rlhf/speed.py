@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rlhf.attention import KERNELS, attention_by, time_kernels
+from rlhf.attention import attention_by, time_kernels
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.host_memory import HostMemory
 from rlhf.quantise import quantise_base
@@ -36,29 +36,6 @@ class Speed:
         return "all but attention" if self.keep_attention else "block"
 
 
-def speed_problems(speed: Speed) -> list[str]:
-    """What is wrong between these settings, each with its cure; [] if nothing is."""
-    problems = []
-    if speed.attention_kernel not in ("auto", "default", *KERNELS):
-        problems.append(
-            f"attention_kernel={speed.attention_kernel!r}, expected auto, default, {', '.join(KERNELS)}; choose one"
-        )
-    if speed.base_bits not in (None, 8, 4):
-        problems.append(f"base_bits={speed.base_bits}, expected 8 or 4; choose one of these or leave it out")
-    for name in ("keep_attention", "offload_activations", "stream_weights"):
-        if getattr(speed, name) and not speed.gradient_checkpointing:
-            problems.append(
-                f"{name} is set without gradient_checkpointing, expected both: it is about blocks that are recomputed; "
-                "set gradient_checkpointing"
-            )
-    if speed.stream_weights and speed.base_bits:
-        problems.append(
-            "stream_weights is set with base_bits, expected one of them: weights in few bits are small enough to stay; "
-            "leave one out"
-        )
-    return problems
-
-
 def set_up_blocks(transformer, speed: Speed, device: torch.device) -> dict[str, Any]:
     """Have a transformer with its adapter run as asked, moved to the device. What was chosen, for the log.
 
@@ -66,7 +43,7 @@ def set_up_blocks(transformer, speed: Speed, device: torch.device) -> dict[str, 
     """
     chosen = {}
     if speed.base_bits:
-        chosen["base_bits"] = f"{speed.base_bits}, by {quantise_base(transformer, speed.base_bits)}"
+        chosen["base_bits"] = f"{speed.base_bits}, by {quantise_base(transformer, speed.base_bits, device)}"
     fetch = stream_blocks(transformer, device).fetch if speed.stream_weights else None
     if fetch is None:
         transformer.to(device)

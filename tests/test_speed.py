@@ -7,7 +7,7 @@ import torch
 from test_blocks import arguments, gradients, model_with_adapter
 
 from rlhf import speed as module
-from rlhf.speed import Speed, choose_kernel, set_up_blocks, speed_problems
+from rlhf.speed import Speed, choose_kernel, set_up_blocks
 
 CPU = torch.device("cpu")
 RECOMPUTED = {"gradient_checkpointing": True}
@@ -27,7 +27,6 @@ RECOMPUTED = {"gradient_checkpointing": True}
 def test_gradients_are_those_of_the_stock_blocks(settings):
     model, inputs = model_with_adapter(torch.float32), arguments(torch.float32)
     expected = gradients(model, inputs)
-    assert speed_problems(Speed(**settings)) == []
     chosen = set_up_blocks(model, Speed(**settings), CPU)
     assert (model.run_block is None) == (settings == {}), "on a CPU the default is left as it was"
     assert chosen == ({"attention_kernel": settings.get("attention_kernel", "PyTorch's choice")} if settings else {})
@@ -41,22 +40,6 @@ def test_recompute_follows_the_settings():
     assert Speed(gradient_checkpointing=True, keep_attention=True).recompute == "all but attention"
     args = SimpleNamespace(**vars(Speed(compile_blocks=True)), learning_rate=1.0)
     assert Speed.of(args) == Speed(compile_blocks=True)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"attention_kernel": "best"}, "attention_kernel='best', expected auto, default, cudnn, flash, efficient"),
-        ({"base_bits": 3}, "base_bits=3, expected 8 or 4"),
-        ({"keep_attention": True}, "keep_attention is set without gradient_checkpointing"),
-        ({"offload_activations": True}, "offload_activations is set without gradient_checkpointing"),
-        ({"stream_weights": True}, "stream_weights is set without gradient_checkpointing"),
-        (RECOMPUTED | {"stream_weights": True, "base_bits": 8}, "stream_weights is set with base_bits"),
-    ],
-)
-def test_what_does_not_go_together_is_said(settings, message):
-    (problem,) = speed_problems(Speed(**settings))
-    assert problem.startswith(message)
 
 
 def test_the_fastest_kernel_is_chosen_and_reported(monkeypatch):

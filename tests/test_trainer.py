@@ -82,7 +82,7 @@ def test_what_a_run_leaves(make_args):
     for name in ("config.yaml", "curves.png", "contact_sheet.png", "adapter", "evaluation"):
         assert (folder / name).exists()
     rows = read_metrics(folder)
-    keys = {"step", "epoch", "loss", "reward", "grad_norm", "learning_rate", "seconds", "samples"}
+    keys = {"step", "epoch", "loss", "reward", "saturated", "grad_norm", "learning_rate", "seconds", "samples"}
     keys |= {f"rewards/{name}{end}" for name in ("redness", "brightness") for end in ("", "_std")}
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert set(rows[0]) == keys
