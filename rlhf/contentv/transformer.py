@@ -70,7 +70,8 @@ class QueryKeyNorm(RMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.device.type != "cpu":
             return super().forward(hidden_states)
-        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
+        exact = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        variance = exact.pow(2).mean(-1, keepdim=True)
         normed = hidden_states * torch.rsqrt(variance + self.eps)
         return normed.to(self.weight.dtype) * self.weight
 
