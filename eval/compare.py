@@ -4,7 +4,7 @@
     python eval/compare.py videos/base videos/tuned --by shape --json compare.json
 
 Videos are paired by prompt and seed; the seeds of a prompt count as one, since they are not independent. Intervals are
-bootstrapped over prompts; p-values are those of a sign-flip test, corrected for looking at several rewards or categories.
+bootstrapped over prompts; p-values are of a sign-flip test, corrected for looking at several rewards or categories.
 """
 
 import argparse
@@ -27,8 +27,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("base", type=Path, help="scored folder of the first model")
     parser.add_argument("tuned", type=Path, help="scored folder of the second model")
     attributes = ", ".join(NANO_ATTRIBUTES)
-    by = f"rows by category, too: what {MANIFEST} says ('category'), an attribute of nano's prompts ({attributes}), or a "
-    parser.add_argument("--by", help=f"{by}file with PROMPT<tab>CATEGORY a line")
+    by = f"rows by category, too: what {MANIFEST} says ('category'), an attribute of nano's prompts ({attributes}),"
+    parser.add_argument("--by", help=f"{by} or a file with PROMPT<tab>CATEGORY a line")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
     return parser.parse_args(argv)
@@ -63,21 +63,16 @@ def _of_nano(attribute: str) -> Callable[[str], str]:
 
 def describe(rows: list[dict]) -> str:
     """The rows as a table, and what to make of them."""
-    several = any(row["category"] != ALL for row in rows)
-    heads = ("reward", *(["category"] if several else []), *HEADS)
-    cells = [(row["reward"], *([row["category"]] if several else []), *_cells(row)) for row in rows]
-    found = sum(row["finding"] for row in rows)
-    return "\n".join(
-        [
-            table([heads, *cells]),
-            "",
-            f"{found} of {len(rows)} rows differ at the 5 % level (*), after Holm's correction for "
-            f"{sum(row['category'] == ALL for row in rows)} rewards"
-            + (f" and, apart, {sum(row['category'] != ALL for row in rows)} rows of categories" if several else "")
-            + ".",
-            "Intervals are not corrected: of twenty, one misses its true value by chance. 'better' is the share of prompts "
-            "that scored\nhigher, equal ones counting half.",
-        ]
+    of_all = [row for row in rows if row["category"] == ALL]
+    parts, found = len(rows) - len(of_all), sum(row["finding"] for row in rows)
+    heads = ("reward", *(["category"] if parts else []), *HEADS)
+    cells = [(row["reward"], *([row["category"]] if parts else []), *_cells(row)) for row in rows]
+    corrected = f"{len(of_all)} rewards" + (f" and, apart, {parts} rows of categories" if parts else "")
+    return (
+        f"{table([heads, *cells])}\n\n"
+        f"{found} of {len(rows)} rows differ at the 5 % level (*), after Holm's correction for {corrected}.\n"
+        "Intervals are not corrected: of twenty, one misses its true value by chance. 'better' is the share of prompts\n"
+        "that scored higher, equal ones counting half."
     )
 
 

@@ -4,8 +4,8 @@
     python eval/score.py other/videos --names_are_prompts --reward hps_v2_1 --device cuda
 
 A folder says what its videos show in videos.jsonl ({"file", "prompt"} a line, as eval/generate.py writes it), in the
-prompts.txt of a run's samples, or in file names such as `a red kite-0.mp4`. Writes scores.jsonl beside the videos. Scores
-are kept by content: what was scored once is not scored again, whatever its name. Started again it goes on. With
+prompts.txt of a run's samples, or in file names such as `a red kite-0.mp4`. Writes scores.jsonl beside the videos.
+Scores are kept by content: what was scored once is not scored again, whatever its name. Started again it goes on. With
 `accelerate launch` all devices share the work.
 """
 

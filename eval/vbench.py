@@ -4,8 +4,8 @@
     python eval/vbench.py score --full_info VBench_full_info.json --output vbench/mine --device cuda
 
 VBench_full_info.json comes with VBench (github.com/Vchitect/VBench, folder vbench): its 946 prompts and which of the 16
-dimensions each is for. `make` writes OUTPUT/SUITE/PROMPT-INDEX.mp4, five of a prompt and 25 for temporal_flickering, each
-from noise of its own, and prints the official tool's command for every dimension. Started again it goes on.
+dimensions each is for. `make` writes OUTPUT/SUITE/PROMPT-INDEX.mp4, five of a prompt and 25 for temporal_flickering,
+each from noise of its own, and prints the official tool's command for every dimension. Started again it goes on.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def read_suites(path: Path, dimensions: list[str] | None) -> dict[str, list[str]
         rows = [(row["prompt_en"], row["dimension"]) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: got {type(error).__name__}, expected VBench_full_info.json, a list of objects with 'prompt_en' and "
-            "'dimension'; take it from VBench's folder vbench"
+            f"{path}: got {type(error).__name__}, expected VBench_full_info.json, a list of objects with 'prompt_en' "
+            "and 'dimension'; take it from VBench's folder vbench"
         ) from error
     suites: dict[str, list[str]] = {}
     for dimension in dimensions or SUITES:

@@ -25,7 +25,7 @@ class Pairs:
 
 
 def read_pairs(base: Path, tuned: Path) -> Pairs:
-    """Pair the rows of two scores.jsonl. Raises ValueError if one is absent, or they have no pair or reward in common."""
+    """Pair the rows of two scores.jsonl. Raises ValueError if one is absent or they share no pair or no reward."""
     left, right = _rows(base), _rows(tuned)
     keys = [key for key in left if key in right]
     rewards = [
@@ -34,8 +34,8 @@ def read_pairs(base: Path, tuned: Path) -> Pairs:
     if not keys or not rewards:
         missing = "prompt and seed" if not keys else "reward that was asked of every video"
         raise ValueError(
-            f"{base} and {tuned}: got no {missing} in common, expected some; make both with the same prompts and seeds, "
-            "and score both with the same rewards"
+            f"{base} and {tuned}: got no {missing} in common, expected some; make both with the same prompts and "
+            "seeds, and score both with the same rewards"
         )
     prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
     means = lambda rows, name: _means(prompts, [(prompt, rows[prompt, seed][name]) for prompt, seed in keys])

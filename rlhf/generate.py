@@ -1,7 +1,7 @@
 """Videos of a model for prompts and seeds: one file each, whole or absent, so that an interrupted job goes on.
 
-The noise of a video comes from its seed and its prompt alone: it is the same for every model, whatever else is made with
-it and on however many devices. So models can be compared pair by pair.
+The noise of a video comes from its seed and its prompt alone: it is the same for every model, whatever else is made
+with it and on however many devices. So models can be compared pair by pair.
 
 Shape legend: B batch, C channels, T frames, H height, W width.
 """

@@ -28,6 +28,7 @@ from rlhf.lora import Masters, adapter_off, add_adapter, lora_config, save_adapt
 from rlhf.losses import reward_loss
 from rlhf.parallel import any_process, make_accelerator
 from rlhf.prompts import as_prompts, load_prompts, prompt_positions
+from rlhf.report import finish_report
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import draw_noise, rollout
 from rlhf.text import encode_prompts
@@ -152,6 +153,8 @@ class RewardGradientTrainer:
             if self.accelerator.is_main_process:
                 tuned.save(self.folder / "evaluation" / "tuned.safetensors")
                 write_results(self.folder, summary, tuned.prompts, base.videos_NCTHW, tuned.videos_NCTHW)
+        if self.accelerator.is_main_process:
+            finish_report(self.folder)
         self._tell("on_train_end")
         return summary
 

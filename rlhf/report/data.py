@@ -1,4 +1,4 @@
-"""What a run left in its folder, as far as it got: a run that was killed, failed or took a single step has less of it."""
+"""What a run left in its folder, as far as it got: a run that was killed or failed has less of it."""
 
 import json
 import math
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
 import yaml
 
 from rlhf.compare_sets import read_pairs
@@ -29,10 +28,10 @@ class Sample:
     after: Path
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)  # by judge: before, after
 
-    def gain(self, judge: str) -> float:
-        """After less before; 0 where the judge did not see the videos."""
-        before, after = self.scores.get(judge, (0.0, 0.0))
-        return after - before
+    @property
+    def gains(self) -> dict[str, float]:
+        """After less before, by judge."""
+        return {judge: after - before for judge, (before, after) in self.scores.items()}
 
 
 @dataclass(frozen=True)
