@@ -27,7 +27,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("base", type=Path, help="scored folder of the first model")
     parser.add_argument("tuned", type=Path, help="scored folder of the second model")
     attributes = ", ".join(NANO_ATTRIBUTES)
-    by = f"rows by category, too: what {MANIFEST} says ('category'), an attribute of nano's prompts ({attributes}),"
+    by = f"rows by category, too: 'category' (as {MANIFEST} says), one of nano's attributes ({attributes}),"
     parser.add_argument("--by", help=f"{by} or a file with PROMPT<tab>CATEGORY a line")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")

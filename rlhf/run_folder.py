@@ -34,9 +34,7 @@ def start_run_folder(args: RewardGradientConfig) -> None:
 
     environment.jsonl gets a line for the start.
     """
-    from rlhf.environment import (
-        record_start,
-    )  # accelerate comes with it: seconds, which a check of the folder can do without
+    from rlhf.environment import record_start  # with accelerate, which a mere look at the folder can do without
 
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

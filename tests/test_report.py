@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from importlib.metadata import version
 
 import chromium
+import conftest
 import pytest
 import torch
 
@@ -254,6 +255,28 @@ def test_a_killed_run_shows_its_last_samples_without_scores(started, encoded):
     page = read(started)
     assert page.cards == [({}, i >= 10) for i in range(12)]
     assert "12 pairs, without scores" in page.text
+
+
+# ---------------------------------------------------------------- written by a run
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_training_ends_with_a_report(tiny_pipe, make_args, real_report, held_out):
+    from rlhf.trainer import RewardGradientTrainer
+
+    args = make_args(max_steps=1, num_eval_prompts=2, num_sample_prompts=2)
+    held_out_prompts = conftest.PROMPTS[:2] if held_out else None
+    RewardGradientTrainer(tiny_pipe, conftest.redness, args, conftest.PROMPTS, held_out_prompts).train()
+    folder = report.Path(args.output_dir)
+    page = Page((folder / "report.html").read_text())
+    (row,) = Run(folder).metrics
+    assert page.cells["loss"] == [row["loss"]] * 5
+    assert "finished: 1 of 1 steps" in page.text
+    assert len(page.cards) == (2 if held_out else 0)
+    if held_out:
+        summary = json.loads((folder / "summary.json").read_text())["trained"]["redness"]
+        assert page.cells["redness"][:2] == [summary["base"], summary["tuned"]]
+    assert "energy not told by the device" in page.text
 
 
 # ---------------------------------------------------------------- in a browser
