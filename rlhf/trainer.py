@@ -32,6 +32,7 @@ from rlhf.losses import reward_loss, score, score_metrics
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
+from rlhf.report import finish_report
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout, velocity_field
 from rlhf.setup import (
@@ -126,6 +127,8 @@ class RewardGradientTrainer:
             summary = {"seconds": time.perf_counter() - started, "steps": done}
             if self.watch:
                 summary = self.watch.finish(done, started)
+        if self.accelerator.is_main_process:
+            finish_report(self.folder)
         self._tell("on_train_end")
         return summary
 
