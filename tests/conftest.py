@@ -15,7 +15,7 @@ keep_freed_memory()
 
 @pytest.fixture(autouse=True)
 def _no_report(request, monkeypatch):
-    """Runs of the trainer that take a second leave no report, which takes as long; tests ask for it by `real_report`."""
+    """Runs of a second leave no report, which would take as long as they; a test asks for it by `real_report`."""
     trainer = sys.modules.get("rlhf.trainer")
     if trainer and "real_report" not in request.fixturenames:
         monkeypatch.setattr(trainer, "finish_report", lambda folder: None)
