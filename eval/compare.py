@@ -71,8 +71,8 @@ def describe(rows: list[dict]) -> str:
     return (
         f"{table([heads, *cells])}\n\n"
         f"{found} of {len(rows)} rows differ at the 5 % level (*), after Holm's correction for {corrected}.\n"
-        "Intervals are not corrected: of twenty, one misses its true value by chance. 'better' is the share of prompts\n"
-        "that scored higher, equal ones counting half."
+        "Intervals are not corrected: of twenty, one misses its true value by chance. 'better' is the share of\n"
+        "prompts that scored higher, equal ones counting half."
     )
 
 

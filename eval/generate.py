@@ -1,8 +1,8 @@
 """Videos of a model for prompts and seeds, the same noise for every model:
 
-    accelerate launch eval/generate.py --run runs/nano --base --output videos/base      the model that was trained
-    accelerate launch eval/generate.py --run runs/nano --output videos/tuned            with the run's adapter
-    python eval/generate.py --run runs/nano --scale 0.5 --output videos/half            with half of it
+    accelerate launch eval/generate.py --from_run runs/nano --base --output videos/base      the model that was trained
+    accelerate launch eval/generate.py --from_run runs/nano --output videos/tuned            with the run's adapter
+    python eval/generate.py --from_run runs/nano --scale 0.5 --output videos/half            with half of it
     python eval/generate.py --model exported/nano --prompts my.txt --output videos/mine
 
 Writes OUTPUT/0000-seed0.mp4 and so on, and OUTPUT/videos.jsonl, which says what each shows. Started again it goes on.
@@ -41,8 +41,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What makes the videos, and how: shared with eval/vbench.py."""
-    parser.add_argument("--run", type=Path, help="a training run: its model, adapter, held-out prompts and sampling")
-    parser.add_argument("--base", action="store_true", help="with --run: leave its adapter out")
+    parser.add_argument(
+        "--from_run", type=Path, help="a training run: its model, adapter, held-out prompts and sampling"
+    )
+    parser.add_argument("--base", action="store_true", help="with --from_run: leave its adapter out")
     parser.add_argument("--model", help="nano (default), a folder, or a hub id")
     parser.add_argument("--lora", type=Path, help="folder of an adapter, such as RUN/adapter")
     parser.add_argument("--merge", action="store_true", help="add the adapter to the weights first, as an export does")
@@ -58,14 +60,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def fill_from_run(args: argparse.Namespace) -> None:
     """Set what was not given to what the run says."""
     args.base_dir, run = None, {}
-    if args.run is not None:
-        config = args.run / "config.yaml"
+    if args.from_run is not None:
+        config = args.from_run / "config.yaml"
         if not config.is_file():
-            raise ValueError(f"{config}: got no file there, expected the folder of a training run; correct --run")
+            raise ValueError(f"{config}: got no file there, expected the folder of a training run; correct --from_run")
         run = yaml.safe_load(config.read_text())
-        args.lora = None if args.base else args.lora or args.run / "adapter"
+        args.lora = None if args.base else args.lora or args.from_run / "adapter"
     elif args.base:
-        raise ValueError("--base: got no --run, expected the run whose adapter is left out; name it, or drop --base")
+        raise ValueError(
+            "--base: got no --from_run, expected the run whose adapter is left out; name it, or drop --base"
+        )
     args.model = args.model or run.get("model", "nano")
     for name in SAMPLING:
         setattr(args, name, run.get(name) if getattr(args, name) is None else getattr(args, name))
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         sampling = checked_sampling(args, args.prompts)
         prompts = load_prompts(args.prompts, args.base_dir, args.num_prompts or 64)[: args.num_prompts]
-        make(args, sampling, jobs(args.output, prompts, args.seeds))
+        make(args, sampling, jobs(args.output, list(dict.fromkeys(prompts)), args.seeds))  # each once
     except ValueError as error:  # ConfigError is one
         print(f"eval/generate.py: {error}", file=sys.stderr)
         return 2

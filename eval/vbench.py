@@ -1,6 +1,6 @@
 """Videos laid out as VBench's own tool reads them, and our values for those of its dimensions that our rewards are:
 
-    accelerate launch eval/vbench.py make --full_info VBench_full_info.json --run runs/mine --output vbench/mine
+    accelerate launch eval/vbench.py make --full_info VBench_full_info.json --from_run runs/mine --output vbench/mine
     python eval/vbench.py score --full_info VBench_full_info.json --output vbench/mine --device cuda
 
 VBench_full_info.json comes with VBench (github.com/Vchitect/VBench, folder vbench): its 946 prompts and which of the 16
@@ -43,9 +43,9 @@ SUITES = {
 VIDEOS_OF_A_PROMPT, OF_TEMPORAL_FLICKERING = 5, 25  # its prompts/README.md; the latter are filtered for still ones
 # Dimension -> the reward that it is, and where ours differs.
 OURS = {
-    "subject_consistency": ("subject_consistency", "the same measure"),
-    "background_consistency": ("background_consistency", "the same measure"),
-    "temporal_flickering": ("flicker", "the same measure, on all videos: VBench leaves out those that move"),
+    "subject_consistency": ("subject_consistency", "the same formula; frames are resized with antialiasing"),
+    "background_consistency": ("background_consistency", "the same formula; frames are resized with antialiasing"),
+    "temporal_flickering": ("flicker", "the same formula, of all videos: VBench leaves out those that move"),
     "dynamic_degree": ("motion_degree", "share of moving pairs of frames, softly; VBench: share of moving videos"),
 }
 LONGEST_NAME = 255  # bytes, on the usual file systems

@@ -22,6 +22,7 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
     "--mute-audio",
+    "--hide-scrollbars",
 )
 TIMEOUT = 60  # seconds for an answer
 

@@ -55,8 +55,8 @@ def pixels(path) -> torch.Tensor:
 
 
 def test_a_run_names_model_prompts_sampling_and_adapter(run, tmp_path):
-    tuned = make(tmp_path / "tuned", "--run", run)
-    base = make(tmp_path / "base", "--run", run, "--base")
+    tuned = make(tmp_path / "tuned", "--from_run", run)
+    base = make(tmp_path / "base", "--from_run", run, "--base")
     assert [video.prompt for video in tuned] == PROMPTS[:2]
     assert pixels(tuned[0].path).shape == (5, 16, 32, 3)
     assert imageio.immeta(tuned[0].path)["fps"] == SAMPLING.fps
@@ -74,7 +74,7 @@ def test_merged_is_the_adapter_and_the_scale_goes_from_the_base_to_beyond(run, t
     }
     seen = {}
     for name, flags in ways.items():
-        (video,) = make(tmp_path / name, "--run", run, "--num_prompts", 1, *flags)
+        (video,) = make(tmp_path / name, "--from_run", run, "--num_prompts", 1, *flags)
         seen[name] = pixels(video.path)
     distance = lambda a, b: (seen[a] - seen[b]).abs().mean()
     assert distance("base", "none of it") == 0
@@ -84,7 +84,7 @@ def test_merged_is_the_adapter_and_the_scale_goes_from_the_base_to_beyond(run, t
 
 def test_the_noise_is_that_of_seed_and_prompt_whatever_else_is_made(run, tmp_path):
     model = ["--model", run.parent / "base", *SMALL]
-    (tmp_path / "other.txt").write_text("the sea\nrain\n")
+    (tmp_path / "other.txt").write_text("the sea\nrain\nthe sea\n")
     several = make(tmp_path / "a", *model, "--prompts", run.parent / "held_out.txt", "--seeds", 0, 1)
     fewer = make(tmp_path / "b", *model, "--prompts", tmp_path / "other.txt", "--seeds", 1, "--batch_size", 1)
     one = {(v.prompt, v.seed): pixels(v.path) for v in several}
@@ -97,12 +97,12 @@ def test_the_noise_is_that_of_seed_and_prompt_whatever_else_is_made(run, tmp_pat
 
 
 def test_it_goes_on_where_it_ended(run, tmp_path, monkeypatch):
-    first = make(tmp_path, "--run", run, "--seeds", 0, 1)
+    first = make(tmp_path, "--from_run", run, "--seeds", 0, 1)
     before = {video.path: (video.path.read_bytes(), video.path.stat().st_mtime_ns) for video in first}
     first[2].path.unlink()
     made, whole = [], rlhf.generate.write_whole
     monkeypatch.setattr("rlhf.generate.write_whole", lambda path, *rest: (made.append(path), whole(path, *rest)))
-    again = make(tmp_path, "--run", run, "--seeds", 0, 1, "--num_prompts", 3)
+    again = make(tmp_path, "--from_run", run, "--seeds", 0, 1, "--num_prompts", 3)
     assert made == [first[2].path, again[4].path, again[5].path]  # what was missing, and the prompt that is new
     for path, (content, time) in before.items():
         assert path.read_bytes() == content
@@ -110,9 +110,9 @@ def test_it_goes_on_where_it_ended(run, tmp_path, monkeypatch):
 
 
 def test_nothing_is_made_or_loaded_for_a_job_that_is_done(run, tmp_path, monkeypatch):
-    make(tmp_path, "--run", run)
+    make(tmp_path, "--from_run", run)
     monkeypatch.setattr("rlhf.generate.load_pipeline", None)
-    make(tmp_path, "--run", run)
+    make(tmp_path, "--from_run", run)
 
 
 def test_an_interrupted_video_is_absent(tmp_path, monkeypatch):
@@ -148,8 +148,8 @@ def test_processes_share_the_work_and_make_the_same(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--run", "nowhere"], "got no file there, expected the folder of a training run; correct --run"),
-        (["--base"], "got no --run, expected the run whose adapter is left out"),
+        (["--from_run", "nowhere"], "got no file there, expected the folder of a training run; correct --from_run"),
+        (["--base"], "got no --from_run, expected the run whose adapter is left out"),
         (["--model", "{base}", "--prompts", "absent.txt"], "got no file at"),
         (["--model", "{base}", "--height", "20"], "height=20 is not divisible by 16"),
         (["--model", "{base}", "--num_frames", "6"], "num_frames=6 is not 4k+1"),
@@ -171,7 +171,7 @@ def test_mistakes_are_told_before_anything_is_loaded(run, tmp_path, flags, told,
 
 
 def test_videos_of_two_kinds_do_not_share_a_folder(run, tmp_path, capsys):
-    make(tmp_path, "--run", run)
+    make(tmp_path, "--from_run", run)
     for flags, told in (
         (["--scale", "0.5"], "got videos made with scale=1.0, expected 0.5"),
         (["--num_inference_steps", "3"], "got videos made with num_inference_steps=2, expected 3"),
@@ -179,7 +179,7 @@ def test_videos_of_two_kinds_do_not_share_a_folder(run, tmp_path, capsys):
     ):
         (run.parent / "other.txt").write_text("the moon")
         flags = [flag.replace("other.txt", str(run.parent / "other.txt")) for flag in flags]
-        assert SCRIPT["main"](["--run", str(run), "--output", str(tmp_path), "--device", "cpu", *flags]) == 2
+        assert SCRIPT["main"](["--from_run", str(run), "--output", str(tmp_path), "--device", "cpu", *flags]) == 2
         assert told in capsys.readouterr().err
     assert json.loads((tmp_path / "generate.json").read_text())["scale"] == 1.0
 
