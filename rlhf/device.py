@@ -140,6 +140,27 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def energy_joules(device: torch.device) -> float | None:
+    """A counter of the energy drawn by the devices of this machine's processes; only differences mean something.
+
+    None where the device does not tell, or nvidia-ml-py, which asks it, is not installed.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        own = range(min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # one a process
+        uuids = [torch.cuda.get_device_properties(i).uuid for i in own]
+        handles = [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
+        return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1000  # millijoules
+    except ImportError:
+        return None
+    except pynvml.NVMLError:  # a device without the counter, a driver without the library
+        return None
+
+
 def has_graphs(device: torch.device) -> bool:
     """Whether `capture` works there."""
     return device.type == "cuda"

@@ -24,13 +24,13 @@ def sizes(args: RewardGradientConfig, card: dict[str, dict]) -> str:
     patch = card["transformer"]["patch_size"]
     latent = (1 + (args.num_frames - 1) // every, args.height // down, args.width // down)
     tokens = latent[0] * (latent[1] // patch) * (latent[2] // patch)
-    branches = 2 if args.guidance_scale > 1 else 1
+    forward, with_gradient = forwards(args)
     copy = bytes_each if bytes_each < 4 else 0  # of the masters, in the base's format
     rows = [
         ("latents (channels, frames, height, width)", f"{(card['transformer']['in_channels'], *latent)}"),
         ("video tokens", f"{tokens:,}"),
-        ("transformer forwards a step and video", f"{branches * args.num_inference_steps}"),
-        ("of these with gradient", f"{branches * args.num_grad_steps}"),
+        ("transformer forwards a step and video", f"{forward}"),
+        ("of these with gradient, at most", f"{with_gradient}"),
         ("transformer weights", f"{transformer:,} parameters, {_gib(transformer * bytes_each)}"),
         ("VAE weights", f"{vae:,} parameters, {_gib(vae * 4)}"),
         ("adapter with masters, gradient, two moments", f"{adapter:,} parameters, {_gib(adapter * (16 + copy))}"),
@@ -43,6 +43,21 @@ def sizes(args: RewardGradientConfig, card: dict[str, dict]) -> str:
             *lines,
         ]
     )
+
+
+def forwards(args: RewardGradientConfig) -> tuple[int, int]:
+    """Forwards of the transformer for one video and optimizer step, and how many of them carry gradient, at most.
+
+    args has all sampling keys set.
+    """
+    steps, again = args.num_inference_steps, args.num_draws if args.method in ("draft_lv", "srpo") else 0
+    of_rollout = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
+    trained = of_rollout.get(args.method, args.num_grad_steps) + again + bool(args.drift_weight)
+    guided = args.guidance_scale > 1
+    branches = 2 if guided and args.guidance_gradient != "distill" else 1
+    of_base = (2 if guided else 1) * bool(args.drift_weight)
+    all_of_them = branches * (steps + again + bool(args.drift_weight)) + of_base
+    return all_of_them, (2 if guided and args.guidance_gradient == "full" else 1) * trained
 
 
 def count_parameters(args: RewardGradientConfig, card: dict[str, dict]) -> tuple[int, int, int]:

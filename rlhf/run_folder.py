@@ -20,6 +20,8 @@ RUN_FILES = (
     "summary.json",
     "curves.png",
     "contact_sheet.png",
+    "environment.jsonl",
+    "report.html",
 )
 
 
@@ -29,10 +31,16 @@ def run_in(folder: Path) -> bool:
 
 
 def start_run_folder(args: RewardGradientConfig) -> None:
-    """Make the folder, free of the files of an earlier run if they are to be overwritten, and write config.yaml."""
+    """Make the folder, free of the files of an earlier run if they are to be overwritten, and write config.yaml.
+
+    environment.jsonl gets a line for the start.
+    """
+    from rlhf.environment import record_start  # with accelerate, which a mere look at the folder can do without
+
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if args.overwrite_output_dir:
         for path in (folder / name for name in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (folder / "config.yaml").write_text(args.to_yaml(), encoding="utf-8")
+    record_start(folder, args.device)

@@ -92,15 +92,20 @@ class EvaluationBar:
 
 def write_samples(folder: Path, step: int, prompts: list[str], videos_NCTHW: torch.Tensor, fps: int) -> None:
     """Write uint8 videos as folder/step-NNNNNN/00.mp4 and so on, and their prompts beside them."""
-    from diffusers.utils import export_to_video
-
     target = folder / f"step-{step:06d}"
     target.mkdir(parents=True, exist_ok=True)
     for i, video in enumerate(videos_NCTHW):
-        frames = [Image.fromarray(frame) for frame in video.permute(1, 2, 3, 0).numpy()]
-        export_to_video(frames, str(target / f"{i:02d}.mp4"), fps=fps, quality=8)
+        write_video(target / f"{i:02d}.mp4", video, fps)
     lines = [f"{i:02d}\t{prompt}\n" for i, prompt in enumerate(prompts[: len(videos_NCTHW)])]
     (target / "prompts.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
+    """Write a uint8 video as H.264 in mp4, which every browser plays."""
+    from diffusers.utils import export_to_video
+
+    frames = [Image.fromarray(frame) for frame in video_CTHW.permute(1, 2, 3, 0).numpy()]
+    export_to_video(frames, str(path), fps=fps, quality=8)
 
 
 def write_results(folder: Path, summary: dict, prompts: list[str], before_NCTHW, after_NCTHW) -> None:

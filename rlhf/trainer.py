@@ -34,6 +34,7 @@ from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
 from rlhf.prefix import PrefixBuffer
+from rlhf.report import finish_report
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
 from rlhf.setup import adapt, checked_inputs, encode_and_release, latent_shape, load_base, load_prompt_sets, mix_rewards
@@ -122,6 +123,8 @@ class RewardGradientTrainer:
             summary = {"seconds": time.perf_counter() - started, "steps": done}
             if self.watch:
                 summary = self.watch.finish(done, started)
+        if self.accelerator.is_main_process:
+            finish_report(self.folder)
         self._tell("on_train_end")
         return summary
 

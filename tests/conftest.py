@@ -2,6 +2,8 @@
 
 import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
+import sys
+
 import pytest
 import torch
 from problem import Problem, keep_float64
@@ -12,6 +14,19 @@ from rlhf.device import keep_freed_memory
 
 torch.set_num_threads(1)  # tiny models are slower on more
 keep_freed_memory()
+
+
+@pytest.fixture(autouse=True)
+def _no_report(request, monkeypatch):
+    """Runs that take a second leave no report, which takes as long; tests ask for it by `real_report`."""
+    trainer = sys.modules.get("rlhf.trainer")
+    if trainer and "real_report" not in request.fixturenames:
+        monkeypatch.setattr(trainer, "finish_report", lambda folder: None)
+
+
+@pytest.fixture
+def real_report():
+    """The trainer writes its report, as it does outside of tests."""
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tiny import tiny_pipeline
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.checkpoint import SavingError, TrainingInterrupted
+from rlhf.checkpoint import SavingError, TrainingInterrupted, last_whole
 from rlhf.config import RewardGradientConfig
 from rlhf.failures import TrainingError
 from rlhf.tracking import read_metrics
@@ -51,8 +51,11 @@ def train(args, reward=redness, **kwargs) -> dict:
 
 
 def go_on(args: RewardGradientConfig) -> RewardGradientConfig:
-    saved = (Path(args.output_dir) / "checkpoints").glob("step-*")
-    return dataclasses.replace(args, resume_from_checkpoint="latest") if any(saved) else args
+    """As a user would: from the latest checkpoint, or from the start where the first one was not finished."""
+    saved = last_whole(Path(args.output_dir) / "checkpoints")
+    return dataclasses.replace(
+        args, **({"resume_from_checkpoint": "latest"} if saved else {"overwrite_output_dir": True})
+    )
 
 
 def result(args) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -244,15 +247,17 @@ def kill_in_a_save(args, processes: list[subprocess.Popen], step: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])  # together twelve interruptions of either kind of run
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_in_saves_and_stopped_by_signals_the_run_ends_the_same(settings, processes):
+def test_killed_in_saves_and_stopped_by_signals_the_run_ends_the_same(settings, processes, seed):
     whole, parts = settings("whole"), settings("parts")
     finish(start(whole, processes))
-    for step in (2, 5, 9):
+    *killed, stopped = sorted(random.Random(seed).sample(range(1, EVERYTHING["max_steps"] - 1), 4))
+    for step in killed:
         running = start(go_on(parts), processes)
         kill_in_a_save(parts, running, step)
     running = start(go_on(parts), processes)
-    while not (Path(parts.output_dir) / "checkpoints" / "step-10").exists():
+    while not (Path(parts.output_dir) / "checkpoints" / f"step-{stopped}").exists():
         assert all(process.poll() is None for process in running), running[0].communicate()[1]
         time.sleep(0.01)
     running[-1].send_signal(signal.SIGTERM)  # to one of them: they agree

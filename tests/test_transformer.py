@@ -177,7 +177,6 @@ def test_the_repeated_block_can_be_compiled_alone():
         (torch.float32, torch.float32, 2**-22),
         (torch.bfloat16, torch.bfloat16, 2**-7),
         (torch.float32, torch.bfloat16, 2**-7),
-        (torch.float64, torch.float64, 2**-22),  # diffusers takes the mean of squares in float32
     ],
 )
 def test_the_norm_of_queries_and_keys_is_that_of_diffusers_but_for_rounding(dtype, weight_dtype, rounding):
@@ -191,6 +190,13 @@ def test_the_norm_of_queries_and_keys_is_that_of_diffusers_but_for_rounding(dtyp
     square = x.double().square().mean(-1, keepdim=True)
     exact = x.double() * (square + 1e-6).rsqrt() * ours.weight.double()
     assert (ours(x) - exact).norm() <= (theirs(x) - exact).norm()
+
+
+def test_the_norm_of_queries_and_keys_stays_in_float64():
+    """The stock class squares in float32, which would spoil gradients that are to be exact."""
+    norm, x = QueryKeyNorm(16, eps=1e-6).double(), torch.randn(3, 16, dtype=torch.float64)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(norm(x), expected, atol=1e-14, rtol=1e-14)
 
 
 def test_on_the_cpu_no_plug_in_is_asked_for_the_norm(monkeypatch):

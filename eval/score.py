@@ -1,0 +1,114 @@
+"""What rewards say of videos, of this model or of another:
+
+    python eval/score.py videos/base videos/tuned --reward nano_verifier --reward nano_clip
+    python eval/score.py other/videos --names_are_prompts --reward hps_v2_1 --device cuda
+
+A folder says what its videos show in videos.jsonl ({"file", "prompt"} a line, as eval/generate.py writes it), in the
+prompts.txt of a run's samples, or in file names such as `a red kite-0.mp4`. Writes scores.jsonl beside the videos.
+Scores are kept by content: what was scored once is not scored again, whatever its name. Started again it goes on. With
+`accelerate launch` all devices share the work.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rewards.check import json_object
+from rewards.list import table
+from rewards.read import check_file
+from rewards.score import prompts_of
+from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
+from rlhf.video_set import SCORES, Video, read_set, require_files
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="eval/score.py", description=__doc__, formatter_class=formatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of videos")
+    parser.add_argument("--reward", action="append", required=True, dest="rewards", help="name or spec; repeatable")
+    parser.add_argument("--kwargs", type=json_object, default={}, help="arguments of rewards: {name: {argument: ..}}")
+    parser.add_argument("--names_are_prompts", action="store_true", help="read prompts off the file names")
+    parser.add_argument("--max_frames", type=int, help="score the leading frames only")
+    add_scoring_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Where scores are made and kept: shared with eval/vbench.py."""
+    parser.add_argument("--device", help="kind of device; by default what the machine has")
+    parser.add_argument("--cache", type=Path, help="folder of kept scores (default: ~/.cache/contentv-rlhf/scores)")
+
+
+def score_all(videos: list[Video], scorer: Scorer, accelerator) -> list[dict[str, float]]:
+    """The scores of each video; all processes share the work through the cache."""
+    own = videos[accelerator.process_index :: accelerator.num_processes]
+    for video in tqdm(own, desc="score", unit="video", disable=not accelerator.is_main_process):
+        scorer(video.path, video.prompt)
+    accelerator.wait_for_everyone()
+    return [scorer(video.path, video.prompt) for video in videos] if accelerator.is_main_process else []
+
+
+def checked_set(folder: Path, args: argparse.Namespace) -> list[Video]:
+    """The videos of a folder, all there and with the prompts that the rewards want. Raises ValueError."""
+    videos = read_set(folder, args.names_are_prompts)
+    require_files(videos)
+    for video in videos:
+        check_file(video.path)
+        prompts_of([video.path], [video.prompt] if video.prompt else None, args.rewards)
+    return videos
+
+
+def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float]]) -> None:
+    """Write scores.jsonl, {"file", "sha256", "prompt", "seed", "category", "scores"} a line.
+
+    What it says of other rewards stays, for files that are still the same.
+    """
+    path, old = folder / SCORES, {}
+    if path.is_file():
+        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in rows}
+    lines = []
+    for video, new in zip(videos, scores, strict=True):
+        name, content = video.path.relative_to(folder).as_posix(), content_of(video.path)
+        row = {"file": name, "sha256": content, "prompt": video.prompt, "seed": video.seed, "category": video.category}
+        lines.append(json.dumps(row | {"scores": old.get((name, content, video.prompt), {}) | new}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def open_scorer(args: argparse.Namespace, rewards: list[str], kwargs: dict, max_frames: int | None = None):
+    """The scorer and the processes that share the work."""
+    from rlhf.config import RewardGradientConfig
+    from rlhf.parallel import make_accelerator
+
+    accelerator = make_accelerator(RewardGradientConfig(device=args.device, report_to=[]))
+    cache = ScoreCache(args.cache or default_cache())
+    return Scorer(rewards, kwargs, cache, str(accelerator.device), max_frames), accelerator
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the scores and print their means; return the exit status."""
+    args = parse(argv)
+    try:
+        sets = {folder: checked_set(folder, args) for folder in args.folders}
+        scorer, accelerator = open_scorer(args, args.rewards, args.kwargs, args.max_frames)
+        rows = [("folder", "videos", *scorer.specs)]
+        for folder, videos in sets.items():
+            scores = score_all(videos, scorer, accelerator)
+            if accelerator.is_main_process:
+                write_scores(folder, videos, scores)
+                means = (sum(row[name] for row in scores) / len(scores) for name in scorer.specs)
+                rows.append((str(folder), str(len(videos)), *(f"{mean:.5g}" for mean in means)))
+    except ValueError as error:  # RewardError is one
+        print(f"eval/score.py: {error}", file=sys.stderr)
+        return 2
+    if accelerator.is_main_process:
+        print(f"mean scores\n{table(rows)}")
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

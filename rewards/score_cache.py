@@ -1,0 +1,104 @@
+"""Scores that are kept: of a file's content, for a prompt, by a reward with its settings. What is known is not scored
+again, and nothing is loaded for it.
+"""
+
+import hashlib
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rewards.load import check_spec
+from rewards.score import load_rewards, score
+
+CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
+
+
+def default_cache() -> Path:
+    """$CONTENTV_RLHF_CACHE, or a folder in the user's cache."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "contentv-rlhf") / "scores"
+
+
+class ScoreCache:
+    """One small file a score, written whole or not at all, so that any number of processes can share the folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, key: str) -> float | None:
+        try:
+            return json.loads(self._path(key).read_text())["score"]
+        except (OSError, ValueError, KeyError):  # not there, or damaged: scored anew
+            return None
+
+    def put(self, key: str, score: float) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps({"score": score}))
+        unfinished.replace(path)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.json"
+
+
+class Scorer:
+    """Rewards that are loaded when a score is asked for that is not in the cache.
+
+    specs: names or specs of rewards. kwargs: {name: arguments}. Raises RewardError for a spec that can't name a reward.
+    """
+
+    def __init__(self, specs: list[str], kwargs: dict, cache: ScoreCache, device: str, max_frames: int | None = None):
+        for spec in specs:
+            check_spec(spec)
+        self.specs, self.kwargs, self.cache = {spec.rsplit(":", 1)[-1]: spec for spec in specs}, kwargs, cache
+        self.settings = Namespace(device=device, max_frames=max_frames)
+        self.identities = {
+            name: reward_identity(spec, kwargs.get(name, {}), max_frames) for name, spec in self.specs.items()
+        }
+        self._loaded: dict[str, Callable] = {}
+
+    def __call__(self, path: Path, prompt: str) -> dict[str, float]:
+        """{name: score} of a file."""
+        keys = {name: digest(content_of(path), prompt, identity) for name, identity in self.identities.items()}
+        known = {name: self.cache.get(key) for name, key in keys.items()}
+        missing = [name for name, value in known.items() if value is None]
+        if missing:
+            new = score(self._rewards(missing), path, prompt, self.settings)["scores"]
+            for name, value in new.items():
+                self.cache.put(keys[name], value)
+            known |= new
+        return known
+
+    def _rewards(self, names: Iterable[str]) -> dict[str, Callable]:
+        for name in names:
+            if name not in self._loaded:
+                kwargs = {name: self.kwargs[name]} if name in self.kwargs else {}
+                self._loaded |= load_rewards([self.specs[name]], kwargs)
+        return {name: self._loaded[name] for name in names}
+
+
+def reward_identity(spec: str, kwargs: dict, max_frames: int | None = None) -> str:
+    """Text that changes when the reward does: its spec, settings, its own file, and the files its settings name.
+
+    Files named in settings count by size and time, since weights are large. Code that a reward imports does not count.
+    """
+    where = Path(spec.rsplit(":", 1)[0])
+    source = content_of(where) if where.suffix == ".py" else ""
+    files = {value: _stamp(Path(value)) for value in map(str, kwargs.values()) if Path(value).is_file()}
+    return json.dumps([spec, kwargs, max_frames, source, files], sort_keys=True)
+
+
+def content_of(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]

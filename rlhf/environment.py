@@ -1,0 +1,73 @@
+"""What a run ran on and what it cost: environment.jsonl, one object for each time that the run was started."""
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from rlhf.device import energy_joules, peak_memory, pick_device
+from rlhf.parallel import available_cores
+
+ENVIRONMENT = "environment.jsonl"
+PACKAGES = ("contentv-rlhf", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def record_start(folder: Path, device: str | None) -> None:
+    """Add a line for a run that starts now: machine, versions, number of processes. device: as in the settings."""
+    here = pick_device(device)
+    row = {
+        "started": time.time(),
+        "device": _device_name(here),
+        "device_type": here.type,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "cores": available_cores(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "energy_counter_joules": energy_joules(here),
+    }
+    with (folder / ENVIRONMENT).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def record_end(folder: Path) -> None:
+    """Complete the last line with what the run took: seconds, the peak of memory in bytes, joules if the device counts.
+
+    Energy is that of the devices that this machine's processes see; idle draw is in it.
+    """
+    rows = read_environment(folder)
+    if not rows:
+        return
+    last = rows[-1]
+    device = pick_device(last["device_type"])
+    last |= {"seconds": time.time() - last["started"], "peak_memory_bytes": peak_memory(device)}
+    before, after = last["energy_counter_joules"], energy_joules(device)
+    last["energy_joules"] = None if before is None or after is None else after - before
+    (folder / ENVIRONMENT).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_environment(folder: Path) -> list[dict]:
+    """One object for each start of the run, [] for a run that recorded none."""
+    path = folder / ENVIRONMENT
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _device_name(device: torch.device) -> str:
+    """What the device calls itself; of a CPU the processor's name, where Linux tells it."""
+    if device.type != "cpu":
+        return getattr(torch.get_device_module(device), "get_device_name", lambda: device.type)()
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

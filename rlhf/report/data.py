@@ -1,0 +1,209 @@
+"""What a run left in its folder, as far as it got: a run that was killed or failed has less of it."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from rlhf.compare_sets import read_pairs
+from rlhf.environment import read_environment
+from rlhf.evaluate import Evaluation
+from rlhf.resampling import compared
+from rlhf.run_folder import METRICS
+from rlhf.video_set import SCORES, read_set
+
+GROUPS = {"trained": "trained on", "held_out": "held out"}
+MEASURED = "measured"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt's videos before and after, and what each judge said of them."""
+
+    prompt: str
+    before: Path
+    after: Path
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)  # by judge: before, after
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """After less before, by judge."""
+        return {judge: after - before for judge, (before, after) in self.scores.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run. Nothing of it has to be there.
+
+    before, after: scored folders of `eval/generate.py` whose videos are shown instead of the run's own samples.
+    """
+
+    folder: Path
+    before: Path | None = None
+    after: Path | None = None
+
+    @cached_property
+    def config(self) -> dict:
+        path = self.folder / "config.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @cached_property
+    def metrics(self) -> list[dict]:
+        """The rows of metrics.jsonl; a last one that was half written is left out."""
+        path = self.folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    @cached_property
+    def summary(self) -> dict:
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    @cached_property
+    def environment(self) -> list[dict]:
+        return read_environment(self.folder)
+
+    @cached_property
+    def evaluations(self) -> tuple[Evaluation, Evaluation] | None:
+        """Of the base and of the tuned model, if both are there."""
+        paths = [self.folder / "evaluation" / f"{name}.safetensors" for name in ("base", "tuned")]
+        return tuple(map(Evaluation.load, paths)) if all(path.is_file() for path in paths) else None
+
+    @property
+    def steps(self) -> int:
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def status(self) -> str:
+        planned = self.config.get("max_steps")
+        done = f"{self.steps} of {planned} steps" if planned else f"{self.steps} steps"
+        return f"finished: {done}" if (self.folder / "adapter").is_dir() else f"not finished: {done} were done"
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the rewards that are trained on."""
+        specs = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
+        return [spec.rsplit(":", 1)[-1] for spec in specs]
+
+    @property
+    def judges(self) -> list[str]:
+        """Names of all rewards, those trained on first."""
+        others = [spec.rsplit(":", 1)[-1] for spec in self.config.get("eval_reward_funcs") or []]
+        return [*self.trained, *(name for name in others if name not in self.trained)]
+
+    def headline(self) -> list[dict]:
+        """Rows of the first table: {"name", "group", "base", "tuned", "diff", "ci95", and win_rate, p where known}."""
+        if self.before and self.after and (self.before / SCORES).is_file() and (self.after / SCORES).is_file():
+            return self._headline_of_sets()
+        rows = []
+        for key, group in GROUPS.items():
+            rows += [self._headline_row(name, group, row) for name, row in self.summary.get(key, {}).items()]
+        measures = {k: v for k, v in self.summary.items() if k not in GROUPS and isinstance(v, dict) and "ci95" in v}
+        return rows + [self._headline_row(name, MEASURED, row) for name, row in measures.items()]
+
+    def _headline_row(self, name: str, group: str, row: dict) -> dict:
+        more = {}
+        if self.evaluations:
+            base, tuned = (evaluation.scores for evaluation in self.evaluations)
+            full = name if name in base else f"nano_{name}"  # a held-out judge of nano goes by its short name
+            if full in base and len(base[full]) > 1:
+                found = compared(base[full], tuned[full])
+                more = {key: found[key] for key in ("win_rate", "p", "better", "equal", "worse")}
+                more["prompts"] = len(base[full])
+        return {"name": name, "group": group} | row | more
+
+    def _headline_of_sets(self) -> list[dict]:
+        pairs, rows = read_pairs(self.before, self.after), []
+        for name in pairs.base:
+            group = GROUPS["trained"] if name in self.trained else GROUPS["held_out"]
+            found = compared(pairs.base[name], pairs.tuned[name])
+            rows.append({"name": name, "group": group, "prompts": len(pairs.prompts)} | found)
+        return rows
+
+    def samples(self) -> list[Sample]:
+        """Pairs of videos: of the sets given, else the run's first and last samples, as far as both are there."""
+        if self.before and self.after:
+            return self._samples_of_sets()
+        folders = sorted((self.folder / "samples").glob("step-*")) if (self.folder / "samples").is_dir() else []
+        folders = [folder for folder in folders if (folder / "prompts.txt").is_file()]
+        if len(folders) < 2:
+            return []
+        first, last = read_set(folders[0]), read_set(folders[-1])
+        final = self.summary and int(folders[-1].name.removeprefix("step-")) == self.summary["steps"]
+        return [
+            Sample(a.prompt, a.path, b.path, self._scores(i, a.prompt) if final else {})
+            for i, (a, b) in enumerate(zip(first, last, strict=False))
+            if a.prompt == b.prompt and a.path.is_file() and b.path.is_file()
+        ]
+
+    def _scores(self, i: int, prompt: str) -> dict[str, tuple[float, float]]:
+        """Of the i-th held-out prompt, by judge and measure."""
+        if self.evaluations is None or self.evaluations[0].prompts[i] != prompt:
+            return {}
+        base, tuned = (evaluation.scores for evaluation in self.evaluations)
+        names = [name for name in base if i < len(base[name]) and name in tuned]
+        return {name: (base[name][i].item(), tuned[name][i].item()) for name in names}
+
+    def _samples_of_sets(self) -> list[Sample]:
+        scores = [_set_scores(folder) for folder in (self.before, self.after)]
+        after = {(video.prompt, video.seed): video for video in read_set(self.after)}
+        samples = []
+        for video in read_set(self.before):
+            key = video.prompt, video.seed
+            if key in after and video.path.is_file() and after[key].path.is_file():
+                left, right = (of.get(key, {}) for of in scores)
+                both = {name: (left[name], right[name]) for name in left if name in right}
+                samples.append(Sample(video.prompt, video.path, after[key].path, both))
+        return samples
+
+
+def _set_scores(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+    path = folder / SCORES
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.is_file() else []
+    return {(row["prompt"], row["seed"]): row["scores"] for row in rows}
+
+
+def training_table(metrics: list[dict]) -> list[dict]:
+    """A row for each number of metrics.jsonl: {"name", "first", "last", "recent": mean of the last ten, "lowest",
+    "highest", "rows": how many steps have it}."""
+    names = dict.fromkeys(name for row in metrics for name, value in row.items() if isinstance(value, int | float))
+    rows = []
+    for name in names:
+        if name == "step":
+            continue
+        values = [row[name] for row in metrics if name in row]
+        recent = values[-10:]
+        rows.append(
+            {
+                "name": name,
+                "first": values[0],
+                "last": values[-1],
+                "recent": math.fsum(recent) / len(recent),
+                "lowest": min(values),
+                "highest": max(values),
+                "rows": len(values),
+            }
+        )
+    return rows
+
+
+def cost(run: Run) -> dict:
+    """{"steps_seconds", "total_seconds", "device_hours", "processes", "peak_memory_gib", "energy_kilojoules"}, None for
+    what is not known. Of a run started several times, seconds of steps and energy are sums, the rest is the last's."""
+    steps = math.fsum(row.get("seconds", 0.0) for row in run.metrics)
+    last = run.environment[-1] if run.environment else {}
+    spent = [row["energy_joules"] for row in run.environment if row.get("energy_joules") is not None]
+    total = run.summary.get("seconds", last.get("seconds"))
+    processes = last.get("processes", 1)
+    peak = last.get("peak_memory_bytes")
+    return {
+        "steps_seconds": steps,
+        "total_seconds": total,
+        "device_hours": processes * max(steps, total or 0.0) / 3600,
+        "processes": processes,
+        "peak_memory_gib": peak / 2**30 if peak else None,
+        "energy_kilojoules": sum(spent) / 1000 if len(spent) == len(run.environment) and spent else None,
+    }

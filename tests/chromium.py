@@ -1,0 +1,133 @@
+"""A headless Chromium for tests, spoken to over a pipe in its DevTools protocol: no driver has to be installed.
+
+$CHROMIUM names the program; else chromium or google-chrome is looked for.
+"""
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
+    "--mute-audio",
+    "--hide-scrollbars",
+)
+TIMEOUT = 60  # seconds for an answer
+
+
+def find() -> str | None:
+    return os.environ.get("CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+class Chromium:
+    """One page at a time. `problems` collects what the page says on its console, throws, or fails to load."""
+
+    def __init__(self, profile: Path):
+        to_read, self.send_end = os.pipe()
+        self.receive_end, to_write = os.pipe()
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (to_read, to_write)]
+
+        def hand_over():  # the browser reads from 3 and writes to 4
+            os.dup2(theirs[0], 3)
+            os.dup2(theirs[1], 4)
+
+        command = [find(), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, preexec_fn=hand_over, pass_fds=(3, 4), **quiet)
+        for end in (to_read, to_write, *theirs):
+            os.close(end)
+        self.number, self.buffer, self.session, self.problems, self.loaded = 0, b"", None, [], False
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def open(self, path: Path, width: int = 1200, height: int = 900, dark: bool = False) -> None:
+        """Show a file and wait until it is loaded."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.problems, self.loaded = [], False
+        self.call("Page.navigate", url=Path(path).resolve().as_uri())
+        while not self.loaded:
+            self._handle(self._receive())
+
+    def evaluate(self, expression: str):
+        """The value of a JavaScript expression; a promise is awaited."""
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, userGesture=True
+        )
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def press(self, key: str) -> None:
+        """A key as a person would press it: "Tab", "Enter" or " "."""
+        codes = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowDown": (40, "")}
+        code, text = codes[key]
+        for kind in ("keyDown", "keyUp"):
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **more)
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def call(self, method: str, **parameters) -> dict:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.send_end, json.dumps(message).encode() + b"\0")
+        while (answer := self._receive()).get("id") != self.number:
+            self._handle(answer)
+        assert "error" not in answer, (method, answer["error"])
+        return answer["result"]
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self.send_end, b'{"id": 0, "method": "Browser.close"}\0')
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.send_end)
+        os.close(self.receive_end)
+
+    def _receive(self) -> dict:
+        until = time.monotonic() + TIMEOUT
+        while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.receive_end], [], [], max(0, until - time.monotonic()))
+            piece = os.read(self.receive_end, 1 << 16) if ready else b""
+            if not piece:
+                raise TimeoutError(f"Chromium ({find()}) gave no answer; its exit status is {self.process.poll()}")
+            self.buffer += piece
+        message, self.buffer = self.buffer.split(b"\0", 1)
+        return json.loads(message)
+
+    def _handle(self, event: dict) -> None:
+        method, told = event.get("method"), event.get("params", {})
+        if method == "Page.loadEventFired":
+            self.loaded = True
+        elif method == "Runtime.exceptionThrown":
+            self.problems.append(told["exceptionDetails"])
+        elif method == "Runtime.consoleAPICalled" or (
+            method == "Log.entryAdded" and told["entry"]["level"] != "verbose"
+        ):
+            self.problems.append(told.get("entry") or told)
+        elif method == "Network.loadingFailed" and not told.get("canceled"):
+            self.problems.append(told)
+        elif method == "Network.requestWillBeSent" and told["request"]["url"].startswith("http"):
+            self.problems.append(told["request"]["url"])
