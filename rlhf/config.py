@@ -49,7 +49,7 @@ class RewardGradientConfig:
     dtype: str = _key(
         "auto",
         "Number format of the frozen transformer and text encoders: auto, float32 or bfloat16; auto is bfloat16 for a "
-        "transformer of more than 2 GiB, else float32. VAE, latents, scores and trained numbers are always float32.",
+        "transformer of more than 2 GiB, else float32. Latents, scores and trained numbers are always float32, the VAE by vae_dtype.",
     )
     device: str | None = _key(None, "Kind of device, such as cpu. Default: the accelerator of this machine.")
     cpu_threads: int | None = _key(
@@ -163,9 +163,11 @@ class RewardGradientConfig:
     decode_caches: str = _key(
         "keep", "With decode_checkpoint, what chunks leave for the next ones: keep on the device, host, or recompute."
     )
+    decode_channels_last: bool = _key(False, "Order the VAE's weights with channels innermost.")
 
     # Cheaper, but not exact: off by default. docs/performance.md has what each costs and does
     base_bits: int | None = _key(None, "8 or 4: round the frozen base, by torchao or bitsandbytes.")
+    vae_dtype: str = _key("float32", "Number format of the VAE: float32 or bfloat16.")
     decode_window: int | None = _key(
         None, "Score so many frames in a row, from one drawn each step; no gradient into the latents before them."
     )

@@ -12,6 +12,7 @@ from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.speed import Speed, set_up_blocks
@@ -78,8 +79,10 @@ def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientCon
 def adapt(
     pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, device: torch.device
 ) -> Masters:
-    """Transformer and VAE on the device, frozen, for evaluation, the VAE in float32; the adapter's masters."""
-    pipe.vae.to(device).float().requires_grad_(False).eval()
+    """Transformer and VAE on the device, frozen, for evaluation, run as asked; the adapter's masters."""
+    pipe.vae.to(device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
+    if args.decode_channels_last:
+        use_channels_last(pipe.vae)
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
     for name, choice in set_up_blocks(pipe.transformer, Speed.of(args), device).items():
         logger.info(f"{name}: {choice}")

@@ -9,6 +9,7 @@ CHOICES = {
     "attention_kernel": ("auto", "default", *KERNELS),
     "decode_caches": (*CACHES, "host"),
     "base_bits": (None, 8, 4),
+    "vae_dtype": ("float32", "bfloat16"),
     "sampling_weights": ("own", "merged", "float8"),
 }
 AT_LEAST_ONE = ("decode_window", "prefix_steps", "guidance_every", "rollout_uses")

@@ -36,6 +36,7 @@ def test_good_settings_pass(settings):
         ({"decode_caches": "disk"}, "decode_caches: got 'disk', expected one of keep, recompute, host"),
         ({"base_bits": 3}, "base_bits: got 3, expected one of None, 8, 4; choose one"),
         ({"sampling_weights": "int4"}, "sampling_weights: got 'int4', expected one of own, merged, float8"),
+        ({"vae_dtype": "float16"}, "vae_dtype: got 'float16', expected one of float32, bfloat16"),
         ({"decode_window": 0}, "decode_window: got 0, expected at least 1; raise it"),
         ({"keep_attention": True}, "keep_attention: got it without gradient_checkpointing"),
         ({"offload_activations": True}, "offload_activations: got it without gradient_checkpointing"),

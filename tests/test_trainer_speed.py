@@ -46,7 +46,7 @@ def distance(found, expected):
         CHECKPOINTED | {"keep_attention": True, "stepwise_backward": True},
         CHECKPOINTED | {"stream_weights": True, "offload_activations": True},
         DECODED | {"decode_caches": "host", "stepwise_backward": True},
-        DECODED | {"decode_caches": "recompute", "guidance_together": True},
+        DECODED | {"decode_caches": "recompute", "guidance_together": True, "decode_channels_last": True},
     ],
 )
 def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain_run, settings):
@@ -65,6 +65,7 @@ def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain_run, s
         {"rollout_uses": 2},
         {"decode_window": 2},
         {"sampling_weights": "float8"},
+        {"vae_dtype": "bfloat16"},
     ],
 )
 def test_other_settings_train_another_adapter(make_args, tmp_path, plain_run, settings):
