@@ -49,7 +49,8 @@ class RewardGradientConfig:
     dtype: str = _key(
         "auto",
         "Number format of the frozen transformer and text encoders: auto, float32 or bfloat16; auto is bfloat16 for a "
-        "transformer of more than 2 GiB, else float32. Latents, scores and trained numbers are always float32, the VAE by vae_dtype.",
+        "transformer of more than 2 GiB, else float32. The VAE has vae_dtype; latents, scores and trained numbers are "
+        "always float32.",
     )
     device: str | None = _key(None, "Kind of device, such as cpu. Default: the accelerator of this machine.")
     cpu_threads: int | None = _key(

@@ -28,7 +28,8 @@ class BlockRunner:
         recompute: what the backward pass computes again: "nothing"; the whole "block", of which only the inputs are
             kept; or "all but attention", whose result is kept too, one more tensor of the inputs' size.
         host: where recomputed blocks keep inputs and attention until the backward pass; None: on the device.
-        compiler: such as `torch.compile`, for the parts before and after the attention.
+        compiler: such as `torch.compile`, for the parts before and after the attention. Of all blocks but the last,
+            which has other code: compiling it too would take as long as all the others.
         fetch: called with a block before its weights are used.
     """
 
@@ -65,12 +66,12 @@ class BlockRunner:
     def before(self, block, *inputs):
         if self.fetch:
             self.fetch(block)
-        return self._before(block, *inputs)
+        return (before_attention if block.context_pre_only else self._before)(block, *inputs)
 
     def after(self, block, *inputs):
         if self.fetch:
             self.fetch(block)
-        return self._after(block, *inputs)
+        return (after_attention if block.context_pre_only else self._after)(block, *inputs)
 
 
 def before_attention(block, video_BND, text_BLD, temb_BD):
