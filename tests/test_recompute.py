@@ -160,3 +160,44 @@ def test_a_second_backward_pass_is_refused():
     y.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass"):
         y.backward()
+
+
+class FakeStream:
+    """Writes down what a stream is told."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        self.log.append("event")
+        return "event"
+
+    def __enter__(self):
+        self.log.append(f"on {self.name}")
+
+    def __exit__(self, *error):
+        self.log.append(f"off {self.name}")
+
+
+def test_on_an_accelerator_copies_run_aside_and_are_waited_for(monkeypatch):
+    log = []
+    main, side = FakeStream("main", log), FakeStream("side", log)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
+    host = HostMemory("cpu", smallest_bytes=0)
+    host.stream = side
+    monkeypatch.setattr(host, "take", lambda size: torch.empty(size, dtype=torch.uint8))
+    x = numbers(4).requires_grad_()
+    with kept_in(host.group()):
+        y = x.exp()
+    assert log == ["side waits for main", "on side", "off side", "kept for side"], "the source outlives its copy"
+    log.clear()
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert log == ["side waits for main", "on side", "off side", "event", "kept for side", "main waits for event"]
+    torch.testing.assert_close(grad, x.exp())

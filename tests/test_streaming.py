@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_blocks import arguments, assert_equal, gradients, model_with_adapter
+from test_recompute import FakeStream
 
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.host_memory import HostMemory
@@ -88,3 +89,17 @@ def test_blocks_trained_whole_stay_on_the_device():
     assert stream.blocks[1].parameters == []
     model.run_block = BlockRunner(recompute="block", fetch=stream.fetch)
     assert_equal(gradients(model, inputs), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_on_an_accelerator_a_slot_is_filled_when_its_last_user_is_done_and_used_when_it_is_full(monkeypatch):
+    model, log = model_with_adapter(num_layers=3), []
+    stream = stream_blocks(model, "cpu")
+    main, side = FakeStream("main", log), FakeStream("side", log)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: main)
+    stream.stream = side
+    stream.fetch(model.transformer_blocks[0])
+    fill = ["side waits for main", "on side", "off side", "event"]
+    assert log == [*fill, "main waits for event", *fill], "the first, and at once the second"
+    log.clear()
+    stream.fetch(model.transformer_blocks[1])
+    assert log == ["main waits for event", *fill]
