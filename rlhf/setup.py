@@ -80,7 +80,8 @@ def adapt(
     pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, device: torch.device
 ) -> Masters:
     """Transformer and VAE on the device, frozen, for evaluation, run as asked; the adapter's masters."""
-    pipe.vae.to(device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
+    # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
+    torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
     if args.decode_channels_last:
         use_channels_last(pipe.vae)
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)

@@ -138,21 +138,26 @@ class _KeepAttention(torch.autograd.Function):
         video, text, temb, attended, *gates = ctx.saved_tensors
         attention, ctx.attention = ctx.attention, None  # what it keeps is freed now, not with the whole graph
         of_video, of_text, of_temb = ctx.needs_input_grad[3:6]
+        of_gates = [of_temb or _is_modulation_trained(block)] * len(gates)
 
         with torch.enable_grad():  # what follows the attention; its graph is gone before the next one is built
-            inputs = as_leaves((attended, video, text, *gates), (True, of_video, of_text, *[True] * len(gates)))
+            inputs = as_leaves((attended, video, text, *gates), (True, of_video, of_text, *of_gates))
             outputs = runner.after(block, *inputs)
         of_attended, of_video_after, of_text_after, *rest = gradients(outputs, (*inputs, *parameters), grads)
-        of_gates, of_parameters_after = rest[: len(gates)], rest[len(gates) :]
+        grads_of_gates, of_parameters_after = rest[: len(gates)], rest[len(gates) :]
         del inputs, outputs
 
         with torch.enable_grad():
             inputs = as_leaves((video, text, temb), (of_video, of_text, of_temb))
             outputs = runner.before(block, *inputs)
         of_query_key_value = attention.gradients((*outputs[:3], attended), of_attended)
-        found = gradients(outputs, (*inputs, *parameters), (*of_query_key_value, *of_gates))
+        found = gradients(outputs, (*inputs, *parameters), (*of_query_key_value, *grads_of_gates))
         both = zip(found, (of_video_after, of_text_after, None, *of_parameters_after), strict=True)
         return None, None, None, *(_sum(a, b) for a, b in both)
+
+
+def _is_modulation_trained(block) -> bool:
+    return any(p.requires_grad for norm in (block.norm1, block.norm1_context) for p in norm.parameters())
 
 
 class _Forgetful:
