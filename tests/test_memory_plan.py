@@ -44,7 +44,7 @@ def test_a_branch_keeps_what_was_worked_out(settings):
     outside = 6 * latents.numel() * 4  # of blocks: the projection of the latents, the last norm
     small = 0.1 * plan.branch  # modulations of recomputed blocks
     assert plan.branch <= 1.01 * held <= 1.01 * (plan.branch + outside + small)
-    assert plan.branch + plan.block == pytest.approx(kept.most, rel=0.1)
+    assert plan.branch + plan.block == pytest.approx(kept.most, rel=0.2)  # the last block, first to go, is smaller
 
 
 @pytest.mark.parametrize("frames", [1, 33])
