@@ -37,7 +37,7 @@ def guarded(make_args, tmp_path):
 
     def make(judge="paleness", **changes):
         settings = {"base_dir": str(tmp_path), "eval_reward_funcs": [f"judge.py:{judge}"], "eval_steps": 1}
-        settings |= {"num_sample_prompts": 1, "num_diversity_prompts": 1}
+        settings |= {"num_sample_prompts": 0, "num_diversity_prompts": 1}
         return make_args(**settings | changes)
 
     return make
@@ -124,7 +124,12 @@ def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_args):
 
 def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
     args = make_args(
-        guidance_gradient="distill", drift_weight=10.0, drift_weighting="even", max_steps=25, learning_rate=1e-2
+        guidance_gradient="distill",
+        drift_weight=10.0,
+        drift_weighting="even",
+        max_steps=25,
+        learning_rate=1e-2,
+        num_sample_prompts=0,
     )
     trainer = RewardGradientTrainer(tiny_pipeline(), lambda v, p, **info: redness(v, p) * 1e-3, args, PROMPTS, PROMPTS)
     base = trainer.pipe.transformer
@@ -152,7 +157,7 @@ def test_whole_blocks_and_dora_train_in_the_loop(make_args):
 
 
 def test_what_is_evaluated_and_kept_is_the_average(make_args):
-    args = make_args(ema_decay=0.9, max_steps=4, eval_steps=4)
+    args = make_args(ema_decay=0.9, max_steps=4, eval_steps=4, num_sample_prompts=0)
     summary = run(args)
     saved = Path(args.output_dir) / "checkpoints" / "step-4"
     own = load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors")
@@ -244,7 +249,7 @@ def test_nano_cheats_a_reward_and_is_caught_while_an_unguarded_run_breaks(make_a
         "max_steps": 8,
         "per_device_train_batch_size": 1,
         "num_eval_prompts": 4,
-        "num_sample_prompts": 1,
+        "num_sample_prompts": 0,
         "num_diversity_prompts": 1,
         "eval_reward_funcs": ["nano_preference", "nano_verifier"],
         "eval_prompts": "nano_held_out",

@@ -11,4 +11,6 @@ from rlhf.trainer import RewardGradientTrainer
 
 if __name__ == "__main__":
     args: RewardGradientConfig = parse_config(["--config", sys.argv[1]])
-    RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS, PROMPTS[:3]).train()
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS, PROMPTS[:3])
+    trainer.train()
+    trainer.accelerator.end_training()  # a process that ends while gloo's threads run may abort

@@ -11,20 +11,18 @@ import torch
 import torch.nn.functional as F
 import torch_npu
 from accelerate.state import AcceleratorState
-from conftest import PROMPTS, redness
 from emulator import EmulatedNPU
-from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
+from tiny import tiny_conditioning, tiny_transformer
 from tiny_clip import save_transformers_clip
 
 import rlhf.checks
 from rewards import load_reward, preprocess, reward_attribute
 from rewards.catalogue import CATALOGUE
+from rlhf.config import RewardGradientConfig
 from rlhf.device import describe, peak_memory, pick_device, reproducible, reset_peak_memory, synchronize
 from rlhf.device_check import check_device, distance
 from rlhf.export import export_merged
-from rlhf.lora import ATTENTION
 from rlhf.trainer import RewardGradientTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -32,8 +30,15 @@ import demo
 import train_rlhf
 
 ATTEND, ATTEND_BACK = (f"npu.npu_fusion_attention_{name}.default" for name in ("v3", "grad_v3"))
-METHODS = rlhf.checks.CHOICES.get("method", ("draft_k",))
-NEEDS = {
+METHODS = rlhf.checks.CHOICES["method"]
+SMALL = {
+    "per_device_train_batch_size": 1,
+    "eval_prompts": None,
+    "eval_reward_funcs": [],
+    "report_to": ["none"],
+    "learning_rate": 1e-3,
+}
+NEEDS = dict.fromkeys(METHODS, {}) | {
     "draft_k": {"num_grad_steps": 2},
     "alignprop": {"num_grad_steps": 2},
     "uniform": {"num_grad_steps": 2},
@@ -114,22 +119,19 @@ def test_nanos_whole_gradient_is_the_cpus(npu):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_of_every_method_are_the_cpus(make_args, tmp_path, method):
-    """To 1e-5; relatively to ten times that, because the random decoder of the tiny pipeline amplifies rounding."""
-    settings = NEEDS.get(method, {}) | ({"method": method} if hasattr(make_args(), "method") else {})
-    args = make_args(max_steps=1, max_grad_norm=0, **settings)
+def test_the_gradient_of_every_method_is_the_cpus(tmp_path, method):
+    """What the optimizer gets in a training step of nano, relatively. AdamW's first step would magnify rounding."""
+    args = RewardGradientConfig(max_steps=1, max_grad_norm=0, num_frames=5, method=method, **SMALL, **NEEDS[method])
     got, expected = (
         gradient(dataclasses.replace(args, device=d, output_dir=str(tmp_path / d))) for d in ("npu", "cpu")
     )
-    assert (got - expected).abs().max() < 1e-5
-    assert 0 <= distance(got, expected) < 1e-4
+    assert 0 < distance(got, expected) < 1e-5
 
 
 def gradient(args) -> torch.Tensor:
-    """What the optimizer gets in the first step, at all numbers of an adapter that starts from random ones."""
+    """Of the first step, at all numbers of the adapter."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    adapter, seen = LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights=False), []
-    trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS, peft_config=adapter)
+    seen, trainer = [], RewardGradientTrainer(args=args)
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(trainer.masters.vector.grad.clone()))
     trainer.train()
     assert seen[0].device.type == args.device
