@@ -87,6 +87,21 @@ def methods_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cheaper_table(result: dict) -> str:
+    """A row for each arm: optimizer steps in the same training time, and what they gained; means over seeds."""
+    lines = [
+        f"{_made_on(result)} {result['environment']['training_seconds']:.0f} s of training each.\n",
+        "| run | seeds | steps | trained reward | verifier, points | CLIP score | gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm, rows in _by_arm(result).items():
+        cells = [f"`{arm}`", str(len(rows)), f"{statistics.mean(row['steps'] for row in rows):.0f}"]
+        cells += [_over_seeds(rows, "trained"), _over_seeds(rows, "verifier", percent=True)]
+        cells += [_over_seeds(rows, "clip"), _over_seeds(rows, "hacking_gap")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def fill_cells(text: str, result: dict) -> str:
     """The text with every single result replaced: gain of trained reward and verifier, means over seeds."""
     for arm, rows in _by_arm(result).items():
@@ -193,6 +208,7 @@ TABLES = {
     "rewards.json": rewards_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,
+    "cheaper.json": cheaper_table,
     "step.json#exact": lambda result: step_table(result, exact=True),
     "step.json#cheaper": lambda result: step_table(result, exact=False),
     "step.json#compile": compile_table,
