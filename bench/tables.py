@@ -68,36 +68,32 @@ def guidance_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+STUDY_COLUMNS = {  # of bench/nano_runs.py: heading, whether in hundredths
+    "trained": ("trained reward", False),
+    "verifier": ("verifier, points", True),
+    "clip": ("CLIP score", False),
+    "hacking_gap": ("gap", False),
+    "motion": ("motion, %", True),
+}
+
+
 def methods_table(result: dict) -> str:
     """A row for each arm; means over seeds, with the least and the most."""
-    lines = [
-        f"{_made_on(result)}\n",
-        "| run | seeds | trained reward | verifier, points | CLIP score | gap | motion, % | s a step |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for arm, rows in _by_arm(result).items():
-        cells = [f"`{arm}`", str(len(rows)), _over_seeds(rows, "trained"), _over_seeds(rows, "verifier", percent=True)]
-        cells += [
-            _over_seeds(rows, "clip"),
-            _over_seeds(rows, "hacking_gap"),
-            _over_seeds(rows, "motion", percent=True),
-        ]
-        cells.append(f"{statistics.mean(row['seconds_per_step'] for row in rows):.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return f"{_made_on(result)}\n\n{_study_lines(result, list(STUDY_COLUMNS), 's a step', 'seconds_per_step', '.2f')}"
 
 
 def cheaper_table(result: dict) -> str:
-    """A row for each arm: optimizer steps in the same training time, and what they gained; means over seeds."""
-    lines = [
-        f"{_made_on(result)} {result['environment']['training_seconds']:.0f} s of training each.\n",
-        "| run | seeds | steps | trained reward | verifier, points | CLIP score | gap |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """As `methods_table`, for arms that had the same training time; last, how many optimizer steps it was enough for."""
+    about = f"{_made_on(result)} {result['environment']['training_seconds']:.0f} s of training each."
+    return f"{about}\n\n{_study_lines(result, list(STUDY_COLUMNS)[:-1], 'optimizer steps', 'steps', '.0f')}"
+
+
+def _study_lines(result: dict, keys: list[str], last: str, last_key: str, last_form: str) -> str:
+    headings = ["run", "seeds", *(STUDY_COLUMNS[key][0] for key in keys), last]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for arm, rows in _by_arm(result).items():
-        cells = [f"`{arm}`", str(len(rows)), f"{statistics.mean(row['steps'] for row in rows):.0f}"]
-        cells += [_over_seeds(rows, "trained"), _over_seeds(rows, "verifier", percent=True)]
-        cells += [_over_seeds(rows, "clip"), _over_seeds(rows, "hacking_gap")]
+        cells = [f"`{arm}`", str(len(rows)), *(_over_seeds(rows, key, STUDY_COLUMNS[key][1]) for key in keys)]
+        cells.append(format(statistics.mean(row[last_key] for row in rows), last_form))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
