@@ -83,7 +83,7 @@ def methods_table(result: dict) -> str:
 
 
 def cheaper_table(result: dict) -> str:
-    """As `methods_table`, for arms that had the same training time; last, how many optimizer steps it was enough for."""
+    """As `methods_table`, for arms that had the same training time; last, the optimizer steps that this allowed."""
     about = f"{_made_on(result)} {result['environment']['training_seconds']:.0f} s of training each."
     return f"{about}\n\n{_study_lines(result, list(STUDY_COLUMNS)[:-1], 'optimizer steps', 'steps', '.0f')}"
 

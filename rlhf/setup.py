@@ -1,7 +1,6 @@
 """What a trainer starts from: arguments checked before anything heavy is loaded, prompts, rewards, frozen models."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,8 +16,6 @@ from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.speed import Speed, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
-
-logger = logging.getLogger(__name__)
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -78,16 +75,18 @@ def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientCon
 
 def adapt(
     pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, device: torch.device
-) -> Masters:
-    """Transformer and VAE on the device, frozen, for evaluation, run as asked; the adapter's masters."""
+) -> tuple[Masters, dict[str, str]]:
+    """Transformer and VAE on the device, frozen, for evaluation, run as asked; the adapter's masters, what was chosen.
+
+    Chosen, by setting, is what a setting left open, such as the attention kernel.
+    """
     # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
     torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
     if args.decode_channels_last:
         use_channels_last(pipe.vae)
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
-    for name, choice in set_up_blocks(pipe.transformer, Speed.of(args), device).items():
-        logger.info(f"{name}: {choice}")
-    return Masters(pipe.transformer, args.ema_decay)
+    chosen = set_up_blocks(pipe.transformer, Speed.of(args), device)
+    return Masters(pipe.transformer, args.ema_decay), chosen
 
 
 def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:

@@ -84,7 +84,7 @@ class RewardGradientTrainer:
         self.owns_pipe = inputs.pipe is None
         self.pipe = inputs.pipe or load_base(args, self.device)
 
-        self.masters = adapt(self.pipe, peft_config, args, self.device)
+        self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.device)
         self.fields = Fields(self.pipe.transformer, self.masters, args)
         self.optimizer = make_optimizer(self.masters.vector, args)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
@@ -153,6 +153,8 @@ class RewardGradientTrainer:
         args, log, done = self.args, RunLog(self.accelerator, self.args, first), first
         self._tell("on_train_begin")
         with StopRequest() as stop, log:
+            for name, choice in self.chosen.items():
+                log.say(f"{name}: {choice}")
             for done in range(first + 1, args.max_steps + 1):
                 try:
                     metrics = self.step(done - 1)

@@ -157,3 +157,10 @@ def test_the_saturated_share_is_logged(make_args, tmp_path):
     _, trainer = trained(make_args, tmp_path / "run")
     rows = read_metrics(Path(trainer.args.output_dir))
     assert all(0 <= row["saturated"] <= 1 for row in rows)
+
+
+def test_what_was_chosen_is_told(make_args, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("rlhf.trainer.RunLog.say", lambda log, text: told.append(text))
+    trained(make_args, tmp_path / "run", attention_kernel="flash", max_steps=1)
+    assert told == ["attention_kernel: flash"]
