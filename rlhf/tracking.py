@@ -4,7 +4,9 @@ The only file that logs; everything else returns its metrics.
 """
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,18 +14,43 @@ from PIL import Image
 from tqdm import tqdm
 
 from rlhf.config import RewardGradientConfig
+from rlhf.device import peak_memory, reset_peak_memory
 from rlhf.figures import contact_sheet, plot_curves
 from rlhf.run_folder import METRICS
 
+COST = ("seconds", "memory_gib")  # what differs between the metrics of two equal runs
+
+
+class Cost:
+    """What a piece of work takes that begins now: seconds, and the peak of memory in GiB as `peak_memory` tells it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.began = device, time.perf_counter()
+        reset_peak_memory(device)
+
+    def so_far(self) -> dict[str, float]:
+        return dict(zip(COST, (time.perf_counter() - self.began, peak_memory(self.device) / 2**30), strict=True))
+
+
+@contextmanager
+def tracked(accelerator, args: RewardGradientConfig) -> Iterator[None]:
+    """Inside, the trackers that args name run, as `accelerator.trackers`."""
+    if args.report_to:
+        accelerator.init_trackers("contentv-rlhf", config=_plain(args))
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:  # end_training would take the process group down as well
+            tracker.finish()
+        accelerator.trackers = []  # nor shall it finish them twice
+
 
 class RunLog:
-    """Metrics of a run, from its main process: the file, accelerate's trackers and the progress bar."""
+    """Metrics of a run, from its main process: the file, accelerate's trackers and the progress bar of the steps."""
 
     def __init__(self, accelerator, args: RewardGradientConfig, first_step: int):
         self.accelerator, self.folder = accelerator, Path(args.output_dir)
         self.is_main = accelerator.is_main_process
-        if args.report_to:
-            accelerator.init_trackers("contentv-rlhf", config=_plain(args))
         if self.is_main:
             keep_rows(self.folder / METRICS, before_step=first_step)
         self.bar = tqdm(
@@ -52,8 +79,6 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        for tracker in self.accelerator.trackers:  # end_training would take the process group down as well
-            tracker.finish()
 
 
 def keep_rows(path: Path, before_step: int) -> None:
