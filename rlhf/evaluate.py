@@ -17,6 +17,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_share
 from rlhf.sampler import draw_noise
+from rlhf.trackers import show
 from rlhf.tracking import EvaluationBar, write_samples
 
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
@@ -82,11 +83,11 @@ class HeldOut:
         scores = {judge: torch.zeros(len(self.prompts)) for judge in [*self.judges, *OF_ONE_VIDEO]}
         scores[DIVERSITY] = torch.zeros(self.diversity_count)
         shown, videos = self.args.num_sample_prompts, [torch.zeros(0, dtype=torch.uint8)]
-        own, size = self._own_rows(), self.args.per_device_eval_batch_size
+        own = self._own_rows()
         info = {"fps": self.fps, "seed": self.args.eval_seed, "step": 0}
         count = len(own) + sum(i < self.diversity_count for i in own)
         with EvaluationBar(name, count, self._is_main) as progress:
-            for rows in (own[i : i + size] for i in range(0, len(own), size)):
+            for rows in self._batches(own):
                 video = make_videos(*self._inputs(rows, draw=0))
                 for judge, scores_B in mix(video, [self.prompts[i] for i in rows], **info)[1].items():
                     scores[judge][rows] = scores_B.cpu()
@@ -118,7 +119,12 @@ class HeldOut:
         """Write sample videos of the current model, without judging them."""
         if self._is_main and self.args.num_sample_prompts:
             rows = list(range(len(self.prompts)))[: self.args.num_sample_prompts]
-            self._write(step, to_uint8(self.make_videos(*self._inputs(rows, draw=0))))
+            videos = [to_uint8(self.make_videos(*self._inputs(batch, draw=0))) for batch in self._batches(rows)]
+            self._write(step, torch.cat(videos))
+
+    def _batches(self, rows: list[int]) -> list[list[int]]:
+        size = self.args.per_device_eval_batch_size
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def _inputs(self, rows: list[int], draw: int) -> tuple[list[str], torch.Tensor]:
         """The prompts of the rows, and the noise of their videos number `draw`."""
@@ -133,7 +139,8 @@ class HeldOut:
 
     def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
         if self._is_main:
-            write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps)
+            clips = write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps)
+            show(self.accelerator.trackers, step, clips)
 
     @property
     def _is_main(self) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-FRAMES_SHOWN = 5
+FRAMES_SHOWN, ROWS_SHOWN = 5, 6
 BASE_COLOR, TUNED_COLOR = "#8a8f98", "#1f6feb"
 
 
@@ -40,12 +40,12 @@ def running_mean(values: list[float], span: int = 10) -> list[float]:
 
 
 def contact_sheet(prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: torch.Tensor, path: Path) -> None:
-    """One row a prompt: its caption, frames of the base's video on the left, of the tuned model's on the right.
+    """A row for each leading prompt: its caption, the base's frames on the left, the tuned model's on the right.
 
     Videos are uint8 (N, 3, T, H, W), made from the same noise.
     """
     pyplot = headless_pyplot()
-    count, _, frames, height, width = before_NCTHW.shape
+    count, _, frames, height, width = before_NCTHW[:ROWS_SHOWN].shape
     shown = torch.linspace(0, frames - 1, min(FRAMES_SHOWN, frames)).round().long()
     tile = 1.0  # inches
     tall, gap, caption, margin = tile * height / width, 0.35, 0.34, 0.25

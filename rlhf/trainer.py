@@ -39,7 +39,8 @@ from rlhf.report import reported
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
 from rlhf.setup import adapt, checked_inputs, encode_and_release, latent_shape, load_base, load_prompt_sets, mix_rewards
-from rlhf.tracking import Cost, RunLog, tracked
+from rlhf.trackers import tracked
+from rlhf.tracking import Cost, RunLog
 from rlhf.types import Conditioning
 from rlhf.watch import Watch
 

@@ -13,7 +13,7 @@ PROMPTS = [f"prompt {i}" for i in range(5)]
 
 
 class OneProcess:
-    num_processes, process_index, is_main_process, device = 1, 0, True, torch.device("cpu")
+    num_processes, process_index, is_main_process, device, trackers = 1, 0, True, torch.device("cpu"), []
 
     def reduce(self, tensor, how):
         return tensor
@@ -81,8 +81,13 @@ def test_two_processes_share_the_prompts(held_out):
     assert len(second.evaluate("x", 0).videos_NCTHW) == 0
 
 
-def test_samples_are_videos_with_their_prompts(held_out, tmp_path):
+def test_samples_are_videos_with_their_prompts_made_in_batches(held_out, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setitem(
+        globals(), "make_videos", lambda p, noise, make=make_videos: made.append(len(p)) or make(p, noise)
+    )
     held_out().sample(7)
+    assert made == [2, 1]
     folder = tmp_path / "samples" / "step-000007"
     assert sorted(p.name for p in folder.iterdir()) == ["00.mp4", "01.mp4", "02.mp4", "prompts.txt"]
     assert (folder / "prompts.txt").read_text().splitlines()[1] == "01\tprompt 1"

@@ -163,6 +163,15 @@ def test_worst_ten_come_first_and_the_others_are_a_click_away(finished):
     assert [hidden for _, hidden in cards] == [False] * 10 + [True] * 2
 
 
+def test_prompts_without_videos_are_told(finished):
+    assert "other held-out prompts" not in read(finished).text
+    for folder in (finished / "samples").iterdir():
+        lines = (folder / "prompts.txt").read_text().splitlines(keepends=True)
+        (folder / "prompts.txt").write_text("".join(lines[:7]))
+    text = read(finished).text
+    assert "7 pairs, worst first. Of 5 other held-out prompts there are scores alone" in text
+
+
 def test_a_prompt_is_text_whatever_is_in_it(finished):
     page = read(finished)
     assert NASTY in page.text

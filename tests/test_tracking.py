@@ -9,7 +9,8 @@ from PIL import Image
 
 from rlhf.figures import contact_sheet, plot_curves
 from rlhf.run_folder import RUN_FILES, run_in, start_run_folder
-from rlhf.tracking import RunLog, keep_rows, read_metrics, table, tracked, write_samples
+from rlhf.trackers import tracked
+from rlhf.tracking import RunLog, keep_rows, read_metrics, table, write_samples
 
 ROW = {"base": 0.5, "tuned": 0.625, "diff": 0.125, "ci95": [0.1, 0.15]}
 

@@ -152,6 +152,12 @@ class Run:
         names = [name for name in base if i < len(base[name]) and name in tuned]
         return {name: (base[name][i].item(), tuned[name][i].item()) for name in names}
 
+    @property
+    def prompts_without_videos(self) -> int:
+        """How many held-out prompts were judged, but not kept as samples."""
+        own = self.evaluations is not None and self.before is None
+        return len(self.evaluations[0].prompts) - len(self.samples()) if own else 0
+
     def _samples_of_sets(self) -> list[Sample]:
         scores = [_set_scores(folder) for folder in (self.before, self.after)]
         after = {(video.prompt, video.seed): video for video in read_set(self.after)}
