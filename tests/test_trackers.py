@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from conftest import PROMPTS, redness
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -77,16 +78,12 @@ class Video:
 
 @pytest.fixture(params=["wandb", "trackio", "swanlab"])
 def library(request, monkeypatch):
-    """A stand-in for the library of this name, which the tests do without; accelerate's tracker of it is the real one."""
-    run, config = Run(), {}
-    config_like = types.SimpleNamespace(update=lambda values, allow_val_change: config.update(values))
-    config_like.__class__ = types.SimpleNamespace
-    module = types.ModuleType(request.param)
-    module.init, module.Video, module.run = lambda project: run, Video, run
-    module.config = Settings(config)
+    """A stand-in for the library of this name, which need not be installed; accelerate's tracker of it is real."""
+    run, module = Run(), types.ModuleType(request.param)
+    module.init, module.Video, module.run, module.config = lambda project: run, Video, run, Settings()
     monkeypatch.setitem(sys.modules, request.param, module)
     monkeypatch.setattr(f"accelerate.tracking.is_{request.param}_available", lambda: True)
-    monkeypatch.setattr("accelerate.tracking._available_trackers", [request.param])
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType(request.param)])
     return module
 
 
