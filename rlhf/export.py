@@ -143,7 +143,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="base model, if not the one in the run's config.yaml")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload it to this repository, made if it is not there")
     parser.add_argument("--private", action="store_true", help="make that repository private")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.merged and args.convention != choices[0]:
+        parser.error(f"--convention: got {args.convention} with --merged, expected it with --adapter; leave it out")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -85,6 +85,7 @@ def make_args(tmp_path):
             "num_inference_steps": 3,
             "max_steps": 3,
             "lora_rank": 4,
+            "num_sample_prompts": 2,
             "learning_rate": 1e-2,
             "report_to": "none",
             "cpu_threads": 1,

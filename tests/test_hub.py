@@ -55,7 +55,7 @@ def hub(monkeypatch):
         (
             "me/x",
             ConnectionError("unreachable"),
-            ".*, expected a network; export without it, then `hf upload me/x OUT`",
+            ".* a network; export without it, then `hf upload me/x OUT`",
         ),
         ("me/x", USER | {"auth": {"accessToken": {"role": "read"}}}, "got a token that may only read"),
         ("them/x", USER, "got 'them/x', expected a repository of me, team; correct the name"),
