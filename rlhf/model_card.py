@@ -10,8 +10,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from rewards.catalogue import CATALOGUE
+from rlhf import report
 from rlhf.contentv.files import CONTENTV_8B, HUB_ID
-from rlhf.report import settings
 from rlhf.report.data import Run
 
 TEMPLATE, PICTURE = "model_card.md.jinja", "before_after.png"
@@ -64,9 +64,8 @@ def write_card(export: Export, out: Path) -> Path:
     picture, rows = export.run / "contact_sheet.png", run.headline()
     if picture.is_file():
         shutil.copyfile(picture, out / PICTURE)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
-    )
+    loader = jinja2.FileSystemLoader(Path(report.__file__).parent)
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
     content = environment.get_template(TEMPLATE).render(
         card_data=header(base, export.kind).to_yaml(),
         base=base,
@@ -81,7 +80,7 @@ def write_card(export: Export, out: Path) -> Path:
         prompts=_file_name(run.config.get("prompts")),
         eval_prompts=_file_name(run.config.get("eval_prompts")),
         machine=_machine(run),
-        settings=[(name, value) for name, value, _, changed in settings(run.config) if _is_told(name, changed)],
+        settings=[(name, value) for name, value, _, changed in report.settings(run.config) if _is_told(name, changed)],
         licences=[(f"base model, {base.name}", base.licence), *map(_of_reward, run.judges)],
     )
     ModelCard(content).save(out / "README.md")

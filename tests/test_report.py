@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf import report
+from rlhf import model_card, report
 from rlhf.compare import summarise
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.environment import record_end, record_start
@@ -519,9 +519,10 @@ def test_cost_of_a_run_that_was_resumed_on_two_devices(started, monkeypatch):
     assert found["device_hours"] == pytest.approx(2 * 12 / 3600)
 
 
-def test_the_template_is_installed_with_the_package():
-    assert (report.Path(report.__file__).parent / report.TEMPLATE).is_file()
+@pytest.mark.parametrize("template", [report.TEMPLATE, model_card.TEMPLATE])
+def test_templates_are_installed_with_the_package(template):
+    assert (report.Path(report.__file__).parent / template).is_file()
     import tomllib
 
     project = tomllib.loads((report.Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert report.TEMPLATE in project["tool"]["setuptools"]["package-data"]["rlhf.report"]
+    assert template in project["tool"]["setuptools"]["package-data"]["rlhf.report"]
