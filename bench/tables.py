@@ -1,11 +1,12 @@
 """Put the tables of measured results into the guides: `python bench/tables.py`.
 
 A guide marks the place: what stands between `<!-- table: bench/results/NAME.json -->` and `<!-- end of table -->` is
-replaced by that file's table, or by nothing while there is no such file. A single result of bench/methods.py stands
-between `<!-- nano: ARM -->` and `<!-- / -->`.
+replaced by that file's table, or by nothing while there is no such file; NAME.json#PART is one of several. A single
+result of bench/methods.py stands between `<!-- nano: ARM -->` and `<!-- / -->`.
 """
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -20,8 +21,8 @@ def fill(text: str, root: Path = ROOT) -> str:
     """The text of a guide with every marked table made anew."""
 
     def made(place: re.Match) -> str:
-        path = root / place[2]
-        table = TABLES[path.name](json.loads(path.read_text())) if path.exists() else ""
+        path, named = root / place[2].partition("#")[0], Path(place[2]).name
+        table = TABLES[named](json.loads(path.read_text())) if path.exists() else ""
         return f"{place[1]}{table}{place[3]}"
 
     return PLACE.sub(made, text)
@@ -67,21 +68,32 @@ def guidance_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+STUDY_COLUMNS = {  # of bench/nano_runs.py: heading, whether in hundredths
+    "trained": ("trained reward", False),
+    "verifier": ("verifier, points", True),
+    "clip": ("CLIP score", False),
+    "hacking_gap": ("gap", False),
+    "motion": ("motion, %", True),
+}
+
+
 def methods_table(result: dict) -> str:
     """A row for each arm; means over seeds, with the least and the most."""
-    lines = [
-        f"{_made_on(result)}\n",
-        "| run | seeds | trained reward | verifier, points | CLIP score | gap | motion, % | s a step |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    return f"{_made_on(result)}\n\n{_study_lines(result, list(STUDY_COLUMNS), 's a step', 'seconds_per_step', '.2f')}"
+
+
+def cheaper_table(result: dict) -> str:
+    """As `methods_table`, for arms that had the same training time; last, the optimizer steps that this allowed."""
+    about = f"{_made_on(result)} {result['environment']['training_seconds']:.0f} s of training each."
+    return f"{about}\n\n{_study_lines(result, list(STUDY_COLUMNS)[:-1], 'optimizer steps', 'steps', '.0f')}"
+
+
+def _study_lines(result: dict, keys: list[str], last: str, last_key: str, last_form: str) -> str:
+    headings = ["run", "seeds", *(STUDY_COLUMNS[key][0] for key in keys), last]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for arm, rows in _by_arm(result).items():
-        cells = [f"`{arm}`", str(len(rows)), _over_seeds(rows, "trained"), _over_seeds(rows, "verifier", percent=True)]
-        cells += [
-            _over_seeds(rows, "clip"),
-            _over_seeds(rows, "hacking_gap"),
-            _over_seeds(rows, "motion", percent=True),
-        ]
-        cells.append(f"{statistics.mean(row['seconds_per_step'] for row in rows):.2f}")
+        cells = [f"`{arm}`", str(len(rows)), *(_over_seeds(rows, key, STUDY_COLUMNS[key][1]) for key in keys)]
+        cells.append(format(statistics.mean(row[last_key] for row in rows), last_form))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -112,7 +124,91 @@ def _made_on(result: dict) -> str:
     return f"Measured on {about['device']} ({about['cores']} cores), torch {about['torch']}."
 
 
-TABLES = {"rewards.json": rewards_table, "guidance.json": guidance_table, "methods.json": methods_table}
+STEP_PHASES = {  # of bench/step.py: column by phase
+    "sampling": "sampling step, s",
+    "segment": "one branch there and back, s",
+    "decode and back": "decoder there and back, s",
+    "window": "last step, decoder, reward: there and back, s",
+    "step": "whole step, s",
+}
+
+
+def step_table(result: dict, exact: bool) -> str:
+    """A table for each number of frames: the exact arms, or the others with what they give an hour."""
+    lines, cells = [_made_on(result)], {}
+    for row in result["rows"]:
+        if _is_exact(row["arm"]) == exact or row["arm"] in REFERENCES:
+            cells.setdefault((row["frames"], row["scored"]), {}).setdefault(row["arm"], {})[row["phase"]] = row
+    for (frames, scored), arms in cells.items():
+        if set(arms) - set(REFERENCES):
+            lines += ["", f"{frames} frames, of them decoded and scored: {scored}", "", *_step_lines(arms, exact)]
+    return "\n".join(lines) + "\n"
+
+
+REFERENCES = ("peers' way", "stock autograd")
+
+
+def _is_exact(arm: str) -> bool:
+    return arm in REFERENCES or arm.startswith(("exact", "24 GiB"))
+
+
+def _step_lines(arms: dict[str, dict[str, dict]], exact: bool) -> list[str]:
+    phases = [phase for phase in STEP_PHASES if any(phase in rows for rows in arms.values())]
+    last = ["GiB at most", "cosine to stock", "to the peers'"] if exact else ["gradients an hour"]
+    columns = ["arm", *(STEP_PHASES[phase] for phase in phases), *last]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for arm, rows in arms.items():
+        values = [f"`{arm}`", *(_phase_cell(rows.get(phase)) for phase in phases)]
+        values += _exact_cells(rows) if exact else [_gradients_an_hour(rows)]
+        lines.append(f"| {' | '.join(values)} |")
+    return lines
+
+
+def _phase_cell(row: dict | None) -> str:
+    """Seconds, and what share of them the kernels' floor is."""
+    if row is None or "seconds" not in row:
+        return "-" if row is None else row["skipped"]
+    share = f" ({100 * row['floor_seconds'] / row['seconds']:.0f} % floor)" if "floor_seconds" in row else ""
+    return f"{row.get('seconds_per_gradient', row['seconds']):.2f}{share}"
+
+
+def _exact_cells(rows: dict[str, dict]) -> list[str]:
+    peaks = [row["peak_gib"] for row in rows.values() if "peak_gib" in row]
+    against = [rows.get("window", {}).get(f"against {reference}") for reference in reversed(REFERENCES)]
+    cosines = ["-" if one is None else f"{one['cosine']:.4f}, length {one['length']:.3f}" for one in against]
+    return [f"{max(peaks):.1f}" if peaks else "-", *cosines]
+
+
+def _gradients_an_hour(rows: dict[str, dict]) -> str:
+    seconds = rows.get("step", {}).get("seconds_per_gradient")
+    return f"{3600 / seconds:.0f}" if seconds else "-"
+
+
+def compile_table(result: dict) -> str:
+    """After how many whole steps compiling has paid for itself, wherever both arms were measured."""
+    rows = {(row["arm"], row["frames"], row["scored"], row["phase"]): row for row in result["rows"] if "seconds" in row}
+    lines = ["| arm | frames | compiling, s | saved a step, s | pays after steps |", "|---|---|---|---|---|"]
+    for (arm, frames, scored, phase), row in rows.items():
+        plain = rows.get((arm.removesuffix(", compiled"), frames, scored, phase))
+        if phase != "step" or not arm.endswith(", compiled") or plain is None:
+            continue
+        whole = [rows.get((arm, frames, scored, phase)) for phase in STEP_PHASES]
+        cost = sum(one["first_seconds"] - one["seconds"] for one in whole if one)
+        saved = plain["seconds"] - row["seconds"]
+        pays = f"{math.ceil(cost / saved)}" if saved > 0 else "never"
+        lines.append(f"| `{arm}` | {frames} | {cost:.0f} | {saved:.2f} | {pays} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "rewards.json": rewards_table,
+    "guidance.json": guidance_table,
+    "methods.json": methods_table,
+    "cheaper.json": cheaper_table,
+    "step.json#exact": lambda result: step_table(result, exact=True),
+    "step.json#cheaper": lambda result: step_table(result, exact=False),
+    "step.json#compile": compile_table,
+}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from rlhf.device import local_device, pick_device
 from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, method_problems
 from rlhf.prompts import load_prompts
 from rlhf.run_folder import run_in
+from rlhf.speed_checks import speed_problems
 
 AT_LEAST_ONE = (
     "num_inference_steps",
@@ -205,6 +206,7 @@ def _sampling(args, card):
         near = max(1, round((args.num_frames - 1) / every) * every + 1)
         yield f"num_frames={args.num_frames} is not {every}k+1, as the VAE of {args.model} needs; use {near}"
     yield from method_problems(args, card["transformer"]["num_layers"])
+    yield from speed_problems(args)
 
 
 def _guards(args, eval_prompts):

@@ -49,7 +49,8 @@ class RewardGradientConfig:
     dtype: str = _key(
         "auto",
         "Number format of the frozen transformer and text encoders: auto, float32 or bfloat16; auto is bfloat16 for a "
-        "transformer of more than 2 GiB, else float32. VAE, latents, scores and trained numbers are always float32.",
+        "transformer of more than 2 GiB, else float32. The VAE has vae_dtype; latents, scores and trained numbers are "
+        "always float32.",
     )
     device: str | None = _key(None, "Kind of device, such as cpu. Default: the accelerator of this machine.")
     cpu_threads: int | None = _key(
@@ -142,11 +143,44 @@ class RewardGradientConfig:
     anchor_steps: int = _key(
         0, "Every so many optimizer steps, one without reward pulls back to the base on its own samples. 0: never."
     )
-    gradient_checkpointing: bool = _key(
-        False, "Recompute the transformer's blocks in the backward pass: less memory, a third more time there."
+
+    # Speed and memory; the gradient stays the same. docs/performance.md has what each costs
+    gradient_checkpointing: bool = _key(False, "Recompute the transformer's blocks in the backward pass.")
+    keep_attention: bool = _key(False, "With gradient_checkpointing: all of a block but the result of its attention.")
+    stepwise_backward: bool = _key(
+        False, "Back-propagate one denoising step and guidance branch at a time: memory of one, one more forward each."
+    )
+    guidance_together: bool = _key(False, "Run both branches of guidance as one batch: faster where a video is small.")
+    attention_kernel: str = _key(
+        "auto", "auto: on an accelerator the fastest, by trying; default: PyTorch's choice; cudnn, flash or efficient."
+    )
+    compile_blocks: bool = _key(False, "Compile the parts of a block with torch.compile, once for all blocks.")
+    offload_activations: bool = _key(False, "With gradient_checkpointing: keep what blocks keep in host memory.")
+    stream_weights: bool = _key(
+        False, "With gradient_checkpointing: frozen blocks live in host memory and come to the device one by one."
     )
     decode_chunk: int | None = _key(None, "Latent frames decoded at a time. Default: all at once. Same video.")
     decode_checkpoint: bool = _key(False, "Recompute each decoded chunk in the backward pass; needs decode_chunk.")
+    decode_caches: str = _key(
+        "keep", "With decode_checkpoint, what chunks leave for the next ones: keep on the device, host, or recompute."
+    )
+    decode_channels_last: bool | None = _key(
+        None, "Order the VAE's weights with channels innermost. Default: on a CPU, where that is a fifth faster."
+    )
+
+    # Cheaper, but not exact: off by default. docs/performance.md has what each costs and does
+    base_bits: int | None = _key(None, "8 or 4: round the frozen base, by torchao or bitsandbytes.")
+    vae_dtype: str = _key("float32", "Number format of the VAE: float32 or bfloat16.")
+    decode_window: int | None = _key(
+        None, "Score so many frames in a row, from one drawn each step; no gradient into the latents before them."
+    )
+    prefix_steps: int | None = _key(None, "At most so many steps before the first one with gradient, while training.")
+    second_order_prefix: bool = _key(False, "Make the steps before the window second-order (Adams-Bashforth).")
+    guidance_every: int = _key(1, "Compute the negative branch at each so many-th step without gradient.")
+    sampling_weights: str = _key(
+        "own", "What steps without gradient run on: own weights and adapter, a merged copy, or one in float8."
+    )
+    rollout_uses: int = _key(1, "Optimizer steps in a row that start their window from the same rollout.")
 
     # The adapter (peft)
     lora_rank: int = _key(16, "Rank r of the LoRA adapters (arXiv 2106.09685).")

@@ -79,6 +79,11 @@ def _why_no_npu(error: Exception) -> str:
     return f"torch_npu {found} does not load ({error}); source CANN's set_env.sh in this shell"
 
 
+def is_plugged_in(device: torch.device) -> bool:
+    """Whether PyTorch knows the device by a plug-in, which brings kernels of its own."""
+    return device.type == "npu"
+
+
 def describe(device: torch.device) -> str:
     """The device's own name, such as "NVIDIA H200"; for a CPU, the processor's architecture and cores."""
     if device.type in ("cuda", "npu"):

@@ -13,6 +13,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.pipeline import euler_step
 from rlhf.drift import step_weights
 from rlhf.grad_steps import choose_grad_steps, draw_below
+from rlhf.prefix import fewer_steps
 from rlhf.sampler import Velocity, rollout
 
 
@@ -64,7 +65,16 @@ def make_plan(args: RewardGradientConfig, sigmas: torch.Tensor, rng: torch.Gener
             plan = Plan(cut, [len(cut) - 2])
         case "srpo":
             plan = Plan(sigmas, [], recoveries=draw_recoveries(args, rng))
-    return watch_drift(plan, args, rng)
+    return watch_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
+
+
+def shorten_prefix(plan: Plan, steps: int | None) -> Plan:
+    """The plan with at most so many steps before its window, None for as many as there are. Not exact."""
+    window = plan.grad_steps[0] if plan.grad_steps else 0
+    if steps is None or steps >= window:
+        return plan
+    shifted = [step - window + steps for step in plan.grad_steps]
+    return replace(plan, sigmas=fewer_steps(plan.sigmas, window, steps), grad_steps=shifted)
 
 
 def jump_range(args: RewardGradientConfig, num_steps: int) -> int:
@@ -95,13 +105,16 @@ def watch_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) ->
     return replace(plan, drift_step=step, drift_total=weights.sum().item())
 
 
-def gradient_samples(velocity: Velocity, noise: Callable[[str], torch.Tensor], plan: Plan) -> Iterator[Sample]:
+def gradient_samples(
+    velocity: Velocity, noise: Callable[[str], torch.Tensor], plan: Plan, reuse: Callable | None = None
+) -> Iterator[Sample]:
     """One rollout and the samples that the plan takes of it, one after the other: back-propagate each at once.
 
-    noise: (purpose) -> unit normal noise (B, C, T, H, W), the same at every call for the same purpose.
+    noise: (purpose) -> unit normal noise (B, C, T, H, W), the same at every call for the same purpose. reuse: as in
+    `rollout`.
     """
     noise_BCTHW = noise("train")
-    latents = rollout(velocity, noise_BCTHW, plan.sigmas, plan.grad_steps, plan.detach_input)
+    latents = rollout(velocity, noise_BCTHW, plan.sigmas, plan.grad_steps, plan.detach_input, reuse)
     for sigma, step in plan.recoveries:
         yield Sample(recover(velocity, latents, noise_BCTHW, plan.sigmas.new_tensor(sigma), step), penalty=step > 0)
     if plan.recoveries:

@@ -4,6 +4,7 @@ import torch
 
 from rlhf.checks import model_card, with_sampling
 from rlhf.config import RewardGradientConfig
+from rlhf.memory_plan import plan_memory
 
 GIB = 2**30
 SMALL_MODEL = 1e9  # parameters; above that the loader chooses bfloat16
@@ -26,23 +27,37 @@ def sizes(args: RewardGradientConfig, card: dict[str, dict]) -> str:
     tokens = latent[0] * (latent[1] // patch) * (latent[2] // patch)
     forward, with_gradient = forwards(args)
     copy = bytes_each if bytes_each < 4 else 0  # of the masters, in the base's format
+    of_vae = 2 if args.vae_dtype == "bfloat16" else 4
     rows = [
         ("latents (channels, frames, height, width)", f"{(card['transformer']['in_channels'], *latent)}"),
         ("video tokens", f"{tokens:,}"),
         ("transformer forwards a step and video", f"{forward}"),
         ("of these with gradient, at most", f"{with_gradient}"),
         ("transformer weights", f"{transformer:,} parameters, {_gib(transformer * bytes_each)}"),
-        ("VAE weights", f"{vae:,} parameters, {_gib(vae * 4)}"),
+        ("VAE weights", f"{vae:,} parameters, {_gib(vae * of_vae)}"),
         ("adapter with masters, gradient, two moments", f"{adapter:,} parameters, {_gib(adapter * (16 + copy))}"),
+        *_activations(args, card, bytes_each, vae * of_vae + adapter * (16 + copy)),
     ]
     lines = [f"  {name.ljust(max(len(row[0]) for row in rows))}  {value}" for name, value in rows]
     return "\n".join(
         [
             "Computed from the sizes, not measured. Left out: text encoders (they leave the device when the prompts",
-            "are encoded), reward models, activations.",
+            "are encoded), reward models, gradients in flight.",
             *lines,
         ]
     )
+
+
+def _activations(args: RewardGradientConfig, card: dict[str, dict], bytes_each: int, held: int) -> list[tuple]:
+    """Rows about what waits for the backward pass, for a reward of the first frame and of all; held: bytes besides."""
+    one, whole = (plan_memory(args, card, frames, bytes_each) for frames in (1, args.num_frames))
+    return [
+        ("kept by one guidance branch of one step", _gib(one.branch)),
+        ("and by a block that is recomputed", _gib(one.block)),
+        ("kept by all steps with gradient at once", _gib(one.window or one.branch)),
+        ("kept by the decoder: first frame, all frames", f"{_gib(one.decoder)}, {_gib(whole.decoder)}"),
+        ("at most at a time: first frame, all frames", f"{_gib(one.most + held)}, {_gib(whole.most + held)}"),
+    ]
 
 
 def forwards(args: RewardGradientConfig) -> tuple[int, int]:

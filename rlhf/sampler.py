@@ -20,6 +20,7 @@ def rollout(
     sigmas: torch.Tensor,
     grad_steps: list[int],
     detach_input: bool = False,
+    reuse: Callable[[Callable[[], torch.Tensor]], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Latents (B, C, T, H, W), float32, after all N Euler steps of the flow dx/dsigma = v (arXiv 2210.02747).
 
@@ -30,13 +31,19 @@ def rollout(
             first of them to the end; a step of the window that is not among them passes the gradient on unchanged.
         detach_input: a velocity's own input passes no gradient on (DRTune, arXiv 2405.00760, algorithm 1): what is
             left of the gradient of x_N is the direct path, the sum over grad_steps of (sigma_i+1 - sigma_i) dv/dtheta.
+        reuse: gives the state at which the window starts; called with what computes it (`rlhf.prefix.PrefixBuffer`).
     """
     num_steps = len(sigmas) - 1
     start = grad_steps[0] if grad_steps else num_steps
-    x = noise_BCTHW
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def prefix():
+        x = noise_BCTHW
         for i in range(start):
             x = euler_step(x, velocity(x, sigmas[i]), sigmas[i], sigmas[i + 1])
+        return x
+
+    x = prefix() if reuse is None else reuse(prefix)
     for i in range(start, num_steps):
         with torch.set_grad_enabled(i in grad_steps):
             v = velocity(x.detach() if detach_input else x, sigmas[i])
@@ -44,7 +51,9 @@ def rollout(
     return x
 
 
-def velocity_field(transformer, cond: Conditioning, guidance_scale: float, gradient: str = "full") -> Velocity:
+def velocity_field(
+    transformer, cond: Conditioning, guidance_scale: float, gradient: str = "full", together: bool = False
+) -> Velocity:
     """The guided velocity v_neg + g (v_text - v_neg) of a batch (arXiv 2207.12598), and what of it carries gradient.
 
     gradient:
@@ -52,11 +61,12 @@ def velocity_field(transformer, cond: Conditioning, guidance_scale: float, gradi
         "text": v_text, g times; v_neg is a constant. Not exact: the gradient g J_text - (g - 1) J_neg loses a part.
         "none": v_text, once; guidance is a constant that is added. Not exact.
         "distill": there is no guidance: v_text alone, exact for an adapter that was taught guidance (`rlhf.drift`).
+    together: both branches in one batch, where both are run alike.
     """
     negative = Conditioning(cond.negative_embeds_BLD, cond.negative_pooled_BP)
 
     def whole(x, sigma):
-        return guided_velocity(transformer, x, sigma, cond, guidance_scale)
+        return guided_velocity(transformer, x, sigma, cond, guidance_scale, together=together)
 
     def text_only(x, sigma):
         return guided_velocity(transformer, x, sigma, cond, 1.0)

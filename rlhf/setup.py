@@ -9,9 +9,12 @@ from peft import PeftConfig
 from rewards import RewardMix, reward_name
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig
+from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
+from rlhf.speed import Speed, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -72,13 +75,25 @@ def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientCon
 
 def adapt(
     pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, device: torch.device
-) -> Masters:
-    """Transformer and VAE on the device, frozen, for evaluation, the VAE in float32; the adapter's masters."""
-    pipe.vae.to(device).float().requires_grad_(False).eval()
-    add_adapter(pipe.transformer.to(device), peft_config or lora_config(args), args.seed, args.train_blocks)
-    if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
-    return Masters(pipe.transformer, args.ema_decay)
+) -> tuple[Masters, dict[str, str]]:
+    """Transformer and VAE on the device, frozen, for evaluation, run as asked; the adapter's masters, what was chosen.
+
+    Chosen, by setting, is what a setting left open, such as the attention kernel.
+    """
+    # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
+    torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
+    innermost = args.decode_channels_last
+    if device.type == "cpu" if innermost is None else innermost:
+        use_channels_last(pipe.vae)
+    add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
+    chosen = set_up_blocks(pipe.transformer, Speed.of(args), device)
+    return Masters(pipe.transformer, args.ema_decay), chosen
+
+
+def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
+    """The model that args name, on the device; on the CPU where its weights shall never be there all at once."""
+    one_by_one = args.stream_weights or args.base_bits
+    return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
 
 
 def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[int, int, int, int]:
@@ -88,10 +103,14 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
     return pipe.transformer.config.in_channels, frames, *size
 
 
-def encode_and_release(pipe: ContentVPipeline, prompts: list[str], args, release: bool) -> PromptCache | None:
+def encode_and_release(
+    pipe: ContentVPipeline, prompts: list[str], args, device: torch.device, release: bool
+) -> PromptCache | None:
     """Embed the prompts, None for none of them (a finished run that is resumed); the encoders may leave the device."""
     text = None
     if prompts:
+        for name in ENCODERS if release else ():
+            getattr(pipe, name).to(device)
         text = encode_prompts(pipe, prompts, args.negative_prompt, args.max_sequence_length)
     for name in ENCODERS if release else ():
         getattr(pipe, name).to("cpu")

@@ -20,30 +20,24 @@ from rlhf.calibrate import CALIBRATION, calibrate
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.checks import open_rewards
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline, flow_sigmas
-from rlhf.contentv.wan_decoder import decode_video
+from rlhf.contentv.wan_decoder import decode_video, saturated_share
+from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
 from rlhf.failures import not_finite, require_gradient
-from rlhf.lora import save_adapter, without_adapter
+from rlhf.fields import Fields
+from rlhf.lora import save_adapter
 from rlhf.losses import reward_loss, score, score_metrics
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
+from rlhf.prefix import PrefixBuffer
 from rlhf.report import finish_report
 from rlhf.run_folder import start_run_folder
-from rlhf.sampler import Velocity, Visited, rollout, velocity_field
-from rlhf.setup import (
-    adapt,
-    base_dtype,
-    checked_inputs,
-    encode_and_release,
-    latent_shape,
-    load_prompt_sets,
-    mix_rewards,
-)
+from rlhf.sampler import Velocity, Visited, rollout
+from rlhf.setup import adapt, checked_inputs, encode_and_release, latent_shape, load_base, load_prompt_sets, mix_rewards
 from rlhf.tracking import RunLog
 from rlhf.types import Conditioning
 from rlhf.watch import Watch
@@ -88,17 +82,19 @@ class RewardGradientTrainer:
         judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
         self.owns_pipe = inputs.pipe is None
-        self.pipe = inputs.pipe or load_pipeline(args.model, dtype=base_dtype(args.dtype), device=self.device)
+        self.pipe = inputs.pipe or load_base(args, self.device)
 
-        self.masters = adapt(self.pipe, peft_config, args, self.device)
+        self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.device)
+        self.fields = Fields(self.pipe.transformer, self.masters, args)
         self.optimizer = make_optimizer(self.masters.vector, args)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
-        self.frames = max(frames_needed(reward, args.num_frames) for reward in self.rewards.rewards.values())
+        frames = max(frames_needed(reward, args.num_frames) for reward in self.rewards.rewards.values())
+        self.decode, self.prefixes = Decoder(self.pipe.vae, frames, args, self.device), PrefixBuffer(args.rollout_uses)
         shape, fps = latent_shape(self.pipe, args), self.pipe.sampling.fps
         self.batches = Batches(args, self.accelerator, train_prompts, shape, fps)
         self.watch = None
         if self.eval_prompts:
-            sample = partial(self._sample, self._tuned)
+            sample = partial(self._sample, self.fields.tuned)
             held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.accelerator, fps)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters)
         self.callbacks, self.control = callbacks or [], TrainerControl()
@@ -116,7 +112,7 @@ class RewardGradientTrainer:
         started = time.perf_counter()
         first, saved = self._begin()
         if self.watch:
-            self.watch.begin(partial(self._sample, self._base), first, saved.get("guard"))
+            self.watch.begin(partial(self._sample, self.fields.base), first, saved.get("guard"))
         done = self._train_steps(first)
         self._save(done)
         with self.masters.averaged():
@@ -141,13 +137,14 @@ class RewardGradientTrainer:
         if accelerator.is_main_process:
             start_run_folder(args)
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
+        self.fields.refresh()
         self.state.global_step = first = saved["step"]
         done = resumed and (self.folder / CALIBRATION).is_file()
         sampled = [] if done else self.batches.prompts_at(0, args.calibrate_rewards)
-        prompts = self.batches.from_step(first) + self.eval_prompts + sampled
-        self.text = encode_and_release(self.pipe, prompts, args, self.owns_pipe)
+        prompts = self.batches.from_step(self.prefixes.rollout_of(first, 0)) + self.eval_prompts + sampled
+        self.text = encode_and_release(self.pipe, prompts, args, self.device, self.owns_pipe)
         if args.calibrate_rewards:
-            sample, shape = partial(self._sample, self._base), self.batches.noise_shape
+            sample, shape = partial(self._sample, self.fields.base), self.batches.noise_shape
             calibrate(self.rewards, sample, sampled, shape, args, accelerator, self.batches.info(0))
         return first, saved
 
@@ -156,6 +153,8 @@ class RewardGradientTrainer:
         args, log, done = self.args, RunLog(self.accelerator, self.args, first), first
         self._tell("on_train_begin")
         with StopRequest() as stop, log:
+            for name, choice in self.chosen.items():
+                log.say(f"{name}: {choice}")
             for done in range(first + 1, args.max_steps + 1):
                 try:
                     metrics = self.step(done - 1)
@@ -205,6 +204,7 @@ class RewardGradientTrainer:
         self.optimizer.zero_grad(set_to_none=False)
         self.masters.write()
         self.masters.update_average(step)
+        self.fields.refresh()
         self.last_batch = None  # a long video is large
         return {
             **place,
@@ -226,17 +226,18 @@ class RewardGradientTrainer:
     def _reward_gradient(self, step: int, micro: int) -> dict[str, torch.Tensor]:
         """One batch, forward and back: its gradient goes to the masters. Its loss, reward and scores, (B,) each."""
         args, plan = self.args, self.plan
-        batch = self.batches.batch(step, micro)
+        batch = self.batches.batch(self.prefixes.rollout_of(step, micro), micro)
         cond = self.text(batch.prompts, self.device)
-        velocity, losses, first = Visited(self._tuned(cond), plan.drift_step), [], None
-        for sample in gradient_samples(velocity, batch.noise, plan):
-            video = decode_video(self.pipe.vae, sample.latents, self.frames, args.decode_chunk, args.decode_checkpoint)
+        velocity, losses, first = Visited(self.fields.rolled_out(cond, plan), plan.drift_step), [], None
+        for sample in gradient_samples(velocity, batch.noise, plan, partial(self.prefixes.start, step, micro)):
+            video = self.decode(sample.latents, step)
             self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
             scores_B, raw = self._score(video, *self.last_batch[1:], sample.penalty)
             loss, _ = reward_loss(scores_B)
             self._back_propagate(loss / plan.num_samples)
             losses.append(loss.detach())
-            first = first or {"reward": scores_B.detach()} | {f"rewards/{n}": raw_B for n, raw_B in raw.items()}
+            scores = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
+            first = first or scores | {"saturated": saturated_share(video)}
         loss_B = torch.stack(losses).mean().expand(len(batch.prompts))
         if not args.drift_weight:
             return {"loss": loss_B} | first
@@ -247,13 +248,15 @@ class RewardGradientTrainer:
         """As `_reward_gradient`, without a reward: the drift at a state of the base's own rollout."""
         batch, sigmas, i = self.batches.batch(step, micro), self.plan.sigmas, self.plan.drift_step
         cond = self.text(batch.prompts, self.device)
-        state = rollout(self._base(cond), batch.noise("train"), sigmas[: i + 1], [])
+        state = rollout(self.fields.base(cond), batch.noise("train"), sigmas[: i + 1], [])
         drift_B = self._drift_gradient(cond, state, sigmas[i], 1.0)
         return {"loss": drift_B, "drift": drift_B}
 
     def _drift_gradient(self, cond: Conditioning, x_BCTHW: torch.Tensor, sigma: torch.Tensor, weight: float):
         """The drift at a state (B,); its gradient, times the weight, goes to the masters."""
-        drift_B = self.plan.drift_total * velocity_distance(self._tuned(cond), self._base(cond), x_BCTHW, sigma)
+        drift_B = self.plan.drift_total * velocity_distance(
+            self.fields.tuned(cond), self.fields.base(cond), x_BCTHW, sigma
+        )
         self._back_propagate(weight * drift_B.mean())
         return drift_B.detach()
 
@@ -269,13 +272,6 @@ class RewardGradientTrainer:
             self.failure = error
             broken_B = video.mean((1, 2, 3, 4)) * math.nan
             return broken_B, dict.fromkeys(self.rewards.rewards, broken_B.detach())
-
-    def _tuned(self, cond: Conditioning) -> Velocity:
-        return velocity_field(self.pipe.transformer, cond, self.args.guidance_scale, self.args.guidance_gradient)
-
-    def _base(self, cond: Conditioning) -> Velocity:
-        velocity = velocity_field(self.pipe.transformer, cond, self.args.guidance_scale)
-        return without_adapter(velocity, self.pipe.transformer, self.masters)
 
     # ------------------------------------------------------------------------------- looking at it and saving
 

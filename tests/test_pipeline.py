@@ -244,3 +244,13 @@ def test_sampling_file_with_an_unknown_key_is_refused(tmp_path):
     (tmp_path / "sampling.json").write_text('{"num_frames": 17, "steps": 3}')
     with pytest.raises(ValueError, match=r"has \['steps'\], expected only .*'num_inference_steps'.*; remove or rename"):
         SamplingDefaults.load(tmp_path)
+
+
+def test_both_branches_of_guidance_can_be_one_batch():
+    model, sizes = tiny_transformer(), []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    x, cond, sigma = torch.randn(2, 16, 2, 4, 6), tiny_conditioning(batch=2), torch.tensor(0.7)
+    apart = guided_velocity(model, x, sigma, cond, 3.0)
+    together = guided_velocity(model, x, sigma, cond, 3.0, together=True)
+    assert sizes == [2, 2, 4]
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)

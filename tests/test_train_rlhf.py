@@ -158,13 +158,21 @@ def test_shipped_configs_use_known_keys_and_their_prompt_files_exist(path):
     assert set(yaml.safe_load(path.read_text())) <= set(field_names())
 
 
-def test_the_recipe_for_contentv_8b_passes_the_dry_run_without_weights(main, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("hps", ("num_grad_steps: 5",)),
+        ("all_frames", ("keep_attention: true", "kept by one guidance branch of one step       14.62 GiB")),
+        ("24gib", ("stream_weights: true", "transformer forwards a step and video         50")),
+    ],
+)
+def test_the_recipes_for_contentv_8b_pass_the_dry_run_without_weights(main, capsys, monkeypatch, name, lines):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["--config", str(ROOT / "configs" / "contentv_8b_hps.yaml"), "--dry_run"]) == 0
+    assert main(["--config", str(ROOT / "configs" / f"contentv_8b_{name}.yaml"), "--dry_run"]) == 0
     text = capsys.readouterr().out
-    for line in ("learning_rate: 1.0e-05", "num_grad_steps: 5", "lora_rank: 32", "8,056,627,520 parameters"):
+    for line in ("learning_rate: 1.0e-05", "lora_rank: 32", "8,056,627,520 parameters", *lines):
         assert line in text
-    assert not (ROOT / "runs" / "contentv_8b_hps").exists()
+    assert not (ROOT / "runs" / f"contentv_8b_{name}").exists()
 
 
 def test_shipped_training_and_held_out_prompts_share_none():

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from kept import KeptBytes, counted_calls
 from tiny import tiny_vae
 
-from rlhf.contentv.wan_decoder import decode_video
+from rlhf.contentv import wan_decoder as module
+from rlhf.contentv.wan_decoder import decode_video, saturated_share, use_channels_last
+from rlhf.host_memory import HostMemory
 
 # The published statistics of Wan2.1's latents.
 WAN_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
@@ -84,17 +87,136 @@ def test_gradient_of_the_first_frame_reaches_the_first_latent_only():
 
 
 @pytest.mark.parametrize(("chunk", "runs"), [(1, 4), (2, 2), (None, 1)])
-def test_checkpoint_runs_each_chunk_again_in_backward(chunk, runs):
+def test_checkpoint_runs_each_chunk_again_in_backward(monkeypatch, chunk, runs):
     vae, z = tiny_vae(), latents(4).requires_grad_()
-    calls = []
-    vae.decoder.conv_in.register_forward_pre_hook(lambda *_: calls.append(1))
-    video = decode_video(vae, z, chunk=chunk, checkpoint=True)
-    assert len(calls) == runs
-    video.sum().backward()
-    assert len(calls) == 2 * runs
-    with torch.no_grad():
-        decode_video(vae, z, chunk=chunk, checkpoint=True)
-    assert len(calls) == 3 * runs
+    with counted_calls(monkeypatch, module, "_decode_chunk") as calls:
+        video = decode_video(vae, z, chunk=chunk, checkpoint=True)
+        assert len(calls) == runs
+        video.sum().backward()
+        assert len(calls) == 2 * runs
+        with torch.no_grad():
+            decode_video(vae, z, chunk=chunk, checkpoint=True)
+        assert len(calls) == 3 * runs
+
+
+def decode_gradient(vae, z, **how):
+    z = z.clone().requires_grad_()
+    video = decode_video(vae, z, **how)
+    (video * torch.linspace(-1, 1, video.numel(), dtype=z.dtype).view_as(video)).sum().backward()
+    return z.grad
+
+
+@pytest.mark.parametrize("caches", ["keep", "recompute", "host"])
+@pytest.mark.parametrize(("frames", "chunk"), [(5, 1), (9, 2), (1, 1)])
+def test_every_place_for_the_caches_gives_the_same_gradient(caches, frames, chunk):
+    vae, z = unsaturated_vae(), latents(frames, batch=1, dtype=torch.float64)
+    caches = HostMemory("cpu", smallest_bytes=0) if caches == "host" else caches
+    found = decode_gradient(vae, z, chunk=chunk, checkpoint=True, caches=caches)
+    torch.testing.assert_close(found, decode_gradient(vae, z), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk": 1, "checkpoint": True}])
+def test_in_float32_the_gradient_is_as_near_to_the_exact_one_as_that_of_stock_autograd(how):
+    z, weights = latents(3), torch.randn(2, 3, 9, 16, 24, generator=torch.Generator().manual_seed(4))
+
+    def gradient(decode, dtype):
+        leaf = z.clone().to(dtype).requires_grad_()
+        (decode(unsaturated_vae(torch.float32).to(dtype), leaf) * weights).sum().backward()
+        return leaf.grad.double()
+
+    exact = gradient(stock_decode, torch.float64)
+    of_stock = (gradient(stock_decode, torch.float32) - exact).norm()
+    ours = (gradient(lambda vae, z: decode_video(vae, z, **how), torch.float32) - exact).norm()
+    assert ours < 1.5 * of_stock < 5e-5 * exact.norm()
+
+
+def kept_bytes(vae, frames, **how):
+    """Kept after the decode, and at most at any time of the backward pass, with latents of batch 1."""
+    z = latents(frames, batch=1).requires_grad_()
+    with KeptBytes(vae) as kept:
+        video = decode_video(vae, z, **how)
+        held = kept.now
+        video.sum().backward()
+    return held, kept.most
+
+
+def test_frozen_layers_keep_a_quarter_of_what_stock_autograd_keeps():
+    vae, z = tiny_vae(), latents(4, batch=1).requires_grad_()
+    with KeptBytes(vae) as kept:
+        video = stock_decode(vae, z)
+        stock = kept.now
+    del video
+    lean, _ = kept_bytes(vae, 4)
+    assert 0 < lean < stock / 4
+    vae.requires_grad_(True)
+    trained, _ = kept_bytes(vae, 4)
+    assert trained > 2 * lean, "a trained layer needs its input"
+
+
+def test_one_chunk_is_held_at_a_time_and_caches_as_asked():
+    vae, host = tiny_vae(), HostMemory("cpu", smallest_bytes=0)
+    whole, _ = kept_bytes(vae, 9)
+    kept = {
+        caches: kept_bytes(vae, 9, chunk=1, checkpoint=True, caches=caches) for caches in ("keep", "recompute", host)
+    }
+    held, most = kept["keep"]
+    cache = held / 8  # the first of nine chunks has none
+    assert whole > 4 * cache
+    assert most < held + whole / 9 + 2 * cache
+    assert kept["recompute"][0] == pytest.approx(2 * cache, rel=0.05), "three groups of three chunks"
+    assert kept["recompute"][1] < 4 * cache + whole / 9 + 2 * cache
+    assert kept[host][0] < 0.05 * cache
+    assert kept[host][1] < whole / 9 + 2 * cache
+    longer = kept_bytes(vae, 18, chunk=1, checkpoint=True, caches=host)
+    assert longer[1] < 1.05 * kept[host][1], "however long the video is"
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+@pytest.mark.parametrize(("first", "last"), [(0, 5), (3, 9), (5, 5), (6, 13), (12, 13)])
+def test_a_window_has_the_frames_of_the_whole_video(chunk, first, last):
+    vae, z = tiny_vae().double(), latents(4, batch=1, dtype=torch.float64)
+    whole = decode_video(vae, z)
+    last = max(last, first + 1)
+    window = decode_video(vae, z, num_frames=last, first_frame=first, chunk=chunk, checkpoint=True)
+    torch.testing.assert_close(window, whole[:, :, first:last], atol=1e-12, rtol=0)
+
+
+def test_the_window_alone_has_gradient_and_a_graph(monkeypatch):
+    """Its gradient is the whole one but for the part through the caches, which are constants."""
+    vae, z = unsaturated_vae(), latents(4, batch=1, dtype=torch.float64)
+    with counted_calls(monkeypatch, module, "_decode_chunk") as calls:
+        grad = decode_gradient(vae, z, first_frame=5, chunk=1, checkpoint=True)
+    assert len(calls) == 2 + 2 * 2, "two latents once, two latents twice"
+    assert grad[:, :, :2].abs().max() == 0
+    assert grad[:, :, 2:].abs().amax((0, 1, 3, 4)).min() > 0
+
+    def loss(last_two):
+        with torch.no_grad():
+            video = decode_video(vae, torch.cat([z[:, :, :2], last_two], 2), first_frame=5)
+            return (video * torch.linspace(-1, 1, video.numel(), dtype=z.dtype).view_as(video)).sum().item()
+
+    direction = torch.randn(z[:, :, 2:].shape, dtype=z.dtype, generator=torch.Generator().manual_seed(8))
+    difference = loss(z[:, :, 2:] + 1e-3 * direction) - loss(z[:, :, 2:] - 1e-3 * direction)
+    # The stock upsampler rounds to float32, which blurs differences of so small a step.
+    assert difference / 2e-3 == pytest.approx((grad[:, :, 2:] * direction).sum().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk": 2, "checkpoint": True}])
+def test_channels_last_changes_the_order_in_memory_alone(how):
+    vae, z = unsaturated_vae(), latents(3, dtype=torch.float64)
+    expected, expected_video = decode_gradient(vae, z, **how), decode_video(vae, z)
+    use_channels_last(vae)
+    assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(decode_video(vae, z), expected_video, atol=1e-12, rtol=0)
+    torch.testing.assert_close(decode_gradient(vae, z, **how), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_saturated_share_counts_clamped_numbers():
+    vae = unsaturated_vae()
+    z = latents(2, dtype=torch.float64)
+    assert saturated_share(decode_video(vae, z)).tolist() == [0, 0]
+    vae.decoder.conv_out.bias[0] += 5  # all of the red
+    torch.testing.assert_close(saturated_share(decode_video(vae, z)), torch.full((2,), 1 / 3))
 
 
 def test_a_saturated_pixel_still_has_a_gradient():
@@ -140,3 +262,16 @@ def test_the_decoder_of_wan_2_2_is_refused():
     vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True)
     with pytest.raises(ValueError, match="is_residual=True.*expected the Wan2.1 decoder"):
         decode_video(vae, latents(1))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"first_frame": 5}, "first_frame=5, expected 0 to 4 for num_frames=5; correct"),
+        ({"first_frame": -1}, "first_frame=-1, expected 0 to 4"),
+        ({"caches": "disk"}, "caches='disk', expected keep, recompute or a HostMemory"),
+    ],
+)
+def test_wrong_choices_are_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        decode_video(tiny_vae(), latents(2), **how)

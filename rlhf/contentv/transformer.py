@@ -9,6 +9,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_3d_sincos_pos_embed
@@ -16,6 +17,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
+
+from rlhf.contentv.blocks import BlockRunner
+from rlhf.device import is_plugged_in
 
 SPATIAL_INTERPOLATION_SCALE = 0.5
 FIXED_BY_ARCHITECTURE = {"qk_norm": "rms_norm", "dual_attention_layers": []}
@@ -65,15 +69,13 @@ def _sincos_table(grid: tuple[int, int, int], width: int) -> torch.Tensor:
 
 
 class QueryKeyNorm(RMSNorm):
-    """The parent, which calls a plug-in's kernel wherever one is installed, for tensors on the CPU too."""
+    """The parent's norm in one kernel. The parent takes several, or a plug-in's, for tensors of any device."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.device.type != "cpu":
+        if is_plugged_in(hidden_states.device):
             return super().forward(hidden_states)
-        exact = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        variance = exact.pow(2).mean(-1, keepdim=True)
-        normed = hidden_states * torch.rsqrt(variance + self.eps)
-        return normed.to(self.weight.dtype) * self.weight
+        weight = self.weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
 class SD3Transformer3DModel(SD3Transformer2DModel):
@@ -126,6 +128,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             qk_norm="rms_norm",
         )
         self.pos_embed = PatchEmbed3D(patch_size, in_channels, width)
+        self.run_block: BlockRunner | None = None  # None: a block runs as diffusers has it
         for block in self.transformer_blocks:
             for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
                 norm = getattr(block.attn, name)
@@ -161,7 +164,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             pooled_projections: pooled text (B, P).
             timestep: (B,), sigma * 1000, in [0, 1000].
             joint_attention_kwargs: `{"scale": s}` multiplies every LoRA layer by s; anything else goes to the attention
-                processors.
+                processors, which a `run_block` does without.
 
         Raises:
             ValueError: latents of another rank or size; a LoRA scale together with gradient checkpointing.
@@ -184,7 +187,9 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         temb = self.time_text_embed(timestep_B, pooled_BP)
         text = self.context_embedder(text_BLD)
         for block in self.transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+            if self.run_block is not None:
+                text, video = self.run_block(block, video, text, temb)
+            elif torch.is_grad_enabled() and self.gradient_checkpointing:
                 text, video = self._gradient_checkpointing_func(block, video, text, temb, attention_kwargs)
             else:
                 text, video = block(video, text, temb, attention_kwargs)
@@ -207,7 +212,8 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             )
 
     def _check_lora_scale(self, scale: float) -> None:
-        if scale != 1.0 and self.gradient_checkpointing and torch.is_grad_enabled():
+        recomputes = self.gradient_checkpointing or (self.run_block and self.run_block.recompute != "nothing")
+        if scale != 1.0 and recomputes and torch.is_grad_enabled():
             raise ValueError(
                 f"joint_attention_kwargs has scale={scale} while gradient checkpointing is on, expected no scale: "
                 "blocks are recomputed after the scale is undone, so LoRA gradients would be wrong; set the scale "

@@ -22,6 +22,7 @@ from torchvision.utils import save_image
 
 from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.contentv.wan_decoder import decode_unclamped
 from rlhf.device import generator, pick_device
 from rlhf.nano import parts, world
 from rlhf.nano.judges import Preference, Verifier
@@ -35,7 +36,7 @@ from rlhf.nano.pretrain_judges import (
     train_preference,
     train_verifier,
 )
-from rlhf.nano.pretrain_vae import decode_whole, encode_whole, latent_scale, measure_latents, reconstruct, train_vae
+from rlhf.nano.pretrain_vae import encode_whole, latent_scale, measure_latents, reconstruct, train_vae
 
 STEPS = {
     "vae_image": 1050,
@@ -150,7 +151,7 @@ def sample(model, vae, prompts, tokenizers, device, seed=0, steps=None, guidance
             v = base + guidance * (v - base)
         x = x + (following - sigma) * v
     mean, std = latent_scale(vae, device)
-    return (decode_whole(vae, x * std + mean) / 2 + 0.5).clamp(0, 1)
+    return (decode_unclamped(vae, x * std + mean) / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import torch
 from diffusers import AutoencoderKLWan
 
-from rlhf.contentv.wan_decoder import _decode_chunks
+from rlhf.contentv.wan_decoder import decode_unclamped
 from rlhf.nano import world
 from rlhf.nano.loop import train
 
@@ -26,15 +26,10 @@ def encode_whole(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tens
     return mean, logvar.clamp(-30, 20)
 
 
-def decode_whole(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Raw latents to video in about [-1, 1], in one pass."""
-    return _decode_chunks(vae, latents, latents.shape[2], False)
-
-
 def vae_loss(vae, video):
     """L1 with the shapes weighted up, L1 of edges, and a light KL."""
     mean, logvar = encode_whole(vae, video)
-    out = decode_whole(vae, mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
+    out = decode_unclamped(vae, mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
     weight = 1 + 4 * (video - video[..., :1, :1]).abs().amax(1, keepdim=True).clamp(max=1)
     edges = sum(((out - video).diff(dim=d)).abs().mean() for d in (-1, -2))
     kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
@@ -77,4 +72,4 @@ def reconstruct(vae, video, noise: float | torch.Tensor = 0.0):
     """video_BCTHW in [0, 1] through the VAE; noise is added to its unit-variance latents."""
     mean, std = latent_scale(vae, video.device)
     latents = encode_whole(vae, video * 2 - 1)[0]
-    return (decode_whole(vae, latents + noise * std * torch.randn_like(latents)) / 2 + 0.5).clamp(0, 1)
+    return (decode_unclamped(vae, latents + noise * std * torch.randn_like(latents)) / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,296 @@
+"""One reward-gradient step of a full-size ContentV-8B with random weights: the peers' way and ours, arm by arm.
+
+    python bench/step.py --arms "peers' way" exact --frames 33 --phases step --limit 550
+    python bench/tables.py                                                    puts the results into docs/performance.md
+
+Rows go to bench/results/step.json arm by arm; a row replaces that of the same arm, frames, scored frames and phase.
+The run stops before a phase that would begin after --limit seconds; the same command then goes on with what is missing.
+
+The peers' way is that of VideoX-Fun's train_reward_lora.py (main branch, November 2026) with the same model and
+adapter: both branches of guidance in one batch, checkpointing by block, a graph in every step that is detached where no
+gradient is wanted, latents and VAE in bfloat16, the VAE's own decode, of the first latent only. Ours keeps latents in
+float32. The position table is cached for both. Time and memory do not depend on the weights.
+
+Prediction: exact at 125 frames 7.0 s for a branch forward and backward (peers 9.3) and 2.05 s forward (2.46), the whole
+gradient of 125 frames below 40 GiB; the full step at 33 frames 1.4 times as fast where nothing is computed twice and
+blocks are compiled; each use of a rollout after the first at a seventh of the first one's time.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+from environment import environment
+from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
+
+from rlhf.contentv.pipeline import euler_step
+from rlhf.contentv.wan_decoder import saturated_share, unnormalise
+from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize
+from rlhf.methods import gradient_samples, make_plan
+from rlhf.optimizer import clip_gradient
+from rlhf.prefix import PrefixBuffer
+from rlhf.sampler import Velocity, rollout, velocity_field
+
+RESULT = Path(__file__).parent / "results" / "step.json"
+GIB, PROMPT = 2**30, ["a red fox runs through deep snow, slow motion"]
+INFO = {"fps": 24, "seed": 0, "step": 0}
+PHASES = ("sampling", "segment", "decode", "decode and back", "window", "step")
+
+
+@dataclass
+class Bench:
+    """An arm's rig, a reward and what is done with them."""
+
+    rig: Rig
+    reward: torch.nn.Module
+    scored: int  # leading frames that the reward is given
+
+    # ------------------------------------------------------------------------------------------- the phases
+
+    def sampling(self) -> None:
+        """One guided step before the window."""
+        rig, x = self.rig, self.rig.noise("train")
+        if rig.arm == PEERS:
+            self._peers_step(x.to(rig.size.dtype), 0, with_gradient=False)
+        else:
+            with torch.no_grad():
+                self._velocity()(x, rig.sigmas[0])
+
+    def segment(self) -> None:
+        """One branch of one step, forward and backward, from an arbitrary gradient."""
+        rig = self.rig
+        x = rig.noise("train").to(rig.size.dtype)
+        time_B = torch.full((1,), 500.0, device=rig.device)
+        (v,) = rig.transformer(x, rig.cond.prompt_embeds_BLD, rig.cond.pooled_embeds_BP, time_B, return_dict=False)
+        v.backward(rig.noise("gradient").to(v.dtype))
+        rig.masters.collect_grad()
+        rig.masters.vector.grad.zero_()
+
+    def decode(self) -> None:
+        with torch.no_grad():
+            self._video(self.rig.noise("train"))
+
+    def decode_and_back(self) -> None:
+        z = self.rig.noise("train").requires_grad_()
+        video = self._video(z)
+        video.backward(torch.ones_like(video))
+
+    def window(self) -> dict:
+        """The last step, decoded, scored and back: the gradient at the adapter from the same state in every arm."""
+        rig, sigmas = self.rig, self.rig.sigmas
+        x, last = 0.3 * rig.noise("state"), len(sigmas) - 2
+        if rig.arm == PEERS:
+            latents = self._peers_step(x.to(rig.size.dtype), last, with_gradient=True)
+        else:
+            field = guided(rig) if rig.by_hand else rig.fields.tuned(rig.cond)
+            latents = euler_step(x, field(x, sigmas[last]), sigmas[last], sigmas[last + 1])
+        video = self._video(latents)
+        loss = -self.reward(video, PROMPT, **INFO).mean()
+        told = {"saturated": saturated_share(video).item()}
+        del video, latents
+        loss.backward()
+        rig.masters.collect_grad()
+        told["gradient"] = rig.masters.vector.grad.clone().cpu()
+        rig.masters.vector.grad.zero_()
+        return told
+
+    def step(self) -> None:
+        """A whole optimizer step; where rollouts are used again, as many steps as one serves."""
+        rig, prefixes = self.rig, PrefixBuffer(self.rig.args.rollout_uses)
+        for number in range(rig.args.rollout_uses):
+            for latents in self._rollouts(prefixes, number):
+                loss = -self.reward(self._video(latents), PROMPT, **INFO).mean()
+                loss.backward()
+                rig.masters.collect_grad()
+            norm = rig.masters.vector.grad.norm().item()
+            clip_gradient(rig.masters.vector.grad, norm, 1.0)
+            rig.optimizer.step()
+            rig.optimizer.zero_grad(set_to_none=False)
+            rig.masters.write()
+            if rig.fields:
+                rig.fields.refresh()
+
+    # ------------------------------------------------------------------------------------- what they are made of
+
+    def _rollouts(self, prefixes: PrefixBuffer, number: int):
+        rig, last = self.rig, len(self.rig.sigmas) - 2
+        if not rig.by_hand:
+            reuse = partial(prefixes.start, number, 0)
+            for sample in gradient_samples(self._velocity(), rig.noise, self._plan(), reuse):
+                yield sample.latents
+        elif rig.arm == STOCK:
+            yield rollout(guided(rig), rig.noise("train"), rig.sigmas, [last])
+        else:
+            x = rig.noise("train").to(rig.size.dtype)
+            for i in range(last + 1):
+                x = self._peers_step(x, i, with_gradient=i == last)
+            yield x
+
+    def _velocity(self) -> Velocity:
+        """Of one rollout of ours, or of the stock transformer."""
+        rig = self.rig
+        return guided(rig) if rig.by_hand else rig.fields.rolled_out(rig.cond, self._plan())
+
+    def _peers_step(self, x: torch.Tensor, i: int, with_gradient: bool) -> torch.Tensor:
+        """As VideoX-Fun takes it, x in bfloat16: a graph in any case, thrown away without gradient."""
+        rig, sigmas = self.rig, self.rig.sigmas
+        v = guided(rig, together=True)(x, sigmas[i])
+        v = v if with_gradient else v.detach()
+        return (x.float() + (sigmas[i + 1] - sigmas[i]) * v.float()).to(x.dtype)
+
+    def _video(self, latents: torch.Tensor) -> torch.Tensor:
+        """(1, 3, scored, H, W) in [0, 1], float32."""
+        rig = self.rig
+        if not rig.by_hand:
+            return rig.decode(latents, 0)
+        needed = 1 + -(-(self.scored - 1) // 4)
+        z = unnormalise(rig.vae, latents[:, :, :needed].float()).to(rig.vae.dtype)
+        video = rig.vae.decode(z, return_dict=False)[0]
+        return (video.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
+
+    def _plan(self):
+        return make_plan(self.rig.args, self.rig.sigmas, generator("bench", "plan"))
+
+
+def guided(rig: Rig, together: bool = False) -> Velocity:
+    """The stock transformer's guided velocity."""
+    return velocity_field(rig.transformer, rig.cond, rig.args.guidance_scale, together=together)
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(work: Callable[[], dict | None], device: torch.device, repeats: int) -> dict:
+    """The first call apart, since it loads and compiles; then the median of the repeats and the most memory of any."""
+    seconds, peaks, told = [], [], None
+    try:
+        for _ in range(1 + repeats):
+            reset_peak_memory(device)
+            synchronize(device)
+            began = time.perf_counter()
+            told = work()
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+            peaks.append(peak_memory(device) / GIB)
+    except torch.OutOfMemoryError:
+        return {"skipped": "out of memory"}
+    row = {"seconds": statistics.median(seconds[1:]), "all": seconds[1:], "first_seconds": seconds[0]}
+    return row | {"peak_gib": max(peaks[1:])} | (told or {})
+
+
+def compare(row: dict, gradients: Path, frames: int, scored: int) -> dict:
+    """Cosine and length against the references that have been run; a reference leaves its gradient for the others."""
+    found = row.pop("gradient")
+    for reference in (STOCK, PEERS):
+        path = gradients / f"{'stock' if reference == STOCK else 'peers'}-{len(found)}-{frames}-{scored}.pt"
+        if row["arm"] == reference:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(found, path)
+        elif path.exists():
+            expected = torch.load(path, weights_only=True).double()
+            cosine = torch.cosine_similarity(found.double(), expected, dim=0).item()
+            row[f"against {reference}"] = {"cosine": cosine, "length": (found.norm() / expected.norm()).item()}
+    return row
+
+
+def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device, out_of_time: Callable) -> list[dict]:
+    """The rows of the phases that begin in time."""
+    frames, rows = arguments.frames, []
+    told = {"arm": arm, "frames": frames, "scored": scored, "settings": SETTINGS[arm]}
+    try:
+        rig = Rig(arm, SIZES[arguments.size], frames, arguments.steps, scored, device)
+    except ValueError as error:  # a library or a device that an option needs is not here
+        return [told | {"phase": phase, "skipped": str(error)} for phase in phases]
+    bench = Bench(rig, reward, scored)
+    limit_memory(device, CAPS_GIB.get(arm))
+    for phase in phases:
+        if out_of_time():
+            break
+        row = told | {"phase": phase} | rig.chosen
+        row |= {"steps": arguments.steps} if phase == "step" else {}
+        row |= measure(getattr(bench, phase.replace(" ", "_")), device, arguments.repeats)
+        if phase == "step" and "seconds" in row:
+            row["seconds_per_gradient"] = row["seconds"] / rig.args.rollout_uses
+        if arguments.size == "full" and (least := floor_seconds(rig, phase)):
+            row["floor_seconds"] = least
+        rows.append(compare(row, arguments.gradients, frames, scored) if "gradient" in row else row)
+        print({key: value for key, value in row.items() if key not in ("settings", "all")}, flush=True)
+    limit_memory(device, None)
+    return rows
+
+
+def limit_memory(device: torch.device, gib: float | None) -> None:
+    """Let PyTorch take no more of the device than that; None: all of it."""
+    if device.type == "cpu":
+        return
+    module = torch.get_device_module(device)
+    total = module.get_device_properties(device).total_memory
+    torch.accelerator.empty_cache()
+    module.set_per_process_memory_fraction(1.0 if gib is None else gib * GIB / total)
+
+
+def write(path: Path, about: dict, rows: list[dict]) -> None:
+    """Whole or not at all: a run that is killed leaves the rows of before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def key(row: dict) -> tuple:
+    return row["arm"], row["frames"], row["scored"], row["phase"]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="ARM")
+    parser.add_argument("--frames", type=int, default=33)
+    parser.add_argument("--scored", default="first", help="frames the reward is given: first, all or a number")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), metavar="PHASE")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps of a whole step")
+    parser.add_argument("--size", choices=list(SIZES), default="full")
+    parser.add_argument("--device", help="default: the accelerator of this machine")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no phase is begun")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
+    parser.add_argument("--gradients", type=Path, default=Path(__file__).parent / "runs" / "step", help="references")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    began, arguments = time.perf_counter(), parse(argv)
+    device = pick_device(arguments.device)
+    size = SIZES[arguments.size]
+    about = environment(device) | {"size": arguments.size, "height": size.height, "width": size.width}
+    about |= {"repeats": arguments.repeats}
+    old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    rows = {key(row): row for row in (old.get("rows", []) if old.get("environment") == about else [])}
+    scored = {"first": 1, "all": arguments.frames}.get(arguments.scored) or int(arguments.scored)
+    reward, late = make_reward(arguments.size, scored, device), lambda: time.perf_counter() - began > arguments.limit
+    for arm in arguments.arms:
+        done = [] if arguments.again else [p for p in arguments.phases if (arm, arguments.frames, scored, p) in rows]
+        missing = [phase for phase in arguments.phases if phase not in done]
+        if not missing or late():
+            continue
+        rows |= {key(row): row for row in run_arm(arm, missing, scored, reward, arguments, device, late)}
+        write(arguments.output, about, list(rows.values()))
+        gc.collect()
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What bench/step.py compares: arms, as settings of a run, and the model with random weights that they run on.
+
+Shape legend: B batch, C channels, T latent frames or frames, H W height and width, N video tokens, L text tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from diffusers.models.normalization import RMSNorm
+
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.pipeline import flow_sigmas
+from rlhf.contentv.transformer import QueryKeyNorm, SD3Transformer3DModel
+from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise, use_channels_last
+from rlhf.decoding import Decoder
+from rlhf.device import generator
+from rlhf.fields import Fields
+from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.optimizer import make_optimizer
+from rlhf.speed import Speed, set_up_blocks
+from rlhf.types import Conditioning
+
+PEERS, STOCK = "peers' way", "stock autograd"
+ROOMY = {"vae_dtype": "bfloat16"}  # as the peers'; nothing is computed twice
+EXACT = ROOMY | {
+    "gradient_checkpointing": True,
+    "keep_attention": True,
+    "stepwise_backward": True,
+    "decode_chunk": 1,
+    "decode_checkpoint": True,
+    "decode_caches": "host",
+}
+FAST = ROOMY | {"compile_blocks": True}
+SMALL = EXACT | {"keep_attention": False, "offload_activations": True, "stream_weights": True}
+# TFLOP/s on an H200: bf16 products, measured; attention with heads of 64, as published for FlashAttention-3.
+MATRIX, ATTENTION_FORWARD, ATTENTION_BACKWARD = 790e12, 497e12, 474e12
+SETTINGS = {
+    PEERS: ROOMY | {"gradient_checkpointing": True},
+    STOCK: ROOMY,
+    # The exact gradient.
+    "exact": EXACT,
+    "exact, PyTorch's attention kernel": EXACT | {"attention_kernel": "default"},
+    "exact, attention computed again": EXACT | {"keep_attention": False},
+    "exact, compiled": EXACT | {"compile_blocks": True},
+    "exact, caches kept, chunks of 4": EXACT | {"decode_caches": "keep", "decode_chunk": 4},
+    "exact, caches recomputed": EXACT | {"decode_caches": "recompute"},
+    "exact, VAE channels last": EXACT | {"decode_channels_last": True},
+    "exact, VAE in float32": EXACT | {"vae_dtype": "float32", "decode_chunk": 2},
+    "exact, activations on the host": EXACT | {"offload_activations": True},
+    "exact, weights streamed": EXACT | {"stream_weights": True},
+    "exact, nothing twice": ROOMY,
+    "exact, nothing twice, guidance together": ROOMY | {"guidance_together": True},
+    "exact, nothing twice, compiled": FAST,
+    "24 GiB": SMALL,
+    # Not exact.
+    "8-bit base": EXACT | {"base_bits": 8},
+    "4-bit base": EXACT | {"base_bits": 4},
+    "merged copy": FAST | {"sampling_weights": "merged"},
+    "float8 copy": FAST | {"sampling_weights": "float8"},
+    "half the steps": FAST | {"prefix_steps": 12},
+    "half the steps, second order": FAST | {"prefix_steps": 12, "second_order_prefix": True},
+    "guidance every 2nd step": FAST | {"guidance_every": 2},
+    "rollouts used 4 times": FAST | {"rollout_uses": 4},
+    "rollouts used 8 times": FAST | {"rollout_uses": 8},
+    "all of them": FAST
+    | {
+        "sampling_weights": "merged",
+        "prefix_steps": 12,
+        "second_order_prefix": True,
+        "guidance_every": 2,
+        "rollout_uses": 4,
+    },
+}
+CAPS_GIB = {"24 GiB": 24}  # the device's memory is limited to this
+
+
+@dataclass(frozen=True)
+class Size:
+    """The parts' sizes; {} is ContentV-8B's and Wan2.1's own."""
+
+    transformer: dict
+    vae: dict
+    dtype: torch.dtype
+    text_tokens: int
+    height: int
+    width: int
+
+
+SIZES = {
+    "full": Size({}, {}, torch.bfloat16, 333, 432, 768),
+    "tiny": Size(
+        {
+            "num_layers": 3,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+        },
+        {"base_dim": 8, "num_res_blocks": 1},
+        torch.float32,
+        6,
+        32,
+        48,
+    ),
+}
+
+
+class Rig:
+    """A model with random weights, set up as one arm's settings say, and what it is given.
+
+    The weights depend on the device and the size alone: equal for all arms.
+    """
+
+    def __init__(self, arm: str, size: Size, frames: int, steps: int, scored: int, device: torch.device):
+        self.arm, self.size, self.device = arm, size, device
+        settings = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": 6.0, "lora_rank": 32}
+        self.args = args = RewardGradientConfig(**settings | SETTINGS[arm])
+        self.by_hand = arm in (PEERS, STOCK)  # as diffusers runs it
+        vae_dtype = getattr(torch, args.vae_dtype)
+        self.vae = random_vae(size, device).to(vae_dtype)
+        if args.decode_channels_last:
+            use_channels_last(self.vae)
+        self.transformer = random_transformer(size, device)
+        self.masters = self._adapt()
+        self.optimizer = make_optimizer(self.masters.vector, args)
+        self.fields = None if self.by_hand else Fields(self.transformer, self.masters, args)
+        self.decode = Decoder(self.vae, scored, args, device)
+        self.sigmas = flow_sigmas(FlowMatchEulerDiscreteScheduler(), steps, device)
+        channels = self.transformer.config.in_channels
+        self.shape = (1, channels, 1 + (frames - 1) // 4, size.height // 8, size.width // 8)
+        self.cond = self._conditioning()
+
+    def noise(self, purpose: str) -> torch.Tensor:
+        """(1, C, T, H, W), float32: always the same for the same purpose."""
+        return torch.randn(self.shape, generator=generator("bench", purpose)).to(self.device)
+
+    def _adapt(self) -> Masters:
+        add_adapter(self.transformer, lora_config(self.args), seed=0)
+        self.chosen = {}
+        if self.by_hand:
+            use_stock_norms(self.transformer)
+            if self.arm == PEERS:
+                self.transformer.enable_gradient_checkpointing()
+        else:
+            self.chosen = set_up_blocks(self.transformer, Speed.of(self.args), self.device)
+        masters = Masters(self.transformer)
+        for name, piece in masters.named(masters.vector).items():
+            if "lora_B" in name:  # zero at the start, where A has no gradient
+                piece.copy_(0.02 * torch.randn(piece.shape, generator=generator("bench", name)))
+        masters.write()
+        return masters
+
+    def _conditioning(self) -> Conditioning:
+        config, draw = self.transformer.config, generator("bench", "text")
+        shapes = [(1, self.size.text_tokens, config.joint_attention_dim), (1, config.pooled_projection_dim)] * 2
+        return Conditioning(*(torch.randn(shape, generator=draw).to(self.device, self.size.dtype) for shape in shapes))
+
+
+def random_transformer(size: Size, device: torch.device) -> SD3Transformer3DModel:
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(size.dtype)
+    try:
+        with torch.device(device):
+            return SD3Transformer3DModel(**size.transformer)
+    finally:
+        torch.set_default_dtype(default)
+
+
+@torch.no_grad()
+def random_vae(size: Size, device: torch.device) -> AutoencoderKLWan:
+    """Whose pixels have a spread of 0.1 around 0, in a range of -1 to 1: none is clamped."""
+    torch.manual_seed(1)
+    with torch.device(device):
+        vae = AutoencoderKLWan(**size.vae).eval().requires_grad_(False)
+    probe = torch.randn(1, vae.config.z_dim, 1, size.height // 8, size.width // 8, generator=generator("bench", "vae"))
+    pixels = decode_unclamped(vae, unnormalise(vae, probe.to(device)))
+    layer = vae.decoder.conv_out
+    layer.weight *= 0.1 / pixels.std()
+    layer.bias.zero_()
+    return vae
+
+
+def use_stock_norms(transformer: SD3Transformer3DModel) -> None:
+    """The norms of queries and keys as the published transformer has them."""
+    for module in transformer.modules():
+        if isinstance(module, QueryKeyNorm):
+            module.__class__ = RMSNorm
+
+
+class TinyReward(torch.nn.Module):
+    """Stands for a reward model where the whole run is tiny: one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.conv = torch.nn.Conv2d(3, 8, 5, stride=2).requires_grad_(False)
+
+    def forward(self, video_BCTHW, prompts, **info):
+        frames = video_BCTHW.transpose(1, 2).flatten(0, 1)
+        return torch.tanh(self.conv(frames)).square().unflatten(0, (len(video_BCTHW), -1)).mean((1, 2, 3, 4))
+
+
+def make_reward(size_name: str, scored: int, device: torch.device):
+    """HPS v2.1 of full size with random weights, on 8 of the scored frames or as many as there are."""
+    if size_name == "tiny":
+        return TinyReward().to(device)
+    from rewards.hps import HpsV21
+
+    with torch.device(device):
+        return HpsV21.random_init(frames="all", num_frames=min(8, scored)).to(device)
+
+
+def floor_seconds(rig: Rig, phase: str) -> float | None:
+    """The least time of a phase's products and attention on an H200, attention kept and the rest of a block recomputed.
+
+    Linear layers of the blocks and attention; a frozen layer's backward pass costs as much as its forward pass.
+    """
+    config, (_, _, T, H, W) = rig.transformer.config, rig.shape
+    width, blocks = config.num_attention_heads * config.attention_head_dim, config.num_layers
+    tokens = T * (H // config.patch_size) * (W // config.patch_size) + rig.size.text_tokens
+    linear, attention = 2 * 12 * width**2 * blocks * tokens, 4 * width * blocks * tokens**2
+    forward = linear / MATRIX + attention / ATTENTION_FORWARD
+    return {
+        "sampling": 2 * forward,
+        "segment": forward + 2 * linear / MATRIX + 2.5 * attention / ATTENTION_BACKWARD,
+    }.get(phase)

@@ -1,0 +1,49 @@
+"""The velocity fields of a run: of the base, of the tuned model, and the one that training rolls out."""
+
+import torch
+
+from rlhf.adjoint import Stepwise
+from rlhf.config import RewardGradientConfig
+from rlhf.lora import Masters, without_adapter
+from rlhf.methods import Plan
+from rlhf.prefix import KeptGuidance, SecondOrder, by_gradient
+from rlhf.sampler import Velocity, velocity_field
+from rlhf.sampling_copy import SamplingCopy
+from rlhf.types import Conditioning
+
+
+class Fields:
+    """Conditioning of a batch -> velocity. What differs between them are the settings about speed and guidance."""
+
+    def __init__(self, transformer, masters: Masters, args: RewardGradientConfig):
+        self.transformer, self.masters, self.args = transformer, masters, args
+        self.window = Stepwise(transformer, masters.params) if args.stepwise_backward else transformer
+        weights = {"merged": "base", "float8": "float8"}.get(args.sampling_weights)
+        self.copy = SamplingCopy(transformer, weights) if weights else None
+
+    def tuned(self, cond: Conditioning) -> Velocity:
+        """Of the current model."""
+        return self._field(self.window, cond, self.args.guidance_gradient)
+
+    def base(self, cond: Conditioning) -> Velocity:
+        """Of the model before training."""
+        return without_adapter(self._field(self.transformer, cond), self.transformer, self.masters)
+
+    def rolled_out(self, cond: Conditioning, plan: Plan) -> Velocity:
+        """Of the current model for one rollout of the plan, steps without gradient by the cheaper ways asked for."""
+        args, velocity = self.args, self.tuned(cond)
+        sampler = self.transformer if self.copy is None else self.copy.model
+        if args.guidance_every > 1:
+            velocity = by_gradient(velocity, KeptGuidance(sampler, cond, args.guidance_scale, args.guidance_every))
+        elif self.copy is not None:
+            velocity = by_gradient(velocity, self._field(sampler, cond, args.guidance_gradient))
+        return SecondOrder(velocity, plan.sigmas) if args.second_order_prefix else velocity
+
+    def refresh(self) -> None:
+        """After an optimizer step."""
+        if self.copy is not None:
+            self.copy.refresh()
+
+    def _field(self, transformer: torch.nn.Module, cond: Conditioning, gradient: str = "full") -> Velocity:
+        args = self.args
+        return velocity_field(transformer, cond, args.guidance_scale, gradient, args.guidance_together)

@@ -1,0 +1,75 @@
+"""How a device runs the transformer's blocks: the settings about speed and memory, put to work on a model."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from rlhf.attention import attention_by, time_kernels
+from rlhf.contentv.blocks import BlockRunner
+from rlhf.host_memory import HostMemory
+from rlhf.quantise import quantise_base
+from rlhf.streaming import stream_blocks
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The settings of these names, see `rlhf.config`. None of them but `base_bits` changes the gradient."""
+
+    gradient_checkpointing: bool = False
+    keep_attention: bool = False
+    attention_kernel: str = "auto"
+    compile_blocks: bool = False
+    offload_activations: bool = False
+    stream_weights: bool = False
+    base_bits: int | None = None
+
+    @classmethod
+    def of(cls, args: Any) -> "Speed":
+        """Those of any object that has them."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    @property
+    def recompute(self) -> str:
+        if not self.gradient_checkpointing:
+            return "nothing"
+        return "all but attention" if self.keep_attention else "block"
+
+
+def set_up_blocks(transformer, speed: Speed, device: torch.device) -> dict[str, Any]:
+    """Have a transformer with its adapter run as asked, moved to the device. What was chosen, for the log.
+
+    On a CPU, with nothing asked for, blocks run as diffusers has them.
+    """
+    chosen = {}
+    if speed.base_bits:
+        chosen["base_bits"] = f"{speed.base_bits}, by {quantise_base(transformer, speed.base_bits, device)}"
+    fetch = stream_blocks(transformer, device).fetch if speed.stream_weights else None
+    if fetch is None:
+        transformer.to(device)
+    plain = speed == Speed(base_bits=speed.base_bits)
+    if device.type == "cpu" and plain:
+        return chosen
+    kernel, chosen["attention_kernel"] = choose_kernel(transformer, speed.attention_kernel, device)
+    transformer.run_block = BlockRunner(
+        attention=attention_by(kernel),
+        recompute=speed.recompute,
+        host=HostMemory(device) if speed.offload_activations else None,
+        compiler=torch.compile if speed.compile_blocks else None,
+        fetch=fetch,
+    )
+    return chosen
+
+
+def choose_kernel(transformer, asked: str, device: torch.device) -> tuple[str | None, str]:
+    """The kernel's name, None for PyTorch's own choice, and a line about it. "auto" on an accelerator: the fastest."""
+    if asked == "default" or (asked == "auto" and device.type == "cpu"):
+        return None, "PyTorch's choice"
+    if asked != "auto":
+        return asked, asked
+    config = transformer.config
+    seconds = time_kernels(device, transformer.dtype, config.num_attention_heads, config.attention_head_dim)
+    if not seconds:
+        return None, "PyTorch's choice"
+    times = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
+    return next(iter(seconds)), f"{next(iter(seconds))} (forward and backward of 8,192 tokens: {times})"

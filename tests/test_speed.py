@@ -1,0 +1,61 @@
+"""Settings about speed become a way to run blocks, and none but few bits changes a gradient."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_blocks import arguments, gradients, model_with_adapter
+
+from rlhf import speed as module
+from rlhf.speed import Speed, choose_kernel, set_up_blocks
+
+CPU = torch.device("cpu")
+RECOMPUTED = {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        RECOMPUTED,
+        RECOMPUTED | {"keep_attention": True},
+        RECOMPUTED | {"offload_activations": True},
+        RECOMPUTED | {"stream_weights": True, "keep_attention": True, "offload_activations": True},
+        {"attention_kernel": "flash"},
+    ],
+)
+def test_gradients_are_those_of_the_stock_blocks(settings):
+    model, inputs = model_with_adapter(torch.float32), arguments(torch.float32)
+    expected = gradients(model, inputs)
+    chosen = set_up_blocks(model, Speed(**settings), CPU)
+    assert (model.run_block is None) == (settings == {}), "on a CPU the default is left as it was"
+    assert chosen == ({"attention_kernel": settings.get("attention_kernel", "PyTorch's choice")} if settings else {})
+    for name, grad in gradients(model, inputs).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_recompute_follows_the_settings():
+    assert Speed().recompute == "nothing"
+    assert Speed(gradient_checkpointing=True).recompute == "block"
+    assert Speed(gradient_checkpointing=True, keep_attention=True).recompute == "all but attention"
+    args = SimpleNamespace(**vars(Speed(compile_blocks=True)), learning_rate=1.0)
+    assert Speed.of(args) == Speed(compile_blocks=True)
+
+
+def test_the_fastest_kernel_is_chosen_and_reported(monkeypatch):
+    model, asked = model_with_adapter(torch.float32), []
+
+    def times(*args):
+        asked.append(args)
+        return {"cudnn": 0.004, "flash": 0.006}
+
+    monkeypatch.setattr(module, "time_kernels", times)
+    device = torch.device("meta")  # any but a CPU
+    line = "cudnn (forward and backward of 8,192 tokens: cudnn 4.0 ms, flash 6.0 ms)"
+    assert choose_kernel(model, "auto", device) == ("cudnn", line)
+    assert asked == [(device, torch.float32, 2, 16)]
+    monkeypatch.setattr(module, "time_kernels", lambda *_: {})
+    assert choose_kernel(model, "auto", device)[0] is None
+    assert choose_kernel(model, "default", device)[0] is None
+    assert choose_kernel(model, "auto", CPU)[0] is None
+    assert choose_kernel(model, "efficient", device) == ("efficient", "efficient")

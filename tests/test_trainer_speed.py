@@ -1,0 +1,166 @@
+"""Settings about speed in whole runs: the exact ones train the same adapter, the others do what they say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPTS, redness
+from safetensors.torch import load_file
+from tiny import tiny_pipeline
+
+from rlhf.decoding import Decoder
+from rlhf.tracking import read_metrics
+from rlhf.trainer import RewardGradientTrainer
+
+CHECKPOINTED = {"gradient_checkpointing": True}
+DECODED = {"decode_chunk": 1, "decode_checkpoint": True}
+
+
+def trained(make_args, folder, **settings):
+    """The adapter of a run of three steps, and the run."""
+    args = make_args(output_dir=str(folder), num_inference_steps=4, num_grad_steps=2, **settings)
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
+    trainer.train()
+    return load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors"), trainer
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """Of default settings; made once."""
+    return {"folder": tmp_path_factory.mktemp("plain") / "run"}
+
+
+def plain(plain_run, make_args):
+    if "adapter" not in plain_run:
+        plain_run["adapter"], _ = trained(make_args, plain_run["folder"])
+    return plain_run["adapter"]
+
+
+def distance(found, expected):
+    return max((found[name] - t).abs().max().item() for name, t in expected.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        CHECKPOINTED | {"keep_attention": True, "stepwise_backward": True},
+        CHECKPOINTED | {"stream_weights": True, "offload_activations": True},
+        DECODED | {"decode_caches": "host", "stepwise_backward": True},
+        DECODED | {"decode_caches": "recompute", "guidance_together": True, "decode_channels_last": True},
+    ],
+)
+def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain_run, settings):
+    found, _ = trained(make_args, tmp_path / "run", **settings)
+    expected = plain(plain_run, make_args)
+    assert max(t.abs().max() for t in expected.values()) > 1e-2
+    assert distance(found, expected) < 2e-4  # AdamW turns rounding into steps where a gradient is nearly zero
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prefix_steps": 1},
+        {"second_order_prefix": True},
+        {"guidance_every": 2},
+        {"rollout_uses": 2},
+        {"decode_window": 2},
+        {"sampling_weights": "float8"},
+        {"vae_dtype": "bfloat16"},
+    ],
+)
+def test_other_settings_train_another_adapter(make_args, tmp_path, plain_run, settings):
+    found, _ = trained(make_args, tmp_path / "run", **settings)
+    assert distance(found, plain(plain_run, make_args)) > 1e-3
+    assert all(t.isfinite().all() for t in found.values())
+
+
+def test_a_merged_copy_follows_the_adapter(make_args, tmp_path, plain_run):
+    """In float32 merging rounds next to nothing away, as long as it is done anew after each step and a resume."""
+    settings = {"sampling_weights": "merged", "max_steps": 2, "save_steps": 2}
+    trained(make_args, tmp_path / "run", **settings)
+    resumed = {"max_steps": 3, "resume_from_checkpoint": "latest"}
+    found, trainer = trained(make_args, tmp_path / "run", **settings | resumed)
+    assert distance(found, plain(plain_run, make_args)) < 2e-4
+    assert not any("lora" in name for name, _ in trainer.fields.copy.model.named_modules())
+
+
+class Calls:
+    """Forward passes of the transformer in each step: with gradient and without."""
+
+    def __init__(self, trainer):
+        self.trainer, self.seen = trainer, []
+        trainer.pipe.transformer.register_forward_pre_hook(lambda *_: self.seen.append(torch.is_grad_enabled()))
+
+    def of_step(self, step):
+        self.seen.clear()
+        self.trainer.step(step)
+        return self.seen.count(False), self.seen.count(True)
+
+
+def stepper(make_args, **settings):
+    settings = {"num_inference_steps": 4, "num_grad_steps": 1, "max_steps": 8} | settings
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, make_args(**settings), PROMPTS)
+    trainer._begin()
+    return Calls(trainer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [(6, 2)] * 3),
+        ({"stepwise_backward": True}, [(8, 2)] * 3),
+        ({"prefix_steps": 1}, [(2, 2)] * 3),
+        ({"guidance_every": 3}, [(4, 2)] * 3),
+        ({"guidance_together": True}, [(3, 1)] * 3),
+        ({"sampling_weights": "merged"}, [(0, 2)] * 3),
+        ({"rollout_uses": 3}, [(6, 2), (0, 2), (0, 2), (6, 2)]),
+        ({"rollout_uses": 2, "gradient_accumulation_steps": 2}, [(12, 4), (6, 4), (6, 4), (6, 4)]),
+    ],
+)
+def test_how_often_the_transformer_runs(make_args, settings, expected):
+    calls = stepper(make_args, **settings)
+    assert [calls.of_step(step) for step in range(len(expected))] == expected
+
+
+def test_a_rollout_that_is_used_again_keeps_its_prompts_and_noise(make_args):
+    calls = stepper(make_args, rollout_uses=2)
+    prompts = []
+    for step in range(4):
+        text = calls.trainer.text
+        calls.trainer.text = lambda given, device, text=text: prompts.append(given) or text(given, device)
+        calls.trainer.step(step)
+        calls.trainer.text = text
+    assert prompts[0] == prompts[1] != prompts[2] == prompts[3]
+
+
+def test_a_resumed_run_has_the_prompts_of_the_rollout_in_use(make_args, tmp_path):
+    settings = {"rollout_uses": 4, "max_steps": 2, "save_steps": 2}
+    trained(make_args, tmp_path / "run", **settings)
+    _, trainer = trained(make_args, tmp_path / "run", **settings | {"max_steps": 3, "resume_from_checkpoint": "latest"})
+    assert trainer.state.global_step == 3
+
+
+def test_the_window_moves_over_the_frames_and_fits(make_args, tmp_path):
+    args = make_args(decode_window=2)
+    decoder = Decoder(None, 5, args, torch.device("cpu"))
+    windows = [decoder.window(step) for step in range(40)]
+    assert {first for first, _ in windows} == {0, 1, 2, 3}
+    assert all(last - first == 2 for first, last in windows)
+    assert windows == [decoder.window(step) for step in range(40)], "the same after a resume"
+    args.decode_window = 9
+    assert decoder.window(3) == (0, 5)
+    args.decode_window = None
+    assert decoder.window(3) == (0, 5)
+
+
+def test_the_saturated_share_is_logged(make_args, tmp_path):
+    _, trainer = trained(make_args, tmp_path / "run")
+    rows = read_metrics(Path(trainer.args.output_dir))
+    assert all(0 <= row["saturated"] <= 1 for row in rows)
+
+
+def test_what_was_chosen_is_told(make_args, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("rlhf.trainer.RunLog.say", lambda log, text: told.append(text))
+    trained(make_args, tmp_path / "run", attention_kernel="flash", max_steps=1)
+    assert told == ["attention_kernel: flash"]
