@@ -143,7 +143,8 @@ def test_attention_is_freed_with_the_graph_and_needs_no_garbage_collector():
     try:
         (v,) = model(*inputs, return_dict=False)
         alive = [x() for x in seen if x() is not None]
-        assert [x.untyped_storage().nbytes() for x in alive] == [0] * 9, "ends of the graph, without numbers"
+        assert alive, "the ends of the graph"
+        assert not any(x.untyped_storage().nbytes() for x in alive), "without numbers"
         v.sum().backward()
         del v, alive
         assert not any(x() is not None for x in seen)
