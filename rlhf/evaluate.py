@@ -17,7 +17,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_share
 from rlhf.sampler import draw_noise
-from rlhf.trackers import show
+from rlhf.trackers import Clip
 from rlhf.tracking import EvaluationBar, write_samples
 
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
@@ -54,6 +54,7 @@ class HeldOut:
         make_videos: prompts and noise (B, C, T, H, W) to whole videos (B, 3, T, H, W) in [0, 1], by the current model.
         judges: rewards by name, trained on or not.
         noise_shape_CTHW: of the latents of one video.
+        show: (step, samples) -> None, shows samples that are written.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class HeldOut:
         args: RewardGradientConfig,
         accelerator,
         fps: int,
+        show: Callable[[int, list[Clip]], None] = lambda step, clips: None,
     ):
         self.make_videos, self.judges, self.prompts = make_videos, judges, prompts
         self.noise_shape, self.args, self.accelerator, self.fps = noise_shape_CTHW, args, accelerator, fps
-        self.folder = Path(args.output_dir)
+        self.folder, self.show = Path(args.output_dir), show
         self.diversity_count = min(args.num_diversity_prompts, len(prompts))
 
     @torch.no_grad()
@@ -139,8 +141,7 @@ class HeldOut:
 
     def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
         if self._is_main:
-            clips = write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps)
-            show(self.accelerator.trackers, step, clips)
+            self.show(step, write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps))
 
     @property
     def _is_main(self) -> bool:

@@ -60,9 +60,9 @@ class Clip:
         return file.getvalue()
 
 
-def show(trackers: list, step: int, clips: list[Clip]) -> None:
-    """Show sample videos in those of the trackers that can; the others have the metrics, and samples/ the files."""
-    for tracker in trackers:
+def show(accelerator, step: int, clips: list[Clip]) -> None:
+    """Show sample videos in those of its trackers that can; the others have the metrics, and samples/ the files."""
+    for tracker in accelerator.trackers:
         if tracker.name in SHOWN_BY and clips:
             SHOWN_BY[tracker.name](tracker, step, clips)
 

@@ -39,7 +39,7 @@ from rlhf.report import reported
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
 from rlhf.setup import adapt, checked_inputs, encode_and_release, latent_shape, load_base, load_prompt_sets, mix_rewards
-from rlhf.trackers import tracked
+from rlhf.trackers import show, tracked
 from rlhf.tracking import Cost, RunLog
 from rlhf.types import Conditioning
 from rlhf.watch import Watch
@@ -99,7 +99,8 @@ class RewardGradientTrainer:
         self.watch = None
         if self.eval_prompts:
             sample = partial(self._sample, self.fields.tuned)
-            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.accelerator, fps)
+            shown = partial(show, self.accelerator)
+            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.accelerator, fps, shown)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters, self.callbacks.tell)
         self.last_batch, self.skipped = None, 0  # video, prompts and info that were scored last; steps in a row
         self.callbacks.tell("on_init_end")

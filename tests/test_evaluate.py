@@ -13,7 +13,7 @@ PROMPTS = [f"prompt {i}" for i in range(5)]
 
 
 class OneProcess:
-    num_processes, process_index, is_main_process, device, trackers = 1, 0, True, torch.device("cpu"), []
+    num_processes, process_index, is_main_process, device = 1, 0, True, torch.device("cpu")
 
     def reduce(self, tensor, how):
         return tensor

@@ -97,7 +97,7 @@ def test_videos_reach_libraries_that_run_on_a_server(library, make_args, tmp_pat
     accelerator = Accelerator(cpu=True, log_with=name)
     clips = write_samples(tmp_path, 7, ["a", "b"], torch.zeros(2, 3, 5, 32, 32, dtype=torch.uint8), fps=8)
     with tracked(accelerator, make_args(report_to=[name])):
-        show(accelerator.trackers, 7, clips)
+        show(accelerator, 7, clips)
     ((step, values),) = library.run.logged
     assert (step, list(values)) == (7, ["samples/00", "samples/01"])
     assert [shown.caption for shown in values.values()] == ["a", "b"]
@@ -111,4 +111,4 @@ def test_videos_reach_libraries_that_run_on_a_server(library, make_args, tmp_pat
 
 
 def test_a_tracker_that_shows_no_videos_is_left_alone():
-    show([types.SimpleNamespace(name="mlflow")], 1, [video()])
+    show(types.SimpleNamespace(trackers=[types.SimpleNamespace(name="mlflow")]), 1, [video()])
