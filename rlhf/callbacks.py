@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rlhf.config import RewardGradientConfig
@@ -12,9 +13,9 @@ Tell = Callable[..., None]
 
 
 class Callbacks:
-    """The listeners of a run, on each process, in the order given. docs/callbacks.md says when each event comes.
+    """The listeners of a run, on each process, in the order given. docs/watching.md says when each event comes.
 
-    told: what every listener gets by name besides the settings, `state` and `control`.
+    model, optimizer: what every event hands over by these names, besides the settings, `state` and `control`.
     """
 
     def __init__(
@@ -22,10 +23,12 @@ class Callbacks:
         listeners: list[TrainerCallback | type[TrainerCallback]] | None,
         args: RewardGradientConfig,
         accelerator,
-        **told,
+        model: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ):
         self.listeners = [listener() if isinstance(listener, type) else listener for listener in listeners or []]
-        self.args, self.accelerator, self.told = args, accelerator, told
+        self.args, self.accelerator = args, accelerator
+        self.told = {"model": model, "optimizer": optimizer}
         self.control = TrainerControl()
         self.state = TrainerState(
             max_steps=args.max_steps,

@@ -27,7 +27,7 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import not_finite, require_gradient
+from rlhf.failures import Skips, not_finite, require_gradient
 from rlhf.fields import Fields
 from rlhf.lora import save_adapter
 from rlhf.losses import reward_loss, score, score_metrics
@@ -57,7 +57,7 @@ class RewardGradientTrainer:
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
         peft_config: another adapter than the LoRA that args describe.
         opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
-        callbacks: `transformers.TrainerCallback`s, as docs/callbacks.md describes; they may stop, evaluate and save.
+        callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
 
     Raises ConfigError, with everything that is wrong at once, and RewardError for a reward that cannot train, before
     any weight of the model is loaded.
@@ -88,8 +88,7 @@ class RewardGradientTrainer:
         self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.device)
         self.fields = Fields(self.pipe.transformer, self.masters, args)
         self.optimizer = make_optimizer(self.masters.vector, args)
-        told = {"model": self.pipe.transformer, "optimizer": self.optimizer}
-        self.callbacks = Callbacks(callbacks, args, self.accelerator, **told)
+        self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
         self.state = self.callbacks.state
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
         frames = max(frames_needed(reward, args.num_frames) for reward in self.rewards.rewards.values())
@@ -102,7 +101,7 @@ class RewardGradientTrainer:
             shown = partial(show, self.accelerator)
             held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.accelerator, fps, shown)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters, self.callbacks.tell)
-        self.last_batch, self.skipped = None, 0  # video, prompts and info that were scored last; steps in a row
+        self.last_batch, self.skips = None, Skips(args.max_skipped_steps)  # video, prompts and info scored last
         self.callbacks.tell("on_init_end")
 
     # ---------------------------------------------------------------------------------------------- the run
@@ -200,8 +199,9 @@ class RewardGradientTrainer:
         norm = self.masters.vector.grad.norm().item()
         place = {"step": step + 1, "epoch": (step + 1) * self.batches.samples_per_step / len(self.batches.prompts)}
         if error := not_finite(scores_SR, norm, self.failure, self.rewards, self.last_batch, self.accelerator):
-            return place | self._skip(error) | cost.so_far()
-        self.skipped = 0
+            self.optimizer.zero_grad(set_to_none=False)
+            return place | self.skips.add(error) | cost.so_far()
+        self.skips.in_a_row = 0
         require_gradient(norm, self.state.global_step, self.rewards)
         clip_gradient(self.masters.vector.grad, norm, args.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, args)
@@ -219,14 +219,6 @@ class RewardGradientTrainer:
             **cost.so_far(),
             "samples": (step + 1) * self.batches.samples_per_step,
         }
-
-    def _skip(self, error: Exception) -> dict:
-        """Take no step; raises the error if too many in a row could not be taken."""
-        if self.skipped == self.args.max_skipped_steps:
-            raise error
-        self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=False)
-        return {"skipped": self.skipped, "why": str(error)}
 
     def _reward_gradient(self, step: int, micro: int) -> dict[str, torch.Tensor]:
         """One batch, forward and back: its gradient goes to the masters. Its loss, reward and scores, (B,) each."""
