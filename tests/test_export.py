@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,16 @@ def test_exported_adapter_is_read_by_load_lora_weights(run, tmp_path, scale):
     pipe.load_lora_weights(tmp_path / "out")
     torch.testing.assert_close(velocity(pipe), expected, atol=1e-5, rtol=1e-5)
     assert all(key.startswith("transformer.") for key in load_file(tmp_path / "out" / ADAPTER_FILE))
+
+
+@pytest.mark.parametrize("kind", ["--merged", "--adapter"])
+def test_what_the_card_says_of_its_use_works(run, tmp_path, monkeypatch, kind):
+    main([str(run), kind, str(tmp_path / "out")])
+    (block,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(run.parent)  # where "base" is
+    names = {}
+    exec(block.replace("path/to/this/folder", str(tmp_path / "out")), names)
+    assert names["frames"].shape[-1] == 3
 
 
 @pytest.mark.parametrize("kind", ["--merged", "--adapter"])
