@@ -1,8 +1,8 @@
 """Gradient-free baselines on the same model, adapter, reward and prompts: policy gradients, and the best of n samples.
 
 Flow-GRPO (arXiv 2505.05470) makes the sampler of a flow stochastic, so that a step has a probability, and ascends
-advantage times log-probability with PPO's clipped ratio; its advantages are relative to a group of videos of one prompt.
-With advantages relative to the batch it is DDPO (arXiv 2305.13301) for flows. Neither asks the reward for a gradient.
+advantage times log-probability with PPO's clipped ratio; advantages are relative to a group of videos of one prompt.
+Relative to the batch it is DDPO (arXiv 2305.13301) for flows. Neither asks the reward for a gradient.
 
 Shape legend: B batch, C channels, T latent frames, H W latent height and width, N denoising steps.
 """

@@ -17,7 +17,6 @@ study_sweep.json; the study takes the variants that gained most trained reward t
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -155,7 +154,6 @@ def run_of(study: Study, about: dict, settings: dict) -> tuple[dict, Callable]:
 
 def main(argv: list[str] | None = None) -> None:
     given = arguments(argv)
-    os.environ["TQDM_DISABLE"] = "1"  # in all processes: bars of many runs at a time say nothing
     device = pick_device(given.device)
     on_cpu = device.type == "cpu"
     jobs = given.jobs or (1 if on_cpu else 6)
@@ -193,7 +191,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=80, help="the budget, in steps of the default recipe (%(default)s)"
     )
-    parser.add_argument("--timed", type=int, default=10, help="steps by which an arm is timed (default: %(default)s)")
+    parser.add_argument("--timed", type=int, default=12, help="steps by which an arm is timed (default: %(default)s)")
     parser.add_argument("--device", help="kind of device; default: the accelerator of this machine")
     parser.add_argument("--devices", type=int, nargs="+", default=[0], help="which of them (default: 0)")
     parser.add_argument("--jobs", type=int, help="runs at a time on a device; default: 1 on a CPU, else 6")

@@ -4,7 +4,9 @@ A worker process makes many of them: it imports and loads the judges once.
 """
 
 import dataclasses
+import io
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -63,6 +65,7 @@ class Conditions:
 
 def start_worker(counter, devices: list[int], threads: int) -> None:
     """Give this process its device and its share of the cores; called once in each."""
+    sys.stderr = io.StringIO()  # progress bars of many runs at a time
     torch.set_num_threads(threads)
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
