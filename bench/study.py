@@ -59,20 +59,29 @@ class Study:
             )
         self.about |= environment(device) | now
         self.costs = self.about.setdefault("seconds_per_step", {})
+        if SWEEP.exists():  # on the same machine a step takes what it took there
+            swept = json.loads(SWEEP.read_text())["environment"]
+            same = all(swept.get(key) == self.about[key] for key in ("device", "cores", "torch", "flags"))
+            self.costs |= {key: value for key, value in swept.get("seconds_per_step", {}).items() if same} | self.costs
 
     def calibrate(self, all_settings: list[dict], with_samples: bool) -> None:
         """Time what is not timed yet, one after the other; then the budget is known."""
         alone = replace(self.conditions, threads=None)
-        if "base" not in self.about:
-            self.about["base"] = self._alone(study_runs.evaluate_base, alone)
+        self.about["base"] = self._alone(study_runs.evaluate_base, alone)
         for settings in [settings_of(DEFAULT, {}), *all_settings]:
             if (key := cost_key(settings)) not in self.costs:
-                self.costs[key] = self._alone(study_runs.seconds_per_step, settings, self.timed, alone)
-                print(f"a step: {self.costs[key]:.3f} s with {key}", flush=True)
-                self.write()
+                self._time(key, settings, alone)
         if with_samples and "seconds_per_sample" not in self.about:
             self.about["seconds_per_sample"] = self._alone(study_runs.seconds_per_sample, self.timed, alone)
         self.about["budget_seconds"] = self.steps * self.costs[cost_key(settings_of(DEFAULT, {}))]
+        self.write()
+
+    def _time(self, key: str, settings: dict, alone: Conditions) -> None:
+        try:
+            self.costs[key] = self._alone(study_runs.seconds_per_step, settings, self.timed, alone)
+            print(f"a step: {self.costs[key]:.3f} s with {key}", flush=True)
+        except Exception as error:  # its runs will say so; the others go on
+            print(f"could not time {key}: {type(error).__name__}: {error}", flush=True)
         self.write()
 
     def _alone(self, function: Callable, *arguments):
@@ -130,8 +139,9 @@ def train_tasks(study: Study, arms: list[str], seeds: list[int], chosen: dict) -
     for seed in seeds:
         tasks += [run_of(study, {"arm": arm, "seed": seed}, given) for arm, given in settings.items()]
         if BEST_OF in arms:
+            about = {"arm": BEST_OF, "seed": seed, "settings": {"n": study.samples()}}
             given = seed, study.samples(), REPORT_AT, study.about["seconds_per_sample"], study.conditions
-            tasks.append(({"arm": BEST_OF, "seed": seed}, partial(study_runs.best_of_n, *given)))
+            tasks.append((about, partial(study_runs.best_of_n, *given)))
     return tasks
 
 
@@ -147,6 +157,8 @@ def sweep_tasks(study: Study, arms: list[str], seeds: list[int]) -> list[tuple[d
 
 
 def run_of(study: Study, about: dict, settings: dict) -> tuple[dict, Callable]:
+    if cost_key(settings) not in study.costs:
+        return about, study_runs.not_timed
     steps = study.steps_of(settings)
     about = about | {"settings": settings, "steps": steps, "device_seconds": steps * study.costs[cost_key(settings)]}
     return about, partial(study_runs.train, settings, about["seed"], steps, study.conditions)

@@ -34,6 +34,7 @@ ARMS = {name + end: arm | more for name, arm in GRADIENT.items() for end, more i
 }
 
 RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]
+GRADIENT_VARIANTS = [*RATES, {"per_device_train_batch_size": 32}]
 POLICY_VARIANTS = [
     *RATES,
     {"learning_rate": 3e-3, "noise_level": 0.4},
@@ -46,9 +47,9 @@ POLICY_VARIANTS = [
     {"per_device_train_batch_size": 32},
 ]
 VARIANTS = {  # the first of equal ones is kept; an arm with drift control takes what was chosen for the same without
-    **dict.fromkeys(GRADIENT, RATES),
-    "DRTune": [*RATES, *(rate | {"num_grad_steps": 2} for rate in RATES)],
-    "SRPO": [*RATES, {"learning_rate": 1e-4}],
+    **dict.fromkeys(GRADIENT, GRADIENT_VARIANTS),
+    "DRTune": [*GRADIENT_VARIANTS, *(rate | {"num_grad_steps": 2} for rate in RATES)],
+    "SRPO": [*GRADIENT_VARIANTS, {"learning_rate": 1e-4}],
     "Flow-GRPO": [*POLICY_VARIANTS, {"group_size": 4}, {"group_size": 16}],
     "DDPO": POLICY_VARIANTS,
 }

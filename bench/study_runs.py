@@ -129,6 +129,10 @@ def timed_mean(once: Callable[[int], object], count: int, device: torch.device) 
     return (time.perf_counter() - began) / count
 
 
+def not_timed() -> list[dict]:
+    raise RuntimeError("a step could not be timed, so no number of steps takes the budget; see the log")
+
+
 # ------------------------------------------------------------------------------------------------------ runs
 
 
