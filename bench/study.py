@@ -106,10 +106,11 @@ class Study:
         running = {self.pool.submit(study_runs.guarded, task, about): about for about, task in todo}
         for number, job in enumerate(as_completed(running), 1):
             about = running[job]
-            for row in job.result():
-                self.put(about | row)
+            rows = [about | row for row in job.result()]
+            for row in rows:
+                self.put(row)
             what = ", ".join(f"{key} {value}" for key, value in about.items() if key != "settings")
-            print(f"{number}/{len(todo)}: {what}: {told(job.result()[-1])}", flush=True)
+            print(f"{number}/{len(todo)}: {what}: {told(rows[-1])}", flush=True)
 
     def put(self, row: dict) -> None:
         """Add a row, in place of an earlier one of the same arm, seed and variant."""
