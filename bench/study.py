@@ -173,8 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     devices = [] if on_cpu else given.devices
     workers = jobs * max(1, len(devices))
     threads = max(1, available_cores() // workers)
-    context = multiprocessing.get_context("forkserver")  # whose server imports once for all workers
-    context.set_forkserver_preload(["study_runs"])
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # an accelerator that a parent has looked at can't be used after a fork
     start = partial(study_runs.start_worker, context.Value("i", 0), devices, threads)
     with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(workers, context, start) as pool:
         conditions = Conditions(

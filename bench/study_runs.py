@@ -83,6 +83,7 @@ def guarded(task: Callable[[], list[dict]], about: dict) -> list[dict]:
 
 
 @lru_cache(maxsize=1)
+@torch.enable_grad()  # for their probe, wherever they are asked for first
 def judges_of(conditions: Conditions) -> dict[str, Callable]:
     return open_rewards(conditions.args({}, 0, 1))
 
