@@ -13,9 +13,9 @@ and is made again next time. --sweep tries each arm's variants on other seeds an
 study_sweep.json; the study takes the variants that gained most trained reward there. Then
 `python bench/study_report.py` makes the tables, plots and sentences. What follows --flags goes to every run.
 
-Prediction: gradients of the reward gain more for their time than policy gradients, and far more for each query; all four
-steps in the window gain most on the verifier; drift control costs steps and trained reward, and narrows the distance of
-trained to held-out gain; the best of n is hard to beat while few videos are wanted.
+Prediction: gradients of the reward gain more for their time than policy gradients, and far more for each query; all
+four steps in the window gain most on the verifier; drift control costs steps and trained reward, and narrows the
+distance of trained to held-out gain; the best of n is hard to beat while few videos are wanted.
 """
 
 import argparse

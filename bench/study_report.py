@@ -11,63 +11,16 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
-from rlhf.compare import student_t_975
+from study_numbers import DEFAULT, MEASURES, against_default, by_arm, gains, mean_interval, named
+from study_plots import plot_costs, plot_gains
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "bench" / "results", ROOT / "docs" / "images"
 PLACE = re.compile(r"(<!-- study: (\S+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
 NOTHING = "Not measured yet.\n"
-DEFAULT = "DRaFT-K"
-MEASURES = {  # heading, and whether the difference is in hundredths, relative to the base, or neither
-    "trained": ("trained reward", None),
-    "verifier": ("verifier, points", "hundredths"),
-    "clip": ("CLIP score", None),
-    "motion": ("motion, %", "relative"),
-    "diversity": ("diversity, %", "relative"),
-}
 HELD_OUT = ("verifier", "clip")
-
-
-# --------------------------------------------------------------------------------------------------- numbers
-
-
-def by_arm(result: dict) -> dict[str, list[dict]]:
-    """The rows of runs that ended well, by arm, the arm with the highest verifier first."""
-    arms: dict[str, list[dict]] = {}
-    for row in result["rows"]:
-        if "error" not in row:
-            arms.setdefault(row["arm"], []).append(row)
-    return dict(sorted(arms.items(), key=lambda item: -statistics.mean(gains(item[1], "verifier"))))
-
-
-def gains(rows: list[dict], measure: str) -> list[float]:
-    """The difference to the base of each seed, in the measure's unit."""
-    kind = MEASURES[measure][1]
-    return [
-        100 * (row[measure]["tuned"] / row[measure]["base"] - 1)
-        if kind == "relative"
-        else row[measure]["diff"] * (100 if kind else 1)
-        for row in rows
-    ]
-
-
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t, as for five seeds it has to be; a single one has none."""
-    if len(values) < 2:
-        return values[0], math.nan
-    return statistics.mean(values), student_t_975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def against_default(arms: dict[str, list[dict]], arm: str, measure: str) -> tuple[float, float] | None:
-    """The same of the differences to the default recipe, seed by seed; None with fewer than two seeds in common."""
-    ours = dict(zip((row["seed"] for row in arms[DEFAULT]), gains(arms[DEFAULT], measure), strict=True))
-    pairs = [
-        value - ours[row["seed"]]
-        for row, value in zip(arms[arm], gains(arms[arm], measure), strict=True)
-        if row["seed"] in ours
-    ]
-    return mean_interval(pairs) if len(pairs) > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -95,12 +48,6 @@ def gains_table(result: dict, measures: tuple[str, ...] = tuple(MEASURES)) -> st
         cells = [cell(*mean_interval(gains(rows, m)), form_of(m)) for m in measures]
         lines.append([named(arm, rows), str(len(rows)), steps, *cells])
     return table(["arm", "seeds", "steps", *headings], lines)
-
-
-def named(arm: str, rows: list[dict]) -> str:
-    n = rows[0]["settings"].get("n")
-    name = f"{arm}, n = {n}" if arm == "best-of-n" else arm
-    return f"**{name}**" if arm == DEFAULT else name
 
 
 def cost_table(result: dict) -> str:
@@ -197,68 +144,6 @@ def _against_default(arms: dict[str, list[dict]]) -> list[str]:
         told = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
         lines.append(f"- {MEASURES[measure][0].split(',')[0].capitalize()} against {DEFAULT}, seed by seed: {told}.")
     return lines
-
-
-# ------------------------------------------------------------------------------------------------------ plots
-
-
-def plot_gains(result: dict, path: Path) -> None:
-    """Each arm's gains with their intervals, side by side for the trained reward and the verifier."""
-    pyplot, arms = _pyplot(), by_arm(result)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(arms) + 1.1), sharey=True)
-    names = [named(arm, rows).strip("*") for arm, rows in arms.items()]
-    for axis, measure in zip(axes, ("trained", "verifier"), strict=True):
-        found = [mean_interval(gains(rows, measure)) for rows in arms.values()]
-        for place, (arm, (mean, half)) in enumerate(zip(arms, found, strict=True)):
-            axis.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="o", color=color_of(arm), capsize=3)
-        axis.set_title(f"{MEASURES[measure][0]}, tuned less base", fontsize=10, loc="left")
-        axis.axvline(0, color="#8a8f98", linewidth=1)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-    axes[0].invert_yaxis()
-    _finish(figure, axes, path)
-
-
-def plot_costs(result: dict, path: Path) -> None:
-    """Left: held-out against trained gain; cheating is low on the right. Right: held-out gain over reward queries."""
-    pyplot, arms = _pyplot(), by_arm(result)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True)
-    for arm, rows in arms.items():
-        trained, verifier = (statistics.mean(gains(rows, m)) for m in ("trained", "verifier"))
-        for axis, x in zip(axes, (trained, rows[0]["queries"]), strict=True):
-            axis.plot(x, verifier, "o", color=color_of(arm), markersize=5)
-            axis.annotate(
-                arm.replace("drift control", "d."), (x, verifier), fontsize=6, xytext=(4, 2), textcoords="offset points"
-            )
-    axes[0].set_xlabel("trained reward, tuned less base", fontsize=9)
-    axes[1].set_xlabel("videos that the trained reward scored", fontsize=9)
-    axes[1].set_xscale("log")
-    axes[0].set_ylabel("verifier, points", fontsize=9)
-    _finish(figure, axes, path)
-
-
-def color_of(arm: str) -> str:
-    """Blue: by reward gradient; orange: policy gradient; green: none."""
-    return "#2ca02c" if arm.startswith("best") else "#e8710a" if arm.startswith(("Flow", "DDPO")) else "#1f6feb"
-
-
-def _finish(figure, axes, path: Path) -> None:
-    for axis in axes:
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    figure.clear()
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 # ------------------------------------------------------------------------------------------------------- main

@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "bench"))  # where its scripts find each other
 import baselines
 import study
 import study_arms
+import study_numbers
 import study_report
 import study_runs
 from baselines import GroupedBatches, Policy, PolicyGradientTrainer, Trajectory
@@ -385,9 +386,9 @@ RESULT = result_of(
 
 
 def test_intervals_are_students_over_seeds():
-    mean, half = study_report.mean_interval([0.1, 0.2, 0.3])
+    mean, half = study_numbers.mean_interval([0.1, 0.2, 0.3])
     assert (mean, half) == (pytest.approx(0.2), pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4))
-    assert math.isnan(study_report.mean_interval([0.1])[1])
+    assert math.isnan(study_numbers.mean_interval([0.1])[1])
 
 
 def test_what_is_found_is_told_also_where_a_baseline_wins():
