@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -50,7 +51,7 @@ class Study:
 
     def __init__(self, path: Path, conditions: Conditions, steps: int, timed: int, pool: ProcessPoolExecutor):
         self.path, self.conditions, self.steps, self.timed, self.pool = path, conditions, steps, timed, pool
-        device = pick_device(conditions.device)
+        device, self.began = pick_device(conditions.device), time.perf_counter()
         kept = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
         self.about, self.rows = kept["environment"], kept["rows"]
         now = {"config": "configs/nano.yaml", "steps": steps, "flags": list(conditions.flags)}
@@ -62,6 +63,7 @@ class Study:
                 "give those again, or another --output"
             )
         self.about |= environment(device) | now
+        self.took = self.about.get("wall_seconds", 0.0)  # by earlier calls
         self.costs = self.about.setdefault("seconds_per_step", {})
         if SWEEP.exists():  # on the same machine a step takes what it took there
             swept = json.loads(SWEEP.read_text())["environment"]
@@ -106,7 +108,8 @@ class Study:
     def run(self, tasks: list[tuple[dict, Callable]]) -> None:
         """All tasks that are not done, each (what tells its row from others, what makes it)."""
         todo = [(about, task) for about, task in tasks if not self.is_done(about)]
-        print(f"{len(todo)} runs to make, {len(tasks) - len(todo)} done", flush=True)
+        minutes = len(todo) * self.about["budget_seconds"] / 60
+        print(f"{len(todo)} runs to make, {minutes:.0f} minutes one by one; {len(tasks) - len(todo)} done", flush=True)
         running = {self.pool.submit(study_runs.guarded, task, about): about for about, task in todo}
         for number, job in enumerate(as_completed(running), 1):
             about = running[job]
@@ -124,6 +127,7 @@ class Study:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.about["wall_seconds"] = self.took + time.perf_counter() - self.began
         unfinished = self.path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps({"environment": self.about, "rows": self.rows}, indent=1) + "\n")
         unfinished.replace(self.path)

@@ -111,7 +111,8 @@ def conditions(result: dict) -> str:
         f"Measured on {about['device']} ({about['cores']} cores), torch {about['torch']}. Budget of each arm: "
         f"{about['budget_seconds']:.1f} device-seconds, the time of {about['steps']} steps of {DEFAULT}. "
         f"{about['eval_prompts']} held-out prompts; the base has a trained reward of {base['nano_preference']:.3f} and "
-        f"a verifier accuracy of {100 * base['nano_verifier']:.1f} %.{failures(result)}\n"
+        f"a verifier accuracy of {100 * base['nano_verifier']:.1f} %. All of it took {about['wall_seconds'] / 60:.0f} "
+        f"minutes.{failures(result)}\n"
     )
 
 

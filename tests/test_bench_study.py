@@ -327,6 +327,7 @@ def test_arms_get_the_same_time_and_failures_are_told_and_made_again(fake_runs, 
     fake_runs["trained"].clear()
     fake_runs["broken"] = False
     again = run_study(tmp_path, [*arms[:3]])
+    assert again["environment"]["wall_seconds"] > result["environment"]["wall_seconds"] > 0
     assert fake_runs["trained"] == [("drtune", 0, 10), ("drtune", 1, 10)]
     assert not any("error" in row for row in again["rows"] if row["arm"] == "DRTune")
     assert len(again["rows"]) == len(result["rows"])
@@ -369,7 +370,7 @@ def test_a_run_that_diverged_is_an_error(tmp_path, monkeypatch):
 
 def result_of(gains: dict[str, list[float]]) -> dict:
     about = {"device": "a chip", "cores": 2, "torch": "2.15", "budget_seconds": 12.0, "steps": 80, "eval_prompts": 128}
-    about |= {"base": {"nano_preference": 0.8, "nano_verifier": 0.6}}
+    about |= {"base": {"nano_preference": 0.8, "nano_verifier": 0.6}, "wall_seconds": 1230.0}
     rows = []
     for arm, values in gains.items():
         for seed, gain in enumerate(values):
@@ -402,7 +403,8 @@ def test_what_is_found_is_told_also_where_a_baseline_wins():
         study_report.cost_table(RESULT)
     )
     failed = RESULT["rows"] + [{"arm": "ReFL", "seed": 3, "error": "ValueError: nan"}]
-    assert "Runs that failed: ReFL, seed 3 (ValueError: nan)." in study_report.conditions(RESULT | {"rows": failed})
+    told = study_report.conditions(RESULT | {"rows": failed})
+    assert "All of it took 20 minutes. Runs that failed: ReFL, seed 3 (ValueError: nan)." in told
 
 
 def test_the_guide_says_what_is_not_measured_and_is_filled_when_it_is(tmp_path):
