@@ -392,6 +392,14 @@ def test_intervals_are_students_over_seeds():
     assert math.isnan(study_numbers.mean_interval([0.1])[1])
 
 
+def test_differences_to_the_default_are_of_the_same_seeds():
+    arms = study_numbers.by_arm(RESULT)
+    one_more = arms["SRPO"] + [arms["SRPO"][0] | {"seed": 7}]
+    expected = study_numbers.mean_interval([-10.0, -15.0, -20.0])
+    assert study_numbers.against_default(arms | {"SRPO": one_more}, "SRPO", "verifier") == pytest.approx(expected)
+    assert study_numbers.against_default(arms | {"SRPO": one_more[-1:]}, "SRPO", "verifier") is None
+
+
 def test_what_is_found_is_told_also_where_a_baseline_wins():
     told = study_report.findings(RESULT)
     assert "Highest verifier, points: DDPO, +40.3" in told
