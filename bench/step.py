@@ -173,7 +173,7 @@ def guided(rig: Rig, together: bool = False) -> Velocity:
 
 
 def measure(work: Callable[[], dict | None], device: torch.device, repeats: int, warm: bool) -> dict:
-    """The median of the repeats and the most memory of any. Not warm: a call before, apart, which loads and compiles."""
+    """Median time and most memory of the repeats. Not warm: after one call more, apart, which loads and compiles."""
     seconds, peaks, told = [], [], None
     try:
         for _ in range(repeats if warm else 1 + repeats):
