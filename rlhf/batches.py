@@ -21,19 +21,19 @@ class Batch:
 class Batches:
     """The batches of a run."""
 
-    def __init__(self, args: RewardGradientConfig, accelerator, prompts: list[str], noise_shape_CTHW: tuple, fps: int):
-        self.args, self.accelerator, self.prompts, self.fps = args, accelerator, prompts, fps
+    def __init__(self, args: RewardGradientConfig, layout, prompts: list[str], noise_shape_CTHW: tuple, fps: int):
+        self.args, self.layout, self.prompts, self.fps = args, layout, prompts, fps
         self.noise_shape = noise_shape_CTHW
-        self.size, self.processes = args.per_device_train_batch_size, accelerator.num_processes
+        self.size, self.processes = args.per_device_train_batch_size, layout.num_processes
         self.samples_per_step = self.size * args.gradient_accumulation_steps * self.processes  # over all processes
 
     def batch(self, step: int, micro: int) -> Batch:
         """This process's batch number `micro` of a step. A sample's noise has the key (step, place in the step)."""
-        start = (micro * self.processes + self.accelerator.process_index) * self.size
+        start = (micro * self.processes + self.layout.process_index) * self.size
         keys = [(step, start + i) for i in range(self.size)]
 
         def noise(purpose: str) -> torch.Tensor:
-            return draw_noise(self.noise_shape, self.args.seed, purpose, keys).to(self.accelerator.device)
+            return draw_noise(self.noise_shape, self.args.seed, purpose, keys).to(self.layout.device)
 
         return Batch(self.prompts_at(step * self.samples_per_step + start, self.size), noise)
 

@@ -13,7 +13,9 @@ from rlhf.checkpoint import find_checkpoint, read_state
 from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
 from rlhf.contentv.files import model_config
 from rlhf.device import local_device, pick_device
+from rlhf.layout import started_processes
 from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, method_problems
+from rlhf.parallel_checks import parallel_problems
 from rlhf.prompts import load_prompts
 from rlhf.run_folder import run_in
 from rlhf.speed_checks import speed_problems
@@ -207,6 +209,7 @@ def _sampling(args, card):
         yield f"num_frames={args.num_frames} is not {every}k+1, as the VAE of {args.model} needs; use {near}"
     yield from method_problems(args, card["transformer"]["num_layers"])
     yield from speed_problems(args)
+    yield from parallel_problems(args, started_processes())
 
 
 def _guards(args, eval_prompts):

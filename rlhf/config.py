@@ -166,6 +166,14 @@ class RewardGradientConfig:
     )
     decode_channels_last: bool = _key(False, "Order the VAE's weights with channels innermost.")
 
+    # Several devices; data parallel over the rest of the processes. docs/scaling.md says which layout when
+    guidance_parallel: int = _key(1, "2: the two branches of guidance run on two processes.")
+    sequence_parallel: int = _key(1, "Processes over which a video's tokens are divided (arXiv 2309.14509).")
+    shard_base: bool = _key(False, "Divide the frozen transformer over all processes (FSDP2), for smaller devices.")
+    ddp_timeout: int = _key(
+        1800, "Seconds after which a process that does not go on, or is gone, ends the others. More than a step takes."
+    )
+
     # Cheaper, but not exact: off by default. docs/performance.md has what each costs and does
     base_bits: int | None = _key(None, "8 or 4: round the frozen base, by torchao or bitsandbytes.")
     vae_dtype: str = _key("float32", "Number format of the VAE: float32 or bfloat16.")

@@ -48,10 +48,15 @@ def available_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def own_share(count: int, accelerator: Accelerator) -> list[int]:
-    """Which of `count` pieces of work are this process's: neighbours, as many as any other's but for the last."""
-    share = math.ceil(count / accelerator.num_processes)
-    return list(range(count))[accelerator.process_index * share :][:share]
+def own_batches(count: int, size: int, layout) -> list[list[int]]:
+    """Which of `count` pieces of work are this process's, at most `size` at a time: neighbours, an equal share.
+
+    Who has less than others has fewer batches; empty ones in their place where all have to keep step. layout: a
+    `rlhf.layout.Layout`.
+    """
+    share = math.ceil(count / layout.num_processes)
+    own = list(range(count))[layout.process_index * share :][:share]
+    return [own[i : i + size] for i in range(0, share if layout.in_step else len(own), size)]
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -28,6 +28,7 @@ from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
 from rlhf.failures import not_finite, require_gradient
 from rlhf.fields import Fields
+from rlhf.layout import Layout
 from rlhf.lora import save_adapter
 from rlhf.losses import reward_loss, score, score_metrics
 from rlhf.methods import gradient_samples, make_plan
@@ -76,7 +77,7 @@ class RewardGradientTrainer:
         inputs = checked_inputs(model, reward_funcs, args, train_dataset, eval_dataset)
         self.args = args = inputs.args
         self.accelerator = make_accelerator(args)
-        self.device = self.accelerator.device
+        self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
         self.folder = Path(args.output_dir)
         train_prompts, self.eval_prompts = load_prompt_sets(inputs)
         judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
@@ -84,18 +85,18 @@ class RewardGradientTrainer:
         self.owns_pipe = inputs.pipe is None
         self.pipe = inputs.pipe or load_base(args, self.device)
 
-        self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.device)
-        self.fields = Fields(self.pipe.transformer, self.masters, args)
+        self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.layout)
+        self.fields = Fields(self.pipe.transformer, self.masters, args, self.layout)
         self.optimizer = make_optimizer(self.masters.vector, args)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
         frames = max(frames_needed(reward, args.num_frames) for reward in self.rewards.rewards.values())
         self.decode, self.prefixes = Decoder(self.pipe.vae, frames, args, self.device), PrefixBuffer(args.rollout_uses)
         shape, fps = latent_shape(self.pipe, args), self.pipe.sampling.fps
-        self.batches = Batches(args, self.accelerator, train_prompts, shape, fps)
+        self.batches = Batches(args, self.layout, train_prompts, shape, fps)
         self.watch = None
         if self.eval_prompts:
             sample = partial(self._sample, self.fields.tuned)
-            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.accelerator, fps)
+            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.layout, fps)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters)
         self.callbacks, self.control = callbacks or [], TrainerControl()
         self.state = TrainerState(max_steps=args.max_steps)
@@ -145,7 +146,7 @@ class RewardGradientTrainer:
         self.text = encode_and_release(self.pipe, prompts, args, self.device, self.owns_pipe)
         if args.calibrate_rewards:
             sample, shape = partial(self._sample, self.fields.base), self.batches.noise_shape
-            calibrate(self.rewards, sample, sampled, shape, args, accelerator, self.batches.info(0))
+            calibrate(self.rewards, sample, sampled, shape, args, self.layout, self.batches.info(0))
         return first, saved
 
     def _train_steps(self, first: int) -> int:
@@ -230,7 +231,7 @@ class RewardGradientTrainer:
         cond = self.text(batch.prompts, self.device)
         velocity, losses, first = Visited(self.fields.rolled_out(cond, plan), plan.drift_step), [], None
         for sample in gradient_samples(velocity, batch.noise, plan, partial(self.prefixes.start, step, micro)):
-            video = self.decode(sample.latents, step)
+            video = self.decode(self.layout.agreed(sample.latents), step)
             self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
             scores_B, raw = self._score(video, *self.last_batch[1:], sample.penalty)
             loss, _ = reward_loss(scores_B)
@@ -261,7 +262,7 @@ class RewardGradientTrainer:
         return drift_B.detach()
 
     def _back_propagate(self, loss: torch.Tensor) -> None:
-        (loss / (self.args.gradient_accumulation_steps * self.accelerator.num_processes)).backward()
+        (loss / (self.args.gradient_accumulation_steps * self.layout.num_processes)).backward()
         self.masters.collect_grad()
 
     def _score(self, video: torch.Tensor, prompts: list[str], info: dict, penalty: bool):
