@@ -5,21 +5,22 @@
     torchrun --nproc_per_node 4 bench/scale.py --tiny --output /tmp/scale.json   on CPUs
     python bench/tables.py                                                       puts the results into docs/scaling.md
 
-Any number of devices: also 1, and over several hosts as torchrun starts them. Rows go to bench/results/scale.json one by
-one; a row that is there is not measured again, and nothing begins after --limit seconds. ContentV-8B and the Wan2.1 VAE
-with random weights, on which time and memory do not depend.
+Any number of devices: also 1, and over several hosts as torchrun starts them. Rows go to bench/results/scale.json one
+by one; a row that is there is not measured again, and nothing begins after --limit seconds. ContentV-8B and the Wan2.1
+VAE with random weights, on which time and memory do not depend.
 
-Phases, for one video of each data rank: sampling, a guided denoising step without gradient; segment, one with gradient,
-both branches there and back; decode, the scored frames there and back; sum, adding up the adapters' gradients and taking
-the optimizer's step; step, a whole step worked out of these: (N - 1) sampling + segment + decode + sum. Efficiency is
-videos per second and device, against one device. Equality: the adapter's first gradient and its weights after five
-steps of a small model, against one device on the same videos.
+Phases, for one video of each data rank: sampling, a guided denoising step without gradient; segment, one with
+gradient, both branches there and back; decode, the scored frames there and back; sum, adding up the adapters' gradients
+and taking the optimizer's step; step, a whole step worked out of these: (N - 1) sampling + segment + decode + sum.
+Efficiency is videos per second and device, against one device. Equality: the adapter's first gradient and its weights
+after five steps of a small model, against one device on the same videos.
 
-Prediction for 2 devices at 125 frames: data and guidance above 0.97, sequence above 0.93 on the segment, since a block's
-exchanges move 0.4 GB in about 2 ms of its 90; the sharded base 8 GiB smaller and at most a tenth slower.
+Prediction for 2 devices at 125 frames: data and guidance above 0.97, sequence above 0.93 on the segment, since a
+block's exchanges move 0.4 GB in about 2 ms of its 90; the sharded base 8 GiB smaller and at most a tenth slower.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -72,6 +73,7 @@ def arms(devices: int) -> dict[str, dict]:
         found["guidance"] = {"guidance_parallel": 2}
     if devices % 4 == 0:
         found["guidance and sequence"] = {"guidance_parallel": 2, "sequence_parallel": devices // 2}
+    if devices % 8 == 0:
         found["data, guidance and sequence"] = {"guidance_parallel": 2, "sequence_parallel": 2}
     return found | {"data, sharded base": {"shard_base": True}}
 
@@ -214,9 +216,11 @@ def worked_out(told: dict, rows: dict[tuple, dict], steps: int) -> dict | None:
     if any(row is None or "seconds" not in row for row in of_phases):
         return None
     seconds = sum(row["seconds"] * (steps - 1 if row["phase"] == "sampling" else 1) for row in of_phases)
-    return told | {"phase": WORKED_OUT, "steps": steps, "seconds": seconds} | {
-        "peak_gib": max(row["peak_gib"] for row in of_phases)
-    }
+    return (
+        told
+        | {"phase": WORKED_OUT, "steps": steps, "seconds": seconds}
+        | {"peak_gib": max(row["peak_gib"] for row in of_phases)}
+    )
 
 
 class Run:
@@ -227,7 +231,11 @@ class Run:
         self.size = SIZES["tiny" if arguments.tiny else "full"]
         self.scored = {"first": 1, "all": arguments.frames}.get(arguments.scored) or int(arguments.scored)
         about = environment(accelerator.device) | {"height": self.size.height, "width": self.size.width}
-        self.about = about | {"scored": self.scored, "repeats": arguments.repeats, "size": "tiny" if arguments.tiny else "full"}
+        self.about = about | {
+            "scored": self.scored,
+            "repeats": arguments.repeats,
+            "size": "tiny" if arguments.tiny else "full",
+        }
         path = arguments.output
         old = json.loads(path.read_text()) if path.exists() else {}
         same = old.get("environment") == self.about
@@ -252,6 +260,7 @@ class Run:
         sharded = "shard_base" in settings
         if self.bench is None or sharded != self.bench.rig.args.shard_base:
             self.bench = None  # the one before goes before the next one comes
+            gc.collect()
             arguments = self.arguments
             own = settings if sharded else {}
             self.bench = Bench(self.size, arguments.frames, arguments.steps, self.scored, self.accelerator, own)

@@ -70,13 +70,10 @@ class Layout:
     def _groups(self) -> tuple[Group | None, Group | None, Group | None]:
         """Of those that share a velocity's branches, a branch's tokens, or either; None for a single process."""
         sizes = self.sizes
-        if sizes.guidance * sizes.sequence == 1:
-            return None, None, None
-        shape, names = (sizes.data, sizes.guidance, sizes.sequence), ("data", "guidance", "sequence")
-        mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        both = mesh["guidance", "sequence"]._flatten().get_group()
-        guidance = mesh.get_group("guidance") if sizes.guidance > 1 else None
-        return guidance, mesh.get_group("sequence") if sizes.sequence > 1 else None, both
+        ranks = torch.arange(self.accelerator.num_processes).view(sizes.data, sizes.guidance, sizes.sequence)
+        guidance, sequence = _own_group(ranks.transpose(1, 2)), _own_group(ranks)
+        both = _own_group(ranks.flatten(1)) if guidance and sequence else guidance or sequence
+        return guidance, sequence, both
 
     def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
         """The sum over data ranks, on every process."""
@@ -90,3 +87,9 @@ class Layout:
     def agreed(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
         """Latents of which all processes of a data rank hold a copy, before each decodes and scores them by itself."""
         return latents_BCTHW if self.model_group is None else agreed(latents_BCTHW, self.model_group)
+
+
+def _own_group(ranks: torch.Tensor) -> Group | None:
+    """The group of those that stand in one row, (..., size), with this process; None for rows of one."""
+    rows = ranks.flatten(0, -2).tolist()
+    return dist.new_subgroups_by_enumeration(rows)[0] if len(rows[0]) > 1 else None

@@ -39,6 +39,6 @@ def _branches(args):
 def _sharded(args, processes):
     for name, plain in (("stream_weights", False), ("base_bits", None), ("sampling_weights", "own")):
         if (got := getattr(args, name)) != plain:
-            yield f"shard_base: got {name}={got}, expected {plain}: weights in pieces are not its to move; leave one out"
+            yield f"shard_base: got {name}={got}, expected {plain}: it needs whole weights; leave one out"
     if processes == 1:
-        yield "shard_base: got one process, expected at least 2 to divide the base over; start more or use stream_weights"
+        yield "shard_base: got one process, expected at least 2 to divide the base over; start more, or stream_weights"

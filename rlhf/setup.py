@@ -77,7 +77,7 @@ def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientCon
 def adapt(
     pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, layout: Layout
 ) -> tuple[Masters, dict[str, str]]:
-    """Transformer and VAE on the layout's device, frozen, for evaluation, run as asked; the adapter's masters, what was chosen.
+    """Transformer and VAE on the layout's device, frozen, for evaluation, run as asked; the masters, what was chosen.
 
     Chosen, by setting, is what a setting left open, such as the attention kernel.
     """
