@@ -225,7 +225,9 @@ class RewardGradientConfig:
     output_dir: str = _key("runs/run", "Where the run writes, relative to the working directory.")
     overwrite_output_dir: bool = _key(False, "Delete the files of an earlier run found in output_dir.")
     resume_from_checkpoint: str | None = _key(
-        None, "'latest', or the path of a checkpoints/step-N folder, to go on from."
+        None,
+        "'latest', or the path of a checkpoints/step-N folder, to go on from; 'auto': the latest if there is one, else "
+        "start, over what is there. A process that torchrun starts again goes on as with 'auto'.",
     )
     max_skipped_steps: int = _key(
         0,

@@ -84,6 +84,12 @@ class Layout:
         every = self.accelerator.gather(tensor)
         return every.unflatten(0, (-1, len(tensor)))[:: self.sizes.guidance * self.sizes.sequence].flatten(0, 1)
 
+    def watch(self, transformer) -> None:
+        """Take each of its calls as a sign that this process goes on."""
+        if self.accelerator.num_processes > 1:
+            tick = self.accelerator.lifeline.tick
+            transformer.register_forward_pre_hook(lambda *_: tick())  # a function: copies of the model share it
+
     def agreed(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
         """Latents of which all processes of a data rank hold a copy, before each decodes and scores them by itself."""
         return latents_BCTHW if self.model_group is None else agreed(latents_BCTHW, self.model_group)

@@ -1,11 +1,12 @@
 """What the settings about several processes ask of the others."""
 
 from rlhf.config import RewardGradientConfig
-from rlhf.layout import Sizes
+from rlhf.layout import Sizes, started_processes
 
 
-def parallel_problems(args: RewardGradientConfig, processes: int):
-    """args has all sampling keys set. processes: of this run."""
+def parallel_problems(args: RewardGradientConfig):
+    """args has all sampling keys set."""
+    processes = started_processes()
     if args.guidance_parallel not in (1, 2):
         yield f"guidance_parallel: got {args.guidance_parallel}, expected 1 or 2: guidance has two branches; correct it"
     elif args.sequence_parallel < 1:

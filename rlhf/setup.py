@@ -87,6 +87,7 @@ def adapt(
     if args.decode_channels_last:
         use_channels_last(pipe.vae)
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
+    layout.watch(pipe.transformer)
     chosen = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
     return Masters(pipe.transformer, args.ema_decay), chosen
 

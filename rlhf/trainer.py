@@ -26,7 +26,7 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import not_finite, require_gradient
+from rlhf.failures import naming_lost_processes, not_finite, require_gradient
 from rlhf.fields import Fields
 from rlhf.layout import Layout
 from rlhf.lora import save_adapter
@@ -104,6 +104,7 @@ class RewardGradientTrainer:
 
     # ---------------------------------------------------------------------------------------------- the run
 
+    @naming_lost_processes
     def train(self) -> dict:
         """The whole run: evaluate the base, train, evaluate the tuned model. Returns the content of summary.json.
 
@@ -121,9 +122,8 @@ class RewardGradientTrainer:
                 self.watch.load_best()
             if self.accelerator.is_main_process:
                 save_adapter(self.pipe, self.masters, self.folder / "adapter")
-            summary = {"seconds": time.perf_counter() - started, "steps": done}
-            if self.watch:
-                summary = self.watch.finish(done, started)
+            seconds = time.perf_counter() - started
+            summary = self.watch.finish(done, started) if self.watch else {"seconds": seconds, "steps": done}
         if self.accelerator.is_main_process:
             finish_report(self.folder)
         self._tell("on_train_end")
@@ -140,6 +140,7 @@ class RewardGradientTrainer:
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
+        self.batches.go_on_from(first, saved.get("samples"))
         done = resumed and (self.folder / CALIBRATION).is_file()
         sampled = [] if done else self.batches.prompts_at(0, args.calibrate_rewards)
         prompts = self.batches.from_step(self.prefixes.rollout_of(first, 0)) + self.eval_prompts + sampled
@@ -194,7 +195,7 @@ class RewardGradientTrainer:
         scores_SR = self.accelerator.gather(local_SR).cpu()
         self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
         norm = self.masters.vector.grad.norm().item()
-        place = {"step": step + 1, "epoch": (step + 1) * self.batches.samples_per_step / len(self.batches.prompts)}
+        place = {"step": step + 1, "epoch": self.batches.samples_before(step + 1) / len(self.batches.prompts)}
         if error := not_finite(scores_SR, norm, self.failure, self.rewards, self.last_batch, self.accelerator):
             return place | self._skip(error) | {"seconds": time.perf_counter() - began}
         self.skipped = 0
@@ -213,7 +214,7 @@ class RewardGradientTrainer:
             "grad_norm": norm,
             "learning_rate": learning_rate(step, args),
             "seconds": time.perf_counter() - began,
-            "samples": (step + 1) * self.batches.samples_per_step,
+            "samples": self.batches.samples_before(step + 1),
         }
 
     def _skip(self, error: Exception) -> dict:
@@ -284,15 +285,15 @@ class RewardGradientTrainer:
 
     def _save(self, done: int, together: bool = True) -> Path:
         """Checkpoint after `done` steps. together: all processes are here, and wait until it is written."""
+        folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
-            state = {"settings": dataclasses.asdict(self.args), "processes": self.accelerator.num_processes}
+            state = {"settings": dataclasses.asdict(self.args)} | self.batches.state(done)
             state |= {"guard": self.watch.saved()} if self.watch else {}
-            folder = self.folder / "checkpoints"
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)
         if together:
             self.accelerator.wait_for_everyone()
             self._tell("on_save")
-        return self.folder / "checkpoints" / f"step-{done}"
+        return folder / f"step-{done}"
 
     def _tell(self, event: str, **kwargs) -> None:
         for callback in self.callbacks:
