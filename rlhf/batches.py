@@ -9,6 +9,9 @@ from rlhf.config import RewardGradientConfig
 from rlhf.prompts import prompt_positions
 from rlhf.sampler import draw_noise
 
+# Settings that may differ between the hosts of a run.
+OF_A_HOST = ("model", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir", "output_dir")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -24,6 +27,7 @@ class Batches:
     def __init__(self, args: RewardGradientConfig, layout, prompts: list[str], noise_shape_CTHW: tuple, fps: int):
         self.args, self.layout, self.prompts, self.fps = args, layout, prompts, fps
         self.noise_shape = noise_shape_CTHW
+        layout.require_same(prompts=prompts, settings=[v for k, v in vars(args).items() if k not in OF_A_HOST])
         self.size, self.processes = args.per_device_train_batch_size, layout.num_processes
         self.origin = 0, 0  # a step, and how many samples the run had taken before it
         self.samples_per_step = self.size * args.gradient_accumulation_steps * self.processes  # over all processes

@@ -145,7 +145,7 @@ class HeldOut:
             padded = own_NCTHW.new_zeros(share, *shape)
             padded[: len(own_NCTHW)] = own_NCTHW.reshape(-1 if len(own_NCTHW) else 0, *shape)
             own_NCTHW = self.layout.gather(padded.to(self.layout.device)).cpu()
-        return own_NCTHW[: shown if self._is_main else 0]
+        return own_NCTHW[: min(shown, count) if self._is_main else 0]
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.layout.reduce(values.to(self.layout.device), "sum").cpu()

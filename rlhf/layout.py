@@ -4,13 +4,14 @@ Processes of one data rank hold the same model and work on the same videos: two 
 the parts of a video's tokens. Neighbours share tokens, since these exchange most; the next ones share branches.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from rlhf.config import RewardGradientConfig
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.exchange import Group, agreed
 
 
@@ -89,6 +90,20 @@ class Layout:
         if self.accelerator.num_processes > 1:
             tick = self.accelerator.lifeline.tick
             transformer.register_forward_pre_hook(lambda *_: tick())  # a function: copies of the model share it
+
+    def require_same(self, **things) -> None:
+        """Raise ConfigError, on every process, where one of them has another thing of that name."""
+        names = list(things)
+        digests = [int.from_bytes(hashlib.sha256(repr(things[n]).encode()).digest()[:7]) for n in names]
+        every = self.accelerator.gather(torch.tensor([digests], device=self.device)).cpu()
+        wrong = [
+            f"{name}: got others on process {rank} than on process 0, expected the same on all; start all with the "
+            "same settings and files"
+            for rank, row in enumerate(every != every[0])
+            for name in (names[i] for i in row.nonzero().flatten().tolist())
+        ]
+        if wrong:
+            raise ConfigError(wrong)
 
     def agreed(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
         """Latents of which all processes of a data rank hold a copy, before each decodes and scores them by itself."""

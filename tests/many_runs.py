@@ -1,10 +1,10 @@
-"""Runs of several processes, one after the other: run by test_layout. Arguments: a folder, and the runs' names.
+"""Runs of a tiny model in one or several processes, one after the other: what test_layout and others look at."""
 
-NAME.yaml are a run's settings; NAME.pt gets what it did, from the first process.
-"""
-
-import sys
+import os
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import torch
 from conftest import PROMPTS, redness
@@ -12,13 +12,24 @@ from tiny import tiny_pipeline, tiny_transformer
 
 import rlhf.trainer
 from rlhf import exchange
-from rlhf.parse import parse_config
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.parallel import WatchedAccelerator
 from rlhf.trainer import RewardGradientTrainer
 
-OMITTED = {  # by the end of a run's name: what is left out of it
-    "no sum of latents' gradients": lambda patch: patch(exchange._SumGradient, "backward", _own_gradient),
-    "no sum of text's gradients": lambda patch: patch(exchange._Gather, "backward", _own_part),
-    "no sum of adapters' gradients": lambda patch: patch(rlhf.trainer.Accelerator, "reduce", lambda _, x, how: x),
+SETTINGS = {
+    "height": 16,
+    "width": 48,
+    "num_frames": 5,
+    "num_inference_steps": 3,
+    "num_grad_steps": 2,
+    "guidance_scale": 3.0,
+    "max_steps": 5,
+    "lora_rank": 4,
+    "learning_rate": 3e-4,
+    "adam_epsilon": 1e-5,  # rounding of gradients that are almost zero is not to be blown up to a whole step
+    "eval_prompts": "none",
+    "report_to": "none",
+    "cpu_threads": 1,
 }
 
 
@@ -30,51 +41,81 @@ def _own_part(ctx, grad):
     return grad[torch.distributed.get_rank(ctx.group)].contiguous(), None, None
 
 
+OMISSIONS = {  # by what is left out of a run: where, and what stands there instead
+    "sum of latents": (exchange._SumGradient, "backward", staticmethod(_own_gradient)),
+    "sum of text": (exchange._Gather, "backward", staticmethod(_own_part)),
+    "sum of adapters": (WatchedAccelerator, "reduce", lambda self, tensor, how: tensor),
+}
+
+
 def pipeline():
-    """Three heads: no number of processes here divides them."""
+    """Three heads, which no number of processes here divides."""
     pipe = tiny_pipeline()
     pipe.transformer = tiny_transformer(num_attention_heads=3)
     return pipe
 
 
-def record(args) -> dict:
-    """The adapter and its gradient, over all processes, in each step of a run."""
-    gradients, weights = [], []
+def broken_on_the_second(video, prompts, **info):
+    """Not a number in the third step of process 1."""
+    bad = os.environ.get("RANK") == "1" and info["step"] == 2
+    return redness(video, prompts) * (float("nan") if bad else 1.0)
+
+
+def stuck_on_the_second(video, prompts, **info):
+    while os.environ.get("RANK") == "1" and info["step"] == 2:
+        time.sleep(1)
+    return redness(video, prompts)
+
+
+REWARDS = {"redness": redness, "broken": broken_on_the_second, "stuck": stuck_on_the_second}
+
+
+def run(output: Path, own: dict) -> dict:
+    """One run: the adapter and its gradient over all processes in each step, and more.
+
+    own: settings, and besides: "omit" of `OMISSIONS`, "reward" of `REWARDS`, "prompts" and "eval" prompts.
+    """
+    own = dict(own)
+    omit, reward = own.pop("omit", None), REWARDS[own.pop("reward", "redness")]
+    prompts, held_out = own.pop("prompts", PROMPTS), own.pop("eval", None)
+    prompts = prompts[int(os.environ.get("RANK", 0))] if isinstance(prompts, tuple) else prompts
+    args, gradients = RewardGradientConfig(**SETTINGS | {"output_dir": str(output)} | own), []
     clip = rlhf.trainer.clip_gradient
 
     def clip_and_record(gradient, *limits):
         gradients.append(gradient.clone())
         clip(gradient, *limits)
 
-    rlhf.trainer.clip_gradient, rlhf.trainer.finish_report = clip_and_record, lambda folder: None
-    trainer = RewardGradientTrainer(pipeline(), redness, args, PROMPTS, PROMPTS[:3])
-    weights.append(trainer.masters.vector.detach().clone())
-    summary = trainer.train()
-    weights.append(trainer.masters.vector.detach().clone())
-    rlhf.trainer.clip_gradient = clip
-    return {"gradients": gradients, "weights": weights, "summary": summary, "sizes": str(trainer.layout.sizes)}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("rlhf.trainer.finish_report"))
+        stack.enter_context(mock.patch("rlhf.trainer.clip_gradient", clip_and_record))
+        if omit:
+            stack.enter_context(mock.patch.object(*OMISSIONS[omit]))
+        try:
+            trainer = RewardGradientTrainer(pipeline(), reward, args, prompts, held_out)
+        except ConfigError as error:
+            return {"error": str(error)}
+        summary = trainer.train()
+    parts = [p for p in trainer.pipe.transformer.parameters() if isinstance(p, torch.distributed.tensor.DTensor)]
+    return {
+        "gradients": gradients,
+        "weights": trainer.masters.vector.detach().clone(),
+        "summary": summary,
+        "layout": str(trainer.layout.sizes),
+        "held": sum(p.to_local().numel() for p in parts),
+        "whole": sum(p.numel() for p in parts),
+    }
 
 
-def main(folder: Path, names: list[str]) -> None:
-    for name in names:
-        args = parse_config(["--config", str(folder / f"{name}.yaml")])
-        kept = []
-
-        def patch(where, what, instead, kept=kept):
-            kept.append((where, what, where.__dict__[what]))
-            setattr(where, what, staticmethod(instead) if isinstance(kept[-1][2], staticmethod) else instead)
-
-        for omission, leave_out in OMITTED.items():
-            if name.endswith(omission):
-                leave_out(patch)
-        found = record(args)
-        for where, what, before in kept:
-            setattr(where, what, before)
-        if int(__import__("os").environ.get("RANK", 0)) == 0:
-            torch.save(found, folder / f"{name}.pt")
+def runs(folder: Path, named: dict[str, dict]) -> None:
+    """Each of the runs in folder/NAME; what it did goes to folder/NAME-RANK.pt."""
+    torch.set_num_threads(1)
+    for name, own in named.items():
+        torch.save(run(folder / name, own), folder / f"{name}-{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def train(output: Path, own: dict) -> None:
+    """One run, as a program: it fails with the run."""
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run(output, own)
