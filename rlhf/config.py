@@ -164,7 +164,9 @@ class RewardGradientConfig:
     decode_caches: str = _key(
         "keep", "With decode_checkpoint, what chunks leave for the next ones: keep on the device, host, or recompute."
     )
-    decode_channels_last: bool = _key(False, "Order the VAE's weights with channels innermost.")
+    decode_channels_last: bool | None = _key(
+        None, "Order the VAE's weights with channels innermost. Default: on a CPU, where that is a fifth faster."
+    )
 
     # Several devices; data parallel over the rest of the processes. docs/scaling.md says which layout when
     guidance_parallel: int = _key(1, "2: the two branches of guidance run on two processes.")

@@ -172,20 +172,29 @@ def _is_modulation_trained(block) -> bool:
 
 
 class _Forgetful:
-    """Computes attention once, with a graph that forgets query, key, value and result until they are given again."""
+    """Computes attention once, with a graph that forgets query, key, value and result until they are given again.
+
+    The graph refers to the two lists, not to this object, which holds the graph: a circle would outlive its use.
+    """
 
     def __init__(self, place: Group | None):
         self.place, self.kept, self.known = place, [], []
 
     def __call__(self, attention: Attention, *inputs: torch.Tensor) -> torch.Tensor:
-        self.inputs, self.known = as_leaves(inputs, [True] * 3), list(inputs)
-        with torch.enable_grad(), saved_tensors_hooks(self._pack, lambda number: self.kept[number]()):
+        kept, packed = self.kept, []
+
+        def pack(tensor: torch.Tensor) -> int:
+            packed.append(tensor)
+            return len(packed) - 1
+
+        self.inputs = as_leaves(inputs, [True] * 3)
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda number: kept[number]()):
             result = attention(*self.inputs)
-        self.edge, self.known = torch.autograd.graph.get_gradient_edge(result), [*inputs, result.detach()]
-        self.kept = [self._keep(tensor) for tensor in self.kept]
+        self.edge = torch.autograd.graph.get_gradient_edge(result)
+        kept += [self._keep(tensor, (*inputs, result)) for tensor in packed]
+        packed.clear()
         for x in self.inputs:
             x.data = x.new_empty(0)  # the graph still ends in them
-        self.known.clear()
         return result.detach()
 
     def gradients(self, known: tuple[torch.Tensor, ...], of_result: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -193,17 +202,16 @@ class _Forgetful:
         self.known += [x.detach() for x in known]
         return torch.autograd.grad(self.edge, self.inputs, of_result)
 
-    def _pack(self, tensor: torch.Tensor) -> int:
-        self.kept.append(tensor)
-        return len(self.kept) - 1
-
-    def _keep(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _keep(self, tensor: torch.Tensor, forgotten: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
         """How to get back a tensor that the attention keeps."""
-        for i, x in enumerate(self.known):
+        known, place = self.known, self.place
+        for i, x in enumerate(forgotten):
             if (x.data_ptr(), x.shape, x.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride()):
-                return lambda: self.known[i]
-        kept = self.place.pack(tensor) if self.place else tensor
-        return lambda: self.place.unpack(kept) if self.place else kept
+                return lambda: known[i]
+        if place is None:
+            return lambda: tensor
+        packed = place.pack(tensor)
+        return lambda: place.unpack(packed)
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
