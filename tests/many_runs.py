@@ -119,3 +119,11 @@ def train(output: Path, own: dict) -> None:
     """One run, as a program: it fails with the run."""
     torch.set_num_threads(1)
     run(output, own)
+
+
+def bench(arguments: list[str]) -> None:
+    """bench/scale.py, as torchrun starts it."""
+    from test_bench_rewards import script
+
+    torch.set_num_threads(1)
+    script("scale").main(arguments)
