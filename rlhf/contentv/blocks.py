@@ -180,7 +180,9 @@ class _Forgetful:
     def gradients(self, known: tuple[torch.Tensor, ...], of_result: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Those of query, key and value; known: these three, computed again, and the result."""
         self.known += [x.detach() for x in known]
-        return torch.autograd.grad(self.edge, self.inputs, of_result)
+        found = torch.autograd.grad(self.edge, self.inputs, of_result)
+        self.kept.clear()  # these refer back to this object: without it all of it would wait for the garbage collector
+        return found
 
     def _pack(self, tensor: torch.Tensor) -> int:
         self.kept.append(tensor)
