@@ -109,13 +109,22 @@ SIZES = {
 class Rig:
     """A model with random weights, set up as one arm's settings say, and what it is given.
 
-    The weights depend on the device and the size alone: equal for all arms.
+    The weights depend on the device and the size alone: equal for all arms. settings: instead of the arm's own.
     """
 
-    def __init__(self, arm: str, size: Size, frames: int, steps: int, scored: int, device: torch.device):
+    def __init__(
+        self,
+        arm: str,
+        size: Size,
+        frames: int,
+        steps: int,
+        scored: int,
+        device: torch.device,
+        settings: dict | None = None,
+    ):
         self.arm, self.size, self.device = arm, size, device
-        settings = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": 6.0, "lora_rank": 32}
-        self.args = args = RewardGradientConfig(**settings | SETTINGS[arm])
+        common = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": 6.0, "lora_rank": 32}
+        self.args = args = RewardGradientConfig(**common | (SETTINGS[arm] if settings is None else settings))
         self.by_hand = arm in (PEERS, STOCK)  # as diffusers runs it
         vae_dtype = getattr(torch, args.vae_dtype)
         self.vae = random_vae(size, device).to(vae_dtype)
