@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,28 +90,28 @@ class Step:
 
     def measure(self) -> dict[str, dict]:
         """{phase: {"seconds", "peak_gib", "held_gib" before}} of one step whose sampling is one denoising step."""
-        phases, args, last = {}, self.args, len(self.sigmas) - 1
-        run = lambda name, work: self._timed(phases, name, work)
+        phases: dict[str, dict] = {}
+        run = partial(self._timed, phases)
         field, x = self.fields.tuned(self.cond), 0.3 * self.noise_BCTHW
-        run("sampling", lambda: torch.no_grad()(field)(x, self.sigmas[0]))
-
-        def window(x=x):
-            for i in range(last - args.num_grad_steps, last):
-                x = euler_step(x, field(x, self.sigmas[i]), self.sigmas[i], self.sigmas[i + 1])
-            return x
-
-        latents = run("segment forward", window)
-        video = run("decode forward", lambda: self.decode(latents, 0))
-        scores = run("reward forward", lambda: self.reward(video))
-        (of_video,) = run("reward backward", lambda: torch.autograd.grad(-scores.mean(), video))
-        del scores
+        run("sampling", torch.no_grad()(field), x, self.sigmas[0])
+        latents = run("segment forward", self._window, field, x)
+        video = run("decode forward", self.decode, latents, 0)
+        scores_B = run("reward forward", self.reward, video)
+        (of_video,) = run("reward backward", torch.autograd.grad, -scores_B.mean(), video)
         shown = video.detach()  # the trainer keeps it
-        (of_latents,) = run("decode backward", lambda: torch.autograd.grad(video, latents, of_video))
+        del scores_B
+        (of_latents,) = run("decode backward", torch.autograd.grad, video, latents, of_video)
         del video, of_video
-        run("segment backward", lambda: latents.backward(of_latents))
+        run("segment backward", latents.backward, of_latents)
         del latents, shown
         run("optimizer", self._update)
         return phases
+
+    def _window(self, field: Callable, x: torch.Tensor) -> torch.Tensor:
+        last = len(self.sigmas) - 1
+        for i in range(last - self.args.num_grad_steps, last):
+            x = euler_step(x, field(x, self.sigmas[i]), self.sigmas[i], self.sigmas[i + 1])
+        return x
 
     def _update(self) -> None:
         self.masters.collect_grad()
@@ -120,12 +121,12 @@ class Step:
         self.optimizer.zero_grad(set_to_none=False)
         self.masters.write()
 
-    def _timed(self, phases: dict, name: str, work: Callable):
+    def _timed(self, phases: dict, name: str, work: Callable, *inputs):
         held = allocated(self.device)
         reset_peak_memory(self.device)
         synchronize(self.device)
         began = time.perf_counter()
-        result = work()
+        result = work(*inputs)
         synchronize(self.device)
         phases[name] = {"seconds": time.perf_counter() - began, "peak_gib": peak(self.device), "held_gib": held}
         return result

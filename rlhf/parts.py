@@ -55,9 +55,9 @@ class Parts:
         """With its adapter, without storage."""
         with torch.device("meta"):
             model = SD3Transformer3DModel.from_config(self.card["transformer"])
-            nn.Module.to(model, self.dtype(model))
+            dtype = self.dtype(model)
             add_adapter(model, lora_config(self.args), self.args.seed, self.args.train_blocks)
-        return model
+        return nn.Module.to(model, dtype)  # on "meta" peft leaves adapters in float32
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
