@@ -36,7 +36,7 @@ from rlhf.checks import model_card, with_sampling
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import CONTENTV_8B
 from rlhf.contentv.pipeline import euler_step
-from rlhf.device import peak_memory, pick_device, reset_peak_memory, synchronize
+from rlhf.device import memory_beside, peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.fields import Fields
 from rlhf.optimizer import clip_gradient
 from rlhf.planner import Planner
@@ -145,12 +145,8 @@ def reserved(device: torch.device) -> dict:
     """GiB at most of PyTorch's blocks, and now of the device besides these: context and kernels."""
     if device.type == "cpu":
         return {}
-    module = torch.get_device_module(device)
-    free, total = module.mem_get_info(device)
-    return {
-        "reserved_gib": module.max_memory_reserved(device) / GIB,
-        "beside_gib": (total - free - module.memory_reserved(device)) / GIB,
-    }
+    most = torch.get_device_module(device).max_memory_reserved(device)
+    return {"reserved_gib": most / GIB, "beside_gib": memory_beside(device) / GIB}
 
 
 # ------------------------------------------------------------------------------------------------------ the arms
@@ -297,7 +293,8 @@ def measure(arguments: argparse.Namespace) -> None:
         if arm in FULL and reward is None:
             reward = make_reward(arguments.size, 8, device)
         if arm == "rates":
-            rows[arm] = {"arm": arm, "rates": measure_rates(device).to_dict()} | reserved(device)
+            rows[arm] = {"arm": arm, "rates": measure_rates(device).to_dict()}
+            clean(device)
         else:
             rows[arm] = measured_row(arm, arguments.size, device, reward)
         write(output, about, list(rows.values()))

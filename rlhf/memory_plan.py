@@ -1,22 +1,21 @@
 """The memory of a run on one device, phase by phase: what its parts hold, put together as the trainer does.
 
 All of it is worked out on tensors without storage (`rlhf.parts`), but the rewards, which were measured
-(`rewards.costs`). It is what PyTorch will report as allocated at most; a process takes more of a device than that: the
-vendor's own context, kernels, and blocks that the allocator keeps (`rlhf.rates`).
+(`rewards.costs`). It is what PyTorch reports as allocated at most; a process takes more of a device than that: the
+vendor's context and kernels (`Rates.beside`), and blocks that PyTorch's allocator keeps without using them.
 """
 
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rewards.catalogue import CATALOGUE
-from rewards.costs import Cost, cost, decoded_frames, scored_frames
+from rewards.costs import cost, decoded_frames, scored_frames
 from rlhf.config import RewardGradientConfig
 from rlhf.parts import Part, Parts
-from rlhf.trace import Phase
 
-GIB = 2**30
 OPTIMIZER_BYTES = 16  # of a trained number: master, gradient, two moments, in float32
 
 
@@ -83,17 +82,17 @@ def most_of(part: Part) -> int:
 
 def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> MemoryPlan:
     """args: as those of parts, but for settings about speed and memory."""
-    batch, both = args.per_device_train_batch_size, args.guidance_together and args.guidance_scale > 1
-    branch = parts.branch(args, 2 * batch if both else batch)
+    batch = args.per_device_train_batch_size
+    branch = parts.branch(args, batch * together(args))
     decoder = parts.decoder(args, batch, rewards.frames)
-    graphs = graded_graphs(args)
+    graphs = _graphs(args)
+    others = 0 if args.stepwise_backward else (graphs - 1) * branch.kept
     waiting = 0 if args.stepwise_backward else graphs * branch.kept
-    video = decoder.forward.end - decoder.forward.start if args.stepwise_backward else _video_bytes(parts, rewards)
-    others = waiting - branch.kept if waiting else 0
-    adapter = parts.trained * branch_dtype(parts).itemsize if graphs > 1 else 0  # gradients of the graphs before
+    before = parts.adapter_bytes if graphs > 1 else 0  # gradients of the graphs that were first
+    video = batch * 3 * rewards.frames * args.height * args.width * 4  # it was scored, and is still there
     phases = {
-        "sampling": _extra(branch.sampling),
-        "gradient segment": others + adapter + max(_extra(branch.forward), _back(branch)) + min(video, GIB),
+        "sampling": branch.sampling.most - branch.sampling.start,
+        "gradient segment": others + before + most_of(branch) + video,
         "decoding and back": waiting + most_of(decoder),
         "reward and back": waiting + decoder.kept + rewards.memory,
         "optimizer": 0,
@@ -103,52 +102,43 @@ def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> M
     return MemoryPlan(_held(parts, args, rewards), phases)
 
 
-def graded_graphs(args: RewardGradientConfig) -> int:
-    """Calls of the transformer whose graphs coexist if nothing is done about it."""
-    branches = 2 if args.guidance_scale > 1 and args.guidance_gradient == "full" else 1
-    steps = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 1}.get(
-        args.method, args.num_grad_steps
-    )
-    return max(1, branches * steps // (2 if args.guidance_together and branches == 2 else 1))
+def together(args: RewardGradientConfig) -> int:
+    """Branches of guidance that are run as one batch."""
+    return 2 if args.guidance_together and args.guidance_scale > 1 else 1
 
 
-def branch_dtype(parts: Parts) -> torch.dtype:
-    return parts.transformer.dtype
+def window_steps(args: RewardGradientConfig) -> int:
+    """Steps of the rollout that carry the gradient, at most."""
+    of_method = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
+    return of_method.get(args.method, args.num_grad_steps)
 
 
-def _extra(phase: Phase) -> int:
-    return phase.most - phase.start
+def graded_branches(args: RewardGradientConfig) -> int:
+    return 2 if args.guidance_scale > 1 and args.guidance_gradient == "full" else 1
 
 
-def _back(branch: Part) -> int:
-    return branch.backward.most - branch.forward.start
-
-
-def _video_bytes(parts: Parts, rewards: Rewards) -> int:
-    """The video that was scored is still there when the denoiser's turn has come."""
-    args = parts.args
-    return args.per_device_train_batch_size * 3 * rewards.frames * args.height * args.width * 4
+def _graphs(args: RewardGradientConfig) -> int:
+    """Calls of the transformer whose graphs are there at once, if nothing is done about it."""
+    return max(1, window_steps(args)) * max(1, graded_branches(args) // together(args))
 
 
 def _evaluation(parts: Parts, args: RewardGradientConfig) -> int:
-    """A whole video without gradient; the judges of which only the weights are known are left out."""
+    """A whole video without gradient; of its judges only the weights are counted."""
     batch = args.per_device_eval_batch_size
-    sampling = parts.branch(args, batch * (2 if args.guidance_together else 1), with_gradient=False)
-    decoding = parts.decoder(args, batch, args.num_frames, with_gradient=False)
-    return max(_extra(sampling.sampling), _extra(decoding.sampling))
+    sampling = parts.branch(args, batch * together(args), with_gradient=False).sampling
+    decoding = parts.decoder(args, batch, args.num_frames, with_gradient=False).sampling
+    return max(sampling.most - sampling.start, decoding.most - decoding.start)
 
 
 def _held(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> dict[str, int]:
-    size, trained = branch_dtype(parts).itemsize, parts.trained
-    vae = sum(p.numel() for p in parts.vae.parameters()) * getattr(torch, args.vae_dtype).itemsize
-    table = parts.tokens * parts.transformer.inner_dim * size
+    size = parts.transformer.dtype.itemsize
     average = 4 if args.ema_decay else 0
     held = {
         "transformer": _base(args, parts.frozen, size),
-        "adapter and optimizer": trained * (size + OPTIMIZER_BYTES + average),
-        "VAE": vae,
+        "adapter and optimizer": parts.adapter_bytes + parts.trained * (OPTIMIZER_BYTES + average),
+        "VAE": sum(p.numel() for p in parts.vae.parameters()) * getattr(torch, args.vae_dtype).itemsize,
         "rewards": rewards.weights,
-        "position table": table,
+        "position table": parts.tokens * parts.transformer.inner_dim * size,
     }
     return held | ({"sampling copy": _copy(parts, args, size)} if args.sampling_weights != "own" else {})
 
@@ -161,14 +151,11 @@ def _base(args: RewardGradientConfig, frozen: tuple[int, int, int], size: int) -
 
 
 def _copy(parts: Parts, args: RewardGradientConfig, size: int) -> int:
-    """Of merged layers in the base's format; of all linear layers of the blocks in one byte a weight."""
-    from peft.tuners.lora import LoraLayer
-
-    blocks = parts.transformer.transformer_blocks.modules()
-    if args.sampling_weights == "float8":
-        linear = {id(m.weight): m.weight.numel() for m in blocks if isinstance(m, nn.Linear) and m.in_features > 512}
-        return sum(linear.values())
-    return sum(m.base_layer.weight.numel() for m in blocks if isinstance(m, LoraLayer)) * size
-
-
-__all__ = ["Cost", "MemoryPlan", "Rewards", "graded_graphs", "most_of", "plan_memory", "plan_rewards"]
+    """Layers that are merged, in the base's format; in float8, those of blocks in one byte a weight."""
+    total = 0
+    for name, module in parts.transformer.transformer_blocks.named_modules():
+        if isinstance(module, LoraLayer):
+            total += module.base_layer.weight.numel() * (1 if args.sampling_weights == "float8" else size)
+        elif isinstance(module, nn.Linear) and args.sampling_weights == "float8":
+            total += 0 if ".norm" in name or "lora_" in name or "base_layer" in name else module.weight.numel()
+    return total

@@ -3,6 +3,7 @@
 Shape legend: B batch, C channels, T latent frames, H W latent height and width, N video tokens, L text tokens.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from rlhf.trace import Elsewhere, Phase, Trace, use_fused_norms
 
 CLIP_TOKENS = 77  # of the text, besides those of T5
 SMALL_MODEL = 1e9  # parameters; above that the loader chooses bfloat16
+TRACED_PIECES = 6  # of a decoder that works piece by piece; the first ones differ
 OF_TRANSFORMER = ("gradient_checkpointing", "keep_attention", "offload_activations")
 OF_DECODER = ("vae_dtype", "decode_chunk", "decode_checkpoint", "decode_caches", "decode_window")
 
@@ -81,6 +83,13 @@ class Parts:
         """Trained numbers."""
         return sum(p.numel() for p in self.transformer.parameters() if p.requires_grad)
 
+    @cached_property
+    def adapter_bytes(self) -> int:
+        """Of the trained numbers as the forward pass reads them; blocks that are trained whole are kept as they were."""
+        trained = [(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad]
+        whole = sum(p.nbytes for name, p in trained if "default" not in name.split("."))
+        return sum(p.nbytes for _, p in trained) + whole
+
     @property
     def latents(self) -> tuple[int, int, int, int]:
         """(C, T, H, W) of one video."""
@@ -108,8 +117,20 @@ class Parts:
         """The leading frames of a batch of latents to pixels; with a `decode_window`, where that is in the middle."""
         key = ("decoder", batch, frames, with_gradient, *(getattr(args, name) for name in OF_DECODER))
         vae = nn.Module.to(self.vae, getattr(torch, args.vae_dtype))
-        shape = (batch, *self.latents)
-        return self._once(key, lambda: trace_decoder(vae, shape, frames, args, with_gradient))
+        C, _, *size = self.latents
+        per_latent = 2 ** sum(vae.config.temperal_downsample)
+
+        def trace(latents: int) -> Part:
+            wanted = min(frames, 1 + per_latent * (latents - 1))
+            return trace_decoder(vae, (batch, C, latents, *size), wanted, args, with_gradient)
+
+        latents, chunk = 1 + -(-(frames - 1) // per_latent), args.decode_chunk
+        pieces = 1 if chunk is None or args.decode_caches == "recompute" or args.decode_window else -(-latents // chunk)
+        if pieces <= TRACED_PIECES:
+            return self._once(key, lambda: trace(latents))
+        left_out = pieces - TRACED_PIECES  # each takes as much as the one before
+        few, fewer = (latents - chunk * (left_out + more) for more in (0, 1))
+        return self._once(key, lambda: extended(trace(fewer), trace(few), left_out))
 
     def nano_preference(self, batch: int, frames: int) -> Part:
         """The reward that comes with the package, which is too small to be measured at full size."""
@@ -128,13 +149,19 @@ class Parts:
 
 
 def trace_part(
-    function: Callable, x: torch.Tensor, with_gradient: bool, *held: nn.Module, of_input: bool = True
+    function: Callable,
+    x: torch.Tensor,
+    with_gradient: bool,
+    *held: nn.Module,
+    of_input: bool = True,
+    only_gradient: bool = False,
 ) -> Part:
     """function(x) without gradient; with gradient; and back. of_input: x needs a gradient, too."""
     with Trace(*held) as trace:
         trace.know(x)
         with torch.no_grad(), trace.phase() as sampling:
-            function(x)
+            if not (with_gradient and only_gradient):
+                function(x)
         if not with_gradient:
             return Part(sampling, Phase(0), Phase(0))
         for p in (p for module in held for p in module.parameters()):
@@ -180,7 +207,20 @@ def trace_decoder(vae, shape: tuple, frames: int, args: RewardGradientConfig, wi
     def decode(z):
         return decode_video(vae, z, first + window, args.decode_chunk, args.decode_checkpoint, first, caches)
 
-    return trace_part(decode, torch.empty(shape, device="meta"), with_gradient, vae)
+    return trace_part(decode, torch.empty(shape, device="meta"), with_gradient, vae, only_gradient=True)
+
+
+def extended(fewer: Part, few: Part, times: int) -> Part:
+    """`few` and so many times what it takes more than `fewer`."""
+    ways = ("sampling", "forward", "backward")
+    return Part(*(_extended(getattr(fewer, way), getattr(few, way), times) for way in ways))
+
+
+def _extended(fewer: Phase, few: Phase, times: int) -> Phase:
+    line = lambda a, b: b + times * (b - a)
+    numbers = ("start", "end", "most", "calls", "calls_of_autograd")
+    work = Counter({op: line(fewer.work[op], few.work[op]) for op in {*fewer.work, *few.work}})
+    return Phase(**{name: line(getattr(fewer, name), getattr(few, name)) for name in numbers}, work=work)
 
 
 def small_transformer(device: str | torch.device) -> SD3Transformer3DModel:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.attention import attention_by, time_kernels
-from rlhf.device import describe, synchronize
+from rlhf.device import describe, memory_beside, synchronize
 from rlhf.measured import RATES
 from rlhf.parts import small_transformer, trace_transformer
 from rlhf.trace import Operation
@@ -33,7 +33,8 @@ class Rates:
     call_seconds: float  # of one small operator, called from Python
     autograd_seconds: float  # and from autograd's engine
     link: float | None  # bytes a second between host and device; None where they are one
-    waits: bool = True  # computation and calls take turns, as on a CPU; otherwise they overlap
+    beside: int = 0  # bytes of the device that a process takes besides what PyTorch has asked for
+    waits: bool = False  # computation and calls take turns, as on a CPU; otherwise they overlap
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -75,6 +76,7 @@ def measure_rates(device: torch.device) -> Rates:
         _traffic(device, sizes[3]),
         *_calls(device),
         _link(device, sizes[3]),
+        memory_beside(device),
         device.type == "cpu",
     )
 

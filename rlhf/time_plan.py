@@ -6,12 +6,14 @@ least the time that Python needs to call it. Rewards take what was measured of t
 `sampling_weights` and `base_bits`, whose time is taken to be that of the plain way.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 from rewards.measured import DEVICE as DEVICE_OF_REWARDS
 from rlhf.config import RewardGradientConfig
-from rlhf.memory_plan import Rewards
-from rlhf.parts import Part, Parts
+from rlhf.memory_plan import Rewards, graded_branches, together, window_steps
+from rlhf.parts import Parts
 from rlhf.rates import Rates, known_rates
 from rlhf.trace import Phase
 
@@ -40,37 +42,32 @@ class TimePlan:
 
 def count_calls(args: RewardGradientConfig) -> Calls:
     """At most, where a method draws its steps. args has all sampling keys set."""
-    steps, again = args.num_inference_steps, args.num_draws if args.method in ("draft_lv", "srpo") else 0
-    window = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}.get(
-        args.method, args.num_grad_steps
-    )
-    guided = args.guidance_scale > 1
-    branches = 2 if guided and args.guidance_gradient != "distill" else 1
-    with_gradient = 2 if guided and args.guidance_gradient == "full" else 1
-    drift = bool(args.drift_weight)
-    graded = with_gradient * (window + again + drift)
-    constant = (branches - with_gradient) * (window + again + drift) + (2 if guided else 1) * drift
-    before = min(steps - window, args.prefix_steps or steps)
-    prefix = before + (branches - 1) * -(-before // args.guidance_every)
-    return Calls(prefix / args.rollout_uses, constant, graded)
+    again = args.num_draws if args.method in ("draft_lv", "srpo") else 0
+    window, guided, drift = window_steps(args), args.guidance_scale > 1, bool(args.drift_weight)
+    branches, with_gradient = 2 if guided and args.guidance_gradient != "distill" else 1, graded_branches(args)
+    steps = window + again + drift
+    constant = (branches - with_gradient) * steps + (2 if guided else 1) * drift
+    before = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
+    prefix = before + (branches - 1) * math.ceil(before / args.guidance_every)
+    return Calls(prefix / args.rollout_uses, constant, with_gradient * steps)
 
 
 def plan_time(parts: Parts, args: RewardGradientConfig, rewards: Rewards, rates: Rates) -> TimePlan:
     """Of all `gradient_accumulation_steps`; args: as those of parts, but for settings about speed and memory."""
-    batch, together = args.per_device_train_batch_size, 2 if args.guidance_together and args.guidance_scale > 1 else 1
-    branch, calls = parts.branch(args, batch * together), count_calls(args)
+    batch, at_once = args.per_device_train_batch_size, together(args)
+    branch, calls = parts.branch(args, batch * at_once), count_calls(args)
     decoder = parts.decoder(args, batch, rewards.frames)
     weights = _streamed(parts, args)
     forward = at_least_moved(seconds(branch.sampling, rates), weights, rates)
     there = seconds(branch.forward, rates) + (forward if args.stepwise_backward else 0)
     back = seconds(branch.backward, rates)
-    kept = _offloaded(parts, args, batch * together)
+    kept = _offloaded(parts, args, batch * at_once)
     segment = at_least_moved(there, weights + kept, rates) + at_least_moved(back, weights + kept, rates)
     samples = args.num_draws if args.method == "srpo" else 1 + args.num_draws * (args.method == "draft_lv")
     scoring = reward_seconds(rewards, rates) * (2 if args.relative_words else 1)
     micro = {
-        "sampling": (calls.prefix + calls.constant) / together * forward,
-        "gradient segment": calls.graded / together * segment,
+        "sampling": (calls.prefix + calls.constant) / at_once * forward,
+        "gradient segment": calls.graded / at_once * segment,
         "decoding and back": samples * (seconds(decoder.forward, rates) + seconds(decoder.backward, rates)),
         "reward and back": samples * scoring,
     }
@@ -108,7 +105,5 @@ def _offloaded(parts: Parts, args: RewardGradientConfig, batch: int) -> int:
     """Bytes that leave the device in a forward pass, and come back."""
     if not args.offload_activations:
         return 0
-    import dataclasses
-
-    plain: Part = parts.branch(dataclasses.replace(args, offload_activations=False), batch)
+    plain = parts.branch(dataclasses.replace(args, offload_activations=False), batch)
     return plain.kept - parts.branch(args, batch).kept
