@@ -256,6 +256,12 @@ class RewardGradientConfig:
     report_to: list[str] = _key(
         ["tensorboard"], "Trackers, through accelerate: tensorboard, wandb, trackio, swanlab and others; or none."
     )
+    memory_limit_gib: float | None = _key(
+        None, "Memory in GiB that the dry run plans for. Default: what this machine's device has."
+    )
+    plan_device: str | None = _key(
+        None, "Device whose rates the dry run takes, a name in rlhf/measured.py. Default: this machine's."
+    )
     dry_run: bool = _key(False, "Check and print the settings and what they need; load no weights.")
 
     def __post_init__(self):
