@@ -5,6 +5,7 @@ that its kernel can be chosen, the two others compiled, and the block recomputed
 the attention again. Shape legend: B batch, N video tokens, L text tokens, D width, H heads, W width of a head.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf.attention import Attention
+from rlhf.contentv.shards import Shards
 from rlhf.host_memory import Group, HostMemory
 from rlhf.recompute import as_leaves, gradients, kept_in, recomputed
 
@@ -44,8 +46,15 @@ class BlockRunner:
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r}, expected one of {', '.join(RECOMPUTE)}; choose one of these")
         self.attention, self.recompute, self.host, self.fetch = attention, recompute, host, fetch
+        self.shards: Shards | None = None  # of tokens over processes; the attention then has a part of the heads
         compiler = compiler or (lambda function: function)
         self._before, self._after = compiler(before_attention), compiler(after_attention)
+
+    def over(self, shards: Shards) -> "BlockRunner":
+        """This runner, for blocks of which each process has a part of the tokens."""
+        runner = copy.copy(self)
+        runner.shards = shards
+        return runner
 
     def __call__(self, block, video, text, temb):
         if self.recompute == "nothing" or not torch.is_grad_enabled():
@@ -66,12 +75,14 @@ class BlockRunner:
     def before(self, block, *inputs):
         if self.fetch:
             self.fetch(block)
-        return (before_attention if block.context_pre_only else self._before)(block, *inputs)
+        found = (before_attention if block.context_pre_only else self._before)(block, *inputs)
+        return found if self.shards is None else (*self.shards.by_heads(*found[:3]), *found[3:])
 
-    def after(self, block, *inputs):
+    def after(self, block, attended, *inputs):
         if self.fetch:
             self.fetch(block)
-        return (after_attention if block.context_pre_only else self._after)(block, *inputs)
+        attended = attended if self.shards is None else self.shards.by_tokens(attended)
+        return (after_attention if block.context_pre_only else self._after)(block, attended, *inputs)
 
 
 def before_attention(block, video_BND, text_BLD, temb_BD):
