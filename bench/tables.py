@@ -200,7 +200,37 @@ def compile_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def planner_table(result: dict) -> str:
+    """A row for each setting: measured, predicted and how far off; then the worst of both."""
+    lines = [_made_on(result), "", "| setting | GiB measured | predicted | | seconds a step measured | predicted | |"]
+    lines += ["|---" * 7 + "|"]
+    rows = [row for row in result["rows"] if "predicted" in row]
+    for row in rows:
+        cells = (f"{_planned(row, key, form)}" for key, form in (("peak_gib", ".2f"), ("seconds", ".2f")))
+        lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
+    for key, name in (("peak_gib", "memory"), ("seconds", "time")):
+        off = [abs(row[f"{key}_ratio"] - 1) for row in rows if f"{key}_ratio" in row]
+        if off:
+            lines += [
+                "",
+                f"Of {name}, {len(off)} settings: {100 * max(off):.0f} % off at most, {_mean(off)} on average.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _planned(row: dict, key: str, form: str) -> str:
+    both = [row[part][key] for part in ("measured", "predicted")]
+    cells = ["-" if value is None else format(value, form) for value in both]
+    ratio = row.get(f"{key}_ratio")
+    return " | ".join([*cells, "-" if ratio is None else f"{100 * (ratio - 1):+.0f} %"])
+
+
+def _mean(shares: list[float]) -> str:
+    return f"{100 * statistics.mean(shares):.0f} %"
+
+
 TABLES = {
+    "planner.json": planner_table,
     "rewards.json": rewards_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,
