@@ -23,7 +23,7 @@ from rlhf.trace import Elsewhere, Phase, Trace, use_fused_norms
 CLIP_TOKENS = 77  # of the text, besides those of T5
 SMALL_MODEL = 1e9  # parameters; above that the loader chooses bfloat16
 TRACED_BLOCKS = 4  # of the transformer, which are alike but for the last
-TRACED_PIECES = 4  # of a decoder that works piece by piece; the first ones differ
+TRACED_PIECES = 6  # of a decoder that works piece by piece; the first ones differ
 OF_TRANSFORMER = ("gradient_checkpointing", "keep_attention", "offload_activations")
 OF_DECODER = ("vae_dtype", "decode_chunk", "decode_checkpoint", "decode_caches", "decode_window")
 
