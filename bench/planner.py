@@ -204,7 +204,7 @@ def measure_nano(arm: str, size: str, device: torch.device) -> dict:
 
 def measure_full(arm: str, size: str, device: torch.device, reward: Callable) -> dict:
     (frames, scored, _), settings = FULL[arm], settings_of(arm, size)
-    rig = Rig(arm, SIZES[size], frames, STEPS, scored, device, settings)
+    rig = Rig(arm, SIZES[size], frames, STEPS, scored, device, settings=settings)
     limit_memory(device, CAPS_GIB.get(arm))
     grid = rig.shape[2], rig.shape[3] // 2, rig.shape[4] // 2
     like = torch.empty(0, rig.transformer.inner_dim, device=device, dtype=SIZES[size].dtype)
