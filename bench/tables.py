@@ -209,12 +209,9 @@ def planner_table(result: dict) -> str:
         cells = (f"{_planned(row, key, form)}" for key, form in (("peak_gib", ".2f"), ("seconds", ".2f")))
         lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
     for key, name in (("peak_gib", "memory"), ("seconds", "time")):
-        off = [abs(row[f"{key}_ratio"] - 1) for row in rows if f"{key}_ratio" in row]
-        if off:
-            lines += [
-                "",
-                f"Of {name}, {len(off)} settings: {100 * max(off):.0f} % off at most, {_mean(off)} on average.",
-            ]
+        off = [100 * abs(row[f"{key}_ratio"] - 1) for row in rows if f"{key}_ratio" in row]
+        told = f"{max(off):.0f} % off at most, {statistics.mean(off):.0f} % on average" if off else "not measured"
+        lines += ["", f"Of {name}, {len(off)} settings: {told}."]
     return "\n".join(lines) + "\n"
 
 
@@ -223,10 +220,6 @@ def _planned(row: dict, key: str, form: str) -> str:
     cells = ["-" if value is None else format(value, form) for value in both]
     ratio = row.get(f"{key}_ratio")
     return " | ".join([*cells, "-" if ratio is None else f"{100 * (ratio - 1):+.0f} %"])
-
-
-def _mean(shares: list[float]) -> str:
-    return f"{100 * statistics.mean(shares):.0f} %"
 
 
 SCALE_PHASES = {  # of bench/scale.py: column by phase

@@ -38,6 +38,7 @@ NOT_EXACT = (
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 8},
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 4},
 )
+OF_PROCESSES = {"guidance_parallel": 1, "sequence_parallel": 1, "shard_base": False}  # and what they are for one alone
 SHOWN = 5
 
 
@@ -158,9 +159,12 @@ def needs(planner: Planner, plan: Plan, source: str) -> str:
     phases = [(f"and in {name}", _size(size)) for name, size in plan.memory.phases.items() if size]
     most = [("at most", _size(plan.memory.most)), ("beside it, context and kernels", _size(rates.beside))]
     seconds = [(name, _seconds(value)) for name, value in plan.time.parts.items()]
+    shared = ", ".join(name for name, alone in OF_PROCESSES.items() if getattr(planner.args, name) != alone)
     titles = [
         "Memory of one device, predicted, not measured (docs/planner.md). Left out: text encoders, which leave the\n"
-        "device when the prompts are encoded." + (f" Not known, and left out: {left_out}." if left_out else ""),
+        "device when the prompts are encoded."
+        + (f" Not known, and left out: {left_out}." if left_out else "")
+        + (f" Of a process that works alone, without {shared}." if shared else ""),
         f"Time of an optimizer step, predicted from the rates of {rates.device} ({source}):",
     ]
     total = [("in all", _seconds(plan.time.total)), ("all steps", _seconds(plan.time.total * planner.args.max_steps))]

@@ -1,6 +1,8 @@
 """The parts of a step hold what they hold in reality."""
 
+import gc
 from functools import partial
+from math import prod
 
 import pytest
 import torch
@@ -61,6 +63,19 @@ def test_a_branch_keeps_what_autograd_holds(settings):
     assert part.kept == pytest.approx(held + v.nbytes, rel=0.1)
     assert part.backward.most > part.kept
     assert part.backward.most >= 0.9 * kept.most
+
+
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_nothing_of_a_branch_waits_for_the_garbage_collector(keep_attention):
+    _, args, card = tiny(**CHECKPOINTED, keep_attention=keep_attention)
+    parts = Parts(args, card)
+    gc.disable()
+    try:
+        part = parts.branch(args, 2)
+    finally:
+        gc.enable()
+    latents = 2 * prod(parts.latents) * 4
+    assert part.gradients <= parts.adapter_bytes + 4 * latents  # velocity, its gradient and that of the latents
 
 
 @pytest.mark.parametrize("frames", [1, 17])

@@ -38,7 +38,10 @@ def test_sizes_and_needs_name_what_is_held_and_what_is_not_known(planner):
     text = needs(planner, planner.plan(), "made up")
     for name in (*planner.plan().memory.held, *planner.plan().time.parts, "at most", "a chip (made up)"):
         assert name in text
-    assert "Not known, and left out: mine.py:Mine" in text
+    assert "Not known, and left out: mine.py:Mine." in text
+    assert "alone" not in text
+    two = Planner(dataclasses.replace(SMALL[1], guidance_parallel=2), SMALL[2], RATES)
+    assert "alone, without guidance_parallel." in needs(two, two.plan(), "made up")
 
 
 def test_proposals_fit_and_are_in_the_order_of_time(planner):
