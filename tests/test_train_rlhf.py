@@ -162,7 +162,7 @@ def test_shipped_configs_use_known_keys_and_their_prompt_files_exist(path):
     ("name", "lines"),
     [
         ("hps", ("num_grad_steps: 5",)),
-        ("all_frames", ("keep_attention: true", "in gradient segment         18.02 GiB")),
+        ("all_frames", ("keep_attention: true", "frames that are decoded                    125")),
         ("24gib", ("stream_weights: true", "transformer forwards a step and video      50")),
     ],
 )
