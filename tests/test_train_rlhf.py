@@ -162,8 +162,8 @@ def test_shipped_configs_use_known_keys_and_their_prompt_files_exist(path):
     ("name", "lines"),
     [
         ("hps", ("num_grad_steps: 5",)),
-        ("all_frames", ("keep_attention: true", "kept by one guidance branch of one step       14.62 GiB")),
-        ("24gib", ("stream_weights: true", "transformer forwards a step and video         50")),
+        ("all_frames", ("keep_attention: true", "frames that are decoded                    125")),
+        ("24gib", ("stream_weights: true", "transformer forwards a step and video      50")),
     ],
 )
 def test_the_recipes_for_contentv_8b_pass_the_dry_run_without_weights(main, capsys, monkeypatch, name, lines):
