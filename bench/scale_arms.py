@@ -1,4 +1,4 @@
-"""What bench/scale.py measures: layouts, as settings of a run, and a model with random weights that takes any of them."""
+"""What bench/scale.py measures: layouts, as settings of a run, and a model with random weights in any of them."""
 
 from dataclasses import replace
 from types import SimpleNamespace
