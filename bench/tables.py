@@ -1,8 +1,8 @@
 """Put the tables of measured results into the guides: `python bench/tables.py`.
 
 A guide marks the place: what stands between `<!-- table: bench/results/NAME.json -->` and `<!-- end of table -->` is
-replaced by that file's table, or by "Not measured yet." while there is no such file; NAME.json#PART is one of several.
-A single result of bench/methods.py stands between `<!-- nano: ARM -->` and `<!-- / -->`.
+replaced by that file's table, or by nothing while there is no such file; NAME.json#PART is one of several. A single
+result of bench/methods.py stands between `<!-- nano: ARM -->` and `<!-- / -->`.
 """
 
 import json
@@ -22,7 +22,7 @@ def fill(text: str, root: Path = ROOT) -> str:
 
     def made(place: re.Match) -> str:
         path, named = root / place[2].partition("#")[0], Path(place[2]).name
-        table = TABLES[named](json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
+        table = TABLES[named](json.loads(path.read_text())) if path.exists() else ""
         return f"{place[1]}{table}{place[3]}"
 
     return PLACE.sub(made, text)
