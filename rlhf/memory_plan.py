@@ -16,6 +16,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.blocks import after_attention, before_attention
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_video
+from rlhf.layout import started_processes
 from rlhf.lora import add_adapter, lora_config
 from rlhf.recompute import as_leaves
 from rlhf.speed import Speed
@@ -45,6 +46,7 @@ def plan_memory(args: RewardGradientConfig, card: dict[str, dict], frames: int, 
     speed, (blocks, weights) = Speed.of(args), _blocks(args, card, dtype)
     branch, of_block = _branch(speed, blocks)
     guided = 2 if args.guidance_scale > 1 and args.guidance_gradient == "full" else 1
+    guided //= args.guidance_parallel
     together = guided if args.guidance_together else 1
     graphs = guided * args.num_grad_steps
     window = 0 if args.stepwise_backward else branch * graphs
@@ -86,7 +88,8 @@ def _blocks(args, card, dtype) -> tuple[list[_Block], tuple[int, int, int]]:
     rest = sum(p.numel() for p in transformer.parameters() if not p.requires_grad) - sum(weights)
     B, _, T, H, W = _latent_shape(args, card)
     width, patch = transformer.inner_dim, transformer.config.patch_size
-    tokens = T * (H // patch) * (W // patch), CLIP_TOKENS + args.max_sequence_length
+    video_tokens = -(-T * (H // patch) * (W // patch) // args.sequence_parallel)
+    tokens = video_tokens, CLIP_TOKENS + args.max_sequence_length
     shapes = [(B, tokens[0], width), (B, tokens[1], width), (B, width)]
     inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in shapes]
     inputs = as_leaves(inputs, (True, True, False))  # the time's embedding is the same for every adapter
@@ -127,6 +130,8 @@ def _resident(speed: Speed, weights: tuple[int, int, int], bytes_each: int) -> i
     of_blocks, of_one, rest = weights
     if speed.stream_weights:
         return bytes_each * (2 * of_one + rest)
+    if speed.shard_base:  # two blocks at a time are whole
+        return bytes_each * (of_blocks // started_processes() + 2 * of_one + rest)
     return bytes_each * rest + of_blocks * (speed.base_bits or 8 * bytes_each) // 8
 
 

@@ -22,7 +22,8 @@ def pair(monkeypatch):
     monkeypatch.setattr(lifeline, "end_with", told.append)
     store = dist.HashStore()
     both = [Lifeline(rank, 2, PATIENCE, store) for rank in (0, 1)]
-    yield *both, told
+    with both[0].watched(), both[1].watched():
+        yield *both, told
     for one in both:
         one.end()
 
@@ -69,12 +70,16 @@ def test_of_those_in_one_exchange_the_one_behind_is_named(pair):
     assert all("Nothing has gone on in process 1 (pid" in text for text in told)
 
 
-def test_after_the_end_nothing_is_watched(pair):
-    first, second, told = pair
-    first.end()
+def test_outside_of_a_run_nothing_is_watched(monkeypatch):
+    told, store = [], dist.HashStore()
+    monkeypatch.setattr(lifeline, "end_with", told.append)
+    first, second = (Lifeline(rank, 2, PATIENCE, store) for rank in (0, 1))
+    with first.watched():
+        pass
     second.end()
     time.sleep(PATIENCE + 1.5)
     assert told == []
+    first.end()
 
 
 def test_one_process_has_no_one_to_lose():
@@ -99,9 +104,10 @@ def test_a_killed_worker_ends_the_other_which_says_who(tmp_path):
 def test_a_hung_worker_ends_all_which_say_who(tmp_path):
     own = {"reward": "stuck", "prompts": PROMPTS, "per_device_train_batch_size": 1, "ddp_timeout": 6}
     both = start(many_runs.train, tmp_path / "run", own)
-    for one in both:
-        told = one.finish(codes=(lifeline.EXIT_LOST,), timeout=90)
-        assert "without progress. Nothing has gone on in process 1" in told
+    told = [one.finish(codes=(lifeline.EXIT_LOST,), timeout=90) for one in both]
+    assert "without progress. Nothing has gone on in process 1 (pid" in told[1]
+    who = f"process 1 (pid {both[1].process.pid} on"  # by then it may be gone, by its own doing
+    assert f"Nothing has gone on in {who}" in told[0] or f"No sign of life from {who}" in told[0]
 
 
 def wait_for(path: Path, running) -> None:
