@@ -110,8 +110,8 @@ SIZES = {
 class Rig:
     """A model with random weights, set up as one arm's settings say, and what it is given.
 
-    The weights depend on the device and the size alone: equal for all arms. layout: of several processes. own: settings
-    of an arm that is not among those of this file.
+    The weights depend on the device and the size alone: equal for all arms. layout: of several processes. settings:
+    instead of the arm's own.
     """
 
     def __init__(
@@ -123,11 +123,11 @@ class Rig:
         scored: int,
         device: torch.device,
         layout: Layout | None = None,
-        own: dict | None = None,
+        settings: dict | None = None,
     ):
         self.arm, self.size, self.device, self.layout = arm, size, device, layout
-        settings = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": 6.0, "lora_rank": 32}
-        self.args = args = RewardGradientConfig(**settings | (SETTINGS[arm] if own is None else own))
+        common = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": 6.0, "lora_rank": 32}
+        self.args = args = RewardGradientConfig(**common | (SETTINGS[arm] if settings is None else settings))
         self.by_hand = arm in (PEERS, STOCK)  # as diffusers runs it
         vae_dtype = getattr(torch, args.vae_dtype)
         self.vae = random_vae(size, device).to(vae_dtype)

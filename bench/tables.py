@@ -175,7 +175,7 @@ def _phase_cell(row: dict | None) -> str:
 def _exact_cells(rows: dict[str, dict]) -> list[str]:
     peaks = [row["peak_gib"] for row in rows.values() if "peak_gib" in row]
     against = [rows.get("window", {}).get(f"against {reference}") for reference in reversed(REFERENCES)]
-    cosines = ["-" if one is None else f"{one['cosine']:.4f}, length {one['length']:.3f}" for one in against]
+    cosines = ["-" if one is None else f"{one['cosine']:.5f}, length {one['length']:.3f}" for one in against]
     return [f"{max(peaks):.1f}" if peaks else "-", *cosines]
 
 

@@ -252,9 +252,15 @@ class RewardGradientConfig:
     eval_seed: int = _key(0, "Source of the evaluation's noise, the same for every model and run.")
     num_diversity_prompts: int = _key(4, "Held-out prompts sampled a second time, to see how far samples differ.")
     sample_steps: int = _key(0, "Optimizer steps between sample videos. 0: before and after only.")
-    num_sample_prompts: int = _key(6, "Held-out prompts shown as sample videos and in the contact sheet.")
+    num_sample_prompts: int = _key(10, "Held-out prompts shown as sample videos; six of them in the contact sheet.")
     report_to: list[str] = _key(
         ["tensorboard"], "Trackers, through accelerate: tensorboard, wandb, trackio, swanlab and others; or none."
+    )
+    memory_limit_gib: float | None = _key(
+        None, "Memory in GiB that the dry run plans for. Default: what this machine's device has."
+    )
+    plan_device: str | None = _key(
+        None, "Device whose rates the dry run takes, a name in rlhf/measured.py. Default: this machine's."
     )
     dry_run: bool = _key(False, "Check and print the settings and what they need; load no weights.")
 

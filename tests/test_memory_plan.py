@@ -1,7 +1,5 @@
 """What the planner works out without storage is what the parts keep when they run."""
 
-import dataclasses
-
 import pytest
 import torch
 from kept import KeptBytes
@@ -103,20 +101,3 @@ def test_the_whole_video_of_contentv_8b_on_one_card():
     plain = plan_memory(with_sampling(stock, card["sampling"]), card, 125, 2)
     assert plain.decoder / 2**30 > 80
     assert plain.window / 2**30 > 200
-
-
-def test_processes_that_share_a_video_or_the_base_keep_a_part(monkeypatch):
-    """A half of the tokens, one of the two branches, a quarter of the blocks' weights and two whole ones."""
-    _, args, card = tiny(**CHECKPOINTED, height=64, width=96)
-    alone = plan_memory(args, card, 1, 4)
-    of_tokens = plan_memory(dataclasses.replace(args, sequence_parallel=2), card, 1, 4)
-    text = 6 * 2 * (CLIP_TOKENS + args.max_sequence_length) * 32 * 4  # of six blocks' inputs, batch 2, width 32
-    assert of_tokens.branch - text == pytest.approx((alone.branch - text) / 2)
-    of_branches = plan_memory(dataclasses.replace(args, guidance_parallel=2), card, 1, 4)
-    assert (of_branches.branch, of_branches.window) == (alone.branch, alone.window / 2)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    sharded = plan_memory(dataclasses.replace(args, shard_base=True), card, 1, 4)
-    streamed = plan_memory(dataclasses.replace(args, stream_weights=True), card, 1, 4)
-    assert streamed.transformer < sharded.transformer < alone.transformer
-    four_blocks = alone.transformer - streamed.transformer  # of six: two are on the device when they are streamed
-    assert sharded.transformer - streamed.transformer == pytest.approx(1.5 * four_blocks / 4, rel=0.05)
