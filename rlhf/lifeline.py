@@ -69,12 +69,12 @@ class Lifeline:
         self.ended.set()
 
     def lost(self) -> str | None:
-        """Which processes are lost, in a sentence; None if all of them go on. Takes two beats."""
+        """Which processes are lost, in a sentence; None if all of them go on. Takes three beats."""
         if self.store is None:
             return None
         try:
             before = self._words()
-            time.sleep(2 * self.interval + 1)
+            time.sleep(3 * self.interval)
             now = self._words()
         except RuntimeError:  # the store's own process, the first one where no launcher keeps it
             return "The process that keeps the list of all, 0 unless a launcher does, is gone."

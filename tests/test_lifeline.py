@@ -12,7 +12,7 @@ from processes import start
 from rlhf import lifeline
 from rlhf.lifeline import Lifeline
 
-PATIENCE = 0.4  # a beat every tenth of a second
+PATIENCE = 1.0  # seconds; a beat every quarter of one
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def busy(line: Lifeline, seconds: float) -> None:
 def test_who_waits_for_a_busy_one_waits_on(pair):
     first, second, told = pair
     with first.waiting():
-        busy(second, 3 * PATIENCE + 1.5)
+        busy(second, 2 * PATIENCE + 1)
     assert told == []
 
 
@@ -46,7 +46,7 @@ def test_one_that_is_gone_is_named(pair):
     first, second, told = pair
     second.end()  # its thread beats no more, as after a kill
     with first.waiting():
-        time.sleep(PATIENCE + 2)
+        time.sleep(PATIENCE + 1.5)
     assert told
     assert "Process 0 ends after" in told[0]
     assert "No sign of life from process 1 (pid" in told[0]
@@ -55,7 +55,7 @@ def test_one_that_is_gone_is_named(pair):
 def test_one_that_is_stuck_is_named_by_the_others_and_by_itself(pair):
     first, second, told = pair
     with first.waiting():
-        time.sleep(PATIENCE + 2)
+        time.sleep(PATIENCE + 1.5)
     starts = {text.split(" ends")[0] for text in told}
     assert starts == {"Process 0", "Process 1"}
     assert all("Nothing has gone on in process 1 (pid" in text for text in told)
@@ -65,7 +65,7 @@ def test_of_those_in_one_exchange_the_one_behind_is_named(pair):
     """Within the transformer nobody is known to wait; who has made fewer calls is to blame."""
     first, second, told = pair
     first.tick()
-    time.sleep(PATIENCE + 2)
+    time.sleep(PATIENCE + 1.5)
     assert told
     assert all("Nothing has gone on in process 1 (pid" in text for text in told)
 
