@@ -74,7 +74,9 @@ class Lifeline:
             return None
         try:
             before = self._words()
-            time.sleep(3 * self.interval)
+            for _ in range(3):  # the others may be looking for lost ones just now, too
+                time.sleep(self.interval)
+                self._beat()
             now = self._words()
         except RuntimeError:  # the store's own process, the first one where no launcher keeps it
             return "The process that keeps the list of all, 0 unless a launcher does, is gone."
