@@ -79,7 +79,8 @@ class Lifeline:
                 self._beat()
             now = self._words()
         except RuntimeError:  # the store's own process, the first one where no launcher keeps it
-            return "The process that keeps the list of all, 0 unless a launcher does, is gone."
+            stuck = f"Nothing has gone on in process {self.rank}, and the" if self._is_stuck() else "The"
+            return f"{stuck} process that keeps the list of all, 0 unless a launcher does, is gone."
         gone = [rank for rank in now if rank != self.rank and now[rank] == before[rank]]
         if gone:
             return f"No sign of life from {self._named(gone, now)}: killed, stopped, or cut off."
@@ -99,6 +100,9 @@ class Lifeline:
 
     def _is_late(self) -> bool:
         return self.is_watched and self._idle() >= self.patience
+
+    def _is_stuck(self) -> bool:
+        return self._is_late() and not self.waits
 
     def _idle(self) -> float:
         return time.monotonic() - self.ticked
