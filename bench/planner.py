@@ -161,7 +161,7 @@ def measure_full(arm: str, size: str, device: torch.device, reward: Callable) ->
     grid = rig.shape[2], rig.shape[3] // 2, rig.shape[4] // 2
     like = torch.empty(0, rig.transformer.inner_dim, device=device, dtype=SIZES[size].dtype)
     rig.transformer.pos_embed.position_table(grid, like)  # takes a second on the CPU, once
-    score = lambda video: reward(video, [PROMPT], **INFO)
+    score = lambda video: reward(video, PROMPT, **INFO)
     parts = rig.args, rig.fields, rig.decode, score, rig.masters, rig.optimizer, rig.sigmas, rig.cond
     step = Step(*parts, rig.noise("x"), device)
     for _ in range(2 if frames < TWICE_BELOW else 1):  # the first time loads kernels

@@ -119,9 +119,10 @@ def open_rewards(
 
 
 def model_card(model: str, pipe=None) -> dict[str, dict]:
-    """The sizes of a model by part, "transformer", "vae" and "sampling", without its weights. ValueError if absent."""
+    """The sizes of a model by part, as `model_config` has them, without its weights. ValueError if absent."""
     if pipe is not None:
         parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
+        parts["tokenizer"] = {"model_max_length": pipe.tokenizer_max_length}
         return parts | {"sampling": vars(pipe.sampling)}
     return model_config(model)
 

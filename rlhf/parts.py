@@ -20,7 +20,6 @@ from rlhf.lora import add_adapter, lora_config
 from rlhf.speed import Speed
 from rlhf.trace import Elsewhere, Phase, Trace, use_fused_norms
 
-CLIP_TOKENS = 77  # of the text, besides those of T5
 SMALL_MODEL = 1e9  # parameters; above that the loader chooses bfloat16
 TRACED_BLOCKS = 4  # of the transformer, which are alike but for the last
 TRACED_PIECES = 6  # of a decoder that works piece by piece; the first ones differ
@@ -122,7 +121,8 @@ class Parts:
     def branch(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> Part:
         """One call of the transformer, as these args run it."""
         key = ("branch", batch, with_gradient, *(getattr(args, name) for name in OF_TRANSFORMER))
-        text, of_latents = CLIP_TOKENS + args.max_sequence_length, args.num_grad_steps > 1
+        text = self.card["tokenizer"]["model_max_length"] + args.max_sequence_length  # CLIP's and T5's tokens
+        of_latents = args.num_grad_steps > 1
         shape, speed = (batch, *self.latents), Speed.of(args)
 
         def trace() -> Part:

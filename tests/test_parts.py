@@ -16,7 +16,7 @@ from rlhf.contentv.transformer import QueryKeyNorm
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.host_memory import HostMemory
 from rlhf.lora import Masters, add_adapter, lora_config
-from rlhf.parts import CLIP_TOKENS, Parts
+from rlhf.parts import Parts
 from rlhf.rates import Rates
 from rlhf.setup import latent_shape
 from rlhf.speed import Speed, set_up_blocks
@@ -54,7 +54,7 @@ def test_a_branch_keeps_what_autograd_holds(settings):
     add_adapter(model, lora_config(args), 0)
     set_up_blocks(model, Speed.of(args), torch.device("cpu"))
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
-    cond = tiny_conditioning(2, CLIP_TOKENS + args.max_sequence_length)
+    cond = tiny_conditioning(2, card["tokenizer"]["model_max_length"] + args.max_sequence_length)
     with KeptBytes(model) as kept:
         (v,) = model(latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.ones(2), return_dict=False)
         held = kept.now
