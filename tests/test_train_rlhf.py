@@ -175,16 +175,6 @@ def test_the_recipes_for_contentv_8b_pass_the_dry_run_without_weights(main, caps
     assert not (ROOT / "runs" / f"contentv_8b_{name}").exists()
 
 
-def test_shipped_training_and_held_out_prompts_share_none():
-    train, held_out = (
-        set((ROOT / "configs" / "prompts" / f"general_{name}.txt").read_text().splitlines())
-        for name in ("train", "held_out")
-    )
-    assert not train & held_out
-    assert len(train) > 60
-    assert len(held_out) >= 32
-
-
 @pytest.mark.skipif(not NANO_PATH.exists(), reason="the weights of nano are not trained yet")
 def test_the_main_job_in_small(main, tmp_path):
     flags = ["--max_steps", "1", "--warmup_steps", "0", "--num_eval_prompts", "2", "--per_device_train_batch_size", "1"]
