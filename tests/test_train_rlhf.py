@@ -13,9 +13,7 @@ import pytest
 import yaml
 from tiny import tiny_pipeline
 
-from rlhf.config import field_names
 from rlhf.contentv.files import NANO_PATH
-from rlhf.parse import parse_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_rlhf.py"
@@ -150,29 +148,14 @@ def wait_for(path: Path, process, seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_shipped_configs_use_known_keys_and_their_prompt_files_exist(path):
-    args = parse_config(["--config", str(path)])
-    for name in (args.prompts, args.eval_prompts):
-        assert name.startswith("nano_") or (path.parent / name).is_file()
-    assert set(yaml.safe_load(path.read_text())) <= set(field_names())
-
-
-@pytest.mark.parametrize(
-    ("name", "lines"),
-    [
-        ("hps", ("num_grad_steps: 5",)),
-        ("all_frames", ("keep_attention: true", "kept by one guidance branch of one step       14.62 GiB")),
-        ("24gib", ("stream_weights: true", "transformer forwards a step and video         50")),
-    ],
-)
-def test_the_recipes_for_contentv_8b_pass_the_dry_run_without_weights(main, capsys, monkeypatch, name, lines):
+def test_the_dry_run_of_a_recipe_for_contentv_8b_prints_settings_and_needs(main, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["--config", str(ROOT / "configs" / f"contentv_8b_{name}.yaml"), "--dry_run"]) == 0
+    assert main(["--config", str(ROOT / "configs" / "contentv_8b_24gib.yaml"), "--dry_run"]) == 0
     text = capsys.readouterr().out
-    for line in ("learning_rate: 1.0e-05", "lora_rank: 32", "8,056,627,520 parameters", *lines):
+    needs = ("8,056,627,520 parameters", "transformer forwards a step and video         50")
+    for line in ("learning_rate: 1.0e-05", "lora_rank: 32", "stream_weights: true", *needs):
         assert line in text
-    assert not (ROOT / "runs" / f"contentv_8b_{name}").exists()
+    assert not (ROOT / "runs" / "contentv_8b_24gib").exists()
 
 
 @pytest.mark.skipif(not NANO_PATH.exists(), reason="the weights of nano are not trained yet")
