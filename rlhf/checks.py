@@ -256,7 +256,8 @@ def _reward_settings(args, rewards):
     names = [short_name(reward) for reward in [*trained, *args.eval_reward_funcs]]
     for spec in [*trained, *args.eval_reward_funcs]:
         if isinstance(spec, str):
-            yield from _told_by(check_spec, spec, args.base_dir)
+            kwargs = (args.reward_kwargs or {}).get(short_name(spec), {})
+            yield from _told_by(check_spec, spec, args.base_dir, kwargs)
     if not trained:
         yield "reward_funcs: got none, expected at least one reward; name one"
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):

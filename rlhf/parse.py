@@ -35,7 +35,7 @@ def _parse(argv: list[str], without_config: bool) -> tuple[RewardGradientConfig,
 
     class Parser(TrlParser):
         def error(self, message):  # argparse would print the whole usage and exit
-            raise ConfigError([message])
+            raise ConfigError([f"{message}; correct the flag, `train_rlhf.py --help` says what each takes"])
 
     if without_config:  # its unknown keys are told already; look at the flags alone
         at = argv.index("--config")
