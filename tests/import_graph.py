@@ -43,7 +43,7 @@ ROOMS = {
     ),
     "training": (
         "the loop and what guards it",
-        "rlhf.setup rlhf.batches rlhf.calibrate rlhf.failures rlhf.guards rlhf.watch rlhf.trainer",
+        "rlhf.setup rlhf.batches rlhf.calibrate rlhf.failures rlhf.guards rlhf.watch rlhf.trainer rlhf.train",
     ),
 }
 # Against the order, with the reason.

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from tiny import tiny_pipeline
 
+from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import NANO_PATH
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,27 @@ def project(tmp_path):
 
 
 def test_the_command_stays_short():
-    assert len(SCRIPT.read_text().splitlines()) < 80
+    assert len((ROOT / "rlhf" / "train.py").read_text().splitlines()) < 90
+    assert len(SCRIPT.read_text().splitlines()) < 20
+
+
+def test_a_shipped_config_goes_by_its_name(main, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config", "nano", "--dry_run"]) == 0
+    assert "prompts: nano_train" in capsys.readouterr().out
+    (tmp_path / "nano").mkdir()
+    assert main(["--config", "nano", "--dry_run"]) == 2, "a folder of that name is no longer the shipped one"
+    assert "--config: got nano, which is not a file" in capsys.readouterr().err
+
+
+def test_a_resume_hint_names_a_command_that_can_be_launched(monkeypatch):
+    from rlhf import train
+
+    args, saved = RewardGradientConfig(output_dir="runs/x"), lambda folder: folder / "step-3"
+    for script, launched in ((train.__file__, "-m rlhf.train"), ("train_rlhf.py", "train_rlhf.py")):
+        monkeypatch.setattr(sys, "argv", [script, "--seed", "1"])
+        hint = train._resume_hint(args, saved)
+        assert f"accelerate launch {launched} --seed 1 --resume_from_checkpoint latest" in hint
 
 
 def test_a_users_own_model_prompts_and_reward(main, project, capsys):
@@ -112,8 +133,8 @@ def test_a_reward_that_breaks_ends_with_1_and_its_name(main, project, capsys):
 
 
 def test_a_misspelt_key_is_told_before_anything_heavy_is_imported():
-    code = f"import runpy, sys; sys.argv = ['x', '--learing_rate', '1']; runpy.run_path({str(SCRIPT)!r}, run_name='m')"
-    code += "['main'](sys.argv[1:]); print('diffusers' in sys.modules, 'peft' in sys.modules)"
+    code = "import sys; from rlhf.train import main; main(['--learing_rate', '1'])"
+    code += "; print('diffusers' in sys.modules, 'peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
