@@ -172,11 +172,11 @@ def guided(rig: Rig, together: bool = False) -> Velocity:
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(work: Callable[[], dict | None], device: torch.device, repeats: int) -> dict:
-    """The first call apart, since it loads and compiles; then the median of the repeats and the most memory of any."""
+def measure(work: Callable[[], dict | None], device: torch.device, repeats: int, warm: bool) -> dict:
+    """The median of the repeats and the most memory of any. Not warm: a call before, apart, which loads and compiles."""
     seconds, peaks, told = [], [], None
     try:
-        for _ in range(1 + repeats):
+        for _ in range(repeats if warm else 1 + repeats):
             reset_peak_memory(device)
             synchronize(device)
             began = time.perf_counter()
@@ -186,8 +186,9 @@ def measure(work: Callable[[], dict | None], device: torch.device, repeats: int)
             peaks.append(peak_memory(device) / GIB)
     except torch.OutOfMemoryError:
         return {"skipped": "out of memory"}
-    row = {"seconds": statistics.median(seconds[1:]), "all": seconds[1:], "first_seconds": seconds[0]}
-    return row | {"peak_gib": max(peaks[1:])} | (told or {})
+    first = {} if warm else {"first_seconds": seconds[0]}
+    timed, peaks = seconds[-repeats:], peaks[-repeats:]
+    return {"seconds": statistics.median(timed), "all": timed, "peak_gib": max(peaks)} | first | (told or {})
 
 
 def compare(row: dict, gradients: Path, frames: int, scored: int) -> dict:
@@ -220,7 +221,8 @@ def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device,
             break
         row = told | {"phase": phase} | rig.chosen
         row |= {"steps": arguments.steps} if phase == "step" else {}
-        row |= measure(getattr(bench, phase.replace(" ", "_")), device, arguments.repeats)
+        warm = phase == "step" and {"sampling", "window"} <= set(phases)  # a long one, of which all was run before
+        row |= measure(getattr(bench, phase.replace(" ", "_")), device, arguments.repeats, warm)
         if phase == "step" and "seconds" in row:
             row["seconds_per_gradient"] = row["seconds"] / rig.args.rollout_uses
         if arguments.size == "full" and (least := floor_seconds(rig, phase)):
@@ -275,7 +277,6 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(arguments.device)
     size = SIZES[arguments.size]
     about = environment(device) | {"size": arguments.size, "height": size.height, "width": size.width}
-    about |= {"repeats": arguments.repeats}
     old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     rows = {key(row): row for row in (old.get("rows", []) if old.get("environment") == about else [])}
     scored = {"first": 1, "all": arguments.frames}.get(arguments.scored) or int(arguments.scored)

@@ -5,11 +5,13 @@ y = recomputed(function, x, keeping=host.group())
 """
 
 import weakref
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 SMALLEST_BYTES = 2**20  # smaller tensors stay where they are
+AHEAD = 2  # groups whose copies may be under way; more would hold more of the device's memory
 
 
 class HostMemory:
@@ -23,12 +25,21 @@ class HostMemory:
         self.stream = None if self.device.type == "cpu" else torch.Stream(device=self.device)
         self.last = _nothing  # a weak reference: a graph that is dropped takes its groups along
         self.free: dict[int, list[torch.Tensor]] = {}
+        self.under_way: deque = deque()
 
     def group(self) -> "Group":
         """A new group, after all those before."""
+        self.keep_pace()
         group = Group(self, self.last)
         self.last = weakref.ref(group)
         return group
+
+    def keep_pace(self) -> None:
+        """Wait for the copies of some groups ago: memory that is freed before its copy is done is of no use till then."""
+        if self.stream is not None:
+            self.under_way.append(self.stream.record_event())
+            if len(self.under_way) > AHEAD:
+                self.under_way.popleft().synchronize()
 
     def take(self, size: int) -> torch.Tensor:
         """A buffer of so many bytes."""
@@ -78,6 +89,7 @@ class Group:
     def ask_back(self) -> None:
         """Start the copies to the device, unless they have been started."""
         if any(kept.tensor is None and kept.buffer is not None for kept in self.kept):
+            self.host.keep_pace()
             for kept in self.kept:
                 kept.tensor = torch.empty_like(kept.form, device=self.host.device)
             with self.host.aside():

@@ -82,7 +82,8 @@ def adapt(
     """
     # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
     torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
-    if args.decode_channels_last:
+    innermost = args.decode_channels_last
+    if device.type == "cpu" if innermost is None else innermost:
         use_channels_last(pipe.vae)
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
     chosen = set_up_blocks(pipe.transformer, Speed.of(args), device)

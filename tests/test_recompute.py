@@ -162,6 +162,17 @@ def test_a_second_backward_pass_is_refused():
         y.backward()
 
 
+class FakeEvent:
+    def __init__(self, log):
+        self.log, self.number = log, log.count("event")
+
+    def synchronize(self):
+        self.log.append(f"host waits for event {self.number}")
+
+    def __str__(self):
+        return "event"
+
+
 class FakeStream:
     """Writes down what a stream is told."""
 
@@ -176,7 +187,7 @@ class FakeStream:
 
     def record_event(self):
         self.log.append("event")
-        return "event"
+        return FakeEvent(self.log)
 
     def __enter__(self):
         self.log.append(f"on {self.name}")
@@ -196,8 +207,18 @@ def test_on_an_accelerator_copies_run_aside_and_are_waited_for(monkeypatch):
     x = numbers(4).requires_grad_()
     with kept_in(host.group()):
         y = x.exp()
-    assert log == ["side waits for main", "on side", "off side", "kept for side"], "the source outlives its copy"
+    copied = ["side waits for main", "on side", "off side"]
+    assert log == ["event", *copied, "kept for side"], "the source outlives its copy"
     log.clear()
     (grad,) = torch.autograd.grad(y.sum(), x)
-    assert log == ["side waits for main", "on side", "off side", "event", "kept for side", "main waits for event"]
+    assert log == ["event", *copied, "event", "kept for side", "main waits for event"]
     torch.testing.assert_close(grad, x.exp())
+
+
+def test_on_an_accelerator_no_more_than_two_groups_are_copied_at_a_time():
+    log = []
+    host = HostMemory("cpu")
+    host.stream = FakeStream("side", log)
+    for _ in range(4):
+        host.group()
+    assert log == ["event", "event", "event", "host waits for event 1", "event", "host waits for event 2"]

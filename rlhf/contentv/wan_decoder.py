@@ -13,6 +13,7 @@ from functools import partial
 from itertools import repeat
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T
 
@@ -165,14 +166,11 @@ class _CausalConvs:
             return x.new_empty(x.shape[0], layer.out_channels, *x.shape[2:])
         columns, _, rows, _, frames, _ = layer._padding
         assert frames == CACHE_T
-        seen = torch.cat([x.new_zeros(_with_frames(x, frames)) if cache is None else cache, x], 2)
+        # Not `cat` with zeros, which would lose x's memory order.
+        seen = F.pad(x, (0, 0, 0, 0, frames, 0)) if cache is None else torch.cat([cache, x], 2)
         if not self.is_last:
             self.new_caches.append(seen[:, :, -frames:].clone())  # a view would hold all frames
         return conv(seen, layer.weight, layer.bias, (0, rows, columns))
-
-
-def _with_frames(x, frames: int) -> tuple[int, ...]:
-    return *x.shape[:2], frames, *x.shape[3:]
 
 
 def _residual_block(block, x, causal):
