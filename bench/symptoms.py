@@ -2,8 +2,8 @@
 
     python bench/symptoms.py [--only memory ...]
 
-Each run is the command of the page, in a process of its own; its last words and a line of metrics.jsonl for each step go
-between `<!-- said: NAME -->` and `<!-- end -->`. One after the other, the page is written after each.
+Each run is the command of the page, in a process of its own; its last words and a line for each step of metrics.jsonl
+go between `<!-- said: NAME -->` and `<!-- end -->`. The page is written after each of them.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-COMMAND = re.compile(r"<!-- run: (\w+) -->\n+```bash\n(.*?)\n```", re.DOTALL)
+COMMAND = re.compile(r"<!-- run: (\w+) -->\n(?:<!-- .*? -->\n)*```bash\n(.*?)\n```", re.DOTALL)
 SHOWN = ("step", "reward", "saturated", "grad_norm", "learning_rate", "seconds", "eval/gain_trained")
 SHOWN += ("eval/gain_held_out", "eval/hacking_gap", "eval/motion", "eval/high_frequency")
 KEPT_LINES = 12
@@ -29,7 +29,7 @@ def commands(text: str) -> dict[str, str]:
 
 
 def said_by(command: str, folder: Path) -> str:
-    """The last lines that a command of the page said, then its metrics as a table, from a run in a folder of its own."""
+    """The last lines that a command of the page said, then its metrics as a table; it runs in a folder of its own."""
     run = folder / "run"
     words = command.replace("accelerate launch train_rlhf.py", f"{shlex.quote(sys.executable)} train_rlhf.py")
     words = f"{words} --output_dir {shlex.quote(str(run))}"
@@ -42,8 +42,9 @@ def said_by(command: str, folder: Path) -> str:
 
 def is_said(line: str) -> bool:
     """Whether a line is of the program: no progress bar, no other library's warning, no line of a traceback."""
-    noise = ("train:", "evaluate", "W0", "  File", "    ", "Traceback", "warn", "/")
-    return bool(line.strip()) and not line.startswith(noise) and "Warning" not in line and "%|" not in line
+    noise = ("train:", "evaluate", "W0", "Traceback", "warn", "/")
+    of_traceback = re.match(r" {2,4}\S", line)
+    return bool(line.strip()) and not (line.startswith(noise) or of_traceback or "Warning" in line or "%|" in line)
 
 
 def read(path: Path) -> str:
