@@ -43,7 +43,7 @@ def said_by(command: str, folder: Path) -> str:
 def is_said(line: str) -> bool:
     """Whether a line is of the program: no progress bar, no other library's warning, no line of a traceback."""
     noise = ("train:", "evaluate", "W0", "Traceback", "warn", "/")
-    of_traceback = re.match(r" {2,4}\S", line)
+    of_traceback = re.match(r"    \S|  File ", line)
     return bool(line.strip()) and not (line.startswith(noise) or of_traceback or "Warning" in line or "%|" in line)
 
 

@@ -46,7 +46,7 @@ def train(args: RewardGradientConfig) -> int:
         return _tell(f"train_rlhf: {error}", EXIT_FAILED)
 
     from rlhf.checkpoint import SavingError, last_whole
-    from rlhf.failures import TrainingError
+    from rlhf.failures import TrainingError, out_of_memory
     from rlhf.trainer import RewardGradientTrainer
 
     try:
@@ -58,6 +58,10 @@ def train(args: RewardGradientConfig) -> int:
         return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
     except (RewardError, TrainingError, SavingError) as error:
         return _tell(f"train_rlhf: {error}{_resume_hint(args, last_whole)}", EXIT_FAILED)
+    except (RuntimeError, MemoryError) as error:
+        if (told := out_of_memory(error)) is None:
+            raise
+        return _tell(f"train_rlhf: {told}{_resume_hint(args, last_whole)}", EXIT_FAILED)
     except KeyboardInterrupt:
         return _tell(f"train_rlhf: interrupted.{_resume_hint(args, last_whole)}", EXIT_INTERRUPTED)
 

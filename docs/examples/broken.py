@@ -9,12 +9,13 @@ def grain(video, prompts, **info):
 grain.frames = "first"
 
 
-def bright(video, prompts, **info):
-    """Likes what is brighter than 0.3; of a darker video the slope is zero times infinity."""
-    return (video.mean((1, 2, 3, 4)) - 0.3).relu().sqrt()
+def unburnt(video, prompts, **info):
+    """Likes what is bright but not white; of a white or black pixel the slope is infinity times zero."""
+    inside = (video > 0.005) & (video < 0.995)
+    return (video * inside).sqrt().mean((1, 2, 3, 4))
 
 
-bright.frames = "first"
+unburnt.frames = "first"
 
 
 def rounded(video, prompts, **info):
