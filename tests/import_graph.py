@@ -33,8 +33,8 @@ ROOMS = {
     ),
     "checks": (
         "what can be wrong, before anything is loaded",
-        "rlhf.parse rlhf.prompts rlhf.prompt_check rlhf.method_checks rlhf.speed_checks rlhf.checkpoint "
-        "rlhf.environment rlhf.run_folder rlhf.checks rlhf.memory_plan rlhf.planner",
+        "rlhf.parse rlhf.prompts rlhf.prompt_check rlhf.method_checks rlhf.reward_checks rlhf.speed_checks "
+        "rlhf.checkpoint rlhf.environment rlhf.run_folder rlhf.checks rlhf.memory_plan rlhf.planner",
     ),
     "results": (
         "judging, comparing and showing what was learnt",

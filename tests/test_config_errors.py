@@ -21,7 +21,7 @@ from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.parse import parse_config
 
 PACKAGE = Path(__file__).parents[1] / "rlhf"
-CHECKED = ("checks", "coerce", "config", "method_checks", "parse", "prompts", "speed_checks")
+CHECKED = ("checks", "coerce", "config", "method_checks", "parse", "prompts", "reward_checks", "speed_checks")
 GOOD = {"model": "ByteDance/ContentV-8B", "prompts": "nano_train", "reward_funcs": ["clip_score"], "report_to": "none"}
 RECOMPUTED = {"gradient_checkpointing": True}
 NO_DATASET = {"prompts.as_prompts"}  # rows that are handed over, not settings: tests/test_prompts.py
