@@ -1,10 +1,13 @@
 """Why training cannot go on, said in one paragraph."""
 
+import functools
 import math
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from rewards import RewardError, RewardMix
 from rlhf.parallel import any_process
@@ -12,6 +15,28 @@ from rlhf.parallel import any_process
 
 class TrainingError(RuntimeError):
     """Training cannot go on: why, and what to do. checkpoints/ holds the last good step."""
+
+
+def naming_lost_processes(method: Callable) -> Callable:
+    """A method of an object with an `accelerator`; where a collective of it fails, it says which process was lost."""
+
+    @functools.wraps(method)
+    def named(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except RuntimeError as error:
+            lost = self.accelerator.lifeline.lost() if _of_collective(error) else None
+            if lost is None:
+                raise
+            raise TrainingError(f"A process was lost. {lost} ({str(error).splitlines()[0]})") from error
+
+    return named
+
+
+def _of_collective(error: RuntimeError) -> bool:
+    """Whether PyTorch raised it while processes exchanged something; each backend has errors of its own."""
+    inside = (frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__))
+    return isinstance(error, dist.DistError) or any("torch/distributed/" in name for name in inside)
 
 
 def not_finite(

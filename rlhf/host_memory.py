@@ -35,7 +35,7 @@ class HostMemory:
         return group
 
     def keep_pace(self) -> None:
-        """Wait for the copies of some groups ago: memory that is freed before its copy is done is of no use till then."""
+        """Wait for the copies of some groups ago: what is freed before its copy is done is of no use till then."""
         if self.stream is not None:
             self.under_way.append(self.stream.record_event())
             if len(self.under_way) > AHEAD:

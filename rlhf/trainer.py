@@ -26,8 +26,9 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import not_finite, require_gradient
+from rlhf.failures import naming_lost_processes, not_finite, require_gradient
 from rlhf.fields import Fields
+from rlhf.layout import Layout
 from rlhf.lora import save_adapter
 from rlhf.losses import reward_loss, score, score_metrics
 from rlhf.methods import gradient_samples, make_plan
@@ -76,7 +77,7 @@ class RewardGradientTrainer:
         inputs = checked_inputs(model, reward_funcs, args, train_dataset, eval_dataset)
         self.args = args = inputs.args
         self.accelerator = make_accelerator(args)
-        self.device = self.accelerator.device
+        self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
         self.folder = Path(args.output_dir)
         train_prompts, self.eval_prompts = load_prompt_sets(inputs)
         judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
@@ -84,18 +85,18 @@ class RewardGradientTrainer:
         self.owns_pipe = inputs.pipe is None
         self.pipe = inputs.pipe or load_base(args, self.device)
 
-        self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.device)
-        self.fields = Fields(self.pipe.transformer, self.masters, args)
+        self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.layout)
+        self.fields = Fields(self.pipe.transformer, self.masters, args, self.layout)
         self.optimizer = make_optimizer(self.masters.vector, args)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
         frames = max(frames_needed(reward, args.num_frames) for reward in self.rewards.rewards.values())
         self.decode, self.prefixes = Decoder(self.pipe.vae, frames, args, self.device), PrefixBuffer(args.rollout_uses)
         shape, fps = latent_shape(self.pipe, args), self.pipe.sampling.fps
-        self.batches = Batches(args, self.accelerator, train_prompts, shape, fps)
+        self.batches = Batches(args, self.layout, train_prompts, shape, fps)
         self.watch = None
         if self.eval_prompts:
             sample = partial(self._sample, self.fields.tuned)
-            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.accelerator, fps)
+            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.layout, fps)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters)
         self.callbacks, self.control = callbacks or [], TrainerControl()
         self.state = TrainerState(max_steps=args.max_steps)
@@ -103,6 +104,7 @@ class RewardGradientTrainer:
 
     # ---------------------------------------------------------------------------------------------- the run
 
+    @naming_lost_processes
     def train(self) -> dict:
         """The whole run: evaluate the base, train, evaluate the tuned model. Returns the content of summary.json.
 
@@ -120,9 +122,8 @@ class RewardGradientTrainer:
                 self.watch.load_best()
             if self.accelerator.is_main_process:
                 save_adapter(self.pipe, self.masters, self.folder / "adapter")
-            summary = {"seconds": time.perf_counter() - started, "steps": done}
-            if self.watch:
-                summary = self.watch.finish(done, started)
+            seconds = time.perf_counter() - started
+            summary = self.watch.finish(done, started) if self.watch else {"seconds": seconds, "steps": done}
         if self.accelerator.is_main_process:
             finish_report(self.folder)
         self._tell("on_train_end")
@@ -139,13 +140,14 @@ class RewardGradientTrainer:
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
+        self.batches.go_on_from(first, saved.get("samples"))
         done = resumed and (self.folder / CALIBRATION).is_file()
         sampled = [] if done else self.batches.prompts_at(0, args.calibrate_rewards)
         prompts = self.batches.from_step(self.prefixes.rollout_of(first, 0)) + self.eval_prompts + sampled
         self.text = encode_and_release(self.pipe, prompts, args, self.device, self.owns_pipe)
         if args.calibrate_rewards:
             sample, shape = partial(self._sample, self.fields.base), self.batches.noise_shape
-            calibrate(self.rewards, sample, sampled, shape, args, accelerator, self.batches.info(0))
+            calibrate(self.rewards, sample, sampled, shape, args, self.layout, self.batches.info(0))
         return first, saved
 
     def _train_steps(self, first: int) -> int:
@@ -193,7 +195,7 @@ class RewardGradientTrainer:
         scores_SR = self.accelerator.gather(local_SR).cpu()
         self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
         norm = self.masters.vector.grad.norm().item()
-        place = {"step": step + 1, "epoch": (step + 1) * self.batches.samples_per_step / len(self.batches.prompts)}
+        place = {"step": step + 1, "epoch": self.batches.samples_before(step + 1) / len(self.batches.prompts)}
         if error := not_finite(scores_SR, norm, self.failure, self.rewards, self.last_batch, self.accelerator):
             return place | self._skip(error) | {"seconds": time.perf_counter() - began}
         self.skipped = 0
@@ -212,7 +214,7 @@ class RewardGradientTrainer:
             "grad_norm": norm,
             "learning_rate": learning_rate(step, args),
             "seconds": time.perf_counter() - began,
-            "samples": (step + 1) * self.batches.samples_per_step,
+            "samples": self.batches.samples_before(step + 1),
         }
 
     def _skip(self, error: Exception) -> dict:
@@ -230,7 +232,7 @@ class RewardGradientTrainer:
         cond = self.text(batch.prompts, self.device)
         velocity, losses, first = Visited(self.fields.rolled_out(cond, plan), plan.drift_step), [], None
         for sample in gradient_samples(velocity, batch.noise, plan, partial(self.prefixes.start, step, micro)):
-            video = self.decode(sample.latents, step)
+            video = self.decode(self.layout.agreed(sample.latents), step)
             self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
             scores_B, raw = self._score(video, *self.last_batch[1:], sample.penalty)
             loss, _ = reward_loss(scores_B)
@@ -261,7 +263,7 @@ class RewardGradientTrainer:
         return drift_B.detach()
 
     def _back_propagate(self, loss: torch.Tensor) -> None:
-        (loss / (self.args.gradient_accumulation_steps * self.accelerator.num_processes)).backward()
+        (loss / (self.args.gradient_accumulation_steps * self.layout.num_processes)).backward()
         self.masters.collect_grad()
 
     def _score(self, video: torch.Tensor, prompts: list[str], info: dict, penalty: bool):
@@ -283,15 +285,15 @@ class RewardGradientTrainer:
 
     def _save(self, done: int, together: bool = True) -> Path:
         """Checkpoint after `done` steps. together: all processes are here, and wait until it is written."""
+        folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
-            state = {"settings": dataclasses.asdict(self.args), "processes": self.accelerator.num_processes}
+            state = {"settings": dataclasses.asdict(self.args)} | self.batches.state(done)
             state |= {"guard": self.watch.saved()} if self.watch else {}
-            folder = self.folder / "checkpoints"
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)
         if together:
             self.accelerator.wait_for_everyone()
             self._tell("on_save")
-        return self.folder / "checkpoints" / f"step-{done}"
+        return folder / f"step-{done}"
 
     def _tell(self, event: str, **kwargs) -> None:
         for callback in self.callbacks:

@@ -28,7 +28,7 @@ class Watch:
         self.held_out, self.trained, self.pipe, self.masters = held_out, trained, pipe, masters
         self.args, self.folder = held_out.args, held_out.folder
         self.guard = Guard.of(self.args)
-        self.is_main = held_out.accelerator.is_main_process
+        self.is_main = held_out.layout.is_main_process
 
     def begin(self, make_base_videos: MakeVideos, first: int, saved: dict | None) -> None:
         """Evaluate the base, or read its evaluation again for a run that goes on from step `first`, as `saved` then."""
@@ -72,7 +72,7 @@ class Watch:
 
     def load_best(self) -> None:
         """Make the best adapter so far the current one, on every process."""
-        self.held_out.accelerator.wait_for_everyone()
+        self.held_out.layout.wait_for_everyone()
         vector = torch.empty_like(self.masters.vector, requires_grad=False)
         load_vector(self._best / MASTERS_FILE, self.masters, vector)
         self.masters.set(vector)

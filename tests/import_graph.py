@@ -21,7 +21,11 @@ ROOMS = {
     "terms": ("device, shapes, settings", "rlhf.device rlhf.types rlhf.coerce rlhf.config"),
     "memory": (
         "what waits, is recomputed or streamed; attention",
-        "rlhf.attention rlhf.host_memory rlhf.recompute rlhf.streaming rlhf.quantise",
+        "rlhf.measured rlhf.attention rlhf.host_memory rlhf.recompute rlhf.streaming rlhf.quantise",
+    ),
+    "processes": (
+        "who works together, and what they hand each other",
+        "rlhf.exchange rlhf.layout rlhf.lifeline rlhf.parallel",
     ),
     "generator": ("ContentV, without a word of training", "rlhf.contentv rlhf.contentv.*"),
     "nano": ("the embedded model's world, judges and pretraining", "rlhf.nano rlhf.nano.*"),
@@ -29,12 +33,16 @@ ROOMS = {
     "method": (
         "noise -> prefix -> window -> loss -> adapter",
         "rlhf.sampler rlhf.grad_steps rlhf.prefix rlhf.drift rlhf.methods rlhf.adjoint rlhf.lora rlhf.sampling_copy "
-        "rlhf.losses rlhf.optimizer rlhf.text rlhf.decoding rlhf.fields rlhf.speed rlhf.parallel",
+        "rlhf.losses rlhf.optimizer rlhf.text rlhf.decoding rlhf.guidance_split rlhf.sharding rlhf.fields rlhf.speed",
     ),
     "checks": (
         "what can be wrong, before anything is loaded",
         "rlhf.parse rlhf.prompts rlhf.prompt_check rlhf.method_checks rlhf.reward_checks rlhf.speed_checks "
-        "rlhf.checkpoint rlhf.environment rlhf.run_folder rlhf.checks rlhf.memory_plan rlhf.planner",
+        "rlhf.parallel_checks rlhf.checkpoint rlhf.environment rlhf.run_folder rlhf.restarts rlhf.checks",
+    ),
+    "planning": (
+        "memory and time of a step, worked out without storage",
+        "rlhf.trace rlhf.parts rlhf.rates rlhf.memory_plan rlhf.time_plan rlhf.planner",
     ),
     "results": (
         "judging, comparing and showing what was learnt",
@@ -102,7 +110,7 @@ def mermaid() -> str:
         lines.append(f'    {room}["<b>{room}</b><br>{purpose}"]')
     order = list(ROOMS)
     for (room, goal), _ in sorted(between_rooms().items(), key=lambda edge: [order.index(name) for name in edge[0]]):
-        if goal not in ("start", "terms") or room in ("terms", "memory", "rewards"):
+        if goal not in ("start", "terms") or room in ("terms", "memory", "processes", "rewards"):
             lines.append(f"    {room} --> {goal}")
     return "\n".join([*lines, "```", ""])
 

@@ -1,5 +1,8 @@
 """Blocks in three parts: diffusers' numbers, the same gradients, and what is kept for the backward pass."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +126,33 @@ def test_what_is_kept():
     assert sum(b.numel() for buffers in host.free.values() for b in buffers) > 6 * 2 * state * 0.9
     assert attention[1] - attention[0] < block[1] - block[0], "one half of a block has a graph at a time"
     assert block[1] < nothing[1] / 3
+
+
+def test_attention_is_freed_with_the_graph_and_needs_no_garbage_collector():
+    seen, model, inputs = [], model_with_adapter(), arguments()
+
+    def attention(*projected):
+        seen.extend(weakref.ref(x) for x in projected)
+        result = F.scaled_dot_product_attention(*projected)
+        seen.append(weakref.ref(result))
+        return result
+
+    model.run_block = BlockRunner(attention, recompute="all but attention")
+    gc.collect()
+    gc.disable()
+    try:
+        (v,) = model(*inputs, return_dict=False)
+        alive = [x() for x in seen if x() is not None]
+        assert alive, "the ends of the graph"
+        assert not any(x.untyped_storage().nbytes() for x in alive), "without numbers"
+        v.sum().backward()
+        del v, alive
+        assert not any(x() is not None for x in seen)
+        (v,) = model(*inputs, return_dict=False)
+        del v
+        assert not any(x() is not None for x in seen), "a graph that is never used"
+    finally:
+        gc.enable()
 
 
 def test_stock_checkpointing_keeps_the_same_inputs():

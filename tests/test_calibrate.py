@@ -33,7 +33,7 @@ def test_processes_share_the_samples_and_each_gets_its_own_noise():
         return noise[:, :3].sigmoid()
 
     class Process:
-        device = torch.device("cpu")
+        device, in_step = torch.device("cpu"), False
 
         def __init__(self, index, count):
             self.process_index, self.num_processes = index, count

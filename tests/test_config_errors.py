@@ -21,7 +21,8 @@ from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.parse import parse_config
 
 PACKAGE = Path(__file__).parents[1] / "rlhf"
-CHECKED = ("checks", "coerce", "config", "method_checks", "parse", "prompts", "reward_checks", "speed_checks")
+CHECKED = ("checks", "coerce", "config", "method_checks", "parallel_checks", "parse", "prompts", "restarts")
+CHECKED += ("reward_checks", "speed_checks")
 GOOD = {"model": "ByteDance/ContentV-8B", "prompts": "nano_train", "reward_funcs": ["clip_score"], "report_to": "none"}
 RECOMPUTED = {"gradient_checkpointing": True}
 NO_DATASET = {"prompts.as_prompts"}  # rows that are handed over, not settings: tests/test_prompts.py
@@ -171,6 +172,32 @@ ROWS = [
         "nothing is guided here, expected 1",
         "leave it out",
     ),
+    Row({"memory_limit_gib": 0}, "memory_limit_gib: got 0.0", "expected more than 0", "raise it"),
+    Row({"plan_device": "abacus"}, "plan_device: got 'abacus'", "expected one of those measured", "leave it out"),
+    # -------------------------------------------------------------------------------------------- several devices
+    Row({"guidance_parallel": 3}, "guidance_parallel: got 3", "expected 1 or 2", "correct it"),
+    Row({"sequence_parallel": 0}, "sequence_parallel: got 0", "expected at least 1", "raise it"),
+    Row(
+        {"sequence_parallel": 3},
+        "guidance_parallel=1 x sequence_parallel=3 are 3 processes",
+        "do not divide the 1 of this run",
+        "or start 3 processes",
+    ),
+    Row({"ddp_timeout": 0}, "ddp_timeout: got 0", "expected at least 1 second", "raise it"),
+    Row(
+        {"guidance_parallel": 2, "guidance_together": True},
+        "guidance_together: got True with guidance_parallel 2",
+        "expected False",
+        "change one",
+    ),
+    Row(
+        {"guidance_parallel": 2, "guidance_scale": 1.0},
+        "guidance_parallel: got 2 with guidance_scale 1.0",
+        "which has one branch",
+        "set it to 1",
+    ),
+    Row({"shard_base": True, "base_bits": 8}, "shard_base: got base_bits=8", "expected None", "leave one out"),
+    Row({"shard_base": True}, "shard_base: got one process", "expected at least 2", "start more, or stream_weights"),
     # ------------------------------------------------------------------------------------- watching and the folder
     Row(
         {"early_stopping_patience": 2},

@@ -13,7 +13,8 @@ PROMPTS = [f"prompt {i}" for i in range(5)]
 
 
 class OneProcess:
-    num_processes, process_index, is_main_process, device = 1, 0, True, torch.device("cpu")
+    num_processes, process_index, is_main_process, in_step = 1, 0, True, False
+    device = torch.device("cpu")
 
     def reduce(self, tensor, how):
         return tensor
@@ -73,8 +74,7 @@ def test_two_processes_share_the_prompts(held_out):
 
     both = held_out()
     second = held_out()
-    second.accelerator = Second()
-    assert second._own_rows() == [3, 4]
+    second.layout = Second()
     scores, whole = second.evaluate("x", 0).scores["pixel"], both.evaluate("x", 0).scores["pixel"]
     assert scores[:3].tolist() == [0, 0, 0]  # summed with the first process's
     assert torch.equal(scores[3:], whole[3:])

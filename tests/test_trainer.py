@@ -5,9 +5,6 @@ import json
 import math
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -231,36 +228,6 @@ def test_resuming_a_finished_run_only_finishes_it(make_args, evaluate):
     again = train(dataclasses.replace(args, resume_from_checkpoint="latest"), evaluate=evaluate)
     assert again["steps"] == first["steps"] == 2
     assert again.get("trained") == first.get("trained")
-
-
-def test_two_processes_equal_one_with_a_double_batch(make_args, tmp_path):
-    settings = {"method": "uniform", "num_grad_steps": 2, "drift_weight": 0.1, "ema_decay": 0.5, "eval_steps": 2}
-    double = make_args(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **settings)
-    RewardGradientTrainer(tiny_pipeline(), redness, double, PROMPTS, PROMPTS[:3]).train()
-
-    halves = dataclasses.replace(double, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2)
-    (tmp_path / "two.yaml").write_text(halves.to_yaml())
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("two_processes.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "two.yaml")],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    assert_same_training(double, halves)
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
-    assert two["trained"]["redness"]["tuned"] == pytest.approx(one["trained"]["redness"]["tuned"], rel=1e-4)
 
 
 def test_a_callback_stops_the_training_and_hears_of_everything(make_args):

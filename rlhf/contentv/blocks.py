@@ -5,6 +5,7 @@ that its kernel can be chosen, the two others compiled, and the block recomputed
 the attention again. Shape legend: B batch, N video tokens, L text tokens, D width, H heads, W width of a head.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf.attention import Attention
+from rlhf.contentv.shards import Shards
 from rlhf.host_memory import Group, HostMemory
 from rlhf.recompute import as_leaves, gradients, kept_in, recomputed
 
@@ -44,8 +46,15 @@ class BlockRunner:
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r}, expected one of {', '.join(RECOMPUTE)}; choose one of these")
         self.attention, self.recompute, self.host, self.fetch = attention, recompute, host, fetch
+        self.shards: Shards | None = None  # of tokens over processes; the attention then has a part of the heads
         compiler = compiler or (lambda function: function)
         self._before, self._after = compiler(before_attention), compiler(after_attention)
+
+    def over(self, shards: Shards) -> "BlockRunner":
+        """This runner, for blocks of which each process has a part of the tokens."""
+        runner = copy.copy(self)
+        runner.shards = shards
+        return runner
 
     def __call__(self, block, video, text, temb):
         if self.recompute == "nothing" or not torch.is_grad_enabled():
@@ -66,12 +75,14 @@ class BlockRunner:
     def before(self, block, *inputs):
         if self.fetch:
             self.fetch(block)
-        return (before_attention if block.context_pre_only else self._before)(block, *inputs)
+        found = (before_attention if block.context_pre_only else self._before)(block, *inputs)
+        return found if self.shards is None else (*self.shards.by_heads(*found[:3]), *found[3:])
 
-    def after(self, block, *inputs):
+    def after(self, block, attended, *inputs):
         if self.fetch:
             self.fetch(block)
-        return (after_attention if block.context_pre_only else self._after)(block, *inputs)
+        attended = attended if self.shards is None else self.shards.by_tokens(attended)
+        return (after_attention if block.context_pre_only else self._after)(block, attended, *inputs)
 
 
 def before_attention(block, video_BND, text_BLD, temb_BD):
@@ -161,20 +172,29 @@ def _is_modulation_trained(block) -> bool:
 
 
 class _Forgetful:
-    """Computes attention once, with a graph that forgets query, key, value and result until they are given again."""
+    """Computes attention once, with a graph that forgets query, key, value and result until they are given again.
+
+    The graph refers to the two lists, not to this object, which holds the graph: a circle would outlive its use.
+    """
 
     def __init__(self, place: Group | None):
         self.place, self.kept, self.known = place, [], []
 
     def __call__(self, attention: Attention, *inputs: torch.Tensor) -> torch.Tensor:
-        self.inputs, self.known = as_leaves(inputs, [True] * 3), list(inputs)
-        with torch.enable_grad(), saved_tensors_hooks(self._pack, lambda number: self.kept[number]()):
+        kept, packed = self.kept, []
+
+        def pack(tensor: torch.Tensor) -> int:
+            packed.append(tensor)
+            return len(packed) - 1
+
+        self.inputs = as_leaves(inputs, [True] * 3)
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda number: kept[number]()):
             result = attention(*self.inputs)
-        self.edge, self.known = torch.autograd.graph.get_gradient_edge(result), [*inputs, result.detach()]
-        self.kept = [self._keep(tensor) for tensor in self.kept]
+        self.edge = torch.autograd.graph.get_gradient_edge(result)
+        kept += [self._keep(tensor, (*inputs, result)) for tensor in packed]
+        packed.clear()
         for x in self.inputs:
             x.data = x.new_empty(0)  # the graph still ends in them
-        self.known.clear()
         return result.detach()
 
     def gradients(self, known: tuple[torch.Tensor, ...], of_result: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -182,17 +202,16 @@ class _Forgetful:
         self.known += [x.detach() for x in known]
         return torch.autograd.grad(self.edge, self.inputs, of_result)
 
-    def _pack(self, tensor: torch.Tensor) -> int:
-        self.kept.append(tensor)
-        return len(self.kept) - 1
-
-    def _keep(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _keep(self, tensor: torch.Tensor, forgotten: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
         """How to get back a tensor that the attention keeps."""
-        for i, x in enumerate(self.known):
+        known, place = self.known, self.place
+        for i, x in enumerate(forgotten):
             if (x.data_ptr(), x.shape, x.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride()):
-                return lambda: self.known[i]
-        kept = self.place.pack(tensor) if self.place else tensor
-        return lambda: self.place.unpack(kept) if self.place else kept
+                return lambda: known[i]
+        if place is None:
+            return lambda: tensor
+        packed = place.pack(tensor)
+        return lambda: place.unpack(packed)
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
