@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.batches import Batch, Batches
-from rlhf.contentv.pipeline import euler_step
+from rlhf.contentv.flow import euler_step
 from rlhf.device import generator
 from rlhf.optimizer import clip_gradient, learning_rate
 from rlhf.sampler import Velocity

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from rlhf.contentv.pipeline import euler_step, guided_velocity
+from rlhf.contentv.flow import euler_step, guided_velocity
 from rlhf.device import generator
 from rlhf.types import Conditioning
 

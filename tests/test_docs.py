@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fences import NEEDS, PAGES, ROOT, Block, blocks, commands, python_words
+from scripts import script
 
 from rlhf.config import RewardGradientConfig, field_names
 from rlhf.parse import parse_config
@@ -170,9 +171,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_the_table_of_settings_is_that_of_the_code():
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    hooks = script("docs/site_hooks.py")
     page = (ROOT / "docs" / "settings.md").read_text()
     made = hooks.on_page_markdown(page)
     assert re.findall(r"^\| `(\w+)` \| `", made, re.MULTILINE) == field_names()

@@ -1,7 +1,6 @@
 """Each shipped recipe says what it is, what was measured and how it is started, and passes the dry run."""
 
 import functools
-import importlib.util
 import json
 import re
 import shlex
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scripts import script
 
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig, field_names
@@ -27,10 +27,7 @@ named_8b = pytest.mark.parametrize("path", FOR_8B, ids=lambda path: path.stem)
 
 @pytest.fixture
 def recipes():
-    spec = importlib.util.spec_from_file_location("recipes", ROOT / "bench" / "recipes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("bench/recipes.py")
 
 
 def head(path: Path) -> str:

@@ -1,11 +1,11 @@
 """What docs/troubleshooting.md quotes was said by the commands that it shows, and is said again."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from scripts import script
 
 from rewards import RewardError, load_reward, probe
 from rlhf.parse import parse_config
@@ -27,10 +27,7 @@ EXPECTED = {  # symptom: what its command says, as regular expressions
 
 @pytest.fixture(scope="module")
 def symptoms():
-    spec = importlib.util.spec_from_file_location("symptoms", ROOT / "bench" / "symptoms.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("bench/symptoms.py")
 
 
 def quoted(name: str) -> str:

@@ -1,6 +1,5 @@
 """The command: its defaults, its errors as plain paragraphs, and a run that is interrupted and goes on."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scripts import script
 from tiny import tiny_pipeline
 
 from rlhf.config import RewardGradientConfig
@@ -27,10 +27,7 @@ def redness(video, prompts, **info):
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("train_rlhf", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return script("train_rlhf.py").main
 
 
 @pytest.fixture
@@ -73,8 +70,8 @@ def test_a_resume_hint_names_a_command_that_can_be_launched(monkeypatch):
     from rlhf import train
 
     args, saved = RewardGradientConfig(output_dir="runs/x"), lambda folder: folder / "step-3"
-    for script, launched in ((train.__file__, "-m rlhf.train"), ("train_rlhf.py", "train_rlhf.py")):
-        monkeypatch.setattr(sys, "argv", [script, "--seed", "1"])
+    for started, launched in ((train.__file__, "-m rlhf.train"), ("train_rlhf.py", "train_rlhf.py")):
+        monkeypatch.setattr(sys, "argv", [started, "--seed", "1"])
         hint = train._resume_hint(args, saved)
         assert f"accelerate launch {launched} --seed 1 --resume_from_checkpoint latest" in hint
 
