@@ -252,7 +252,7 @@ class RewardGradientConfig:
     eval_seed: int = _key(0, "Source of the evaluation's noise, the same for every model and run.")
     num_diversity_prompts: int = _key(4, "Held-out prompts sampled a second time, to see how far samples differ.")
     sample_steps: int = _key(0, "Optimizer steps between sample videos. 0: before and after only.")
-    num_sample_prompts: int = _key(6, "Held-out prompts shown as sample videos and in the contact sheet.")
+    num_sample_prompts: int = _key(10, "Held-out prompts shown as sample videos; six of them in the contact sheet.")
     report_to: list[str] = _key(
         ["tensorboard"], "Trackers, through accelerate: tensorboard, wandb, trackio, swanlab and others; or none."
     )

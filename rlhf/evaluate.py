@@ -18,6 +18,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_batches
 from rlhf.sampler import draw_noise
+from rlhf.trackers import Clip
 from rlhf.tracking import EvaluationBar, write_samples
 
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
@@ -57,6 +58,7 @@ class HeldOut:
         make_videos: prompts and noise (B, C, T, H, W) to whole videos (B, 3, T, H, W) in [0, 1], by the current model.
         judges: rewards by name, trained on or not.
         noise_shape_CTHW: of the latents of one video.
+        show: (step, samples) -> None, shows samples that are written.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class HeldOut:
         args: RewardGradientConfig,
         layout,
         fps: int,
+        show: Callable[[int, list[Clip]], None] = lambda step, clips: None,
     ):
         self.make_videos, self.judges, self.prompts = make_videos, judges, prompts
         self.noise_shape, self.args, self.layout, self.fps = noise_shape_CTHW, args, layout, fps
-        self.folder = Path(args.output_dir)
+        self.folder, self.show = Path(args.output_dir), show
         self.diversity_count = min(args.num_diversity_prompts, len(prompts))
 
     @torch.no_grad()
@@ -155,7 +158,7 @@ class HeldOut:
 
     def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
         if self._is_main:
-            write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps)
+            self.show(step, write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps))
 
     @property
     def _is_main(self) -> bool:

@@ -17,6 +17,20 @@ class TrainingError(RuntimeError):
     """Training cannot go on: why, and what to do. checkpoints/ holds the last good step."""
 
 
+class Skips:
+    """Optimizer steps in a row that could not be taken; most: as many as may be passed over."""
+
+    def __init__(self, most: int):
+        self.most, self.in_a_row = most, 0
+
+    def add(self, error: Exception) -> dict:
+        """Count one more; what to log of it. Raises the error if it is one too many."""
+        if self.in_a_row == self.most:
+            raise error
+        self.in_a_row += 1
+        return {"skipped": self.in_a_row, "why": str(error)}
+
+
 def naming_lost_processes(method: Callable) -> Callable:
     """A method of an object with an `accelerator`; where a collective of it fails, it says which process was lost."""
 

@@ -15,7 +15,9 @@ from fences import NEEDS, PAGES, ROOT, Block, blocks, commands, python_words
 from scripts import script
 
 from rlhf.config import RewardGradientConfig, field_names
+from rlhf.export import parse as parse_export
 from rlhf.parse import parse_config
+from rlhf.tracking import read_metrics
 
 PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 LANGUAGES = {"python", "bash", "yaml", "toml", "text", "mermaid"}
@@ -92,6 +94,18 @@ def run(command: list[str], monkeypatch) -> None:
     assert not status, command
 
 
+def test_the_callback_of_the_guide_runs(tmp_path, monkeypatch):
+    """The guide's own block with nano's smallest sizes."""
+    (block,) = (block for block in blocks(ROOT / "docs" / "watching.md") if block.language == "python")
+    monkeypatch.chdir(tmp_path)
+    small = "num_frames=5, height=32, width=32, num_inference_steps=2, num_sample_prompts=0, num_diversity_prompts=0"
+    small += ", report_to='none', cpu_threads=1"
+    exec(block.code.replace("num_eval_prompts=2", f"num_eval_prompts=2, {small}"), {})
+    rows = read_metrics(Path("runs/patient"))
+    assert 0 < len(rows) <= 2
+    assert all("eval/motion" in row for row in rows)
+
+
 def of_language(language: str) -> list:
     """Every block of a language, as parameters; other projects' left out."""
     pairs = [(page, block) for page in PAGES for block in blocks(page) if block.language == language]
@@ -120,6 +134,8 @@ def test_commands_that_are_shown_are_understood(block: Block, sandbox):
             assert command[0] in PROGRAMS or "=" in command[0], command
         elif words[0] == "-m":
             assert words[1] == "venv" or importlib.util.find_spec(words[1]), command
+            if words[1] == "rlhf.export":
+                parse_export(words[2:])
         else:
             understood(*words)
 

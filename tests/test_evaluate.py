@@ -81,8 +81,11 @@ def test_two_processes_share_the_prompts(held_out):
     assert len(second.evaluate("x", 0).videos_NCTHW) == 0
 
 
-def test_samples_are_videos_with_their_prompts(held_out, tmp_path):
-    held_out().sample(7)
+def test_samples_are_videos_with_their_prompts_made_in_batches(held_out, tmp_path):
+    made, sampler = [], held_out()
+    sampler.make_videos = lambda prompts, noise: made.append(len(prompts)) or make_videos(prompts, noise)
+    sampler.sample(7)
+    assert made == [2, 1]
     folder = tmp_path / "samples" / "step-000007"
     assert sorted(p.name for p in folder.iterdir()) == ["00.mp4", "01.mp4", "02.mp4", "prompts.txt"]
     assert (folder / "prompts.txt").read_text().splitlines()[1] == "01\tprompt 1"
