@@ -52,6 +52,10 @@ def cost(result: dict, arm: str, frames: int, scored: int, steps: int) -> tuple[
     return None
 
 
+def read(result: Path) -> dict:
+    return json.loads(result.read_text()) if result.exists() else {}
+
+
 def costs_table(result: dict) -> str:
     """What whole trainings take by the arms of COSTS, worked out for one device."""
     device = result.get("environment", {}).get("device")
@@ -64,9 +68,23 @@ def costs_table(result: dict) -> str:
     return "\n".join(lines) + "\n" if len(lines) > 3 else "Not measured yet.\n"
 
 
+def layouts_told(result: dict) -> str:
+    """What a step takes on two devices, by how they share the work; "" where that was not measured."""
+    rows = {row["arm"]: row for row in result.get("rows", []) if row["phase"] == "step" and "seconds" in row}
+    if not {"one device", "data", "guidance", "sequence"} <= rows.keys():
+        return ""
+    one, data, guidance, sequence = (rows[arm] for arm in ("one device", "data", "guidance", "sequence"))
+    return (
+        f"\nTwo devices ({one['frames']} frames, the first scored; `bench/results/scale.json`): a video takes "
+        f"{one['seconds']:.0f} s on one,\nand {data['seconds']:.0f} s where each has a video of its own; one video on "
+        f"both takes {guidance['seconds']:.0f} s with a branch of guidance on each,\n"
+        f"{sequence['seconds']:.0f} s with half of the tokens on each.\n"
+    )
+
+
 def main(folder: Path = ROOT / "configs", result: Path = RESULT, guide: Path = GUIDE) -> None:
-    found = json.loads(result.read_text()) if result.exists() else {}
-    table = costs_table(found)
+    found, scale = read(result), read(result.with_name("scale.json"))
+    table = costs_table(found) + layouts_told(scale)
     guide.write_text(PLACE.sub(lambda place: f"{place[1]}{table}{place[2]}", guide.read_text()))
     for path in sorted(folder.glob("contentv_8b_*.yaml")):
         text = path.read_text()

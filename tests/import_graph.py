@@ -46,13 +46,14 @@ ROOMS = {
     ),
     "results": (
         "judging, comparing and showing what was learnt",
-        "rlhf.figures rlhf.measures rlhf.trackers rlhf.tracking rlhf.evaluate rlhf.compare rlhf.resampling rlhf.video_set "
-        "rlhf.compare_sets rlhf.report rlhf.report.* rlhf.model_card rlhf.hub rlhf.lora_scale "
+        "rlhf.figures rlhf.measures rlhf.trackers rlhf.tracking rlhf.evaluate rlhf.compare rlhf.resampling "
+        "rlhf.video_set rlhf.compare_sets rlhf.report rlhf.report.* rlhf.model_card rlhf.hub rlhf.lora_scale "
         "rlhf.export rlhf.generate rlhf.device_check",
     ),
     "training": (
         "the loop and what guards it",
-        "rlhf.callbacks rlhf.setup rlhf.batches rlhf.calibrate rlhf.failures rlhf.guards rlhf.watch rlhf.trainer rlhf.train",
+        "rlhf.callbacks rlhf.setup rlhf.batches rlhf.calibrate rlhf.failures rlhf.guards rlhf.watch rlhf.trainer "
+        "rlhf.train",
     ),
 }
 # Against the order, with the reason.

@@ -139,12 +139,22 @@ def test_a_step_is_worked_out_of_its_parts(recipes):
     assert recipes.costs_table({}) == "Not measured yet.\n"
 
 
+def test_layouts_are_told_once_all_are_measured(recipes):
+    arms = {"one device": 118.6, "data": 119.0, "sequence": 67.4, "guidance": 59.9}
+    rows = [{"arm": arm, "frames": 125, "phase": "step", "seconds": seconds} for arm, seconds in arms.items()]
+    told = " ".join(recipes.layouts_told({"rows": rows}).split())
+    assert "a video takes 119 s on one, and 119 s where each has a video of its own" in told
+    assert "one video on both takes 60 s with a branch of guidance on each, 67 s with half of the tokens" in told
+    assert recipes.layouts_told({"rows": rows[:3]}) == ""
+
+
 def test_heads_and_guide_say_what_the_results_say(recipes):
-    found = json.loads(recipes.RESULT.read_text()) if recipes.RESULT.exists() else {}
+    found = recipes.read(recipes.RESULT)
     for path in FOR_8B:
         line = f"# Measured: {recipes.measured(path.stem, found)}\n"
         assert line in path.read_text(), "run `python bench/recipes.py`"
-    assert recipes.costs_table(found) in recipes.GUIDE.read_text(), "run `python bench/recipes.py`"
+    told = recipes.costs_table(found) + recipes.layouts_told(recipes.read(recipes.RESULT.with_name("scale.json")))
+    assert told in recipes.GUIDE.read_text(), "run `python bench/recipes.py`"
 
 
 def test_arms_of_the_heads_have_the_recipes_settings(recipes, monkeypatch):
