@@ -87,7 +87,7 @@ def run(output: Path, own: dict) -> dict:
         clip(gradient, *limits)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("rlhf.trainer.finish_report"))
+        stack.enter_context(mock.patch("rlhf.report.finish_report"))
         stack.enter_context(mock.patch("rlhf.trainer.clip_gradient", clip_and_record))
         if omit:
             stack.enter_context(mock.patch.object(*OMISSIONS[omit]))
