@@ -45,7 +45,7 @@ def _number(value) -> str:
     """Four digits of numbers, and of those in a dict."""
     if isinstance(value, dict):
         return "{" + ", ".join(f'"{key}": {_number(number)}' for key, number in value.items()) + "}"
-    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value).replace("null", "None")
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 MODULES = {

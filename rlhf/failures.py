@@ -32,14 +32,16 @@ class Skips:
 
 
 def naming_lost_processes(method: Callable) -> Callable:
-    """A method of an object with an `accelerator`; where a collective of it fails, it says which process was lost."""
+    """A method of an object with an `accelerator`, watched: where a process is lost, the others end and say which."""
 
     @functools.wraps(method)
     def named(self, *args, **kwargs):
+        lifeline = self.accelerator.lifeline
         try:
-            return method(self, *args, **kwargs)
+            with lifeline.watched():
+                return method(self, *args, **kwargs)
         except RuntimeError as error:
-            lost = self.accelerator.lifeline.lost() if _of_collective(error) else None
+            lost = lifeline.lost() if _of_collective(error) else None
             if lost is None:
                 raise
             raise TrainingError(f"A process was lost. {lost} ({str(error).splitlines()[0]})") from error
