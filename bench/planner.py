@@ -36,7 +36,7 @@ from step_arms import SIZES, Rig, make_reward
 from rlhf.checks import model_card, with_sampling
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import CONTENTV_8B
-from rlhf.contentv.pipeline import euler_step
+from rlhf.contentv.flow import euler_step
 from rlhf.device import memory_beside, peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.fields import Fields
 from rlhf.optimizer import clip_gradient

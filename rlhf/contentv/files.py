@@ -52,6 +52,7 @@ class SamplingDefaults:
         return cls(**values)
 
     def save(self, folder: Path) -> None:
+        """Write them as folder/sampling.json."""
         (Path(folder) / SAMPLING_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def call_arguments(self) -> dict[str, Any]:
