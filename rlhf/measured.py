@@ -5,7 +5,18 @@ Made by `python bench/package.py` from bench/results/planner.json: do not edit.
 
 RATES = {
     "NVIDIA H200": {
-        "flops": {"matrix float32": 5e+13, "conv float32": 3.385e+14, "conv backward float32": 2.568e+14, "attention float32": 3.548e+13, "attention backward float32": 3.489e+13, "matrix bfloat16": 7.406e+14, "conv bfloat16": 4.481e+14, "conv backward bfloat16": 4.744e+14, "attention bfloat16": 4.73e+14, "attention backward bfloat16": 4.599e+14},
+        "flops": {
+            "matrix float32": 5e+13,
+            "conv float32": 3.385e+14,
+            "conv backward float32": 2.568e+14,
+            "attention float32": 3.548e+13,
+            "attention backward float32": 3.489e+13,
+            "matrix bfloat16": 7.406e+14,
+            "conv bfloat16": 4.481e+14,
+            "conv backward bfloat16": 4.744e+14,
+            "attention bfloat16": 4.73e+14,
+            "attention backward bfloat16": 4.599e+14,
+        },
         "bytes": 4.054e+12,
         "call_seconds": 8.962e-06,
         "autograd_seconds": 1.032e-05,
