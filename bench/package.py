@@ -46,7 +46,7 @@ def _number(value) -> str:
     if isinstance(value, dict):
         lines = (f'            "{key}": {_number(number)},' for key, number in value.items())
         return "\n".join(["{", *lines, "        }"])
-    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+    return f"{value:.4g}".replace("e+", "e") if isinstance(value, float) else repr(value)
 
 
 MODULES = {
