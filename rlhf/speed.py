@@ -7,6 +7,7 @@ import torch
 
 from rlhf.attention import attention_by, time_kernels
 from rlhf.contentv.blocks import BlockRunner
+from rlhf.device import has_attention_kernels
 from rlhf.exchange import Group
 from rlhf.host_memory import HostMemory
 from rlhf.quantise import quantise_base
@@ -70,8 +71,8 @@ def set_up_blocks(
 
 
 def choose_kernel(transformer, asked: str, device: torch.device) -> tuple[str | None, str]:
-    """The kernel's name, None for PyTorch's own choice, and a line about it. "auto" on an accelerator: the fastest."""
-    if asked == "default" or (asked == "auto" and device.type == "cpu"):
+    """The kernel's name, None for PyTorch's own choice, and a line about it. "auto" on a CUDA device: the fastest."""
+    if asked == "default" or (asked == "auto" and not has_attention_kernels(device)):
         return None, "PyTorch's choice"
     if asked != "auto":
         return asked, asked
