@@ -4,6 +4,8 @@ import json
 import types
 import typing
 
+import yaml
+
 
 def coerce(value, annotation):
     """`value` as the annotated type, forgiving what YAML and the shell blur: 1e-5 as text, 'none', one item for a list.
@@ -34,8 +36,20 @@ def _coerce_number(value, kind):
 
 
 def _coerce_dict(value, kind) -> dict:
-    value = json.loads(value) if isinstance(value, str) else value
+    value = _parsed(value) if isinstance(value, str) else value
     return {_exactly(name, str): coerce(item, kind) for name, item in _exactly(value, dict).items()}
+
+
+def _parsed(text: str):
+    """JSON, or what a shell user writes for it in YAML: {nano_preference: 0.3}."""
+    try:
+        return json.loads(text)  # first, for YAML takes 1e-5 for text
+    except json.JSONDecodeError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(text) from error
 
 
 def _exactly(value, kind):

@@ -9,6 +9,7 @@ from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.run_folder import run_in
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
+OF_A_START = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
 FIXED_ON_RESUME = (
     "model",
     "lora_rank",
@@ -35,6 +36,17 @@ def going_on(args: RewardGradientConfig) -> RewardGradientConfig:
     if args.resume_from_checkpoint not in (None, "auto"):  # a checkpoint of another folder, which is still to be read
         return args
     return dataclasses.replace(args, resume_from_checkpoint=None, overwrite_output_dir=run_in(folder))
+
+
+def told_of_resuming(path: Path, saved: dict, args: RewardGradientConfig) -> str:
+    """A line for whoever goes on from a checkpoint: where the run stands, and which settings are no longer the same."""
+    step, last = saved["step"], args.max_steps
+    told = f"Going on from {path}, step {step} of {last}"
+    told += "; no step is left, max_steps says how many the whole run has" if step >= last else ""
+    now = dataclasses.asdict(args)
+    before = {name: value for name, value in saved["settings"].items() if name in now and name not in OF_A_START}
+    changed = [f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if value != now[name]]
+    return f"{told}. Other settings than before: {', '.join(changed)}." if changed else f"{told}."
 
 
 def resume_problems(args: RewardGradientConfig):

@@ -49,11 +49,18 @@ ROWS = [
     Row(["--config"], "--config: got no path", "expected a YAML file such as configs/nano.yaml", "correct the path"),
     Row(["--config", "absent.yaml"], "got absent.yaml, which is not a file", "expected a YAML", "correct the path"),
     Row("a: [1", "config.yaml", "is not YAML", "correct that line"),
+    Row("# nothing", "got an empty file", "expected lines of the form 'key: value'", "correct the file"),
+    Row("seed: 1\nseed: 2", "key seed: got it in lines 1 and 2", "expected it once", "leave one out"),
+    Row("optim:\n  seed: 2", "key optim: got a section", "expected settings without sections", "at the left margin"),
+    Row("max_steps: ten", "config.yaml: max_steps: got 'ten'", "expected int", "correct its value"),
     Row("- a\n- list", "got list", "expected lines of the form 'key: value'", "correct the file"),
     Row({"max_steps": 2.5}, "max_steps: got 2.5", "expected int", "correct its value"),
     Row({"dry_run": 3}, "dry_run: got 3", "expected bool", "correct its value"),
     Row({"seed": True}, "seed: got True", "expected int", "correct its value"),
     Row({"reward_kwargs": {"a": 3}}, "got {'a': 3}", "expected a mapping {name: {argument: value}}", "correct its"),
+    Row(
+        ["--reward_caps", "{"], "reward_caps: got '{'", "expected a mapping {name: number} or none", "correct its value"
+    ),
     Row({"reward_caps": "{"}, "reward_caps: got '{'", "expected a mapping {name: number} or none", "correct its value"),
     # --------------------------------------------------------------------------------- model, device and prompts
     Row({"model": "no/such/model"}, "model='no/such/model' is no folder here", "expected nano", "correct the name"),
@@ -214,6 +221,12 @@ ROWS = [
         "leave one out",
     ),
     Row({"resume_from_checkpoint": "latest"}, "got no checkpoint", "expected folders step-N", "leave the setting out"),
+    Row(
+        {"resume_from_checkpoint": "{tmp}/run"},
+        "got the folder of a run",
+        "expected one of its checkpoints, such as {tmp}/run/checkpoints/step-3",
+        "name that",
+    ),
     Row({"resume_from_checkpoint": "absent"}, "got no checkpoint there", "expected a folder such as", "correct the"),
     Row(
         {"output_dir": "{tmp}/run", "resume_from_checkpoint": "latest", "lora_rank": 7},
@@ -267,7 +280,8 @@ def name_of(row: Row) -> str:
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_a_mistake_is_answered_with_what_was_got_what_was_expected_and_the_cure(row, project, monkeypatch):
     problems = told(row.mistake, project, monkeypatch)
-    answers = [p for p in problems if row.got in p and row.expected in p and row.cure in p]
+    expected = row.expected.replace("{tmp}", str(project))
+    answers = [p for p in problems if row.got in p and expected in p and row.cure in p]
     assert len(answers) == 1, problems
     for problem in problems:
         assert len(problem) < 800, "one paragraph"
