@@ -125,7 +125,7 @@ def write_results(folder: Path, summary: dict, prompts: list[str], before_NCTHW,
     plot_curves(read_metrics(folder), folder / "curves.png")
     contact_sheet(prompts, before_NCTHW, after_NCTHW, folder / "contact_sheet.png")
     print(f"\n{len(prompts)} held-out prompts, the same noise before and after\n\n{table(summary)}\n")
-    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {folder / 'contact_sheet.png'}")
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {folder / 'report.html'}")
 
 
 def table(summary: dict) -> str:

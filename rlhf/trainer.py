@@ -137,6 +137,7 @@ class RewardGradientTrainer:
                     save_adapter(self.pipe, self.masters, self.folder / "adapter")
                 if self.watch:
                     return self.watch.finish(done, started)
+        self.accelerator.print(f"Nothing was evaluated. The adapter: {self.folder / 'adapter'}")
         return {"seconds": time.perf_counter() - started, "steps": done}
 
     def _begin(self) -> tuple[int, dict]:

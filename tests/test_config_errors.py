@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib.util
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -150,6 +151,7 @@ ROWS = [
         "expected transformer_blocks.0 to .37",
         "correct it",
     ),
+    Row({"lora_target_modules": ["to_qq"]}, "got 'to_qq'", "expected the end of a linear layer's", "mean 'to_q'?"),
     # ------------------------------------------------------------------------------------------ speed and memory
     Row({"decode_checkpoint": True}, "decode_checkpoint: got no decode_chunk", "expected one", "set it to 1"),
     Row({"attention_kernel": "best"}, "attention_kernel: got 'best'", "expected one of auto", "choose one"),
@@ -213,6 +215,7 @@ ROWS = [
         "set them",
     ),
     Row({"output_dir": "{tmp}/empty.txt"}, "is a file", "expected a folder or a new path", "choose another"),
+    Row({"output_dir": "{tmp}/locked/new"}, "got no right to write in {tmp}/locked", "expected one", "choose another"),
     Row({"output_dir": "{tmp}/run"}, "holds a run already", "expected a new folder", "--overwrite_output_dir"),
     Row(
         {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
@@ -248,6 +251,7 @@ def project(tmp_path_factory):
     (tmp / "half" / "vae").mkdir(parents=True)
     (tmp / "run" / "adapter").mkdir(parents=True)
     (tmp / "run" / "config.yaml").touch()
+    (tmp / "locked").mkdir()
     step = tmp / "run" / "checkpoints" / "step-3"
     step.mkdir(parents=True)
     (step / "state.json").write_text(json.dumps({"step": 3, "settings": vars(RewardGradientConfig(**GOOD))}))
@@ -261,6 +265,8 @@ def told(mistake, project: Path, monkeypatch) -> list[str]:
     here = importlib.util.find_spec
     absent = lambda name, *package: None if name in ("bitsandbytes", "clearml") else here(name, *package)
     monkeypatch.setattr(importlib.util, "find_spec", absent)
+    may = os.access  # of root, who may everything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and may(path, mode))
     path = project / "config.yaml"
     settings = GOOD | {"output_dir": "{tmp}/new"} | (mistake if isinstance(mistake, dict) else {})
     text = mistake if isinstance(mistake, str) else yaml.safe_dump(settings)
@@ -280,8 +286,8 @@ def name_of(row: Row) -> str:
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_a_mistake_is_answered_with_what_was_got_what_was_expected_and_the_cure(row, project, monkeypatch):
     problems = told(row.mistake, project, monkeypatch)
-    expected = row.expected.replace("{tmp}", str(project))
-    answers = [p for p in problems if row.got in p and expected in p and row.cure in p]
+    got, expected = (part.replace("{tmp}", str(project)) for part in (row.got, row.expected))
+    answers = [p for p in problems if got in p and expected in p and row.cure in p]
     assert len(answers) == 1, problems
     for problem in problems:
         assert len(problem) < 800, "one paragraph"

@@ -267,7 +267,7 @@ def test_what_a_reward_raises_names_it_and_the_prompts():
 
     with pytest.raises(
         RewardError,
-        match=r"reward 'fragile': got KeyError: 'no such word' for the prompts \['a cat'\] \(.*test_rewards_mix.py, line \d+\)",
+        match=r"'fragile': got KeyError: 'no such word' for the prompts \['a cat'\] \(.*_mix.py, line \d+\)",
     ) as caught:
         RewardMix({"fragile": fragile})(torch.rand(1, 3, 1, 8, 8), ["a cat"])
     assert isinstance(caught.value.__cause__, KeyError)
