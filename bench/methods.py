@@ -14,6 +14,7 @@ base gains less and has the smaller hacking gap.
 
 import argparse
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from nano_runs import Study
 
 from rlhf.device import pick_device
