@@ -16,6 +16,7 @@ from rewards.costs import cost, decoded_frames, scored_frames
 from rlhf.config import RewardGradientConfig
 from rlhf.parts import Part, Parts
 
+ENCODING = "encoding prompts"
 OPTIMIZER_BYTES = 16  # of a trained number: master, gradient, two moments, in float32
 
 
@@ -102,7 +103,7 @@ def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards, enco
     # Before the first step there are no moments yet, and no position table.
     later = 8 * parts.trained + held["position table"]
     phases = {
-        "encoding prompts": max(0, encoders - later),
+        ENCODING: max(0, encoders - later),
         "sampling": whole + branch.sampling.most - branch.sampling.start,
         "gradient segment": whole + others + before + most_of(branch) + video,
         "decoding and back": waiting + most_of(decoder),

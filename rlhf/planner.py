@@ -11,7 +11,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.device import local_device, total_memory
 from rlhf.encoders import encoder_configs, encoding_bytes
 from rlhf.layout import planned_processes
-from rlhf.memory_plan import MemoryPlan, plan_memory, plan_rewards
+from rlhf.memory_plan import ENCODING, MemoryPlan, plan_memory, plan_rewards
 from rlhf.parts import Parts
 from rlhf.quantise import missing_library
 from rlhf.rates import Rates, device_rates, known_rates
@@ -40,6 +40,7 @@ NOT_EXACT = (
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 8},
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 4},
 )
+OF_VIDEOS = "num_frames, height and width or per_device_train_batch_size"
 SHOWN = 5
 
 
@@ -82,13 +83,22 @@ class Planner:
 
         Exact ones; where there are none, those with the first of `NOT_EXACT` that helps. [] if nothing does.
         """
-        for also in ({}, *filter(self._possible, NOT_EXACT)):
+        for also in self._tried():
             fits = [changes for changes in self._changes(also) if self.memory(changes).most <= limit]
             found = [self.plan(changes) for changes in fits]
             found.sort(key=lambda plan: (plan.time.total, len(plan.changes)))
             if found:
                 return [p for i, p in enumerate(found) if not any(_within(q, p) for q in found[:i])]
         return []
+
+    def least(self) -> MemoryPlan:
+        """With whatever settings it takes."""
+        changes = itertools.chain.from_iterable(map(self._changes, self._tried()))
+        return min(map(self.memory, changes), key=lambda plan: plan.most)
+
+    def _tried(self) -> list[dict]:
+        """What changes the gradient, beginning with nothing."""
+        return [{}, *filter(self._possible, NOT_EXACT)]
 
     def _changes(self, also: dict) -> list[dict]:
         """Every combination that makes sense: what the settings have already is no change."""
@@ -160,7 +170,7 @@ def sizes(planner: Planner) -> str:
         ("VAE", f"{vae:,} parameters"),
         ("trained", f"{parts.trained:,} parameters"),
         ("frames that are decoded", f"{planner.rewards.frames}"),
-        ("transformer forwards a step and video", f"{calls.prefix + calls.constant + calls.graded:g}"),
+        ("transformer forwards of a process, a step and video", f"{calls.prefix + calls.constant + calls.graded:g}"),
         ("of these with gradient, at most", f"{calls.graded:g}"),
     ]
     return _table("Sizes:", rows)
@@ -188,12 +198,14 @@ def verdict(planner: Planner, plan: Plan, memory: int) -> str:
     if plan.memory.most <= limit:
         return f"It fits into {_size(memory)}."
     more, phase = _size(plan.memory.most - limit), plan.memory.worst
-    missing = f"It does not fit into {_size(memory)}: {more} are missing, for {phase}."
+    missing = f"It does not fit into {_size(memory)}: {more} are missing ({phase})."
     plans = planner.fitting(limit)
     if not plans:
+        least = planner.least()
+        lower = "Take" if least.worst == ENCODING else f"Lower {OF_VIDEOS}, take"
         return (
-            f"{missing} None of the settings about memory is enough. Lower num_frames, height and width, "
-            "per_device_train_batch_size or the rewards' size, or take a device with more memory."
+            f"{missing} None of the settings about memory is enough: with all of them {_size(least.most)} are needed "
+            f"({least.worst}). {lower} rewards of fewer weights, or a device with more memory."
         )
     inexact = {name for changes in NOT_EXACT for name in changes} & {name for p in plans for name in p.changes}
     same = "at the same gradient" if not inexact else f"not at the same gradient ({', '.join(sorted(inexact))})"

@@ -160,7 +160,7 @@ def _between(device, size: int) -> float | None:
     """From the neighbour to this device; of copies one way, as exchanges have them both ways."""
     if device.type == "cpu" or torch.accelerator.device_count() < 2:
         return None
-    neighbour = torch.device(device.type, (device.index or 0) ^ 1)
+    neighbour = torch.device(device.type, ((device.index or 0) + 1) % torch.accelerator.device_count())
     x, y = (torch.empty(size, dtype=torch.uint8, device=where) for where in (neighbour, device))
     return size / _least(lambda: y.copy_(x, non_blocking=True), device)
 
