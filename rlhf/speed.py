@@ -7,6 +7,7 @@ import torch
 
 from rlhf.attention import attention_by, time_kernels
 from rlhf.contentv.blocks import BlockRunner
+from rlhf.contentv.projections import StackedProjections
 from rlhf.host_memory import HostMemory
 from rlhf.quantise import quantise_base
 from rlhf.streaming import stream_blocks
@@ -51,12 +52,14 @@ def set_up_blocks(transformer, speed: Speed, device: torch.device) -> dict[str, 
     if device.type == "cpu" and plain:
         return chosen
     kernel, chosen["attention_kernel"] = choose_kernel(transformer, speed.attention_kernel, device)
+    as_they_are = speed.stream_weights or speed.base_bits  # weights that move, or are no matrices
     transformer.run_block = BlockRunner(
         attention=attention_by(kernel),
         recompute=speed.recompute,
         host=HostMemory(device) if speed.offload_activations else None,
         compiler=torch.compile if speed.compile_blocks else None,
         fetch=fetch,
+        projections=None if as_they_are else StackedProjections(transformer.transformer_blocks),
     )
     return chosen
 
