@@ -33,6 +33,7 @@ class BlockRunner:
             which has other code: compiling it too would take as long as all the others.
         fetch: called with a block before its weights are used.
         projections: how those of the attention are computed without gradient; None: by their modules.
+        attention_without_gradient: as attention; None: the same.
     """
 
     def __init__(
@@ -43,17 +44,19 @@ class BlockRunner:
         compiler: Callable | None = None,
         fetch: Callable[[torch.nn.Module], None] | None = None,
         projections: StackedProjections | None = None,
+        attention_without_gradient: Attention | None = None,
     ):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r}, expected one of {', '.join(RECOMPUTE)}; choose one of these")
         self.attention, self.recompute, self.host, self.fetch = attention, recompute, host, fetch
-        self.projections = projections
+        self.projections, self.attention_without_gradient = projections, attention_without_gradient or attention
         compiler = compiler or (lambda function: function)
         self._before, self._after = compiler(before_attention), compiler(after_attention)
 
     def __call__(self, block, video, text, temb):
         if not torch.is_grad_enabled():
-            return self.whole(block, video, text, temb, self.projections and self.projections(block))
+            stacks = self.projections and self.projections(block)
+            return self.whole(block, video, text, temb, self.attention_without_gradient, stacks)
         if self.recompute == "nothing":
             return self.whole(block, video, text, temb)
         parameters = [p for p in block.parameters() if p.requires_grad]
@@ -65,9 +68,10 @@ class BlockRunner:
         with kept_in(place):
             return _KeepAttention.apply(self, block, place, video, text, temb, *parameters)
 
-    def whole(self, block, video, text, temb, stacks=None):
+    def whole(self, block, video, text, temb, attention=None, stacks=None):
         query, key, value, *gates = self.before(block, video, text, temb, stacks=stacks)
-        return self.after(block, self.attention(query, key, value), video, text, *gates, stacks=stacks)
+        attended = (attention or self.attention)(query, key, value)
+        return self.after(block, attended, video, text, *gates, stacks=stacks)
 
     def before(self, block, *inputs, stacks=None):
         if self.fetch:
