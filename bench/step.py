@@ -37,7 +37,7 @@ from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_second
 
 from rlhf.contentv.pipeline import euler_step
 from rlhf.contentv.wan_decoder import saturated_share, unnormalise
-from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize
+from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient
 from rlhf.prefix import PrefixBuffer
@@ -237,10 +237,9 @@ def limit_memory(device: torch.device, gib: float | None) -> None:
     """Let PyTorch take no more of the device than that; None: all of it."""
     if device.type == "cpu":
         return
-    module = torch.get_device_module(device)
-    total = module.get_device_properties(device).total_memory
     torch.accelerator.empty_cache()
-    module.set_per_process_memory_fraction(1.0 if gib is None else gib * GIB / total)
+    fraction = 1.0 if gib is None else gib * GIB / total_memory(device)
+    torch.get_device_module(device).set_per_process_memory_fraction(fraction)
 
 
 def write(path: Path, about: dict, rows: list[dict]) -> None:

@@ -16,6 +16,7 @@ from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise, use_channel
 from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.fields import Fields
+from rlhf.layout import Layout
 from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.optimizer import make_optimizer
 from rlhf.speed import Speed, set_up_blocks
@@ -114,13 +115,24 @@ SIZES = {
 class Rig:
     """A model with random weights, set up as one arm's settings say, and what it is given.
 
-    The weights depend on the device and the size alone: equal for all arms.
+    The weights depend on the device and the size alone: equal for all arms. layout: of several processes. settings:
+    instead of the arm's own.
     """
 
-    def __init__(self, arm: str, size: Size, frames: int, steps: int, scored: int, device: torch.device):
-        self.arm, self.size, self.device = arm, size, device
-        settings = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": 6.0, "lora_rank": 32}
-        self.args = args = RewardGradientConfig(**settings | SETTINGS[arm])
+    def __init__(
+        self,
+        arm: str,
+        size: Size,
+        frames: int,
+        steps: int,
+        scored: int,
+        device: torch.device,
+        layout: Layout | None = None,
+        settings: dict | None = None,
+    ):
+        self.arm, self.size, self.device, self.layout = arm, size, device, layout
+        common = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": 6.0, "lora_rank": 32}
+        self.args = args = RewardGradientConfig(**common | (SETTINGS[arm] if settings is None else settings))
         self.by_hand = arm in (PEERS, STOCK)  # as diffusers runs it
         vae_dtype = getattr(torch, args.vae_dtype)
         self.vae = random_vae(size, device).to(vae_dtype)
@@ -129,7 +141,7 @@ class Rig:
         self.transformer = random_transformer(size, device)
         self.masters = self._adapt()
         self.optimizer = make_optimizer(self.masters.vector, args)
-        self.fields = None if self.by_hand else Fields(self.transformer, self.masters, args)
+        self.fields = None if self.by_hand else Fields(self.transformer, self.masters, args, layout)
         self.decode = Decoder(self.vae, scored, args, device)
         self.sigmas = flow_sigmas(FlowMatchEulerDiscreteScheduler(), steps, device)
         channels = self.transformer.config.in_channels
@@ -148,7 +160,9 @@ class Rig:
             if self.arm == PEERS:
                 self.transformer.enable_gradient_checkpointing()
         else:
-            self.chosen = set_up_blocks(self.transformer, Speed.of(self.args), self.device)
+            self.chosen = set_up_blocks(
+                self.transformer, Speed.of(self.args), self.device, self.layout and self.layout.sequence_group
+            )
             if self.arm == BY_MODULES:
                 self.transformer.run_block.projections = None
         masters = Masters(self.transformer)

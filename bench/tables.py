@@ -175,7 +175,7 @@ def _phase_cell(row: dict | None) -> str:
 def _exact_cells(rows: dict[str, dict]) -> list[str]:
     peaks = [row["peak_gib"] for row in rows.values() if "peak_gib" in row]
     against = [rows.get("window", {}).get(f"against {reference}") for reference in reversed(REFERENCES)]
-    cosines = ["-" if one is None else f"{one['cosine']:.4f}, length {one['length']:.3f}" for one in against]
+    cosines = ["-" if one is None else f"{one['cosine']:.5f}, length {one['length']:.3f}" for one in against]
     return [f"{max(peaks):.1f}" if peaks else "-", *cosines]
 
 
@@ -200,6 +200,51 @@ def compile_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+SCALE_PHASES = {  # of bench/scale.py: column by phase
+    "sampling": "sampling step, s",
+    "segment": "step with gradient, s",
+    "decode": "decoder there and back, s",
+    "sum": "adapter's sum and update, s",
+    "step": "whole step, s (worked out)",
+}
+
+
+def scale_table(result: dict) -> str:
+    """A table for each number of frames, with a row for each layout and number of devices."""
+    cells = {}
+    for row in result["rows"]:
+        cells.setdefault(row["frames"], {}).setdefault((row["devices"], row["arm"]), {})[row["phase"]] = row
+    headings = ["devices", "layout", *SCALE_PHASES.values(), "efficiency: segment", "whole step", "GiB at most"]
+    lines = [_made_on(result)]
+    for frames, arms in cells.items():
+        lines += ["", f"{frames} frames, of them decoded: {result['environment']['scored']}", ""]
+        lines += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+        for (devices, arm), rows in arms.items():
+            values = [_phase_cell(rows.get(phase)) for phase in SCALE_PHASES]
+            shares = [_percent(rows.get(phase, {}).get("efficiency")) for phase in ("segment", "step")]
+            peaks = [row["peak_gib"] for row in rows.values() if "peak_gib" in row]
+            values += [*shares, f"{max(peaks):.1f}" if peaks else "-"]
+            lines.append(f"| {devices} | {arm} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def equality_table(result: dict) -> str:
+    """How far each layout's small model is from one device's."""
+    lines = [
+        "| devices | layout | first gradient, of its largest number | weights after 5 steps |",
+        "|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["phase"] == "equality":
+            found = [f"{row[key]:.1e}" if key in row else row["skipped"] for key in ("gradient", "weights")]
+            lines.append(f"| {row['devices']} | {row['layout']} | {' | '.join(found)} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
     "rewards.json": rewards_table,
     "guidance.json": guidance_table,
@@ -208,6 +253,8 @@ TABLES = {
     "step.json#exact": lambda result: step_table(result, exact=True),
     "step.json#cheaper": lambda result: step_table(result, exact=False),
     "step.json#compile": compile_table,
+    "scale.json#layouts": scale_table,
+    "scale.json#equality": equality_table,
 }
 
 

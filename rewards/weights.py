@@ -29,15 +29,22 @@ def torch_dtype(name: str, dtype: str) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def missing_weights(name: str, repository: str, key: str, error: Exception, file: str | None = None) -> RewardError:
-    """The error for weights that are neither on disk nor to be had: what they are, and the key that takes a path."""
+def missing_weights(
+    name: str, repository: str, key: str, error: Exception, file: str | None = None, tokenizer: bool = False
+) -> RewardError:
+    """The error for weights that are neither on disk nor to be had: what they are, and the key that takes a path.
+
+    tokenizer: it alone is missing, which is small.
+    """
     size, licence = WEIGHTS.get(repository, ("size unknown", "licence: see its model card"))
+    if tokenizer and "tokenizer" not in size:
+        size = "the tokenizer, under 20 MB"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     what = f"{repository}, {file}" if file else repository
     return RewardError(
         name,
-        got=f"no weights for {repository!r} ({reason})",
-        expected=f"them in the local cache, or a download ({what}: {size}, {licence})",
+        got=f"no {'tokenizer of' if tokenizer else 'weights for'} {repository!r} ({reason})",
+        expected=f"{'it' if tokenizer else 'them'} in the local cache, or a download ({what}: {size}, {licence})",
         cure=f"go online once, or set `{key}` in reward_kwargs.{name} to a local path",
     )
 
@@ -76,7 +83,7 @@ def from_pretrained(name: str, cls, model: str, key: str = "model", **kwargs):
         with quick_hub(local=Path(path).is_dir()):
             return cls.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
-        raise missing_weights(name, model, key, error) from error
+        raise missing_weights(name, model, key, error, tokenizer=cls.__name__ == "AutoTokenizer") from error
 
 
 def load_pretrained(name: str, cls, model: str, **kwargs) -> torch.nn.Module:

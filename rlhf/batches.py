@@ -9,6 +9,9 @@ from rlhf.config import RewardGradientConfig
 from rlhf.prompts import prompt_positions
 from rlhf.sampler import draw_noise
 
+# Settings that may differ between the hosts of a run.
+OF_A_HOST = ("model", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir", "output_dir")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -21,21 +24,35 @@ class Batch:
 class Batches:
     """The batches of a run."""
 
-    def __init__(self, args: RewardGradientConfig, accelerator, prompts: list[str], noise_shape_CTHW: tuple, fps: int):
-        self.args, self.accelerator, self.prompts, self.fps = args, accelerator, prompts, fps
+    def __init__(self, args: RewardGradientConfig, layout, prompts: list[str], noise_shape_CTHW: tuple, fps: int):
+        self.args, self.layout, self.prompts, self.fps = args, layout, prompts, fps
         self.noise_shape = noise_shape_CTHW
-        self.size, self.processes = args.per_device_train_batch_size, accelerator.num_processes
+        layout.require_same(prompts=prompts, settings=[v for k, v in vars(args).items() if k not in OF_A_HOST])
+        self.size, self.processes = args.per_device_train_batch_size, layout.num_processes
+        self.origin = 0, 0  # a step, and how many samples the run had taken before it
         self.samples_per_step = self.size * args.gradient_accumulation_steps * self.processes  # over all processes
 
     def batch(self, step: int, micro: int) -> Batch:
         """This process's batch number `micro` of a step. A sample's noise has the key (step, place in the step)."""
-        start = (micro * self.processes + self.accelerator.process_index) * self.size
+        start = (micro * self.processes + self.layout.process_index) * self.size
         keys = [(step, start + i) for i in range(self.size)]
 
         def noise(purpose: str) -> torch.Tensor:
-            return draw_noise(self.noise_shape, self.args.seed, purpose, keys).to(self.accelerator.device)
+            return draw_noise(self.noise_shape, self.args.seed, purpose, keys).to(self.layout.device)
 
-        return Batch(self.prompts_at(step * self.samples_per_step + start, self.size), noise)
+        return Batch(self.prompts_at(self.samples_before(step) + start, self.size), noise)
+
+    def state(self, step: int) -> dict:
+        """What a checkpoint after `step` steps keeps of the order of samples."""
+        return {"samples": self.samples_before(step), "processes": self.layout.accelerator.num_processes}
+
+    def go_on_from(self, step: int, samples: int | None) -> None:
+        """Count from a checkpoint's step and samples, which another number of processes may have taken."""
+        self.origin = step, step * self.samples_per_step if samples is None else samples
+
+    def samples_before(self, step: int) -> int:
+        """How many samples the run takes before a step, over all processes."""
+        return self.origin[1] + (step - self.origin[0]) * self.samples_per_step
 
     def info(self, step: int) -> dict:
         """What rewards are told besides videos and prompts."""
@@ -43,7 +60,7 @@ class Batches:
 
     def from_step(self, step: int) -> list[str]:
         """The prompts of all steps from `step` on, to the end of the run."""
-        return self.prompts_at(step * self.samples_per_step, (self.args.max_steps - step) * self.samples_per_step)
+        return self.prompts_at(self.samples_before(step), (self.args.max_steps - step) * self.samples_per_step)
 
     def prompts_at(self, start: int, count: int) -> list[str]:
         """Those of the run's places start .. start+count-1."""

@@ -11,7 +11,7 @@ import torch
 
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
-from rlhf.parallel import own_share
+from rlhf.parallel import own_batches
 from rlhf.sampler import draw_noise
 
 CALIBRATION = "calibration.json"  # {name: [raw score of each base sample]}
@@ -23,7 +23,7 @@ def calibrate(
     prompts: list[str],
     noise_shape_CTHW: tuple[int, int, int, int],
     args: RewardGradientConfig,
-    accelerator,
+    layout,
     info: dict,
 ) -> None:
     """Normalise the mix by scores of one video a prompt, by the current model, which has to be the base.
@@ -33,8 +33,8 @@ def calibrate(
     """
     path = Path(args.output_dir) / CALIBRATION
     if prompts:
-        scores = base_scores(mix, make_videos, prompts, noise_shape_CTHW, args, accelerator, info)
-        if accelerator.is_main_process:
+        scores = base_scores(mix, make_videos, prompts, noise_shape_CTHW, args, layout, info)
+        if layout.is_main_process:
             path.write_text(json.dumps({name: scores_N.tolist() for name, scores_N in scores.items()}) + "\n")
     else:
         scores = {name: torch.tensor(values) for name, values in json.loads(path.read_text()).items()}
@@ -42,12 +42,13 @@ def calibrate(
 
 
 @torch.no_grad()
-def base_scores(mix, make_videos, prompts, noise_shape_CTHW, args, accelerator, info) -> dict[str, torch.Tensor]:
+def base_scores(mix, make_videos, prompts, noise_shape_CTHW, args, layout, info) -> dict[str, torch.Tensor]:
     """Raw scores (N,) by reward, on the CPU; all processes share the work and get all of them."""
-    scores_NR = torch.zeros(len(prompts), len(mix.rewards), device=accelerator.device)
-    own, size = own_share(len(prompts), accelerator), args.per_device_eval_batch_size
-    for rows in (own[i : i + size] for i in range(0, len(own), size)):
-        noise = draw_noise(noise_shape_CTHW, args.seed, "calibration", [(i,) for i in rows])
-        batch = [prompts[i] for i in rows]
-        scores_NR[rows] = torch.stack(list(mix(make_videos(batch, noise), batch, **info)[1].values()), dim=1)
-    return dict(zip(mix.rewards, accelerator.reduce(scores_NR, "sum").cpu().unbind(1), strict=True))
+    scores_NR = torch.zeros(len(prompts), len(mix.rewards), device=layout.device)
+    for rows in own_batches(len(prompts), args.per_device_eval_batch_size, layout):
+        noise = draw_noise(noise_shape_CTHW, args.seed, "calibration", [(i,) for i in rows or [0]])
+        batch = [prompts[i] for i in rows or [0]]  # made with the others, even where there is nothing to do
+        video = make_videos(batch, noise)
+        if rows:
+            scores_NR[rows] = torch.stack(list(mix(video, batch, **info)[1].values()), dim=1)
+    return dict(zip(mix.rewards, layout.reduce(scores_NR, "sum").cpu().unbind(1), strict=True))

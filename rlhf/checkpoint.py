@@ -13,6 +13,8 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -58,6 +60,20 @@ class StopRequest:
         self.requested = True
         for other in (signal.SIGINT, signal.SIGTERM):  # a batch system sends its warning, SIGUSR1, more than once
             signal.signal(other, self._before[other])
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 do what Ctrl-C does, unless they do something of their own already."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        free = [number for number in StopRequest.SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+        before = {number: signal.signal(number, signal.default_int_handler) for number in free}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class SavingError(RuntimeError):

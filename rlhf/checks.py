@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from rewards import check_spec, load_reward, probe, reward_name
-from rlhf.checkpoint import find_checkpoint, read_state
 from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
 from rlhf.contentv.files import model_config
 from rlhf.device import local_device, pick_device
 from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, method_problems
+from rlhf.parallel_checks import parallel_problems
 from rlhf.prompts import load_prompts
+from rlhf.restarts import going_on, resume_problems
 from rlhf.run_folder import run_in
 from rlhf.speed_checks import speed_problems
 
@@ -64,16 +65,6 @@ CHOICES = {
 }
 # Accelerate's; each is the name of its package too.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-FIXED_ON_RESUME = (
-    "model",
-    "lora_rank",
-    "lora_alpha",
-    "lora_target_modules",
-    "lora_use_dora",
-    "lora_rank_pattern",
-    "lora_alpha_pattern",
-    "train_blocks",
-)
 
 
 def check_config(
@@ -87,6 +78,7 @@ def check_config(
 
     What was handed over as an object instead of named in args - a pipeline, rewards, prompts - is taken as it is.
     """
+    args = going_on(args)
     problems = [*_out_of_range(args), *_run_folder(args), *_reward_settings(args, rewards), *_trackers(args)]
     problems += [*_device(args), *_guards(args, eval_prompts)]
     for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):
@@ -207,6 +199,7 @@ def _sampling(args, card):
         yield f"num_frames={args.num_frames} is not {every}k+1, as the VAE of {args.model} needs; use {near}"
     yield from method_problems(args, card["transformer"]["num_layers"])
     yield from speed_problems(args)
+    yield from parallel_problems(args)
 
 
 def _guards(args, eval_prompts):
@@ -228,27 +221,12 @@ def _run_folder(args):
     elif args.resume_from_checkpoint and args.overwrite_output_dir:
         yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
     elif args.resume_from_checkpoint:
-        yield from _resumable(args, folder)
+        yield from resume_problems(args)
     elif not args.overwrite_output_dir and run_in(folder):
         yield (
             f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, "
             "go on with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
-
-
-def _resumable(args, folder):
-    try:
-        path = find_checkpoint(args.resume_from_checkpoint, folder, quiet=True)  # the run will say more
-    except ConfigError as error:
-        yield from error.problems
-        return
-    saved = read_state(path)["settings"]
-    for name in FIXED_ON_RESUME:
-        if name in saved and saved[name] != getattr(args, name):
-            yield (
-                f"{name}: got {getattr(args, name)!r}, expected {saved[name]!r} as in {path}: a resumed run "
-                "continues the same adapter; set it back, or start another output_dir"
-            )
 
 
 def _reward_settings(args, rewards):

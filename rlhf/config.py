@@ -168,6 +168,14 @@ class RewardGradientConfig:
         None, "Order the VAE's weights with channels innermost. Default: on a CPU, where that is a fifth faster."
     )
 
+    # Several devices; data parallel over the rest of the processes. docs/scaling.md says which layout when
+    guidance_parallel: int = _key(1, "2: the two branches of guidance run on two processes.")
+    sequence_parallel: int = _key(1, "Processes over which a video's tokens are divided (arXiv 2309.14509).")
+    shard_base: bool = _key(False, "Divide the frozen transformer over all processes (FSDP2), for smaller devices.")
+    ddp_timeout: int = _key(
+        1800, "Seconds after which a process that does not go on, or is gone, ends the others. More than a step takes."
+    )
+
     # Cheaper, but not exact: off by default. docs/performance.md has what each costs and does
     base_bits: int | None = _key(None, "8 or 4: round the frozen base, by torchao or bitsandbytes.")
     vae_dtype: str = _key("float32", "Number format of the VAE: float32 or bfloat16.")
@@ -219,7 +227,9 @@ class RewardGradientConfig:
     output_dir: str = _key("runs/run", "Where the run writes, relative to the working directory.")
     overwrite_output_dir: bool = _key(False, "Delete the files of an earlier run found in output_dir.")
     resume_from_checkpoint: str | None = _key(
-        None, "'latest', or the path of a checkpoints/step-N folder, to go on from."
+        None,
+        "'latest', or the path of a checkpoints/step-N folder, to go on from; 'auto': the latest if there is one, else "
+        "start, over what is there. A process that torchrun starts again goes on as with 'auto'.",
     )
     max_skipped_steps: int = _key(
         0,
@@ -242,9 +252,15 @@ class RewardGradientConfig:
     eval_seed: int = _key(0, "Source of the evaluation's noise, the same for every model and run.")
     num_diversity_prompts: int = _key(4, "Held-out prompts sampled a second time, to see how far samples differ.")
     sample_steps: int = _key(0, "Optimizer steps between sample videos. 0: before and after only.")
-    num_sample_prompts: int = _key(6, "Held-out prompts shown as sample videos and in the contact sheet.")
+    num_sample_prompts: int = _key(10, "Held-out prompts shown as sample videos; six of them in the contact sheet.")
     report_to: list[str] = _key(
         ["tensorboard"], "Trackers, through accelerate: tensorboard, wandb, trackio, swanlab and others; or none."
+    )
+    memory_limit_gib: float | None = _key(
+        None, "Memory in GiB that the dry run plans for. Default: what this machine's device has."
+    )
+    plan_device: str | None = _key(
+        None, "Device whose rates the dry run takes, a name in rlhf/measured.py. Default: this machine's."
     )
     dry_run: bool = _key(False, "Check and print the settings and what they need; load no weights.")
 

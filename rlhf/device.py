@@ -140,6 +140,22 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def total_memory(device: torch.device) -> int | None:
+    """Bytes that the device has; None where that is the machine's own memory."""
+    if device.type in ("cuda", "npu"):
+        return torch.get_device_module(device).get_device_properties(device).total_memory
+    return None
+
+
+def memory_beside(device: torch.device) -> int:
+    """Bytes of the device in use besides what PyTorch has asked for: its context, kernels, and other processes."""
+    if device.type not in ("cuda", "npu"):
+        return 0
+    module = torch.get_device_module(device)
+    free, total = module.mem_get_info(device)
+    return total - free - module.memory_reserved(device)
+
+
 def energy_joules(device: torch.device) -> float | None:
     """A counter of the energy drawn by the devices of this machine's processes; only differences mean something.
 

@@ -34,10 +34,11 @@ def record_start(folder: Path, device: str | None) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def record_end(folder: Path) -> None:
+def record_end(folder: Path, ended_by: str | None = None) -> None:
     """Complete the last line with what the run took: seconds, the peak of memory in bytes, joules if the device counts.
 
-    Energy is that of the devices that this machine's processes see; idle draw is in it.
+    Energy is that of the devices that this machine's processes see; idle draw is in it. The peak is that since the last
+    optimizer step began; earlier ones are in metrics.jsonl. ended_by: the error of a run that failed.
     """
     rows = read_environment(folder)
     if not rows:
@@ -46,6 +47,7 @@ def record_end(folder: Path) -> None:
     device = pick_device(last["device_type"])
     last |= {"seconds": time.time() - last["started"], "peak_memory_bytes": peak_memory(device)}
     before, after = last["energy_counter_joules"], energy_joules(device)
+    last |= {"ended_by": ended_by} if ended_by else {}
     last["energy_joules"] = None if before is None or after is None else after - before
     (folder / ENVIRONMENT).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -4,6 +4,7 @@ Shape legend: B batch, N prompts, C channels, T frames, H height, W width.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
-from rlhf.parallel import own_share
+from rlhf.parallel import own_batches
 from rlhf.sampler import draw_noise
+from rlhf.trackers import Clip
 from rlhf.tracking import EvaluationBar, write_samples
 
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
@@ -53,6 +55,7 @@ class HeldOut:
         make_videos: prompts and noise (B, C, T, H, W) to whole videos (B, 3, T, H, W) in [0, 1], by the current model.
         judges: rewards by name, trained on or not.
         noise_shape_CTHW: of the latents of one video.
+        show: (step, samples) -> None, shows samples that are written.
     """
 
     def __init__(
@@ -62,12 +65,13 @@ class HeldOut:
         prompts: list[str],
         noise_shape_CTHW: tuple[int, int, int, int],
         args: RewardGradientConfig,
-        accelerator,
+        layout,
         fps: int,
+        show: Callable[[int, list[Clip]], None] = lambda step, clips: None,
     ):
         self.make_videos, self.judges, self.prompts = make_videos, judges, prompts
-        self.noise_shape, self.args, self.accelerator, self.fps = noise_shape_CTHW, args, accelerator, fps
-        self.folder = Path(args.output_dir)
+        self.noise_shape, self.args, self.layout, self.fps = noise_shape_CTHW, args, layout, fps
+        self.folder, self.show = Path(args.output_dir), show
         self.diversity_count = min(args.num_diversity_prompts, len(prompts))
 
     @torch.no_grad()
@@ -82,24 +86,31 @@ class HeldOut:
         scores = {judge: torch.zeros(len(self.prompts)) for judge in [*self.judges, *OF_ONE_VIDEO]}
         scores[DIVERSITY] = torch.zeros(self.diversity_count)
         shown, videos = self.args.num_sample_prompts, [torch.zeros(0, dtype=torch.uint8)]
-        own, size = self._own_rows(), self.args.per_device_eval_batch_size
+        size = self.args.per_device_eval_batch_size
+        batches = own_batches(len(self.prompts), size, self.layout)
         info = {"fps": self.fps, "seed": self.args.eval_seed, "step": 0}
+        own = [i for rows in batches for i in rows]
         count = len(own) + sum(i < self.diversity_count for i in own)
         with EvaluationBar(name, count, self._is_main) as progress:
-            for rows in (own[i : i + size] for i in range(0, len(own), size)):
-                video = make_videos(*self._inputs(rows, draw=0))
+            for number, rows in enumerate(batches):
+                video = self._videos(make_videos, rows, draw=0)
+                twice = [i for i in rows if i < self.diversity_count]
+                if twice or (self.layout.in_step and number * size < self.diversity_count):  # as the first process has
+                    other = self._videos(make_videos, twice, draw=1)
+                if not rows:
+                    continue
                 for judge, scores_B in mix(video, [self.prompts[i] for i in rows], **info)[1].items():
                     scores[judge][rows] = scores_B.cpu()
                 for measure, of in OF_ONE_VIDEO.items():
                     scores[measure][rows] = of(video).cpu()
-                if twice := [i for i in rows if i < self.diversity_count]:
-                    other = make_videos(*self._inputs(twice, draw=1))
+                if twice:
                     scores[DIVERSITY][twice] = distance(video[: len(twice)], other).cpu()
                 videos.append(to_uint8(video[: max(0, shown - rows[0])]))
                 progress(len(rows) + len(twice))
         scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
-        evaluation = Evaluation(self.prompts, scores, torch.cat(videos)[: shown if self._is_main else 0])
-        self._write(step, evaluation.videos_NCTHW)
+        videos_NCTHW = self._leading(torch.cat(videos), len(self.prompts), shown)
+        evaluation = Evaluation(self.prompts, scores, videos_NCTHW)
+        self._write(step, videos_NCTHW)
         return evaluation
 
     def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
@@ -115,29 +126,40 @@ class HeldOut:
         return base
 
     def sample(self, step: int) -> None:
-        """Write sample videos of the current model, without judging them."""
-        if self._is_main and self.args.num_sample_prompts:
-            rows = list(range(len(self.prompts)))[: self.args.num_sample_prompts]
-            self._write(step, to_uint8(self.make_videos(*self._inputs(rows, draw=0))))
+        """Write sample videos of the current model, without judging them; all processes share the work."""
+        count = min(self.args.num_sample_prompts, len(self.prompts))
+        videos = [torch.zeros(0, dtype=torch.uint8)]
+        for rows in own_batches(count, self.args.per_device_eval_batch_size, self.layout):
+            videos.append(to_uint8(self._videos(self.make_videos, rows, draw=0)))
+        if count:
+            self._write(step, self._leading(torch.cat(videos), count, count))
 
-    def _inputs(self, rows: list[int], draw: int) -> tuple[list[str], torch.Tensor]:
-        """The prompts of the rows, and the noise of their videos number `draw`."""
-        noise = draw_noise(self.noise_shape, self.args.eval_seed, "evaluation", [(i, draw) for i in rows])
-        return [self.prompts[i] for i in rows], noise
+    def _videos(self, make_videos: MakeVideos, rows: list[int], draw: int) -> torch.Tensor:
+        """Videos number `draw` of the prompts of the rows; for none, one is made to keep step with other processes."""
+        asked = rows or [0]
+        noise = draw_noise(self.noise_shape, self.args.eval_seed, "evaluation", [(i, draw) for i in asked])
+        return make_videos([self.prompts[i] for i in asked], noise)[: len(rows)]
 
-    def _own_rows(self) -> list[int]:
-        return own_share(len(self.prompts), self.accelerator)
+    def _leading(self, own_NCTHW: torch.Tensor, count: int, shown: int) -> torch.Tensor:
+        """The first `shown` of `count` shared videos on the main process, none on others; own: this process's."""
+        share = math.ceil(count / self.layout.num_processes)
+        if shown > share:
+            shape = 3, self.args.num_frames, self.args.height, self.args.width
+            padded = own_NCTHW.new_zeros(share, *shape)
+            padded[: len(own_NCTHW)] = own_NCTHW.reshape(-1 if len(own_NCTHW) else 0, *shape)
+            own_NCTHW = self.layout.gather(padded.to(self.layout.device)).cpu()
+        return own_NCTHW[: min(shown, count) if self._is_main else 0]
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+        return self.layout.reduce(values.to(self.layout.device), "sum").cpu()
 
     def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
         if self._is_main:
-            write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps)
+            self.show(step, write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps))
 
     @property
     def _is_main(self) -> bool:
-        return self.accelerator.is_main_process
+        return self.layout.is_main_process
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,12 @@
 """What a training run learned, for use elsewhere: `python -m rlhf.export RUN --merged OUT` or `--adapter OUT`.
 
---merged   a complete pipeline with the adapter added to the weights: loads here and in ContentV's published code
---adapter  the LoRA weights alone, which `pipe.load_lora_weights(OUT)` reads
---scale s  either with the adapter counted s times
+--merged       a complete pipeline with the adapter added to the weights: loads here and in ContentV's published code
+--adapter      the LoRA weights alone, which `pipe.load_lora_weights(OUT)` reads
+--convention   of these: diffusers, or comfyui, whose readers find the scale in the weights
+--scale s      either with the adapter counted s times
+--push_to_hub  upload it, too
+
+Either comes with a model card, OUT/README.md.
 """
 
 import argparse
@@ -23,7 +27,10 @@ from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder
 from rlhf.contentv.loading import load_transformer
 from rlhf.contentv.pipeline import INDEX_CLASSES
 from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.hub import check_push, push
 from rlhf.lora import BLOCKS_FILE
+from rlhf.lora_scale import fold_scale
+from rlhf.model_card import Export, write_card
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
@@ -52,12 +59,16 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     SamplingDefaults.load(base).save(out)
     index = json.loads((base / "model_index.json").read_text()) | {"transformer": INDEX_CLASSES["transformer"]}
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_card(Export(run, "merged", scale, model), out)
 
 
-def export_adapter(run: Path, out: Path, scale: float = 1.0) -> None:
+def export_adapter(
+    run: Path, out: Path, scale: float = 1.0, convention: str = "diffusers", model: str | None = None
+) -> None:
     """Write the adapter of a run to `out`/pytorch_lora_weights.safetensors, its B matrices multiplied by `scale`.
 
-    Raises ValueError as `export_merged` does, and for a run that trained whole blocks.
+    convention: "diffusers", or "comfyui": with lora_alpha / r in the B matrices as well, see `rlhf.lora_scale`.
+    Raises ValueError as `export_merged` does, for a run that trained whole blocks, and for DoRA with "comfyui".
     """
     adapter = _check(run, out)
     if (blocks := adapter.parent / BLOCKS_FILE).exists():
@@ -65,8 +76,11 @@ def export_adapter(run: Path, out: Path, scale: float = 1.0) -> None:
     with safe_open(adapter, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     tensors = {key: value * scale if "lora_B" in key else value for key, value in tensors.items()}
+    if convention == "comfyui":
+        tensors, metadata = fold_scale(tensors, metadata)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / ADAPTER_FILE, metadata)
+    write_card(Export(run, convention, scale, model), out)
 
 
 @contextmanager
@@ -117,23 +131,39 @@ def _check(run: Path, out: Path) -> Path:
     return adapter
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rlhf.export", description="Export what a training run learned.")
     parser.add_argument("run", type=Path, help="folder of a training run")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--merged", type=Path, metavar="OUT", help="write a complete pipeline, adapter merged")
     target.add_argument("--adapter", type=Path, metavar="OUT", help="write the adapter alone")
-    parser.add_argument("--scale", type=float, default=1.0, help="count the adapter this often (default: %(default)s)")
+    choices, default = ("diffusers", "comfyui"), " (default: %(default)s)"
+    parser.add_argument("--convention", choices=choices, default=choices[0], help=f"of the adapter's file{default}")
+    parser.add_argument("--scale", type=float, default=1.0, help=f"count the adapter this often{default}")
     parser.add_argument("--model", help="base model, if not the one in the run's config.yaml")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload it to this repository, made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make that repository private")
     args = parser.parse_args(arguments)
+    if args.merged and args.convention != choices[0]:
+        parser.error(f"--convention: got {args.convention} with --merged, expected it with --adapter; leave it out")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    out = args.merged or args.adapter
     try:
+        if args.push_to_hub:
+            check_push(args.push_to_hub)
         if args.merged:
-            export_merged(args.run, args.merged, args.scale, args.model)
+            export_merged(args.run, out, args.scale, args.model)
         else:
-            export_adapter(args.run, args.adapter, args.scale)
+            export_adapter(args.run, out, args.scale, args.convention, args.model)
+        print(f"wrote {out}")
+        if args.push_to_hub:
+            print(f"uploaded to {push(out, args.push_to_hub, args.private)}")
     except ValueError as error:
         raise SystemExit(f"rlhf.export: error: {error}") from error
-    print(f"wrote {args.merged or args.adapter}")
 
 
 if __name__ == "__main__":

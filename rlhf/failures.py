@@ -1,8 +1,12 @@
 """Why training cannot go on, said in one paragraph."""
 
+import functools
 import math
+import traceback
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from rewards import RewardError, RewardMix
 from rlhf.parallel import any_process
@@ -10,6 +14,42 @@ from rlhf.parallel import any_process
 
 class TrainingError(RuntimeError):
     """Training cannot go on: why, and what to do. checkpoints/ holds the last good step."""
+
+
+class Skips:
+    """Optimizer steps in a row that could not be taken; most: as many as may be passed over."""
+
+    def __init__(self, most: int):
+        self.most, self.in_a_row = most, 0
+
+    def add(self, error: Exception) -> dict:
+        """Count one more; what to log of it. Raises the error if it is one too many."""
+        if self.in_a_row == self.most:
+            raise error
+        self.in_a_row += 1
+        return {"skipped": self.in_a_row, "why": str(error)}
+
+
+def naming_lost_processes(method: Callable) -> Callable:
+    """A method of an object with an `accelerator`; where a collective of it fails, it says which process was lost."""
+
+    @functools.wraps(method)
+    def named(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except RuntimeError as error:
+            lost = self.accelerator.lifeline.lost() if _of_collective(error) else None
+            if lost is None:
+                raise
+            raise TrainingError(f"A process was lost. {lost} ({str(error).splitlines()[0]})") from error
+
+    return named
+
+
+def _of_collective(error: RuntimeError) -> bool:
+    """Whether PyTorch raised it while processes exchanged something; each backend has errors of its own."""
+    inside = (frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__))
+    return isinstance(error, dist.DistError) or any("torch/distributed/" in name for name in inside)
 
 
 def not_finite(

@@ -4,6 +4,8 @@ import torch
 
 from rlhf.adjoint import Stepwise
 from rlhf.config import RewardGradientConfig
+from rlhf.guidance_split import split_velocity
+from rlhf.layout import Layout
 from rlhf.lora import Masters, without_adapter
 from rlhf.methods import Plan
 from rlhf.prefix import KeptGuidance, SecondOrder, by_gradient
@@ -13,9 +15,13 @@ from rlhf.types import Conditioning
 
 
 class Fields:
-    """Conditioning of a batch -> velocity. What differs between them are the settings about speed and guidance."""
+    """Conditioning of a batch -> velocity. What differs between them are the settings about speed and guidance.
 
-    def __init__(self, transformer, masters: Masters, args: RewardGradientConfig):
+    layout: of the processes; None for one.
+    """
+
+    def __init__(self, transformer, masters: Masters, args: RewardGradientConfig, layout: Layout | None = None):
+        self.guidance_group = layout and layout.guidance_group
         self.transformer, self.masters, self.args = transformer, masters, args
         self.window = Stepwise(transformer, masters.params) if args.stepwise_backward else transformer
         weights = {"merged": "base", "float8": "float8"}.get(args.sampling_weights)
@@ -46,4 +52,6 @@ class Fields:
 
     def _field(self, transformer: torch.nn.Module, cond: Conditioning, gradient: str = "full") -> Velocity:
         args = self.args
+        if self.guidance_group is not None:
+            return split_velocity(transformer, cond, args.guidance_scale, self.guidance_group)
         return velocity_field(transformer, cond, args.guidance_scale, gradient, args.guidance_together)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-FRAMES_SHOWN = 5
+FRAMES_SHOWN, ROWS_SHOWN = 5, 6
 BASE_COLOR, TUNED_COLOR = "#8a8f98", "#1f6feb"
 
 
 def plot_curves(rows: list[dict], path: Path) -> None:
     """Curves over the optimizer steps of every reward, with its evaluations, and of the gradient norm."""
-    pyplot = _pyplot()
+    pyplot = headless_pyplot()
     names = [key for key in max(rows, key=len) if key.startswith("rewards/") and not key.endswith("_std")]
     panels = [("reward", "trained reward (weighted)"), *((n, n.removeprefix("rewards/")) for n in names)]
     panels = (panels if len(names) > 1 else panels[1:]) + [("grad_norm", "gradient norm, before clipping")]
@@ -21,7 +21,7 @@ def plot_curves(rows: list[dict], path: Path) -> None:
     for axis, (key, title) in zip(axes.flat, panels, strict=False):
         steps, values = zip(*[(row["step"], row[key]) for row in rows if key in row], strict=True)
         axis.plot(steps, values, color=TUNED_COLOR, alpha=0.3, linewidth=1)
-        axis.plot(steps, _smooth(values), color=TUNED_COLOR, linewidth=2)
+        axis.plot(steps, running_mean(values), color=TUNED_COLOR, linewidth=2)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("optimizer step", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -34,18 +34,18 @@ def plot_curves(rows: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _smooth(values: list[float], span: int = 10) -> list[float]:
+def running_mean(values: list[float], span: int = 10) -> list[float]:
     """Running mean over the last `span` steps."""
     return [sum(values[max(0, i + 1 - span) : i + 1]) / min(i + 1, span) for i in range(len(values))]
 
 
 def contact_sheet(prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: torch.Tensor, path: Path) -> None:
-    """One row a prompt: its caption, frames of the base's video on the left, of the tuned model's on the right.
+    """A row for each leading prompt: its caption, the base's frames on the left, the tuned model's on the right.
 
     Videos are uint8 (N, 3, T, H, W), made from the same noise.
     """
-    pyplot = _pyplot()
-    count, _, frames, height, width = before_NCTHW.shape
+    pyplot = headless_pyplot()
+    count, _, frames, height, width = before_NCTHW[:ROWS_SHOWN].shape
     shown = torch.linspace(0, frames - 1, min(FRAMES_SHOWN, frames)).round().long()
     tile = 1.0  # inches
     tall, gap, caption, margin = tile * height / width, 0.35, 0.34, 0.25
@@ -83,7 +83,8 @@ def _strip(video_CTHW: torch.Tensor):
     return padded.permute(2, 1, 3, 0).flatten(1, 2).numpy()
 
 
-def _pyplot():
+def headless_pyplot():
+    """matplotlib.pyplot, drawing into files without a display."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -22,11 +22,12 @@ from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator
-from rlhf.export import ADAPTER_FILE, merged
+from rlhf.export import ADAPTER_FILE, add_trained_blocks, merged
+from rlhf.lora import BLOCKS_FILE
 from rlhf.tracking import write_video
 from rlhf.video_set import Video
 
-SETTINGS_FILE, WHOLE_BLOCKS = "generate.json", "trained_blocks.safetensors"
+SETTINGS_FILE = "generate.json"
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Variant:
     """Which model makes the videos.
 
     model   "nano", a folder in diffusers layout (also one exported with an adapter merged) or a hub id
-    lora    folder of an adapter, such as RUN/adapter; None: the model as it is
+    lora    folder of an adapter, such as RUN/adapter, also with blocks trained whole; None: the model as it is
     merge   add the adapter to the weights first, as an export does, instead of computing it beside them
-    scale   how often the adapter counts
+    scale   how often adapter and blocks count
     """
 
     model: str = "nano"
@@ -53,11 +54,6 @@ class Variant:
             return
         if not (self.lora / ADAPTER_FILE).is_file():
             raise ValueError(f"{self.lora}: got no {ADAPTER_FILE}, expected an adapter such as RUN/adapter; correct it")
-        if (self.lora / WHOLE_BLOCKS).exists():
-            raise ValueError(
-                f"{self.lora}: got {WHOLE_BLOCKS} beside the adapter, expected an adapter alone; export the run with "
-                "`python -m rlhf.export RUN --merged OUT` and use OUT as the model"
-            )
 
     @contextmanager
     def open(self, device: torch.device) -> Iterator[ContentVPipeline]:
@@ -68,6 +64,7 @@ class Variant:
             pipe.transformer.load_lora_adapter(
                 self.lora, prefix="transformer", weight_name=ADAPTER_FILE, use_safetensors=True
             )
+            add_trained_blocks(pipe.transformer, self.lora, self.scale)
         if self.merge:
             with merged(pipe.transformer, self.scale) as plain:
                 pipe.transformer = plain
@@ -79,7 +76,9 @@ class Variant:
 
     def identity(self) -> dict:
         """What tells this variant from others, the adapter by its content."""
-        content = hashlib.sha256((self.lora / ADAPTER_FILE).read_bytes()).hexdigest() if self.lora else None
+        files = [self.lora / ADAPTER_FILE, self.lora / BLOCKS_FILE] if self.lora else []
+        content = b"".join(path.read_bytes() for path in files if path.exists())
+        content = hashlib.sha256(content).hexdigest() if content else None
         return {"model": str(self.model), "adapter_sha256": content, "merge": self.merge, "scale": self.scale}
 
 

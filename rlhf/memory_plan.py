@@ -1,189 +1,161 @@
-"""The memory that one optimizer step holds on the device, worked out by running its parts on tensors without storage.
+"""The memory of a run on one device, phase by phase: what its parts hold, put together as the trainer does.
 
-What autograd keeps is counted by its own hooks, with the sizes of the real model, in a second. Left out: gradients in
-flight, the workspaces of kernels, rewards and the text encoders. Shape legend: B batch, C channels, T latent frames,
-H W latent height and width, N video tokens, L text tokens.
+All of it is worked out on tensors without storage (`rlhf.parts`), but the rewards, which were measured
+(`rewards.costs`). It is what PyTorch reports as allocated at most; a process takes more of a device than that: the
+vendor's context and kernels (`Rates.beside`), and blocks that PyTorch's allocator keeps without using them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKLWan
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from rewards.catalogue import CATALOGUE
+from rewards.costs import cost, decoded_frames, scored_frames
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.blocks import after_attention, before_attention
-from rlhf.contentv.transformer import SD3Transformer3DModel
-from rlhf.contentv.wan_decoder import decode_video
-from rlhf.lora import add_adapter, lora_config
-from rlhf.recompute import as_leaves
-from rlhf.speed import Speed
+from rlhf.parts import Part, Parts
 
-CLIP_TOKENS = 77  # of the text, besides those of T5
+OPTIMIZER_BYTES = 16  # of a trained number: master, gradient, two moments, in float32
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device, each of them for one device and a batch of `per_device_train_batch_size` videos."""
+    """Bytes on one device."""
 
-    transformer: int  # frozen weights
-    branch: int  # what one guidance branch of one step keeps for its backward pass
-    block: int  # and what one recomputed block does on top of it, while it is passed
-    decoder: int  # what the decoder keeps, recomputed chunk included
-    window: int  # what all steps with gradient keep while the decoder has its backward pass
+    held: dict[str, int]  # all the time
+    phases: dict[str, int]  # besides, at most
+
+    @property
+    def resident(self) -> int:
+        return sum(self.held.values())
 
     @property
     def most(self) -> int:
-        """At the worse of the two moments: in the decoder, or in a block of the first branch that is passed."""
-        return self.transformer + max(self.window + self.decoder, max(self.window, self.branch) + self.block)
-
-
-def plan_memory(args: RewardGradientConfig, card: dict[str, dict], frames: int, bytes_each: int) -> MemoryPlan:
-    """args has all sampling keys set; frames: leading frames that are decoded; bytes_each: of a weight of the base."""
-    dtype = {2: torch.bfloat16, 4: torch.float32}[bytes_each]
-    speed, (blocks, weights) = Speed.of(args), _blocks(args, card, dtype)
-    branch, of_block = _branch(speed, blocks)
-    guided = 2 if args.guidance_scale > 1 and args.guidance_gradient == "full" else 1
-    together = guided if args.guidance_together else 1
-    graphs = guided * args.num_grad_steps
-    window = 0 if args.stepwise_backward else branch * graphs
-    decoder = _decoder(args, card, frames)
-    weights = _resident(speed, weights, bytes_each)
-    return MemoryPlan(weights, together * branch, together * of_block, decoder, window)
-
-
-# ---------------------------------------------------------------------------------------------- the transformer
+        return self.resident + max(self.phases.values())
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Bytes of a block's inputs and its attention's result, and what autograd keeps of all of it and of two parts."""
+class Rewards:
+    """What those that are trained on need. frames: leading ones that are decoded."""
 
-    inputs: int
-    result: int
-    whole: int
-    until_attention: int
-    after: int
-
-
-class _Attention(torch.autograd.Function):
-    """Keeps what attention kernels keep: query, key, value, result, and a log-sum-exp for each row."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        result = torch.empty_like(value)
-        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return result
+    frames: int
+    weights: int
+    memory: int  # of the one that takes most
+    seconds: float  # of all, on `rewards.measured.DEVICE`
+    traced: tuple[Part, ...] = ()  # of those that are small enough to be traced instead
+    unknown: tuple[str, ...] = ()  # whose cost is not in these figures
 
 
-def _blocks(args, card, dtype) -> tuple[list[_Block], tuple[int, int, int]]:
-    """Every block, and how many frozen weights: of all blocks, of the largest, and of the rest."""
-    with torch.device("meta"):
-        transformer = nn.Module.to(SD3Transformer3DModel.from_config(card["transformer"]), dtype)
-    add_adapter(transformer, lora_config(args), args.seed, args.train_blocks)
-    weights = [sum(p.numel() for p in m.parameters() if not p.requires_grad) for m in transformer.transformer_blocks]
-    rest = sum(p.numel() for p in transformer.parameters() if not p.requires_grad) - sum(weights)
-    B, _, T, H, W = _latent_shape(args, card)
-    width, patch = transformer.inner_dim, transformer.config.patch_size
-    tokens = T * (H // patch) * (W // patch), CLIP_TOKENS + args.max_sequence_length
-    shapes = [(B, tokens[0], width), (B, tokens[1], width), (B, width)]
-    inputs = [torch.empty(shape, device="meta", dtype=dtype) for shape in shapes]
-    inputs = as_leaves(inputs, (True, True, False))  # the time's embedding is the same for every adapter
-    first, last = (_block(transformer, i, *inputs) for i in (0, -1))
-    return [first] * (len(weights) - 1) + [last], (sum(weights), max(weights), rest)
+def plan_rewards(parts: Parts) -> Rewards:
+    """Of args.reward_funcs on one batch; the weights are those of args.eval_reward_funcs, too."""
+    args, fps = parts.args, parts.card["sampling"].get("fps", 24)
+    batch, kwargs = args.per_device_train_batch_size, args.reward_kwargs or {}
+    known = {name: kwargs.get(name, {}) for name in args.reward_funcs if name in CATALOGUE}
+    total, unknown = args.num_frames, [name for name in args.reward_funcs if name not in CATALOGUE]
+    decoded = {name: decoded_frames(name, settings, total) for name, settings in known.items()}
+    frames = total if unknown else max(decoded.values())
+    costs, traced = {}, []
+    for name, settings in known.items():
+        scored = scored_frames(name, settings, min(frames, args.decode_window or frames), fps)
+        if found := cost(name, settings, batch * scored):
+            costs[name] = found
+        elif name == "nano_preference":
+            traced.append(parts.nano_preference(batch, min(frames, args.decode_window or frames)))
+        else:
+            unknown.append(name)
+    judges = [name for name in args.eval_reward_funcs if name in CATALOGUE]
+    weights = sum(c.weights for c in costs.values()) + sum(_weights(n) for n in [*known, *judges] if n not in costs)
+    memory = max((*(c.memory for c in costs.values()), *(most_of(p) for p in traced), 0))
+    seconds = sum(c.seconds for c in costs.values())
+    return Rewards(frames, weights, memory, seconds, tuple(traced), tuple(unknown))
 
 
-def _block(transformer, number: int, video, text, temb) -> _Block:
-    block = transformer.transformer_blocks[number]
-
-    def until_attention():
-        query, key, value, *gates = before_attention(block, video, text, temb)
-        return _Attention.apply(query, key, value), *gates
-
-    def whole():
-        result, *gates = until_attention()
-        return after_attention(block, result, video, text, *gates)
-
-    (result, *gates), until = _kept(transformer, until_attention)
-    leaves = as_leaves([result, *gates], (x.requires_grad for x in (result, *gates)))
-    _, after = _kept(transformer, lambda: after_attention(block, leaves[0], video, text, *leaves[1:]))
-    rows = 4 * result[..., 0].numel()
-    return _Block(_bytes(video) + _bytes(text), _bytes(result) + rows, _kept(transformer, whole)[1], until, after)
+def _weights(name: str) -> int:
+    return CATALOGUE[name].parameters * CATALOGUE[name].bytes_each
 
 
-def _branch(speed: Speed, blocks: list[_Block]) -> tuple[int, int]:
-    """What a branch keeps, and what is there besides while one block is passed."""
-    if speed.recompute == "nothing":
-        return sum(block.whole for block in blocks), 0
-    kept = [block.inputs + (block.result if speed.keep_attention else 0) for block in blocks]
-    waiting = 2 * max(kept) if speed.offload_activations else sum(kept)
-    if speed.recompute == "block":
-        return waiting, max(block.whole for block in blocks)
-    return waiting, max(max(block.after, block.until_attention) - block.result for block in blocks)  # it waits already
+def most_of(part: Part) -> int:
+    """Held at most, there or back."""
+    return max(part.forward.most, part.backward.most) - part.forward.start
 
 
-def _resident(speed: Speed, weights: tuple[int, int, int], bytes_each: int) -> int:
-    of_blocks, of_one, rest = weights
-    if speed.stream_weights:
-        return bytes_each * (2 * of_one + rest)
-    return bytes_each * rest + of_blocks * (speed.base_bits or 8 * bytes_each) // 8
+def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> MemoryPlan:
+    """args: as those of parts, but for settings about speed and memory."""
+    batch = args.per_device_train_batch_size
+    branch = parts.branch(args, batch * together(args))
+    decoder = parts.decoder(args, batch, rewards.frames)
+    graphs = _graphs(args)
+    others = 0 if args.stepwise_backward else (graphs - 1) * branch.kept
+    waiting = 0 if args.stepwise_backward else graphs * branch.kept
+    before = parts.adapter_bytes if graphs > 1 else 0  # gradients of the graphs that were first
+    video = batch * 3 * rewards.frames * args.height * args.width * 4  # it was scored, and is still there
+    phases = {
+        "sampling": branch.sampling.most - branch.sampling.start,
+        "gradient segment": others + before + most_of(branch) + video,
+        "decoding and back": waiting + most_of(decoder),
+        "reward and back": waiting + decoder.kept + rewards.memory,
+        "optimizer": 0,
+    }
+    if args.eval_prompts:
+        phases["evaluation"] = _evaluation(parts, args)
+    return MemoryPlan(_held(parts, args, rewards), phases)
 
 
-# --------------------------------------------------------------------------------------------------- the decoder
+def together(args: RewardGradientConfig) -> int:
+    """Branches of guidance that are run as one batch."""
+    return 2 if args.guidance_together and args.guidance_scale > 1 else 1
 
 
-def _decoder(args, card, frames: int) -> int:
-    with torch.device("meta"):
-        vae = nn.Module.to(AutoencoderKLWan.from_config(card["vae"]), getattr(torch, args.vae_dtype))
-    vae.requires_grad_(False).eval()
-    latents = torch.empty(_latent_shape(args, card), device="meta").requires_grad_()
-    chunk = args.decode_chunk
-    if not args.decode_checkpoint:
-        return _kept(vae, lambda: decode_video(vae, latents, frames, chunk))[1]
-    per_latent = 2 ** sum(vae.config.temperal_downsample)
-    video, waiting = _kept(vae, lambda: decode_video(vae, latents, frames, chunk, True, 0, _on_device(args)))
-    two = min(frames, 1 + per_latent * (2 * chunk - 1))  # the second chunk has caches from the first
-    of_two = _kept(vae, lambda: decode_video(vae, latents, two, chunk))[1]
-    of_one = _kept(vae, lambda: decode_video(vae, latents, min(frames, 1 + per_latent * (chunk - 1)), chunk))[1]
-    return _bytes(video) + (0 if args.decode_caches == "host" else waiting) + max(of_one, of_two - of_one)
+def window_steps(args: RewardGradientConfig) -> int:
+    """Steps of the rollout that carry the gradient, at most."""
+    of_method = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
+    return of_method.get(args.method, args.num_grad_steps)
 
 
-def _on_device(args) -> str:
-    return "keep" if args.decode_caches == "host" else args.decode_caches
+def graded_branches(args: RewardGradientConfig) -> int:
+    return 2 if args.guidance_scale > 1 and args.guidance_gradient == "full" else 1
 
 
-def _latent_shape(args, card) -> tuple[int, ...]:
-    every, down = 2 ** sum(card["vae"]["temperal_downsample"]), 2 ** len(card["vae"]["temperal_downsample"])
-    frames = 1 + (args.num_frames - 1) // every
-    return (
-        args.per_device_train_batch_size,
-        card["transformer"]["in_channels"],
-        frames,
-        args.height // down,
-        args.width // down,
-    )
+def _graphs(args: RewardGradientConfig) -> int:
+    """Calls of the transformer whose graphs are there at once, if nothing is done about it."""
+    return max(1, window_steps(args)) * max(1, graded_branches(args) // together(args))
 
 
-# ------------------------------------------------------------------------------------------------------ counting
+def _evaluation(parts: Parts, args: RewardGradientConfig) -> int:
+    """A whole video without gradient; of its judges only the weights are counted."""
+    batch = args.per_device_eval_batch_size
+    sampling = parts.branch(args, batch * together(args), with_gradient=False).sampling
+    decoding = parts.decoder(args, batch, args.num_frames, with_gradient=False).sampling
+    return max(sampling.most - sampling.start, decoding.most - decoding.start)
 
 
-def _kept(module: nn.Module, function: Callable):
-    """What the function returns, and the bytes that its graph keeps besides the module's parameters."""
-    own, sizes = {p.untyped_storage()._cdata for p in module.parameters()}, {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            sizes[storage._cdata] = storage.nbytes()
-        held.append(tensor)  # or its address would be used again
-        return tensor
-
-    held: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    return result, sum(sizes.values())
+def _held(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> dict[str, int]:
+    size = parts.transformer.dtype.itemsize
+    average = 4 if args.ema_decay else 0
+    held = {
+        "transformer": _base(args, parts.frozen, size),
+        "adapter and optimizer": parts.adapter_bytes + parts.trained * (OPTIMIZER_BYTES + average),
+        "VAE": sum(p.numel() for p in parts.vae.parameters()) * getattr(torch, args.vae_dtype).itemsize,
+        "rewards": rewards.weights,
+        "position table": parts.tokens * parts.transformer.inner_dim * size,
+    }
+    return held | ({"sampling copy": _copy(parts, args, size)} if args.sampling_weights != "own" else {})
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _base(args: RewardGradientConfig, frozen: tuple[int, int, int], size: int) -> int:
+    of_blocks, of_one, rest = frozen
+    if args.stream_weights:
+        return size * (2 * of_one + rest)
+    return size * rest + of_blocks * (args.base_bits or 8 * size) // 8
+
+
+def _copy(parts: Parts, args: RewardGradientConfig, size: int) -> int:
+    """Layers that are merged, in the base's format; in float8, those of blocks in one byte a weight."""
+    total = 0
+    for name, module in parts.transformer.transformer_blocks.named_modules():
+        if isinstance(module, LoraLayer):
+            total += module.base_layer.weight.numel() * (1 if args.sampling_weights == "float8" else size)
+        elif isinstance(module, nn.Linear) and args.sampling_weights == "float8":
+            total += 0 if ".norm" in name or "lora_" in name or "base_layer" in name else module.weight.numel()
+    return total

@@ -2,20 +2,51 @@
 
 import math
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory, pick_device
+from rlhf.lifeline import Lifeline
 
 LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for every process it starts
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+LAST_RESORT = 10  # PyTorch's own timeout, in units of ours, which spares those who wait for one that goes on
 
 
-def make_accelerator(args: RewardGradientConfig) -> Accelerator:
+class WatchedAccelerator(Accelerator):
+    """An accelerator whose processes notice when one of them is lost."""
+
+    def __init__(self, patience: float, **kwargs):
+        limit = InitProcessGroupKwargs(timeout=timedelta(seconds=LAST_RESORT * patience))
+        super().__init__(kwargs_handlers=[limit], **kwargs)
+        # A store of its own connection: a wait of the main thread would keep the beats back.
+        store = dist.distributed_c10d._get_default_store().clone() if self.num_processes > 1 else None
+        self.lifeline = Lifeline(self.process_index, self.num_processes, patience, store)
+
+    def gather(self, tensor):
+        with self.lifeline.waiting():
+            return super().gather(tensor)
+
+    def reduce(self, tensor, reduction="mean", scale=1.0):
+        with self.lifeline.waiting():
+            return super().reduce(tensor, reduction, scale)
+
+    def wait_for_everyone(self):
+        with self.lifeline.waiting():
+            super().wait_for_everyone()
+
+    def end_training(self):
+        self.lifeline.end()
+        super().end_training()
+
+
+def make_accelerator(args: RewardGradientConfig) -> WatchedAccelerator:
     """The process group, the device and the trackers that args name. Formats are our own business: no autocast."""
     device = pick_device(args.device)
     if device.type == "cpu":
@@ -23,8 +54,12 @@ def make_accelerator(args: RewardGradientConfig) -> Accelerator:
         if threads := cpu_threads(args.cpu_threads):
             torch.set_num_threads(threads)
     folders = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "trackers"))
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no", log_with=args.report_to or None, project_config=folders
+    accelerator = WatchedAccelerator(
+        args.ddp_timeout,
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        log_with=args.report_to or None,
+        project_config=folders,
     )
     assert accelerator.device.type == device.type, (accelerator.device, device)
     return accelerator
@@ -48,10 +83,15 @@ def available_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def own_share(count: int, accelerator: Accelerator) -> list[int]:
-    """Which of `count` pieces of work are this process's: neighbours, as many as any other's but for the last."""
-    share = math.ceil(count / accelerator.num_processes)
-    return list(range(count))[accelerator.process_index * share :][:share]
+def own_batches(count: int, size: int, layout) -> list[list[int]]:
+    """Which of `count` pieces of work are this process's, at most `size` at a time: neighbours, an equal share.
+
+    Who has less than others has fewer batches; empty ones in their place where all have to keep step. layout: a
+    `rlhf.layout.Layout`.
+    """
+    share = math.ceil(count / layout.num_processes)
+    own = list(range(count))[layout.process_index * share :][:share]
+    return [own[i : i + size] for i in range(0, share if layout.in_step else len(own), size)]
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

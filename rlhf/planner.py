@@ -1,98 +1,205 @@
-"""What a run needs, computed from its settings and the sizes of the model alone. Nothing here is measured."""
+"""What a run needs of its device - memory and seconds - and which settings need less, before any weight is loaded.
 
-import torch
+docs/planner.md says how the figures come about and how near they are to what was measured.
+"""
+
+import dataclasses
+import itertools
 
 from rlhf.checks import model_card, with_sampling
 from rlhf.config import RewardGradientConfig
-from rlhf.memory_plan import plan_memory
+from rlhf.device import local_device, total_memory
+from rlhf.memory_plan import MemoryPlan, plan_memory, plan_rewards
+from rlhf.parts import Parts
+from rlhf.quantise import missing_library
+from rlhf.rates import Rates, device_rates, known_rates
+from rlhf.time_plan import TimePlan, count_calls, plan_time
 
 GIB = 2**30
-SMALL_MODEL = 1e9  # parameters; above that the loader chooses bfloat16
+RECOMPUTED = {"gradient_checkpointing": True}
+IN_PIECES = {"decode_chunk": 1, "decode_checkpoint": True}
+# What lowers memory and leaves the gradient as it is: one of each row, beside the run's own settings.
+EXACT = (
+    (
+        {},
+        RECOMPUTED | {"keep_attention": True},
+        RECOMPUTED,
+        RECOMPUTED | {"keep_attention": True, "offload_activations": True},
+        RECOMPUTED | {"offload_activations": True},
+    ),
+    ({}, {"stepwise_backward": True}),
+    ({}, IN_PIECES, IN_PIECES | {"decode_caches": "host"}),
+    ({}, RECOMPUTED | {"stream_weights": True}),
+)
+# And what changes it, in the order in which it is tried where nothing exact fits.
+NOT_EXACT = (
+    {"vae_dtype": "bfloat16"},
+    {"vae_dtype": "bfloat16", "decode_window": 5},
+    {"vae_dtype": "bfloat16", "guidance_gradient": "text"},
+    {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 8},
+    {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 4},
+)
+SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run with some of its settings changed."""
+
+    changes: dict
+    memory: MemoryPlan
+    time: TimePlan
+
+
+class Planner:
+    """Of one run. args has all sampling keys set; card: as of `rlhf.checks.model_card`."""
+
+    def __init__(self, args: RewardGradientConfig, card: dict[str, dict], rates: Rates):
+        self.args, self.rates, self.parts = args, rates, Parts(args, card)
+        self.rewards = plan_rewards(self.parts)
+
+    def plan(self, changes: dict | None = None) -> Plan:
+        args, changes = dataclasses.replace(self.args, **changes or {}), changes or {}
+        memory = plan_memory(self.parts, args, self.rewards)
+        return Plan(changes, memory, plan_time(self.parts, args, self.rewards, self.rates))
+
+    def fitting(self, limit: int) -> list[Plan]:
+        """The changes after which the run needs at most `limit` bytes, fastest first; none that contains another.
+
+        Exact ones; where there are none, those with the first of `NOT_EXACT` that helps. [] if nothing does.
+        """
+        for also in ({}, *filter(self._possible, NOT_EXACT)):
+            found = [plan for plan in map(self.plan, self._changes(also)) if plan.memory.most <= limit]
+            found.sort(key=lambda plan: (plan.time.total, len(plan.changes)))
+            if found:
+                return [p for i, p in enumerate(found) if not any(_within(q, p) for q in found[:i])]
+        return []
+
+    def _changes(self, also: dict) -> list[dict]:
+        """Every combination that makes sense: what the settings have already is no change."""
+        own, seen = vars(self.args), []
+        for rows in itertools.product(*EXACT):
+            wanted = {name: value for row in (*rows, also) for name, value in row.items()}
+            changes = {name: value for name, value in wanted.items() if own[name] != value}
+            if changes not in seen and self._makes_sense(own | changes):
+                seen.append(changes)
+        return seen
+
+    @staticmethod
+    def _makes_sense(settings: dict) -> bool:
+        weights = settings["base_bits"] or settings["sampling_weights"] != "own"
+        return not (settings["stream_weights"] and weights)
+
+    def _possible(self, changes: dict) -> bool:
+        """Whether the run could make them, and has not done so already."""
+        bits = changes.get("base_bits")
+        if bits and (missing_library(bits) or self.args.sampling_weights != "own" or self.args.stream_weights):
+            return False
+        if changes.get("guidance_gradient") and self.args.guidance_gradient != "full":
+            return False
+        return any(getattr(self.args, name) != value for name, value in changes.items())
+
+
+def _within(fewer: Plan, more: Plan) -> bool:
+    """Whether one's changes are all among the other's."""
+    return fewer.changes.items() <= more.changes.items()
+
+
+# ------------------------------------------------------------------------------------------------- in words
 
 
 def describe(args: RewardGradientConfig) -> str:
-    """The resolved settings as YAML, then sizes and the memory of the weights, each computed and labelled so."""
+    """The resolved settings as YAML, then what the run needs, each figure labelled with where it comes from."""
     card = model_card(args.model)
     args = with_sampling(args, card["sampling"])
-    return f"{args.to_yaml()}\n{sizes(args, card)}"
+    rates, source, memory = planned_device(args)
+    planner = Planner(args, card, rates)
+    plan = planner.plan()
+    texts = [args.to_yaml(), sizes(planner), needs(planner, plan, source)]
+    if memory is not None:
+        texts.append(verdict(planner, plan, memory))
+    return "\n".join(texts)
 
 
-def sizes(args: RewardGradientConfig, card: dict[str, dict]) -> str:
-    """Latents, tokens, parameters and the memory that weights and optimizer hold, as text."""
-    transformer, vae, adapter = count_parameters(args, card)
-    bytes_each = 4 if args.dtype == "float32" or (args.dtype == "auto" and transformer < SMALL_MODEL) else 2
-    every, down = 2 ** sum(card["vae"]["temperal_downsample"]), 2 ** len(card["vae"]["temperal_downsample"])
-    patch = card["transformer"]["patch_size"]
-    latent = (1 + (args.num_frames - 1) // every, args.height // down, args.width // down)
-    tokens = latent[0] * (latent[1] // patch) * (latent[2] // patch)
-    forward, with_gradient = forwards(args)
-    copy = bytes_each if bytes_each < 4 else 0  # of the masters, in the base's format
-    of_vae = 2 if args.vae_dtype == "bfloat16" else 4
+def planned_device(args: RewardGradientConfig) -> tuple[Rates, str, int | None]:
+    """Rates, where they are from, and the bytes that the device has, None where that is not known."""
+    asked = args.memory_limit_gib and int(args.memory_limit_gib * GIB)
+    if args.plan_device:
+        return known_rates(args.plan_device), "measured by bench/planner.py", asked
+    device = local_device(args.device)
+    return *device_rates(device), asked or total_memory(device)
+
+
+def sizes(planner: Planner) -> str:
+    """Latents, tokens, parameters, calls."""
+    parts, calls = planner.parts, count_calls(planner.args)
+    frozen, vae = sum(parts.frozen) - parts.frozen[1], sum(p.numel() for p in parts.vae.parameters())
     rows = [
-        ("latents (channels, frames, height, width)", f"{(card['transformer']['in_channels'], *latent)}"),
-        ("video tokens", f"{tokens:,}"),
-        ("transformer forwards a step and video", f"{forward}"),
-        ("of these with gradient, at most", f"{with_gradient}"),
-        ("transformer weights", f"{transformer:,} parameters, {_gib(transformer * bytes_each)}"),
-        ("VAE weights", f"{vae:,} parameters, {_gib(vae * of_vae)}"),
-        ("adapter with masters, gradient, two moments", f"{adapter:,} parameters, {_gib(adapter * (16 + copy))}"),
-        *_activations(args, card, bytes_each, vae * of_vae + adapter * (16 + copy)),
+        ("latents (channels, frames, height, width)", f"{parts.latents}"),
+        ("video tokens", f"{parts.tokens:,}"),
+        ("transformer", f"{frozen:,} parameters, {_size(frozen * parts.transformer.dtype.itemsize)}"),
+        ("VAE", f"{vae:,} parameters"),
+        ("trained", f"{parts.trained:,} parameters"),
+        ("frames that are decoded", f"{planner.rewards.frames}"),
+        ("transformer forwards a step and video", f"{calls.prefix + calls.constant + calls.graded:g}"),
+        ("of these with gradient, at most", f"{calls.graded:g}"),
     ]
-    lines = [f"  {name.ljust(max(len(row[0]) for row in rows))}  {value}" for name, value in rows]
-    return "\n".join(
-        [
-            "Computed from the sizes, not measured. Left out: text encoders (they leave the device when the prompts",
-            "are encoded), reward models, gradients in flight.",
-            *lines,
-        ]
+    return _table("Sizes:", rows)
+
+
+def needs(planner: Planner, plan: Plan, source: str) -> str:
+    """Memory and time, by what is held and by phase."""
+    rates, left_out = planner.rates, ", ".join(planner.rewards.unknown)
+    memory = [(name, _size(size)) for name, size in plan.memory.held.items()]
+    phases = [(f"and in {name}", _size(size)) for name, size in plan.memory.phases.items() if size]
+    most = [("at most", _size(plan.memory.most)), ("beside it, context and kernels", _size(rates.beside))]
+    seconds = [(name, _seconds(value)) for name, value in plan.time.parts.items()]
+    titles = [
+        "Memory of one device, predicted, not measured (docs/planner.md). Left out: text encoders, which leave the\n"
+        "device when the prompts are encoded." + (f" Not known, and left out: {left_out}." if left_out else ""),
+        f"Time of an optimizer step, predicted from the rates of {rates.device} ({source}):",
+    ]
+    total = [("in all", _seconds(plan.time.total)), ("all steps", _seconds(plan.time.total * planner.args.max_steps))]
+    return _table(titles[0], memory + phases + most) + "\n" + _table(titles[1], seconds + total)
+
+
+def verdict(planner: Planner, plan: Plan, memory: int) -> str:
+    """Whether it fits; if not, what would."""
+    limit = memory - planner.rates.beside
+    if plan.memory.most <= limit:
+        return f"It fits into {_size(memory)}."
+    missing = f"It does not fit into {_size(memory)}: {_size(plan.memory.most - limit)} are missing."
+    plans = planner.fitting(limit)
+    if not plans:
+        return (
+            f"{missing} None of the settings about memory is enough. Lower num_frames, height and width, "
+            "per_device_train_batch_size or the rewards' size, or take a device with more memory."
+        )
+    inexact = {name for changes in NOT_EXACT for name in changes} & {name for p in plans for name in p.changes}
+    same = "at the same gradient" if not inexact else f"not at the same gradient ({', '.join(sorted(inexact))})"
+    lines = [
+        f"  {_settings(p.changes)}: {_size(p.memory.most)}, {_seconds(p.time.total)} a step" for p in plans[:SHOWN]
+    ]
+    return "\n".join([f"{missing} Settings that fit, {same}, fastest first:", *lines])
+
+
+def _settings(changes: dict) -> str:
+    return " ".join(
+        f"--{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items()
     )
 
 
-def _activations(args: RewardGradientConfig, card: dict[str, dict], bytes_each: int, held: int) -> list[tuple]:
-    """Rows about what waits for the backward pass, for a reward of the first frame and of all; held: bytes besides."""
-    one, whole = (plan_memory(args, card, frames, bytes_each) for frames in (1, args.num_frames))
-    return [
-        ("kept by one guidance branch of one step", _gib(one.branch)),
-        ("and by a block that is recomputed", _gib(one.block)),
-        ("kept by all steps with gradient at once", _gib(one.window or one.branch)),
-        ("kept by the decoder: first frame, all frames", f"{_gib(one.decoder)}, {_gib(whole.decoder)}"),
-        ("at most at a time: first frame, all frames", f"{_gib(one.most + held)}, {_gib(whole.most + held)}"),
-    ]
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
 
 
-def forwards(args: RewardGradientConfig) -> tuple[int, int]:
-    """Forwards of the transformer for one video and optimizer step, and how many of them carry gradient, at most.
-
-    args has all sampling keys set.
-    """
-    steps, again = args.num_inference_steps, args.num_draws if args.method in ("draft_lv", "srpo") else 0
-    of_rollout = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
-    trained = of_rollout.get(args.method, args.num_grad_steps) + again + bool(args.drift_weight)
-    guided = args.guidance_scale > 1
-    branches = 2 if guided and args.guidance_gradient != "distill" else 1
-    of_base = (2 if guided else 1) * bool(args.drift_weight)
-    all_of_them = branches * (steps + again + bool(args.drift_weight)) + of_base
-    return all_of_them, (2 if guided and args.guidance_gradient == "full" else 1) * trained
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def count_parameters(args: RewardGradientConfig, card: dict[str, dict]) -> tuple[int, int, int]:
-    """Parameters of the transformer, the VAE and the adapter, counted on modules without storage."""
-    from diffusers import AutoencoderKLWan
-
-    from rlhf.contentv.transformer import SD3Transformer3DModel
-    from rlhf.lora import add_adapter, lora_config
-
-    with torch.device("meta"):
-        transformer = SD3Transformer3DModel.from_config(card["transformer"])
-        vae = AutoencoderKLWan.from_config(card["vae"])
-        base = _count(transformer.parameters())
-        add_adapter(transformer, lora_config(args), args.seed, args.train_blocks)
-    return base, _count(vae.parameters()), _count(p for p in transformer.parameters() if p.requires_grad)
-
-
-def _count(parameters) -> int:
-    return sum(p.numel() for p in parameters)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+def _seconds(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"

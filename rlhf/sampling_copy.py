@@ -131,6 +131,5 @@ def _sharing_copy(transformer):
     """A copy of the modules, not of the tensors, nor of what runs its blocks."""
     shared = chain(transformer.parameters(), transformer.buffers(), [transformer.pos_embed._tables])
     memo = {id(x): x for x in shared}
-    if transformer.run_block is not None:
-        memo[id(transformer.run_block)] = transformer.run_block
+    memo |= {id(x): x for x in (transformer.run_block, transformer.sequence_group) if x is not None}
     return copy.deepcopy(transformer, memo)

@@ -12,6 +12,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
+from rlhf.layout import Layout
 from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.speed import Speed, set_up_blocks
@@ -74,25 +75,27 @@ def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientCon
 
 
 def adapt(
-    pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, device: torch.device
+    pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, layout: Layout
 ) -> tuple[Masters, dict[str, str]]:
-    """Transformer and VAE on the device, frozen, for evaluation, run as asked; the adapter's masters, what was chosen.
+    """Transformer and VAE on the layout's device, frozen, for evaluation, run as asked; the masters, what was chosen.
 
     Chosen, by setting, is what a setting left open, such as the attention kernel.
     """
+    device = layout.device
     # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
     torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
     innermost = args.decode_channels_last
     if device.type == "cpu" if innermost is None else innermost:
         use_channels_last(pipe.vae)
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
-    chosen = set_up_blocks(pipe.transformer, Speed.of(args), device)
+    layout.watch(pipe.transformer)
+    chosen = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
     return Masters(pipe.transformer, args.ema_decay), chosen
 
 
 def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
     """The model that args name, on the device; on the CPU where its weights shall never be there all at once."""
-    one_by_one = args.stream_weights or args.base_bits
+    one_by_one = args.stream_weights or args.base_bits or args.shard_base
     return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
 
 

@@ -8,8 +8,10 @@ import torch
 from rlhf.attention import Attention, attention_by, faster_without_gradient, time_kernels
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.projections import StackedProjections
+from rlhf.exchange import Group
 from rlhf.host_memory import HostMemory
 from rlhf.quantise import quantise_base
+from rlhf.sharding import ShardedRunner, shard_base
 from rlhf.streaming import stream_blocks
 
 
@@ -24,6 +26,7 @@ class Speed:
     offload_activations: bool = False
     stream_weights: bool = False
     base_bits: int | None = None
+    shard_base: bool = False
 
     @classmethod
     def of(cls, args: Any) -> "Speed":
@@ -37,18 +40,22 @@ class Speed:
         return "all but attention" if self.keep_attention else "block"
 
 
-def set_up_blocks(transformer, speed: Speed, device: torch.device) -> dict[str, Any]:
+def set_up_blocks(
+    transformer, speed: Speed, device: torch.device, sequence_group: Group | None = None
+) -> dict[str, Any]:
     """Have a transformer with its adapter run as asked, moved to the device. What was chosen, for the log.
 
-    On a CPU, with nothing asked for, blocks run as diffusers has them.
+    On a CPU, with nothing asked for, blocks run as diffusers has them. sequence_group: processes that share the tokens.
     """
-    chosen = {}
+    chosen, transformer.sequence_group = {}, sequence_group
     if speed.base_bits:
         chosen["base_bits"] = f"{speed.base_bits}, by {quantise_base(transformer, speed.base_bits, device)}"
     fetch = stream_blocks(transformer, device).fetch if speed.stream_weights else None
-    if fetch is None:
+    if speed.shard_base:
+        shard_base(transformer, device)
+    elif fetch is None:
         transformer.to(device)
-    plain = speed == Speed(base_bits=speed.base_bits)
+    plain = speed == Speed(base_bits=speed.base_bits) and sequence_group is None
     if device.type == "cpu" and plain:
         return chosen
     kernel, chosen["attention_kernel"] = choose_kernel(transformer, speed.attention_kernel, device)
@@ -56,8 +63,8 @@ def set_up_blocks(transformer, speed: Speed, device: torch.device) -> dict[str, 
     if speed.attention_kernel == "auto" and (found := choose_forward(transformer, kernel, device)):
         without_gradient, line = found
         chosen["attention_kernel"] += f"; {line}"
-    as_they_are = speed.stream_weights or speed.base_bits  # weights that move, or are no matrices
-    transformer.run_block = BlockRunner(
+    as_they_are = speed.stream_weights or speed.shard_base or speed.base_bits  # weights that move, or are no matrices
+    runner = BlockRunner(
         attention=attention_by(kernel),
         attention_without_gradient=without_gradient,
         recompute=speed.recompute,
@@ -66,6 +73,7 @@ def set_up_blocks(transformer, speed: Speed, device: torch.device) -> dict[str, 
         fetch=fetch,
         projections=None if as_they_are else StackedProjections(transformer.transformer_blocks),
     )
+    transformer.run_block = ShardedRunner(runner) if speed.shard_base else runner
     return chosen
 
 

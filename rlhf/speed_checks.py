@@ -3,6 +3,7 @@
 from rlhf.attention import KERNELS
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import CACHES
+from rlhf.measured import RATES
 from rlhf.quantise import missing_library
 
 CHOICES = {
@@ -33,6 +34,7 @@ def speed_problems(args: RewardGradientConfig):
         yield f"decode_caches: got {args.decode_caches} without decode_checkpoint, expected both; set that, too"
     yield from _weights(args)
     yield from _prefix(args)
+    yield from _planned(args)
 
 
 def _weights(args):
@@ -67,3 +69,14 @@ def _prefix(args):
         yield "rollout_uses: got drift_weight, which needs the states of every rollout, expected 0; leave one out"
     if args.guidance_every > 1 and (args.guidance_scale <= 1 or args.guidance_gradient == "distill"):
         yield f"guidance_every: got {args.guidance_every}, but nothing is guided here, expected 1; leave it out"
+
+
+def _planned(args):
+    if args.memory_limit_gib is not None and not args.memory_limit_gib > 0:
+        yield f"memory_limit_gib: got {args.memory_limit_gib}, expected more than 0; raise it"
+    if args.plan_device is not None and args.plan_device not in RATES:
+        known = ", ".join(RATES) or "none"
+        yield (
+            f"plan_device: got {args.plan_device!r}, expected one of those measured ({known}); choose one, or leave it "
+            "out for this machine's"
+        )

@@ -1,9 +1,10 @@
-"""What a run leaves to look at: metrics.jsonl, trackers, sample videos, summary.json and the table.
+"""What a run leaves to look at: metrics.jsonl, sample videos, summary.json and the table.
 
-The only file that logs; everything else returns its metrics.
+With `rlhf.trackers` all that logs; everything else returns its metrics.
 """
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,18 +13,31 @@ from PIL import Image
 from tqdm import tqdm
 
 from rlhf.config import RewardGradientConfig
+from rlhf.device import peak_memory, reset_peak_memory
 from rlhf.figures import contact_sheet, plot_curves
 from rlhf.run_folder import METRICS
+from rlhf.trackers import Clip
+
+COST = ("seconds", "memory_gib")  # what differs between the metrics of two equal runs
+
+
+class Cost:
+    """What a piece of work takes that begins now: seconds, and the peak of memory in GiB as `peak_memory` tells it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.began = device, time.perf_counter()
+        reset_peak_memory(device)
+
+    def so_far(self) -> dict[str, float]:
+        return dict(zip(COST, (time.perf_counter() - self.began, peak_memory(self.device) / 2**30), strict=True))
 
 
 class RunLog:
-    """Metrics of a run, from its main process: the file, accelerate's trackers and the progress bar."""
+    """Metrics of a run, from its main process: the file, accelerate's trackers and the progress bar of the steps."""
 
     def __init__(self, accelerator, args: RewardGradientConfig, first_step: int):
         self.accelerator, self.folder = accelerator, Path(args.output_dir)
         self.is_main = accelerator.is_main_process
-        if args.report_to:
-            accelerator.init_trackers("contentv-rlhf", config=_plain(args))
         if self.is_main:
             keep_rows(self.folder / METRICS, before_step=first_step)
         self.bar = tqdm(
@@ -35,7 +49,8 @@ class RunLog:
         if self.is_main:
             with (self.folder / METRICS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-        self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+        self.accelerator.log(numbers, step=metrics["step"])
         if "skipped" in metrics:
             self.say(f"Step {metrics['step']} was skipped: {metrics['why']}")
         if "reward" in metrics:
@@ -52,8 +67,6 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        for tracker in self.accelerator.trackers:  # end_training would take the process group down as well
-            tracker.finish()
 
 
 def keep_rows(path: Path, before_step: int) -> None:
@@ -67,11 +80,6 @@ def keep_rows(path: Path, before_step: int) -> None:
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl, one an optimizer step."""
     return [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
-
-
-def _plain(args: RewardGradientConfig) -> dict:
-    """Settings as trackers take them: numbers and strings."""
-    return {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in vars(args).items()}
 
 
 class EvaluationBar:
@@ -90,14 +98,17 @@ class EvaluationBar:
         self.bar.close()
 
 
-def write_samples(folder: Path, step: int, prompts: list[str], videos_NCTHW: torch.Tensor, fps: int) -> None:
-    """Write uint8 videos as folder/step-NNNNNN/00.mp4 and so on, and their prompts beside them."""
+def write_samples(folder: Path, step: int, prompts: list[str], videos_NCTHW: torch.Tensor, fps: int) -> list[Clip]:
+    """Write uint8 videos as folder/step-NNNNNN/00.mp4 and so on, and their prompts beside them; return them."""
     target = folder / f"step-{step:06d}"
     target.mkdir(parents=True, exist_ok=True)
-    for i, video in enumerate(videos_NCTHW):
-        write_video(target / f"{i:02d}.mp4", video, fps)
-    lines = [f"{i:02d}\t{prompt}\n" for i, prompt in enumerate(prompts[: len(videos_NCTHW)])]
+    pairs = enumerate(zip(prompts, videos_NCTHW, strict=False))
+    clips = [Clip(target / f"{i:02d}.mp4", prompt, video, fps) for i, (prompt, video) in pairs]
+    for clip in clips:
+        write_video(clip.path, clip.video_CTHW, fps)
+    lines = [f"{clip.path.stem}\t{clip.prompt}\n" for clip in clips]
     (target / "prompts.txt").write_text("".join(lines), encoding="utf-8")
+    return clips
 
 
 def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback
 
 from rewards import RewardError, frames_needed
 from rlhf.batches import Batches
 from rlhf.calibrate import CALIBRATION, calibrate
+from rlhf.callbacks import Callbacks
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.checks import open_rewards
 from rlhf.config import RewardGradientConfig
@@ -26,19 +27,21 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import not_finite, require_gradient
+from rlhf.failures import Skips, naming_lost_processes, not_finite, require_gradient
 from rlhf.fields import Fields
+from rlhf.layout import Layout
 from rlhf.lora import save_adapter
 from rlhf.losses import reward_loss, score, score_metrics
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
 from rlhf.prefix import PrefixBuffer
-from rlhf.report import finish_report
+from rlhf.report import reported
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
 from rlhf.setup import adapt, checked_inputs, encode_and_release, latent_shape, load_base, load_prompt_sets, mix_rewards
-from rlhf.tracking import RunLog
+from rlhf.trackers import show, tracked
+from rlhf.tracking import Cost, RunLog
 from rlhf.types import Conditioning
 from rlhf.watch import Watch
 
@@ -55,8 +58,7 @@ class RewardGradientTrainer:
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
         peft_config: another adapter than the LoRA that args describe.
         opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
-        callbacks: `transformers.TrainerCallback`s, told on_train_begin, on_step_end, on_log, on_evaluate, on_save and
-            on_train_end; `control.should_evaluate`, `should_save` and `should_training_stop` are obeyed.
+        callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
 
     Raises ConfigError, with everything that is wrong at once, and RewardError for a reward that cannot train, before
     any weight of the model is loaded.
@@ -76,7 +78,7 @@ class RewardGradientTrainer:
         inputs = checked_inputs(model, reward_funcs, args, train_dataset, eval_dataset)
         self.args = args = inputs.args
         self.accelerator = make_accelerator(args)
-        self.device = self.accelerator.device
+        self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
         self.folder = Path(args.output_dir)
         train_prompts, self.eval_prompts = load_prompt_sets(inputs)
         judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
@@ -84,22 +86,24 @@ class RewardGradientTrainer:
         self.owns_pipe = inputs.pipe is None
         self.pipe = inputs.pipe or load_base(args, self.device)
 
-        self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.device)
-        self.fields = Fields(self.pipe.transformer, self.masters, args)
+        self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.layout)
+        self.fields = Fields(self.pipe.transformer, self.masters, args, self.layout)
         self.optimizer = make_optimizer(self.masters.vector, args)
+        self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
+        self.state = self.callbacks.state
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
         frames = max(frames_needed(reward, args.num_frames) for reward in self.rewards.rewards.values())
         self.decode, self.prefixes = Decoder(self.pipe.vae, frames, args, self.device), PrefixBuffer(args.rollout_uses)
         shape, fps = latent_shape(self.pipe, args), self.pipe.sampling.fps
-        self.batches = Batches(args, self.accelerator, train_prompts, shape, fps)
+        self.batches = Batches(args, self.layout, train_prompts, shape, fps)
         self.watch = None
         if self.eval_prompts:
             sample = partial(self._sample, self.fields.tuned)
-            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.accelerator, fps)
-            self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters)
-        self.callbacks, self.control = callbacks or [], TrainerControl()
-        self.state = TrainerState(max_steps=args.max_steps)
-        self.last_batch, self.skipped = None, 0  # video, prompts and info that were scored last; steps in a row
+            shown = partial(show, self.accelerator)
+            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.layout, fps, shown)
+            self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters, self.callbacks.tell)
+        self.last_batch, self.skips = None, Skips(args.max_skipped_steps)  # video, prompts and info scored last
+        self.callbacks.tell("on_init_end")
 
     # ---------------------------------------------------------------------------------------------- the run
 
@@ -109,24 +113,29 @@ class RewardGradientTrainer:
         Raises TrainingInterrupted after a signal, TrainingError or RewardError where training cannot go on; then
         checkpoints/ holds the last good step.
         """
+        with reported(self.folder, self.accelerator.is_main_process):
+            summary = self._train()
+        self.callbacks.tell("on_train_end")
+        return summary
+
+    @naming_lost_processes
+    def _train(self) -> dict:
         started = time.perf_counter()
         first, saved = self._begin()
-        if self.watch:
-            self.watch.begin(partial(self._sample, self.fields.base), first, saved.get("guard"))
-        done = self._train_steps(first)
-        self._save(done)
-        with self.masters.averaged():
-            if self.args.load_best_model_at_end:
-                self.watch.load_best()
-            if self.accelerator.is_main_process:
-                save_adapter(self.pipe, self.masters, self.folder / "adapter")
-            summary = {"seconds": time.perf_counter() - started, "steps": done}
+        with tracked(self.accelerator, self.args):
+            self.callbacks.tell("on_train_begin")
             if self.watch:
-                summary = self.watch.finish(done, started)
-        if self.accelerator.is_main_process:
-            finish_report(self.folder)
-        self._tell("on_train_end")
-        return summary
+                self.watch.begin(partial(self._sample, self.fields.base), first, saved.get("guard"))
+            done = self._train_steps(first)
+            self._save(done)
+            with self.masters.averaged():
+                if self.args.load_best_model_at_end:
+                    self.watch.load_best()
+                if self.accelerator.is_main_process:
+                    save_adapter(self.pipe, self.masters, self.folder / "adapter")
+                if self.watch:
+                    return self.watch.finish(done, started)
+        return {"seconds": time.perf_counter() - started, "steps": done}
 
     def _begin(self) -> tuple[int, dict]:
         """Prepare the folder, restore a checkpoint, encode the prompts, calibrate. The first step, and its state."""
@@ -139,44 +148,42 @@ class RewardGradientTrainer:
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
+        self.batches.go_on_from(first, saved.get("samples"))
         done = resumed and (self.folder / CALIBRATION).is_file()
         sampled = [] if done else self.batches.prompts_at(0, args.calibrate_rewards)
         prompts = self.batches.from_step(self.prefixes.rollout_of(first, 0)) + self.eval_prompts + sampled
         self.text = encode_and_release(self.pipe, prompts, args, self.device, self.owns_pipe)
         if args.calibrate_rewards:
             sample, shape = partial(self._sample, self.fields.base), self.batches.noise_shape
-            calibrate(self.rewards, sample, sampled, shape, args, accelerator, self.batches.info(0))
+            calibrate(self.rewards, sample, sampled, shape, args, self.layout, self.batches.info(0))
         return first, saved
 
     def _train_steps(self, first: int) -> int:
         """The loop over optimizer steps; returns how many are done, counted from the start of the first run."""
         args, log, done = self.args, RunLog(self.accelerator, self.args, first), first
-        self._tell("on_train_begin")
         with StopRequest() as stop, log:
             for name, choice in self.chosen.items():
                 log.say(f"{name}: {choice}")
             for done in range(first + 1, args.max_steps + 1):
+                self.callbacks.step_begins()
                 try:
                     metrics = self.step(done - 1)
                 except Exception:
                     self._save(done - 1, together=False)  # the others may have failed elsewhere, or not at all
                     raise
-                self.state.global_step = done
-                self.control.should_evaluate = self.control.should_save = False
-                self._tell("on_step_end")
-                metrics |= self.watch.look(done, self.control.should_evaluate, self._tell) if self.watch else {}
+                self.callbacks.step_ends(done, metrics["epoch"])
+                metrics |= self.watch.look(done, self.callbacks.asked("evaluate")) if self.watch else {}
                 log.step(metrics)
-                self.state.log_history.append(metrics)
-                self._tell("on_log", logs=metrics)
+                self.callbacks.logged(metrics)
                 stopping = any_process(self.accelerator, stop.requested)
-                if stopping or self.control.should_save or due(done, args.save_steps):
+                if stopping or self.callbacks.asked("save") or due(done, args.save_steps):
                     saved = self._save(done)
                 if stopping:
                     raise TrainingInterrupted(saved)
                 if self.watch and self.watch.stop:
                     log.say(self.watch.stop)
                     break
-                if self.control.should_training_stop:
+                if self.callbacks.asked("training_stop"):
                     break
         return done
 
@@ -184,7 +191,7 @@ class RewardGradientTrainer:
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step on `samples_per_step` videos; returns its metrics. step counts from 0."""
-        began, args = time.perf_counter(), self.args
+        cost, args = Cost(self.device), self.args
         self.failure: RewardError | None = None
         self.plan = make_plan(args, self.sigmas, generator("method", args.seed, step))
         gradient = self._anchor_gradient if due(step + 1, args.anchor_steps) else self._reward_gradient
@@ -193,10 +200,11 @@ class RewardGradientTrainer:
         scores_SR = self.accelerator.gather(local_SR).cpu()
         self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
         norm = self.masters.vector.grad.norm().item()
-        place = {"step": step + 1, "epoch": (step + 1) * self.batches.samples_per_step / len(self.batches.prompts)}
+        place = {"step": step + 1, "epoch": self.batches.samples_before(step + 1) / len(self.batches.prompts)}
         if error := not_finite(scores_SR, norm, self.failure, self.rewards, self.last_batch, self.accelerator):
-            return place | self._skip(error) | {"seconds": time.perf_counter() - began}
-        self.skipped = 0
+            self.optimizer.zero_grad(set_to_none=False)
+            return place | self.skips.add(error) | cost.so_far()
+        self.skips.in_a_row = 0
         require_gradient(norm, self.state.global_step, self.rewards)
         clip_gradient(self.masters.vector.grad, norm, args.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, args)
@@ -211,17 +219,9 @@ class RewardGradientTrainer:
             **score_metrics(list(columns[0]), scores_SR),
             "grad_norm": norm,
             "learning_rate": learning_rate(step, args),
-            "seconds": time.perf_counter() - began,
-            "samples": (step + 1) * self.batches.samples_per_step,
+            **cost.so_far(),
+            "samples": self.batches.samples_before(step + 1),
         }
-
-    def _skip(self, error: Exception) -> dict:
-        """Take no step; raises the error if too many in a row could not be taken."""
-        if self.skipped == self.args.max_skipped_steps:
-            raise error
-        self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=False)
-        return {"skipped": self.skipped, "why": str(error)}
 
     def _reward_gradient(self, step: int, micro: int) -> dict[str, torch.Tensor]:
         """One batch, forward and back: its gradient goes to the masters. Its loss, reward and scores, (B,) each."""
@@ -230,7 +230,7 @@ class RewardGradientTrainer:
         cond = self.text(batch.prompts, self.device)
         velocity, losses, first = Visited(self.fields.rolled_out(cond, plan), plan.drift_step), [], None
         for sample in gradient_samples(velocity, batch.noise, plan, partial(self.prefixes.start, step, micro)):
-            video = self.decode(sample.latents, step)
+            video = self.decode(self.layout.agreed(sample.latents), step)
             self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
             scores_B, raw = self._score(video, *self.last_batch[1:], sample.penalty)
             loss, _ = reward_loss(scores_B)
@@ -261,7 +261,7 @@ class RewardGradientTrainer:
         return drift_B.detach()
 
     def _back_propagate(self, loss: torch.Tensor) -> None:
-        (loss / (self.args.gradient_accumulation_steps * self.accelerator.num_processes)).backward()
+        (loss / (self.args.gradient_accumulation_steps * self.layout.num_processes)).backward()
         self.masters.collect_grad()
 
     def _score(self, video: torch.Tensor, prompts: list[str], info: dict, penalty: bool):
@@ -283,16 +283,12 @@ class RewardGradientTrainer:
 
     def _save(self, done: int, together: bool = True) -> Path:
         """Checkpoint after `done` steps. together: all processes are here, and wait until it is written."""
+        folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
-            state = {"settings": dataclasses.asdict(self.args), "processes": self.accelerator.num_processes}
+            state = {"settings": dataclasses.asdict(self.args)} | self.batches.state(done)
             state |= {"guard": self.watch.saved()} if self.watch else {}
-            folder = self.folder / "checkpoints"
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)
         if together:
             self.accelerator.wait_for_everyone()
-            self._tell("on_save")
-        return self.folder / "checkpoints" / f"step-{done}"
-
-    def _tell(self, event: str, **kwargs) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self.args, self.state, self.control, model=self.pipe.transformer, **kwargs)
+            self.callbacks.tell("on_save")
+        return folder / f"step-{done}"

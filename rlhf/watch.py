@@ -2,14 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from rlhf.callbacks import Tell
 from rlhf.checkpoint import load_vector, save_vector
 from rlhf.compare import summarise
-from rlhf.evaluate import HeldOut, MakeVideos
+from rlhf.evaluate import Evaluation, HeldOut, MakeVideos
 from rlhf.guards import Guard, gains
 from rlhf.lora import Masters, save_adapter
 from rlhf.optimizer import due
@@ -21,25 +21,27 @@ MASTERS_FILE = "masters.safetensors"
 class Watch:
     """The held-out prompts of a run, its guard and its results.
 
-    trained: the weight of each reward that is trained on. All of it sees the averaged adapter where there is one.
+    trained: the weight of each reward that is trained on. tell: hears of every evaluation. All of it sees the averaged
+    adapter where there is one.
     """
 
-    def __init__(self, held_out: HeldOut, trained: dict[str, float], pipe, masters: Masters):
-        self.held_out, self.trained, self.pipe, self.masters = held_out, trained, pipe, masters
+    def __init__(self, held_out: HeldOut, trained: dict[str, float], pipe, masters: Masters, tell: Tell):
+        self.held_out, self.trained, self.pipe, self.masters, self.tell = held_out, trained, pipe, masters, tell
         self.args, self.folder = held_out.args, held_out.folder
         self.guard = Guard.of(self.args)
-        self.is_main = held_out.accelerator.is_main_process
+        self.is_main = held_out.layout.is_main_process
 
     def begin(self, make_base_videos: MakeVideos, first: int, saved: dict | None) -> None:
         """Evaluate the base, or read its evaluation again for a run that goes on from step `first`, as `saved` then."""
         self.base = self.held_out.base(bool(self.args.resume_from_checkpoint), make_base_videos)
+        self._metrics(self.base)
         if self.guard and saved:
             self.guard = dataclasses.replace(self.guard, **saved)
         elif self.guard:
             self.guard.best_step = first
             self._keep_best()
 
-    def look(self, done: int, asked: bool, tell: Callable) -> dict[str, float]:
+    def look(self, done: int, asked: bool) -> dict[str, float]:
         """After `done` steps: evaluate if it is time or asked for, else sample if it is time. What was found."""
         args = self.args
         with self.masters.averaged():
@@ -48,9 +50,7 @@ class Watch:
                 found = self._gains(evaluation)
                 if self.guard and self.guard.is_best(done, found):
                     self._keep_best()
-                metrics = {f"eval/{name}": value for name, value in (evaluation.means() | found).items()}
-                tell("on_evaluate", metrics=metrics)
-                return metrics
+                return self._metrics(evaluation, found)
             if due(done, args.sample_steps) and done < args.max_steps:
                 self.held_out.sample(done)
             return {}
@@ -72,7 +72,7 @@ class Watch:
 
     def load_best(self) -> None:
         """Make the best adapter so far the current one, on every process."""
-        self.held_out.accelerator.wait_for_everyone()
+        self.held_out.layout.wait_for_everyone()
         vector = torch.empty_like(self.masters.vector, requires_grad=False)
         load_vector(self._best / MASTERS_FILE, self.masters, vector)
         self.masters.set(vector)
@@ -80,14 +80,21 @@ class Watch:
     def finish(self, done: int, started: float) -> dict:
         """Evaluate the current adapter as the run's result and write what a person looks at. The summary."""
         tuned = self.held_out.evaluate("tuned", done)
-        seconds = time.perf_counter() - started
-        summary = summarise(self.base, tuned, list(self.trained), seconds, done) | self._gains(tuned)
+        found, seconds = self._gains(tuned), time.perf_counter() - started
+        self._metrics(tuned, found)
+        summary = summarise(self.base, tuned, list(self.trained), seconds, done) | found
         if self.guard:
             summary["best"] = {"step": self.guard.best_step, "gain_held_out": self.guard.best_gain}
         if self.is_main:
             tuned.save(self.folder / "evaluation" / "tuned.safetensors")
             write_results(self.folder, summary, tuned.prompts, self.base.videos_NCTHW, tuned.videos_NCTHW)
         return summary
+
+    def _metrics(self, evaluation: Evaluation, found: dict[str, float] | None = None) -> dict[str, float]:
+        """An evaluation and its gains as they are logged; listeners hear of them."""
+        metrics = {f"eval/{name}": value for name, value in (evaluation.means() | (found or {})).items()}
+        self.tell("on_evaluate", metrics=dict(metrics))
+        return metrics
 
     def _gains(self, evaluation) -> dict[str, float]:
         others = [name for name in self.held_out.judges if name not in self.trained]

@@ -3,6 +3,7 @@
 import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import tiny_pipeline, tiny_transformer, tiny_vae
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory
+from rlhf.tracking import COST, read_metrics
 
 torch.set_num_threads(1)  # tiny models are slower on more
 keep_freed_memory()
@@ -19,9 +21,9 @@ keep_freed_memory()
 @pytest.fixture(autouse=True)
 def _no_report(request, monkeypatch):
     """Runs that take a second leave no report, which takes as long; tests ask for it by `real_report`."""
-    trainer = sys.modules.get("rlhf.trainer")
-    if trainer and "real_report" not in request.fixturenames:
-        monkeypatch.setattr(trainer, "finish_report", lambda folder: None)
+    report = sys.modules.get("rlhf.report")
+    if report and "real_report" not in request.fixturenames:
+        monkeypatch.setattr(report, "finish_report", lambda folder, ended_by=None: None)
 
 
 @pytest.fixture
@@ -60,6 +62,11 @@ def brightness(video, prompts, **info):
     return video.mean((1, 2, 3, 4))
 
 
+def rows_without_cost(args: RewardGradientConfig) -> list[dict]:
+    """The metrics of a run without what differs between equal runs."""
+    return [{k: v for k, v in row.items() if k not in COST} for row in read_metrics(Path(args.output_dir))]
+
+
 PROMPTS = ["a red fox", "two blue birds", "rain", "a town at night", "the sea", "one leaf falls"]
 
 
@@ -78,6 +85,7 @@ def make_args(tmp_path):
             "num_inference_steps": 3,
             "max_steps": 3,
             "lora_rank": 4,
+            "num_sample_prompts": 2,
             "learning_rate": 1e-2,
             "report_to": "none",
             "cpu_threads": 1,

@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, brightness, redness
+from conftest import PROMPTS, brightness, redness, rows_without_cost
 from tiny import tiny_pipeline
 
 from rewards import RewardMix
 from rlhf.calibrate import CALIBRATION, base_scores
-from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
 
 def train(args, rewards):
     RewardGradientTrainer(tiny_pipeline(), rewards, args, PROMPTS).train()
-    rows = read_metrics(Path(args.output_dir))
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return rows_without_cost(args)
 
 
 def kept(args):
@@ -33,7 +31,7 @@ def test_processes_share_the_samples_and_each_gets_its_own_noise():
         return noise[:, :3].sigmoid()
 
     class Process:
-        device = torch.device("cpu")
+        device, in_step = torch.device("cpu"), False
 
         def __init__(self, index, count):
             self.process_index, self.num_processes = index, count

@@ -13,7 +13,8 @@ PROMPTS = [f"prompt {i}" for i in range(5)]
 
 
 class OneProcess:
-    num_processes, process_index, is_main_process, device = 1, 0, True, torch.device("cpu")
+    num_processes, process_index, is_main_process, in_step = 1, 0, True, False
+    device = torch.device("cpu")
 
     def reduce(self, tensor, how):
         return tensor
@@ -73,16 +74,18 @@ def test_two_processes_share_the_prompts(held_out):
 
     both = held_out()
     second = held_out()
-    second.accelerator = Second()
-    assert second._own_rows() == [3, 4]
+    second.layout = Second()
     scores, whole = second.evaluate("x", 0).scores["pixel"], both.evaluate("x", 0).scores["pixel"]
     assert scores[:3].tolist() == [0, 0, 0]  # summed with the first process's
     assert torch.equal(scores[3:], whole[3:])
     assert len(second.evaluate("x", 0).videos_NCTHW) == 0
 
 
-def test_samples_are_videos_with_their_prompts(held_out, tmp_path):
-    held_out().sample(7)
+def test_samples_are_videos_with_their_prompts_made_in_batches(held_out, tmp_path):
+    made, sampler = [], held_out()
+    sampler.make_videos = lambda prompts, noise: made.append(len(prompts)) or make_videos(prompts, noise)
+    sampler.sample(7)
+    assert made == [2, 1]
     folder = tmp_path / "samples" / "step-000007"
     assert sorted(p.name for p in folder.iterdir()) == ["00.mp4", "01.mp4", "02.mp4", "prompts.txt"]
     assert (folder / "prompts.txt").read_text().splitlines()[1] == "01\tprompt 1"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_merged_checkpoint_samples_what_the_adapter_samples(run, tmp_path):
 def test_merged_checkpoint_keeps_every_other_file_and_a_readable_index(run, tmp_path):
     main([str(run), "--merged", str(tmp_path / "out")])
     before, after = fingerprint(run.parent / "base"), fingerprint(tmp_path / "out")
-    assert before.keys() == after.keys()
+    assert {*before, "README.md"} == after.keys()
     changed = {name for name in before if before[name] != after[name] and not name.endswith(".json")}
     assert changed == {"transformer/diffusion_pytorch_model.safetensors"}
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
@@ -124,6 +125,16 @@ def test_exported_adapter_is_read_by_load_lora_weights(run, tmp_path, scale):
     pipe.load_lora_weights(tmp_path / "out")
     torch.testing.assert_close(velocity(pipe), expected, atol=1e-5, rtol=1e-5)
     assert all(key.startswith("transformer.") for key in load_file(tmp_path / "out" / ADAPTER_FILE))
+
+
+@pytest.mark.parametrize("kind", ["--merged", "--adapter"])
+def test_what_the_card_says_of_its_use_works(run, tmp_path, monkeypatch, kind):
+    main([str(run), kind, str(tmp_path / "out")])
+    (block,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(run.parent)  # where "base" is
+    names = {}
+    exec(block.replace("path/to/this/folder", str(tmp_path / "out")), names)
+    assert names["frames"].shape[-1] == 3
 
 
 @pytest.mark.parametrize("kind", ["--merged", "--adapter"])

@@ -1,8 +1,10 @@
 """The report says what the run's files say, opens in a browser without a network, plays in step and sorts."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from html.parser import HTMLParser
 from importlib.metadata import version
 
@@ -10,16 +12,19 @@ import chromium
 import conftest
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from rlhf import report
+from rewards import RewardError
+from rlhf import model_card, report
 from rlhf.compare import summarise
-from rlhf.config import RewardGradientConfig
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.environment import record_end, record_start
 from rlhf.evaluate import Evaluation
 from rlhf.report import finish_report, write_report
 from rlhf.report.data import Run, cost, training_table
 from rlhf.report.plots import draw, panels
 from rlhf.tracking import write_samples
+from rlhf.trainer import RewardGradientTrainer
 
 NASTY = "a red fox </script><script>bad()</script> \"quoted\" & 'so' on"
 PROMPTS = [NASTY, *(f"prompt number {i}" for i in range(1, 12))]
@@ -158,6 +163,15 @@ def test_worst_ten_come_first_and_the_others_are_a_click_away(finished):
     assert [hidden for _, hidden in cards] == [False] * 10 + [True] * 2
 
 
+def test_prompts_without_videos_are_told(finished):
+    assert "other held-out prompts" not in read(finished).text
+    for folder in (finished / "samples").iterdir():
+        lines = (folder / "prompts.txt").read_text().splitlines(keepends=True)
+        (folder / "prompts.txt").write_text("".join(lines[:7]))
+    text = read(finished).text
+    assert "7 pairs, worst first. Of 5 other held-out prompts there are scores alone" in text
+
+
 def test_a_prompt_is_text_whatever_is_in_it(finished):
     page = read(finished)
     assert NASTY in page.text
@@ -262,8 +276,6 @@ def test_a_killed_run_shows_its_last_samples_without_scores(started, encoded):
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_training_ends_with_a_report(tiny_pipe, make_args, real_report, held_out):
-    from rlhf.trainer import RewardGradientTrainer
-
     args = make_args(max_steps=1, num_eval_prompts=2, num_sample_prompts=2)
     held_out_prompts = conftest.PROMPTS[:2] if held_out else None
     RewardGradientTrainer(tiny_pipe, conftest.redness, args, conftest.PROMPTS, held_out_prompts).train()
@@ -277,6 +289,68 @@ def test_training_ends_with_a_report(tiny_pipe, make_args, real_report, held_out
         summary = json.loads((folder / "summary.json").read_text())["trained"]["redness"]
         assert page.cells["redness"][:2] == [summary["base"], summary["tuned"]]
     assert "energy not told by the device" in page.text
+
+
+class Ends(TrainerCallback):
+    """Ends the run from within, after an evaluation or a step."""
+
+    def __init__(self, event, action):
+        setattr(self, event, lambda *_, **__: action())
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def turncoat(video, prompts, **info):
+    assert info["step"] == 0, "no more"
+    return conftest.redness(video, prompts)
+
+
+ENDS = {
+    "a signal before the first step": (conftest.redness, Ends("on_evaluate", terminate), "KeyboardInterrupt", 0),
+    "a signal in a step": (conftest.redness, Ends("on_step_end", terminate), "stopped by a signal", 1),
+    "a reward that fails": (turncoat, TrainerCallback(), "reward 'turncoat': got AssertionError: no more", 1),
+    "an error elsewhere": (conftest.redness, Ends("on_log", lambda: 1 / 0), "ZeroDivisionError: division by zero", 1),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_run_that_does_not_finish_leaves_its_report_too(tiny_pipe, make_args, real_report, how):
+    reward, callback, told, steps = ENDS[how]
+    args = make_args(max_steps=3, num_eval_prompts=2, num_sample_prompts=0, num_diversity_prompts=0)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises((KeyboardInterrupt, RewardError, ZeroDivisionError)):
+        RewardGradientTrainer(tiny_pipe, reward, args, conftest.PROMPTS, PROMPTS[:2], callbacks=[callback]).train()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    page = Page((report.Path(args.output_dir) / "report.html").read_text())
+    assert f"not finished: {steps} of 3 steps were done" in page.text
+    assert "It ended with" in page.text
+    assert told in page.text
+    assert "s, evaluation included" in page.text, "the time until then"
+    assert ("loss" in page.cells) == (steps > 0)
+
+
+@pytest.mark.parametrize("another", [OSError("no room"), KeyboardInterrupt()])
+def test_a_report_that_fails_does_not_hide_what_ended_the_run(started, monkeypatch, caplog, another):
+    def fail(folder, ended_by):
+        assert ended_by == "RuntimeError: the first"
+        raise another
+
+    monkeypatch.setattr(report, "finish_report", fail)
+    with pytest.raises(RuntimeError, match="the first"), report.reported(started, True):
+        raise RuntimeError("the first")
+    assert f"no report of the run in {started} could be written: {type(another).__name__}" in caplog.text
+
+
+def test_settings_with_which_no_run_began_leave_no_report(tmp_path, started, monkeypatch):
+    monkeypatch.setattr(report, "finish_report", lambda *_: pytest.fail("written"))
+    with pytest.raises(ConfigError), report.reported(started, True):
+        raise ConfigError(["wrong"])
+    with pytest.raises(RuntimeError), report.reported(tmp_path / "nowhere", True):
+        raise RuntimeError
+    with pytest.raises(RuntimeError), report.reported(started, wanted=False):
+        raise RuntimeError
 
 
 # ---------------------------------------------------------------- in a browser
@@ -445,9 +519,10 @@ def test_cost_of_a_run_that_was_resumed_on_two_devices(started, monkeypatch):
     assert found["device_hours"] == pytest.approx(2 * 12 / 3600)
 
 
-def test_the_template_is_installed_with_the_package():
-    assert (report.Path(report.__file__).parent / report.TEMPLATE).is_file()
+@pytest.mark.parametrize("template", [report.TEMPLATE, model_card.TEMPLATE])
+def test_templates_are_installed_with_the_package(template):
+    assert (report.Path(report.__file__).parent / template).is_file()
     import tomllib
 
     project = tomllib.loads((report.Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert report.TEMPLATE in project["tool"]["setuptools"]["package-data"]["rlhf.report"]
+    assert template in project["tool"]["setuptools"]["package-data"]["rlhf.report"]

@@ -157,7 +157,8 @@ def test_missing_weights_are_named(monkeypatch):
     ]:
         assert words in message
     message = said(checkpoint="/nowhere/ImageReward.pt")
-    assert "'bert-base-uncased'" in message
+    assert "no tokenizer of 'bert-base-uncased'" in message
+    assert "the tokenizer, under 1 MB" in message
     assert "`tokenizer` in reward_kwargs.image_reward" in message
     assert "no file at /nowhere/ImageReward.pt" in said(
         checkpoint="/nowhere/ImageReward.pt", tokenizer=bert_tokenizer()

@@ -178,5 +178,9 @@ def test_missing_weights_are_named(monkeypatch):
         load_reward("mps", tokenizer=letter_tokenizer())
     for words in ["RE-N-Y/mpsv1, model.safetensors: 4.4 GB, MIT", "`checkpoint` in reward_kwargs.mps"]:
         assert words in str(caught.value)
-    with pytest.raises(RewardError, match="CLIP-ViT-H-14-laion2B-s32B-b79K.*`tokenizer` in reward_kwargs.mps"):
+    with pytest.raises(RewardError) as caught:
         load_reward("mps", checkpoint="/nowhere/MPS_overall.pth")
+    told = "no tokenizer of 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'", ": the tokenizer, under 20 MB, MIT"
+    for words in [*told, "`tokenizer` in reward_kwargs.mps"]:
+        assert words in str(caught.value)
+    assert "3.9 GB" not in str(caught.value), "that would be the whole model"

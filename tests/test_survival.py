@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, redness
+from conftest import PROMPTS, redness, rows_without_cost
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from transformers import TrainerCallback
@@ -22,7 +22,6 @@ from rewards import RewardError
 from rlhf.checkpoint import SavingError, TrainingInterrupted, last_whole
 from rlhf.config import RewardGradientConfig
 from rlhf.failures import TrainingError
-from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
 SCRIPT = Path(__file__).with_name("survivor.py")
@@ -59,8 +58,7 @@ def go_on(args: RewardGradientConfig) -> RewardGradientConfig:
 
 
 def result(args) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(Path(args.output_dir))]
-    return rows, load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors")
+    return rows_without_cost(args), load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors")
 
 
 def assert_same(args, other) -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from rlhf.figures import contact_sheet, plot_curves
 from rlhf.run_folder import RUN_FILES, run_in, start_run_folder
+from rlhf.trackers import tracked
 from rlhf.tracking import RunLog, keep_rows, read_metrics, table, write_samples
 
 ROW = {"base": 0.5, "tuned": 0.625, "diff": 0.125, "ci95": [0.1, 0.15]}
@@ -32,12 +33,12 @@ class Accelerator:
 def test_metrics_go_to_the_file_and_the_trackers_step_by_step(make_args, tmp_path):
     args = make_args(output_dir=str(tmp_path))
     accelerator = Accelerator()
-    with RunLog(accelerator, args, 0) as log:
+    with tracked(accelerator, args), RunLog(accelerator, args, 0) as log:
         for step in (1, 2):
             log.step({"step": step, "reward": 0.5 * step})
             assert read_metrics(tmp_path)[-1] == {"step": step, "reward": 0.5 * step}  # at once, not at the end
     assert accelerator.logged == [(1, {"reward": 0.5}), (2, {"reward": 1.0})]
-    assert accelerator.finished == 1
+    assert (accelerator.finished, accelerator.trackers) == (1, []), "accelerate would finish them again"
 
 
 def test_a_resumed_run_drops_later_rows_and_a_half_written_one(tmp_path):

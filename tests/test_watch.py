@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, brightness, redness
+from conftest import PROMPTS, brightness, redness, rows_without_cost
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from transformers import TrainerCallback
@@ -17,7 +17,6 @@ from rlhf.checkpoint import TrainingInterrupted
 from rlhf.contentv.pipeline import guided_velocity
 from rlhf.evaluate import Evaluation
 from rlhf.sampler import draw_noise
-from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
 JUDGE = '''
@@ -45,10 +44,6 @@ def guarded(make_args, tmp_path):
 
 def run(args, rewards=redness, **kwargs) -> dict:
     return RewardGradientTrainer(tiny_pipeline(), rewards, args, PROMPTS, PROMPTS, **kwargs).train()
-
-
-def rows(args) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(Path(args.output_dir))]
 
 
 def adapter(args, folder="adapter") -> torch.Tensor:
@@ -83,7 +78,7 @@ def test_accumulated_batches_equal_one_large_batch_with_every_method(make_args, 
     one = make_args(output_dir=str(tmp_path / "b"), per_device_train_batch_size=4, **settings)
     for args in (many, one):
         RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
-    for row, other in zip(rows(many), rows(one), strict=True):
+    for row, other in zip(rows_without_cost(many), rows_without_cost(one), strict=True):
         assert row == pytest.approx(other, rel=1e-4)
     torch.testing.assert_close(adapter(many), adapter(one), rtol=1e-3, atol=3e-5)
 
@@ -93,9 +88,10 @@ def test_drift_is_logged_and_held_down_by_its_weight(make_args, tmp_path):
     for weight in (1e-6, 30.0):
         args = make_args(output_dir=str(tmp_path / str(weight)), max_steps=8, drift_weight=weight, learning_rate=3e-2)
         RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
-        found = [row["drift"] for row in rows(args)]
+        rows = rows_without_cost(args)
+        found = [row["drift"] for row in rows]
         assert found[0] == 0
-        assert rows(args)[3]["loss"] == pytest.approx(weight * found[3] - rows(args)[3]["reward"], rel=1e-5)
+        assert rows[3]["loss"] == pytest.approx(weight * found[3] - rows[3]["reward"], rel=1e-5)
         drifts.append(sum(found[-3:]))
     assert drifts[1] < 0.5 * drifts[0]
 
@@ -111,7 +107,7 @@ def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_args):
     trainer = RewardGradientTrainer(tiny_pipeline(), counted, args, PROMPTS)
     trainer.train()
     assert sum(asked) == 4
-    of_anchors = [row for row in rows(args) if "reward" not in row]
+    of_anchors = [row for row in rows_without_cost(args) if "reward" not in row]
     assert [row["step"] for row in of_anchors] == [3, 6]
     assert all(row["loss"] == row["drift"] > 0 for row in of_anchors)
 
@@ -134,7 +130,7 @@ def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
     trainer = RewardGradientTrainer(tiny_pipeline(), lambda v, p, **info: redness(v, p) * 1e-3, args, PROMPTS, PROMPTS)
     base = trainer.pipe.transformer
     trainer.train()
-    found = [row["drift"] for row in rows(args)]
+    found = [row["drift"] for row in rows_without_cost(args)]
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
 
     # The base is sampled with guidance, the tuned model without.
@@ -142,8 +138,8 @@ def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
     cond = trainer.text(PROMPTS[:1], "cpu")
     sigma = trainer.sigmas[0]
     with torch.no_grad():
-        assert torch.equal(trainer._tuned(cond)(noise, sigma), guided_velocity(base, noise, sigma, cond, 1.0))
-        guided = trainer._base(cond)(noise, sigma)
+        assert torch.equal(trainer.fields.tuned(cond)(noise, sigma), guided_velocity(base, noise, sigma, cond, 1.0))
+        guided = trainer.fields.base(cond)(noise, sigma)
         base.disable_adapters()
         assert torch.equal(guided, guided_velocity(base, noise, sigma, cond, args.guidance_scale or 3.0))
 
@@ -165,7 +161,7 @@ def test_what_is_evaluated_and_kept_is_the_average(make_args):
     current, average = (load_file(saved / f"{n}.safetensors")[f"{name}.default.weight"] for n in ("adapter", "average"))
     assert torch.equal(own[f"transformer.{name}.weight"], average)
     assert not torch.equal(current, average)
-    assert rows(args)[-1]["eval/redness"] == pytest.approx(summary["trained"]["redness"]["tuned"])
+    assert rows_without_cost(args)[-1]["eval/redness"] == pytest.approx(summary["trained"]["redness"]["tuned"])
 
 
 # --------------------------------------------------------------------------------------------------- the guard
@@ -174,7 +170,7 @@ def test_what_is_evaluated_and_kept_is_the_average(make_args):
 def test_a_cheated_reward_stops_the_run_and_the_best_adapter_is_the_result(guarded, capsys):
     args = guarded(max_steps=9, learning_rate=3e-2, early_stopping_patience=2, load_best_model_at_end=True)
     summary = run(args)
-    found = rows(args)
+    found = rows_without_cost(args)
     assert summary["steps"] == len(found) == 2, "the held-out judge fell from the first evaluation on"
     assert found[-1]["eval/gain_trained"] > 0 > found[-1]["eval/gain_held_out"]
     assert found[-1]["eval/hacking_gap"] == pytest.approx(
@@ -207,7 +203,7 @@ def test_a_guarded_run_with_everything_resumes_to_the_bit(guarded, tmp_path):
     assert state["guard"]["best_step"] > 0
     summary = run(dataclasses.replace(parts, resume_from_checkpoint="latest"))
     assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
-    assert rows(parts) == rows(whole)
+    assert rows_without_cost(parts) == rows_without_cost(whole)
     assert torch.equal(adapter(parts), adapter(whole))
 
 

@@ -5,6 +5,7 @@ that its kernel can be chosen, the two others compiled, and the block recomputed
 the attention again. Shape legend: B batch, N video tokens, L text tokens, D width, H heads, W width of a head.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf.attention import Attention
 from rlhf.contentv.projections import StackedProjections, feed_forward, project
+from rlhf.contentv.shards import Shards
 from rlhf.host_memory import Group, HostMemory
 from rlhf.recompute import as_leaves, gradients, kept_in, recomputed
 
@@ -50,8 +52,15 @@ class BlockRunner:
             raise ValueError(f"recompute={recompute!r}, expected one of {', '.join(RECOMPUTE)}; choose one of these")
         self.attention, self.recompute, self.host, self.fetch = attention, recompute, host, fetch
         self.projections, self.attention_without_gradient = projections, attention_without_gradient or attention
+        self.shards: Shards | None = None  # of tokens over processes; the attention then has a part of the heads
         compiler = compiler or (lambda function: function)
         self._before, self._after = compiler(before_attention), compiler(after_attention)
+
+    def over(self, shards: Shards) -> "BlockRunner":
+        """This runner, for blocks of which each process has a part of the tokens."""
+        runner = copy.copy(self)
+        runner.shards = shards
+        return runner
 
     def __call__(self, block, video, text, temb):
         if not torch.is_grad_enabled():
@@ -76,12 +85,14 @@ class BlockRunner:
     def before(self, block, *inputs, stacks=None):
         if self.fetch:
             self.fetch(block)
-        return (before_attention if block.context_pre_only else self._before)(block, *inputs, stacks=stacks)
+        found = (before_attention if block.context_pre_only else self._before)(block, *inputs, stacks=stacks)
+        return found if self.shards is None else (*self.shards.by_heads(*found[:3]), *found[3:])
 
-    def after(self, block, *inputs, stacks=None):
+    def after(self, block, attended, *inputs, stacks=None):
         if self.fetch:
             self.fetch(block)
-        return (after_attention if block.context_pre_only else self._after)(block, *inputs, stacks=stacks)
+        attended = attended if self.shards is None else self.shards.by_tokens(attended)
+        return (after_attention if block.context_pre_only else self._after)(block, attended, *inputs, stacks=stacks)
 
 
 def before_attention(block, video_BND, text_BLD, temb_BD, stacks=None):

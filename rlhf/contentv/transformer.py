@@ -19,7 +19,9 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from rlhf.contentv.blocks import BlockRunner
+from rlhf.contentv.shards import Shards
 from rlhf.device import is_plugged_in
+from rlhf.exchange import Group, entering
 
 SPATIAL_INTERPOLATION_SCALE = 0.5
 FIXED_BY_ARCHITECTURE = {"qk_norm": "rms_norm", "dual_attention_layers": []}
@@ -129,6 +131,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         )
         self.pos_embed = PatchEmbed3D(patch_size, in_channels, width)
         self.run_block: BlockRunner | None = None  # None: a block runs as diffusers has it
+        self.sequence_group: Group | None = None  # processes that share the tokens; needs a run_block
         for block in self.transformer_blocks:
             for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
                 norm = getattr(block.attn, name)
@@ -183,6 +186,8 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _velocity(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B, attention_kwargs):
+        if self.sequence_group is not None:
+            return self._velocity_over_processes(latents_BCTHW, text_BLD, pooled_BP, timestep_B)
         video = self.pos_embed(latents_BCTHW)
         temb = self.time_text_embed(timestep_B, pooled_BP)
         text = self.context_embedder(text_BLD)
@@ -194,6 +199,18 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             else:
                 text, video = block(video, text, temb, attention_kwargs)
         patches = self.proj_out(self.norm_out(video, temb))
+        return self._unpatchify(patches, latents_BCTHW.shape)
+
+    def _velocity_over_processes(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B):
+        """The same, each process of the group with a part of the video's tokens from here to the last projection."""
+        video = self.pos_embed(entering(latents_BCTHW, self.sequence_group))
+        shards = Shards(self.sequence_group, video.shape[1], self.config.num_attention_heads)
+        video, run_block = shards.own(video), self.run_block.over(shards)
+        temb = self.time_text_embed(timestep_B, pooled_BP)
+        text = self.context_embedder(text_BLD)
+        for block in self.transformer_blocks:
+            text, video = run_block(block, video, text, temb)
+        patches = shards.whole(self.proj_out(self.norm_out(video, temb)))
         return self._unpatchify(patches, latents_BCTHW.shape)
 
     def _unpatchify(self, patches_BNK: torch.Tensor, shape: torch.Size) -> torch.Tensor:

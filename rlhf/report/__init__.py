@@ -1,16 +1,22 @@
 """The report of a run: one HTML file that says whether the model got better, at what, and whether it cheated."""
 
 import base64
+import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import quote
 
-from rlhf.config import RewardGradientConfig
+from rlhf.checkpoint import signals_interrupt
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.environment import record_end
 from rlhf.report.data import Run, Sample, cost, training_table
 from rlhf.report.plots import draw, panels
+from rlhf.run_folder import run_in
+
+logger = logging.getLogger(__name__)
 
 REPORT, TEMPLATE = "report.html", "template.html"
 MOST_BYTES = 20 * 10**6  # of the file
@@ -27,9 +33,35 @@ class Card:
     embedded: bool
 
 
-def finish_report(folder: Path) -> Path:
-    """Record what a run cost, now that it is over, and write its report."""
-    record_end(folder)
+@contextmanager
+def reported(folder: Path, wanted: bool) -> Iterator[None]:
+    """Inside, a run. However it ends, by SIGTERM too, its report is written then, if wanted and if there was a run.
+
+    What ended the run is what is raised, also if the report cannot be written.
+    """
+    try:
+        with signals_interrupt():
+            yield
+    except ConfigError:  # no run began
+        raise
+    except BaseException as error:  # an interruption, too
+        if wanted and run_in(folder):
+            _report_failure(folder, error)
+        raise
+    if wanted:
+        finish_report(folder)
+
+
+def _report_failure(folder: Path, error: BaseException) -> None:
+    try:
+        finish_report(folder, f"{type(error).__name__}: {error}".removesuffix(": "))
+    except BaseException as another:  # such as a second Ctrl-C, of someone who does not want to wait
+        logger.warning(f"no report of the run in {folder} could be written: {type(another).__name__}: {another}")
+
+
+def finish_report(folder: Path, ended_by: str | None = None) -> Path:
+    """Record what a run cost, now that it is over, and what ended it, if it failed; write its report."""
+    record_end(folder, ended_by)
     return write_report(folder)
 
 

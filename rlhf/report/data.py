@@ -83,6 +83,11 @@ class Run:
         return f"finished: {done}" if (self.folder / "adapter").is_dir() else f"not finished: {done} were done"
 
     @property
+    def ended_by(self) -> str | None:
+        """The error that the run ended with, when it was last started; None for one that finished or left no trace."""
+        return self.environment[-1].get("ended_by") if self.environment else None
+
+    @property
     def trained(self) -> list[str]:
         """Names of the rewards that are trained on."""
         specs = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
@@ -147,6 +152,12 @@ class Run:
         names = [name for name in base if i < len(base[name]) and name in tuned]
         return {name: (base[name][i].item(), tuned[name][i].item()) for name in names}
 
+    @property
+    def prompts_without_videos(self) -> int:
+        """How many held-out prompts were judged, but not kept as samples."""
+        own = self.evaluations is not None and self.before is None
+        return len(self.evaluations[0].prompts) - len(self.samples()) if own else 0
+
     def _samples_of_sets(self) -> list[Sample]:
         scores = [_set_scores(folder) for folder in (self.before, self.after)]
         after = {(video.prompt, video.seed): video for video in read_set(self.after)}
@@ -192,18 +203,20 @@ def training_table(metrics: list[dict]) -> list[dict]:
 
 def cost(run: Run) -> dict:
     """{"steps_seconds", "total_seconds", "device_hours", "processes", "peak_memory_gib", "energy_kilojoules"}, None for
-    what is not known. Of a run started several times, seconds of steps and energy are sums, the rest is the last's."""
+    what is not known. Of a run started several times, seconds of steps and energy are sums, memory is the highest, and
+    the rest is the last's."""
     steps = math.fsum(row.get("seconds", 0.0) for row in run.metrics)
     last = run.environment[-1] if run.environment else {}
     spent = [row["energy_joules"] for row in run.environment if row.get("energy_joules") is not None]
     total = run.summary.get("seconds", last.get("seconds"))
     processes = last.get("processes", 1)
-    peak = last.get("peak_memory_bytes")
+    peaks = [row["memory_gib"] for row in run.metrics if "memory_gib" in row]
+    peaks += [last["peak_memory_bytes"] / 2**30] if last.get("peak_memory_bytes") else []
     return {
         "steps_seconds": steps,
         "total_seconds": total,
         "device_hours": processes * max(steps, total or 0.0) / 3600,
         "processes": processes,
-        "peak_memory_gib": peak / 2**30 if peak else None,
+        "peak_memory_gib": max(peaks, default=None),
         "energy_kilojoules": sum(spent) / 1000 if len(spent) == len(run.environment) and spent else None,
     }

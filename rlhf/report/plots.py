@@ -5,7 +5,7 @@ import io
 import re
 from dataclasses import dataclass, field
 
-from rlhf.figures import _pyplot, _smooth
+from rlhf.figures import headless_pyplot, running_mean
 from rlhf.report.data import GROUPS, Run
 
 # Drawn in these colours, then handed over to the page's own.
@@ -96,7 +96,7 @@ def _dots(run: Run, key: str, label: str = "", final: str = "", color: str = FIR
 
 def draw(panel: Panel, number: int) -> str:
     """The panel as an <svg> element. number: of the panel on the page, for ids of its own."""
-    pyplot = _pyplot()
+    pyplot = headless_pyplot()
     settings = {"svg.fonttype": "none", "svg.hashsalt": str(number), "font.size": 9, "axes.edgecolor": LINE}
     settings |= {"text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.labelcolor": INK}
     with pyplot.rc_context(settings):
@@ -128,7 +128,7 @@ def _draw_series(axis, series: Series) -> None:
     every, style = -(-len(series.steps) // MOST_POINTS), {"color": series.color, "label": series.label}
     strong = series.values
     if series.smooth:
-        strong = _smooth(series.values)
+        strong = running_mean(series.values)
         axis.plot(series.steps[::every], series.values[::every], color=series.color, linewidth=0.8, alpha=0.35)
     axis.plot(series.steps[::every], strong[::every], linewidth=1.8, marker="o" if len(strong) == 1 else "", **style)
 

@@ -1,0 +1,235 @@
+"""Gradient-free baselines on the same model, adapter, reward and prompts: policy gradients, and the best of n samples.
+
+Flow-GRPO (arXiv 2505.05470) makes the sampler of a flow stochastic, so that a step has a probability, and ascends
+advantage times log-probability with PPO's clipped ratio; advantages are relative to a group of videos of one prompt.
+Relative to the batch it is DDPO (arXiv 2305.13301) for flows. Neither asks the reward for a gradient.
+
+Shape legend: B batch, C channels, T latent frames, H W latent height and width, N denoising steps.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.batches import Batch, Batches
+from rlhf.contentv.pipeline import euler_step
+from rlhf.device import generator
+from rlhf.optimizer import clip_gradient, learning_rate
+from rlhf.sampler import Velocity
+from rlhf.trainer import RewardGradientTrainer
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Settings of a policy gradient, beside those of a run; per_device_train_batch_size is videos per rollout."""
+
+    group_size: int = 8  # videos of one prompt that are compared with each other; 1: all of the batch are
+    noise: str = "cps"  # how a step is made stochastic: a key of NOISES
+    noise_level: float = 0.7
+    clip_range: float = 1e-3  # of the ratio; that of the published configuration for video
+    max_advantage: float = 5.0
+    updates: int = 2  # optimizer updates of a pass, each on its share of the videos
+    passes: int = 1  # over the videos of a rollout
+    kl_weight: float = 0.0  # of the KL divergence of a step from the base's
+
+
+# ------------------------------------------------------------------------------------------- stochastic sampling
+
+
+def sde_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
+    """Mean and standard deviation of step i by Euler-Maruyama (Flow-GRPO, arXiv 2505.05470, eq. 9).
+
+    x' = x + [v + s^2 / (2 t) (x + (1 - t) v)] dt + s sqrt(|dt|) noise at t = sigma_i, with s = level sqrt(t / (1 - t)).
+    At t = 1, where s has no bound, the next level stands in its denominator, as in the published code.
+    """
+    t, dt = sigmas[i], sigmas[i + 1] - sigmas[i]
+    diffusion = level * (t / (1 - (sigmas[1] if t == 1 else t))).sqrt()
+    drift = v + diffusion**2 / (2 * t) * (x + (1 - t) * v)
+    return x + drift * dt, diffusion * (-dt).sqrt()
+
+
+def cps_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
+    """The same by coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): noise is exchanged, not added.
+
+    Of the noise at level t' = sigma_i+1 a part t' sin(level pi / 2) is fresh, the rest is what the model sees in x: the
+    sum is as noisy as the flow at t', whatever the length of the step.
+    """
+    t, after = sigmas[i], sigmas[i + 1]
+    std = after * math.sin(level * math.pi / 2)
+    return (1 - after) * (x - t * v) + (after**2 - std**2).sqrt() * (x + (1 - t) * v), std
+
+
+NOISES = {"sde": sde_moments, "cps": cps_moments}
+
+
+def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(B,) log-density of x under N(mean, std^2), the mean over its elements, as the published code takes it.
+
+    So a clip range means the same for videos of any size.
+    """
+    density = -((x - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
+    return density.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A stochastic rollout: its states, and the log-probabilities of its steps."""
+
+    states: list[torch.Tensor]  # N+1 of (B, C, T, H, W), noise first
+    log_probs: list[torch.Tensor]  # (B,) of each stochastic step
+
+    def rows(self, rows: torch.Tensor) -> "Trajectory":
+        return Trajectory([x[rows] for x in self.states], [p[rows] for p in self.log_probs])
+
+
+@torch.no_grad()
+def stochastic_rollout(velocity: Velocity, noise: Callable[[str], torch.Tensor], sigmas, policy: Policy) -> Trajectory:
+    """All steps but the last are stochastic: the noise of the last one would stay in the video.
+
+    noise: (purpose) -> unit normal noise (B, C, T, H, W), as `Batch.noise`.
+    """
+    states, log_probs = [noise("train")], []
+    for i in range(len(sigmas) - 2):
+        x = states[-1]
+        mean, std = NOISES[policy.noise](x, velocity(x, sigmas[i]), sigmas, i, policy.noise_level)
+        states.append(mean + std * noise(f"step {i}"))
+        log_probs.append(log_prob(states[-1], mean, std))
+    x = states[-1]
+    return Trajectory([*states, euler_step(x, velocity(x, sigmas[-2]), sigmas[-2], sigmas[-1])], log_probs)
+
+
+# ------------------------------------------------------------------------------------------------ policy gradient
+
+
+def advantages(scores_B: torch.Tensor, group_size: int) -> torch.Tensor:
+    """(B,) scores less the mean of their group, over its spread; neighbours are a group.
+
+    group_size 1 is one group of all: DDPO's rule for prompts that it has not seen 16 times, which here none is.
+    """
+    groups = scores_B.view(-1, group_size if group_size > 1 else len(scores_B))
+    spread = groups.std(1, keepdim=True, correction=0) + 1e-4
+    return ((groups - groups.mean(1, keepdim=True)) / spread).flatten()
+
+
+def clipped_loss(new_B: torch.Tensor, old_B: torch.Tensor, advantages_B: torch.Tensor, clip: float) -> torch.Tensor:
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), to be descended; its gradient at new = old is the policy's."""
+    ratio_B = (new_B - old_B).exp()
+    return -torch.minimum(advantages_B * ratio_B, advantages_B * ratio_B.clamp(1 - clip, 1 + clip)).mean()
+
+
+def step_losses(
+    velocity: Velocity, base: Velocity, path: Trajectory, advantages_B: torch.Tensor, sigmas, policy: Policy
+) -> Iterator[torch.Tensor]:
+    """The loss of each stochastic step with its graph, one after the other; their mean is the loss of an update."""
+    moments = NOISES[policy.noise]
+    for i, old_B in enumerate(path.log_probs):
+        x, after = path.states[i], path.states[i + 1]
+        mean, std = moments(x, velocity(x, sigmas[i]), sigmas, i, policy.noise_level)
+        loss = clipped_loss(log_prob(after, mean, std), old_B, advantages_B, policy.clip_range)
+        if policy.kl_weight:
+            with torch.no_grad():
+                base_mean, _ = moments(x, base(x, sigmas[i]), sigmas, i, policy.noise_level)
+            loss = loss + policy.kl_weight * ((mean - base_mean) ** 2).mean() / (2 * std**2)
+        yield loss / len(path.log_probs)
+
+
+class GroupedBatches(Batches):
+    """Batches in which each prompt stands `group_size` times in a row, every time with noise of its own."""
+
+    def __init__(self, of: Batches, group_size: int):
+        super().__init__(of.args, of.accelerator, of.prompts, of.noise_shape, of.fps)
+        self.group_size, self.prompts_per_step = group_size, self.size // group_size
+
+    def batch(self, step: int, micro: int) -> Batch:
+        prompts = self.prompts_at(step * self.prompts_per_step, self.prompts_per_step)
+        noise = super().batch(step, micro).noise
+        return Batch([prompt for prompt in prompts for _ in range(self.group_size)], noise)
+
+    def from_step(self, step: int) -> list[str]:
+        left = self.args.max_steps - step
+        return self.prompts_at(step * self.prompts_per_step, left * self.prompts_per_step)
+
+
+class PolicyGradientTrainer(RewardGradientTrainer):
+    """The trainer of reward gradients with another step: everything else - adapter, prompts, rewards - is the same.
+
+    For one process, and per_device_train_batch_size a multiple of group_size. ValueError for another.
+    """
+
+    def __init__(self, policy: Policy, args, **inputs):
+        super().__init__(args=args, **inputs)
+        if self.batches.size % policy.group_size:
+            raise ValueError(
+                f"per_device_train_batch_size={self.batches.size}, expected a multiple of "
+                f"group_size={policy.group_size}; change one of them"
+            )
+        self.policy = policy
+        self.batches = GroupedBatches(self.batches, policy.group_size)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One rollout and the updates on it; returns its metrics. step counts from 0."""
+        began, policy = time.perf_counter(), self.policy
+        batch = self.batches.batch(step, 0)
+        path = stochastic_rollout(
+            self.fields.tuned(self.text(batch.prompts, self.device)), batch.noise, self.sigmas, policy
+        )
+        with torch.no_grad():
+            scores_B, _ = self.rewards(self.decode(path.states[-1], step), batch.prompts, **self.batches.info(step))
+        advantages_B = advantages(scores_B, policy.group_size).clamp(-policy.max_advantage, policy.max_advantage)
+        rng = generator("updates", self.args.seed, step)
+        for _ in range(policy.passes):
+            for rows in torch.randperm(len(scores_B), generator=rng).chunk(policy.updates):
+                norm = self._update(step, [batch.prompts[i] for i in rows], path, advantages_B, rows.to(self.device))
+        return {"step": step + 1, "reward": scores_B.mean().item(), "grad_norm": norm} | {
+            "seconds": time.perf_counter() - began
+        }
+
+    def _update(self, step: int, prompts: list[str], path: Trajectory, advantages_B, rows: torch.Tensor) -> float:
+        """One optimizer update on some videos of a rollout; returns the gradient's norm."""
+        cond = self.text(prompts, self.device)
+        losses = step_losses(
+            self.fields.tuned(cond),
+            self.fields.base(cond),
+            path.rows(rows),
+            advantages_B[rows],
+            self.sigmas,
+            self.policy,
+        )
+        for loss in losses:
+            self._back_propagate(loss)
+        norm = self.masters.vector.grad.norm().item()
+        clip_gradient(self.masters.vector.grad, norm, self.args.max_grad_norm)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.args)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.masters.write()
+        return norm
+
+
+# ------------------------------------------------------------------------------------------------- best of n
+
+
+@torch.no_grad()
+def best_of(
+    count: int,
+    make: Callable[[int], torch.Tensor],
+    reward: Callable[[torch.Tensor], torch.Tensor],
+    report_at: list[int],
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Sample number after number of a batch of prompts; for each n of report_at, (n, the best videos of the first n).
+
+    make: number of the sample -> videos (B, 3, T, H, W); reward: videos -> scores (B,), by which the best is kept.
+    """
+    for number in range(count):
+        video = make(number)
+        scores_B = reward(video)
+        if number == 0:
+            best, best_B = video, scores_B
+        better_B = scores_B > best_B
+        best = torch.where(better_B.view(-1, 1, 1, 1, 1), video, best)
+        best_B = torch.where(better_B, scores_B, best_B)
+        if number + 1 in report_at:
+            yield number + 1, best

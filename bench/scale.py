@@ -1,0 +1,193 @@
+"""A full-size step on several devices: every layout of them, against one device of the same machine.
+
+    torchrun --nproc_per_node 2 bench/scale.py                                   all arms that so many devices allow
+    torchrun --nproc_per_node 2 bench/scale.py --only sequence --frames 33 --limit 300
+    torchrun --nproc_per_node 4 bench/scale.py --tiny --output /tmp/scale.json   on CPUs
+    python bench/tables.py                                                       puts the results into docs/scaling.md
+
+Any number of devices: also 1, and over several hosts as torchrun starts them. Rows go to bench/results/scale.json one
+by one; a row that is there is not measured again, and nothing begins after --limit seconds. ContentV-8B and the Wan2.1
+VAE with random weights, on which time and memory do not depend.
+
+Phases, for one video of each data rank: sampling, a guided denoising step without gradient; segment, one with
+gradient, both branches there and back; decode, the scored frames there and back; sum, adding up the adapters' gradients
+and taking the optimizer's step; step, a whole step worked out of these: (N - 1) sampling + segment + decode + sum.
+Efficiency is videos per second and device, against one device. Equality: the adapter's first gradient and its weights
+after five steps of a small model, against one device on the same videos.
+
+Prediction for 2 devices at 125 frames: data and guidance above 0.97, sequence above 0.93 on the segment, since a
+block's exchanges move 0.4 GB in about 2 ms of its 90; the sharded base 8 GiB smaller and at most a tenth slower.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# NVLink multicast can put a shared host's devices out of service. Read when the libraries start.
+os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+from environment import environment
+from scale_arms import ONE, Bench, arms, equality
+from step import write
+from step_arms import SIZES
+
+from rlhf.config import RewardGradientConfig
+from rlhf.device import peak_memory, reset_peak_memory, synchronize
+from rlhf.layout import Sizes
+from rlhf.parallel import make_accelerator
+
+RESULT = Path(__file__).parent / "results" / "scale.json"
+GIB = 2**30
+PHASES, WORKED_OUT = ("sampling", "segment", "decode", "sum"), "step"
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(work: Callable[[], None], accelerator, repeats: int, alone: bool) -> dict:
+    """The slowest device's time, the median of the repeats after one run for warming up, and the most memory of any."""
+    device, seconds, peaks = accelerator.device, [], []
+    for _ in range(1 + repeats):
+        accelerator.wait_for_everyone()
+        reset_peak_memory(device)
+        synchronize(device)
+        began = time.perf_counter()
+        if not alone or accelerator.is_main_process:  # others wait: one device has the machine to itself
+            work()
+        synchronize(device)
+        told = torch.tensor([time.perf_counter() - began, peak_memory(device) / GIB], device=device)
+        slowest, most = accelerator.gather(told).view(-1, 2).amax(0).tolist()
+        seconds.append(slowest)
+        peaks.append(most)
+    return {"seconds": statistics.median(seconds[1:]), "all": seconds[1:], "peak_gib": max(peaks[1:])}
+
+
+def key(row: dict) -> tuple:
+    return row["arm"], row["devices"], row["frames"], row["phase"]
+
+
+def with_efficiency(row: dict, rows: dict[tuple, dict]) -> dict:
+    """The row, and its videos per second and device over those of one device."""
+    alone = rows.get((ONE, 1, row["frames"], row["phase"]))
+    if alone is None or "seconds" not in alone or "seconds" not in row:
+        return row
+    return row | {"efficiency": alone["seconds"] * row["data"] / (row["seconds"] * row["devices"])}
+
+
+def worked_out(told: dict, rows: dict[tuple, dict], steps: int) -> dict | None:
+    """The row of a whole step, once all of its phases are measured."""
+    of_phases = [rows.get(key(told | {"phase": phase})) for phase in PHASES]
+    if any(row is None or "seconds" not in row for row in of_phases):
+        return None
+    seconds = sum(row["seconds"] * (steps - 1 if row["phase"] == "sampling" else 1) for row in of_phases)
+    return (
+        told
+        | {"phase": WORKED_OUT, "steps": steps, "seconds": seconds}
+        | {"peak_gib": max(row["peak_gib"] for row in of_phases)}
+    )
+
+
+class Run:
+    """What is measured, and where the rows go."""
+
+    def __init__(self, arguments: argparse.Namespace, accelerator):
+        self.arguments, self.accelerator, self.began = arguments, accelerator, time.perf_counter()
+        self.size = SIZES["tiny" if arguments.tiny else "full"]
+        self.scored = {"first": 1, "all": arguments.frames}.get(arguments.scored) or int(arguments.scored)
+        about = environment(accelerator.device) | {"height": self.size.height, "width": self.size.width}
+        self.about = about | {
+            "scored": self.scored,
+            "repeats": arguments.repeats,
+            "size": "tiny" if arguments.tiny else "full",
+        }
+        path = arguments.output
+        old = json.loads(path.read_text()) if path.exists() else {}
+        same = old.get("environment") == self.about
+        self.rows = {key(row): row for row in (old["rows"] if same else [])}
+        self.bench: Bench | None = None
+        self.accelerator.wait_for_everyone()  # all have read
+
+    def arm(self, name: str, settings: dict) -> None:
+        """All phases of an arm that are missing."""
+        alone, devices = name == ONE, 1 if name == ONE else self.accelerator.num_processes
+        sizes = Sizes.of(RewardGradientConfig(**settings), devices)
+        told = {"arm": name, "devices": devices, "frames": self.arguments.frames, "layout": str(sizes)}
+        told |= {"data": sizes.data}
+        if not alone:
+            self._add(told, "equality", lambda: equality(settings, self.accelerator))
+        for phase in PHASES:
+            self._add(told, phase, lambda phase=phase: self._measure(settings, alone, phase))
+        if row := worked_out(told, self.rows, self.arguments.steps):
+            self._keep(row)
+
+    def _measure(self, settings: dict, alone: bool, phase: str) -> dict:
+        sharded = "shard_base" in settings
+        if self.bench is None or sharded != self.bench.rig.args.shard_base:
+            self.bench = None  # the one before goes before the next one comes
+            gc.collect()
+            arguments = self.arguments
+            own = settings if sharded else {}
+            self.bench = Bench(self.size, arguments.frames, arguments.steps, self.scored, self.accelerator, own)
+        self.bench.use(settings, alone)
+        return measure(getattr(self.bench, phase), self.accelerator, self.arguments.repeats, alone)
+
+    def _add(self, told: dict, phase: str, work: Callable[[], dict]) -> None:
+        row = told | {"phase": phase}
+        if key(row) in self.rows and not self.arguments.again:
+            return
+        late = torch.tensor([time.perf_counter() - self.began > self.arguments.limit], device=self.accelerator.device)
+        if self.accelerator.gather(late).any():  # all processes stop together
+            return
+        try:
+            found = work()
+        except torch.OutOfMemoryError:
+            found = {"skipped": "out of memory"}
+        except (RuntimeError, ValueError, AssertionError) as error:  # told, and the next one is tried
+            found = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        self._keep(row | found)
+
+    def _keep(self, row: dict) -> None:
+        row = with_efficiency(row, self.rows)
+        self.rows[key(row)] = row
+        if self.accelerator.is_main_process:
+            write(self.arguments.output, self.about, list(self.rows.values()))
+            print({name: value for name, value in row.items() if name != "all"}, flush=True)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="some of: " + ", ".join(arms(4)))
+    parser.add_argument("--frames", type=int, default=125)
+    parser.add_argument("--scored", default="first", help="frames that are decoded: first, all or a number")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps of the whole step that is worked out")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on CPUs, to try the script")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which nothing is begun")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    settings = {"device": "cpu"} if arguments.tiny else {}
+    accelerator = make_accelerator(RewardGradientConfig(report_to=[], **settings))
+    run, possible = Run(arguments, accelerator), arms(accelerator.num_processes)
+    for name in arguments.only or possible:
+        if name in possible:
+            run.arm(name, possible[name])
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

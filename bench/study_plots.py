@@ -1,0 +1,66 @@
+"""The plots of bench/study.py's results."""
+
+import math
+import statistics
+from pathlib import Path
+
+from study_numbers import MEASURES, by_arm, gains, mean_interval, named
+
+
+def plot_gains(result: dict, path: Path) -> None:
+    """Each arm's gains with their intervals, side by side for the trained reward and the verifier."""
+    pyplot, arms = _pyplot(), by_arm(result)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(arms) + 1.1), sharey=True)
+    names = [named(arm, rows).strip("*") for arm, rows in arms.items()]
+    for axis, measure in zip(axes, ("trained", "verifier"), strict=True):
+        found = [mean_interval(gains(rows, measure)) for rows in arms.values()]
+        for place, (arm, (mean, half)) in enumerate(zip(arms, found, strict=True)):
+            axis.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="o", color=color_of(arm), capsize=3)
+        axis.set_title(f"{MEASURES[measure][0]}, tuned less base", fontsize=10, loc="left")
+        axis.axvline(0, color="#8a8f98", linewidth=1)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    _finish(figure, axes, path)
+
+
+def plot_costs(result: dict, path: Path) -> None:
+    """Left: held-out against trained gain; cheating is low on the right. Right: held-out gain over reward queries."""
+    pyplot, arms = _pyplot(), by_arm(result)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for arm, rows in arms.items():
+        trained, verifier = (statistics.mean(gains(rows, m)) for m in ("trained", "verifier"))
+        for axis, x in zip(axes, (trained, rows[0]["queries"]), strict=True):
+            axis.plot(x, verifier, "o", color=color_of(arm), markersize=5)
+            axis.annotate(
+                arm.replace("drift control", "d."), (x, verifier), fontsize=6, xytext=(4, 2), textcoords="offset points"
+            )
+    axes[0].set_xlabel("trained reward, tuned less base", fontsize=9)
+    axes[1].set_xlabel("videos that the trained reward scored", fontsize=9)
+    axes[1].set_xscale("log")
+    axes[0].set_ylabel("verifier, points", fontsize=9)
+    _finish(figure, axes, path)
+
+
+def color_of(arm: str) -> str:
+    """Blue: by reward gradient; orange: policy gradient; green: none."""
+    return "#2ca02c" if arm.startswith("best") else "#e8710a" if arm.startswith(("Flow", "DDPO")) else "#1f6feb"
+
+
+def _finish(figure, axes, path: Path) -> None:
+    for axis in axes:
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    figure.clear()
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

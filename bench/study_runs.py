@@ -1,0 +1,224 @@
+"""One run of bench/study.py: an arm trained for so many steps, or n samples to choose from, and what came of it.
+
+A worker process makes many of them: it imports and loads the judges once.
+"""
+
+import dataclasses
+import io
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from baselines import PolicyGradientTrainer, best_of
+from study_arms import BEST_OF, DEFAULT, ROOT, settings_of, split
+
+from rewards import RewardMix
+from rlhf.checks import check_config, open_rewards
+from rlhf.compare import paired
+from rlhf.config import RewardGradientConfig
+from rlhf.device import generator, synchronize
+from rlhf.evaluate import Evaluation
+from rlhf.measures import DIVERSITY, OF_ONE_VIDEO, distance
+from rlhf.methods import make_plan
+from rlhf.parse import parse_config
+from rlhf.sampler import draw_noise
+from rlhf.trainer import RewardGradientTrainer
+
+TRAINED, WARM_UP = "nano_preference", 3
+SHARED = {  # with configs/nano.yaml: no pictures, no checkpoints; guidance in one batch is the same and faster
+    "report_to": "none",
+    "save_steps": 0,
+    "sample_steps": 0,
+    "num_sample_prompts": 0,
+    "overwrite_output_dir": True,
+    "guidance_together": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What all runs of a study share."""
+
+    device: str
+    work: Path  # folder of what runs write, of no value afterwards but the base's evaluation
+    eval_seed: int
+    eval_prompts: int = 128
+    diversity_prompts: int = 128
+    eval_batch: int = 64
+    threads: int | None = None  # of a run on a CPU
+    flags: tuple[str, ...] = ()  # further flags of train_rlhf.py
+
+    def args(self, settings: dict, seed: int, steps: int) -> RewardGradientConfig:
+        """Settings of a run, checked."""
+        words = SHARED | {"device": self.device, "eval_seed": self.eval_seed, "num_eval_prompts": self.eval_prompts}
+        words |= {"num_diversity_prompts": self.diversity_prompts, "per_device_eval_batch_size": self.eval_batch}
+        words |= {"seed": seed, "max_steps": steps, "output_dir": self.work / f"run-{os.getpid()}"}
+        words |= ({"cpu_threads": self.threads} if self.threads else {}) | settings
+        given = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+        return check_config(parse_config(["--config", str(ROOT / "configs" / "nano.yaml"), *given, *self.flags]))
+
+
+def start_worker(counter, devices: list[int], threads: int) -> None:
+    """Give this process its device and its share of the cores; called once in each."""
+    sys.stderr = io.StringIO()  # progress bars of many runs at a time
+    torch.set_num_threads(threads)
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    if devices:
+        torch.accelerator.set_device_index(devices[number % len(devices)])
+
+
+def guarded(task: Callable[[], list[dict]], about: dict) -> list[dict]:
+    """The rows of a task; if it fails, one that says why, so that the others go on."""
+    try:
+        return task()
+    except Exception as error:
+        print(traceback.format_exc(), flush=True)
+        return [about | {"error": f"{type(error).__name__}: {error}"}]
+
+
+@lru_cache(maxsize=1)
+@torch.enable_grad()  # for their probe, wherever they are asked for first
+def judges_of(conditions: Conditions) -> dict[str, Callable]:
+    return open_rewards(conditions.args({}, 0, 1))
+
+
+def start(settings: dict, seed: int, steps: int, conditions: Conditions) -> RewardGradientTrainer:
+    """A trainer of the arm, ready to step."""
+    settings, policy = split(settings)
+    args, judges = conditions.args(settings, seed, steps), judges_of(conditions)
+    if policy:
+        trainer = PolicyGradientTrainer(policy, args, opened_rewards=judges)
+    else:
+        trainer = RewardGradientTrainer(args=args, opened_rewards=judges)
+    trainer._begin()  # its run folder and text embeddings, without what train() evaluates and writes around the steps
+    return trainer
+
+
+# ---------------------------------------------------------------------------------------------------- how long
+
+
+def seconds_per_step(settings: dict, timed: int, conditions: Conditions) -> float:
+    """Mean of `timed` optimizer steps after some that warm up, with nothing else on the device."""
+    trainer = start(settings, 0, timed + WARM_UP, conditions)
+    for step in range(WARM_UP):
+        trainer.step(step)
+    return timed_mean(lambda number: trainer.step(WARM_UP + number), timed, trainer.device)
+
+
+def seconds_per_sample(timed: int, conditions: Conditions) -> float:
+    """Of one video of the base: sampled, decoded and scored by the trained reward, in batches as an evaluation's."""
+    trainer = start_base(0, conditions)
+    prompts = trainer.eval_prompts[: conditions.eval_batch]
+    score = trained_score(trainer, prompts)
+    one = lambda number: score(sample(trainer, 0, list(range(len(prompts))), number, chain=0))
+    one(timed)
+    return timed_mean(one, timed, trainer.device) / len(prompts)
+
+
+def timed_mean(once: Callable[[int], object], count: int, device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    for number in range(count):
+        once(number)
+    synchronize(device)
+    return (time.perf_counter() - began) / count
+
+
+def not_timed() -> list[dict]:
+    raise RuntimeError("a step could not be timed, so no number of steps takes the budget; see the log")
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+
+def base_path(conditions: Conditions) -> Path:
+    return conditions.work / f"base-{conditions.eval_seed}.safetensors"
+
+
+def evaluate_base(conditions: Conditions) -> dict[str, float]:
+    """Judge the base once for all runs; its means."""
+    if not base_path(conditions).exists():
+        start_base(0, conditions).watch.held_out.evaluate("base", 0).save(base_path(conditions))
+    return Evaluation.load(base_path(conditions)).means()
+
+
+def start_base(seed: int, conditions: Conditions) -> RewardGradientTrainer:
+    """A trainer whose model is the base, without what an adapter costs."""
+    trainer = start(settings_of(DEFAULT, {}), seed, 1, conditions)
+    trainer.pipe.transformer.disable_adapters()
+    return trainer
+
+
+def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list[dict]:
+    """The row of an arm that is trained, without its names."""
+    trainer = start(settings, seed, steps, conditions)
+    began = time.perf_counter()
+    rows = [trainer.step(step) for step in range(steps)]
+    tuned = trainer.watch.held_out.evaluate("tuned", steps)
+    found = {"steps": steps, "queries": steps * queries_per_step(trainer), "wall_seconds": time.perf_counter() - began}
+    return [found | {"last_reward": rows[-1].get("reward")} | judged(tuned.scores, conditions)]
+
+
+def queries_per_step(trainer: RewardGradientTrainer) -> int:
+    """Videos that the trained reward scores in a step; a gradient of it counts as one more look at the same video."""
+    if isinstance(trainer, PolicyGradientTrainer):
+        return trainer.batches.size
+    plan = make_plan(trainer.args, trainer.sigmas, generator("queries"))
+    return trainer.batches.samples_per_step * plan.num_samples
+
+
+def judged(scores: dict[str, torch.Tensor], conditions: Conditions) -> dict:
+    """Differences to the base on the same prompts by short name; the interval is over prompts."""
+    base = Evaluation.load(base_path(conditions)).scores
+    pairs = {name: (base[name], scores_N[: len(base[name])].cpu()) for name, scores_N in scores.items()}
+    found = {name: paired(*pair) for name, pair in pairs.items() if len(pair[0])}
+    unknown = [name for name, row in found.items() if not torch.tensor(row["tuned"]).isfinite()]
+    if unknown:
+        raise ValueError(f"the run ended with {', '.join(unknown)} not finite; lower its learning rate")
+    return {"trained" if name == TRAINED else name.removeprefix("nano_"): row for name, row in found.items()}
+
+
+def sample(trainer: RewardGradientTrainer, seed: int, rows: list[int], number: int, chain: int) -> torch.Tensor:
+    """Videos of held-out prompts by the trainer's current model, from noise of their own."""
+    noise = draw_noise(trainer.batches.noise_shape, seed, "best of n", [(i, number, chain) for i in rows])
+    return trainer.watch.held_out.make_videos([trainer.eval_prompts[i] for i in rows], noise)
+
+
+def trained_score(trainer: RewardGradientTrainer, prompts: list[str]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda video: trainer.rewards(video, prompts, **trainer.batches.info(0))[0]
+
+
+@torch.no_grad()
+def best_of_n(seed: int, count: int, report_at: list[int], seconds: float, conditions: Conditions) -> list[dict]:
+    """A row for each n of report_at, and for `count`, the n that takes the time of a training.
+
+    seconds: of one sample. Everything is sampled in two chains, so that two videos of a prompt can be compared.
+    """
+    trainer, found = start_base(seed, conditions), {}
+    prompts, size = trainer.eval_prompts, conditions.eval_batch
+    report_at = sorted({*(n for n in report_at if n < count), count})
+    for rows in (list(range(len(prompts)))[first : first + size] for first in range(0, len(prompts), size)):
+        score = trained_score(trainer, [prompts[i] for i in rows])
+        make = [partial(sample, trainer, seed, rows, chain=chain) for chain in (0, 1)]
+        for (n, video), (_, other) in zip(*(best_of(count, one, score, report_at) for one in make), strict=True):
+            found.setdefault(n, []).append(judge(video, other, [prompts[i] for i in rows], trainer, conditions))
+    return [
+        {"arm": BEST_OF if n == count else f"best-of-{n}", "settings": {"n": n}, "steps": 0}
+        | {"queries": n * len(prompts), "device_seconds": n * len(prompts) * seconds}
+        | judged({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, conditions)
+        for n, parts in found.items()
+    ]
+
+
+def judge(video: torch.Tensor, other: torch.Tensor, prompts: list[str], trainer, conditions) -> dict[str, torch.Tensor]:
+    """(B,) by name: every judge and measure of the videos; `other` are second ones of the same prompts."""
+    judges = judges_of(conditions)
+    scores = RewardMix(judges, [0.0] * len(judges))(video, prompts, **trainer.batches.info(0))[1]
+    measures = {name: of(video) for name, of in OF_ONE_VIDEO.items()}
+    return scores | measures | {DIVERSITY: distance(video, other)}

@@ -1,0 +1,166 @@
+"""What a device does in a second: of devices that the benchmark ran on, and a measurement for any other.
+
+Few numbers, each from one small computation; `rlhf.time_plan` makes the time of a whole step of them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from rlhf.attention import attention_by, time_kernels
+from rlhf.device import describe, memory_beside, synchronize
+from rlhf.measured import RATES
+from rlhf.parts import small_transformer, trace_transformer
+from rlhf.trace import Operation
+
+REPEATS = 7
+# Rows, inner and outer size of a product; channels, frames, height, width of a convolution; heads, tokens, width of a
+# head; bytes that are copied: of the sizes of ContentV-8B at work, and on a CPU of those of nano.
+LARGE = ((8192, 2432, 9728), (192, 4, 216, 384), (38, 8192, 64), 2**28)
+SMALL = ((2048, 160, 640), (32, 8, 64, 64), (4, 512, 40), 2**24)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """flops: FLOP/s by kind of `rlhf.trace.Operation` and format, such as "matrix bfloat16"."""
+
+    device: str
+    flops: dict[str, float]
+    bytes: float  # read and written in a second by a large addition
+    call_seconds: float  # of one small operator, called from Python
+    autograd_seconds: float  # and from autograd's engine
+    link: float | None  # bytes a second between host and device; None where they are one
+    beside: int = 0  # bytes of the device that a process takes besides what PyTorch has asked for
+    waits: bool = False  # computation and calls take turns, as on a CPU; otherwise they overlap
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def seconds(self, operation: Operation) -> float:
+        """Of the computation or of the memory's traffic, whichever takes longer."""
+        moving = operation.bytes / self.bytes
+        if not operation.flops:
+            return moving
+        return max(operation.flops / self.speed(operation.kind, operation.dtype), moving)
+
+    def speed(self, kind: str, dtype: str) -> float:
+        """FLOP/s; of a kind of format that was not measured, those of float32 products."""
+        return self.flops.get(f"{kind} {dtype}") or self.flops.get(f"{kind} float32") or self.flops["matrix float32"]
+
+
+def known_rates(name: str) -> Rates | None:
+    """Of a device that bench/planner.py ran on, by its own name."""
+    return Rates(device=name, **RATES[name]) if name in RATES else None
+
+
+def device_rates(device: torch.device) -> tuple[Rates, str]:
+    """The rates of this machine's device, measured if they are not known, and where they are from."""
+    if known := known_rates(describe(device)):
+        return known, "measured by bench/planner.py"
+    return measure_rates(device), "measured now, in a few small computations"
+
+
+def measure_rates(device: torch.device) -> Rates:
+    """A second or two on an accelerator, as much on a CPU."""
+    sizes = SMALL if device.type == "cpu" else LARGE
+    flops = {}
+    for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16):
+        flops |= _products(device, dtype, sizes[0]) | _convolutions(device, dtype, sizes[1])
+        flops |= _attention(device, dtype, sizes[2])
+    return Rates(
+        describe(device),
+        flops,
+        _traffic(device, sizes[3]),
+        *_calls(device),
+        _link(device, sizes[3]),
+        memory_beside(device),
+        device.type == "cpu",
+    )
+
+
+def _products(device, dtype, size) -> dict[str, float]:
+    M, K, N = size
+    x, y = torch.randn(M, K, device=device, dtype=dtype), torch.randn(K, N, device=device, dtype=dtype)
+    return {f"matrix {_name(dtype)}": 2 * M * K * N / _least(lambda: x @ y, device)}
+
+
+def _convolutions(device, dtype, size) -> dict[str, float]:
+    """Of 3x3x3, as in the decoder: forward, and back to the input."""
+    channels, *space = size
+    x = torch.randn(1, channels, *space, device=device, dtype=dtype)
+    weight = torch.randn(channels, channels, 3, 3, 3, device=device, dtype=dtype)
+    flops = 2 * 27 * channels * x.numel()
+    forward = _least(lambda: F.conv3d(x, weight, padding=1), device)
+    backward = _least(lambda: torch.nn.grad.conv3d_input(x.shape, weight, x, padding=1), device)
+    return {f"conv {_name(dtype)}": flops / forward, f"conv backward {_name(dtype)}": flops / backward}
+
+
+def _attention(device, dtype, size) -> dict[str, float]:
+    """By the fastest kernel; the backward pass is what is left of both."""
+    H, N, W = size
+    kernels = {} if device.type == "cpu" else time_kernels(device, dtype, H, W, N)
+    attention = attention_by(next(iter(kernels), None))
+    query, key, value = (torch.randn(1, H, N, W, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    gradient = torch.randn_like(query)
+    with torch.no_grad():
+        forward = _least(lambda: attention(query, key, value), device)
+    both = _least(lambda: attention(query, key, value).backward(gradient), device)
+    products = 2 * H * N * N * W
+    back = max(both - forward, forward)
+    return {
+        f"attention {_name(dtype)}": 2 * products / forward,
+        f"attention backward {_name(dtype)}": 5 * products / back,
+    }
+
+
+def _traffic(device, size: int) -> float:
+    """Bytes a second of an addition that reads two tensors and writes one."""
+    x, y = (torch.zeros(size // 4, device=device) for _ in range(2))
+    return 3 * size / _least(lambda: x + y, device)
+
+
+def _calls(device) -> tuple[float, float]:
+    """Seconds of an operator of a transformer that is too small to matter, from Python and from autograd's engine."""
+    traced = trace_transformer(small_transformer("meta"), (1, 16, 1, 4, 4), 4)
+    model, run = small_transformer(device), {}
+    inputs = (torch.zeros(1, 16, 1, 4, 4, device=device), torch.zeros(1, 4, 32, device=device))
+    inputs += (torch.zeros(1, 32, device=device), torch.zeros(1, device=device))
+
+    def forward():
+        run["v"] = model(*inputs, return_dict=False)[0]
+
+    def back():
+        run["v"].backward(torch.ones_like(run["v"]))
+
+    with torch.no_grad():
+        no_graph = _least(forward, device)
+    backward = _least(back, device, forward)
+    return no_graph / traced.sampling.calls, backward / max(1, traced.backward.calls_of_autograd)
+
+
+def _link(device, size: int) -> float | None:
+    if device.type == "cpu":
+        return None
+    on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(size, dtype=torch.uint8, device=device)
+    return size / _least(lambda: there.copy_(on_host, non_blocking=True), device)
+
+
+def _least(work: Callable, device: torch.device, before: Callable = lambda: None) -> float:
+    """Seconds, after a first call that loads and plans: what another program adds is none of the device's."""
+    seconds = []
+    for _ in range(1 + REPEATS):
+        before()
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

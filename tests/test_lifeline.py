@@ -1,0 +1,110 @@
+"""A lost process is noticed, named, and ends the others."""
+
+import time
+from pathlib import Path
+
+import many_runs
+import pytest
+import torch.distributed as dist
+from conftest import PROMPTS
+from processes import start
+
+from rlhf import lifeline
+from rlhf.lifeline import Lifeline
+
+PATIENCE = 0.4  # a beat every tenth of a second
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Two processes' lifelines, and what they said when they ended theirs."""
+    told = []
+    monkeypatch.setattr(lifeline, "end_with", told.append)
+    store = dist.HashStore()
+    both = [Lifeline(rank, 2, PATIENCE, store) for rank in (0, 1)]
+    yield *both, told
+    for one in both:
+        one.end()
+
+
+def busy(line: Lifeline, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        line.tick()
+        time.sleep(0.02)
+
+
+def test_who_waits_for_a_busy_one_waits_on(pair):
+    first, second, told = pair
+    with first.waiting():
+        busy(second, 3 * PATIENCE + 1.5)
+    assert told == []
+
+
+def test_one_that_is_gone_is_named(pair):
+    first, second, told = pair
+    second.end()  # its thread beats no more, as after a kill
+    with first.waiting():
+        time.sleep(PATIENCE + 2)
+    assert told
+    assert "Process 0 ends after" in told[0]
+    assert "No sign of life from process 1 (pid" in told[0]
+
+
+def test_one_that_is_stuck_is_named_by_the_others_and_by_itself(pair):
+    first, second, told = pair
+    with first.waiting():
+        time.sleep(PATIENCE + 2)
+    starts = {text.split(" ends")[0] for text in told}
+    assert starts == {"Process 0", "Process 1"}
+    assert all("Nothing has gone on in process 1 (pid" in text for text in told)
+
+
+def test_of_those_in_one_exchange_the_one_behind_is_named(pair):
+    """Within the transformer nobody is known to wait; who has made fewer calls is to blame."""
+    first, second, told = pair
+    first.tick()
+    time.sleep(PATIENCE + 2)
+    assert told
+    assert all("Nothing has gone on in process 1 (pid" in text for text in told)
+
+
+def test_after_the_end_nothing_is_watched(pair):
+    first, second, told = pair
+    first.end()
+    second.end()
+    time.sleep(PATIENCE + 1.5)
+    assert told == []
+
+
+def test_one_process_has_no_one_to_lose():
+    alone = Lifeline(0, 1, PATIENCE)
+    with alone.waiting():
+        assert alone.lost() is None
+
+
+# ------------------------------------------------------------------------------------------- real processes
+
+
+def test_a_killed_worker_ends_the_other_which_says_who(tmp_path):
+    own = {"max_steps": 1000, "per_device_train_batch_size": 1, "ddp_timeout": 6, "save_steps": 1}
+    first, second = start(many_runs.train, tmp_path / "run", own)
+    wait_for(tmp_path / "run" / "metrics.jsonl", first)
+    second.process.kill()
+    told = first.finish(codes=(1,), timeout=60)
+    assert f"A process was lost. No sign of life from process 1 (pid {second.process.pid} on" in told
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*")), "the last good state is kept"
+
+
+def test_a_hung_worker_ends_all_which_say_who(tmp_path):
+    own = {"reward": "stuck", "prompts": PROMPTS, "per_device_train_batch_size": 1, "ddp_timeout": 6}
+    both = start(many_runs.train, tmp_path / "run", own)
+    for one in both:
+        told = one.finish(codes=(lifeline.EXIT_LOST,), timeout=90)
+        assert "without progress. Nothing has gone on in process 1" in told
+
+
+def wait_for(path: Path, running) -> None:
+    while not path.exists() or not path.read_text():
+        assert running.process.is_alive(), running.output.read_text()
+        time.sleep(0.05)

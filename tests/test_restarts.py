@@ -1,0 +1,109 @@
+"""Runs that go on by themselves, and on another number of processes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import many_runs
+import pytest
+import torch
+from conftest import PROMPTS, redness
+from processes import FOLDER, free_port, together
+from tiny import tiny_pipeline
+
+from rlhf.checks import check_config
+from rlhf.config import ConfigError
+from rlhf.restarts import RESTARTS, going_on
+from rlhf.tracking import read_metrics
+from rlhf.trainer import RewardGradientTrainer
+
+
+def train(args) -> list[int]:
+    """The steps that are in the folder afterwards."""
+    RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
+    return [row["step"] for row in read_metrics(Path(args.output_dir))]
+
+
+def test_a_first_start_does_as_it_is_told(make_args):
+    args = make_args()
+    assert going_on(args) is args
+    assert train(args) == [1, 2, 3]
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(args)
+
+
+def test_auto_starts_goes_on_and_starts_over_where_nothing_was_saved(make_args):
+    args = make_args(resume_from_checkpoint="auto", max_steps=2)
+    assert train(args) == [1, 2]
+    more = dataclasses.replace(args, max_steps=3)
+    assert going_on(more).resume_from_checkpoint == "latest"
+    before = (Path(args.output_dir) / "checkpoints" / "step-2" / "state.json").stat().st_mtime_ns
+    assert train(more) == [1, 2, 3]
+    assert (Path(args.output_dir) / "checkpoints" / "step-2" / "state.json").stat().st_mtime_ns == before
+    for path in (Path(args.output_dir) / "checkpoints").glob("step-*/manifest.json"):
+        path.unlink()
+    assert going_on(more).overwrite_output_dir
+    assert train(dataclasses.replace(args, max_steps=1)) == [1]
+
+
+@pytest.mark.parametrize("told", [{}, {"overwrite_output_dir": True}])
+def test_a_restarted_process_goes_on_whatever_it_was_told(make_args, monkeypatch, told):
+    args = make_args(max_steps=2, **told)
+    train(args)
+    monkeypatch.setenv(RESTARTS, "1")
+    again = check_config(dataclasses.replace(args, max_steps=3), tiny_pipeline(), [redness], PROMPTS)
+    assert (again.resume_from_checkpoint, again.overwrite_output_dir) == ("latest", False)
+    assert going_on(again) == again, "looking twice changes nothing"
+
+
+def test_a_restarted_process_keeps_a_checkpoint_of_another_folder(make_args, monkeypatch, tmp_path):
+    first = make_args(max_steps=1)
+    train(first)
+    monkeypatch.setenv(RESTARTS, "1")
+    path = str(Path(first.output_dir) / "checkpoints" / "step-1")
+    args = make_args(output_dir=str(tmp_path / "other"), resume_from_checkpoint=path)
+    assert going_on(args) is args
+
+
+def test_samples_are_counted_on_when_a_step_has_more_of_them(make_args):
+    """Each prompt of an epoch comes once, also where the batch is another after a resume."""
+    args = make_args(max_steps=2, per_device_train_batch_size=1)
+    train(args)
+    more = dataclasses.replace(args, max_steps=3, per_device_train_batch_size=4, resume_from_checkpoint="latest")
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, more, PROMPTS)
+    trainer.train()
+    prompts = [trainer.batches.prompts_at(i, 1)[0] for i in range(2)] + trainer.batches.batch(2, 0).prompts
+    assert sorted(prompts) == sorted(PROMPTS)
+    assert [row["samples"] for row in read_metrics(Path(args.output_dir))] == [1, 2, 6]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """One process for two steps, two for two, one for the last: as one for all of them."""
+    whole = many_runs.run(tmp_path / "whole", {"per_device_train_batch_size": 2})
+    one, two = {"per_device_train_batch_size": 2}, {"per_device_train_batch_size": 1, "resume_from_checkpoint": "auto"}
+    many_runs.run(tmp_path / "run", one | {"max_steps": 2})
+    together(many_runs.runs, tmp_path, {"run": two | {"max_steps": 4}}, processes=2)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-4" / "state.json").read_text())
+    assert (state["processes"], state["samples"]) == (2, 8)
+    parts = many_runs.run(tmp_path / "run", one | {"resume_from_checkpoint": "latest"})
+    torch.testing.assert_close(parts["weights"], whole["weights"], rtol=0, atol=1e-6)
+    columns = [[row["reward"] for row in read_metrics(tmp_path / name)] for name in ("run", "whole")]
+    assert columns[0] == pytest.approx(columns[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_which_goes_on_by_itself(tmp_path):
+    own = {"per_device_train_batch_size": 1, "save_steps": 1}
+    flags = ["--nproc_per_node=2", "--max_restarts=1", f"--master_port={free_port()}"]
+    arguments = [str(FOLDER / "restarted.py"), str(tmp_path), json.dumps(own | {"reward": "killing"})]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    whole = many_runs.run(tmp_path / "whole", own | {"per_device_train_batch_size": 2})
+    found = torch.load(tmp_path / "run-0.pt", weights_only=False)
+    assert len(found["gradients"]) == 3, "only the last three of five steps were taken by the second start"
+    torch.testing.assert_close(found["weights"], whole["weights"], rtol=0, atol=1e-6)
