@@ -8,6 +8,7 @@ import torch
 from rlhf.attention import Attention, attention_by, faster_without_gradient, time_kernels
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.projections import StackedProjections
+from rlhf.device import is_plugged_in
 from rlhf.exchange import Group
 from rlhf.host_memory import HostMemory
 from rlhf.quantise import quantise_base
@@ -63,7 +64,8 @@ def set_up_blocks(
     if speed.attention_kernel == "auto" and (found := choose_forward(transformer, kernel, device)):
         without_gradient, line = found
         chosen["attention_kernel"] += f"; {line}"
-    as_they_are = speed.stream_weights or speed.shard_base or speed.base_bits  # weights that move, or are no matrices
+    # Weights that move, are no plain matrices, or may be in a plug-in's own layout.
+    as_they_are = speed.stream_weights or speed.shard_base or speed.base_bits or is_plugged_in(device)
     runner = BlockRunner(
         attention=attention_by(kernel),
         attention_without_gradient=without_gradient,

@@ -87,7 +87,9 @@ def test_gradients_and_what_computes_them_are_left_alone(monkeypatch):
         model.run_block.recompute = recompute
         found = gradients(model, inputs)
         assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], grad) for name, grad in expected.items()) or recompute != "nothing"
+        for name, grad in expected.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-12)
+            assert torch.equal(found[name], grad) or recompute != "nothing", name
 
 
 def test_nothing_is_stored_twice_and_names_and_numbers_stay(tmp_path):
@@ -96,8 +98,9 @@ def test_nothing_is_stored_twice_and_names_and_numbers_stay(tmp_path):
     assert list(own) == list(expected)
     assert all(torch.equal(own[name], t) for name, t in expected.items())
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    paddings = 4 * 33 * (2 * 3 + 2 * 3 + 6 * 2 + 6 * 2)  # up to a multiple of 8 rows; bias rows of the adapters
-    assert sum(storages.values()) <= sum(4 * p.numel() for p in plain.parameters()) + paddings * 3
+    in_and_out = 2 * 32 + 8, 6 * 32 + 8  # rows of 32 up to a multiple of 8 rows, and biases beside A
+    padding = 3 * 2 * in_and_out[0] + (3 + 2) * in_and_out[1]
+    assert sum(storages.values()) == 4 * (sum(p.numel() for p in plain.parameters()) + padding)
     for each, name in ((model, "stacked"), (plain, "plain")):
         each.save_pretrained(tmp_path / name)
     files = [next((tmp_path / name).glob("*.safetensors")) for name in ("stacked", "plain")]
