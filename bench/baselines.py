@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.batches import Batch, Batches
-from rlhf.contentv.pipeline import euler_step
+from rlhf.contentv.flow import euler_step
 from rlhf.device import generator
 from rlhf.optimizer import clip_gradient, learning_rate
 from rlhf.sampler import Velocity
@@ -140,7 +140,7 @@ class GroupedBatches(Batches):
     """Batches in which each prompt stands `group_size` times in a row, every time with noise of its own."""
 
     def __init__(self, of: Batches, group_size: int):
-        super().__init__(of.args, of.accelerator, of.prompts, of.noise_shape, of.fps)
+        super().__init__(of.args, of.layout, of.prompts, of.noise_shape, of.fps)
         self.group_size, self.prompts_per_step = group_size, self.size // group_size
 
     def batch(self, step: int, micro: int) -> Batch:

@@ -42,10 +42,11 @@ def rates_module(result: dict) -> str:
 
 
 def _number(value) -> str:
-    """Four digits of numbers, and of those in a dict."""
+    """Four digits of numbers, and of those in a dict, one a line."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f'"{key}": {_number(number)}' for key, number in value.items()) + "}"
-    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value).replace("null", "None")
+        lines = (f'            "{key}": {_number(number)},' for key, number in value.items())
+        return "\n".join(["{", *lines, "        }"])
+    return f"{value:.4g}".replace("e+", "e") if isinstance(value, float) else repr(value)
 
 
 MODULES = {

@@ -29,13 +29,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from environment import environment
+from planner_arms import CAPS_GIB, FULL, NANO, STEPS, TWICE_BELOW, settings_of
 from step import PROMPT, limit_memory, write
-from step_arms import EXACT, ROOMY, SIZES, SMALL, Rig, make_reward
+from step_arms import SIZES, Rig, make_reward
 
 from rlhf.checks import model_card, with_sampling
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import CONTENTV_8B
-from rlhf.contentv.pipeline import euler_step
+from rlhf.contentv.flow import euler_step
 from rlhf.device import memory_beside, peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.fields import Fields
 from rlhf.optimizer import clip_gradient
@@ -45,32 +46,7 @@ from rlhf.trainer import RewardGradientTrainer
 from rlhf.types import Conditioning
 
 RESULT = Path(__file__).parent / "results" / "planner.json"
-GIB, INFO, STEPS = 2**30, {"fps": 24, "seed": 0, "step": 0}, 25
-LOW = {"gradient_checkpointing": True, "decode_chunk": 1, "decode_checkpoint": True}
-NANO = {
-    "nano, batch 16": {},
-    "nano, batch 4": {"per_device_train_batch_size": 4},
-    "nano, batch 64": {"per_device_train_batch_size": 64},
-    "nano, batch 16, K = 1": {"num_grad_steps": 1},
-    "nano, batch 16, blocks and chunks recomputed": LOW,
-    "nano, batch 64, step by step": {"per_device_train_batch_size": 64, "stepwise_backward": True},
-    "nano, batch 16, 33 frames": {"num_frames": 33},
-    "nano, batch 16, no guidance": {"guidance_scale": 1.0},
-}
-# Frames of the video, leading frames that are scored, settings.
-FULL = {
-    "8B, 9 frames, K = 2, first frame": (9, 1, ROOMY | {"num_grad_steps": 2}),
-    "8B, 17 frames, blocks recomputed": (17, 17, ROOMY | {"gradient_checkpointing": True}),
-    "8B, 17 frames, no guidance": (17, 1, ROOMY | {"guidance_scale": 1.0}),
-    "8B, 33 frames, exact": (33, 33, EXACT),
-    "8B, 33 frames, text branch only": (33, 33, EXACT | {"guidance_gradient": "text", "keep_attention": False}),
-    "8B, 33 frames, 5 in a window": (33, 33, ROOMY | LOW | {"decode_window": 5, "decode_checkpoint": False}),
-    "8B, 33 frames, 24 GiB": (33, 33, SMALL),
-    "8B, 61 frames, exact, VAE in float32": (61, 61, EXACT | {"vae_dtype": "float32"}),
-    "8B, 125 frames, exact": (125, 125, EXACT),
-}
-CAPS_GIB = {"8B, 33 frames, 24 GiB": 24}
-TWICE_BELOW = 61  # frames: longer videos are measured once, on kernels that shorter ones have loaded
+GIB, INFO = 2**30, {"fps": 24, "seed": 0, "step": 0}
 
 
 @dataclasses.dataclass
@@ -152,30 +128,6 @@ def reserved(device: torch.device) -> dict:
 # ------------------------------------------------------------------------------------------------------ the arms
 
 
-def settings_of(arm: str, size: str) -> dict:
-    """The arm's settings, all that bear on memory and time."""
-    if arm in NANO:
-        settings = {"num_grad_steps": 4, "per_device_train_batch_size": 16, "eval_prompts": "none"} | NANO[arm]
-        if size == "tiny":
-            settings |= {"height": 16, "width": 16}
-            settings["per_device_train_batch_size"] = min(2, settings["per_device_train_batch_size"])
-        return settings
-    frames, scored, changes = FULL[arm]
-    of_reward = {"frames": "first" if scored == 1 else "all", "num_frames": 8}
-    return {
-        "height": SIZES[size].height,
-        "width": SIZES[size].width,
-        "max_sequence_length": 256,
-        "num_frames": frames,
-        "num_inference_steps": STEPS,
-        "guidance_scale": 6.0,
-        "lora_rank": 32,
-        "reward_funcs": ["hps_v2_1"],
-        "reward_kwargs": {"hps_v2_1": of_reward},
-        "eval_prompts": None,
-    } | changes
-
-
 def measure_nano(arm: str, size: str, device: torch.device) -> dict:
     """In the real trainer: whole steps, then one phase by phase."""
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +161,7 @@ def measure_full(arm: str, size: str, device: torch.device, reward: Callable) ->
     grid = rig.shape[2], rig.shape[3] // 2, rig.shape[4] // 2
     like = torch.empty(0, rig.transformer.inner_dim, device=device, dtype=SIZES[size].dtype)
     rig.transformer.pos_embed.position_table(grid, like)  # takes a second on the CPU, once
-    score = lambda video: reward(video, [PROMPT], **INFO)
+    score = lambda video: reward(video, PROMPT, **INFO)
     parts = rig.args, rig.fields, rig.decode, score, rig.masters, rig.optimizer, rig.sigmas, rig.cond
     step = Step(*parts, rig.noise("x"), device)
     for _ in range(2 if frames < TWICE_BELOW else 1):  # the first time loads kernels

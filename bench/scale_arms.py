@@ -1,4 +1,4 @@
-"""What bench/scale.py measures: layouts, as settings of a run, and a model with random weights that takes any of them."""
+"""What bench/scale.py measures: layouts, as settings of a run, and a model with random weights in any of them."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -43,17 +43,18 @@ class Bench:
     """A model on all devices, whose layout can be changed."""
 
     def __init__(self, size: Size, frames: int, steps: int, scored: int, accelerator, settings: dict):
-        self.accelerator, self.scored = accelerator, scored
-        self.device = accelerator.device
+        self.accelerator, self.device, self.layouts = accelerator, accelerator.device, {}
         layout = Layout(RewardGradientConfig(**settings), accelerator)
         self.rig = Rig("scale", size, frames, steps, scored, self.device, layout, SETTINGS | settings)
         self.use({} if "shard_base" not in settings else settings)
 
     def use(self, settings: dict, alone: bool = False) -> None:
         """Run over the devices as these settings say, or on this one alone."""
-        rig = self.rig
+        rig, name = self.rig, f"{settings} {alone}"
         rig.args = replace(rig.args, **{"guidance_parallel": 1, "sequence_parallel": 1} | settings)
-        self.layout = Layout(rig.args, one_process(self.device) if alone else self.accelerator)
+        if name not in self.layouts:  # each has communicators, which take memory and time
+            self.layouts[name] = Layout(rig.args, one_process(self.device) if alone else self.accelerator)
+        self.layout = self.layouts[name]
         rig.transformer.sequence_group = self.layout.sequence_group
         rig.fields = Fields(rig.transformer, rig.masters, rig.args, self.layout)
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which 
 from environment import environment
 from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
 
-from rlhf.contentv.pipeline import euler_step
+from rlhf.contentv.flow import euler_step
 from rlhf.contentv.wan_decoder import saturated_share, unnormalise
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
 from rlhf.methods import gradient_samples, make_plan

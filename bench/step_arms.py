@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.models.normalization import RMSNorm
 
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.pipeline import flow_sigmas
+from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.transformer import QueryKeyNorm, SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise, use_channels_last
 from rlhf.decoding import Decoder

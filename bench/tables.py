@@ -200,6 +200,28 @@ def compile_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def planner_table(result: dict) -> str:
+    """A row for each setting: measured, predicted and how far off; then the worst of both."""
+    lines = [_made_on(result), "", "| setting | GiB measured | predicted | | seconds a step measured | predicted | |"]
+    lines += ["|---" * 7 + "|"]
+    rows = [row for row in result["rows"] if "predicted" in row]
+    for row in rows:
+        cells = (f"{_planned(row, key, form)}" for key, form in (("peak_gib", ".2f"), ("seconds", ".2f")))
+        lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
+    for key, name in (("peak_gib", "memory"), ("seconds", "time")):
+        off = [100 * abs(row[f"{key}_ratio"] - 1) for row in rows if f"{key}_ratio" in row]
+        told = f"{max(off):.0f} % off at most, {statistics.mean(off):.0f} % on average" if off else "not measured"
+        lines += ["", f"Of {name}, {len(off)} settings: {told}."]
+    return "\n".join(lines) + "\n"
+
+
+def _planned(row: dict, key: str, form: str) -> str:
+    both = [row[part][key] for part in ("measured", "predicted")]
+    cells = ["-" if value is None else format(value, form) for value in both]
+    ratio = row.get(f"{key}_ratio")
+    return " | ".join([*cells, "-" if ratio is None else f"{100 * (ratio - 1):+.0f} %"])
+
+
 SCALE_PHASES = {  # of bench/scale.py: column by phase
     "sampling": "sampling step, s",
     "segment": "step with gradient, s",
@@ -246,6 +268,7 @@ def equality_table(result: dict) -> str:
 
 
 TABLES = {
+    "planner.json": planner_table,
     "rewards.json": rewards_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,

@@ -40,9 +40,14 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
     return _bind(spec, target, kwargs)
 
 
-def check_spec(spec: str, base_dir: str | Path | None = None) -> None:
-    """Raise RewardError if `spec` can't name a reward: within milliseconds, running and loading nothing of it."""
+def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | None = None) -> None:
+    """Raise RewardError if `spec` can't name a reward: within milliseconds, running and loading nothing of it.
+
+    kwargs: the arguments it will get, if they are to be looked at: where a user has to bring the weights, they say it.
+    """
     if spec in CATALOGUE:
+        if kwargs is not None:
+            _check_own_path(spec, kwargs)
         return
     if ":" not in spec:
         if _entry_point(spec) is None:

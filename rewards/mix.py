@@ -45,7 +45,7 @@ class RewardMix:
         self.statistics = {name: _stated(reward) for name, reward in self.rewards.items()}
         self.frames = _most_frames(self.rewards.values())
 
-    def to(self, device) -> "RewardMix":
+    def to(self, device: torch.device | str) -> "RewardMix":
         """Move those rewards that are modules; others follow the device of the video."""
         for reward in self.rewards.values():
             if isinstance(reward, torch.nn.Module):

@@ -30,6 +30,7 @@ class Stepwise:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The transformer's number format."""
         return self.transformer.dtype
 
     def __call__(self, hidden_states: torch.Tensor, *conditions: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor]:

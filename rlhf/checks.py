@@ -1,14 +1,14 @@
 """What can be wrong between settings, found all at once and before any weight is loaded."""
 
 import dataclasses
-import difflib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from rewards import check_spec, load_reward, probe, reward_name
+from rewards import load_reward, probe
 from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
 from rlhf.contentv.files import model_config
 from rlhf.device import local_device, pick_device
@@ -16,8 +16,12 @@ from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, method_problems
 from rlhf.parallel_checks import parallel_problems
 from rlhf.prompts import load_prompts
 from rlhf.restarts import going_on, resume_problems
+from rlhf.reward_checks import reward_problems, short_name, told_by
 from rlhf.run_folder import run_in
 from rlhf.speed_checks import speed_problems
+
+if TYPE_CHECKING:  # not for a look at settings: it takes seconds
+    from rlhf.contentv.pipeline import ContentVPipeline
 
 AT_LEAST_ONE = (
     "num_inference_steps",
@@ -69,7 +73,7 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 
 def check_config(
     args: RewardGradientConfig,
-    pipe=None,
+    pipe: "ContentVPipeline | None" = None,
     rewards: list[str | Callable] | None = None,
     train_prompts: list[str] | None = None,
     eval_prompts: list[str] | None = None,
@@ -79,11 +83,11 @@ def check_config(
     What was handed over as an object instead of named in args - a pipeline, rewards, prompts - is taken as it is.
     """
     args = going_on(args)
-    problems = [*_out_of_range(args), *_run_folder(args), *_reward_settings(args, rewards), *_trackers(args)]
+    problems = [*_out_of_range(args), *_run_folder(args), *reward_problems(args, rewards), *_trackers(args)]
     problems += [*_device(args), *_guards(args, eval_prompts)]
     for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):
         if given is None and name is not None:
-            problems += _told_by(load_prompts, name, args.base_dir, 1)
+            problems += told_by(load_prompts, name, args.base_dir, 1)
     try:
         card = model_card(args.model, pipe)
     except ValueError as error:
@@ -101,7 +105,7 @@ def open_rewards(
     rewards: list[str | Callable] | None = None,
     prompts: list[str] | None = None,
     device: torch.device | None = None,
-    pipe=None,
+    pipe: "ContentVPipeline | None" = None,
 ) -> dict[str, Callable]:
     """The rewards, then the judges, by short name: frozen, on the device, those that train probed with three prompts.
 
@@ -119,9 +123,10 @@ def open_rewards(
 
 
 def model_card(model: str, pipe=None) -> dict[str, dict]:
-    """The sizes of a model by part, "transformer", "vae" and "sampling", without its weights. ValueError if absent."""
+    """The sizes of a model by part, as `model_config` has them, without its weights. ValueError if absent."""
     if pipe is not None:
         parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
+        parts["tokenizer"] = {"model_max_length": pipe.tokenizer_max_length}
         return parts | {"sampling": vars(pipe.sampling)}
     return model_config(model)
 
@@ -146,27 +151,11 @@ def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> 
     return loaded
 
 
-def short_name(reward: str | Callable) -> str:
-    """How a reward is called in metrics: a built-in's name, else the class or function."""
-    return reward.rsplit(":", 1)[-1] if isinstance(reward, str) else reward_name(reward)
-
-
-def _told_by(check: Callable, *arguments) -> list[str]:
-    """The problems that a check raises, [] for none."""
-    try:
-        check(*arguments)
-    except ConfigError as error:
-        return error.problems
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
 def _device(args):
     if args.device is not None and ":" in args.device:
         kind = args.device.split(":")[0]
         return [f"device: got {args.device!r}, expected a kind; use {kind} and hide the other devices from the process"]
-    return _told_by(pick_device, args.device)
+    return told_by(pick_device, args.device)
 
 
 def _out_of_range(args):
@@ -227,45 +216,6 @@ def _run_folder(args):
             f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, "
             "go on with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
-
-
-def _reward_settings(args, rewards):
-    trained = args.reward_funcs if rewards is None else rewards
-    names = [short_name(reward) for reward in [*trained, *args.eval_reward_funcs]]
-    for spec in [*trained, *args.eval_reward_funcs]:
-        if isinstance(spec, str):
-            yield from _told_by(check_spec, spec, args.base_dir)
-    if not trained:
-        yield "reward_funcs: got none, expected at least one reward; name one"
-    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
-        yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; leave one out"
-    weights = args.reward_weights
-    if weights is not None and len(weights) != len(trained):
-        yield f"reward_weights: got {len(weights)}, expected {len(trained)}, one for each of reward_funcs; correct them"
-    elif weights is not None and not any(weights):
-        yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
-    yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
-    yield from _reward_mixing(args, [short_name(reward) for reward in trained])
-
-
-def _reward_mixing(args, trained: list[str]):
-    caps, targets = args.reward_caps or {}, args.reward_targets or {}
-    yield from _unknown_rewards("reward_caps", caps, trained)
-    yield from _unknown_rewards("reward_targets", targets, trained)
-    for name in caps.keys() & targets.keys():
-        yield f"reward_caps and reward_targets: got {name!r} in both, expected one of them; leave one out"
-    if args.calibrate_rewards == 1:
-        yield "calibrate_rewards: got 1, expected 0 or at least 2, since one video has no spread; raise it"
-    if args.calibrate_rewards and not args.normalise_rewards:
-        yield "calibrate_rewards: got no normalise_rewards, which uses what is measured; set it, or calibrate none"
-
-
-def _unknown_rewards(key: str, given: dict | None, names: list[str]):
-    for name in given or {}:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the rewards are {', '.join(names)}"
-            yield f"{key}: got {name!r}, expected a reward of this run; {hint}"
 
 
 def _trackers(args):

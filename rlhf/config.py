@@ -152,7 +152,7 @@ class RewardGradientConfig:
     )
     guidance_together: bool = _key(False, "Run both branches of guidance as one batch: faster where a video is small.")
     attention_kernel: str = _key(
-        "auto", "auto: on an accelerator the fastest, by trying; default: PyTorch's choice; cudnn, flash or efficient."
+        "auto", "auto: on a CUDA device the fastest, by trying; default: PyTorch's choice; cudnn, flash or efficient."
     )
     compile_blocks: bool = _key(False, "Compile the parts of a block with torch.compile, once for all blocks.")
     offload_activations: bool = _key(False, "With gradient_checkpointing: keep what blocks keep in host memory.")

@@ -79,6 +79,11 @@ def _why_no_npu(error: Exception) -> str:
     return f"torch_npu {found} does not load ({error}); source CANN's set_env.sh in this shell"
 
 
+def has_attention_kernels(device: torch.device) -> bool:
+    """Whether PyTorch lets one choose the kernel of attention there; elsewhere there is one, or the plug-in's own."""
+    return device.type == "cuda"
+
+
 def is_plugged_in(device: torch.device) -> bool:
     """Whether PyTorch knows the device by a plug-in, which brings kernels of its own."""
     return device.type == "npu"

@@ -33,15 +33,18 @@ class Evaluation:
     videos_NCTHW: torch.Tensor  # uint8, of the leading prompts; empty on all but the main process
 
     def means(self) -> dict[str, float]:
+        """The mean over prompts of every judge and measure that has a score."""
         return {name: scores.mean().item() for name, scores in self.scores.items() if len(scores)}
 
     def save(self, path: Path) -> None:
+        """Write it as one safetensors file; the prompts are in its metadata."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
         save_file(tensors | {"videos": self.videos_NCTHW}, path, metadata={"prompts": json.dumps(self.prompts)})
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
+        """Read what `save` wrote."""
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             prompts = json.loads(file.metadata()["prompts"])

@@ -4,6 +4,7 @@ import functools
 import math
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,14 +32,16 @@ class Skips:
 
 
 def naming_lost_processes(method: Callable) -> Callable:
-    """A method of an object with an `accelerator`; where a collective of it fails, it says which process was lost."""
+    """A method of an object with an `accelerator`, watched: where a process is lost, the others end and say which."""
 
     @functools.wraps(method)
     def named(self, *args, **kwargs):
+        lifeline = self.accelerator.lifeline
         try:
-            return method(self, *args, **kwargs)
+            with lifeline.watched():
+                return method(self, *args, **kwargs)
         except RuntimeError as error:
-            lost = self.accelerator.lifeline.lost() if _of_collective(error) else None
+            lost = lifeline.lost() if _of_collective(error) else None
             if lost is None:
                 raise
             raise TrainingError(f"A process was lost. {lost} ({str(error).splitlines()[0]})") from error
@@ -92,3 +95,27 @@ def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[
         (grad,) = torch.autograd.grad(scores_B.sum(), pixels)
         broken[name] = not bool(torch.isfinite(grad).all())
     return broken
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of accelerators, of the CPU
+MEMORY_CURES = {  # folder or file in which memory ended: what to change there, in this order
+    "rewards": "fewer num_frames, a smaller chunk or dtype bfloat16 in reward_kwargs",
+    "wan_decoder.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
+    "frozen.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
+    "evaluate.py": "per_device_eval_batch_size 1 and decode_chunk 1",
+    "loading.py": "stream_weights, or base_bits 8",
+    "": "gradient_checkpointing, stepwise_backward, decode_chunk 1 with decode_checkpoint, smaller batches or videos",
+}
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What to tell of an error that says that memory ended, by where it did; None for any other error."""
+    if not any(words in str(error) for words in OUT_OF_MEMORY):
+        return None
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    parts = {part for file in files for part in (file.name, file.parent.name)}
+    cure = next(cure for place, cure in MEMORY_CURES.items() if place in parts or not place)
+    ours = [file for file in files if {"rlhf", "rewards"} & set(file.parts)]
+    where = f" in {ours[-1].parent.name}/{ours[-1].name}" if ours else ""
+    got = " ".join(str(error).split())[:200]
+    return f"Out of memory{where}: {got}. Try, in this order: {cure}. docs/troubleshooting.md has more."

@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from rlhf.contentv.pipeline import guided_velocity
+from rlhf.contentv.flow import guided_velocity
 from rlhf.exchange import Group, entering, gathered
 from rlhf.sampler import Velocity
 from rlhf.types import Conditioning

@@ -89,7 +89,7 @@ class Layout:
         """Take each of its calls as a sign that this process goes on."""
         if self.accelerator.num_processes > 1:
             tick = self.accelerator.lifeline.tick
-            transformer.register_forward_pre_hook(lambda *_: tick())  # a function: copies of the model share it
+            transformer.register_forward_pre_hook(lambda *_: tick())  # a function, so that copies of the model share it
 
     def require_same(self, **things) -> None:
         """Raise ConfigError, on every process, where one of them has another thing of that name."""

@@ -24,8 +24,9 @@ class Lifeline:
     """Of one process; `tick()` says that it goes on, `waiting()` surrounds what depends on the others.
 
     Args:
-        patience: seconds without a tick after which the others are looked at; then, if one of them is lost or this
-            process is stuck itself, the process ends with status 1 and a message. While all others go on, it waits.
+        patience: within `watched()`, seconds without a tick after which the others are looked at; then, if one of them
+            is lost or this process is stuck itself, it ends with status 1 and a message. While all others go on, it
+            waits.
         store: None for a process without others, for which nothing is done.
     """
 
@@ -33,7 +34,7 @@ class Lifeline:
         self.rank, self.processes, self.patience = rank, processes, patience
         self.interval = min(SLOWEST_BEAT, patience / 4)
         self.ticks, self.ticked, self.waits, self.beats = 0, time.monotonic(), 0, 0
-        self.store, self.ended = store, threading.Event()
+        self.store, self.ended, self.is_watched = store, threading.Event(), False
         if store is not None:
             self._beat()
             threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
@@ -53,20 +54,33 @@ class Lifeline:
             self.waits -= 1
             self.tick()
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, this process ticks as long as it goes on; what it does elsewhere may take any time."""
+        self.tick()
+        self.is_watched = True
+        try:
+            yield
+        finally:
+            self.is_watched = False
+
     def end(self) -> None:
-        """No longer watch: the run is over."""
+        """Give no more signs of life: the run is over."""
         self.ended.set()
 
     def lost(self) -> str | None:
-        """Which processes are lost, in a sentence; None if all of them go on. Takes two beats."""
+        """Which processes are lost, in a sentence; None if all of them go on. Takes three beats."""
         if self.store is None:
             return None
         try:
             before = self._words()
-            time.sleep(2 * self.interval + 1)
+            for _ in range(3):  # the others may be looking for lost ones just now, too
+                time.sleep(self.interval)
+                self._beat()
             now = self._words()
         except RuntimeError:  # the store's own process, the first one where no launcher keeps it
-            return "The process that keeps the list of all, 0 unless a launcher does, is gone."
+            stuck = f"Nothing has gone on in process {self.rank}, and the" if self._is_stuck() else "The"
+            return f"{stuck} process that keeps the list of all, 0 unless a launcher does, is gone."
         gone = [rank for rank in now if rank != self.rank and now[rank] == before[rank]]
         if gone:
             return f"No sign of life from {self._named(gone, now)}: killed, stopped, or cut off."
@@ -78,11 +92,17 @@ class Lifeline:
     def _watch(self) -> None:
         while not self.ended.wait(self.interval):
             self._beat()
-            if self._idle() < self.patience:
+            if not self._is_late():
                 continue
             lost = self.lost()
-            if lost and self._idle() >= self.patience and not self.ended.is_set():
+            if lost and self._is_late():
                 end_with(f"Process {self.rank} ends after {self._idle():.0f} s without progress. {lost}")
+
+    def _is_late(self) -> bool:
+        return self.is_watched and self._idle() >= self.patience
+
+    def _is_stuck(self) -> bool:
+        return self._is_late() and not self.waits
 
     def _idle(self) -> float:
         return time.monotonic() - self.ticked

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -31,7 +32,9 @@ def lora_config(args: RewardGradientConfig) -> LoraConfig:
     )
 
 
-def add_adapter(transformer, config: PeftConfig, seed: int, train_blocks: list[str] | None = None) -> None:
+def add_adapter(
+    transformer: torch.nn.Module, config: PeftConfig, seed: int, train_blocks: list[str] | None = None
+) -> None:
     """Freeze the transformer and add the adapter named "default"; it and the train_blocks are all that is trained.
 
     A is drawn from `seed` on the CPU, the same on every device and process; B is zero, so nothing changes yet.
@@ -125,7 +128,7 @@ class Masters:
 
 
 @contextmanager
-def adapter_off(transformer, masters: Masters) -> Iterator[None]:
+def adapter_off(transformer: torch.nn.Module, masters: Masters) -> Iterator[None]:
     """Inside, the transformer is the base model."""
     whole = {name: p for name, p in zip(masters.names, masters.params, strict=True) if name in masters.base_weights}
     tuned = {name: p.detach().clone() for name, p in whole.items()}
@@ -138,7 +141,7 @@ def adapter_off(transformer, masters: Masters) -> Iterator[None]:
         transformer.enable_adapters()
 
 
-def without_adapter(function: Callable, transformer, masters: Masters) -> Callable:
+def without_adapter(function: Callable, transformer: torch.nn.Module, masters: Masters) -> Callable:
     """The function, called with the transformer as the base model."""
 
     def of_base(*args):
@@ -159,7 +162,7 @@ def _master_dtype(parameter: torch.Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def save_adapter(pipe, masters: Masters, folder: Path) -> None:
+def save_adapter(pipe: DiffusionPipeline, masters: Masters, folder: Path) -> None:
     """Write folder/pytorch_lora_weights.safetensors, float32, in the layout that `pipe.load_lora_weights` reads.
 
     Blocks that were trained whole go beside it, into trained_blocks.safetensors, by the transformer's own names.

@@ -47,9 +47,9 @@ class Rewards:
     unknown: tuple[str, ...] = ()  # whose cost is not in these figures
 
 
-def plan_rewards(parts: Parts) -> Rewards:
+def plan_rewards(parts: Parts, args: RewardGradientConfig) -> Rewards:
     """Of args.reward_funcs on one batch; the weights are those of args.eval_reward_funcs, too."""
-    args, fps = parts.args, parts.card["sampling"].get("fps", 24)
+    fps = parts.card["sampling"]["fps"]
     batch, kwargs = args.per_device_train_batch_size, args.reward_kwargs or {}
     known = {name: kwargs.get(name, {}) for name in args.reward_funcs if name in CATALOGUE}
     total, unknown = args.num_frames, [name for name in args.reward_funcs if name not in CATALOGUE]
@@ -81,7 +81,7 @@ def most_of(part: Part) -> int:
 
 
 def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> MemoryPlan:
-    """args: as those of parts, but for settings about speed and memory."""
+    """args: as those of parts, but for settings about speed and memory; rewards: `plan_rewards` of the same."""
     batch = args.per_device_train_batch_size
     branch = parts.branch(args, batch * together(args))
     decoder = parts.decoder(args, batch, rewards.frames)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.pipeline import euler_step
+from rlhf.contentv.flow import euler_step
 from rlhf.drift import step_weights
 from rlhf.grad_steps import choose_grad_steps, draw_below
 from rlhf.prefix import fewer_steps

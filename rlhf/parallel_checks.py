@@ -11,7 +11,7 @@ def parallel_problems(args: RewardGradientConfig):
         yield f"guidance_parallel: got {args.guidance_parallel}, expected 1 or 2: guidance has two branches; correct it"
     elif args.sequence_parallel < 1:
         yield f"sequence_parallel: got {args.sequence_parallel}, expected at least 1; raise it"
-    else:
+    elif not args.dry_run:  # which is of one process, whatever the run will have
         yield from _fitting(args, processes)
     if args.ddp_timeout < 1:
         yield f"ddp_timeout: got {args.ddp_timeout}, expected at least 1 second; raise it"
@@ -41,5 +41,5 @@ def _sharded(args, processes):
     for name, plain in (("stream_weights", False), ("base_bits", None), ("sampling_weights", "own")):
         if (got := getattr(args, name)) != plain:
             yield f"shard_base: got {name}={got}, expected {plain}: it needs whole weights; leave one out"
-    if processes == 1:
+    if processes == 1 and not args.dry_run:
         yield "shard_base: got one process, expected at least 2 to divide the base over; start more, or stream_weights"

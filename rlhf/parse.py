@@ -7,16 +7,21 @@ import yaml
 
 from rlhf.config import ConfigError, RewardGradientConfig, field_names
 
+CONFIGS = Path(__file__).parent / "configs"  # the shipped ones; in a clone the folder configs/
+
 
 def parse_config(argv: list[str], default_config: str | Path | None = None) -> RewardGradientConfig:
     """Settings from `--config FILE` (default: default_config) and flags; a flag beats the file, the file the default.
 
-    Raises ConfigError naming every misspelt key with its nearest neighbour.
+    FILE may be the name of a shipped one, such as contentv_8b_hps, where there is no file of that name. Raises
+    ConfigError naming every misspelt key with its nearest neighbour.
     """
     argv = _split_equals(argv)
     if "--config" not in argv and default_config is not None:
         argv = ["--config", str(default_config), *argv]
     path = _config_path(argv)
+    if path is not None:
+        argv = [str(path) if before == "--config" else word for before, word in zip(["", *argv], argv, strict=False)]
     problems = _unknown_keys(path)
     try:
         args, unknown_flags = _parse(argv, without_config=bool(problems))
@@ -35,7 +40,7 @@ def _parse(argv: list[str], without_config: bool) -> tuple[RewardGradientConfig,
 
     class Parser(TrlParser):
         def error(self, message):  # argparse would print the whole usage and exit
-            raise ConfigError([message])
+            raise ConfigError([f"{message}; correct the flag, `train_rlhf.py --help` says what each takes"])
 
     if without_config:  # its unknown keys are told already; look at the flags alone
         at = argv.index("--config")
@@ -55,9 +60,12 @@ def _config_path(argv: list[str]) -> Path | None:
         return None
     at = argv.index("--config")
     path = Path(argv[at + 1]) if at + 1 < len(argv) else None
+    if path is not None and not path.exists() and (shipped := CONFIGS / f"{path}.yaml").is_file():
+        return shipped
     if path is None or not path.is_file():
         got = "no path" if path is None else f"{path}, which is not a file"
-        raise ConfigError([f"--config: got {got}; expected a YAML file such as configs/nano.yaml; correct the path"])
+        expected = "expected a YAML file such as configs/nano.yaml, or the name of a shipped one"
+        raise ConfigError([f"--config: got {got}; {expected}; correct the path"])
     return path
 
 

@@ -20,8 +20,8 @@ from rlhf.lora import add_adapter, lora_config
 from rlhf.speed import Speed
 from rlhf.trace import Elsewhere, Phase, Trace, use_fused_norms
 
-CLIP_TOKENS = 77  # of the text, besides those of T5
 SMALL_MODEL = 1e9  # parameters; above that the loader chooses bfloat16
+TRACED_BLOCKS = 4  # of the transformer, which are alike but for the last
 TRACED_PIECES = 6  # of a decoder that works piece by piece; the first ones differ
 OF_TRANSFORMER = ("gradient_checkpointing", "keep_attention", "offload_activations")
 OF_DECODER = ("vae_dtype", "decode_chunk", "decode_checkpoint", "decode_caches", "decode_window")
@@ -55,11 +55,25 @@ class Parts:
     @cached_property
     def transformer(self) -> SD3Transformer3DModel:
         """With its adapter, without storage."""
+        return self._make(self.card["transformer"])
+
+    def _make(self, config: dict, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
         with torch.device("meta"):
-            model = SD3Transformer3DModel.from_config(self.card["transformer"])
-            dtype = self.dtype(model)
+            model = SD3Transformer3DModel.from_config(config)
+            dtype = dtype or self.dtype(model)
             add_adapter(model, lora_config(self.args), self.args.seed, self.args.train_blocks)
         return nn.Module.to(model, dtype)  # on "meta" peft leaves adapters in float32
+
+    @cached_property
+    def _small(self) -> list[SD3Transformer3DModel]:
+        """Two of few blocks, whose difference is what a block takes; or the whole where blocks are not alike."""
+        args, blocks = self.args, self.transformer.config.num_layers
+        differ = args.train_blocks or args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
+        if differ or blocks <= TRACED_BLOCKS:
+            return [self.transformer]
+        dtype = self.transformer.dtype
+        numbers = (TRACED_BLOCKS - 1, TRACED_BLOCKS)
+        return [self._make(self.card["transformer"] | {"num_layers": n}, dtype) for n in numbers]
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
@@ -85,7 +99,7 @@ class Parts:
 
     @cached_property
     def adapter_bytes(self) -> int:
-        """Of the trained numbers as the forward pass reads them; blocks that are trained whole are kept as they were."""
+        """Of the trained numbers as the forward pass reads them, and of whole blocks as they were before."""
         trained = [(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad]
         whole = sum(p.nbytes for name, p in trained if "default" not in name.split("."))
         return sum(p.nbytes for _, p in trained) + whole
@@ -107,11 +121,16 @@ class Parts:
     def branch(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> Part:
         """One call of the transformer, as these args run it."""
         key = ("branch", batch, with_gradient, *(getattr(args, name) for name in OF_TRANSFORMER))
-        text, of_latents = CLIP_TOKENS + args.max_sequence_length, args.num_grad_steps > 1
+        text = self.card["tokenizer"]["model_max_length"] + args.max_sequence_length  # CLIP's and T5's tokens
+        of_latents = args.num_grad_steps > 1
         shape, speed = (batch, *self.latents), Speed.of(args)
-        return self._once(
-            key, lambda: trace_transformer(self.transformer, shape, text, speed, of_latents, with_gradient)
-        )
+
+        def trace() -> Part:
+            parts = [trace_transformer(m, shape, text, speed, of_latents, with_gradient) for m in self._small]
+            left_out = self.transformer.config.num_layers - TRACED_BLOCKS
+            return extended(*parts, left_out) if len(parts) > 1 else parts[0]
+
+        return self._once(key, trace)
 
     def decoder(self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True) -> Part:
         """The leading frames of a batch of latents to pixels; with a `decode_window`, where that is in the middle."""

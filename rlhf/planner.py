@@ -35,10 +35,10 @@ EXACT = (
 NOT_EXACT = (
     {"vae_dtype": "bfloat16"},
     {"vae_dtype": "bfloat16", "decode_window": 5},
-    {"vae_dtype": "bfloat16", "guidance_gradient": "text"},
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 8},
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 4},
 )
+OF_PROCESSES = {"guidance_parallel": 1, "sequence_parallel": 1, "shard_base": False}  # and what they are for one alone
 SHOWN = 5
 
 
@@ -56,12 +56,16 @@ class Planner:
 
     def __init__(self, args: RewardGradientConfig, card: dict[str, dict], rates: Rates):
         self.args, self.rates, self.parts = args, rates, Parts(args, card)
-        self.rewards = plan_rewards(self.parts)
+        self.rewards = plan_rewards(self.parts, args)
 
     def plan(self, changes: dict | None = None) -> Plan:
-        args, changes = dataclasses.replace(self.args, **changes or {}), changes or {}
-        memory = plan_memory(self.parts, args, self.rewards)
-        return Plan(changes, memory, plan_time(self.parts, args, self.rewards, self.rates))
+        args = dataclasses.replace(self.args, **changes or {})
+        rewards = plan_rewards(self.parts, args)
+        return Plan(changes or {}, self.memory(changes or {}), plan_time(self.parts, args, rewards, self.rates))
+
+    def memory(self, changes: dict) -> MemoryPlan:
+        args = dataclasses.replace(self.args, **changes)
+        return plan_memory(self.parts, args, plan_rewards(self.parts, args))
 
     def fitting(self, limit: int) -> list[Plan]:
         """The changes after which the run needs at most `limit` bytes, fastest first; none that contains another.
@@ -69,7 +73,8 @@ class Planner:
         Exact ones; where there are none, those with the first of `NOT_EXACT` that helps. [] if nothing does.
         """
         for also in ({}, *filter(self._possible, NOT_EXACT)):
-            found = [plan for plan in map(self.plan, self._changes(also)) if plan.memory.most <= limit]
+            fits = [changes for changes in self._changes(also) if self.memory(changes).most <= limit]
+            found = [self.plan(changes) for changes in fits]
             found.sort(key=lambda plan: (plan.time.total, len(plan.changes)))
             if found:
                 return [p for i, p in enumerate(found) if not any(_within(q, p) for q in found[:i])]
@@ -154,9 +159,12 @@ def needs(planner: Planner, plan: Plan, source: str) -> str:
     phases = [(f"and in {name}", _size(size)) for name, size in plan.memory.phases.items() if size]
     most = [("at most", _size(plan.memory.most)), ("beside it, context and kernels", _size(rates.beside))]
     seconds = [(name, _seconds(value)) for name, value in plan.time.parts.items()]
+    shared = ", ".join(name for name, alone in OF_PROCESSES.items() if getattr(planner.args, name) != alone)
     titles = [
         "Memory of one device, predicted, not measured (docs/planner.md). Left out: text encoders, which leave the\n"
-        "device when the prompts are encoded." + (f" Not known, and left out: {left_out}." if left_out else ""),
+        "device when the prompts are encoded."
+        + (f" Not known, and left out: {left_out}." if left_out else "")
+        + (f" Of a process that works alone, without {shared}." if shared else ""),
         f"Time of an optimizer step, predicted from the rates of {rates.device} ({source}):",
     ]
     total = [("in all", _seconds(plan.time.total)), ("all steps", _seconds(plan.time.total * planner.args.max_steps))]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from rlhf.contentv.pipeline import guided_velocity
+from rlhf.contentv.flow import guided_velocity
 from rlhf.sampler import Velocity
 from rlhf.types import Conditioning
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from rlhf.contentv.pipeline import euler_step, guided_velocity
+from rlhf.contentv.flow import euler_step, guided_velocity
 from rlhf.device import generator
 from rlhf.types import Conditioning
 
@@ -52,7 +52,11 @@ def rollout(
 
 
 def velocity_field(
-    transformer, cond: Conditioning, guidance_scale: float, gradient: str = "full", together: bool = False
+    transformer: Callable,
+    cond: Conditioning,
+    guidance_scale: float,
+    gradient: str = "full",
+    together: bool = False,
 ) -> Velocity:
     """The guided velocity v_neg + g (v_text - v_neg) of a batch (arXiv 2207.12598), and what of it carries gradient.
 

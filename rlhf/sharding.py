@@ -9,7 +9,6 @@ from types import MethodType
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.shards import Shards
@@ -20,6 +19,8 @@ def shard_base(transformer, device: torch.device) -> None:
 
     Afterwards the transformer must not be moved or copied, and all processes have to run it equally often.
     """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # half a second to import
+
     trained = {p for p in transformer.parameters() if p.requires_grad}
     for p in trained:
         p.data = p.data.to(device)

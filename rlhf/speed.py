@@ -8,7 +8,7 @@ import torch
 from rlhf.attention import Attention, attention_by, faster_without_gradient, time_kernels
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.projections import StackedProjections
-from rlhf.device import is_plugged_in
+from rlhf.device import has_attention_kernels, is_plugged_in
 from rlhf.exchange import Group
 from rlhf.host_memory import HostMemory
 from rlhf.quantise import quantise_base
@@ -80,8 +80,8 @@ def set_up_blocks(
 
 
 def choose_kernel(transformer, asked: str, device: torch.device) -> tuple[str | None, str]:
-    """The kernel's name, None for PyTorch's own choice, and a line about it. "auto" on an accelerator: the fastest."""
-    if asked == "default" or (asked == "auto" and device.type == "cpu"):
+    """The kernel's name, None for PyTorch's own choice, and a line about it. "auto" on a CUDA device: the fastest."""
+    if asked == "default" or (asked == "auto" and not has_attention_kernels(device)):
         return None, "PyTorch's choice"
     if asked != "auto":
         return asked, asked
@@ -94,7 +94,7 @@ def choose_kernel(transformer, asked: str, device: torch.device) -> tuple[str | 
 
 def choose_forward(transformer, kernel: str | None, device: torch.device) -> tuple[Attention, str] | None:
     """What is faster than the kernel where no gradient is recorded, on CUDA, and a line about it."""
-    if device.type != "cuda":
+    if not has_attention_kernels(device):
         return None
     return faster_without_gradient(attention_by(kernel), device, transformer.dtype, *_heads(transformer))
 

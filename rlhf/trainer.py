@@ -21,7 +21,8 @@ from rlhf.callbacks import Callbacks
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.checks import open_rewards
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.pipeline import ContentVPipeline, flow_sigmas
+from rlhf.contentv.flow import flow_sigmas
+from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import decode_video, saturated_share
 from rlhf.decoding import Decoder
 from rlhf.device import generator

@@ -10,6 +10,7 @@ sigma          0-d float32, noise level: 1 is pure noise, 0 is data
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Conditioning:
     negative_embeds_BLD: torch.Tensor | None = None
     negative_pooled_BP: torch.Tensor | None = None
 
-    def to(self, *args, **kwargs) -> "Conditioning":
+    def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
         """Move or cast every tensor, as `torch.Tensor.to` does."""
         return self._map(lambda x: x.to(*args, **kwargs))
 
@@ -33,6 +34,7 @@ class Conditioning:
 
     @property
     def batch_size(self) -> int:
+        """B, the number of prompts."""
         return self.prompt_embeds_BLD.shape[0]
 
     def _map(self, function) -> "Conditioning":

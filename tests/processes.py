@@ -20,7 +20,7 @@ class Started:
     process: multiprocessing.Process
     output: Path
 
-    def finish(self, codes=(0,), timeout: float = 240) -> str:
+    def finish(self, codes=(0,), timeout: float = 600) -> str:
         """What it said until it ended, with one of the exit codes."""
         self.process.join(timeout)
         told = self.output.read_text(errors="replace")

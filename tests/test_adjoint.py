@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny import tiny_conditioning, tiny_transformer, tiny_vae
 
 from rlhf.adjoint import Stepwise
-from rlhf.contentv.pipeline import euler_step, guided_velocity
+from rlhf.contentv.flow import euler_step, guided_velocity
 from rlhf.contentv.wan_decoder import decode_video
 
 SIGMAS = torch.tensor([1.0, 0.7, 0.4, 0.0], dtype=torch.float64)

@@ -18,6 +18,7 @@ def measured(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_phase_of_every_arm_has_a_row(measured):
     rows = {(row["arm"], row["devices"], row["phase"]): row for row in measured["rows"]}
     assert len(rows) == len(measured["rows"])
@@ -30,6 +31,7 @@ def test_every_phase_of_every_arm_has_a_row(measured):
     assert both["efficiency"] == pytest.approx(alone["seconds"] / both["seconds"] / 2)
 
 
+@pytest.mark.slow
 def test_the_small_model_learns_the_same(measured):
     (row,) = [row for row in measured["rows"] if row["phase"] == "equality"]
     assert 0 < row["gradient"] < 1e-5

@@ -1,64 +1,205 @@
-"""The guides name settings, files and flags that exist."""
+"""The guides: every code block runs, or says what it needs; what is named exists; the site builds."""
 
+import importlib.util
+import os
 import re
 import runpy
-import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from fences import NEEDS, PAGES, ROOT, Block, blocks, commands, python_words
+from scripts import script
 
-from rlhf.config import field_names
+from rlhf.config import RewardGradientConfig, field_names
 from rlhf.export import parse as parse_export
+from rlhf.parse import parse_config
 from rlhf.tracking import read_metrics
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("migrate_*.md"))
-GUIDES = [*PAGES, *(ROOT / "docs" / f"{name}.md" for name in ("watching", "export", "evaluation"))]
+PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+LANGUAGES = {"python", "bash", "yaml", "toml", "text", "mermaid"}
+MIGRATIONS = [page for page in PAGES if page.stem.startswith("migrate_")]
+PROGRAMS = {
+    ".ci/run",
+    "accelerate",
+    "eval",
+    "hf",
+    "mkdocs",
+    "pip",
+    "pytest",
+    "python",
+    "python3",
+    "ruff",
+    "source",
+    "ulimit",
+}
 
 
-@pytest.mark.skipif("method" not in field_names(), reason="the methods are not settings here")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_settings_of_a_migration_page_exist(page):
-    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        assert set(yaml.safe_load(block)) <= set(field_names())
-    rows = [re.split(r"(?<!\\)\|", row) for row in page.read_text().splitlines() if row.startswith("|")]
-    ours = [row[2] for row in rows]
-    named = {name for cell in ours for name in re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)(?::[^`]*)?`", cell)}
-    assert named <= {*field_names(), "train_dataset", "hps_v2"}
-
-
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
-def test_links_lead_somewhere(guide):
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", guide.read_text()):
-        assert (guide.parent / link).exists(), link
-
-
-@pytest.mark.parametrize("line", re.findall(r"^(?:python|accelerate launch) (eval/.*)$", GUIDES[-1].read_text(), re.M))
-def test_commands_of_the_guide_are_understood(line, tmp_path, monkeypatch):
-    script, *arguments = shlex.split(line)
-    (tmp_path / "runs" / "nano").mkdir(parents=True)
-    (tmp_path / "runs" / "nano" / "config.yaml").write_text("model: nano\n")
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    """A folder that looks like a clone, in which what a block writes does not stay."""
+    for name in ("docs", "configs", "eval", "bench", "tests", "demo.py", "train_rlhf.py", "rlhf", "rewards"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(ROOT / script))["parse"](arguments)  # argparse would end the test
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    "line", re.findall(r"^python -m rlhf.export (.*)$", (ROOT / "docs/export.md").read_text(), re.M)
-)
-def test_exports_of_the_guide_are_understood(line):
-    assert parse_export(shlex.split(line)).run == Path("runs/nano")
+# ----------------------------------------------------------------------------------------------- what is run
+
+
+@PAGE
+def test_blocks_say_their_language_and_what_they_need(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(blocks(page)), "a fence that is not understood"
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"line {block.line}"
+        assert block.needs <= NEEDS, f"line {block.line}"
+        assert set(block.marks) <= {"needs", "theirs", "file", "run", "said", "end"}, f"line {block.line}"
+
+
+@PAGE
+def test_blocks_run(page, sandbox, monkeypatch):
+    """In order, the page's Python in one namespace, and commands in this process: they share what is imported."""
+    namespace = {}
+    for block in blocks(page):
+        if name := block.marks.get("file"):
+            (sandbox / name).write_text(block.code)
+        if block.language == "python" and "theirs" not in block.marks:
+            code = compile("\n" * block.line + block.code, str(page), "exec")
+            if block.runs:
+                exec(code, namespace)
+        elif block.language == "bash" and block.runs:
+            for command in commands(block.code):
+                run(command, monkeypatch)
+
+
+def run(command: list[str], monkeypatch) -> None:
+    words = python_words(command)
+    assert words, f"only Python is run here; say what the block needs: {command}"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
+        if words[0] == "-m":
+            start = lambda: runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            start = lambda: runpy.run_path(words[0], run_name="__main__")
+        status = None
+        try:
+            start()
+        except SystemExit as ended:
+            status = ended.code
+    assert not status, command
 
 
 def test_the_callback_of_the_guide_runs(tmp_path, monkeypatch):
-    """On one step less of everything: the guide's own block, with nano's smallest sizes."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "watching.md").read_text(), re.DOTALL)
+    """The guide's own block with nano's smallest sizes."""
+    (block,) = (block for block in blocks(ROOT / "docs" / "watching.md") if block.language == "python")
     monkeypatch.chdir(tmp_path)
     small = "num_frames=5, height=32, width=32, num_inference_steps=2, num_sample_prompts=0, num_diversity_prompts=0"
-    names = {}
-    exec(block.replace("num_eval_prompts=2", f"num_eval_prompts=2, report_to='none', cpu_threads=1, {small}"), names)
+    small += ", report_to='none', cpu_threads=1"
+    exec(block.code.replace("num_eval_prompts=2", f"num_eval_prompts=2, {small}"), {})
     rows = read_metrics(Path("runs/patient"))
     assert 0 < len(rows) <= 2
     assert all("eval/motion" in row for row in rows)
+
+
+def of_language(language: str) -> list:
+    """Every block of a language, as parameters; other projects' left out."""
+    pairs = [(page, block) for page in PAGES for block in blocks(page) if block.language == language]
+    return [pytest.param(b, id=f"{page.stem}:{b.line}") for page, b in pairs if "theirs" not in b.marks]
+
+
+@pytest.mark.parametrize("block", of_language("yaml"))
+def test_settings_that_are_shown_are_read(block: Block):
+    RewardGradientConfig(**yaml.safe_load(block.code))
+
+
+@pytest.mark.parametrize("block", of_language("toml"))
+def test_toml_is_read(block: Block):
+    assert tomllib.loads(block.code)
+
+
+@pytest.mark.parametrize("block", of_language("bash"))
+def test_commands_that_are_shown_are_understood(block: Block, sandbox):
+    assert subprocess.run(["bash", "-n", "-c", block.code], capture_output=True).stderr == b""
+    for run_folder in re.findall(r"\bruns/\w+", block.code):  # as a training run would have left it
+        (sandbox / run_folder).mkdir(parents=True, exist_ok=True)
+        (sandbox / run_folder / "config.yaml").write_text("model: nano\n")
+    for command in commands(block.code):
+        words = python_words(command)
+        if words is None:
+            assert command[0] in PROGRAMS or "=" in command[0], command
+        elif words[0] == "-m":
+            assert words[1] == "venv" or importlib.util.find_spec(words[1]), command
+            if words[1] == "rlhf.export":
+                parse_export(words[2:])
+        else:
+            understood(*words)
+
+
+def understood(script: str, *arguments: str) -> None:
+    assert Path(script).is_file(), script
+    if script == "train_rlhf.py":
+        parse_config([word for word in arguments if word != "..."], "configs/nano.yaml")
+    elif script.startswith(("eval/", "demo.py")):
+        runpy.run_path(script)["parse"](list(arguments))  # argparse would end the test
+
+
+# ------------------------------------------------------------------------------------- what is named and linked
+
+
+@PAGE
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", MIGRATIONS, ids=lambda page: page.stem)
+def test_settings_of_a_migration_page_exist(page):
+    rows = [re.split(r"(?<!\\)\|", row) for row in page.read_text().splitlines() if row.startswith("|")]
+    ours = [row[2] for row in rows]
+    named = {name for cell in ours for name in re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)(?::[^`]*)?`", cell)}
+    assert len(named) > 10
+    assert named <= {*field_names(), "train_dataset", "hps_v2"}
+
+
+def test_recipes_and_settings_of_the_guides_exist():
+    for name in ("recipes", "contentv_8b", "troubleshooting"):
+        text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for recipe in re.findall(r"`(?:configs/)?((?:contentv_8b|nano)\w*\.yaml)`", text):
+            assert (ROOT / "configs" / recipe).is_file(), recipe
+    for path in (ROOT / "configs").glob("*.yaml"):
+        text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+        family = re.sub(r"_\d_devices", "_2_devices", path.name)
+        assert f"`{family}`" in text, f"{path.name} has no row in docs/recipes.md"
+
+
+# -------------------------------------------------------------------------------------------------- the site
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r": (\w+\.md)$", text, re.MULTILINE))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_table_of_settings_is_that_of_the_code():
+    hooks = script("docs/site_hooks.py")
+    page = (ROOT / "docs" / "settings.md").read_text()
+    made = hooks.on_page_markdown(page)
+    assert re.findall(r"^\| `(\w+)` \| `", made, re.MULTILINE) == field_names()
+    assert "| `lora_rank` | `16` | Rank r of" in made
+    assert hooks.on_page_markdown("other") == "other"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="mkdocs is not installed: pip install -e '.[docs]'")
+def test_the_site_builds_and_no_link_is_dead(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "api" / "index.html").is_file()

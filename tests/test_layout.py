@@ -42,7 +42,9 @@ EVERYTHING = {  # drift, an average, draws of the method, an evaluation on the w
     "eval": PROMPTS[:3],
     "max_steps": 2,
 }
+CHEAPER = {"sampling_weights": "merged", "second_order_prefix": True, "num_grad_steps": 1, "max_steps": 2}
 OTHERS = {
+    "cheaper": CHEAPER | {"per_device_train_batch_size": 4, "sequence_parallel": 2},
     "everything": EVERYTHING | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "broken": {"reward": "broken", "per_device_train_batch_size": 2, "max_skipped_steps": 1, "max_steps": 4},
     "one prompt": {"prompts": PROMPTS[:1], "eval": PROMPTS[:1], "max_steps": 1, "per_device_train_batch_size": 1},
@@ -117,6 +119,11 @@ def test_two_processes_do_everything_as_one_does(of_two, tmp_path):
     for row, other in zip(rows, expected, strict=True):
         row |= {name: other[name] for name in COST}
         assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_a_merged_copy_samples_on_several_processes_too(of_two, tmp_path):
+    alone = many_runs.run(tmp_path / "run", CHEAPER | {"per_device_train_batch_size": 4})
+    torch.testing.assert_close(of_two["cheaper"][0]["weights"], alone["weights"], rtol=0, atol=1e-6)
 
 
 def test_layouts_are_those_asked_for(of_two, of_four):

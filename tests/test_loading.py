@@ -165,7 +165,8 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(monkeypatch, saved):
     assert "transformer/*" in asked["allow_patterns"]
     assert len(asked["allow_patterns"]) == 11
     assert model_config("someone/Some-Model")["transformer"]["num_layers"] == 2
-    assert asked["allow_patterns"] == ["transformer/config.json", "vae/config.json", "sampling.json"]
+    configs = ["transformer/config.json", "vae/config.json", "tokenizer/tokenizer_config.json", "sampling.json"]
+    assert asked["allow_patterns"] == configs
 
 
 def test_a_run_folder_is_told_from_a_checkpoint(tmp_path):

@@ -1,12 +1,12 @@
 """docs/methods.md names every method and only settings that exist; its tables are filled from results."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from scripts import script
 
 from rlhf.config import RewardGradientConfig, field_names
 from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS
@@ -17,10 +17,7 @@ TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "bench" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("bench/tables.py")
 
 
 def test_every_method_and_mode_has_its_row():

@@ -1,50 +1,98 @@
-"""What the dry run prints is computed, and right."""
+"""What the dry run prints is worked out; what it proposes fits."""
+
+import dataclasses
 
 import pytest
-from conftest import PROMPTS, redness
-from tiny import tiny_pipeline
+from test_parts import tiny
 
-from rlhf.checks import model_card, with_sampling
-from rlhf.config import RewardGradientConfig
-from rlhf.lora import Masters, add_adapter, lora_config
-from rlhf.planner import count_parameters, describe, forwards, sizes
-from rlhf.trainer import RewardGradientTrainer
+from rlhf.checks import check_config
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.planner import NOT_EXACT, Planner, describe, needs, sizes, verdict
+from rlhf.rates import Rates
 
-
-def test_counts_are_those_of_the_real_modules():
-    pipe = tiny_pipeline()
-    card = model_card("", pipe)
-    expected = [sum(p.numel() for p in module.parameters()) for module in (pipe.transformer, pipe.vae)]
-    add_adapter(pipe.transformer, lora_config(RewardGradientConfig(lora_rank=4)), 0)
-    args = RewardGradientConfig(lora_rank=4)
-    assert count_parameters(args, card) == (*expected, Masters(pipe.transformer).vector.numel())
-    assert "(16, 3, 4, 6)" in sizes(with_sampling(args, card["sampling"]), card)
+RATES = Rates("a chip", {"matrix float32": 1e12}, 1e12, 1e-6, 1e-6, 1e10, beside=1000)
 
 
-def test_contentv_8b_is_described_without_weights():
-    text = describe(RewardGradientConfig(model="ByteDance/ContentV-8B", num_grad_steps=5))
-    for fact in ("8,056,627,520 parameters, 15.01 GiB", "41,472", "num_inference_steps: 50", "(16, 32, 54, 96)"):
+SMALL = tiny(
+    eval_prompts="none", num_frames=9, reward_funcs=["mine.py:Mine"], lora_rank=1
+)  # nothing of the reward is known
+
+
+@pytest.fixture(scope="module")
+def planner():
+    return Planner(*SMALL[1:], RATES)
+
+
+def test_contentv_8b_is_described_without_weights(monkeypatch):
+    settings = {"reward_funcs": ["hps_v2_1"], "num_grad_steps": 5, "max_steps": 10, "height": 64, "width": 64}
+    text = describe(RewardGradientConfig(model="ByteDance/ContentV-8B", eval_prompts=None, device="cpu", **settings))
+    for fact in ("8,056,627,520 parameters, 15.01 GiB", "512", "num_inference_steps: 50", "(16, 32, 8, 8)"):
         assert fact in text
-    assert "not measured" in text
+    assert "predicted, not measured" in text
+    assert "measured now" in text
+    assert "fit" not in text, "a CPU has no memory of its own"
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_grad_steps": 3},
-        {"method": "draft_lv", "num_draws": 3},
-        {"method": "srpo", "num_draws": 2, "drift_weight": 1.0},
-        {"method": "listed", "grad_steps": [0, 2], "guidance_gradient": "text"},
-        {"method": "drtune", "num_grad_steps": 2, "guidance_gradient": "none"},
-        {"num_grad_steps": 2, "guidance_gradient": "distill", "drift_weight": 1.0},
-        {"method": "refl", "jump_steps": 1, "guidance_scale": 1.0},
-    ],
-)
-def test_forwards_are_those_that_a_training_step_makes(make_args, settings):
-    pipe, args = tiny_pipeline(), make_args(per_device_train_batch_size=1, max_steps=1, **settings)
-    trainer = RewardGradientTrainer(pipe, redness, args, PROMPTS)
-    calls = []
-    pipe.transformer.register_forward_hook(lambda module, inputs, output: calls.append(output[0].requires_grad))
-    trainer._begin()
-    trainer.step(0)
-    assert (len(calls), sum(calls)) == forwards(trainer.args)
+def test_sizes_and_needs_name_what_is_held_and_what_is_not_known(planner):
+    assert "(16, 3, 4, 6)" in sizes(planner)
+    text = needs(planner, planner.plan(), "made up")
+    for name in (*planner.plan().memory.held, *planner.plan().time.parts, "at most", "a chip (made up)"):
+        assert name in text
+    assert "Not known, and left out: mine.py:Mine." in text
+    assert "alone" not in text
+    two = Planner(dataclasses.replace(SMALL[1], guidance_parallel=2), SMALL[2], RATES)
+    assert "alone, without guidance_parallel." in needs(two, two.plan(), "made up")
+
+
+def test_proposals_fit_and_are_in_the_order_of_time(planner):
+    plain = planner.plan()
+    limit = plain.memory.most * 2 // 3
+    plans = planner.fitting(limit)
+    assert len(plans) > 1
+    assert all(plan.memory.most <= limit for plan in plans)
+    times = [plan.time.total for plan in plans]
+    assert times == sorted(times)
+    for i, plan in enumerate(plans):
+        assert not any(other.changes.items() <= plan.changes.items() for other in plans[:i])
+        assert not set(plan.changes) & {name for changes in NOT_EXACT for name in changes}
+        assert planner.plan(plan.changes) == plan
+        check_config(RewardGradientConfig(eval_prompts="none", num_grad_steps=2, **plan.changes))
+
+
+def test_what_the_settings_have_already_is_not_proposed(planner):
+    limit = planner.plan().memory.most * 2 // 3
+    best = planner.fitting(limit)[0].changes
+    changed = Planner(dataclasses.replace(SMALL[1], **best), SMALL[2], RATES)
+    assert changed.plan().memory == planner.fitting(limit)[0].memory
+    assert changed.fitting(limit)[0].changes == {}
+
+
+def test_in_words(planner):
+    plan = planner.plan()
+    most = plan.memory.most
+    assert verdict(planner, plan, most + 1000).startswith("It fits into ")
+    too_small = verdict(planner, plan, most * 2 // 3)
+    assert "at the same gradient, fastest first:\n  --" in too_small
+    assert "s a step" in too_small
+    assert "None of the settings about memory is enough. Lower num_frames" in verdict(planner, plan, 2000)
+
+
+def test_what_changes_the_gradient_comes_last_and_is_said(planner):
+    exact = min(planner.plan(changes).memory.most for changes in planner._changes({}))
+    inexact = min(planner.plan(changes).memory.most for changes in planner._changes(NOT_EXACT[1]))
+    assert inexact < exact
+    text = verdict(planner, planner.plan(), exact - 1 + RATES.beside)
+    assert "not at the same gradient (" in text
+    assert "vae_dtype" in text
+
+
+def test_what_cannot_be_planned_for_is_said():
+    with pytest.raises(ConfigError) as error:
+        check_config(RewardGradientConfig(memory_limit_gib=0.0, plan_device="abacus"))
+    assert "memory_limit_gib: got 0.0" in str(error.value)
+    assert "plan_device: got 'abacus', expected one of those measured" in str(error.value)
+
+
+def test_memory_that_is_asked_for_is_planned_for():
+    settings = {"memory_limit_gib": 64.0, "device": "cpu", "eval_prompts": None, "per_device_train_batch_size": 1}
+    assert "It fits into 64.00 GiB." in describe(RewardGradientConfig(**settings))

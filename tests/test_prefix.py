@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_conditioning, tiny_transformer
 
-from rlhf.contentv.pipeline import euler_step, guided_velocity
+from rlhf.contentv.flow import euler_step, guided_velocity
 from rlhf.prefix import KeptGuidance, PrefixBuffer, SecondOrder, by_gradient, fewer_steps
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0], dtype=torch.float64)

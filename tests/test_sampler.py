@@ -4,7 +4,7 @@ import pytest
 import torch
 from problem import GUIDANCE, SIGMAS, STEPS
 
-from rlhf.contentv.pipeline import flow_sigmas
+from rlhf.contentv.flow import flow_sigmas
 from rlhf.sampler import draw_noise, rollout, velocity_field
 from rlhf.text import encode_prompts
 

@@ -51,14 +51,16 @@ def test_the_fastest_kernel_is_chosen_and_reported(monkeypatch):
         return {"cudnn": 0.004, "flash": 0.006}
 
     monkeypatch.setattr(module, "time_kernels", times)
-    device = torch.device("meta")  # any but a CPU
+    device = torch.device("cuda")
     line = "cudnn (forward and backward of 8,192 tokens: cudnn 4.0 ms, flash 6.0 ms)"
     assert choose_kernel(model, "auto", device) == ("cudnn", line)
     assert asked == [(device, torch.float32, 2, 16)]
     monkeypatch.setattr(module, "time_kernels", lambda *_: {})
     assert choose_kernel(model, "auto", device)[0] is None
     assert choose_kernel(model, "default", device)[0] is None
-    assert choose_kernel(model, "auto", CPU)[0] is None
+    monkeypatch.setattr(module, "time_kernels", None)
+    for elsewhere in ("cpu", "mps", "meta"):
+        assert choose_kernel(model, "auto", torch.device(elsewhere))[0] is None
     assert choose_kernel(model, "efficient", device) == ("efficient", "efficient")
 
 

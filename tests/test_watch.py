@@ -14,7 +14,7 @@ from tiny import tiny_pipeline
 from transformers import TrainerCallback
 
 from rlhf.checkpoint import TrainingInterrupted
-from rlhf.contentv.pipeline import guided_velocity
+from rlhf.contentv.flow import guided_velocity
 from rlhf.evaluate import Evaluation
 from rlhf.sampler import draw_noise
 from rlhf.trainer import RewardGradientTrainer

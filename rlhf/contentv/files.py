@@ -24,6 +24,7 @@ CONFIG_FILES = {
 SIZES = {
     "transformer": {"in_channels": 16, "patch_size": 2, "num_layers": 38},
     "vae": {"temperal_downsample": [False, True, True]},
+    "tokenizer": {"model_max_length": 77},  # CLIP's
 }
 
 
@@ -51,6 +52,7 @@ class SamplingDefaults:
         return cls(**values)
 
     def save(self, folder: Path) -> None:
+        """Write them as folder/sampling.json."""
         (Path(folder) / SAMPLING_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def call_arguments(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def resolve_model(model: str | Path) -> Path | str:
 
 
 def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
-    """Sizes of a model without its weights: {"transformer", "vae", "sampling"}, each a plain dict.
+    """Sizes of a model without its weights: {"transformer", "vae", "tokenizer", "sampling"}, each a plain dict.
 
     Those of its config files; `from_config` fills in what these leave out. ContentV-8B's are known here and need
     neither files nor network; other hub ids fetch their config files.

@@ -1,18 +1,15 @@
-"""Text to video with ContentV: flow-matching Euler steps and classifier-free guidance over two separate forwards.
+"""Text to video with ContentV: text in, the steps of `rlhf.contentv.flow`, frames out.
 
-Sub-class of `diffusers.StableDiffusion3Pipeline`, whose prompt encoding and LoRA loading it uses. The functions
-`flow_sigmas`, `guided_velocity` and `euler_step` are the whole sampler: training uses the same three.
+Sub-class of `diffusers.StableDiffusion3Pipeline`, whose prompt encoding and LoRA loading it uses.
 Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -22,13 +19,13 @@ from diffusers.video_processor import VideoProcessor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from rlhf.contentv.files import SamplingDefaults
+from rlhf.contentv.flow import NUM_TRAIN_TIMESTEPS, euler_step, flow_sigmas, guided_velocity
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import unnormalise
 from rlhf.types import Conditioning
 
 logger = logging.get_logger(__name__)
 
-NUM_TRAIN_TIMESTEPS = 1000  # the transformer was trained on timestep = 1000 * sigma
 # What a saved index says, so that the published code loads it too: there the transformer and the VAE are passed in, the
 # index is only asked for a base class to check them against, and the tokenizers are of transformers 4.
 INDEX_CLASSES = {
@@ -37,68 +34,6 @@ INDEX_CLASSES = {
     "tokenizer_2": ("transformers", "CLIPTokenizerFast"),
     "tokenizer_3": ("transformers", "T5TokenizerFast"),
 }
-
-
-def flow_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, device=None) -> torch.Tensor:
-    """Noise levels (num_steps + 1,), float32, falling from 1 to 0: linear, then shifted by the scheduler's own rule."""
-    if num_steps < 1:
-        raise ValueError(f"num_inference_steps={num_steps}, expected at least 1; raise it")
-    assert scheduler.config.num_train_timesteps == NUM_TRAIN_TIMESTEPS
-    scheduler = copy.copy(scheduler)  # set_timesteps writes into the scheduler
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_steps + 1)[:-1], device=device)
-    return scheduler.sigmas
-
-
-def guided_velocity(
-    transformer: SD3Transformer3DModel,
-    latents_BCTHW: torch.Tensor,
-    sigma: torch.Tensor,
-    cond: Conditioning,
-    guidance_scale: float,
-    joint_attention_kwargs: dict[str, Any] | None = None,
-    together: bool = False,
-) -> torch.Tensor:
-    """v = v_neg + g (v_text - v_neg), in the shape and dtype of the latents (arXiv 2207.12598).
-
-    Args:
-        latents_BCTHW: float32, whatever the dtype of the transformer.
-        sigma: 0-d float32, in [0, 1].
-        cond: embeddings of B prompts; the negative ones are needed, and used, only for guidance_scale > 1.
-        together: both branches as one batch of 2B: fewer and larger kernels, twice the memory.
-    """
-    dtype = transformer.dtype
-
-    def velocity(latents_BCTHW, embeds_BLD, pooled_BP):
-        (v,) = transformer(
-            latents_BCTHW.to(dtype),
-            embeds_BLD.to(dtype),
-            pooled_BP.to(dtype),
-            (sigma * NUM_TRAIN_TIMESTEPS).expand(latents_BCTHW.shape[0]),
-            joint_attention_kwargs=joint_attention_kwargs,
-            return_dict=False,
-        )
-        return v.to(latents_BCTHW.dtype)
-
-    text = cond.prompt_embeds_BLD, cond.pooled_embeds_BP
-    if guidance_scale <= 1:
-        return velocity(latents_BCTHW, *text)
-    if cond.negative_embeds_BLD is None or cond.negative_pooled_BP is None:
-        raise ValueError(
-            f"guidance_scale={guidance_scale} but the conditioning has no negative embeddings; encode a negative "
-            "prompt (an empty one will do) or set guidance_scale to 1"
-        )
-    negative = cond.negative_embeds_BLD, cond.negative_pooled_BP
-    if together:
-        both = (torch.cat(pair) for pair in zip(text, negative, strict=True))
-        v_text, v_neg = velocity(torch.cat([latents_BCTHW] * 2), *both).chunk(2)
-    else:
-        v_text, v_neg = velocity(latents_BCTHW, *text), velocity(latents_BCTHW, *negative)
-    return v_neg + guidance_scale * (v_text - v_neg)
-
-
-def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor):
-    """x(sigma_next) = x(sigma) + (sigma_next - sigma) v, in the dtype of the latents (arXiv 2403.03206, eq. 1)."""
-    return latents + (sigma_next - sigma) * velocity
 
 
 @dataclass

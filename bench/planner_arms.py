@@ -1,0 +1,54 @@
+"""What bench/planner.py compares: settings of runs, of nano and at full size."""
+
+from step_arms import EXACT, ROOMY, SIZES, SMALL
+
+STEPS = 25  # of denoising, at full size
+LOW = {"gradient_checkpointing": True, "decode_chunk": 1, "decode_checkpoint": True}
+NANO = {
+    "nano, batch 16": {},
+    "nano, batch 4": {"per_device_train_batch_size": 4},
+    "nano, batch 64": {"per_device_train_batch_size": 64},
+    "nano, batch 16, K = 1": {"num_grad_steps": 1},
+    "nano, batch 16, blocks and chunks recomputed": LOW,
+    "nano, batch 64, step by step": {"per_device_train_batch_size": 64, "stepwise_backward": True},
+    "nano, batch 16, 33 frames": {"num_frames": 33},
+    "nano, batch 16, no guidance": {"guidance_scale": 1.0},
+}
+# Frames of the video, leading frames that are scored, settings.
+FULL = {
+    "8B, 9 frames, K = 2, first frame": (9, 1, ROOMY | {"num_grad_steps": 2}),
+    "8B, 17 frames, blocks recomputed": (17, 17, ROOMY | {"gradient_checkpointing": True}),
+    "8B, 17 frames, no guidance": (17, 1, ROOMY | {"guidance_scale": 1.0}),
+    "8B, 33 frames, exact": (33, 33, EXACT),
+    "8B, 33 frames, text branch only": (33, 33, EXACT | {"guidance_gradient": "text", "keep_attention": False}),
+    "8B, 33 frames, 5 in a window": (33, 33, ROOMY | LOW | {"decode_window": 5, "decode_checkpoint": False}),
+    "8B, 33 frames, 24 GiB": (33, 33, SMALL),
+    "8B, 61 frames, exact, VAE in float32": (61, 61, EXACT | {"vae_dtype": "float32"}),
+    "8B, 125 frames, exact": (125, 125, EXACT),
+}
+CAPS_GIB = {"8B, 33 frames, 24 GiB": 24}
+TWICE_BELOW = 61  # frames: longer videos are measured once, on kernels that shorter ones have loaded
+
+
+def settings_of(arm: str, size: str) -> dict:
+    """The arm's settings, all that bear on memory and time."""
+    if arm in NANO:
+        settings = {"num_grad_steps": 4, "per_device_train_batch_size": 16, "eval_prompts": "none"} | NANO[arm]
+        if size == "tiny":
+            settings |= {"height": 16, "width": 16}
+            settings["per_device_train_batch_size"] = min(2, settings["per_device_train_batch_size"])
+        return settings
+    frames, scored, changes = FULL[arm]
+    of_reward = {"frames": "first" if scored == 1 else "all", "num_frames": 8}
+    return {
+        "height": SIZES[size].height,
+        "width": SIZES[size].width,
+        "max_sequence_length": 256,
+        "num_frames": frames,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 6.0,
+        "lora_rank": 32,
+        "reward_funcs": ["hps_v2_1"],
+        "reward_kwargs": {"hps_v2_1": of_reward},
+        "eval_prompts": None,
+    } | changes

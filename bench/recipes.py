@@ -1,0 +1,98 @@
+"""Write what was measured into the heads of the recipes and into docs/contentv_8b.md: `python bench/recipes.py`.
+
+The line `# Measured: ...` of each recipe that an arm of bench/step.py is like gets that arm's time and memory from
+bench/results/step.json; the others, and those not measured, say that they are not measured.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULT, GUIDE = ROOT / "bench" / "results" / "step.json", ROOT / "docs" / "contentv_8b.md"
+ARMS = {  # recipe: arm, frames, frames that are scored, denoising steps
+    "contentv_8b_mps": ("exact", 125, 1, 25),
+    "contentv_8b_all_frames": ("exact", 125, 125, 25),
+    "contentv_8b_24gib": ("24 GiB", 33, 33, 25),
+}
+COSTS = {  # what a row says: arm, frames, frames that are scored, denoising steps
+    "33 frames, the first scored, nothing computed twice, compiled": ("exact, nothing twice, compiled", 33, 1, 25),
+    "33 frames, all scored, on 24 GiB (`contentv_8b_24gib.yaml`)": ("24 GiB", 33, 33, 25),
+    "33 frames, the first scored, as VideoX-Fun takes its step": ("peers' way", 33, 1, 25),
+    "125 frames, all scored (`contentv_8b_all_frames.yaml`)": ("exact", 125, 125, 25),
+    "125 frames, the first scored, as VideoX-Fun takes its step": ("peers' way", 125, 1, 25),
+}
+PLACE = re.compile(r"(<!-- costs -->\n).*?(<!-- end of costs -->)", re.DOTALL)
+LINE = re.compile(r"^# Measured: .*$", re.MULTILINE)
+
+
+def measured(name: str, result: dict) -> str:
+    """What the head of a recipe says, of whole steps by an arm with its settings and random weights."""
+    found = cost(result, *ARMS[name]) if name in ARMS else None
+    if found is None:
+        return "not measured."
+    seconds, gib, how = found
+    device = result["environment"]["device"]
+    return f"{seconds:.0f} s a video{how} and {gib:.1f} GiB on one {device}, random weights, HPS v2.1."
+
+
+def cost(result: dict, arm: str, frames: int, scored: int, steps: int) -> tuple[float, float, str] | None:
+    """Seconds of a video's whole step, the most memory in GiB, and how that is known; None if it is not.
+
+    Measured whole, or worked out of its measured parts: steps without gradient, then the last one with decoder, reward
+    and the way back.
+    """
+    of_arm = [r for r in result.get("rows", []) if (r["arm"], r["frames"], r["scored"]) == (arm, frames, scored)]
+    rows = {row["phase"]: row for row in of_arm if "seconds" in row and row.get("steps", steps) == steps}
+    gib = max((row["peak_gib"] for row in rows.values()), default=0.0)
+    if "step" in rows:
+        return rows["step"]["seconds"], gib, ""
+    if {"sampling", "window"} <= rows.keys():
+        return (steps - 1) * rows["sampling"]["seconds"] + rows["window"]["seconds"], gib, " (from its parts)"
+    return None
+
+
+def read(result: Path) -> dict:
+    return json.loads(result.read_text()) if result.exists() else {}
+
+
+def costs_table(result: dict) -> str:
+    """What whole trainings take by the arms of COSTS, worked out for one device."""
+    device = result.get("environment", {}).get("device")
+    lines = [f"One {device}, 8 videos an optimizer step:\n", "| | a video, s | GiB | 500 steps, h |"]
+    lines.append("|---" * 4 + "|")
+    for told, sizes in COSTS.items():
+        if found := cost(result, *sizes):
+            seconds, gib, how = found
+            lines.append(f"| {told} | {seconds:.0f}{how} | {gib:.0f} | {seconds * 8 * 500 / 3600:.0f} |")
+    return "\n".join(lines) + "\n" if len(lines) > 3 else "Not measured yet.\n"
+
+
+def layouts_told(result: dict) -> str:
+    """What a step takes on two devices, by how they share the work; "" where that was not measured."""
+    rows = {row["arm"]: row for row in result.get("rows", []) if row["phase"] == "step" and "seconds" in row}
+    if not {"one device", "data", "guidance", "sequence"} <= rows.keys():
+        return ""
+    one, data, guidance, sequence = (rows[arm] for arm in ("one device", "data", "guidance", "sequence"))
+    return (
+        f"\nTwo devices ({one['frames']} frames, the first scored; `bench/results/scale.json`): a video takes "
+        f"{one['seconds']:.0f} s on one,\nand {data['seconds']:.0f} s where each has a video of its own; one video on "
+        f"both takes {guidance['seconds']:.0f} s with a branch of guidance on each,\n"
+        f"{sequence['seconds']:.0f} s with half of the tokens on each.\n"
+    )
+
+
+def main(folder: Path = ROOT / "configs", result: Path = RESULT, guide: Path = GUIDE) -> None:
+    found, scale = read(result), read(result.with_name("scale.json"))
+    table = costs_table(found) + layouts_told(scale)
+    guide.write_text(PLACE.sub(lambda place: f"{place[1]}{table}{place[2]}", guide.read_text()))
+    for path in sorted(folder.glob("contentv_8b_*.yaml")):
+        text = path.read_text()
+        filled = LINE.sub(f"# Measured: {measured(path.stem, found)}", text)
+        if filled != text:
+            path.write_text(filled)
+            print(f"wrote {path.name}")
+
+
+if __name__ == "__main__":
+    main()

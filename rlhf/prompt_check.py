@@ -1,0 +1,81 @@
+"""Looks for repetitions: `python -m rlhf.prompt_check FILE [FILE ...]`, the first to train on, the others held out.
+
+Within a file and between files, no two prompts may say the same: with the same words (case, order and punctuation
+aside), or with nearly the same. A held-out prompt close to one of the training makes an evaluation look too good.
+"""
+
+import argparse
+import math
+import re
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+from rlhf.config import ConfigError
+from rlhf.prompts import load_prompts
+
+NEAR = 0.6  # of the words of both: a subject exchanged in a short sentence stays below, a word or two in a long one not
+FILLER = re.compile(  # says nothing of what is seen
+    "an?|the|of|in|on|at|to|from|into|onto|over|under|through|by|with|for|and|or|as|is|are|its?|his|her|their|that|which"
+)
+
+
+class Pair(NamedTuple):
+    """Two prompts that are too close, with the number of the set that each is from."""
+
+    first: str
+    second: str
+    sets: tuple[int, int]
+    similarity: float  # Jaccard's, of the words; 1 for the same words
+
+
+def words(prompt: str) -> frozenset[str]:
+    """What a prompt talks of: its words in small letters, without fillers (all of them where nothing else is left)."""
+    found = re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).casefold())
+    return frozenset(word for word in found if not FILLER.fullmatch(word)) or frozenset(found)
+
+
+def close_pairs(sets: list[list[str]], near: float = NEAR) -> list[Pair]:
+    """All pairs of prompts whose words overlap by near (0 to 1] or more, in the order of their second.
+
+    Exact, and quick for large sets: of two sets of words with that overlap, the rarest few of each share one (prefix
+    filtering; Bayardo, Ma and Srikant 2007, "Scaling up all pairs similarity search").
+    """
+    prompts = [(number, prompt, words(prompt)) for number, prompts in enumerate(sets) for prompt in prompts]
+    commonness = Counter(word for _, _, said in prompts for word in said)
+    seen_with, pairs = defaultdict(list), []
+    for place, (number, prompt, said) in enumerate(prompts):
+        by_rarity = sorted(said, key=lambda word: (commonness[word], word))
+        rarest = by_rarity[: len(said) - math.ceil(near * len(said) - 1e-9) + 1]
+        for other in sorted({other for word in rarest for other in seen_with[word]}):
+            its_number, its_prompt, its_words = prompts[other]
+            similarity = len(said & its_words) / len(said | its_words)
+            if similarity >= near:
+                pairs.append(Pair(its_prompt, prompt, (its_number, number), similarity))
+        for word in rarest:
+            seen_with[word].append(place)
+    return pairs
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rlhf.prompt_check", description=__doc__)
+    parser.add_argument("files", nargs="+", help="prompt files, one prompt a line")
+    parser.add_argument("--near", type=float, default=NEAR, help=f"share of common words that is too much ({NEAR})")
+    args = parser.parse_args(argv)
+    try:
+        sets = [load_prompts(file, None, 0) for file in args.files]
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for file, prompts in zip(args.files, sets, strict=True):
+        print(f"{file}: {len(prompts)} prompts, {sum(len(p.split()) for p in prompts) / len(prompts):.1f} words each")
+    pairs = close_pairs(sets, args.near)
+    for first, second, (one, other), similarity in pairs:
+        print(f"{similarity:.0%} the same words:\n  {args.files[one]}: {first}\n  {args.files[other]}: {second}")
+    print(f"{len(pairs)} pairs of prompts too close" if pairs else "no two prompts too close")
+    return 1 if pairs else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

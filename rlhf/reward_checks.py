@@ -1,0 +1,64 @@
+"""What the settings about rewards ask of each other."""
+
+import difflib
+from collections.abc import Callable, Iterator
+
+from rewards import check_spec, reward_name
+from rlhf.config import ConfigError, RewardGradientConfig
+
+
+def short_name(reward: str | Callable) -> str:
+    """How a reward is called in metrics: a built-in's name, else the class or function."""
+    return reward.rsplit(":", 1)[-1] if isinstance(reward, str) else reward_name(reward)
+
+
+def told_by(check: Callable, *arguments) -> list[str]:
+    """The problems that a check raises, [] for none."""
+    try:
+        check(*arguments)
+    except ConfigError as error:
+        return error.problems
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | None) -> Iterator[str]:
+    """Problems of the rewards and of how they are mixed. rewards: instead of those that args name."""
+    trained = args.reward_funcs if rewards is None else rewards
+    names = [short_name(reward) for reward in [*trained, *args.eval_reward_funcs]]
+    for spec in [*trained, *args.eval_reward_funcs]:
+        if isinstance(spec, str):
+            kwargs = (args.reward_kwargs or {}).get(short_name(spec), {})
+            yield from told_by(check_spec, spec, args.base_dir, kwargs)
+    if not trained:
+        yield "reward_funcs: got none, expected at least one reward; name one"
+    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+        yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; leave one out"
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(trained):
+        yield f"reward_weights: got {len(weights)}, expected {len(trained)}, one for each of reward_funcs; correct them"
+    elif weights is not None and not any(weights):
+        yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
+    yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
+    yield from _reward_mixing(args, [short_name(reward) for reward in trained])
+
+
+def _reward_mixing(args, trained: list[str]):
+    caps, targets = args.reward_caps or {}, args.reward_targets or {}
+    yield from _unknown_rewards("reward_caps", caps, trained)
+    yield from _unknown_rewards("reward_targets", targets, trained)
+    for name in caps.keys() & targets.keys():
+        yield f"reward_caps and reward_targets: got {name!r} in both, expected one of them; leave one out"
+    if args.calibrate_rewards == 1:
+        yield "calibrate_rewards: got 1, expected 0 or at least 2, since one video has no spread; raise it"
+    if args.calibrate_rewards and not args.normalise_rewards:
+        yield "calibrate_rewards: got no normalise_rewards, which uses what is measured; set it, or calibrate none"
+
+
+def _unknown_rewards(key: str, given: dict | None, names: list[str]):
+    for name in given or {}:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the rewards are {', '.join(names)}"
+            yield f"{key}: got {name!r}, expected a reward of this run; {hint}"

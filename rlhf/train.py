@@ -1,0 +1,86 @@
+"""Train ContentV by reward gradient: the command behind train_rlhf.py and, installed, `contentv-rlhf`.
+
+    contentv-rlhf [--config FILE] [--any_key value]
+    accelerate launch -m rlhf.train [--config FILE] [--any_key value]     on several devices
+
+Without --config it runs nano.yaml, the main job. Exits with 2 for settings that cannot work, 1 when training cannot go
+on and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.parse import CONFIGS, parse_config
+
+EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The whole command, argv without its name (default: that of the process); returns the exit status."""
+    try:
+        args = parse_config(sys.argv[1:] if argv is None else argv, CONFIGS / "nano.yaml")
+        from rlhf.checks import check_config
+
+        args = check_config(args)  # before the seconds that importing the trainer takes
+    except ConfigError as error:
+        return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
+    return dry_run(args) if args.dry_run else train(args)
+
+
+def dry_run(args: RewardGradientConfig) -> int:
+    from rlhf.planner import describe
+
+    print(describe(args))
+    return 0
+
+
+def train(args: RewardGradientConfig) -> int:
+    from rewards import RewardError
+    from rlhf.checks import open_rewards
+
+    try:
+        rewards = open_rewards(args)  # a reward that cannot train should not wait for the trainer either
+    except RewardError as error:
+        return _tell(f"train_rlhf: {error}", EXIT_FAILED)
+
+    from rlhf.checkpoint import SavingError, last_whole
+    from rlhf.failures import TrainingError, out_of_memory
+    from rlhf.trainer import RewardGradientTrainer
+
+    try:
+        trainer = RewardGradientTrainer(args=args, opened_rewards=rewards)
+        trainer.train()
+        trainer.accelerator.end_training()
+        return 0
+    except ConfigError as error:
+        return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
+    except (RewardError, TrainingError, SavingError) as error:
+        return _tell(f"train_rlhf: {error}{_resume_hint(args, last_whole)}", EXIT_FAILED)
+    except (RuntimeError, MemoryError) as error:
+        if (told := out_of_memory(error)) is None:
+            raise
+        return _tell(f"train_rlhf: {told}{_resume_hint(args, last_whole)}", EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _tell(f"train_rlhf: interrupted.{_resume_hint(args, last_whole)}", EXIT_INTERRUPTED)
+
+
+def _resume_hint(args: RewardGradientConfig, last_whole) -> str:
+    saved = last_whole(Path(args.output_dir) / "checkpoints")
+    if saved is None:
+        return ""
+    # The last flag of a kind counts, so that those given may stay.
+    flags = ["--overwrite_output_dir", "false"] * args.overwrite_output_dir + ["--resume_from_checkpoint", "latest"]
+    script = ["-m", "rlhf.train"] if Path(sys.argv[0]).resolve() == Path(__file__) else sys.argv[:1]
+    command = shlex.join([*script, *sys.argv[1:], *flags])
+    return f" The last good state is {saved}; go on with\n  accelerate launch {command}"
+
+
+def _tell(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

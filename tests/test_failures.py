@@ -1,0 +1,55 @@
+"""The end of memory is told by where it came, and nothing else is taken for it."""
+
+import pytest
+import torch
+
+from rewards.temporal import Flicker
+from rlhf.failures import MEMORY_CURES, out_of_memory
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 24 GiB"
+
+
+def caught(work) -> Exception:
+    try:
+        work()
+    except Exception as error:
+        return error
+    raise AssertionError("it did not fail")
+
+
+def fail(*_, **__):
+    raise torch.OutOfMemoryError(FULL)
+
+
+def test_a_machine_without_memory_is_recognised():
+    told = out_of_memory(caught(lambda: torch.empty(2**60)))
+    assert told.startswith("Out of memory: ")
+    assert "gradient_checkpointing, stepwise_backward" in told
+
+
+@pytest.mark.parametrize("words", ["NPU out of memory. Tried to allocate", "not enough memory: you tried to allocate"])
+def test_every_device_has_words_of_its_own(words):
+    assert words in out_of_memory(RuntimeError(words))
+
+
+def test_a_reward_is_named_with_its_own_cures(monkeypatch):
+    reward = Flicker()
+    monkeypatch.setattr(reward, "score", fail)
+    told = out_of_memory(caught(lambda: reward(torch.rand(1, 3, 4, 8, 8), ["x"])))
+    assert told.startswith(
+        "Out of memory in rewards/temporal.py: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"
+    )
+    assert MEMORY_CURES["rewards"] in told
+
+
+def test_the_decoder_is_named_with_its_own_cures(tiny_pipe, monkeypatch):
+    from rlhf.contentv.wan_decoder import decode_video
+
+    monkeypatch.setattr("rlhf.contentv.wan_decoder._decode_chunk", fail)
+    told = out_of_memory(caught(lambda: decode_video(tiny_pipe.vae, torch.zeros(1, 16, 2, 2, 4))))
+    assert told.startswith("Out of memory in ")
+    assert MEMORY_CURES["wan_decoder.py"] in told
+
+
+def test_other_errors_are_left_alone():
+    assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

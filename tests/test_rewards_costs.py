@@ -1,0 +1,64 @@
+"""What rewards are said to take is what was measured of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_bench_rewards import script
+
+from rewards.catalogue import CATALOGUE
+from rewards.costs import cost, decoded_frames, scored_frames
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("path", ["rewards/measured.py", "rlhf/measured.py"])
+def test_the_packaged_figures_are_those_of_the_benchmark(path):
+    source, make = script("package").MODULES[path]
+    results = ROOT / "bench" / "results" / source
+    if not results.exists():
+        pytest.skip(f"{source} is not measured yet")
+    assert (ROOT / path).read_text() == make(json.loads(results.read_text()))
+
+
+def test_a_cost_is_a_line_through_what_was_measured():
+    rows = json.loads((ROOT / "bench" / "results" / "rewards.json").read_text())["rows"]
+    of = {
+        row["frames"]: row
+        for row in rows
+        if (row["arm"], row["dtype"], row["phase"]) == ("hps_v2_1", "float32", "forward and backward")
+    }
+    one, eight = cost("hps_v2_1", {}, 1), cost("hps_v2_1", {}, 8)
+    for frames, found in ((1, one), (8, eight)):
+        assert found.seconds == pytest.approx(of[frames]["seconds"], abs=1e-4)
+        assert (found.weights + found.memory) / 2**30 == pytest.approx(of[frames]["peak_gib"], abs=2e-3)
+    assert cost("hps_v2_1", {}, 15).seconds == pytest.approx(2 * eight.seconds - one.seconds)
+    assert cost("hps_v2_1", {"dtype": "bfloat16"}, 1).weights < 0.51 * one.weights
+    assert cost("flicker", {}, 16).memory == pytest.approx(2 * cost("flicker", {}, 8).memory, rel=1e-6)
+    assert cost("flicker", {}, 2) == cost("flicker", {}, 8), "never less than what was measured"
+    assert cost("nano_verifier", {}, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "decoded", "scored"),
+    [
+        ("hps_v2_1", {}, 1, 1),
+        ("hps_v2_1", {"frames": "all", "num_frames": 8}, 33, 8),
+        ("hps_v2_1", {"frames": 5}, 5, 5),
+        ("hps_v2_1", {"frames": "all", "num_frames": "random 4"}, 33, 4),
+        ("hps_v2_1", {"frames": "all", "num_frames": "8 fps"}, 33, 11),
+        ("viclip", {}, 33, 8),
+        ("video_align", {}, 33, 3),
+        ("flicker", {}, 33, 33),
+        ("flicker", {"frames": 99}, 33, 33),
+    ],
+)
+def test_frames_that_are_decoded_and_scored(name, settings, decoded, scored):
+    assert decoded_frames(name, settings, 33) == decoded
+    assert scored_frames(name, settings, decoded, fps=24) == scored
+
+
+def test_every_measured_reward_is_in_the_catalogue():
+    from rewards.measured import COSTS
+
+    assert {name for name, _ in COSTS} <= set(CATALOGUE)

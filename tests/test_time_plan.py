@@ -1,0 +1,100 @@
+"""Seconds of a step: how often parts run, and what a device's rates make of them."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+from conftest import PROMPTS, redness
+from test_parts import CHECKPOINTED, tiny
+from tiny import tiny_pipeline
+
+from rlhf.memory_plan import plan_rewards
+from rlhf.parts import Parts
+from rlhf.rates import Rates
+from rlhf.time_plan import Calls, at_least_moved, count_calls, plan_time, reward_seconds, seconds
+from rlhf.trace import Operation, Phase
+from rlhf.trainer import RewardGradientTrainer
+
+RATES = Rates("any", {"matrix float32": 1e9, "conv float32": 5e8}, 1e9, 1e-3, 1e-4, 1e8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_grad_steps": 3},
+        {"method": "draft_lv", "num_draws": 3},
+        {"method": "srpo", "num_draws": 2, "drift_weight": 1.0},
+        {"method": "listed", "grad_steps": [0, 2], "guidance_gradient": "text"},
+        {"method": "drtune", "num_grad_steps": 2, "guidance_gradient": "none"},
+        {"num_grad_steps": 2, "guidance_gradient": "distill", "drift_weight": 1.0},
+        {"method": "refl", "jump_steps": 1, "guidance_scale": 1.0},
+        {"num_inference_steps": 6, "prefix_steps": 3},
+        {"num_inference_steps": 6, "guidance_every": 2},
+    ],
+)
+def test_calls_are_those_that_a_training_step_makes(make_args, settings):
+    pipe, args = tiny_pipeline(), make_args(per_device_train_batch_size=1, max_steps=1, **settings)
+    trainer = RewardGradientTrainer(pipe, redness, args, PROMPTS)
+    calls = []
+    pipe.transformer.register_forward_hook(lambda module, inputs, output: calls.append(output[0].requires_grad))
+    trainer._begin()
+    trainer.step(0)
+    found = count_calls(trainer.args)
+    assert (len(calls), sum(calls)) == (found.prefix + found.constant + found.graded, found.graded)
+
+
+def test_a_rollout_used_again_is_paid_once():
+    _, args, _ = tiny(num_inference_steps=10, num_grad_steps=1, rollout_uses=3)
+    assert count_calls(args) == Calls(prefix=2 * 9 / 3, constant=0, graded=2)
+
+
+def test_seconds_by_hand():
+    work = Counter(
+        {
+            Operation("matrix", "float32", 4_000_000, 1000): 2,  # 4 ms of products each
+            Operation("conv", "float32", 1_000_000, 5_000_000): 1,  # 2 ms of products, 5 ms of traffic
+            Operation("other", "float32", 0, 3_000_000): 1,  # 3 ms
+            Operation("attention", "bfloat16", 1_000_000, 0): 1,  # not measured: as products, 1 ms
+        }
+    )
+    phase = Phase(0, work=work, calls=5, calls_of_autograd=10)
+    assert seconds(phase, RATES) == pytest.approx(0.017)
+    phase.calls = 20
+    assert seconds(phase, RATES) == pytest.approx(0.0315), "20 calls of 1 ms, 10 of 0.1, half as much around them"
+    assert seconds(phase, dataclasses.replace(RATES, waits=True)) == pytest.approx(0.038)
+    assert at_least_moved(0.5, 10**8, RATES) == 1.0
+    assert at_least_moved(0.5, 10**8, dataclasses.replace(RATES, link=None)) == 0.5
+
+
+def test_settings_cost_what_they_do():
+    _, given, card = tiny(num_frames=17)
+    given.reward_funcs = ["flicker"]
+    parts = Parts(given, card)
+    rates = dataclasses.replace(RATES, flops=RATES.flops | {"attention float32": 1e6}, call_seconds=0)
+
+    def plan(**settings):
+        args = dataclasses.replace(given, **settings)
+        return plan_time(parts, args, plan_rewards(parts, args), rates).parts
+
+    plain, segment = plan(), "gradient segment"
+    assert plan(gradient_accumulation_steps=2)["sampling"] == pytest.approx(2 * plain["sampling"])
+    assert plan(**CHECKPOINTED)[segment] > plan(**CHECKPOINTED, keep_attention=True)[segment] > plain[segment]
+    assert plan(stepwise_backward=True)[segment] > plain[segment]
+    assert plan(num_inference_steps=22)["sampling"] == pytest.approx(10 * plain["sampling"])  # of 4, two are the window
+    assert plan(decode_chunk=1, decode_checkpoint=True)["decoding and back"] > plain["decoding and back"]
+    assert plan(decode_window=5)["decoding and back"] < plain["decoding and back"]
+    assert plan(relative_words=["good", "bad"])["reward and back"] == 2 * plain["reward and back"]
+    slow = dataclasses.replace(RATES, link=1.0)
+    _, args, card = tiny(**CHECKPOINTED, stream_weights=True)
+    parts = Parts(args, card)
+    weights = parts.frozen[0] * 4
+    assert plan_time(parts, args, plan_rewards(parts, args), slow).parts["sampling"] == pytest.approx(4 * weights)
+
+
+def test_rewards_are_slower_where_products_are(monkeypatch):
+    known = {"flops": {"matrix float32": 4e9}, "bytes": 1e9, "call_seconds": 0, "autograd_seconds": 0, "link": None}
+    monkeypatch.setitem(__import__("rlhf.measured").measured.RATES, "NVIDIA H200", known)
+    _, args, card = tiny(reward_funcs=["hps_v2_1"])
+    rewards = plan_rewards(Parts(args, card), args)
+    assert rewards.seconds > 0
+    assert reward_seconds(rewards, RATES) == pytest.approx(4 * rewards.seconds)

@@ -1,0 +1,120 @@
+"""What is counted without storage is what happens with it."""
+
+import pytest
+import torch
+from kept import KeptBytes
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from rlhf.contentv.transformer import QueryKeyNorm
+from rlhf.host_memory import HostMemory
+from rlhf.recompute import recomputed
+from rlhf.trace import Elsewhere, Operation, Trace, use_fused_norms
+
+META = torch.device("meta")
+
+
+def most_allocated(work) -> int:
+    """Bytes at most that PyTorch held on the CPU besides those of before."""
+    torch.empty(1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    changes = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_peak_is_that_of_real_tensors(again):
+    """Allocations of the CPU, as PyTorch's profiler reports them: independent of what is tested."""
+
+    def there_and_back(device):
+        with torch.device(device):
+            layers = [
+                nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)) for _ in "1234"
+            ]
+            x = torch.zeros(512, 64)
+        for layer in layers:
+            y = recomputed(layer, x, parameters=layer.parameters()) if again else layer(x)
+            x = x + y.sin()
+        x.sum().backward()
+
+    real = most_allocated(lambda: there_and_back("cpu"))
+    with Trace() as trace, trace.phase() as phase:
+        there_and_back(META)
+    assert phase.most == pytest.approx(real, rel=0.03)
+    assert phase.end < 0.01 * phase.most, "all is free again"
+
+
+def test_work_is_counted_by_hand():
+    x, w = (torch.empty(shape, device=META) for shape in ((3, 5), (5, 7)))
+    image, kernel = torch.empty(1, 2, 8, 8, device=META), torch.empty(4, 2, 3, 3, device=META)
+    with Trace() as trace, trace.phase() as phase:
+        y = x @ w
+        z = y.t().reshape(21).view(7, 3)
+        z.add_(1)
+        nn.functional.conv2d(image, kernel, padding=1)
+        torch.empty(100, device=META)
+    assert phase.work[Operation("matrix", "float32", 2 * 3 * 5 * 7, 4 * (15 + 35 + 21))] == 1
+    assert phase.work[Operation("conv", "float32", 2 * 9 * 2 * 4 * 64, 4 * (128 + 72 + 256))] == 1
+    moved = sum(op.bytes * n for op, n in phase.work.items() if op.kind == "other")
+    assert moved == 4 * (2 * 21 + 2 * 21), "a copy, an addition; views and new tensors move nothing"
+    assert phase.calls == sum(phase.work.values())
+
+
+def test_attention_is_counted_and_keeps_what_kernels_keep():
+    query = torch.empty(2, 3, 10, 4, device=META).requires_grad_()
+    with Trace() as trace:
+        trace.know(query)
+        with trace.phase() as forward:
+            result = trace.attention(query, query, query)
+        with trace.phase() as backward:
+            result.sum().backward()
+    assert forward.work[Operation("attention", "float32", 4 * 2 * 3 * 10 * 10 * 4, 0)] == 1
+    assert backward.work[Operation("attention backward", "float32", 10 * 2 * 3 * 10 * 10 * 4, 0)] == 1
+    assert forward.end == 4 * (2 * 3 * 10 * 4 + 2 * 3 * 10), "the result and a number for each row"
+    assert backward.calls_of_autograd > 0
+
+
+def test_a_norm_is_one_kernel():
+    norm, x = QueryKeyNorm(16, 1e-6).to(META), torch.empty(5, 16, device=META).requires_grad_()
+    use_fused_norms(nn.Sequential(norm))
+    with Trace(norm) as trace, trace.phase() as phase:
+        y = norm(x)
+        assert phase.calls == 2  # the numbers of the rows, and the norm
+    assert y.shape == x.shape
+    assert trace.now == 4 * (5 * 16 + 5)
+
+
+def test_what_is_put_elsewhere_leaves_the_device_and_comes_back_one_ahead():
+    """As with a real `HostMemory`, whose tensors autograd's own hooks see come and go."""
+    sizes = {}
+    for name, device, host in (("real", "cpu", HostMemory("cpu", 0)), ("counted", META, Elsewhere(0))):
+        x = torch.zeros(1000, device=device).requires_grad_()
+        with Trace() as trace:
+            trace.know(x)
+            y = x
+            for _ in range(4):
+                y = recomputed(lambda t: t.sin() * t, y, place=host.group())
+            with trace.phase() as backward:
+                y.sum().backward()
+        sizes[name] = trace.now, x.grad.shape
+        if name == "counted":
+            assert backward.start <= 4 * 1000 * 2, "the result and what is on its way, not all five"
+    assert sizes["counted"][1] == sizes["real"][1]
+
+
+def test_a_graph_that_is_there_is_what_autograd_holds():
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
+    with KeptBytes(layers) as kept:
+        y = layers(torch.zeros(4, 8))
+        real = kept.now
+    layers.to(META)
+    x = torch.empty(4, 8, device=META)
+    with Trace(layers) as trace:
+        trace.know(x)
+        y = layers(x)
+    assert trace.now == real - 4 * 8 * 4 + y.nbytes  # the input was there before, the result is there too
