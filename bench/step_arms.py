@@ -23,7 +23,6 @@ from rlhf.speed import Speed, set_up_blocks
 from rlhf.types import Conditioning
 
 PEERS, STOCK = "peers' way", "stock autograd"
-BY_MODULES = "exact, nothing twice, compiled, cuDNN, projections by modules"
 ROOMY = {"vae_dtype": "bfloat16"}  # as the peers'; nothing is computed twice
 EXACT = ROOMY | {
     "gradient_checkpointing": True,
@@ -57,7 +56,6 @@ SETTINGS = {
     "exact, nothing twice, compiled, together": FAST | {"guidance_together": True},
     "exact, nothing twice, compiled, cuDNN": FAST | {"attention_kernel": "cudnn"},
     "exact, nothing twice, compiled, cuDNN, together": FAST | {"attention_kernel": "cudnn", "guidance_together": True},
-    BY_MODULES: FAST | {"attention_kernel": "cudnn"},
     "24 GiB": SMALL,
     # Not exact.
     "8-bit base": EXACT | {"base_bits": 8},
@@ -163,8 +161,6 @@ class Rig:
             self.chosen = set_up_blocks(
                 self.transformer, Speed.of(self.args), self.device, self.layout and self.layout.sequence_group
             )
-            if self.arm == BY_MODULES:
-                self.transformer.run_block.projections = None
         masters = Masters(self.transformer)
         for name, piece in masters.named(masters.vector).items():
             if "lora_B" in name:  # zero at the start, where A has no gradient

@@ -7,8 +7,7 @@ import torch
 
 from rlhf.attention import Attention, attention_by, faster_without_gradient, time_kernels
 from rlhf.contentv.blocks import BlockRunner
-from rlhf.contentv.projections import StackedProjections
-from rlhf.device import has_attention_kernels, is_plugged_in
+from rlhf.device import has_attention_kernels
 from rlhf.exchange import Group
 from rlhf.host_memory import HostMemory
 from rlhf.quantise import quantise_base
@@ -64,8 +63,6 @@ def set_up_blocks(
     if speed.attention_kernel == "auto" and (found := choose_forward(transformer, kernel, device)):
         without_gradient, line = found
         chosen["attention_kernel"] += f"; {line}"
-    # Weights that move, are no plain matrices, or may be in a plug-in's own layout.
-    as_they_are = speed.stream_weights or speed.shard_base or speed.base_bits or is_plugged_in(device)
     runner = BlockRunner(
         attention=attention_by(kernel),
         attention_without_gradient=without_gradient,
@@ -73,7 +70,6 @@ def set_up_blocks(
         host=HostMemory(device) if speed.offload_activations else None,
         compiler=torch.compile if speed.compile_blocks else None,
         fetch=fetch,
-        projections=None if as_they_are else StackedProjections(transformer.transformer_blocks),
     )
     transformer.run_block = ShardedRunner(runner) if speed.shard_base else runner
     return chosen

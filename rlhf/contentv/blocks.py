@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf.attention import Attention
-from rlhf.contentv.projections import StackedProjections, feed_forward, project
 from rlhf.contentv.shards import Shards
 from rlhf.host_memory import Group, HostMemory
 from rlhf.recompute import as_leaves, gradients, kept_in, recomputed
@@ -34,7 +33,6 @@ class BlockRunner:
         compiler: such as `torch.compile`, for the parts before and after the attention. Of all blocks but the last,
             which has other code: compiling it too would take as long as all the others.
         fetch: called with a block before its weights are used.
-        projections: how those of the attention are computed without gradient; None: by their modules.
         attention_without_gradient: as attention; None: the same.
     """
 
@@ -45,13 +43,12 @@ class BlockRunner:
         host: HostMemory | None = None,
         compiler: Callable | None = None,
         fetch: Callable[[torch.nn.Module], None] | None = None,
-        projections: StackedProjections | None = None,
         attention_without_gradient: Attention | None = None,
     ):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r}, expected one of {', '.join(RECOMPUTE)}; choose one of these")
         self.attention, self.recompute, self.host, self.fetch = attention, recompute, host, fetch
-        self.projections, self.attention_without_gradient = projections, attention_without_gradient or attention
+        self.attention_without_gradient = attention_without_gradient or attention
         self.shards: Shards | None = None  # of tokens over processes; the attention then has a part of the heads
         compiler = compiler or (lambda function: function)
         self._before, self._after = compiler(before_attention), compiler(after_attention)
@@ -64,8 +61,7 @@ class BlockRunner:
 
     def __call__(self, block, video, text, temb):
         if not torch.is_grad_enabled():
-            stacks = self.projections and self.projections(block)
-            return self.whole(block, video, text, temb, self.attention_without_gradient, stacks)
+            return self.whole(block, video, text, temb, self.attention_without_gradient)
         if self.recompute == "nothing":
             return self.whole(block, video, text, temb)
         parameters = [p for p in block.parameters() if p.requires_grad]
@@ -77,29 +73,26 @@ class BlockRunner:
         with kept_in(place):
             return _KeepAttention.apply(self, block, place, video, text, temb, *parameters)
 
-    def whole(self, block, video, text, temb, attention=None, stacks=None):
-        query, key, value, *gates = self.before(block, video, text, temb, stacks=stacks)
+    def whole(self, block, video, text, temb, attention=None):
+        query, key, value, *gates = self.before(block, video, text, temb)
         attended = (attention or self.attention)(query, key, value)
-        return self.after(block, attended, video, text, *gates, stacks=stacks)
+        return self.after(block, attended, video, text, *gates)
 
-    def before(self, block, *inputs, stacks=None):
+    def before(self, block, *inputs):
         if self.fetch:
             self.fetch(block)
-        found = (before_attention if block.context_pre_only else self._before)(block, *inputs, stacks=stacks)
+        found = (before_attention if block.context_pre_only else self._before)(block, *inputs)
         return found if self.shards is None else (*self.shards.by_heads(*found[:3]), *found[3:])
 
-    def after(self, block, attended, *inputs, stacks=None):
+    def after(self, block, attended, *inputs):
         if self.fetch:
             self.fetch(block)
         attended = attended if self.shards is None else self.shards.by_tokens(attended)
-        return (after_attention if block.context_pre_only else self._after)(block, attended, *inputs, stacks=stacks)
+        return (after_attention if block.context_pre_only else self._after)(block, attended, *inputs)
 
 
-def before_attention(block, video_BND, text_BLD, temb_BD, stacks=None):
-    """query, key, value (B, H, N + L, W), then what `after_attention` takes of the modulation, (B, D) each.
-
-    stacks: of the block's projections, where no gradient is recorded; None: the modules compute as they are.
-    """
+def before_attention(block, video_BND, text_BLD, temb_BD):
+    """query, key, value (B, H, N + L, W), then what `after_attention` takes of the modulation, (B, D) each."""
     video, *gates = block.norm1(video_BND, emb=temb_BD)
     if block.context_pre_only:
         text = block.norm1_context(text_BLD, temb_BD)
@@ -107,26 +100,27 @@ def before_attention(block, video_BND, text_BLD, temb_BD, stacks=None):
         text, *text_gates = block.norm1_context(text_BLD, emb=temb_BD)
         gates += text_gates
     attn, heads = block.attn, (block.attn.heads, -1)
-    query, key, value = (y.unflatten(-1, heads) for y in project(attn, "video", video, stacks))
-    text_query, text_key, text_value = (y.unflatten(-1, heads) for y in project(attn, "text", text, stacks))
-    queries, keys = (attn.norm_q(query), attn.norm_added_q(text_query)), (attn.norm_k(key), attn.norm_added_k(text_key))
-    pairs = queries, keys, (value, text_value)
+    query = attn.norm_q(attn.to_q(video).unflatten(-1, heads))
+    key = attn.norm_k(attn.to_k(video).unflatten(-1, heads))
+    value = attn.to_v(video).unflatten(-1, heads)
+    text_query = attn.norm_added_q(attn.add_q_proj(text).unflatten(-1, heads))
+    text_key = attn.norm_added_k(attn.add_k_proj(text).unflatten(-1, heads))
+    text_value = attn.add_v_proj(text).unflatten(-1, heads)
+    pairs = (query, text_query), (key, text_key), (value, text_value)
     return *(torch.cat(pair, 1).transpose(1, 2) for pair in pairs), *gates
 
 
-def after_attention(block, attended_BHNW, video_BND, text_BLD, *gates_BD, stacks=None):
+def after_attention(block, attended_BHNW, video_BND, text_BLD, *gates_BD):
     """text, None after the last block, and video, (B, L, D) and (B, N, D)."""
     attn, gates_B1D = block.attn, [gate.unsqueeze(1) for gate in gates_BD]
     attended = attended_BHNW.transpose(1, 2).flatten(2)
     attended, text_attended = attended.split([video_BND.shape[1], text_BLD.shape[1]], 1)
-    (attended,) = project(attn, "video_out", attended, stacks)
-    feed = partial(feed_forward, block.ff, stacks=stacks)
-    video = _add(video_BND, attn.to_out[1](attended), *gates_B1D[:4], norm=block.norm2, feed_forward=feed)
+    attended = attn.to_out[1](attn.to_out[0](attended))
+    video = _add(video_BND, attended, *gates_B1D[:4], norm=block.norm2, feed_forward=block.ff)
     if block.context_pre_only:
         return None, video
-    (text_attended,) = project(attn, "text_out", text_attended, stacks)
-    feed = partial(feed_forward, block.ff_context, stacks=stacks)
-    text = _add(text_BLD, text_attended, *gates_B1D[4:], norm=block.norm2_context, feed_forward=feed)
+    text_attended = attn.to_add_out(text_attended)
+    text = _add(text_BLD, text_attended, *gates_B1D[4:], norm=block.norm2_context, feed_forward=block.ff_context)
     return text, video
 
 
