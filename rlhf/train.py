@@ -7,6 +7,7 @@ Without --config it runs nano.yaml, the main job. Exits with 2 for settings that
 on and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 def dry_run(args: RewardGradientConfig) -> int:
     from rlhf.planner import describe
 
-    print(describe(args))
+    if os.environ.get("RANK", "0") == "0":  # one of those that were started is enough
+        print(describe(args))
     return 0
 
 
