@@ -27,10 +27,10 @@ def parse_config(argv: list[str], default_config: str | Path | None = None) -> R
         argv = [str(path) if before == "--config" else word for before, word in zip(["", *argv], argv, strict=False)]
     problems = _file_problems(path)
     try:
-        args, unknown_flags = _parse(argv, without_config=bool(problems))
+        args, unknown = _parse(argv, without_config=bool(problems))
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
-    problems += [_unknown(flag, "flag --") for flag in unknown_flags]
+    problems += [_unknown_word(word) for word in unknown]
     if problems:
         raise ConfigError(problems)
     if args.base_dir is None and path is not None:
@@ -51,7 +51,7 @@ def _parse(argv: list[str], without_config: bool) -> tuple[RewardGradientConfig,
         argv = argv[:at] + argv[at + 2 :]
     parser = Parser(RewardGradientConfig, prog="train_rlhf.py", allow_abbrev=False)
     args, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    return args, [text[2:] for text in rest if text.startswith("--")] or rest
+    return args, [word for word in rest if word.startswith("--")] or rest  # a value follows its flag
 
 
 def _config_of_run(argv: list[str], default_config: Path) -> list[str] | None:
@@ -125,6 +125,13 @@ def _twice(path: Path, tree: yaml.MappingNode) -> list[str]:
     return [
         f"{path.name}: key {key}: got it in lines {at}, expected it once; leave one out" for key, at in places.items()
     ]
+
+
+def _unknown_word(word: str) -> str:
+    if word.startswith("--"):
+        return _unknown(word[2:], "flag --")
+    cure = f"did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else "name the setting before its value"
+    return f"got {word!r} without a flag, expected --KEY VALUE; {cure}"
 
 
 def _unknown(name: str, where: str) -> str:

@@ -43,6 +43,8 @@ ROWS = [
     Row({"learing_rate": 1}, "config.yaml: key learing_rate", "no such setting", "did you mean 'learning_rate'?"),
     Row({"zzzz": 1}, "zzzz", "no such setting", "`train_rlhf.py --help` lists the settings"),
     Row(["--lora-rnk", "3"], "flag --lora-rnk", "no such setting", "did you mean 'lora_rank'?"),
+    Row(["nano.yaml"], "got 'nano.yaml' without a flag", "expected --KEY VALUE", "did you mean --config nano.yaml?"),
+    Row(["fast"], "got 'fast' without a flag", "expected --KEY VALUE", "name the setting before its value"),
     Row(["--max_steps", "few"], "argument --max_steps/--max-steps", "invalid int value: 'few'", "correct the flag"),
     Row(["--max_steps"], "argument --max_steps/--max-steps", "expected one argument", "correct the flag"),
     Row({"learing_rate": 1, "max_steps": 1.5}, "learing_rate", "no such setting", "did you mean 'learning_rate'?"),
