@@ -59,10 +59,15 @@ def _exactly(value, kind):
 
 
 def type_name(annotation) -> str:
-    name = str(annotation) if typing.get_args(annotation) else annotation.__name__
-    names = {" | None": " or none", "dict[str, dict]": "a mapping {name: {argument: value}}"}
-    names |= {"dict[str, int]": "a mapping {name: whole number}", "dict[str, float]": "a mapping {name: number}"}
-    names |= {" | str or": " or"}
-    for python, plain in names.items():
-        name = name.replace(python, plain)
-    return name
+    """The type in a user's words."""
+    if isinstance(annotation, types.UnionType):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        if typing.get_origin(kinds[0]) is dict:
+            kinds = kinds[:1]  # the text of a flag is a mapping, too
+        return " or ".join([type_name(kind) for kind in kinds] + ["none"] * (type(None) in typing.get_args(annotation)))
+    if typing.get_origin(annotation) is list:
+        return f"a list, each {type_name(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is dict:
+        inner = typing.get_args(annotation)[1]
+        return f"a mapping {{name: {'{argument: value}' if inner is dict else type_name(inner).removeprefix('a ')}}}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]

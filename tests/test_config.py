@@ -129,12 +129,12 @@ def test_no_setting_may_be_abbreviated():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("max_steps: 2.5", "max_steps: got 2.5, expected int"),
-        ("max_steps: many", "settings.yaml: max_steps: got 'many', expected int"),
-        ("reward_weights: [1, x]", r"reward_weights: got \[1, 'x'\], expected list\[float\] or none"),
+        ("max_steps: 2.5", "max_steps: got 2.5, expected a whole number"),
+        ("max_steps: many", "settings.yaml: max_steps: got 'many', expected a whole number"),
+        ("reward_weights: [1, x]", r"reward_weights: got \[1, 'x'\], expected a list, each a number or none"),
         ("reward_kwargs: {clip_score: 3}", "expected a mapping {name: {argument: value}}"),
         ("reward_caps: {aesthetic: high}", "reward_caps: .* expected a mapping {name: number} or none"),
-        ("dry_run: 3", "dry_run: got 3, expected bool"),
+        ("dry_run: 3", "dry_run: got 3, expected true or false"),
         ("- a list", "expected lines of the form 'key: value'"),
         ("a: [1", "is not YAML"),
         ("# nothing", "got an empty file, expected lines"),

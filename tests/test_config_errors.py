@@ -55,11 +55,11 @@ ROWS = [
     Row("# nothing", "got an empty file", "expected lines of the form 'key: value'", "correct the file"),
     Row("seed: 1\nseed: 2", "key seed: got it in lines 1 and 2", "expected it once", "leave one out"),
     Row("optim:\n  seed: 2", "key optim: got a section", "expected settings without sections", "at the left margin"),
-    Row("max_steps: ten", "config.yaml: max_steps: got 'ten'", "expected int", "correct its value"),
+    Row("max_steps: ten", "config.yaml: max_steps: got 'ten'", "expected a whole number", "correct its value"),
     Row("- a\n- list", "got list", "expected lines of the form 'key: value'", "correct the file"),
-    Row({"max_steps": 2.5}, "max_steps: got 2.5", "expected int", "correct its value"),
-    Row({"dry_run": 3}, "dry_run: got 3", "expected bool", "correct its value"),
-    Row({"seed": True}, "seed: got True", "expected int", "correct its value"),
+    Row({"max_steps": 2.5}, "max_steps: got 2.5", "expected a whole number", "correct its value"),
+    Row({"dry_run": 3}, "dry_run: got 3", "expected true or false", "correct its value"),
+    Row({"seed": True}, "seed: got True", "expected a whole number", "correct its value"),
     Row({"reward_kwargs": {"a": 3}}, "got {'a': 3}", "expected a mapping {name: {argument: value}}", "correct its"),
     Row(
         ["--reward_caps", "{"], "reward_caps: got '{'", "expected a mapping {name: number} or none", "correct its value"
