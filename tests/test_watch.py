@@ -208,6 +208,13 @@ def test_a_guarded_run_with_everything_resumes_to_the_bit(guarded, tmp_path):
     assert torch.equal(adapter(parts), adapter(whole))
 
 
+def test_a_run_that_goes_on_with_fewer_judges_reads_the_base_and_lists_them_in_their_order(guarded):
+    args = guarded(max_steps=1, eval_reward_funcs=["judge.py:rosiness", "judge.py:paleness", "flicker"])
+    assert list(run(args)["held_out"]) == ["rosiness", "paleness", "flicker"]
+    fewer = dataclasses.replace(args, eval_reward_funcs=args.eval_reward_funcs[:2], resume_from_checkpoint="latest")
+    assert list(run(fewer)["held_out"]) == ["rosiness", "paleness"]
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_the_last_adapter_is_evaluated_once_unless_another_is_the_result(guarded, monkeypatch, best):
     made, evaluate = [], HeldOut.evaluate
