@@ -7,6 +7,17 @@ import typing
 import yaml
 
 
+def coerced(values: dict, annotations: dict) -> tuple[dict, list[str]]:
+    """Settings by name as the annotated types, and what is wrong with those that cannot be read so."""
+    right, problems = {}, []
+    for name, value in values.items():
+        try:
+            right[name] = coerce(value, annotations[name])
+        except (TypeError, ValueError):
+            problems.append(f"{name}: got {value!r}, expected {type_name(annotations[name])}; correct its value")
+    return right, problems
+
+
 def coerce(value, annotation):
     """`value` as the annotated type, forgiving what YAML and the shell blur: 1e-5 as text, 'none', one item for a list.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from rlhf.coerce import coerce, type_name
+from rlhf.coerce import coerced
 
 SAMPLING_KEYS = (
     "height",
@@ -271,7 +271,7 @@ class RewardGradientConfig:
     dry_run: bool = _key(False, "Check and print the settings and what they need; load no weights.")
 
     def __post_init__(self):
-        values, problems = coerced(dict(vars(self)))
+        values, problems = coerced(dict(vars(self)), typing.get_type_hints(type(self)))
         if problems:
             raise ConfigError(problems)
         for name, value in values.items():
@@ -284,17 +284,6 @@ class RewardGradientConfig:
     def to_yaml(self) -> str:
         """The settings as the YAML text that `--config` reads."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
-
-
-def coerced(values: dict) -> tuple[dict, list[str]]:
-    """Settings by name as the types that they should have, and what is wrong with those that cannot be read so."""
-    hints, right, problems = typing.get_type_hints(RewardGradientConfig), {}, []
-    for name, value in values.items():
-        try:
-            right[name] = coerce(value, hints[name])
-        except (TypeError, ValueError):
-            problems.append(f"{name}: got {value!r}, expected {type_name(hints[name])}; correct its value")
-    return right, problems
 
 
 def field_names() -> list[str]:

@@ -2,11 +2,13 @@
 
 import argparse
 import difflib
+import typing
 from pathlib import Path
 
 import yaml
 
-from rlhf.config import ConfigError, RewardGradientConfig, coerced, field_names
+from rlhf.coerce import coerced
+from rlhf.config import ConfigError, RewardGradientConfig, field_names
 
 CONFIGS = Path(__file__).parent / "configs"  # the shipped ones; in a clone the folder configs/
 
@@ -105,7 +107,9 @@ def _file_problems(path: Path | None) -> list[str]:
         raise ConfigError([f"{path}: got {got}, expected lines of the form 'key: value'; correct the file"])
     known = {key: value for key, value in values.items() if key in field_names()}
     problems = [_unknown_key(key, value, path) for key, value in values.items() if key not in {*known, "env"}]
-    problems += [f"{path.name}: {problem}" for problem in coerced(known)[1]]
+    problems += [
+        f"{path.name}: {problem}" for problem in coerced(known, typing.get_type_hints(RewardGradientConfig))[1]
+    ]
     return problems + _twice(path, tree)
 
 

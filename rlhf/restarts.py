@@ -4,7 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from rlhf.checkpoint import find_checkpoint, last_whole, read_state
+from rlhf.checkpoint import checkpoints, find_checkpoint, last_whole, read_state
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.run_folder import run_in
 
@@ -56,6 +56,10 @@ def resume_problems(args: RewardGradientConfig):
     except ConfigError as error:
         yield from error.problems
         return
+    own = Path(args.output_dir) / "checkpoints"
+    if path.resolve().parent != own.resolve() and checkpoints(own):
+        expected = f"expected a new folder, or that of {path}"
+        yield f"output_dir={args.output_dir}: got a run with checkpoints of its own, {expected}; choose another"
     saved = read_state(path)["settings"]
     for name in FIXED_ON_RESUME:
         if name in saved and saved[name] != getattr(args, name):

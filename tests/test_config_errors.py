@@ -232,6 +232,12 @@ ROWS = [
         "expected one of its checkpoints, such as {tmp}/run/checkpoints/step-3",
         "name that",
     ),
+    Row(
+        {"output_dir": "{tmp}/run", "resume_from_checkpoint": "{tmp}/another/checkpoints/step-3"},
+        "got a run with checkpoints of its own",
+        "expected a new folder, or that of {tmp}/another/checkpoints/step-3",
+        "choose another",
+    ),
     Row({"resume_from_checkpoint": "absent"}, "got no checkpoint there", "expected a folder such as", "correct the"),
     Row(
         {"output_dir": "{tmp}/run", "resume_from_checkpoint": "latest", "lora_rank": 7},
@@ -254,10 +260,11 @@ def project(tmp_path_factory):
     (tmp / "run" / "adapter").mkdir(parents=True)
     (tmp / "run" / "config.yaml").touch()
     (tmp / "locked").mkdir()
-    step = tmp / "run" / "checkpoints" / "step-3"
-    step.mkdir(parents=True)
-    (step / "state.json").write_text(json.dumps({"step": 3, "settings": vars(RewardGradientConfig(**GOOD))}))
-    (step / "manifest.json").write_text('{"files": {}}')
+    for run in ("run", "another"):
+        step = tmp / run / "checkpoints" / "step-3"
+        step.mkdir(parents=True)
+        (step / "state.json").write_text(json.dumps({"step": 3, "settings": vars(RewardGradientConfig(**GOOD))}))
+        (step / "manifest.json").write_text('{"files": {}}')
     return tmp
 
 
