@@ -2,12 +2,12 @@
 
 import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from problem import Problem, keep_float64
+from report_runs import encoded, finished, started  # noqa: F401 - fixtures
 from tiny import tiny_pipeline, tiny_transformer, tiny_vae
 
 from rlhf.config import RewardGradientConfig
@@ -21,9 +21,8 @@ keep_freed_memory()
 @pytest.fixture(autouse=True)
 def _no_report(request, monkeypatch):
     """Runs that take a second leave no report, which takes as long; tests ask for it by `real_report`."""
-    report = sys.modules.get("rlhf.report")
-    if report and "real_report" not in request.fixturenames:
-        monkeypatch.setattr(report, "finish_report", lambda folder, ended_by=None: None)
+    if "real_report" not in request.fixturenames:
+        monkeypatch.setattr("rlhf.report.finish_report", lambda folder, ended_by=None: None)
 
 
 @pytest.fixture
