@@ -2,6 +2,7 @@
 
 import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory
 from rlhf.tracking import COST, read_metrics
 
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # whose files find each other; last: it has a rewards.py
 torch.set_num_threads(1)  # tiny models are slower on more
 keep_freed_memory()
 

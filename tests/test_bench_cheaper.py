@@ -1,18 +1,16 @@
 """The studies on nano: their settings are accepted, arms get the same time, results are collected."""
 
 import json
-import sys
 
+import nano_runs
 import pytest
 import torch
-from test_bench_rewards import ROOT, script
+from scripts import ROOT, script
 
 from rlhf.checks import check_config
 from rlhf.parse import parse_config
 
-sys.path.append(str(ROOT / "bench"))  # where its scripts find each other
-cheaper, methods, tables = script("cheaper"), script("methods"), script("tables")
-nano_runs = sys.modules["nano_runs"]
+cheaper, methods, tables = script("bench/cheaper.py"), script("bench/methods.py"), script("bench/tables.py")
 
 
 @pytest.mark.parametrize("module", [cheaper, methods])

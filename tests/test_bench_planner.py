@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from test_bench_rewards import script
+from scripts import script
 
-bench, package, tables = script("planner"), script("package"), script("tables")
+bench, package, tables = script("bench/planner.py"), script("bench/package.py"), script("bench/tables.py")
 ARMS = ["rates", "nano, batch 16, K = 1", "8B, 17 frames, blocks recomputed"]
 PHASES = [
     "sampling",
