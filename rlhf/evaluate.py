@@ -134,8 +134,7 @@ class HeldOut:
         videos = [torch.zeros(0, dtype=torch.uint8)]
         for rows in own_batches(count, self.args.per_device_eval_batch_size, self.layout):
             videos.append(to_uint8(self._videos(self.make_videos, rows, draw=0)))
-        if count:
-            self._write(step, self._leading(torch.cat(videos), count, count))
+        self._write(step, self._leading(torch.cat(videos), count, count))
 
     def _videos(self, make_videos: MakeVideos, rows: list[int], draw: int) -> torch.Tensor:
         """Videos number `draw` of the prompts of the rows; for none, one is made to keep step with other processes."""
@@ -157,7 +156,7 @@ class HeldOut:
         return self.layout.reduce(values.to(self.layout.device), "sum").cpu()
 
     def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
-        if self._is_main:
+        if len(videos_NCTHW):  # on the main process, if any are asked for
             self.show(step, write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps))
 
     @property

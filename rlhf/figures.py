@@ -42,10 +42,10 @@ def running_mean(values: list[float], span: int = 10) -> list[float]:
 def contact_sheet(prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: torch.Tensor, path: Path) -> None:
     """A row for each leading prompt: its caption, the base's frames on the left, the tuned model's on the right.
 
-    Videos are uint8 (N, 3, T, H, W), made from the same noise.
+    Videos are uint8 (N, 3, T, H, W), made from the same noise; a prompt without one of the two is left out.
     """
     pyplot = headless_pyplot()
-    count, _, frames, height, width = before_NCTHW[:ROWS_SHOWN].shape
+    count, (frames, height, width) = min(len(before_NCTHW), len(after_NCTHW), ROWS_SHOWN), before_NCTHW.shape[2:]
     shown = torch.linspace(0, frames - 1, min(FRAMES_SHOWN, frames)).round().long()
     tile = 1.0  # inches
     tall, gap, caption, margin = tile * height / width, 0.35, 0.34, 0.25

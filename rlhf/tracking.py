@@ -120,12 +120,14 @@ def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
 
 
 def write_results(folder: Path, summary: dict, prompts: list[str], before_NCTHW, after_NCTHW) -> None:
-    """Write summary.json, curves.png and contact_sheet.png (of uint8 videos), and print the table."""
+    """Write summary.json, curves.png and, of uint8 videos if there are some, contact_sheet.png; print the table."""
+    sheet, shown = folder / "contact_sheet.png", len(before_NCTHW) and len(after_NCTHW)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curves(read_metrics(folder), folder / "curves.png")
-    contact_sheet(prompts, before_NCTHW, after_NCTHW, folder / "contact_sheet.png")
+    if shown:
+        contact_sheet(prompts, before_NCTHW, after_NCTHW, sheet)
     print(f"\n{len(prompts)} held-out prompts, the same noise before and after\n\n{table(summary)}\n")
-    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {folder / 'contact_sheet.png'}")
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s." + (f" Before and after: {sheet}" if shown else ""))
 
 
 def table(summary: dict) -> str:

@@ -95,3 +95,5 @@ def test_contact_sheet_shows_before_on_the_left_and_after_on_the_right(tmp_path)
     assert len(red) > image.width / 3
     assert len(blue) > image.width / 3
     assert max(red) < image.width / 2 < min(blue)
+    contact_sheet(["one", "two"], before, after[:1], tmp_path / "one.png")  # resumed with fewer samples
+    assert 0 < Image.open(tmp_path / "one.png").height < image.height
