@@ -114,7 +114,9 @@ def of_language(language: str) -> list:
 
 @pytest.mark.parametrize("block", of_language("yaml"))
 def test_settings_that_are_shown_are_read(block: Block):
-    RewardGradientConfig(**yaml.safe_load(block.code))
+    given = yaml.safe_load(block.code)
+    read = RewardGradientConfig(**given)
+    assert {name: getattr(read, name) for name in given} == given
 
 
 @pytest.mark.parametrize("block", of_language("toml"))
