@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 
 class TrainingInterrupted(KeyboardInterrupt):

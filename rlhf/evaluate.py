@@ -19,7 +19,7 @@ from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_batches
 from rlhf.sampler import draw_noise
 from rlhf.trackers import Clip
-from rlhf.tracking import EvaluationBar, write_samples
+from rlhf.tracking import EvaluationBar, to_uint8, write_samples
 
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
 
@@ -162,8 +162,3 @@ class HeldOut:
     @property
     def _is_main(self) -> bool:
         return self.layout.is_main_process
-
-
-def to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """[0, 1] to 0 .. 255, rounded, on the CPU."""
-    return (video.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()

@@ -100,8 +100,6 @@ class Planner:
         bits = changes.get("base_bits")
         if bits and (missing_library(bits) or self.args.sampling_weights != "own" or self.args.stream_weights):
             return False
-        if changes.get("guidance_gradient") and self.args.guidance_gradient != "full":
-            return False
         return any(getattr(self.args, name) != value for name, value in changes.items())
 
 

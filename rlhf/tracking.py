@@ -111,6 +111,11 @@ def write_samples(folder: Path, step: int, prompts: list[str], videos_NCTHW: tor
     return clips
 
 
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """[0, 1] to 0 .. 255, rounded, on the CPU."""
+    return (video.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
+
+
 def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
     """Write a uint8 video as H.264 in mp4, which every browser plays."""
     from diffusers.utils import export_to_video

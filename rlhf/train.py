@@ -14,7 +14,8 @@ from pathlib import Path
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.parse import CONFIGS, parse_config
 
-EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_SETTINGS = 1, 2
+EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:

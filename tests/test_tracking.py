@@ -10,7 +10,7 @@ from PIL import Image
 from rlhf.figures import contact_sheet, plot_curves
 from rlhf.run_folder import RUN_FILES, run_in, start_run_folder
 from rlhf.trackers import tracked
-from rlhf.tracking import RunLog, keep_rows, read_metrics, table, write_samples
+from rlhf.tracking import RunLog, keep_rows, read_metrics, table, to_uint8, write_samples
 
 ROW = {"base": 0.5, "tuned": 0.625, "diff": 0.125, "ci95": [0.1, 0.15]}
 
@@ -55,6 +55,10 @@ def test_overwriting_removes_the_files_of_a_run_and_nothing_else(make_args, tmp_
     start_run_folder(make_args(output_dir=str(tmp_path), overwrite_output_dir=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "environment.jsonl", "mine", "mine.txt"]
     assert run_in(tmp_path)
+
+
+def test_eight_bits_are_rounded():
+    assert to_uint8(torch.tensor([0.0, 0.5, 1.0, 1.2])).tolist() == [0, 128, 255, 255]
 
 
 def test_samples_play_and_show_the_colours(tmp_path):
