@@ -45,6 +45,7 @@ NOT_NEGATIVE = (
     "learning_rate",
     "warmup_steps",
     "weight_decay",
+    "adam_epsilon",
     "max_grad_norm",
     "max_skipped_steps",
     "save_steps",

@@ -1,6 +1,9 @@
-"""What the method of a run asks of the other settings."""
+"""What the method of a run and what it trains ask of the other settings."""
+
+import re
 
 from rlhf.config import RewardGradientConfig
+from rlhf.contentv.files import LINEAR_LAYERS, PARTS
 
 # Which settings belong to which methods; elsewhere they keep their default, so that none is silently without effect.
 BELONGS = {
@@ -16,11 +19,15 @@ GUIDANCE_GRADIENTS = ("full", "text", "none", "distill")
 
 
 def method_problems(args: RewardGradientConfig, num_blocks: int):
-    """Problems of the method, guidance and drift; args has all sampling keys set. num_blocks: of the transformer."""
+    """Problems of the method, guidance, drift and adapter; args has all sampling keys set.
+
+    num_blocks: of the transformer.
+    """
     yield from _belonging(args)
     yield from _steps(args)
     yield from _drift(args)
     yield from _direct_align(args)
+    yield from _adapter(args)
     yield from _whole_blocks(args, num_blocks)
 
 
@@ -84,6 +91,20 @@ def _direct_align(args):
         yield f"relative_words: got {args.relative_words}, expected two phrases, positive and negative; give both"
 
 
+def _adapter(args):
+    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for layer, value in (getattr(args, name) or {}).items():
+            if value < 1:
+                yield f"{name}: got {value} for {layer!r}, expected at least 1; raise it"
+    for end in args.lora_target_modules or []:
+        in_any_block = re.sub(r"^(transformer_blocks\.)?\d+\.", r"\g<1>0.", end)
+        if not any(f".{layer}".endswith(f".{in_any_block}") for layer in LINEAR_LAYERS):
+            yield (
+                f"lora_target_modules: got {end!r}, expected ends of the names of linear layers, such as to_q, "
+                "ff.net.2 or norm1.linear; correct it"
+            )
+
+
 def _whole_blocks(args, num_blocks):
     if args.weight_decay and (args.train_blocks or args.lora_use_dora):
         yield (
@@ -91,6 +112,8 @@ def _whole_blocks(args, num_blocks):
             "model's own weights to 0; hold them with drift_weight instead"
         )
     for block in args.train_blocks or []:
+        if block.split(".")[0] not in PARTS:
+            yield f"train_blocks: got {block!r}, expected modules of {', '.join(PARTS)}; correct the name"
         number = block.removeprefix("transformer_blocks.").split(".")[0]
         if block.startswith("transformer_blocks.") and not (number.isdigit() and int(number) < num_blocks):
             yield f"train_blocks: got {block!r}, expected transformer_blocks.0 to .{num_blocks - 1}; correct it"

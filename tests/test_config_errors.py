@@ -93,6 +93,7 @@ ROWS = [
     # ---------------------------------------------------------------------------------------- numbers and choices
     Row({"max_steps": 0}, "max_steps: got 0", "expected at least 1", "raise it"),
     Row({"learning_rate": -1}, "learning_rate: got -1.0", "expected at least 0", "raise it"),
+    Row({"adam_epsilon": -1e-8}, "adam_epsilon: got -1e-08", "expected at least 0", "raise it"),
     Row({"adam_beta2": 1.0}, "adam_beta2: got 1.0", "expected 0 <= adam_beta2 < 1", "correct it"),
     Row({"lr_scheduler_type": "cosine"}, "got 'cosine'", "expected one of constant, linear", "choose one"),
     Row({"height": 431}, "height=431", "not divisible by 16", "use 432"),
@@ -137,6 +138,14 @@ ROWS = [
         "expected 0",
         "hold them with drift_weight instead",
     ),
+    Row(
+        {"lora_rank_pattern": {"to_q": 0}},
+        "lora_rank_pattern: got 0 for 'to_q'",
+        "expected at least 1",
+        "raise it",
+    ),
+    Row({"lora_target_modules": ["to_q", "q_proj"]}, "got 'q_proj'", "expected ends of the names", "correct it"),
+    Row({"train_blocks": ["blocks.3"]}, "got 'blocks.3'", "expected modules of pos_embed", "correct the name"),
     Row(
         {"train_blocks": ["transformer_blocks.38"]},
         "train_blocks: got 'transformer_blocks.38'",
