@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPTS, redness
-from safetensors.torch import load_file
+from runs import saved_adapter
 from tiny import tiny_pipeline
 
 from rlhf.decoding import Decoder
@@ -21,7 +21,7 @@ def trained(make_args, folder, **settings):
     args = make_args(output_dir=str(folder), num_inference_steps=4, num_grad_steps=2, **settings)
     trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
     trainer.train()
-    return load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors"), trainer
+    return saved_adapter(args), trainer
 
 
 @pytest.fixture(scope="module")
