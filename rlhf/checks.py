@@ -10,7 +10,7 @@ import torch
 
 from rewards import load_reward, probe
 from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
-from rlhf.contentv.files import model_config
+from rlhf.contentv.files import SamplingDefaults, model_config
 from rlhf.device import local_device, pick_device
 from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, method_problems
 from rlhf.parallel_checks import parallel_problems
@@ -123,7 +123,7 @@ def open_rewards(
     return trained | _load_rewards(args.eval_reward_funcs, args, device)
 
 
-def model_card(model: str, pipe=None) -> dict[str, dict]:
+def model_card(model: str, pipe: "ContentVPipeline | None" = None) -> dict[str, dict]:
     """The sizes of a model by part, as `model_config` has them, without its weights. ValueError if absent."""
     if pipe is not None:
         parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
@@ -132,8 +132,8 @@ def model_card(model: str, pipe=None) -> dict[str, dict]:
     return model_config(model)
 
 
-def with_sampling(args: RewardGradientConfig, defaults) -> RewardGradientConfig:
-    """The settings with the model's own values where none was set. defaults: `SamplingDefaults` or its dict."""
+def with_sampling(args: RewardGradientConfig, defaults: SamplingDefaults | dict) -> RewardGradientConfig:
+    """The settings with the model's own values where none was set. defaults: as a dict, too."""
     defaults = defaults if isinstance(defaults, dict) else vars(defaults)
     unset = {key: defaults[key] for key in SAMPLING_KEYS if getattr(args, key) is None}
     return dataclasses.replace(args, **unset)

@@ -3,9 +3,10 @@
 import json
 import types
 import typing
+from typing import Any
 
 
-def coerce(value, annotation):
+def coerce(value: Any, annotation: Any) -> Any:
     """`value` as the annotated type, forgiving what YAML and the shell blur: 1e-5 as text, 'none', one item for a list.
 
     Raises TypeError or ValueError where no reading makes sense.
@@ -44,7 +45,8 @@ def _exactly(value, kind):
     return value
 
 
-def type_name(annotation) -> str:
+def type_name(annotation: Any) -> str:
+    """An annotation in words, for messages."""
     name = str(annotation) if typing.get_args(annotation) else annotation.__name__
     names = {" | None": " or none", "dict[str, dict]": "a mapping {name: {argument: value}}"}
     names |= {"dict[str, int]": "a mapping {name: whole number}", "dict[str, float]": "a mapping {name: number}"}

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
+from rlhf.layout import Layout
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_batches
 from rlhf.sampler import draw_noise
@@ -68,7 +69,7 @@ class HeldOut:
         prompts: list[str],
         noise_shape_CTHW: tuple[int, int, int, int],
         args: RewardGradientConfig,
-        layout,
+        layout: Layout,
         fps: int,
         show: Callable[[int, list[Clip]], None] = lambda step, clips: None,
     ):

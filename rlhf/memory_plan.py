@@ -28,10 +28,12 @@ class MemoryPlan:
 
     @property
     def resident(self) -> int:
+        """All that is held."""
         return sum(self.held.values())
 
     @property
     def most(self) -> int:
+        """Held at the worst moment."""
         return self.resident + max(self.phases.values())
 
 
@@ -114,6 +116,7 @@ def window_steps(args: RewardGradientConfig) -> int:
 
 
 def graded_branches(args: RewardGradientConfig) -> int:
+    """Branches of guidance that carry the gradient."""
     return 2 if args.guidance_scale > 1 and args.guidance_gradient == "full" else 1
 
 

@@ -1,6 +1,7 @@
 """What the method of a run and what it trains ask of the other settings."""
 
 import re
+from collections.abc import Iterator
 
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import LINEAR_LAYERS, PARTS
@@ -18,7 +19,7 @@ METHODS = ("draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "r
 GUIDANCE_GRADIENTS = ("full", "text", "none", "distill")
 
 
-def method_problems(args: RewardGradientConfig, num_blocks: int):
+def method_problems(args: RewardGradientConfig, num_blocks: int) -> Iterator[str]:
     """Problems of the method, guidance, drift and adapter; args has all sampling keys set.
 
     num_blocks: of the transformer.

@@ -59,11 +59,13 @@ class Planner:
         self.rewards = plan_rewards(self.parts, args)
 
     def plan(self, changes: dict | None = None) -> Plan:
+        """The run with these settings changed: memory and seconds."""
         args = dataclasses.replace(self.args, **changes or {})
         rewards = plan_rewards(self.parts, args)
         return Plan(changes or {}, self.memory(changes or {}), plan_time(self.parts, args, rewards, self.rates))
 
     def memory(self, changes: dict) -> MemoryPlan:
+        """Its memory alone, which is quicker."""
         args = dataclasses.replace(self.args, **changes)
         return plan_memory(self.parts, args, plan_rewards(self.parts, args))
 

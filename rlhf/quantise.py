@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-def quantise_base(transformer, bits: int, device: torch.device) -> str:
+def quantise_base(transformer: torch.nn.Module, bits: int, device: torch.device) -> str:
     """Replace the frozen linear layers of all blocks, in place, after the adapter was added. The library that did it.
 
     One layer after the other is moved to the device and rounded there, so that the whole base is never on it.

@@ -37,6 +37,7 @@ class Rates:
     waits: bool = False  # computation and calls take turns, as on a CPU; otherwise they overlap
 
     def to_dict(self) -> dict:
+        """As a dict, for JSON."""
         return asdict(self)
 
     def seconds(self, operation: Operation) -> float:

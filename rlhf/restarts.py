@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.checkpoint import find_checkpoint, last_whole, read_state
@@ -37,7 +38,7 @@ def going_on(args: RewardGradientConfig) -> RewardGradientConfig:
     return dataclasses.replace(args, resume_from_checkpoint=None, overwrite_output_dir=run_in(folder))
 
 
-def resume_problems(args: RewardGradientConfig):
+def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     """What is wrong with the checkpoint that is to be gone on from."""
     try:
         path = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)  # the run will say more

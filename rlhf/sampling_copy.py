@@ -65,6 +65,7 @@ class MergedLinear(nn.Module):
         self.register_buffer("weight", torch.empty_like(base.weight))
 
     def set_weight(self, weight: torch.Tensor) -> None:
+        """Take a float32 weight, rounded to the own format."""
         self.weight.copy_(weight)
 
     def forward(self, x):
@@ -81,6 +82,7 @@ class Float8Linear(nn.Module):
         self.register_buffer("scale", torch.empty(1, base.out_features, device=base.weight.device))
 
     def set_weight(self, weight: torch.Tensor) -> None:
+        """Take a float32 weight, rounded to float8 with a scale for each output."""
         rounded, scale = to_float8(weight)
         self.weight.copy_(rounded)
         self.scale.copy_(scale.T)

@@ -107,7 +107,7 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
 
 
 def encode_and_release(
-    pipe: ContentVPipeline, prompts: list[str], args, device: torch.device, release: bool
+    pipe: ContentVPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
 ) -> PromptCache | None:
     """Embed the prompts, None for none of them (a finished run that is resumed); the encoders may leave the device."""
     text = None

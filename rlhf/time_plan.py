@@ -39,6 +39,7 @@ class TimePlan:
 
     @property
     def total(self) -> float:
+        """Of all parts."""
         return sum(self.parts.values())
 
 

@@ -29,6 +29,7 @@ class Cost:
         reset_peak_memory(device)
 
     def so_far(self) -> dict[str, float]:
+        """By the names in `COST`: seconds and GiB until now."""
         return dict(zip(COST, (time.perf_counter() - self.began, peak_memory(self.device) / 2**30), strict=True))
 
 
@@ -124,7 +125,9 @@ def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
     export_to_video(frames, str(path), fps=fps, quality=8)
 
 
-def write_results(folder: Path, summary: dict, prompts: list[str], before_NCTHW, after_NCTHW) -> None:
+def write_results(
+    folder: Path, summary: dict, prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: torch.Tensor
+) -> None:
     """Write summary.json, curves.png and, of uint8 videos if there are some, contact_sheet.png; print the table."""
     sheet, shown = folder / "contact_sheet.png", len(before_NCTHW) and len(after_NCTHW)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

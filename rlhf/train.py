@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args: RewardGradientConfig) -> int:
+    """Print the resolved settings and what they need; returns the exit status."""
     from rlhf.planner import describe
 
     print(describe(args))
@@ -38,6 +39,7 @@ def dry_run(args: RewardGradientConfig) -> int:
 
 
 def train(args: RewardGradientConfig) -> int:
+    """Train as checked settings say, told in a paragraph what went wrong; returns the exit status."""
     from rewards import RewardError
     from rlhf.checks import open_rewards
 

@@ -47,6 +47,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict:
+        """The resolved settings, {} where there are none."""
         path = self.folder / "config.yaml"
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -59,11 +60,13 @@ class Run:
 
     @cached_property
     def summary(self) -> dict:
+        """summary.json, {} of a run that did not finish."""
         path = self.folder / "summary.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
     @cached_property
     def environment(self) -> list[dict]:
+        """A row for each start."""
         return read_environment(self.folder)
 
     @cached_property
@@ -74,10 +77,12 @@ class Run:
 
     @property
     def steps(self) -> int:
+        """How many optimizer steps are done."""
         return self.metrics[-1]["step"] if self.metrics else 0
 
     @property
     def status(self) -> str:
+        """Whether it finished, in words."""
         planned = self.config.get("max_steps")
         done = f"{self.steps} of {planned} steps" if planned else f"{self.steps} steps"
         return f"finished: {done}" if (self.folder / "adapter").is_dir() else f"not finished: {done} were done"
