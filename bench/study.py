@@ -181,9 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     devices = [] if on_cpu else given.devices
     workers = jobs * max(1, len(devices))
     threads = max(1, available_cores() // workers)
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # an accelerator that a parent has looked at can't be used after a fork
+    # Not forked: an accelerator that a parent has looked at can't be used after a fork.
+    context = multiprocessing.get_context("spawn")
     start = partial(study_runs.start_worker, context.Value("i", 0), devices, threads)
     with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(workers, context, start) as pool:
         conditions = Conditions(
