@@ -12,8 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import linear
 
+from rlhf.config import ConfigError
+
 FLOAT8 = torch.float8_e4m3fn
-FORMATS = ("base", "float8")
+FORMATS = ("merged", "float8")
 
 
 class SamplingCopy:
@@ -21,11 +23,11 @@ class SamplingCopy:
 
     Args:
         transformer: with the adapter, on its device; frozen but for the adapter.
-        weights: "base", the format of the transformer; or "float8": the blocks' attention and feed-forward layers
+        weights: "merged", in the format of the transformer; or "float8": the blocks' attention and feed-forward layers
             multiply in float8, with a scale for each token and each output. The device must have such products.
     """
 
-    def __init__(self, transformer, weights: str = "base"):
+    def __init__(self, transformer: nn.Module, weights: str = "merged"):
         if weights not in FORMATS:
             raise ValueError(f"weights={weights!r}, expected {' or '.join(FORMATS)}; choose one of these")
         if weights == "float8":
@@ -101,15 +103,13 @@ def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def require_float8(device: torch.device) -> None:
-    """ValueError where the device has no products of rows scaled in float8."""
+    """Raise ConfigError where the device has no products of rows scaled in float8."""
     rows, scale = to_float8(torch.ones(16, 16, device=device))
     try:
         torch._scaled_mm(rows, rows.t(), scale, scale.T, out_dtype=torch.bfloat16)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise ValueError(
-            f"float8 sampling on {device}, which has no float8 products ({str(error).splitlines()[0]}); "
-            "use a device that has, or sampling_weights base"
-        ) from error
+        got = f"sampling_weights: got float8 on {device}, which has no float8 products ({str(error).splitlines()[0]})"
+        raise ConfigError([f"{got}; use a device that has, or sampling_weights merged"]) from error
 
 
 def merged_weight(layer: nn.Module) -> torch.Tensor:

@@ -15,6 +15,7 @@ from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.layout import Layout
 from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
+from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
@@ -95,6 +96,8 @@ def adapt(
 
 def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
     """The model that args name, on the device; on the CPU where its weights shall never be there all at once."""
+    if args.sampling_weights == "float8":
+        require_float8(device)  # before the model is loaded
     one_by_one = args.stream_weights or args.base_bits or args.shard_base
     return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
 
