@@ -180,6 +180,13 @@ def test_a_whole_block_is_scaled_from_the_base_on(tmp_path):
     torch.testing.assert_close(half.proj_out.weight, between)
 
 
+def test_the_layers_that_settings_name_are_adapted():
+    transformer = tiny_transformer()
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_target_modules=["to_q", "ff.net.2"])), 0)
+    adapted = {name.split(".lora_")[0] for name in Masters(transformer).names}
+    assert {name.split(".", 2)[2] for name in adapted} == {"attn.to_q", "ff.net.2"}
+
+
 def test_the_names_that_settings_may_give_are_those_of_the_transformer():
     transformer = tiny_transformer()
     assert [name for name, _ in transformer.named_children()] == list(PARTS)

@@ -70,6 +70,13 @@ def test_weights_weigh_the_gradient(make_args, tmp_path):
     torch.testing.assert_close(adapters[1], -adapters[2], rtol=1e-3, atol=1e-5)
 
 
+def test_relative_words_weigh_the_reward_as_the_settings_say(make_args):
+    args = make_args(max_steps=1, relative_words=["good", "bad"], relative_strength=2.0)
+    train(args)  # a reward that reads no prompt: (1 + k) R - R
+    (row,) = read_metrics(Path(args.output_dir))
+    assert row["reward"] == pytest.approx(2 * row["rewards/redness"], rel=1e-5)
+
+
 def test_only_the_frames_that_rewards_ask_for_are_decoded(make_args, monkeypatch):
     decoded = []
 
