@@ -11,7 +11,10 @@ fewer steps change the videos most, second-order ones less; kept guidance and a 
 """
 
 import argparse
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from nano_runs import Study
 
 from rlhf.device import pick_device

@@ -10,11 +10,14 @@ another sampler, is no nearer.
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from environment import environment
 
 from rlhf.config import RewardGradientConfig

@@ -13,7 +13,10 @@ base gains less and has the smaller hacking gap.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from nano_runs import Study
 
 from rlhf.device import pick_device

@@ -3,7 +3,8 @@
     python bench/study.py [--sweep] [--only DRaFT-K Flow-GRPO] [--seeds 0 1 2 3 4] [--device cuda] [--devices 0 1]
         [--jobs 6] [--steps 80] [--output FILE] [--flags ...]
 
-1. Every arm's optimizer step is timed alone on the device. The budget is the time of --steps steps of the default
+1. Every arm's optimizer step is timed alone on a device, twice, and the faster time counts: what disturbs only adds,
+   and the first steps of a process are slow. The budget is the time of --steps steps of the default
    recipe; each arm trains for as many steps as fit into it, whatever else then runs beside it, and its learning rate
    falls to 0 over these.
 2. Every arm is trained with every seed, --jobs of them at a time on each device, and judged on held-out prompts.
@@ -20,13 +21,14 @@ distance of trained to held-out gain; the best of n is hard to beat while few vi
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,11 +48,34 @@ EVAL_SEED, SWEEP_EVAL_SEED = 11, 12  # prompts on which no recipe was chosen, an
 REPORT_AT, MOST_SAMPLES = [4, 16], 128
 
 
+@dataclass(frozen=True)
+class Pools:
+    """Processes that work on the devices (none: on the CPU)."""
+
+    devices: list[int]
+    jobs: int  # at a time on each device
+
+    def timers(self) -> list[ProcessPoolExecutor]:
+        """For each device one process, alone on it."""
+        return [self._open(1, [device], len(self.devices)) for device in self.devices] or [self._open(1, [], 1)]
+
+    def workers(self) -> ProcessPoolExecutor:
+        count = self.jobs * max(1, len(self.devices))
+        return self._open(count, self.devices, count)
+
+    def _open(self, count: int, devices: list[int], at_once: int) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")  # a fork can't use an accelerator that its parent has looked at
+        threads = max(1, available_cores() // at_once)
+        return ProcessPoolExecutor(
+            count, context, partial(study_runs.start_worker, context.Value("i", 0), devices, threads)
+        )
+
+
 class Study:
     """A result file, and the processes that fill it."""
 
-    def __init__(self, path: Path, conditions: Conditions, steps: int, timed: int, pool: ProcessPoolExecutor):
-        self.path, self.conditions, self.steps, self.timed, self.pool = path, conditions, steps, timed, pool
+    def __init__(self, path: Path, conditions: Conditions, steps: int, timed: int, pools: Pools):
+        self.path, self.conditions, self.steps, self.timed, self.pools = path, conditions, steps, timed, pools
         device, self.began = pick_device(conditions.device), time.perf_counter()
         kept = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
         self.about, self.rows = kept["environment"], kept["rows"]
@@ -65,33 +90,33 @@ class Study:
         self.about |= environment(device) | now
         self.took = self.about.get("wall_seconds", 0.0)  # by earlier calls
         self.costs = self.about.setdefault("seconds_per_step", {})
-        if SWEEP.exists():  # on the same machine a step takes what it took there
-            swept = json.loads(SWEEP.read_text())["environment"]
-            same = all(swept.get(key) == self.about[key] for key in ("device", "cores", "torch", "flags"))
-            self.costs |= {key: value for key, value in swept.get("seconds_per_step", {}).items() if same} | self.costs
 
     def calibrate(self, all_settings: list[dict], with_samples: bool) -> None:
-        """Time what is not timed yet, one after the other; then the budget is known."""
-        alone = replace(self.conditions, threads=None)
-        self.about["base"] = self._alone(study_runs.evaluate_base, alone)
-        for settings in [settings_of(DEFAULT, {}), *all_settings]:
-            if (key := cost_key(settings)) not in self.costs:
-                self._time(key, settings, alone)
+        """Time what is not timed yet, one after the other on each device; then the budget is known."""
+        alone, timers = replace(self.conditions, threads=None), self.pools.timers()
+        self.about["base"] = timers[0].submit(study_runs.evaluate_base, alone).result()
+        todo = {cost_key(settings): settings for settings in [settings_of(DEFAULT, {}), *all_settings]}
+        todo = 2 * [(key, settings) for key, settings in todo.items() if key not in self.costs]
+        for first in range(0, len(todo), len(timers)):
+            self._time(todo[first : first + len(timers)], timers, alone)
         if with_samples and "seconds_per_sample" not in self.about:
-            self.about["seconds_per_sample"] = self._alone(study_runs.seconds_per_sample, self.timed, alone)
+            job = timers[0].submit(study_runs.seconds_per_sample, self.timed, alone)
+            self.about["seconds_per_sample"] = job.result()
+        for timer in timers:
+            timer.shutdown()
         self.about["budget_seconds"] = self.steps * self.costs[cost_key(settings_of(DEFAULT, {}))]
         self.write()
 
-    def _time(self, key: str, settings: dict, alone: Conditions) -> None:
-        try:
-            self.costs[key] = self._alone(study_runs.seconds_per_step, settings, self.timed, alone)
-            print(f"a step: {self.costs[key]:.3f} s with {key}", flush=True)
-        except Exception as error:  # its runs will say so; the others go on
-            print(f"could not time {key}: {type(error).__name__}: {error}", flush=True)
+    def _time(self, some: list[tuple[str, dict]], timers: list[ProcessPoolExecutor], alone: Conditions) -> None:
+        task = study_runs.seconds_per_step
+        jobs = [timer.submit(task, pair[1], self.timed, alone) for pair, timer in zip(some, timers, strict=False)]
+        for (key, _), job in zip(some, jobs, strict=True):
+            try:
+                self.costs[key] = min(job.result(), self.costs.get(key, math.inf))
+                print(f"a step: {job.result():.3f} s with {key}", flush=True)
+            except Exception as error:  # its runs will say so; the others go on
+                print(f"could not time {key}: {type(error).__name__}: {error}", flush=True)
         self.write()
-
-    def _alone(self, function: Callable, *arguments):
-        return self.pool.submit(function, *arguments).result()
 
     def steps_of(self, settings: dict) -> int:
         return max(1, round(self.about["budget_seconds"] / self.costs[cost_key(settings)]))
@@ -110,14 +135,15 @@ class Study:
         todo = [(about, task) for about, task in tasks if not self.is_done(about)]
         minutes = len(todo) * self.about["budget_seconds"] / 60
         print(f"{len(todo)} runs to make, {minutes:.0f} minutes one by one; {len(tasks) - len(todo)} done", flush=True)
-        running = {self.pool.submit(study_runs.guarded, task, about): about for about, task in todo}
-        for number, job in enumerate(as_completed(running), 1):
-            about = running[job]
-            rows = [about | row for row in job.result()]
-            for row in rows:
-                self.put(row)
-            what = ", ".join(f"{key} {value}" for key, value in about.items() if key != "settings")
-            print(f"{number}/{len(todo)}: {what}: {told(rows[-1])}", flush=True)
+        with self.pools.workers() as pool:
+            running = {pool.submit(study_runs.guarded, task, about): about for about, task in todo}
+            for number, job in enumerate(as_completed(running), 1):
+                about = running[job]
+                rows = [about | row for row in job.result()]
+                for row in rows:
+                    self.put(row)
+                what = ", ".join(f"{key} {value}" for key, value in about.items() if key != "settings")
+                print(f"{number}/{len(todo)}: {what}: {told(rows[-1])}", flush=True)
 
     def put(self, row: dict) -> None:
         """Add a row, in place of an earlier one of the same arm, seed and variant."""
@@ -177,14 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     given = arguments(argv)
     device = pick_device(given.device)
     on_cpu = device.type == "cpu"
-    jobs = given.jobs or (1 if on_cpu else 6)
-    devices = [] if on_cpu else given.devices
-    workers = jobs * max(1, len(devices))
-    threads = max(1, available_cores() // workers)
-    # Not forked: an accelerator that a parent has looked at can't be used after a fork.
-    context = multiprocessing.get_context("spawn")
-    start = partial(study_runs.start_worker, context.Value("i", 0), devices, threads)
-    with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(workers, context, start) as pool:
+    pools = Pools([] if on_cpu else given.devices, given.jobs or (1 if on_cpu else 6))
+    with tempfile.TemporaryDirectory() as work:
         conditions = Conditions(
             device.type,
             Path(work),
@@ -192,10 +212,10 @@ def main(argv: list[str] | None = None) -> None:
             given.eval_prompts,
             0 if given.sweep else given.eval_prompts,
             16 if on_cpu else 64,
-            threads if on_cpu else None,
+            max(1, available_cores() // pools.jobs) if on_cpu else None,
             tuple(given.flags),
         )
-        study = Study(given.output or (SWEEP if given.sweep else RESULT), conditions, given.steps, given.timed, pool)
+        study = Study(given.output or (SWEEP if given.sweep else RESULT), conditions, given.steps, given.timed, pools)
         if given.sweep:
             tasks = sweep_tasks(study, given.only, given.seeds or SWEEP_SEEDS)
         else:

@@ -269,6 +269,7 @@ def equality_table(result: dict) -> str:
 
 TABLES = {
     "planner.json": planner_table,
+    "planner_scale.json": planner_table,
     "rewards.json": rewards_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,

@@ -36,6 +36,7 @@ AT_LEAST_ONE = (
     "max_sequence_length",
     "decode_chunk",
     "cpu_threads",
+    "plan_processes",
     "lora_alpha",
     "jump_steps",
     "num_draws",

@@ -262,6 +262,9 @@ class RewardGradientConfig:
     plan_device: str | None = _key(
         None, "Device whose rates the dry run takes, a name in rlhf/measured.py. Default: this machine's."
     )
+    plan_processes: int | None = _key(
+        None, "Processes that the dry run plans for, one a device. Default: those that were started."
+    )
     dry_run: bool = _key(False, "Check and print the settings and what they need; load no weights.")
 
     def __post_init__(self):

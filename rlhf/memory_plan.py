@@ -1,4 +1,4 @@
-"""The memory of a run on one device, phase by phase: what its parts hold, put together as the trainer does.
+"""The memory of a process of a run on its device, phase by phase: its parts, put together as the trainer does.
 
 All of it is worked out on tensors without storage (`rlhf.parts`), but the rewards, which were measured
 (`rewards.costs`). It is what PyTorch reports as allocated at most; a process takes more of a device than that: the
@@ -16,6 +16,7 @@ from rewards.costs import cost, decoded_frames, scored_frames
 from rlhf.config import RewardGradientConfig
 from rlhf.parts import Part, Parts
 
+ENCODING = "encoding prompts"
 OPTIMIZER_BYTES = 16  # of a trained number: master, gradient, two moments, in float32
 
 
@@ -34,7 +35,12 @@ class MemoryPlan:
     @property
     def most(self) -> int:
         """Held at the worst moment."""
-        return self.resident + max(self.phases.values())
+        return self.resident + self.phases[self.worst]
+
+    @property
+    def worst(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=self.phases.get)
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,11 @@ def most_of(part: Part) -> int:
     return max(part.forward.most, part.backward.most) - part.forward.start
 
 
-def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> MemoryPlan:
-    """args: as those of parts, but for settings about speed and memory; rewards: `plan_rewards` of the same."""
+def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards, encoders: int = 0) -> MemoryPlan:
+    """args: as those of parts, but for settings about speed and memory; rewards: `plan_rewards` of the same.
+
+    encoders: bytes that encoding the prompts takes, before the first step.
+    """
     batch = args.per_device_train_batch_size
     branch = parts.branch(args, batch * together(args))
     decoder = parts.decoder(args, batch, rewards.frames)
@@ -92,16 +101,20 @@ def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> M
     waiting = 0 if args.stepwise_backward else graphs * branch.kept
     before = parts.adapter_bytes if graphs > 1 else 0  # gradients of the graphs that were first
     video = batch * 3 * rewards.frames * args.height * args.width * 4  # it was scored, and is still there
+    held, whole = _held(parts, args, rewards), gathered_bytes(parts, args)
+    # Before the first step there are no moments yet, and no position table.
+    later = 8 * parts.trained + held["position table"]
     phases = {
-        "sampling": branch.sampling.most - branch.sampling.start,
-        "gradient segment": others + before + most_of(branch) + video,
+        ENCODING: max(0, encoders - later),
+        "sampling": whole + branch.sampling.most - branch.sampling.start,
+        "gradient segment": whole + others + before + most_of(branch) + video,
         "decoding and back": waiting + most_of(decoder),
         "reward and back": waiting + decoder.kept + rewards.memory,
-        "optimizer": 0,
+        "optimizer": 4 * parts.trained if parts.processes > 1 else 0,  # the sum over processes is a tensor of its own
     }
     if args.eval_prompts:
-        phases["evaluation"] = _evaluation(parts, args)
-    return MemoryPlan(_held(parts, args, rewards), phases)
+        phases["evaluation"] = whole + _evaluation(parts, args)
+    return MemoryPlan(held, phases)
 
 
 def together(args: RewardGradientConfig) -> int:
@@ -115,9 +128,14 @@ def window_steps(args: RewardGradientConfig) -> int:
     return of_method.get(args.method, args.num_grad_steps)
 
 
+def run_branches(args: RewardGradientConfig) -> int:
+    """Branches of guidance that one process runs."""
+    return 2 // args.guidance_parallel if args.guidance_scale > 1 else 1
+
+
 def graded_branches(args: RewardGradientConfig) -> int:
-    """Branches of guidance that carry the gradient."""
-    return 2 if args.guidance_scale > 1 and args.guidance_gradient == "full" else 1
+    """Branches of guidance that carry the gradient, of those that one process runs."""
+    return run_branches(args) if args.guidance_gradient == "full" else 1
 
 
 def _graphs(args: RewardGradientConfig) -> int:
@@ -137,7 +155,7 @@ def _held(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> dict[st
     size = parts.transformer.dtype.itemsize
     average = 4 if args.ema_decay else 0
     held = {
-        "transformer": _base(args, parts.frozen, size),
+        "transformer": _base(args, parts.frozen, size, parts.processes),
         "adapter and optimizer": parts.adapter_bytes + parts.trained * (OPTIMIZER_BYTES + average),
         "VAE": sum(p.numel() for p in parts.vae.parameters()) * getattr(torch, args.vae_dtype).itemsize,
         "rewards": rewards.weights,
@@ -146,10 +164,18 @@ def _held(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> dict[st
     return held | ({"sampling copy": _copy(parts, args, size)} if args.sampling_weights != "own" else {})
 
 
-def _base(args: RewardGradientConfig, frozen: tuple[int, int, int], size: int) -> int:
+def gathered_bytes(parts: Parts, args: RewardGradientConfig) -> int:
+    """Of a sharded base, what is whole while the transformer runs: a block, the next one, and all but the blocks."""
+    _, of_one, rest = parts.frozen
+    return parts.transformer.dtype.itemsize * (2 * of_one + rest) if args.shard_base else 0
+
+
+def _base(args: RewardGradientConfig, frozen: tuple[int, int, int], size: int, processes: int) -> int:
     of_blocks, of_one, rest = frozen
     if args.stream_weights:
         return size * (2 * of_one + rest)
+    if args.shard_base:
+        return size * (of_blocks + rest) // processes
     return size * rest + of_blocks * (args.base_bits or 8 * size) // 8
 
 

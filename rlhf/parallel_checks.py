@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rlhf.config import RewardGradientConfig
-from rlhf.layout import Sizes, started_processes
+from rlhf.layout import Sizes, planned_processes, started_processes
 
 
 def parallel_problems(args: RewardGradientConfig) -> Iterator[str]:
@@ -13,8 +13,8 @@ def parallel_problems(args: RewardGradientConfig) -> Iterator[str]:
         yield f"guidance_parallel: got {args.guidance_parallel}, expected 1 or 2: guidance has two branches; correct it"
     elif args.sequence_parallel < 1:
         yield f"sequence_parallel: got {args.sequence_parallel}, expected at least 1; raise it"
-    elif not args.dry_run:  # which is of one process, whatever the run will have
-        yield from _fitting(args, processes)
+    else:
+        yield from _fitting(args, planned_processes(args) if args.dry_run else processes)
     if args.ddp_timeout < 1:
         yield f"ddp_timeout: got {args.ddp_timeout}, expected at least 1 second; raise it"
     if args.guidance_parallel == 2:

@@ -16,9 +16,11 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_video
+from rlhf.exchange import Group
+from rlhf.layout import Sizes
 from rlhf.lora import add_adapter, lora_config
 from rlhf.speed import Speed
-from rlhf.trace import Elsewhere, Phase, Trace, use_fused_norms
+from rlhf.trace import Elsewhere, Phase, Trace, pretended_group, use_fused_norms
 
 SMALL_MODEL = 1e9  # parameters; above that the loader chooses bfloat16
 TRACED_BLOCKS = 4  # of the transformer, which are alike but for the last
@@ -47,10 +49,14 @@ class Part:
 
 
 class Parts:
-    """Of a model and the settings of a run that do not change what is computed. args has all sampling keys set."""
+    """Of a model and the settings of a run that do not change what is computed. args has all sampling keys set.
 
-    def __init__(self, args: RewardGradientConfig, card: dict[str, dict]):
+    Of one of so many processes.
+    """
+
+    def __init__(self, args: RewardGradientConfig, card: dict[str, dict], processes: int = 1):
         self.args, self.card, self.traced = args, card, {}
+        self.processes, self.sizes = processes, Sizes.of(args, processes)
 
     @cached_property
     def transformer(self) -> SD3Transformer3DModel:
@@ -99,6 +105,11 @@ class Parts:
         return sum(p.numel() for p in self.transformer.parameters() if p.requires_grad)
 
     @cached_property
+    def trained_tensors(self) -> int:
+        """And of how many tensors."""
+        return sum(p.requires_grad for p in self.transformer.parameters())
+
+    @cached_property
     def adapter_bytes(self) -> int:
         """Of the trained numbers as the forward pass reads them, and of whole blocks as they were before."""
         trained = [(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad]
@@ -127,7 +138,10 @@ class Parts:
         shape, speed = (batch, *self.latents), Speed.of(args)
 
         def trace() -> Part:
-            parts = [trace_transformer(m, shape, text, speed, of_latents, with_gradient) for m in self._small]
+            with pretended_group(self.sizes.sequence) as group:
+                parts = [
+                    trace_transformer(m, shape, text, speed, of_latents, with_gradient, group) for m in self._small
+                ]
             left_out = self.transformer.config.num_layers - TRACED_BLOCKS
             return extended(*parts, left_out) if len(parts) > 1 else parts[0]
 
@@ -202,8 +216,9 @@ def trace_transformer(
     speed: Speed | None = None,
     of_latents: bool = False,
     with_gradient: bool = True,
+    group: Group | None = None,
 ) -> Part:
-    """shape: (B, C, T, H, W) of the latents. The position table is taken as there already."""
+    """shape: (B, C, T, H, W) of the latents; group: shares the tokens. The position table is taken as there already."""
     speed, make = speed or Speed(), partial(torch.empty, device="meta", dtype=model.dtype)
     B, _, T, H, W = shape
     patch, config = model.config.patch_size, model.config
@@ -213,6 +228,7 @@ def trace_transformer(
     conditions = make(B, text_tokens, config.joint_attention_dim), make(B, config.pooled_projection_dim)
     time_B = torch.empty(B, device="meta")
     use_fused_norms(model)
+    model.sequence_group = group
 
     def velocity(x):
         attention = Trace.current().attention

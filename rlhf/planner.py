@@ -9,7 +9,9 @@ import itertools
 from rlhf.checks import model_card, with_sampling
 from rlhf.config import RewardGradientConfig
 from rlhf.device import local_device, total_memory
-from rlhf.memory_plan import MemoryPlan, plan_memory, plan_rewards
+from rlhf.encoders import encoder_configs, encoding_bytes
+from rlhf.layout import planned_processes
+from rlhf.memory_plan import ENCODING, MemoryPlan, plan_memory, plan_rewards
 from rlhf.parts import Parts
 from rlhf.quantise import missing_library
 from rlhf.rates import Rates, device_rates, known_rates
@@ -29,7 +31,7 @@ EXACT = (
     ),
     ({}, {"stepwise_backward": True}),
     ({}, IN_PIECES, IN_PIECES | {"decode_caches": "host"}),
-    ({}, RECOMPUTED | {"stream_weights": True}),
+    ({}, RECOMPUTED | {"stream_weights": True}, {"shard_base": True}),
 )
 # And what changes it, in the order in which it is tried where nothing exact fits.
 NOT_EXACT = (
@@ -38,7 +40,7 @@ NOT_EXACT = (
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 8},
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 4},
 )
-OF_PROCESSES = {"guidance_parallel": 1, "sequence_parallel": 1, "shard_base": False}  # and what they are for one alone
+OF_VIDEOS = "num_frames, height and width or per_device_train_batch_size"
 SHOWN = 5
 
 
@@ -52,10 +54,19 @@ class Plan:
 
 
 class Planner:
-    """Of one run. args has all sampling keys set; card: as of `rlhf.checks.model_card`."""
+    """Of one of the processes of a run. args has all sampling keys set; card: as of `rlhf.checks.model_card`.
 
-    def __init__(self, args: RewardGradientConfig, card: dict[str, dict], rates: Rates):
-        self.args, self.rates, self.parts = args, rates, Parts(args, card)
+    encoders: configurations of the text encoders, as of `rlhf.encoders.encoder_configs`; without them, that encoding
+    the prompts takes nothing.
+    """
+
+    def __init__(
+        self, args: RewardGradientConfig, card: dict[str, dict], rates: Rates, encoders: dict[str, dict] | None = None
+    ):
+        self.args, self.rates, self.parts = args, rates, Parts(args, card, planned_processes(args))
+        clip, t5 = card["tokenizer"]["model_max_length"], args.max_sequence_length
+        tokens = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
+        self.encoding = encoding_bytes(encoders or {}, tokens, self.parts.transformer.dtype)
         self.rewards = plan_rewards(self.parts, args)
 
     def plan(self, changes: dict | None = None) -> Plan:
@@ -67,20 +78,29 @@ class Planner:
     def memory(self, changes: dict) -> MemoryPlan:
         """Its memory alone, which is quicker."""
         args = dataclasses.replace(self.args, **changes)
-        return plan_memory(self.parts, args, plan_rewards(self.parts, args))
+        return plan_memory(self.parts, args, plan_rewards(self.parts, args), self.encoding)
 
     def fitting(self, limit: int) -> list[Plan]:
         """The changes after which the run needs at most `limit` bytes, fastest first; none that contains another.
 
         Exact ones; where there are none, those with the first of `NOT_EXACT` that helps. [] if nothing does.
         """
-        for also in ({}, *filter(self._possible, NOT_EXACT)):
+        for also in self._tried():
             fits = [changes for changes in self._changes(also) if self.memory(changes).most <= limit]
             found = [self.plan(changes) for changes in fits]
             found.sort(key=lambda plan: (plan.time.total, len(plan.changes)))
             if found:
                 return [p for i, p in enumerate(found) if not any(_within(q, p) for q in found[:i])]
         return []
+
+    def least(self) -> MemoryPlan:
+        """With whatever settings it takes."""
+        changes = itertools.chain.from_iterable(map(self._changes, self._tried()))
+        return min(map(self.memory, changes), key=lambda plan: plan.most)
+
+    def _tried(self) -> list[dict]:
+        """What changes the gradient, beginning with nothing."""
+        return [{}, *filter(self._possible, NOT_EXACT)]
 
     def _changes(self, also: dict) -> list[dict]:
         """Every combination that makes sense: what the settings have already is no change."""
@@ -92,15 +112,16 @@ class Planner:
                 seen.append(changes)
         return seen
 
-    @staticmethod
-    def _makes_sense(settings: dict) -> bool:
+    def _makes_sense(self, settings: dict) -> bool:
+        """Of what is done about the weights, one thing at a time; sharding needs several processes."""
         weights = settings["base_bits"] or settings["sampling_weights"] != "own"
-        return not (settings["stream_weights"] and weights)
+        alone = settings["shard_base"] and self.parts.processes == 1
+        return not alone and bool(weights) + settings["stream_weights"] + settings["shard_base"] <= 1
 
     def _possible(self, changes: dict) -> bool:
         """Whether the run could make them, and has not done so already."""
         bits = changes.get("base_bits")
-        if bits and (missing_library(bits) or self.args.sampling_weights != "own" or self.args.stream_weights):
+        if bits and (missing_library(bits) or not self._makes_sense(vars(self.args) | changes)):
             return False
         return any(getattr(self.args, name) != value for name, value in changes.items())
 
@@ -118,7 +139,7 @@ def describe(args: RewardGradientConfig) -> str:
     card = model_card(args.model)
     args = with_sampling(args, card["sampling"])
     rates, source, memory = planned_device(args)
-    planner = Planner(args, card, rates)
+    planner = Planner(args, card, rates, encoder_configs(args.model))
     plan = planner.plan()
     texts = [args.to_yaml(), sizes(planner), needs(planner, plan, source)]
     if memory is not None:
@@ -136,17 +157,20 @@ def planned_device(args: RewardGradientConfig) -> tuple[Rates, str, int | None]:
 
 
 def sizes(planner: Planner) -> str:
-    """Latents, tokens, parameters, calls."""
-    parts, calls = planner.parts, count_calls(planner.args)
+    """Processes, latents, tokens, parameters, calls."""
+    parts, args, calls = planner.parts, planner.args, count_calls(planner.args)
+    videos = parts.sizes.data * args.per_device_train_batch_size * args.gradient_accumulation_steps
     frozen, vae = sum(parts.frozen) - parts.frozen[1], sum(p.numel() for p in parts.vae.parameters())
     rows = [
+        ("processes, one a device", f"{parts.processes} ({parts.sizes})" if parts.processes > 1 else "1"),
+        ("videos of an optimizer step, of all", f"{videos}"),
         ("latents (channels, frames, height, width)", f"{parts.latents}"),
         ("video tokens", f"{parts.tokens:,}"),
         ("transformer", f"{frozen:,} parameters, {_size(frozen * parts.transformer.dtype.itemsize)}"),
         ("VAE", f"{vae:,} parameters"),
         ("trained", f"{parts.trained:,} parameters"),
         ("frames that are decoded", f"{planner.rewards.frames}"),
-        ("transformer forwards a step and video", f"{calls.prefix + calls.constant + calls.graded:g}"),
+        ("transformer forwards of a process, a step and video", f"{calls.prefix + calls.constant + calls.graded:g}"),
         ("of these with gradient, at most", f"{calls.graded:g}"),
     ]
     return _table("Sizes:", rows)
@@ -159,12 +183,9 @@ def needs(planner: Planner, plan: Plan, source: str) -> str:
     phases = [(f"and in {name}", _size(size)) for name, size in plan.memory.phases.items() if size]
     most = [("at most", _size(plan.memory.most)), ("beside it, context and kernels", _size(rates.beside))]
     seconds = [(name, _seconds(value)) for name, value in plan.time.parts.items()]
-    shared = ", ".join(name for name, alone in OF_PROCESSES.items() if getattr(planner.args, name) != alone)
     titles = [
-        "Memory of one device, predicted, not measured (docs/planner.md). Left out: text encoders, which leave the\n"
-        "device when the prompts are encoded."
-        + (f" Not known, and left out: {left_out}." if left_out else "")
-        + (f" Of a process that works alone, without {shared}." if shared else ""),
+        "Memory of one device, predicted, not measured (docs/planner.md)."
+        + (f" Not known, and left out: {left_out}." if left_out else ""),
         f"Time of an optimizer step, predicted from the rates of {rates.device} ({source}):",
     ]
     total = [("in all", _seconds(plan.time.total)), ("all steps", _seconds(plan.time.total * planner.args.max_steps))]
@@ -176,12 +197,15 @@ def verdict(planner: Planner, plan: Plan, memory: int) -> str:
     limit = memory - planner.rates.beside
     if plan.memory.most <= limit:
         return f"It fits into {_size(memory)}."
-    missing = f"It does not fit into {_size(memory)}: {_size(plan.memory.most - limit)} are missing."
+    more, phase = _size(plan.memory.most - limit), plan.memory.worst
+    missing = f"It does not fit into {_size(memory)}: {more} are missing ({phase})."
     plans = planner.fitting(limit)
     if not plans:
+        least = planner.least()
+        lower = "Take" if least.worst == ENCODING else f"Lower {OF_VIDEOS}, take"
         return (
-            f"{missing} None of the settings about memory is enough. Lower num_frames, height and width, "
-            "per_device_train_batch_size or the rewards' size, or take a device with more memory."
+            f"{missing} None of the settings about memory is enough: with all of them {_size(least.most)} are needed "
+            f"({least.worst}). {lower} rewards of fewer weights, or a device with more memory."
         )
     inexact = {name for changes in NOT_EXACT for name in changes} & {name for p in plans for name in p.changes}
     same = "at the same gradient" if not inexact else f"not at the same gradient ({', '.join(sorted(inexact))})"

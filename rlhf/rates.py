@@ -35,6 +35,12 @@ class Rates:
     link: float | None  # bytes a second between host and device; None where they are one
     beside: int = 0  # bytes of the device that a process takes besides what PyTorch has asked for
     waits: bool = False  # computation and calls take turns, as on a CPU; otherwise they overlap
+    between: float | None = None  # bytes a second from one device to another of this machine; None: not measured
+
+    @property
+    def to_others(self) -> float:
+        """Bytes a second to another process's device; where that was not measured, those to the host."""
+        return self.between or self.link or self.bytes
 
     def to_dict(self) -> dict:
         """As a dict, for JSON."""
@@ -42,7 +48,7 @@ class Rates:
 
     def seconds(self, operation: Operation) -> float:
         """Of the computation or of the memory's traffic, whichever takes longer."""
-        moving = operation.bytes / self.bytes
+        moving = operation.bytes / (self.to_others if operation.kind == "exchange" else self.bytes)
         if not operation.flops:
             return moving
         return max(operation.flops / self.speed(operation.kind, operation.dtype), moving)
@@ -79,6 +85,7 @@ def measure_rates(device: torch.device) -> Rates:
         _link(device, sizes[3]),
         memory_beside(device),
         device.type == "cpu",
+        _between(device, sizes[3]),
     )
 
 
@@ -148,6 +155,15 @@ def _link(device, size: int) -> float | None:
     on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(size, dtype=torch.uint8, device=device)
     return size / _least(lambda: there.copy_(on_host, non_blocking=True), device)
+
+
+def _between(device, size: int) -> float | None:
+    """From the neighbour to this device; of copies one way, as exchanges have them both ways."""
+    if device.type == "cpu" or torch.accelerator.device_count() < 2:
+        return None
+    neighbour = torch.device(device.type, ((device.index or 0) + 1) % torch.accelerator.device_count())
+    x, y = (torch.empty(size, dtype=torch.uint8, device=where) for where in (neighbour, device))
+    return size / _least(lambda: y.copy_(x, non_blocking=True), device)
 
 
 def _least(work: Callable, device: torch.device, before: Callable = lambda: None) -> float:

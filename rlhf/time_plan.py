@@ -8,14 +8,15 @@ least the time that Python needs to call it. Rewards take what was measured of t
 
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from rewards.measured import DEVICE as DEVICE_OF_REWARDS
 from rlhf.config import RewardGradientConfig
-from rlhf.memory_plan import Rewards, graded_branches, together, window_steps
+from rlhf.memory_plan import Rewards, graded_branches, run_branches, together, window_steps
 from rlhf.parts import Parts
 from rlhf.rates import Rates, known_rates
-from rlhf.trace import Phase
+from rlhf.trace import Operation, Phase
 
 # Python around an operator's call: modules, hooks, adapters. From eight settings of nano on an H200, 1.23 to 1.75.
 AROUND_A_CALL = 1.5
@@ -24,7 +25,7 @@ ADAM_BYTES = 36  # moved for a trained number: read four, write three, and the c
 
 @dataclass(frozen=True)
 class Calls:
-    """Of the transformer, for one video and optimizer step; on average, where rollouts are used again."""
+    """Of the transformer in one process, for a video and optimizer step; on average, where rollouts are used again."""
 
     prefix: float  # without gradient, before the window
     constant: float  # without gradient, in the window or for the drift
@@ -46,10 +47,10 @@ class TimePlan:
 def count_calls(args: RewardGradientConfig) -> Calls:
     """At most, where a method draws its steps. args has all sampling keys set."""
     again = args.num_draws if args.method in ("draft_lv", "srpo") else 0
-    window, guided, drift = window_steps(args), args.guidance_scale > 1, bool(args.drift_weight)
-    branches, with_gradient = 2 if guided and args.guidance_gradient != "distill" else 1, graded_branches(args)
+    window, of_base, drift = window_steps(args), run_branches(args), bool(args.drift_weight)
+    branches, with_gradient = 1 if args.guidance_gradient == "distill" else of_base, graded_branches(args)
     steps = window + again + drift
-    constant = (branches - with_gradient) * steps + (2 if guided else 1) * drift
+    constant = (branches - with_gradient) * steps + of_base * drift
     before = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
     prefix = before + (branches - 1) * math.ceil(before / args.guidance_every)
     return Calls(prefix / args.rollout_uses, constant, with_gradient * steps)
@@ -60,12 +61,11 @@ def plan_time(parts: Parts, args: RewardGradientConfig, rewards: Rewards, rates:
     batch, at_once = args.per_device_train_batch_size, together(args)
     branch, calls = parts.branch(args, batch * at_once), count_calls(args)
     decoder = parts.decoder(args, batch, rewards.frames)
-    weights = _streamed(parts, args)
-    forward = at_least_moved(seconds(branch.sampling, rates), weights, rates)
+    beside = _moved_beside(parts, args, rates)
+    kept = _offloaded(parts, args, batch * at_once) / rates.link if rates.link else 0
+    forward = max(seconds(branch.sampling, rates), beside)
     there = seconds(branch.forward, rates) + (forward if args.stepwise_backward else 0)
-    back = seconds(branch.backward, rates)
-    kept = _offloaded(parts, args, batch * at_once)
-    segment = at_least_moved(there, weights + kept, rates) + at_least_moved(back, weights + kept, rates)
+    segment = max(there, beside + kept) + max(seconds(branch.backward, rates), beside + kept)
     samples = args.num_draws if args.method == "srpo" else 1 + args.num_draws * (args.method == "draft_lv")
     scoring = reward_seconds(rewards, rates) * (2 if args.relative_words else 1)
     micro = {
@@ -75,7 +75,7 @@ def plan_time(parts: Parts, args: RewardGradientConfig, rewards: Rewards, rates:
         "reward and back": samples * scoring,
     }
     times = {name: args.gradient_accumulation_steps * value for name, value in micro.items()}
-    return TimePlan(times | {"optimizer": parts.trained * ADAM_BYTES / rates.bytes})
+    return TimePlan(times | {"optimizer": _optimizer(parts, rates)})
 
 
 def seconds(phase: Phase, rates: Rates) -> float:
@@ -83,11 +83,6 @@ def seconds(phase: Phase, rates: Rates) -> float:
     on_device = sum(count * rates.seconds(operation) for operation, count in phase.work.items())
     calling = phase.calls * rates.call_seconds + phase.calls_of_autograd * rates.autograd_seconds
     return on_device + calling if rates.waits else max(on_device, AROUND_A_CALL * calling)
-
-
-def at_least_moved(computing: float, size: int, rates: Rates) -> float:
-    """Copies between host and device run beside the computation."""
-    return computing if rates.link is None else max(computing, size / rates.link)
 
 
 def reward_seconds(rewards: Rewards, rates: Rates) -> float:
@@ -100,8 +95,24 @@ def reward_seconds(rewards: Rewards, rates: Rates) -> float:
     return slower * rewards.seconds + traced
 
 
-def _streamed(parts: Parts, args: RewardGradientConfig) -> int:
-    return parts.frozen[0] * parts.transformer.dtype.itemsize if args.stream_weights else 0
+def _optimizer(parts: Parts, rates: Rates) -> float:
+    """Adding up the gradients of all processes, Adam, and a copy for each trained tensor."""
+    update = Operation("other", "float32", 0, parts.trained * ADAM_BYTES)
+    added_up = _sent(2 * 4 * parts.trained, parts.processes) / rates.to_others
+    return added_up + seconds(Phase(0, work=Counter([update]), calls=parts.trained_tensors), rates)
+
+
+def _moved_beside(parts: Parts, args: RewardGradientConfig, rates: Rates) -> float:
+    """Seconds of bringing the weights to the device for one pass, while it computes: from the host or other devices."""
+    blocks, size = parts.frozen[0], parts.transformer.dtype.itemsize
+    if args.stream_weights and rates.link:
+        return blocks * size / rates.link
+    return _sent(blocks * size, parts.processes) / rates.to_others if args.shard_base else 0
+
+
+def _sent(size: int, processes: int) -> float:
+    """Bytes that each process sends, for all to have so many of which each has a part."""
+    return size * (processes - 1) / processes
 
 
 def _offloaded(parts: Parts, args: RewardGradientConfig, batch: int) -> int:

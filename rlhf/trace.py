@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,12 +28,15 @@ ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_s
 
 @dataclass(frozen=True)
 class Operation:
-    """One kind of call. kind: matrix, conv, conv backward, attention, attention backward, or other: bound by memory."""
+    """One kind of call. kind: matrix, conv, conv backward, attention, attention backward, exchange, or other.
+
+    The last two are bound by what is moved: between processes, and within the device's memory.
+    """
 
     kind: str
     dtype: str  # such as "bfloat16"
     flops: int
-    bytes: int  # read and written
+    bytes: int  # read and written; of an exchange: sent
 
 
 @dataclass
@@ -129,12 +133,34 @@ class Trace(TorchDispatchMode):
 
 def _operation(func, args, kwargs, out, inputs, outputs) -> Operation:
     name = func.overloadpacket.__name__
+    if func.namespace == "c10d":
+        return Operation("exchange", str(inputs[0].dtype).removeprefix("torch."), 0, _sent(name, inputs))
     dtype = str(outputs[0].dtype if outputs else torch.float32).removeprefix("torch.")
     if func.overloadpacket in flop_registry:
         flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return Operation(KINDS.get(name, "matrix"), dtype, flops, _bytes(inputs + outputs))
     moved = 0 if _moves_nothing(func, name, inputs, outputs) else _bytes(inputs + outputs)
     return Operation("other", dtype, 0, moved)
+
+
+def _sent(name: str, tensors: list[torch.Tensor]) -> int:
+    """Bytes that each process sends. tensors: those that are summed; or where the result goes, and what is sent."""
+    times = {"allreduce_": 2, "_allgather_base_": 1, "alltoall_base_": 1}[name]  # a sum by a ring goes round twice
+    size = dist.get_world_size()
+    return times * _bytes(tensors[:1]) * (size - 1) // size
+
+
+@contextmanager
+def pretended_group(size: int) -> Iterator[dist.ProcessGroup | None]:
+    """The first of so many processes, whose exchanges move nothing; None for one process."""
+    if size == 1:
+        yield None
+        return
+    dist.init_process_group("fake", rank=0, world_size=size)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def _moves_nothing(func, name: str, inputs, outputs) -> bool:

@@ -7,6 +7,7 @@ Without --config it runs nano.yaml, the main job. Exits with 2 for settings that
 on and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,8 +15,7 @@ from pathlib import Path
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.parse import CONFIGS, parse_config
 
-EXIT_FAILED, EXIT_SETTINGS = 1, 2
-EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130  # the last is what a shell says of Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +34,8 @@ def dry_run(args: RewardGradientConfig) -> int:
     """Print the resolved settings and what they need; returns the exit status."""
     from rlhf.planner import describe
 
-    print(describe(args))
+    if os.environ.get("RANK", "0") == "0":  # one of those that were started is enough
+        print(describe(args))
     return 0
 
 
@@ -70,8 +71,7 @@ def train(args: RewardGradientConfig) -> int:
 
 
 def _resume_hint(args: RewardGradientConfig, last_whole) -> str:
-    saved = last_whole(Path(args.output_dir) / "checkpoints")
-    if saved is None:
+    if (saved := last_whole(Path(args.output_dir) / "checkpoints")) is None:
         return ""
     # The last flag of a kind counts, so that those given may stay.
     flags = ["--overwrite_output_dir", "false"] * args.overwrite_output_dir + ["--resume_from_checkpoint", "latest"]

@@ -42,7 +42,7 @@ ROOMS = {
     ),
     "planning": (
         "memory and time of a step, worked out without storage",
-        "rlhf.trace rlhf.parts rlhf.rates rlhf.memory_plan rlhf.time_plan rlhf.planner",
+        "rlhf.trace rlhf.parts rlhf.encoders rlhf.rates rlhf.memory_plan rlhf.time_plan rlhf.planner",
     ),
     "results": (
         "judging, comparing and showing what was learnt",

@@ -5,7 +5,8 @@ import json
 import pytest
 from scripts import script
 
-bench, package, tables = script("bench/planner.py"), script("bench/package.py"), script("bench/tables.py")
+bench, scale = script("bench/planner.py"), script("bench/planner_scale.py")
+package, tables = script("bench/package.py"), script("bench/tables.py")
 ARMS = ["rates", "nano, batch 16, K = 1", "8B, 17 frames, blocks recomputed"]
 PHASES = [
     "sampling",
@@ -100,3 +101,34 @@ def test_the_table_by_hand():
     assert "| b | - | 3.00 | - | 1.00 | 1.10 | +10 % |" in text
     assert "Of memory, 1 settings: 10 % off at most, 10 % on average." in text
     assert "Of time, 2 settings: 25 % off at most, 18 % on average." in text
+
+
+MEASURED = json.loads((scale.FOLDER / "scale.json").read_text())
+
+
+@pytest.mark.parametrize("arm", ["sequence", "guidance", "data, sharded base"])
+def test_a_process_of_each_layout_is_planned_as_it_was_measured(arm):
+    """At full size on two H200; nothing here was fitted to it."""
+    rows = {row["phase"]: row for row in MEASURED["rows"] if row["arm"] == arm}
+    rates = scale.known_rates(MEASURED["environment"]["device"])
+    planned = scale.predicted(rows["step"], MEASURED["environment"], rates)
+    for phase, found in planned.items():
+        assert found["peak_gib"] == pytest.approx(rows[phase]["peak_gib"], rel=0.05), phase
+        assert found["seconds"] == pytest.approx(rows[phase]["seconds"], rel=0.3), phase
+
+
+def test_measured_layouts_become_rows_of_the_table(tmp_path, monkeypatch):
+    both = {"peak_gib": 9.0, "seconds": 60.0}
+    monkeypatch.setattr(scale, "predicted", lambda row, environment, rates: {"step": both})
+    scale.main(["--output", str(tmp_path / "planner_scale.json")])
+    result = json.loads((tmp_path / "planner_scale.json").read_text())
+    steps = [row for row in MEASURED["rows"] if row["phase"] == "step"]
+    assert len(result["rows"]) == len(steps)
+    assert result["rows"][0]["seconds_ratio"] == 60 / steps[0]["seconds"]
+    text = tables.TABLES["planner_scale.json"](result)
+    assert text.startswith("Measured on NVIDIA H200")
+    assert f"| sequence, 2 devices, 125 frames | {rows_peak(steps, 'sequence'):.2f} | 9.00 |" in text
+
+
+def rows_peak(rows: list[dict], arm: str) -> float:
+    return next(row["peak_gib"] for row in rows if row["arm"] == arm)

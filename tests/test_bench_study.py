@@ -44,10 +44,16 @@ def test_the_sweep_chooses_by_the_trained_reward_alone(tmp_path):
 
 
 class Pool:
-    """Runs at once, in this process; keeps what was asked for."""
+    """Runs at once, in this process."""
 
-    def __init__(self):
-        self.trained = []
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+    def shutdown(self):
+        pass
 
     def submit(self, function, *arguments):
         future = Future()
@@ -58,18 +64,27 @@ class Pool:
         return future
 
 
+class Pools:
+    def timers(self):
+        return [Pool(), Pool()]
+
+    def workers(self):
+        return Pool()
+
+
 @pytest.fixture
 def fake_runs(monkeypatch, tmp_path):
     """Steps of known cost, and runs that take no time; DRTune fails as long as it is told to, ReFL can't be timed."""
     monkeypatch.setattr(study, "SWEEP", tmp_path / "no_sweep.json")
-    calls = {"trained": [], "broken": True}
+    calls = {"trained": [], "timed": 0, "broken": True}
     gain = {"base": 0.5, "tuned": 0.6, "diff": 0.1}
     judged = dict.fromkeys(("trained", "verifier", "clip", "motion", "diversity"), gain)
 
     def seconds(settings, timed, conditions):
         if settings.get("method") == "refl":
             raise RuntimeError("no")
-        return 2.0 if settings.get("num_grad_steps") == 4 else 0.5
+        calls["timed"] += 1
+        return (2.0 if settings.get("num_grad_steps") == 4 else 0.5) + (calls["timed"] == 1)  # the first time is slow
 
     def train(settings, seed, steps, conditions):
         if settings.get("method") == "drtune" and calls["broken"]:
@@ -89,7 +104,7 @@ def fake_runs(monkeypatch, tmp_path):
 
 
 def run_study(tmp_path, arms, steps=10):
-    made = study.Study(tmp_path / "study.json", conditions(tmp_path), steps, 3, Pool())
+    made = study.Study(tmp_path / "study.json", conditions(tmp_path), steps, 3, Pools())
     made.run(study.train_tasks(made, arms, [0, 1], {}))
     return json.loads((tmp_path / "study.json").read_text())
 

@@ -40,6 +40,41 @@ def test_settings_lower_what_they_are_for():
     assert plain.most == sum(plain.held.values()) + max(plain.phases.values())
 
 
+def test_processes_share_what_their_layout_divides():
+    _, args, card = tiny(eval_prompts="none", num_frames=17, reward_funcs=["hps_v2_1"])  # which scores the first
+
+    def plan(processes: int, **settings) -> MemoryPlan:
+        changed = dataclasses.replace(args, **settings)
+        parts = Parts(changed, card, processes)
+        return plan_memory(parts, changed, plan_rewards(parts, changed))
+
+    alone, data, guidance = plan(1), plan(4), plan(2, guidance_parallel=2)
+    tokens, sharded = plan(2, sequence_parallel=2), plan(4, shard_base=True)
+    parts, segment = Parts(args, card), "gradient segment"
+    assert data == dataclasses.replace(alone, phases=alone.phases | {"optimizer": 4 * parts.trained})
+    assert guidance.held == tokens.held == alone.held
+    assert guidance.phases[segment] < 0.6 * alone.phases[segment], "two graphs of four"
+    assert tokens.phases[segment] < 0.8 * alone.phases[segment]
+    assert guidance.phases["reward and back"] < alone.phases["reward and back"], "fewer graphs wait"
+    of_blocks, of_one, rest = parts.frozen
+    assert sharded.held["transformer"] == 4 * (of_blocks + rest) // 4
+    assert sharded.phases["sampling"] - alone.phases["sampling"] == 4 * (2 * of_one + rest)
+    assert sharded.phases["decoding and back"] == alone.phases["decoding and back"], "all is divided by then"
+    both = plan(4, guidance_parallel=2, sequence_parallel=2, shard_base=True)
+    assert both.most < min(guidance.most, tokens.most)
+
+
+def test_the_encoders_are_there_before_the_optimizer_is():
+    _, args, card = tiny(eval_prompts="none", num_frames=17)
+    parts = Parts(args, card)
+    rewards, size = plan_rewards(parts, args), 10**9
+    plan = plan_memory(parts, args, rewards, size)
+    assert plan.worst == "encoding prompts"
+    moments = 2 * 4 * parts.trained
+    assert plan.most == plan.resident + size - moments - plan.held["position table"]
+    assert plan_memory(parts, args, rewards, 1).phases["encoding prompts"] == 0
+
+
 def test_graphs_wait_for_the_decoder_unless_taken_one_by_one():
     _, args, card = tiny(eval_prompts="none")
     parts = Parts(args, card)

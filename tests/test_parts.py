@@ -1,5 +1,6 @@
 """The parts of a step hold what they hold in reality."""
 
+import dataclasses
 import gc
 from functools import partial
 from math import prod
@@ -21,7 +22,7 @@ from rlhf.rates import Rates
 from rlhf.setup import latent_shape
 from rlhf.speed import Speed, set_up_blocks
 from rlhf.time_plan import seconds
-from rlhf.trace import Elsewhere, Trace
+from rlhf.trace import Elsewhere, Trace, pretended_group
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 DECODED = {"decode_chunk": 1, "decode_checkpoint": True}
@@ -63,6 +64,26 @@ def test_a_branch_keeps_what_autograd_holds(settings):
     assert part.kept == pytest.approx(held + v.nbytes, rel=0.1)
     assert part.backward.most > part.kept
     assert part.backward.most >= 0.9 * kept.most
+
+
+@pytest.mark.parametrize("settings", [{}, CHECKPOINTED, CHECKPOINTED | {"keep_attention": True}])
+def test_a_part_of_the_tokens_keeps_what_autograd_holds(settings):
+    """Of three processes, which the two heads have to be padded for."""
+    pipe, args, card = tiny(**settings, sequence_parallel=3)
+    model, part = pipe.transformer, Parts(args, card, 3).branch(args, 2)
+    alone = Parts(dataclasses.replace(args, sequence_parallel=1), card).branch(args, 2)
+    add_adapter(model, lora_config(args), 0)
+    latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
+    cond = tiny_conditioning(2, card["tokenizer"]["model_max_length"] + args.max_sequence_length)
+    with pretended_group(3) as group:
+        set_up_blocks(model, Speed.of(args), torch.device("cpu"), group)
+        with KeptBytes(model) as kept:
+            (v,) = model(latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.ones(2), return_dict=False)
+            held = kept.now
+            v.sum().backward()
+    assert part.kept == pytest.approx(held + v.nbytes, rel=0.1)
+    assert part.backward.most >= 0.9 * kept.most
+    assert part.kept < 0.8 * alone.kept, "all of the text, almost as long as the video here, and a third of that"
 
 
 @pytest.mark.parametrize("keep_attention", [False, True])

@@ -1,12 +1,14 @@
 """What the dry run prints is worked out; what it proposes fits."""
 
 import dataclasses
+import re
 
 import pytest
 from test_parts import tiny
 
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.encoders import PUBLISHED
 from rlhf.planner import NOT_EXACT, Planner, describe, needs, sizes, verdict
 from rlhf.rates import Rates
 
@@ -39,9 +41,41 @@ def test_sizes_and_needs_name_what_is_held_and_what_is_not_known(planner):
     for name in (*planner.plan().memory.held, *planner.plan().time.parts, "at most", "a chip (made up)"):
         assert name in text
     assert "Not known, and left out: mine.py:Mine." in text
-    assert "alone" not in text
-    two = Planner(dataclasses.replace(SMALL[1], guidance_parallel=2), SMALL[2], RATES)
-    assert "alone, without guidance_parallel." in needs(two, two.plan(), "made up")
+
+
+def test_a_process_of_a_layout_is_planned(monkeypatch):
+    """As many processes as are asked for, were started, or are needed at least."""
+
+    def planned(**settings) -> str:
+        return sizes(Planner(dataclasses.replace(SMALL[1], **settings), SMALL[2], RATES))
+
+    assert re.search(r"processes, one a device +1\n.*all +2\n", planned())
+    assert "2 (data 1 x guidance 2 x sequence 1)" in planned(guidance_parallel=2)
+    assert "2 (data 2 x guidance 1 x sequence 1)" in planned(shard_base=True)
+    asked = planned(guidance_parallel=2, plan_processes=8, gradient_accumulation_steps=3)
+    assert re.search(r"8 \(data 4 x guidance 2 x sequence 1\)\n.*all +24\n", asked)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert "6 (data 2 x guidance 1 x sequence 3)" in planned(sequence_parallel=3)
+    assert "4 (data 4 x guidance 1 x sequence 1)" in planned(plan_processes=4)
+
+
+def test_a_sharded_base_is_proposed_where_there_are_several_processes(planner):
+    four = Planner(dataclasses.replace(SMALL[1], plan_processes=4), SMALL[2], RATES)
+    assert {"shard_base": True} in four._changes({})
+    assert all(len({"shard_base", "stream_weights", "base_bits"} & {*c}) < 2 for c in four._changes(NOT_EXACT[-1]))
+    assert not any("shard_base" in changes for changes in planner._changes({}))
+    sharded = Planner(dataclasses.replace(SMALL[1], shard_base=True), SMALL[2], RATES)
+    assert not any("stream_weights" in changes or "base_bits" in changes for changes in sharded._changes(NOT_EXACT[-1]))
+
+
+def test_text_encoders_that_take_most_are_named(planner, monkeypatch):
+    configs = {name: getattr(SMALL[0], name).config.to_dict() for name in PUBLISHED}
+    assert Planner(*SMALL[1:], RATES, configs).encoding > 10**5
+    assert planner.encoding == 0
+    monkeypatch.setattr(planner, "encoding", 10**9)
+    text = verdict(planner, planner.plan(), 10**6)
+    assert "are missing (encoding prompts). None of" in text
+    assert "are needed (encoding prompts). Take rewards of fewer weights, or a device" in text
 
 
 def test_proposals_fit_and_are_in_the_order_of_time(planner):
@@ -74,7 +108,9 @@ def test_in_words(planner):
     too_small = verdict(planner, plan, most * 2 // 3)
     assert "at the same gradient, fastest first:\n  --" in too_small
     assert "s a step" in too_small
-    assert "None of the settings about memory is enough. Lower num_frames" in verdict(planner, plan, 2000)
+    nothing_helps = verdict(planner, plan, 2000)
+    assert "None of the settings about memory is enough: with all of them" in nothing_helps
+    assert "Lower num_frames" in nothing_helps
 
 
 def test_what_changes_the_gradient_comes_last_and_is_said(planner):
@@ -87,9 +123,11 @@ def test_what_changes_the_gradient_comes_last_and_is_said(planner):
 
 
 def test_what_cannot_be_planned_for_is_said():
+    settings = {"plan_processes": 6, "guidance_parallel": 2, "sequence_parallel": 2, "dry_run": True}
     with pytest.raises(ConfigError) as error:
-        check_config(RewardGradientConfig(memory_limit_gib=0.0, plan_device="abacus"))
+        check_config(RewardGradientConfig(memory_limit_gib=0.0, plan_device="abacus", **settings))
     assert "memory_limit_gib: got 0.0" in str(error.value)
+    assert "are 4 processes, which do not divide the 6 of this run" in str(error.value)
     assert "plan_device: got 'abacus', expected one of those measured" in str(error.value)
 
 

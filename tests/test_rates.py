@@ -1,5 +1,7 @@
 """Rates of a device: measured, and known ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_a_cpu_is_measured():
     assert 1e8 < rates.bytes < 1e13
     assert 0 < rates.call_seconds < 1e-2
     assert 0 < rates.autograd_seconds < 1e-2
-    assert (rates.link, rates.waits, rates.beside) == (None, True, 0)
+    assert (rates.link, rates.waits, rates.beside, rates.between) == (None, True, 0, None)
     assert Rates(**rates.to_dict()) == rates
 
 
@@ -34,5 +36,9 @@ def test_an_operation_takes_the_longer_of_computing_and_moving():
     rates = Rates("any", {"matrix float32": 1e9, "matrix bfloat16": 1e10, "conv float32": 5e8}, 1e9, 0, 0, None)
     assert rates.seconds(Operation("matrix", "bfloat16", 10**9, 10**7)) == pytest.approx(0.1)
     assert rates.seconds(Operation("matrix", "float32", 10**6, 10**9)) == pytest.approx(1.0)
+    exchange = Operation("exchange", "bfloat16", 0, 10**7)
+    assert rates.seconds(exchange) == pytest.approx(0.01), "one memory for all"
+    assert replace(rates, link=1e8).seconds(exchange) == pytest.approx(0.1), "as to the host"
+    assert replace(rates, link=1e8, between=1e10).seconds(exchange) == pytest.approx(0.001)
     assert rates.speed("conv", "bfloat16") == 5e8, "of the format that was measured"
     assert rates.speed("attention", "float16") == 1e9, "as products"

@@ -11,7 +11,7 @@ from tiny import tiny_pipeline
 from rlhf.memory_plan import plan_rewards
 from rlhf.parts import Parts
 from rlhf.rates import Rates
-from rlhf.time_plan import Calls, at_least_moved, count_calls, plan_time, reward_seconds, seconds
+from rlhf.time_plan import Calls, count_calls, plan_time, reward_seconds, seconds
 from rlhf.trace import Operation, Phase
 from rlhf.trainer import RewardGradientTrainer
 
@@ -62,8 +62,9 @@ def test_seconds_by_hand():
     phase.calls = 20
     assert seconds(phase, RATES) == pytest.approx(0.0315), "20 calls of 1 ms, 10 of 0.1, half as much around them"
     assert seconds(phase, dataclasses.replace(RATES, waits=True)) == pytest.approx(0.038)
-    assert at_least_moved(0.5, 10**8, RATES) == 1.0
-    assert at_least_moved(0.5, 10**8, dataclasses.replace(RATES, link=None)) == 0.5
+    phase = Phase(0, work=Counter({Operation("exchange", "float32", 0, 10**8): 2}))
+    assert seconds(phase, RATES) == 2, "as to the host, where it was not measured"
+    assert seconds(phase, dataclasses.replace(RATES, between=4e8)) == 0.5
 
 
 def test_settings_cost_what_they_do():
@@ -89,6 +90,43 @@ def test_settings_cost_what_they_do():
     parts = Parts(args, card)
     weights = parts.frozen[0] * 4
     assert plan_time(parts, args, plan_rewards(parts, args), slow).parts["sampling"] == pytest.approx(4 * weights)
+
+
+def test_the_split_of_guidance_halves_the_calls_and_nothing_else_does():
+    _, args, _ = tiny(num_inference_steps=10, num_grad_steps=3)
+    alone, split = count_calls(args), count_calls(dataclasses.replace(args, guidance_parallel=2))
+    assert (alone.prefix, alone.graded) == (2 * split.prefix, 2 * split.graded) == (14, 6)
+    assert count_calls(dataclasses.replace(args, sequence_parallel=2, shard_base=True)) == alone
+    drifting = dataclasses.replace(args, drift_weight=1.0, guidance_parallel=2)
+    assert count_calls(drifting) == Calls(prefix=7, constant=1, graded=4)
+
+
+def test_what_travels_between_processes_takes_time():
+    """A sum twice round the ring, a base that the others hold half of, and tokens for heads."""
+    pipe, args, card = tiny(num_frames=9, **CHECKPOINTED)
+    rates = dataclasses.replace(RATES, flops={"matrix float32": 1e20}, bytes=1e20, call_seconds=0, autograd_seconds=0)
+    rates = dataclasses.replace(rates, between=1.0)
+    args.reward_funcs = ["flicker"]
+
+    def plan(processes, **settings):
+        changed = dataclasses.replace(args, **settings)
+        parts = Parts(changed, card, processes)
+        return parts, plan_time(parts, changed, plan_rewards(parts, changed), rates).parts
+
+    parts, times = plan(4)
+    assert times["optimizer"] == pytest.approx(2 * 4 * parts.trained * 3 / 4)
+    assert times["sampling"] < 1e-6
+    parts, times = plan(2, shard_base=True)
+    calls = count_calls(args)
+    assert times["sampling"] == pytest.approx(calls.prefix * 4 * parts.frozen[0] / 2)
+    assert times["gradient segment"] == pytest.approx(2 * calls.graded * 4 * parts.frozen[0] / 2)
+    parts, times = plan(2, sequence_parallel=2)
+    config, text = pipe.transformer.config, card["tokenizer"]["model_max_length"] + args.max_sequence_length
+    own, width = parts.tokens // 2, config.num_attention_heads * config.attention_head_dim
+    of_block = 2 * width * (3 * own + own + text)  # queries, keys, values; results; the text's results, from all
+    of_result = 2 * parts.tokens * config.patch_size**2 * config.out_channels
+    assert times["sampling"] == pytest.approx(calls.prefix * 4 * (config.num_layers * of_block + of_result) / 2)
+    assert times["gradient segment"] > 3 * times["sampling"], "there, again, and back"
 
 
 def test_rewards_are_slower_where_products_are(monkeypatch):

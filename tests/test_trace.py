@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from kept import KeptBytes
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rlhf.contentv.transformer import QueryKeyNorm
+from rlhf.exchange import entering, gathered, swapped
 from rlhf.host_memory import HostMemory
 from rlhf.recompute import recomputed
-from rlhf.trace import Elsewhere, Operation, Trace, use_fused_norms
+from rlhf.trace import Elsewhere, Operation, Trace, pretended_group, use_fused_norms
 
 META = torch.device("meta")
 
@@ -77,6 +79,19 @@ def test_attention_is_counted_and_keeps_what_kernels_keep():
     assert backward.work[Operation("attention backward", "float32", 10 * 2 * 3 * 10 * 10 * 4, 0)] == 1
     assert forward.end == 4 * (2 * 3 * 10 * 4 + 2 * 3 * 10), "the result and a number for each row"
     assert backward.calls_of_autograd > 0
+
+
+def test_exchanges_are_counted_by_what_a_process_sends():
+    x = torch.empty(4, 8, device=META)
+    with pretended_group(4) as group, Trace() as trace, trace.phase() as phase:
+        swapped(x, group)
+        gathered(x, group)
+        entering(x.requires_grad_(), group).backward(x.detach())
+    sent = {op.bytes: count for op, count in phase.work.items() if op.kind == "exchange"}
+    assert sent == {4 * 32 * 3 // 4: 1, 4 * 32 * 3: 1, 2 * 4 * 32 * 3 // 4: 1}, "swapped, gathered, added up"
+    assert not dist.is_initialized()
+    with pretended_group(1) as group:
+        assert group is None
 
 
 def test_a_norm_is_one_kernel():
