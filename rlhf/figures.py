@@ -10,11 +10,17 @@ BASE_COLOR, TUNED_COLOR = "#8a8f98", "#1f6feb"
 
 
 def plot_curves(rows: list[dict], path: Path) -> None:
-    """Curves over the optimizer steps of every reward, with its evaluations, and of the gradient norm."""
+    """Curves over the optimizer steps of every reward and of the gradient norm; no file for no numbers.
+
+    rows: as of metrics.jsonl.
+    """
     pyplot = headless_pyplot()
-    names = [key for key in max(rows, key=len) if key.startswith("rewards/") and not key.endswith("_std")]
+    names = [key for key in max(rows, key=len, default={}) if key.startswith("rewards/") and not key.endswith("_std")]
     panels = [("reward", "trained reward (weighted)"), *((n, n.removeprefix("rewards/")) for n in names)]
     panels = (panels if len(names) > 1 else panels[1:]) + [("grad_norm", "gradient norm, before clipping")]
+    panels = [(key, title) for key, title in panels if any(key in row for row in rows)]
+    if not panels:
+        return
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(4.6 * columns, 3.0 * lines), squeeze=False)

@@ -40,7 +40,7 @@ class RunLog:
         self.accelerator, self.folder = accelerator, Path(args.output_dir)
         self.is_main = accelerator.is_main_process
         if self.is_main:
-            keep_rows(self.folder / METRICS, before_step=first_step)
+            keep_rows(self.folder, before_step=first_step)
         self.bar = tqdm(
             total=args.max_steps, initial=first_step, desc="train", unit="step", disable=not self.is_main, smoothing=0.1
         )
@@ -70,17 +70,18 @@ class RunLog:
         self.bar.close()
 
 
-def keep_rows(path: Path, before_step: int) -> None:
+def keep_rows(folder: Path, before_step: int) -> None:
     """Drop the rows after a checkpoint's step, which a resumed run writes anew, and a half-written last one."""
-    if path.exists():
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        lines = [line for line in whole if json.loads(line)["step"] <= before_step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+    if (path := folder / METRICS).exists():
+        rows = [row for row in read_metrics(folder) if row["step"] <= before_step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl, one an optimizer step."""
-    return [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
+    """The rows of metrics.jsonl, one an optimizer step; none without the file, nor a last one that was half written."""
+    path = Path(folder) / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class EvaluationBar:

@@ -193,7 +193,7 @@ class RewardGradientTrainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step on `samples_per_step` videos; returns its metrics. step counts from 0."""
         cost, args = Cost(self.device), self.args
-        self.failure: RewardError | None = None
+        self.failure, self.last_batch = None, None
         self.plan = make_plan(args, self.sigmas, generator("method", args.seed, step))
         gradient = self._anchor_gradient if due(step + 1, args.anchor_steps) else self._reward_gradient
         columns = [gradient(step, micro) for micro in range(args.gradient_accumulation_steps)]

@@ -44,7 +44,7 @@ def test_metrics_go_to_the_file_and_the_trackers_step_by_step(make_args, tmp_pat
 def test_a_resumed_run_drops_later_rows_and_a_half_written_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "rew')
-    keep_rows(path, before_step=2)
+    keep_rows(tmp_path, before_step=2)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
@@ -85,6 +85,12 @@ def test_curves_are_drawn_for_any_number_of_rewards_and_a_single_step(tmp_path, 
     row |= {f"rewards/{name}_std": 0.1 for name in rewards}
     plot_curves([row], tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").width > 400
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 1, "skipped": 1, "why": "nan"}]])
+def test_no_curves_are_drawn_of_no_numbers(tmp_path, rows):
+    plot_curves(rows, tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
 
 
 def test_contact_sheet_shows_before_on_the_left_and_after_on_the_right(tmp_path):

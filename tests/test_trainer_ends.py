@@ -52,6 +52,16 @@ def test_resuming_a_finished_run_only_finishes_it(make_args, evaluate):
     assert again.get("trained") == first.get("trained")
 
 
+def test_a_finished_run_may_be_finished_in_another_folder(make_args, tmp_path):
+    args = make_args(max_steps=1)
+    first = train(args, evaluate=True)
+    saved = str(Path(args.output_dir) / "checkpoints" / "step-1")
+    other = dataclasses.replace(args, output_dir=str(tmp_path / "other"), resume_from_checkpoint=saved)
+    again = train(other, evaluate=True)
+    assert again["trained"] == first["trained"]
+    assert not (tmp_path / "other" / "curves.png").exists(), "there are no steps to draw"
+
+
 def test_a_callback_stops_the_training_and_hears_of_everything(make_args):
     told = []
 
@@ -104,6 +114,23 @@ def test_a_reward_that_breaks_is_named_and_the_last_good_step_saved(make_args, b
         train(args, [after(2, bad), brightness] if "zero" not in told else after(2, bad))
     assert [p.name for p in (Path(args.output_dir) / "checkpoints").iterdir()] == ["step-2"]
     assert len(read_metrics(Path(args.output_dir))) == 2
+
+
+def test_no_reward_is_blamed_for_an_anchor_step(make_args):
+    """Not even the one that made the step before it fail."""
+    args = make_args(max_steps=2, anchor_steps=2, max_skipped_steps=1)
+    broken = after(0, lambda v: (redness(v, 0) - redness(v, 0)).sqrt())
+    trainer = RewardGradientTrainer(tiny_pipeline(), broken, args, PROMPTS)
+    trainer._begin()
+    assert "comes from the reward turncoat" in trainer.step(0)["why"]
+
+    def no_number(step, micro):
+        trainer.masters.vector.grad.fill_(math.nan)
+        return {"loss": torch.zeros(2), "drift": torch.zeros(2)}
+
+    trainer._anchor_gradient = no_number
+    with pytest.raises(TrainingError, match="comes from no reward"):
+        trainer.step(1)
 
 
 def test_a_reward_that_cannot_train_is_refused_before_weights_load(make_args, monkeypatch):

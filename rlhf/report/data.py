@@ -12,7 +12,7 @@ from rlhf.compare_sets import read_pairs
 from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
 from rlhf.resampling import compared
-from rlhf.run_folder import METRICS
+from rlhf.tracking import read_metrics
 from rlhf.video_set import SCORES, read_set
 
 GROUPS = {"trained": "trained on", "held_out": "held out"}
@@ -53,10 +53,8 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict]:
-        """The rows of metrics.jsonl; a last one that was half written is left out."""
-        path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """The rows of metrics.jsonl."""
+        return read_metrics(self.folder)
 
     @cached_property
     def summary(self) -> dict:
