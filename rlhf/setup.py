@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from peft import PeftConfig
@@ -34,7 +35,7 @@ class Inputs:
 
 
 def checked_inputs(
-    model: str | ContentVPipeline | None,
+    model: str | Path | ContentVPipeline | None,
     reward_funcs: str | Callable | list[str | Callable] | None,
     args: RewardGradientConfig | None,
     train_dataset: Iterable | None,
@@ -42,8 +43,9 @@ def checked_inputs(
 ) -> Inputs:
     """Raises ConfigError, with everything that is wrong at once."""
     args = args or RewardGradientConfig()
-    args = dataclasses.replace(args, model=model if isinstance(model, str) else args.model)
-    pipe = None if model is None or isinstance(model, str) else model
+    named = isinstance(model, str | Path)
+    args = dataclasses.replace(args, model=str(model) if named else args.model)
+    pipe = None if named else model
     rewards = args.reward_funcs if reward_funcs is None else reward_funcs
     rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
     args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]

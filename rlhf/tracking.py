@@ -17,6 +17,7 @@ from rlhf.device import peak_memory, reset_peak_memory
 from rlhf.figures import contact_sheet, plot_curves
 from rlhf.run_folder import METRICS
 from rlhf.trackers import Clip
+from rlhf.video_set import unbroken
 
 COST = ("seconds", "memory_gib")  # what differs between the metrics of two equal runs
 
@@ -108,7 +109,7 @@ def write_samples(folder: Path, step: int, prompts: list[str], videos_NCTHW: tor
     clips = [Clip(target / f"{i:02d}.mp4", prompt, video, fps) for i, (prompt, video) in pairs]
     for clip in clips:
         write_video(clip.path, clip.video_CTHW, fps)
-    lines = [f"{clip.path.stem}\t{clip.prompt}\n" for clip in clips]
+    lines = [f"{clip.path.stem}\t{unbroken(clip.prompt)}\n" for clip in clips]
     (target / "prompts.txt").write_text("".join(lines), encoding="utf-8")
     return clips
 

@@ -67,7 +67,7 @@ class RewardGradientTrainer:
 
     def __init__(
         self,
-        model: str | ContentVPipeline | None = None,
+        model: str | Path | ContentVPipeline | None = None,
         reward_funcs: str | Callable | list[str | Callable] | None = None,
         args: RewardGradientConfig | None = None,
         train_dataset: Iterable | None = None,

@@ -20,7 +20,7 @@ from rlhf.trainer import RewardGradientTrainer
 @pytest.mark.parametrize(("held_out", "samples"), [(True, 2), (True, 0), (False, 2)])
 def test_training_ends_with_a_report(tiny_pipe, make_args, real_report, held_out, samples):
     args = make_args(max_steps=1, num_eval_prompts=2, num_sample_prompts=samples)
-    held_out_prompts = PROMPTS[:2] if held_out else None
+    held_out_prompts = ["of\ntwo lines", PROMPTS[0]] if held_out else None
     RewardGradientTrainer(tiny_pipe, redness, args, PROMPTS, held_out_prompts).train()
     folder = Path(args.output_dir)
     page = Page((folder / "report.html").read_text())
@@ -29,6 +29,7 @@ def test_training_ends_with_a_report(tiny_pipe, make_args, real_report, held_out
     assert "finished: 1 of 1 steps" in page.text
     assert len(page.cards) == (samples if held_out else 0)
     assert (folder / "samples").exists() == (folder / "contact_sheet.png").exists() == (held_out and samples > 0)
+    assert all(gains for gains, _ in page.cards)
     if held_out:
         summary = json.loads((folder / "summary.json").read_text())["trained"]["redness"]
         assert page.cells["redness"][:2] == [summary["base"], summary["tuned"]]

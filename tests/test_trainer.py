@@ -158,6 +158,6 @@ def test_another_peft_config_and_a_model_by_path(make_args, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     args = make_args(max_steps=1)
     config = LoraConfig(r=2, target_modules=["ff.net.2"])
-    RewardGradientTrainer(str(tmp_path / "model"), redness, args, PROMPTS, peft_config=config).train()
+    RewardGradientTrainer(tmp_path / "model", redness, args, PROMPTS, peft_config=config).train()
     assert {name.split(".ff.")[1] for name in saved_adapter(args)} == {"net.2.lora_A.weight", "net.2.lora_B.weight"}
     assert f"model: {tmp_path / 'model'}" in (Path(args.output_dir) / "config.yaml").read_text()

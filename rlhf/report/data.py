@@ -13,7 +13,7 @@ from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
 from rlhf.resampling import compared
 from rlhf.tracking import read_metrics
-from rlhf.video_set import SCORES, read_set
+from rlhf.video_set import SCORES, read_set, unbroken
 
 GROUPS = {"trained": "trained on", "held_out": "held out"}
 MEASURED = "measured"
@@ -149,7 +149,7 @@ class Run:
 
     def _scores(self, i: int, prompt: str) -> dict[str, tuple[float, float]]:
         """Of the i-th held-out prompt, by judge and measure."""
-        if self.evaluations is None or self.evaluations[0].prompts[i] != prompt:
+        if self.evaluations is None or unbroken(self.evaluations[0].prompts[i]) != prompt:
             return {}
         base, tuned = (evaluation.scores for evaluation in self.evaluations)
         names = [name for name in base if i < len(base[name]) and name in tuned]
