@@ -8,13 +8,14 @@ import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
 import argparse
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from diffusers.utils import export_to_video
 
 from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults
-from rlhf.contentv.loading import load_pipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
+from rlhf.generate import Variant
 
 PROMPTS = {
     "nano": "a large red circle moving left on a white background",
@@ -29,14 +30,13 @@ NEGATIVE_PROMPTS = {
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    variant, generator = Variant(args.model_id, args.lora), torch.Generator().manual_seed(args.seed)
     try:
-        device = pick_device(args.device)
-        pipe = load_pipeline(args.model_id, device=device)
-        if args.lora:
-            pipe.load_lora_weights(args.lora)
-        sampling = override(pipe.sampling, args)
-        generator = torch.Generator().manual_seed(args.seed)
-        video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
+        variant.check()
+        with variant.open(pick_device(args.device)) as pipe:
+            pipe.set_progress_bar_config(disable=False)
+            sampling = override(pipe.sampling, args)
+            video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
     except ValueError as error:
         raise SystemExit(f"demo.py: error: {error}") from error
     export_to_video(video, args.output, fps=sampling.fps)
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", default="video.mp4", help="file to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the initial noise (default: %(default)s)")
     parser.add_argument("--device", help=f"one of {', '.join(KNOWN_DEVICES)}; by default what the machine has")
-    parser.add_argument("--lora", help="folder of an adapter, such as RUN/adapter")
+    parser.add_argument("--lora", type=Path, help="folder of an adapter, such as RUN/adapter")
     for field in fields(SamplingDefaults):
         parser.add_argument(f"--{field.name}", type=field.type, help="by default what the checkpoint recommends")
     args = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -209,6 +210,8 @@ def _run_folder(args):
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         yield f"output_dir={args.output_dir} is a file, expected a folder or a new path; choose another"
+    elif not args.dry_run and not _may_write(place := _first_that_exists(folder)):
+        yield f"output_dir={args.output_dir}: got {place}, which cannot be written to, expected one that can; choose it"
     elif args.resume_from_checkpoint and args.overwrite_output_dir:
         yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
     elif args.resume_from_checkpoint:
@@ -218,6 +221,16 @@ def _run_folder(args):
             f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, "
             "go on with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
+
+
+def _first_that_exists(path: Path) -> Path:
+    """The path or the nearest folder, or file, above it."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def _may_write(place: Path) -> bool:
+    """Only the first process writes; the hosts of others need no such folder."""
+    return os.environ.get("RANK", "0") != "0" or (place.is_dir() and os.access(place, os.W_OK))
 
 
 def _trackers(args):

@@ -193,6 +193,7 @@ ROWS = [
         "set them",
     ),
     Row({"output_dir": "{tmp}/empty.txt"}, "is a file", "expected a folder or a new path", "choose another"),
+    Row({"output_dir": "{tmp}/empty.txt/run"}, "which cannot be written to", "expected one that can", "choose it"),
     Row({"output_dir": "{tmp}/run"}, "holds a run already", "expected a new folder", "--overwrite_output_dir"),
     Row(
         {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
