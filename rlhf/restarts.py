@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rlhf.checkpoint import find_checkpoint, last_whole, read_state
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.parallel import RESTARTS
 from rlhf.run_folder import run_in
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 FIXED_ON_RESUME = (
     "model",
     "lora_rank",
