@@ -2,13 +2,14 @@
 
 import json
 import math
-from concurrent.futures import Future
 
 import pytest
 import study
 import study_arms
 import study_runs
 import torch
+from nano_study import Study
+from study_pools import Pools
 
 
 def conditions(tmp_path, **changes):
@@ -43,35 +44,6 @@ def test_the_sweep_chooses_by_the_trained_reward_alone(tmp_path):
     assert study_arms.chosen_by_sweep(tmp_path / "absent.json") == {}
 
 
-class Pool:
-    """Runs at once, in this process."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *raised):
-        pass
-
-    def shutdown(self):
-        pass
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-class Pools:
-    def timers(self):
-        return [Pool(), Pool()]
-
-    def workers(self):
-        return Pool()
-
-
 @pytest.fixture
 def fake_runs(monkeypatch, tmp_path):
     """Steps of known cost, and runs that take no time; DRTune fails as long as it is told to, ReFL can't be timed."""
@@ -104,7 +76,8 @@ def fake_runs(monkeypatch, tmp_path):
 
 
 def run_study(tmp_path, arms, steps=10):
-    made = study.Study(tmp_path / "study.json", conditions(tmp_path), steps, 3, Pools())
+    default = study_arms.settings_of(study_arms.DEFAULT, {})
+    made = Study(tmp_path / "study.json", conditions(tmp_path), steps, 3, Pools(), default)
     made.run(study.train_tasks(made, arms, [0, 1], {}))
     return json.loads((tmp_path / "study.json").read_text())
 
@@ -146,6 +119,7 @@ def test_one_run_of_each_kind(tmp_path):
         assert row["trained"]["diff"] != 0
         assert math.isfinite(row["verifier"]["tuned"])
         assert {"clip", "motion", "diversity"} <= set(row)
+        assert row["hacking_gap"] == pytest.approx(row["gain_trained"] - row["gain_held_out"])
     assert [*queries.values()] == [2 * 2 * 3, 2 * 2]  # DRaFT-LV scores its rollout and two draws
     rows = study_runs.best_of_n(0, 3, [1, 8], 0.5, small)
     assert [(row["arm"], row["device_seconds"]) for row in rows] == [("best-of-1", 2.0), ("best-of-n", 6.0)]
