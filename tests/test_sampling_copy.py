@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from float8 import needs_float8
 from peft import LoraConfig
 from test_blocks import arguments, gradients, model_with_adapter
 from tiny import tiny_transformer
@@ -65,6 +66,7 @@ def test_training_the_first_model_is_not_disturbed():
     assert all(torch.equal(grad, expected[name]) for name, grad in gradients(model, inputs).items())
 
 
+@needs_float8
 def test_float8_is_near_and_rounds_the_large_layers_of_the_blocks_alone():
     model, inputs = model_with_adapter(torch.float32), arguments(torch.float32)
     sampler, expected = SamplingCopy(model, "float8"), velocity(model, inputs)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPTS, redness
+from float8 import needs_float8
 from runs import saved_adapter
 from tiny import tiny_pipeline
 
@@ -64,7 +65,7 @@ def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain_run, s
         {"guidance_every": 2},
         {"rollout_uses": 2},
         {"decode_window": 2},
-        {"sampling_weights": "float8"},
+        pytest.param({"sampling_weights": "float8"}, marks=needs_float8),
         {"vae_dtype": "bfloat16"},
     ],
 )
