@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.models.normalization import RMSNorm
 
 from rlhf.config import RewardGradientConfig
+from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.transformer import QueryKeyNorm, SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise, use_channels_last
@@ -53,6 +54,8 @@ SETTINGS = {
     "exact, nothing twice": ROOMY,
     "exact, nothing twice, guidance together": ROOMY | {"guidance_together": True},
     "exact, nothing twice, compiled": FAST,
+    "exact, nothing twice, compiled, FlashAttention-3": FAST,
+    "exact, nothing twice, compiled, FlashAttention-3, guidance together": FAST | {"guidance_together": True},
     "24 GiB": SMALL,
     # Not exact.
     "8-bit base": EXACT | {"base_bits": 8},
@@ -155,15 +158,24 @@ class Rig:
             if self.arm == PEERS:
                 self.transformer.enable_gradient_checkpointing()
         else:
-            self.chosen = set_up_blocks(
-                self.transformer, Speed.of(self.args), self.device, self.layout and self.layout.sequence_group
-            )
+            group = self.layout and self.layout.sequence_group
+            self.chosen = set_up_blocks(self.transformer, Speed.of(self.args), self.device, group)
+            self._use_flash_attention_3("FlashAttention-3" in self.arm)
         masters = Masters(self.transformer)
         for name, piece in masters.named(masters.vector).items():
             if "lora_B" in name:  # zero at the start, where A has no gradient
                 piece.copy_(0.02 * torch.randn(piece.shape, generator=generator("bench", name)))
         masters.write()
         return masters
+
+    def _use_flash_attention_3(self, asked: bool) -> None:
+        """In those arms alone that have it in their name, whatever is installed."""
+        runner = self.transformer.run_block
+        if not asked and isinstance(runner, BlockRunner):
+            runner.attention_without_gradient = runner.attention
+            self.chosen["attention_kernel"] = self.chosen["attention_kernel"].split("; ")[0]
+        elif asked and runner.attention_without_gradient is runner.attention:
+            raise ValueError("FlashAttention-3 is not installed, or not faster here")
 
     def _conditioning(self) -> Conditioning:
         config, draw = self.transformer.config, generator("bench", "text")

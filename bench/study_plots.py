@@ -4,7 +4,10 @@ import math
 import statistics
 from pathlib import Path
 
+from study_arms import CONTROL
 from study_numbers import MEASURES, by_arm, gains, mean_interval, named
+
+NEAR = 1.5  # points of the verifier: less than a name is high
 
 
 def plot_gains(result: dict, path: Path) -> None:
@@ -24,20 +27,32 @@ def plot_gains(result: dict, path: Path) -> None:
 
 
 def plot_costs(result: dict, path: Path) -> None:
-    """Left: held-out against trained gain; cheating is low on the right. Right: held-out gain over reward queries."""
+    """Left: held-out against trained gain; cheating is low on the right. Right: held-out gain over reward queries.
+
+    A line leads from an arm to the same with drift control, a ring without a name.
+    """
     pyplot, arms = _pyplot(), by_arm(result)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True)
-    for arm, rows in arms.items():
-        trained, verifier = (statistics.mean(gains(rows, m)) for m in ("trained", "verifier"))
-        for axis, x in zip(axes, (trained, rows[0]["queries"]), strict=True):
-            axis.plot(x, verifier, "o", color=color_of(arm), markersize=5)
-            axis.annotate(
-                arm.replace("drift control", "d."), (x, verifier), fontsize=6, xytext=(4, 2), textcoords="offset points"
-            )
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.5), sharey=True)
+    places = {
+        arm: (statistics.mean(gains(rows, "trained")), rows[0]["queries"], statistics.mean(gains(rows, "verifier")))
+        for arm, rows in arms.items()
+    }
+    for arm, place in places.items():
+        plain, name = places.get(arm.removesuffix(CONTROL), place), "" if arm.endswith(CONTROL) else arm
+        color, fill = color_of(arm), color_of(arm) if name else "white"
+        for axis, x in enumerate(place[:2]):
+            axes[axis].plot([plain[axis], x], [plain[2], place[2]], color=color, linewidth=0.7, alpha=0.5, zorder=1)
+            axes[axis].plot(x, place[2], "o", color=color, markerfacecolor=fill, markersize=5)
+            others = [other for key, other in places.items() if not key.endswith(CONTROL)]
+            left = any(other[axis] > x and abs(other[2] - place[2]) < NEAR for other in others)  # room for the name
+            side = {"xytext": (-5, 3), "ha": "right"} if left else {"xytext": (5, 3)}
+            axes[axis].annotate(name, (x, place[2]), fontsize=7, textcoords="offset points", **side)
     axes[0].set_xlabel("trained reward, tuned less base", fontsize=9)
     axes[1].set_xlabel("videos that the trained reward scored", fontsize=9)
     axes[1].set_xscale("log")
     axes[0].set_ylabel("verifier, points", fontsize=9)
+    for axis in axes:
+        axis.margins(x=0.12)
     _finish(figure, axes, path)
 
 

@@ -9,10 +9,12 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+from study_arms import CONTROL
 from study_numbers import DEFAULT, MEASURES, against_default, by_arm, gains, mean_interval, named
 from study_plots import plot_costs, plot_gains
 
@@ -39,11 +41,13 @@ def table(headings: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def gains_table(result: dict, measures: tuple[str, ...] = tuple(MEASURES)) -> str:
-    """A row for each arm: difference to the base with the interval over seeds."""
+def gains_table(
+    result: dict, measures: tuple[str, ...] = tuple(MEASURES), shown: Callable[[str], bool] = lambda arm: True
+) -> str:
+    """A row for each arm that is shown: difference to the base with the interval over seeds."""
     headings = [MEASURES[m][0] + (" (evaluation only)" if m in HELD_OUT else "") for m in measures]
     lines = []
-    for arm, rows in by_arm(result).items():
+    for arm, rows in ((arm, rows) for arm, rows in by_arm(result).items() if shown(arm)):
         steps = f"{rows[0]['steps']}" if rows[0]["steps"] else "none"
         cells = [cell(*mean_interval(gains(rows, m)), form_of(m)) for m in measures]
         lines.append([named(arm, rows), str(len(rows)), steps, *cells])
@@ -149,6 +153,12 @@ def _against_default(arms: dict[str, list[dict]]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------- main
 
+
+def _is_main(arm: str) -> bool:
+    """Of equal device time, and without drift control."""
+    return not arm.endswith(CONTROL) and not re.fullmatch(r"best-of-\d+", arm)
+
+
 PLOTS = {"study_gains.png": plot_gains, "study_costs.png": plot_costs}
 PARTS = {
     "conditions": conditions,
@@ -158,7 +168,7 @@ PARTS = {
     "paired": paired_table,
     "settings": settings_table,
     "sweep": sweep_table,
-    "readme": lambda result: gains_table(result, ("trained", "verifier", "motion")),
+    "readme": lambda result: gains_table(result, ("trained", "verifier", "motion"), shown=_is_main),
     **{name: lambda result, name=name: f"![{name}](images/{name})\n" for name in PLOTS},
 }
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rlhf.attention import attention_by, time_kernels
+from rlhf.attention import Attention, attention_by, faster_without_gradient, time_kernels
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.device import has_attention_kernels
 from rlhf.exchange import Group
@@ -59,8 +59,13 @@ def set_up_blocks(
     if device.type == "cpu" and plain:
         return chosen
     kernel, chosen["attention_kernel"] = choose_kernel(transformer, speed.attention_kernel, device)
+    without_gradient = None
+    if speed.attention_kernel == "auto" and (found := choose_forward(transformer, kernel, device)):
+        without_gradient, line = found
+        chosen["attention_kernel"] += f"; {line}"
     runner = BlockRunner(
         attention=attention_by(kernel),
+        attention_without_gradient=without_gradient,
         recompute=speed.recompute,
         host=HostMemory(device) if speed.offload_activations else None,
         compiler=torch.compile if speed.compile_blocks else None,
@@ -76,9 +81,20 @@ def choose_kernel(transformer, asked: str, device: torch.device) -> tuple[str | 
         return None, "PyTorch's choice"
     if asked != "auto":
         return asked, asked
-    config = transformer.config
-    seconds = time_kernels(device, transformer.dtype, config.num_attention_heads, config.attention_head_dim)
+    seconds = time_kernels(device, transformer.dtype, *_heads(transformer))
     if not seconds:
         return None, "PyTorch's choice"
     times = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
     return next(iter(seconds)), f"{next(iter(seconds))} (forward and backward of 8,192 tokens: {times})"
+
+
+def choose_forward(transformer, kernel: str | None, device: torch.device) -> tuple[Attention, str] | None:
+    """What is faster than the kernel where no gradient is recorded, on CUDA, and a line about it."""
+    if not has_attention_kernels(device):
+        return None
+    return faster_without_gradient(attention_by(kernel), device, transformer.dtype, *_heads(transformer))
+
+
+def _heads(transformer) -> tuple[int, int]:
+    """Their number and width."""
+    return transformer.config.num_attention_heads, transformer.config.attention_head_dim

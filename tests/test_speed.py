@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_blocks import arguments, gradients, model_with_adapter
 
 from rlhf import speed as module
-from rlhf.speed import Speed, choose_kernel, set_up_blocks
+from rlhf.speed import Speed, choose_forward, choose_kernel, set_up_blocks
 
 CPU = torch.device("cpu")
 RECOMPUTED = {"gradient_checkpointing": True}
@@ -61,3 +62,23 @@ def test_the_fastest_kernel_is_chosen_and_reported(monkeypatch):
     for elsewhere in ("cpu", "mps", "meta"):
         assert choose_kernel(model, "auto", torch.device(elsewhere))[0] is None
     assert choose_kernel(model, "efficient", device) == ("efficient", "efficient")
+
+
+def test_what_is_faster_without_gradient_is_looked_for_on_cuda_and_reported(monkeypatch):
+    model, asked, other = model_with_adapter(torch.float32), [], F.scaled_dot_product_attention
+
+    def faster(*args):
+        asked.append(args[1:])
+        return other, "FlashAttention-3 without gradient"
+
+    monkeypatch.setattr(module, "faster_without_gradient", faster)
+    assert choose_forward(model, None, CPU) is None
+    assert asked == []
+    cuda = torch.device("cuda")
+    assert choose_forward(model, None, cuda) == (other, "FlashAttention-3 without gradient")
+    assert asked == [(cuda, torch.float32, 2, 16)]
+    monkeypatch.setattr(module, "choose_forward", lambda *_: (other, "other, faster"))
+    for kernel, line in (("auto", "PyTorch's choice; other, faster"), ("efficient", "efficient")):
+        chosen = set_up_blocks(model, Speed(attention_kernel=kernel, compile_blocks=True), CPU)
+        assert chosen["attention_kernel"] == line
+        assert (model.run_block.attention_without_gradient is other) == (kernel == "auto")

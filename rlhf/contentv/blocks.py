@@ -33,6 +33,7 @@ class BlockRunner:
         compiler: such as `torch.compile`, for the parts before and after the attention. Of all blocks but the last,
             which has other code: compiling it too would take as long as all the others.
         fetch: called with a block before its weights are used.
+        attention_without_gradient: as attention; None: the same.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class BlockRunner:
         host: HostMemory | None = None,
         compiler: Callable | None = None,
         fetch: Callable[[torch.nn.Module], None] | None = None,
+        attention_without_gradient: Attention | None = None,
     ):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r}, expected one of {', '.join(RECOMPUTE)}; choose one of these")
         self.attention, self.recompute, self.host, self.fetch = attention, recompute, host, fetch
+        self.attention_without_gradient = attention_without_gradient or attention
         self.shards: Shards | None = None  # of tokens over processes; the attention then has a part of the heads
         compiler = compiler or (lambda function: function)
         self._before, self._after = compiler(before_attention), compiler(after_attention)
@@ -57,7 +60,9 @@ class BlockRunner:
         return runner
 
     def __call__(self, block, video, text, temb):
-        if self.recompute == "nothing" or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return self.whole(block, video, text, temb, self.attention_without_gradient)
+        if self.recompute == "nothing":
             return self.whole(block, video, text, temb)
         parameters = [p for p in block.parameters() if p.requires_grad]
         place = self.host.group() if self.host else None
@@ -68,9 +73,10 @@ class BlockRunner:
         with kept_in(place):
             return _KeepAttention.apply(self, block, place, video, text, temb, *parameters)
 
-    def whole(self, block, video, text, temb):
+    def whole(self, block, video, text, temb, attention=None):
         query, key, value, *gates = self.before(block, video, text, temb)
-        return self.after(block, self.attention(query, key, value), video, text, *gates)
+        attended = (attention or self.attention)(query, key, value)
+        return self.after(block, attended, video, text, *gates)
 
     def before(self, block, *inputs):
         if self.fetch:
