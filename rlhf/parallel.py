@@ -9,23 +9,41 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory, pick_device
-from rlhf.layout import Layout
+from rlhf.layout import RESTARTS, Layout
 from rlhf.lifeline import Lifeline
 
 LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for every process it starts
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+START = "start"  # a scheme of our own, beside env:// and tcp://
 LAST_RESORT = 10  # PyTorch's own timeout, in units of ours, which spares those who wait for one that goes on
+
+
+def _meet(url: str, timeout: timedelta, **kwargs):
+    """As env://, on one host with keys of this start alone.
+
+    Where torchrun is told a port, as by `accelerate launch`, its store outlives a restart, and with it the addresses of
+    processes that have ended. Several hosts may count their restarts differently.
+    """
+    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    start = os.environ.get(RESTARTS, "0") if one_host else "any"
+    for store, rank, processes in rendezvous(url.replace(START, "env", 1), timeout=timeout, **kwargs):
+        yield dist.PrefixStore(f"start {start}", store), rank, processes
+
+
+register_rendezvous_handler(START, _meet)
 
 
 class WatchedAccelerator(Accelerator):
     """An accelerator whose processes notice when one of them is lost."""
 
     def __init__(self, patience: float, **kwargs):
-        limit = InitProcessGroupKwargs(timeout=timedelta(seconds=LAST_RESORT * patience))
-        super().__init__(kwargs_handlers=[limit], **kwargs)
+        limit = timedelta(seconds=LAST_RESORT * patience)
+        group = InitProcessGroupKwargs(init_method=f"{START}://", timeout=limit)
+        super().__init__(kwargs_handlers=[group], **kwargs)
         # A store of its own connection: a wait of the main thread would keep the beats back.
         store = dist.distributed_c10d._get_default_store().clone() if self.num_processes > 1 else None
         self.lifeline = Lifeline(self.process_index, self.num_processes, patience, store)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rlhf.checkpoint import checkpoints, find_checkpoint, last_whole, read_state
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.layout import RESTARTS
 from rlhf.run_folder import run_in
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 OF_A_START = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
 FIXED_ON_RESUME = (
     "model",

@@ -1,6 +1,9 @@
-"""How many threads a process takes, also under a launcher that says one."""
+"""How many threads a process takes, also under a launcher that says one; how processes meet."""
+
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from rlhf import parallel
 
@@ -38,3 +41,20 @@ def test_the_one_thread_of_accelerate_launch_does_not_hold(machine):
 def test_a_containers_quota_counts(machine, tmp_path, quota, cores):
     (tmp_path / "cpu.max").write_text(quota)
     assert parallel.available_cores() == cores
+
+
+def test_a_start_has_its_own_keys_on_one_host(monkeypatch):
+    """torchrun's store may outlive a restart; hosts that count restarts differently have to meet all the same."""
+
+    def keys(restarts: int, local: int) -> list[str]:
+        for name, value in {"LOCAL_WORLD_SIZE": local, "WORLD_SIZE": 2, parallel.RESTARTS: restarts}.items():
+            monkeypatch.setenv(name, str(value))
+        store = dist.HashStore()
+        monkeypatch.setattr(parallel, "rendezvous", lambda url, timeout: iter([(store, 1, 2)]))
+        ((found, rank, processes),) = parallel._meet("start://", timedelta(seconds=1))
+        assert (rank, processes) == (1, 2)
+        found.set("address", "here")
+        return store.list_keys()
+
+    assert keys(0, 2) != keys(1, 2)
+    assert keys(0, 1) == keys(1, 1)
