@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from diffusers.utils import export_to_video
 
-from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults
+from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
+from rlhf.contentv.loading import load_pipeline
+from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
-from rlhf.generate import Variant
+from rlhf.export import add_trained_blocks
 
+VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
 PROMPTS = {
     "nano": "a large red circle moving left on a white background",
     CONTENTV_8B: "A young musician sits on a rustic wooden stool in a cozy, dimly lit room, strumming an acoustic "
@@ -30,13 +33,14 @@ NEGATIVE_PROMPTS = {
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    variant, generator = Variant(args.model_id, args.lora), torch.Generator().manual_seed(args.seed)
     try:
-        variant.check()
-        with variant.open(pick_device(args.device)) as pipe:
-            pipe.set_progress_bar_config(disable=False)
-            sampling = override(pipe.sampling, args)
-            video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
+        device = pick_device(args.device)
+        pipe = load_pipeline(args.model_id, device=device)
+        if args.lora:
+            add_lora(pipe, args.lora)
+        sampling = override(pipe.sampling, args)
+        generator = torch.Generator().manual_seed(args.seed)
+        video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
     except ValueError as error:
         raise SystemExit(f"demo.py: error: {error}") from error
     export_to_video(video, args.output, fps=sampling.fps)
@@ -50,16 +54,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", default="video.mp4", help="file to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the initial noise (default: %(default)s)")
     parser.add_argument("--device", help=f"one of {', '.join(KNOWN_DEVICES)}; by default what the machine has")
-    parser.add_argument("--lora", type=Path, help="folder of an adapter, such as RUN/adapter")
+    parser.add_argument("--lora", help="folder of an adapter, such as RUN/adapter")
     for field in fields(SamplingDefaults):
         parser.add_argument(f"--{field.name}", type=field.type, help="by default what the checkpoint recommends")
     args = parser.parse_args(arguments)
     args.prompt = args.prompt or PROMPTS.get(args.model_id)
+    output = Path(args.output)
+    if output.suffix not in VIDEOS or not output.absolute().parent.is_dir():
+        parser.error(
+            f"--output: got {args.output!r}, expected {' or '.join(VIDEOS)} in a folder that is there; correct it"
+        )
     if args.prompt is None:
         parser.error(f"{args.model_id} has no prompt of its own; add --prompt")
     if args.negative_prompt is None:
         args.negative_prompt = NEGATIVE_PROMPTS.get(args.model_id)
     return args
+
+
+def add_lora(pipe: ContentVPipeline, name: str) -> None:
+    """Add an adapter from a folder, a file, or a hub id, with blocks trained whole. ValueError if it is not there."""
+    try:
+        pipe.load_lora_weights(name)
+        add_trained_blocks(pipe.transformer, Path(name))
+    except Exception as error:  # offline, unknown and gated ones all have types of their own
+        expected = "expected the folder of an adapter such as runs/nano/adapter, or a hub id"
+        raise ValueError(f"--lora: got {name!r} ({one_line(error)}), {expected}; correct the path") from error
 
 
 def override(sampling: SamplingDefaults, args: argparse.Namespace) -> SamplingDefaults:

@@ -14,6 +14,7 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -206,10 +207,17 @@ def _call(name, reward, info, video_BCTHW, prompts):
     except (RewardError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        got = f"{type(error).__name__}: {error}".rstrip(".") + f" for a video of shape {tuple(video_BCTHW.shape)}"
+        got = raised(error, f"a video of shape {tuple(video_BCTHW.shape)}")
         expected = "reward(video, prompts, **info) to return scores"
-        cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords"
+        cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords (**info)"
         raise RewardError(name, got=got, expected=expected, cure=cure) from error
+
+
+def raised(error: Exception, given: str) -> str:
+    """What a reward raised for what it was given, caught where it was called, and the deepest line of its author's."""
+    below = traceback.extract_tb(error.__traceback__)[1:]
+    places = [f" ({frame.filename}, line {frame.lineno})" for frame in below if "site-packages" not in frame.filename]
+    return f"{type(error).__name__}: {error}".rstrip(".") + f" for {given}" + "".join(places[-1:])
 
 
 def _pixel_gradient(name, score, video_BCTHW) -> torch.Tensor:

@@ -213,6 +213,9 @@ def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> 
     folder = Path(output_dir) / "checkpoints"
     if which == "latest":
         return _newest_whole(folder, quiet)
+    if (Path(which) / "checkpoints").is_dir():
+        expected = f"expected one of its checkpoints, such as {last_whole(Path(which) / 'checkpoints')}; name that"
+        raise ConfigError([f"resume_from_checkpoint={which!r}: got the folder of a run, {expected}"])
     if not (Path(which) / "state.json").is_file():
         expected = f"expected a folder such as {folder / 'step-50'}, or 'latest'; correct the path"
         raise ConfigError([f"resume_from_checkpoint={which!r}: got no checkpoint there, {expected}"])

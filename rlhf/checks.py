@@ -13,7 +13,7 @@ from rewards import load_reward, probe
 from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
 from rlhf.contentv.files import SamplingDefaults, model_config
 from rlhf.device import local_device, pick_device
-from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, method_problems
+from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, adapter_problems, method_problems
 from rlhf.parallel_checks import parallel_problems
 from rlhf.prompts import load_prompts
 from rlhf.restarts import going_on, resume_problems
@@ -189,7 +189,8 @@ def _sampling(args, card):
     if args.num_frames < 1 or args.num_frames % every != 1 % every:
         near = max(1, round((args.num_frames - 1) / every) * every + 1)
         yield f"num_frames={args.num_frames} is not {every}k+1, as the VAE of {args.model} needs; use {near}"
-    yield from method_problems(args, card["transformer"]["num_layers"])
+    yield from method_problems(args)
+    yield from adapter_problems(args, card["transformer"])
     yield from speed_problems(args)
     yield from parallel_problems(args)
 
@@ -210,8 +211,8 @@ def _run_folder(args):
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         yield f"output_dir={args.output_dir} is a file, expected a folder or a new path; choose another"
-    elif not args.dry_run and not _may_write(place := _first_that_exists(folder)):
-        yield f"output_dir={args.output_dir}: got {place}, which cannot be written to, expected one that can; choose it"
+    elif not args.dry_run and not _may_write(here := _first_that_exists(folder)):
+        yield f"output_dir={args.output_dir}: got no right to write in {here}, expected one; choose another"
     elif args.resume_from_checkpoint and args.overwrite_output_dir:
         yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
     elif args.resume_from_checkpoint:

@@ -12,8 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import ATTENTION
 
+# The projections of SD3's joint attention: of the video's tokens, and of the text's.
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 BLOCKS_FILE = "trained_blocks.safetensors"
 
 

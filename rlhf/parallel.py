@@ -13,12 +13,11 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory, pick_device
-from rlhf.layout import Layout
+from rlhf.layout import RESTARTS, Layout
 from rlhf.lifeline import Lifeline
 
 LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for every process it starts
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 START = "start"  # a scheme of our own, beside env:// and tcp://
 LAST_RESORT = 10  # PyTorch's own timeout, in units of ours, which spares those who wait for one that goes on
 

@@ -137,7 +137,7 @@ def write_results(
     if shown:
         contact_sheet(prompts, before_NCTHW, after_NCTHW, sheet)
     print(f"\n{len(prompts)} held-out prompts, the same noise before and after\n\n{table(summary)}\n")
-    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s." + (f" Before and after: {sheet}" if shown else ""))
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {folder / 'report.html'}")
 
 
 def table(summary: dict) -> str:

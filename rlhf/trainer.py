@@ -38,6 +38,7 @@ from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
 from rlhf.prefix import PrefixBuffer
 from rlhf.report import reported
+from rlhf.restarts import told_of_resuming
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
 from rlhf.setup import adapt, checked_inputs, encode_and_release, latent_shape, load_base, load_prompt_sets, mix_rewards
@@ -136,6 +137,7 @@ class RewardGradientTrainer:
                     save_adapter(self.pipe, self.masters, self.folder / "adapter")
                 if self.watch:
                     return self.watch.finish(done, started)
+        self.accelerator.print(f"Nothing was evaluated. The adapter: {self.folder / 'adapter'}")
         return {"seconds": time.perf_counter() - started, "steps": done}
 
     def _begin(self) -> tuple[int, dict]:
@@ -147,6 +149,8 @@ class RewardGradientTrainer:
         if accelerator.is_main_process:
             start_run_folder(args)
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
+        if resumed:
+            accelerator.print(told_of_resuming(resumed, saved, args))
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
         self.batches.go_on_from(first, saved.get("samples"))

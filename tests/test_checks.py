@@ -153,7 +153,8 @@ def test_the_first_process_has_to_be_able_to_write(tmp_path, monkeypatch, rank, 
     monkeypatch.setattr("rlhf.checks.os.access", lambda *_: False)
     monkeypatch.setenv("RANK", rank)
     settings = {"output_dir": str(tmp_path / "new"), "report_to": []}
-    assert [p.partition(", ")[2] for p in told_by(check_config, RewardGradientConfig(**settings))] == [
-        "which cannot be written to, expected one that can; choose it"
+    told_problems = told_by(check_config, RewardGradientConfig(**settings))
+    assert [p.partition(": ")[2] for p in told_problems] == [
+        f"got no right to write in {tmp_path}, expected one; choose another"
     ] * told
     assert told_by(check_config, RewardGradientConfig(**settings, dry_run=True)) == []

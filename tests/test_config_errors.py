@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib.util
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -37,10 +38,12 @@ def project(tmp_path_factory):
     (tmp / "half" / "vae").mkdir(parents=True)
     (tmp / "run" / "adapter").mkdir(parents=True)
     (tmp / "run" / "config.yaml").touch()
-    step = tmp / "run" / "checkpoints" / "step-3"
-    step.mkdir(parents=True)
-    (step / "state.json").write_text(json.dumps({"step": 3, "settings": vars(RewardGradientConfig(**GOOD))}))
-    (step / "manifest.json").write_text('{"files": {}}')
+    (tmp / "locked").mkdir()
+    for run in ("run", "another"):
+        step = tmp / run / "checkpoints" / "step-3"
+        step.mkdir(parents=True)
+        (step / "state.json").write_text(json.dumps({"step": 3, "settings": vars(RewardGradientConfig(**GOOD))}))
+        (step / "manifest.json").write_text('{"files": {}}')
     return tmp
 
 
@@ -50,6 +53,8 @@ def told(mistake, project: Path, monkeypatch) -> list[str]:
     here = importlib.util.find_spec
     absent = lambda name, *package: None if name in ("bitsandbytes", "clearml") else here(name, *package)
     monkeypatch.setattr(importlib.util, "find_spec", absent)
+    may = os.access  # of root, who may everything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and may(path, mode))
     path = project / "config.yaml"
     settings = GOOD | {"output_dir": "{tmp}/new"} | (mistake if isinstance(mistake, dict) else {})
     text = mistake if isinstance(mistake, str) else yaml.safe_dump(settings)
@@ -69,7 +74,8 @@ def name_of(row: Row) -> str:
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_a_mistake_is_answered_with_what_was_got_what_was_expected_and_the_cure(row, project, monkeypatch):
     problems = told(row.mistake, project, monkeypatch)
-    answers = [p for p in problems if row.got in p and row.expected in p and row.cure in p]
+    got, expected = (part.replace("{tmp}", str(project)) for part in (row.got, row.expected))
+    answers = [p for p in problems if got in p and expected in p and row.cure in p]
     assert len(answers) == 1, problems
     for problem in problems:
         assert len(problem) < 800, "one paragraph"

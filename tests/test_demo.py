@@ -76,6 +76,13 @@ def test_nano_and_contentv_8b_have_prompts_of_their_own():
     assert (nano.negative_prompt, nano.seed, nano.output) == (None, 42, "video.mp4")
 
 
+@pytest.mark.parametrize("output", ["no_such_folder/x.mp4", "x.foo"])
+def test_a_video_that_cannot_be_written_is_told_before_it_is_sampled(output, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--output", output])
+    assert f"got {output!r}, expected .mp4 or .mov or .mkv or .avi in a folder that is there" in capsys.readouterr().err
+
+
 def test_another_model_needs_a_prompt(capsys):
     with pytest.raises(SystemExit):
         parse(["--model_id", "some/where"])
@@ -86,8 +93,8 @@ def test_another_model_needs_a_prompt(capsys):
     ("flags", "message"),
     [
         (["--model_id", "./nowhere", "--prompt", "x"], "is no folder here, expected nano"),
-        (["--lora", "nowhere"], "nowhere: got no pytorch_lora_weights.safetensors, expected an adapter"),
         (["--device", "abacus"], "device='abacus', expected one of"),
+        (["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"], "--lora: got './nowhere'"),
         (["--device", "cpu", "--height", "30", "--model_id", "TINY", "--prompt", "x"], "divisible by 16"),
         (
             ["--device", "cpu", "--num_inference_steps", "0", "--model_id", "TINY", "--prompt", "x"],

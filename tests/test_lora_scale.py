@@ -10,8 +10,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
-from rlhf.contentv.files import ATTENTION
 from rlhf.export import ADAPTER_FILE, main
+from rlhf.lora import ATTENTION
 from rlhf.trainer import RewardGradientTrainer
 
 LAYERS = [*ATTENTION, "ff.net.0.proj", "ff_context.net.2", "norm1.linear", "proj_out"]

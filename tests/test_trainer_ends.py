@@ -43,6 +43,13 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(make_args, tmp_
         assert torch.equal(tensor, saved_adapter(args)[name]), name
 
 
+def test_a_folder_that_cannot_be_made_is_told(make_args, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.checks._may_write", lambda place: True)  # as on a file system that says so
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="got no folder there .* expected one that can be made; choose another"):
+        train(make_args(output_dir=str(tmp_path / "file" / "run")))
+
+
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_resuming_a_finished_run_only_finishes_it(make_args, evaluate):
     args = make_args(max_steps=2)

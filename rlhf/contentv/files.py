@@ -26,16 +26,6 @@ SIZES = {
     "vae": {"temperal_downsample": [False, True, True]},
     "tokenizer": {"model_max_length": 77},  # CLIP's
 }
-# The transformer's parts, and its linear layers by name, those of one block for all of them.
-PARTS = ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks", "norm_out", "proj_out")
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-FEED_FORWARD_LAYERS = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-LINEAR_LAYERS = (
-    *(f"time_text_embed.{name}.linear_{i}" for name in ("timestep_embedder", "text_embedder") for i in (1, 2)),
-    *("context_embedder", "norm_out.linear", "proj_out"),
-    *(f"transformer_blocks.0.attn.{name}" for name in ATTENTION),
-    *(f"transformer_blocks.0.{name}" for name in ("norm1.linear", "norm1_context.linear", *FEED_FORWARD_LAYERS)),
-)
 
 
 @dataclass(frozen=True)
