@@ -17,6 +17,7 @@ from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
+from rlhf.export import add_trained_blocks
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
 PROMPTS = {
@@ -71,9 +72,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def add_lora(pipe: ContentVPipeline, name: str) -> None:
-    """Add an adapter from a folder, a file, or a hub id. Raises ValueError if it is not there."""
+    """Add an adapter from a folder, a file, or a hub id, with blocks trained whole. ValueError if it is not there."""
     try:
         pipe.load_lora_weights(name)
+        add_trained_blocks(pipe.transformer, Path(name))
     except Exception as error:  # offline, unknown and gated ones all have types of their own
         expected = "expected the folder of an adapter such as runs/nano/adapter, or a hub id"
         raise ValueError(f"--lora: got {name!r} ({one_line(error)}), {expected}; correct the path") from error

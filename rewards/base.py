@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def reward_name(reward: Callable) -> str:
     return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
 
 
-def reward_attribute(reward: Callable, attribute: str):
+def reward_attribute(reward: Callable, attribute: str) -> Any:
     """An attribute of the contract, or its default. Raises RewardError for a value outside the contract."""
     value = getattr(reward, attribute, ATTRIBUTE_DEFAULTS[attribute])
     if attribute == "frames":
@@ -90,7 +90,7 @@ def frames_needed(reward: Callable, total: int) -> int:
     return 1 if frames == "first" else min(frames, total)
 
 
-def check_scores(name: str, scores, prompts: list[str]) -> None:
+def check_scores(name: str, scores: Any, prompts: list[str]) -> None:
     """Raise RewardError unless scores is a finite floating tensor of shape (B,), B = len(prompts)."""
     batch = len(prompts)
     if not isinstance(scores, torch.Tensor):

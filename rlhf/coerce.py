@@ -3,6 +3,7 @@
 import json
 import types
 import typing
+from typing import Any
 
 import yaml
 
@@ -18,7 +19,7 @@ def coerced(values: dict, annotations: dict) -> tuple[dict, list[str]]:
     return right, problems
 
 
-def coerce(value, annotation):
+def coerce(value: Any, annotation: Any) -> Any:
     """`value` as the annotated type, forgiving what YAML and the shell blur: 1e-5 as text, 'none', one item for a list.
 
     Raises TypeError or ValueError where no reading makes sense.
@@ -69,7 +70,7 @@ def _exactly(value, kind):
     return value
 
 
-def type_name(annotation) -> str:
+def type_name(annotation: Any) -> str:
     """The type in a user's words."""
     if isinstance(annotation, types.UnionType):
         kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]

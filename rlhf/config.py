@@ -287,4 +287,5 @@ class RewardGradientConfig:
 
 
 def field_names() -> list[str]:
+    """The names of all settings."""
     return [f.name for f in dataclasses.fields(RewardGradientConfig)]

@@ -1,6 +1,7 @@
 """What the method and the adapter of a run ask of the other settings and of the model."""
 
 import difflib
+from collections.abc import Iterator
 
 import torch
 
@@ -19,7 +20,7 @@ METHODS = ("draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "r
 GUIDANCE_GRADIENTS = ("full", "text", "none", "distill")
 
 
-def method_problems(args: RewardGradientConfig):
+def method_problems(args: RewardGradientConfig) -> Iterator[str]:
     """Problems of the method, guidance and drift; args has all sampling keys set."""
     yield from _belonging(args)
     yield from _steps(args)
@@ -27,13 +28,17 @@ def method_problems(args: RewardGradientConfig):
     yield from _direct_align(args)
 
 
-def adapter_problems(args: RewardGradientConfig, transformer: dict):
+def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[str]:
     """Problems of what is to be trained. transformer: its config, of which one is made where modules are named."""
     if args.weight_decay and (args.train_blocks or args.lora_use_dora):
         yield (
             f"weight_decay: got {args.weight_decay} with train_blocks or lora_use_dora, expected 0: it would pull the "
             "model's own weights to 0; hold them with drift_weight instead"
         )
+    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for layer, value in (getattr(args, name) or {}).items():
+            if value < 1:
+                yield f"{name}: got {value} for {layer!r}, expected at least 1; raise it"
     if args.train_blocks or args.lora_target_modules:
         yield from _named_modules(args, transformer)
 

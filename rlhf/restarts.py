@@ -2,11 +2,12 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.checkpoint import checkpoints, find_checkpoint, last_whole, read_state
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.parallel import RESTARTS
+from rlhf.layout import RESTARTS
 from rlhf.run_folder import run_in
 
 OF_A_START = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
@@ -49,7 +50,7 @@ def told_of_resuming(path: Path, saved: dict, args: RewardGradientConfig) -> str
     return f"{told}. Other settings than before: {', '.join(changed)}." if changed else f"{told}."
 
 
-def resume_problems(args: RewardGradientConfig):
+def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     """What is wrong with the checkpoint that is to be gone on from."""
     try:
         path = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)  # the run will say more

@@ -68,7 +68,7 @@ class RewardGradientTrainer:
 
     def __init__(
         self,
-        model: str | ContentVPipeline | None = None,
+        model: str | Path | ContentVPipeline | None = None,
         reward_funcs: str | Callable | list[str | Callable] | None = None,
         args: RewardGradientConfig | None = None,
         train_dataset: Iterable | None = None,
@@ -197,7 +197,7 @@ class RewardGradientTrainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step on `samples_per_step` videos; returns its metrics. step counts from 0."""
         cost, args = Cost(self.device), self.args
-        self.failure: RewardError | None = None
+        self.failure, self.last_batch = None, None
         self.plan = make_plan(args, self.sigmas, generator("method", args.seed, step))
         gradient = self._anchor_gradient if due(step + 1, args.anchor_steps) else self._reward_gradient
         columns = [gradient(step, micro) for micro in range(args.gradient_accumulation_steps)]
@@ -238,7 +238,7 @@ class RewardGradientTrainer:
             video = self.decode(self.layout.agreed(sample.latents), step)
             self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
             scores_B, raw = self._score(video, *self.last_batch[1:], sample.penalty)
-            loss, _ = reward_loss(scores_B)
+            loss = reward_loss(scores_B)
             self._back_propagate(loss / plan.num_samples)
             losses.append(loss.detach())
             scores = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}

@@ -105,6 +105,7 @@ def test_an_entry_point(folder, monkeypatch):
 def test_the_built_in_table_names_things_that_exist(name):
     check_spec(name)
     check_spec(load_module.CATALOGUE[name].home)
+    assert load_module.built_in(name).name == name
 
 
 def test_an_unknown_name_gets_its_nearest_neighbour_and_the_list():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPTS, brightness, redness, rows_without_cost
+from runs import saved_adapter
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from transformers import TrainerCallback
@@ -48,7 +49,7 @@ def run(args, rewards=redness, **kwargs) -> dict:
 
 
 def adapter(args, folder="adapter") -> torch.Tensor:
-    tensors = load_file(Path(args.output_dir) / folder / "pytorch_lora_weights.safetensors")
+    tensors = saved_adapter(args, folder)
     return torch.cat([tensor.flatten() for _, tensor in sorted(tensors.items())])
 
 
@@ -157,7 +158,7 @@ def test_what_is_evaluated_and_kept_is_the_average(make_args):
     args = make_args(ema_decay=0.9, max_steps=4, eval_steps=4, num_sample_prompts=0)
     summary = run(args)
     saved = Path(args.output_dir) / "checkpoints" / "step-4"
-    own = load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors")
+    own = saved_adapter(args)
     name = "transformer_blocks.0.attn.to_q.lora_B"
     current, average = (load_file(saved / f"{n}.safetensors")[f"{name}.default.weight"] for n in ("adapter", "average"))
     assert torch.equal(own[f"transformer.{name}.weight"], average)
