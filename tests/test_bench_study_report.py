@@ -47,8 +47,11 @@ def test_what_is_found_is_told_also_where_a_baseline_wins():
     table = study_report.gains_table(RESULT)
     assert table.splitlines()[2].startswith("| DDPO | 3 | 80 | +0.403 ± 0.261 | +40.3 ± 26.1 | ")
     assert "| **DRaFT-K** | 3 | 80 | +0.200 ± 0.248 | +20.0 ± 24.8 | +0.200 ± 0.248 | +40.0 ± 49.7 |" in table
-    assert "| DDPO | 30.0 | 2,000 | +0.807 ± 0.522 | +80.7 ± 52.2 | +0.202 ± 0.130 | +20.2 ± 13.0 |" in (
+    assert "| DDPO | 30.0 | +0.807 ± 0.522 | +80.7 ± 52.2 | +161.3 ± 104.4 | +161.3 ± 104.4 |" in (
         study_report.cost_table(RESULT)
+    )
+    assert "| DDPO | 2,000 | +0.202 ± 0.130 | +20.2 ± 13.0 | +40.3 ± 26.1 | +40.3 ± 26.1 |" in (
+        study_report.cost_table(RESULT, "reward queries")
     )
     failed = RESULT["rows"] + [{"arm": "ReFL", "seed": 3, "error": "ValueError: nan"}]
     told = study_report.conditions(RESULT | {"rows": failed})
