@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from rlhf.contentv.loading import load_pipeline
@@ -72,6 +73,7 @@ def test_one_step_lowers_the_loss_on_a_fixed_batch():
     assert (model(target) - target).pow(2).mean().item() < 0.7 * before
 
 
+@pytest.mark.slow
 def test_the_stages_run_on_a_cpu(monkeypatch):
     monkeypatch.setattr(pretrain_judges.ClipPool, "BAD", 16)
     monkeypatch.setattr(pretrain, "POOL", 256)
