@@ -73,9 +73,9 @@ def faster_without_gradient(
     attention: Attention, device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int = 8192
 ) -> tuple[Attention, str] | None:
     """FlashAttention-3 and a line about it, where it is installed, works here and is faster than `attention`."""
-    other, inputs = flash_attention_3(), _inputs(device, dtype, heads, width, tokens)
-    if other is None:
+    if (other := flash_attention_3()) is None:
         return None
+    inputs = _inputs(device, dtype, heads, width, tokens)
     ways = {"FlashAttention-3": other, "else": attention}
     seconds = _fastest_first(ways, lambda way: way(*inputs), device)
     if next(iter(seconds), "else") == "else":

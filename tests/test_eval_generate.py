@@ -122,9 +122,11 @@ def test_it_goes_on_where_it_ended(run, tmp_path, monkeypatch):
 
 
 def test_nothing_is_made_or_loaded_for_a_job_that_is_done(run, tmp_path, monkeypatch):
-    make(tmp_path, "--from_run", run)
+    videos = make(tmp_path, "--from_run", run)
+    written = [video.path.stat().st_mtime_ns for video in videos]
     monkeypatch.setattr("rlhf.generate.load_pipeline", None)
-    make(tmp_path, "--from_run", run)
+    assert make(tmp_path, "--from_run", run) == videos
+    assert [video.path.stat().st_mtime_ns for video in videos] == written
 
 
 def test_an_interrupted_video_is_absent(tmp_path, monkeypatch):
