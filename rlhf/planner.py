@@ -73,7 +73,8 @@ class Planner:
         """The run with these settings changed: memory and seconds."""
         args = dataclasses.replace(self.args, **changes or {})
         rewards = plan_rewards(self.parts, args)
-        return Plan(changes or {}, self.memory(changes or {}), plan_time(self.parts, args, rewards, self.rates))
+        memory = plan_memory(self.parts, args, rewards, self.encoding)
+        return Plan(changes or {}, memory, plan_time(self.parts, args, rewards, self.rates))
 
     def memory(self, changes: dict) -> MemoryPlan:
         """Its memory alone, which is quicker."""
