@@ -8,14 +8,18 @@ import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
 import argparse
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from diffusers.utils import export_to_video
 
-from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults
+from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline
+from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
+from rlhf.export import add_trained_blocks
 
+VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
 PROMPTS = {
     "nano": "a large red circle moving left on a white background",
     CONTENTV_8B: "A young musician sits on a rustic wooden stool in a cozy, dimly lit room, strumming an acoustic "
@@ -33,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         device = pick_device(args.device)
         pipe = load_pipeline(args.model_id, device=device)
         if args.lora:
-            pipe.load_lora_weights(args.lora)
+            add_lora(pipe, args.lora)
         sampling = override(pipe.sampling, args)
         generator = torch.Generator().manual_seed(args.seed)
         video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
@@ -55,11 +59,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{field.name}", type=field.type, help="by default what the checkpoint recommends")
     args = parser.parse_args(arguments)
     args.prompt = args.prompt or PROMPTS.get(args.model_id)
+    output = Path(args.output)
+    if output.suffix not in VIDEOS or not output.absolute().parent.is_dir():
+        parser.error(
+            f"--output: got {args.output!r}, expected {' or '.join(VIDEOS)} in a folder that is there; correct it"
+        )
     if args.prompt is None:
         parser.error(f"{args.model_id} has no prompt of its own; add --prompt")
     if args.negative_prompt is None:
         args.negative_prompt = NEGATIVE_PROMPTS.get(args.model_id)
     return args
+
+
+def add_lora(pipe: ContentVPipeline, name: str) -> None:
+    """Add an adapter from a folder, a file, or a hub id, with blocks trained whole. ValueError if it is not there."""
+    try:
+        pipe.load_lora_weights(name)
+        add_trained_blocks(pipe.transformer, Path(name))
+    except Exception as error:  # offline, unknown and gated ones all have types of their own
+        expected = "expected the folder of an adapter such as runs/nano/adapter, or a hub id"
+        raise ValueError(f"--lora: got {name!r} ({one_line(error)}), {expected}; correct the path") from error
 
 
 def override(sampling: SamplingDefaults, args: argparse.Namespace) -> SamplingDefaults:

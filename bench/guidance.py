@@ -10,11 +10,14 @@ another sampler, is no nearer.
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from environment import environment
 
 from rlhf.config import RewardGradientConfig
@@ -60,7 +63,7 @@ def gradient(trainer: RewardGradientTrainer, mode: str, num_grad: int, batch_num
     velocity = velocity_field(trainer.pipe.transformer, cond, args.guidance_scale, mode)
     steps = choose_grad_steps("last", args.num_inference_steps, num_grad)
     video = decode_video(trainer.pipe.vae, rollout(velocity, batch.noise("train"), trainer.sigmas, steps))
-    reward_loss(trainer.rewards(video, batch.prompts)[0])[0].backward()
+    reward_loss(trainer.rewards(video, batch.prompts)[0]).backward()
     trainer.masters.collect_grad()
     found = trainer.masters.vector.grad.double().cpu()
     trainer.masters.vector.grad.zero_()

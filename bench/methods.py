@@ -1,27 +1,26 @@
 """Every method on nano, over seeds: what each gains on the trained reward and on judges that it never saw.
 
-    python bench/methods.py [--seeds 0 1 2] [--arms draft_k drtune] [--jobs 4] [--device cuda] [--flags ...]
+    python bench/methods.py [--seeds 0 1 2] [--only "draft_k, K = 1" drtune] [--device cuda] [--devices 0 1] [--jobs 6]
 
-Each run is `train_rlhf.py --config configs/nano.yaml` with the arm's settings, evaluation included, in a process of its
-own; `--jobs` of them at a time. A run that is done is not made again, and one that was stopped goes on: its folder is
-bench/runs/methods/ARM-SEED. After each run bench/results/methods.json is written anew from all that are done;
-`python bench/tables.py` then fills docs/methods.md. What follows --flags goes to every run, such as --max_steps 20.
+Each arm trains configs/nano.yaml with its settings for --steps optimizer steps, all the same number; what a step costs
+is timed alone on a device. `python bench/tables.py` then fills docs/methods.md. What follows --flags goes to every run.
 
 Prediction: all four steps in the window gain most, since nano settles shape and motion in its first steps; one late
 step (draft_k 1, refl, draft_lv) moves the trained reward less and the verifier hardly; what holds the adapter to its
 base gains less and has the smaller hacking gap.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
-from nano_runs import Study
+from nano_study import arguments, opened, run_of
+from study_arms import ROOT
 
-from rlhf.device import pick_device
-
+RESULT = ROOT / "bench" / "results" / "methods.json"
+SEEDS = [0, 1, 2]
+DEFAULT = "draft_k, K = 4"
 ALL = {"num_grad_steps": 4}  # of nano's four
 ONE = {"num_grad_steps": 1}
 ARMS = {
@@ -47,19 +46,12 @@ ARMS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--device", help="kind of device; default: the accelerator of this machine")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train_rlhf.py, last")
-    arguments = parser.parse_args()
-    device = pick_device(arguments.device)
-    flags = arguments.flags
-    Study("methods", ARMS).train_all(
-        arguments.arms, arguments.seeds, arguments.jobs, device, lambda _: flags, {"flags": flags}
-    )
+def main(argv: list[str] | None = None) -> None:
+    given = arguments(__doc__.splitlines()[0], list(ARMS), 80).parse_args(argv)
+    with opened(given, RESULT, ARMS[DEFAULT]) as study:
+        study.calibrate([ARMS[arm] for arm in given.only])
+        pairs = [({"arm": arm, "seed": seed}, ARMS[arm]) for seed in given.seeds or SEEDS for arm in given.only]
+        study.run([run_of(study, about, settings, given.steps) for about, settings in pairs])
 
 
 if __name__ == "__main__":

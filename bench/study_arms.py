@@ -27,11 +27,13 @@ POLICY = {
     "Flow-GRPO": {"per_device_train_batch_size": 64, "group_size": 8},
     "DDPO": {"per_device_train_batch_size": 64, "group_size": 1},
 }
+SHIPPED = {"DRaFT-K as shipped": {"num_grad_steps": 4, "learning_rate": 1e-3}}  # configs/nano.yaml, whatever is chosen
 DRIFT = {"drift_weight": 1.0}
 KL = {"kl_weight": 0.04}  # the published weight for GenEval
 ARMS = {name + end: arm | more for name, arm in GRADIENT.items() for end, more in (("", {}), (CONTROL, DRIFT))} | {
     name + end: arm | more for name, arm in POLICY.items() for end, more in (("", {}), (CONTROL, KL))
 }
+ARMS |= SHIPPED
 
 RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]
 GRADIENT_VARIANTS = [*RATES, {"per_device_train_batch_size": 32}]

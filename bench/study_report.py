@@ -54,19 +54,15 @@ def gains_table(
     return table(["arm", "seeds", "steps", *headings], lines)
 
 
-def cost_table(result: dict) -> str:
-    """A row for each arm: what it spent, and the gain for as much of it."""
-    lines = []
+def cost_table(result: dict, unit: str = "device-seconds") -> str:
+    """A row for each arm: what it spent, and the gains for a minute of a device, or for 1,000 reward queries."""
+    key, per, form = {"device-seconds": ("device_seconds", 60, ",.1f"), "reward queries": ("queries", 1000, ",")}[unit]
+    measures, lines = ("trained", "verifier", "motion", "diversity"), []
     for arm, rows in by_arm(result).items():
-        seconds, queries = rows[0]["device_seconds"], rows[0]["queries"]
-        cells = [f"{seconds:.1f}", f"{queries:,}"]
-        for spent in (seconds / 60, queries / 1000):
-            cells += [
-                cell(*mean_interval([g / spent for g in gains(rows, m)]), form_of(m)) for m in ("trained", "verifier")
-            ]
-        lines.append([named(arm, rows), *cells])
-    units = [f"{what} {per}" for per in ("a device-minute", "per 1,000 queries") for what in ("reward", "verifier")]
-    return table(["arm", "device-seconds", "reward queries", *units], lines)
+        spent = rows[0][key]
+        cells = [cell(*mean_interval([per * gain / spent for gain in gains(rows, m)]), form_of(m)) for m in measures]
+        lines.append([named(arm, rows), format(spent, form), *cells])
+    return table(["arm", unit, *(MEASURES[m][0] for m in measures)], lines)
 
 
 def paired_table(result: dict) -> str:
@@ -165,6 +161,7 @@ PARTS = {
     "findings": findings,
     "gains": gains_table,
     "costs": cost_table,
+    "queries": lambda result: cost_table(result, "reward queries"),
     "paired": paired_table,
     "settings": settings_table,
     "sweep": sweep_table,

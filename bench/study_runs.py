@@ -1,4 +1,4 @@
-"""One run of bench/study.py: an arm trained for so many steps, or n samples to choose from, and what came of it.
+"""One run of a study on nano: an arm trained for so many steps, or n samples to choose from, and what came of it.
 
 A worker process makes many of them: it imports and loads the judges once.
 """
@@ -23,6 +23,7 @@ from rlhf.compare import paired
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator, synchronize
 from rlhf.evaluate import Evaluation
+from rlhf.guards import gains
 from rlhf.measures import DIVERSITY, OF_ONE_VIDEO, distance
 from rlhf.methods import make_plan
 from rlhf.parse import parse_config
@@ -59,7 +60,8 @@ class Conditions:
         words |= {"num_diversity_prompts": self.diversity_prompts, "per_device_eval_batch_size": self.eval_batch}
         words |= {"seed": seed, "max_steps": steps, "output_dir": self.work / f"run-{os.getpid()}"}
         words |= ({"cpu_threads": self.threads} if self.threads else {}) | settings
-        given = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+        several = lambda value: value if isinstance(value, list) else [value]
+        given = [str(word) for key, value in words.items() for word in (f"--{key}", *several(value))]
         return check_config(parse_config(["--config", str(ROOT / "configs" / "nano.yaml"), *given, *self.flags]))
 
 
@@ -160,9 +162,11 @@ def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list
     trainer = start(settings, seed, steps, conditions)
     began = time.perf_counter()
     rows = [trainer.step(step) for step in range(steps)]
-    tuned = trainer.watch.held_out.evaluate("tuned", steps)
+    with trainer.masters.averaged():
+        tuned = trainer.watch.held_out.evaluate("tuned", steps)
     found = {"steps": steps, "queries": steps * queries_per_step(trainer), "wall_seconds": time.perf_counter() - began}
-    return [found | {"last_reward": rows[-1].get("reward")} | judged(tuned.scores, conditions)]
+    spreads = gains(Evaluation.load(base_path(conditions)), tuned, {TRAINED: 1.0}, trainer.args.eval_reward_funcs)
+    return [found | {"last_reward": rows[-1].get("reward")} | spreads | judged(tuned.scores, conditions)]
 
 
 def queries_per_step(trainer: RewardGradientTrainer) -> int:

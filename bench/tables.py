@@ -9,7 +9,13 @@ import json
 import math
 import re
 import statistics
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+from study_numbers import MEASURES, gains
 
 OUT_OF_MEMORY = "out of memory"  # why a row of bench/rewards.py has no figures
 ROOT = Path(__file__).parents[1]
@@ -68,32 +74,29 @@ def guidance_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-STUDY_COLUMNS = {  # of bench/nano_runs.py: heading, whether in hundredths
-    "trained": ("trained reward", False),
-    "verifier": ("verifier, points", True),
-    "clip": ("CLIP score", False),
-    "hacking_gap": ("gap", False),
-    "motion": ("motion, %", True),
-}
+GAP = "hacking_gap"
 
 
 def methods_table(result: dict) -> str:
-    """A row for each arm; means over seeds, with the least and the most."""
-    return f"{_made_on(result)}\n\n{_study_lines(result, list(STUDY_COLUMNS), 's a step', 'seconds_per_step', '.2f')}"
+    """A row for each arm; means over seeds, with the least and the most; last, what a step takes alone on a device."""
+    return f"{_made_on(result)}\n\n{_study_lines(result, ('trained', 'verifier', 'clip', GAP, 'motion'), _cost)}"
 
 
 def cheaper_table(result: dict) -> str:
-    """As `methods_table`, for arms that had the same training time; last, the optimizer steps that this allowed."""
-    about = f"{_made_on(result)} {result['environment']['training_seconds']:.0f} s of training each."
-    return f"{about}\n\n{_study_lines(result, list(STUDY_COLUMNS)[:-1], 'optimizer steps', 'steps', '.0f')}"
+    """As `methods_table`, for arms that had the same device time; last, the optimizer steps that this allowed."""
+    about = f"{_made_on(result)} {result['environment']['budget_seconds']:.0f} device-seconds of training each."
+    lines = _study_lines(result, ("trained", "verifier", "clip", GAP), ("optimizer steps", lambda row: row["steps"]))
+    return f"{about}\n\n{lines}"
 
 
-def _study_lines(result: dict, keys: list[str], last: str, last_key: str, last_form: str) -> str:
-    headings = ["run", "seeds", *(STUDY_COLUMNS[key][0] for key in keys), last]
+_cost = "s a step", lambda row: f"{row['device_seconds'] / row['steps']:.3f}"
+
+
+def _study_lines(result: dict, measures: tuple[str, ...], last: tuple[str, Callable[[dict], object]]) -> str:
+    headings = ["run", "seeds", *("gap" if m == GAP else MEASURES[m][0] for m in measures), last[0]]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for arm, rows in _by_arm(result).items():
-        cells = [f"`{arm}`", str(len(rows)), *(_over_seeds(rows, key, STUDY_COLUMNS[key][1]) for key in keys)]
-        cells.append(format(statistics.mean(row[last_key] for row in rows), last_form))
+        cells = [f"`{arm}`", str(len(rows)), *(_over_seeds(rows, m) for m in measures), str(last[1](rows[0]))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -101,20 +104,22 @@ def _study_lines(result: dict, keys: list[str], last: str, last_key: str, last_f
 def fill_cells(text: str, result: dict) -> str:
     """The text with every single result replaced: gain of trained reward and verifier, means over seeds."""
     for arm, rows in _by_arm(result).items():
-        trained, verifier = (statistics.mean(row[key] for row in rows) for key in ("trained", "verifier"))
+        trained, verifier = (statistics.mean(gains(rows, measure)) for measure in ("trained", "verifier"))
         cell = re.compile(f"(<!-- nano: {re.escape(arm)} -->).*?(<!-- / -->)")
-        text = cell.sub(rf"\g<1>{trained:+.3f}, {100 * verifier:+.1f}\g<2>", text)
+        text = cell.sub(rf"\g<1>{trained:+.3f}, {verifier:+.1f}\g<2>", text)
     return text
 
 
 def _by_arm(result: dict) -> dict[str, list[dict]]:
-    arms = dict.fromkeys(row["arm"] for row in result["rows"])
-    return {arm: [row for row in result["rows"] if row["arm"] == arm] for arm in arms}
+    """Of runs that ended well, in the order of the arms."""
+    whole = [row for row in result["rows"] if "error" not in row]
+    arms = {arm: [row for row in whole if row["arm"] == arm] for arm in result["environment"]["arms"]}
+    return {arm: rows for arm, rows in arms.items() if rows}
 
 
-def _over_seeds(rows: list[dict], key: str, percent: bool = False) -> str:
-    values = [row[key] * (100 if percent else 1) for row in rows]
-    form = "+.1f" if percent else "+.3f"
+def _over_seeds(rows: list[dict], measure: str) -> str:
+    values = [row[GAP] for row in rows] if measure == GAP else gains(rows, measure)
+    form = "+.3f" if measure == GAP or not MEASURES[measure][1] else "+.1f"
     mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 

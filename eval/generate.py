@@ -59,7 +59,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def fill_from_run(args: argparse.Namespace) -> None:
     """Set what was not given to what the run says."""
-    args.base_dir, run = None, {}
+    args.base_dir, args.prompt_seed, run = None, 0, {}
     if args.from_run is not None:
         config = args.from_run / "config.yaml"
         if not config.is_file():
@@ -75,7 +75,7 @@ def fill_from_run(args: argparse.Namespace) -> None:
         setattr(args, name, run.get(name) if getattr(args, name) is None else getattr(args, name))
     if getattr(args, "prompts", "") is None:
         args.prompts, args.base_dir = run.get("eval_prompts") or "nano_held_out", run.get("base_dir")
-        args.num_prompts = args.num_prompts or run.get("num_eval_prompts")
+        args.num_prompts, args.prompt_seed = args.num_prompts or run.get("num_eval_prompts"), run.get("eval_seed", 0)
 
 
 def checked_sampling(args: argparse.Namespace, prompts: str) -> SamplingDefaults:
@@ -128,8 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         sampling = checked_sampling(args, args.prompts)
-        prompts = load_prompts(args.prompts, args.base_dir, args.num_prompts or 64)[: args.num_prompts]
-        make(args, sampling, jobs(args.output, list(dict.fromkeys(prompts)), args.seeds))  # each once
+        drawn = load_prompts(args.prompts, args.base_dir, args.num_prompts or 64, args.prompt_seed)
+        prompts = list(dict.fromkeys(drawn[: args.num_prompts]))  # a built-in set may draw one again
+        make(args, sampling, jobs(args.output, prompts, args.seeds))
     except ValueError as error:  # ConfigError is one
         print(f"eval/generate.py: {error}", file=sys.stderr)
         return 2

@@ -78,14 +78,17 @@ def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def open_scorer(args: argparse.Namespace, rewards: list[str], kwargs: dict, max_frames: int | None = None):
-    """The scorer and the processes that share the work."""
+def open_processes(args: argparse.Namespace):
+    """The accelerator of the processes that share the work."""
     from rlhf.config import RewardGradientConfig
     from rlhf.parallel import make_accelerator
 
-    accelerator = make_accelerator(RewardGradientConfig(device=args.device, report_to=[]))
-    cache = ScoreCache(args.cache or default_cache())
-    return Scorer(rewards, kwargs, cache, str(accelerator.device), max_frames), accelerator
+    return make_accelerator(RewardGradientConfig(device=args.device, report_to=[]))
+
+
+def open_scorer(args: argparse.Namespace, accelerator, rewards: list[str], kwargs: dict, max_frames=None) -> Scorer:
+    """The rewards on this process's device, with the scores that are kept."""
+    return Scorer(rewards, kwargs, ScoreCache(args.cache or default_cache()), str(accelerator.device), max_frames)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         sets = {folder: checked_set(folder, args) for folder in args.folders}
-        scorer, accelerator = open_scorer(args, args.rewards, args.kwargs, args.max_frames)
+        accelerator = open_processes(args)
+        scorer = open_scorer(args, accelerator, args.rewards, args.kwargs, args.max_frames)
         rows = [("folder", "videos", *scorer.specs)]
         for folder, videos in sets.items():
             scores = score_all(videos, scorer, accelerator)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from generate import add_model_flags, checked_sampling, fill_from_run, make
-from score import add_scoring_flags, open_scorer, score_all
+from score import add_scoring_flags, open_processes, open_scorer, score_all
 
 from rewards.list import table
 from rlhf.video_set import Video, require_files
@@ -129,13 +129,14 @@ def our_values(args: argparse.Namespace) -> tuple[list[dict], bool]:
     sets = {name: layout(args.output, read_suites(args.full_info, [name])) for name in dimensions}
     for videos in sets.values():
         require_files(videos)
-    rows = []
+    rows, accelerator = [], open_processes(args)
     for name, videos in sets.items():
         reward, note = OURS[name]
-        scorer, accelerator = open_scorer(args, [reward], {}, None)
+        scorer = open_scorer(args, accelerator, [reward], {})
         values = [scores[reward] for scores in score_all(videos, scorer, accelerator)]
         mean = sum(values) / len(values) if values else None  # the main process has them
         rows.append({"dimension": name, "value": mean, "videos": len(videos), "note": note})
+    accelerator.end_training()
     return rows, accelerator.is_main_process
 
 

@@ -37,9 +37,11 @@ class HeadScore(FrameReward):
         self.head = head.to(torch.promote_types(self.dtype, torch.float32))
 
     def load_head(self, path: str | None) -> torch.nn.Module:
+        """The head of a weights file, float32; a subclass says where None comes from."""
         raise NotImplementedError
 
     def score_frames(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        """(N,) raw scores of frames in [0, 1]."""
         embeds_NP = self.encoder.embed(frames_NCHW)
         width = next(self.head.parameters()).shape[1]
         if embeds_NP.shape[1] != width:

@@ -14,10 +14,11 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def reward_name(reward: Callable) -> str:
     return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
 
 
-def reward_attribute(reward: Callable, attribute: str):
+def reward_attribute(reward: Callable, attribute: str) -> Any:
     """An attribute of the contract, or its default. Raises RewardError for a value outside the contract."""
     value = getattr(reward, attribute, ATTRIBUTE_DEFAULTS[attribute])
     if attribute == "frames":
@@ -89,7 +90,7 @@ def frames_needed(reward: Callable, total: int) -> int:
     return 1 if frames == "first" else min(frames, total)
 
 
-def check_scores(name: str, scores, prompts: list[str]) -> None:
+def check_scores(name: str, scores: Any, prompts: list[str]) -> None:
     """Raise RewardError unless scores is a finite floating tensor of shape (B,), B = len(prompts)."""
     batch = len(prompts)
     if not isinstance(scores, torch.Tensor):
@@ -206,10 +207,17 @@ def _call(name, reward, info, video_BCTHW, prompts):
     except (RewardError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        got = f"{type(error).__name__}: {error}".rstrip(".") + f" for a video of shape {tuple(video_BCTHW.shape)}"
+        got = raised(error, f"a video of shape {tuple(video_BCTHW.shape)}")
         expected = "reward(video, prompts, **info) to return scores"
-        cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords"
+        cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords (**info)"
         raise RewardError(name, got=got, expected=expected, cure=cure) from error
+
+
+def raised(error: Exception, given: str) -> str:
+    """What a reward raised for what it was given, caught where it was called, and the deepest line of its author's."""
+    below = traceback.extract_tb(error.__traceback__)[1:]
+    places = [f" ({frame.filename}, line {frame.lineno})" for frame in below if "site-packages" not in frame.filename]
+    return f"{type(error).__name__}: {error}".rstrip(".") + f" for {given}" + "".join(places[-1:])
 
 
 def _pixel_gradient(name, score, video_BCTHW) -> torch.Tensor:

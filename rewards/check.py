@@ -11,6 +11,7 @@ from rewards.load import load_reward
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of the command."""
     parser = argparse.ArgumentParser(prog="python -m rewards.check", description=__doc__)
     parser.add_argument("spec", help="built-in name, path/to/file.py:Class, package.module:Class or an entry point")
     parser.add_argument("--shape", type=_shape, default=(3, 17, 64, 64), help="C,T,H,W of one video (3,17,64,64)")
@@ -28,6 +29,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def json_object(text: str) -> dict:
+    """A JSON object given as a flag; argparse tells what is wrong with another text."""
     try:
         kwargs = json.loads(text)
     except json.JSONDecodeError as error:

@@ -15,9 +15,11 @@ class CosineScore(FrameReward):
     clip: Clip
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor]:
+        """((N, P),) unit embeddings of the prompts."""
         return (unit(self.clip.encode_text(prompts)),)
 
     def score_frames(self, frames_NCHW: torch.Tensor, text_NP: torch.Tensor) -> torch.Tensor:
+        """(N,) cosines, of frames in [0, 1]."""
         return (self.clip.embed(frames_NCHW) * text_NP).sum(-1)
 
 

@@ -76,6 +76,7 @@ class ImageEncoder(Frozen):
         return unit(self.encode_images(self.pixels(frames_NCHW).to(self.dtype)))
 
     def pixels(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        """(N, C, size, size): frames in [0, 1] as the model takes them."""
         return preprocess(frames_NCHW, self.size, self.image_mean, self.image_std, self.fit)
 
     @property
@@ -105,10 +106,10 @@ class TransformersClip(Clip):
         self.size = model.config.vision_config.image_size
         self.freeze()
 
-    def encode_images(self, pixels_NCHW):
+    def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         return self.model.get_image_features(pixel_values=pixels_NCHW).pooler_output
 
-    def encode_text(self, prompts):
+    def encode_text(self, prompts: list[str]) -> torch.Tensor:
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
@@ -130,10 +131,10 @@ class OpenClip(Clip):
             raise RewardError("clip_score", got=got, expected=expected, cure="choose another CLIP model")
         self.freeze()
 
-    def encode_images(self, pixels_NCHW):
+    def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         return self.model.encode_image(pixels_NCHW)
 
-    def encode_text(self, prompts):
+    def encode_text(self, prompts: list[str]) -> torch.Tensor:
         return self.model.encode_text(self.tokenizer(prompts).to(self.device))
 
 
@@ -147,7 +148,7 @@ class Siglip(ImageEncoder):
         self.model, self.size = model, model.config.image_size
         self.freeze()
 
-    def encode_images(self, pixels_NCHW):
+    def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values=pixels_NCHW).pooler_output
 
 

@@ -36,6 +36,7 @@ class Consistency(ModelReward):
         self.freeze()
 
     def load_embedder(self, model: str | Frozen | None) -> Frozen:
+        """What embeds the frames, by its `embed`, from a name or path, the published one for None."""
         raise NotImplementedError
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
@@ -64,7 +65,7 @@ class SubjectConsistency(Consistency):
 
     name = "subject_consistency"
 
-    def load_embedder(self, model):
+    def load_embedder(self, model: str | Frozen | None) -> Frozen:
         if isinstance(model, Frozen):
             return model
         from transformers import ViTModel
@@ -88,7 +89,7 @@ class BackgroundConsistency(Consistency):
 
     name = "background_consistency"
 
-    def load_embedder(self, model):
+    def load_embedder(self, model: str | Frozen | None) -> Frozen:
         return load_clip(self.name, model or CLIP_B32)
 
     @classmethod

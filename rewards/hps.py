@@ -7,6 +7,8 @@ hpsv2/src/open_clip/transform.py, whose benchmark gives 100 times this score.
 
 from dataclasses import asdict
 
+import torch
+
 from rewards.clip import CosineScore
 from rewards.clip_models import Clip, OpenClip
 from rewards.weights import filled, hub_file, load_state_dict
@@ -57,7 +59,7 @@ class HpsV2(HpsV21):
     file = "HPS_v2_compressed.pt"
 
 
-def untrained(architecture: str = "ViT-H-14"):
+def untrained(architecture: str = "ViT-H-14") -> torch.nn.Module:
     """open_clip's model of that name with random weights, and its preprocessing (size, mean and std)."""
     import open_clip
     from open_clip.model import set_model_preprocess_cfg

@@ -7,9 +7,10 @@ Shape legend: B batch, C channels, T frames, N frames of all videos that are sco
 
 import torch
 
-from rewards.frames import check_num_frames, in_chunks, pick_frames
+from rewards.frame_reward import ModelReward
+from rewards.frames import in_chunks, pick_frames
 from rewards.qwen_vl import QwenVl, load_qwen_vl, qwen2_vl_sizes, random_qwen_vl
-from rewards.weights import Frozen, hub_file, load_state_dict, torch_dtype
+from rewards.weights import hub_file, load_state_dict, torch_dtype
 
 REPOSITORY, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -68,18 +69,14 @@ PROMPT = (
 SIZES = qwen2_vl_sizes(vocabulary=151658, width=3584, inner=18944, heads=28, key_value_heads=4)
 
 
-class HpsV3(Frozen):
+class HpsV3(ModelReward):
     """Mean over frames of the preference that HPSv3 gives a frame; published: SD 2 -0.2, SDXL 8.2, the best 10.6.
 
     The model states a mean and a spread; the score is the mean, as published. It has no upper bound.
 
     checkpoint  the published file on disk; None: from the hub
     model       the Qwen2-VL that was tuned, for its configuration and tokenizer: hub id or folder
-    frames      what must be decoded: "first", a number of leading frames, or "all"
-    num_frames  which of these are scored: a number, evenly spaced; see rewards/frames.py for the other forms
-    dtype       of the model; head and scores are float32 in any case
-    chunk       frames in the model at once, to bound memory; the result stays the same
-    mean, std   the typical score, for mixing
+    options     frames, num_frames, dtype, chunk, mean, std: as for ModelReward, but for dtype, which is bfloat16 here
 
     Raises RewardError for weights that are missing, of another layout, or a pickled module.
     """
@@ -90,31 +87,24 @@ class HpsV3(Frozen):
         self,
         checkpoint: str | QwenVl | None = None,
         model: str = BASE,
-        frames: str | int = "first",
-        num_frames: int | str | None = None,
         dtype: str = "bfloat16",
-        chunk: int | None = None,
-        mean: float | None = None,
-        std: float | None = None,
+        **options,
     ):
-        super().__init__()
-        check_num_frames(self.name, frames, num_frames)
-        self.vlm = checkpoint if isinstance(checkpoint, QwenVl) else self._load(checkpoint, model, dtype)
-        self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
+        super().__init__(dtype=dtype, **options)
+        self.vlm = checkpoint if isinstance(checkpoint, QwenVl) else self._load(checkpoint, model)
         self.freeze()
 
-    def _load(self, checkpoint: str | None, model: str, dtype: str) -> QwenVl:
-        precision = torch_dtype(self.name, dtype)
+    def _load(self, checkpoint: str | None, model: str) -> QwenVl:
         state = load_state_dict(self.name, checkpoint or hub_file(self.name, REPOSITORY, FILE, "checkpoint"))
         width = state["rm_head.0.weight"].shape[1]
-        return load_qwen_vl(self.name, model, state, preference_head(width), TOKENS, precision)
+        return load_qwen_vl(self.name, model, state, preference_head(width), TOKENS, self.dtype)
 
     @classmethod
     def random_init(cls, dtype: str = "bfloat16", **settings) -> "HpsV3":
         """Full size with random weights, on torch's default device, without hub or disk."""
         head = preference_head(SIZES["text_config"]["hidden_size"])
         vlm = random_qwen_vl(SIZES, head, TOKENS, torch_dtype(cls.name, dtype))
-        return cls(vlm, **settings)
+        return cls(vlm, dtype=dtype, **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         video_BCNHW = pick_frames(self, video_BCTHW, info)

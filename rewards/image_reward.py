@@ -81,12 +81,14 @@ class ImageReward(FrameReward):
         return cls(ImageRewardModel(), BertTokenizer(vocab={word: i for i, word in enumerate(words)}), **options)
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, (N, L) int64 each, padded to 35."""
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
         return tokens.input_ids, tokens.attention_mask
 
     def score_frames(self, frames_NCHW: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
+        """(N,) scores of frames in [0, 1]."""
         return self.model(preprocess(frames_NCHW, self.size).to(self.dtype), ids_NL, mask_NL)
 
 

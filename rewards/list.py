@@ -6,6 +6,7 @@ HEADS = ("name", "input", "frames", "range", "licence of the weights", "memory")
 
 
 def main() -> None:
+    """Print the table."""
     rows = [(name, e.input, e.frames, e.range, e.licence, e.memory) for name, e in sorted(CATALOGUE.items())]
     print(table([HEADS, *rows]))
     print(

@@ -28,7 +28,7 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
     """The reward that `spec` names.
 
     A class is instantiated with kwargs; a function is used as it is, with kwargs bound. `path/to/file.py:Class` is
-    relative to base_dir, the folder of the config file (default: the working directory). Raises RewardError.
+    relative to base_dir, the folder of the config file, or else to the working directory. Raises RewardError.
     """
     check_spec(spec, base_dir)
     if spec in CATALOGUE:
@@ -51,7 +51,7 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
         return
     if ":" not in spec:
         if _entry_point(spec) is None:
-            _raise_unknown(spec)
+            _raise_unknown(spec, base_dir)
         return
     where, attribute = spec.rsplit(":", 1)
     source = _file_of(spec, where, base_dir) if where.endswith(".py") else _module_source(spec, where)
@@ -79,7 +79,9 @@ def _entry_point(name: str):
     return next(iter(entry_points(group=ENTRY_POINT_GROUP, name=name)), None)
 
 
-def _raise_unknown(spec: str) -> NoReturn:
+def _raise_unknown(spec: str, base_dir) -> NoReturn:
+    if spec.endswith(".py"):
+        _raise_unnamed(spec, _file_of(spec, spec, base_dir))
     plugins = [e.name for e in entry_points(group=ENTRY_POINT_GROUP)]
     known = built_in_names() + plugins
     near = difflib.get_close_matches(spec, known, n=1)
@@ -92,12 +94,22 @@ def _raise_unknown(spec: str) -> NoReturn:
     )
 
 
+def _raise_unnamed(spec: str, path: Path) -> NoReturn:
+    names = sorted(_offered(_parsed(spec, path)))
+    cure = f"name one of these: {', '.join(names) or 'it defines none yet'}"
+    raise RewardError(spec, got="a file alone", expected=f"the class or function in it, {spec}:Name", cure=cure)
+
+
 def _file_of(spec: str, where: str, base_dir) -> Path:
-    path = (Path(base_dir or ".") / Path(where).expanduser()).resolve()
-    if not path.is_file():
-        cure = "correct the path; it is relative to the folder of the config file"
-        raise RewardError(spec, got=f"no file at {path}", expected="a Python file", cure=cure)
-    return path
+    """The file, relative to base_dir or else to the working directory, as prompt files are."""
+    given = Path(where).expanduser()
+    places = list(dict.fromkeys([(Path(base_dir or ".") / given).resolve(), given.resolve()]))
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        looked = " or ".join(str(path) for path in places)
+        cure = "correct the path; it is relative to the folder of the config file, or to the working directory"
+        raise RewardError(spec, got=f"no file at {looked}", expected="a Python file", cure=cure)
+    return found
 
 
 def _module_source(spec: str, where: str) -> Path | None:
@@ -115,16 +127,30 @@ def _module_source(spec: str, where: str) -> Path | None:
 
 def _check_defined(spec: str, source: Path, attribute: str) -> None:
     """Read, without running, which names the file defines. A star import may define any, so it ends the check."""
-    try:
-        names = _top_level_names(ast.parse(source.read_text()))
-    except SyntaxError as error:
-        got = f"a syntax error in {source}, line {error.lineno}"
-        raise RewardError(spec, got=got, expected="a Python file", cure="correct that line") from error
+    tree = _parsed(spec, source)
+    names = _top_level_names(tree)
     if attribute not in names and "*" not in names:
-        near = difflib.get_close_matches(attribute, names, n=1)
+        offered = _offered(tree)
+        near = difflib.get_close_matches(attribute, offered, n=1)
         cure = f"the nearest name is {near[0]!r}" if near else "name a class or function of that file"
         got = f"no {attribute!r} in {source}"
-        raise RewardError(spec, got=got, expected=f"one of {', '.join(sorted(names)) or 'its names'}", cure=cure)
+        raise RewardError(spec, got=got, expected=f"one of {', '.join(sorted(offered)) or 'its names'}", cure=cure)
+
+
+def _parsed(spec: str, source: Path) -> ast.Module:
+    try:
+        return ast.parse(source.read_text())
+    except SyntaxError as error:
+        got = f"a syntax error in {source}, line {error.lineno} ({error.msg})"
+        raise RewardError(spec, got=got, expected="a Python file", cure="correct that line") from error
+
+
+def _offered(tree: ast.Module) -> set[str]:
+    """The names that a user may mean: without the modules that the file imports."""
+    modules = {
+        (alias.asname or alias.name).split(".")[0] for n in tree.body if isinstance(n, ast.Import) for alias in n.names
+    }
+    return _top_level_names(tree) - modules
 
 
 def _top_level_names(tree: ast.AST) -> set[str]:

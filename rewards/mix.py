@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from rewards.base import RewardError, at_least_float32, check_scores, frames_needed, reward_attribute
+from rewards.base import RewardError, at_least_float32, check_scores, frames_needed, raised, reward_attribute
 
 
 class RewardMix:
@@ -132,7 +132,7 @@ def _asked(name, reward, video_BCTHW, prompts, info) -> torch.Tensor:
     except (RewardError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        got = f"{type(error).__name__}: {error}".rstrip(".") + f" for the prompts {prompts}"
+        got = raised(error, f"the prompts {prompts}")
         expected = "scores of these videos"
         raise RewardError(name, got=got, expected=expected, cure="correct the reward where it failed") from error
 

@@ -90,7 +90,9 @@ def longest_flow(flow_M2HW: torch.Tensor) -> torch.Tensor:
     return length_ML.topk(max(1, int(FASTEST * length_ML.shape[1]))).values.mean(1)
 
 
-def optical_flow(model: RAFT, before_MCHW: torch.Tensor, after_MCHW: torch.Tensor, num_flow_updates: int):
+def optical_flow(
+    model: RAFT, before_MCHW: torch.Tensor, after_MCHW: torch.Tensor, num_flow_updates: int
+) -> torch.Tensor:
     """(M, 2, H, W) in pixels: the last prediction of torchvision's RAFT.forward, with its whole gradient.
 
     RAFT is trained with each update's starting point detached, and torchvision detaches it always, so that its gradient

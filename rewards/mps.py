@@ -106,6 +106,7 @@ class Mps(FrameReward):
     def score_frames(
         self, frames_NCHW: torch.Tensor, text_NLP: torch.Tensor, keep_NL: torch.Tensor, end_NP: torch.Tensor
     ) -> torch.Tensor:
+        """(N,) scores of frames in [0, 1], with what `encode_text` gave."""
         image_NP = self.mps(preprocess(frames_NCHW, self.size).to(self.dtype), text_NLP, keep_NL)
         scale = self.mps.model.logit_scale.to(end_NP.dtype).exp()
         return scale * (unit(image_NP) * end_NP).sum(-1)
@@ -179,7 +180,9 @@ class SwiGlu(torch.nn.Module):
         return F.silu(gate) * x
 
 
-def attend(q_NIKD: torch.Tensor, k_NLD: torch.Tensor, v_NLD: torch.Tensor, keep=None) -> torch.Tensor:
+def attend(
+    q_NIKD: torch.Tensor, k_NLD: torch.Tensor, v_NLD: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
     """(N, I, K * D): every head of queries attends to the same keys and values."""
     heads = q_NIKD.shape[2]
     k_NKLD, v_NKLD = (x[:, None].expand(-1, heads, -1, -1) for x in (k_NLD, v_NLD))

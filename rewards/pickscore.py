@@ -31,4 +31,5 @@ class PickScore(ClipScore):
         return cls(random_clip(CLIP_H14), **options)
 
     def score_frames(self, frames_NCHW: torch.Tensor, text_NP: torch.Tensor) -> torch.Tensor:
+        """(N,) scaled cosines, of frames in [0, 1]."""
         return self.clip.scale * super().score_frames(frames_NCHW, text_NP)

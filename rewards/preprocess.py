@@ -5,6 +5,7 @@ in float32, or in float64 for float64 pixels. PIL rounds to 1/255 after each of 
 that remains, 0.3/255 on average and at most about 1/255.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -17,7 +18,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def preprocess(
-    frames_NCHW: torch.Tensor, size: int, mean=CLIP_MEAN, std=CLIP_STD, fit="shortest", mode="bicubic"
+    frames_NCHW: torch.Tensor,
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    fit: str = "shortest",
+    mode: str = "bicubic",
 ) -> torch.Tensor:
     """(N, C, size, size), normalised; for fit "whole" the longer side is as long as it comes.
 

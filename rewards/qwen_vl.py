@@ -131,7 +131,9 @@ def patchify(
 # ---------------------------------------------------------------- weights
 
 
-def load_qwen_vl(name: str, model: str, state: dict, head: torch.nn.Module, tokens: list[str], dtype) -> QwenVl:
+def load_qwen_vl(
+    name: str, model: str, state: dict, head: torch.nn.Module, tokens: list[str], dtype: torch.dtype
+) -> QwenVl:
     """A QwenVl with the weights in `state`, under the names of transformers 4.45 or today's.
 
     model   hub id or folder of the Qwen2-VL that was tuned: its configuration and tokenizer, not its weights

@@ -20,6 +20,7 @@ from rewards.read import check_file, read_video
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m rewards.score", description=__doc__, formatter_class=formatter)
     parser.add_argument("files", nargs="+", help="videos or images")

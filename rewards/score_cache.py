@@ -27,12 +27,14 @@ class ScoreCache:
         self.folder = folder
 
     def get(self, key: str) -> float | None:
+        """The score kept under the key, None if there is none."""
         try:
             return json.loads(self._path(key).read_text())["score"]
         except (OSError, ValueError, KeyError):  # not there, or damaged: scored anew
             return None
 
     def put(self, key: str, score: float) -> None:
+        """Keep a score."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")
@@ -97,6 +99,7 @@ def content_of(path: Path) -> str:
 
 
 def digest(*parts: str) -> str:
+    """SHA-256 of the texts, in this order."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -222,7 +222,7 @@ def load_scorer(name: str, model: str, dtype: str) -> Idefics2Scorer:
     return Idefics2Scorer(tuned.model, head, tokenizer.encode, tokenizer.convert_tokens_to_ids(IMAGE), edges)
 
 
-def model_class():
+def model_class() -> type[torch.nn.Module]:
     """Idefics2 with a linear head for each aspect, in the layout of Mantis' Idefics2ForSequenceClassification."""
     from transformers import Idefics2Model, Idefics2PreTrainedModel
 

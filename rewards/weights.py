@@ -1,9 +1,10 @@
 """Weights of frozen models: loading without running code from a file, and saying what is missing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,9 +16,11 @@ class Frozen(torch.nn.Module):
     """A module that never trains: evaluation mode for good. Call `freeze` at the end of __init__."""
 
     def freeze(self) -> "Frozen":
+        """Itself, without trained parameters and in evaluation mode."""
         return self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Frozen":
+        """Itself, in evaluation mode whatever is asked for."""
         return super().train(False)
 
 
@@ -50,7 +53,7 @@ def missing_weights(
 
 
 @contextmanager
-def quick_hub(local: bool = False):
+def quick_hub(local: bool = False) -> Iterator[None]:
     """Loading from the hub inside fails at once if the hub can't be reached; its own client would try for a minute.
 
     local: nothing inside needs the hub, so it is not asked at all.
@@ -76,7 +79,7 @@ def _hub_answers(endpoint: str) -> bool:
     return True
 
 
-def from_pretrained(name: str, cls, model: str, key: str = "model", **kwargs):
+def from_pretrained(name: str, cls: type, model: str, key: str = "model", **kwargs) -> Any:
     """cls.from_pretrained of transformers, from hub or folder; RewardError, naming `key`, where it is in neither."""
     path = str(Path(model).expanduser()) if model.startswith("~") else model
     try:
@@ -86,7 +89,7 @@ def from_pretrained(name: str, cls, model: str, key: str = "model", **kwargs):
         raise missing_weights(name, model, key, error, tokenizer=cls.__name__ == "AutoTokenizer") from error
 
 
-def load_pretrained(name: str, cls, model: str, **kwargs) -> torch.nn.Module:
+def load_pretrained(name: str, cls: type, model: str, **kwargs) -> torch.nn.Module:
     """A model of transformers with every weight from the checkpoint, in float32; RewardError if some are missing."""
     kwargs = {"dtype": torch.float32, "output_loading_info": True} | kwargs
     loaded, report = from_pretrained(name, cls, model, **kwargs)
@@ -98,7 +101,7 @@ def load_pretrained(name: str, cls, model: str, **kwargs) -> torch.nn.Module:
     return loaded
 
 
-def load_tokenizer(name: str, tokenizer, key: str = "tokenizer"):
+def load_tokenizer(name: str, tokenizer: Any, key: str = "tokenizer") -> Any:
     """A tokenizer of transformers from hub or folder; one that is made already is taken as it is."""
     from transformers import AutoTokenizer
 
@@ -175,6 +178,7 @@ def filled(name: str, source: str, build: Callable[[], torch.nn.Module], state: 
 
 
 def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape by key."""
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 

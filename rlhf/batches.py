@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.config import RewardGradientConfig
+from rlhf.layout import Layout
 from rlhf.prompts import prompt_positions
 from rlhf.sampler import draw_noise
 
@@ -24,7 +25,9 @@ class Batch:
 class Batches:
     """The batches of a run."""
 
-    def __init__(self, args: RewardGradientConfig, layout, prompts: list[str], noise_shape_CTHW: tuple, fps: int):
+    def __init__(
+        self, args: RewardGradientConfig, layout: Layout, prompts: list[str], noise_shape_CTHW: tuple, fps: int
+    ):
         self.args, self.layout, self.prompts, self.fps = args, layout, prompts, fps
         self.noise_shape = noise_shape_CTHW
         layout.require_same(prompts=prompts, settings=[v for k, v in vars(args).items() if k not in OF_A_HOST])

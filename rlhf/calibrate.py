@@ -4,13 +4,14 @@ Shape legend: C channels, T frames, H height, W width, N base samples, R rewards
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
+from rlhf.evaluate import MakeVideos
+from rlhf.layout import Layout
 from rlhf.parallel import own_batches
 from rlhf.sampler import draw_noise
 
@@ -19,11 +20,11 @@ CALIBRATION = "calibration.json"  # {name: [raw score of each base sample]}
 
 def calibrate(
     mix: RewardMix,
-    make_videos: Callable[[list[str], torch.Tensor], torch.Tensor],
+    make_videos: MakeVideos,
     prompts: list[str],
     noise_shape_CTHW: tuple[int, int, int, int],
     args: RewardGradientConfig,
-    layout,
+    layout: Layout,
     info: dict,
 ) -> None:
     """Normalise the mix by scores of one video a prompt, by the current model, which has to be the base.
@@ -42,7 +43,15 @@ def calibrate(
 
 
 @torch.no_grad()
-def base_scores(mix, make_videos, prompts, noise_shape_CTHW, args, layout, info) -> dict[str, torch.Tensor]:
+def base_scores(
+    mix: RewardMix,
+    make_videos: MakeVideos,
+    prompts: list[str],
+    noise_shape_CTHW: tuple[int, int, int, int],
+    args: RewardGradientConfig,
+    layout: Layout,
+    info: dict,
+) -> dict[str, torch.Tensor]:
     """Raw scores (N,) by reward, on the CPU; all processes share the work and get all of them."""
     scores_NR = torch.zeros(len(prompts), len(mix.rewards), device=layout.device)
     for rows in own_batches(len(prompts), args.per_device_eval_batch_size, layout):

@@ -53,10 +53,12 @@ class Callbacks:
         self.tell("on_step_begin")
 
     def step_ends(self, done: int, epoch: float) -> None:
+        """Optimizer step number `done`, from 1, is over, at this epoch."""
         self.state.global_step, self.state.epoch = done, epoch
         self.tell("on_step_end")
 
     def logged(self, metrics: dict) -> None:
+        """The metrics of a step went to the log."""
         self.state.log_history.append(metrics)
         self.tell("on_log", logs=dict(metrics))  # listeners of transformers take things out of it
 

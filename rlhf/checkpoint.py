@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-EXIT_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -80,7 +79,9 @@ class SavingError(RuntimeError):
     """A checkpoint could not be written: where and why. Older ones are as they were."""
 
 
-def save_checkpoint(folder: Path, step: int, masters, optimizer, state: dict, keep: int = 0) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, masters, optimizer: torch.optim.Optimizer, state: dict, keep: int = 0
+) -> Path:
     """Write folder/step-N whole, then remove all but the newest `keep` (0: none). A whole one that is there stays.
 
     The files are written and flushed under step-N.tmp, which is then renamed: a kill at any moment leaves step-N either
@@ -170,7 +171,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def load_checkpoint(path: Path, masters, optimizer) -> dict:
+def load_checkpoint(path: Path, masters, optimizer: torch.optim.Optimizer) -> dict:
     """Fill masters, module and optimizer from a checkpoint; returns its state.json."""
     state = read_state(path)
     load_vector(path / "adapter.safetensors", masters, masters.vector)
@@ -189,6 +190,7 @@ def load_checkpoint(path: Path, masters, optimizer) -> dict:
 
 
 def read_state(path: Path) -> dict:
+    """state.json of a checkpoint: its step, the settings, and what the parts of a run keep."""
     return json.loads((path / "state.json").read_text())
 
 
@@ -211,6 +213,9 @@ def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> 
     folder = Path(output_dir) / "checkpoints"
     if which == "latest":
         return _newest_whole(folder, quiet)
+    if (Path(which) / "checkpoints").is_dir():
+        expected = f"expected one of its checkpoints, such as {last_whole(Path(which) / 'checkpoints')}; name that"
+        raise ConfigError([f"resume_from_checkpoint={which!r}: got the folder of a run, {expected}"])
     if not (Path(which) / "state.json").is_file():
         expected = f"expected a folder such as {folder / 'step-50'}, or 'latest'; correct the path"
         raise ConfigError([f"resume_from_checkpoint={which!r}: got no checkpoint there, {expected}"])

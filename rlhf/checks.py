@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,9 @@ import torch
 
 from rewards import load_reward, probe
 from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig
-from rlhf.contentv.files import model_config
+from rlhf.contentv.files import SamplingDefaults, model_config
 from rlhf.device import local_device, pick_device
-from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, method_problems
+from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, adapter_problems, method_problems
 from rlhf.parallel_checks import parallel_problems
 from rlhf.prompts import load_prompts
 from rlhf.restarts import going_on, resume_problems
@@ -46,6 +47,7 @@ NOT_NEGATIVE = (
     "learning_rate",
     "warmup_steps",
     "weight_decay",
+    "adam_epsilon",
     "max_grad_norm",
     "max_skipped_steps",
     "save_steps",
@@ -123,7 +125,7 @@ def open_rewards(
     return trained | _load_rewards(args.eval_reward_funcs, args, device)
 
 
-def model_card(model: str, pipe=None) -> dict[str, dict]:
+def model_card(model: str, pipe: "ContentVPipeline | None" = None) -> dict[str, dict]:
     """The sizes of a model by part, as `model_config` has them, without its weights. ValueError if absent."""
     if pipe is not None:
         parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
@@ -132,8 +134,8 @@ def model_card(model: str, pipe=None) -> dict[str, dict]:
     return model_config(model)
 
 
-def with_sampling(args: RewardGradientConfig, defaults) -> RewardGradientConfig:
-    """The settings with the model's own values where none was set. defaults: `SamplingDefaults` or its dict."""
+def with_sampling(args: RewardGradientConfig, defaults: SamplingDefaults | dict) -> RewardGradientConfig:
+    """The settings with the model's own values where none was set. defaults: as a dict, too."""
     defaults = defaults if isinstance(defaults, dict) else vars(defaults)
     unset = {key: defaults[key] for key in SAMPLING_KEYS if getattr(args, key) is None}
     return dataclasses.replace(args, **unset)
@@ -187,7 +189,8 @@ def _sampling(args, card):
     if args.num_frames < 1 or args.num_frames % every != 1 % every:
         near = max(1, round((args.num_frames - 1) / every) * every + 1)
         yield f"num_frames={args.num_frames} is not {every}k+1, as the VAE of {args.model} needs; use {near}"
-    yield from method_problems(args, card["transformer"]["num_layers"])
+    yield from method_problems(args)
+    yield from adapter_problems(args, card["transformer"])
     yield from speed_problems(args)
     yield from parallel_problems(args)
 
@@ -208,6 +211,8 @@ def _run_folder(args):
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         yield f"output_dir={args.output_dir} is a file, expected a folder or a new path; choose another"
+    elif not args.dry_run and not _may_write(here := _first_that_exists(folder)):
+        yield f"output_dir={args.output_dir}: got no right to write in {here}, expected one; choose another"
     elif args.resume_from_checkpoint and args.overwrite_output_dir:
         yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
     elif args.resume_from_checkpoint:
@@ -217,6 +222,16 @@ def _run_folder(args):
             f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, "
             "go on with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
+
+
+def _first_that_exists(path: Path) -> Path:
+    """The path or the nearest folder, or file, above it."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def _may_write(place: Path) -> bool:
+    """Only the first process writes; the hosts of others need no such folder."""
+    return os.environ.get("RANK", "0") != "0" or (place.is_dir() and os.access(place, os.W_OK))
 
 
 def _trackers(args):

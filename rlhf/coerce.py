@@ -3,9 +3,23 @@
 import json
 import types
 import typing
+from typing import Any
+
+import yaml
 
 
-def coerce(value, annotation):
+def coerced(values: dict, annotations: dict) -> tuple[dict, list[str]]:
+    """Settings by name as the annotated types, and what is wrong with those that cannot be read so."""
+    right, problems = {}, []
+    for name, value in values.items():
+        try:
+            right[name] = coerce(value, annotations[name])
+        except (TypeError, ValueError):
+            problems.append(f"{name}: got {value!r}, expected {type_name(annotations[name])}; correct its value")
+    return right, problems
+
+
+def coerce(value: Any, annotation: Any) -> Any:
     """`value` as the annotated type, forgiving what YAML and the shell blur: 1e-5 as text, 'none', one item for a list.
 
     Raises TypeError or ValueError where no reading makes sense.
@@ -34,8 +48,20 @@ def _coerce_number(value, kind):
 
 
 def _coerce_dict(value, kind) -> dict:
-    value = json.loads(value) if isinstance(value, str) else value
+    value = _parsed(value) if isinstance(value, str) else value
     return {_exactly(name, str): coerce(item, kind) for name, item in _exactly(value, dict).items()}
+
+
+def _parsed(text: str):
+    """JSON, or what a shell user writes for it in YAML: {nano_preference: 0.3}."""
+    try:
+        return json.loads(text)  # first, for YAML takes 1e-5 for text
+    except json.JSONDecodeError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(text) from error
 
 
 def _exactly(value, kind):
@@ -44,11 +70,16 @@ def _exactly(value, kind):
     return value
 
 
-def type_name(annotation) -> str:
-    name = str(annotation) if typing.get_args(annotation) else annotation.__name__
-    names = {" | None": " or none", "dict[str, dict]": "a mapping {name: {argument: value}}"}
-    names |= {"dict[str, int]": "a mapping {name: whole number}", "dict[str, float]": "a mapping {name: number}"}
-    names |= {" | str or": " or"}
-    for python, plain in names.items():
-        name = name.replace(python, plain)
-    return name
+def type_name(annotation: Any) -> str:
+    """The type in a user's words."""
+    if isinstance(annotation, types.UnionType):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        if typing.get_origin(kinds[0]) is dict:
+            kinds = kinds[:1]  # the text of a flag is a mapping, too
+        return " or ".join([type_name(kind) for kind in kinds] + ["none"] * (type(None) in typing.get_args(annotation)))
+    if typing.get_origin(annotation) is list:
+        return f"a list, each {type_name(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is dict:
+        inner = typing.get_args(annotation)[1]
+        return f"a mapping {{name: {'{argument: value}' if inner is dict else type_name(inner).removeprefix('a ')}}}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]

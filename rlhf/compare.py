@@ -15,7 +15,8 @@ def summarise(base: Evaluation, tuned: Evaluation, trained: list[str], seconds: 
     "high_frequency": row, "diversity": row}, each row {"base", "tuned", "diff", "ci95": [lo, hi]}; a held-out judge
     goes by its name without the prefix "nano_".
     """
-    rows = {n: paired(base.scores[n], tuned.scores[n]) for n in base.scores if len(base.scores[n])}
+    # In the order of the settings: a base that is read again may have other judges besides, in the order of its file.
+    rows = {n: paired(base.scores[n], scores) for n, scores in tuned.scores.items() if len(scores)}
     measures = {name: rows.pop(name, {}) for name in MEASURES}
     held_out = {name.removeprefix("nano_"): row for name, row in rows.items() if name not in trained}
     return {

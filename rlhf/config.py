@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from rlhf.coerce import coerce, type_name
+from rlhf.coerce import coerced
 
 SAMPLING_KEYS = (
     "height",
@@ -67,7 +67,9 @@ class RewardGradientConfig:
         "Held-out prompts, named like `prompts`; built-in set nano_held_out. 'none': no evaluation, no samples.",
     )
     num_train_prompts: int = _key(4096, "How many prompts a built-in training set draws. A file is used whole.")
-    base_dir: str | None = _key(None, "Folder that relative paths refer to. Default: the config file's.")
+    base_dir: str | None = _key(
+        None, "Folder that relative paths refer to first, before the working directory. Default: the config file's."
+    )
 
     # Rewards
     reward_funcs: list[str] = _key(
@@ -76,7 +78,7 @@ class RewardGradientConfig:
     )
     reward_weights: list[float] | None = _key(None, "One weight for each of reward_funcs. Default: 1 each.")
     reward_kwargs: dict[str, dict] | str | None = _key(
-        None, "Arguments of rewards by name, {name: {argument: value}}; as a flag, the same in JSON."
+        None, "Arguments of rewards by name, {name: {argument: value}}; as a flag, the same in quotes."
     )
     normalise_rewards: bool = _key(
         True, "Weigh (score - mean) / std of those rewards that state their typical mean and spread."
@@ -199,7 +201,7 @@ class RewardGradientConfig:
 
     lora_use_dora: bool = _key(False, "Train magnitudes of the weights, too (DoRA, arXiv 2402.09353).")
     lora_rank_pattern: dict[str, int] | str | None = _key(
-        None, "Ranks of layers by name or regular expression where they differ from lora_rank; as a flag, in JSON."
+        None, "Ranks of layers by name or regular expression where they differ from lora_rank; as a flag, in quotes."
     )
     lora_alpha_pattern: dict[str, int] | str | None = _key(None, "Alphas of layers, in the same way.")
     train_blocks: list[str] | None = _key(
@@ -228,8 +230,9 @@ class RewardGradientConfig:
     overwrite_output_dir: bool = _key(False, "Delete the files of an earlier run found in output_dir.")
     resume_from_checkpoint: str | None = _key(
         None,
-        "'latest', or the path of a checkpoints/step-N folder, to go on from; 'auto': the latest if there is one, else "
-        "start, over what is there. A process that torchrun starts again goes on as with 'auto'.",
+        "'latest', or the path of a checkpoints/step-N folder, to go on from; without --config, by that run's own "
+        "settings. 'auto': the latest if there is one, else start, over what is there. A process that torchrun starts "
+        "again goes on as with 'auto'.",
     )
     max_skipped_steps: int = _key(
         0,
@@ -260,7 +263,7 @@ class RewardGradientConfig:
         None, "Memory in GiB that the dry run plans for. Default: what this machine's device has."
     )
     plan_device: str | None = _key(
-        None, "Device whose rates the dry run takes, a name in rlhf/measured.py. Default: this machine's."
+        None, "Device whose rates the dry run takes, such as 'NVIDIA H200'. Default: this machine's."
     )
     plan_processes: int | None = _key(
         None, "Processes that the dry run plans for, one a device. Default: those that were started."
@@ -268,16 +271,11 @@ class RewardGradientConfig:
     dry_run: bool = _key(False, "Check and print the settings and what they need; load no weights.")
 
     def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        problems = []
-        for f in dataclasses.fields(self):
-            try:
-                setattr(self, f.name, coerce(getattr(self, f.name), hints[f.name]))
-            except (TypeError, ValueError):
-                expected = f"expected {type_name(hints[f.name])}"
-                problems.append(f"{f.name}: got {getattr(self, f.name)!r}, {expected}; correct its value")
+        values, problems = coerced(dict(vars(self)), typing.get_type_hints(type(self)))
         if problems:
             raise ConfigError(problems)
+        for name, value in values.items():
+            setattr(self, name, value)
         if self.report_to == ["none"]:
             self.report_to = []
         if self.model != "nano" and Path(self.model).is_dir():  # config.yaml is read elsewhere, too
@@ -289,4 +287,5 @@ class RewardGradientConfig:
 
 
 def field_names() -> list[str]:
+    """The names of all settings."""
     return [f.name for f in dataclasses.fields(RewardGradientConfig)]

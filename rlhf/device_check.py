@@ -52,6 +52,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
+        """Whether the difference is within the tolerance."""
         return self.difference <= self.tolerance  # False for NaN
 
 
@@ -163,6 +164,7 @@ def distance(result: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def table(rows: list[Row]) -> str:
+    """The rows as text."""
     lines = [f"{'format':<10}{'phase':<10}{'seconds':>9}{'GiB':>7}{'difference':>12}{'tolerance':>11}"]
     for row in rows:
         numbers = f"{row.seconds:>9.3f}{row.peak_gib:>7.2f}{row.difference:>12.1e}{row.tolerance:>11.0e}"
@@ -171,6 +173,7 @@ def table(rows: list[Row]) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
+    """What the check ran on, as the JSON has it."""
     return {
         "device": str(device),
         "name": describe(device),

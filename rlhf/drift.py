@@ -13,8 +13,6 @@ import torch
 
 from rlhf.sampler import Velocity
 
-WEIGHTINGS = ("kl", "even")
-
 
 def step_weights(sigmas: torch.Tensor, weighting: str) -> torch.Tensor:
     """What each of N steps counts, (N,): |sigma_i - sigma_i+1| for "even", times (1 - s) / s for "kl".

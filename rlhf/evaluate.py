@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
+from rlhf.layout import Layout
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_batches
 from rlhf.sampler import draw_noise
 from rlhf.trackers import Clip
-from rlhf.tracking import EvaluationBar, write_samples
+from rlhf.tracking import EvaluationBar, to_uint8, write_samples
 
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
 
@@ -68,7 +69,7 @@ class HeldOut:
         prompts: list[str],
         noise_shape_CTHW: tuple[int, int, int, int],
         args: RewardGradientConfig,
-        layout,
+        layout: Layout,
         fps: int,
         show: Callable[[int, list[Clip]], None] = lambda step, clips: None,
     ):
@@ -134,8 +135,7 @@ class HeldOut:
         videos = [torch.zeros(0, dtype=torch.uint8)]
         for rows in own_batches(count, self.args.per_device_eval_batch_size, self.layout):
             videos.append(to_uint8(self._videos(self.make_videos, rows, draw=0)))
-        if count:
-            self._write(step, self._leading(torch.cat(videos), count, count))
+        self._write(step, self._leading(torch.cat(videos), count, count))
 
     def _videos(self, make_videos: MakeVideos, rows: list[int], draw: int) -> torch.Tensor:
         """Videos number `draw` of the prompts of the rows; for none, one is made to keep step with other processes."""
@@ -157,14 +157,9 @@ class HeldOut:
         return self.layout.reduce(values.to(self.layout.device), "sum").cpu()
 
     def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
-        if self._is_main:
+        if len(videos_NCTHW):  # on the main process, if any are asked for
             self.show(step, write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps))
 
     @property
     def _is_main(self) -> bool:
         return self.layout.is_main_process
-
-
-def to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """[0, 1] to 0 .. 255, rounded, on the CPU."""
-    return (video.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()

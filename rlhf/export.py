@@ -132,6 +132,7 @@ def _check(run: Path, out: Path) -> Path:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     parser = argparse.ArgumentParser(prog="python -m rlhf.export", description="Export what a training run learned.")
     parser.add_argument("run", type=Path, help="folder of a training run")
     target = parser.add_mutually_exclusive_group(required=True)
@@ -150,6 +151,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command. Exits with a message where something is wrong."""
     args = parse(arguments)
     out = args.merged or args.adapter
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from rewards import RewardError, RewardMix
 from rlhf.parallel import any_process
@@ -56,7 +57,12 @@ def _of_collective(error: RuntimeError) -> bool:
 
 
 def not_finite(
-    scores: torch.Tensor, norm: float, failure: RewardError | None, rewards: RewardMix, last_batch, accelerator
+    scores: torch.Tensor,
+    norm: float,
+    failure: RewardError | None,
+    rewards: RewardMix,
+    last_batch: tuple | None,
+    accelerator: Accelerator,
 ) -> Exception | None:
     """What to tell of a step whose scores, of all processes, or whose gradient norm is not finite; None if they are.
 

@@ -24,8 +24,7 @@ class Fields:
         self.guidance_group = layout and layout.guidance_group
         self.transformer, self.masters, self.args = transformer, masters, args
         self.window = Stepwise(transformer, masters.params) if args.stepwise_backward else transformer
-        weights = {"merged": "base", "float8": "float8"}.get(args.sampling_weights)
-        self.copy = SamplingCopy(transformer, weights) if weights else None
+        self.copy = None if args.sampling_weights == "own" else SamplingCopy(transformer, args.sampling_weights)
 
     def tuned(self, cond: Conditioning) -> Velocity:
         """Of the current model."""

@@ -10,11 +10,17 @@ BASE_COLOR, TUNED_COLOR = "#8a8f98", "#1f6feb"
 
 
 def plot_curves(rows: list[dict], path: Path) -> None:
-    """Curves over the optimizer steps of every reward, with its evaluations, and of the gradient norm."""
+    """Curves over the optimizer steps of every reward and of the gradient norm; no file for no numbers.
+
+    rows: as of metrics.jsonl.
+    """
     pyplot = headless_pyplot()
-    names = [key for key in max(rows, key=len) if key.startswith("rewards/") and not key.endswith("_std")]
+    names = [key for key in max(rows, key=len, default={}) if key.startswith("rewards/") and not key.endswith("_std")]
     panels = [("reward", "trained reward (weighted)"), *((n, n.removeprefix("rewards/")) for n in names)]
     panels = (panels if len(names) > 1 else panels[1:]) + [("grad_norm", "gradient norm, before clipping")]
+    panels = [(key, title) for key, title in panels if any(key in row for row in rows)]
+    if not panels:
+        return
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(4.6 * columns, 3.0 * lines), squeeze=False)
@@ -42,10 +48,10 @@ def running_mean(values: list[float], span: int = 10) -> list[float]:
 def contact_sheet(prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: torch.Tensor, path: Path) -> None:
     """A row for each leading prompt: its caption, the base's frames on the left, the tuned model's on the right.
 
-    Videos are uint8 (N, 3, T, H, W), made from the same noise.
+    Videos are uint8 (N, 3, T, H, W), made from the same noise; a prompt without one of the two is left out.
     """
     pyplot = headless_pyplot()
-    count, _, frames, height, width = before_NCTHW[:ROWS_SHOWN].shape
+    count, (frames, height, width) = min(len(before_NCTHW), len(after_NCTHW), ROWS_SHOWN), before_NCTHW.shape[2:]
     shown = torch.linspace(0, frames - 1, min(FRAMES_SHOWN, frames)).round().long()
     tile = 1.0  # inches
     tall, gap, caption, margin = tile * height / width, 0.35, 0.34, 0.25

@@ -24,7 +24,7 @@ from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator
 from rlhf.export import ADAPTER_FILE, add_trained_blocks, merged
 from rlhf.lora import BLOCKS_FILE
-from rlhf.tracking import write_video
+from rlhf.tracking import to_uint8, write_video
 from rlhf.video_set import Video
 
 SETTINGS_FILE = "generate.json"
@@ -109,7 +109,7 @@ def sample(pipe: ContentVPipeline, videos: list[Video], sampling: SamplingDefaul
     noise = [generator("video", video.seed, video.prompt) for video in videos]
     prompts = [video.prompt for video in videos]
     frames = pipe(prompts, generator=noise, output_type="pt", **sampling.call_arguments()).frames
-    return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return to_uint8(frames)
 
 
 def write_whole(path: Path, video_TCHW: torch.Tensor, fps: int) -> None:

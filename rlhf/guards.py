@@ -58,4 +58,5 @@ class Guard:
 
     @property
     def stop(self) -> bool:
+        """Whether the held-out gain has not risen for as long as the run has patience."""
         return self.patience > 0 and self.worse >= self.patience

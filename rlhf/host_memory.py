@@ -67,6 +67,7 @@ class Group:
         self.arrived = None  # an event of the other stream, once asked back
 
     def pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Kept":
+        """What autograd keeps in place of the tensor: small ones and parameters themselves."""
         size = tensor.numel() * tensor.element_size()
         if size < self.host.smallest_bytes or isinstance(tensor, torch.nn.Parameter):
             return tensor
@@ -77,6 +78,7 @@ class Group:
         return self.kept[-1]
 
     def unpack(self, kept: "torch.Tensor | _Kept") -> torch.Tensor:
+        """The tensor on the device; the group before this one is asked back, too."""
         if isinstance(kept, torch.Tensor):
             return kept
         self.ask_back()

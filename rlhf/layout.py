@@ -14,6 +14,8 @@ import torch.distributed as dist
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.exchange import Group, agreed
 
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -91,7 +93,7 @@ class Layout:
         every = self.accelerator.gather(tensor)
         return every.unflatten(0, (-1, len(tensor)))[:: self.sizes.guidance * self.sizes.sequence].flatten(0, 1)
 
-    def watch(self, transformer) -> None:
+    def watch(self, transformer: torch.nn.Module) -> None:
         """Take each of its calls as a sign that this process goes on."""
         if self.accelerator.num_processes > 1:
             tick = self.accelerator.lifeline.tick

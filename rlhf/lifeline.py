@@ -81,7 +81,7 @@ class Lifeline:
         except RuntimeError:  # the store's own process, the first one where no launcher keeps it
             stuck = f"Nothing has gone on in process {self.rank}, and the" if self._is_stuck() else "The"
             return f"{stuck} process that keeps the list of all, 0 unless a launcher does, is gone."
-        gone = [rank for rank in now if rank != self.rank and now[rank] == before[rank]]
+        gone = [rank for rank in now if rank != self.rank and now[rank] == before.get(rank)]
         if gone:
             return f"No sign of life from {self._named(gone, now)}: killed, stopped, or cut off."
         stuck = [word for word in now.values() if word["idle"] >= self.patience and not word["waits"]]

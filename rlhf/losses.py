@@ -5,10 +5,9 @@ import torch
 from rewards import RewardMix
 
 
-def reward_loss(scores_B: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss and its metrics: minus the mean score, so that descending the loss ascends the reward."""
-    loss = -scores_B.mean()
-    return loss, {"loss": loss.item()}
+def reward_loss(scores_B: torch.Tensor) -> torch.Tensor:
+    """Minus the mean score, 0-d, so that descending the loss ascends the reward."""
+    return -scores_B.mean()
 
 
 def score(

@@ -29,10 +29,12 @@ class MemoryPlan:
 
     @property
     def resident(self) -> int:
+        """All that is held."""
         return sum(self.held.values())
 
     @property
     def most(self) -> int:
+        """Held at the worst moment."""
         return self.resident + self.phases[self.worst]
 
     @property
@@ -132,6 +134,7 @@ def run_branches(args: RewardGradientConfig) -> int:
 
 
 def graded_branches(args: RewardGradientConfig) -> int:
+    """Branches of guidance that carry the gradient, of those that one process runs."""
     return run_branches(args) if args.guidance_gradient == "full" else 1
 
 

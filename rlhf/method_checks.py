@@ -1,4 +1,9 @@
-"""What the method of a run asks of the other settings."""
+"""What the method and the adapter of a run ask of the other settings and of the model."""
+
+import difflib
+from collections.abc import Iterator
+
+import torch
 
 from rlhf.config import RewardGradientConfig
 
@@ -15,13 +20,49 @@ METHODS = ("draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "r
 GUIDANCE_GRADIENTS = ("full", "text", "none", "distill")
 
 
-def method_problems(args: RewardGradientConfig, num_blocks: int):
-    """Problems of the method, guidance and drift; args has all sampling keys set. num_blocks: of the transformer."""
+def method_problems(args: RewardGradientConfig) -> Iterator[str]:
+    """Problems of the method, guidance and drift; args has all sampling keys set."""
     yield from _belonging(args)
     yield from _steps(args)
     yield from _drift(args)
     yield from _direct_align(args)
-    yield from _whole_blocks(args, num_blocks)
+
+
+def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[str]:
+    """Problems of what is to be trained. transformer: its config, of which one is made where modules are named."""
+    if args.weight_decay and (args.train_blocks or args.lora_use_dora):
+        yield (
+            f"weight_decay: got {args.weight_decay} with train_blocks or lora_use_dora, expected 0: it would pull the "
+            "model's own weights to 0; hold them with drift_weight instead"
+        )
+    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for layer, value in (getattr(args, name) or {}).items():
+            if value < 1:
+                yield f"{name}: got {value} for {layer!r}, expected at least 1; raise it"
+    if args.train_blocks or args.lora_target_modules:
+        yield from _named_modules(args, transformer)
+
+
+def _named_modules(args, transformer):
+    from rlhf.contentv.transformer import SD3Transformer3DModel  # seconds, for those alone who name modules
+
+    with torch.device("meta"):
+        model = SD3Transformer3DModel.from_config(transformer)
+    names = [name for name, _ in model.named_modules()]
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
+    ends |= {end.split(".", 1)[-1] for end in ends}
+    for block in args.train_blocks or []:
+        if block not in names:
+            last = len(model.transformer_blocks) - 1
+            whole = ", ".join(name for name, _ in model.named_children())
+            expected = f"expected transformer_blocks.0 to .{last}, or another module of {whole}"
+            yield f"train_blocks: got {block!r}, {expected}; correct it"
+    for target in args.lora_target_modules or []:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
+            cure = f"did you mean {near[0]!r}?" if near else "correct it"
+            yield f"lora_target_modules: got {target!r}, expected the end of a linear layer's name such as to_q; {cure}"
 
 
 def _belonging(args):
@@ -82,15 +123,3 @@ def _direct_align(args):
         )
     if args.relative_words is not None and len(args.relative_words) != 2:
         yield f"relative_words: got {args.relative_words}, expected two phrases, positive and negative; give both"
-
-
-def _whole_blocks(args, num_blocks):
-    if args.weight_decay and (args.train_blocks or args.lora_use_dora):
-        yield (
-            f"weight_decay: got {args.weight_decay} with train_blocks or lora_use_dora, expected 0: it would pull the "
-            "model's own weights to 0; hold them with drift_weight instead"
-        )
-    for block in args.train_blocks or []:
-        number = block.removeprefix("transformer_blocks.").split(".")[0]
-        if block.startswith("transformer_blocks.") and not (number.isdigit() and int(number) < num_blocks):
-            yield f"train_blocks: got {block!r}, expected transformer_blocks.0 to .{num_blocks - 1}; correct it"

@@ -52,6 +52,7 @@ class Base:
 
     @property
     def licence(self) -> str:
+        """The licence in words."""
         told = [self.header[key] for key in LICENCE_KEYS if self.header.get(key, "other") != "other"]
         return ", ".join(told) or "not known here: see where it comes from"
 

@@ -6,6 +6,7 @@ from rlhf.config import RewardGradientConfig
 
 
 def make_optimizer(vector: torch.Tensor, args: RewardGradientConfig) -> torch.optim.AdamW:
+    """AdamW of the vector of masters, as the settings say."""
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW([vector], betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True)
 

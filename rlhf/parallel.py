@@ -13,11 +13,11 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory, pick_device
+from rlhf.layout import RESTARTS, Layout
 from rlhf.lifeline import Lifeline
 
 LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for every process it starts
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 START = "start"  # a scheme of our own, beside env:// and tcp://
 LAST_RESORT = 10  # PyTorch's own timeout, in units of ours, which spares those who wait for one that goes on
 
@@ -102,11 +102,10 @@ def available_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def own_batches(count: int, size: int, layout) -> list[list[int]]:
+def own_batches(count: int, size: int, layout: Layout) -> list[list[int]]:
     """Which of `count` pieces of work are this process's, at most `size` at a time: neighbours, an equal share.
 
-    Who has less than others has fewer batches; empty ones in their place where all have to keep step. layout: a
-    `rlhf.layout.Layout`.
+    Who has less than others has fewer batches; empty ones in their place where all have to keep step.
     """
     share = math.ceil(count / layout.num_processes)
     own = list(range(count))[layout.process_index * share :][:share]

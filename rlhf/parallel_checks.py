@@ -1,10 +1,12 @@
 """What the settings about several processes ask of the others."""
 
+from collections.abc import Iterator
+
 from rlhf.config import RewardGradientConfig
 from rlhf.layout import Sizes, planned_processes, started_processes
 
 
-def parallel_problems(args: RewardGradientConfig):
+def parallel_problems(args: RewardGradientConfig) -> Iterator[str]:
     """args has all sampling keys set."""
     processes = started_processes()
     if args.guidance_parallel not in (1, 2):

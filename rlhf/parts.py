@@ -83,6 +83,7 @@ class Parts:
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
+        """Frozen, without storage."""
         with torch.device("meta"):
             return AutoencoderKLWan.from_config(self.card["vae"]).requires_grad_(False).eval()
 
@@ -209,7 +210,7 @@ def trace_part(
 
 
 def trace_transformer(
-    model,
+    model: SD3Transformer3DModel,
     shape: tuple,
     text_tokens: int,
     speed: Speed | None = None,
@@ -238,7 +239,9 @@ def trace_transformer(
     return trace_part(velocity, make(shape), with_gradient, model, of_input=of_latents)
 
 
-def trace_decoder(vae, shape: tuple, frames: int, args: RewardGradientConfig, with_gradient: bool = True) -> Part:
+def trace_decoder(
+    vae: AutoencoderKLWan, shape: tuple, frames: int, args: RewardGradientConfig, with_gradient: bool = True
+) -> Part:
     """frames: leading ones that are wanted; shape as above."""
     caches = Elsewhere() if args.decode_caches == "host" else args.decode_caches
     window = min(args.decode_window or frames, frames) if with_gradient else frames

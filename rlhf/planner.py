@@ -70,11 +70,13 @@ class Planner:
         self.rewards = plan_rewards(self.parts, args)
 
     def plan(self, changes: dict | None = None) -> Plan:
+        """The run with these settings changed: memory and seconds."""
         args = dataclasses.replace(self.args, **changes or {})
         rewards = plan_rewards(self.parts, args)
         return Plan(changes or {}, self.memory(changes or {}), plan_time(self.parts, args, rewards, self.rates))
 
     def memory(self, changes: dict) -> MemoryPlan:
+        """Its memory alone, which is quicker."""
         args = dataclasses.replace(self.args, **changes)
         return plan_memory(self.parts, args, plan_rewards(self.parts, args), self.encoding)
 
@@ -120,8 +122,6 @@ class Planner:
         """Whether the run could make them, and has not done so already."""
         bits = changes.get("base_bits")
         if bits and (missing_library(bits) or not self._makes_sense(vars(self.args) | changes)):
-            return False
-        if changes.get("guidance_gradient") and self.args.guidance_gradient != "full":
             return False
         return any(getattr(self.args, name) != value for name, value in changes.items())
 

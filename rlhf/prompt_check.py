@@ -59,6 +59,7 @@ def close_pairs(sets: list[list[str]], near: float = NEAR) -> list[Pair]:
 
 
 def main(argv: list[str]) -> int:
+    """The command. Returns 0 if nothing is too close, 1 if something is, 2 for files that cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m rlhf.prompt_check", description=__doc__)
     parser.add_argument("files", nargs="+", help="prompt files, one prompt a line")
     parser.add_argument("--near", type=float, default=NEAR, help=f"share of common words that is too much ({NEAR})")

@@ -1,6 +1,6 @@
 """Prompts: where they come from and in which order they are trained on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,12 +44,17 @@ def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
 
 
 def as_prompts(dataset: Iterable) -> list[str]:
-    """Prompts of a list of strings, or of anything that yields rows with a "prompt" (a `datasets.Dataset`, dicts)."""
-    prompts = [row if isinstance(row, str) else row["prompt"] for row in dataset]
-    wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+    """Prompts of a list of strings, or of anything that yields rows with a "prompt" (a `datasets.Dataset`, dicts).
+
+    Raises ConfigError for no rows, and for others than these.
+    """
+    rows = [] if isinstance(dataset, str) else list(dataset)
+    prompts = [row.get("prompt") if isinstance(row, Mapping) else row for row in rows]
+    wrong = next((row for row, prompt in zip(rows, prompts, strict=True) if not isinstance(prompt, str)), None)
     if not prompts or wrong is not None:
-        got = "no rows" if not prompts else f"a prompt of type {type(wrong).__name__}"
-        raise ConfigError([f"dataset: got {got}, expected strings or rows with a 'prompt'; pass at least one prompt"])
+        got = f"the row {wrong!r}" if prompts else f"the string {dataset!r}" if isinstance(dataset, str) else "no rows"
+        expected = "expected strings or rows with a 'prompt'; pass a list of at least one prompt"
+        raise ConfigError([f"dataset: got {got}, {expected}"])
     return prompts
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-def quantise_base(transformer, bits: int, device: torch.device) -> str:
+def quantise_base(transformer: torch.nn.Module, bits: int, device: torch.device) -> str:
     """Replace the frozen linear layers of all blocks, in place, after the adapter was added. The library that did it.
 
     One layer after the other is moved to the device and rounded there, so that the whole base is never on it.
@@ -88,18 +88,3 @@ _LIBRARIES = {
     8: {"torchao": _torchao_8, "bitsandbytes": _bitsandbytes_8},
     4: {"bitsandbytes": _bitsandbytes_4},
 }
-
-
-def held_bytes(module: nn.Module) -> int:
-    """What the parameters of a module take, those of quantised layers as they are stored."""
-    sizes = {}
-    for p in module.parameters():
-        for part in _parts(p):
-            storage = part.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
-
-
-def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
-    return [part for name in names for part in _parts(getattr(tensor, name))] or [tensor.data]

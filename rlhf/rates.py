@@ -44,6 +44,7 @@ class Rates:
         return self.between or self.link or self.bytes
 
     def to_dict(self) -> dict:
+        """As a dict, for JSON."""
         return asdict(self)
 
     def seconds(self, operation: Operation) -> float:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf.checkpoint import find_checkpoint, last_whole, read_state
+from rlhf.checkpoint import checkpoints, find_checkpoint, last_whole, read_state
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.parallel import RESTARTS
+from rlhf.layout import RESTARTS
 from rlhf.run_folder import run_in
 
+OF_A_START = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
 FIXED_ON_RESUME = (
     "model",
     "lora_rank",
@@ -37,13 +39,28 @@ def going_on(args: RewardGradientConfig) -> RewardGradientConfig:
     return dataclasses.replace(args, resume_from_checkpoint=None, overwrite_output_dir=run_in(folder))
 
 
-def resume_problems(args: RewardGradientConfig):
+def told_of_resuming(path: Path, saved: dict, args: RewardGradientConfig) -> str:
+    """A line for whoever goes on from a checkpoint: where the run stands, and which settings are no longer the same."""
+    step, last = saved["step"], args.max_steps
+    told = f"Going on from {path}, step {step} of {last}"
+    told += "; no step is left, max_steps says how many the whole run has" if step >= last else ""
+    now = dataclasses.asdict(args)
+    before = {name: value for name, value in saved["settings"].items() if name in now and name not in OF_A_START}
+    changed = [f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if value != now[name]]
+    return f"{told}. Other settings than before: {', '.join(changed)}." if changed else f"{told}."
+
+
+def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     """What is wrong with the checkpoint that is to be gone on from."""
     try:
         path = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)  # the run will say more
     except ConfigError as error:
         yield from error.problems
         return
+    own = Path(args.output_dir) / "checkpoints"
+    if path.resolve().parent != own.resolve() and checkpoints(own):
+        expected = f"expected a new folder, or that of {path}"
+        yield f"output_dir={args.output_dir}: got a run with checkpoints of its own, {expected}; choose another"
     saved = read_state(path)["settings"]
     for name in FIXED_ON_RESUME:
         if name in saved and saved[name] != getattr(args, name):

@@ -34,7 +34,8 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
     if not trained:
         yield "reward_funcs: got none, expected at least one reward; name one"
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
-        yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; leave one out"
+        cure = "leave one out; --eval_reward_funcs names other judges than the config"
+        yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; {cure}"
     weights = args.reward_weights
     if weights is not None and len(weights) != len(trained):
         yield f"reward_weights: got {len(weights)}, expected {len(trained)}, one for each of reward_funcs; correct them"

@@ -12,8 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import linear
 
+from rlhf.config import ConfigError
+
 FLOAT8 = torch.float8_e4m3fn
-FORMATS = ("base", "float8")
+FORMATS = ("merged", "float8")
 
 
 class SamplingCopy:
@@ -21,11 +23,11 @@ class SamplingCopy:
 
     Args:
         transformer: with the adapter, on its device; frozen but for the adapter.
-        weights: "base", the format of the transformer; or "float8": the blocks' attention and feed-forward layers
+        weights: "merged", in the format of the transformer; or "float8": the blocks' attention and feed-forward layers
             multiply in float8, with a scale for each token and each output. The device must have such products.
     """
 
-    def __init__(self, transformer, weights: str = "base"):
+    def __init__(self, transformer: nn.Module, weights: str = "merged"):
         if weights not in FORMATS:
             raise ValueError(f"weights={weights!r}, expected {' or '.join(FORMATS)}; choose one of these")
         if weights == "float8":
@@ -65,6 +67,7 @@ class MergedLinear(nn.Module):
         self.register_buffer("weight", torch.empty_like(base.weight))
 
     def set_weight(self, weight: torch.Tensor) -> None:
+        """Take a float32 weight, rounded to the own format."""
         self.weight.copy_(weight)
 
     def forward(self, x):
@@ -81,6 +84,7 @@ class Float8Linear(nn.Module):
         self.register_buffer("scale", torch.empty(1, base.out_features, device=base.weight.device))
 
     def set_weight(self, weight: torch.Tensor) -> None:
+        """Take a float32 weight, rounded to float8 with a scale for each output."""
         rounded, scale = to_float8(weight)
         self.weight.copy_(rounded)
         self.scale.copy_(scale.T)
@@ -99,15 +103,13 @@ def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def require_float8(device: torch.device) -> None:
-    """ValueError where the device has no products of rows scaled in float8."""
+    """Raise ConfigError where the device has no products of rows scaled in float8."""
     rows, scale = to_float8(torch.ones(16, 16, device=device))
     try:
         torch._scaled_mm(rows, rows.t(), scale, scale.T, out_dtype=torch.bfloat16)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise ValueError(
-            f"float8 sampling on {device}, which has no float8 products ({str(error).splitlines()[0]}); "
-            "use a device that has, or sampling_weights base"
-        ) from error
+        got = f"sampling_weights: got float8 on {device}, which has no float8 products ({str(error).splitlines()[0]})"
+        raise ConfigError([f"{got}; use a device that has, or sampling_weights merged"]) from error
 
 
 def merged_weight(layer: nn.Module) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from peft import PeftConfig
@@ -15,6 +16,7 @@ from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.layout import Layout
 from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
+from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
@@ -33,7 +35,7 @@ class Inputs:
 
 
 def checked_inputs(
-    model: str | ContentVPipeline | None,
+    model: str | Path | ContentVPipeline | None,
     reward_funcs: str | Callable | list[str | Callable] | None,
     args: RewardGradientConfig | None,
     train_dataset: Iterable | None,
@@ -41,8 +43,9 @@ def checked_inputs(
 ) -> Inputs:
     """Raises ConfigError, with everything that is wrong at once."""
     args = args or RewardGradientConfig()
-    args = dataclasses.replace(args, model=model if isinstance(model, str) else args.model)
-    pipe = None if model is None or isinstance(model, str) else model
+    named = isinstance(model, str | Path)
+    args = dataclasses.replace(args, model=str(model) if named else args.model)
+    pipe = None if named else model
     rewards = args.reward_funcs if reward_funcs is None else reward_funcs
     rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
     args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
@@ -95,6 +98,8 @@ def adapt(
 
 def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
     """The model that args name, on the device; on the CPU where its weights shall never be there all at once."""
+    if args.sampling_weights == "float8":
+        require_float8(device)  # before the model is loaded
     one_by_one = args.stream_weights or args.base_bits or args.shard_base
     return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
 
@@ -107,7 +112,7 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
 
 
 def encode_and_release(
-    pipe: ContentVPipeline, prompts: list[str], args, device: torch.device, release: bool
+    pipe: ContentVPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
 ) -> PromptCache | None:
     """Embed the prompts, None for none of them (a finished run that is resumed); the encoders may leave the device."""
     text = None

@@ -14,7 +14,7 @@ from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.shards import Shards
 
 
-def shard_base(transformer, device: torch.device) -> None:
+def shard_base(transformer: torch.nn.Module, device: torch.device) -> None:
     """Divide all frozen parameters, block by block, so that one block at a time is whole on the device.
 
     Afterwards the transformer must not be moved or copied, and all processes have to run it equally often.
@@ -43,6 +43,7 @@ class ShardedRunner:
         self.runner, self.recompute = runner, runner.recompute
 
     def over(self, shards: Shards) -> "ShardedRunner":
+        """The same runner for tokens that are divided over processes."""
         return ShardedRunner(self.runner.over(shards))
 
     def __call__(self, block, *inputs):

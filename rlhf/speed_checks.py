@@ -1,14 +1,15 @@
 """What the settings about speed and memory ask of each other."""
 
+from collections.abc import Iterator
+
 from rlhf.attention import KERNELS
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.wan_decoder import CACHES
 from rlhf.measured import RATES
 from rlhf.quantise import missing_library
 
 CHOICES = {
     "attention_kernel": ("auto", "default", *KERNELS),
-    "decode_caches": (*CACHES, "host"),
+    "decode_caches": ("keep", "recompute", "host"),
     "base_bits": (None, 8, 4),
     "vae_dtype": ("float32", "bfloat16"),
     "sampling_weights": ("own", "merged", "float8"),
@@ -19,7 +20,7 @@ OF_RECOMPUTED_BLOCKS = ("keep_attention", "offload_activations", "stream_weights
 ENDING, FIXED = ("draft_k", "draft_lv", "alignprop", "refl"), ("draft_k", "draft_lv")
 
 
-def speed_problems(args: RewardGradientConfig):
+def speed_problems(args: RewardGradientConfig) -> Iterator[str]:
     """args has all sampling keys set."""
     for name, choices in CHOICES.items():
         if (value := getattr(args, name)) not in choices:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 
-def stream_blocks(transformer, device: torch.device) -> "WeightStream":
+def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "WeightStream":
     """The transformer's blocks as a stream; all the rest of it, and what is trained, is moved to the device.
 
     Afterwards the transformer must not be moved.

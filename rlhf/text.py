@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
+from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.types import Conditioning
 
 ENCODE_BATCH = 16
@@ -28,7 +29,9 @@ class PromptCache:
 
 
 @torch.no_grad()
-def encode_prompts(pipe, prompts: Iterable[str], negative_prompt: str, max_sequence_length: int) -> PromptCache:
+def encode_prompts(
+    pipe: ContentVPipeline, prompts: Iterable[str], negative_prompt: str, max_sequence_length: int
+) -> PromptCache:
     """Encode each different prompt once, with `pipe.encode_prompt`, in the dtype of the encoders.
 
     All batches are of one size, for the rounding of products depends on it, and a resumed run, which encodes only the

@@ -40,6 +40,7 @@ class TimePlan:
 
     @property
     def total(self) -> float:
+        """Of all parts."""
         return sum(self.parts.values())
 
 

@@ -225,6 +225,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def use_fused_norms(transformer: nn.Module) -> None:
+    """Have the norms of query and key count as one kernel each, in place."""
     for module in transformer.modules():
         if isinstance(module, QueryKeyNorm):
             module.__class__ = _Norm
@@ -237,6 +238,7 @@ class Elsewhere(HostMemory):
         super().__init__("cpu", smallest_bytes)
 
     def group(self) -> "_Group":
+        """A new group, after all those before."""
         group = _Group(self.smallest_bytes, self.last)
         self.last = weakref.ref(group)
         return group

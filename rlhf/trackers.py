@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from rlhf.config import RewardGradientConfig
@@ -17,7 +18,7 @@ GIF_SIDE, GIF_RATE = 320, 12  # pixels of the longer side, frames a second: at m
 
 
 @contextmanager
-def tracked(accelerator, args: RewardGradientConfig) -> Iterator[None]:
+def tracked(accelerator: Accelerator, args: RewardGradientConfig) -> Iterator[None]:
     """Inside, the trackers that args name run, as `accelerator.trackers`."""
     if args.report_to:
         accelerator.init_trackers(PROJECT, config=_plain(args))
@@ -60,7 +61,7 @@ class Clip:
         return file.getvalue()
 
 
-def show(accelerator, step: int, clips: list[Clip]) -> None:
+def show(accelerator: Accelerator, step: int, clips: list[Clip]) -> None:
     """Show sample videos in those of its trackers that can; the others have the metrics, and samples/ the files."""
     for tracker in accelerator.trackers:
         if tracker.name in SHOWN_BY and clips:

@@ -17,6 +17,7 @@ from rlhf.device import peak_memory, reset_peak_memory
 from rlhf.figures import contact_sheet, plot_curves
 from rlhf.run_folder import METRICS
 from rlhf.trackers import Clip
+from rlhf.video_set import unbroken
 
 COST = ("seconds", "memory_gib")  # what differs between the metrics of two equal runs
 
@@ -29,6 +30,7 @@ class Cost:
         reset_peak_memory(device)
 
     def so_far(self) -> dict[str, float]:
+        """By the names in `COST`: seconds and GiB until now."""
         return dict(zip(COST, (time.perf_counter() - self.began, peak_memory(self.device) / 2**30), strict=True))
 
 
@@ -39,7 +41,7 @@ class RunLog:
         self.accelerator, self.folder = accelerator, Path(args.output_dir)
         self.is_main = accelerator.is_main_process
         if self.is_main:
-            keep_rows(self.folder / METRICS, before_step=first_step)
+            keep_rows(self.folder, before_step=first_step)
         self.bar = tqdm(
             total=args.max_steps, initial=first_step, desc="train", unit="step", disable=not self.is_main, smoothing=0.1
         )
@@ -69,17 +71,18 @@ class RunLog:
         self.bar.close()
 
 
-def keep_rows(path: Path, before_step: int) -> None:
+def keep_rows(folder: Path, before_step: int) -> None:
     """Drop the rows after a checkpoint's step, which a resumed run writes anew, and a half-written last one."""
-    if path.exists():
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        lines = [line for line in whole if json.loads(line)["step"] <= before_step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+    if (path := folder / METRICS).exists():
+        rows = [row for row in read_metrics(folder) if row["step"] <= before_step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl, one an optimizer step."""
-    return [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
+    """The rows of metrics.jsonl, one an optimizer step; none without the file, nor a last one that was half written."""
+    path = Path(folder) / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class EvaluationBar:
@@ -106,9 +109,14 @@ def write_samples(folder: Path, step: int, prompts: list[str], videos_NCTHW: tor
     clips = [Clip(target / f"{i:02d}.mp4", prompt, video, fps) for i, (prompt, video) in pairs]
     for clip in clips:
         write_video(clip.path, clip.video_CTHW, fps)
-    lines = [f"{clip.path.stem}\t{clip.prompt}\n" for clip in clips]
+    lines = [f"{clip.path.stem}\t{unbroken(clip.prompt)}\n" for clip in clips]
     (target / "prompts.txt").write_text("".join(lines), encoding="utf-8")
     return clips
+
+
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """[0, 1] to 0 .. 255, rounded, on the CPU."""
+    return (video.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
 
 
 def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
@@ -119,13 +127,17 @@ def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
     export_to_video(frames, str(path), fps=fps, quality=8)
 
 
-def write_results(folder: Path, summary: dict, prompts: list[str], before_NCTHW, after_NCTHW) -> None:
-    """Write summary.json, curves.png and contact_sheet.png (of uint8 videos), and print the table."""
+def write_results(
+    folder: Path, summary: dict, prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: torch.Tensor
+) -> None:
+    """Write summary.json, curves.png and, of uint8 videos if there are some, contact_sheet.png; print the table."""
+    sheet, shown = folder / "contact_sheet.png", len(before_NCTHW) and len(after_NCTHW)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curves(read_metrics(folder), folder / "curves.png")
-    contact_sheet(prompts, before_NCTHW, after_NCTHW, folder / "contact_sheet.png")
+    if shown:
+        contact_sheet(prompts, before_NCTHW, after_NCTHW, sheet)
     print(f"\n{len(prompts)} held-out prompts, the same noise before and after\n\n{table(summary)}\n")
-    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {folder / 'contact_sheet.png'}")
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {folder / 'report.html'}")
 
 
 def table(summary: dict) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.parse import CONFIGS, parse_config
 
-EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130  # the last is what a shell says of Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args: RewardGradientConfig) -> int:
+    """Print the resolved settings and what they need; returns the exit status."""
     from rlhf.planner import describe
 
     if os.environ.get("RANK", "0") == "0":  # one of those that were started is enough
@@ -39,6 +40,7 @@ def dry_run(args: RewardGradientConfig) -> int:
 
 
 def train(args: RewardGradientConfig) -> int:
+    """Train as checked settings say, told in a paragraph what went wrong; returns the exit status."""
     from rewards import RewardError
     from rlhf.checks import open_rewards
 
@@ -69,8 +71,7 @@ def train(args: RewardGradientConfig) -> int:
 
 
 def _resume_hint(args: RewardGradientConfig, last_whole) -> str:
-    saved = last_whole(Path(args.output_dir) / "checkpoints")
-    if saved is None:
+    if (saved := last_whole(Path(args.output_dir) / "checkpoints")) is None:
         return ""
     # The last flag of a kind counts, so that those given may stay.
     flags = ["--overwrite_output_dir", "false"] * args.overwrite_output_dir + ["--resume_from_checkpoint", "latest"]

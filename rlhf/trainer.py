@@ -38,6 +38,7 @@ from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
 from rlhf.prefix import PrefixBuffer
 from rlhf.report import reported
+from rlhf.restarts import told_of_resuming
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
 from rlhf.setup import adapt, checked_inputs, encode_and_release, latent_shape, load_base, load_prompt_sets, mix_rewards
@@ -67,7 +68,7 @@ class RewardGradientTrainer:
 
     def __init__(
         self,
-        model: str | ContentVPipeline | None = None,
+        model: str | Path | ContentVPipeline | None = None,
         reward_funcs: str | Callable | list[str | Callable] | None = None,
         args: RewardGradientConfig | None = None,
         train_dataset: Iterable | None = None,
@@ -136,6 +137,7 @@ class RewardGradientTrainer:
                     save_adapter(self.pipe, self.masters, self.folder / "adapter")
                 if self.watch:
                     return self.watch.finish(done, started)
+        self.accelerator.print(f"Nothing was evaluated. The adapter: {self.folder / 'adapter'}")
         return {"seconds": time.perf_counter() - started, "steps": done}
 
     def _begin(self) -> tuple[int, dict]:
@@ -147,6 +149,8 @@ class RewardGradientTrainer:
         if accelerator.is_main_process:
             start_run_folder(args)
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
+        if resumed:
+            accelerator.print(told_of_resuming(resumed, saved, args))
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
         self.batches.go_on_from(first, saved.get("samples"))
@@ -193,7 +197,7 @@ class RewardGradientTrainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step on `samples_per_step` videos; returns its metrics. step counts from 0."""
         cost, args = Cost(self.device), self.args
-        self.failure: RewardError | None = None
+        self.failure, self.last_batch = None, None
         self.plan = make_plan(args, self.sigmas, generator("method", args.seed, step))
         gradient = self._anchor_gradient if due(step + 1, args.anchor_steps) else self._reward_gradient
         columns = [gradient(step, micro) for micro in range(args.gradient_accumulation_steps)]
@@ -234,7 +238,7 @@ class RewardGradientTrainer:
             video = self.decode(self.layout.agreed(sample.latents), step)
             self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
             scores_B, raw = self._score(video, *self.last_batch[1:], sample.penalty)
-            loss, _ = reward_loss(scores_B)
+            loss = reward_loss(scores_B)
             self._back_propagate(loss / plan.num_samples)
             losses.append(loss.detach())
             scores = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}

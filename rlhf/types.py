@@ -26,17 +26,5 @@ class Conditioning:
 
     def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
         """Move or cast every tensor, as `torch.Tensor.to` does."""
-        return self._map(lambda x: x.to(*args, **kwargs))
-
-    def __getitem__(self, index) -> "Conditioning":
-        """Select along the batch: a slice, a list or an index tensor."""
-        return self._map(lambda x: x[index])
-
-    @property
-    def batch_size(self) -> int:
-        """B, the number of prompts."""
-        return self.prompt_embeds_BLD.shape[0]
-
-    def _map(self, function) -> "Conditioning":
         values = (getattr(self, f.name) for f in fields(self))
-        return Conditioning(*(None if v is None else function(v) for v in values))
+        return Conditioning(*(None if v is None else v.to(*args, **kwargs) for v in values))

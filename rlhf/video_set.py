@@ -53,6 +53,11 @@ def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
     return videos
 
 
+def unbroken(prompt: str) -> str:
+    """The prompt as prompts.txt has it."""
+    return " ".join(prompt.splitlines())
+
+
 def require_files(videos: list[Video]) -> None:
     """Raise ValueError if some are not there."""
     absent = [video.path for video in videos if not video.path.is_file()]

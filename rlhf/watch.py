@@ -30,6 +30,7 @@ class Watch:
         self.args, self.folder = held_out.args, held_out.folder
         self.guard = Guard.of(self.args)
         self.is_main = held_out.layout.is_main_process
+        self.latest: tuple[int, Evaluation] | None = None  # of the current adapter after so many steps
 
     def begin(self, make_base_videos: MakeVideos, first: int, saved: dict | None) -> None:
         """Evaluate the base, or read its evaluation again for a run that goes on from step `first`, as `saved` then."""
@@ -47,6 +48,7 @@ class Watch:
         with self.masters.averaged():
             if asked or due(done, args.eval_steps):
                 evaluation = self.held_out.evaluate(f"step {done}", done)
+                self.latest = done, evaluation
                 found = self._gains(evaluation)
                 if self.guard and self.guard.is_best(done, found):
                     self._keep_best()
@@ -76,10 +78,12 @@ class Watch:
         vector = torch.empty_like(self.masters.vector, requires_grad=False)
         load_vector(self._best / MASTERS_FILE, self.masters, vector)
         self.masters.set(vector)
+        self.latest = None
 
     def finish(self, done: int, started: float) -> dict:
         """Evaluate the current adapter as the run's result and write what a person looks at. The summary."""
-        tuned = self.held_out.evaluate("tuned", done)
+        known = self.latest is not None and self.latest[0] == done
+        tuned = self.latest[1] if known else self.held_out.evaluate("tuned", done)
         found, seconds = self._gains(tuned), time.perf_counter() - started
         self._metrics(tuned, found)
         summary = summarise(self.base, tuned, list(self.trained), seconds, done) | found

@@ -3,7 +3,6 @@
 $CHROMIUM names the program; else chromium or google-chrome is looked for.
 """
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -81,9 +80,6 @@ class Chromium:
         for kind in ("keyDown", "keyUp"):
             more = {"text": text} if text and kind == "keyDown" else {}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **more)
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def call(self, method: str, **parameters) -> dict:
         self.number += 1

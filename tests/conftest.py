@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from problem import Problem, keep_float64
+from report_runs import encoded, finished, started  # noqa: F401 - fixtures
 from tiny import tiny_pipeline, tiny_transformer, tiny_vae
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory
 from rlhf.tracking import COST, read_metrics
 
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # whose files find each other; last: it has a rewards.py
 torch.set_num_threads(1)  # tiny models are slower on more
 keep_freed_memory()
 
@@ -21,9 +23,8 @@ keep_freed_memory()
 @pytest.fixture(autouse=True)
 def _no_report(request, monkeypatch):
     """Runs that take a second leave no report, which takes as long; tests ask for it by `real_report`."""
-    report = sys.modules.get("rlhf.report")
-    if report and "real_report" not in request.fixturenames:
-        monkeypatch.setattr(report, "finish_report", lambda folder, ended_by=None: None)
+    if "real_report" not in request.fixturenames:
+        monkeypatch.setattr("rlhf.report.finish_report", lambda folder, ended_by=None: None)
 
 
 @pytest.fixture

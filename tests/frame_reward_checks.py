@@ -92,6 +92,7 @@ def evaluation_under_inference_mode_does_not_spoil_training(make):
     with torch.inference_mode():
         reward(video, PROMPTS)
     reward(video.requires_grad_(), PROMPTS).sum().backward()
+    assert all(gradient.abs().sum() > 0 for gradient in video.grad)
 
 
 def it_is_frozen_and_stays_in_evaluation_mode(make):

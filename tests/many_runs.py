@@ -123,7 +123,7 @@ def train(output: Path, own: dict) -> None:
 
 def bench(arguments: list[str]) -> None:
     """bench/scale.py, as torchrun starts it."""
-    from test_bench_rewards import script
+    from scripts import script
 
     torch.set_num_threads(1)
-    script("scale").main(arguments)
+    script("bench/scale.py").main(arguments)

@@ -46,76 +46,87 @@ def expected_shapes(sizes: dict) -> dict[str, tuple[int, ...]]:
 def transformer_forward(w: dict, sizes: dict, latents, text, pooled, timestep):
     """Velocity (B, C, T, H, W). `w` is the state dict, timestep is (B,) in [0, 1000]."""
     B, C, T, H, W = latents.shape
-    p, heads = sizes["patch_size"], sizes["num_attention_heads"]
+    p, c_out = sizes["patch_size"], sizes["out_channels"]
     rows, columns = H // p, W // p
-
-    def linear(name, x):
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    def normalise(x):
-        return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, correction=0, keepdim=True) + 1e-6)
-
-    def split_heads(x, norm=None):
-        x = x.reshape(B, -1, heads, x.shape[-1] // heads).transpose(1, 2)
-        if norm is not None:
-            x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w[f"{norm}.weight"]
-        return x
-
-    def feed_forward(name, x):
-        x = linear(f"{name}.net.0.proj", x)
-        gelu = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-        return linear(f"{name}.net.2", gelu)
 
     # Patches of p x p pixels of all channels, through the convolution seen as one matrix; plus the position table.
     patches = latents.reshape(B, C, T, rows, p, columns, p).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, -1, C * p * p)
     kernel = w["pos_embed.proj.weight"].reshape(-1, C * p * p)
     video = patches @ kernel.T + w["pos_embed.proj.bias"] + position_table(T, rows, columns, len(kernel)).to(latents)
-    text = linear("context_embedder", text)
+    text = linear(w, "context_embedder", text)
+    condition = condition_vector(w, pooled, timestep)
+    for i in range(sizes["num_layers"]):
+        is_last = i == sizes["num_layers"] - 1
+        video, text = block(w, f"transformer_blocks.{i}", is_last, sizes["num_attention_heads"], video, text, condition)
 
-    # Condition vector: 256 cosines and sines of the timestep, and the pooled text, each through a two-layer network.
+    scale, shift = linear(w, "norm_out.linear", condition).chunk(2, -1)
+    patches = linear(w, "proj_out", normalise(video) * (1 + scale) + shift)
+    return patches.reshape(B, T, rows, columns, p, p, c_out).permute(0, 6, 1, 2, 4, 3, 5).reshape(B, c_out, T, H, W)
+
+
+def condition_vector(w, pooled, timestep):
+    """256 cosines and sines of the timestep, and the pooled text, each through a two-layer network."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
     angles = timestep[:, None].float() * frequencies
     time = torch.cat([angles.cos(), angles.sin()], -1).to(pooled)
     embedder = "time_text_embed.timestep_embedder"
-    condition = linear(f"{embedder}.linear_2", F.silu(linear(f"{embedder}.linear_1", time)))
+    condition = linear(w, f"{embedder}.linear_2", F.silu(linear(w, f"{embedder}.linear_1", time)))
     embedder = "time_text_embed.text_embedder"
-    condition = condition + linear(f"{embedder}.linear_2", F.silu(linear(f"{embedder}.linear_1", pooled)))
-    condition = F.silu(condition)[:, None]
+    condition = condition + linear(w, f"{embedder}.linear_2", F.silu(linear(w, f"{embedder}.linear_1", pooled)))
+    return F.silu(condition)[:, None]
 
-    for i in range(sizes["num_layers"]):
-        block, is_last = f"transformer_blocks.{i}", i == sizes["num_layers"] - 1
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = linear(f"{block}.norm1.linear", condition).chunk(6, -1)
-        v = normalise(video) * (1 + scale) + shift
-        if is_last:
-            t_scale, t_shift = linear(f"{block}.norm1_context.linear", condition).chunk(2, -1)
-        else:
-            t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = linear(
-                f"{block}.norm1_context.linear", condition
-            ).chunk(6, -1)
-        t = normalise(text) * (1 + t_scale) + t_shift
 
-        a = f"{block}.attn"
-        q = split_heads(linear(f"{a}.to_q", v), f"{a}.norm_q")
-        k = split_heads(linear(f"{a}.to_k", v), f"{a}.norm_k")
-        q_text = split_heads(linear(f"{a}.add_q_proj", t), f"{a}.norm_added_q")
-        k_text = split_heads(linear(f"{a}.add_k_proj", t), f"{a}.norm_added_k")
-        values = torch.cat([split_heads(linear(f"{a}.to_v", v)), split_heads(linear(f"{a}.add_v_proj", t))], 2)
-        q, k = torch.cat([q, q_text], 2), torch.cat([k, k_text], 2)
-        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
-        mixed = (weights @ values).transpose(1, 2).flatten(2)
-        v_mixed, t_mixed = mixed[:, : video.shape[1]], mixed[:, video.shape[1] :]
+def block(w, name, is_last, heads, video, text, condition):
+    """One layer. The last one's text goes into the attention and is done with."""
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = linear(w, f"{name}.norm1.linear", condition).chunk(6, -1)
+    v = normalise(video) * (1 + scale) + shift
+    of_text = linear(w, f"{name}.norm1_context.linear", condition)
+    if is_last:
+        t_scale, t_shift = of_text.chunk(2, -1)
+    else:
+        t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = of_text.chunk(6, -1)
+    t = normalise(text) * (1 + t_scale) + t_shift
+    v_mixed, t_mixed = attend(w, f"{name}.attn", heads, v, t)
 
-        video = video + gate * linear(f"{a}.to_out.0", v_mixed)
-        video = video + ff_gate * feed_forward(f"{block}.ff", normalise(video) * (1 + ff_scale) + ff_shift)
-        if not is_last:
-            text = text + t_gate * linear(f"{a}.to_add_out", t_mixed)
-            t = normalise(text) * (1 + t_ff_scale) + t_ff_shift
-            text = text + t_ff_gate * feed_forward(f"{block}.ff_context", t)
+    video = video + gate * linear(w, f"{name}.attn.to_out.0", v_mixed)
+    video = video + ff_gate * feed_forward(w, f"{name}.ff", normalise(video) * (1 + ff_scale) + ff_shift)
+    if not is_last:
+        text = text + t_gate * linear(w, f"{name}.attn.to_add_out", t_mixed)
+        t = normalise(text) * (1 + t_ff_scale) + t_ff_shift
+        text = text + t_ff_gate * feed_forward(w, f"{name}.ff_context", t)
+    return video, text
 
-    scale, shift = linear("norm_out.linear", condition).chunk(2, -1)
-    patches = linear("proj_out", normalise(video) * (1 + scale) + shift)
-    patches = patches.reshape(B, T, rows, columns, p, p, sizes["out_channels"])
-    return patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, sizes["out_channels"], T, H, W)
+
+def attend(w, name, heads, v, t):
+    """Attention among video and text tokens together, each with projections of its own."""
+
+    def split_heads(layer, x, norm=None):
+        x = linear(w, f"{name}.{layer}", x)
+        x = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+        if norm is not None:
+            x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w[f"{name}.{norm}.weight"]
+        return x
+
+    q = torch.cat([split_heads("to_q", v, "norm_q"), split_heads("add_q_proj", t, "norm_added_q")], 2)
+    k = torch.cat([split_heads("to_k", v, "norm_k"), split_heads("add_k_proj", t, "norm_added_k")], 2)
+    values = torch.cat([split_heads("to_v", v), split_heads("add_v_proj", t)], 2)
+    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
+    mixed = (weights @ values).transpose(1, 2).flatten(2)
+    return mixed[:, : v.shape[1]], mixed[:, v.shape[1] :]
+
+
+def feed_forward(w, name, x):
+    x = linear(w, f"{name}.net.0.proj", x)
+    gelu = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return linear(w, f"{name}.net.2", gelu)
+
+
+def linear(w, name, x):
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def normalise(x):
+    return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, correction=0, keepdim=True) + 1e-6)
 
 
 def position_table(frames: int, rows: int, columns: int, width: int) -> torch.Tensor:

@@ -7,8 +7,9 @@ from conftest import PROMPTS, redness
 from tiny import tiny_pipeline
 
 import rlhf.checkpoint
-from rlhf.checkpoint import EXIT_INTERRUPTED, TrainingInterrupted
+from rlhf.checkpoint import TrainingInterrupted
 from rlhf.parse import parse_config
+from rlhf.train import EXIT_INTERRUPTED
 from rlhf.trainer import RewardGradientTrainer
 
 if __name__ == "__main__":

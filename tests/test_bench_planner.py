@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from test_bench_rewards import script
+from scripts import script
 
-bench, scale, package, tables = script("planner"), script("planner_scale"), script("package"), script("tables")
+bench, scale = script("bench/planner.py"), script("bench/planner_scale.py")
+package, tables = script("bench/package.py"), script("bench/tables.py")
 ARMS = ["rates", "nano, batch 16, K = 1", "8B, 17 frames, blocks recomputed"]
 PHASES = [
     "sampling",

@@ -1,27 +1,12 @@
 """The benchmark of the rewards and the tables made of it: on a CPU, with rewards that cost nothing."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, script
 
-ROOT = Path(__file__).parents[1]
-
-
-def script(name):
-    """A file of bench/ as a module."""
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
-bench, tables = script("rewards"), script("tables")
+bench, tables = script("bench/rewards.py"), script("bench/tables.py")
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import json
 import many_runs
 import pytest
 from processes import together
-from test_bench_rewards import script
+from scripts import script
 
-bench, tables = script("scale"), script("tables")
+bench, tables = script("bench/scale.py"), script("bench/tables.py")
 FLAGS = ["--tiny", "--frames", "5", "--steps", "4", "--only", "one device", "sequence"]
 
 

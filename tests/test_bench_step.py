@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_bench_rewards import script
+from scripts import script
 
 from rlhf.contentv.transformer import SD3Transformer3DModel
 
-bench, tables = script("step"), script("tables")
+bench, tables = script("bench/step.py"), script("bench/tables.py")
 ARMS = ["stock autograd", "peers' way", "exact", "exact, nothing twice", "24 GiB", "rollouts used 4 times"]
 
 

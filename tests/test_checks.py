@@ -6,6 +6,7 @@ import pytest
 
 from rlhf.checks import TRACKERS, check_config, with_sampling
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.reward_checks import told_by
 
 MODEL = {  # as ContentV-8B's; needs neither weights nor network
     "model": "ByteDance/ContentV-8B",
@@ -145,3 +146,15 @@ def test_the_trackers_are_those_of_accelerate():
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     assert sorted(LOGGER_TYPE_TO_CLASS) == list(TRACKERS)
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", 1), ("1", 0)])
+def test_the_first_process_has_to_be_able_to_write(tmp_path, monkeypatch, rank, told):
+    monkeypatch.setattr("rlhf.checks.os.access", lambda *_: False)
+    monkeypatch.setenv("RANK", rank)
+    settings = {"output_dir": str(tmp_path / "new"), "report_to": []}
+    told_problems = told_by(check_config, RewardGradientConfig(**settings))
+    assert [p.partition(": ")[2] for p in told_problems] == [
+        f"got no right to write in {tmp_path}, expected one; choose another"
+    ] * told
+    assert told_by(check_config, RewardGradientConfig(**settings, dry_run=True)) == []

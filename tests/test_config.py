@@ -57,6 +57,49 @@ def test_caps_and_targets_come_as_a_mapping_or_as_json(yaml_file):
     assert parse_config(["--config", yaml_file(args.to_yaml())]).reward_targets == {"flicker": 0.9}
 
 
+def test_a_flag_may_be_a_mapping_as_yaml_writes_it():
+    assert parse_config(["--reward_caps", "{nano_preference: 0.3}"]).reward_caps == {"nano_preference": 0.3}
+    inner = parse_config(["--reward_kwargs", '{"a": {"eps": 1e-5}}']).reward_kwargs["a"]["eps"]
+    assert inner == 1e-5, "YAML would take this number for text"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder as it stands after a start by `--config mine.yaml --overwrite_output_dir`."""
+    folder = tmp_path / "runs" / "mine"
+    (folder / "checkpoints" / "step-3").mkdir(parents=True)
+    args = RewardGradientConfig(
+        output_dir=str(folder), learning_rate=5e-4, reward_funcs=["mine.py:Left"], overwrite_output_dir=True
+    )
+    (folder / "config.yaml").write_text(args.to_yaml())
+    return folder
+
+
+@pytest.mark.parametrize("which", ["latest", "{run}/checkpoints/step-3"])
+def test_a_run_goes_on_by_its_own_settings_and_a_flag_changes_them(yaml_file, run, which):
+    """Not by those of the default recipe, which would go on training for another reward."""
+    default = yaml_file("learning_rate: 1\noutput_dir: runs/other")
+    flags = ["--resume_from_checkpoint", which.format(run=run), "--max_steps", "9"]
+    args = parse_config([*flags, f"--output-dir={run}"], default)
+    assert (args.learning_rate, args.reward_funcs, args.max_steps) == (5e-4, ["mine.py:Left"], 9)
+    assert (args.output_dir, args.resume_from_checkpoint) == (str(run), which.format(run=run))
+    assert not args.overwrite_output_dir, "it held for the start"
+
+
+def test_a_checkpoint_alone_names_its_run_and_latest_means_the_default_recipes(yaml_file, run):
+    default = yaml_file(f"learning_rate: 1\noutput_dir: {run}")
+    for which in ("latest", str(run / "checkpoints" / "step-3")):
+        args = parse_config(["--resume_from_checkpoint", which], default)
+        assert (args.learning_rate, args.output_dir) == (5e-4, str(run))
+
+
+@pytest.mark.parametrize("flags", [["--resume_from_checkpoint", "auto"], ["--seed", "1"], ["--config", "{default}"]])
+def test_only_what_is_gone_on_with_brings_its_settings(yaml_file, run, flags):
+    default = yaml_file("learning_rate: 1")
+    flags = [flag.format(default=default) for flag in flags]
+    assert parse_config([*flags, "--output_dir", str(run)], default).learning_rate == 1.0
+
+
 def test_what_is_written_is_what_is_read(yaml_file):
     args = parse_config(
         ["--config", yaml_file("prompts: x.txt\nheight: 64"), "--report_to", "none", "--weight_decay", "3e-2"]
@@ -86,14 +129,17 @@ def test_no_setting_may_be_abbreviated():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("max_steps: 2.5", "max_steps: got 2.5, expected int"),
-        ("max_steps: many", "invalid int value: 'many'"),
-        ("reward_weights: [1, x]", r"reward_weights: got \[1, 'x'\], expected list\[float\] or none"),
+        ("max_steps: 2.5", "max_steps: got 2.5, expected a whole number"),
+        ("max_steps: many", "settings.yaml: max_steps: got 'many', expected a whole number"),
+        ("reward_weights: [1, x]", r"reward_weights: got \[1, 'x'\], expected a list, each a number or none"),
         ("reward_kwargs: {clip_score: 3}", "expected a mapping {name: {argument: value}}"),
         ("reward_caps: {aesthetic: high}", "reward_caps: .* expected a mapping {name: number} or none"),
-        ("dry_run: 3", "dry_run: got 3, expected bool"),
+        ("dry_run: 3", "dry_run: got 3, expected true or false"),
         ("- a list", "expected lines of the form 'key: value'"),
         ("a: [1", "is not YAML"),
+        ("# nothing", "got an empty file, expected lines"),
+        ("training:\n  seed: 1", "key training: got a section, expected settings without sections"),
+        ("seed: 1\nmax_steps: 2\nseed: 3", "key seed: got it in lines 1 and 3, expected it once"),
     ],
 )
 def test_values_of_the_wrong_kind_are_told(yaml_file, text, told):

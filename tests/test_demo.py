@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from tiny import tiny_pipeline
 
 from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
@@ -58,8 +59,13 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
         transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
         transformer_lora_adapter_metadata=config.to_dict(),
     )
-    plain, tuned = demo(saved, tmp_path / "0.mp4"), demo(saved, tmp_path / "1.mp4", "--lora", str(tmp_path / "adapter"))
+    flags = ["--lora", str(tmp_path / "adapter")]
+    plain, tuned = demo(saved, tmp_path / "0.mp4"), demo(saved, tmp_path / "1.mp4", *flags)
     assert not torch.equal(plain, tuned)
+    name = "transformer_blocks.0.ff.net.2.weight"
+    own = tiny_pipeline().transformer.get_parameter(name)
+    save_file({name: own + 1}, tmp_path / "adapter" / "trained_blocks.safetensors")
+    assert not torch.equal(tuned, demo(saved, tmp_path / "2.mp4", *flags)), "blocks trained whole are part of it"
 
 
 def test_nano_and_contentv_8b_have_prompts_of_their_own():
@@ -68,6 +74,13 @@ def test_nano_and_contentv_8b_have_prompts_of_their_own():
     assert large.prompt.startswith("A young musician sits on a rustic wooden stool")
     assert large.negative_prompt.startswith("overexposed, low quality, deformation")
     assert (nano.negative_prompt, nano.seed, nano.output) == (None, 42, "video.mp4")
+
+
+@pytest.mark.parametrize("output", ["no_such_folder/x.mp4", "x.foo"])
+def test_a_video_that_cannot_be_written_is_told_before_it_is_sampled(output, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--output", output])
+    assert f"got {output!r}, expected .mp4 or .mov or .mkv or .avi in a folder that is there" in capsys.readouterr().err
 
 
 def test_another_model_needs_a_prompt(capsys):
@@ -81,6 +94,7 @@ def test_another_model_needs_a_prompt(capsys):
     [
         (["--model_id", "./nowhere", "--prompt", "x"], "is no folder here, expected nano"),
         (["--device", "abacus"], "device='abacus', expected one of"),
+        (["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"], "--lora: got './nowhere'"),
         (["--device", "cpu", "--height", "30", "--model_id", "TINY", "--prompt", "x"], "divisible by 16"),
         (
             ["--device", "cpu", "--num_inference_steps", "0", "--model_id", "TINY", "--prompt", "x"],

@@ -114,7 +114,9 @@ def of_language(language: str) -> list:
 
 @pytest.mark.parametrize("block", of_language("yaml"))
 def test_settings_that_are_shown_are_read(block: Block):
-    RewardGradientConfig(**yaml.safe_load(block.code))
+    given = yaml.safe_load(block.code)
+    read = RewardGradientConfig(**given)
+    assert {name: getattr(read, name) for name in given} == given
 
 
 @pytest.mark.parametrize("block", of_language("toml"))
@@ -151,10 +153,18 @@ def understood(script: str, *arguments: str) -> None:
 # ------------------------------------------------------------------------------------- what is named and linked
 
 
+def headings(page: Path) -> set[str]:
+    """The places of a page as links name them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in lines}
+
+
 @PAGE
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / link).exists(), link
+    for link, place in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not place or place in headings(target), f"{link}#{place}"
 
 
 @pytest.mark.parametrize("page", MIGRATIONS, ids=lambda page: page.stem)

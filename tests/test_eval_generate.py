@@ -17,6 +17,7 @@ from tiny import SAMPLING, tiny_pipeline
 
 import rlhf.generate
 from rlhf.generate import Variant, generate
+from rlhf.nano.world import held_out_prompts
 from rlhf.video_set import Video, read_set
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "generate.py"))
@@ -62,6 +63,16 @@ def test_a_run_names_model_prompts_sampling_and_adapter(run, tmp_path):
     assert pixels(tuned[0].path).shape == (5, 16, 32, 3)
     assert imageio.immeta(tuned[0].path)["fps"] == SAMPLING.fps
     assert (pixels(tuned[0].path) - pixels(base[0].path)).abs().mean() > 2
+
+
+def test_the_prompts_of_a_run_are_those_that_it_drew(run, tmp_path):
+    config = run / "config.yaml"
+    settings = yaml.safe_load(config.read_text()) | {"eval_prompts": "nano_held_out", "eval_seed": 11}
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
+    made = make(tmp_path / "made", "--from_run", other, "--base")
+    assert [video.prompt for video in made] == held_out_prompts(2, seed=11)
 
 
 def test_merged_is_the_adapter_and_the_scale_goes_from_the_base_to_beyond(run, tmp_path):

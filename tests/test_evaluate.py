@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from rlhf.evaluate import Evaluation, HeldOut, to_uint8
+from rlhf.evaluate import Evaluation, HeldOut
 from rlhf.measures import MEASURES
 
 SHAPE = (16, 2, 2, 2)
@@ -94,10 +94,6 @@ def test_samples_are_videos_with_their_prompts_made_in_batches(held_out, tmp_pat
 def test_no_samples_are_made_where_none_are_asked_for(held_out, tmp_path):
     held_out(num_sample_prompts=0).sample(7)
     assert not (tmp_path / "samples" / "step-000007").exists()
-
-
-def test_eight_bits_are_rounded():
-    assert to_uint8(torch.tensor([0.0, 0.5, 1.0, 1.2])).tolist() == [0, 128, 255, 255]
 
 
 def test_means_leave_out_what_was_not_measured():

@@ -56,7 +56,9 @@ def test_the_base_is_the_first_best():
 def test_a_guard_needs_a_held_out_reward_and_evaluations_and_stops_only_if_asked():
     assert Guard.of(RewardGradientConfig(eval_steps=5)) is None
     assert Guard.of(RewardGradientConfig(eval_reward_funcs=["nano_clip"])) is None
-    guard = Guard.of(RewardGradientConfig(eval_steps=5, eval_reward_funcs=["nano_clip"]))
+    watched = RewardGradientConfig(eval_steps=5, eval_reward_funcs=["nano_clip"], early_stopping_threshold=0.2)
+    guard = Guard.of(watched)
+    assert (guard.patience, guard.threshold) == (0, 0.2)
     for step in range(50):
         guard.is_best(step, {})
     assert not guard.stop

@@ -71,7 +71,8 @@ def test_what_is_wrong_is_told_before_the_work(hub, monkeypatch, tmp_path, repo,
 
 @pytest.mark.parametrize("repo", ["x", "me/x", "team/x"])
 def test_own_repositories_and_those_of_organisations_are_fine(hub, repo):
-    check_push(repo)
+    assert check_push(repo) is None
+    assert hub.calls == [], "a look, nothing is made"
 
 
 def written(run, out, *_):

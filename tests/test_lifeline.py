@@ -70,6 +70,17 @@ def test_of_those_in_one_exchange_the_one_behind_is_named(pair):
     assert all("Nothing has gone on in process 1 (pid" in text for text in told)
 
 
+def test_one_that_begins_while_the_others_look_is_not_lost(monkeypatch):
+    store = dist.HashStore()
+    first = Lifeline(0, 2, PATIENCE, store)
+    later = []
+    monkeypatch.setattr(lifeline.time, "sleep", lambda _: later or later.append(Lifeline(1, 2, PATIENCE, store)))
+    assert first.lost() is None
+    assert later
+    for one in (first, *later):
+        one.end()
+
+
 def test_outside_of_a_run_nothing_is_watched(monkeypatch):
     told, store = [], dist.HashStore()
     monkeypatch.setattr(lifeline, "end_with", told.append)

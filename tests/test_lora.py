@@ -177,6 +177,13 @@ def test_a_whole_block_is_scaled_from_the_base_on(tmp_path):
     torch.testing.assert_close(half.proj_out.weight, between)
 
 
+def test_the_layers_that_settings_name_are_adapted():
+    transformer = tiny_transformer()
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_target_modules=["to_q", "ff.net.2"])), 0)
+    adapted = {name.split(".lora_")[0] for name in Masters(transformer).names}
+    assert {name.split(".", 2)[2] for name in adapted} == {"attn.to_q", "ff.net.2"}
+
+
 def test_an_unknown_block_is_named():
     with pytest.raises(ValueError, match="train_blocks: got 'blocks.0', expected modules of pos_embed"):
         add_adapter(tiny_transformer(), lora_config(RewardGradientConfig()), 0, ["blocks.0"])

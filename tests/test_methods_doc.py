@@ -34,12 +34,13 @@ def test_settings_that_are_shown_exist():
 
 
 def row(arm: str, seed: int, value: float) -> dict:
-    keys = ("trained", "verifier", "clip", "hacking_gap", "motion", "seconds_per_step")
-    return {"arm": arm, "seed": seed} | dict.fromkeys(keys, value)
+    judged = {"base": 1.0, "tuned": 1 + value, "diff": value}
+    spent = {"steps": 80, "device_seconds": 40.0, "hacking_gap": value}
+    return {"arm": arm, "seed": seed} | dict.fromkeys(("trained", "verifier", "clip", "motion"), judged) | spent
 
 
 def test_tables_are_filled_and_filled_again(tables, tmp_path):
-    about = {"device": "a chip", "cores": 2, "torch": "2.15"}
+    about = {"device": "a chip", "cores": 2, "torch": "2.15", "arms": ["draft_k, K = 4"]}
     results = [
         {"environment": about, "rows": [row("draft_k, K = 4", s, v) for s, v in enumerate(values)]}
         for values in ((0.1, 0.3), (0.5,))
@@ -51,7 +52,7 @@ def test_tables_are_filled_and_filled_again(tables, tmp_path):
         text = tables.fill_cells(tables.fill(text, tmp_path), result)
     assert "<!-- nano: draft_k, K = 4 -->+0.500, +50.0<!-- / -->" in text
     assert text.count("Measured on a chip (2 cores), torch 2.15.") == 1
-    assert "| `draft_k, K = 4` | 1 | +0.500 | +50.0 | +0.500 | +0.500 | +50.0 | 0.50 |" in text
+    assert "| `draft_k, K = 4` | 1 | +0.500 | +50.0 | +0.500 | +0.500 | +50.0 | 0.500 |" in text
     assert "+0.200 (+0.100 to +0.300)" in tables.methods_table(results[0])
 
 

@@ -45,7 +45,7 @@ def test_a_datasets_dataset_works():
     assert as_prompts(datasets.Dataset.from_dict({"prompt": ["a", "b"]})) == ["a", "b"]
 
 
-@pytest.mark.parametrize("dataset", [[], [{"prompt": 3}]])
+@pytest.mark.parametrize("dataset", [[], [{"prompt": 3}], [{"text": "a"}], [3], "a red fox"])
 def test_empty_or_wrong_datasets_are_refused(dataset):
     with pytest.raises(ConfigError, match="expected strings or rows with a 'prompt'"):
         as_prompts(dataset)

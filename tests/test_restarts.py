@@ -49,6 +49,20 @@ def test_auto_starts_goes_on_and_starts_over_where_nothing_was_saved(make_args):
     assert train(dataclasses.replace(args, max_steps=1)) == [1]
 
 
+def test_going_on_says_where_from_and_what_is_no_longer_the_same(make_args, capsys):
+    args = make_args(max_steps=1, learning_rate=0.5)
+    train(args)
+    again = dataclasses.replace(args, resume_from_checkpoint="latest")
+    assert "Going on" not in capsys.readouterr().out
+    train(again)
+    told = capsys.readouterr().out
+    assert "checkpoints/step-1, step 1 of 1; no step is left, max_steps says how many the whole run has." in told
+    assert "Other settings" not in told
+    train(dataclasses.replace(again, max_steps=2, learning_rate=0.25))
+    told = capsys.readouterr().out
+    assert "step 1 of 2. Other settings than before: learning_rate 0.5 -> 0.25, max_steps 1 -> 2." in told
+
+
 @pytest.mark.parametrize("told", [{}, {"overwrite_output_dir": True}])
 def test_a_restarted_process_goes_on_whatever_it_was_told(make_args, monkeypatch, told):
     args = make_args(max_steps=2, **told)

@@ -223,11 +223,10 @@ def test_a_hub_that_can_not_be_reached_does_not_answer(monkeypatch):
 
 
 def test_a_local_folder_asks_no_hub(model, online, monkeypatch):
-    def asked(endpoint):
-        raise AssertionError("the hub was asked")
-
-    monkeypatch.setattr("rewards.weights._hub_answers", asked)
+    asked = []
+    monkeypatch.setattr("rewards.weights._hub_answers", asked.append)
     ClipScore(model)
+    assert asked == []
 
 
 # ---------------------------------------------------------------- without weights

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_bench_rewards import script
+from scripts import script
 
 from rewards.catalogue import CATALOGUE
 from rewards.costs import cost, decoded_frames, scored_frames
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("path", ["rewards/measured.py", "rlhf/measured.py"])
 def test_the_packaged_figures_are_those_of_the_benchmark(path):
-    source, make = script("package").MODULES[path]
+    source, make = script("bench/package.py").MODULES[path]
     results = ROOT / "bench" / "results" / source
     if not results.exists():
         pytest.skip(f"{source} is not measured yet")

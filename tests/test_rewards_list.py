@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_an_entry_is_true_to_its_class(named):
     if parameters:
         assert max(reward.parameters(), key=torch.numel).element_size() == entry.bytes_each  # heads may be float32
         assert not any(p.requires_grad for p in reward.parameters())
+
+
+def test_settings_are_those_that_the_guide_names():
+    taken = {name: set(signature(built_in(name)).parameters) for name in CATALOGUE}
+    without = lambda setting: {name for name, settings in taken.items() if setting not in settings}
+    none = {"nano_preference", "nano_verifier"}
+    models = {name for name, entry in CATALOGUE.items() if entry.parameters} - none
+    assert without("mean") == without("std") == none
+    assert without("frames") == without("num_frames") == none | {"viclip", "video_align", "video_score", "vjepa2"}
+    assert set(CATALOGUE) - without("chunk") == models
+    assert set(CATALOGUE) - without("dtype") == models - {"motion_degree"}
 
 
 def test_entries_are_complete():

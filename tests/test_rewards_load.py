@@ -12,6 +12,7 @@ from rewards import RewardError, built_in_names, check_spec, frames_needed, load
 from rewards import load as load_module
 
 SOURCE = """
+import math
 from math import sqrt as root
 DEFAULT: float = 2.0
 if DEFAULT > 1:
@@ -74,6 +75,18 @@ def test_files_are_relative_to_base_dir_and_may_be_absolute(folder, monkeypatch)
     assert str(folder.parent / "mine.py") in message("mine.py:Bright")
 
 
+def test_a_file_that_is_not_beside_the_config_is_looked_for_in_the_working_directory(folder, tmp_path, monkeypatch):
+    """As prompt files are, so that a reward named by a flag is found where the command is given."""
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    monkeypatch.chdir(folder)
+    assert load_reward("mine.py:Bright", configs)(VIDEO, PROMPTS).tolist() == [1.0, 1.0]
+    (configs / "mine.py").write_text(SOURCE.replace("DEFAULT: float = 2.0", "DEFAULT: float = 4.0"))
+    assert load_reward("mine.py:Bright", configs)(VIDEO, PROMPTS).tolist() == [2.0, 2.0]
+    said = message("absent.py:Bright", configs)
+    assert f"no file at {configs / 'absent.py'} or {folder / 'absent.py'}; expected a Python file" in said
+
+
 def test_a_module(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     importlib.invalidate_caches()
@@ -92,6 +105,7 @@ def test_an_entry_point(folder, monkeypatch):
 def test_the_built_in_table_names_things_that_exist(name):
     check_spec(name)
     check_spec(load_module.CATALOGUE[name].home)
+    assert load_module.built_in(name).name == name
 
 
 def test_an_unknown_name_gets_its_nearest_neighbour_and_the_list():
@@ -111,7 +125,9 @@ def test_nothing_near_still_lists_the_built_ins():
     [
         ("absent.py:Bright", "no file at"),
         ("mine.py:Brihgt", "nearest name is 'Bright'"),
-        ("mine.py:gain", "expected one of Bright, DEFAULT, WHEN, dark, instance, root"),
+        ("mine.py:gain", "expected one of Bright, DEFAULT, WHEN, dark, instance, root"),  # not math
+        ("mine.py", "expected the class or function in it, mine.py:Name. Name one of these: Bright, DEFAULT"),
+        ("absent.py", "no file at"),
         ("no_such_package_here:Bright", "no module 'no_such_package_here'"),
         ("no_such_package_here.sub:Bright", "no module 'no_such_package_here.sub'"),
     ],

@@ -47,7 +47,9 @@ def test_smoothness_leaves_a_steady_fade_alone_and_flicker_does_not():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_probe_passes(name):
-    probe(load_reward(name), (3, 6, 20, 27))
+    report = probe(load_reward(name), (3, 6, 20, 27))
+    assert report.frames == 6
+    assert min(report.grad_norms) > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

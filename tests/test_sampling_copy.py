@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from float8 import needs_float8
 from peft import LoraConfig
 from test_blocks import arguments, gradients, model_with_adapter
 from tiny import tiny_transformer
 
 from rlhf import sampling_copy
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.sampling_copy import Float8Linear, SamplingCopy, to_float8
+from rlhf.setup import load_base
 
 
 def velocity(model, inputs):
@@ -63,6 +66,7 @@ def test_training_the_first_model_is_not_disturbed():
     assert all(torch.equal(grad, expected[name]) for name, grad in gradients(model, inputs).items())
 
 
+@needs_float8
 def test_float8_is_near_and_rounds_the_large_layers_of_the_blocks_alone():
     model, inputs = model_with_adapter(torch.float32), arguments(torch.float32)
     sampler, expected = SamplingCopy(model, "float8"), velocity(model, inputs)
@@ -85,8 +89,11 @@ def test_a_device_without_float8_is_refused(monkeypatch):
         raise NotImplementedError("no kernel")
 
     monkeypatch.setattr(sampling_copy.torch, "_scaled_mm", missing)
-    with pytest.raises(ValueError, match=r"float8 sampling on cpu, which has no float8 products \(no kernel\)"):
+    with pytest.raises(ValueError, match=r"got float8 on cpu, which has no float8 products \(no kernel\)"):
         SamplingCopy(model_with_adapter(torch.float32), "float8")
+    monkeypatch.setattr("rlhf.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    with pytest.raises(ConfigError, match="use a device that has, or sampling_weights merged"):
+        load_base(RewardGradientConfig(sampling_weights="float8"), torch.device("cpu"))
 
 
 def test_an_adapter_that_cannot_be_merged_so_is_refused():
@@ -94,5 +101,5 @@ def test_an_adapter_that_cannot_be_merged_so_is_refused():
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
     with pytest.raises(ValueError, match="DoRA adapter, expected plain LoRA"):
         SamplingCopy(model)
-    with pytest.raises(ValueError, match="weights='int4', expected base or float8"):
+    with pytest.raises(ValueError, match="weights='int4', expected merged or float8"):
         SamplingCopy(model, "int4")

@@ -5,7 +5,8 @@ import pytest
 from rlhf.checks import with_sampling
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import SamplingDefaults
-from rlhf.speed_checks import speed_problems
+from rlhf.contentv.wan_decoder import CACHES
+from rlhf.speed_checks import CHOICES, speed_problems
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 
@@ -62,3 +63,7 @@ def test_a_missing_library_is_said(monkeypatch):
     assert problems(base_bits=4) == [
         "base_bits=4 needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out"
     ]
+
+
+def test_the_decoder_knows_the_caches_that_may_be_chosen():
+    assert CHOICES["decode_caches"] == (*CACHES, "host")

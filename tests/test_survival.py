@@ -13,16 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, redness, rows_without_cost
+from conftest import redness, rows_without_cost
+from runs import saved_adapter, train
 from safetensors.torch import load_file
-from tiny import tiny_pipeline
 from transformers import TrainerCallback
 
 from rewards import RewardError
 from rlhf.checkpoint import SavingError, TrainingInterrupted, last_whole
 from rlhf.config import RewardGradientConfig
 from rlhf.failures import TrainingError
-from rlhf.trainer import RewardGradientTrainer
 
 SCRIPT = Path(__file__).with_name("survivor.py")
 # Of everything that has a state: the optimizer, its rate, the average, random choices, drift, held-out noise.
@@ -45,10 +44,6 @@ def settings(make_args, tmp_path):
     return lambda name, **changes: make_args(output_dir=str(tmp_path / name), **(EVERYTHING | changes))
 
 
-def train(args, reward=redness, **kwargs) -> dict:
-    return RewardGradientTrainer(tiny_pipeline(), reward, args, PROMPTS, **kwargs).train()
-
-
 def go_on(args: RewardGradientConfig) -> RewardGradientConfig:
     """As a user would: from the latest checkpoint, or from the start where the first one was not finished."""
     saved = last_whole(Path(args.output_dir) / "checkpoints")
@@ -58,7 +53,7 @@ def go_on(args: RewardGradientConfig) -> RewardGradientConfig:
 
 
 def result(args) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    return rows_without_cost(args), load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors")
+    return rows_without_cost(args), saved_adapter(args)
 
 
 def assert_same(args, other) -> None:

@@ -3,6 +3,7 @@
 import io
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from rlhf.trainer import RewardGradientTrainer
 def video(fps=8, frames=5, height=32, width=48) -> Clip:
     pixels = torch.zeros(3, frames, height, width, dtype=torch.uint8)
     pixels[0] = torch.linspace(0, 250, frames).round()[:, None, None]  # ever redder
-    return Clip(None, "it reddens", pixels, fps)
+    return Clip(Path("00.mp4"), "it reddens", pixels, fps)
 
 
 @pytest.mark.parametrize(
@@ -110,5 +111,10 @@ def test_videos_reach_libraries_that_run_on_a_server(library, make_args, tmp_pat
     assert library.run.finished == 1
 
 
-def test_a_tracker_that_shows_no_videos_is_left_alone():
-    show(types.SimpleNamespace(trackers=[types.SimpleNamespace(name="mlflow")]), 1, [video()])
+def test_a_tracker_that_shows_no_videos_is_left_alone(library):
+    """One that can is shown them after it."""
+    logged = []
+    trackers = [types.SimpleNamespace(name="mlflow", log=pytest.fail)]
+    trackers += [types.SimpleNamespace(name=library.__name__, log=lambda *_, **__: logged.append(1))]
+    show(types.SimpleNamespace(trackers=trackers), 1, [video()])
+    assert logged == [1]

@@ -10,7 +10,7 @@ from PIL import Image
 from rlhf.figures import contact_sheet, plot_curves
 from rlhf.run_folder import RUN_FILES, run_in, start_run_folder
 from rlhf.trackers import tracked
-from rlhf.tracking import RunLog, keep_rows, read_metrics, table, write_samples
+from rlhf.tracking import RunLog, keep_rows, read_metrics, table, to_uint8, write_samples
 
 ROW = {"base": 0.5, "tuned": 0.625, "diff": 0.125, "ci95": [0.1, 0.15]}
 
@@ -44,7 +44,7 @@ def test_metrics_go_to_the_file_and_the_trackers_step_by_step(make_args, tmp_pat
 def test_a_resumed_run_drops_later_rows_and_a_half_written_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "rew')
-    keep_rows(path, before_step=2)
+    keep_rows(tmp_path, before_step=2)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
@@ -55,6 +55,10 @@ def test_overwriting_removes_the_files_of_a_run_and_nothing_else(make_args, tmp_
     start_run_folder(make_args(output_dir=str(tmp_path), overwrite_output_dir=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "environment.jsonl", "mine", "mine.txt"]
     assert run_in(tmp_path)
+
+
+def test_eight_bits_are_rounded():
+    assert to_uint8(torch.tensor([0.0, 0.5, 1.0, 1.2])).tolist() == [0, 128, 255, 255]
 
 
 def test_samples_play_and_show_the_colours(tmp_path):
@@ -83,6 +87,12 @@ def test_curves_are_drawn_for_any_number_of_rewards_and_a_single_step(tmp_path, 
     assert Image.open(tmp_path / "c.png").width > 400
 
 
+@pytest.mark.parametrize("rows", [[], [{"step": 1, "skipped": 1, "why": "nan"}]])
+def test_no_curves_are_drawn_of_no_numbers(tmp_path, rows):
+    plot_curves(rows, tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
+
+
 def test_contact_sheet_shows_before_on_the_left_and_after_on_the_right(tmp_path):
     before = torch.zeros(2, 3, 9, 64, 64, dtype=torch.uint8)
     before[:, 0] = 250  # red
@@ -95,3 +105,5 @@ def test_contact_sheet_shows_before_on_the_left_and_after_on_the_right(tmp_path)
     assert len(red) > image.width / 3
     assert len(blue) > image.width / 3
     assert max(red) < image.width / 2 < min(blue)
+    contact_sheet(["one", "two"], before, after[:1], tmp_path / "one.png")  # resumed with fewer samples
+    assert 0 < Image.open(tmp_path / "one.png").height < image.height

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPTS, brightness, redness, rows_without_cost
+from runs import saved_adapter
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from transformers import TrainerCallback
 
 from rlhf.checkpoint import TrainingInterrupted
 from rlhf.contentv.flow import guided_velocity
-from rlhf.evaluate import Evaluation
+from rlhf.evaluate import Evaluation, HeldOut
 from rlhf.sampler import draw_noise
+from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
 JUDGE = '''
@@ -47,7 +49,7 @@ def run(args, rewards=redness, **kwargs) -> dict:
 
 
 def adapter(args, folder="adapter") -> torch.Tensor:
-    tensors = load_file(Path(args.output_dir) / folder / "pytorch_lora_weights.safetensors")
+    tensors = saved_adapter(args, folder)
     return torch.cat([tensor.flatten() for _, tensor in sorted(tensors.items())])
 
 
@@ -156,7 +158,7 @@ def test_what_is_evaluated_and_kept_is_the_average(make_args):
     args = make_args(ema_decay=0.9, max_steps=4, eval_steps=4, num_sample_prompts=0)
     summary = run(args)
     saved = Path(args.output_dir) / "checkpoints" / "step-4"
-    own = load_file(Path(args.output_dir) / "adapter" / "pytorch_lora_weights.safetensors")
+    own = saved_adapter(args)
     name = "transformer_blocks.0.attn.to_q.lora_B"
     current, average = (load_file(saved / f"{n}.safetensors")[f"{name}.default.weight"] for n in ("adapter", "average"))
     assert torch.equal(own[f"transformer.{name}.weight"], average)
@@ -205,6 +207,25 @@ def test_a_guarded_run_with_everything_resumes_to_the_bit(guarded, tmp_path):
     assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
     assert rows_without_cost(parts) == rows_without_cost(whole)
     assert torch.equal(adapter(parts), adapter(whole))
+
+
+def test_a_run_that_goes_on_with_fewer_judges_reads_the_base_and_lists_them_in_their_order(guarded):
+    args = guarded(max_steps=1, eval_reward_funcs=["judge.py:rosiness", "judge.py:paleness", "flicker"])
+    assert list(run(args)["held_out"]) == ["rosiness", "paleness", "flicker"]
+    fewer = dataclasses.replace(args, eval_reward_funcs=args.eval_reward_funcs[:2], resume_from_checkpoint="latest")
+    assert list(run(fewer)["held_out"]) == ["rosiness", "paleness"]
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_the_last_adapter_is_evaluated_once_unless_another_is_the_result(guarded, monkeypatch, best):
+    made, evaluate = [], HeldOut.evaluate
+    monkeypatch.setattr(HeldOut, "evaluate", lambda self, name, *rest: made.append(name) or evaluate(self, name, *rest))
+    args = guarded(max_steps=4, eval_steps=2, load_best_model_at_end=best)
+    summary = run(args)
+    assert made == ["base", "step 2", "step 4", *["tuned"] * best]
+    if not best:
+        last = read_metrics(Path(args.output_dir))[-1]
+        assert summary["trained"]["redness"]["tuned"] == pytest.approx(last["eval/redness"], abs=1e-6)
 
 
 def test_the_base_of_an_older_run_is_made_anew_for_measures_that_it_lacks(guarded):

@@ -123,4 +123,5 @@ def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
 
 
 def one_line(error: Exception) -> str:
+    """Type and first line of an error, for use in another message."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

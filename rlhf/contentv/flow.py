@@ -16,7 +16,9 @@ from rlhf.types import Conditioning
 NUM_TRAIN_TIMESTEPS = 1000  # the transformer was trained on timestep = 1000 * sigma
 
 
-def flow_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, device=None) -> torch.Tensor:
+def flow_sigmas(
+    scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Noise levels (num_steps + 1,), float32, falling from 1 to 0: linear, then shifted by the scheduler's own rule."""
     if num_steps < 1:
         raise ValueError(f"num_inference_steps={num_steps}, expected at least 1; raise it")
@@ -73,6 +75,8 @@ def guided_velocity(
     return v_neg + guidance_scale * (v_text - v_neg)
 
 
-def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor):
+def euler_step(
+    latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
+) -> torch.Tensor:
     """x(sigma_next) = x(sigma) + (sigma_next - sigma) v, in the dtype of the latents (arXiv 2403.03206, eq. 1)."""
     return latents + (sigma_next - sigma) * velocity

@@ -35,6 +35,9 @@ INDEX_CLASSES = {
     "tokenizer_3": ("transformers", "T5TokenizerFast"),
 }
 
+# What `encode_prompt` returns, in its order.
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
 
 @dataclass
 class ContentVPipelineOutput(BaseOutput):
@@ -100,7 +103,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Gaussian noise (batch, channels, latent frames, height/8, width/8), or `latents` moved and cast."""
+        """Gaussian noise (batch, channels, 1 + (num_frames-1)/4, height/8, width/8), or `latents` moved and cast."""
         if latents is not None:
             return latents.to(device=device, dtype=dtype)
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -149,78 +152,41 @@ class ContentVPipeline(StableDiffusion3Pipeline):
             num_frames: 4k + 1; anything else is rounded, with a warning.
             guidance_scale: no guidance, and one forward a step instead of two, at 1 or less.
             negative_prompt: what to steer away from; empty by default. `_2` and `_3` as for the prompt.
-            generator: draws the initial noise; a list has one per video.
-            latents: initial noise instead (B, 16, 1 + (frames-1)/4, height/8, width/8).
+            generator: draws the initial noise; a list has one per video. `latents` is noise (B, C, T, H, W) instead.
             prompt_embeds, pooled_prompt_embeds and their negatives: embeddings (B, L, D) and (B, P) instead of text.
             output_type: "np", "pt", "pil" or "latent"; see `ContentVPipelineOutput`.
-            joint_attention_kwargs: `{"scale": s}` scales LoRA adapters.
-            clip_skip: CLIP layers to leave out at the end.
+            joint_attention_kwargs: `{"scale": s}` scales LoRA adapters. clip_skip: CLIP layers left out at the end.
             callback_on_step_end: called as (pipe, step, timestep, tensors) after each step; may return replacements.
             max_sequence_length: T5 tokens, at most 512.
         """
-        self.check_inputs(
-            prompt,
-            prompt_2,
-            prompt_3,
-            height,
-            width,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            negative_prompt_3=negative_prompt_3,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-        )
-        num_frames = self._round_num_frames(num_frames)
-        self._guidance_scale = guidance_scale
-        self._clip_skip = clip_skip
+        text = {"prompt": prompt, "prompt_2": prompt_2, "prompt_3": prompt_3, "negative_prompt": negative_prompt}
+        text |= {"negative_prompt_2": negative_prompt_2, "negative_prompt_3": negative_prompt_3}
+        embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        text |= dict(zip(EMBEDS, embeds, strict=True)) | {"max_sequence_length": max_sequence_length}
+        asked = callback_on_step_end_tensor_inputs
+        self.check_inputs(height=height, width=width, callback_on_step_end_tensor_inputs=asked, **text)
+        self._guidance_scale, self._clip_skip, self._interrupt = guidance_scale, clip_skip, False
         self._joint_attention_kwargs = joint_attention_kwargs
-        self._interrupt = False
-
-        device = self._execution_device
-        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = self.encode_prompt(
-            prompt=prompt,
-            prompt_2=prompt_2,
-            prompt_3=prompt_3,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            negative_prompt_3=negative_prompt_3,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            device=device,
-            clip_skip=self.clip_skip,
-            num_images_per_prompt=num_videos_per_prompt,
-            max_sequence_length=max_sequence_length,
-            lora_scale=(joint_attention_kwargs or {}).get("scale"),
-        )
-        latents = self.prepare_latents(
-            len(prompt_embeds),
-            self.transformer.config.in_channels,
-            height,
-            width,
-            num_frames,
-            torch.float32,
-            device,
-            generator,
-            latents,
-        )
-        tensors = {
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "pooled_prompt_embeds": pooled_prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-        }
-        latents = self._denoise(tensors, num_inference_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        tensors = self._encode(text, num_videos_per_prompt)
+        size = (self.transformer.config.in_channels, height, width, self._round_num_frames(num_frames))
+        where = (torch.float32, self._execution_device)
+        tensors["latents"] = self.prepare_latents(len(tensors["prompt_embeds"]), *size, *where, generator, latents)
+        latents = self._denoise(tensors, num_inference_steps, callback_on_step_end, asked)
         frames = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ContentVPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _encode(self, text: dict[str, Any], num_videos_per_prompt: int | None) -> dict[str, torch.Tensor]:
+        """The embeddings of a call by name; `text` has what the call gave for arguments of `encode_prompt`."""
+        embeds = self.encode_prompt(
+            **text,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            device=self._execution_device,
+            clip_skip=self.clip_skip,
+            num_images_per_prompt=num_videos_per_prompt,
+            lora_scale=(self.joint_attention_kwargs or {}).get("scale"),
+        )
+        return dict(zip(EMBEDS, embeds, strict=True))
 
     def _round_num_frames(self, num_frames: int) -> int:
         factor = self.vae_scale_factor_temporal

@@ -27,18 +27,22 @@ class Shards:
 
     @property
     def size(self) -> int:
+        """S, the number of processes."""
         return dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
+        """Which of them this one is."""
         return dist.get_rank(self.group)
 
     @property
     def own_tokens(self) -> int:
+        """n, padding included."""
         return -(-self.tokens // self.size)
 
     @property
     def own_heads(self) -> int:
+        """h, padding included."""
         return -(-self.heads // self.size)
 
     def own(self, video_BND: torch.Tensor) -> torch.Tensor:

@@ -79,9 +79,11 @@ class Preference(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.5))  # temperature of training; the score does not use it
 
     def embed_video(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """(B, dim) unit embeddings of clips in [0, 1]."""
         return F.normalize(self.project(self.tower(video_BCTHW)), dim=-1)
 
     def embed_words(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """(B, dim) unit embeddings of `word_ids`, padding left out."""
         hidden = self.encoder(self.words(ids_BL) + self.positions)
         kept = (ids_BL > 0).unsqueeze(-1)
         return F.normalize((hidden * kept).sum(1) / kept.sum(1).clamp(min=1), dim=-1)

@@ -62,6 +62,7 @@ def build_vae() -> AutoencoderKLWan:
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The flow's noise levels, shifted by 3."""
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 

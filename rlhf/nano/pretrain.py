@@ -165,6 +165,7 @@ def accuracy(verifier, video, wanted) -> dict[str, float]:
 
 
 def wanted_of(prompts, device):
+    """(B,) indices by judged attribute, as the prompts name them."""
     read = [world.read_caption(p) for p in prompts]
     return {k: torch.tensor([r[k] for r in read], device=device) for k in world.JUDGED}
 
@@ -183,6 +184,7 @@ def save_pipeline(folder: Path, vae, denoiser, tokenizers) -> None:
 
 
 def save_judges(folder: Path, verifier, clip, clip_tokenizer, preference) -> None:
+    """Verifier and preference model as float16 safetensors, CLIP in the layout of open_clip."""
     parts.save_clip(clip, clip_tokenizer, folder / "clip")
     for name, model in (("verifier", verifier), ("preference", preference)):
         save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
@@ -256,6 +258,7 @@ def train_all(stages: Stages, steps: dict[str, int]) -> tuple:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights and the report")
     parser.add_argument("--device", default=None, help="default: the accelerator of this machine")

@@ -84,6 +84,7 @@ def with_one_wrong(scenes, generator):
 
 
 def random_wording(count, generator):
+    """(count,) wordings, as `caption_index` takes them."""
     return torch.randint(2 * len(world.SENTENCES), (count,), generator=generator, device=generator.device)
 
 
@@ -102,6 +103,7 @@ def train_verifier(verifier: judges.Verifier, pool, generator, steps) -> None:
 
 
 def contrastive(a, b, scale):
+    """Cross-entropy of the pairs (B, D) among all of the batch, both ways; scale: of the cosines."""
     logits, target = a @ b.T * scale, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 

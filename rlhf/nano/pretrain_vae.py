@@ -63,6 +63,7 @@ def measure_latents(vae: AutoencoderKLWan, generator) -> None:
 
 
 def latent_scale(vae, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents, (1, C, 1, 1, 1) each."""
     shape = lambda v: torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
     return shape(vae.config.latents_mean), shape(vae.config.latents_std)
 

@@ -136,6 +136,7 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float) -> str:
+    """A difference, as a table shows it."""
     return f"{value:+.4f}".replace("-", "−")
 
 

@@ -12,8 +12,8 @@ from rlhf.compare_sets import read_pairs
 from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
 from rlhf.resampling import compared
-from rlhf.run_folder import METRICS
-from rlhf.video_set import SCORES, read_set
+from rlhf.tracking import read_metrics
+from rlhf.video_set import SCORES, read_set, unbroken
 
 GROUPS = {"trained": "trained on", "held_out": "held out"}
 MEASURED = "measured"
@@ -47,23 +47,24 @@ class Run:
 
     @cached_property
     def config(self) -> dict:
+        """The resolved settings, {} where there are none."""
         path = self.folder / "config.yaml"
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @cached_property
     def metrics(self) -> list[dict]:
-        """The rows of metrics.jsonl; a last one that was half written is left out."""
-        path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """The rows of metrics.jsonl."""
+        return read_metrics(self.folder)
 
     @cached_property
     def summary(self) -> dict:
+        """summary.json, {} of a run that did not finish."""
         path = self.folder / "summary.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
     @cached_property
     def environment(self) -> list[dict]:
+        """A row for each start."""
         return read_environment(self.folder)
 
     @cached_property
@@ -74,10 +75,12 @@ class Run:
 
     @property
     def steps(self) -> int:
+        """How many optimizer steps are done."""
         return self.metrics[-1]["step"] if self.metrics else 0
 
     @property
     def status(self) -> str:
+        """Whether it finished, in words."""
         planned = self.config.get("max_steps")
         done = f"{self.steps} of {planned} steps" if planned else f"{self.steps} steps"
         return f"finished: {done}" if (self.folder / "adapter").is_dir() else f"not finished: {done} were done"
@@ -146,7 +149,7 @@ class Run:
 
     def _scores(self, i: int, prompt: str) -> dict[str, tuple[float, float]]:
         """Of the i-th held-out prompt, by judge and measure."""
-        if self.evaluations is None or self.evaluations[0].prompts[i] != prompt:
+        if self.evaluations is None or unbroken(self.evaluations[0].prompts[i]) != prompt:
             return {}
         base, tuned = (evaluation.scores for evaluation in self.evaluations)
         names = [name for name in base if i < len(base[name]) and name in tuned]

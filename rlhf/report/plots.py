@@ -29,6 +29,8 @@ class Series:
 
 @dataclass
 class Panel:
+    """One pair of axes, with its title."""
+
     title: str
     series: list[Series] = field(default_factory=list)
     interval: list[float] | None = None  # 95 % interval of the last dot

@@ -1,4 +1,4 @@
-"""Importing rewards is light, and packages that would drag in outdated pins are never needed."""
+"""Rewards and checks of settings are light to import; packages that would drag in outdated pins are never needed."""
 
 import ast
 import subprocess
@@ -23,6 +23,12 @@ def test_import_rewards_is_quick_and_loads_no_framework():
     assert seconds < 1
     assert "rewards" in modules
     assert not modules & {"torch", "torchvision", "transformers", "open_clip", "huggingface_hub"}
+
+
+def test_settings_are_checked_before_the_libraries_that_take_seconds_are_imported():
+    _, modules = modules_after("import rlhf.checks")
+    assert "rlhf.checks" in modules
+    assert not modules & {"diffusers", "transformers", "peft", "accelerate", "open_clip"}
 
 
 def imported(path):

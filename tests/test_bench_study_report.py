@@ -1,0 +1,80 @@
+"""The study's tables, plots and sentences are those of its results, also where a baseline wins."""
+
+import math
+
+import pytest
+import study_numbers
+import study_report
+from scripts import ROOT
+
+
+def result_of(gains: dict[str, list[float]]) -> dict:
+    about = {"device": "a chip", "cores": 2, "torch": "2.15", "budget_seconds": 12.0, "steps": 80, "eval_prompts": 128}
+    about |= {"base": {"nano_preference": 0.8, "nano_verifier": 0.6}, "wall_seconds": 1230.0}
+    rows = []
+    for arm, values in gains.items():
+        for seed, gain in enumerate(values):
+            row = {"base": 0.5, "tuned": 0.5 + gain, "diff": gain}
+            names = dict.fromkeys(("trained", "verifier", "clip", "motion", "diversity"), row)
+            spent = {"steps": 80, "device_seconds": 30.0, "queries": 2000}
+            rows.append({"arm": arm, "seed": seed, "settings": {"learning_rate": 1e-3}} | names | spent)
+    return {"environment": about, "rows": rows}
+
+
+RESULT = result_of(
+    {"DRaFT-K": [0.1, 0.2, 0.3], "DDPO": [0.3, 0.4, 0.51], "SRPO": [0.0, 0.05, 0.1], "ReFL": [0.3, 0.1, 0.2]}
+)
+
+
+def test_intervals_are_students_over_seeds():
+    mean, half = study_numbers.mean_interval([0.1, 0.2, 0.3])
+    assert (mean, half) == (pytest.approx(0.2), pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4))
+    assert math.isnan(study_numbers.mean_interval([0.1])[1])
+
+
+def test_differences_to_the_default_are_of_the_same_seeds():
+    arms = study_numbers.by_arm(RESULT)
+    one_more = arms["SRPO"] + [arms["SRPO"][0] | {"seed": 7}]
+    expected = study_numbers.mean_interval([-10.0, -15.0, -20.0])
+    assert study_numbers.against_default(arms | {"SRPO": one_more}, "SRPO", "verifier") == pytest.approx(expected)
+    assert study_numbers.against_default(arms | {"SRPO": one_more[-1:]}, "SRPO", "verifier") is None
+
+
+def test_what_is_found_is_told_also_where_a_baseline_wins():
+    told = study_report.findings(RESULT)
+    assert "Highest verifier, points: DDPO, +40.3" in told
+    assert "higher: DDPO; lower: SRPO; not told apart from it: ReFL" in told
+    table = study_report.gains_table(RESULT)
+    assert table.splitlines()[2].startswith("| DDPO | 3 | 80 | +0.403 ± 0.261 | +40.3 ± 26.1 | ")
+    assert "| **DRaFT-K** | 3 | 80 | +0.200 ± 0.248 | +20.0 ± 24.8 | +0.200 ± 0.248 | +40.0 ± 49.7 |" in table
+    assert "| DDPO | 30.0 | +0.807 ± 0.522 | +80.7 ± 52.2 | +161.3 ± 104.4 | +161.3 ± 104.4 |" in (
+        study_report.cost_table(RESULT)
+    )
+    assert "| DDPO | 2,000 | +0.202 ± 0.130 | +20.2 ± 13.0 | +40.3 ± 26.1 | +40.3 ± 26.1 |" in (
+        study_report.cost_table(RESULT, "reward queries")
+    )
+    failed = RESULT["rows"] + [{"arm": "ReFL", "seed": 3, "error": "ValueError: nan"}]
+    told = study_report.conditions(RESULT | {"rows": failed})
+    assert "All of it took 20 minutes. Runs that failed: ReFL, seed 3 (ValueError: nan)." in told
+
+
+def test_the_guide_says_what_is_not_measured_and_is_filled_when_it_is(tmp_path):
+    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    places = study_report.PLACE.findall(text)
+    assert {name for _, name, _ in places} == set(study_report.PARTS) - {"readme"}
+    empty = study_report.fill(text, None, None)
+    assert empty.count(study_report.NOTHING) == len(places)
+    filled = study_report.fill(empty, RESULT, None)
+    assert filled.count(study_report.NOTHING) == 1  # the sweep
+    assert study_report.fill(filled, None, None) == empty
+    for name, draw in study_report.PLOTS.items():
+        draw(RESULT, tmp_path / name)
+        assert 5_000 < (tmp_path / name).stat().st_size < 200_000
+
+
+def test_the_sweeps_table_shows_every_variant():
+    rows = [row | {"variant": {"learning_rate": rate}} for rate in (1, 2) for row in RESULT["rows"]]
+    rows += [{"arm": "DDPO", "variant": {"learning_rate": 3}, "seed": 0, "error": "ValueError"}]
+    table = study_report.sweep_table({"rows": rows})
+    assert "| DDPO | learning_rate 1 | 3 | +0.403 | +40.3 |" in table
+    assert "| DDPO | learning_rate 3 | 1 | failed | failed |" in table
