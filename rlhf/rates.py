@@ -16,10 +16,11 @@ from rlhf.measured import RATES
 from rlhf.parts import small_transformer, trace_transformer
 from rlhf.trace import Operation
 
-REPEATS = 7
+ROUNDS, ROUND_SECONDS = 3, 0.05  # of a measurement: many calls in a row, at the clock that a device can hold
 # Rows, inner and outer size of a product; channels, frames, height, width of a convolution; heads, tokens, width of a
 # head; bytes that are copied: of the sizes of ContentV-8B at work, and on a CPU of those of nano.
 LARGE = ((8192, 2432, 9728), (192, 4, 216, 384), (38, 8192, 64), 2**28)
+WIDTH = 2432  # of ContentV-8B's blocks
 SMALL = ((2048, 160, 640), (32, 8, 64, 64), (4, 512, 40), 2**24)
 
 
@@ -29,7 +30,7 @@ class Rates:
 
     device: str
     flops: dict[str, float]
-    bytes: float  # read and written in a second by a large addition
+    bytes: float  # read and written in a second where a block's activations are scaled
     call_seconds: float  # of one small operator, called from Python
     autograd_seconds: float  # and from autograd's engine
     link: float | None  # bytes a second between host and device; None where they are one
@@ -125,9 +126,11 @@ def _attention(device, dtype, size) -> dict[str, float]:
 
 
 def _traffic(device, size: int) -> float:
-    """Bytes a second of an addition that reads two tensors and writes one."""
-    x, y = (torch.zeros(size // 4, device=device) for _ in range(2))
-    return 3 * size / _least(lambda: x + y, device)
+    """Bytes a second of what blocks do most besides products: a factor for each channel, which is not the fastest."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    x = torch.ones(size // (WIDTH * dtype.itemsize), WIDTH, device=device, dtype=dtype)
+    scale = torch.ones(WIDTH, device=device, dtype=dtype)
+    return 2 * x.nbytes / _least(lambda: x * scale, device)
 
 
 def _calls(device) -> tuple[float, float]:
@@ -143,9 +146,13 @@ def _calls(device) -> tuple[float, float]:
     def back():
         run["v"].backward(torch.ones_like(run["v"]))
 
+    def there_and_back():
+        forward()
+        return _seconds(back, device)
+
     with torch.no_grad():
         no_graph = _least(forward, device)
-    backward = _least(back, device, forward)
+    backward = min(there_and_back() for _ in range(1 + ROUNDS))
     return no_graph / traced.sampling.calls, backward / max(1, traced.backward.calls_of_autograd)
 
 
@@ -166,17 +173,24 @@ def _between(device, size: int) -> float | None:
     return size / _least(lambda: y.copy_(x, non_blocking=True), device)
 
 
-def _least(work: Callable, device: torch.device, before: Callable = lambda: None) -> float:
-    """Seconds, after a first call that loads and plans: what another program adds is none of the device's."""
-    seconds = []
-    for _ in range(1 + REPEATS):
-        before()
-        synchronize(device)
-        began = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
+def _least(work: Callable, device: torch.device) -> float:
+    """Seconds of a call among many in a row: what another program adds is none of the device's."""
+    work()  # loads and plans
+    times = max(1, round(ROUND_SECONDS / _seconds(work, device)))
+
+    def round_of_them():
+        for _ in range(times):
+            work()
+
+    return min(_seconds(round_of_them, device) for _ in range(ROUNDS)) / times
+
+
+def _seconds(work: Callable, device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 def _name(dtype: torch.dtype) -> str:
