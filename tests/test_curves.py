@@ -9,6 +9,9 @@ from rlhf.method_checks import METHODS
 # How far single points and the mean of a curve may be off, as a share of what its values span. With PyTorch's kernels
 # for lesser processors (ATEN_CPU_CAPABILITY=avx2 and default) it was 8e-4 and 4e-5 at most.
 POINT, MEAN = 0.01, 0.002
+# On CUDA two runs differ themselves, most where a gradient meets a kink of the reward: on two H200 in 4 points of 20 at
+# most, and never in the middle one by more than 9e-4; from the curves of a CPU they are no further.
+MIDDLE, KINKS = 0.002, 5
 
 
 def off(new: dict, old: dict) -> dict[str, tuple[float, float]]:
@@ -23,10 +26,19 @@ def off(new: dict, old: dict) -> dict[str, tuple[float, float]]:
     return found
 
 
-def test_every_method_has_its_curve():
+def assert_same_but_for_kinks(new: dict, old: dict) -> None:
+    for key in ("loss", "grad_norm"):
+        a, b = (torch.tensor(curve[key], dtype=torch.float64) for curve in (new, old))
+        residual = (a - b).abs() / (b.max() - b.min())
+        assert residual.median() < MIDDLE, (key, residual)
+        assert (residual > POINT).sum() <= KINKS, (key, residual)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_method_has_its_curve(device):
     assert {settings.get("method", "draft_k") for settings in CURVES.values()} == set(METHODS)
     for name in CURVES:
-        assert [len(stored(name)[key]) for key in ("loss", "grad_norm")] == [STEPS, STEPS]
+        assert [len(stored(name, device)[key]) for key in ("loss", "grad_norm")] == [STEPS, STEPS]
 
 
 def test_curves_of_different_methods_are_further_apart_than_what_is_let_pass():
@@ -44,3 +56,15 @@ ALL = [name if name == "draft_k" else pytest.param(name, marks=pytest.mark.slow)
 def test_twenty_steps_are_what_they_were(name):
     found = off(draw(name), stored(name))
     assert all(point <= POINT and mean <= MEAN for point, mean in found.values()), found
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_curves_of_a_gpu_are_those_of_a_cpu_but_for_kinks(name):
+    assert_same_but_for_kinks(stored(name, "cuda"), stored(name))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("name", CURVES)
+def test_twenty_steps_on_a_gpu_are_what_they_were(name):
+    assert_same_but_for_kinks(draw(name, "cuda"), stored(name, "cuda"))
