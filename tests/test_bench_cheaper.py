@@ -11,7 +11,7 @@ from study_pools import Pools
 cheaper, methods, tables = script("bench/cheaper.py"), script("bench/methods.py"), script("bench/tables.py")
 
 
-@pytest.mark.parametrize(("module", "flags"), [(cheaper, cheaper.WINDOW), (methods, ())])
+@pytest.mark.parametrize(("module", "flags"), [(cheaper, cheaper.FLAGS), (methods, ())])
 def test_the_settings_of_every_arm_are_accepted(module, flags, tmp_path):
     conditions = study_runs.Conditions("cpu", tmp_path, 11, flags=flags)
     for settings in module.ARMS.values():
