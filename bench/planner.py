@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from environment import environment
-from planner_arms import CAPS_GIB, FULL, NANO, STEPS, TWICE_BELOW, settings_of
+from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of
 from step import PROMPT, limit_memory, write
 from step_arms import SIZES, Rig, make_reward
 
@@ -164,7 +164,7 @@ def measure_full(arm: str, size: str, device: torch.device, reward: Callable) ->
     score = lambda video: reward(video, PROMPT, **INFO)
     parts = rig.args, rig.fields, rig.decode, score, rig.masters, rig.optimizer, rig.sigmas, rig.cond
     step = Step(*parts, rig.noise("x"), device)
-    for _ in range(2 if frames < TWICE_BELOW else 1):  # the first time loads kernels
+    for _ in range(2):  # the first time loads kernels, and pins host memory
         clean(device)
         phases = step.measure()
     seconds = {name: phase["seconds"] for name, phase in phases.items()}
@@ -278,8 +278,10 @@ def brief(row: dict) -> str:
     told = f"{row['arm']}:"
     for part in ("measured", "predicted"):
         if part in row:
-            gib, seconds = row[part]["peak_gib"], row[part]["seconds"]
-            told += f" {part} {'?' if gib is None else f'{gib:.2f}'} GiB, {seconds:.2f} s"
+            gib, seconds = (
+                "?" if row[part][key] is None else f"{row[part][key]:.2f}" for key in ("peak_gib", "seconds")
+            )
+            told += f" {part} {gib} GiB, {seconds} s"
     return told
 
 

@@ -27,7 +27,6 @@ FULL = {
     "8B, 125 frames, exact": (125, 125, EXACT),
 }
 CAPS_GIB = {"8B, 33 frames, 24 GiB": 24}
-TWICE_BELOW = 61  # frames: longer videos are measured once, on kernels that shorter ones have loaded
 
 
 def settings_of(arm: str, size: str) -> dict:
