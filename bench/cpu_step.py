@@ -6,6 +6,7 @@ Prediction: page faults take two fifths of a step. Beside a second busy program 
 minutes, since threads wait for one another; such an arm has no seconds.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -50,6 +51,7 @@ def measure(memory: str, limit: float = 120) -> list[float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
 
     rows = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rewards.check import json_object
+from rewards.check import mapping
 from rewards.list import table
 from rewards.read import check_file
 from rewards.score import prompts_of
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval/score.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of videos")
     parser.add_argument("--reward", action="append", required=True, dest="rewards", help="name or spec; repeatable")
-    parser.add_argument("--kwargs", type=json_object, default={}, help="arguments of rewards: {name: {argument: ..}}")
+    parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: ..}}")
     parser.add_argument("--names_are_prompts", action="store_true", help="read prompts off the file names")
     parser.add_argument("--max_frames", type=int, help="score the leading frames only")
     add_scoring_flags(parser)

@@ -1,10 +1,10 @@
 """Does a reward keep the contract? `python -m rewards.check SPEC` runs the probe and says so; exit status 1 if not."""
 
 import argparse
-import json
 import sys
 
 import torch
+import yaml
 
 from rewards.base import RewardError, probe
 from rewards.load import load_reward
@@ -15,7 +15,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rewards.check", description=__doc__)
     parser.add_argument("spec", help="built-in name, path/to/file.py:Class, package.module:Class or an entry point")
     parser.add_argument("--shape", type=_shape, default=(3, 17, 64, 64), help="C,T,H,W of one video (3,17,64,64)")
-    parser.add_argument("--kwargs", type=json_object, default={}, help="arguments of the reward, as JSON")
+    parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of the reward: '{frames: 8}'")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt", action="append", dest="prompts", help="a prompt to use; may be repeated")
     return parser.parse_args(argv)
@@ -28,16 +28,16 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def json_object(text: str) -> dict:
-    """A JSON object given as a flag; argparse tells what is wrong with another text."""
+def mapping(text: str) -> dict:
+    """A mapping given as a flag, in YAML and so also in JSON; argparse tells what is wrong with another text."""
     try:
-        kwargs = json.loads(text)
-    except json.JSONDecodeError as error:
+        kwargs = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(
-            f"got {text!r}; expected JSON such as '{{\"frames\": 8}}' ({error})"
+            f"got {text!r}; expected a mapping such as '{{frames: 8}}' ({error})"
         ) from error
     if not isinstance(kwargs, dict):
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a JSON object such as '{{\"frames\": 8}}'")
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a mapping such as '{{frames: 8}}'")
     return kwargs
 
 

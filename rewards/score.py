@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rewards.base import RewardError, frames_needed
 from rewards.catalogue import CATALOGUE
-from rewards.check import json_object
+from rewards.check import mapping
 from rewards.list import table
 from rewards.load import load_reward
 from rewards.mix import RewardMix
@@ -28,9 +28,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--reward", action="append", required=True, dest="rewards", help="name or spec; may be repeated"
     )
     parser.add_argument("--prompt", action="append", dest="prompts", help="one for all files, or one for each")
-    parser.add_argument(
-        "--kwargs", type=json_object, default={}, help="arguments of rewards, JSON {name: {argument: ..}}"
-    )
+    parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: ..}}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max_frames", type=int, help="score the leading frames only, for long videos")
     parser.add_argument("--json", type=Path, help="write the scores to this file too")

@@ -1,14 +1,14 @@
 """Which kernel computes attention: of those that PyTorch has for this device, the fastest at the shape in question."""
 
 import importlib
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlhf.device import synchronize
+from rlhf.device import seconds_of
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (B, heads, N, width) three times
 
@@ -95,18 +95,8 @@ def _fastest_first(ways: dict[str, Attention], work: Callable[[Attention], None]
     seconds = {}
     for name, way in ways.items():
         try:
-            seconds[name] = _seconds(work, way, device)
+            times = [seconds_of(partial(work, way), device) for _ in range(1 + REPEATS)]
+            seconds[name] = min(times[1:])  # the first call loads and plans
         except RuntimeError:  # "no available kernel"; also what some raise for a shape or a chip they do not know
             continue
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
-
-
-def _seconds(work: Callable[[Attention], None], way: Attention, device: torch.device) -> float:
-    times = []
-    for _ in range(1 + REPEATS):  # the first call loads and plans
-        synchronize(device)
-        began = time.perf_counter()
-        work(way)
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])

@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -129,6 +130,15 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device's queue, so that wall-clock times mean something."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call, all that the device does for it included."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 def reset_peak_memory(device: torch.device) -> None:

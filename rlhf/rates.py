@@ -3,7 +3,6 @@
 Few numbers, each from one small computation; `rlhf.time_plan` makes the time of a whole step of them.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.attention import attention_by, time_kernels
-from rlhf.device import describe, memory_beside, synchronize
+from rlhf.device import describe, memory_beside, seconds_of
 from rlhf.measured import RATES
 from rlhf.parts import small_transformer, trace_transformer
 from rlhf.trace import Operation
@@ -148,7 +147,7 @@ def _calls(device) -> tuple[float, float]:
 
     def there_and_back():
         forward()
-        return _seconds(back, device)
+        return seconds_of(back, device)
 
     with torch.no_grad():
         no_graph = _least(forward, device)
@@ -176,21 +175,13 @@ def _between(device, size: int) -> float | None:
 def _least(work: Callable, device: torch.device) -> float:
     """Seconds of a call among many in a row: what another program adds is none of the device's."""
     work()  # loads and plans
-    times = max(1, round(ROUND_SECONDS / _seconds(work, device)))
+    times = max(1, round(ROUND_SECONDS / seconds_of(work, device)))
 
     def round_of_them():
         for _ in range(times):
             work()
 
-    return min(_seconds(round_of_them, device) for _ in range(ROUNDS)) / times
-
-
-def _seconds(work: Callable, device: torch.device) -> float:
-    synchronize(device)
-    began = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - began
+    return min(seconds_of(round_of_them, device) for _ in range(ROUNDS)) / times
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -29,7 +29,8 @@ def test_a_reward_that_passes(capsys):
     assert "keeps the contract" in printed
 
 
-def test_arguments_and_prompts_reach_the_reward(tmp_path, capsys):
+@pytest.mark.parametrize("given", ['{"gain": 3}', "{gain: 3}"])
+def test_arguments_and_prompts_reach_the_reward(given, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "class Mine:\n"
         "    def __init__(self, gain):\n"
@@ -38,7 +39,7 @@ def test_arguments_and_prompts_reach_the_reward(tmp_path, capsys):
         "        print('prompts', prompts, 'gain', self.gain)\n"
         "        return video.mean(dim=(1, 2, 3, 4))\n"
     )
-    assert main([f"{tmp_path}/mine.py:Mine", "--kwargs", '{"gain": 3}', "--prompt", "one", "--prompt", "two"]) == 0
+    assert main([f"{tmp_path}/mine.py:Mine", "--kwargs", given, "--prompt", "one", "--prompt", "two"]) == 0
     assert "prompts ['one', 'two'] gain 3" in capsys.readouterr().out
 
 
@@ -55,7 +56,7 @@ def test_a_reward_that_fails(argv, part, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--shape", "3,17"], ["--shape", "3,0,8,8"], ["--kwargs", "{gain: 3}"], ["--kwargs", "[3]"]]
+    "argv", [["--shape", "3,17"], ["--shape", "3,0,8,8"], ["--kwargs", "{gain: 3"], ["--kwargs", "[3]"]]
 )
 def test_arguments_that_can_not_be_read(argv, capsys):
     with pytest.raises(SystemExit):

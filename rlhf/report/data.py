@@ -117,6 +117,7 @@ class Run:
         if self.evaluations:
             base, tuned = (evaluation.scores for evaluation in self.evaluations)
             full = name if name in base else f"nano_{name}"  # a held-out judge of nano goes by its short name
+            name = full if full in base else name  # as the pairs below have it
             if full in base and len(base[full]) > 1:
                 found = compared(base[full], tuned[full])
                 more = {key: found[key] for key in ("win_rate", "p", "better", "equal", "worse")}
