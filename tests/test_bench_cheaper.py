@@ -50,6 +50,14 @@ def test_arms_train_for_the_same_time(made, tmp_path):
     assert table.splitlines()[-1].endswith("| +0.250 (+0.250 to +0.250) | 40 |")
 
 
+def test_at_full_size_prices_an_arm_trains_for_as_many_steps_as_it_would_there(made, tmp_path):
+    prices = cheaper.full_size_prices()
+    assert prices["all of them"] < prices["rollouts used 4 times"] < prices["float8 copy"] < 1
+    flags = ["--seeds", "1", "--steps", "40", "--device", "cpu", "--output", str(tmp_path / "cheaper.json")]
+    cheaper.main(["--only", "all of them" + cheaper.AT_FULL_SIZE, *flags])
+    assert made == [(1, round(40 / prices["all of them"]))]
+
+
 def test_methods_train_for_as_many_steps(made, tmp_path):
     path = tmp_path / "methods.json"
     methods.main(["--only", "draft_lv", "srpo", "--seeds", "1", "--device", "cpu", "--output", str(path)])
