@@ -62,11 +62,8 @@ def _cell(row: dict, key: str, scale: float, form: str) -> str:
 
 def guidance_table(result: dict) -> str:
     """A row for each adapter, number of steps and mode but the exact one."""
-    lines = [
-        f"{_made_on(result)}\n",
-        "| adapter | steps with gradient | `guidance_gradient` | cosine with full | length, full = 1 |",
-        "|---|---|---|---|---|",
-    ]
+    headings = "| adapter | steps with gradient | `guidance_gradient` | cosine with full | length, full = 1 |"
+    lines = [f"{_made_on(result)}\n", headings, "|---" * 5 + "|"]
     for row in result["rows"]:
         if row["arm"] != "full":
             where = f"| {row['adapter']} | {row['grad_steps']} | {row['arm']} "
@@ -191,24 +188,24 @@ def _gradients_an_hour(rows: dict[str, dict]) -> str:
 
 def compile_table(result: dict) -> str:
     """After how many whole steps compiling has paid for itself, wherever both arms were measured."""
-    rows = {(row["arm"], row["frames"], row["scored"], row["phase"]): row for row in result["rows"] if "seconds" in row}
-
-    def first_time(*where) -> float:
-        """What a phase takes longer the first time; one branch alone compiles what the last step does."""
-        found = [rows.get((*where, phase), {}) for phase in ("sampling", "window", "step")]
-        return sum(row["first_seconds"] - row["seconds"] for row in found if "first_seconds" in row)
-
+    rows, end = {}, ", compiled"
+    for row in (row for row in result["rows"] if "seconds" in row):
+        rows.setdefault((row["arm"], row["frames"], row["scored"]), {})[row["phase"]] = row
     lines = ["| arm | frames | compiling, s | saved a step, s | pays after steps |", "|---|---|---|---|---|"]
-    for (arm, frames, scored, phase), row in rows.items():
-        plain_arm = arm.removesuffix(", compiled")
-        plain = rows.get((plain_arm, frames, scored, phase))
-        if phase != "step" or plain_arm == arm or plain is None:
+    for (arm, frames, scored), compiled in rows.items():
+        plain = rows.get((arm.removesuffix(end), frames, scored), {}) if arm.endswith(end) else {}
+        if "step" not in compiled.keys() & plain.keys():
             continue
-        cost = first_time(arm, frames, scored) - first_time(plain_arm, frames, scored)
-        saved = plain["seconds"] - row["seconds"]
+        cost, saved = _first(compiled) - _first(plain), plain["step"]["seconds"] - compiled["step"]["seconds"]
         pays = f"{math.ceil(cost / saved)}" if saved > 0 else "never"
         lines.append(f"| `{arm}` | {frames} | {cost:.0f} | {saved:.2f} | {pays} |")
     return "\n".join(lines) + "\n"
+
+
+def _first(phases: dict[str, dict]) -> float:
+    """Seconds that a step takes longer the first time; one branch alone compiles what the last step does."""
+    found = [phases.get(phase, {}) for phase in ("sampling", "window", "step")]
+    return sum(row["first_seconds"] - row["seconds"] for row in found if "first_seconds" in row)
 
 
 def planner_table(result: dict) -> str:
@@ -267,10 +264,7 @@ def _percent(share: float | None) -> str:
 
 def equality_table(result: dict) -> str:
     """How far each layout's small model is from one device's."""
-    lines = [
-        "| devices | layout | first gradient, of its largest number | weights after 5 steps |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| devices | layout | first gradient, of its largest number | weights after 5 steps |", "|---" * 4 + "|"]
     for row in result["rows"]:
         if row["phase"] == "equality":
             found = [f"{row[key]:.1e}" if key in row else row["skipped"] for key in ("gradient", "weights")]
@@ -296,7 +290,7 @@ TABLES = {
 def main() -> None:
     for guide in sorted((ROOT / "docs").glob("*.md")):
         text = guide.read_text()
-        filled = fill_cells(fill(text), json.loads(METHODS.read_text())) if METHODS.exists() else fill(text)
+        filled = fill_cells(fill(text), json.loads(METHODS.read_text()))
         if filled != text:
             guide.write_text(filled)
             print(f"wrote {guide.relative_to(ROOT)}")
