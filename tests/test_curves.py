@@ -10,7 +10,7 @@ from rlhf.method_checks import METHODS
 # for lesser processors (ATEN_CPU_CAPABILITY=avx2 and default) it was 8e-4 and 4e-5 at most.
 POINT, MEAN = 0.01, 0.002
 # On CUDA two runs differ themselves, most where a gradient meets a kink of the reward: on two H200 in 4 points of 20 at
-# most, and never in the middle one by more than 9e-4; from the curves of a CPU they are no further.
+# most, and in the middle one by 9e-4 at most; from the curves of a CPU by 1.1e-3.
 MIDDLE, KINKS = 0.002, 5
 
 
