@@ -46,7 +46,7 @@ from rlhf.sampler import Velocity, rollout, velocity_field
 RESULT = Path(__file__).parent / "results" / "step.json"
 GIB, PROMPT = 2**30, ["a red fox runs through deep snow, slow motion"]
 INFO = {"fps": 24, "seed": 0, "step": 0}
-PHASES = ("sampling", "segment", "decode", "decode and back", "window", "step")
+PHASES = ("sampling", "segment", "decode", "decode and back", "window", "step", "update")
 
 
 @dataclass
@@ -114,13 +114,17 @@ class Bench:
                 loss = -self.reward(self._video(latents), PROMPT, **INFO).mean()
                 loss.backward()
                 rig.masters.collect_grad()
-            norm = rig.masters.vector.grad.norm().item()
-            clip_gradient(rig.masters.vector.grad, norm, 1.0)
-            rig.optimizer.step()
-            rig.optimizer.zero_grad(set_to_none=False)
-            rig.masters.write()
-            if rig.fields:
-                rig.fields.refresh()
+            self.update()
+
+    def update(self) -> None:
+        """From an accumulated gradient to the adapter that the modules compute with."""
+        rig, gradient = self.rig, self.rig.masters.vector.grad
+        clip_gradient(gradient, gradient.norm().item(), 1.0)
+        rig.optimizer.step()
+        rig.optimizer.zero_grad(set_to_none=False)
+        rig.masters.write()
+        if rig.fields:
+            rig.fields.refresh()
 
     # ------------------------------------------------------------------------------------- what they are made of
 
@@ -212,7 +216,7 @@ def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device,
     told = {"arm": arm, "frames": frames, "scored": scored, "settings": SETTINGS[arm]}
     try:
         rig = Rig(arm, SIZES[arguments.size], frames, arguments.steps, scored, device)
-    except ValueError as error:  # a library or a device that an option needs is not here
+    except (ImportError, ValueError) as error:  # a library or a device that an option needs is not here
         return [told | {"phase": phase, "skipped": str(error)} for phase in phases]
     bench = Bench(rig, reward, scored)
     limit_memory(device, CAPS_GIB.get(arm))

@@ -58,6 +58,7 @@ SETTINGS = {
     "exact, nothing twice, compiled, FlashAttention-3, guidance together": FAST | {"guidance_together": True},
     "24 GiB": SMALL,
     # Not exact.
+    "8-bit optimizer": EXACT | {"optim": "adamw_bnb_8bit"},
     "8-bit base": EXACT | {"base_bits": 8},
     "4-bit base": EXACT | {"base_bits": 4},
     "merged copy": FAST | {"sampling_weights": "merged"},

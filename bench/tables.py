@@ -123,7 +123,8 @@ def _over_seeds(rows: list[dict], measure: str) -> str:
 
 def _made_on(result: dict) -> str:
     about = result["environment"]
-    return f"Measured on {about['device']} ({about['cores']} cores), torch {about['torch']}."
+    cores = sorted({about["cores"], *(row["cores"] for row in result["rows"] if "cores" in row)})  # of some rows alone
+    return f"Measured on {about['device']} ({' or '.join(map(str, cores))} cores), torch {about['torch']}."
 
 
 STEP_PHASES = {  # of bench/step.py: column by phase
@@ -132,6 +133,7 @@ STEP_PHASES = {  # of bench/step.py: column by phase
     "decode and back": "decoder there and back, s",
     "window": "last step, decoder, reward: there and back, s",
     "step": "whole step, s",
+    "update": "optimizer, s",
 }
 
 

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or passed over, and the signals that ask for one.
 
 checkpoints/step-N/ holds adapter.safetensors (the float32 masters), average.safetensors (their running average, if one
-is kept), optimizer.safetensors (AdamW's moments), state.json, and manifest.json with the size and hash of each of them.
-Nothing is pickled; the frozen base is not in it.
+is kept), optimizer.safetensors (AdamW's moments; those of 8 bits as they are kept), state.json, and manifest.json with
+the size and hash of each of them. Nothing is pickled; the frozen base is not in it.
 """
 
 import errno
@@ -117,10 +117,11 @@ def _write_files(folder: Path, step: int, masters, optimizer, state: dict) -> No
     save_vector(folder / "adapter.safetensors", masters, masters.vector)
     if masters.average is not None:
         save_vector(folder / "average.safetensors", masters, masters.average)
-    moments = optimizer.state_dict()["state"].get(0, {})
+    moments = optimizer.state.get(masters.vector, {})
     named = {f"{key}.{n}": t for key in MOMENTS if key in moments for n, t in masters.named(moments[key]).items()}
-    save_file(_cpu(named), folder / "optimizer.safetensors")
-    updates = int(moments["step"]) if moments else 0
+    as_kept = {key: t for key, t in moments.items() if key not in (*MOMENTS, "step")}
+    save_file(_cpu(named | as_kept), folder / "optimizer.safetensors")
+    updates = int(moments.get("step", 0))
     (folder / "state.json").write_text(
         json.dumps({"step": step, "optimizer_updates": updates} | state, indent=2) + "\n"
     )
@@ -180,13 +181,20 @@ def load_checkpoint(path: Path, masters, optimizer: torch.optim.Optimizer) -> di
         average = path / "average.safetensors"
         load_vector(average if average.exists() else path / "adapter.safetensors", masters, masters.average)
     if state["optimizer_updates"]:
-        moments = {key: torch.empty_like(masters.vector, requires_grad=False) for key in MOMENTS}
-        saved = load_file(path / "optimizer.safetensors")
-        for key, vector in moments.items():
-            masters.load(vector, {n: saved[f"{key}.{n}"] for n in masters.names})
-        moments["step"] = torch.tensor(float(state["optimizer_updates"]))
-        optimizer.load_state_dict({"state": {0: moments}, "param_groups": optimizer.state_dict()["param_groups"]})
+        _load_moments(load_file(path / "optimizer.safetensors"), masters, optimizer, state["optimizer_updates"])
     return state
+
+
+def _load_moments(saved: dict[str, torch.Tensor], masters, optimizer, updates: int) -> None:
+    if not isinstance(optimizer, torch.optim.AdamW):  # bitsandbytes'
+        device = masters.vector.device
+        optimizer.state[masters.vector] = {key: t.to(device) for key, t in saved.items()} | {"step": updates}
+        return
+    moments = {key: torch.empty_like(masters.vector, requires_grad=False) for key in MOMENTS}
+    for key, vector in moments.items():
+        masters.load(vector, {n: saved[f"{key}.{n}"] for n in masters.names})
+    moments["step"] = torch.tensor(float(updates))
+    optimizer.load_state_dict({"state": {0: moments}, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def read_state(path: Path) -> dict:

@@ -212,6 +212,9 @@ class RewardGradientConfig:
     )
 
     # The optimizer
+    optim: str = _key(
+        "adamw_torch_fused", "Or adamw_bnb_8bit: AdamW with moments of 8 bits, by bitsandbytes; other steps, not exact."
+    )
     learning_rate: float = _key(1e-4, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _key("constant", "After the warm-up: constant, or linear down to 0 at max_steps.")
     warmup_steps: int = _key(0, "Optimizer steps over which the learning rate rises linearly from 0.")

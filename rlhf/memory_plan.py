@@ -14,10 +14,11 @@ from torch import nn
 from rewards.catalogue import CATALOGUE
 from rewards.costs import cost, decoded_frames, scored_frames
 from rlhf.config import RewardGradientConfig
+from rlhf.optimizer import moment_bytes
 from rlhf.parts import Part, Parts
 
 ENCODING = "encoding prompts"
-OPTIMIZER_BYTES = 16  # of a trained number: master, gradient, two moments, in float32
+MASTER_BYTES = 8  # of a trained number: master and gradient, in float32
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,10 @@ def _evaluation(parts: Parts, args: RewardGradientConfig) -> int:
 
 def _held(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> dict[str, int]:
     size = parts.transformer.dtype.itemsize
-    average = 4 if args.ema_decay else 0
+    of_trained = MASTER_BYTES + moment_bytes(args) + (4 if args.ema_decay else 0)
     held = {
         "transformer": _base(args, parts.frozen, size, parts.processes),
-        "adapter and optimizer": parts.adapter_bytes + parts.trained * (OPTIMIZER_BYTES + average),
+        "adapter and optimizer": parts.adapter_bytes + int(parts.trained * of_trained),
         "VAE": sum(p.numel() for p in parts.vae.parameters()) * getattr(torch, args.vae_dtype).itemsize,
         "rewards": rewards.weights,
         "position table": parts.tokens * parts.transformer.inner_dim * size,

@@ -1,14 +1,40 @@
 """AdamW on the masters, its learning rate and the limit of its gradient."""
 
+import importlib.util
+
 import torch
 
 from rlhf.config import RewardGradientConfig
 
+EIGHT_BIT = "adamw_bnb_8bit"
+OPTIMIZERS = ("adamw_torch_fused", EIGHT_BIT)  # transformers' names
 
-def make_optimizer(vector: torch.Tensor, args: RewardGradientConfig) -> torch.optim.AdamW:
-    """AdamW of the vector of masters, as the settings say."""
-    betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW([vector], betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True)
+
+def make_optimizer(vector: torch.Tensor, args: RewardGradientConfig) -> torch.optim.Optimizer:
+    """AdamW of the vector of masters, as the settings say.
+
+    With 8 bits its moments are rounded by blocks of 256 (arXiv 2110.02861), by bitsandbytes. Raises ImportError where
+    that is not installed.
+    """
+    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    settings |= {"weight_decay": args.weight_decay}
+    if args.optim == EIGHT_BIT:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit([vector], **settings)
+    return torch.optim.AdamW([vector], fused=True, **settings)
+
+
+def missing_optimizer(name: str) -> str | None:
+    """What to say where the library of an optimizer is not installed; None where it is, or none is needed."""
+    if name != EIGHT_BIT or importlib.util.find_spec("bitsandbytes"):
+        return None
+    return f"optim={name} needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out"
+
+
+def moment_bytes(args: RewardGradientConfig) -> float:
+    """What the two moments of a trained number take; those of 8 bits with a scale for each 256."""
+    return 2 * (1 + 4 / 256) if args.optim == EIGHT_BIT else 8
 
 
 def learning_rate(step: int, args: RewardGradientConfig) -> float:

@@ -20,6 +20,7 @@ FIXED_ON_RESUME = (
     "lora_rank_pattern",
     "lora_alpha_pattern",
     "train_blocks",
+    "optim",
 )
 
 
@@ -66,5 +67,5 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
         if name in saved and saved[name] != getattr(args, name):
             yield (
                 f"{name}: got {getattr(args, name)!r}, expected {saved[name]!r} as in {path}: a resumed run "
-                "continues the same adapter; set it back, or start another output_dir"
+                "continues the same adapter and optimizer; set it back, or start another output_dir"
             )

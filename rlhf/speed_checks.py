@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rlhf.attention import KERNELS
 from rlhf.config import RewardGradientConfig
 from rlhf.measured import RATES
+from rlhf.optimizer import OPTIMIZERS, missing_optimizer
 from rlhf.quantise import missing_library
 
 CHOICES = {
@@ -13,6 +14,7 @@ CHOICES = {
     "base_bits": (None, 8, 4),
     "vae_dtype": ("float32", "bfloat16"),
     "sampling_weights": ("own", "merged", "float8"),
+    "optim": OPTIMIZERS,
 }
 AT_LEAST_ONE = ("decode_window", "prefix_steps", "guidance_every", "rollout_uses")
 OF_RECOMPUTED_BLOCKS = ("keep_attention", "offload_activations", "stream_weights")
@@ -45,6 +47,8 @@ def _weights(args):
         if getattr(args, name) and args.sampling_weights != "own":
             yield f"sampling_weights: got {args.sampling_weights} with {name}, expected own; change one of the two"
     if args.base_bits in (8, 4) and (missing := missing_library(args.base_bits)):
+        yield missing
+    if missing := missing_optimizer(args.optim):
         yield missing
     if args.lora_use_dora and args.sampling_weights != "own":
         yield f"sampling_weights: got {args.sampling_weights} with lora_use_dora, expected own; change one of the two"

@@ -31,7 +31,7 @@ ROWS = [
     Row("a: [1", "config.yaml", "is not YAML", "correct that line"),
     Row("# nothing", "got an empty file", "expected lines of the form 'key: value'", "correct the file"),
     Row("seed: 1\nseed: 2", "key seed: got it in lines 1 and 2", "expected it once", "leave one out"),
-    Row("optim:\n  seed: 2", "key optim: got a section", "expected settings without sections", "at the left margin"),
+    Row("optimizer:\n  seed: 2", "key optimizer: got a section", "expected settings without sections", "at the left margin"),
     Row("max_steps: ten", "config.yaml: max_steps: got 'ten'", "expected a whole number", "correct its value"),
     Row("- a\n- list", "got list", "expected lines of the form 'key: value'", "correct the file"),
     Row({"max_steps": 2.5}, "max_steps: got 2.5", "expected a whole number", "correct its value"),
@@ -147,6 +147,8 @@ ROWS = [
         "expected own",
         "change one of the two",
     ),
+    Row({"optim": "adam"}, "optim: got 'adam'", "expected one of adamw_torch_fused, adamw_bnb_8bit", "choose one"),
+    Row({"optim": "adamw_bnb_8bit"}, "optim=adamw_bnb_8bit needs bitsandbytes", "is not installed", "pip install"),
     Row({"base_bits": 4}, "base_bits=4 needs bitsandbytes", "which is not installed", "pip install bitsandbytes"),
     Row(
         {"sampling_weights": "merged", "lora_use_dora": True},

@@ -36,6 +36,8 @@ def test_settings_lower_what_they_are_for():
     assert plan(**DECODED, stepwise_backward=True).phases[decoding] < stepwise.phases[decoding]
     assert plan(decode_window=5).phases[decoding] < plain.phases[decoding]
     assert plan(sampling_weights="merged").held["sampling copy"] > 0
+    moments = plain.held["adapter and optimizer"] - plan(optim="adamw_bnb_8bit").held["adapter and optimizer"]
+    assert moments == pytest.approx(parts.trained * (8 - 2 - 8 / 256), abs=1)
     assert plan(ema_decay=0.9).held["adapter and optimizer"] > plain.held["adapter and optimizer"]
     assert plain.most == sum(plain.held.values()) + max(plain.phases.values())
 
