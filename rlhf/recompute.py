@@ -51,10 +51,18 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         inputs = as_leaves(ctx.saved_tensors, ctx.needs_input_grad[2:])
+        for x in inputs:
+            if x is not None and x.requires_grad:
+                x.register_hook(_of_its_own)
         with torch.enable_grad():
             outputs = ctx.function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return None, None, *gradients(outputs, (*inputs, *ctx.parameters), grads)
+
+
+def _of_its_own(grad: torch.Tensor) -> torch.Tensor:
+    """A copy of a slice of a larger tensor, such as `cat` sends back to each input: it would hold all of that."""
+    return grad.clone() if grad.untyped_storage().nbytes() > grad.nbytes else grad
 
 
 def as_leaves(tensors: Iterable[torch.Tensor | None], needs_grad: Iterable[bool]) -> list[torch.Tensor | None]:

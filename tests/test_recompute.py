@@ -100,6 +100,16 @@ def test_autograd_grad_reaches_parameters_and_unused_outputs_cost_nothing():
     assert torch.equal(found, expected)
 
 
+def test_a_gradient_that_is_a_slice_does_not_hold_the_whole():
+    """Of what is joined with more, as the decoder joins caches and frames."""
+    cache, x = (numbers(n, 6, seed=n).requires_grad_() for n in (2, 5))
+    joined = recomputed(lambda *pair: torch.cat(pair).square(), cache, x)
+    expected = torch.autograd.grad(torch.cat([cache, x]).square().sum(), [cache, x])
+    for found, grad in zip(torch.autograd.grad(joined.sum(), [cache, x]), expected, strict=True):
+        assert torch.equal(found, grad)
+        assert found.untyped_storage().nbytes() == found.nbytes
+
+
 def test_kept_in_host_memory_gives_the_same_gradients_and_buffers_are_used_again():
     layers, host = Layers(), HostMemory("cpu", smallest_bytes=100)
     expected = layers.gradients(layers.plain)
