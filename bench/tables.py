@@ -6,7 +6,6 @@ result of bench/methods.py stands between `<!-- nano: ARM -->` and `<!-- / -->`.
 """
 
 import json
-import math
 import re
 import statistics
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+from step_tables import compile_table, less_memory_table, made_on, phase_cell, step_table
 from study_numbers import MEASURES, gains
 
 OUT_OF_MEMORY = "out of memory"  # why a row of bench/rewards.py has no figures
@@ -63,7 +63,7 @@ def _cell(row: dict, key: str, scale: float, form: str) -> str:
 def guidance_table(result: dict) -> str:
     """A row for each adapter, number of steps and mode but the exact one."""
     headings = "| adapter | steps with gradient | `guidance_gradient` | cosine with full | length, full = 1 |"
-    lines = [f"{_made_on(result)}\n", headings, "|---" * 5 + "|"]
+    lines = [f"{made_on(result)}\n", headings, "|---" * 5 + "|"]
     for row in result["rows"]:
         if row["arm"] != "full":
             where = f"| {row['adapter']} | {row['grad_steps']} | {row['arm']} "
@@ -71,19 +71,22 @@ def guidance_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-GAP = "hacking_gap"
+GAP, AT_FULL_SIZE = "hacking_gap", ", at full size's prices"
 
 
 def methods_table(result: dict) -> str:
     """A row for each arm; means over seeds, with the least and the most; last, what a step takes alone on a device."""
-    return f"{_made_on(result)}\n\n{_study_lines(result, ('trained', 'verifier', 'clip', GAP, 'motion'), _cost)}"
+    return f"{made_on(result)}\n\n{_study_lines(result, ('trained', 'verifier', 'clip', GAP, 'motion'), _cost)}"
 
 
-def cheaper_table(result: dict) -> str:
-    """As `methods_table`, for arms that had the same device time; last, the optimizer steps that this allowed."""
-    about = f"{_made_on(result)} {result['environment']['budget_seconds']:.0f} device-seconds of training each."
-    lines = _study_lines(result, ("trained", "verifier", "clip", GAP), ("optimizer steps", lambda row: row["steps"]))
-    return f"{about}\n\n{lines}"
+def cheaper_table(result: dict, at_full_size: bool) -> str:
+    """As `methods_table`, for arms that had the same device time, here or at full size; last, the steps it allowed."""
+    about = result["environment"]
+    arms = [arm for arm in about["arms"] if arm.endswith(AT_FULL_SIZE) == at_full_size or arm == "plain"]
+    shown = {"environment": about | {"arms": arms}, "rows": [row for row in result["rows"] if row["arm"] in arms]}
+    time = "" if at_full_size else f" {about['budget_seconds']:.0f} device-seconds of training each."
+    lines = _study_lines(shown, ("trained", "verifier", "clip", GAP), ("optimizer steps", lambda row: row["steps"]))
+    return f"{made_on(shown)}{time}\n\n{lines.replace(AT_FULL_SIZE, '')}"
 
 
 _cost = "s a step", lambda row: f"{row['device_seconds'] / row['steps']:.3f}"
@@ -121,98 +124,9 @@ def _over_seeds(rows: list[dict], measure: str) -> str:
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
-def _made_on(result: dict) -> str:
-    about = result["environment"]
-    cores = sorted({about["cores"], *(row["cores"] for row in result["rows"] if "cores" in row)})  # of some rows alone
-    return f"Measured on {about['device']} ({' or '.join(map(str, cores))} cores), torch {about['torch']}."
-
-
-STEP_PHASES = {  # of bench/step.py: column by phase
-    "sampling": "sampling step, s",
-    "segment": "one branch there and back, s",
-    "decode and back": "decoder there and back, s",
-    "window": "last step, decoder, reward: there and back, s",
-    "step": "whole step, s",
-    "update": "optimizer, s",
-}
-
-
-def step_table(result: dict, exact: bool) -> str:
-    """A table for each number of frames: the exact arms, or the others with what they give an hour."""
-    lines, cells = [_made_on(result)], {}
-    for row in result["rows"]:
-        if _is_exact(row["arm"]) == exact or row["arm"] in REFERENCES:
-            cells.setdefault((row["frames"], row["scored"]), {}).setdefault(row["arm"], {})[row["phase"]] = row
-    for (frames, scored), arms in cells.items():
-        if set(arms) - set(REFERENCES):
-            lines += ["", f"{frames} frames, of them decoded and scored: {scored}", "", *_step_lines(arms, exact)]
-    return "\n".join(lines) + "\n"
-
-
-REFERENCES = ("peers' way", "stock autograd")
-
-
-def _is_exact(arm: str) -> bool:
-    return arm in REFERENCES or arm.startswith(("exact", "24 GiB"))
-
-
-def _step_lines(arms: dict[str, dict[str, dict]], exact: bool) -> list[str]:
-    phases = [phase for phase in STEP_PHASES if any(phase in rows for rows in arms.values())]
-    last = ["GiB at most", "cosine to stock", "to the peers'"] if exact else ["gradients an hour"]
-    columns = ["arm", *(STEP_PHASES[phase] for phase in phases), *last]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for arm, rows in arms.items():
-        values = [f"`{arm}`", *(_phase_cell(rows.get(phase)) for phase in phases)]
-        values += _exact_cells(rows) if exact else [_gradients_an_hour(rows)]
-        lines.append(f"| {' | '.join(values)} |")
-    return lines
-
-
-def _phase_cell(row: dict | None) -> str:
-    """Seconds, and what share of them the kernels' floor is."""
-    if row is None or "seconds" not in row:
-        return "-" if row is None else row["skipped"]
-    share = f" ({100 * row['floor_seconds'] / row['seconds']:.0f} % floor)" if "floor_seconds" in row else ""
-    return f"{row.get('seconds_per_gradient', row['seconds']):.2f}{share}"
-
-
-def _exact_cells(rows: dict[str, dict]) -> list[str]:
-    peaks = [row["peak_gib"] for row in rows.values() if "peak_gib" in row]
-    against = [rows.get("window", {}).get(f"against {reference}") for reference in reversed(REFERENCES)]
-    cosines = ["-" if one is None else f"{one['cosine']:.5f}, length {one['length']:.3f}" for one in against]
-    return [f"{max(peaks):.1f}" if peaks else "-", *cosines]
-
-
-def _gradients_an_hour(rows: dict[str, dict]) -> str:
-    seconds = rows.get("step", {}).get("seconds_per_gradient")
-    return f"{3600 / seconds:.0f}" if seconds else "-"
-
-
-def compile_table(result: dict) -> str:
-    """After how many whole steps compiling has paid for itself, wherever both arms were measured."""
-    rows, end = {}, ", compiled"
-    for row in (row for row in result["rows"] if "seconds" in row):
-        rows.setdefault((row["arm"], row["frames"], row["scored"]), {})[row["phase"]] = row
-    lines = ["| arm | frames | compiling, s | saved a step, s | pays after steps |", "|---|---|---|---|---|"]
-    for (arm, frames, scored), compiled in rows.items():
-        plain = rows.get((arm.removesuffix(end), frames, scored), {}) if arm.endswith(end) else {}
-        if "step" not in compiled.keys() & plain.keys():
-            continue
-        cost, saved = _first(compiled) - _first(plain), plain["step"]["seconds"] - compiled["step"]["seconds"]
-        pays = f"{math.ceil(cost / saved)}" if saved > 0 else "never"
-        lines.append(f"| `{arm}` | {frames} | {cost:.0f} | {saved:.2f} | {pays} |")
-    return "\n".join(lines) + "\n"
-
-
-def _first(phases: dict[str, dict]) -> float:
-    """Seconds that a step takes longer the first time; one branch alone compiles what the last step does."""
-    found = [phases.get(phase, {}) for phase in ("sampling", "window", "step")]
-    return sum(row["first_seconds"] - row["seconds"] for row in found if "first_seconds" in row)
-
-
 def planner_table(result: dict) -> str:
     """A row for each setting: measured, predicted and how far off; then the worst of both."""
-    lines = [_made_on(result), "", "| setting | GiB measured | predicted | | seconds a step measured | predicted | |"]
+    lines = [made_on(result), "", "| setting | GiB measured | predicted | | seconds a step measured | predicted | |"]
     lines += ["|---" * 7 + "|"]
     rows = [row for row in result["rows"] if "predicted" in row]
     for row in rows:
@@ -247,12 +161,12 @@ def scale_table(result: dict) -> str:
     for row in result["rows"]:
         cells.setdefault(row["frames"], {}).setdefault((row["devices"], row["arm"]), {})[row["phase"]] = row
     headings = ["devices", "layout", *SCALE_PHASES.values(), "efficiency: segment", "whole step", "GiB at most"]
-    lines = [_made_on(result)]
+    lines = [made_on(result)]
     for frames, arms in cells.items():
         lines += ["", f"{frames} frames, of them decoded: {result['environment']['scored']}", ""]
         lines += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
         for (devices, arm), rows in arms.items():
-            values = [_phase_cell(rows.get(phase)) for phase in SCALE_PHASES]
+            values = [phase_cell(rows.get(phase)) for phase in SCALE_PHASES]
             shares = [_percent(rows.get(phase, {}).get("efficiency")) for phase in ("segment", "step")]
             peaks = [row["peak_gib"] for row in rows.values() if "peak_gib" in row]
             values += [*shares, f"{max(peaks):.1f}" if peaks else "-"]
@@ -280,10 +194,12 @@ TABLES = {
     "rewards.json": rewards_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,
-    "cheaper.json": cheaper_table,
+    "cheaper.json#own": lambda result: cheaper_table(result, at_full_size=False),
+    "cheaper.json#full": lambda result: cheaper_table(result, at_full_size=True),
     "step.json#exact": lambda result: step_table(result, exact=True),
     "step.json#cheaper": lambda result: step_table(result, exact=False),
     "step.json#compile": compile_table,
+    "step.json#memory": less_memory_table,
     "scale.json#layouts": scale_table,
     "scale.json#equality": equality_table,
 }

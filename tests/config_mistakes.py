@@ -31,7 +31,12 @@ ROWS = [
     Row("a: [1", "config.yaml", "is not YAML", "correct that line"),
     Row("# nothing", "got an empty file", "expected lines of the form 'key: value'", "correct the file"),
     Row("seed: 1\nseed: 2", "key seed: got it in lines 1 and 2", "expected it once", "leave one out"),
-    Row("optimizer:\n  seed: 2", "key optimizer: got a section", "expected settings without sections", "at the left margin"),
+    Row(
+        "optimizer:\n  seed: 2",
+        "key optimizer: got a section",
+        "expected settings without sections",
+        "at the left margin",
+    ),
     Row("max_steps: ten", "config.yaml: max_steps: got 'ten'", "expected a whole number", "correct its value"),
     Row("- a\n- list", "got list", "expected lines of the form 'key: value'", "correct the file"),
     Row({"max_steps": 2.5}, "max_steps: got 2.5", "expected a whole number", "correct its value"),

@@ -44,7 +44,7 @@ def test_arms_train_for_the_same_time(made, tmp_path):
     for _ in range(2):  # what is done is not made again
         cheaper.main(["--only", "plain", "rollouts used 4 times", *flags])
     assert made == [(0, 10), (0, 40), (1, 10), (1, 40)]
-    table = tables.TABLES["cheaper.json"](json.loads(path.read_text()))
+    table = tables.TABLES["cheaper.json#own"](json.loads(path.read_text()))
     assert "40 device-seconds of training each." in table
     assert "| `rollouts used 4 times` | 2 | +0.150 (+0.100 to +0.200) | +15.0 (+10.0 to +20.0) |" in table
     assert table.splitlines()[-1].endswith("| +0.250 (+0.250 to +0.250) | 40 |")
@@ -55,7 +55,12 @@ def test_at_full_size_prices_an_arm_trains_for_as_many_steps_as_it_would_there(m
     assert prices["all of them"] < prices["rollouts used 4 times"] < prices["float8 copy"] < 1
     flags = ["--seeds", "1", "--steps", "40", "--device", "cpu", "--output", str(tmp_path / "cheaper.json")]
     cheaper.main(["--only", "all of them" + cheaper.AT_FULL_SIZE, *flags])
-    assert made == [(1, round(40 / prices["all of them"]))]
+    steps = round(40 / prices["all of them"])
+    assert made == [(1, steps)]
+    result = json.loads((tmp_path / "cheaper.json").read_text())
+    assert tables.TABLES["cheaper.json#full"](result).splitlines()[-1].endswith(f"| {steps} |")
+    assert "`all of them`" in tables.TABLES["cheaper.json#full"](result)
+    assert "all of them" not in tables.TABLES["cheaper.json#own"](result)
 
 
 def test_methods_train_for_as_many_steps(made, tmp_path):

@@ -118,6 +118,8 @@ def test_the_tables_by_hand():
         row("exact, nothing twice", "step", 18.0, seconds_per_gradient=18.0, first_seconds=18.0),
         row("exact, nothing twice, compiled", "step", 16.0, seconds_per_gradient=16.0, first_seconds=75.0),
         row("rollouts used 4 times", "step", 24.0, seconds_per_gradient=6.0),
+        row("8-bit base", "sampling", 0.7, cores=8),
+        row("exact", "update", 0.005),
         {"arm": "stock autograd", "frames": 33, "scored": 1, "phase": "step", "skipped": "out of memory"},
     ]
     result = {"environment": {"device": "Chip", "cores": 4, "torch": "9.9"}, "rows": measured}
@@ -130,6 +132,13 @@ def test_the_tables_by_hand():
     cheaper = tables.TABLES["step.json#cheaper"](result)
     assert "| `rollouts used 4 times` | - | 6.00 | 600 |" in cheaper
     assert "| `peers' way` | 0.86 (44 % floor) | 24.00 | 150 |" in cheaper
+    assert "base" not in exact + cheaper
+    less = tables.TABLES["step.json#memory"](result)
+    assert less.startswith("Measured on Chip (4 or 8 cores)")
+    assert less.splitlines()[-2:] == [
+        "| `exact` | - | - | 5.0 ms, 30.0 GiB |",
+        "| `8-bit base` | 0.70 s, 30.0 GiB | - | - |",
+    ]
     compiled = tables.TABLES["step.json#compile"](result)
     assert compiled.splitlines()[2:] == ["| `exact, nothing twice, compiled` | 33 | 59 | 2.00 | 30 |"]
 

@@ -138,4 +138,4 @@ def test_the_plan_is_what_was_measured_at_full_size(arm, frames):
             "decode and back": most_of(parts.decoder(args, 1, rewards.frames)),
             "window": max(plan.phases.values()),
         }
-        assert (plan.resident + planned[row["phase"]]) / GIB == pytest.approx(row["peak_gib"], rel=0.03), row["phase"]
+        assert (plan.resident + planned[row["phase"]]) / GIB == pytest.approx(row["peak_gib"], rel=0.035), row["phase"]
