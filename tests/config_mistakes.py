@@ -64,6 +64,12 @@ ROWS = [
     Row({"reward_funcs": ["absent.py:A"]}, "got no file at", "expected a Python file", "Correct the path"),
     Row({"reward_funcs": ["aesthetic_v2_5"]}, "got no `head`", "expected the path of", "Download it"),
     Row({"eval_reward_funcs": ["clip_score"]}, "got 'clip_score' twice", "expected each once", "leave one out"),
+    Row(
+        {"eval_reward_funcs": ["judge.py:motion"]},
+        "got 'motion'",
+        "expected another name than those of the measures of every evaluation (motion, saturation",
+        "rename the class or function",
+    ),
     Row({"reward_weights": [1, 2]}, "reward_weights: got 2", "expected 1", "correct them"),
     Row({"reward_weights": [0]}, "reward_weights: got only zeros", "expected one that is not", "nothing would be"),
     Row({"reward_kwargs": {"clip_scor": {}}}, "got 'clip_scor'", "expected a reward of this run", "did you mean"),
@@ -225,6 +231,23 @@ ROWS = [
         "got a run with checkpoints of its own",
         "expected a new folder, or that of {tmp}/another/checkpoints/step-3",
         "choose another",
+    ),
+    Row(
+        {"output_dir": "{tmp}/longer", "resume_from_checkpoint": "{tmp}/longer/checkpoints/step-3"},
+        "step-3: got an older one",
+        "expected the newest, since {tmp}/longer/checkpoints/step-5 would stay",
+        "choose another output_dir, or 'latest'",
+    ),
+    Row(
+        {
+            "resume_from_checkpoint": "{tmp}/another/checkpoints/step-3",
+            "load_best_model_at_end": True,
+            "eval_steps": 1,
+            "eval_reward_funcs": ["flicker"],
+        },
+        "load_best_model_at_end: got no {tmp}/another/best_adapter",
+        "expected the best adapter of the run",
+        "copy it there, or leave the setting out",
     ),
     Row({"resume_from_checkpoint": "absent"}, "got no checkpoint there", "expected a folder such as", "correct the"),
     Row(
