@@ -40,6 +40,8 @@ ROWS = [
     Row("max_steps: ten", "config.yaml: max_steps: got 'ten'", "expected a whole number", "correct its value"),
     Row("- a\n- list", "got list", "expected lines of the form 'key: value'", "correct the file"),
     Row({"max_steps": 2.5}, "max_steps: got 2.5", "expected a whole number", "correct its value"),
+    Row({"max_steps": float("inf")}, "max_steps: got inf", "expected a whole number", "correct its value"),
+    Row({"learning_rate": float("inf")}, "learning_rate: got inf", "expected a number", "correct its value"),
     Row({"dry_run": 3}, "dry_run: got 3", "expected true or false", "correct its value"),
     Row({"seed": True}, "seed: got True", "expected a whole number", "correct its value"),
     Row({"reward_kwargs": {"a": 3}}, "got {'a': 3}", "expected a mapping {name: {argument: value}}", "correct its"),
