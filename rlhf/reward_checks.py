@@ -35,7 +35,7 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
     if not trained:
         yield "reward_funcs: got none, expected at least one reward; name one"
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
-        cure = "leave one out; --eval_reward_funcs names other judges than the config"
+        cure = "leave one out (--eval_reward_funcs names other judges), or give one of two callables a `name`"
         yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; {cure}"
     for name in dict.fromkeys(n for n in names if n in MEASURES):
         expected = f"expected another name than those of the measures of every evaluation ({', '.join(MEASURES)})"
