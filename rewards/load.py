@@ -34,7 +34,7 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
     if spec in CATALOGUE:
         _check_own_path(spec, kwargs)
         return _construct(spec, built_in(spec), kwargs)
-    target = _import_attribute(spec, spec, base_dir) if ":" in spec else _entry_point(spec).load()
+    target = _import_attribute(spec, spec, base_dir) if ":" in spec else _plugged_in(spec)
     if inspect.isclass(target):
         return _construct(spec, target, kwargs)
     return _bind(spec, target, kwargs)
@@ -42,6 +42,8 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
 
 def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | None = None) -> None:
     """Raise RewardError if `spec` can't name a reward: within milliseconds, running and loading nothing of it.
+
+    Of a module in a package, the packages above it are run, as Python finds modules.
 
     kwargs: the arguments it will get, if they are to be looked at: where a user has to bring the weights, they say it.
     """
@@ -118,6 +120,8 @@ def _module_source(spec: str, where: str) -> Path | None:
         found = importlib.util.find_spec(where)
     except (ImportError, ValueError):
         found = None
+    except Exception as error:  # of a package above it, which is run
+        _raise_while_importing(spec, where, error)
     if found is None:
         cure = "install the package or correct the name; a file is named 'path/to/file.py:Class'"
         raise RewardError(spec, got=f"no module {where!r}", expected="an importable module", cure=cure)
@@ -139,9 +143,10 @@ def _check_defined(spec: str, source: Path, attribute: str) -> None:
 
 def _parsed(spec: str, source: Path) -> ast.Module:
     try:
-        return ast.parse(source.read_text())
+        return ast.parse(source.read_bytes())  # which may name its encoding
     except SyntaxError as error:
-        got = f"a syntax error in {source}, line {error.lineno} ({error.msg})"
+        line = f", line {error.lineno}" if error.lineno else ""
+        got = f"a syntax error in {source}{line} ({error.msg})"
         raise RewardError(spec, got=got, expected="a Python file", cure="correct that line") from error
 
 
@@ -177,9 +182,22 @@ def _import_attribute(spec: str, target: str, base_dir=None):
     except RewardError:
         raise
     except Exception as error:
-        got = f"{type(error).__name__} while importing it: {error}".rstrip(".")
-        cure = "correct the code, or install what it imports"
-        raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
+        _raise_while_importing(spec, where, error)
+
+
+def _plugged_in(name: str):
+    """What an entry point leads to."""
+    plugin = _entry_point(name)
+    try:
+        return plugin.load()
+    except Exception as error:
+        _raise_while_importing(name, plugin.value, error)
+
+
+def _raise_while_importing(spec: str, where: str, error: Exception) -> NoReturn:
+    got = f"{type(error).__name__} while importing it: {error}".rstrip(".")
+    cure = "correct the code, or install what it imports"
+    raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
 
 
 def _run_file(path: Path):

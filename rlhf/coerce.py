@@ -1,6 +1,7 @@
 """Values of settings as the types that they should have, forgiving what YAML and the shell blur."""
 
 import json
+import math
 import types
 import typing
 from typing import Any
@@ -42,8 +43,10 @@ def coerce(value: Any, annotation: Any) -> Any:
 
 
 def _coerce_number(value, kind):
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or kind(value) != float(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
+    if not math.isfinite(float(value)) or kind(value) != float(value):
+        raise ValueError(value)
     return kind(value)
 
 

@@ -118,8 +118,16 @@ class Masters:
 
     @torch.no_grad()
     def load(self, vector: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill a flat vector from tensors by parameter name: the inverse of `named`."""
-        for name, piece in self.named(vector).items():
+        """Fill a flat vector from tensors by parameter name: the inverse of `named`. ValueError for other ones."""
+        pieces = self.named(vector)
+        got, expected = ({n: tuple(t.shape) for n, t in of.items()} for of in (tensors, pieces))
+        if got != expected:
+            name = next(n for n in expected | got if got.get(n) != expected.get(n))
+            raise ValueError(
+                f"{name}: got a tensor of shape {got.get(name)}, expected {expected.get(name)}, as the adapter of this "
+                "run has; go on with the adapter that was saved, or start another output_dir"
+            )
+        for name, piece in pieces.items():
             piece.copy_(tensors[name])
 
     def _split(self, vector: torch.Tensor) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf.checkpoint import checkpoints, find_checkpoint, last_whole, read_state
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.layout import RESTARTS
-from rlhf.run_folder import run_in
+from rlhf.run_folder import BEST, run_in
 
 OF_A_START = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
 FIXED_ON_RESUME = (
@@ -62,7 +62,17 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     if path.resolve().parent != own.resolve() and checkpoints(own):
         expected = f"expected a new folder, or that of {path}"
         yield f"output_dir={args.output_dir}: got a run with checkpoints of its own, {expected}; choose another"
-    saved = read_state(path)["settings"]
+    elif path.resolve().parent == own.resolve() and (newest := last_whole(own)) and newest.name != path.name:
+        expected = f"expected the newest, since {newest} would stay and count as this run's"
+        yield f"resume_from_checkpoint={path}: got an older one, {expected}; choose another output_dir, or 'latest'"
+    state = read_state(path)
+    best = path.resolve().parent.parent / BEST
+    if args.load_best_model_at_end and state.get("guard") and not best.is_dir():
+        yield (
+            f"load_best_model_at_end: got no {best}, expected the best adapter of the run that {path} is of; copy it "
+            "there, or leave the setting out"
+        )
+    saved = state["settings"]
     for name in FIXED_ON_RESUME:
         if name in saved and saved[name] != getattr(args, name):
             yield (

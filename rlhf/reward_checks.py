@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from rewards import check_spec, reward_name
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.measures import MEASURES
 
 
 def short_name(reward: str | Callable) -> str:
@@ -34,8 +35,11 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
     if not trained:
         yield "reward_funcs: got none, expected at least one reward; name one"
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
-        cure = "leave one out; --eval_reward_funcs names other judges than the config"
+        cure = "leave one out (--eval_reward_funcs names other judges), or give one of two callables a `name`"
         yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; {cure}"
+    for name in dict.fromkeys(n for n in names if n in MEASURES):
+        expected = f"expected another name than those of the measures of every evaluation ({', '.join(MEASURES)})"
+        yield f"reward_funcs and eval_reward_funcs: got {name!r}, {expected}; rename the class or function"
     weights = args.reward_weights
     if weights is not None and len(weights) != len(trained):
         yield f"reward_weights: got {len(weights)}, expected {len(trained)}, one for each of reward_funcs; correct them"

@@ -6,6 +6,7 @@ from pathlib import Path
 from rlhf.config import ConfigError, RewardGradientConfig
 
 METRICS = "metrics.jsonl"
+BEST = "best_adapter"
 # Everything that a run writes into its folder; the first three say that there is one.
 RUN_FILES = (
     "config.yaml",
@@ -14,7 +15,7 @@ RUN_FILES = (
     "samples",
     "evaluation",
     "adapter",
-    "best_adapter",
+    BEST,
     "calibration.json",
     "trackers",
     "summary.json",

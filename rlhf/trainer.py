@@ -171,13 +171,14 @@ class RewardGradientTrainer:
                 log.say(f"{name}: {choice}")
             for done in range(first + 1, args.max_steps + 1):
                 self.callbacks.step_begins()
+                metrics = None
                 try:
                     metrics = self.step(done - 1)
-                except Exception:
-                    self._save(done - 1, together=False)  # the others may have failed elsewhere, or not at all
+                    self.callbacks.step_ends(done, metrics["epoch"])
+                    metrics |= self.watch.look(done, self.callbacks.asked("evaluate")) if self.watch else {}
+                except Exception:  # together=False: the others may have failed elsewhere, or not at all
+                    self._save(done if metrics else done - 1, together=False)
                     raise
-                self.callbacks.step_ends(done, metrics["epoch"])
-                metrics |= self.watch.look(done, self.callbacks.asked("evaluate")) if self.watch else {}
                 log.step(metrics)
                 self.callbacks.logged(metrics)
                 stopping = any_process(self.accelerator, stop.requested)
@@ -185,10 +186,9 @@ class RewardGradientTrainer:
                     saved = self._save(done)
                 if stopping:
                     raise TrainingInterrupted(saved)
-                if self.watch and self.watch.stop:
-                    log.say(self.watch.stop)
-                    break
-                if self.callbacks.asked("training_stop"):
+                if stopped := self.watch and self.watch.stop:
+                    log.say(stopped)
+                if stopped or self.callbacks.asked("training_stop"):
                     break
         return done
 

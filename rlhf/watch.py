@@ -1,6 +1,7 @@
 """A run looked at while it trains: held-out evaluations, the gains of its judges, the best adapter so far."""
 
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rlhf.evaluate import Evaluation, HeldOut, MakeVideos
 from rlhf.guards import Guard, gains
 from rlhf.lora import Masters, save_adapter
 from rlhf.optimizer import due
+from rlhf.run_folder import BEST
 from rlhf.tracking import write_results
 
 MASTERS_FILE = "masters.safetensors"
@@ -38,6 +40,7 @@ class Watch:
         self._metrics(self.base)
         if self.guard and saved:
             self.guard = dataclasses.replace(self.guard, **saved)
+            self._bring_best()
         elif self.guard:
             self.guard.best_step = first
             self._keep_best()
@@ -106,7 +109,14 @@ class Watch:
 
     @property
     def _best(self) -> Path:
-        return self.folder / "best_adapter"
+        return self.folder / BEST
+
+    def _bring_best(self) -> None:
+        """Copy the best adapter of the run that is gone on from, where this one has another folder."""
+        which = self.args.resume_from_checkpoint
+        theirs = Path(which).resolve().parent.parent / BEST
+        if self.is_main and which != "latest" and theirs.is_dir() and not self._best.exists():
+            shutil.copytree(theirs, self._best)
 
     def _keep_best(self) -> None:
         if self.is_main:

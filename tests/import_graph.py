@@ -18,7 +18,7 @@ PLACE = re.compile(r"(<!-- import graph -->\n).*?(<!-- end of import graph -->)"
 # Room: what it is for, and its modules. Rooms of one number do not know each other.
 ROOMS = {
     "start": ("plug-ins of accelerators, before torch", "rlhf rlhf.plugins"),
-    "terms": ("device, shapes, settings", "rlhf.device rlhf.types rlhf.coerce rlhf.config"),
+    "terms": ("device, shapes, measures, settings", "rlhf.device rlhf.types rlhf.measures rlhf.coerce rlhf.config"),
     "memory": (
         "what waits, is recomputed or streamed; attention",
         "rlhf.measured rlhf.attention rlhf.host_memory rlhf.recompute rlhf.streaming rlhf.quantise",
@@ -46,7 +46,7 @@ ROOMS = {
     ),
     "results": (
         "judging, comparing and showing what was learnt",
-        "rlhf.figures rlhf.measures rlhf.trackers rlhf.tracking rlhf.evaluate rlhf.compare rlhf.resampling "
+        "rlhf.figures rlhf.trackers rlhf.tracking rlhf.evaluate rlhf.compare rlhf.resampling "
         "rlhf.video_set rlhf.compare_sets rlhf.report rlhf.report.* rlhf.model_card rlhf.hub rlhf.lora_scale "
         "rlhf.export rlhf.generate rlhf.device_check",
     ),

@@ -32,17 +32,20 @@ NO_DATASET = {"prompts.as_prompts"}  # rows that are handed over, not settings: 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder with what rows refer to by {tmp}: an empty file, half a model, a run that was started."""
+    """A folder with what rows refer to by {tmp}: an empty file, half a model, a reward, runs that were started."""
     tmp = tmp_path_factory.mktemp("project")
     (tmp / "empty.txt").write_text("# nothing\n")
     (tmp / "half" / "vae").mkdir(parents=True)
     (tmp / "run" / "adapter").mkdir(parents=True)
     (tmp / "run" / "config.yaml").touch()
     (tmp / "locked").mkdir()
-    for run in ("run", "another"):
-        step = tmp / run / "checkpoints" / "step-3"
-        step.mkdir(parents=True)
-        (step / "state.json").write_text(json.dumps({"step": 3, "settings": vars(RewardGradientConfig(**GOOD))}))
+    (tmp / "judge.py").write_text("def motion(video, prompts, **info): ...\n")
+    for run in ("run/checkpoints/step-3", "another/checkpoints/step-3", "longer/checkpoints/step-3"):
+        (tmp / run).mkdir(parents=True)
+    (tmp / "longer/checkpoints/step-5").mkdir()
+    state = {"step": 3, "settings": vars(RewardGradientConfig(**GOOD)), "guard": {"best_step": 2}}
+    for step in tmp.glob("*/checkpoints/step-*"):
+        (step / "state.json").write_text(json.dumps(state))
         (step / "manifest.json").write_text('{"files": {}}')
     return tmp
 

@@ -105,6 +105,16 @@ def test_a_transformer_without_an_adapter_is_refused():
         Masters(tiny_transformer())
 
 
+@pytest.mark.parametrize("rank", [1, 8])
+def test_an_adapter_of_another_rank_is_not_loaded(rank):
+    """Not even one of rank 1, which would fit any other by repetition."""
+    saved, masters = (shaken(tiny_transformer(), lora_config(RewardGradientConfig(lora_rank=r))) for r in (rank, 4))
+    before = masters.vector.detach().clone()
+    with pytest.raises(ValueError, match=r"lora_A.*: got .* expected \(4, .*go on with the adapter that was saved"):
+        masters.load(masters.vector, saved.named(saved.vector))
+    assert torch.equal(masters.vector, before)
+
+
 # -------------------------------------------------------------------------- DoRA, patterns, whole blocks, the average
 
 EVERYTHING = {

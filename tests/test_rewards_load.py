@@ -154,6 +154,25 @@ def test_an_error_while_importing_names_the_reward(tmp_path):
     assert "a_package_not_there" in message("needs.py:Reward", tmp_path, load=load_reward)
 
 
+def test_a_file_may_name_its_encoding(tmp_path):
+    text = "# -*- coding: latin-1 -*-\ndef grün(video, prompts, **info):\n    return video[:, 1].mean((1, 2, 3))\n"
+    (tmp_path / "green.py").write_bytes(text.encode("latin-1"))
+    assert load_reward("green.py:grün", tmp_path)(VIDEO, PROMPTS).shape == (2,)
+    (tmp_path / "green.py").write_bytes(text.partition("\n")[2].encode("latin-1"))
+    assert "a syntax error in" in message("green.py:grün", tmp_path)
+
+
+def test_a_package_or_a_plug_in_that_does_not_import_is_named(folder, monkeypatch):
+    (folder / "broken").mkdir()
+    (folder / "broken" / "__init__.py").write_text("1 / 0\n")
+    (folder / "broken" / "reward.py").write_text("class Reward: pass\n")
+    monkeypatch.syspath_prepend(folder)
+    assert "ZeroDivisionError while importing it" in message("broken.reward:Reward")
+    plugin = EntryPoint("shiny", "a_package_not_there:Bright", load_module.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(load_module, "entry_points", lambda group, name=None: [plugin])
+    assert "ModuleNotFoundError while importing it" in message("shiny", load=load_reward)
+
+
 @pytest.mark.parametrize("name", ["Bright", "dark"])
 def test_misspelt_arguments_name_the_nearest(folder, name):
     said = message(f"mine.py:{name}", folder, load=load_reward, gian=1.0)

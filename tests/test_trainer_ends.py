@@ -14,8 +14,9 @@ from tiny import tiny_pipeline
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.checkpoint import TrainingInterrupted
+from rlhf.checkpoint import TrainingInterrupted, last_whole
 from rlhf.config import ConfigError
+from rlhf.evaluate import HeldOut
 from rlhf.failures import TrainingError
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
@@ -67,6 +68,24 @@ def test_a_finished_run_may_be_finished_in_another_folder(make_args, tmp_path):
     again = train(other, evaluate=True)
     assert again["trained"] == first["trained"]
     assert not (tmp_path / "other" / "curves.png").exists(), "there are no steps to draw"
+
+
+def test_a_step_is_saved_where_its_evaluation_fails(make_args, monkeypatch):
+    args, evaluate = make_args(max_steps=4, save_steps=0, eval_steps=3), HeldOut.evaluate
+
+    def broken(self, name, *rest):
+        if name == "step 3":
+            raise RuntimeError("out of memory")
+        return evaluate(self, name, *rest)
+
+    monkeypatch.setattr(HeldOut, "evaluate", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(args, evaluate=True)
+    monkeypatch.setattr(HeldOut, "evaluate", evaluate)
+    assert last_whole(Path(args.output_dir) / "checkpoints").name == "step-3"
+    again = train(dataclasses.replace(args, resume_from_checkpoint="latest"), evaluate=True)
+    whole = dataclasses.replace(args, output_dir=args.output_dir + "_whole")
+    assert again["trained"] == train(whole, evaluate=True)["trained"]
 
 
 def test_a_callback_stops_the_training_and_hears_of_everything(make_args):

@@ -209,6 +209,16 @@ def test_a_guarded_run_with_everything_resumes_to_the_bit(guarded, tmp_path):
     assert torch.equal(adapter(parts), adapter(whole))
 
 
+def test_the_best_adapter_comes_along_into_another_folder(guarded, tmp_path):
+    args = guarded("paleness", max_steps=2, load_best_model_at_end=True)
+    first = run(args)
+    assert first["best"]["step"] == 0, "a step that is kept on the way would hide what is missing"
+    saved = str(Path(args.output_dir) / "checkpoints" / "step-2")
+    other = dataclasses.replace(args, output_dir=str(tmp_path / "other"), max_steps=3, resume_from_checkpoint=saved)
+    assert run(other)["best"] == first["best"]
+    assert torch.equal(adapter(other), adapter(args))
+
+
 def test_a_run_that_goes_on_with_fewer_judges_reads_the_base_and_lists_them_in_their_order(guarded):
     args = guarded(max_steps=1, eval_reward_funcs=["judge.py:rosiness", "judge.py:paleness", "flicker"])
     assert list(run(args)["held_out"]) == ["rosiness", "paleness", "flicker"]
