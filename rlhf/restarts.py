@@ -62,9 +62,10 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     if path.resolve().parent != own.resolve() and checkpoints(own):
         expected = f"expected a new folder, or that of {path}"
         yield f"output_dir={args.output_dir}: got a run with checkpoints of its own, {expected}; choose another"
-    saved = read_state(path)["settings"]
+    default = vars(RewardGradientConfig())  # of settings that are newer than the checkpoint
+    saved = default | read_state(path)["settings"]
     for name in FIXED_ON_RESUME:
-        if name in saved and saved[name] != getattr(args, name):
+        if saved[name] != getattr(args, name):
             yield (
                 f"{name}: got {getattr(args, name)!r}, expected {saved[name]!r} as in {path}: a resumed run "
                 "continues the same adapter and optimizer; set it back, or start another output_dir"

@@ -153,6 +153,12 @@ ROWS = [
         "change one of the two",
     ),
     Row({"optim": "adam"}, "optim: got 'adam'", "expected one of adamw_torch_fused, adamw_bnb_8bit", "choose one"),
+    Row(
+        {"optim": "adamw_bnb_8bit", "train_blocks": ["transformer_blocks", "transformer_blocks.3"]},
+        "optim=adamw_bnb_8bit: got train_blocks of 8,",
+        "expected at most 2,147,483,647",
+        "train fewer",
+    ),
     Row({"optim": "adamw_bnb_8bit"}, "optim=adamw_bnb_8bit needs bitsandbytes", "is not installed", "pip install"),
     Row({"base_bits": 4}, "base_bits=4 needs bitsandbytes", "which is not installed", "pip install bitsandbytes"),
     Row(
