@@ -169,6 +169,13 @@ ROWS = [
     ),
     Row({"prefix_steps": 5, "method": "uniform"}, "prefix_steps: got it with", "expected draft_k", "change one of"),
     Row({"prefix_steps": 49}, "prefix_steps=49", "only 49 of num_inference_steps=50 come before", "lower it"),
+    Row(
+        {"sampling_weights": "merged", "num_grad_steps": 50},
+        "sampling_weights: got it with 0 of num_inference_steps=50 before the window",
+        "expected at least 1",
+        "lower num_grad_steps",
+    ),
+    Row({"guidance_together": True, "guidance_scale": 1.0}, "guidance_together: got it", "which has one", "leave it"),
     Row({"rollout_uses": 2, "drift_weight": 1.0}, "rollout_uses: got drift_weight", "expected 0", "leave one out"),
     Row(
         {"guidance_every": 2, "guidance_scale": 1.0},
