@@ -30,6 +30,11 @@ def speed_problems(args: RewardGradientConfig) -> Iterator[str]:
     for name in AT_LEAST_ONE:
         if (value := getattr(args, name)) is not None and value < 1:
             yield f"{name}: got {value}, expected at least 1; raise it"
+    if args.decode_window is not None and args.decode_window >= args.num_frames:
+        yield (
+            f"decode_window={args.decode_window} is all of num_frames={args.num_frames}, expected fewer; lower it, or "
+            "leave it out"
+        )
     for name in OF_RECOMPUTED_BLOCKS:
         if getattr(args, name) and not args.gradient_checkpointing:
             yield f"{name}: got it without gradient_checkpointing, on which it builds, expected both; set that, too"

@@ -143,6 +143,7 @@ ROWS = [
     Row({"decode_checkpoint": True}, "decode_checkpoint: got no decode_chunk", "expected one", "set it to 1"),
     Row({"attention_kernel": "best"}, "attention_kernel: got 'best'", "expected one of auto", "choose one"),
     Row({"decode_window": 0}, "decode_window: got 0", "expected at least 1", "raise it"),
+    Row({"decode_window": 17, "num_frames": 17}, "decode_window=17 is all of", "expected fewer", "leave it out"),
     Row({"keep_attention": True}, "keep_attention: got it without", "expected both", "set that, too"),
     Row({"decode_caches": "host"}, "decode_caches: got host without", "expected both", "set that, too"),
     Row(RECOMPUTED | {"stream_weights": True, "base_bits": 8}, "got both", "expected one", "leave one out"),
