@@ -54,18 +54,18 @@ def test_an_optimizer_that_is_not_installed_is_named_with_its_pip_line(monkeypat
 
 def test_a_run_with_8_bits_trains_and_goes_on_as_if_never_stopped(make_args, tmp_path):
     pytest.importorskip("bitsandbytes")
-    runs = {}
+    runs, blocks = {}, {"lora_rank": 16, "train_blocks": ["transformer_blocks.0"], "ema_decay": 0.5}
     for name, steps in (("whole", [4]), ("parted", [2, 4])):
         for last in steps:
             again = {"resume_from_checkpoint": "latest"} if last != steps[0] else {}
-            args = make_args(output_dir=str(tmp_path / name), optim=EIGHT_BIT, lora_rank=16, max_steps=last, **again)
+            args = make_args(output_dir=str(tmp_path / name), optim=EIGHT_BIT, max_steps=last, **blocks, **again)
             train(args)
         runs[name] = saved_adapter(args)
     assert all(torch.equal(runs["whole"][name], runs["parted"][name]) for name in runs["whole"])
     state = load_file(tmp_path / "parted" / "checkpoints" / "step-4" / "optimizer.safetensors")
     assert {"state1", "state2", "absmax1", "absmax2"} <= state.keys(), "the moments were kept in 8 bits"
     with pytest.raises(ConfigError, match="optim: got 'adamw_torch_fused', expected 'adamw_bnb_8bit'"):
-        train(make_args(output_dir=args.output_dir, lora_rank=16, max_steps=6, resume_from_checkpoint="latest"))
+        train(dataclasses.replace(args, optim=OPTIMIZERS[0], max_steps=6))
 
 
 def test_a_run_from_before_the_setting_goes_on_with_the_moments_that_it_has(make_args):
