@@ -104,7 +104,7 @@ def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards, enco
     video = batch * 3 * rewards.frames * args.height * args.width * 4  # it was scored, and is still there
     held, whole = _held(parts, args, rewards), gathered_bytes(parts, args)
     # Before the first step there are no moments yet, and no position table.
-    later = 8 * parts.trained + held["position table"]
+    later = int(moment_bytes(args) * parts.trained) + held["position table"]
     phases = {
         ENCODING: max(0, encoders - later),
         "sampling": whole + branch.sampling.most - branch.sampling.start,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from rlhf.config import RewardGradientConfig
+from rlhf.optimizer import EIGHT_BIT, MOST_OF_EIGHT_BITS
 
 # Which settings belong to which methods; elsewhere they keep their default, so that none is silently without effect.
 BELONGS = {
@@ -58,6 +59,11 @@ def _named_modules(args, transformer):
             whole = ", ".join(name for name, _ in model.named_children())
             expected = f"expected transformer_blocks.0 to .{last}, or another module of {whole}"
             yield f"train_blocks: got {block!r}, {expected}; correct it"
+    whole = {p for block in args.train_blocks or [] if block in names for p in model.get_submodule(block).parameters()}
+    numbers = sum(p.numel() for p in whole)
+    if args.optim == EIGHT_BIT and numbers > MOST_OF_EIGHT_BITS:
+        expected = f"expected at most {MOST_OF_EIGHT_BITS:,}, which is as far as bitsandbytes counts"
+        yield f"optim={EIGHT_BIT}: got train_blocks of {numbers:,} numbers, {expected}; train fewer, or leave it out"
     for target in args.lora_target_modules or []:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)

@@ -8,6 +8,7 @@ from rlhf.config import RewardGradientConfig
 
 EIGHT_BIT = "adamw_bnb_8bit"
 OPTIMIZERS = ("adamw_torch_fused", EIGHT_BIT)  # transformers' names
+MOST_OF_EIGHT_BITS = 2**31 - 1  # numbers of one tensor: bitsandbytes' kernels take their count as an int32
 
 
 def make_optimizer(vector: torch.Tensor, args: RewardGradientConfig) -> torch.optim.Optimizer:

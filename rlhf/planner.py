@@ -100,8 +100,10 @@ class Planner:
         return min(map(self.memory, changes), key=lambda plan: plan.most)
 
     def _tried(self) -> list[dict]:
-        """What changes the gradient, beginning with nothing."""
-        return [{}, *filter(self._possible, NOT_EXACT)]
+        """What changes the gradient, beginning with nothing; a window of all frames is none."""
+        frames = self.args.num_frames
+        fitting = [{k: v for k, v in row.items() if k != "decode_window" or v < frames} for row in NOT_EXACT]
+        return [{}, *filter(self._possible, fitting)]
 
     def _changes(self, also: dict) -> list[dict]:
         """Every combination that makes sense: what the settings have already is no change."""

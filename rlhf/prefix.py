@@ -1,6 +1,6 @@
 """Cheaper ways to the window that the gradient runs through. None is exact: each changes the videos that are scored.
 
-Over nine tenths of a full-size step are the denoising steps before the window. Fewer or second-order steps, guidance
+Most of a full-size step are the denoising steps before the window. Fewer or second-order steps, guidance
 kept over neighbouring steps, and a window's start used for several optimizer steps save them. Each takes effect only
 where no gradient is recorded, so the window's own gradient stays that of the state it starts from.
 

@@ -60,9 +60,12 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *gradients(outputs, (*inputs, *ctx.parameters), grads)
 
 
-def _of_its_own(grad: torch.Tensor) -> torch.Tensor:
-    """A copy of a slice of a larger tensor, such as `cat` sends back to each input: it would hold all of that."""
-    return grad.clone() if grad.untyped_storage().nbytes() > grad.nbytes else grad
+def _of_its_own(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy of a slice of a larger tensor, such as `cat` sends back to each input: it would hold all of that.
+
+    None is what a piece within this one sends to an input that its result does not depend on.
+    """
+    return grad.clone() if grad is not None and grad.untyped_storage().nbytes() > grad.nbytes else grad
 
 
 def as_leaves(tensors: Iterable[torch.Tensor | None], needs_grad: Iterable[bool]) -> list[torch.Tensor | None]:

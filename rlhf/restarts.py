@@ -72,9 +72,10 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
             f"load_best_model_at_end: got no {best}, expected the best adapter of the run that {path} is of; copy it "
             "there, or leave the setting out"
         )
-    saved = state["settings"]
+    default = vars(RewardGradientConfig())  # of settings that are newer than the checkpoint
+    saved = default | state["settings"]
     for name in FIXED_ON_RESUME:
-        if name in saved and saved[name] != getattr(args, name):
+        if saved[name] != getattr(args, name):
             yield (
                 f"{name}: got {getattr(args, name)!r}, expected {saved[name]!r} as in {path}: a resumed run "
                 "continues the same adapter and optimizer; set it back, or start another output_dir"

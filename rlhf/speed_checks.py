@@ -30,6 +30,11 @@ def speed_problems(args: RewardGradientConfig) -> Iterator[str]:
     for name in AT_LEAST_ONE:
         if (value := getattr(args, name)) is not None and value < 1:
             yield f"{name}: got {value}, expected at least 1; raise it"
+    if args.decode_window is not None and args.decode_window >= args.num_frames:
+        yield (
+            f"decode_window={args.decode_window} is all of num_frames={args.num_frames}, expected fewer; lower it, or "
+            "leave it out"
+        )
     for name in OF_RECOMPUTED_BLOCKS:
         if getattr(args, name) and not args.gradient_checkpointing:
             yield f"{name}: got it without gradient_checkpointing, on which it builds, expected both; set that, too"
@@ -70,10 +75,30 @@ def _prefix(args):
             f"prefix_steps={args.prefix_steps}, but only {before} of num_inference_steps={args.num_inference_steps} "
             "come before the window; lower it"
         )
+    if args.method == "draft_k":
+        yield from _without_effect(args, before)
     if args.rollout_uses > 1 and args.drift_weight:
         yield "rollout_uses: got drift_weight, which needs the states of every rollout, expected 0; leave one out"
     if args.guidance_every > 1 and (args.guidance_scale <= 1 or args.guidance_gradient == "distill"):
         yield f"guidance_every: got {args.guidance_every}, but nothing is guided here, expected 1; leave it out"
+    if args.guidance_together and args.guidance_scale <= 1:
+        yield f"guidance_together: got it with guidance_scale {args.guidance_scale}, which has one branch; leave it out"
+
+
+def _without_effect(args, before):
+    """Ways to take the steps before the window, where there are none, or no second one to take differently."""
+    needed = {
+        "second_order_prefix": (args.second_order_prefix, 2),
+        "guidance_every": (args.guidance_every > 1, 2),
+        "sampling_weights": (args.sampling_weights != "own", 1),
+        "rollout_uses": (args.rollout_uses > 1, 1),
+    }
+    for name, (is_asked, least) in needed.items():
+        if is_asked and before < least:
+            yield (
+                f"{name}: got it with {before} of num_inference_steps={args.num_inference_steps} before the window, "
+                f"expected at least {least} to take so; lower num_grad_steps, or leave it out"
+            )
 
 
 def _planned(args):

@@ -151,6 +151,7 @@ ROWS = [
     Row({"decode_checkpoint": True}, "decode_checkpoint: got no decode_chunk", "expected one", "set it to 1"),
     Row({"attention_kernel": "best"}, "attention_kernel: got 'best'", "expected one of auto", "choose one"),
     Row({"decode_window": 0}, "decode_window: got 0", "expected at least 1", "raise it"),
+    Row({"decode_window": 17, "num_frames": 17}, "decode_window=17 is all of", "expected fewer", "leave it out"),
     Row({"keep_attention": True}, "keep_attention: got it without", "expected both", "set that, too"),
     Row({"decode_caches": "host"}, "decode_caches: got host without", "expected both", "set that, too"),
     Row(RECOMPUTED | {"stream_weights": True, "base_bits": 8}, "got both", "expected one", "leave one out"),
@@ -161,6 +162,12 @@ ROWS = [
         "change one of the two",
     ),
     Row({"optim": "adam"}, "optim: got 'adam'", "expected one of adamw_torch_fused, adamw_bnb_8bit", "choose one"),
+    Row(
+        {"optim": "adamw_bnb_8bit", "train_blocks": ["transformer_blocks", "transformer_blocks.3"]},
+        "optim=adamw_bnb_8bit: got train_blocks of 8,",
+        "expected at most 2,147,483,647",
+        "train fewer",
+    ),
     Row({"optim": "adamw_bnb_8bit"}, "optim=adamw_bnb_8bit needs bitsandbytes", "is not installed", "pip install"),
     Row({"base_bits": 4}, "base_bits=4 needs bitsandbytes", "which is not installed", "pip install bitsandbytes"),
     Row(
@@ -171,6 +178,13 @@ ROWS = [
     ),
     Row({"prefix_steps": 5, "method": "uniform"}, "prefix_steps: got it with", "expected draft_k", "change one of"),
     Row({"prefix_steps": 49}, "prefix_steps=49", "only 49 of num_inference_steps=50 come before", "lower it"),
+    Row(
+        {"sampling_weights": "merged", "num_grad_steps": 50},
+        "sampling_weights: got it with 0 of num_inference_steps=50 before the window",
+        "expected at least 1",
+        "lower num_grad_steps",
+    ),
+    Row({"guidance_together": True, "guidance_scale": 1.0}, "guidance_together: got it", "which has one", "leave it"),
     Row({"rollout_uses": 2, "drift_weight": 1.0}, "rollout_uses: got drift_weight", "expected 0", "leave one out"),
     Row(
         {"guidance_every": 2, "guidance_scale": 1.0},

@@ -74,6 +74,8 @@ def test_the_encoders_are_there_before_the_optimizer_is():
     assert plan.worst == "encoding prompts"
     moments = 2 * 4 * parts.trained
     assert plan.most == plan.resident + size - moments - plan.held["position table"]
+    few_bits = plan_memory(parts, dataclasses.replace(args, optim="adamw_bnb_8bit"), rewards, size)
+    assert few_bits.most == pytest.approx(plan.most, abs=2), "what comes later does not matter then"
     assert plan_memory(parts, args, rewards, 1).phases["encoding prompts"] == 0
 
 

@@ -1,6 +1,8 @@
 """The optimizer of the masters: its settings, its learning rate, the limit of its gradient, its moments in few bits."""
 
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from runs import saved_adapter, train
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
+from rlhf.checkpoint import _fingerprint
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.optimizer import EIGHT_BIT, OPTIMIZERS, learning_rate, make_optimizer, missing_optimizer, moment_bytes
 from rlhf.tracking import read_metrics
@@ -51,18 +54,40 @@ def test_an_optimizer_that_is_not_installed_is_named_with_its_pip_line(monkeypat
 
 def test_a_run_with_8_bits_trains_and_goes_on_as_if_never_stopped(make_args, tmp_path):
     pytest.importorskip("bitsandbytes")
-    runs = {}
+    runs, blocks = {}, {"lora_rank": 16, "train_blocks": ["transformer_blocks.0"], "ema_decay": 0.5}
     for name, steps in (("whole", [4]), ("parted", [2, 4])):
         for last in steps:
             again = {"resume_from_checkpoint": "latest"} if last != steps[0] else {}
-            args = make_args(output_dir=str(tmp_path / name), optim=EIGHT_BIT, lora_rank=16, max_steps=last, **again)
+            args = make_args(output_dir=str(tmp_path / name), optim=EIGHT_BIT, max_steps=last, **blocks, **again)
             train(args)
         runs[name] = saved_adapter(args)
     assert all(torch.equal(runs["whole"][name], runs["parted"][name]) for name in runs["whole"])
     state = load_file(tmp_path / "parted" / "checkpoints" / "step-4" / "optimizer.safetensors")
     assert {"state1", "state2", "absmax1", "absmax2"} <= state.keys(), "the moments were kept in 8 bits"
     with pytest.raises(ConfigError, match="optim: got 'adamw_torch_fused', expected 'adamw_bnb_8bit'"):
-        train(make_args(output_dir=args.output_dir, lora_rank=16, max_steps=6, resume_from_checkpoint="latest"))
+        train(dataclasses.replace(args, optim=OPTIMIZERS[0], max_steps=6))
+
+
+def test_a_run_from_before_the_setting_goes_on_with_the_moments_that_it_has(make_args):
+    pytest.importorskip("bitsandbytes")
+    args = make_args(lora_rank=16, max_steps=1)
+    train(args)
+    path = Path(args.output_dir) / "checkpoints" / "step-1"
+    forget_setting(path, "optim")
+    again = make_args(lora_rank=16, max_steps=2, resume_from_checkpoint=str(path))
+    with pytest.raises(ConfigError, match="optim: got 'adamw_bnb_8bit', expected 'adamw_torch_fused'"):
+        train(dataclasses.replace(again, optim=EIGHT_BIT))
+    train(again)
+
+
+def forget_setting(checkpoint: Path, name: str) -> None:
+    """As a version without that setting wrote it."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["settings"][name]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["state.json"] = _fingerprint(checkpoint / "state.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_long_gradient_is_scaled_down_to_the_limit(make_args, tmp_path):

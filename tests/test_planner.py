@@ -122,6 +122,13 @@ def test_what_changes_the_gradient_comes_last_and_is_said(planner):
     assert "vae_dtype" in text
 
 
+def test_a_window_of_all_frames_is_not_proposed(planner):
+    assert any("decode_window" in changes for changes in planner._tried())
+    short = Planner(dataclasses.replace(SMALL[1], num_frames=5), SMALL[2], RATES)
+    assert {"vae_dtype": "bfloat16"} in short._tried()
+    assert not any("decode_window" in changes for changes in short._tried())
+
+
 def test_what_cannot_be_planned_for_is_said():
     settings = {"plan_processes": 6, "guidance_parallel": 2, "sequence_parallel": 2, "dry_run": True}
     with pytest.raises(ConfigError) as error:

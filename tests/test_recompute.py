@@ -110,6 +110,25 @@ def test_a_gradient_that_is_a_slice_does_not_hold_the_whole():
         assert found.untyped_storage().nbytes() == found.nbytes
 
 
+def test_an_input_that_a_piece_within_leaves_alone_gets_no_gradient():
+    x, unread = numbers(5, 6).requires_grad_(), numbers(5, 6, seed=1).requires_grad_()
+
+    def outer(x, unread):
+        y, _ = recomputed(lambda x, unread: (x.square(), 3 * unread), x, unread)
+        return recomputed(lambda y, unread: y + 1, y, unread)
+
+    found, none = torch.autograd.grad(recomputed(outer, x, unread).sum(), [x, unread], allow_unused=True)
+    assert torch.equal(found, 2 * x)
+    assert none is None
+
+
+def test_an_input_that_is_given_twice_gets_both_gradients():
+    x = numbers(5, 6).requires_grad_()
+    joined = recomputed(lambda one, other: torch.cat([one, 2 * other]).square() * torch.cat([one, one]), x, x)
+    expected = torch.autograd.grad((torch.cat([x, 2 * x]).square() * torch.cat([x, x])).sum(), x)[0]
+    assert torch.allclose(torch.autograd.grad(joined.sum(), x)[0], expected, rtol=1e-14)
+
+
 def test_kept_in_host_memory_gives_the_same_gradients_and_buffers_are_used_again():
     layers, host = Layers(), HostMemory("cpu", smallest_bytes=100)
     expected = layers.gradients(layers.plain)
