@@ -13,7 +13,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NoReturn
 
-from rewards.base import RewardError
+import torch
+
+from rewards.base import RewardError, raised
 from rewards.catalogue import CATALOGUE, WEIGHTS
 
 ENTRY_POINT_GROUP = "contentv_rlhf.rewards"
@@ -36,7 +38,7 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
         return _construct(spec, built_in(spec), kwargs)
     target = _import_attribute(spec, spec, base_dir) if ":" in spec else _plugged_in(spec)
     if inspect.isclass(target):
-        return _construct(spec, target, kwargs)
+        return _constructed(spec, target, kwargs)
     return _bind(spec, target, kwargs)
 
 
@@ -216,6 +218,18 @@ def _construct(spec: str, make: Callable, kwargs: dict) -> Callable:
     except TypeError as error:
         _raise_kwargs(spec, kwargs, signature, error)
     return make(**kwargs)
+
+
+def _constructed(spec: str, target: type, kwargs: dict) -> Callable:
+    """An instance of a user's class, whose own errors name the reward and the line."""
+    try:
+        return _construct(spec, target, kwargs)
+    except (RewardError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        got = raised(error, f"the arguments {kwargs}")
+        cure = "correct the code, or the reward's entry in reward_kwargs"
+        raise RewardError(spec, got=got, expected=f"{target.__name__}(...) to return a reward", cure=cure) from error
 
 
 def _bind(spec: str, reward: Callable, kwargs: dict) -> Callable:

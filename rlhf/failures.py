@@ -83,9 +83,9 @@ def not_finite(
     )
 
 
-def require_gradient(norm: float, step: int, rewards: RewardMix) -> None:
-    """Raise TrainingError for a gradient norm of 0."""
-    if norm == 0 and not rewards.caps:  # beyond a cap nothing is to be learnt
+def require_gradient(norm: float, step: int, rewards: RewardMix, logged: dict) -> None:
+    """Raise TrainingError for a gradient norm of 0 where the step logged a reward: an adapter of 0 has not drifted."""
+    if norm == 0 and "reward" in logged and not rewards.caps:  # beyond a cap nothing is to be learnt
         raise TrainingError(
             f"The gradient at the adapter is exactly zero after {step} steps, expected a number "
             "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."

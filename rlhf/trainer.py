@@ -210,7 +210,7 @@ class RewardGradientTrainer:
             self.optimizer.zero_grad(set_to_none=False)
             return place | self.skips.add(error) | cost.so_far()
         self.skips.in_a_row = 0
-        require_gradient(norm, self.state.global_step, self.rewards)
+        require_gradient(norm, self.state.global_step, self.rewards, columns[0])
         clip_gradient(self.masters.vector.grad, norm, args.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         self.optimizer.step()

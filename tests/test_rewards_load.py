@@ -53,6 +53,15 @@ def test_a_class_in_a_file_is_instantiated(folder):
     assert load_reward("mine.py:Bright", folder, gain=4.0)(VIDEO, PROMPTS).tolist() == [2.0, 2.0]
 
 
+def test_what_a_constructor_raises_is_told_with_its_line(folder):
+    (folder / "late.py").write_text("class Late:\n    def __init__(self, path='none.pt'):\n        open(path)\n")
+    told = message("late.py:Late", folder, load_reward, path="there.pt")
+    assert "FileNotFoundError" in told
+    assert "for the arguments {'path': 'there.pt'}" in told
+    assert "late.py, line 3)" in told
+    assert "reward_kwargs" in told
+
+
 def test_a_function_in_a_file_is_used_as_it_is(folder):
     assert not isinstance(load_reward("mine.py:dark", folder), functools.partial)
     assert load_reward("mine.py:dark", folder)(VIDEO, PROMPTS).tolist() == [-0.5, -0.5]

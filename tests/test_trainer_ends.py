@@ -144,11 +144,13 @@ def test_a_reward_that_breaks_is_named_and_the_last_good_step_saved(make_args, b
 
 def test_no_reward_is_blamed_for_an_anchor_step(make_args):
     """Not even the one that made the step before it fail."""
-    args = make_args(max_steps=2, anchor_steps=2, max_skipped_steps=1)
+    args = make_args(max_steps=4, anchor_steps=2, max_skipped_steps=1)
     broken = after(0, lambda v: (redness(v, 0) - redness(v, 0)).sqrt())
     trainer = RewardGradientTrainer(tiny_pipeline(), broken, args, PROMPTS)
     trainer._begin()
     assert "comes from the reward turncoat" in trainer.step(0)["why"]
+    assert trainer.step(1)["grad_norm"] == 0, "nothing was trained yet, so nothing has drifted"
+    assert "comes from the reward turncoat" in trainer.step(2)["why"]
 
     def no_number(step, micro):
         trainer.masters.vector.grad.fill_(math.nan)
@@ -156,7 +158,7 @@ def test_no_reward_is_blamed_for_an_anchor_step(make_args):
 
     trainer._anchor_gradient = no_number
     with pytest.raises(TrainingError, match="comes from no reward"):
-        trainer.step(1)
+        trainer.step(3)
 
 
 def test_a_reward_that_cannot_train_is_refused_before_weights_load(make_args, monkeypatch):
