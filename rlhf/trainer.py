@@ -153,7 +153,7 @@ class RewardGradientTrainer:
             accelerator.print(told_of_resuming(resumed, saved, args))
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
-        self.batches.go_on_from(first, saved.get("samples"))
+        self.batches.go_on_from(first, saved)
         done = resumed and is_measured(self.folder, self.rewards)
         sampled = [] if done else self.batches.prompts_at(0, args.calibrate_rewards)
         prompts = self.batches.from_step(self.prefixes.rollout_of(first, 0)) + self.eval_prompts + sampled
