@@ -34,6 +34,15 @@ def attention_by(kernel: str | None) -> Attention:
     return attention
 
 
+def why_not(kernel: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str | None:
+    """What PyTorch says where the kernel of that name does not run, there and back; None where it does."""
+    try:
+        attention_by(kernel)(*_inputs(device, dtype, heads, width, 64, requires_grad=True)).sum().backward()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
 def flash_attention_3() -> Attention | None:
     """FlashAttention-3, to be used without gradient; None where no package has it."""
     for package in FLASH_ATTENTION_3:

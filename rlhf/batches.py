@@ -33,6 +33,7 @@ class Batches:
         layout.require_same(prompts=prompts, settings=[v for k, v in vars(args).items() if k not in OF_A_HOST])
         self.size, self.processes = args.per_device_train_batch_size, layout.num_processes
         self.origin = 0, 0  # a step, and how many samples the run had taken before it
+        self.start = 0, 0  # a rollout - with `rollout_uses` there are fewer than steps - and where its prompts stand
         self.samples_per_step = self.size * args.gradient_accumulation_steps * self.processes  # over all processes
 
     def batch(self, step: int, micro: int) -> Batch:
@@ -43,19 +44,26 @@ class Batches:
         def noise(purpose: str) -> torch.Tensor:
             return draw_noise(self.noise_shape, self.args.seed, purpose, keys).to(self.layout.device)
 
-        return Batch(self.prompts_at(self.samples_before(step) + start, self.size), noise)
+        return Batch(self.prompts_at(self._place(step) + start, self.size), noise)
 
     def state(self, step: int) -> dict:
         """What a checkpoint after `step` steps keeps of the order of samples."""
-        return {"samples": self.samples_before(step), "processes": self.layout.accelerator.num_processes}
+        place = self._place(step // self.args.rollout_uses)
+        processes = self.layout.accelerator.num_processes
+        return {"samples": self.samples_before(step), "place": place, "processes": processes}
 
-    def go_on_from(self, step: int, samples: int | None) -> None:
-        """Count from a checkpoint's step and samples, which another number of processes may have taken."""
-        self.origin = step, step * self.samples_per_step if samples is None else samples
+    def go_on_from(self, step: int, saved: dict) -> None:
+        """Count from a step of which `state` was saved, as far as there is one: by any number of processes."""
+        rollout = step // self.args.rollout_uses
+        self.origin = step, saved.get("samples", self.samples_before(step))
+        self.start = rollout, saved.get("place", self.samples_before(rollout))
 
     def samples_before(self, step: int) -> int:
         """How many samples the run takes before a step, over all processes."""
         return self.origin[1] + (step - self.origin[0]) * self.samples_per_step
+
+    def _place(self, rollout: int) -> int:
+        return self.start[1] + (rollout - self.start[0]) * self.samples_per_step
 
     def info(self, step: int) -> dict:
         """What rewards are told besides videos and prompts."""
@@ -63,7 +71,7 @@ class Batches:
 
     def from_step(self, step: int) -> list[str]:
         """The prompts of all steps from `step` on, to the end of the run."""
-        return self.prompts_at(self.samples_before(step), (self.args.max_steps - step) * self.samples_per_step)
+        return self.prompts_at(self._place(step), (self.args.max_steps - step) * self.samples_per_step)
 
     def prompts_at(self, start: int, count: int) -> list[str]:
         """Those of the run's places start .. start+count-1."""

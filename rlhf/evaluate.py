@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rewards import RewardMix
-from rlhf.config import RewardGradientConfig
+from rlhf.config import SAMPLING_KEYS, RewardGradientConfig
 from rlhf.layout import Layout
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_batches
@@ -23,6 +23,8 @@ from rlhf.trackers import Clip
 from rlhf.tracking import EvaluationBar, to_uint8, write_samples
 
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
+# What the base's scores depend on besides model, prompts and judges: a resumed run may have changed it.
+OF_BASE = (*SAMPLING_KEYS, "eval_seed", "num_diversity_prompts", "dtype", "vae_dtype", "base_bits", "reward_kwargs")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,12 @@ class Evaluation:
         """The mean over prompts of every judge and measure that has a score."""
         return {name: scores.mean().item() for name, scores in self.scores.items() if len(scores)}
 
-    def save(self, path: Path) -> None:
-        """Write it as one safetensors file; the prompts are in its metadata."""
+    def save(self, path: Path, made_with: str = "") -> None:
+        """Write it as one safetensors file; the prompts and what it was made with are in its metadata."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
-        save_file(tensors | {"videos": self.videos_NCTHW}, path, metadata={"prompts": json.dumps(self.prompts)})
+        metadata = {"prompts": json.dumps(self.prompts), "made_with": made_with}
+        save_file(tensors | {"videos": self.videos_NCTHW}, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
@@ -118,15 +121,19 @@ class HeldOut:
         return evaluation
 
     def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
-        """The evaluation of the base, whose videos make_videos makes; a resumed run reads that of its folder."""
+        """The evaluation of the base, whose videos make_videos makes; a resumed run reads that of its folder.
+
+        Not if it was made with other settings, or lacks judges: then nothing could be compared with it.
+        """
         path = self.folder / "evaluation" / "base.safetensors"
-        if resumed and path.is_file():
+        made_with = repr({name: getattr(self.args, name) for name in OF_BASE})
+        if resumed and path.is_file() and _made_with(path) == made_with:
             kept = Evaluation.load(path)
             if kept.prompts == self.prompts and {*self.judges, *MEASURES} <= set(kept.scores):
                 return kept
         base = self.evaluate("base", 0, make_videos)
         if self._is_main:
-            base.save(path)
+            base.save(path, made_with)
         return base
 
     def sample(self, step: int) -> None:
@@ -163,3 +170,9 @@ class HeldOut:
     @property
     def _is_main(self) -> bool:
         return self.layout.is_main_process
+
+
+def _made_with(path: Path) -> str | None:
+    """What an evaluation that was saved says of that; None of a run before that was written down."""
+    with safe_open(path, "pt") as file:
+        return file.metadata().get("made_with")

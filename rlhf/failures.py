@@ -66,8 +66,9 @@ def not_finite(
 ) -> Exception | None:
     """What to tell of a step whose scores, of all processes, or whose gradient norm is not finite; None if they are.
 
-    failure: what a reward raised here. last_batch: the video, the prompts and the info that each process scored last,
-    None in a step without reward. All processes come to the same answer, if not to the same words.
+    failure: what a reward raised here. last_batch: the video, the prompts and the info after which each process's
+    gradient was no longer finite, or the last ones; None in a step without reward. All processes come to the same
+    answer, if not to the same words.
     """
     if not torch.isfinite(scores).all():
         return failure or TrainingError("A reward failed on another process; its message says which and why.")

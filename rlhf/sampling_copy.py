@@ -120,6 +120,8 @@ def merged_weight(layer: nn.Module) -> torch.Tensor:
     for adapter in layer.active_adapters:
         if layer.use_dora.get(adapter):
             raise ValueError("a sampling copy of a DoRA adapter, expected plain LoRA; set lora_use_dora to false")
+        if layer.lora_bias.get(adapter):
+            raise ValueError("a sampling copy of an adapter with biases, expected plain LoRA; set lora_bias to false")
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         weight = torch.addmm(weight, b, a, alpha=layer.scaling[adapter])
     return weight

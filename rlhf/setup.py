@@ -17,7 +17,7 @@ from rlhf.layout import Layout
 from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.sampling_copy import require_float8
-from rlhf.speed import Speed, set_up_blocks
+from rlhf.speed import Speed, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -100,6 +100,8 @@ def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipel
     """The model that args name, on the device; on the CPU where its weights shall never be there all at once."""
     if args.sampling_weights == "float8":
         require_float8(device)  # before the model is loaded
+    if args.attention_kernel not in ("auto", "default"):
+        require_kernel(args.attention_kernel, device, base_dtype(args.dtype) or torch.bfloat16)
     one_by_one = args.stream_weights or args.base_bits or args.shard_base
     return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from rlhf.attention import Attention, attention_by, faster_without_gradient, time_kernels
+from rlhf.attention import Attention, attention_by, faster_without_gradient, time_kernels, why_not
+from rlhf.config import ConfigError
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.device import has_attention_kernels
 from rlhf.exchange import Group
@@ -76,16 +77,28 @@ def set_up_blocks(
 
 
 def choose_kernel(transformer, asked: str, device: torch.device) -> tuple[str | None, str]:
-    """The kernel's name, None for PyTorch's own choice, and a line about it. "auto" on a CUDA device: the fastest."""
+    """The kernel's name, None for PyTorch's own choice, and a line about it. "auto" on a CUDA device: the fastest.
+
+    Raises ConfigError for one that does not run there.
+    """
     if asked == "default" or (asked == "auto" and not has_attention_kernels(device)):
         return None, "PyTorch's choice"
     if asked != "auto":
+        require_kernel(asked, device, transformer.dtype, *_heads(transformer))
         return asked, asked
     seconds = time_kernels(device, transformer.dtype, *_heads(transformer))
     if not seconds:
         return None, "PyTorch's choice"
     times = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
     return next(iter(seconds)), f"{next(iter(seconds))} (forward and backward of 8,192 tokens: {times})"
+
+
+def require_kernel(kernel: str, device: torch.device, dtype: torch.dtype, heads: int = 2, width: int = 64) -> None:
+    """Raise ConfigError where attention by the kernel of that name does not run. width: of a head."""
+    if why := why_not(kernel, device, dtype, heads, width):
+        name = str(dtype).removeprefix("torch.")
+        got = f"attention_kernel: got {kernel} on {device}, which has none for {name} and heads of {width} ({why})"
+        raise ConfigError([f"{got}, expected one that the device has; use auto or default"])
 
 
 def choose_forward(transformer, kernel: str | None, device: torch.device) -> tuple[Attention, str] | None:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from rewards import RewardError, frames_needed
 from rlhf.batches import Batches
-from rlhf.calibrate import CALIBRATION, calibrate
+from rlhf.calibrate import calibrate, is_measured
 from rlhf.callbacks import Callbacks
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.checks import open_rewards
@@ -104,7 +104,7 @@ class RewardGradientTrainer:
             shown = partial(show, self.accelerator)
             held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.layout, fps, shown)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters, self.callbacks.tell)
-        self.last_batch, self.skips = None, Skips(args.max_skipped_steps)  # video, prompts and info scored last
+        self.last_batch, self.skips = None, Skips(args.max_skipped_steps)  # video, prompts, info: `not_finite`
         self.callbacks.tell("on_init_end")
 
     # ---------------------------------------------------------------------------------------------- the run
@@ -153,8 +153,8 @@ class RewardGradientTrainer:
             accelerator.print(told_of_resuming(resumed, saved, args))
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
-        self.batches.go_on_from(first, saved.get("samples"))
-        done = resumed and (self.folder / CALIBRATION).is_file()
+        self.batches.go_on_from(first, saved)
+        done = resumed and is_measured(self.folder, self.rewards)
         sampled = [] if done else self.batches.prompts_at(0, args.calibrate_rewards)
         prompts = self.batches.from_step(self.prefixes.rollout_of(first, 0)) + self.eval_prompts + sampled
         self.text = encode_and_release(self.pipe, prompts, args, self.device, self.owns_pipe)
@@ -197,7 +197,7 @@ class RewardGradientTrainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step on `samples_per_step` videos; returns its metrics. step counts from 0."""
         cost, args = Cost(self.device), self.args
-        self.failure, self.last_batch = None, None
+        self.failure = self.last_batch = None
         self.plan = make_plan(args, self.sigmas, generator("method", args.seed, step))
         gradient = self._anchor_gradient if due(step + 1, args.anchor_steps) else self._reward_gradient
         columns = [gradient(step, micro) for micro in range(args.gradient_accumulation_steps)]
@@ -236,8 +236,9 @@ class RewardGradientTrainer:
         velocity, losses, first = Visited(self.fields.rolled_out(cond, plan), plan.drift_step), [], None
         for sample in gradient_samples(velocity, batch.noise, plan, partial(self.prefixes.start, step, micro)):
             video = self.decode(self.layout.agreed(sample.latents), step)
-            self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
-            scores_B, raw = self._score(video, *self.last_batch[1:], sample.penalty)
+            if self.masters.vector.grad.sum().isfinite():  # else the batch before broke it, and is the one to look at
+                self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
+            scores_B, raw = self._score(video, batch.prompts, self.batches.info(step), sample.penalty)
             loss = reward_loss(scores_B)
             self._back_propagate(loss / plan.num_samples)
             losses.append(loss.detach())
@@ -259,9 +260,8 @@ class RewardGradientTrainer:
 
     def _drift_gradient(self, cond: Conditioning, x_BCTHW: torch.Tensor, sigma: torch.Tensor, weight: float):
         """The drift at a state (B,); its gradient, times the weight, goes to the masters."""
-        drift_B = self.plan.drift_total * velocity_distance(
-            self.fields.tuned(cond), self.fields.base(cond), x_BCTHW, sigma
-        )
+        tuned, base = self.fields.tuned(cond), self.fields.base(cond)
+        drift_B = self.plan.drift_total * velocity_distance(tuned, base, x_BCTHW, sigma)
         self._back_propagate(weight * drift_B.mean())
         return drift_B.detach()
 

@@ -70,6 +70,20 @@ def test_a_run_measures_its_base_and_a_resumed_run_reads_that(make_args, tmp_pat
     assert train(parts, rewards) == whole
 
 
+def test_a_resumed_run_measures_anew_for_a_reward_that_is_new(make_args):
+    """Else that one would be weighed raw beside the others; and one that was left out is no longer asked for."""
+    args = make_args(max_steps=1, calibrate_rewards=4)
+    train(args, redness)
+    before = kept(args)["redness"]
+    for step, rewards in ((2, [redness, brightness]), (3, brightness)):
+        args = dataclasses.replace(args, max_steps=step, resume_from_checkpoint="latest")
+        row = train(args, rewards)[-1]
+        scores = {name: values for name, values in kept(args).items() if f"rewards/{name}" in row}
+        z = {n: (row[f"rewards/{n}"] - values.mean().item()) / values.std().item() for n, values in scores.items()}
+        assert row["reward"] == pytest.approx(sum(z.values()), abs=1e-4)
+    torch.testing.assert_close(kept(args)["redness"], before)
+
+
 def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_args):
     args = make_args(
         max_steps=2, reward_caps={"redness": -100.0}, reward_targets={"brightness": 0.9}, balance_reward_gradients=True

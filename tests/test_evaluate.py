@@ -1,10 +1,9 @@
 """Held-out evaluation: the same noise for each prompt whatever the batch, judges without gradient, measures by hand."""
 
-import types
-
 import pytest
 import torch
 
+from rlhf.config import RewardGradientConfig
 from rlhf.evaluate import Evaluation, HeldOut
 from rlhf.measures import MEASURES
 
@@ -33,9 +32,9 @@ def first_pixel(video, prompts, **info):
 @pytest.fixture
 def held_out(tmp_path):
     def make(**changes):
-        settings = {"output_dir": tmp_path, "eval_seed": 3, "per_device_eval_batch_size": 2}
+        settings = {"output_dir": str(tmp_path), "eval_seed": 3, "per_device_eval_batch_size": 2}
         settings |= {"num_sample_prompts": 3, "num_diversity_prompts": 3} | changes
-        args, prompts = types.SimpleNamespace(**settings), PROMPTS
+        args, prompts = RewardGradientConfig(**settings), PROMPTS
         return HeldOut(make_videos, {"pixel": first_pixel}, prompts, SHAPE, args, OneProcess(), fps=8)
 
     return make
@@ -66,6 +65,17 @@ def test_base_is_made_once_and_read_again_only_by_a_resumed_run(held_out, monkey
     assert torch.equal(again.videos_NCTHW, first.videos_NCTHW)
     with pytest.raises(pytest.fail.Exception):
         held_out().base(resumed=False)
+
+
+@pytest.mark.parametrize("change", [{"eval_seed": 4}, {"num_diversity_prompts": 2}, {"num_frames": 9}])
+def test_base_is_made_anew_for_a_resumed_run_of_other_sampling(held_out, monkeypatch, change):
+    first, made, evaluate = held_out().base(resumed=False), [], HeldOut.evaluate
+    monkeypatch.setattr(HeldOut, "evaluate", lambda self, *rest: made.append(rest[0]) or evaluate(self, *rest))
+    bases = [held_out(**settings).base(resumed=True) for settings in (change, change, {})]
+    assert made == ["base", "base"]  # with the change, and without it again
+    assert torch.equal(bases[0].scores["pixel"], bases[1].scores["pixel"])
+    assert torch.equal(bases[2].scores["pixel"], first.scores["pixel"])
+    assert len(bases[0].scores["diversity"]) == change.get("num_diversity_prompts", 3)
 
 
 def test_two_processes_share_the_prompts(held_out):

@@ -97,9 +97,10 @@ def test_a_device_without_float8_is_refused(monkeypatch):
 
 
 def test_an_adapter_that_cannot_be_merged_so_is_refused():
-    model = tiny_transformer()
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
-    with pytest.raises(ValueError, match="DoRA adapter, expected plain LoRA"):
-        SamplingCopy(model)
+    for kind, told in (("use_dora", "DoRA adapter"), ("lora_bias", "an adapter with biases")):
+        model = tiny_transformer()
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], **{kind: True}))
+        with pytest.raises(ValueError, match=f"{told}, expected plain LoRA"):
+            SamplingCopy(model)
     with pytest.raises(ValueError, match="weights='int4', expected merged or float8"):
         SamplingCopy(model, "int4")

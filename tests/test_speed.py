@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from test_blocks import arguments, gradients, model_with_adapter
 
 from rlhf import speed as module
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.setup import load_base
 from rlhf.speed import Speed, choose_forward, choose_kernel, set_up_blocks
 
 CPU = torch.device("cpu")
@@ -61,7 +63,19 @@ def test_the_fastest_kernel_is_chosen_and_reported(monkeypatch):
     monkeypatch.setattr(module, "time_kernels", None)
     for elsewhere in ("cpu", "mps", "meta"):
         assert choose_kernel(model, "auto", torch.device(elsewhere))[0] is None
+    monkeypatch.setattr(module, "require_kernel", lambda *args: asked.append(args))
     assert choose_kernel(model, "efficient", device) == ("efficient", "efficient")
+    assert asked[1:] == [("efficient", device, torch.float32, 2, 16)]
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
+def test_a_kernel_that_the_device_lacks_is_refused_before_the_model_is_loaded(kernel, monkeypatch):
+    told = f"attention_kernel: got {kernel} on cpu, which has none for .*; use auto or default"
+    with pytest.raises(ConfigError, match=told):
+        choose_kernel(model_with_adapter(torch.float32), kernel, CPU)
+    monkeypatch.setattr("rlhf.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=told):
+        load_base(RewardGradientConfig(attention_kernel=kernel), CPU)
 
 
 def test_what_is_faster_without_gradient_is_looked_for_on_cuda_and_reported(monkeypatch):
@@ -78,7 +92,7 @@ def test_what_is_faster_without_gradient_is_looked_for_on_cuda_and_reported(monk
     assert choose_forward(model, None, cuda) == (other, "FlashAttention-3 without gradient")
     assert asked == [(cuda, torch.float32, 2, 16)]
     monkeypatch.setattr(module, "choose_forward", lambda *_: (other, "other, faster"))
-    for kernel, line in (("auto", "PyTorch's choice; other, faster"), ("efficient", "efficient")):
+    for kernel, line in (("auto", "PyTorch's choice; other, faster"), ("flash", "flash")):
         chosen = set_up_blocks(model, Speed(attention_kernel=kernel, compile_blocks=True), CPU)
         assert chosen["attention_kernel"] == line
         assert (model.run_block.attention_without_gradient is other) == (kernel == "auto")

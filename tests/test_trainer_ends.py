@@ -142,6 +142,21 @@ def test_a_reward_that_breaks_is_named_and_the_last_good_step_saved(make_args, b
     assert len(read_metrics(Path(args.output_dir))) == 2
 
 
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_a_reward_that_breaks_on_one_of_several_batches_is_named(make_args, batch):
+    broken = []
+
+    def fragile(video, prompts, **info):
+        scores_B = redness(video, prompts)
+        return scores_B + (scores_B - scores_B).sqrt() if prompts == broken else scores_B
+
+    args = make_args(gradient_accumulation_steps=3, per_device_train_batch_size=1, method="draft_lv")
+    trainer = RewardGradientTrainer(tiny_pipeline(), [fragile, brightness], args, PROMPTS)
+    broken += trainer.batches.batch(1, batch).prompts
+    with pytest.raises(TrainingError, match="comes from the reward fragile"):
+        trainer.train()
+
+
 def test_no_reward_is_blamed_for_an_anchor_step(make_args):
     """Not even the one that made the step before it fail."""
     args = make_args(max_steps=4, anchor_steps=2, max_skipped_steps=1)

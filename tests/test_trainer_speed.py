@@ -1,6 +1,8 @@
 """Settings about speed in whole runs: the exact ones train the same adapter, the others do what they say."""
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from float8 import needs_float8
 from runs import saved_adapter
 from tiny import tiny_pipeline
 
+from rlhf.batches import Batches
 from rlhf.decoding import Decoder
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
@@ -139,6 +142,29 @@ def test_a_resumed_run_has_the_prompts_of_the_rollout_in_use(make_args, tmp_path
     trained(make_args, tmp_path / "run", **settings)
     _, trainer = trained(make_args, tmp_path / "run", **settings | {"max_steps": 3, "resume_from_checkpoint": "latest"})
     assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+def test_rollouts_take_up_the_prompts_where_they_left_off_with_other_batches(make_args, uses):
+    """Steps that share a rollout take no prompts: 4 steps of 2 videos used the first 8 or 4 places of the order."""
+    args = make_args(per_device_train_batch_size=2, rollout_uses=uses, max_steps=9)
+    larger = dataclasses.replace(args, per_device_train_batch_size=4)
+    order = _batches(args).prompts_at(0, 40)
+    saved = _batches(args).state(4)
+    for settings, size in ((args, 2), (larger, 4)):
+        batches = _batches(settings)
+        batches.go_on_from(4, saved)
+        first = 4 // uses
+        found = [batches.batch(rollout, 0).prompts for rollout in (first, first + 1)]
+        assert found == [order[2 * first :][:size], order[2 * first + size :][:size]]
+        assert batches.from_step(first)[:size] == found[0]
+        assert batches.state(4) == saved
+
+
+def _batches(args) -> Batches:
+    layout = SimpleNamespace(num_processes=1, process_index=0, device="cpu", require_same=lambda **_: None)
+    layout.accelerator = layout
+    return Batches(args, layout, PROMPTS, (16, 2, 2, 2), fps=8)
 
 
 def test_the_window_moves_over_the_frames_and_fits(make_args, tmp_path):
