@@ -7,6 +7,8 @@ A set is a folder. Its prompts are in videos.jsonl, one object a line: {"file", 
 import dataclasses
 import json
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rewards.read import VIDEOS
 
 MANIFEST, SCORES = "videos.jsonl", "scores.jsonl"
 NUMBER_ENDING = re.compile(r"-\d+$")
+Key = tuple[str, int, int]  # prompt, seed, and which of the videos that have both
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
     if not videos:
         raise ValueError(f"{folder}: got no videos, expected one or more ({', '.join(VIDEOS)}); correct the path")
     return videos
+
+
+def numbered(prompts_and_seeds: Iterable[tuple[str, int]]) -> list[Key]:
+    """What pairs each video with another model's: where prompt and seed repeat, the first is the other's first."""
+    seen: Counter[tuple[str, int]] = Counter()
+    keys = []
+    for prompt, seed in prompts_and_seeds:
+        keys.append((prompt, seed, seen[prompt, seed]))
+        seen[prompt, seed] += 1
+    return keys
 
 
 def unbroken(prompt: str) -> str:

@@ -13,7 +13,7 @@ from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
 from rlhf.resampling import compared
 from rlhf.tracking import read_metrics
-from rlhf.video_set import SCORES, read_set, unbroken
+from rlhf.video_set import SCORES, Key, Video, numbered, read_set, unbroken
 
 GROUPS = {"trained": "trained on", "held_out": "held out"}
 MEASURED = "measured"
@@ -164,10 +164,9 @@ class Run:
 
     def _samples_of_sets(self) -> list[Sample]:
         scores = [_set_scores(folder) for folder in (self.before, self.after)]
-        after = {(video.prompt, video.seed): video for video in read_set(self.after)}
+        first, after = (_by_key(read_set(folder)) for folder in (self.before, self.after))
         samples = []
-        for video in read_set(self.before):
-            key = video.prompt, video.seed
+        for key, video in first.items():
             if key in after and video.path.is_file() and after[key].path.is_file():
                 left, right = (of.get(key, {}) for of in scores)
                 both = {name: (left[name], right[name]) for name in left if name in right}
@@ -175,10 +174,15 @@ class Run:
         return samples
 
 
-def _set_scores(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+def _by_key(videos: list[Video]) -> dict[Key, Video]:
+    return dict(zip(numbered((video.prompt, video.seed) for video in videos), videos, strict=True))
+
+
+def _set_scores(folder: Path) -> dict[Key, dict[str, float]]:
     path = folder / SCORES
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.is_file() else []
-    return {(row["prompt"], row["seed"]): row["scores"] for row in rows}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    keys = numbered((row["prompt"], row["seed"]) for row in rows)
+    return {key: row["scores"] for key, row in zip(keys, rows, strict=True)}
 
 
 def training_table(metrics: list[dict]) -> list[dict]:
