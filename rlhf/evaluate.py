@@ -6,7 +6,7 @@ Shape legend: B batch, N prompts, C channels, T frames, H height, W width.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,12 @@ from rlhf.sampler import draw_noise
 from rlhf.trackers import Clip
 from rlhf.tracking import EvaluationBar, to_uint8, write_samples
 
+# Settings without which two evaluations are not of the same prompts' same noise, or not judged alike.
+ALIKE = (
+    *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt"),
+    *("max_sequence_length", "eval_seed", "num_diversity_prompts", "reward_kwargs"),
+    *("dtype", "base_bits", "vae_dtype", "guidance_every", "sampling_weights"),
+)
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
 
 
@@ -32,24 +38,27 @@ class Evaluation:
     prompts: list[str]
     scores: dict[str, torch.Tensor]  # by judge or measure: (N,) float32; DIVERSITY of the leading prompts only
     videos_NCTHW: torch.Tensor  # uint8, of the leading prompts; empty on all but the main process
+    settings: dict = field(default_factory=dict)  # those of ALIKE
 
     def means(self) -> dict[str, float]:
         """The mean over prompts of every judge and measure that has a score."""
         return {name: scores.mean().item() for name, scores in self.scores.items() if len(scores)}
 
     def save(self, path: Path) -> None:
-        """Write it as one safetensors file; the prompts are in its metadata."""
+        """Write it as one safetensors file; prompts and settings are in its metadata."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
-        save_file(tensors | {"videos": self.videos_NCTHW}, path, metadata={"prompts": json.dumps(self.prompts)})
+        told = {"prompts": json.dumps(self.prompts), "settings": json.dumps(self.settings)}
+        save_file(tensors | {"videos": self.videos_NCTHW}, path, metadata=told)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
         """Read what `save` wrote."""
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            prompts = json.loads(file.metadata()["prompts"])
-        return cls(prompts, {k[7:]: v for k, v in tensors.items() if k != "videos"}, tensors["videos"])
+            prompts, settings = (json.loads(file.metadata().get(key, "{}")) for key in ("prompts", "settings"))
+        scores = {k[7:]: v for k, v in tensors.items() if k != "videos"}
+        return cls(prompts, scores, tensors["videos"], settings)
 
 
 class HeldOut:
@@ -113,16 +122,17 @@ class HeldOut:
                 progress(len(rows) + len(twice))
         scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
         videos_NCTHW = self._leading(torch.cat(videos), len(self.prompts), shown)
-        evaluation = Evaluation(self.prompts, scores, videos_NCTHW)
+        evaluation = Evaluation(self.prompts, scores, videos_NCTHW, self._settings)
         self._write(step, videos_NCTHW)
         return evaluation
 
     def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
-        """The evaluation of the base, whose videos make_videos makes; a resumed run reads that of its folder."""
+        """The evaluation of the base, by make_videos; a resumed run reads that of its folder, if it was made alike."""
         path = self.folder / "evaluation" / "base.safetensors"
         if resumed and path.is_file():
             kept = Evaluation.load(path)
-            if kept.prompts == self.prompts and {*self.judges, *MEASURES} <= set(kept.scores):
+            alike = (kept.prompts, kept.settings) == (self.prompts, self._settings)
+            if alike and {*self.judges, *MEASURES} <= set(kept.scores):
                 return kept
         base = self.evaluate("base", 0, make_videos)
         if self._is_main:
@@ -159,6 +169,11 @@ class HeldOut:
     def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
         if len(videos_NCTHW):  # on the main process, if any are asked for
             self.show(step, write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps))
+
+    @property
+    def _settings(self) -> dict:
+        """As they come back from a file."""
+        return json.loads(json.dumps({name: vars(self.args).get(name) for name in ALIKE}))
 
     @property
     def _is_main(self) -> bool:
