@@ -78,7 +78,7 @@ def write_card(export: Export, out: Path) -> Path:
         rows=rows,
         count=next((row["prompts"] for row in rows if "prompts" in row), None),
         picture=PICTURE if picture.is_file() else None,
-        prompt=run.evaluations[0].prompts[0] if run.evaluations else "a red fox in the snow",
+        prompt=repr(run.evaluations[0].prompts[0] if run.evaluations else "a red fox in the snow"),  # as Python has it
         prompts=_file_name(run.config.get("prompts")),
         eval_prompts=_file_name(run.config.get("eval_prompts")),
         machine=_machine(run),
