@@ -167,6 +167,18 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
     tensors = load_file(path)
     next(value for key, value in tensors.items() if "lora_B" in key)[0, 0] = torch.nan
     save_file(tensors, path, metadata)
-    with pytest.raises(SystemExit, match="NaN"):
-        main([str(run), "--merged", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+    for kind in ("--merged", "--adapter"):
+        with pytest.raises(SystemExit, match="NaN"):
+            main([str(run), kind, str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["--merged", "--adapter"])
+def test_a_scale_that_is_no_number_and_a_place_that_cannot_be_written_are_told(run, tmp_path, kind):
+    with pytest.raises(SystemExit, match="scale: got nan, expected a finite number"):
+        main([str(run), kind, str(tmp_path / "out"), "--scale", "nan"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(
+        SystemExit, match="got NotADirectoryError.*expected to read .* and to write .*file/out; look at"
+    ):
+        main([str(run), kind, str(tmp_path / "file" / "out")])
