@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.hub import check_push, push
 from rlhf.lora import BLOCKS_FILE
 from rlhf.lora_scale import check_scale, fold_scale, scaled
+from rlhf.method_checks import DISTILLED
 from rlhf.model_card import Export, write_card
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -47,7 +49,8 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
         ValueError: no finished run in `run`, `out` in use, base model absent, adapter that is not finite.
     """
     adapter = _check(run, out, scale)
-    base = model_folder(model or yaml.safe_load((run / "config.yaml").read_text())["model"])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    base = model_folder(model or config["model"])
     transformer = load_transformer(base)
     transformer.load_lora_adapter(adapter.parent, prefix="transformer", weight_name=adapter.name, use_safetensors=True)
     add_trained_blocks(transformer, adapter.parent, scale)
@@ -55,7 +58,8 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
         plain.save_pretrained(out / "transformer")
     for name in set(CONFIG_FILES) - {"transformer"}:
         shutil.copytree(base / name, out / name)
-    SamplingDefaults.load(base).save(out)
+    alone = {"guidance_scale": 1.0} if config.get("guidance_gradient") == DISTILLED else {}
+    replace(SamplingDefaults.load(base), **alone).save(out)
     index = json.loads((base / "model_index.json").read_text()) | {"transformer": INDEX_CLASSES["transformer"]}
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_card(Export(run, "merged", scale, model), out)

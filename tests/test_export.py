@@ -1,5 +1,6 @@
 """A merged checkpoint computes what the adapter does; a merge and un-merge leaves no trace; an adapter file loads."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -96,6 +97,17 @@ def test_merged_checkpoint_keeps_every_other_file_and_a_readable_index(run, tmp_
     assert changed == {"transformer/diffusion_pytorch_model.safetensors"}
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "SD3Transformer2DModel"]
+
+
+def test_an_adapter_that_was_taught_guidance_is_exported_to_be_sampled_without(tmp_path):
+    run = make_run(tmp_path)
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"guidance_gradient": "distill"}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    main([str(run), "--merged", str(tmp_path / "merged")])
+    main([str(run), "--adapter", str(tmp_path / "adapter")])
+    assert SAMPLING.guidance_scale > 1
+    assert load_pipeline(tmp_path / "merged").sampling == dataclasses.replace(SAMPLING, guidance_scale=1.0)
+    assert '.call_arguments() | {"guidance_scale": 1.0})' in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():
