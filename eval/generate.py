@@ -18,6 +18,7 @@ import yaml
 from rlhf.checks import check_config, model_card
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import SamplingDefaults
+from rlhf.method_checks import DISTILLED
 from rlhf.prompts import load_prompts
 from rlhf.video_set import Video, together, write_manifest
 
@@ -35,6 +36,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_model_flags(parser)
     args = parser.parse_args(argv)
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise ValueError(f"--num_prompts: got {args.num_prompts}, expected at least 1; raise it")
     fill_from_run(args)
     return args
 
@@ -66,6 +69,8 @@ def fill_from_run(args: argparse.Namespace) -> None:
             raise ValueError(f"{config}: got no file there, expected the folder of a training run; correct --from_run")
         run = yaml.safe_load(config.read_text())
         args.lora = None if args.base else args.lora or args.from_run / "adapter"
+        if run.get("guidance_gradient") == DISTILLED and not args.base:
+            run["guidance_scale"] = 1.0  # its adapter does by itself what guidance does, which twice would be too much
     elif args.base:
         raise ValueError(
             "--base: got no --from_run, expected the run whose adapter is left out; name it, or drop --base"

@@ -21,7 +21,7 @@ from rewards.list import table
 from rewards.read import check_file
 from rewards.score import prompts_of
 from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
-from rlhf.video_set import SCORES, Video, read_set, require_files
+from rlhf.video_set import SCORES, Video, name_in, read_set, require_files, write_rows
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,14 +68,14 @@ def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float
     """
     path, old = folder / SCORES, {}
     if path.is_file():
-        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in rows}
-    lines = []
+        known = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in known}
+    rows = []
     for video, new in zip(videos, scores, strict=True):
-        name, content = video.path.relative_to(folder).as_posix(), content_of(video.path)
+        name, content = name_in(folder, video.path), content_of(video.path)
         row = {"file": name, "sha256": content, "prompt": video.prompt, "seed": video.seed, "category": video.category}
-        lines.append(json.dumps(row | {"scores": old.get((name, content, video.prompt), {}) | new}) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+        rows.append(row | {"scores": old.get((name, content, video.prompt), {}) | new})
+    write_rows(path, rows)
 
 
 def open_processes(args: argparse.Namespace):

@@ -1,6 +1,7 @@
 """Two scored sets of videos, pair by pair: the same prompt and seed from two models. N prompts."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rlhf.resampling import LEVEL, compared, holm
-from rlhf.video_set import SCORES
+from rlhf.video_set import SCORES, Key, numbered
 
 ALL = "all"
 
@@ -37,8 +38,8 @@ def read_pairs(base: Path, tuned: Path) -> Pairs:
             f"{base} and {tuned}: got no {missing} in common, expected some; make both with the same prompts and "
             "seeds, and score both with the same rewards"
         )
-    prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
-    means = lambda rows, name: _means(prompts, [(prompt, rows[prompt, seed][name]) for prompt, seed in keys])
+    prompts = list(dict.fromkeys(prompt for prompt, *_ in keys))
+    means = lambda rows, name: _means(prompts, [(key[0], rows[key][name]) for key in keys])
     return Pairs(
         prompts,
         {name: means(left, name) for name in rewards},
@@ -75,14 +76,21 @@ def _corrected(rows: list[dict]) -> list[dict]:
     return [row | {"p_holm": p, "finding": p < LEVEL} for row, p in zip(rows, adjusted, strict=True)]
 
 
-def _rows(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+def _rows(folder: Path) -> dict[Key, dict[str, float]]:
     path = Path(folder) / SCORES
     if not path.is_file():
         raise ValueError(f"{path}: got no file there, expected the scores of a folder; run eval/score.py on it")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if not rows:
         raise ValueError(f"{path}: got no scores, expected some; run eval/score.py on the folder")
-    return {(row["prompt"], row["seed"]): row["scores"] for row in rows}
+    for row in rows:
+        if broken := [name for name, score in row["scores"].items() if not math.isfinite(score)]:
+            got = f"{broken[0]}={row['scores'][broken[0]]} for {row['prompt']!r}"
+            raise ValueError(
+                f"{path}: got {got}, expected finite scores; score the folder anew, or leave the video out"
+            )
+    keys = numbered((row["prompt"], row["seed"]) for row in rows)
+    return {key: row["scores"] for key, row in zip(keys, rows, strict=True)}
 
 
 def _means(prompts: list[str], values: list[tuple[str, float]]) -> torch.Tensor:

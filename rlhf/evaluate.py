@@ -6,7 +6,7 @@ Shape legend: B batch, N prompts, C channels, T frames, H height, W width.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rewards import RewardMix
-from rlhf.config import SAMPLING_KEYS, RewardGradientConfig
+from rlhf.config import RewardGradientConfig
 from rlhf.layout import Layout
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_batches
@@ -22,9 +22,13 @@ from rlhf.sampler import draw_noise
 from rlhf.trackers import Clip
 from rlhf.tracking import EvaluationBar, to_uint8, write_samples
 
+# Settings without which two evaluations are not of the same prompts' same noise, or not judged alike.
+ALIKE = (
+    *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt"),
+    *("max_sequence_length", "eval_seed", "num_diversity_prompts", "reward_kwargs"),
+    *("dtype", "base_bits", "vae_dtype", "guidance_every", "sampling_weights"),
+)
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
-# What the base's scores depend on besides model, prompts and judges: a resumed run may have changed it.
-OF_BASE = (*SAMPLING_KEYS, "eval_seed", "num_diversity_prompts", "dtype", "vae_dtype", "base_bits", "reward_kwargs")
 
 
 @dataclass(frozen=True)
@@ -34,25 +38,27 @@ class Evaluation:
     prompts: list[str]
     scores: dict[str, torch.Tensor]  # by judge or measure: (N,) float32; DIVERSITY of the leading prompts only
     videos_NCTHW: torch.Tensor  # uint8, of the leading prompts; empty on all but the main process
+    settings: dict = field(default_factory=dict)  # those of ALIKE
 
     def means(self) -> dict[str, float]:
         """The mean over prompts of every judge and measure that has a score."""
         return {name: scores.mean().item() for name, scores in self.scores.items() if len(scores)}
 
-    def save(self, path: Path, made_with: str = "") -> None:
-        """Write it as one safetensors file; the prompts and what it was made with are in its metadata."""
+    def save(self, path: Path) -> None:
+        """Write it as one safetensors file; prompts and settings are in its metadata."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
-        metadata = {"prompts": json.dumps(self.prompts), "made_with": made_with}
-        save_file(tensors | {"videos": self.videos_NCTHW}, path, metadata=metadata)
+        told = {"prompts": json.dumps(self.prompts), "settings": json.dumps(self.settings)}
+        save_file(tensors | {"videos": self.videos_NCTHW}, path, metadata=told)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
         """Read what `save` wrote."""
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            prompts = json.loads(file.metadata()["prompts"])
-        return cls(prompts, {k[7:]: v for k, v in tensors.items() if k != "videos"}, tensors["videos"])
+            prompts, settings = (json.loads(file.metadata().get(key, "{}")) for key in ("prompts", "settings"))
+        scores = {k[7:]: v for k, v in tensors.items() if k != "videos"}
+        return cls(prompts, scores, tensors["videos"], settings)
 
 
 class HeldOut:
@@ -116,24 +122,21 @@ class HeldOut:
                 progress(len(rows) + len(twice))
         scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
         videos_NCTHW = self._leading(torch.cat(videos), len(self.prompts), shown)
-        evaluation = Evaluation(self.prompts, scores, videos_NCTHW)
+        evaluation = Evaluation(self.prompts, scores, videos_NCTHW, self._settings)
         self._write(step, videos_NCTHW)
         return evaluation
 
     def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
-        """The evaluation of the base, whose videos make_videos makes; a resumed run reads that of its folder.
-
-        Not if it was made with other settings, or lacks judges: then nothing could be compared with it.
-        """
+        """The evaluation of the base, by make_videos; a resumed run reads that of its folder, if it was made alike."""
         path = self.folder / "evaluation" / "base.safetensors"
-        made_with = repr({name: getattr(self.args, name) for name in OF_BASE})
-        if resumed and path.is_file() and _made_with(path) == made_with:
+        if resumed and path.is_file():
             kept = Evaluation.load(path)
-            if kept.prompts == self.prompts and {*self.judges, *MEASURES} <= set(kept.scores):
+            alike = (kept.prompts, kept.settings) == (self.prompts, self._settings)
+            if alike and {*self.judges, *MEASURES} <= set(kept.scores):
                 return kept
         base = self.evaluate("base", 0, make_videos)
         if self._is_main:
-            base.save(path, made_with)
+            base.save(path)
         return base
 
     def sample(self, step: int) -> None:
@@ -168,11 +171,10 @@ class HeldOut:
             self.show(step, write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps))
 
     @property
+    def _settings(self) -> dict:
+        """As they come back from a file."""
+        return json.loads(json.dumps({name: vars(self.args).get(name) for name in ALIKE}))
+
+    @property
     def _is_main(self) -> bool:
         return self.layout.is_main_process
-
-
-def _made_with(path: Path) -> str | None:
-    """What an evaluation that was saved says of that; None of a run before that was written down."""
-    with safe_open(path, "pt") as file:
-        return file.metadata().get("made_with")

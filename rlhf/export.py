@@ -14,22 +14,23 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder
+from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, one_line
 from rlhf.contentv.loading import load_transformer
 from rlhf.contentv.pipeline import INDEX_CLASSES
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.hub import check_push, push
 from rlhf.lora import BLOCKS_FILE
-from rlhf.lora_scale import fold_scale
+from rlhf.lora_scale import check_scale, fold_scale, scaled
+from rlhf.method_checks import DISTILLED
 from rlhf.model_card import Export, write_card
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -47,8 +48,9 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     Raises:
         ValueError: no finished run in `run`, `out` in use, base model absent, adapter that is not finite.
     """
-    adapter = _check(run, out)
-    base = model_folder(model or yaml.safe_load((run / "config.yaml").read_text())["model"])
+    adapter = _check(run, out, scale)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    base = model_folder(model or config["model"])
     transformer = load_transformer(base)
     transformer.load_lora_adapter(adapter.parent, prefix="transformer", weight_name=adapter.name, use_safetensors=True)
     add_trained_blocks(transformer, adapter.parent, scale)
@@ -56,7 +58,8 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
         plain.save_pretrained(out / "transformer")
     for name in set(CONFIG_FILES) - {"transformer"}:
         shutil.copytree(base / name, out / name)
-    SamplingDefaults.load(base).save(out)
+    alone = {"guidance_scale": 1.0} if config.get("guidance_gradient") == DISTILLED else {}
+    replace(SamplingDefaults.load(base), **alone).save(out)
     index = json.loads((base / "model_index.json").read_text()) | {"transformer": INDEX_CLASSES["transformer"]}
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_card(Export(run, "merged", scale, model), out)
@@ -68,13 +71,17 @@ def export_adapter(
     """Write the adapter of a run to `out`/pytorch_lora_weights.safetensors, its B matrices multiplied by `scale`.
 
     convention: "diffusers", or "comfyui": with lora_alpha / r in the B matrices as well, see `rlhf.lora_scale`.
-    Raises ValueError as `export_merged` does, for a run that trained whole blocks, and for DoRA with "comfyui".
+    Raises ValueError as `export_merged` does, for whole blocks, and for DoRA with "comfyui" or another scale than 1.
     """
-    adapter = _check(run, out)
+    adapter = _check(run, out, scale)
     if (blocks := adapter.parent / BLOCKS_FILE).exists():
         raise ValueError(f"{blocks} is there, expected LoRA weights alone: the run trained whole blocks; use --merged")
     with safe_open(adapter, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    if broken := [key for key, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{adapter}: got NaN or infinity in {broken[0]}, expected finite weights; train again")
+    if scale != 1 and any("magnitude" in key for key in tensors):
+        raise ValueError(f"scale: got {scale} for magnitudes (lora_use_dora), which need the base; use --merged")
     tensors = {key: value * scale if "lora_B" in key else value for key, value in tensors.items()}
     if convention == "comfyui":
         tensors, metadata = fold_scale(tensors, metadata)
@@ -91,14 +98,15 @@ def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[S
     """
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     originals = [(p, p.detach().clone()) for layer in layers for p in layer.get_base_layer().parameters()]
-    scale_lora_layers(transformer, scale)
     try:
-        transformer.fuse_lora(safe_fusing=True)
-        yield _without_adapter(transformer)
+        with scaled(transformer, scale):
+            try:
+                transformer.fuse_lora(safe_fusing=True)
+                yield _without_adapter(transformer)
+            finally:
+                for layer in (layer for layer in layers if layer.merged):
+                    layer.unmerge()  # subtracts what was added, up to rounding
     finally:
-        for layer in (layer for layer in layers if layer.merged):
-            layer.unmerge()  # subtracts what was added, up to rounding
-        unscale_lora_layers(transformer, scale)
         for parameter, original in originals:
             parameter.data.copy_(original)
 
@@ -120,8 +128,9 @@ def _without_adapter(transformer) -> SD3Transformer3DModel:
     return plain.eval().requires_grad_(False)
 
 
-def _check(run: Path, out: Path) -> Path:
-    """The adapter file of a run, after making sure that there is one and that `out` is free."""
+def _check(run: Path, out: Path, scale: float) -> Path:
+    """The adapter file of a run, after making sure that there is one, that `out` is free and scale a number."""
+    check_scale(scale)
     adapter = run / "adapter" / ADAPTER_FILE
     for file in (run / "config.yaml", adapter):
         if not file.is_file():
@@ -166,6 +175,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"uploaded to {push(out, args.push_to_hub, args.private)}")
     except ValueError as error:
         raise SystemExit(f"rlhf.export: error: {error}") from error
+    except OSError as error:  # what a look at the folders does not tell
+        expected = f"expected to read {args.run} and to write {out}; look at the paths, the rights and the disk"
+        raise SystemExit(f"rlhf.export: error: got {one_line(error)}, {expected}") from error
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def contact_sheet(prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: t
         return figure.add_axes((x / size[0], 1 - (y + h) / size[1], w / size[0], h / size[1]))
 
     def write(x, y, text, **style):
-        figure.text(x / size[0], 1 - y / size[1], text, va="center", **style)
+        figure.text(x / size[0], 1 - y / size[1], text, va="center", parse_math=False, **style)  # a prompt may have $
 
     after_x = margin + side + gap
     write(margin, margin, "before", weight="bold", fontsize=12, color=BASE_COLOR)

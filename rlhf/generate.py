@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils import scale_lora_layers
 from tqdm import tqdm
 
 from rlhf.contentv.files import SamplingDefaults
@@ -24,6 +23,7 @@ from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator
 from rlhf.export import ADAPTER_FILE, add_trained_blocks, merged
 from rlhf.lora import BLOCKS_FILE
+from rlhf.lora_scale import check_scale, scaled
 from rlhf.tracking import to_uint8, write_video
 from rlhf.video_set import Video
 
@@ -47,6 +47,7 @@ class Variant:
 
     def check(self) -> None:
         """Raise ValueError for an adapter that is not there or can't be used, before anything is loaded."""
+        check_scale(self.scale)
         if self.lora is None:
             if self.merge or self.scale != 1:
                 got = "merge" if self.merge else f"scale={self.scale}"
@@ -70,9 +71,8 @@ class Variant:
                 pipe.transformer = plain
                 yield pipe
             return
-        if self.scale != 1:
-            scale_lora_layers(pipe.transformer, self.scale)
-        yield pipe
+        with scaled(pipe.transformer, self.scale):
+            yield pipe
 
     def identity(self) -> dict:
         """What tells this variant from others, the adapter by its content."""

@@ -55,12 +55,19 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=address.repo_id, folder_path=folder, commit_message="Upload an export of contentv-rlhf"
-        )
+        public = private and not api.repo_info(address.repo_id).private  # one that was there stays as it was
+        if not public:
+            api.upload_folder(
+                repo_id=address.repo_id, folder_path=folder, commit_message="Upload an export of contentv-rlhf"
+            )
     except Exception as error:  # refused, interrupted and broken connections all have types of their own
         raise ValueError(
             f"--push_to_hub: got {one_line(error)} from the Hub, expected an upload; {folder} is whole: "
             f"`hf upload {repo_id} {folder}` tries again"
         ) from error
+    if public:
+        raise ValueError(
+            f"--push_to_hub: got {address.repo_id}, which is public already, expected a private one; {folder} is "
+            f"whole: make it private, or choose another name, then `hf upload NAME {folder}`"
+        )
     return str(address)

@@ -18,7 +18,8 @@ BELONGS = {
     "align_delta": ("srpo",),
 }
 METHODS = ("draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo")
-GUIDANCE_GRADIENTS = ("full", "text", "none", "distill")
+DISTILLED = "distill"  # the adapter is sampled without guidance
+GUIDANCE_GRADIENTS = ("full", "text", "none", DISTILLED)
 
 
 def method_problems(args: RewardGradientConfig) -> Iterator[str]:

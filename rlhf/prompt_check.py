@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from rlhf.config import ConfigError
-from rlhf.prompts import load_prompts
+from rlhf.prompts import BUILT_IN_SETS, load_prompts
 
 NEAR = 0.6  # of the words of both: a subject exchanged in a short sentence stays below, a word or two in a long one not
 FILLER = re.compile(  # says nothing of what is seen
@@ -64,6 +64,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("files", nargs="+", help="prompt files, one prompt a line")
     parser.add_argument("--near", type=float, default=NEAR, help=f"share of common words that is too much ({NEAR})")
     args = parser.parse_args(argv)
+    if not 0 < args.near < math.inf:
+        parser.error(f"--near: got {args.near}, expected a share above 0, such as {NEAR}; correct it")
+    if built_in := BUILT_IN_SETS.keys() & set(args.files):
+        parser.error(f"got the built-in set {min(built_in)}, expected files with a prompt a line; name files")
     try:
         sets = [load_prompts(file, None, 0) for file in args.files]
     except ConfigError as error:

@@ -16,14 +16,18 @@ def load_prompts(name: str, base_dir: str | Path | None, count: int, seed: int =
     """The prompts that a setting names: `count` of a built-in set drawn from `seed`, or all of a file.
 
     A file holds one prompt a line; empty lines and lines that start with # are left out. Raises ConfigError if it is
-    absent or holds none.
+    absent, not UTF-8 or holds none.
     """
     if name in BUILT_IN_SETS:
         from rlhf.nano import world
 
         return getattr(world, BUILT_IN_SETS[name])(count, seed)
     path = find_prompt_file(name, base_dir)
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows begins a file with
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"prompt file {path}: got {error.reason}, expected UTF-8; save it as UTF-8"]) from error
+    lines = (line.strip() for line in text.splitlines())
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ConfigError([f"prompt file {path}: got no prompts, expected one a line; write at least one"])

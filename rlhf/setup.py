@@ -9,7 +9,7 @@ from peft import PeftConfig
 
 from rewards import RewardMix, reward_name
 from rlhf.checks import check_config
-from rlhf.config import RewardGradientConfig
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
@@ -40,9 +40,13 @@ def checked_inputs(
     args: RewardGradientConfig | None,
     train_dataset: Iterable | None,
     eval_dataset: Iterable | None,
+    peft_config: PeftConfig | None = None,
 ) -> Inputs:
     """Raises ConfigError, with everything that is wrong at once."""
     args = args or RewardGradientConfig()
+    if dropped := getattr(peft_config, "lora_dropout", 0):
+        expected = "expected 0: each denoising step of a video, an evaluation's too, would be of another random model"
+        raise ConfigError([f"peft_config: got lora_dropout={dropped}, {expected}; leave it out"])
     named = isinstance(model, str | Path)
     args = dataclasses.replace(args, model=str(model) if named else args.model)
     pipe = None if named else model

@@ -58,7 +58,7 @@ class RewardGradientTrainer:
             Default: args.reward_funcs.
         args: the settings.
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
-        peft_config: another adapter than the LoRA that args describe.
+        peft_config: another adapter than the LoRA that args describe, without dropout.
         opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
 
@@ -77,7 +77,7 @@ class RewardGradientTrainer:
         callbacks: list[TrainerCallback] | None = None,
         opened_rewards: dict[str, Callable] | None = None,
     ):
-        inputs = checked_inputs(model, reward_funcs, args, train_dataset, eval_dataset)
+        inputs = checked_inputs(model, reward_funcs, args, train_dataset, eval_dataset, peft_config)
         self.args = args = inputs.args
         self.accelerator = make_accelerator(args)
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device

@@ -7,6 +7,8 @@ A set is a folder. Its prompts are in videos.jsonl, one object a line: {"file", 
 import dataclasses
 import json
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rewards.read import VIDEOS
 
 MANIFEST, SCORES = "videos.jsonl", "scores.jsonl"
 NUMBER_ENDING = re.compile(r"-\d+$")
+Key = tuple[str, int, int]  # prompt, seed, and which of the videos that have both
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
     return videos
 
 
+def numbered(prompts_and_seeds: Iterable[tuple[str, int]]) -> list[Key]:
+    """What pairs each video with another model's: where prompt and seed repeat, the first is the other's first."""
+    seen: Counter[tuple[str, int]] = Counter()
+    keys = []
+    for prompt, seed in prompts_and_seeds:
+        keys.append((prompt, seed, seen[prompt, seed]))
+        seen[prompt, seed] += 1
+    return keys
+
+
 def unbroken(prompt: str) -> str:
     """The prompt as prompts.txt has it."""
     return " ".join(prompt.splitlines())
@@ -82,9 +95,19 @@ def together(folder: Path, videos: list[Video]) -> list[Video]:
 
 def write_manifest(folder: Path, videos: list[Video]) -> None:
     """Write videos.jsonl."""
-    unfinished = folder / f"{MANIFEST}.tmp"
-    unfinished.write_text("".join(json.dumps(_row(folder, video)) + "\n" for video in videos), encoding="utf-8")
-    unfinished.replace(folder / MANIFEST)
+    write_rows(folder / MANIFEST, [_row(folder, video) for video in videos])
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write an object a line, whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def name_in(folder: Path, path: Path) -> str:
+    """The path as a list in the folder has it: relative to the folder, for a file elsewhere as it was given."""
+    return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
 
 def prompt_of(path: Path) -> str:
@@ -99,7 +122,7 @@ def _number(path: Path) -> int:
 
 def _row(folder: Path, video: Video) -> dict:
     row = dataclasses.asdict(video)
-    row = {"file": row.pop("path").relative_to(folder).as_posix()} | row
+    row = {"file": name_in(folder, row.pop("path"))} | row
     return {key: value for key, value in row.items() if value is not None}
 
 

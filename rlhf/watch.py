@@ -11,6 +11,7 @@ from rlhf.callbacks import Tell
 from rlhf.checkpoint import load_vector, save_vector
 from rlhf.compare import summarise
 from rlhf.evaluate import Evaluation, HeldOut, MakeVideos
+from rlhf.failures import TrainingError
 from rlhf.guards import Guard, gains
 from rlhf.lora import Masters, save_adapter
 from rlhf.optimizer import due
@@ -38,12 +39,15 @@ class Watch:
         """Evaluate the base, or read its evaluation again for a run that goes on from step `first`, as `saved` then."""
         self.base = self.held_out.base(bool(self.args.resume_from_checkpoint), make_base_videos)
         self._metrics(self.base)
+        self._require_gain()
         if self.guard and saved:
             self.guard = dataclasses.replace(self.guard, **saved)
             self._bring_best()
         elif self.guard:
-            self.guard.best_step = first
-            self._keep_best()
+            with self.masters.averaged():
+                if first:  # of a run that had no guard until now: what it has learnt is not the base
+                    self._measure_first(first)
+                self._keep_best()
 
     def look(self, done: int, asked: bool) -> dict[str, float]:
         """After `done` steps: evaluate if it is time or asked for, else sample if it is time. What was found."""
@@ -59,6 +63,24 @@ class Watch:
             if due(done, args.sample_steps) and done < args.max_steps:
                 self.held_out.sample(done)
             return {}
+
+    def _require_gain(self) -> None:
+        """Raise TrainingError if the run shall go by held-out gains and none can be told, before it stops for that."""
+        if not (self.args.early_stopping_patience or self.args.load_best_model_at_end):
+            return
+        if "gain_held_out" not in self._gains(self.base):
+            raise TrainingError(
+                f"Each held-out reward scores all {len(self.base.prompts)} held-out prompts of the base alike, so that "
+                "there is no spread to tell a gain in, and nothing to stop or to choose the best adapter by. Evaluate "
+                "more prompts, add another of eval_reward_funcs, or leave early_stopping_patience and "
+                "load_best_model_at_end out."
+            )
+
+    def _measure_first(self, first: int) -> None:
+        evaluation = self.held_out.evaluate(f"step {first}", first)
+        self.latest, found = (first, evaluation), self._gains(evaluation)
+        self.guard.best_step, self.guard.best_gain = first, found.get("gain_held_out", 0.0)
+        self._metrics(evaluation, found)
 
     @property
     def stop(self) -> str | None:

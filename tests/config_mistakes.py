@@ -59,6 +59,7 @@ ROWS = [
     Row({"device": "cuda:1"}, "device: got 'cuda:1'", "expected a kind", "hide the other devices from the process"),
     Row({"dtype": "float16"}, "dtype: got 'float16'", "expected one of auto, float32, bfloat16", "choose one"),
     Row({"prompts": "absent.txt"}, "got no file at", "expected a text file or one of nano_train", "correct the path"),
+    Row({"prompts": "{tmp}/latin.txt"}, "prompt file {tmp}/latin.txt: got", "expected UTF-8", "save it as UTF-8"),
     Row({"eval_prompts": "{tmp}/empty.txt"}, "got no prompts", "expected one a line", "write at least one"),
     # --------------------------------------------------------------------------------------------------- rewards
     Row({"reward_funcs": []}, "reward_funcs: got none", "expected at least one reward", "name one"),
@@ -224,6 +225,12 @@ ROWS = [
         "early_stopping_patience: got no eval_steps and no eval_reward_funcs",
         "expected evaluations during the training",
         "set them",
+    ),
+    Row(
+        {"early_stopping_patience": 2, "eval_steps": 1, "eval_reward_funcs": ["flicker"], "num_eval_prompts": 1},
+        "early_stopping_patience: got one held-out prompt",
+        "expected two or more",
+        "raise num_eval_prompts",
     ),
     Row({"output_dir": "{tmp}/empty.txt"}, "is a file", "expected a folder or a new path", "choose another"),
     Row({"output_dir": "{tmp}/empty.txt/run"}, "got no right to write in {tmp}/empty.txt", "expected one", "choose"),

@@ -96,6 +96,20 @@ def test_pairs_are_of_one_prompt_and_seed_and_seeds_of_a_prompt_count_once(sets)
     assert (pairs.videos, pairs.unpaired) == (3, 2)
 
 
+def test_videos_of_one_prompt_and_seed_all_count(tmp_path):
+    base = write(tmp_path / "base", [("x", 0, {"r": 1}), ("x", 0, {"r": 3}), ("y", 0, {"r": 5}), ("x", 0, {"r": 9})])
+    tuned = write(tmp_path / "tuned", [("x", 0, {"r": 2}), ("y", 0, {"r": 6}), ("x", 0, {"r": 6})])
+    pairs = read_pairs(base, tuned)
+    assert (pairs.videos, pairs.unpaired) == (3, 1)
+    assert (pairs.base["r"].tolist(), pairs.tuned["r"].tolist()) == ([2, 5], [4, 6])
+
+
+def test_a_score_that_is_not_finite_is_no_finding(sets, tmp_path, capsys):
+    broken = write(tmp_path / "broken", [("x", 0, {"r": 2}), ("y", 0, {"r": float("nan")})])
+    assert SCRIPT["main"]([str(sets[0]), str(broken)]) == 2
+    assert "got r=nan for 'y', expected finite scores" in capsys.readouterr().err
+
+
 def test_the_script_prints_the_table_and_writes_the_rows(sets, tmp_path, capsys):
     (tmp_path / "by.tsv").write_text("x\tanimals\ny\tplaces\n")
     out = tmp_path / "compare.json"

@@ -75,6 +75,18 @@ def test_the_prompts_of_a_run_are_those_that_it_drew(run, tmp_path):
     assert [video.prompt for video in made] == held_out_prompts(2, seed=11)
 
 
+def test_an_adapter_that_was_taught_guidance_is_sampled_without(run, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings |= {"guidance_gradient": "distill", "guidance_scale": 4.0}
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
+    scales = {}
+    for name, flags in (("tuned", []), ("base", ["--base"]), ("asked for", ["--guidance_scale", "2"])):
+        scales[name] = SCRIPT["parse"](["--output", "x", "--from_run", str(other), *flags]).guidance_scale
+    assert scales == {"tuned": 1.0, "base": 4.0, "asked for": 2.0}
+
+
 def test_merged_is_the_adapter_and_the_scale_goes_from_the_base_to_beyond(run, tmp_path):
     ways = {
         "base": ["--base"],
@@ -163,6 +175,7 @@ def test_processes_share_the_work_and_make_the_same(run, tmp_path):
     ("flags", "told"),
     [
         (["--from_run", "nowhere"], "got no file there, expected the folder of a training run; correct --from_run"),
+        (["--num_prompts", "0"], "--num_prompts: got 0, expected at least 1"),
         (["--base"], "got no --from_run, expected the run whose adapter is left out"),
         (["--model", "{base}", "--prompts", "absent.txt"], "got no file at"),
         (["--model", "{base}", "--height", "20"], "height=20 is not divisible by 16"),

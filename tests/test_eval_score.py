@@ -167,6 +167,31 @@ def test_samples_of_a_run_and_names_say_the_prompts(made, tmp_path):
     assert prompt_of(Path("a t-shirt.mp4")) == "a t-shirt"
 
 
+def test_videos_may_lie_elsewhere(made, run, tmp_path):
+    target = tmp_path / "list"
+    target.mkdir()
+    rows = [{"file": str(made / "0.mp4"), "prompt": "one"}, {"file": "../near/1.mp4", "prompt": "two"}]
+    (tmp_path / "near").symlink_to(made)
+    (target / "videos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(target, "--reward", "jpeg_size")[0] == 0
+    written = [json.loads(line) for line in (target / "scores.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in written] == [row["file"] for row in rows]
+
+
+def test_a_kill_while_scores_are_written_leaves_those_that_were_there(folder, run, monkeypatch):
+    assert run(folder, "--reward", "jpeg_size")[0] == 0
+    before, write = scores(folder), Path.write_text
+
+    def killed(path, text, **how):
+        write(path, text[: len(text) // 2], **how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "--reward", "jpeg_size")
+    assert scores(folder) == before
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "told"),
     [

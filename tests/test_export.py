@@ -1,5 +1,6 @@
 """A merged checkpoint computes what the adapter does; a merge and un-merge leaves no trace; an adapter file loads."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -98,6 +99,17 @@ def test_merged_checkpoint_keeps_every_other_file_and_a_readable_index(run, tmp_
     assert index["transformer"] == ["diffusers", "SD3Transformer2DModel"]
 
 
+def test_an_adapter_that_was_taught_guidance_is_exported_to_be_sampled_without(tmp_path):
+    run = make_run(tmp_path)
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"guidance_gradient": "distill"}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    main([str(run), "--merged", str(tmp_path / "merged")])
+    main([str(run), "--adapter", str(tmp_path / "adapter")])
+    assert SAMPLING.guidance_scale > 1
+    assert load_pipeline(tmp_path / "merged").sampling == dataclasses.replace(SAMPLING, guidance_scale=1.0)
+    assert '.call_arguments() | {"guidance_scale": 1.0})' in (tmp_path / "adapter" / "README.md").read_text()
+
+
 def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():
     transformer = add_adapter(tiny_pipeline()).transformer
     before = {key: value.clone() for key, value in transformer.state_dict().items()}
@@ -167,6 +179,18 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
     tensors = load_file(path)
     next(value for key, value in tensors.items() if "lora_B" in key)[0, 0] = torch.nan
     save_file(tensors, path, metadata)
-    with pytest.raises(SystemExit, match="NaN"):
-        main([str(run), "--merged", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+    for kind in ("--merged", "--adapter"):
+        with pytest.raises(SystemExit, match="NaN"):
+            main([str(run), kind, str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["--merged", "--adapter"])
+def test_a_scale_that_is_no_number_and_a_place_that_cannot_be_written_are_told(run, tmp_path, kind):
+    with pytest.raises(SystemExit, match="scale: got nan, expected a finite number"):
+        main([str(run), kind, str(tmp_path / "out"), "--scale", "nan"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(
+        SystemExit, match="got NotADirectoryError.*expected to read .* and to write .*file/out; look at"
+    ):
+        main([str(run), kind, str(tmp_path / "file" / "out")])

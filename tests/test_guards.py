@@ -1,11 +1,17 @@
 """Gains and the gap between them, by hand; when a run is stopped."""
 
+import contextlib
+import types
+
 import pytest
 import torch
 
-from rlhf.config import RewardGradientConfig
+from rlhf.checks import check_config
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluate import Evaluation
+from rlhf.failures import TrainingError
 from rlhf.guards import Guard, gain, gains
+from rlhf.watch import Watch
 
 
 def evaluation(**scores):
@@ -62,3 +68,59 @@ def test_a_guard_needs_a_held_out_reward_and_evaluations_and_stops_only_if_asked
     for step in range(50):
         guard.is_best(step, {})
     assert not guard.stop
+
+
+@pytest.fixture
+def watch(tmp_path):
+    """What looks at a run, on a process that writes nothing; `asked` is what it had evaluated, and whether averaged."""
+
+    def make(judge="judge", **settings):
+        settings = {"eval_steps": 1, "eval_reward_funcs": [judge], "resume_from_checkpoint": "latest"} | settings
+        args, asked, averaged = RewardGradientConfig(**settings), [], [False]
+
+        @contextlib.contextmanager
+        def average():
+            averaged[0] = True
+            yield
+            averaged[0] = False
+
+        held_out = types.SimpleNamespace(
+            args=args,
+            folder=tmp_path,
+            judges={"taught": None, judge: None},
+            layout=types.SimpleNamespace(is_main_process=False),
+            base=lambda resumed, make: BASE,
+            evaluate=lambda name, step: asked.append((name, step, averaged[0])) or TUNED,
+        )
+        masters = types.SimpleNamespace(averaged=average)
+        return Watch(held_out, {"taught": 1.0}, None, masters, lambda event, **more: None), asked
+
+    return make
+
+
+def test_a_guard_that_a_resumed_run_is_given_begins_with_what_was_learnt(watch):
+    """Not with the gain of the base, which the adapter that is gone on with is no longer."""
+    watching, asked = watch()
+    watching.begin(None, 40, None)
+    assert asked == [("step 40", 40, True)]
+    assert (watching.guard.best_step, watching.guard.best_gain) == (40, pytest.approx(-0.5 / SPREAD))
+    assert watching.latest == (40, TUNED)
+
+
+@pytest.mark.parametrize(("first", "saved"), [(0, None), (40, {"best_gain": 0.5, "best_step": 30, "worse": 1})])
+def test_a_guard_that_is_new_with_its_run_or_came_along_asks_for_no_evaluation(watch, first, saved):
+    watching, asked = watch()
+    watching.begin(None, first, saved)
+    assert asked == []
+    assert watching.saved() == (saved or {"best_gain": 0.0, "best_step": 0, "worse": 0})
+
+
+@pytest.mark.parametrize("asked", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}])
+def test_a_run_that_goes_by_gains_needs_some(watch, asked, tmp_path):
+    with pytest.raises(TrainingError, match="scores all 2 held-out prompts of the base alike"):
+        watch("constant", **asked)[0].begin(None, 0, None)
+    watch("constant")[0].begin(None, 0, None)  # one that is only looked at does not
+    args = RewardGradientConfig(output_dir=str(tmp_path / "new"), eval_steps=1, num_eval_prompts=1, **asked)
+    args.eval_reward_funcs, args.eval_prompts = ["nano_clip"], "nano_held_out"
+    with pytest.raises(ConfigError, match="got one held-out prompt, expected two or more"):
+        check_config(args)

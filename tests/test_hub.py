@@ -18,7 +18,7 @@ class Refused(Exception):
 @pytest.fixture
 def hub(monkeypatch):
     """Stands for the Hub; `calls` is what it was asked, `user` what it says of the token, or what it raises."""
-    state = types.SimpleNamespace(calls=[], user=USER, upload=None)
+    state = types.SimpleNamespace(calls=[], user=USER, upload=None, public=False)
 
     class HfApi:
         def whoami(self):
@@ -31,6 +31,9 @@ def hub(monkeypatch):
             state.calls.append(("create", repo_id, private))
             whole = repo_id if "/" in repo_id else f"me/{repo_id}"
             return types.SimpleNamespace(repo_id=whole, __str__=None)
+
+        def repo_info(self, repo_id):
+            return types.SimpleNamespace(private=not state.public)
 
         def upload_folder(self, repo_id, folder_path, commit_message):
             if state.upload:
@@ -86,6 +89,17 @@ def test_an_export_is_uploaded_with_its_card(hub, monkeypatch, tmp_path, capsys)
     export.main([str(tmp_path), "--merged", str(out), "--push_to_hub", "x", "--private"])
     assert hub.calls == [("create", "x", True), ("upload", "me/x", ["README.md"])]
     assert "uploaded to" in capsys.readouterr().out
+
+
+def test_what_shall_be_private_is_not_uploaded_where_all_can_see_it(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "export_merged", written)
+    hub.public = True
+    flags = [str(tmp_path), "--merged", str(tmp_path / "out"), "--push_to_hub", "me/x"]
+    with pytest.raises(
+        SystemExit, match="got me/x, which is public already, expected a private one; .* whole: make it"
+    ):
+        export.main([*flags, "--private"])
+    assert [call[0] for call in hub.calls] == ["create"]
 
 
 def test_a_broken_upload_says_how_to_go_on_and_the_export_stays(hub, monkeypatch, tmp_path):

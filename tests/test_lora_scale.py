@@ -10,7 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
-from rlhf.export import ADAPTER_FILE, main
+from rlhf.export import ADAPTER_FILE, main, merged
 from rlhf.lora import ATTENTION
 from rlhf.trainer import RewardGradientTrainer
 
@@ -98,3 +98,25 @@ def test_magnitudes_are_not_dropped_silently(make_args, tmp_path):
     with pytest.raises(SystemExit, match="got an adapter with magnitudes.*use --merged"):
         main([str(tmp_path / "run"), "--adapter", str(tmp_path / "out"), "--convention", "comfyui"])
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="scale: got 0.5 for magnitudes .*use --merged"):
+        main([str(tmp_path / "run"), "--adapter", str(tmp_path / "out"), "--scale", "0.5"])
+
+
+def test_magnitudes_are_scaled_from_those_of_the_base():
+    """None of DoRA is the base; half of it is half of the way from its norms to the magnitudes, along half of BA."""
+    transformer = tiny_pipeline().transformer
+    base = transformer.proj_out.weight.detach().clone()
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["proj_out"], use_dora=True))
+    layer = transformer.proj_out
+    magnitude, a, b = layer.lora_magnitude_vector["default"].weight, layer.lora_A["default"], layer.lora_B["default"]
+    magnitude.data *= torch.linspace(0.5, 1.5, len(magnitude))
+    b.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    learnt, norms, added = magnitude.detach().clone(), base.norm(dim=1), (b.weight @ a.weight).detach()
+    for scale in (0.0, 0.5, 1.0, 2.0):
+        with merged(transformer, scale) as plain:
+            direction = base + scale * added
+            expected = direction / direction.norm(dim=1, keepdim=True) * norms.lerp(learnt, scale)[:, None]
+            torch.testing.assert_close(plain.proj_out.weight, expected)
+            torch.testing.assert_close(plain.proj_out.weight, base) if scale == 0 else None
+        assert torch.equal(magnitude, learnt)
+        assert torch.equal(layer.base_layer.weight, base)

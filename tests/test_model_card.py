@@ -1,6 +1,9 @@
 """An export's card says what the run's files say, names every licence, and is one that the Hub can read."""
 
+import ast
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -120,6 +123,15 @@ def test_how_to_use_each_kind(run, tmp_path):
     assert "load_lora_weights" not in card(run, tmp_path, "merged").text
     assert "load_lora_weights" in card(run, tmp_path).text
     assert "ComfyUI has no\nclass for ContentV's transformer" in card(run, tmp_path, "comfyui").text
+
+
+@pytest.mark.parametrize("prompt", ["a \U0001f98a in the snow", 'two "lines",\nand a \\ in them', "it's"])
+def test_the_prompt_of_the_example_is_the_one_that_was_evaluated(run, tmp_path, prompt):
+    for name in ("base", "tuned"):
+        path = run / "evaluation" / f"{name}.safetensors"
+        dataclasses.replace(Evaluation.load(path), prompts=[prompt] * 12).save(path)
+    (text,) = re.findall(r"frames = pipe\((.*), \*\*pipe", card(run, tmp_path).text)
+    assert ast.literal_eval(text) == prompt
 
 
 def test_a_run_that_ended_early_has_a_card(tmp_path):

@@ -68,6 +68,20 @@ def test_a_file_that_cannot_be_read_is_told(files, capsys):
     assert "got no file at" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nano_train"], "got the built-in set nano_train, expected files"),
+        (["a.txt", "--near", "nan"], "--near: got nan, expected a share above 0"),
+        (["a.txt", "--near", "0"], "--near: got 0.0, expected a share above 0"),
+    ],
+)
+def test_what_is_no_file_and_no_share_is_told(words, told, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert told in capsys.readouterr().err
+
+
 def test_the_shipped_sets_are_large_and_repeat_nothing():
     train, held_out = (load_prompts(f"general_{name}.txt", PROMPTS, 0) for name in ("train", "held_out"))
     assert len(train) >= 400

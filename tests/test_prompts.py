@@ -28,6 +28,14 @@ def test_an_absent_file_and_an_empty_one_are_refused(tmp_path):
         load_prompts("empty.txt", tmp_path, 1)
 
 
+def test_a_file_of_windows_reads_as_any_other_and_one_of_another_encoding_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("# mine\r\na cat\r\n", encoding="utf-8-sig")
+    assert load_prompts("p.txt", tmp_path, count=1) == ["a cat"]
+    (tmp_path / "p.txt").write_text("zwölf", encoding="latin-1")
+    with pytest.raises(ConfigError, match="p.txt: got invalid.*, expected UTF-8; save it"):
+        load_prompts("p.txt", tmp_path, count=1)
+
+
 def test_built_in_sets_are_drawn_from_the_seed_and_share_no_prompt():
     train, held_out = load_prompts("nano_train", None, 300, seed=1), load_prompts("nano_held_out", None, 300)
     assert len(train) == len(held_out) == 300

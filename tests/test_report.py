@@ -1,5 +1,6 @@
 """The report says what the run's files say, also of a run that did not get far, and asks for nothing else."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,6 +9,9 @@ from importlib.metadata import version
 import pytest
 from report_runs import GAINS, NASTY, PROMPTS, UNFINISHED, Page, killed, metrics, read
 
+from rlhf.compare import summarise
+from rlhf.environment import record_end, record_start
+from rlhf.evaluate import Evaluation
 from rlhf.report import finish_report, write_report
 from rlhf.report.data import Run, cost
 
@@ -105,6 +109,33 @@ def test_a_run_that_ended_early_has_a_report(started, leave):
     assert "There are no videos" in page.text
     if leave is killed:
         assert page.cells["reward"][:2] == [0.51, 0.54]
+
+
+def test_a_run_that_went_on_and_was_killed_or_failed_is_not_finished(finished):
+    """Although the adapter of its first end is still there."""
+    assert "finished: 6 of 6 steps" in Run(finished).status
+    record_start(finished, "cpu")
+    assert Run(finished).status.startswith("not finished"), "killed, or still running"
+    record_end(finished, "RewardError: broken")
+    assert Run(finished).status.startswith("not finished")
+    record_start(finished, "cpu")
+    record_end(finished)
+    assert Run(finished).status == "finished: 6 of 6 steps"
+
+
+def test_one_prompt_makes_no_verdict(finished):
+    evaluations = [Evaluation.load(finished / "evaluation" / f"{name}.safetensors") for name in ("base", "tuned")]
+    for name, whole in zip(("base", "tuned"), evaluations, strict=True):
+        scores = {judge: values[:1] for judge, values in whole.scores.items()}
+        one = dataclasses.replace(whole, prompts=whole.prompts[:1], scores=scores)
+        one.save(finished / "evaluation" / f"{name}.safetensors")
+    base, tuned = (Evaluation.load(finished / "evaluation" / f"{name}.safetensors") for name in ("base", "tuned"))
+    (finished / "summary.json").write_text(json.dumps(summarise(base, tuned, ["redness"], 30.0, 6)))
+    page = read(finished)
+    assert page.cells["redness"][2] != 0
+    assert page.text.count("one prompt tells nothing") > 2
+    assert "no clear change" not in page.text
+    assert "lower" not in page.text
 
 
 def test_a_killed_run_shows_its_last_samples_without_scores(started, encoded):

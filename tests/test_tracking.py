@@ -107,3 +107,10 @@ def test_contact_sheet_shows_before_on_the_left_and_after_on_the_right(tmp_path)
     assert max(red) < image.width / 2 < min(blue)
     contact_sheet(["one", "two"], before, after[:1], tmp_path / "one.png")  # resumed with fewer samples
     assert 0 < Image.open(tmp_path / "one.png").height < image.height
+
+
+@pytest.mark.parametrize("prompt", ["a $5 bill_ beside {a $10} bill", r"$\frac$"])
+def test_a_prompt_with_dollars_is_a_caption_and_no_formula(tmp_path, prompt):
+    video = torch.zeros(1, 3, 2, 8, 8, dtype=torch.uint8)
+    contact_sheet([prompt], video, video, tmp_path / "s.png")
+    assert (tmp_path / "s.png").is_file()

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from runs import assert_same_training, saved_adapter, train
 from tiny import tiny_pipeline
 
+from rlhf.config import ConfigError
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.sampler import rollout
 from rlhf.tracking import COST, read_metrics
@@ -161,3 +162,10 @@ def test_another_peft_config_and_a_model_by_path(make_args, tmp_path):
     RewardGradientTrainer(tmp_path / "model", redness, args, PROMPTS, peft_config=config).train()
     assert {name.split(".ff.")[1] for name in saved_adapter(args)} == {"net.2.lora_A.weight", "net.2.lora_B.weight"}
     assert f"model: {tmp_path / 'model'}" in (Path(args.output_dir) / "config.yaml").read_text()
+
+
+def test_an_adapter_that_drops_at_random_is_refused(make_args):
+    """peft's dropout would be on in evaluations and in each step of a rollout, from a generator nobody seeds."""
+    config = LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.1)
+    with pytest.raises(ConfigError, match=r"peft_config: got lora_dropout=0.1, expected 0"):
+        RewardGradientTrainer(tiny_pipeline(), redness, make_args(), PROMPTS, peft_config=config)

@@ -13,7 +13,7 @@ from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
 from rlhf.resampling import compared
 from rlhf.tracking import read_metrics
-from rlhf.video_set import SCORES, read_set, unbroken
+from rlhf.video_set import SCORES, Key, Video, numbered, read_set, unbroken
 
 GROUPS = {"trained": "trained on", "held_out": "held out"}
 MEASURED = "measured"
@@ -83,7 +83,14 @@ class Run:
         """Whether it finished, in words."""
         planned = self.config.get("max_steps")
         done = f"{self.steps} of {planned} steps" if planned else f"{self.steps} steps"
-        return f"finished: {done}" if (self.folder / "adapter").is_dir() else f"not finished: {done} were done"
+        return f"finished: {done}" if self._finished else f"not finished: {done} were done"
+
+    @property
+    def _finished(self) -> bool:
+        """Whether its last start came to its end; what an earlier one finished is still there."""
+        starts = self.environment
+        whole = len(starts) < 2 or "seconds" in starts[-1]
+        return (self.folder / "adapter").is_dir() and whole and self.ended_by is None
 
     @property
     def ended_by(self) -> str | None:
@@ -118,10 +125,11 @@ class Run:
             base, tuned = (evaluation.scores for evaluation in self.evaluations)
             full = name if name in base else f"nano_{name}"  # a held-out judge of nano goes by its short name
             name = full if full in base else name  # as the pairs below have it
-            if full in base and len(base[full]) > 1:
-                found = compared(base[full], tuned[full])
-                more = {key: found[key] for key in ("win_rate", "p", "better", "equal", "worse")}
+            if full in base:
                 more["prompts"] = len(base[full])
+            if more.get("prompts", 0) > 1:
+                found = compared(base[full], tuned[full])
+                more |= {key: found[key] for key in ("win_rate", "p", "better", "equal", "worse")}
         return {"name": name, "group": group} | row | more
 
     def _headline_of_sets(self) -> list[dict]:
@@ -150,7 +158,8 @@ class Run:
 
     def _scores(self, i: int, prompt: str) -> dict[str, tuple[float, float]]:
         """Of the i-th held-out prompt, by judge and measure."""
-        if self.evaluations is None or unbroken(self.evaluations[0].prompts[i]) != prompt:
+        judged = self.evaluations[0].prompts if self.evaluations else []
+        if i >= len(judged) or unbroken(judged[i]) != prompt:
             return {}
         base, tuned = (evaluation.scores for evaluation in self.evaluations)
         names = [name for name in base if i < len(base[name]) and name in tuned]
@@ -164,10 +173,9 @@ class Run:
 
     def _samples_of_sets(self) -> list[Sample]:
         scores = [_set_scores(folder) for folder in (self.before, self.after)]
-        after = {(video.prompt, video.seed): video for video in read_set(self.after)}
+        first, after = (_by_key(read_set(folder)) for folder in (self.before, self.after))
         samples = []
-        for video in read_set(self.before):
-            key = video.prompt, video.seed
+        for key, video in first.items():
             if key in after and video.path.is_file() and after[key].path.is_file():
                 left, right = (of.get(key, {}) for of in scores)
                 both = {name: (left[name], right[name]) for name in left if name in right}
@@ -175,10 +183,15 @@ class Run:
         return samples
 
 
-def _set_scores(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+def _by_key(videos: list[Video]) -> dict[Key, Video]:
+    return dict(zip(numbered((video.prompt, video.seed) for video in videos), videos, strict=True))
+
+
+def _set_scores(folder: Path) -> dict[Key, dict[str, float]]:
     path = folder / SCORES
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.is_file() else []
-    return {(row["prompt"], row["seed"]): row["scores"] for row in rows}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    keys = numbered((row["prompt"], row["seed"]) for row in rows)
+    return {key: row["scores"] for key, row in zip(keys, rows, strict=True)}
 
 
 def training_table(metrics: list[dict]) -> list[dict]:
