@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rewards.base import RewardError
+from rewards.base import RewardError, check_frames
 
 _FORMS = "a number, 'random 4' for so many at random, '8 fps' for so many a second, or nothing for every frame"
 _CURE = "pass it to the reward as a keyword, as the trainer does: reward(video, prompts, fps=24, seed=0, step=0)"
@@ -56,7 +56,8 @@ def evenly_spaced(total: int, count: int | None) -> list[int]:
 
 
 def check_num_frames(name: str, frames: str | int, num_frames: int | str | None) -> None:
-    """Raise RewardError if num_frames can't be read, or can't be taken from what `frames` decodes."""
+    """Raise RewardError if either can't be read, or num_frames can't be taken from what `frames` decodes."""
+    check_frames(name, frames)
     kind, amount = _parse(name, num_frames)
     decoded = {"first": 1, "all": float("inf")}.get(frames, frames)
     if kind in ("even", "random") and not 1 <= amount <= decoded:
