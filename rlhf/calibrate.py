@@ -42,6 +42,13 @@ def calibrate(
     mix.calibrate(scores)
 
 
+def is_calibrated(mix: RewardMix, args: RewardGradientConfig) -> bool:
+    """Whether the run's folder holds scores of these rewards on as many videos as the settings say."""
+    path = Path(args.output_dir) / CALIBRATION
+    scores = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: len(values) for name, values in scores.items()} == dict.fromkeys(mix.rewards, args.calibrate_rewards)
+
+
 @torch.no_grad()
 def base_scores(
     mix: RewardMix,

@@ -70,6 +70,19 @@ def test_a_run_measures_its_base_and_a_resumed_run_reads_that(make_args, tmp_pat
     assert train(parts, rewards) == whole
 
 
+@pytest.mark.parametrize("changed", [{"reward_weights": [1.0]}, {"calibrate_rewards": 3}])
+def test_a_run_resumed_with_other_rewards_or_more_videos_measures_anew(make_args, changed):
+    args = make_args(max_steps=1, calibrate_rewards=2, reward_weights=[1.0, 0.5])
+    train(args, [redness, brightness])
+    before = kept(args)
+    args = dataclasses.replace(args, max_steps=2, resume_from_checkpoint="latest", **changed)
+    train(args, [redness, brightness][: len(args.reward_weights)])
+    after = kept(args)
+    assert len(after) == len(args.reward_weights)
+    assert {len(values) for values in after.values()} == {args.calibrate_rewards}
+    torch.testing.assert_close(after["redness"][:2], before["redness"])  # of the base, though the adapter was trained
+
+
 def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_args):
     args = make_args(
         max_steps=2, reward_caps={"redness": -100.0}, reward_targets={"brightness": 0.9}, balance_reward_gradients=True
