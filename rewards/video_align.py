@@ -11,7 +11,7 @@ import torch
 from rewards.dimensions import dimension_weights
 from rewards.frames import in_chunks, require_frames
 from rewards.qwen_vl import QwenVl, load_qwen_vl, merge_lora, qwen2_vl_sizes, random_qwen_vl
-from rewards.weights import Frozen, hub_file, load_state_dict, torch_dtype
+from rewards.weights import Frozen, hub_file, load_state_dict, tensor_of, torch_dtype
 
 REPOSITORY, FILE = "KwaiVGI/VideoReward", "checkpoint-11352/model.pth"
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
@@ -142,7 +142,7 @@ class VideoAlign(Frozen):
         precision = torch_dtype(self.name, dtype)
         state = load_state_dict(self.name, checkpoint or hub_file(self.name, REPOSITORY, FILE, "checkpoint"))
         state = merge_lora(state, LORA_ALPHA, precision)
-        head = torch.nn.Linear(state["rm_head.weight"].shape[1], 1, bias=False)
+        head = torch.nn.Linear(tensor_of(self.name, state, "rm_head.weight").shape[1], 1, bias=False)
         return load_qwen_vl(self.name, model, state, head, TOKENS, precision)
 
     @classmethod

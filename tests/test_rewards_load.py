@@ -191,3 +191,27 @@ def test_misspelt_arguments_name_the_nearest(folder, name):
 
 def test_what_is_not_callable_is_refused(folder):
     assert "expected a callable" in message("mine.py:WHEN", folder, load=load_reward)
+
+
+NOT_WEIGHTS = {"tensors": {"a": torch.zeros(2)}, "nested": {"weights": {"a": torch.zeros(2)}}, "list": [torch.zeros(2)]}
+
+
+@pytest.mark.parametrize("content", NOT_WEIGHTS)
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("aesthetic", "head"),
+        ("aesthetic_v1", "head"),
+        ("hps_v2_1", "checkpoint"),
+        ("hps_v3", "checkpoint"),
+        ("motion_degree", "weights"),
+        ("viclip", "checkpoint"),
+        ("video_align", "checkpoint"),
+    ],
+)
+def test_a_file_of_another_layout_is_refused_in_one_way(tmp_path, name, setting, content):
+    torch.save(NOT_WEIGHTS[content], tmp_path / "file.pt")
+    with pytest.raises(
+        RewardError, match=rf"^reward '{name}': got .*; expected .*\. Use (the published|a raft|ViClip)"
+    ):
+        load_reward(name, **{setting: str(tmp_path / "file.pt")})
