@@ -12,6 +12,7 @@ A video with fewer frames than that is scored whole. Shape legend: B batch, C ch
 scored, H height, W width.
 """
 
+import math
 import random
 import re
 from collections.abc import Callable
@@ -64,6 +65,15 @@ def check_num_frames(name: str, frames: str | int, num_frames: int | str | None)
         expected = f"num_frames between 1 and the {decoded} that frames={frames!r} decodes"
         cure = "set frames to 'all' or to a larger number"
         raise RewardError(name, got=f"num_frames={num_frames!r}", expected=expected, cure=cure)
+
+
+def check_positive(name: str, **settings: float | None) -> None:
+    """Raise RewardError for a setting that is no number above 0; None is as good as not set."""
+    for key, value in settings.items():
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise RewardError(
+                name, got=f"{key}={value!r}", expected="a number above 0, where it is set", cure=f"correct {key}"
+            )
 
 
 def require_frames(name: str, got: int, least: int) -> None:

@@ -215,3 +215,21 @@ def test_a_file_of_another_layout_is_refused_in_one_way(tmp_path, name, setting,
         RewardError, match=rf"^reward '{name}': got .*; expected .*\. Use (the published|a raft|ViClip)"
     ):
         load_reward(name, **{setting: str(tmp_path / "file.pt")})
+
+
+@pytest.mark.parametrize("value", [0, -1, "4", float("nan")])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *((name, "chunk") for name in ("clip_score", "hps_v3", "motion_degree", "subject_consistency")),
+        *((name, "chunk") for name in ("viclip", "video_align", "video_score", "vjepa2")),
+        ("motion_degree", "temperature"),
+        ("motion_degree", "num_flow_updates"),
+        ("video_align", "fps"),
+        ("video_score", "max_frames"),
+        ("vjepa2", "fps"),
+    ],
+)
+def test_a_setting_that_has_to_be_above_0_is_named_before_weights_are_looked_for(name, setting, value):
+    with pytest.raises(RewardError, match=f"^reward '{name}': got {setting}=.*; expected a number above 0"):
+        load_reward(name, **{setting: value})
