@@ -193,6 +193,13 @@ def test_what_is_not_callable_is_refused(folder):
     assert "expected a callable" in message("mine.py:WHEN", folder, load=load_reward)
 
 
+def test_what_the_constructor_of_a_built_in_raises_names_it_and_its_arguments():
+    with pytest.raises(
+        RewardError, match="'clip_score': got .*Error.* for the arguments {'model': 3}.*; expected ClipS"
+    ):
+        load_reward("clip_score", model=3)
+
+
 NOT_WEIGHTS = {"tensors": {"a": torch.zeros(2)}, "nested": {"weights": {"a": torch.zeros(2)}}, "list": [torch.zeros(2)]}
 
 
