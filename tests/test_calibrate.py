@@ -10,7 +10,7 @@ import torch
 from conftest import PROMPTS, brightness, redness, rows_without_cost
 from tiny import tiny_pipeline
 
-from rewards import RewardMix
+from rewards import RewardError, RewardMix
 from rlhf.calibrate import CALIBRATION, base_scores
 from rlhf.trainer import RewardGradientTrainer
 
@@ -107,3 +107,12 @@ def test_rewards_are_told_frame_rate_seed_and_step(make_args):
     RewardGradientTrainer(tiny_pipeline(), reward, args, PROMPTS, PROMPTS[:1]).train()
     assert {info["fps"] for info in told} == {8}
     assert [(info["seed"], info["step"]) for info in told if "probe" not in info] == [(7, 0), (5, 0), (5, 1), (7, 0)]
+
+
+def test_a_gradient_that_cannot_be_balanced_is_told_as_its_rewards_not_as_another_process(make_args):
+    def edge(video, prompts, **info):
+        return redness(video, prompts) if "probe" in info else (redness(video, prompts) * 0).sqrt()
+
+    args = make_args(max_steps=2, balance_reward_gradients=True, max_skipped_steps=1)
+    with pytest.raises(RewardError, match="'edge': got a gradient of norm nan at the pixels for prompt"):
+        train(args, [edge, brightness])
