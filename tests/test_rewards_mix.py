@@ -113,13 +113,10 @@ def test_a_reward_that_is_constant_on_the_samples_is_named():
     fine = torch.tensor([0.0, 1.0])
     with pytest.raises(RewardError, match="'flat': got a standard deviation of 0.0 over 2 base samples"):
         mix.calibrate({"fine": fine, "logged": torch.ones(2), "flat": torch.ones(2)})
-
-
-def test_scores_that_differ_by_rounding_alone_are_no_spread():
-    saturated = torch.tensor([1.0, 1.0 - 2**-24, 1.0])
+    rounded = torch.tensor([1.0, 1.0 - 2**-24])
     with pytest.raises(RewardError, match="'flat': got a standard deviation of .* expected scores that differ"):
-        RewardMix({"flat": Mean()}).calibrate({"flat": saturated})
-    RewardMix({"steep": Mean()}).calibrate({"steep": saturated - 1})
+        mix.calibrate({"flat": rounded})
+    mix.calibrate({"fine": rounded - 1})
 
 
 # ---------------------------------------------------------------- balanced gradients
@@ -179,22 +176,15 @@ def test_the_gradient_of_a_capped_sample_stays_zero(two_levels):
 
 def test_a_gradient_that_is_not_finite_can_not_be_balanced_and_names_its_prompt(video):
     def edge(video, prompts, **info):
-        level = video.mean(dim=(1, 2, 3, 4))
-        return level + torch.stack([0 * level[0], (0 * level[1]).sqrt()])
+        return (video.mean(dim=(1, 2, 3, 4)) * torch.tensor([1.0, 0.0])).sqrt()
 
-    with pytest.raises(
-        RewardError, match="'edge': got a gradient of norm nan at the pixels for prompt 'a blue square'"
-    ):
-        RewardMix({"fine": Mean(), "edge": edge}, balance=True)(video, PROMPTS)
+    with pytest.raises(RewardError, match="'edge': got a gradient of norm nan at the pixels for .* 'a blue square'"):
+        RewardMix({"edge": edge}, balance=True)(video, PROMPTS)
 
 
 def test_scores_that_do_not_depend_on_the_pixels_are_added_to_balanced_ones(video):
-    def constant(video, prompts, **info):
-        return torch.ones(len(prompts))
-
-    mix = RewardMix({"a": Mean(), "constant": constant}, balance=True)
+    mix = RewardMix({"a": Mean(), "constant": lambda video, prompts, **info: torch.ones(len(prompts))}, balance=True)
     torch.testing.assert_close(mix(video, PROMPTS)[0], video.mean(dim=(1, 2, 3, 4)) + 1)
-    assert torch.equal(pixel_gradients(mix, video), pixel_gradients(RewardMix({"a": Mean()}, balance=True), video))
 
 
 def test_balancing_goes_through_what_made_the_video():
@@ -282,18 +272,14 @@ def test_weights_that_do_not_fit_the_rewards(names, weights):
         RewardMix({name: Mean() for name in names}, weights)
 
 
-@pytest.mark.parametrize(
-    ("limits", "told"),
-    [
-        ({"caps": {"flikcer": 0.9}}, "caps: got 'flikcer', expected one of flicker"),
-        ({"targets": {"flikcer": 0.9}}, "targets: got 'flikcer', expected one of flicker"),
-        ({"caps": {"flicker": float("nan")}}, "caps: got nan for 'flicker', expected a finite number"),
-        ({"caps": {"flicker": 0.9}, "targets": {"flicker": 0.8}}, "got flicker in both, expected each in one"),
-    ],
-)
-def test_limits_that_do_not_fit_the_rewards(limits, told):
-    with pytest.raises(ValueError, match=told):
-        RewardMix({"flicker": Mean()}, **limits)
+def test_limits_that_do_not_fit_the_rewards():
+    for key in ("caps", "targets"):
+        with pytest.raises(ValueError, match=f"{key}: got 'flikcer', expected one of flicker"):
+            RewardMix({"flicker": Mean()}, **{key: {"flikcer": 0.9}})
+    with pytest.raises(ValueError, match="caps: got nan for 'flicker', expected a finite number"):
+        RewardMix({"flicker": Mean()}, caps={"flicker": float("nan")})
+    with pytest.raises(ValueError, match="got flicker in both, expected each in one"):
+        RewardMix({"flicker": Mean()}, caps={"flicker": 0.9}, targets={"flicker": 0.8})
 
 
 def test_modules_are_moved():
