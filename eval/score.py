@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rewards.check import mapping
 from rewards.list import table
 from rewards.read import check_file
-from rewards.score import prompts_of
+from rewards.score import frame_count, prompts_of
 from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
 from rlhf.video_set import SCORES, Video, name_in, read_set, require_files, write_rows
 
@@ -31,7 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reward", action="append", required=True, dest="rewards", help="name or spec; repeatable")
     parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: ..}}")
     parser.add_argument("--names_are_prompts", action="store_true", help="read prompts off the file names")
-    parser.add_argument("--max_frames", type=int, help="score the leading frames only")
+    parser.add_argument("--max_frames", type=frame_count, help="score the leading frames only")
     add_scoring_flags(parser)
     return parser.parse_args(argv)
 

@@ -13,6 +13,7 @@ weights. The benchmark and the tests of the published layouts build it so.
 Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -62,24 +63,35 @@ def reward_attribute(reward: Callable, attribute: str) -> Any:
     """An attribute of the contract, or its default. Raises RewardError for a value outside the contract."""
     value = getattr(reward, attribute, ATTRIBUTE_DEFAULTS[attribute])
     if attribute == "frames":
-        _check_frames(reward, value)
+        check_frames(reward_name(reward), value)
     if attribute == "space" and value != "pixels":
         expected = "'pixels', the only space that is scored here"
         raise RewardError(
             reward_name(reward), got=f"space={value!r}", expected=expected, cure="score the decoded video"
         )
-    if attribute == "std" and value is not None and not value > 0:
-        cure = "state the typical spread of the score, or drop mean and std"
-        raise RewardError(reward_name(reward), got=f"std={value!r}", expected="a number above 0, or None", cure=cure)
+    if attribute in ("mean", "std") and value is not None and not _is_statistic(value, attribute == "std"):
+        expected = "a number above 0, or None" if attribute == "std" else "a finite number, or None"
+        cure = f"state {'the typical spread of the' if attribute == 'std' else 'a typical'} score, or drop mean and std"
+        cure = "write it as a number; YAML takes 1e-2 for text, but not 0.01" if isinstance(value, str) else cure
+        raise RewardError(reward_name(reward), got=f"{attribute}={value!r}", expected=expected, cure=cure)
     return value
 
 
-def _check_frames(reward: Callable, frames) -> None:
+def _is_statistic(value: Any, above_zero: bool) -> bool:
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        return False
+    return math.isfinite(number) and (number > 0 or not above_zero)
+
+
+def check_frames(name: str, frames: Any) -> None:
+    """Raise RewardError for a `frames` outside the contract; name: the reward's."""
     is_count = isinstance(frames, int) and not isinstance(frames, bool) and frames >= 1
     if not is_count and frames not in ("first", "all"):
         expected = "'first', 'all' or a number of leading frames of at least 1"
         cure = "correct the reward's frames attribute"
-        raise RewardError(reward_name(reward), got=f"frames={frames!r}", expected=expected, cure=cure)
+        raise RewardError(name, got=f"frames={frames!r}", expected=expected, cure=cure)
 
 
 def frames_needed(reward: Callable, total: int) -> int:
@@ -150,7 +162,7 @@ def probe(
     name = name or reward_name(reward)
     channels, total, height, width = video_shape
     frames = frames_needed(reward, total)
-    for attribute in ("space", "std"):
+    for attribute in ("space", "mean", "std"):
         reward_attribute(reward, attribute)
     on_pass(f"attributes: frames={getattr(reward, 'frames', 'all')!r}, {frames} of {total} frames are decoded for it")
 

@@ -63,6 +63,11 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(at_least_float32(features), dim=-1)
 
 
+def learned_scale(model: torch.nn.Module) -> torch.Tensor:
+    """exp(logit_scale) of a CLIP, apart from it: rounded to bfloat16 with the rest, 100 would become 98.9."""
+    return at_least_float32(model.logit_scale.detach()).exp()
+
+
 class ImageEncoder(Frozen):
     """A model that embeds images, with its own preprocessing. Subclasses define encode_images(pixels) -> (N, P)."""
 
@@ -91,18 +96,22 @@ class ImageEncoder(Frozen):
 class Clip(ImageEncoder):
     """An encoder of images and text. Subclasses define encode_text(prompts) -> (B, P) too."""
 
+    def __init__(self, model: torch.nn.Module, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self._scale = learned_scale(model)
+
     @property
     def scale(self) -> torch.Tensor:
-        """The factor on cosines that it was trained with: exp(logit_scale)."""
-        return at_least_float32(self.model.logit_scale).exp()
+        """The factor on cosines that it was trained with: exp(logit_scale), whatever the model computes in now."""
+        return self._scale.to(self.device)
 
 
 class TransformersClip(Clip):
     """A CLIPModel of transformers."""
 
     def __init__(self, model: torch.nn.Module, tokenizer):
-        super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        super().__init__(model, tokenizer)
         self.size = model.config.vision_config.image_size
         self.freeze()
 
@@ -120,8 +129,7 @@ class OpenClip(Clip):
     """A model of open_clip, with the preprocessing that its configuration states."""
 
     def __init__(self, model: torch.nn.Module, tokenizer):
-        super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        super().__init__(model, tokenizer)
         config = model.visual.preprocess_cfg
         self.size, self.fit = _square(config["size"]), config["resize_mode"]
         self.image_mean, self.image_std = tuple(config["mean"]), tuple(config["std"])

@@ -1,5 +1,6 @@
 """What a built-in reward will take, from what was measured of it. Plain data: nothing is imported or loaded."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -27,12 +28,12 @@ def decoded_frames(name: str, settings: dict, total: int) -> int:
 def scored_frames(name: str, settings: dict, decoded: int, fps: float) -> int:
     """How many of the decoded frames it scores."""
     default = CATALOGUE[name].frames  # such as "first", "all", "3 of all" or "all, at 8 a second"
-    asked = settings.get("num_frames", default)
-    number = re.search(r"\d+", str(asked))
+    asked = settings.get("num_frames", settings.get("max_frames", default))
+    number = re.search(r"\d+(\.\d+)?", str(asked))
     if number is None:
         return decoded
     by_rate = "fps" in str(asked) or "a second" in str(asked)
-    count = -(-decoded * int(number[0]) // round(fps)) if by_rate else int(number[0])
+    count = math.ceil(decoded * float(number[0]) / fps) if by_rate else int(number[0])
     return max(1, min(count, decoded))
 
 

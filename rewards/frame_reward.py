@@ -7,8 +7,8 @@ import inspect
 
 import torch
 
-from rewards.base import RewardError, at_least_float32
-from rewards.frames import check_num_frames, in_chunks, pick_frames
+from rewards.base import at_least_float32
+from rewards.frames import check_num_frames, check_positive, in_chunks, pick_frames
 from rewards.weights import Frozen, torch_dtype
 
 CACHED_PROMPTS = 2000
@@ -54,8 +54,7 @@ class ModelReward(Frozen):
     ):
         super().__init__()
         check_num_frames(self.name, frames, num_frames)
-        if chunk is not None and chunk < 1:
-            raise RewardError(self.name, got=f"chunk={chunk}", expected="1 or more, or None", cure="correct chunk")
+        check_positive(self.name, chunk=chunk)
         self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
         self.dtype = torch_dtype(self.name, dtype)
 

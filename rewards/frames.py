@@ -12,6 +12,7 @@ A video with fewer frames than that is scored whole. Shape legend: B batch, C ch
 scored, H height, W width.
 """
 
+import math
 import random
 import re
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rewards.base import RewardError
+from rewards.base import RewardError, check_frames
 
 _FORMS = "a number, 'random 4' for so many at random, '8 fps' for so many a second, or nothing for every frame"
 _CURE = "pass it to the reward as a keyword, as the trainer does: reward(video, prompts, fps=24, seed=0, step=0)"
@@ -56,13 +57,23 @@ def evenly_spaced(total: int, count: int | None) -> list[int]:
 
 
 def check_num_frames(name: str, frames: str | int, num_frames: int | str | None) -> None:
-    """Raise RewardError if num_frames can't be read, or can't be taken from what `frames` decodes."""
+    """Raise RewardError if either can't be read, or num_frames can't be taken from what `frames` decodes."""
+    check_frames(name, frames)
     kind, amount = _parse(name, num_frames)
     decoded = {"first": 1, "all": float("inf")}.get(frames, frames)
     if kind in ("even", "random") and not 1 <= amount <= decoded:
         expected = f"num_frames between 1 and the {decoded} that frames={frames!r} decodes"
         cure = "set frames to 'all' or to a larger number"
         raise RewardError(name, got=f"num_frames={num_frames!r}", expected=expected, cure=cure)
+
+
+def check_positive(name: str, **settings: float | None) -> None:
+    """Raise RewardError for a setting that is no number above 0; None is as good as not set."""
+    for key, value in settings.items():
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise RewardError(
+                name, got=f"{key}={value!r}", expected="a number above 0, where it is set", cure=f"correct {key}"
+            )
 
 
 def require_frames(name: str, got: int, least: int) -> None:

@@ -25,6 +25,7 @@ def load_head(name: str, path: str, prefix: str, build: Callable[[int], torch.nn
 
     The width of the embedding is that of the file's first matrix.
     """
-    state = {key.removeprefix(prefix): tensor.float() for key, tensor in load_state_dict(name, path).items()}
-    width = next((tensor.shape[1] for tensor in state.values() if tensor.ndim == 2), 1)
-    return filled(name, str(path), lambda: build(width), state)
+    state = {key.removeprefix(prefix): tensor for key, tensor in load_state_dict(name, path).items()}
+    tensors = {key: tensor.float() for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    width = next((tensor.shape[1] for tensor in tensors.values() if tensor.ndim == 2), 1)
+    return filled(name, str(path), lambda: build(width), state | tensors)

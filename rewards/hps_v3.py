@@ -10,7 +10,7 @@ import torch
 from rewards.frame_reward import ModelReward
 from rewards.frames import in_chunks, pick_frames
 from rewards.qwen_vl import QwenVl, load_qwen_vl, qwen2_vl_sizes, random_qwen_vl
-from rewards.weights import hub_file, load_state_dict, torch_dtype
+from rewards.weights import hub_file, load_state_dict, tensor_of, torch_dtype
 
 REPOSITORY, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -96,7 +96,7 @@ class HpsV3(ModelReward):
 
     def _load(self, checkpoint: str | None, model: str) -> QwenVl:
         state = load_state_dict(self.name, checkpoint or hub_file(self.name, REPOSITORY, FILE, "checkpoint"))
-        width = state["rm_head.0.weight"].shape[1]
+        width = tensor_of(self.name, state, "rm_head.0.weight").shape[1]
         return load_qwen_vl(self.name, model, state, preference_head(width), TOKENS, self.dtype)
 
     @classmethod

@@ -35,7 +35,7 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
     check_spec(spec, base_dir)
     if spec in CATALOGUE:
         _check_own_path(spec, kwargs)
-        return _construct(spec, built_in(spec), kwargs)
+        return _constructed(spec, built_in(spec), kwargs)
     target = _import_attribute(spec, spec, base_dir) if ":" in spec else _plugged_in(spec)
     if inspect.isclass(target):
         return _constructed(spec, target, kwargs)
@@ -221,7 +221,7 @@ def _construct(spec: str, make: Callable, kwargs: dict) -> Callable:
 
 
 def _constructed(spec: str, target: type, kwargs: dict) -> Callable:
-    """An instance of a user's class, whose own errors name the reward and the line."""
+    """An instance of the class, whose own errors name the reward and the line."""
     try:
         return _construct(spec, target, kwargs)
     except (RewardError, torch.OutOfMemoryError):

@@ -42,6 +42,7 @@ class RewardMix:
             )
         self.rewards, self.weights, self.normalise = dict(rewards), dict(zip(rewards, weights, strict=True)), normalise
         self.caps, self.targets, self.balance = caps or {}, targets or {}, balance
+        _check_limits(self.caps, self.targets, list(rewards))
         self.statistics = {name: _stated(reward) for name, reward in self.rewards.items()}
         self.frames = _most_frames(self.rewards.values())
 
@@ -55,11 +56,12 @@ class RewardMix:
     def calibrate(self, scores: dict[str, torch.Tensor]) -> None:
         """Normalise by mean and standard deviation of these raw scores (N,) of base samples from now on.
 
-        Raises RewardError for a reward of which they are all the same.
+        Raises RewardError for a reward of which they are all the same but for float32's rounding.
         """
         for name, scores_N in scores.items():
             mean, std = scores_N.double().mean().item(), scores_N.double().std().item()
-            if self.weights[name] != 0 and not (math.isfinite(std) and std > 0):
+            rounding = 1e-6 * scores_N.abs().max().item()  # divided by that, noise would be all that is learnt
+            if self.weights[name] != 0 and not (math.isfinite(std) and std > rounding):
                 got = f"a standard deviation of {std} over {len(scores_N)} base samples"
                 cure = "look whether the reward is saturated on them, calibrate on more, or state its mean and std"
                 raise RewardError(name, got=got, expected="scores that differ", cure=cure)
@@ -91,11 +93,18 @@ class RewardMix:
         """The same with the pixel gradient of each video scaled to unit length, or left at zero.
 
         The gradient is taken here, which also frees the reward's graph, and handed on by a term that is zero in value.
+        Raises RewardError for one that is not finite: scaled, it would make the value so, too.
         """
         pixels_BCTHW = video_BCTHW.detach().requires_grad_()
         scores_B, term_B = self._plain(name, pixels_BCTHW, prompts, info)
+        if not term_B.requires_grad:  # the scores do not depend on these pixels
+            return scores_B, term_B
         (grad_BCTHW,) = torch.autograd.grad(term_B.sum(), pixels_BCTHW)  # scores know nothing of their neighbours
         norm_B = grad_BCTHW.flatten(1).norm(dim=1)
+        if bad := (~torch.isfinite(norm_B)).nonzero().flatten().tolist():
+            got = f"a gradient of norm {norm_B[bad[0]].item()} at the pixels for prompt {prompts[bad[0]]!r}"
+            cure = "look for sqrt, norm or log at zero; add a small epsilon inside"
+            raise RewardError(name, got=got, expected="a finite gradient", cure=cure)
         unit_BCTHW = grad_BCTHW / torch.where(norm_B > 0, norm_B, 1.0).reshape(-1, 1, 1, 1, 1)
         nothing_B = (unit_BCTHW * (video_BCTHW - video_BCTHW.detach())).sum((1, 2, 3, 4))
         return scores_B, term_B.detach() + nothing_B
@@ -118,6 +127,17 @@ class RewardMix:
         if name in self.targets:
             return -(scores_B - self.targets[name]).abs() / std
         return (scores_B.clamp(max=self.caps.get(name, math.inf)) - mean) / std
+
+
+def _check_limits(caps: dict[str, float], targets: dict[str, float], names: list[str]) -> None:
+    for key, given in (("caps", caps), ("targets", targets)):
+        for name, value in given.items():
+            if name not in names:
+                raise ValueError(f"{key}: got {name!r}, expected one of {', '.join(names)}; correct the name.")
+            if not math.isfinite(value):
+                raise ValueError(f"{key}: got {value} for {name!r}, expected a finite number; correct it.")
+    if both := caps.keys() & targets.keys():
+        raise ValueError(f"caps and targets: got {', '.join(both)} in both, expected each in one; leave one out.")
 
 
 def _stated(reward) -> tuple[float, float] | None:

@@ -7,7 +7,7 @@ import torch
 from torchvision.models.optical_flow import RAFT, raft, raft_large
 
 from rewards.base import RewardError, at_least_float32
-from rewards.frames import check_num_frames, in_chunks, pick_frames, require_frames
+from rewards.frames import check_num_frames, check_positive, in_chunks, pick_frames, require_frames
 from rewards.preprocess import resize
 from rewards.weights import Frozen, load_from_torch_hub, load_state_dict
 
@@ -46,6 +46,7 @@ class MotionDegree(Frozen):
     ):
         super().__init__()
         check_num_frames(self.name, frames, num_frames)
+        check_positive(self.name, temperature=temperature, num_flow_updates=num_flow_updates, chunk=chunk)
         self.raft = weights if isinstance(weights, RAFT) else load_raft(self.name, weights)
         least = 16 * 2 ** (self.raft.corr_block.num_levels - 1)  # or its coarsest correlation would be one number
         if size < least or size % 8:

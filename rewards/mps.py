@@ -12,7 +12,7 @@ P width of the joint embedding, K attention heads, D width of one head.
 import torch
 import torch.nn.functional as F
 
-from rewards.clip_models import CLIP_H14, SIZES, openai_tokenizer, unit
+from rewards.clip_models import CLIP_H14, SIZES, learned_scale, openai_tokenizer, unit
 from rewards.frame_reward import FrameReward
 from rewards.preprocess import preprocess
 from rewards.weights import filled, hub_file, load_state_dict, load_tokenizer, renamed
@@ -85,7 +85,9 @@ class Mps(FrameReward):
         self.tokenizer = load_tokenizer(self.name, tokenizer)
         self.mask_threshold = mask_threshold
         loaded = isinstance(checkpoint, MpsModel)
-        self.mps = (checkpoint if loaded else load_model(self.name, checkpoint)).to(self.dtype)
+        self.mps = checkpoint if loaded else load_model(self.name, checkpoint)
+        self.scale = learned_scale(self.mps.model)
+        self.mps.to(self.dtype)
         self.size = self.mps.model.config.vision_config.image_size
         self.freeze()
 
@@ -108,8 +110,7 @@ class Mps(FrameReward):
     ) -> torch.Tensor:
         """(N,) scores of frames in [0, 1], with what `encode_text` gave."""
         image_NP = self.mps(preprocess(frames_NCHW, self.size).to(self.dtype), text_NLP, keep_NL)
-        scale = self.mps.model.logit_scale.to(end_NP.dtype).exp()
-        return scale * (unit(image_NP) * end_NP).sum(-1)
+        return self.scale.to(end_NP.device) * (unit(image_NP) * end_NP).sum(-1)
 
 
 def tokens_to_keep(text_NLP: torch.Tensor, condition_LP: torch.Tensor, threshold: float) -> torch.Tensor:

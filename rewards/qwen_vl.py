@@ -16,7 +16,7 @@ import torch
 from rewards.base import RewardError, at_least_float32
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, resize
 from rewards.recompute import recompute_in_backward
-from rewards.weights import Frozen, filled, from_pretrained
+from rewards.weights import Frozen, filled, from_pretrained, tensor_of
 
 # The chat template of Qwen/Qwen2-VL-*-Instruct (Apache-2.0) for one user turn of an image or video and a text.
 BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
@@ -170,7 +170,7 @@ def today(key: str) -> str:
 
 
 def _rows(name: str, model: str, state: dict, expected: int) -> int:
-    rows = len(state["language_model.embed_tokens.weight"])
+    rows = len(tensor_of(name, state, "language_model.embed_tokens.weight"))
     if rows != expected:
         got, wanted = f"a tokenizer of {expected} tokens from {model!r}", f"{rows}, as the checkpoint has embeddings"
         raise RewardError(name, got=got, expected=wanted, cure="set `model` to the model that was tuned")

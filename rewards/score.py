@@ -30,9 +30,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", dest="prompts", help="one for all files, or one for each")
     parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: ..}}")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--max_frames", type=int, help="score the leading frames only, for long videos")
+    parser.add_argument("--max_frames", type=frame_count, help="score the leading frames only, for long videos")
     parser.add_argument("--json", type=Path, help="write the scores to this file too")
     return parser.parse_args(argv)
+
+
+def frame_count(text: str) -> int:
+    """A flag's number of frames, at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a number of frames, 1 or more")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         files = [check_file(path) for path in arguments.files]
+        if arguments.json and not arguments.json.absolute().parent.is_dir():
+            raise ValueError(f"--json: got no folder {arguments.json.parent}, expected one that exists; make it first")
         prompts = prompts_of(files, arguments.prompts, arguments.rewards)
         rewards = load_rewards(arguments.rewards, arguments.kwargs)
         rows = [score(rewards, *pair, arguments) for pair in zip(files, prompts, strict=True)]
@@ -53,13 +62,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_rewards(specs: list[str], kwargs: dict) -> dict[str, Callable]:
-    """Rewards by short name. ValueError for arguments that belong to none of them."""
-    specs = {spec.rsplit(":", 1)[-1]: spec for spec in specs}
+    """Rewards by short name. ValueError for arguments that belong to none of them, and for a name that two have."""
+    specs = by_name(specs)
     for name, given in kwargs.items():
         if name not in specs or not isinstance(given, dict):
             expected = f"{{name: {{argument: value}}}} for {', '.join(specs)}"
             raise ValueError(f"--kwargs: got {name!r}: {given!r}, expected {expected}; correct it")
     return {name: load_reward(spec, **kwargs.get(name, {})) for name, spec in specs.items()}
+
+
+def by_name(specs: list[str]) -> dict[str, str]:
+    """{short name: spec}. ValueError for a name that two have, of which only one would be scored."""
+    names = [spec.rsplit(":", 1)[-1] for spec in specs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        cure = "leave one out, or rename the class or function"
+        raise ValueError(f"--reward: got {twice!r} twice, expected each name once; {cure}")
+    return dict(zip(names, specs, strict=True))
 
 
 def prompts_of(files: list[Path], prompts: list[str] | None, specs: list[str]) -> list[str]:

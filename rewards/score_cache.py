@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rewards.load import check_spec
-from rewards.score import load_rewards, score
+from rewards.score import by_name, load_rewards, score
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
 
@@ -48,13 +48,14 @@ class ScoreCache:
 class Scorer:
     """Rewards that are loaded when a score is asked for that is not in the cache.
 
-    specs: names or specs of rewards. kwargs: {name: arguments}. Raises RewardError for a spec that can't name a reward.
+    specs: names or specs of rewards. kwargs: {name: arguments}. Raises RewardError for a spec that can't name a reward,
+    ValueError for a name that two have.
     """
 
     def __init__(self, specs: list[str], kwargs: dict, cache: ScoreCache, device: str, max_frames: int | None = None):
+        self.specs, self.kwargs, self.cache = by_name(specs), kwargs, cache
         for spec in specs:
             check_spec(spec)
-        self.specs, self.kwargs, self.cache = {spec.rsplit(":", 1)[-1]: spec for spec in specs}, kwargs, cache
         self.settings = Namespace(device=device, max_frames=max_frames)
         self.identities = {
             name: reward_identity(spec, kwargs.get(name, {}), max_frames) for name, spec in self.specs.items()
@@ -84,11 +85,13 @@ class Scorer:
 def reward_identity(spec: str, kwargs: dict, max_frames: int | None = None) -> str:
     """Text that changes when the reward does: its spec, settings, its own file, and the files its settings name.
 
-    Files named in settings count by size and time, since weights are large. Code that a reward imports does not count.
+    Files named in settings, and those in folders that they name, count by size and time, since weights are large. Code
+    that a reward imports does not count.
     """
     where = Path(spec.rsplit(":", 1)[0])
     source = content_of(where) if where.suffix == ".py" else ""
-    files = {value: _stamp(Path(value)) for value in map(str, kwargs.values()) if Path(value).is_file()}
+    named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in map(str, kwargs.values())}
+    files = {value: _stamp(path) for value, path in named.items() if path.exists()}
     return json.dumps([spec, kwargs, max_frames, source, files], sort_keys=True)
 
 
@@ -103,5 +106,7 @@ def digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _stamp(path: Path) -> list[int]:
+def _stamp(path: Path) -> list:
+    if path.is_dir():
+        return [(file.name, *_stamp(file)) for file in sorted(path.iterdir()) if file.is_file()]
     return [path.stat().st_size, path.stat().st_mtime_ns]

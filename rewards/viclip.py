@@ -11,7 +11,7 @@ import torch
 
 from rewards.base import RewardError
 from rewards.clip_models import unit
-from rewards.frames import in_chunks
+from rewards.frames import check_positive, in_chunks
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.recompute import recompute_in_backward
 from rewards.weights import Frozen, filled, hub_file, load_state_dict, torch_dtype
@@ -60,6 +60,7 @@ class ViClip(Frozen):
         std: float | None = None,
     ):
         super().__init__()
+        check_positive(self.name, chunk=chunk)
         if preprocessing not in PREPROCESSING:
             expected = f"one of {', '.join(PREPROCESSING)}"
             raise RewardError(

@@ -9,9 +9,9 @@ Shape legend: B batch, C channels, T frames, N frames that are scored, H height,
 import torch
 
 from rewards.dimensions import dimension_weights
-from rewards.frames import in_chunks, require_frames
+from rewards.frames import check_positive, in_chunks, require_frames
 from rewards.qwen_vl import QwenVl, load_qwen_vl, merge_lora, qwen2_vl_sizes, random_qwen_vl
-from rewards.weights import Frozen, hub_file, load_state_dict, torch_dtype
+from rewards.weights import Frozen, hub_file, load_state_dict, tensor_of, torch_dtype
 
 REPOSITORY, FILE = "KwaiVGI/VideoReward", "checkpoint-11352/model.pth"
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
@@ -133,6 +133,7 @@ class VideoAlign(Frozen):
         std: float | None = None,
     ):
         super().__init__()
+        check_positive(self.name, fps=fps, chunk=chunk)
         self.weights = dimension_weights(self.name, dimension, list(DIMENSIONS), "overall", 1.0)
         self.vlm = checkpoint if isinstance(checkpoint, QwenVl) else self._load(checkpoint, model, dtype)
         self.fps, self.chunk, self.mean, self.std = fps, chunk, mean, std
@@ -142,7 +143,7 @@ class VideoAlign(Frozen):
         precision = torch_dtype(self.name, dtype)
         state = load_state_dict(self.name, checkpoint or hub_file(self.name, REPOSITORY, FILE, "checkpoint"))
         state = merge_lora(state, LORA_ALPHA, precision)
-        head = torch.nn.Linear(state["rm_head.weight"].shape[1], 1, bias=False)
+        head = torch.nn.Linear(tensor_of(self.name, state, "rm_head.weight").shape[1], 1, bias=False)
         return load_qwen_vl(self.name, model, state, head, TOKENS, precision)
 
     @classmethod

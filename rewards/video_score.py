@@ -13,7 +13,7 @@ import torch
 
 from rewards.base import RewardError, at_least_float32
 from rewards.dimensions import dimension_weights
-from rewards.frames import in_chunks
+from rewards.frames import check_positive, in_chunks
 from rewards.preprocess import resize
 from rewards.qwen_vl import stand_in_encoder
 from rewards.recompute import recompute_in_backward
@@ -108,6 +108,7 @@ class VideoScore(Frozen):
         std: float | None = None,
     ):
         super().__init__()
+        check_positive(self.name, max_frames=max_frames, chunk=chunk)
         self.weights = dimension_weights(self.name, dimension, ASPECTS, "mean", 1 / len(ASPECTS))
         self.scorer = model if isinstance(model, Idefics2Scorer) else load_scorer(self.name, model, dtype)
         self.max_frames, self.chunk, self.mean, self.std = max_frames, chunk, mean, std

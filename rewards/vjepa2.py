@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards.base import RewardError, at_least_float32
-from rewards.frames import in_chunks, require_frames
+from rewards.frames import check_positive, in_chunks, require_frames
 from rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, resize_shorter
 from rewards.recompute import recompute_in_backward
 from rewards.weights import Frozen, load_pretrained, torch_dtype
@@ -57,6 +57,7 @@ class VJepa2(Frozen):
         std: float | None = None,
     ):
         super().__init__()
+        check_positive(self.name, fps=fps, chunk=chunk)
         if not 0 < context < 1:
             expected, cure = "a share of the time between 0 and 1", "correct context"
             raise RewardError(self.name, got=f"context={context}", expected=expected, cure=cure)

@@ -128,7 +128,7 @@ def load_state_dict(name: str, path: str | Path, instead: str | None = None) -> 
     if not path.is_file():
         raise RewardError(name, got=f"no file at {path}", expected="a weights file", cure="correct the path")
     try:
-        return _read_tensors(path)
+        state = _read_tensors(path)
     except Exception as error:  # KeyError, EOFError, RuntimeError, UnpicklingError: whichever the damage leads to
         expected = "a state dict (safetensors, or torch.save of module.state_dict())"
         if "Unsupported global" not in str(error):
@@ -137,6 +137,19 @@ def load_state_dict(name: str, path: str | Path, instead: str | None = None) -> 
         cure = f"loading it would run code from the file; {instead or 'convert it where that can do no harm'}"
         got = f"{path}, a pickled module, not plain tensors"
         raise RewardError(name, got=got, expected=expected, cure=cure) from error
+    if not isinstance(state, dict):
+        got, expected = f"{path} with a {type(state).__name__} in it", "a state dict: tensors by name"
+        raise RewardError(name, got=got, expected=expected, cure="use the published file of this model")
+    return state
+
+
+def tensor_of(name: str, state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """One tensor of a checkpoint; RewardError if it holds none of that name."""
+    if not isinstance(state.get(key), torch.Tensor):
+        got = f"a checkpoint without {key} (its names: {', '.join([*state][:3])}, ...)"
+        cure = "use the published file of this model"
+        raise RewardError(name, got=got, expected=f"the tensor {key}", cure=cure)
+    return state[key]
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -177,9 +190,9 @@ def filled(name: str, source: str, build: Callable[[], torch.nn.Module], state: 
     return module
 
 
-def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shape by key."""
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+def shapes(state: dict) -> dict[str, tuple[int, ...] | str]:
+    """Shape by key; of what is no tensor, its type."""
+    return {key: tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for key, x in state.items()}
 
 
 def renamed(state: dict, names: dict[str, str], unused: tuple[str, ...]) -> dict:

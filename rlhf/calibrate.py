@@ -18,12 +18,6 @@ from rlhf.sampler import draw_noise
 CALIBRATION = "calibration.json"  # {name: [raw score of each base sample]}
 
 
-def is_measured(folder: Path, mix: RewardMix) -> bool:
-    """Whether a run's folder holds the scores of every reward of the mix, which a resumed run may have added to."""
-    path = folder / CALIBRATION
-    return path.is_file() and set(mix.rewards) <= set(json.loads(path.read_text()))
-
-
 def calibrate(
     mix: RewardMix,
     make_videos: MakeVideos,
@@ -44,9 +38,15 @@ def calibrate(
         if layout.is_main_process:
             path.write_text(json.dumps({name: scores_N.tolist() for name, scores_N in scores.items()}) + "\n")
     else:
-        known = json.loads(path.read_text())  # of rewards that a resumed run may have left out, too
-        scores = {name: torch.tensor(known[name]) for name in mix.rewards}
+        scores = {name: torch.tensor(values) for name, values in json.loads(path.read_text()).items()}
     mix.calibrate(scores)
+
+
+def is_calibrated(mix: RewardMix, args: RewardGradientConfig) -> bool:
+    """Whether the run's folder holds scores of these rewards on as many videos as the settings say."""
+    path = Path(args.output_dir) / CALIBRATION
+    scores = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: len(values) for name, values in scores.items()} == dict.fromkeys(mix.rewards, args.calibrate_rewards)
 
 
 @torch.no_grad()

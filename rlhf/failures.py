@@ -94,12 +94,12 @@ def require_gradient(norm: float, step: int, rewards: RewardMix, logged: dict) -
 
 
 def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str], info: dict) -> dict[str, bool]:
-    """Of each reward, asked alone, whether its gradient at the video is not finite."""
+    """Of each reward that is trained on, asked alone, whether its gradient at the video is not finite."""
     broken = {}
-    for name, reward in rewards.rewards.items():
+    for name in (name for name, weight in rewards.weights.items() if weight):  # others may have no gradient at all
         pixels = video_BCTHW.clone().requires_grad_()
-        scores_B, _ = RewardMix({name: reward})(pixels, prompts, **info)
-        (grad,) = torch.autograd.grad(scores_B.sum(), pixels)
+        scores_B, _ = RewardMix({name: rewards.rewards[name]})(pixels, prompts, **info)
+        grad = torch.autograd.grad(scores_B.sum(), pixels)[0] if scores_B.requires_grad else torch.zeros(())
         broken[name] = not bool(torch.isfinite(grad).all())
     return broken
 

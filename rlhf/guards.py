@@ -7,10 +7,15 @@ from rlhf.evaluate import Evaluation
 
 
 def gain(name: str, base: Evaluation, tuned: Evaluation) -> float | None:
-    """How far a judge's mean rose, in units of the spread of the base's scores over prompts; None for no spread."""
+    """How far a judge's mean rose, in units of the spread of the base's scores over prompts.
+
+    None for no spread but float32's rounding.
+    """
     before = base.scores[name].double()
     spread = before.std().item() if len(before) > 1 else 0.0
-    return (tuned.scores[name].double().mean() - before.mean()).item() / spread if spread else None
+    if not spread or spread <= 1e-6 * before.abs().max().item():
+        return None
+    return (tuned.scores[name].double().mean() - before.mean()).item() / spread
 
 
 def gains(base: Evaluation, tuned: Evaluation, trained: dict[str, float], held_out: list[str]) -> dict[str, float]:

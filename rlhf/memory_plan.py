@@ -66,7 +66,7 @@ def plan_rewards(parts: Parts, args: RewardGradientConfig) -> Rewards:
     frames = total if unknown else max(decoded.values())
     costs, traced = {}, []
     for name, settings in known.items():
-        scored = scored_frames(name, settings, min(frames, args.decode_window or frames), fps)
+        scored = scored_frames(name, settings, min(decoded[name], args.decode_window or frames), fps)
         if found := cost(name, settings, batch * scored):
             costs[name] = found
         elif name == "nano_preference":

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Callable, Iterator
 
 from rewards import check_spec, reward_name
+from rewards.base import check_frames
+from rewards.catalogue import CATALOGUE
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.measures import MEASURES
 
@@ -32,6 +34,8 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
         if isinstance(spec, str):
             kwargs = (args.reward_kwargs or {}).get(short_name(spec), {})
             yield from told_by(check_spec, spec, args.base_dir, kwargs)
+            if spec in CATALOGUE and "frames" in kwargs:
+                yield from told_by(check_frames, spec, kwargs["frames"])
     if not trained:
         yield "reward_funcs: got none, expected at least one reward; name one"
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):

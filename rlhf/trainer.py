@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from rewards import RewardError, frames_needed
 from rlhf.batches import Batches
-from rlhf.calibrate import calibrate, is_measured
+from rlhf.calibrate import calibrate, is_calibrated
 from rlhf.callbacks import Callbacks
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.checks import open_rewards
@@ -154,7 +154,7 @@ class RewardGradientTrainer:
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
         self.batches.go_on_from(first, saved)
-        done = resumed and is_measured(self.folder, self.rewards)
+        done = resumed and is_calibrated(self.rewards, args)
         sampled = [] if done else self.batches.prompts_at(0, args.calibrate_rewards)
         prompts = self.batches.from_step(self.prefixes.rollout_of(first, 0)) + self.eval_prompts + sampled
         self.text = encode_and_release(self.pipe, prompts, args, self.device, self.owns_pipe)

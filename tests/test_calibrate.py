@@ -10,7 +10,7 @@ import torch
 from conftest import PROMPTS, brightness, redness, rows_without_cost
 from tiny import tiny_pipeline
 
-from rewards import RewardMix
+from rewards import RewardError, RewardMix
 from rlhf.calibrate import CALIBRATION, base_scores
 from rlhf.trainer import RewardGradientTrainer
 
@@ -70,18 +70,17 @@ def test_a_run_measures_its_base_and_a_resumed_run_reads_that(make_args, tmp_pat
     assert train(parts, rewards) == whole
 
 
-def test_a_resumed_run_measures_anew_for_a_reward_that_is_new(make_args):
-    """Else that one would be weighed raw beside the others; and one that was left out is no longer asked for."""
-    args = make_args(max_steps=1, calibrate_rewards=4)
-    train(args, redness)
-    before = kept(args)["redness"]
-    for step, rewards in ((2, [redness, brightness]), (3, brightness)):
-        args = dataclasses.replace(args, max_steps=step, resume_from_checkpoint="latest")
-        row = train(args, rewards)[-1]
-        scores = {name: values for name, values in kept(args).items() if f"rewards/{name}" in row}
-        z = {n: (row[f"rewards/{n}"] - values.mean().item()) / values.std().item() for n, values in scores.items()}
-        assert row["reward"] == pytest.approx(sum(z.values()), abs=1e-4)
-    torch.testing.assert_close(kept(args)["redness"], before)
+@pytest.mark.parametrize("changed", [{"reward_weights": [1.0]}, {"calibrate_rewards": 3}])
+def test_a_run_resumed_with_other_rewards_or_more_videos_measures_anew(make_args, changed):
+    args = make_args(max_steps=1, calibrate_rewards=2, reward_weights=[1.0, 0.5])
+    train(args, [redness, brightness])
+    before = kept(args)
+    args = dataclasses.replace(args, max_steps=2, resume_from_checkpoint="latest", **changed)
+    train(args, [redness, brightness][: len(args.reward_weights)])
+    after = kept(args)
+    assert len(after) == len(args.reward_weights)
+    assert {len(values) for values in after.values()} == {args.calibrate_rewards}
+    torch.testing.assert_close(after["redness"][:2], before["redness"])  # of the base, though the adapter was trained
 
 
 def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_args):
@@ -108,3 +107,12 @@ def test_rewards_are_told_frame_rate_seed_and_step(make_args):
     RewardGradientTrainer(tiny_pipeline(), reward, args, PROMPTS, PROMPTS[:1]).train()
     assert {info["fps"] for info in told} == {8}
     assert [(info["seed"], info["step"]) for info in told if "probe" not in info] == [(7, 0), (5, 0), (5, 1), (7, 0)]
+
+
+def test_a_gradient_that_cannot_be_balanced_is_told_as_its_rewards_not_as_another_process(make_args):
+    def edge(video, prompts, **info):
+        return redness(video, prompts) if "probe" in info else (redness(video, prompts) * 0).sqrt()
+
+    args = make_args(max_steps=2, balance_reward_gradients=True, max_skipped_steps=1)
+    with pytest.raises(RewardError, match="'edge': got a gradient of norm nan at the pixels for prompt"):
+        train(args, [edge, brightness])

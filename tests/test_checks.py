@@ -52,6 +52,10 @@ def test_good_settings_pass(problems):
         ({"reward_weights": [1, 2]}, "reward_weights: got 2, expected 1"),
         ({"reward_weights": [0]}, "reward_weights: got only zeros"),
         ({"reward_kwargs": {"clip_scor": {}}}, "did you mean 'clip_score'?"),
+        (
+            {"reward_kwargs": {"clip_score": {"frames": "half"}}},
+            "got frames='half'; expected 'first', 'all' or a number",
+        ),
         ({"reward_caps": {"clip_scor": 0.3}}, "reward_caps: got 'clip_scor', expected a reward of this run; did you"),
         ({"reward_targets": {"flicker": 1}, "eval_reward_funcs": ["flicker"]}, "reward_targets: got 'flicker', exp"),
         ({"reward_caps": {"clip_score": 1}, "reward_targets": {"clip_score": 1}}, "got 'clip_score' in both"),

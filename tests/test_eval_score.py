@@ -131,6 +131,30 @@ def test_weights_that_are_named_in_settings_count(tmp_path):
     assert first != reward_identity("aesthetic", {"head": str(weights)})
 
 
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_the_files_of_a_folder_that_is_named_in_settings_count(tmp_path, prefix):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"one")
+    settings = {"model": f"{prefix}{tmp_path / 'model'}"}
+    first = reward_identity("clip_score", settings)
+    assert first == reward_identity("clip_score", settings)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
+    assert first != reward_identity("clip_score", settings)
+
+
+def test_a_path_from_home_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "head.pt").write_bytes(b"one")
+    first = reward_identity("aesthetic", {"head": "~/head.pt"})
+    (tmp_path / "head.pt").write_bytes(b"other")
+    assert first != reward_identity("aesthetic", {"head": "~/head.pt"})
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--reward: got 'Mine' twice, expected each name once"):
+        Scorer(["a.py:Mine", "b.py:Mine"], {}, ScoreCache(tmp_path), "cpu")
+
+
 def test_an_interrupted_job_goes_on(folder, tmp_path, monkeypatch):
     """Ended at its third video, it scores only that one when started again."""
     videos = read_set(folder)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from conftest import brightness
 
+from rewards import RewardMix
 from rewards.temporal import Flicker
-from rlhf.failures import MEMORY_CURES, out_of_memory
+from rlhf.failures import MEMORY_CURES, broken_rewards, out_of_memory
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 24 GiB"
 
@@ -53,3 +55,20 @@ def test_the_decoder_is_named_with_its_own_cures(tiny_pipe, monkeypatch):
 
 def test_other_errors_are_left_alone():
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_the_reward_behind_a_gradient_is_named_beside_rewards_that_have_none():
+    def edge(video, prompts, **info):
+        return (0 * brightness(video, prompts)).sqrt()
+
+    def logged(video, prompts, **info):
+        return brightness(video, prompts)
+
+    def constant(video, prompts, **info):
+        return torch.ones(len(prompts))
+
+    logged.differentiable = False
+    rewards = {"fine": brightness, "edge": edge, "logged": logged, "constant": constant}
+    mix = RewardMix(rewards, [1.0, 1.0, 0.0, 1.0])
+    broken = broken_rewards(mix, torch.rand(2, 3, 2, 4, 4), ["a", "b"], {"fps": 8})
+    assert broken == {"fine": False, "edge": True, "constant": False}

@@ -29,6 +29,11 @@ def test_a_gain_is_in_spreads_of_the_base():
     assert gain("constant", BASE, TUNED) is None, "without a spread there is no unit"
 
 
+def test_rounding_is_no_spread():
+    saturated, lower = evaluation(judge=[1.0, 1.0 - 2**-24]), evaluation(judge=[0.99, 0.99])
+    assert gain("judge", saturated, lower) is None, "else one hundredth would count as -200,000 spreads"
+
+
 def test_the_gap_is_the_trained_gain_less_the_held_out_one():
     found = gains(BASE, TUNED, {"taught": 1.0}, ["judge", "constant"])
     assert found["gain_trained"] == pytest.approx(2 / SPREAD)

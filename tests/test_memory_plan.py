@@ -113,6 +113,17 @@ def test_rewards_are_taken_as_measured(settings, frames, weights, unknown):
     assert (found.memory > 0) == (unknown == ())
 
 
+def test_a_reward_is_planned_by_its_own_frames_not_by_those_of_its_neighbours():
+    def plan(*names):
+        _, args, card = tiny(reward_funcs=list(names))
+        return plan_rewards(Parts(args, card), args)
+
+    both, image, video = plan("aesthetic", "motion_degree"), plan("aesthetic"), plan("motion_degree")
+    assert (image.frames, video.frames, both.frames) == (1, 33, 33)
+    assert both.seconds == pytest.approx(image.seconds + video.seconds)
+    assert both.memory == max(image.memory, video.memory)
+
+
 MEASURED = json.loads((ROOT / "bench" / "results" / "step.json").read_text())["rows"]
 PLANNED = ("sampling", "segment", "decode and back", "window")
 PARTS: dict[tuple, Parts] = {}

@@ -185,7 +185,19 @@ def test_evaluation_only_rewards_skip_the_gradient_but_nothing_else():
     assert "neighbours" in failure(batch_normalised, differentiable=False).expected
 
 
-@pytest.mark.parametrize("attributes", [{"space": "latents"}, {"std": 0.0}, {"std": -1.0}])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"space": "latents"},
+        {"std": 0.0},
+        {"std": -1.0},
+        {"std": "1e-2"},  # YAML's reading of a number without a dot
+        {"std": float("inf")},
+        {"std": [1.0]},
+        {"mean": float("nan"), "std": 1.0},
+        {"mean": "0.5", "std": 1.0},
+    ],
+)
 def test_attributes_outside_the_contract(attributes):
     assert next(iter(attributes)) in failure(good, **attributes).got
 

@@ -95,3 +95,10 @@ def test_more_than_is_decoded(frames, form):
         check_num_frames("mine", frames, form)
     for fine in (None, 1, "random 1", "8 fps"):
         check_num_frames("mine", frames, fine)
+
+
+@pytest.mark.parametrize("frames", ["half", "4", 0, -1, True, None, [1]])
+@pytest.mark.parametrize("form", [None, 4])
+def test_what_can_not_be_decoded(frames, form):
+    with pytest.raises(RewardError, match="'mine': got frames=.*; expected 'first', 'all' or a number of leading"):
+        check_num_frames("mine", frames, form)

@@ -191,3 +191,52 @@ def test_misspelt_arguments_name_the_nearest(folder, name):
 
 def test_what_is_not_callable_is_refused(folder):
     assert "expected a callable" in message("mine.py:WHEN", folder, load=load_reward)
+
+
+def test_what_the_constructor_of_a_built_in_raises_names_it_and_its_arguments():
+    with pytest.raises(
+        RewardError, match="'clip_score': got .*Error.* for the arguments {'model': 3}.*; expected ClipS"
+    ):
+        load_reward("clip_score", model=3)
+
+
+NOT_WEIGHTS = {"tensors": {"a": torch.zeros(2)}, "nested": {"weights": {"a": torch.zeros(2)}}, "list": [torch.zeros(2)]}
+
+
+@pytest.mark.parametrize("content", NOT_WEIGHTS)
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("aesthetic", "head"),
+        ("aesthetic_v1", "head"),
+        ("hps_v2_1", "checkpoint"),
+        ("hps_v3", "checkpoint"),
+        ("motion_degree", "weights"),
+        ("viclip", "checkpoint"),
+        ("video_align", "checkpoint"),
+    ],
+)
+def test_a_file_of_another_layout_is_refused_in_one_way(tmp_path, name, setting, content):
+    torch.save(NOT_WEIGHTS[content], tmp_path / "file.pt")
+    with pytest.raises(
+        RewardError, match=rf"^reward '{name}': got .*; expected .*\. Use (the published|a raft|ViClip)"
+    ):
+        load_reward(name, **{setting: str(tmp_path / "file.pt")})
+
+
+@pytest.mark.parametrize("value", [0, -1, "4", float("nan")])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *((name, "chunk") for name in ("clip_score", "hps_v3", "motion_degree", "subject_consistency")),
+        *((name, "chunk") for name in ("viclip", "video_align", "video_score", "vjepa2")),
+        ("motion_degree", "temperature"),
+        ("motion_degree", "num_flow_updates"),
+        ("video_align", "fps"),
+        ("video_score", "max_frames"),
+        ("vjepa2", "fps"),
+    ],
+)
+def test_a_setting_that_has_to_be_above_0_is_named_before_weights_are_looked_for(name, setting, value):
+    with pytest.raises(RewardError, match=f"^reward '{name}': got {setting}=.*; expected a number above 0"):
+        load_reward(name, **{setting: value})

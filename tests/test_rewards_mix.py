@@ -113,6 +113,10 @@ def test_a_reward_that_is_constant_on_the_samples_is_named():
     fine = torch.tensor([0.0, 1.0])
     with pytest.raises(RewardError, match="'flat': got a standard deviation of 0.0 over 2 base samples"):
         mix.calibrate({"fine": fine, "logged": torch.ones(2), "flat": torch.ones(2)})
+    rounded = torch.tensor([1.0, 1.0 - 2**-24])
+    with pytest.raises(RewardError, match="'flat': got a standard deviation of .* expected scores that differ"):
+        mix.calibrate({"flat": rounded})
+    mix.calibrate({"fine": rounded - 1})
 
 
 # ---------------------------------------------------------------- balanced gradients
@@ -168,6 +172,19 @@ def test_the_gradient_of_a_capped_sample_stays_zero(two_levels):
     grad = pixel_gradients(mix, two_levels).flatten(1)
     assert grad[0].norm().item() == pytest.approx(1.0, abs=1e-5)
     assert (grad[1] == 0).all()
+
+
+def test_a_gradient_that_is_not_finite_can_not_be_balanced_and_names_its_prompt(video):
+    def edge(video, prompts, **info):
+        return (video.mean(dim=(1, 2, 3, 4)) * torch.tensor([1.0, 0.0])).sqrt()
+
+    with pytest.raises(RewardError, match="'edge': got a gradient of norm nan at the pixels for .* 'a blue square'"):
+        RewardMix({"edge": edge}, balance=True)(video, PROMPTS)
+
+
+def test_scores_that_do_not_depend_on_the_pixels_are_added_to_balanced_ones(video):
+    mix = RewardMix({"a": Mean(), "constant": lambda video, prompts, **info: torch.ones(len(prompts))}, balance=True)
+    torch.testing.assert_close(mix(video, PROMPTS)[0], video.mean(dim=(1, 2, 3, 4)) + 1)
 
 
 def test_balancing_goes_through_what_made_the_video():
@@ -253,6 +270,16 @@ def test_bad_scores_name_the_reward(video, scores, got):
 def test_weights_that_do_not_fit_the_rewards(names, weights):
     with pytest.raises(ValueError, match="reward_weights"):
         RewardMix({name: Mean() for name in names}, weights)
+
+
+def test_limits_that_do_not_fit_the_rewards():
+    for key in ("caps", "targets"):
+        with pytest.raises(ValueError, match=f"{key}: got 'flikcer', expected one of flicker"):
+            RewardMix({"flicker": Mean()}, **{key: {"flikcer": 0.9}})
+    with pytest.raises(ValueError, match="caps: got nan for 'flicker', expected a finite number"):
+        RewardMix({"flicker": Mean()}, caps={"flicker": float("nan")})
+    with pytest.raises(ValueError, match="got flicker in both, expected each in one"):
+        RewardMix({"flicker": Mean()}, caps={"flicker": 0.9}, targets={"flicker": 0.8})
 
 
 def test_modules_are_moved():

@@ -1,5 +1,7 @@
 """MPS: the score against the published formulas written out, its mask, and files that are missing or unsafe."""
 
+import math
+
 import pytest
 import torch
 from frame_reward_checks import PROMPTS, as_is, every_check, make_video, same
@@ -21,6 +23,14 @@ def make(**options):
 @every_check
 def test_as_any_reward_of_frames(check):
     check(make)
+
+
+def test_the_scale_is_not_rounded_with_the_model():
+    video, trained = make_video(), mps_model()
+    trained.model.logit_scale.data.fill_(math.log(100))
+    hundredfold = Mps(trained, letter_tokenizer(), dtype="bfloat16")(video, PROMPTS)
+    trained.model.logit_scale.data.fill_(0.0)
+    same(hundredfold, 100 * Mps(trained, letter_tokenizer(), dtype="bfloat16")(video, PROMPTS))
 
 
 # ---------------------------------------------------------------- the formulas, in the published names

@@ -1,5 +1,7 @@
 """PickScore: the score against the same weights in open_clip, one prompt a frame, and missing weights."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,13 @@ def test_it_is_the_cosine_times_the_learned_scale(tmp_path):
     video = make_video()
     same(score(video, PROMPTS), cosine(video, PROMPTS) * score.clip.model.logit_scale.exp())
     assert score.clip.scale == pytest.approx(14.28, abs=0.01)  # as CLIP is initialised
+
+
+def test_the_scale_is_not_rounded_with_the_model():
+    trained = clip(hidden_act="gelu")
+    trained.model.logit_scale.data.fill_(math.log(100))
+    reward = PickScore(type(trained)(trained.model, trained.tokenizer), dtype="bfloat16")
+    assert reward.clip.scale.item() == pytest.approx(100, abs=1e-3)
 
 
 def test_missing_weights_are_named(monkeypatch):

@@ -132,6 +132,11 @@ def test_a_reward_of_ones_own_and_one_prompt_for_all(folder, tmp_path, capsys):
         ),
         (["clip.mp4", "--reward", "flicker", "--prompt", "a", "--prompt", "b"], "--prompt: got 2, expected 1 or 1"),
         (["absent.mp4", "--reward", "flicker"], "got no file there"),
+        (
+            ["clip.mp4", "--reward", "flicker", "--json", "nowhere/s.json"],
+            "--json: got no folder nowhere, expected one",
+        ),
+        (["clip.mp4", "--reward", "a.py:Mine", "--reward", "b.py:Mine"], "--reward: got 'Mine' twice, expected each"),
         (["clip.mp4", "--reward", "flickr"], "The nearest name is 'flicker'"),
         (["picture.png", "--reward", "flicker"], r"reward 'flicker': got 1 frame(s); expected at least 2"),
         (["clip.mp4", "--reward", "flicker", "--kwargs", '{"smooth": {}}'], "--kwargs: got 'smooth': {}, expected"),
@@ -147,6 +152,13 @@ def test_what_is_missing_or_wrong_is_told_in_a_line(folder, arguments, told, cap
     assert told in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+def test_a_number_of_frames_that_is_none_is_refused(folder, count, capsys):
+    with pytest.raises(SystemExit):
+        main([str(folder / "clip.mp4"), "--reward", "flicker", f"--max_frames={count}"])
+    assert f"got {count!r}; expected a number of frames, 1 or more" in capsys.readouterr().err
 
 
 def test_the_command_of_the_guide_is_understood():
