@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from nano_study import arguments, opened, run_of
 from study_arms import ROOT
+from study_numbers import AT_FULL_SIZE
 
 RESULT, STEP = (ROOT / "bench" / "results" / name for name in ("cheaper.json", "step.json"))
-PLAIN, AT_FULL_SIZE = "exact, nothing twice, compiled", ", at full size's prices"
+PLAIN = "exact, nothing twice, compiled"
 SEEDS = [0, 1, 2]
 RECIPE = {"num_inference_steps": 12, "num_grad_steps": 2, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
 FLAGS = tuple(word for key, value in RECIPE.items() for word in (f"--{key}", str(value)))

@@ -117,12 +117,11 @@ def _seconds_and_gib(row: dict | None) -> str:
 
 def compile_table(result: dict) -> str:
     """After how many whole steps compiling has paid for itself, wherever both arms were measured."""
-    rows, end = {}, ", compiled"
-    for row in (row for row in result["rows"] if "seconds" in row):
-        rows.setdefault((row["arm"], row["frames"], row["scored"]), {})[row["phase"]] = row
+    cells, end = _cells([row for row in result["rows"] if "seconds" in row]), ", compiled"
     lines = ["| arm | frames | compiling, s | saved a step, s | pays after steps |", "|---|---|---|---|---|"]
-    for (arm, frames, scored), compiled in rows.items():
-        plain = rows.get((arm.removesuffix(end), frames, scored), {}) if arm.endswith(end) else {}
+    for (frames, scored), arm in ((where, arm) for where, arms in cells.items() for arm in arms):
+        compiled = cells[frames, scored][arm]
+        plain = cells[frames, scored].get(arm.removesuffix(end), {}) if arm.endswith(end) else {}
         if "step" not in compiled.keys() & plain.keys():
             continue
         cost, saved = _first(compiled) - _first(plain), plain["step"]["seconds"] - compiled["step"]["seconds"]

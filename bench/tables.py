@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from step_tables import compile_table, less_memory_table, made_on, phase_cell, step_table
-from study_numbers import MEASURES, gains
+from study_numbers import AT_FULL_SIZE, MEASURES, gains
 
 OUT_OF_MEMORY = "out of memory"  # why a row of bench/rewards.py has no figures
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def guidance_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-GAP, AT_FULL_SIZE = "hacking_gap", ", at full size's prices"
+GAP = "hacking_gap"
 
 
 def methods_table(result: dict) -> str:

@@ -60,8 +60,7 @@ class RewardMix:
         """
         for name, scores_N in scores.items():
             mean, std = scores_N.double().mean().item(), scores_N.double().std().item()
-            rounding = 1e-6 * scores_N.abs().max().item()  # divided by that, noise would be all that is learnt
-            if self.weights[name] != 0 and not (math.isfinite(std) and std > rounding):
+            if self.weights[name] != 0 and not differ(scores_N):
                 got = f"a standard deviation of {std} over {len(scores_N)} base samples"
                 cure = "look whether the reward is saturated on them, calibrate on more, or state its mean and std"
                 raise RewardError(name, got=got, expected="scores that differ", cure=cure)
@@ -127,6 +126,12 @@ class RewardMix:
         if name in self.targets:
             return -(scores_B - self.targets[name]).abs() / std
         return (scores_B.clamp(max=self.caps.get(name, math.inf)) - mean) / std
+
+
+def differ(scores_N: torch.Tensor) -> bool:
+    """Whether scores (N,) have a finite spread beyond float32's rounding: divided by less, noise is all there is."""
+    spread = scores_N.double().std().item() if len(scores_N) > 1 else 0.0
+    return 1e-6 * scores_N.abs().max().item() < spread < math.inf
 
 
 def _check_limits(caps: dict[str, float], targets: dict[str, float], names: list[str]) -> None:

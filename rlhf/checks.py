@@ -205,7 +205,7 @@ def _guards(args, eval_prompts):
             f"{' and '.join(asked)}: got no {' and no '.join(missing)}, expected evaluations during the training by a "
             "reward that is not trained on; set them"
         )
-    if asked and min(args.num_eval_prompts, len(eval_prompts or "ab")) == 1:
+    if asked and 1 in (args.num_eval_prompts, len(eval_prompts or [])):
         told = "got one held-out prompt, expected two or more: gains are in spreads over prompts"
         yield f"{' and '.join(asked)}: {told}; raise num_eval_prompts"
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rewards.mix import differ
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluate import Evaluation
 
@@ -12,10 +13,7 @@ def gain(name: str, base: Evaluation, tuned: Evaluation) -> float | None:
     None for no spread but float32's rounding.
     """
     before = base.scores[name].double()
-    spread = before.std().item() if len(before) > 1 else 0.0
-    if not spread or spread <= 1e-6 * before.abs().max().item():
-        return None
-    return (tuned.scores[name].double().mean() - before.mean()).item() / spread
+    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item() if differ(before) else None
 
 
 def gains(base: Evaluation, tuned: Evaluation, trained: dict[str, float], held_out: list[str]) -> dict[str, float]:

@@ -236,7 +236,8 @@ class RewardGradientTrainer:
         velocity, losses, first = Visited(self.fields.rolled_out(cond, plan), plan.drift_step), [], None
         for sample in gradient_samples(velocity, batch.noise, plan, partial(self.prefixes.start, step, micro)):
             video = self.decode(self.layout.agreed(sample.latents), step)
-            if self.masters.vector.grad.sum().isfinite():  # else the batch before broke it, and is the one to look at
+            # Unless a batch before has broken the gradient, and is the one to look at.
+            if self.last_batch is None or self.masters.vector.grad.sum().isfinite():
                 self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
             scores_B, raw = self._score(video, batch.prompts, self.batches.info(step), sample.penalty)
             loss = reward_loss(scores_B)

@@ -64,8 +64,9 @@ def test_blocks_say_their_language_and_what_they_need(page):
 @PAGE
 def test_blocks_run(page, sandbox, monkeypatch):
     """In order, the page's Python in one namespace, and commands in this process: they share what is imported."""
-    namespace = {}
-    for block in blocks(page):
+    namespace, found = {}, blocks(page)
+    assert bool(found) == ("```" in page.read_text(encoding="utf-8")), "nothing that is shown is passed over"
+    for block in found:
         if name := block.marks.get("file"):
             (sandbox / name).write_text(block.code)
         if block.language == "python" and "theirs" not in block.marks:
