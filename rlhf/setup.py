@@ -17,7 +17,7 @@ from rlhf.layout import Layout
 from rlhf.lora import Masters, add_adapter, lora_config
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.sampling_copy import require_float8
-from rlhf.speed import Speed, require_kernel, set_up_blocks
+from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -106,6 +106,8 @@ def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipel
         require_float8(device)  # before the model is loaded
     if args.attention_kernel not in ("auto", "default"):
         require_kernel(args.attention_kernel, device, base_dtype(args.dtype) or torch.bfloat16)
+    if args.compile_blocks:
+        require_compiler(device)
     one_by_one = args.stream_weights or args.base_bits or args.shard_base
     return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
 

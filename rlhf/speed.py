@@ -101,6 +101,18 @@ def require_kernel(kernel: str, device: torch.device, dtype: torch.dtype, heads:
         raise ConfigError([f"{got}, expected one that the device has; use auto or default"])
 
 
+def require_compiler(device: torch.device) -> None:
+    """Raise ConfigError where torch.compile has no working compiler for the device: some seconds."""
+    try:
+        torch.compile(torch.sin)(torch.ones(4, device=device, requires_grad=True)).sum().backward()
+    except Exception as error:  # of whichever backend a device has
+        why = " ".join(str(error).split("\n")[:2]).strip()
+        got = f"compile_blocks: got true on {device}, where torch.compile fails ({type(error).__name__}: {why})"
+        raise ConfigError(
+            [f"{got}, expected a compiler that works; install it or use --compile_blocks false"]
+        ) from None
+
+
 def choose_forward(transformer, kernel: str | None, device: torch.device) -> tuple[Attention, str] | None:
     """What is faster than the kernel where no gradient is recorded, on CUDA, and a line about it."""
     if not has_attention_kernels(device):

@@ -10,7 +10,7 @@ from test_blocks import arguments, gradients, model_with_adapter
 from rlhf import speed as module
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.setup import load_base
-from rlhf.speed import Speed, choose_forward, choose_kernel, set_up_blocks
+from rlhf.speed import Speed, choose_forward, choose_kernel, require_compiler, set_up_blocks
 
 CPU = torch.device("cpu")
 RECOMPUTED = {"gradient_checkpointing": True}
@@ -76,6 +76,21 @@ def test_a_kernel_that_the_device_lacks_is_refused_before_the_model_is_loaded(ke
     monkeypatch.setattr("rlhf.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=told):
         load_base(RewardGradientConfig(attention_kernel=kernel), CPU)
+
+
+def test_a_device_without_a_compiler_is_told_before_the_model_is_loaded(monkeypatch):
+    def fails(graph, inputs):
+        raise OSError("no compiler at all\nand more of it")
+
+    compile_with = torch.compile
+    require_compiler(CPU)
+    monkeypatch.setattr("rlhf.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(torch, "compile", lambda work: compile_with(work, backend=fails))
+    torch._dynamo.reset()  # what was compiled above
+    told = "compile_blocks: got true on cpu, where torch.compile fails .*no compiler at all.*; install it or use"
+    with pytest.raises(ConfigError, match=told) as raised:
+        load_base(RewardGradientConfig(compile_blocks=True), CPU)
+    assert "and more of it" not in str(raised.value)
 
 
 def test_what_is_faster_without_gradient_is_looked_for_on_cuda_and_reported(monkeypatch):
