@@ -14,6 +14,7 @@ def made_on(result: dict) -> str:
 STEP_PHASES = {  # of bench/step.py: column by phase
     "sampling": "sampling step, s",
     "segment": "one branch there and back, s",
+    "decode": "decoder without gradient, s",
     "decode and back": "decoder there and back, s",
     "window": "last step, decoder, reward: there and back, s",
     "step": "whole step, s",
@@ -61,7 +62,8 @@ def _is_exact(arm: str) -> bool:
 
 
 def _step_lines(arms: dict[str, dict[str, dict]], exact: bool) -> list[str]:
-    phases = [phase for phase in STEP_PHASES if any(phase in rows for rows in arms.values())]
+    ours = [rows for arm, rows in arms.items() if exact or arm not in REFERENCES]
+    phases = [phase for phase in STEP_PHASES if any(phase in rows for rows in ours)]
     last = ["GiB at most", "cosine to stock", "to the peers'"] if exact else ["gradients an hour"]
     columns = ["arm", *(STEP_PHASES[phase] for phase in phases), *last]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
