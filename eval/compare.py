@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from rewards.flags import file_to_write
 from rewards.list import table
 from rlhf.compare_sets import ALL, compare, read_pairs
 from rlhf.video_set import MANIFEST, read_set
@@ -30,7 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     by = f"rows by category, too: 'category' (as {MANIFEST} says), one of nano's attributes ({attributes}),"
     parser.add_argument("--by", help=f"{by} or a file with PROMPT<tab>CATEGORY a line")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
-    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
+    parser.add_argument("--json", type=file_to_write, help="write the rows to this file, too")
     return parser.parse_args(argv)
 
 

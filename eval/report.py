@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from rewards.flags import file_to_write
 from rlhf.report import MOST_BYTES, write_report
 from rlhf.run_folder import run_in
 
@@ -20,7 +21,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("--before", type=Path, help="folder of videos of the first model, scored or not")
     parser.add_argument("--after", type=Path, help="folder of videos of the second model")
-    parser.add_argument("--output", type=Path, help="file to write (default: RUN/report.html)")
+    parser.add_argument("--output", type=file_to_write, help="file to write (default: RUN/report.html)")
     default = MOST_BYTES // 10**6
     parser.add_argument("--max_mb", type=float, default=default, help=f"size of the file (default: {default})")
     return parser.parse_args(argv)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rewards.check import mapping
+from rewards.flags import frame_count, mapping
 from rewards.list import table
 from rewards.read import check_file
-from rewards.score import frame_count, prompts_of
+from rewards.score import prompts_of
 from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
 from rlhf.video_set import SCORES, Video, name_in, read_set, require_files, write_rows
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from generate import add_model_flags, checked_sampling, fill_from_run, make
 from score import add_scoring_flags, open_processes, open_scorer, score_all
 
+from rewards.flags import file_to_write
 from rewards.list import table
 from rlhf.video_set import Video, require_files
 
@@ -66,7 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(making)
     making.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
     add_scoring_flags(scoring)
-    scoring.add_argument("--json", type=Path, help="write the values to this file, too")
+    scoring.add_argument("--json", type=file_to_write, help="write the values to this file, too")
     return parser.parse_args(argv)
 
 

@@ -4,9 +4,9 @@ import argparse
 import sys
 
 import torch
-import yaml
 
 from rewards.base import RewardError, probe
+from rewards.flags import device, mapping
 from rewards.load import load_reward
 
 
@@ -16,7 +16,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("spec", help="built-in name, path/to/file.py:Class, package.module:Class or an entry point")
     parser.add_argument("--shape", type=_shape, default=(3, 17, 64, 64), help="C,T,H,W of one video (3,17,64,64)")
     parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of the reward: '{frames: 8}'")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--prompt", action="append", dest="prompts", help="a prompt to use; may be repeated")
     return parser.parse_args(argv)
 
@@ -26,19 +26,6 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(parts) != 4 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected four numbers C,T,H,W, for example 3,17,64,64")
     return tuple(int(part) for part in parts)
-
-
-def mapping(text: str) -> dict:
-    """A mapping given as a flag, in YAML and so also in JSON; argparse tells what is wrong with another text."""
-    try:
-        kwargs = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}; expected a mapping such as '{{frames: 8}}' ({error})"
-        ) from error
-    if not isinstance(kwargs, dict):
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a mapping such as '{{frames: 8}}'")
-    return kwargs
 
 
 def main(argv: list[str] | None = None) -> int:

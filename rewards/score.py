@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rewards.base import RewardError, frames_needed
 from rewards.catalogue import CATALOGUE
-from rewards.check import mapping
+from rewards.flags import device, file_to_write, frame_count, mapping
 from rewards.list import table
 from rewards.load import load_reward
 from rewards.mix import RewardMix
@@ -29,17 +29,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", action="append", dest="prompts", help="one for all files, or one for each")
     parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: ..}}")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--max_frames", type=frame_count, help="score the leading frames only, for long videos")
-    parser.add_argument("--json", type=Path, help="write the scores to this file too")
+    parser.add_argument("--json", type=file_to_write, help="write the scores to this file too")
     return parser.parse_args(argv)
-
-
-def frame_count(text: str) -> int:
-    """A flag's number of frames, at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a number of frames, 1 or more")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         files = [check_file(path) for path in arguments.files]
-        if arguments.json and not arguments.json.absolute().parent.is_dir():
-            raise ValueError(f"--json: got no folder {arguments.json.parent}, expected one that exists; make it first")
         prompts = prompts_of(files, arguments.prompts, arguments.rewards)
         rewards = load_rewards(arguments.rewards, arguments.kwargs)
         rows = [score(rewards, *pair, arguments) for pair in zip(files, prompts, strict=True)]

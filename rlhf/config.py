@@ -59,8 +59,8 @@ class RewardGradientConfig:
     )
     prompts: str = _key(
         "nano_train",
-        "Training prompts: a file with one prompt a line (# starts a comment), relative to the config file, or the "
-        "built-in set nano_train.",
+        "Training prompts: a file with one prompt a line (# starts a comment), or a .jsonl file of rows with a prompt, "
+        "relative to the config file; or the built-in set nano_train.",
     )
     eval_prompts: str | None = _key(
         "nano_held_out",

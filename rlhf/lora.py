@@ -32,6 +32,21 @@ def lora_config(args: RewardGradientConfig) -> LoraConfig:
     )
 
 
+def settings_of(config: PeftConfig | None) -> dict:
+    """The settings that describe a LoRA, as far as they can; {} for None and for other adapters."""
+    if not isinstance(config, LoraConfig):
+        return {}
+    layers = config.target_modules
+    named = {"lora_target_modules": sorted(layers)} if isinstance(layers, list | set) else {}
+    return named | {
+        "lora_rank": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_use_dora": config.use_dora,
+        "lora_rank_pattern": config.rank_pattern or None,
+        "lora_alpha_pattern": config.alpha_pattern or None,
+    }
+
+
 def add_adapter(
     transformer: torch.nn.Module, config: PeftConfig, seed: int, train_blocks: list[str] | None = None
 ) -> None:

@@ -1,5 +1,6 @@
 """Prompts: where they come from and in which order they are trained on."""
 
+import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,8 +16,9 @@ BUILT_IN_SETS = {"nano_train": "train_prompts", "nano_held_out": "held_out_promp
 def load_prompts(name: str, base_dir: str | Path | None, count: int, seed: int = 0) -> list[str]:
     """The prompts that a setting names: `count` of a built-in set drawn from `seed`, or all of a file.
 
-    A file holds one prompt a line; empty lines and lines that start with # are left out. Raises ConfigError if it is
-    absent, not UTF-8 or holds none.
+    A file holds one prompt a line; empty lines and lines that start with # are left out. One whose name ends with
+    .jsonl holds rows such as {"prompt": "a cat"}, or strings in quotes. Raises ConfigError if it is absent, not UTF-8,
+    not what it should be, or holds none.
     """
     if name in BUILT_IN_SETS:
         from rlhf.nano import world
@@ -27,11 +29,33 @@ def load_prompts(name: str, base_dir: str | Path | None, count: int, seed: int =
         text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows begins a file with
     except UnicodeDecodeError as error:
         raise ConfigError([f"prompt file {path}: got {error.reason}, expected UTF-8; save it as UTF-8"]) from error
-    lines = (line.strip() for line in text.splitlines())
+    lines = [line.strip() for line in text.split("\n")]
+    if path.suffix == ".jsonl":
+        return _of_rows(lines, path)
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ConfigError([f"prompt file {path}: got no prompts, expected one a line; write at least one"])
     return prompts
+
+
+def _of_rows(lines: list[str], path: Path) -> list[str]:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError as error:
+            expected = 'expected a row such as {"prompt": "a cat"}'
+            raise ConfigError([f"prompt file {path}, line {number}: got {error}, {expected}; correct it"]) from None
+    try:
+        return as_prompts(rows)
+    except ConfigError as error:
+        raise ConfigError([f"prompt file {path}, {problem}" for problem in error.problems]) from None
+
+
+def write_prompts(path: Path, prompts: list[str]) -> None:
+    """A .jsonl file that `load_prompts` reads as these."""
+    rows = (json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
 def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:

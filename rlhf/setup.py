@@ -14,8 +14,9 @@ from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.layout import Layout
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.lora import Masters, add_adapter, lora_config, settings_of
 from rlhf.prompts import as_prompts, load_prompts
+from rlhf.run_folder import own_prompts
 from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
@@ -56,6 +57,9 @@ def checked_inputs(
     train_prompts = None if train_dataset is None else as_prompts(train_dataset)
     eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset)
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
+    handed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
+    told = {name: own_prompts(args, name) for name, prompts in handed.items() if prompts is not None}
+    args = dataclasses.replace(args, **told, **settings_of(peft_config))
     return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
 
 

@@ -147,7 +147,7 @@ class RewardGradientTrainer:
         resumed = which and find_checkpoint(which, self.folder, quiet)
         accelerator.wait_for_everyone()  # all have checked the folder before the first one writes there
         if accelerator.is_main_process:
-            start_run_folder(args)
+            start_run_folder(args, self.batches.prompts, self.eval_prompts)
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
         if resumed:
             accelerator.print(told_of_resuming(resumed, saved, args))

@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf.config import ConfigError
-from rlhf.prompts import as_prompts, load_prompts, prompt_positions
+from rlhf.prompts import as_prompts, load_prompts, prompt_positions, write_prompts
 
 
 def test_a_file_gives_its_lines_without_comments_and_blanks(tmp_path):
@@ -34,6 +34,28 @@ def test_a_file_of_windows_reads_as_any_other_and_one_of_another_encoding_is_ref
     (tmp_path / "p.txt").write_text("zwölf", encoding="latin-1")
     with pytest.raises(ConfigError, match="p.txt: got invalid.*, expected UTF-8; save it"):
         load_prompts("p.txt", tmp_path, count=1)
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    prompts = ["# no comment", "two\nlines", " zwölf \u2028 Boxkämpfer", ""]
+    write_prompts(tmp_path / "p.jsonl", prompts)
+    assert load_prompts("p.jsonl", tmp_path, count=1) == prompts
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "id": 3}\n\n"a dog"\n')
+    assert load_prompts("p.jsonl", tmp_path, count=1) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('"a"\na dog', "p.jsonl, line 2: got .*, expected a row such as .*; correct it"),
+        ('{"text": "a"}', "p.jsonl, dataset: got the row .*'text'.*, expected strings or rows"),
+        ("\n", "p.jsonl, dataset: got no rows, expected strings or rows"),
+    ],
+)
+def test_wrong_rows_are_refused(text, told, tmp_path):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        load_prompts("p.jsonl", tmp_path, count=1)
 
 
 def test_built_in_sets_are_drawn_from_the_seed_and_share_no_prompt():

@@ -132,10 +132,6 @@ def test_a_reward_of_ones_own_and_one_prompt_for_all(folder, tmp_path, capsys):
         ),
         (["clip.mp4", "--reward", "flicker", "--prompt", "a", "--prompt", "b"], "--prompt: got 2, expected 1 or 1"),
         (["absent.mp4", "--reward", "flicker"], "got no file there"),
-        (
-            ["clip.mp4", "--reward", "flicker", "--json", "nowhere/s.json"],
-            "--json: got no folder nowhere, expected one",
-        ),
         (["clip.mp4", "--reward", "a.py:Mine", "--reward", "b.py:Mine"], "--reward: got 'Mine' twice, expected each"),
         (["clip.mp4", "--reward", "flickr"], "The nearest name is 'flicker'"),
         (["picture.png", "--reward", "flicker"], r"reward 'flicker': got 1 frame(s); expected at least 2"),

@@ -52,7 +52,7 @@ def test_overwriting_removes_the_files_of_a_run_and_nothing_else(make_args, tmp_
     for name in (*RUN_FILES, "mine"):
         (tmp_path / name / "inside").mkdir(parents=True)
     (tmp_path / "mine.txt").touch()
-    start_run_folder(make_args(output_dir=str(tmp_path), overwrite_output_dir=True))
+    start_run_folder(make_args(output_dir=str(tmp_path), overwrite_output_dir=True), ["not written"], [])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "environment.jsonl", "mine", "mine.txt"]
     assert run_in(tmp_path)
 

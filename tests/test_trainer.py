@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import PROMPTS, brightness, redness
 from peft import LoraConfig
 from runs import assert_same_training, saved_adapter, train
@@ -13,6 +14,8 @@ from tiny import tiny_pipeline
 
 from rlhf.config import ConfigError
 from rlhf.contentv.wan_decoder import decode_video
+from rlhf.parse import parse_config
+from rlhf.prompts import load_prompts
 from rlhf.sampler import rollout
 from rlhf.tracking import COST, read_metrics
 from rlhf.trainer import RewardGradientTrainer
@@ -161,7 +164,19 @@ def test_another_peft_config_and_a_model_by_path(make_args, tmp_path):
     config = LoraConfig(r=2, target_modules=["ff.net.2"])
     RewardGradientTrainer(tmp_path / "model", redness, args, PROMPTS, peft_config=config).train()
     assert {name.split(".ff.")[1] for name in saved_adapter(args)} == {"net.2.lora_A.weight", "net.2.lora_B.weight"}
-    assert f"model: {tmp_path / 'model'}" in (Path(args.output_dir) / "config.yaml").read_text()
+    told = yaml.safe_load((Path(args.output_dir) / "config.yaml").read_text())
+    assert told["model"] == str(tmp_path / "model")
+    assert (told["lora_rank"], told["lora_alpha"], told["lora_target_modules"]) == (2, 8, ["ff.net.2"])
+
+
+def test_what_was_handed_over_is_in_the_folder_and_named_in_the_settings(make_args, tmp_path):
+    held_out = ["a red circle", "a blue\nstar", "left out"]
+    args = make_args(max_steps=1, num_eval_prompts=2)
+    RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS, held_out).train()
+    path = Path(args.output_dir) / "config.yaml"
+    again = parse_config(["--config", str(path), "--output_dir", str(tmp_path / "again")])
+    assert load_prompts(again.prompts, again.base_dir, 1) == PROMPTS
+    assert load_prompts(again.eval_prompts, again.base_dir, 1) == held_out[:2]
 
 
 def test_an_adapter_that_drops_at_random_is_refused(make_args):

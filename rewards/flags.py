@@ -1,0 +1,45 @@
+"""Values of flags that several commands have; argparse tells what is wrong with another text, before any work."""
+
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import torch
+import yaml
+
+from rlhf.device import pick_device
+
+
+def mapping(text: str) -> dict:
+    """A mapping given as a flag, in YAML and so also in JSON."""
+    expected = "expected a mapping such as '{frames: 8}'"
+    try:
+        kwargs = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ArgumentTypeError(f"got {text!r}; {expected} ({error})") from error
+    if not isinstance(kwargs, dict):
+        raise ArgumentTypeError(f"got {text!r}; {expected}")
+    return kwargs
+
+
+def frame_count(text: str) -> int:
+    """A number of frames, at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"got {text!r}; expected a number of frames, 1 or more")
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    """A device that is here."""
+    try:
+        return pick_device(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def file_to_write(text: str) -> Path:
+    """The path of a file whose folder is there."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        got = "a folder" if path.is_dir() else f"no folder {path.parent}"
+        raise ArgumentTypeError(f"got {got}, expected a file in a folder that exists; correct it, or make that first")
+    return path
