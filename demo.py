@@ -18,6 +18,8 @@ from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
 from rlhf.export import add_trained_blocks
+from rlhf.method_checks import is_distilled
+from rlhf.run_folder import settings_in
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
 PROMPTS = {
@@ -38,6 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         pipe = load_pipeline(args.model_id, device=device)
         if args.lora:
             add_lora(pipe, args.lora)
+            if args.guidance_scale is None and is_distilled(settings_in(Path(args.lora).parent)):
+                args.guidance_scale = 1.0
         sampling = override(pipe.sampling, args)
         generator = torch.Generator().manual_seed(args.seed)
         video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]

@@ -13,13 +13,12 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-import yaml
-
 from rlhf.checks import check_config, model_card
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import SamplingDefaults
-from rlhf.method_checks import DISTILLED
+from rlhf.method_checks import is_distilled
 from rlhf.prompts import load_prompts
+from rlhf.run_folder import settings_in
 from rlhf.video_set import Video, together, write_manifest
 
 SAMPLING = [field.name for field in fields(SamplingDefaults)]
@@ -64,17 +63,16 @@ def fill_from_run(args: argparse.Namespace) -> None:
     """Set what was not given to what the run says."""
     args.base_dir, args.prompt_seed, run = None, 0, {}
     if args.from_run is not None:
-        config = args.from_run / "config.yaml"
-        if not config.is_file():
-            raise ValueError(f"{config}: got no file there, expected the folder of a training run; correct --from_run")
-        run = yaml.safe_load(config.read_text())
+        if not (run := settings_in(args.from_run)):
+            got = f"{args.from_run / 'config.yaml'}: got no file there"
+            raise ValueError(f"{got}, expected the folder of a training run; correct --from_run")
         args.lora = None if args.base else args.lora or args.from_run / "adapter"
-        if run.get("guidance_gradient") == DISTILLED and not args.base:
-            run["guidance_scale"] = 1.0  # its adapter does by itself what guidance does, which twice would be too much
     elif args.base:
         raise ValueError(
             "--base: got no --from_run, expected the run whose adapter is left out; name it, or drop --base"
         )
+    if args.lora and is_distilled(settings_in(args.lora.parent) or run):
+        run["guidance_scale"] = 1.0  # twice would be too much
     args.model = args.model or run.get("model", "nano")
     for name in SAMPLING:
         setattr(args, name, run.get(name) if getattr(args, name) is None else getattr(args, name))

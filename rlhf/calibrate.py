@@ -10,12 +10,14 @@ import torch
 
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
-from rlhf.evaluate import MakeVideos
+from rlhf.evaluate import OF_A_VIDEO, MakeVideos, kept_settings
 from rlhf.layout import Layout
 from rlhf.parallel import own_batches
 from rlhf.sampler import draw_noise
 
-CALIBRATION = "calibration.json"  # {name: [raw score of each base sample]}
+# {"scores": {name: [raw score of each base sample]}, "settings": those of ALIKE}
+CALIBRATION = "calibration.json"
+ALIKE = (*OF_A_VIDEO, "seed")
 
 
 def calibrate(
@@ -36,17 +38,20 @@ def calibrate(
     if prompts:
         scores = base_scores(mix, make_videos, prompts, noise_shape_CTHW, args, layout, info)
         if layout.is_main_process:
-            path.write_text(json.dumps({name: scores_N.tolist() for name, scores_N in scores.items()}) + "\n")
+            told = {name: scores_N.tolist() for name, scores_N in scores.items()}
+            path.write_text(json.dumps({"scores": told, "settings": kept_settings(args, ALIKE)}) + "\n")
     else:
-        scores = {name: torch.tensor(values) for name, values in json.loads(path.read_text()).items()}
+        scores = {name: torch.tensor(values) for name, values in json.loads(path.read_text())["scores"].items()}
     mix.calibrate(scores)
 
 
 def is_calibrated(mix: RewardMix, args: RewardGradientConfig) -> bool:
-    """Whether the run's folder holds scores of these rewards on as many videos as the settings say."""
+    """Whether the run's folder holds scores of these rewards on as many videos, made alike, as the settings say."""
     path = Path(args.output_dir) / CALIBRATION
-    scores = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: len(values) for name, values in scores.items()} == dict.fromkeys(mix.rewards, args.calibrate_rewards)
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    counts = {name: len(values) for name, values in kept.get("scores", {}).items()}
+    of_these = counts == dict.fromkeys(mix.rewards, args.calibrate_rewards)
+    return of_these and kept["settings"] == kept_settings(args, ALIKE)
 
 
 @torch.no_grad()

@@ -22,12 +22,13 @@ from rlhf.sampler import draw_noise
 from rlhf.trackers import Clip
 from rlhf.tracking import EvaluationBar, to_uint8, write_samples
 
-# Settings without which two evaluations are not of the same prompts' same noise, or not judged alike.
-ALIKE = (
+# Settings without which a prompt's and a noise's video is another one, or judged otherwise.
+OF_A_VIDEO = (
     *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt"),
-    *("max_sequence_length", "eval_seed", "num_diversity_prompts", "reward_kwargs"),
+    *("max_sequence_length", "reward_kwargs"),
     *("dtype", "base_bits", "vae_dtype", "guidance_every", "sampling_weights"),
 )
+ALIKE = (*OF_A_VIDEO, "eval_seed", "num_diversity_prompts")  # of two evaluations that compare
 MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
 
 
@@ -59,6 +60,11 @@ class Evaluation:
             prompts, settings = (json.loads(file.metadata().get(key, "{}")) for key in ("prompts", "settings"))
         scores = {k[7:]: v for k, v in tensors.items() if k != "videos"}
         return cls(prompts, scores, tensors["videos"], settings)
+
+
+def kept_settings(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
+    """Those settings, as they come back from a file."""
+    return json.loads(json.dumps({name: vars(args).get(name) for name in names}))
 
 
 class HeldOut:
@@ -172,8 +178,7 @@ class HeldOut:
 
     @property
     def _settings(self) -> dict:
-        """As they come back from a file."""
-        return json.loads(json.dumps({name: vars(self.args).get(name) for name in ALIKE}))
+        return kept_settings(self.args, ALIKE)
 
     @property
     def _is_main(self) -> bool:

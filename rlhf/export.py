@@ -30,7 +30,7 @@ from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.hub import check_push, push
 from rlhf.lora import BLOCKS_FILE
 from rlhf.lora_scale import check_scale, fold_scale, scaled
-from rlhf.method_checks import DISTILLED
+from rlhf.method_checks import is_distilled
 from rlhf.model_card import Export, write_card
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -54,15 +54,16 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     transformer = load_transformer(base)
     transformer.load_lora_adapter(adapter.parent, prefix="transformer", weight_name=adapter.name, use_safetensors=True)
     add_trained_blocks(transformer, adapter.parent, scale)
-    with merged(transformer, scale) as plain:  # before anything is written: it may refuse the adapter
-        plain.save_pretrained(out / "transformer")
-    for name in set(CONFIG_FILES) - {"transformer"}:
-        shutil.copytree(base / name, out / name)
-    alone = {"guidance_scale": 1.0} if config.get("guidance_gradient") == DISTILLED else {}
-    replace(SamplingDefaults.load(base), **alone).save(out)
-    index = json.loads((base / "model_index.json").read_text()) | {"transformer": INDEX_CLASSES["transformer"]}
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    write_card(Export(run, "merged", scale, model), out)
+    with _nothing_left_by_an_error(out):
+        with merged(transformer, scale) as plain:
+            plain.save_pretrained(out / "transformer")
+        for name in set(CONFIG_FILES) - {"transformer"}:
+            shutil.copytree(base / name, out / name)
+        alone = {"guidance_scale": 1.0} if is_distilled(config) else {}
+        replace(SamplingDefaults.load(base), **alone).save(out)
+        index = json.loads((base / "model_index.json").read_text()) | {"transformer": INDEX_CLASSES["transformer"]}
+        (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_card(Export(run, "merged", scale, model), out)
 
 
 def export_adapter(
@@ -85,9 +86,9 @@ def export_adapter(
     tensors = {key: value * scale if "lora_B" in key else value for key, value in tensors.items()}
     if convention == "comfyui":
         tensors, metadata = fold_scale(tensors, metadata)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / ADAPTER_FILE, metadata)
-    write_card(Export(run, convention, scale, model), out)
+    with _nothing_left_by_an_error(out):
+        save_file(tensors, out / ADAPTER_FILE, metadata)
+        write_card(Export(run, convention, scale, model), out)
 
 
 @contextmanager
@@ -118,6 +119,21 @@ def add_trained_blocks(transformer: SD3Transformer3DModel, folder: Path, scale: 
     for name, trained in (load_file(path) if path.exists() else {}).items():
         weight = transformer.get_parameter(name)
         weight.copy_(weight.float().lerp(trained.to(weight.device), scale))
+
+
+@contextmanager
+def _nothing_left_by_an_error(out: Path) -> Iterator[None]:
+    """Make the folder, new or empty; where the work inside breaks off, it is so again, free for the next try."""
+    was_there = out.is_dir()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not was_there:
+            out.rmdir()
+        raise
 
 
 def _without_adapter(transformer) -> SD3Transformer3DModel:

@@ -18,8 +18,12 @@ BELONGS = {
     "align_delta": ("srpo",),
 }
 METHODS = ("draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo")
-DISTILLED = "distill"  # the adapter is sampled without guidance
-GUIDANCE_GRADIENTS = ("full", "text", "none", DISTILLED)
+GUIDANCE_GRADIENTS = ("full", "text", "none", "distill")
+
+
+def is_distilled(settings: dict) -> bool:
+    """Whether the adapter of a run with these settings does what guidance does, and is sampled without it."""
+    return settings.get("guidance_gradient") == "distill"
 
 
 def method_problems(args: RewardGradientConfig) -> Iterator[str]:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from rewards.catalogue import CATALOGUE
 from rlhf import report
 from rlhf.contentv.files import CONTENTV_8B, HUB_ID
-from rlhf.method_checks import DISTILLED
+from rlhf.method_checks import is_distilled
 from rlhf.report.data import Run
 
 TEMPLATE, PICTURE = "model_card.md.jinja", "before_after.png"
@@ -83,7 +83,7 @@ def write_card(export: Export, out: Path) -> Path:
         prompts=_file_name(run.config.get("prompts")),
         eval_prompts=_file_name(run.config.get("eval_prompts")),
         machine=_machine(run),
-        alone=run.config.get("guidance_gradient") == DISTILLED,
+        alone=is_distilled(run.config),
         settings=[(name, value) for name, value, _, changed in report.settings(run.config) if _is_told(name, changed)],
         licences=[(f"base model, {base.name}", base.licence), *map(_of_reward, run.judges)],
     )

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import yaml
+
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.prompts import write_prompts
 
@@ -33,6 +35,12 @@ RUN_FILES = (
 def run_in(folder: Path) -> bool:
     """Whether a run was started in the folder."""
     return any((folder / name).exists() for name in RUN_FILES[:3])
+
+
+def settings_in(folder: Path) -> dict:
+    """The settings of the run in the folder, as its config.yaml has them; {} where there is none."""
+    path = folder / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def own_prompts(args: RewardGradientConfig, setting: str) -> str:

@@ -19,6 +19,7 @@ from rlhf.run_folder import BEST
 from rlhf.tracking import write_results
 
 MASTERS_FILE = "masters.safetensors"
+KEPT = ("best_gain", "best_step", "worse")  # of a guard, in a checkpoint
 
 
 class Watch:
@@ -40,12 +41,12 @@ class Watch:
         self.base = self.held_out.base(bool(self.args.resume_from_checkpoint), make_base_videos)
         self._metrics(self.base)
         self._require_gain()
-        if self.guard and saved:
-            self.guard = dataclasses.replace(self.guard, **saved)
+        if self.guard and saved and saved.get("told_in", self._told_in) == self._told_in:
+            self.guard = dataclasses.replace(self.guard, **{name: saved[name] for name in KEPT})
             self._bring_best()
         elif self.guard:
             with self.masters.averaged():
-                if first:  # of a run that had no guard until now: what it has learnt is not the base
+                if first:  # of a run that had no guard until now, or another: what it has learnt is not the base
                     self._measure_first(first)
                 self._keep_best()
 
@@ -95,7 +96,7 @@ class Watch:
         """What `begin` takes when the run goes on."""
         if self.guard is None:
             return None
-        return {name: getattr(self.guard, name) for name in ("best_gain", "best_step", "worse")}
+        return {name: getattr(self.guard, name) for name in KEPT} | {"told_in": self._told_in}
 
     def load_best(self) -> None:
         """Make the best adapter so far the current one, on every process."""
@@ -126,8 +127,17 @@ class Watch:
         return metrics
 
     def _gains(self, evaluation) -> dict[str, float]:
-        others = [name for name in self.held_out.judges if name not in self.trained]
-        return gains(self.base, evaluation, self.trained, others)
+        return gains(self.base, evaluation, self.trained, self._others)
+
+    @property
+    def _others(self) -> list[str]:
+        """The judges that are not trained on."""
+        return [name for name in self.held_out.judges if name not in self.trained]
+
+    @property
+    def _told_in(self) -> list:
+        """What a held-out gain is told in: gains of other prompts, settings or judges do not compare with it."""
+        return [self.base.prompts, self.base.settings, self._others]
 
     @property
     def _best(self) -> Path:

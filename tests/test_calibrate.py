@@ -11,7 +11,7 @@ from conftest import PROMPTS, brightness, redness, rows_without_cost
 from tiny import tiny_pipeline
 
 from rewards import RewardError, RewardMix
-from rlhf.calibrate import CALIBRATION, base_scores
+from rlhf.calibrate import CALIBRATION, base_scores, is_calibrated
 from rlhf.trainer import RewardGradientTrainer
 
 
@@ -22,7 +22,7 @@ def train(args, rewards):
 
 def kept(args):
     """The scores of the base samples, as double precision, by reward."""
-    scores = json.loads((Path(args.output_dir) / CALIBRATION).read_text())
+    scores = json.loads((Path(args.output_dir) / CALIBRATION).read_text())["scores"]
     return {name: torch.tensor(values).double() for name, values in scores.items()}
 
 
@@ -81,6 +81,15 @@ def test_a_run_resumed_with_other_rewards_or_more_videos_measures_anew(make_args
     assert len(after) == len(args.reward_weights)
     assert {len(values) for values in after.values()} == {args.calibrate_rewards}
     torch.testing.assert_close(after["redness"][:2], before["redness"])  # of the base, though the adapter was trained
+
+
+@pytest.mark.parametrize("changed", [{"reward_kwargs": {"redness": {"of": 2}}}, {"seed": 9}, {"num_frames": 9}])
+def test_scores_of_videos_made_or_judged_otherwise_are_not_taken_for_the_run_s(make_args, changed):
+    args = make_args(max_steps=1, calibrate_rewards=2)
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
+    trainer.train()
+    assert is_calibrated(trainer.rewards, args)
+    assert not is_calibrated(trainer.rewards, dataclasses.replace(args, **changed))
 
 
 def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_args):

@@ -6,10 +6,11 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny import tiny_pipeline
+from tiny import SAMPLING, tiny_pipeline
 
 from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
 
@@ -66,6 +67,18 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
     own = tiny_pipeline().transformer.get_parameter(name)
     save_file({name: own + 1}, tmp_path / "adapter" / "trained_blocks.safetensors")
     assert not torch.equal(tuned, demo(saved, tmp_path / "2.mp4", *flags)), "blocks trained whole are part of it"
+
+
+def test_an_adapter_that_was_taught_guidance_is_sampled_without(saved, tmp_path, monkeypatch):
+    seen, run = [], tmp_path / "run"
+    monkeypatch.setitem(main.__globals__, "add_lora", lambda *_: None)
+    monkeypatch.setitem(main.__globals__, "override", lambda *given: seen.append(override(*given)) or seen[-1])
+    for settings in ({}, {"guidance_gradient": "distill"}):
+        run.mkdir(exist_ok=True)
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        demo(saved, tmp_path / "video.mp4", "--lora", str(run / "adapter"), "--num_inference_steps", "1")
+    demo(saved, tmp_path / "video.mp4", "--lora", str(run / "adapter"), "--guidance_scale", "2")
+    assert [sampling.guidance_scale for sampling in seen] == [SAMPLING.guidance_scale, 1.0, 2.0]
 
 
 def test_nano_and_contentv_8b_have_prompts_of_their_own():

@@ -85,6 +85,8 @@ def test_an_adapter_that_was_taught_guidance_is_sampled_without(run, tmp_path):
     for name, flags in (("tuned", []), ("base", ["--base"]), ("asked for", ["--guidance_scale", "2"])):
         scales[name] = SCRIPT["parse"](["--output", "x", "--from_run", str(other), *flags]).guidance_scale
     assert scales == {"tuned": 1.0, "base": 4.0, "asked for": 2.0}
+    alone = {folder: SCRIPT["parse"](["--output", "x", "--lora", str(folder / "adapter")]) for folder in (run, other)}
+    assert [found.guidance_scale for found in alone.values()] == [None, 1.0], "of an adapter without its run, too"
 
 
 def test_merged_is_the_adapter_and_the_scale_goes_from_the_base_to_beyond(run, tmp_path):

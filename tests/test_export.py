@@ -1,10 +1,12 @@
 """A merged checkpoint computes what the adapter does; a merge and un-merge leaves no trace; an adapter file loads."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -108,6 +110,21 @@ def test_an_adapter_that_was_taught_guidance_is_exported_to_be_sampled_without(t
     assert SAMPLING.guidance_scale > 1
     assert load_pipeline(tmp_path / "merged").sampling == dataclasses.replace(SAMPLING, guidance_scale=1.0)
     assert '.call_arguments() | {"guidance_scale": 1.0})' in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "empty folder"])
+def test_an_export_that_breaks_off_leaves_nothing_in_the_way_of_the_next(run, kind, there, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    full = Mock(side_effect=[OSError(errno.ENOSPC, "No space left on device"), None])
+    monkeypatch.setattr("rlhf.export.write_card", full)
+    with pytest.raises(SystemExit, match="got OSError: .* No space left"):
+        main([str(run), f"--{kind}", str(out)])
+    assert ([*out.iterdir()] == []) if there else not out.exists()
+    main([str(run), f"--{kind}", str(out)])
+    assert any(out.iterdir())
 
 
 def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():

@@ -1,6 +1,7 @@
 """Gains and the gap between them, by hand; when a run is stopped."""
 
 import contextlib
+import json
 import types
 
 import pytest
@@ -117,7 +118,20 @@ def test_a_guard_that_is_new_with_its_run_or_came_along_asks_for_no_evaluation(w
     watching, asked = watch()
     watching.begin(None, first, saved)
     assert asked == []
-    assert watching.saved() == (saved or {"best_gain": 0.0, "best_step": 0, "worse": 0})
+    assert watching.saved().items() >= (saved or {"best_gain": 0.0, "best_step": 0, "worse": 0}).items()
+
+
+def test_a_best_gain_by_another_measure_is_none_of_the_run_that_goes_on(watch):
+    before = watch()[0]
+    before.begin(None, 0, None)
+    before.guard.best_gain, before.guard.best_step = 9.0, 30
+    saved = json.loads(json.dumps(before.saved()))
+    watching, asked = watch()
+    watching.begin(None, 40, saved)
+    assert (watching.guard.best_gain, asked) == (9.0, [])
+    watching, asked = watch("other")
+    watching.begin(None, 40, saved)
+    assert (watching.guard.best_step, asked) == (40, [("step 40", 40, True)])
 
 
 @pytest.mark.parametrize("asked", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}])
