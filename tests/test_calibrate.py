@@ -88,8 +88,8 @@ def test_scores_of_videos_made_or_judged_otherwise_are_not_taken_for_the_run_s(m
     args = make_args(max_steps=1, calibrate_rewards=2)
     trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
     trainer.train()
-    assert is_calibrated(trainer.rewards, args)
-    assert not is_calibrated(trainer.rewards, dataclasses.replace(args, **changed))
+    assert is_calibrated(trainer.rewards, trainer.args)
+    assert not is_calibrated(trainer.rewards, dataclasses.replace(trainer.args, **changed))
 
 
 def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_args):
