@@ -59,12 +59,15 @@ def test_equals_stock_decode_for_other_sizes(sizes):
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 5, 6, 13])
-def test_leading_frames_are_those_of_the_whole_video(num_frames):
+def test_leading_frames_are_those_of_the_whole_video(monkeypatch, num_frames):
     vae, z = tiny_vae(), latents(4)
     whole = decode_video(vae, z)
     needed = 1 + -(-(num_frames - 1) // 4)
     z[:, :, needed:] = torch.nan  # not looked at
     torch.testing.assert_close(decode_video(vae, z, num_frames=num_frames), whole[:, :, :num_frames], atol=1e-5, rtol=0)
+    with counted_calls(monkeypatch, module, "_decode_chunk") as calls:
+        decode_video(vae, z, num_frames=num_frames, chunk=1)
+    assert len(calls) == needed
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3])
