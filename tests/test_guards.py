@@ -134,6 +134,12 @@ def test_a_best_gain_by_another_measure_is_none_of_the_run_that_goes_on(watch):
     watching, asked = watch("other")
     watching.begin(None, 40, saved)
     assert (watching.guard.best_step, asked) == (40, [("step 40", 40, True)])
+    for place in range(3):  # prompts, settings, judges
+        others = list(saved["told_in"])
+        others[place] = ["others"]
+        watching, asked = watch()
+        watching.begin(None, 40, saved | {"told_in": others})
+        assert (watching.guard.best_step, asked) == (40, [("step 40", 40, True)])
 
 
 @pytest.mark.parametrize("asked", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}])
