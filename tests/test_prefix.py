@@ -19,7 +19,8 @@ def rollout(velocity, x, sigmas, window=None):
 
 
 @pytest.mark.parametrize(
-    ("window", "steps", "expected"), [(4, 2, [0, 2, 4, 5, 6]), (5, 5, range(7)), (3, 1, [0, 3, 4, 5, 6]), (5, 3, [0, 2, 3, 5, 6])]
+    ("window", "steps", "expected"),
+    [(4, 2, [0, 2, 4, 5, 6]), (5, 5, range(7)), (3, 1, [0, 3, 4, 5, 6]), (5, 3, [0, 2, 3, 5, 6])],
 )
 def test_fewer_steps_keep_the_window(window, steps, expected):
     assert torch.equal(fewer_steps(SIGMAS, window, steps), SIGMAS[list(expected)])

@@ -61,7 +61,8 @@ def test_what_a_constructor_raises_is_told_with_its_line(folder):
     assert "for the arguments {'path': 'there.pt'}" in told
     assert "late.py, line 3)" in told
     assert "reward_kwargs" in told
-    (folder / "large.py").write_text("import torch\nclass Large:\n    def __init__(self):\n        raise torch.OutOfMemoryError\n")
+    source = "import torch\nclass Large:\n    def __init__(self):\n        raise torch.OutOfMemoryError\n"
+    (folder / "large.py").write_text(source)
     with pytest.raises(torch.OutOfMemoryError):
         load_reward("large.py:Large", folder)
 
