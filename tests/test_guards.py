@@ -84,7 +84,7 @@ def watch(tmp_path):
 
     def make(judge="judge", **settings):
         settings = {"eval_steps": 1, "eval_reward_funcs": [judge], "resume_from_checkpoint": "latest"} | settings
-        args, asked, averaged = RewardGradientConfig(**settings), [], [False]
+        args, bases, asked, averaged = RewardGradientConfig(**settings), [], [], [False]
 
         @contextlib.contextmanager
         def average():
@@ -97,7 +97,8 @@ def watch(tmp_path):
             folder=tmp_path,
             judges={"taught": None, judge: None},
             layout=types.SimpleNamespace(is_main_process=False),
-            base=lambda resumed, make: BASE,
+            base=lambda resumed, make: bases.append((resumed, make)) or BASE,
+            bases=bases,
             evaluate=lambda name, step: asked.append((name, step, averaged[0])) or TUNED,
         )
         masters = types.SimpleNamespace(averaged=average)
@@ -121,6 +122,19 @@ def test_a_guard_that_is_new_with_its_run_or_came_along_asks_for_no_evaluation(w
     watching.begin(None, first, saved)
     assert asked == []
     assert watching.saved().items() >= (saved or {"best_gain": 0.0, "best_step": 0, "worse": 0}).items()
+    watching.look(first + 1, asked=True)
+    assert asked == [(f"step {first + 1}", first + 1, True)], "of the average"
+    watching.finish(first + 1, 0.0)
+    assert len(asked) == 1, "it is known"
+    watching.finish(first + 2, 0.0)
+    assert asked[1][:2] == ("tuned", first + 2), "an older one is not the result"
+
+
+@pytest.mark.parametrize("which", [None, "latest"])
+def test_only_a_run_that_goes_on_reads_its_base_again(watch, which):
+    watching, _ = watch(resume_from_checkpoint=which)
+    watching.begin("videos of the base", 0, None)
+    assert watching.held_out.bases == [(which is not None, "videos of the base")]
 
 
 def test_a_best_gain_by_another_measure_is_none_of_the_run_that_goes_on(watch):

@@ -117,6 +117,7 @@ def stepper(make_args, **settings):
         ({"guidance_every": 3}, [(4, 2)] * 3),
         ({"guidance_together": True}, [(3, 1)] * 3),
         ({"sampling_weights": "merged"}, [(0, 2)] * 3),
+        ({"sampling_weights": "merged", "guidance_every": 3}, [(0, 2)] * 3),
         ({"rollout_uses": 3}, [(6, 2), (0, 2), (0, 2), (6, 2)]),
         ({"rollout_uses": 2, "gradient_accumulation_steps": 2}, [(12, 4), (6, 4), (6, 4), (6, 4)]),
     ],
@@ -124,6 +125,14 @@ def stepper(make_args, **settings):
 def test_how_often_the_transformer_runs(make_args, settings, expected):
     calls = stepper(make_args, **settings)
     assert [calls.of_step(step) for step in range(len(expected))] == expected
+
+
+def test_a_merged_copy_of_a_distilled_model_samples_without_guidance(make_args):
+    distill = {"guidance_gradient": "distill", "drift_weight": 0.1, "drift_weighting": "even"}
+    trainer, seen = stepper(make_args, sampling_weights="merged", **distill).trainer, []
+    trainer.fields.copy.model.register_forward_pre_hook(lambda *_: seen.append(True))
+    trainer.step(0)
+    assert len(seen) == 3, "the steps before the window, one branch each"
 
 
 def test_a_rollout_that_is_used_again_keeps_its_prompts_and_noise(make_args):
