@@ -12,6 +12,7 @@ from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluate import Evaluation
 from rlhf.failures import TrainingError
 from rlhf.guards import Guard, gain, gains
+from rlhf.run_folder import BEST
 from rlhf.watch import Watch
 
 
@@ -154,6 +155,28 @@ def test_a_best_gain_by_another_measure_is_none_of_the_run_that_goes_on(watch):
         watching, asked = watch()
         watching.begin(None, 40, saved | {"told_in": others})
         assert (watching.guard.best_step, asked) == (40, [("step 40", 40, True)])
+
+
+def test_what_was_before_and_what_came_after_are_kept_and_shown(watch, monkeypatch, tmp_path):
+    written, (watching, _) = [], watch()
+    monkeypatch.setattr("rlhf.watch.write_results", lambda *given: written.append(given))
+    watching.begin(None, 0, None)
+    watching.is_main = True
+    watching.finish(3, 0.0)
+    before, after = written[0][3:]
+    assert before is BASE.videos_NCTHW
+    assert after is TUNED.videos_NCTHW
+    assert Evaluation.load(tmp_path / "evaluation" / "tuned.safetensors").means() == TUNED.means()
+
+
+def test_the_best_adapter_of_another_run_does_not_replace_the_own_one(watch, tmp_path):
+    watching, _ = watch(resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoints" / "step-3"))
+    watching.is_main, watching.folder = True, tmp_path / "ours"
+    for run in ("theirs", "ours"):
+        (tmp_path / run / BEST).mkdir(parents=True)
+        (tmp_path / run / BEST / "whose").write_text(run)
+    watching._bring_best()
+    assert (tmp_path / "ours" / BEST / "whose").read_text() == "ours"
 
 
 @pytest.mark.parametrize("asked", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}])
