@@ -180,12 +180,24 @@ def test_two_processes_share_the_samples_of_one(make_args):
         assert torch.equal(torch.cat([part.noise("train") for part in parts]), whole.noise("train"))
     assert [batches.samples_before(3) for batches in two] == [one.samples_before(3)] * 2 == [24] * 2
     assert one.from_step(0) == one.prompts_at(0, 8 * args.max_steps)
+    assert two[0].state(1)["processes"] == 4, "those that share videos count, too"
+    other = _batches(dataclasses.replace(args, seed=4)).batch(1, 0).noise("train")
+    assert not torch.allclose(other, two[0].batch(1, 0).noise("train"))
+
+
+def test_processes_agree_on_prompts_and_settings_but_for_those_of_a_host(make_args):
+    told = [_batches(make_args(**changes)).told for changes in ({}, {"output_dir": "there"}, {"seed": 9})]
+    assert told[0]["prompts"] == PROMPTS
+    assert told[0] == told[1] != told[2]
 
 
 def _batches(args, processes: int = 1, index: int = 0) -> Batches:
-    layout = SimpleNamespace(num_processes=processes, process_index=index, device="cpu", require_same=lambda **_: None)
-    layout.accelerator = layout
-    return Batches(args, layout, PROMPTS, (16, 2, 2, 2), fps=8)
+    told = {}
+    layout = SimpleNamespace(num_processes=processes, process_index=index, device="cpu", require_same=told.update)
+    layout.accelerator = SimpleNamespace(num_processes=2 * processes)
+    batches = Batches(args, layout, PROMPTS, (16, 2, 2, 2), fps=8)
+    batches.told = told
+    return batches
 
 
 def test_the_window_moves_over_the_frames_and_fits(make_args, tmp_path):
