@@ -9,10 +9,12 @@ import torch
 from conftest import PROMPTS, redness
 from float8 import needs_float8
 from runs import saved_adapter
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_vae
 
 from rlhf.batches import Batches
+from rlhf.contentv.wan_decoder import decode_video
 from rlhf.decoding import Decoder
+from rlhf.host_memory import HostMemory
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
@@ -207,10 +209,25 @@ def test_the_window_moves_over_the_frames_and_fits(make_args, tmp_path):
     assert {first for first, _ in windows} == {0, 1, 2, 3}
     assert all(last - first == 2 for first, last in windows)
     assert windows == [decoder.window(step) for step in range(40)], "the same after a resume"
+    args.seed = 9
+    assert windows != [decoder.window(step) for step in range(40)]
     args.decode_window = 9
     assert decoder.window(3) == (0, 5)
     args.decode_window = None
     assert decoder.window(3) == (0, 5)
+
+
+def test_the_window_is_decoded_in_pieces_as_the_settings_say(make_args, monkeypatch):
+    told = []
+    monkeypatch.setattr("rlhf.decoding.decode_video", lambda *given: told.append(given) or decode_video(*given))
+    args = make_args(decode_window=2, decode_chunk=1, decode_checkpoint=True, decode_caches="host")
+    decoder, latents = Decoder(tiny_vae(), 5, args, torch.device("cpu")), torch.randn(1, 16, 2, 2, 2)
+    for step in range(8):
+        first, last = decoder.window(step)
+        window = decode_video(decoder.vae, latents)[:, :, first:last]
+        torch.testing.assert_close(decoder(latents, step), window, atol=1e-5, rtol=0)
+    assert {given[3:5] for given in told} == {(1, True)}
+    assert all(given[6] is decoder.caches and isinstance(given[6], HostMemory) for given in told)
 
 
 def test_the_saturated_share_is_logged(make_args, tmp_path):
