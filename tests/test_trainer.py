@@ -81,7 +81,7 @@ def test_weights_weigh_the_gradient(make_args, tmp_path):
 @pytest.mark.parametrize("settings", [{"drift_weight": 0.3}, {"anchor_steps": 2}])
 def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args, monkeypatch, settings):
     """Written out for the second step of an adapter that has learnt something: an anchor's, where there are any."""
-    args = make_args(method="srpo", num_draws=2, num_inference_steps=4, max_grad_norm=0.0, **settings)
+    args = make_args(method="srpo", num_draws=2, num_inference_steps=4, max_grad_norm=0.0, warmup_steps=4, **settings)
     trainer, found = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS), []
     trainer._begin()
     masters, sigmas, transformer = trainer.masters, trainer.sigmas, trainer.pipe.transformer
@@ -107,6 +107,7 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
     monkeypatch.setattr(trainer.optimizer, "step", lambda: found.append(masters.vector.grad.clone()))
     row = trainer.step(1)
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert trainer.optimizer.param_groups[0]["lr"] == row["learning_rate"] == 0.5 * args.learning_rate
     assert row["drift"] == pytest.approx(drift.item(), rel=1e-5)
     assert not rewards or row["reward"] == pytest.approx(rewards[0].item(), rel=1e-5)
 
