@@ -48,6 +48,10 @@ def checked_inputs(
     if dropped := getattr(peft_config, "lora_dropout", 0):
         expected = "expected 0: each denoising step of a video, an evaluation's too, would be of another random model"
         raise ConfigError([f"peft_config: got lora_dropout={dropped}, {expected}; leave it out"])
+    if there := getattr(getattr(model, "transformer", None), "peft_config", None):
+        got = f"got a pipeline with an adapter already, {' and '.join(map(repr, there))}, expected none"
+        cure = "take it off (pipe.unload_lora_weights()), after pipe.fuse_lora() to begin with what it does"
+        raise ConfigError([f"model: {got}; {cure}"])
     named = isinstance(model, str | Path)
     args = dataclasses.replace(args, model=str(model) if named else args.model)
     pipe = None if named else model

@@ -184,3 +184,16 @@ def test_an_adapter_that_drops_at_random_is_refused(make_args):
     config = LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.1)
     with pytest.raises(ConfigError, match=r"peft_config: got lora_dropout=0.1, expected 0"):
         RewardGradientTrainer(tiny_pipeline(), redness, make_args(), PROMPTS, peft_config=config)
+
+
+def test_a_pipe_with_an_adapter_is_refused_and_trains_on_when_that_is_merged(make_args, tmp_path):
+    """Two adapters would be evaluated as one, and the base without either."""
+    pipe, args = tiny_pipeline(), make_args(max_steps=1, output_dir=str(tmp_path / "first"))
+    first = train(args, pipe=pipe, evaluate=True)
+    with pytest.raises(ConfigError, match=r"model: got a pipeline with an adapter already, 'default', expected none"):
+        train(make_args(), pipe=pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    second = train(make_args(max_steps=1), pipe=pipe, evaluate=True)
+    assert second["trained"]["redness"]["base"] == pytest.approx(first["trained"]["redness"]["tuned"], rel=1e-4)
+    assert second["trained"]["redness"]["diff"] != 0
