@@ -37,8 +37,8 @@ def require_new(optimizer: torch.optim.Optimizer) -> None:
     if optimizer.state:
         raise TrainingError(
             "train() was called again, expected one call a trainer. Make a new one: with "
-            "resume_from_checkpoint='latest' to go on, else with another output_dir or overwrite_output_dir. A pipeline "
-            "that was handed over keeps its adapter until pipe.unload_lora_weights()."
+            "resume_from_checkpoint='latest' to go on, else with another output_dir or overwrite_output_dir. A "
+            "pipeline that was handed over keeps its adapter until pipe.unload_lora_weights()."
         )
 
 

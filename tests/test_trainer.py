@@ -197,3 +197,19 @@ def test_a_pipe_with_an_adapter_is_refused_and_trains_on_when_that_is_merged(mak
     second = train(make_args(max_steps=1), pipe=pipe, evaluate=True)
     assert second["trained"]["redness"]["base"] == pytest.approx(first["trained"]["redness"]["tuned"], rel=1e-4)
     assert second["trained"]["redness"]["diff"] != 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"args": {"max_steps": 1}}, r"args: got a dict, expected a RewardGradientConfig; rlhf.config has it"),
+        ({"model": object()}, r"model: got a object, expected a name, a path or a ContentVPipeline"),
+        ({"reward_funcs": [redness, RewardGradientTrainer]}, r"got the class .*Trainer, expected an object; pass"),
+        ({"peft_config": {"r": 4}}, r"peft_config: got a dict, expected such as a LoraConfig; peft has it"),
+        ({"peft_config": LoraConfig(r=4)}, r"peft_config: got no target_modules, expected names of layers; .*'to_q'"),
+    ],
+)
+def test_objects_that_are_none_of_ours_are_told(make_args, wrong, told):
+    right = {"model": "nano", "reward_funcs": redness, "args": make_args(), "train_dataset": PROMPTS}
+    with pytest.raises(ConfigError, match=told):
+        RewardGradientTrainer(**right | wrong)
