@@ -21,6 +21,7 @@ from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
+KEEP_THE_BASE = ("gaussian", "orthogonal")  # of peft's names for an adapter's first weights
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -55,10 +56,11 @@ def checked_inputs(
     args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
     train_prompts = None if train_dataset is None else as_prompts(train_dataset, "train_dataset")
     eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset, "eval_dataset")
+    args = dataclasses.replace(args, **settings_of(peft_config))  # those of the adapter that a checkpoint has to have
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     handed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
     told = {name: own_prompts(args, name) for name, prompts in handed.items() if prompts is not None}
-    args = dataclasses.replace(args, **told, **settings_of(peft_config))
+    args = dataclasses.replace(args, **told)
     return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
 
 
@@ -66,7 +68,7 @@ def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
     expected = {
         "model": (model, str | Path | ContentVPipeline, "a name, a path or a ContentVPipeline; rlhf.contentv.loading"),
         "args": (args, RewardGradientConfig, "a RewardGradientConfig; rlhf.config"),
-        "peft_config": (peft_config, PeftConfig, "such as a LoraConfig; peft"),
+        "peft_config": (peft_config, LoraConfig, "a LoraConfig, whose files diffusers reads; peft"),
     }
     for name, (given, kind, told) in expected.items():
         if given is not None and not isinstance(given, kind):
@@ -85,8 +87,15 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
     if dropped := getattr(peft_config, "lora_dropout", 0):
         expected = "expected 0: each denoising step of a video, an evaluation's too, would be of another random model"
         yield f"peft_config: got lora_dropout={dropped}, {expected}; leave it out"
-    if isinstance(peft_config, LoraConfig) and not peft_config.target_modules:
+    if not isinstance(peft_config, LoraConfig):
+        return
+    if not peft_config.target_modules:
         yield f"peft_config: got no target_modules, expected names of layers; those of the settings are {ATTENTION}"
+    if whole := peft_config.modules_to_save:
+        yield f"peft_config: got modules_to_save={whole}, expected none; the setting train_blocks trains whole modules"
+    if isinstance(start := peft_config.init_lora_weights, str) and start not in KEEP_THE_BASE:
+        expected = "expected one that leaves the base's weights as they are, for it is what a run is compared with"
+        yield f"peft_config: got init_lora_weights={start!r}, {expected}; leave it out, or use {KEEP_THE_BASE[0]!r}"
 
 
 def load_prompt_sets(inputs: Inputs) -> tuple[list[str], list[str]]:

@@ -58,7 +58,7 @@ class RewardGradientTrainer:
             Default: args.reward_funcs.
         args: the settings.
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
-        peft_config: another adapter than the LoRA that args describe, without dropout.
+        peft_config: another LoRA than the one that args describe, without dropout.
         opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
 

@@ -48,8 +48,8 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     ("text", "told"),
     [
         ('"a"\na dog', "p.jsonl, line 2: got .*, expected a row such as .*; correct it"),
-        ('{"text": "a"}', "p.jsonl, dataset: got the row .*'text'.*, expected strings or rows"),
-        ("\n", "p.jsonl, dataset: got no rows, expected strings or rows"),
+        ('{"text": "a"}', "p.jsonl: got the row .*'text'.*, expected strings or rows"),
+        ("\n", "p.jsonl: got no rows, expected strings or rows"),
     ],
 )
 def test_wrong_rows_are_refused(text, told, tmp_path):
