@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
