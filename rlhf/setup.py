@@ -94,7 +94,7 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
     if whole := peft_config.modules_to_save:
         yield f"peft_config: got modules_to_save={whole}, expected none; the setting train_blocks trains whole modules"
     if peft_config.bias != "none":
-        yield f"peft_config: got bias={peft_config.bias!r}, expected 'none', as LoRA files hold no biases of the base; leave it out"
+        yield f"peft_config: got bias={peft_config.bias!r}, expected 'none', as LoRA files hold no biases; leave it out"
     if isinstance(start := peft_config.init_lora_weights, str) and start not in KEEP_THE_BASE:
         expected = "expected one that leaves the base's weights as they are, for it is what a run is compared with"
         yield f"peft_config: got init_lora_weights={start!r}, {expected}; leave it out, or use {KEEP_THE_BASE[0]!r}"
