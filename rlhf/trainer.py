@@ -28,7 +28,7 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import Skips, naming_lost_processes, not_finite, require_gradient
+from rlhf.failures import Skips, naming_lost_processes, not_finite, require_gradient, require_new
 from rlhf.fields import Fields
 from rlhf.layout import Layout
 from rlhf.lora import save_adapter
@@ -58,12 +58,11 @@ class RewardGradientTrainer:
             Default: args.reward_funcs.
         args: the settings.
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
-        peft_config: another adapter than the LoRA that args describe, without dropout.
+        peft_config: another LoRA than the one that args describe, without dropout.
         opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
 
-    Raises ConfigError, with everything that is wrong at once, and RewardError for a reward that cannot train, before
-    any weight of the model is loaded.
+    Raises ConfigError, with all that is wrong at once, or RewardError, before any weight of the model is loaded.
     """
 
     def __init__(
@@ -110,11 +109,12 @@ class RewardGradientTrainer:
     # ---------------------------------------------------------------------------------------------- the run
 
     def train(self) -> dict:
-        """The whole run: evaluate the base, train, evaluate the tuned model. Returns the content of summary.json.
+        """The whole run: evaluate the base, train, evaluate the tuned model. Returns the content of summary.json. Once.
 
         Raises TrainingInterrupted after a signal, TrainingError or RewardError where training cannot go on; then
         checkpoints/ holds the last good step.
         """
+        require_new(self.optimizer)
         with reported(self.folder, self.accelerator.is_main_process):
             summary = self._train()
         self.callbacks.tell("on_train_end")

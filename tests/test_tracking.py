@@ -87,6 +87,20 @@ def test_curves_are_drawn_for_any_number_of_rewards_and_a_single_step(tmp_path, 
     assert Image.open(tmp_path / "c.png").width > 400
 
 
+def test_pictures_leave_the_notebook_its_way_of_showing_plots(tmp_path):
+    from matplotlib import pyplot
+
+    from rlhf.report.plots import Panel, Series, draw
+
+    pyplot.switch_backend("svg")
+    plot_curves([{"step": 1, "grad_norm": 1.0}], tmp_path / "c.png")
+    video = torch.zeros(1, 3, 2, 8, 8, dtype=torch.uint8)
+    contact_sheet(["a"], video, video, tmp_path / "s.png")
+    draw(Panel("a", [Series("a", [1, 2, 3], [0.1, 0.2, 0.3])]), 1)
+    assert pyplot.get_backend().lower() == "svg"
+    assert not pyplot.get_fignums()
+
+
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "skipped": 1, "why": "nan"}]])
 def test_no_curves_are_drawn_of_no_numbers(tmp_path, rows):
     plot_curves(rows, tmp_path / "c.png")
