@@ -10,7 +10,7 @@ from peft import PeftConfig
 from rewards import RewardMix, reward_name
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.contentv.loading import load_pipeline
+from rlhf.contentv.loading import TEXT_ENCODERS, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.layout import Layout
@@ -20,8 +20,6 @@ from rlhf.run_folder import own_prompts
 from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
-
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclasses.dataclass
@@ -126,13 +124,16 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
 def encode_and_release(
     pipe: ContentVPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
 ) -> PromptCache | None:
-    """Embed the prompts, None for none of them (a finished run that is resumed); the encoders may leave the device."""
-    text = None
+    """The prompts' embeddings, on the CPU; None for no prompts, as of a finished run that is resumed.
+
+    release: the text encoders come to the device for this alone, and are on the CPU afterwards.
+    """
+    text, moved = None, TEXT_ENCODERS if release else ()
     if prompts:
-        for name in ENCODERS if release else ():
+        for name in moved:
             getattr(pipe, name).to(device)
         text = encode_prompts(pipe, prompts, args.negative_prompt, args.max_sequence_length)
-    for name in ENCODERS if release else ():
+    for name in moved:
         getattr(pipe, name).to("cpu")
     return text
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import yaml
-
 from rlhf.compare_sets import read_pairs
 from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
 from rlhf.resampling import compared
+from rlhf.run_folder import settings_in
 from rlhf.tracking import read_metrics
 from rlhf.video_set import SCORES, Key, Video, numbered, read_set, unbroken
 
@@ -48,8 +47,7 @@ class Run:
     @cached_property
     def config(self) -> dict:
         """The resolved settings, {} where there are none."""
-        path = self.folder / "config.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return settings_in(self.folder)
 
     @cached_property
     def metrics(self) -> list[dict]:
