@@ -7,12 +7,14 @@ from pathlib import Path
 from study_arms import CONTROL
 from study_numbers import MEASURES, by_arm, gains, mean_interval, named
 
+from rlhf.figures import headless_pyplot
+
 NEAR = 1.5  # points of the verifier: less than a name is high
 
 
 def plot_gains(result: dict, path: Path) -> None:
     """Each arm's gains with their intervals, side by side for the trained reward and the verifier."""
-    pyplot, arms = _pyplot(), by_arm(result)
+    pyplot, arms = headless_pyplot(), by_arm(result)
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(arms) + 1.1), sharey=True)
     names = [named(arm, rows).strip("*") for arm, rows in arms.items()]
     for axis, measure in zip(axes, ("trained", "verifier"), strict=True):
@@ -31,7 +33,7 @@ def plot_costs(result: dict, path: Path) -> None:
 
     A line leads from an arm to the same with drift control, a ring without a name.
     """
-    pyplot, arms = _pyplot(), by_arm(result)
+    pyplot, arms = headless_pyplot(), by_arm(result)
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.5), sharey=True)
     places = {
         arm: (statistics.mean(gains(rows, "trained")), rows[0]["queries"], statistics.mean(gains(rows, "verifier")))
@@ -70,12 +72,3 @@ def _finish(figure, axes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     figure.clear()
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
