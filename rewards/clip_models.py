@@ -193,11 +193,11 @@ def random_clip(model: str = CLIP_L14) -> TransformersClip:
     return TransformersClip(CLIPModel(CLIPConfig(**SIZES[model])), openai_tokenizer)
 
 
-def random_siglip(model: str = SIGLIP_384) -> Siglip:
-    """The image half of a SigLIP of full size with random weights, as `random_clip`."""
+def random_siglip() -> Siglip:
+    """The image half of the published SigLIP at full size with random weights, as `random_clip`."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
-    return Siglip(SiglipVisionModel(SiglipVisionConfig(**SIZES[model])))
+    return Siglip(SiglipVisionModel(SiglipVisionConfig(**SIZES[SIGLIP_384])))
 
 
 def openai_tokenizer(prompts: list[str], **_):
