@@ -130,7 +130,7 @@ class RewardGradientConfig:
     relative_words: list[str] | None = _key(
         None,
         "Two phrases, positive and negative, put before each prompt: what is trained on is then the reward for the "
-        "first less that for the second (arXiv 2509.06942, eq. 9).",
+        "first less that for the second (arXiv 2509.06942, eq. 8 and 9).",
     )
     relative_strength: float = _key(0.2, "k in (1 + k) R(positive) - R(negative), with relative_words.")
     guidance_gradient: str = _key(

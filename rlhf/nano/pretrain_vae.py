@@ -37,7 +37,7 @@ def vae_loss(vae, video):
 
 
 def train_vae(vae: AutoencoderKLWan, generator, steps) -> None:
-    """On single frames first, then on clips; the last 32 batches give the statistics of its latents."""
+    """Train on single frames first, then on clips."""
     device, params, loss = generator.device, list(vae.parameters()), lambda v: vae_loss(vae, v)
 
     def images():
