@@ -3,6 +3,7 @@
 Shape legend: B batch, C channels, N frames, H height, W width, P width of the joint embedding.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -200,7 +201,7 @@ def random_siglip() -> Siglip:
     return Siglip(SiglipVisionModel(SiglipVisionConfig(**SIZES[SIGLIP_384])))
 
 
-def openai_tokenizer(prompts: list[str], **_):
+def openai_tokenizer(prompts: list[str], **_) -> Mapping[str, torch.Tensor]:
     """Prompts by OpenAI's vocabulary, which comes with open_clip, as transformers' tokenizer gives them; 77 tokens."""
     import open_clip
     from transformers import BatchEncoding
