@@ -133,7 +133,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, all that the device does for it included."""
+    """Seconds of one call, with all that the device does for it."""
     synchronize(device)
     began = time.perf_counter()
     work()

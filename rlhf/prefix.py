@@ -28,10 +28,11 @@ def fewer_steps(sigmas: torch.Tensor, window: int, steps: int) -> torch.Tensor:
 
 
 class SecondOrder:
-    """A velocity that makes Euler steps of one rollout second-order, at no further evaluation, where nothing is graded.
+    """A velocity that makes one rollout's Euler steps second-order, without a further evaluation.
 
     Adams-Bashforth with steps h of any length (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I,
-    III.5): (1 + r/2) v_n - r/2 v_n-1 with r = h_n / h_n-1; the first step is Euler's.
+    III.5): (1 + r/2) v_n - r/2 v_n-1 with r = h_n / h_n-1; the first step stays Euler's, and so do those
+    with gradient.
     """
 
     def __init__(self, velocity: Velocity, sigmas: torch.Tensor):

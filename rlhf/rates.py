@@ -47,19 +47,19 @@ class Rates:
         return asdict(self)
 
     def seconds(self, operation: Operation) -> float:
-        """Of the computation or of the memory's traffic, whichever takes longer."""
+        """Seconds of an operation: of its computation or of its memory traffic, whichever takes longer."""
         moving = operation.bytes / (self.to_others if operation.kind == "exchange" else self.bytes)
         if not operation.flops:
             return moving
         return max(operation.flops / self.speed(operation.kind, operation.dtype), moving)
 
     def speed(self, kind: str, dtype: str) -> float:
-        """FLOP/s; of a kind of format that was not measured, those of float32 products."""
+        """FLOP/s of a kind in a format; where not measured, of that kind in float32, else of float32 products."""
         return self.flops.get(f"{kind} {dtype}") or self.flops.get(f"{kind} float32") or self.flops["matrix float32"]
 
 
 def known_rates(name: str) -> Rates | None:
-    """Of a device that bench/planner.py ran on, by its own name."""
+    """The rates of a device that bench/planner.py ran on, by its own name; None of any other."""
     return Rates(device=name, **RATES[name]) if name in RATES else None
 
 
@@ -71,7 +71,7 @@ def device_rates(device: torch.device) -> tuple[Rates, str]:
 
 
 def measure_rates(device: torch.device) -> Rates:
-    """A second or two on an accelerator, as much on a CPU."""
+    """The rates of this machine's device, measured now, in some seconds."""
     sizes = SMALL if device.type == "cpu" else LARGE
     flops = {}
     for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16):

@@ -41,7 +41,7 @@ def checked_inputs(
     eval_dataset: Iterable | None,
     peft_config: PeftConfig | None = None,
 ) -> Inputs:
-    """Raises ConfigError, with everything that is wrong at once."""
+    """The trainer's arguments in one form. Raises ConfigError, with everything that is wrong at once."""
     args = args or RewardGradientConfig()
     if dropped := getattr(peft_config, "lora_dropout", 0):
         expected = "expected 0: each denoising step of a video, an evaluation's too, would be of another random model"

@@ -1,6 +1,6 @@
 """The training loop: prompts to videos to scores, and the scores' gradient back into the adapter.
 
-Shape legend: B batch, C channels, T frames, H height, W width, R rewards, S samples of an optimizer step.
+Shape legend: B batch, C channels, T frames, H height, W width, S samples of a step, R columns that are logged.
 """
 
 import dataclasses

@@ -67,7 +67,7 @@ class Run:
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, Evaluation] | None:
-        """Of the base and of the tuned model, if both are there."""
+        """The evaluations of the base and of the tuned model, if both are there."""
         paths = [self.folder / "evaluation" / f"{name}.safetensors" for name in ("base", "tuned")]
         return tuple(map(Evaluation.load, paths)) if all(path.is_file() for path in paths) else None
 
