@@ -61,7 +61,6 @@ class KeptGuidance:
         if every < 1:
             raise ValueError(f"guidance_every={every}, expected at least 1; raise it")
         self.transformer, self.cond, self.guidance_scale, self.every = transformer, cond, guidance_scale, every
-        self.negative = Conditioning(cond.negative_embeds_BLD, cond.negative_pooled_BP)
         self.calls, self.direction = 0, None
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -69,7 +68,7 @@ class KeptGuidance:
             return guided_velocity(self.transformer, x, sigma, self.cond, self.guidance_scale)
         v_text = guided_velocity(self.transformer, x, sigma, self.cond, 1.0)
         if self.calls % self.every == 0:
-            self.direction = v_text - guided_velocity(self.transformer, x, sigma, self.negative, 1.0)
+            self.direction = v_text - guided_velocity(self.transformer, x, sigma, self.cond.negative, 1.0)
         self.calls += 1
         return v_text + (self.guidance_scale - 1) * self.direction
 
