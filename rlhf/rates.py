@@ -13,7 +13,7 @@ from rlhf.attention import attention_by, time_kernels
 from rlhf.device import describe, memory_beside, seconds_of
 from rlhf.measured import RATES
 from rlhf.parts import small_transformer, trace_transformer
-from rlhf.trace import Operation
+from rlhf.trace import Operation, dtype_name
 
 ROUNDS, ROUND_SECONDS = 3, 0.05  # of a measurement: many calls in a row, at the clock that a device can hold
 # Rows, inner and outer size of a product; channels, frames, height, width of a convolution; heads, tokens, width of a
@@ -92,7 +92,7 @@ def measure_rates(device: torch.device) -> Rates:
 def _products(device, dtype, size) -> dict[str, float]:
     M, K, N = size
     x, y = torch.randn(M, K, device=device, dtype=dtype), torch.randn(K, N, device=device, dtype=dtype)
-    return {f"matrix {_name(dtype)}": 2 * M * K * N / _least(lambda: x @ y, device)}
+    return {f"matrix {dtype_name(dtype)}": 2 * M * K * N / _least(lambda: x @ y, device)}
 
 
 def _convolutions(device, dtype, size) -> dict[str, float]:
@@ -103,7 +103,7 @@ def _convolutions(device, dtype, size) -> dict[str, float]:
     flops = 2 * 27 * channels * x.numel()
     forward = _least(lambda: F.conv3d(x, weight, padding=1), device)
     backward = _least(lambda: torch.nn.grad.conv3d_input(x.shape, weight, x, padding=1), device)
-    return {f"conv {_name(dtype)}": flops / forward, f"conv backward {_name(dtype)}": flops / backward}
+    return {f"conv {dtype_name(dtype)}": flops / forward, f"conv backward {dtype_name(dtype)}": flops / backward}
 
 
 def _attention(device, dtype, size) -> dict[str, float]:
@@ -119,8 +119,8 @@ def _attention(device, dtype, size) -> dict[str, float]:
     products = 2 * H * N * N * W
     back = max(both - forward, forward)
     return {
-        f"attention {_name(dtype)}": 2 * products / forward,
-        f"attention backward {_name(dtype)}": 5 * products / back,
+        f"attention {dtype_name(dtype)}": 2 * products / forward,
+        f"attention backward {dtype_name(dtype)}": 5 * products / back,
     }
 
 
@@ -182,7 +182,3 @@ def _least(work: Callable, device: torch.device) -> float:
             work()
 
     return min(seconds_of(round_of_them, device) for _ in range(ROUNDS)) / times
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,5 +1,7 @@
 """The training loop: prompts to videos to scores, and the scores' gradient back into the adapter.
 
+Read `step` and `_reward_gradient` first, an optimizer step and its gradient of one batch; then `rlhf.sampler.rollout`.
+
 Shape legend: B batch, C channels, T frames, H height, W width, S samples of a step, R columns that are logged.
 """
 
@@ -52,14 +54,14 @@ class RewardGradientTrainer:
     """Trains an adapter on a text-to-video model by back-propagating rewards through its last denoising steps.
 
     Args:
-        model: what names the generator ("nano", a local folder, a hub id; default: args.model) or a `ContentVPipeline`,
+        model: the generator's name ("nano", a local folder, a hub id; default: args.model), or a `ContentVPipeline`,
             which is trained in place; args.model then only says in config.yaml which it was.
         reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts, **info) -> scores.
             Default: args.reward_funcs.
         args: the settings.
-        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
-        peft_config: another adapter than the LoRA that args describe, without dropout.
-        opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
+        train_dataset, eval_dataset: prompts, as strings or rows with a "prompt". Default: those that args name.
+        peft_config: an adapter other than the LoRA that args describe; without dropout.
+        opened_rewards: what `rlhf.checks.open_rewards` returned for these args, so as not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
 
     Raises ConfigError, with everything that is wrong at once, and RewardError for a reward that cannot train, before
@@ -87,7 +89,6 @@ class RewardGradientTrainer:
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
         self.owns_pipe = inputs.pipe is None
         self.pipe = inputs.pipe or load_base(args, self.device)
-
         self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.layout)
         self.fields = Fields(self.pipe.transformer, self.masters, args, self.layout)
         self.optimizer = make_optimizer(self.masters.vector, args)
@@ -100,8 +101,7 @@ class RewardGradientTrainer:
         self.batches = Batches(args, self.layout, train_prompts, shape, fps)
         self.watch = None
         if self.eval_prompts:
-            sample = partial(self._sample, self.fields.tuned)
-            shown = partial(show, self.accelerator)
+            sample, shown = partial(self._sample, self.fields.tuned), partial(show, self.accelerator)
             held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.layout, fps, shown)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters, self.callbacks.tell)
         self.last_batch, self.skips = None, Skips(args.max_skipped_steps)  # video, prompts, info: `not_finite`
