@@ -15,7 +15,7 @@ from rewards.catalogue import CATALOGUE
 from rewards.costs import cost, decoded_frames, scored_frames
 from rlhf.config import RewardGradientConfig
 from rlhf.optimizer import moment_bytes
-from rlhf.parts import Part, Parts
+from rlhf.parts import Part, Parts, window_steps
 
 ENCODING = "encoding prompts"
 MASTER_BYTES = 8  # of a trained number: master and gradient, in float32
@@ -122,12 +122,6 @@ def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards, enco
 def together(args: RewardGradientConfig) -> int:
     """Branches of guidance that are run as one batch."""
     return 2 if args.guidance_together and args.guidance_scale > 1 else 1
-
-
-def window_steps(args: RewardGradientConfig) -> int:
-    """Steps of the rollout that carry the gradient, at most."""
-    of_method = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
-    return of_method.get(args.method, args.num_grad_steps)
 
 
 def run_branches(args: RewardGradientConfig) -> int:

@@ -133,9 +133,9 @@ class Parts:
 
     def branch(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> Part:
         """One call of the transformer, as these args run it."""
-        key = ("branch", batch, with_gradient, *(getattr(args, name) for name in OF_TRANSFORMER))
+        of_latents = window_steps(args) > 1 and args.method != "drtune"  # a step passes on what comes from a later one
+        key = ("branch", batch, with_gradient, of_latents, *(getattr(args, name) for name in OF_TRANSFORMER))
         text = self.card["tokenizer"]["model_max_length"] + args.max_sequence_length  # CLIP's and T5's tokens
-        of_latents = args.num_grad_steps > 1
         shape, speed = (batch, *self.latents), Speed.of(args)
 
         def trace() -> Part:
@@ -181,6 +181,12 @@ class Parts:
         if key not in self.traced:
             self.traced[key] = make()
         return self.traced[key]
+
+
+def window_steps(args: RewardGradientConfig) -> int:
+    """Steps of the rollout that carry the gradient, at most."""
+    of_method = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
+    return of_method.get(args.method, args.num_grad_steps)
 
 
 def trace_part(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from rewards.measured import DEVICE as DEVICE_OF_REWARDS
 from rlhf.config import RewardGradientConfig
-from rlhf.memory_plan import Rewards, branches_with_gradient, run_branches, together, window_steps
-from rlhf.parts import Parts
+from rlhf.memory_plan import Rewards, branches_with_gradient, run_branches, together
+from rlhf.parts import Parts, window_steps
 from rlhf.rates import Rates, known_rates
 from rlhf.trace import Operation, Phase
 

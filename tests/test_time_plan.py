@@ -43,6 +43,16 @@ def test_calls_are_those_that_a_training_step_makes(make_args, settings):
     assert (len(calls), sum(calls)) == (found.prefix + found.constant + found.with_gradient, found.with_gradient)
 
 
+def test_steps_that_are_listed_take_what_the_last_steps_take():
+    """Wherever a step's input has a gradient, and nowhere else: DRTune detaches it."""
+    plans = {}
+    for method in ({"num_grad_steps": 2}, {"method": "listed", "grad_steps": [2, 3]}, {"method": "drtune"}):
+        _, args, card = tiny(num_inference_steps=4, **{"num_grad_steps": 1 if "grad_steps" in method else 2} | method)
+        parts = Parts(args, card)
+        plans[args.method] = plan_time(parts, args, plan_rewards(parts, args), RATES).parts["gradient segment"]
+    assert plans["listed"] == plans["draft_k"] > plans["drtune"]
+
+
 def test_a_rollout_used_again_is_paid_once():
     _, args, _ = tiny(num_inference_steps=10, num_grad_steps=1, rollout_uses=3)
     assert count_calls(args) == Calls(prefix=2 * 9 / 3, constant=0, with_gradient=2)
