@@ -60,15 +60,6 @@ ROWS = [
     Row({"dtype": "float16"}, "dtype: got 'float16'", "expected one of auto, float32, bfloat16", "choose one"),
     Row({"prompts": "absent.txt"}, "got no file at", "expected a text file or one of nano_train", "correct the path"),
     Row({"prompts": "{tmp}/latin.txt"}, "prompt file {tmp}/latin.txt: got", "expected UTF-8", "save it as UTF-8"),
-    Row(
-        {"prompts": "{tmp}/broken.jsonl"}, "broken.jsonl, line 2: got", 'expected a row such as {"prompt"', "correct it"
-    ),
-    Row(
-        {"prompts": "{tmp}/other.jsonl"},
-        "other.jsonl, dataset: got the row",
-        "expected strings or rows",
-        "pass a list of",
-    ),
     Row({"eval_prompts": "{tmp}/empty.txt"}, "got no prompts", "expected one a line", "write at least one"),
     # --------------------------------------------------------------------------------------------------- rewards
     Row({"reward_funcs": []}, "reward_funcs: got none", "expected at least one reward", "name one"),

@@ -35,8 +35,6 @@ def project(tmp_path_factory):
     """A folder with what rows refer to by {tmp}: an empty file, half a model, a reward, runs that were started."""
     tmp = tmp_path_factory.mktemp("project")
     (tmp / "empty.txt").write_text("# nothing\n")
-    (tmp / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt":\n')
-    (tmp / "other.jsonl").write_text('{"text": "a cat"}\n')
     (tmp / "latin.txt").write_text("zwölf", encoding="latin-1")
     (tmp / "half" / "vae").mkdir(parents=True)
     (tmp / "run" / "adapter").mkdir(parents=True)
