@@ -59,9 +59,9 @@ class RewardGradientTrainer:
         reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts, **info) -> scores.
             Default: args.reward_funcs.
         args: the settings.
-        train_dataset, eval_dataset: prompts, as strings or rows with a "prompt". Default: those that args name.
-        peft_config: an adapter other than the LoRA that args describe; without dropout.
-        opened_rewards: what `rlhf.checks.open_rewards` returned for these args, so as not to load the rewards twice.
+        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
+        peft_config: another adapter than the LoRA that args describe, without dropout.
+        opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
 
     Raises ConfigError, with everything that is wrong at once, and RewardError for a reward that cannot train, before
