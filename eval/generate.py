@@ -25,6 +25,7 @@ SAMPLING = [field.name for field in fields(SamplingDefaults)]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/generate.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the videos")
@@ -128,6 +129,7 @@ def make(args: argparse.Namespace, sampling: SamplingDefaults, videos: list[Vide
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
     try:
         args = parse(argv)
         sampling = checked_sampling(args, args.prompts)

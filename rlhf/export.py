@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,6 +31,7 @@ from rlhf.lora import BLOCKS_FILE
 from rlhf.lora_scale import check_scale, fold_scale, scaled
 from rlhf.method_checks import is_distilled
 from rlhf.model_card import Export, write_card
+from rlhf.run_folder import settings_in
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
@@ -49,7 +49,7 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
         ValueError: no finished run in `run`, `out` in use, base model absent, adapter that is not finite.
     """
     adapter = _check(run, out, scale)
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = settings_in(run)
     base = model_folder(model or config["model"])
     transformer = load_transformer(base)
     transformer.load_lora_adapter(adapter.parent, prefix="transformer", weight_name=adapter.name, use_safetensors=True)

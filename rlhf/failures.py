@@ -104,7 +104,7 @@ def require_gradient(norm: float, step: int, rewards: RewardMix, logged: dict) -
 
 
 def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str], info: dict) -> dict[str, bool]:
-    """Of each reward that is trained on, asked alone, whether its gradient at the video is not finite."""
+    """For each reward that is trained on, asked alone: whether its gradient at the video is not finite."""
     broken = {}
     for name in (name for name, weight in rewards.weights.items() if weight):  # others may have no gradient at all
         pixels = video_BCTHW.clone().requires_grad_()

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig
 from rewards import RewardMix, reward_name
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.contentv.loading import load_pipeline
+from rlhf.contentv.loading import TEXT_ENCODERS, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.layout import Layout
@@ -22,7 +22,6 @@ from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
 KEEP_THE_BASE = ("gaussian", "orthogonal")  # of peft's names for an adapter's first weights
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclasses.dataclass
@@ -44,7 +43,7 @@ def checked_inputs(
     eval_dataset: Iterable | None,
     peft_config: PeftConfig | None = None,
 ) -> Inputs:
-    """Raises ConfigError, with everything that is wrong at once."""
+    """The trainer's arguments in one form. Raises ConfigError, with everything that is wrong at once."""
     args = args or RewardGradientConfig()
     if problems := [*_wrong_types(model, reward_funcs, args, peft_config), *_adapter_problems(model, peft_config)]:
         raise ConfigError(problems)
@@ -163,13 +162,16 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
 def encode_and_release(
     pipe: ContentVPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
 ) -> PromptCache | None:
-    """Embed the prompts, None for none of them (a finished run that is resumed); the encoders may leave the device."""
-    text = None
+    """The prompts' embeddings, on the CPU; None for no prompts, as of a finished run that is resumed.
+
+    release: the text encoders come to the device for this alone, and are on the CPU afterwards.
+    """
+    text, moved = None, TEXT_ENCODERS if release else ()
     if prompts:
-        for name in ENCODERS if release else ():
+        for name in moved:
             getattr(pipe, name).to(device)
         text = encode_prompts(pipe, prompts, args.negative_prompt, args.max_sequence_length)
-    for name in ENCODERS if release else ():
+    for name in moved:
         getattr(pipe, name).to("cpu")
     return text
 

@@ -44,7 +44,7 @@ def test_metrics_go_to_the_file_and_the_trackers_step_by_step(make_args, tmp_pat
 def test_a_resumed_run_drops_later_rows_and_a_half_written_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "rew')
-    keep_rows(tmp_path, before_step=2)
+    keep_rows(tmp_path, last_step=2)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
