@@ -61,6 +61,8 @@ ROWS = [
     Row({"prompts": "absent.txt"}, "got no file at", "expected a text file or one of nano_train", "correct the path"),
     Row({"prompts": "{tmp}/latin.txt"}, "prompt file {tmp}/latin.txt: got", "expected UTF-8", "save it as UTF-8"),
     Row({"eval_prompts": "{tmp}/empty.txt"}, "got no prompts", "expected one a line", "write at least one"),
+    Row({"prompts": "{tmp}/half.jsonl"}, "half.jsonl, line 2: got Expecting value", "expected a row such as", "correct it"),
+    Row({"prompts": "{tmp}/other.jsonl"}, "got the row {'text': 'a'}", "expected strings or rows with a 'prompt'", "pass"),
     # --------------------------------------------------------------------------------------------------- rewards
     Row({"reward_funcs": []}, "reward_funcs: got none", "expected at least one reward", "name one"),
     Row({"reward_funcs": ["clip_scor"]}, "clip_scor", "expected one of aesthetic", "The nearest name is 'clip_score'"),
@@ -146,6 +148,14 @@ ROWS = [
         "correct it",
     ),
     Row({"lora_rank_pattern": {"to_q": 0}}, "got 0 for 'to_q'", "expected at least 1", "raise it"),
+    Row({"lora_rank_pattern": {"to_qq": 4}}, "got 'to_qq'", "expected the end of an adapted layer's", "correct it"),
+    Row({"lora_alpha_pattern": {"to_q(": 4}}, "got 'to_q('", "or a regular expression of it", "correct it"),
+    Row(
+        {"train_blocks": ["transformer_blocks"]},
+        "got transformer_blocks, which hold all layers that the adapter is for",
+        "expected one at least to be left to it",
+        "train fewer whole",
+    ),
     Row({"train_blocks": ["blocks.3"]}, "got 'blocks.3'", "or another module of pos_embed", "correct it"),
     Row({"lora_target_modules": ["to_qq"]}, "got 'to_qq'", "expected the end of a linear layer's", "mean 'to_q'?"),
     # ------------------------------------------------------------------------------------------ speed and memory

@@ -36,6 +36,8 @@ def project(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("project")
     (tmp / "empty.txt").write_text("# nothing\n")
     (tmp / "latin.txt").write_text("zwölf", encoding="latin-1")
+    (tmp / "half.jsonl").write_text('{"prompt": "a"}\n{"prompt":\n')
+    (tmp / "other.jsonl").write_text('{"text": "a"}\n')
     (tmp / "half" / "vae").mkdir(parents=True)
     (tmp / "run" / "adapter").mkdir(parents=True)
     (tmp / "run" / "config.yaml").touch()
