@@ -61,6 +61,10 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
         transformer_lora_adapter_metadata=config.to_dict(),
     )
     flags = ["--lora", str(tmp_path / "adapter")]
+    (tmp_path / "other").mkdir()
+    save_file({"other.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(SystemExit, match="got no layer of this transformer, expected an adapter of this model"):
+        demo(saved, tmp_path / "x.mp4", "--lora", str(tmp_path / "other"))
     plain, tuned = demo(saved, tmp_path / "0.mp4"), demo(saved, tmp_path / "1.mp4", *flags)
     assert not torch.equal(plain, tuned)
     name = "transformer_blocks.0.ff.net.2.weight"
