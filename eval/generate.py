@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         drawn = load_prompts(args.prompts, args.base_dir, args.num_prompts or 64, args.prompt_seed)
         prompts = list(dict.fromkeys(drawn[: args.num_prompts]))  # a built-in set may draw one again
         make(args, sampling, jobs(args.output, prompts, args.seeds))
-    except ValueError as error:  # ConfigError is one
+    except (ValueError, OSError) as error:  # ConfigError is the first
         print(f"eval/generate.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_scores(folder, videos, scores)
                 means = (sum(row[name] for row in scores) / len(scores) for name in scorer.specs)
                 rows.append((str(folder), str(len(videos)), *(f"{mean:.5g}" for mean in means)))
-    except ValueError as error:  # RewardError is one
+    except (ValueError, OSError) as error:  # RewardError is the first
         print(f"eval/score.py: {error}", file=sys.stderr)
         return 2
     if accelerator.is_main_process:

@@ -1,12 +1,14 @@
 """A file that is damaged is named, with what to do, wherever a command reads it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from scripts import script
 
 from rlhf.calibrate import CALIBRATION, is_calibrated
+from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import SamplingDefaults, model_config
 from rlhf.contentv.loading import load_pipeline
 from rlhf.encoders import encoder_configs
@@ -100,3 +102,32 @@ def test_a_checkpoint_names_the_part_that_is_damaged(tmp_path, tiny_pipe, file, 
     (tmp_path / file).write_bytes(HALF)
     with pytest.raises(ValueError, match=f"^{tmp_path / file.split('/')[0]}.*(damaged|download is complete)"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("eval/report.py", ["{locked}"]),
+        ("eval/compare.py", ["{locked}", "{locked}"]),
+        ("eval/score.py", ["{locked}", "--reward", "flicker"]),
+        ("eval/generate.py", ["--from_run", "{locked}", "--output", "{run}/new"]),
+        ("eval/vbench.py", ["make", "--full_info", "x", "--from_run", "{locked}", "--output", "{run}/new"]),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_a_line(tmp_path, monkeypatch, capsys, command, flags):
+    folders = {name: tmp_path / name for name in ("locked", "run")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "config.yaml").write_text(RewardGradientConfig().to_yaml())
+        for name in ("scores.jsonl", "videos.jsonl"):
+            (folder / name).write_text("{}\n")
+    read = Path.read_text
+
+    def refused(path, **how):
+        if path.parent == folders["locked"]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, **how)
+
+    monkeypatch.setattr(Path, "read_text", refused)  # root may everything
+    assert script(command).main([flag.format(**folders) for flag in flags]) == 2
+    assert f"{command}: [Errno 13] Permission denied: '{tmp_path}/locked/" in capsys.readouterr().err
