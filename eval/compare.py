@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         pairs = read_pairs(args.base, args.tuned)
         rows = compare(pairs, categories(args.by, args.base, pairs.prompts), args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"eval/compare.py: {error}", file=sys.stderr)
         return 2
     alone = f"; {pairs.unpaired} videos have no partner and are left out" if pairs.unpaired else ""

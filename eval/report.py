@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.run}: got no run there, expected the folder of a training run; correct the path")
         if bool(args.before) != bool(args.after):
             raise ValueError("--before and --after: got one of them, expected both or neither; add the other")
-        path = write_report(args.run, args.output, args.before, args.after, int(args.max_mb * 10**6))
-    except ValueError as error:
+        path = write_report(args.run, args.output, args.before, args.after, args.max_mb * 10**6)
+    except (ValueError, OSError) as error:
         print(f"eval/report.py: {error}", file=sys.stderr)
         return 2
     print(f"wrote {path}: {path.stat().st_size / 10**6:.1f} MB")

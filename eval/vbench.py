@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"With `pip install vbench`:\n{commands(args.output, args.dimension)}")
             return 0
         rows, shown = our_values(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"eval/vbench.py: {error}", file=sys.stderr)
         return 2
     if shown:

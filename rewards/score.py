@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         prompts = prompts_of(files, arguments.prompts, arguments.rewards)
         rewards = load_rewards(arguments.rewards, arguments.kwargs)
         rows = [score(rewards, *pair, arguments) for pair in zip(files, prompts, strict=True)]
-    except ValueError as error:  # RewardError is one
+    except (ValueError, OSError) as error:  # RewardError is the first
         print(f"rewards.score: {error}", file=sys.stderr)
         return 1
     print(table([("file", "frames", *rewards), *(_cells(row) for row in rows)]))

@@ -142,7 +142,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, by its manifest; None if nothing is."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or damaged"
     for name, expected in files.items():
         if not (path / name).is_file():

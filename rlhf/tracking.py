@@ -15,6 +15,7 @@ from tqdm import tqdm
 from rlhf.config import RewardGradientConfig
 from rlhf.device import peak_memory, reset_peak_memory
 from rlhf.figures import contact_sheet, plot_curves
+from rlhf.reading import read_log
 from rlhf.run_folder import METRICS
 from rlhf.trackers import Clip
 from rlhf.video_set import unbroken
@@ -80,9 +81,7 @@ def keep_rows(folder: Path, last_step: int) -> None:
 
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl, one an optimizer step; none without the file, nor a last one that was half written."""
-    path = Path(folder) / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_log(Path(folder) / METRICS)
 
 
 class EvaluationBar:

@@ -65,7 +65,7 @@ def told(mistake, project: Path, monkeypatch) -> list[str]:
     settings = GOOD | {"output_dir": "{tmp}/new"} | (mistake if isinstance(mistake, dict) else {})
     text = mistake if isinstance(mistake, str) else yaml.safe_dump(settings)
     path.write_text(text.replace("{tmp}", str(project)))
-    flags = mistake if isinstance(mistake, list) else []
+    flags = [flag.replace("{tmp}", str(project)) for flag in mistake] if isinstance(mistake, list) else []
     try:
         check_config(parse_config(flags if "--config" in flags else ["--config", str(path), *flags]))
     except ConfigError as error:

@@ -1,15 +1,15 @@
 """What a run left in its folder, as far as it got: a run that was killed or failed has less of it."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from rewards.load import name_in
-from rlhf.compare_sets import read_pairs
+from rlhf.compare_sets import read_pairs, read_scores
 from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
+from rlhf.reading import read_object
 from rlhf.resampling import compared
 from rlhf.run_folder import settings_in
 from rlhf.tracking import read_metrics
@@ -59,7 +59,7 @@ class Run:
     def summary(self) -> dict:
         """summary.json, {} of a run that did not finish."""
         path = self.folder / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     @cached_property
     def environment(self) -> list[dict]:
@@ -188,9 +188,7 @@ def _by_key(videos: list[Video]) -> dict[Key, Video]:
 
 def _set_scores(folder: Path) -> dict[Key, dict[str, float]]:
     path = folder / SCORES
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    keys = numbered((row["prompt"], row["seed"]) for row in rows)
-    return {key: row["scores"] for key, row in zip(keys, rows, strict=True)}
+    return read_scores(path) if path.is_file() else {}
 
 
 def training_table(metrics: list[dict]) -> list[dict]:
