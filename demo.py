@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from diffusers.utils import export_to_video
 
+from rewards.flags import file_to_write
 from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
-from rlhf.export import add_trained_blocks
+from rlhf.export import add_trained_blocks, require_adapter
 from rlhf.method_checks import is_distilled
 from rlhf.run_folder import settings_in
 
@@ -34,6 +35,7 @@ NEGATIVE_PROMPTS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command. Exits with a message where something is wrong."""
     args = parse(arguments)
     try:
         device = pick_device(args.device)
@@ -47,15 +49,18 @@ def main(arguments: list[str] | None = None) -> None:
         video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
     except ValueError as error:
         raise SystemExit(f"demo.py: error: {error}") from error
-    export_to_video(video, args.output, fps=sampling.fps)
+    export_to_video(video, str(args.output), fps=sampling.fps)
     print(f"wrote {args.output}: {len(video)} frames of {sampling.width}x{sampling.height} at {sampling.fps} fps")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of the command."""
     parser = argparse.ArgumentParser(description="Sample a video from a prompt.")
     parser.add_argument("--model_id", default="nano", help="nano, a folder, or a hub id (default: %(default)s)")
     parser.add_argument("--prompt", help="what to show; nano and ContentV-8B have one of their own")
-    parser.add_argument("--output", default="video.mp4", help="file to write (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=file_to_write, default="video.mp4", help="file to write (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of the initial noise (default: %(default)s)")
     parser.add_argument("--device", help=f"one of {', '.join(KNOWN_DEVICES)}; by default what the machine has")
     parser.add_argument("--lora", help="folder of an adapter, such as RUN/adapter")
@@ -63,11 +68,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{field.name}", type=field.type, help="by default what the checkpoint recommends")
     args = parser.parse_args(arguments)
     args.prompt = args.prompt or PROMPTS.get(args.model_id)
-    output = Path(args.output)
-    if output.suffix not in VIDEOS or not output.absolute().parent.is_dir():
-        parser.error(
-            f"--output: got {args.output!r}, expected {' or '.join(VIDEOS)} in a folder that is there; correct it"
-        )
+    if args.output.suffix not in VIDEOS:
+        parser.error(f"argument --output: got {args.output.name!r}, expected {' or '.join(VIDEOS)}; correct it")
     if args.prompt is None:
         parser.error(f"{args.model_id} has no prompt of its own; add --prompt")
     if args.negative_prompt is None:
@@ -79,6 +81,7 @@ def add_lora(pipe: ContentVPipeline, name: str) -> None:
     """Add an adapter from a folder, a file, or a hub id, with blocks trained whole. ValueError if it is not there."""
     try:
         pipe.load_lora_weights(name)
+        require_adapter(pipe.transformer, name)
         add_trained_blocks(pipe.transformer, Path(name))
     except Exception as error:  # offline, unknown and gated ones all have types of their own
         expected = "expected the folder of an adapter such as runs/nano/adapter, or a hub id"

@@ -23,6 +23,7 @@ NANO_ATTRIBUTES = ("color", "shape", "motion", "count")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/compare.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("base", type=Path, help="scored folder of the first model")
@@ -94,11 +95,12 @@ def _cells(row: dict) -> tuple[str, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
     args = parse(argv)
     try:
         pairs = read_pairs(args.base, args.tuned)
         rows = compare(pairs, categories(args.by, args.base, pairs.prompts), args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"eval/compare.py: {error}", file=sys.stderr)
         return 2
     alone = f"; {pairs.unpaired} videos have no partner and are left out" if pairs.unpaired else ""

@@ -16,6 +16,7 @@ from rlhf.run_folder import run_in
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/report.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("run", type=Path, help="folder of a training run")
@@ -28,14 +29,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
     args = parse(argv)
     try:
         if not run_in(args.run):
             raise ValueError(f"{args.run}: got no run there, expected the folder of a training run; correct the path")
         if bool(args.before) != bool(args.after):
             raise ValueError("--before and --after: got one of them, expected both or neither; add the other")
-        path = write_report(args.run, args.output, args.before, args.after, int(args.max_mb * 10**6))
-    except ValueError as error:
+        path = write_report(args.run, args.output, args.before, args.after, args.max_mb * 10**6)
+    except (ValueError, OSError) as error:
         print(f"eval/report.py: {error}", file=sys.stderr)
         return 2
     print(f"wrote {path}: {path.stat().st_size / 10**6:.1f} MB")

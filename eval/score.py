@@ -10,7 +10,6 @@ Scores are kept by content: what was scored once is not scored again, whatever i
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,10 +20,12 @@ from rewards.list import table
 from rewards.read import check_file
 from rewards.score import prompts_of
 from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
+from rlhf.reading import read_rows, reading
 from rlhf.video_set import SCORES, Video, name_in, read_set, require_files, write_rows
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/score.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of videos")
@@ -68,8 +69,9 @@ def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float
     """
     path, old = folder / SCORES, {}
     if path.is_file():
-        known = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in known}
+        known = read_rows(path)
+        with reading(path):
+            old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in known}
     rows = []
     for video, new in zip(videos, scores, strict=True):
         name, content = name_in(folder, video.path), content_of(video.path)
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_scores(folder, videos, scores)
                 means = (sum(row[name] for row in scores) / len(scores) for name in scorer.specs)
                 rows.append((str(folder), str(len(videos)), *(f"{mean:.5g}" for mean in means)))
-    except ValueError as error:  # RewardError is one
+    except (ValueError, OSError) as error:  # RewardError is the first
         print(f"eval/score.py: {error}", file=sys.stderr)
         return 2
     if accelerator.is_main_process:

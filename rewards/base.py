@@ -102,8 +102,11 @@ def frames_needed(reward: Callable, total: int) -> int:
     return 1 if frames == "first" else min(frames, total)
 
 
-def check_scores(name: str, scores: Any, prompts: list[str]) -> None:
-    """Raise RewardError unless scores is a finite floating tensor of shape (B,), B = len(prompts)."""
+def check_scores(name: str, scores: Any, prompts: list[str], video_BCTHW: torch.Tensor | None = None) -> None:
+    """Raise RewardError unless scores is a finite floating tensor of shape (B,), B = len(prompts).
+
+    video_BCTHW: what was scored, to tell a reward that breaks from a video that is broken already.
+    """
     batch = len(prompts)
     if not isinstance(scores, torch.Tensor):
         got, cure = f"a {type(scores).__name__}", "return one score for each video as a tensor"
@@ -117,6 +120,9 @@ def check_scores(name: str, scores: Any, prompts: list[str]) -> None:
     bad = (~torch.isfinite(scores.detach())).nonzero().flatten().tolist()
     if bad:
         got = f"the score {scores[bad[0]].item()} for prompt {prompts[bad[0]]!r}"
+        if video_BCTHW is not None and not torch.isfinite(video_BCTHW[bad[0]]).all():
+            cure = "lower learning_rate, or look at guidance_scale and dtype: it is the model that has diverged"
+            raise RewardError(name, got=f"{got}, and pixels that are no numbers", expected="a finite video", cure=cure)
         cure = "look for a division by zero, a logarithm or root of zero, or half precision that overflows"
         raise RewardError(name, got=got, expected="a finite number", cure=cure)
 

@@ -1,5 +1,6 @@
 """Values of flags that several commands have; argparse tells what is wrong with another text, before any work."""
 
+import os
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -37,9 +38,11 @@ def device(text: str) -> torch.device:
 
 
 def file_to_write(text: str) -> Path:
-    """The path of a file whose folder is there."""
+    """The path of a file that can be written, in a folder that is there."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         got = "a folder" if path.is_dir() else f"no folder {path.parent}"
         raise ArgumentTypeError(f"got {got}, expected a file in a folder that exists; correct it, or make that first")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ArgumentTypeError(f"got no right to write {path}, expected one; choose another")
     return path

@@ -118,7 +118,7 @@ class RewardMix:
         frames = frames_needed(reward, video_BCTHW.shape[2])
         with torch.set_grad_enabled(with_gradient):
             scores_B = _asked(name, reward, video_BCTHW[:, :, :frames], prompts, info)
-        check_scores(name, scores_B, prompts)
+        check_scores(name, scores_B, prompts, video_BCTHW)
         return at_least_float32(scores_B)
 
     def _entering(self, name, scores_B: torch.Tensor) -> torch.Tensor:

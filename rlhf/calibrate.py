@@ -13,6 +13,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.evaluate import OF_A_VIDEO, MakeVideos, kept_settings
 from rlhf.layout import Layout
 from rlhf.parallel import own_batches
+from rlhf.reading import read_object
 from rlhf.sampler import draw_noise
 
 # {"scores": {name: [raw score of each base sample]}, "settings": those of ALIKE}
@@ -41,14 +42,14 @@ def calibrate(
             told = {name: scores_N.tolist() for name, scores_N in scores.items()}
             path.write_text(json.dumps({"scores": told, "settings": kept_settings(args, ALIKE)}) + "\n")
     else:
-        scores = {name: torch.tensor(values) for name, values in json.loads(path.read_text())["scores"].items()}
+        scores = {name: torch.tensor(values) for name, values in read_object(path)["scores"].items()}
     mix.calibrate(scores)
 
 
 def is_calibrated(mix: RewardMix, args: RewardGradientConfig) -> bool:
     """Whether the run's folder holds scores of these rewards on as many videos, made alike, as the settings say."""
     path = Path(args.output_dir) / CALIBRATION
-    kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept = read_object(path) if path.is_file() else {}
     counts = {name: len(values) for name, values in kept.get("scores", {}).items()}
     of_these = counts == dict.fromkeys(mix.rewards, args.calibrate_rewards)
     return of_these and kept["settings"] == kept_settings(args, ALIKE)

@@ -47,7 +47,6 @@ NOT_NEGATIVE = (
     "learning_rate",
     "warmup_steps",
     "weight_decay",
-    "adam_epsilon",
     "max_grad_norm",
     "max_skipped_steps",
     "save_steps",
@@ -172,6 +171,9 @@ def _out_of_range(args):
             yield f"{name}: got {getattr(args, name)!r}, expected one of {', '.join(choices)}; choose one"
     if args.decode_checkpoint and args.decode_chunk is None:
         yield "decode_checkpoint: got no decode_chunk, expected one, since a single chunk saves nothing; set it to 1"
+    if not args.adam_epsilon > 0:
+        got = f"adam_epsilon: got {args.adam_epsilon}, expected more than 0"
+        yield f"{got}: A of a new adapter has no gradient yet, and 0 / 0 is no number; raise it"
     for name in BELOW_ONE:
         if not 0 <= getattr(args, name) < 1:
             yield f"{name}: got {getattr(args, name)}, expected 0 <= {name} < 1; correct it"
@@ -212,7 +214,9 @@ def _guards(args, eval_prompts):
 
 def _run_folder(args):
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
+    if not args.output_dir:
+        yield "output_dir: got an empty path, expected a folder; name one, such as . for where you are"
+    elif folder.exists() and not folder.is_dir():
         yield f"output_dir={args.output_dir} is a file, expected a folder or a new path; choose another"
     elif not args.dry_run and not _may_write(here := _first_that_exists(folder)):
         yield f"output_dir={args.output_dir}: got no right to write in {here}, expected one; choose another"

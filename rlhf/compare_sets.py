@@ -1,6 +1,5 @@
 """Two scored sets of videos, pair by pair: the same prompt and seed from two models. N prompts."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from rlhf.reading import read_rows, reading
 from rlhf.resampling import LEVEL, compared, holm
 from rlhf.video_set import SCORES, Key, numbered
 
@@ -80,17 +80,25 @@ def _rows(folder: Path) -> dict[Key, dict[str, float]]:
     path = Path(folder) / SCORES
     if not path.is_file():
         raise ValueError(f"{path}: got no file there, expected the scores of a folder; run eval/score.py on it")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if not rows:
+    scores = read_scores(path)
+    if not scores:
         raise ValueError(f"{path}: got no scores, expected some; run eval/score.py on the folder")
-    for row in rows:
-        if broken := [name for name, score in row["scores"].items() if not math.isfinite(score)]:
-            got = f"{broken[0]}={row['scores'][broken[0]]} for {row['prompt']!r}"
+    for (prompt, *_), row in scores.items():
+        if broken := [name for name, score in row.items() if not math.isfinite(score)]:
+            got = f"{broken[0]}={row[broken[0]]} for {prompt!r}"
             raise ValueError(
                 f"{path}: got {got}, expected finite scores; score the folder anew, or leave the video out"
             )
-    keys = numbered((row["prompt"], row["seed"]) for row in rows)
-    return {key: row["scores"] for key, row in zip(keys, rows, strict=True)}
+    return scores
+
+
+def read_scores(path: Path) -> dict[Key, dict[str, float]]:
+    """What a scores.jsonl says of each video, by reward. Raises DamagedFileError."""
+    rows = read_rows(path)
+    with reading(path):
+        keys = numbered((row["prompt"], row["seed"]) for row in rows)
+        scores = [{name: float(score) for name, score in row["scores"].items()} for row in rows]
+    return dict(zip(keys, scores, strict=True))
 
 
 def _means(prompts: list[str], values: list[tuple[str, float]]) -> torch.Tensor:

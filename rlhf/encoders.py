@@ -1,12 +1,11 @@
 """The text encoders, which are on the device until the prompts of the run are encoded: what they need there."""
 
-import json
-
 import torch
 
 from rlhf.contentv.files import CONFIG_FILES, CONTENTV_8B, model_folder
 from rlhf.contentv.loading import TEXT_ENCODERS
 from rlhf.parts import trace_part
+from rlhf.reading import read_object
 from rlhf.text import ENCODE_BATCH
 
 # ContentV-8B's, which are Stable Diffusion 3.5's: CLIP L/14 (arXiv 2103.00020), OpenCLIP bigG/14 (arXiv 2212.07143) and
@@ -38,16 +37,19 @@ PUBLISHED = {
 
 
 def encoder_configs(model: str) -> dict[str, dict]:
-    """Of a model's three text encoders, as its files have them; ContentV-8B's without a file. ValueError if absent."""
+    """Configurations of a model's text encoders, by its files; ContentV-8B's without a file. ValueError if absent."""
     if model == CONTENTV_8B:
         return PUBLISHED
     files = {name: f"{name}/{CONFIG_FILES[name]}" for name in TEXT_ENCODERS}
     folder = model_folder(model, list(files.values()))
-    return {name: json.loads((folder / file).read_text(encoding="utf-8")) for name, file in files.items()}
+    return {name: read_object(folder / file) for name, file in files.items()}
 
 
 def encoding_bytes(configs: dict[str, dict], tokens: dict[str, int], dtype: torch.dtype) -> int:
-    """Of all weights, and of what the one that takes most computes for a batch of prompts. tokens: of a prompt."""
+    """Bytes of all weights, and of what the encoder that takes most computes for a batch of prompts.
+
+    tokens: of a prompt, by encoder.
+    """
     weights, most = 0, 0
     for name, config in configs.items():
         cls = TEXT_ENCODERS[name]

@@ -11,6 +11,7 @@ import torch
 
 from rlhf.device import energy_joules, peak_memory, pick_device
 from rlhf.parallel import available_cores
+from rlhf.reading import read_log
 
 ENVIRONMENT = "environment.jsonl"
 PACKAGES = ("contentv-rlhf", "torch", "diffusers", "transformers", "peft", "accelerate")
@@ -54,8 +55,7 @@ def record_end(folder: Path, ended_by: str | None = None) -> None:
 
 def read_environment(folder: Path) -> list[dict]:
     """One object for each start of the run, [] for a run that recorded none."""
-    path = folder / ENVIRONMENT
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return read_log(folder / ENVIRONMENT)
 
 
 def _device_name(device: torch.device) -> str:

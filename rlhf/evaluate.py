@@ -18,6 +18,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.layout import Layout
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_batches
+from rlhf.reading import reading
 from rlhf.sampler import draw_noise
 from rlhf.trackers import Clip
 from rlhf.tracking import EvaluationBar, to_uint8, write_samples
@@ -46,16 +47,18 @@ class Evaluation:
         return {name: scores.mean().item() for name, scores in self.scores.items() if len(scores)}
 
     def save(self, path: Path) -> None:
-        """Write it as one safetensors file; prompts and settings are in its metadata."""
+        """Write it as one safetensors file, whole or not at all; prompts and settings are in its metadata."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
         told = {"prompts": json.dumps(self.prompts), "settings": json.dumps(self.settings)}
-        save_file(tensors | {"videos": self.videos_NCTHW}, path, metadata=told)
+        unfinished = path.with_name(f"{path.name}.tmp")
+        save_file(tensors | {"videos": self.videos_NCTHW}, unfinished, metadata=told)
+        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
-        """Read what `save` wrote."""
-        with safe_open(path, "pt") as file:
+        """Read what `save` wrote. Raises DamagedFileError."""
+        with reading(path), safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             prompts, settings = (json.loads(file.metadata().get(key, "{}")) for key in ("prompts", "settings"))
         scores = {k[7:]: v for k, v in tensors.items() if k != "videos"}
@@ -63,7 +66,7 @@ class Evaluation:
 
 
 def kept_settings(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
-    """Those settings, as they come back from a file."""
+    """The settings of these names, as they come back from a JSON file."""
     return json.loads(json.dumps({name: vars(args).get(name) for name in names}))
 
 

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,8 +31,11 @@ from rlhf.lora import BLOCKS_FILE
 from rlhf.lora_scale import check_scale, fold_scale, scaled
 from rlhf.method_checks import is_distilled
 from rlhf.model_card import Export, write_card
+from rlhf.reading import reading
+from rlhf.run_folder import settings_in
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+OF_THIS_MODEL = "expected an adapter of this model, as a run or pipe.save_lora_weights writes it; name the right one"
 
 
 def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = None) -> None:
@@ -49,10 +51,10 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
         ValueError: no finished run in `run`, `out` in use, base model absent, adapter that is not finite.
     """
     adapter = _check(run, out, scale)
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = settings_in(run)
     base = model_folder(model or config["model"])
     transformer = load_transformer(base)
-    transformer.load_lora_adapter(adapter.parent, prefix="transformer", weight_name=adapter.name, use_safetensors=True)
+    load_adapter(transformer, adapter.parent)
     add_trained_blocks(transformer, adapter.parent, scale)
     with _nothing_left_by_an_error(out):
         with merged(transformer, scale) as plain:
@@ -77,7 +79,7 @@ def export_adapter(
     adapter = _check(run, out, scale)
     if (blocks := adapter.parent / BLOCKS_FILE).exists():
         raise ValueError(f"{blocks} is there, expected LoRA weights alone: the run trained whole blocks; use --merged")
-    with safe_open(adapter, "pt") as file:
+    with reading(adapter), safe_open(adapter, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     if broken := [key for key, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(f"{adapter}: got NaN or infinity in {broken[0]}, expected finite weights; train again")
@@ -110,6 +112,26 @@ def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[S
     finally:
         for parameter, original in originals:
             parameter.data.copy_(original)
+
+
+def load_adapter(transformer: SD3Transformer3DModel, folder: Path) -> None:
+    """Add the adapter in a folder such as RUN/adapter. Raises ValueError for one that is not of this transformer."""
+    path = folder / ADAPTER_FILE
+    with reading(path), safe_open(path, "pt") as file:
+        file.keys()
+    try:
+        transformer.load_lora_adapter(folder, prefix="transformer", weight_name=ADAPTER_FILE, use_safetensors=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of other shapes
+        raise ValueError(f"{path}: got another model's adapter ({str(error)[:200]}), {OF_THIS_MODEL}") from error
+    require_adapter(transformer, path)
+
+
+def require_adapter(transformer: SD3Transformer3DModel, name: str | Path) -> None:
+    """Raise ValueError if nothing of the adapter of that name has come to the transformer, of which peft only warns."""
+    if not getattr(transformer, "peft_config", None):
+        raise ValueError(f"{name}: got no layer of this transformer, {OF_THIS_MODEL}")
 
 
 @torch.no_grad()

@@ -21,9 +21,10 @@ from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator
-from rlhf.export import ADAPTER_FILE, add_trained_blocks, merged
+from rlhf.export import ADAPTER_FILE, add_trained_blocks, load_adapter, merged
 from rlhf.lora import BLOCKS_FILE
 from rlhf.lora_scale import check_scale, scaled
+from rlhf.reading import read_object
 from rlhf.tracking import to_uint8, write_video
 from rlhf.video_set import Video
 
@@ -62,9 +63,7 @@ class Variant:
         pipe = load_pipeline(self.model, device=device)
         pipe.set_progress_bar_config(disable=True)
         if self.lora:
-            pipe.transformer.load_lora_adapter(
-                self.lora, prefix="transformer", weight_name=ADAPTER_FILE, use_safetensors=True
-            )
+            load_adapter(pipe.transformer, self.lora)
             add_trained_blocks(pipe.transformer, self.lora, self.scale)
         if self.merge:
             with merged(pipe.transformer, self.scale) as plain:
@@ -123,7 +122,7 @@ def write_whole(path: Path, video_TCHW: torch.Tensor, fps: int) -> None:
 def check_settings(folder: Path, variant: Variant, sampling: SamplingDefaults) -> None:
     """Raise ValueError if the videos in the folder were made otherwise."""
     path, now = folder / SETTINGS_FILE, _settings(variant, sampling)
-    before = json.loads(path.read_text()) if path.is_file() else now
+    before = read_object(path) if path.is_file() else now
     for key in now:
         if before.get(key) != now[key]:
             raise ValueError(

@@ -1,6 +1,7 @@
 """What the method and the adapter of a run ask of the other settings and of the model."""
 
 import difflib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -45,7 +46,7 @@ def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[
         for layer, value in (getattr(args, name) or {}).items():
             if value < 1:
                 yield f"{name}: got {value} for {layer!r}, expected at least 1; raise it"
-    if args.train_blocks or args.lora_target_modules:
+    if args.train_blocks or args.lora_target_modules or args.lora_rank_pattern or args.lora_alpha_pattern:
         yield from _named_modules(args, transformer)
 
 
@@ -74,6 +75,33 @@ def _named_modules(args, transformer):
             near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
             cure = f"did you mean {near[0]!r}?" if near else "correct it"
             yield f"lora_target_modules: got {target!r}, expected the end of a linear layer's name such as to_q; {cure}"
+    yield from _adapted_layers(args, layers)
+
+
+def _adapted_layers(args, layers):
+    """Problems of what leaves the adapter no layer, or names none of its layers. layers: the model's linear ones."""
+    from rlhf.lora import ATTENTION
+
+    ends, whole = ([f".{name}" for name in names or []] for names in (args.lora_target_modules, args.train_blocks))
+    ends = ends or [f".{name}" for name in ATTENTION]
+    adapted = [n for n in layers if any(f".{n}".endswith(end) for end in ends)]
+    left = [n for n in adapted if not any(f".{n}.".startswith(f"{block}.") for block in whole)]
+    if adapted and not left:
+        got = f"got {', '.join(args.train_blocks)}, which hold all layers that the adapter is for"
+        yield f"train_blocks: {got}, expected one at least to be left to it; train fewer whole"
+    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for pattern in getattr(args, name) or {}:
+            if not _matches(pattern, adapted):
+                expected = "expected the end of an adapted layer's name such as to_q, or a regular expression of it"
+                yield f"{name}: got {pattern!r}, {expected}; correct it"
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    """Whether peft finds one of the names by the pattern."""
+    try:
+        return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+    except re.error:
+        return False
 
 
 def _belonging(args):

@@ -96,7 +96,10 @@ def _file_problems(path: Path | None) -> list[str]:
     """What is wrong with the keys and values of a config file, each by itself."""
     if path is None:
         return []
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: got {error.reason}, expected UTF-8; save it as UTF-8"]) from None
     try:
         values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"got the built-in set {min(built_in)}, expected files with a prompt a line; name files")
     try:
         sets = [load_prompts(file, None, 0) for file in args.files]
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     for file, prompts in zip(args.files, sets, strict=True):

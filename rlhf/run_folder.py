@@ -3,10 +3,9 @@
 import shutil
 from pathlib import Path
 
-import yaml
-
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.prompts import write_prompts
+from rlhf.reading import read_object
 
 METRICS = "metrics.jsonl"
 BEST = "best_adapter"
@@ -38,9 +37,12 @@ def run_in(folder: Path) -> bool:
 
 
 def settings_in(folder: Path) -> dict:
-    """The settings of the run in the folder, as its config.yaml has them; {} where there is none."""
+    """The settings of the run in the folder, as its config.yaml has them; {} where there is none.
+
+    Raises DamagedFileError.
+    """
     path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def own_prompts(args: RewardGradientConfig, setting: str) -> str:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from rlhf.config import RewardGradientConfig
 from rlhf.device import peak_memory, reset_peak_memory
 from rlhf.figures import contact_sheet, plot_curves
+from rlhf.reading import read_log
 from rlhf.run_folder import METRICS
 from rlhf.trackers import Clip
 from rlhf.video_set import unbroken
@@ -41,7 +42,7 @@ class RunLog:
         self.accelerator, self.folder = accelerator, Path(args.output_dir)
         self.is_main = accelerator.is_main_process
         if self.is_main:
-            keep_rows(self.folder, before_step=first_step)
+            keep_rows(self.folder, last_step=first_step)
         self.bar = tqdm(
             total=args.max_steps, initial=first_step, desc="train", unit="step", disable=not self.is_main, smoothing=0.1
         )
@@ -71,18 +72,16 @@ class RunLog:
         self.bar.close()
 
 
-def keep_rows(folder: Path, before_step: int) -> None:
-    """Drop the rows after a checkpoint's step, which a resumed run writes anew, and a half-written last one."""
+def keep_rows(folder: Path, last_step: int) -> None:
+    """Drop the rows after last_step, a checkpoint's, which a resumed run writes anew, and a half-written last row."""
     if (path := folder / METRICS).exists():
-        rows = [row for row in read_metrics(folder) if row["step"] <= before_step]
+        rows = [row for row in read_metrics(folder) if row["step"] <= last_step]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl, one an optimizer step; none without the file, nor a last one that was half written."""
-    path = Path(folder) / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_log(Path(folder) / METRICS)
 
 
 class EvaluationBar:

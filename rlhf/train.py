@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         args = check_config(args)  # before the seconds that importing the trainer takes
     except ConfigError as error:
         return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
+    except OSError as error:  # rights, or a prompt where a path belongs
+        cure = "correct the setting that names it, or the rights"
+        return _tell(f"train_rlhf: got {error}, expected a path that can be read; {cure}", EXIT_SETTINGS)
     return dry_run(args) if args.dry_run else train(args)
 
 
@@ -51,6 +54,7 @@ def train(args: RewardGradientConfig) -> int:
 
     from rlhf.checkpoint import SavingError, last_whole
     from rlhf.failures import TrainingError, out_of_memory
+    from rlhf.reading import DamagedFileError
     from rlhf.trainer import RewardGradientTrainer
 
     try:
@@ -60,7 +64,7 @@ def train(args: RewardGradientConfig) -> int:
         return 0
     except ConfigError as error:
         return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
-    except (RewardError, TrainingError, SavingError) as error:
+    except (RewardError, TrainingError, SavingError, DamagedFileError) as error:
         return _tell(f"train_rlhf: {error}{_resume_hint(args, last_whole)}", EXIT_FAILED)
     except (RuntimeError, MemoryError) as error:
         if (told := out_of_memory(error)) is None:

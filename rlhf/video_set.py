@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards.read import VIDEOS
+from rlhf.reading import reading
 
 MANIFEST, SCORES = "videos.jsonl", "scores.jsonl"
 NUMBER_ENDING = re.compile(r"-\d+$")
@@ -42,7 +43,8 @@ def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
         videos = [_listed(folder, number, line) for number, line in _lines(folder / MANIFEST)]
     elif (folder / "prompts.txt").is_file():
         rows = [line.split("\t", 1) for _, line in _lines(folder / "prompts.txt")]
-        videos = [Video(folder / f"{name}.mp4", prompt) for name, prompt in rows]
+        with reading(folder / "prompts.txt"):
+            videos = [Video(folder / f"{name}.mp4", prompt) for name, prompt in rows]
     elif names_are_prompts:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS)
         videos = [Video(path, prompt_of(path), _number(path)) for path in paths]
@@ -127,7 +129,9 @@ def _row(folder: Path, video: Video) -> dict:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    return [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def _listed(folder: Path, number: int, line: str) -> Video:

@@ -28,6 +28,7 @@ ROWS = [
     Row(["--learing_rate", "1", "--seed", "x"], "argument --seed", "int value", "correct the flag"),
     Row(["--config"], "--config: got no path", "expected a YAML file such as configs/nano.yaml", "correct the path"),
     Row(["--config", "absent.yaml"], "got absent.yaml, which is not a file", "expected a YAML", "correct the path"),
+    Row(["--config", "{tmp}/latin.txt"], "latin.txt: got invalid", "expected UTF-8", "save it as UTF-8"),
     Row("a: [1", "config.yaml", "is not YAML", "correct that line"),
     Row("# nothing", "got an empty file", "expected lines of the form 'key: value'", "correct the file"),
     Row("seed: 1\nseed: 2", "key seed: got it in lines 1 and 2", "expected it once", "leave one out"),
@@ -60,6 +61,8 @@ ROWS = [
     Row({"dtype": "float16"}, "dtype: got 'float16'", "expected one of auto, float32, bfloat16", "choose one"),
     Row({"prompts": "absent.txt"}, "got no file at", "expected a text file or one of nano_train", "correct the path"),
     Row({"prompts": "{tmp}/latin.txt"}, "prompt file {tmp}/latin.txt: got", "expected UTF-8", "save it as UTF-8"),
+    Row({"prompts": "{tmp}/broken.jsonl"}, "broken.jsonl, line 2: got", 'a row such as {"prompt"', "correct it"),
+    Row({"prompts": "{tmp}/text.jsonl"}, "text.jsonl: got the row", "rows with a 'prompt'", "pass a list"),
     Row({"eval_prompts": "{tmp}/empty.txt"}, "got no prompts", "expected one a line", "write at least one"),
     # --------------------------------------------------------------------------------------------------- rewards
     Row({"reward_funcs": []}, "reward_funcs: got none", "expected at least one reward", "name one"),
@@ -94,7 +97,7 @@ ROWS = [
     # ---------------------------------------------------------------------------------------- numbers and choices
     Row({"max_steps": 0}, "max_steps: got 0", "expected at least 1", "raise it"),
     Row({"learning_rate": -1}, "learning_rate: got -1.0", "expected at least 0", "raise it"),
-    Row({"adam_epsilon": -1e-8}, "adam_epsilon: got -1e-08", "expected at least 0", "raise it"),
+    Row({"adam_epsilon": 0}, "adam_epsilon: got 0.0", "expected more than 0", "raise it"),
     Row({"adam_beta2": 1.0}, "adam_beta2: got 1.0", "expected 0 <= adam_beta2 < 1", "correct it"),
     Row({"lr_scheduler_type": "cosine"}, "got 'cosine'", "expected one of constant, linear", "choose one"),
     Row({"height": 431}, "height=431", "not divisible by 16", "use 432"),
@@ -146,6 +149,14 @@ ROWS = [
         "correct it",
     ),
     Row({"lora_rank_pattern": {"to_q": 0}}, "got 0 for 'to_q'", "expected at least 1", "raise it"),
+    Row({"lora_rank_pattern": {"to_qq": 4}}, "got 'to_qq'", "expected the end of an adapted layer's", "correct it"),
+    Row({"lora_alpha_pattern": {"to_q(": 4}}, "got 'to_q('", "or a regular expression of it", "correct it"),
+    Row(
+        {"train_blocks": ["transformer_blocks"]},
+        "got transformer_blocks, which hold all layers that the adapter is for",
+        "expected one at least to be left to it",
+        "train fewer whole",
+    ),
     Row({"train_blocks": ["blocks.3"]}, "got 'blocks.3'", "or another module of pos_embed", "correct it"),
     Row({"lora_target_modules": ["to_qq"]}, "got 'to_qq'", "expected the end of a linear layer's", "mean 'to_q'?"),
     # ------------------------------------------------------------------------------------------ speed and memory
@@ -232,6 +243,7 @@ ROWS = [
         "expected two or more",
         "raise num_eval_prompts",
     ),
+    Row({"output_dir": ""}, "output_dir: got an empty path", "expected a folder", "name one"),
     Row({"output_dir": "{tmp}/empty.txt"}, "is a file", "expected a folder or a new path", "choose another"),
     Row({"output_dir": "{tmp}/empty.txt/run"}, "got no right to write in {tmp}/empty.txt", "expected one", "choose"),
     Row({"output_dir": "{tmp}/locked/new"}, "got no right to write in {tmp}/locked", "expected one", "choose another"),

@@ -18,7 +18,10 @@ PLACE = re.compile(r"(<!-- import graph -->\n).*?(<!-- end of import graph -->)"
 # Room: what it is for, and its modules. Rooms of one number do not know each other.
 ROOMS = {
     "start": ("plug-ins of accelerators, before torch", "rlhf rlhf.plugins"),
-    "terms": ("device, shapes, measures, settings", "rlhf.device rlhf.types rlhf.measures rlhf.coerce rlhf.config"),
+    "terms": (
+        "device, shapes, measures, settings",
+        "rlhf.device rlhf.types rlhf.measures rlhf.coerce rlhf.config rlhf.reading",
+    ),
     "memory": (
         "what waits, is recomputed or streamed; attention",
         "rlhf.measured rlhf.attention rlhf.host_memory rlhf.recompute rlhf.streaming rlhf.quantise",

@@ -128,6 +128,7 @@ DAMAGES = [
     (lambda path: (path / "adapter.safetensors").unlink(), "adapter.safetensors is missing"),
     (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing or damaged"),
     (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is missing or damaged"),
+    (lambda path: (path / "manifest.json").write_text("[1]"), "manifest.json is missing or damaged"),
 ]
 
 

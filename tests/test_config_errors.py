@@ -36,6 +36,8 @@ def project(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("project")
     (tmp / "empty.txt").write_text("# nothing\n")
     (tmp / "latin.txt").write_text("zwölf", encoding="latin-1")
+    (tmp / "broken.jsonl").write_text('{"prompt": "a cat"}\na dog\n')
+    (tmp / "text.jsonl").write_text('{"text": "a cat"}\n')
     (tmp / "half" / "vae").mkdir(parents=True)
     (tmp / "run" / "adapter").mkdir(parents=True)
     (tmp / "run" / "config.yaml").touch()
@@ -63,7 +65,7 @@ def told(mistake, project: Path, monkeypatch) -> list[str]:
     settings = GOOD | {"output_dir": "{tmp}/new"} | (mistake if isinstance(mistake, dict) else {})
     text = mistake if isinstance(mistake, str) else yaml.safe_dump(settings)
     path.write_text(text.replace("{tmp}", str(project)))
-    flags = mistake if isinstance(mistake, list) else []
+    flags = [flag.replace("{tmp}", str(project)) for flag in mistake] if isinstance(mistake, list) else []
     try:
         check_config(parse_config(flags if "--config" in flags else ["--config", str(path), *flags]))
     except ConfigError as error:

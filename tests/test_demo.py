@@ -61,6 +61,10 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
         transformer_lora_adapter_metadata=config.to_dict(),
     )
     flags = ["--lora", str(tmp_path / "adapter")]
+    (tmp_path / "other").mkdir()
+    save_file({"other.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(SystemExit, match="got no layer of this transformer, expected an adapter of this model"):
+        demo(saved, tmp_path / "x.mp4", "--lora", str(tmp_path / "other"))
     plain, tuned = demo(saved, tmp_path / "0.mp4"), demo(saved, tmp_path / "1.mp4", *flags)
     assert not torch.equal(plain, tuned)
     name = "transformer_blocks.0.ff.net.2.weight"
@@ -86,14 +90,24 @@ def test_nano_and_contentv_8b_have_prompts_of_their_own():
     assert (nano.model_id, nano.prompt) == ("nano", "a large red circle moving left on a white background")
     assert large.prompt.startswith("A young musician sits on a rustic wooden stool")
     assert large.negative_prompt.startswith("overexposed, low quality, deformation")
-    assert (nano.negative_prompt, nano.seed, nano.output) == (None, 42, "video.mp4")
+    assert (nano.negative_prompt, nano.seed, nano.output) == (None, 42, Path("video.mp4"))
 
 
-@pytest.mark.parametrize("output", ["no_such_folder/x.mp4", "x.foo"])
-def test_a_video_that_cannot_be_written_is_told_before_it_is_sampled(output, capsys):
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("no_such_folder/x.mp4", "got no folder no_such_folder, expected a file in a folder that exists"),
+        ("x.foo", "got 'x.foo', expected .mp4 or .mov or .mkv or .avi"),
+        ("locked/x.mp4", "got no right to write locked/x.mp4, expected one"),
+    ],
+)
+def test_a_video_that_cannot_be_written_is_told_before_it_is_sampled(output, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")  # root may everything
     with pytest.raises(SystemExit):
         parse(["--output", output])
-    assert f"got {output!r}, expected .mp4 or .mov or .mkv or .avi in a folder that is there" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_another_model_needs_a_prompt(capsys):

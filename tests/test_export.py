@@ -202,6 +202,38 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:500]), "weights.safetensors: got a damaged file"),
+        (lambda path: (path.parents[1] / "config.yaml").write_text(""), "config.yaml: got a damaged file"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["--merged", "--adapter"])
+def test_a_damaged_run_is_told(tmp_path, kind, change, told):
+    run = make_run(tmp_path)
+    change(run / "adapter" / ADAPTER_FILE)
+    with pytest.raises(SystemExit, match=told):
+        main([str(run), kind, str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda key, value: (f"other.{key}", value), "got no layer of this transformer"),
+        (lambda key, value: (key, torch.zeros(3, 7)), "got another model's adapter"),
+    ],
+)
+def test_an_adapter_of_another_model_is_not_merged_as_nothing(tmp_path, change, told):
+    path = make_run(tmp_path) / "adapter" / ADAPTER_FILE
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(dict(change(key, value) for key, value in load_file(path).items()), path, metadata)
+    with pytest.raises(SystemExit, match=f"(?s){told}.*expected an adapter of this model"):
+        main([str(tmp_path / "run"), "--merged", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("kind", ["--merged", "--adapter"])
 def test_a_scale_that_is_no_number_and_a_place_that_cannot_be_written_are_told(run, tmp_path, kind):
     for scale in ("nan", "inf"):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
@@ -229,3 +230,11 @@ def test_the_average_follows_the_vector_and_stands_in_for_it():
         assert torch.equal(masters.params[0].flatten(), masters.average[: masters.params[0].numel()])
     assert torch.equal(masters.vector.detach(), current)
     assert torch.equal(masters.params[0].flatten(), current[: masters.params[0].numel()])
+
+
+def test_an_adapters_description_stays_as_it_was_written(tiny_transformer):
+    """The next run of a notebook is given the same object."""
+    config = LoraConfig(r=2, target_modules="all-linear")
+    add_adapter(tiny_transformer, config, seed=0)
+    assert config.target_modules == "all-linear"
+    assert len(tiny_transformer.peft_config["default"].target_modules) > 5

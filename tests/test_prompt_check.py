@@ -66,6 +66,8 @@ def test_the_command_names_both_prompts_and_files(files, capsys):
 def test_a_file_that_cannot_be_read_is_told(files, capsys):
     assert main([*files("a\n"), "absent.txt"]) == 2
     assert "got no file at" in capsys.readouterr().err
+    assert main(["a prompt in place of a file " * 20]) == 2
+    assert "File name too long" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import pytest
 from report_runs import GAINS, NASTY, PROMPTS, UNFINISHED, Page, killed, metrics, read
+from scripts import script
 
 from rlhf.compare import summarise
 from rlhf.environment import record_end, record_start
@@ -73,6 +74,8 @@ def test_videos_beyond_the_size_stay_beside_it(finished, tmp_path):
     assert 0 < len(beside) < 24
     assert all((output.parent / address.replace("%20", " ")).is_file() for address in beside)
     assert "not in this file but beside it" in page.text
+    assert script("eval/report.py").main([str(finished), "--output", str(output), "--max_mb", "inf"]) == 0
+    assert output.stat().st_size == whole
 
 
 def test_what_was_set_and_what_it_cost(finished):

@@ -25,12 +25,15 @@ def test_they_are_understood(tmp_path):
         (VBENCH, [*SCORE, "{nowhere}/a.json"], "got no folder {nowhere}, expected a file in a folder"),
         (REPORT, ["run", "--output", "{nowhere}/a.html"], "got no folder {nowhere}, expected a file in a folder"),
         (score.parse_arguments, ["a.mp4", "--reward", "r", "--json", "{nowhere}/a.json"], "got no folder {nowhere}"),
+        (COMPARE, ["a", "b", "--json", "{locked}/a.json"], "got no right to write {locked}/a.json, expected one"),
         (score.parse_arguments, ["a.mp4", "--reward", "r", "--device", "cuba"], "device='cuba', expected one of "),
         (check.parse_arguments, ["r", "--device", "bogus"], "device='bogus', expected one of "),
     ],
 )
-def test_what_is_wrong_is_told(parse, argv, told, tmp_path, capsys):
-    places = {"nowhere": tmp_path / "nowhere", "here": tmp_path}
+def test_what_is_wrong_is_told(parse, argv, told, tmp_path, capsys, monkeypatch):
+    places = {"nowhere": tmp_path / "nowhere", "here": tmp_path, "locked": tmp_path / "locked"}
+    places["locked"].mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: path != places["locked"])  # root may everything
     with pytest.raises(SystemExit):
         parse([word.format(**places) for word in argv])
     assert told.format(**places) in capsys.readouterr().err

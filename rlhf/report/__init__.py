@@ -70,7 +70,7 @@ def write_report(
     output: Path | None = None,
     before: Path | None = None,
     after: Path | None = None,
-    most_bytes: int = MOST_BYTES,
+    most_bytes: float = MOST_BYTES,
 ) -> Path:
     """Write the report of a run as far as it got; return its path, by default folder/report.html.
 
@@ -108,7 +108,7 @@ def sortable(run: Run) -> list[str]:
     return [name for name in run.judges if name in seen] + [name for name in seen if name not in run.judges]
 
 
-def cards(run: Run, beside: Path, room: int) -> Iterator[Card]:
+def cards(run: Run, beside: Path, room: float) -> Iterator[Card]:
     """The pairs of videos, the worst first; embedded while there is room, in bytes, for them."""
     first = (sortable(run) or [""])[0]
     for sample in sorted(run.samples(), key=lambda sample: sample.gains.get(first, 0.0)):

@@ -1,17 +1,17 @@
 """What a run left in its folder, as far as it got: a run that was killed or failed has less of it."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import yaml
-
-from rlhf.compare_sets import read_pairs
+from rewards.load import name_in
+from rlhf.compare_sets import read_pairs, read_scores
 from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
+from rlhf.reading import read_object
 from rlhf.resampling import compared
+from rlhf.run_folder import settings_in
 from rlhf.tracking import read_metrics
 from rlhf.video_set import SCORES, Key, Video, numbered, read_set, unbroken
 
@@ -48,8 +48,7 @@ class Run:
     @cached_property
     def config(self) -> dict:
         """The resolved settings, {} where there are none."""
-        path = self.folder / "config.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return settings_in(self.folder)
 
     @cached_property
     def metrics(self) -> list[dict]:
@@ -60,7 +59,7 @@ class Run:
     def summary(self) -> dict:
         """summary.json, {} of a run that did not finish."""
         path = self.folder / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     @cached_property
     def environment(self) -> list[dict]:
@@ -69,7 +68,7 @@ class Run:
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, Evaluation] | None:
-        """Of the base and of the tuned model, if both are there."""
+        """The evaluations of the base and of the tuned model, if both are there."""
         paths = [self.folder / "evaluation" / f"{name}.safetensors" for name in ("base", "tuned")]
         return tuple(map(Evaluation.load, paths)) if all(path.is_file() for path in paths) else None
 
@@ -101,12 +100,12 @@ class Run:
     def trained(self) -> list[str]:
         """Names of the rewards that are trained on."""
         specs = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
-        return [spec.rsplit(":", 1)[-1] for spec in specs]
+        return [name_in(spec) for spec in specs]
 
     @property
     def judges(self) -> list[str]:
         """Names of all rewards, those trained on first."""
-        others = [spec.rsplit(":", 1)[-1] for spec in self.config.get("eval_reward_funcs") or []]
+        others = [name_in(spec) for spec in self.config.get("eval_reward_funcs") or []]
         return [*self.trained, *(name for name in others if name not in self.trained)]
 
     def headline(self) -> list[dict]:
@@ -189,9 +188,7 @@ def _by_key(videos: list[Video]) -> dict[Key, Video]:
 
 def _set_scores(folder: Path) -> dict[Key, dict[str, float]]:
     path = folder / SCORES
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    keys = numbered((row["prompt"], row["seed"]) for row in rows)
-    return {key: row["scores"] for key, row in zip(keys, rows, strict=True)}
+    return read_scores(path) if path.is_file() else {}
 
 
 def training_table(metrics: list[dict]) -> list[dict]:
