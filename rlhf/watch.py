@@ -89,8 +89,12 @@ class Watch:
         guard = self.guard
         if guard is None or not guard.stop:
             return None
-        best = f"the best was step {guard.best_step}, {guard.best_gain:+.2f} spreads above the base"
-        return f"The held-out rewards did not rise in {guard.worse} evaluations; {best}, kept in {self._best}."
+        told = f"the best was step {self._told_best}, kept in {self._best}"
+        return f"The held-out rewards did not rise in {guard.worse} evaluations; {told}."
+
+    @property
+    def _told_best(self) -> str:
+        return f"{self.guard.best_step}, {self.guard.best_gain:+.2f} spreads above the base"
 
     def saved(self) -> dict | None:
         """What `begin` takes when the run goes on."""
@@ -105,6 +109,8 @@ class Watch:
         load_vector(self._best / MASTERS_FILE, self.masters, vector)
         self.masters.set(vector)
         self.latest = None
+        if self.is_main:
+            print(f"The result is the adapter of step {self._told_best}.")
 
     def finish(self, done: int, started: float) -> dict:
         """Evaluate the current adapter as the run's result and write what a person looks at. The summary."""
