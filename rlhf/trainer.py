@@ -132,7 +132,7 @@ class RewardGradientTrainer:
             self._save(done)
             with self.masters.averaged():
                 if self.args.load_best_model_at_end:
-                    self.watch.load_best()
+                    self.watch.load_best(done)
                 if self.accelerator.is_main_process:
                     save_adapter(self.pipe, self.masters, self.folder / "adapter")
                 if self.watch:

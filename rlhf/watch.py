@@ -102,13 +102,14 @@ class Watch:
             return None
         return {name: getattr(self.guard, name) for name in KEPT} | {"told_in": self._told_in}
 
-    def load_best(self) -> None:
-        """Make the best adapter so far the current one, on every process."""
+    def load_best(self, done: int) -> None:
+        """Make the best adapter so far the current one, on every process; done: steps of the one that is it now."""
         self.held_out.layout.wait_for_everyone()
         vector = torch.empty_like(self.masters.vector, requires_grad=False)
         load_vector(self._best / MASTERS_FILE, self.masters, vector)
         self.masters.set(vector)
-        self.latest = None
+        if done != self.guard.best_step:
+            self.latest = None
         if self.is_main:
             print(f"The result is the adapter of step {self._told_best}.")
 

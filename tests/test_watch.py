@@ -196,6 +196,17 @@ def test_a_reward_that_judges_agree_with_runs_to_its_end_and_its_best_is_late(gu
     assert torch.equal(adapter(args), adapter(args, "best_adapter"))
 
 
+def test_a_best_adapter_that_is_the_last_is_not_evaluated_twice(guarded, monkeypatch):
+    evaluate, names = HeldOut.evaluate, []
+    monkeypatch.setattr(HeldOut, "evaluate", lambda self, name, *of: names.append(name) or evaluate(self, name, *of))
+    args = guarded("rosiness", max_steps=2, learning_rate=3e-2, load_best_model_at_end=True)
+    summary = run(args)
+    assert names == ["base", "step 1", "step 2"]
+    assert summary["best"]["step"] == 2
+    assert summary["best"]["gain_held_out"] == summary["gain_held_out"]
+    assert torch.equal(adapter(args), adapter(args, "best_adapter"))
+
+
 def test_a_guarded_run_with_everything_resumes_to_the_bit(guarded, tmp_path):
     settings = {"method": "uniform", "num_grad_steps": 2, "drift_weight": 0.1, "anchor_steps": 2, "ema_decay": 0.5}
     whole = guarded("rosiness", output_dir=str(tmp_path / "whole"), max_steps=5, learning_rate=3e-2, **settings)
