@@ -52,8 +52,8 @@ class RewardGradientTrainer:
     """Trains an adapter on a text-to-video model by back-propagating rewards through its last denoising steps.
 
     Args:
-        model: what names the generator ("nano", a local folder, a hub id; default: args.model) or a `ContentVPipeline`,
-            which is trained in place; args.model then only says in config.yaml which it was.
+        model: what names the generator ("nano", a local folder, a hub id; default: args.model) or a `ContentVPipeline`
+            without an adapter, which is trained in place; args.model then only says in config.yaml which it was.
         reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts, **info) -> scores.
             Default: args.reward_funcs.
         args: the settings.
