@@ -241,7 +241,7 @@ def _newest_whole(folder: Path, quiet: bool) -> Path:
     every, found = checkpoints(folder), last_whole(folder)
     if found is None:
         got = "; ".join(f"{path}: {damage(path)}" for path in every) or "no checkpoint"
-        expected = f"expected folders step-N in {folder}; correct output_dir, or leave the setting out to start afresh"
+        expected = f"expected folders step-N in {folder}; correct output_dir, or set overwrite_output_dir instead"
         raise ConfigError([f"resume_from_checkpoint='latest': got {got}, {expected}"])
     for path in every[every.index(found) + 1 :] if not quiet else []:
         logger.warning(f"{path}: {damage(path)}; going on from {found} instead")

@@ -1,7 +1,8 @@
-"""Values of settings as the types that they should have, forgiving what YAML and the shell blur."""
+"""Values of settings as the types that they should have, forgiving what YAML, the shell and Python's paths blur."""
 
 import json
 import math
+import os
 import types
 import typing
 from typing import Any
@@ -37,12 +38,15 @@ def coerce(value: Any, annotation: Any) -> Any:
         return _exactly(value, dict)
     if typing.get_origin(kind) is dict:
         return _coerce_dict(value, typing.get_args(kind)[1])
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     if kind is bool or kind is str:
         return _exactly(value, kind)
     return _coerce_number(value, kind)
 
 
 def _coerce_number(value, kind):
+    value = value.item() if hasattr(value, "item") else value  # numpy's, of a sweep
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
     if not math.isfinite(float(value)) or kind(value) != float(value):

@@ -254,7 +254,7 @@ ROWS = [
         "expected one of them",
         "leave one out",
     ),
-    Row({"resume_from_checkpoint": "latest"}, "got no checkpoint", "expected folders step-N", "leave the setting out"),
+    Row({"resume_from_checkpoint": "latest"}, "got no checkpoint", "expected folders step-N", "overwrite_output_dir"),
     Row(
         {"resume_from_checkpoint": "{tmp}/run"},
         "got the folder of a run",

@@ -1,7 +1,9 @@
 """Settings from YAML and flags; what is misspelt or of the wrong kind is named with its cure."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlhf.config import ConfigError, RewardGradientConfig, field_names
@@ -98,6 +100,13 @@ def test_only_what_is_gone_on_with_brings_its_settings(yaml_file, run, flags):
     default = yaml_file("learning_rate: 1")
     flags = [flag.format(default=default) for flag in flags]
     assert parse_config([*flags, "--output_dir", str(run)], default).learning_rate == 1.0
+
+
+def test_paths_and_numpys_numbers_are_taken_as_text_and_numbers(tmp_path):
+    args = RewardGradientConfig(output_dir=tmp_path / "run", prompts=Path("p.txt"), learning_rate=np.float32(0.5))
+    assert (args.output_dir, args.prompts, args.learning_rate) == (str(tmp_path / "run"), "p.txt", 0.5)
+    assert type(args.learning_rate) is float
+    assert RewardGradientConfig(max_steps=np.int64(3)).max_steps == 3
 
 
 def test_what_is_written_is_what_is_read(yaml_file):
