@@ -19,6 +19,7 @@ from rlhf.checkpoint import (
     last_whole,
     load_checkpoint,
     save_checkpoint,
+    signals_interrupt,
 )
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.lora import Masters, add_adapter, lora_config
@@ -189,6 +190,20 @@ def test_the_first_signal_asks_and_the_second_acts(number):
             os.kill(os.getpid(), number)
     assert signal.getsignal(signal.SIGINT) is before
     signal.signal(number, old)
+
+
+def test_signals_interrupt_unless_they_do_something_already():
+    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    own = lambda *_: None
+    signal.signal(signal.SIGUSR1, own)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with signals_interrupt():
+        assert signal.getsignal(signal.SIGUSR1) is own
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_batch_systems_warning_may_come_often():

@@ -112,6 +112,16 @@ def test_two_processes_share_the_prompts(held_out):
     assert len(second.evaluate("x", 0).videos_NCTHW) == 0
 
 
+def test_processes_that_share_a_base_run_it_equally_often(held_out):
+    """Five prompts in twos: the second process has none left when the first makes its second batch."""
+    made = {0: [], 1: []}
+    for index, calls in made.items():
+        one = held_out(num_sample_prompts=0)
+        one.layout = type("Layout", (OneProcess,), {"num_processes": 2, "process_index": index, "in_step": True})()
+        one.evaluate("x", 0, lambda prompts, noise, calls=calls: calls.append(prompts) or make_videos(prompts, noise))
+    assert len(made[0]) == len(made[1]) == 4
+
+
 def test_samples_are_videos_with_their_prompts_made_in_batches(held_out, tmp_path):
     made, sampler = [], held_out()
     sampler.make_videos = lambda prompts, noise: made.append(len(prompts)) or make_videos(prompts, noise)

@@ -12,6 +12,7 @@ from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluate import Evaluation
 from rlhf.failures import TrainingError
 from rlhf.guards import Guard, gain, gains
+from rlhf.run_folder import BEST
 from rlhf.watch import Watch
 
 
@@ -84,7 +85,7 @@ def watch(tmp_path):
 
     def make(judge="judge", **settings):
         settings = {"eval_steps": 1, "eval_reward_funcs": [judge], "resume_from_checkpoint": "latest"} | settings
-        args, asked, averaged = RewardGradientConfig(**settings), [], [False]
+        args, bases, asked, averaged = RewardGradientConfig(**settings), [], [], [False]
 
         @contextlib.contextmanager
         def average():
@@ -97,7 +98,8 @@ def watch(tmp_path):
             folder=tmp_path,
             judges={"taught": None, judge: None},
             layout=types.SimpleNamespace(is_main_process=False),
-            base=lambda resumed, make: BASE,
+            base=lambda resumed, make: bases.append((resumed, make)) or BASE,
+            bases=bases,
             evaluate=lambda name, step: asked.append((name, step, averaged[0])) or TUNED,
         )
         masters = types.SimpleNamespace(averaged=average)
@@ -121,6 +123,19 @@ def test_a_guard_that_is_new_with_its_run_or_came_along_asks_for_no_evaluation(w
     watching.begin(None, first, saved)
     assert asked == []
     assert watching.saved().items() >= (saved or {"best_gain": 0.0, "best_step": 0, "worse": 0}).items()
+    watching.look(first + 1, asked=True)
+    assert asked == [(f"step {first + 1}", first + 1, True)], "of the average"
+    watching.finish(first + 1, 0.0)
+    assert len(asked) == 1, "it is known"
+    watching.finish(first + 2, 0.0)
+    assert asked[1][:2] == ("tuned", first + 2), "an older one is not the result"
+
+
+@pytest.mark.parametrize("which", [None, "latest"])
+def test_only_a_run_that_goes_on_reads_its_base_again(watch, which):
+    watching, _ = watch(resume_from_checkpoint=which)
+    watching.begin("videos of the base", 0, None)
+    assert watching.held_out.bases == [(which is not None, "videos of the base")]
 
 
 def test_a_best_gain_by_another_measure_is_none_of_the_run_that_goes_on(watch):
@@ -140,6 +155,28 @@ def test_a_best_gain_by_another_measure_is_none_of_the_run_that_goes_on(watch):
         watching, asked = watch()
         watching.begin(None, 40, saved | {"told_in": others})
         assert (watching.guard.best_step, asked) == (40, [("step 40", 40, True)])
+
+
+def test_what_was_before_and_what_came_after_are_kept_and_shown(watch, monkeypatch, tmp_path):
+    written, (watching, _) = [], watch()
+    monkeypatch.setattr("rlhf.watch.write_results", lambda *given: written.append(given))
+    watching.begin(None, 0, None)
+    watching.is_main = True
+    watching.finish(3, 0.0)
+    before, after = written[0][3:]
+    assert before is BASE.videos_NCTHW
+    assert after is TUNED.videos_NCTHW
+    assert Evaluation.load(tmp_path / "evaluation" / "tuned.safetensors").means() == TUNED.means()
+
+
+def test_the_best_adapter_of_another_run_does_not_replace_the_own_one(watch, tmp_path):
+    watching, _ = watch(resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoints" / "step-3"))
+    watching.is_main, watching.folder = True, tmp_path / "ours"
+    for run in ("theirs", "ours"):
+        (tmp_path / run / BEST).mkdir(parents=True)
+        (tmp_path / run / BEST / "whose").write_text(run)
+    watching._bring_best()
+    assert (tmp_path / "ours" / BEST / "whose").read_text() == "ours"
 
 
 @pytest.mark.parametrize("asked", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}])

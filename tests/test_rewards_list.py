@@ -76,6 +76,8 @@ def test_weights_of_an_own_path_are_asked_for(monkeypatch):
     monkeypatch.setitem(CATALOGUE, "guarded", entry)
     with pytest.raises(RewardError, match="got no `frames`; expected the path .* AGPL-3.0 .*never downloaded for you"):
         load_reward("guarded")
+    with pytest.raises(RewardError, match="got no `frames`"):
+        load_reward("guarded", frames=None)
     assert load_reward("guarded", frames=3).frames == 3
     assert entry.licence == "AGPL-3.0 (by your own path only)"
 

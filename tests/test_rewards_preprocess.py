@@ -79,6 +79,11 @@ def test_it_is_normalised_after_the_clamp():
     torch.testing.assert_close(high, ((1 - mean) / std).expand_as(high))
 
 
+def test_bars_are_above_and_below_a_wide_picture_in_equal_parts():
+    padded = preprocess(torch.ones(1, 3, 64, 97), 224, *NONE, "pad")[0, 0]
+    assert padded[:, 112].nonzero().flatten().tolist() == list(range(38, 186))  # 147.8 rows, rounded
+
+
 def test_overshoot_is_clamped():
     edge = torch.zeros(1, 3, 64, 64)
     edge[..., 32:] = 1

@@ -14,9 +14,13 @@ from tiny import tiny_pipeline
 
 from rlhf.config import ConfigError
 from rlhf.contentv.wan_decoder import decode_video
+from rlhf.device import generator
+from rlhf.drift import step_weights, velocity_distance
+from rlhf.lora import without_adapter
+from rlhf.methods import gradient_samples, make_plan
 from rlhf.parse import parse_config
 from rlhf.prompts import load_prompts
-from rlhf.sampler import rollout
+from rlhf.sampler import rollout, velocity_field
 from rlhf.tracking import COST, read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
@@ -72,6 +76,40 @@ def test_weights_weigh_the_gradient(make_args, tmp_path):
         adapters.append(torch.cat([t.flatten() for n, t in saved_adapter(args).items() if "lora_B" in n]))
     assert torch.equal(adapters[0], adapters[1])
     torch.testing.assert_close(adapters[1], -adapters[2], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"drift_weight": 0.3}, {"anchor_steps": 2}])
+def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args, monkeypatch, settings):
+    """Written out for the second step of an adapter that has learnt something: an anchor's, where there are any."""
+    args = make_args(method="srpo", num_draws=2, num_inference_steps=4, max_grad_norm=0.0, warmup_steps=4, **settings)
+    trainer, found = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS), []
+    trainer._begin()
+    masters, sigmas, transformer = trainer.masters, trainer.sigmas, trainer.pipe.transformer
+    noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(0))
+    masters.set(masters.vector + 0.1 * noise)
+    batch = trainer.batches.batch(1, 0)
+    tuned = velocity_field(transformer, trainer.text(batch.prompts, "cpu"), trainer.args.guidance_scale)
+    base = without_adapter(tuned, transformer, masters)
+
+    plan = make_plan(args, sigmas, generator("method", args.seed, 1))
+    i, loss, rewards = plan.drift_step, 0.0, []
+    if not args.anchor_steps:
+        for sample in gradient_samples(tuned, batch.noise, plan):
+            rewards.append(redness(decode_video(trainer.pipe.vae, sample.latents), batch.prompts).mean())
+            loss = loss + (rewards[-1] if sample.penalty else -rewards[-1]) / 2
+    state = rollout(base if args.anchor_steps else tuned, batch.noise("train"), sigmas[: i + 1], [])
+    drift = step_weights(sigmas, "kl").sum() * velocity_distance(tuned, base, state, sigmas[i]).mean()
+    (loss + (args.drift_weight or 1.0) * drift).backward()
+    masters.collect_grad()
+    expected = masters.vector.grad.clone()
+    masters.vector.grad.zero_()
+
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: found.append(masters.vector.grad.clone()))
+    row = trainer.step(1)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert trainer.optimizer.param_groups[0]["lr"] == row["learning_rate"] == 0.5 * args.learning_rate
+    assert row["drift"] == pytest.approx(drift.item(), rel=1e-5)
+    assert not rewards or row["reward"] == pytest.approx(rewards[0].item(), rel=1e-5)
 
 
 def test_relative_words_weigh_the_reward_as_the_settings_say(make_args):

@@ -9,10 +9,12 @@ import torch
 from conftest import PROMPTS, redness
 from float8 import needs_float8
 from runs import saved_adapter
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_vae
 
 from rlhf.batches import Batches
+from rlhf.contentv.wan_decoder import decode_video
 from rlhf.decoding import Decoder
+from rlhf.host_memory import HostMemory
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
@@ -117,6 +119,7 @@ def stepper(make_args, **settings):
         ({"guidance_every": 3}, [(4, 2)] * 3),
         ({"guidance_together": True}, [(3, 1)] * 3),
         ({"sampling_weights": "merged"}, [(0, 2)] * 3),
+        ({"sampling_weights": "merged", "guidance_every": 3}, [(0, 2)] * 3),
         ({"rollout_uses": 3}, [(6, 2), (0, 2), (0, 2), (6, 2)]),
         ({"rollout_uses": 2, "gradient_accumulation_steps": 2}, [(12, 4), (6, 4), (6, 4), (6, 4)]),
     ],
@@ -124,6 +127,14 @@ def stepper(make_args, **settings):
 def test_how_often_the_transformer_runs(make_args, settings, expected):
     calls = stepper(make_args, **settings)
     assert [calls.of_step(step) for step in range(len(expected))] == expected
+
+
+def test_a_merged_copy_of_a_distilled_model_samples_without_guidance(make_args):
+    distill = {"guidance_gradient": "distill", "drift_weight": 0.1, "drift_weighting": "even"}
+    trainer, seen = stepper(make_args, sampling_weights="merged", **distill).trainer, []
+    trainer.fields.copy.model.register_forward_pre_hook(lambda *_: seen.append(True))
+    trainer.step(0)
+    assert len(seen) == 3, "the steps before the window, one branch each"
 
 
 def test_a_rollout_that_is_used_again_keeps_its_prompts_and_noise(make_args):
@@ -171,12 +182,24 @@ def test_two_processes_share_the_samples_of_one(make_args):
         assert torch.equal(torch.cat([part.noise("train") for part in parts]), whole.noise("train"))
     assert [batches.samples_before(3) for batches in two] == [one.samples_before(3)] * 2 == [24] * 2
     assert one.from_step(0) == one.prompts_at(0, 8 * args.max_steps)
+    assert two[0].state(1)["processes"] == 4, "those that share videos count, too"
+    other = _batches(dataclasses.replace(args, seed=4)).batch(1, 0).noise("train")
+    assert not torch.allclose(other, two[0].batch(1, 0).noise("train"))
+
+
+def test_processes_agree_on_prompts_and_settings_but_for_those_of_a_host(make_args):
+    told = [_batches(make_args(**changes)).told for changes in ({}, {"output_dir": "there"}, {"seed": 9})]
+    assert told[0]["prompts"] == PROMPTS
+    assert told[0] == told[1] != told[2]
 
 
 def _batches(args, processes: int = 1, index: int = 0) -> Batches:
-    layout = SimpleNamespace(num_processes=processes, process_index=index, device="cpu", require_same=lambda **_: None)
-    layout.accelerator = layout
-    return Batches(args, layout, PROMPTS, (16, 2, 2, 2), fps=8)
+    told = {}
+    layout = SimpleNamespace(num_processes=processes, process_index=index, device="cpu", require_same=told.update)
+    layout.accelerator = SimpleNamespace(num_processes=2 * processes)
+    batches = Batches(args, layout, PROMPTS, (16, 2, 2, 2), fps=8)
+    batches.told = told
+    return batches
 
 
 def test_the_window_moves_over_the_frames_and_fits(make_args, tmp_path):
@@ -186,10 +209,25 @@ def test_the_window_moves_over_the_frames_and_fits(make_args, tmp_path):
     assert {first for first, _ in windows} == {0, 1, 2, 3}
     assert all(last - first == 2 for first, last in windows)
     assert windows == [decoder.window(step) for step in range(40)], "the same after a resume"
+    args.seed = 9
+    assert windows != [decoder.window(step) for step in range(40)]
     args.decode_window = 9
     assert decoder.window(3) == (0, 5)
     args.decode_window = None
     assert decoder.window(3) == (0, 5)
+
+
+def test_the_window_is_decoded_in_pieces_as_the_settings_say(make_args, monkeypatch):
+    told = []
+    monkeypatch.setattr("rlhf.decoding.decode_video", lambda *given: told.append(given) or decode_video(*given))
+    args = make_args(decode_window=2, decode_chunk=1, decode_checkpoint=True, decode_caches="host")
+    decoder, latents = Decoder(tiny_vae(), 5, args, torch.device("cpu")), torch.randn(1, 16, 2, 2, 2)
+    for step in range(8):
+        first, last = decoder.window(step)
+        window = decode_video(decoder.vae, latents)[:, :, first:last]
+        torch.testing.assert_close(decoder(latents, step), window, atol=1e-5, rtol=0)
+    assert {given[3:5] for given in told} == {(1, True)}
+    assert all(given[6] is decoder.caches and isinstance(given[6], HostMemory) for given in told)
 
 
 def test_the_saturated_share_is_logged(make_args, tmp_path):

@@ -163,6 +163,7 @@ def test_what_is_evaluated_and_kept_is_the_average(make_args):
     current, average = (load_file(saved / f"{n}.safetensors")[f"{name}.default.weight"] for n in ("adapter", "average"))
     assert torch.equal(own[f"transformer.{name}.weight"], average)
     assert not torch.equal(current, average)
+    assert average.abs().max() > 0, "it has left the base"
     assert rows_without_cost(args)[-1]["eval/redness"] == pytest.approx(summary["trained"]["redness"]["tuned"])
 
 
