@@ -128,6 +128,7 @@ ROWS = [
         "expected above 1",
         "there is no guidance to teach",
     ),
+    Row({"drift_weighting": "even"}, "got even without drift_weight or anchor_steps", "expected kl", "set that, too"),
     Row({"anchor_steps": 1}, "anchor_steps: got 1", "expected 0 or at least 2", "raise it"),
     Row(
         {"method": "srpo", "align_sigmas": [0.5]},
