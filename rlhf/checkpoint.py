@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
+from rlhf.reading import reading
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +156,10 @@ def save_vector(path: Path, masters, vector: torch.Tensor) -> None:
 
 
 def load_vector(path: Path, masters, vector: torch.Tensor) -> None:
-    """Fill a flat vector of the masters from such a file."""
-    masters.load(vector, load_file(path))
+    """Fill a flat vector of the masters from such a file. Raises DamagedFileError."""
+    with reading(path):
+        tensors = load_file(path)
+    masters.load(vector, tensors)
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
