@@ -35,6 +35,7 @@ NEGATIVE_PROMPTS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command. Exits with a message where something is wrong."""
     args = parse(arguments)
     try:
         device = pick_device(args.device)
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of the command."""
     parser = argparse.ArgumentParser(description="Sample a video from a prompt.")
     parser.add_argument("--model_id", default="nano", help="nano, a folder, or a hub id (default: %(default)s)")
     parser.add_argument("--prompt", help="what to show; nano and ContentV-8B have one of their own")

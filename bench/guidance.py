@@ -57,7 +57,7 @@ def shake(trainer: RewardGradientTrainer, spread: float) -> None:
 
 
 def gradient(trainer: RewardGradientTrainer, mode: str, num_grad: int, batch_number: int) -> torch.Tensor:
-    """Of the mean reward at the adapter, in float64 on the CPU."""
+    """The loss's gradient at the adapter, in float64 on the CPU."""
     args, batch = trainer.args, trainer.batches.batch(batch_number, 0)
     cond = trainer.text(batch.prompts, trainer.device)
     velocity = velocity_field(trainer.pipe.transformer, cond, args.guidance_scale, mode)

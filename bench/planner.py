@@ -129,7 +129,7 @@ def reserved(device: torch.device) -> dict:
 
 
 def measure_nano(arm: str, size: str, device: torch.device) -> dict:
-    """In the real trainer: whole steps, then one phase by phase."""
+    """A row's figures in the real trainer: whole steps, then one phase by phase."""
     with tempfile.TemporaryDirectory() as folder:
         common = {"output_dir": f"{folder}/run", "report_to": ["none"], "device": device.type, "max_steps": 5}
         trainer = RewardGradientTrainer(args=RewardGradientConfig(**common, **settings_of(arm, size)))
@@ -175,7 +175,7 @@ def measure_full(arm: str, size: str, device: torch.device, reward: Callable) ->
 
 
 def predicted(arm: str, size: str, rates: Rates) -> dict:
-    """From the settings alone, without a device."""
+    """The planner's figures, from the settings alone, without a device."""
     args, card = RewardGradientConfig(**settings_of(arm, size)), model_card("nano" if arm in NANO else CONTENTV_8B)
     if arm in FULL:
         card = card | {name: card[name] | getattr(SIZES[size], name) for name in ("transformer", "vae")}

@@ -10,7 +10,7 @@ by one; a row that is there is not measured again, and nothing begins after --li
 VAE with random weights, on which time and memory do not depend.
 
 Phases, for one video of each data rank: sampling, a guided denoising step without gradient; segment, one with
-gradient, both branches there and back; decode, the scored frames there and back; sum, adding up the adapters' gradients
+gradient, both branches forward and backward; decode, the scored frames likewise; sum, adding up the adapters' gradients
 and taking the optimizer's step; step, a whole step worked out of these: (N - 1) sampling + segment + decode + sum.
 Efficiency is videos per second and device, against one device. Equality: the adapter's first gradient and its weights
 after five steps of a small model, against one device on the same videos.

@@ -13,10 +13,10 @@ def made_on(result: dict) -> str:
 
 STEP_PHASES = {  # of bench/step.py: column by phase
     "sampling": "sampling step, s",
-    "segment": "one branch there and back, s",
+    "segment": "one branch, forward and backward, s",
     "decode": "decoder without gradient, s",
-    "decode and back": "decoder there and back, s",
-    "window": "last step, decoder, reward: there and back, s",
+    "decode and back": "decoder, forward and backward, s",
+    "window": "last step, decoder and reward, forward and backward, s",
     "step": "whole step, s",
 }
 REFERENCES = ("peers' way", "stock autograd")

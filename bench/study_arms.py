@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 from baselines import Policy
+from study_numbers import DEFAULT
 
 ROOT = Path(__file__).parents[1]
 SWEEP = ROOT / "bench" / "results" / "study_sweep.json"
-DEFAULT = "DRaFT-K"  # the project's own recipe, configs/nano.yaml
 BEST_OF = "best-of-n"
 CONTROL = " + drift control"
 POLICY_KEYS = {field.name for field in dataclasses.fields(Policy)}

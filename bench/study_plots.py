@@ -4,6 +4,7 @@ import math
 import statistics
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from study_arms import CONTROL
 from study_numbers import MEASURES, by_arm, gains, mean_interval, named
 
@@ -12,8 +13,8 @@ NEAR = 1.5  # points of the verifier: less than a name is high
 
 def plot_gains(result: dict, path: Path) -> None:
     """Each arm's gains with their intervals, side by side for the trained reward and the verifier."""
-    pyplot, arms = _pyplot(), by_arm(result)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(arms) + 1.1), sharey=True)
+    arms = by_arm(result)
+    figure, axes = _two_axes(9, 0.3 * len(arms) + 1.1)
     names = [named(arm, rows).strip("*") for arm, rows in arms.items()]
     for axis, measure in zip(axes, ("trained", "verifier"), strict=True):
         found = [mean_interval(gains(rows, measure)) for rows in arms.values()]
@@ -31,8 +32,8 @@ def plot_costs(result: dict, path: Path) -> None:
 
     A line leads from an arm to the same with drift control, a ring without a name.
     """
-    pyplot, arms = _pyplot(), by_arm(result)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.5), sharey=True)
+    arms = by_arm(result)
+    figure, axes = _two_axes(9, 4.5)
     places = {
         arm: (statistics.mean(gains(rows, "trained")), rows[0]["queries"], statistics.mean(gains(rows, "verifier")))
         for arm, rows in arms.items()
@@ -61,7 +62,13 @@ def color_of(arm: str) -> str:
     return "#2ca02c" if arm.startswith("best") else "#e8710a" if arm.startswith(("Flow", "DDPO")) else "#1f6feb"
 
 
-def _finish(figure, axes, path: Path) -> None:
+def _two_axes(width: float, height: float) -> tuple[Figure, list]:
+    """A figure of that size in inches, drawn without a display, and its axes side by side."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(1, 2, sharey=True)
+
+
+def _finish(figure: Figure, axes: list, path: Path) -> None:
     for axis in axes:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
@@ -69,13 +76,3 @@ def _finish(figure, axes, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    figure.clear()
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -114,7 +114,7 @@ def seconds_per_step(settings: dict, timed: int, conditions: Conditions) -> floa
 
 
 def seconds_per_sample(timed: int, conditions: Conditions) -> float:
-    """Of one video of the base: sampled, decoded and scored by the trained reward, in batches as an evaluation's."""
+    """Seconds of one video of the base: sampled, decoded and scored by the trained reward, in evaluation's batches."""
     trainer = start_base(0, conditions)
     prompts = trainer.eval_prompts[: conditions.eval_batch]
     score = trained_score(trainer, prompts)

@@ -149,7 +149,7 @@ def _planned(row: dict, key: str, form: str) -> str:
 SCALE_PHASES = {  # of bench/scale.py: column by phase
     "sampling": "sampling step, s",
     "segment": "step with gradient, s",
-    "decode": "decoder there and back, s",
+    "decode": "decoder, forward and backward, s",
     "sum": "adapter's sum and update, s",
     "step": "whole step, s (worked out)",
 }

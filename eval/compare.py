@@ -23,6 +23,7 @@ NANO_ATTRIBUTES = ("color", "shape", "motion", "count")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/compare.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("base", type=Path, help="scored folder of the first model")
@@ -94,6 +95,7 @@ def _cells(row: dict) -> tuple[str, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
     args = parse(argv)
     try:
         pairs = read_pairs(args.base, args.tuned)

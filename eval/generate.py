@@ -25,10 +25,13 @@ SAMPLING = [field.name for field in fields(SamplingDefaults)]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/generate.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the videos")
-    parser.add_argument("--prompts", help="a file with one prompt a line, or a built-in set (default: nano_held_out)")
+    parser.add_argument(
+        "--prompts", help="a file with one prompt a line, .jsonl rows, or a built-in set (default: nano_held_out)"
+    )
     parser.add_argument("--num_prompts", type=int, help="the leading ones only; a built-in set draws so many")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="of the noise: a video of each prompt for each"
@@ -128,6 +131,7 @@ def make(args: argparse.Namespace, sampling: SamplingDefaults, videos: list[Vide
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
     try:
         args = parse(argv)
         sampling = checked_sampling(args, args.prompts)

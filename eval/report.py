@@ -16,6 +16,7 @@ from rlhf.run_folder import run_in
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/report.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("run", type=Path, help="folder of a training run")
@@ -28,6 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
     args = parse(argv)
     try:
         if not run_in(args.run):

@@ -25,6 +25,7 @@ from rlhf.video_set import SCORES, Video, name_in, read_set, require_files, writ
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/score.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of videos")

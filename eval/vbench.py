@@ -53,6 +53,7 @@ LONGEST_NAME = 255  # bytes, on the usual file systems
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/vbench.py", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -142,6 +143,7 @@ def our_values(args: argparse.Namespace) -> tuple[list[dict], bool]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
     args = parse(argv)
     try:
         if args.command == "make":

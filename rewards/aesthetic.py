@@ -105,7 +105,7 @@ class AestheticV1(Aesthetic):
 
     @classmethod
     def random_init(cls, **options) -> "AestheticV1":
-        """As that of Aesthetic."""
+        """As `Aesthetic.random_init`."""
         return cls(torch.nn.Linear(768, 1), model=random_clip(CLIP_L14), **options)
 
 
@@ -129,5 +129,5 @@ class AestheticV25(HeadScore):
 
     @classmethod
     def random_init(cls, **options) -> "AestheticV25":
-        """As that of Aesthetic."""
+        """As `Aesthetic.random_init`."""
         return cls(LinearLayers(1152, dropout_before_last=True), random_siglip(), **options)

@@ -3,6 +3,7 @@
 Shape legend: B batch, C channels, N frames, H height, W width, P width of the joint embedding.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -193,14 +194,14 @@ def random_clip(model: str = CLIP_L14) -> TransformersClip:
     return TransformersClip(CLIPModel(CLIPConfig(**SIZES[model])), openai_tokenizer)
 
 
-def random_siglip(model: str = SIGLIP_384) -> Siglip:
-    """The image half of a SigLIP of full size with random weights, as `random_clip`."""
+def random_siglip() -> Siglip:
+    """The image half of the published SigLIP at full size with random weights, as `random_clip`."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
-    return Siglip(SiglipVisionModel(SiglipVisionConfig(**SIZES[model])))
+    return Siglip(SiglipVisionModel(SiglipVisionConfig(**SIZES[SIGLIP_384])))
 
 
-def openai_tokenizer(prompts: list[str], **_):
+def openai_tokenizer(prompts: list[str], **_) -> Mapping[str, torch.Tensor]:
     """Prompts by OpenAI's vocabulary, which comes with open_clip, as transformers' tokenizer gives them; 77 tokens."""
     import open_clip
     from transformers import BatchEncoding

@@ -38,7 +38,7 @@ def scored_frames(name: str, settings: dict, decoded: int, fps: float) -> int:
 
 
 def cost(name: str, settings: dict, frames: int) -> Cost | None:
-    """Of so many scored frames, those of all videos of a batch; None for a reward that was not measured.
+    """What a batch takes of which so many frames are scored in all; None for a reward that was not measured.
 
     Straight lines through what was measured of 1 and 8 frames; in proportion, from 8 on, where 1 was not.
     """

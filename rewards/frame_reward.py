@@ -4,6 +4,7 @@ Shape legend: B batch, C channels, T frames, N frames of all videos that are sco
 """
 
 import inspect
+from collections.abc import Callable
 
 import torch
 
@@ -98,12 +99,24 @@ class FrameReward(ModelReward):
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> list[torch.Tensor]:
         """`encode_text` of the prompts; each is encoded once and then kept in host memory."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        if new:
-            features = [feature.cpu() for feature in self.encode_text(new)]
-            self._texts |= {prompt: tuple(feature[i] for feature in features) for i, prompt in enumerate(new)}
-        columns = zip(*(self._texts[prompt] for prompt in prompts), strict=True)
-        stacked = [torch.stack(column).to(self.device) for column in columns]
-        while len(self._texts) > CACHED_PROMPTS:
-            del self._texts[next(iter(self._texts))]
-        return stacked
+        return [rows.to(self.device) for rows in encoded_once(self._texts, prompts, self.encode_text)]
+
+
+def encoded_once(
+    known: dict[str, tuple[torch.Tensor, ...]],
+    prompts: list[str],
+    encode: Callable[[list[str]], tuple[torch.Tensor, ...]],
+) -> list[torch.Tensor]:
+    """What encode(prompts) gives, on the CPU, asked only for prompts that are not `known`; the latest stay known.
+
+    encode: prompts to tensors with a row for each. At most `CACHED_PROMPTS` are known afterwards.
+    """
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+    if new:
+        features = [feature.cpu() for feature in encode(new)]
+        known |= {prompt: tuple(feature[i] for feature in features) for i, prompt in enumerate(new)}
+    columns = zip(*(known[prompt] for prompt in prompts), strict=True)
+    stacked = [torch.stack(column) for column in columns]
+    while len(known) > CACHED_PROMPTS:
+        del known[next(iter(known))]
+    return stacked

@@ -63,6 +63,11 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
         _check_defined(spec, source, attribute)
 
 
+def name_in(spec: str) -> str:
+    """How the reward of a spec is called in metrics and tables: a built-in's name, else its class or function."""
+    return spec.rsplit(":", 1)[-1]
+
+
 def built_in(name: str) -> Callable:
     """The class, or the function that makes the reward, behind a built-in name."""
     return _import_attribute(name, CATALOGUE[name].home)

@@ -192,7 +192,10 @@ def merge_lora(state: dict[str, torch.Tensor], alpha: float, dtype: torch.dtype)
 
 
 def qwen2_vl_sizes(vocabulary: int, width: int, inner: int, heads: int, key_value_heads: int) -> dict:
-    """Of a Qwen2-VL-*-Instruct, as in its config.json: of the language model; the vision tower is the same in all."""
+    """Sizes of a Qwen2-VL-*-Instruct, as in its config.json.
+
+    The arguments are the language model's; the vision tower is the same in all of them.
+    """
     return {
         "text_config": {
             "vocab_size": vocabulary,

@@ -14,7 +14,7 @@ from rewards.base import RewardError, frames_needed
 from rewards.catalogue import CATALOGUE
 from rewards.flags import device, file_to_write, frame_count, mapping
 from rewards.list import table
-from rewards.load import load_reward
+from rewards.load import load_reward, name_in
 from rewards.mix import RewardMix
 from rewards.read import check_file, read_video
 
@@ -64,7 +64,7 @@ def load_rewards(specs: list[str], kwargs: dict) -> dict[str, Callable]:
 
 def by_name(specs: list[str]) -> dict[str, str]:
     """{short name: spec}. ValueError for a name that two have, of which only one would be scored."""
-    names = [spec.rsplit(":", 1)[-1] for spec in specs]
+    names = [name_in(spec) for spec in specs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         cure = "leave one out, or rename the class or function"
         raise ValueError(f"--reward: got {twice!r} twice, expected each name once; {cure}")

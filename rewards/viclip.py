@@ -11,6 +11,7 @@ import torch
 
 from rewards.base import RewardError
 from rewards.clip_models import unit
+from rewards.frame_reward import encoded_once
 from rewards.frames import check_positive, in_chunks
 from rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.recompute import recompute_in_backward
@@ -69,7 +70,7 @@ class ViClip(Frozen):
         made = isinstance(checkpoint, ViClipModel)
         self.model = (checkpoint if made else self._load(checkpoint)).to(torch_dtype(self.name, dtype))
         self.preprocessing, self.chunk, self.mean, self.std = preprocessing, chunk, mean, std
-        self._text_cache: dict[str, torch.Tensor] = {}
+        self._texts: dict[str, tuple[torch.Tensor, ...]] = {}
         recompute_in_backward(self.model.vision_encoder.transformer.resblocks)
         self.freeze()
 
@@ -97,15 +98,16 @@ class ViClip(Frozen):
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> torch.Tensor:
-        """(B, P) unit embeddings; each prompt is embedded once."""
+        """(B, P) unit embeddings, on the CPU; each prompt is embedded once."""
+        (embeds_BP,) = encoded_once(self._texts, prompts, self._embed_text)
+        return embeds_BP
+
+    def _embed_text(self, prompts: list[str]) -> tuple[torch.Tensor]:
         import open_clip
 
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_cache]
-        if new:
-            text = self.model.text_encoder
-            ids = open_clip.SimpleTokenizer(context_length=text.context_length)(new)  # OpenAI's, as ViCLIP's own
-            self._text_cache.update(zip(new, unit(text(ids.to(text.positional_embedding.device))).cpu(), strict=True))
-        return torch.stack([self._text_cache[prompt] for prompt in prompts])
+        text = self.model.text_encoder
+        ids = open_clip.SimpleTokenizer(context_length=text.context_length)(prompts)  # OpenAI's, as ViCLIP's own
+        return (unit(text(ids.to(text.positional_embedding.device))),)
 
 
 class ViClipModel(torch.nn.Module):

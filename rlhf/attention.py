@@ -35,7 +35,7 @@ def attention_by(kernel: str | None) -> Attention:
 
 
 def why_not(kernel: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str | None:
-    """What PyTorch says where the kernel of that name does not run, there and back; None where it does."""
+    """What PyTorch says where the kernel of that name does not run, forward and backward; None where it does."""
     try:
         attention_by(kernel)(*_inputs(device, dtype, heads, width, 64, requires_grad=True)).sum().backward()
     except RuntimeError as error:

@@ -37,7 +37,10 @@ class Batches:
         self.samples_per_step = self.size * args.gradient_accumulation_steps * self.processes  # over all processes
 
     def batch(self, step: int, micro: int) -> Batch:
-        """This process's batch number `micro` of a step. A sample's noise has the key (step, place in the step)."""
+        """This process's batch number `micro` of a step. A sample's noise has the key (step, place in the step).
+
+        Where steps share rollouts (`rollout_uses`), step is the number of the rollout, here and in `from_step`.
+        """
         start = (micro * self.processes + self.layout.process_index) * self.size
         keys = [(step, start + i) for i in range(self.size)]
 
@@ -74,5 +77,5 @@ class Batches:
         return self.prompts_at(self._place(step), (self.args.max_steps - step) * self.samples_per_step)
 
     def prompts_at(self, start: int, count: int) -> list[str]:
-        """Those of the run's places start .. start+count-1."""
+        """The prompts at places start .. start+count-1 of the run's endless order."""
         return [self.prompts[i] for i in prompt_positions(len(self.prompts), self.args.seed, start, count)]

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
 from rlhf.reading import reading
+
+if TYPE_CHECKING:  # not for a look at settings: it takes seconds
+    from rlhf.lora import Masters
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +85,7 @@ class SavingError(RuntimeError):
 
 
 def save_checkpoint(
-    folder: Path, step: int, masters, optimizer: torch.optim.Optimizer, state: dict, keep: int = 0
+    folder: Path, step: int, masters: "Masters", optimizer: torch.optim.Optimizer, state: dict, keep: int = 0
 ) -> Path:
     """Write folder/step-N whole, then remove all but the newest `keep` (0: none). A whole one that is there stays.
 
@@ -114,7 +118,7 @@ def _why_not_saved(path: Path, error: Exception) -> str:
     return f"The checkpoint {path} could not be written: {why}. Free some space or check the disk, then go on."
 
 
-def _write_files(folder: Path, step: int, masters, optimizer, state: dict) -> None:
+def _write_files(folder: Path, step: int, masters: "Masters", optimizer, state: dict) -> None:
     save_vector(folder / "adapter.safetensors", masters, masters.vector)
     if masters.average is not None:
         save_vector(folder / "average.safetensors", masters, masters.average)
@@ -150,12 +154,12 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def save_vector(path: Path, masters, vector: torch.Tensor) -> None:
+def save_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
     """Write a flat vector of the masters as tensors by parameter name."""
     save_file(_cpu(masters.named(vector)), path)
 
 
-def load_vector(path: Path, masters, vector: torch.Tensor) -> None:
+def load_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
     """Fill a flat vector of the masters from such a file. Raises DamagedFileError."""
     with reading(path):
         tensors = load_file(path)
@@ -175,7 +179,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def load_checkpoint(path: Path, masters, optimizer: torch.optim.Optimizer) -> dict:
+def load_checkpoint(path: Path, masters: "Masters", optimizer: torch.optim.Optimizer) -> dict:
     """Fill masters, module and optimizer from a checkpoint; returns its state.json."""
     state = read_state(path)
     load_vector(path / "adapter.safetensors", masters, masters.vector)
@@ -188,7 +192,7 @@ def load_checkpoint(path: Path, masters, optimizer: torch.optim.Optimizer) -> di
     return state
 
 
-def _load_moments(saved: dict[str, torch.Tensor], masters, optimizer, updates: int) -> None:
+def _load_moments(saved: dict[str, torch.Tensor], masters: "Masters", optimizer, updates: int) -> None:
     if not isinstance(optimizer, torch.optim.AdamW):  # bitsandbytes'
         device = masters.vector.device
         optimizer.state[masters.vector] = {key: t.to(device) for key, t in saved.items()} | {"step": updates}

@@ -1,14 +1,17 @@
 """Base against tuned: each held-out prompt's own difference, its mean and interval. N prompts."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf.evaluate import Evaluation
 from rlhf.measures import MEASURES
 
+if TYPE_CHECKING:  # with diffusers, which comparing scores can do without
+    from rlhf.evaluate import Evaluation
 
-def summarise(base: Evaluation, tuned: Evaluation, trained: list[str], seconds: float, steps: int) -> dict:
+
+def summarise(base: "Evaluation", tuned: "Evaluation", trained: list[str], seconds: float, steps: int) -> dict:
     """The content of summary.json; trained names the judges that were trained on, the others are held out.
 
     {"seconds", "steps", "trained": {name: row}, "held_out": {name: row}, "motion": row, "saturation": row,

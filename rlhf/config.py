@@ -68,7 +68,7 @@ class RewardGradientConfig:
     )
     num_train_prompts: int = _key(4096, "How many prompts a built-in training set draws. A file is used whole.")
     base_dir: str | None = _key(
-        None, "Folder that relative paths refer to first, before the working directory. Default: the config file's."
+        None, "Folder where relative paths of prompts and rewards are looked for first. Default: the config file's."
     )
 
     # Rewards
@@ -81,14 +81,14 @@ class RewardGradientConfig:
         None, "Arguments of rewards by name, {name: {argument: value}}; as a flag, the same in quotes."
     )
     normalise_rewards: bool = _key(
-        True, "Weigh (score - mean) / std of those rewards that state their typical mean and spread."
+        True, "Weigh (score - mean) / std of each reward whose typical mean and spread are stated or measured."
     )
     calibrate_rewards: int = _key(
         0,
-        "Videos of the base model on which that mean and spread are measured instead, before the first step. 0: none.",
+        "Videos of the base on which each reward's mean and spread are measured, instead of those it states. 0: none.",
     )
     reward_caps: dict[str, float] | str | None = _key(None, "Raw scores above which nothing is learnt, {name: cap}.")
-    reward_targets: dict[str, float] | str | None = _key(None, "Raw scores to aim at instead, {name: target}.")
+    reward_targets: dict[str, float] | str | None = _key(None, "Raw scores to aim at from both sides, {name: target}.")
     balance_reward_gradients: bool = _key(False, "Scale each reward's pixel gradient to length 1 before weighing it.")
     eval_reward_funcs: list[str] = _key([], "Judges that only evaluate: never trained on, no gradient needed.")
 
@@ -117,20 +117,20 @@ class RewardGradientConfig:
     grad_steps: list[int] | None = _key(None, "For listed: the denoising steps with gradient, of 0 to N-1.")
     jump_steps: int | None = _key(
         None,
-        "For refl and drtune: the rollout jumps to x0 from one of its last so many steps, drawn each time. Default: a "
-        "quarter of the steps for refl, 1 (no jump) for drtune.",
+        "For refl and drtune: how many of the last steps the rollout may jump to x0 from, one drawn for each optimizer "
+        "step. Default: a quarter of the steps for refl, 1 (no jump) for drtune.",
     )
     num_draws: int = _key(
         2, "Extra draws of the last step for draft_lv, gradients per rollout for srpo (every second one a penalty)."
     )
     align_sigmas: list[float] = _key(
-        [0.75, 0.96], "For srpo: the noise levels, from and to, at which videos are recovered; those of its code."
+        [0.75, 0.96], "For srpo: lowest and highest noise level at which videos are recovered; those of its code."
     )
-    align_delta: float = _key(0.02, "For srpo: how long the one step is that a recovered video takes, in sigma.")
+    align_delta: float = _key(0.02, "For srpo: length, in sigma, of the one step that a recovered video takes.")
     relative_words: list[str] | None = _key(
         None,
         "Two phrases, positive and negative, put before each prompt: what is trained on is then the reward for the "
-        "first less that for the second (arXiv 2509.06942, eq. 9).",
+        "first less that for the second (arXiv 2509.06942, eq. 8 and 9).",
     )
     relative_strength: float = _key(0.2, "k in (1 + k) R(positive) - R(negative), with relative_words.")
     guidance_gradient: str = _key(
@@ -139,32 +139,32 @@ class RewardGradientConfig:
         "velocity), or distill: no guidance at all, the adapter is taught it by drift_weight.",
     )
     drift_weight: float = _key(
-        0.0, "Weight of the drift from the base, in nats an element of the latents (docs/methods.md)."
+        0.0, "Weight of the drift from the base, which is in nats per element of the latents (docs/methods.md)."
     )
-    drift_weighting: str = _key("kl", "How steps count in the drift: kl, as a KL divergence, or even.")
+    drift_weighting: str = _key("kl", "How steps count in the drift: kl, as in a KL divergence, or even, all alike.")
     anchor_steps: int = _key(
-        0, "Every so many optimizer steps, one without reward pulls back to the base on its own samples. 0: never."
+        0, "Every n-th optimizer step takes no reward, but pulls back to the base on the base's own samples. 0: none."
     )
 
     # Speed and memory; the gradient stays the same. docs/performance.md has what each costs
     gradient_checkpointing: bool = _key(False, "Recompute the transformer's blocks in the backward pass.")
-    keep_attention: bool = _key(False, "With gradient_checkpointing: all of a block but the result of its attention.")
+    keep_attention: bool = _key(False, "With gradient_checkpointing: keep the attention's result, recompute the rest.")
     stepwise_backward: bool = _key(
-        False, "Back-propagate one denoising step and guidance branch at a time: memory of one, one more forward each."
+        False, "Back-propagate one denoising step and guidance branch at a time: memory of one, one forward more each."
     )
     guidance_together: bool = _key(False, "Run both branches of guidance as one batch: faster where a video is small.")
     attention_kernel: str = _key(
         "auto", "auto: on a CUDA device the fastest, by trying; default: PyTorch's choice; cudnn, flash or efficient."
     )
     compile_blocks: bool = _key(False, "Compile the parts of a block with torch.compile, once for all blocks.")
-    offload_activations: bool = _key(False, "With gradient_checkpointing: keep what blocks keep in host memory.")
+    offload_activations: bool = _key(False, "With gradient_checkpointing: what blocks keep waits in host memory.")
     stream_weights: bool = _key(
         False, "With gradient_checkpointing: frozen blocks live in host memory and come to the device one by one."
     )
     decode_chunk: int | None = _key(None, "Latent frames decoded at a time. Default: all at once. Same video.")
     decode_checkpoint: bool = _key(False, "Recompute each decoded chunk in the backward pass; needs decode_chunk.")
     decode_caches: str = _key(
-        "keep", "With decode_checkpoint, what chunks leave for the next ones: keep on the device, host, or recompute."
+        "keep", "With decode_checkpoint, what chunks leave for later ones: keep (on the device), host, or recompute."
     )
     decode_channels_last: bool | None = _key(
         None, "Order the VAE's weights with channels innermost. Default: on a CPU, where that is a fifth faster."
@@ -182,13 +182,13 @@ class RewardGradientConfig:
     base_bits: int | None = _key(None, "8 or 4: round the frozen base, by torchao or bitsandbytes.")
     vae_dtype: str = _key("float32", "Number format of the VAE: float32 or bfloat16.")
     decode_window: int | None = _key(
-        None, "Score so many frames in a row, from one drawn each step; no gradient into the latents before them."
+        None, "Score only so many frames in a row, from a drawn one on; no gradient into the latents before them."
     )
     prefix_steps: int | None = _key(None, "At most so many steps before the first one with gradient, while training.")
     second_order_prefix: bool = _key(False, "Make the steps before the window second-order (Adams-Bashforth).")
-    guidance_every: int = _key(1, "Compute the negative branch at each so many-th step without gradient.")
+    guidance_every: int = _key(1, "Of steps without gradient, compute the negative branch at every n-th only.")
     sampling_weights: str = _key(
-        "own", "What steps without gradient run on: own weights and adapter, a merged copy, or one in float8."
+        "own", "What steps without gradient run on: own (the trained model), merged (a copy), or float8 (another)."
     )
     rollout_uses: int = _key(1, "Optimizer steps in a row that start their window from the same rollout.")
 
@@ -198,8 +198,7 @@ class RewardGradientConfig:
     lora_target_modules: list[str] | None = _key(
         None, "Ends of the names of the linear layers that are adapted. Default: the eight attention projections."
     )
-
-    lora_use_dora: bool = _key(False, "Train magnitudes of the weights, too (DoRA, arXiv 2402.09353).")
+    lora_use_dora: bool = _key(False, "Train the weights' magnitudes, too (DoRA, arXiv 2402.09353).")
     lora_rank_pattern: dict[str, int] | str | None = _key(
         None, "Ranks of layers by name or regular expression where they differ from lora_rank; as a flag, in quotes."
     )

@@ -133,7 +133,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, all that the device does for it included."""
+    """Seconds of one call, with all that the device does for it."""
     synchronize(device)
     began = time.perf_counter()
     work()
@@ -224,8 +224,8 @@ def capture(step: Callable[[], torch.Tensor], reset: Callable[[], None]) -> Call
 def keep_freed_memory() -> None:
     """Let this process reuse the memory that it frees instead of handing it back to the system (glibc only).
 
-    On a CPU every large tensor otherwise comes as untouched pages, whose faults took two fifths of a training step.
-    The process then stays as large as it was at its peak.
+    On a CPU every large tensor otherwise comes as untouched pages, whose faults took two fifths of a training step of
+    nano (bench/cpu_step.py). The process then stays as large as it was at its peak.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # the parameters' numbers in malloc.h
     try:

@@ -85,7 +85,7 @@ class Training:
         return x
 
     def gradient(self) -> torch.Tensor:
-        """Of minus the mean score, at the masters: one float32 vector."""
+        """The gradient of minus the mean score at the masters: one float32 vector."""
         self.masters.vector.grad.zero_()
         video = decode_video(self.pipe.vae, self.latents())
         (-self.reward(video, PROMPTS).mean()).backward()

@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 def encoder_configs(model: str) -> dict[str, dict]:
-    """Of a model's three text encoders, as its files have them; ContentV-8B's without a file. ValueError if absent."""
+    """Configurations of a model's text encoders, by its files; ContentV-8B's without a file. ValueError if absent."""
     if model == CONTENTV_8B:
         return PUBLISHED
     files = {name: f"{name}/{CONFIG_FILES[name]}" for name in TEXT_ENCODERS}
@@ -46,7 +46,10 @@ def encoder_configs(model: str) -> dict[str, dict]:
 
 
 def encoding_bytes(configs: dict[str, dict], tokens: dict[str, int], dtype: torch.dtype) -> int:
-    """Of all weights, and of what the one that takes most computes for a batch of prompts. tokens: of a prompt."""
+    """Bytes of all weights, and of what the encoder that takes most computes for a batch of prompts.
+
+    tokens: of a prompt, by encoder.
+    """
     weights, most = 0, 0
     for name, config in configs.items():
         cls = TEXT_ENCODERS[name]

@@ -66,7 +66,7 @@ class Evaluation:
 
 
 def kept_settings(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
-    """Those settings, as they come back from a file."""
+    """The settings of these names, as they come back from a JSON file."""
     return json.loads(json.dumps({name: vars(args).get(name) for name in names}))
 
 

@@ -32,6 +32,16 @@ class Skips:
         return {"skipped": self.in_a_row, "why": str(error)}
 
 
+def require_new(optimizer: torch.optim.Optimizer) -> None:
+    """Raise TrainingError for a trainer that has trained: from what it has learnt the same run would begin again."""
+    if optimizer.state:
+        raise TrainingError(
+            "train() was called again, expected one call a trainer. Make a new one: with "
+            "resume_from_checkpoint='latest' to go on, else with another output_dir or overwrite_output_dir. A "
+            "pipeline that was handed over keeps its adapter until pipe.unload_lora_weights()."
+        )
+
+
 def naming_lost_processes(method: Callable) -> Callable:
     """A method of an object with an `accelerator`, watched: where a process is lost, the others end and say which."""
 
@@ -94,7 +104,7 @@ def require_gradient(norm: float, step: int, rewards: RewardMix, logged: dict) -
 
 
 def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str], info: dict) -> dict[str, bool]:
-    """Of each reward that is trained on, asked alone, whether its gradient at the video is not finite."""
+    """For each reward that is trained on, asked alone: whether its gradient at the video is not finite."""
     broken = {}
     for name in (name for name, weight in rewards.weights.items() if weight):  # others may have no gradient at all
         pixels = video_BCTHW.clone().requires_grad_()

@@ -15,7 +15,7 @@ from rlhf.types import Conditioning
 
 
 class Fields:
-    """Conditioning of a batch -> velocity. What differs between them are the settings about speed and guidance.
+    """Each field turns the conditioning of a batch into a velocity, run as the settings about speed and guidance say.
 
     layout: of the processes; None for one.
     """
@@ -27,21 +27,21 @@ class Fields:
         self.copy = None if args.sampling_weights == "own" else SamplingCopy(transformer, args.sampling_weights)
 
     def tuned(self, cond: Conditioning) -> Velocity:
-        """Of the current model."""
+        """The velocity of the current model."""
         return self._field(self.window, cond, self.args.guidance_gradient)
 
     def base(self, cond: Conditioning) -> Velocity:
-        """Of the model before training."""
+        """The velocity of the model before training."""
         return without_adapter(self._field(self.transformer, cond), self.transformer, self.masters)
 
     def rolled_out(self, cond: Conditioning, plan: Plan) -> Velocity:
-        """Of the current model for one rollout of the plan, steps without gradient by the cheaper ways asked for."""
+        """The same for one rollout of the plan, with the cheaper ways that are asked for at steps without gradient."""
         args, velocity = self.args, self.tuned(cond)
-        sampler = self.transformer if self.copy is None else self.copy.model
+        prefix_model = self.transformer if self.copy is None else self.copy.model
         if args.guidance_every > 1:
-            velocity = by_gradient(velocity, KeptGuidance(sampler, cond, args.guidance_scale, args.guidance_every))
+            velocity = by_gradient(velocity, KeptGuidance(prefix_model, cond, args.guidance_scale, args.guidance_every))
         elif self.copy is not None:
-            velocity = by_gradient(velocity, self._field(sampler, cond, args.guidance_gradient))
+            velocity = by_gradient(velocity, self._field(prefix_model, cond, args.guidance_gradient))
         return SecondOrder(velocity, plan.sigmas) if args.second_order_prefix else velocity
 
     def refresh(self) -> None:

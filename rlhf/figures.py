@@ -14,7 +14,6 @@ def plot_curves(rows: list[dict], path: Path) -> None:
 
     rows: as of metrics.jsonl.
     """
-    pyplot = headless_pyplot()
     names = [key for key in max(rows, key=len, default={}) if key.startswith("rewards/") and not key.endswith("_std")]
     panels = [("reward", "trained reward (weighted)"), *((n, n.removeprefix("rewards/")) for n in names)]
     panels = (panels if len(names) > 1 else panels[1:]) + [("grad_norm", "gradient norm, before clipping")]
@@ -23,13 +22,15 @@ def plot_curves(rows: list[dict], path: Path) -> None:
         return
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(4.6 * columns, 3.0 * lines), squeeze=False)
+    figure = new_figure(4.6 * columns, 3.0 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis, (key, title) in zip(axes.flat, panels, strict=False):
         steps, values = zip(*[(row["step"], row[key]) for row in rows if key in row], strict=True)
         axis.plot(steps, values, color=TUNED_COLOR, alpha=0.3, linewidth=1)
         axis.plot(steps, running_mean(values), color=TUNED_COLOR, linewidth=2)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("optimizer step", fontsize=8)
+        axis.locator_params(axis="x", integer=True)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -37,7 +38,6 @@ def plot_curves(rows: list[dict], path: Path) -> None:
         axis.set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def running_mean(values: list[float], span: int = 10) -> list[float]:
@@ -50,14 +50,13 @@ def contact_sheet(prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: t
 
     Videos are uint8 (N, 3, T, H, W), made from the same noise; a prompt without one of the two is left out.
     """
-    pyplot = headless_pyplot()
     count, (frames, height, width) = min(len(before_NCTHW), len(after_NCTHW), ROWS_SHOWN), before_NCTHW.shape[2:]
     shown = torch.linspace(0, frames - 1, min(FRAMES_SHOWN, frames)).round().long()
     tile = 1.0  # inches
     tall, gap, caption, margin = tile * height / width, 0.35, 0.34, 0.25
     side = tile * len(shown)
     size = (2 * side + gap + 2 * margin, margin + 0.35 + count * (tall + caption))
-    figure = pyplot.figure(figsize=size)
+    figure = new_figure(*size)
 
     def place(x, y, w, h):  # inches from the top left
         return figure.add_axes((x / size[0], 1 - (y + h) / size[1], w / size[0], h / size[1]))
@@ -78,7 +77,6 @@ def contact_sheet(prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: t
             axis.imshow(_strip(video[:, shown]), interpolation="nearest", aspect="auto")
             axis.axis("off")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _strip(video_CTHW: torch.Tensor):
@@ -89,11 +87,11 @@ def _strip(video_CTHW: torch.Tensor):
     return padded.permute(2, 1, 3, 0).flatten(1, 2).numpy()
 
 
-def headless_pyplot():
-    """matplotlib.pyplot, drawing into files without a display."""
-    import matplotlib
+def new_figure(width: float, height: float):
+    """A matplotlib figure of so many inches for a file, without a display.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Nor with pyplot, whose backend belongs to the program around: a notebook would show no plots of its own any more.
+    """
+    from matplotlib.figure import Figure
 
-    return pyplot
+    return Figure(figsize=(width, height))

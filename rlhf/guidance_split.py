@@ -16,7 +16,7 @@ def split_velocity(transformer: Callable, cond: Conditioning, guidance_scale: fl
     Gradients are exact: the adapter receives that of the own branch, the latents the sum of both branches'.
     """
     if dist.get_rank(group) == 1:
-        cond = Conditioning(cond.negative_embeds_BLD, cond.negative_pooled_BP)
+        cond = cond.negative
 
     def velocity(x, sigma):
         v_text, v_neg = gathered(guided_velocity(transformer, entering(x, group), sigma, cond, 1.0), group)

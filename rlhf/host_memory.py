@@ -1,7 +1,7 @@
 """Host memory as a place where tensors wait for the backward pass, copied there and back beside the computation.
 
 host = HostMemory(device)
-y = recomputed(function, x, keeping=host.group())
+y = recomputed(function, x, place=host.group())
 """
 
 import weakref

@@ -85,11 +85,11 @@ class Layout:
         return guidance, sequence, both
 
     def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
-        """The sum over data ranks, on every process."""
+        """The sum over data ranks, on every process. how: "sum", as an accelerator takes it."""
         return self.accelerator.reduce(torch.zeros_like(tensor) if any(self._place) else tensor, how)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Those of all data ranks, one after the other along the first dimension, on every process."""
+        """The tensors of all data ranks, one after the other along the first dimension, on every process."""
         every = self.accelerator.gather(tensor)
         return every.unflatten(0, (-1, len(tensor)))[:: self.sizes.guidance * self.sizes.sequence].flatten(0, 1)
 

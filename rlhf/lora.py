@@ -1,5 +1,6 @@
 """The trained part of the transformer: LoRA by peft, whole blocks beside it, their float32 masters, their files."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def add_adapter(
     transformer.requires_grad_(False).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(config)
+        transformer.add_adapter(copy.deepcopy(config))  # peft writes the layers that it finds into it
     for block in train_blocks or []:
         try:
             transformer.get_submodule(block).requires_grad_(True)

@@ -37,7 +37,7 @@ def score(
 
 
 def score_metrics(names: list[str], scores_SR: torch.Tensor) -> dict[str, float]:
-    """The mean of each column, (S, R) of S samples, and of those of single rewards the spread, too."""
+    """The mean of each of R named columns over S samples; of single rewards (rewards/NAME) the spread, too."""
     means, stds = scores_SR.mean(0).tolist(), scores_SR.std(0, correction=0).tolist()
     metrics = {}
     for name, mean, std in zip(names, means, stds, strict=True):

@@ -15,7 +15,7 @@ from rewards.catalogue import CATALOGUE
 from rewards.costs import cost, decoded_frames, scored_frames
 from rlhf.config import RewardGradientConfig
 from rlhf.optimizer import moment_bytes
-from rlhf.parts import Part, Parts
+from rlhf.parts import Part, Parts, window_steps
 
 ENCODING = "encoding prompts"
 MASTER_BYTES = 8  # of a trained number: master and gradient, in float32
@@ -46,7 +46,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Rewards:
-    """What those that are trained on need. frames: leading ones that are decoded."""
+    """What the rewards that are trained on need. frames: leading ones that are decoded."""
 
     frames: int
     weights: int
@@ -57,7 +57,7 @@ class Rewards:
 
 
 def plan_rewards(parts: Parts, args: RewardGradientConfig) -> Rewards:
-    """Of args.reward_funcs on one batch; the weights are those of args.eval_reward_funcs, too."""
+    """What args.reward_funcs need for one batch; weights are counted of args.eval_reward_funcs, too."""
     fps = parts.card["sampling"]["fps"]
     batch, kwargs = args.per_device_train_batch_size, args.reward_kwargs or {}
     known = {name: kwargs.get(name, {}) for name in args.reward_funcs if name in CATALOGUE}
@@ -85,13 +85,14 @@ def _weights(name: str) -> int:
 
 
 def most_of(part: Part) -> int:
-    """Held at most, there or back."""
+    """Bytes held at most in the forward pass with gradient or in the backward pass."""
     return max(part.forward.most, part.backward.most) - part.forward.start
 
 
 def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards, encoders: int = 0) -> MemoryPlan:
-    """args: as those of parts, but for settings about speed and memory; rewards: `plan_rewards` of the same.
+    """What a run holds on one device, and what each of its phases takes besides.
 
+    args: as those of parts, but for settings about speed and memory; rewards: `plan_rewards` of the same.
     encoders: bytes that encoding the prompts takes, before the first step.
     """
     batch = args.per_device_train_batch_size
@@ -123,25 +124,19 @@ def together(args: RewardGradientConfig) -> int:
     return 2 if args.guidance_together and args.guidance_scale > 1 else 1
 
 
-def window_steps(args: RewardGradientConfig) -> int:
-    """Steps of the rollout that carry the gradient, at most."""
-    of_method = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
-    return of_method.get(args.method, args.num_grad_steps)
-
-
 def run_branches(args: RewardGradientConfig) -> int:
     """Branches of guidance that one process runs."""
     return 2 // args.guidance_parallel if args.guidance_scale > 1 else 1
 
 
-def graded_branches(args: RewardGradientConfig) -> int:
+def branches_with_gradient(args: RewardGradientConfig) -> int:
     """Branches of guidance that carry the gradient, of those that one process runs."""
     return run_branches(args) if args.guidance_gradient == "full" else 1
 
 
 def _graphs(args: RewardGradientConfig) -> int:
     """Calls of the transformer whose graphs are there at once, if nothing is done about it."""
-    return max(1, window_steps(args)) * max(1, graded_branches(args) // together(args))
+    return max(1, window_steps(args)) * max(1, branches_with_gradient(args) // together(args))
 
 
 def _evaluation(parts: Parts, args: RewardGradientConfig) -> int:
@@ -166,7 +161,7 @@ def _held(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> dict[st
 
 
 def gathered_bytes(parts: Parts, args: RewardGradientConfig) -> int:
-    """Of a sharded base, what is whole while the transformer runs: a block, the next one, and all but the blocks."""
+    """Bytes of a sharded base that are whole while the transformer runs: two blocks, and all but the blocks."""
     _, of_one, rest = parts.frozen
     return parts.transformer.dtype.itemsize * (2 * of_one + rest) if args.shard_base else 0
 

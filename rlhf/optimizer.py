@@ -34,12 +34,12 @@ def missing_optimizer(name: str) -> str | None:
 
 
 def moment_bytes(args: RewardGradientConfig) -> float:
-    """What the two moments of a trained number take; those of 8 bits with a scale for each 256."""
+    """Bytes of the two moments of a trained number; those of 8 bits with a scale for each 256."""
     return 2 * (1 + 4 / 256) if args.optim == EIGHT_BIT else 8
 
 
 def learning_rate(step: int, args: RewardGradientConfig) -> float:
-    """Of optimizer step `step`, from 0: linear warm-up, then constant or linear to 0 at max_steps."""
+    """The rate of optimizer step `step`, from 0: linear warm-up, then constant or linear to 0 at max_steps."""
     warm = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
     if args.lr_scheduler_type == "constant":
         return args.learning_rate * warm

@@ -49,9 +49,10 @@ class Part:
 
 
 class Parts:
-    """Of a model and the settings of a run that do not change what is computed. args has all sampling keys set.
+    """The parts of a run on one of so many processes, each traced once for the settings that bear on it.
 
-    Of one of so many processes.
+    args: those of the run, with all sampling keys set; methods take them with other settings about speed and memory.
+    card: the model's sizes, as of `rlhf.checks.model_card`.
     """
 
     def __init__(self, args: RewardGradientConfig, card: dict[str, dict], processes: int = 1):
@@ -60,7 +61,7 @@ class Parts:
 
     @cached_property
     def transformer(self) -> SD3Transformer3DModel:
-        """With its adapter, without storage."""
+        """The transformer with its adapter, without storage."""
         return self._make(self.card["transformer"])
 
     def _make(self, config: dict, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
@@ -83,12 +84,12 @@ class Parts:
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
-        """Frozen, without storage."""
+        """The VAE, frozen, without storage."""
         with torch.device("meta"):
             return AutoencoderKLWan.from_config(self.card["vae"]).requires_grad_(False).eval()
 
     def dtype(self, model: nn.Module) -> torch.dtype:
-        """Of the base: as asked, or as the loader chooses by its size."""
+        """The base's number format: as asked, or as the loader chooses by its size."""
         if self.args.dtype == "auto":
             return torch.bfloat16 if sum(p.numel() for p in model.parameters()) > SMALL_MODEL else torch.float32
         return getattr(torch, self.args.dtype)
@@ -101,17 +102,17 @@ class Parts:
 
     @cached_property
     def trained(self) -> int:
-        """Trained numbers."""
+        """How many numbers are trained."""
         return sum(p.numel() for p in self.transformer.parameters() if p.requires_grad)
 
     @cached_property
     def trained_tensors(self) -> int:
-        """And of how many tensors."""
+        """How many tensors are trained."""
         return sum(p.requires_grad for p in self.transformer.parameters())
 
     @cached_property
     def adapter_bytes(self) -> int:
-        """Of the trained numbers as the forward pass reads them, and of whole blocks as they were before."""
+        """Bytes of the trained numbers as the forward pass reads them, and of whole blocks as they were before."""
         trained = [(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad]
         whole = sum(p.nbytes for name, p in trained if "default" not in name.split("."))
         return sum(p.nbytes for _, p in trained) + whole
@@ -126,15 +127,15 @@ class Parts:
 
     @property
     def tokens(self) -> int:
-        """Of the video."""
+        """How many tokens a video has."""
         _, T, H, W = self.latents
         return T * (H // self.card["transformer"]["patch_size"]) * (W // self.card["transformer"]["patch_size"])
 
     def branch(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> Part:
         """One call of the transformer, as these args run it."""
-        key = ("branch", batch, with_gradient, *(getattr(args, name) for name in OF_TRANSFORMER))
+        of_latents = window_steps(args) > 1 and args.method != "drtune"  # a step passes on what comes from a later one
+        key = ("branch", batch, with_gradient, of_latents, *(getattr(args, name) for name in OF_TRANSFORMER))
         text = self.card["tokenizer"]["model_max_length"] + args.max_sequence_length  # CLIP's and T5's tokens
-        of_latents = args.num_grad_steps > 1
         shape, speed = (batch, *self.latents), Speed.of(args)
 
         def trace() -> Part:
@@ -182,6 +183,12 @@ class Parts:
         return self.traced[key]
 
 
+def window_steps(args: RewardGradientConfig) -> int:
+    """Steps of the rollout that carry the gradient, at most."""
+    of_method = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
+    return of_method.get(args.method, args.num_grad_steps)
+
+
 def trace_part(
     function: Callable,
     x: torch.Tensor,
@@ -190,7 +197,11 @@ def trace_part(
     of_input: bool = True,
     only_gradient: bool = False,
 ) -> Part:
-    """function(x) without gradient; with gradient; and back. of_input: x needs a gradient, too."""
+    """function(x) without gradient; with gradient; and back.
+
+    held: modules whose own tensors are not counted. of_input: x needs a gradient, too. only_gradient: leave the pass
+    without gradient out where there is one with it.
+    """
     with Trace(*held) as trace:
         trace.know(x)
         with torch.no_grad(), trace.phase() as sampling:
@@ -218,7 +229,10 @@ def trace_transformer(
     with_gradient: bool = True,
     group: Group | None = None,
 ) -> Part:
-    """shape: (B, C, T, H, W) of the latents; group: shares the tokens. The position table is taken as there already."""
+    """One call of the transformer, as `trace_part`, with the position table there already.
+
+    shape: (B, C, T, H, W) of the latents. of_latents: they need a gradient, too. group: shares the tokens.
+    """
     speed, make = speed or Speed(), partial(torch.empty, device="meta", dtype=model.dtype)
     B, _, T, H, W = shape
     patch, config = model.config.patch_size, model.config
@@ -242,7 +256,7 @@ def trace_transformer(
 def trace_decoder(
     vae: AutoencoderKLWan, shape: tuple, frames: int, args: RewardGradientConfig, with_gradient: bool = True
 ) -> Part:
-    """frames: leading ones that are wanted; shape as above."""
+    """The decoder, as `trace_part`. shape: (B, C, T, H, W) of the latents; frames: leading ones that are wanted."""
     caches = Elsewhere() if args.decode_caches == "host" else args.decode_caches
     window = min(args.decode_window or frames, frames) if with_gradient else frames
     first = (frames - window) // 2  # it is drawn for each step
@@ -254,7 +268,7 @@ def trace_decoder(
 
 
 def extended(fewer: Part, few: Part, times: int) -> Part:
-    """`few` and so many times what it takes more than `fewer`."""
+    """`few`, and so many times what it takes more than `fewer`."""
     ways = ("sampling", "forward", "backward")
     return Part(*(_extended(getattr(fewer, way), getattr(few, way), times) for way in ways))
 
@@ -267,7 +281,7 @@ def _extended(fewer: Phase, few: Phase, times: int) -> Phase:
 
 
 def small_transformer(device: str | torch.device) -> SD3Transformer3DModel:
-    """Of four blocks two heads wide, with an adapter: as much to call as a large one, next to nothing to compute."""
+    """A transformer of four blocks, two heads wide, with an adapter: its time is that of calling operators."""
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32, "pooled_projection_dim": 32}
     with torch.device(device):
         model = SD3Transformer3DModel(num_layers=4, **sizes)

@@ -54,7 +54,7 @@ class Plan:
 
 
 class Planner:
-    """Of one of the processes of a run. args has all sampling keys set; card: as of `rlhf.checks.model_card`.
+    """Plans one process of a run. args has all sampling keys set; card: as of `rlhf.checks.model_card`.
 
     encoders: configurations of the text encoders, as of `rlhf.encoders.encoder_configs`; without them, that encoding
     the prompts takes nothing.
@@ -95,7 +95,7 @@ class Planner:
         return []
 
     def least(self) -> MemoryPlan:
-        """With whatever settings it takes."""
+        """The memory with the settings that need least of it."""
         changes = itertools.chain.from_iterable(map(self._changes, self._tried()))
         return min(map(self.memory, changes), key=lambda plan: plan.most)
 
@@ -164,6 +164,7 @@ def sizes(planner: Planner) -> str:
     parts, args, calls = planner.parts, planner.args, count_calls(planner.args)
     videos = parts.sizes.data * args.per_device_train_batch_size * args.gradient_accumulation_steps
     frozen, vae = sum(parts.frozen) - parts.frozen[1], sum(p.numel() for p in parts.vae.parameters())
+    forwards = calls.prefix + calls.constant + calls.with_gradient
     rows = [
         ("processes, one a device", f"{parts.processes} ({parts.sizes})" if parts.processes > 1 else "1"),
         ("videos of an optimizer step, of all", f"{videos}"),
@@ -173,8 +174,8 @@ def sizes(planner: Planner) -> str:
         ("VAE", f"{vae:,} parameters"),
         ("trained", f"{parts.trained:,} parameters"),
         ("frames that are decoded", f"{planner.rewards.frames}"),
-        ("transformer forwards of a process, a step and video", f"{calls.prefix + calls.constant + calls.graded:g}"),
-        ("of these with gradient, at most", f"{calls.graded:g}"),
+        ("transformer forwards of a process, a step and video", f"{forwards:g}"),
+        ("of these with gradient, at most", f"{calls.with_gradient:g}"),
     ]
     return _table("Sizes:", rows)
 

@@ -28,10 +28,11 @@ def fewer_steps(sigmas: torch.Tensor, window: int, steps: int) -> torch.Tensor:
 
 
 class SecondOrder:
-    """A velocity that makes Euler steps of one rollout second-order, at no further evaluation, where nothing is graded.
+    """A velocity that makes one rollout's Euler steps second-order, without a further evaluation.
 
     Adams-Bashforth with steps h of any length (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I,
-    III.5): (1 + r/2) v_n - r/2 v_n-1 with r = h_n / h_n-1; the first step is Euler's.
+    III.5): (1 + r/2) v_n - r/2 v_n-1 with r = h_n / h_n-1; the first step stays Euler's, and so do those
+    with gradient.
     """
 
     def __init__(self, velocity: Velocity, sigmas: torch.Tensor):
@@ -60,7 +61,6 @@ class KeptGuidance:
         if every < 1:
             raise ValueError(f"guidance_every={every}, expected at least 1; raise it")
         self.transformer, self.cond, self.guidance_scale, self.every = transformer, cond, guidance_scale, every
-        self.negative = Conditioning(cond.negative_embeds_BLD, cond.negative_pooled_BP)
         self.calls, self.direction = 0, None
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class KeptGuidance:
             return guided_velocity(self.transformer, x, sigma, self.cond, self.guidance_scale)
         v_text = guided_velocity(self.transformer, x, sigma, self.cond, 1.0)
         if self.calls % self.every == 0:
-            self.direction = v_text - guided_velocity(self.transformer, x, sigma, self.negative, 1.0)
+            self.direction = v_text - guided_velocity(self.transformer, x, sigma, self.cond.negative, 1.0)
         self.calls += 1
         return v_text + (self.guidance_scale - 1) * self.direction
 

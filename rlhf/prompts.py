@@ -46,10 +46,7 @@ def _of_rows(lines: list[str], path: Path) -> list[str]:
         except ValueError as error:
             expected = 'expected a row such as {"prompt": "a cat"}'
             raise ConfigError([f"prompt file {path}, line {number}: got {error}, {expected}; correct it"]) from None
-    try:
-        return as_prompts(rows)
-    except ConfigError as error:
-        raise ConfigError([f"prompt file {path}, {problem}" for problem in error.problems]) from None
+    return as_prompts(rows, f"prompt file {path}")
 
 
 def write_prompts(path: Path, prompts: list[str]) -> None:
@@ -71,18 +68,22 @@ def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
     return found
 
 
-def as_prompts(dataset: Iterable) -> list[str]:
+def as_prompts(dataset: Iterable, name: str = "dataset") -> list[str]:
     """Prompts of a list of strings, or of anything that yields rows with a "prompt" (a `datasets.Dataset`, dicts).
 
-    Raises ConfigError for no rows, and for others than these.
+    Raises ConfigError for no rows, for others than these, and for tables and dicts of sets, which yield mere names.
     """
+    if isinstance(dataset, Mapping) or getattr(dataset, "ndim", 1) != 1:
+        keys = ", ".join(map(repr, list(dataset)[:5]))
+        expected = "expected strings or rows with a 'prompt'; pass one of these"
+        raise ConfigError([f"{name}: got a {type(dataset).__name__} of {keys}, {expected}"])
     rows = [] if isinstance(dataset, str) else list(dataset)
     prompts = [row.get("prompt") if isinstance(row, Mapping) else row for row in rows]
     wrong = next((row for row, prompt in zip(rows, prompts, strict=True) if not isinstance(prompt, str)), None)
     if not prompts or wrong is not None:
         got = f"the row {wrong!r}" if prompts else f"the string {dataset!r}" if isinstance(dataset, str) else "no rows"
         expected = "expected strings or rows with a 'prompt'; pass a list of at least one prompt"
-        raise ConfigError([f"dataset: got {got}, {expected}"])
+        raise ConfigError([f"{name}: got {got}, {expected}"])
     return prompts
 
 

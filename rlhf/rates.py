@@ -13,7 +13,7 @@ from rlhf.attention import attention_by, time_kernels
 from rlhf.device import describe, memory_beside, seconds_of
 from rlhf.measured import RATES
 from rlhf.parts import small_transformer, trace_transformer
-from rlhf.trace import Operation
+from rlhf.trace import Operation, dtype_name
 
 ROUNDS, ROUND_SECONDS = 3, 0.05  # of a measurement: many calls in a row, at the clock that a device can hold
 # Rows, inner and outer size of a product; channels, frames, height, width of a convolution; heads, tokens, width of a
@@ -47,19 +47,19 @@ class Rates:
         return asdict(self)
 
     def seconds(self, operation: Operation) -> float:
-        """Of the computation or of the memory's traffic, whichever takes longer."""
+        """Seconds of an operation: of its computation or of its memory traffic, whichever takes longer."""
         moving = operation.bytes / (self.to_others if operation.kind == "exchange" else self.bytes)
         if not operation.flops:
             return moving
         return max(operation.flops / self.speed(operation.kind, operation.dtype), moving)
 
     def speed(self, kind: str, dtype: str) -> float:
-        """FLOP/s; of a kind of format that was not measured, those of float32 products."""
+        """FLOP/s of a kind in a format; where not measured, of that kind in float32, else of float32 products."""
         return self.flops.get(f"{kind} {dtype}") or self.flops.get(f"{kind} float32") or self.flops["matrix float32"]
 
 
 def known_rates(name: str) -> Rates | None:
-    """Of a device that bench/planner.py ran on, by its own name."""
+    """The rates of a device that bench/planner.py ran on, by its own name; None of any other."""
     return Rates(device=name, **RATES[name]) if name in RATES else None
 
 
@@ -71,7 +71,7 @@ def device_rates(device: torch.device) -> tuple[Rates, str]:
 
 
 def measure_rates(device: torch.device) -> Rates:
-    """A second or two on an accelerator, as much on a CPU."""
+    """The rates of this machine's device, measured now, in some seconds."""
     sizes = SMALL if device.type == "cpu" else LARGE
     flops = {}
     for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16):
@@ -92,7 +92,7 @@ def measure_rates(device: torch.device) -> Rates:
 def _products(device, dtype, size) -> dict[str, float]:
     M, K, N = size
     x, y = torch.randn(M, K, device=device, dtype=dtype), torch.randn(K, N, device=device, dtype=dtype)
-    return {f"matrix {_name(dtype)}": 2 * M * K * N / _least(lambda: x @ y, device)}
+    return {f"matrix {dtype_name(dtype)}": 2 * M * K * N / _least(lambda: x @ y, device)}
 
 
 def _convolutions(device, dtype, size) -> dict[str, float]:
@@ -103,7 +103,7 @@ def _convolutions(device, dtype, size) -> dict[str, float]:
     flops = 2 * 27 * channels * x.numel()
     forward = _least(lambda: F.conv3d(x, weight, padding=1), device)
     backward = _least(lambda: torch.nn.grad.conv3d_input(x.shape, weight, x, padding=1), device)
-    return {f"conv {_name(dtype)}": flops / forward, f"conv backward {_name(dtype)}": flops / backward}
+    return {f"conv {dtype_name(dtype)}": flops / forward, f"conv backward {dtype_name(dtype)}": flops / backward}
 
 
 def _attention(device, dtype, size) -> dict[str, float]:
@@ -119,8 +119,8 @@ def _attention(device, dtype, size) -> dict[str, float]:
     products = 2 * H * N * N * W
     back = max(both - forward, forward)
     return {
-        f"attention {_name(dtype)}": 2 * products / forward,
-        f"attention backward {_name(dtype)}": 5 * products / back,
+        f"attention {dtype_name(dtype)}": 2 * products / forward,
+        f"attention backward {dtype_name(dtype)}": 5 * products / back,
     }
 
 
@@ -182,7 +182,3 @@ def _least(work: Callable, device: torch.device) -> float:
             work()
 
     return min(seconds_of(round_of_them, device) for _ in range(ROUNDS)) / times
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ def recomputed(
     *inputs: torch.Tensor | None,
     parameters: Iterable[torch.Tensor] = (),
     place: Group | None = None,
-):
+) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
     """function(*inputs), tensors or None in and out; the backward pass calls it again. Exact if it is deterministic.
 
     Args:

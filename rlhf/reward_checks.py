@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from rewards import check_spec, reward_name
 from rewards.base import check_frames
 from rewards.catalogue import CATALOGUE
+from rewards.load import name_in
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.measures import MEASURES
 
 
 def short_name(reward: str | Callable) -> str:
     """How a reward is called in metrics: a built-in's name, else the class or function."""
-    return reward.rsplit(":", 1)[-1] if isinstance(reward, str) else reward_name(reward)
+    return name_in(reward) if isinstance(reward, str) else reward_name(reward)
 
 
 def told_by(check: Callable, *arguments) -> list[str]:

@@ -64,10 +64,9 @@ def velocity_field(
         "full": both branches. Exact.
         "text": v_text, g times; v_neg is a constant. Not exact: the gradient g J_text - (g - 1) J_neg loses a part.
         "none": v_text, once; guidance is a constant that is added. Not exact.
-        "distill": there is no guidance: v_text alone, exact for an adapter that was taught guidance (`rlhf.drift`).
+        "distill": there is no guidance: v_text alone, exact for an adapter taught guidance (docs/methods.md).
     together: both branches in one batch, where both are run alike.
     """
-    negative = Conditioning(cond.negative_embeds_BLD, cond.negative_pooled_BP)
 
     def whole(x, sigma):
         return guided_velocity(transformer, x, sigma, cond, guidance_scale, together=together)
@@ -80,7 +79,7 @@ def velocity_field(
             return whole(x, sigma)
         v_text = text_only(x, sigma)
         with torch.no_grad():
-            v_neg = guided_velocity(transformer, x, sigma, negative, 1.0)
+            v_neg = guided_velocity(transformer, x, sigma, cond.negative, 1.0)
         return v_text + (guidance_scale - 1) * ((v_text.detach() if gradient == "none" else v_text) - v_neg)
 
     if gradient == "distill":

@@ -1,27 +1,27 @@
 """What a trainer starts from: arguments checked before anything heavy is loaded, prompts, rewards, frozen models."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
 from rewards import RewardMix, reward_name
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.contentv.loading import load_pipeline
+from rlhf.contentv.loading import TEXT_ENCODERS, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.layout import Layout
-from rlhf.lora import Masters, add_adapter, lora_config, settings_of
+from rlhf.lora import ATTENTION, Masters, add_adapter, lora_config, settings_of
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.run_folder import own_prompts
 from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+KEEP_THE_BASE = ("gaussian", "orthogonal")  # of peft's names for an adapter's first weights
 
 
 @dataclasses.dataclass
@@ -43,24 +43,60 @@ def checked_inputs(
     eval_dataset: Iterable | None,
     peft_config: PeftConfig | None = None,
 ) -> Inputs:
-    """Raises ConfigError, with everything that is wrong at once."""
+    """The trainer's arguments in one form. Raises ConfigError, with everything that is wrong at once."""
     args = args or RewardGradientConfig()
-    if dropped := getattr(peft_config, "lora_dropout", 0):
-        expected = "expected 0: each denoising step of a video, an evaluation's too, would be of another random model"
-        raise ConfigError([f"peft_config: got lora_dropout={dropped}, {expected}; leave it out"])
+    if problems := [*_wrong_types(model, reward_funcs, args, peft_config), *_adapter_problems(model, peft_config)]:
+        raise ConfigError(problems)
     named = isinstance(model, str | Path)
     args = dataclasses.replace(args, model=str(model) if named else args.model)
     pipe = None if named else model
     rewards = args.reward_funcs if reward_funcs is None else reward_funcs
     rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
     args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
-    train_prompts = None if train_dataset is None else as_prompts(train_dataset)
-    eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset)
+    train_prompts = None if train_dataset is None else as_prompts(train_dataset, "train_dataset")
+    eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset, "eval_dataset")
+    args = dataclasses.replace(args, **settings_of(peft_config))  # those of the adapter that a checkpoint has to have
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     handed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
     told = {name: own_prompts(args, name) for name, prompts in handed.items() if prompts is not None}
-    args = dataclasses.replace(args, **told, **settings_of(peft_config))
+    args = dataclasses.replace(args, **told)
     return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
+
+
+def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
+    expected = {
+        "model": (model, str | Path | ContentVPipeline, "a name, a path or a ContentVPipeline; rlhf.contentv.loading"),
+        "args": (args, RewardGradientConfig, "a RewardGradientConfig; rlhf.config"),
+        "peft_config": (peft_config, LoraConfig, "a LoraConfig, whose files diffusers reads; peft"),
+    }
+    for name, (given, kind, told) in expected.items():
+        if given is not None and not isinstance(given, kind):
+            yield f"{name}: got a {type(given).__name__}, expected {told} has it"
+    for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
+        if isinstance(reward, type):
+            yield f"reward_funcs: got the class {reward.__name__}, expected an object; pass {reward.__name__}(...)"
+
+
+def _adapter_problems(model, peft_config) -> Iterator[str]:
+    """Of one that is there, and of one that shall be."""
+    if there := getattr(getattr(model, "transformer", None), "peft_config", None):
+        got = f"got a pipeline with an adapter already, {' and '.join(map(repr, there))}, expected none"
+        cure = "take it off (pipe.unload_lora_weights()), after pipe.fuse_lora() to begin with what it does"
+        yield f"model: {got}; {cure}"
+    if dropped := getattr(peft_config, "lora_dropout", 0):
+        expected = "expected 0: each denoising step of a video, an evaluation's too, would be of another random model"
+        yield f"peft_config: got lora_dropout={dropped}, {expected}; leave it out"
+    if not isinstance(peft_config, LoraConfig):
+        return
+    if not peft_config.target_modules:
+        yield f"peft_config: got no target_modules, expected names of layers; those of the settings are {ATTENTION}"
+    if whole := peft_config.modules_to_save:
+        yield f"peft_config: got modules_to_save={whole}, expected none; the setting train_blocks trains whole modules"
+    if peft_config.bias != "none":
+        yield f"peft_config: got bias={peft_config.bias!r}, expected 'none', as LoRA files hold no biases; leave it out"
+    if isinstance(start := peft_config.init_lora_weights, str) and start not in KEEP_THE_BASE:
+        expected = "expected one that leaves the base's weights as they are, for it is what a run is compared with"
+        yield f"peft_config: got init_lora_weights={start!r}, {expected}; leave it out, or use {KEEP_THE_BASE[0]!r}"
 
 
 def load_prompt_sets(inputs: Inputs) -> tuple[list[str], list[str]]:
@@ -126,13 +162,16 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
 def encode_and_release(
     pipe: ContentVPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
 ) -> PromptCache | None:
-    """Embed the prompts, None for none of them (a finished run that is resumed); the encoders may leave the device."""
-    text = None
+    """The prompts' embeddings, on the CPU; None for no prompts, as of a finished run that is resumed.
+
+    release: the text encoders come to the device for this alone, and are on the CPU afterwards.
+    """
+    text, moved = None, TEXT_ENCODERS if release else ()
     if prompts:
-        for name in ENCODERS if release else ():
+        for name in moved:
             getattr(pipe, name).to(device)
         text = encode_prompts(pipe, prompts, args.negative_prompt, args.max_sequence_length)
-    for name in ENCODERS if release else ():
+    for name in moved:
         getattr(pipe, name).to("cpu")
     return text
 

@@ -31,18 +31,19 @@ class Speed:
 
     @classmethod
     def of(cls, args: Any) -> "Speed":
-        """Those of any object that has them."""
+        """These settings of any object that has them."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     @property
     def recompute(self) -> str:
+        """What the backward pass computes again, as a `BlockRunner` takes it."""
         if not self.gradient_checkpointing:
             return "nothing"
         return "all but attention" if self.keep_attention else "block"
 
 
 def set_up_blocks(
-    transformer, speed: Speed, device: torch.device, sequence_group: Group | None = None
+    transformer: torch.nn.Module, speed: Speed, device: torch.device, sequence_group: Group | None = None
 ) -> dict[str, Any]:
     """Have a transformer with its adapter run as asked, moved to the device. What was chosen, for the log.
 
@@ -76,7 +77,7 @@ def set_up_blocks(
     return chosen
 
 
-def choose_kernel(transformer, asked: str, device: torch.device) -> tuple[str | None, str]:
+def choose_kernel(transformer: torch.nn.Module, asked: str, device: torch.device) -> tuple[str | None, str]:
     """The kernel's name, None for PyTorch's own choice, and a line about it. "auto" on a CUDA device: the fastest.
 
     Raises ConfigError for one that does not run there.
@@ -113,7 +114,9 @@ def require_compiler(device: torch.device) -> None:
         ) from None
 
 
-def choose_forward(transformer, kernel: str | None, device: torch.device) -> tuple[Attention, str] | None:
+def choose_forward(
+    transformer: torch.nn.Module, kernel: str | None, device: torch.device
+) -> tuple[Attention, str] | None:
     """What is faster than the kernel where no gradient is recorded, on CUDA, and a line about it."""
     if not has_attention_kernels(device):
         return None

@@ -59,11 +59,6 @@ class WeightStream:
         if len(self.blocks) > 1:
             self._bring(number - 1 if backwards and number else (number + 1) % len(self.blocks))
 
-    def release(self) -> None:
-        """Point every parameter at its host memory again, before weights are saved."""
-        for slot in range(2):
-            self._evict(slot)
-
     def _slot(self, number: int) -> int | None:
         return self.holds.index(number) if number in self.holds else None
 

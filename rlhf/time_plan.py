@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from rewards.measured import DEVICE as DEVICE_OF_REWARDS
 from rlhf.config import RewardGradientConfig
-from rlhf.memory_plan import Rewards, graded_branches, run_branches, together, window_steps
-from rlhf.parts import Parts
+from rlhf.memory_plan import Rewards, branches_with_gradient, run_branches, together
+from rlhf.parts import Parts, window_steps
 from rlhf.rates import Rates, known_rates
 from rlhf.trace import Operation, Phase
 
@@ -25,11 +25,11 @@ ADAM_BYTES = 36  # moved for a trained number: read four, write three, and the c
 
 @dataclass(frozen=True)
 class Calls:
-    """Of the transformer in one process, for a video and optimizer step; on average, where rollouts are used again."""
+    """Calls of the transformer in one process for a video and step; on average, where rollouts are used again."""
 
     prefix: float  # without gradient, before the window
     constant: float  # without gradient, in the window or for the drift
-    graded: float  # with gradient
+    with_gradient: float
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class TimePlan:
 
     @property
     def total(self) -> float:
-        """Of all parts."""
+        """Seconds of all parts together."""
         return sum(self.parts.values())
 
 
 def count_calls(args: RewardGradientConfig) -> Calls:
-    """At most, where a method draws its steps. args has all sampling keys set."""
+    """How often a step calls the transformer; at most, where steps are drawn. args has all sampling keys set."""
     again = args.num_draws if args.method in ("draft_lv", "srpo") else 0
     window, of_base, drift = window_steps(args), run_branches(args), bool(args.drift_weight)
-    branches, with_gradient = 1 if args.guidance_gradient == "distill" else of_base, graded_branches(args)
+    branches, with_gradient = 1 if args.guidance_gradient == "distill" else of_base, branches_with_gradient(args)
     steps = window + again + drift
     constant = (branches - with_gradient) * steps + of_base * drift
     before = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
@@ -57,7 +57,10 @@ def count_calls(args: RewardGradientConfig) -> Calls:
 
 
 def plan_time(parts: Parts, args: RewardGradientConfig, rewards: Rewards, rates: Rates) -> TimePlan:
-    """Of all `gradient_accumulation_steps`; args: as those of parts, but for settings about speed and memory."""
+    """The time of an optimizer step, with all its `gradient_accumulation_steps`.
+
+    args: as those of parts, but for settings about speed and memory.
+    """
     batch, at_once = args.per_device_train_batch_size, together(args)
     branch, calls = parts.branch(args, batch * at_once), count_calls(args)
     decoder = parts.decoder(args, batch, rewards.frames)
@@ -70,7 +73,7 @@ def plan_time(parts: Parts, args: RewardGradientConfig, rewards: Rewards, rates:
     scoring = reward_seconds(rewards, rates) * (2 if args.relative_words else 1)
     micro = {
         "sampling": (calls.prefix + calls.constant) / at_once * forward,
-        "gradient segment": calls.graded / at_once * segment,
+        "gradient segment": calls.with_gradient / at_once * segment,
         "decoding and back": samples * (seconds(decoder.forward, rates) + seconds(decoder.backward, rates)),
         "reward and back": samples * scoring,
     }
@@ -79,14 +82,14 @@ def plan_time(parts: Parts, args: RewardGradientConfig, rewards: Rewards, rates:
 
 
 def seconds(phase: Phase, rates: Rates) -> float:
-    """Of the device, or of calling it if that takes longer; one after the other where the device is the CPU."""
+    """Seconds of the device, or of calling it if that takes longer; of both where the device is the CPU."""
     on_device = sum(count * rates.seconds(operation) for operation, count in phase.work.items())
     calling = phase.calls * rates.call_seconds + phase.calls_of_autograd * rates.autograd_seconds
     return on_device + calling if rates.waits else max(on_device, AROUND_A_CALL * calling)
 
 
 def reward_seconds(rewards: Rewards, rates: Rates) -> float:
-    """As measured; on another device in proportion to its products."""
+    """Seconds of scoring and going back: as measured; on another device in proportion to its products."""
     reference = known_rates(DEVICE_OF_REWARDS)
     slower = 1.0
     if reference and rates.device != reference.device:

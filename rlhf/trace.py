@@ -131,11 +131,16 @@ class Trace(TorchDispatchMode):
         self.now -= self.alive.pop(key)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "bfloat16", as an `Operation` has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _operation(func, args, kwargs, out, inputs, outputs) -> Operation:
     name = func.overloadpacket.__name__
     if func.namespace == "c10d":
-        return Operation("exchange", str(inputs[0].dtype).removeprefix("torch."), 0, _sent(name, inputs))
-    dtype = str(outputs[0].dtype if outputs else torch.float32).removeprefix("torch.")
+        return Operation("exchange", dtype_name(inputs[0].dtype), 0, _sent(name, inputs))
+    dtype = dtype_name(outputs[0].dtype if outputs else torch.float32)
     if func.overloadpacket in flop_registry:
         flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return Operation(KINDS.get(name, "matrix"), dtype, flops, _bytes(inputs + outputs))
@@ -202,7 +207,7 @@ def _attention_operation(kind: str, query_BHNW: torch.Tensor) -> Operation:
     *rows, width = query_BHNW.shape
     products = 2 if kind == "attention" else 5
     flops = 2 * products * prod(rows) * rows[-1] * width
-    return Operation(kind, str(query_BHNW.dtype).removeprefix("torch."), flops, 0)
+    return Operation(kind, dtype_name(query_BHNW.dtype), flops, 0)
 
 
 class _Norm(QueryKeyNorm):

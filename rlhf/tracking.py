@@ -42,7 +42,7 @@ class RunLog:
         self.accelerator, self.folder = accelerator, Path(args.output_dir)
         self.is_main = accelerator.is_main_process
         if self.is_main:
-            keep_rows(self.folder, before_step=first_step)
+            keep_rows(self.folder, last_step=first_step)
         self.bar = tqdm(
             total=args.max_steps, initial=first_step, desc="train", unit="step", disable=not self.is_main, smoothing=0.1
         )
@@ -72,10 +72,10 @@ class RunLog:
         self.bar.close()
 
 
-def keep_rows(folder: Path, before_step: int) -> None:
-    """Drop the rows after a checkpoint's step, which a resumed run writes anew, and a half-written last one."""
+def keep_rows(folder: Path, last_step: int) -> None:
+    """Drop the rows after last_step, a checkpoint's, which a resumed run writes anew, and a half-written last row."""
     if (path := folder / METRICS).exists():
-        rows = [row for row in read_metrics(folder) if row["step"] <= before_step]
+        rows = [row for row in read_metrics(folder) if row["step"] <= last_step]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

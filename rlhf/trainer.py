@@ -1,6 +1,8 @@
 """The training loop: prompts to videos to scores, and the scores' gradient back into the adapter.
 
-Shape legend: B batch, C channels, T frames, H height, W width, R rewards, S samples of an optimizer step.
+Read `step` and `_reward_gradient` first, an optimizer step and its gradient of one batch; then `rlhf.sampler.rollout`.
+
+Shape legend: B batch, C channels, T frames, H height, W width, S samples of a step, R columns that are logged.
 """
 
 import dataclasses
@@ -28,7 +30,7 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import Skips, naming_lost_processes, not_finite, require_gradient
+from rlhf.failures import Skips, naming_lost_processes, not_finite, require_gradient, require_new
 from rlhf.fields import Fields
 from rlhf.layout import Layout
 from rlhf.lora import save_adapter
@@ -52,18 +54,17 @@ class RewardGradientTrainer:
     """Trains an adapter on a text-to-video model by back-propagating rewards through its last denoising steps.
 
     Args:
-        model: what names the generator ("nano", a local folder, a hub id; default: args.model) or a `ContentVPipeline`,
+        model: the generator's name ("nano", a local folder, a hub id; default: args.model), or a `ContentVPipeline`,
             which is trained in place; args.model then only says in config.yaml which it was.
         reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts, **info) -> scores.
             Default: args.reward_funcs.
         args: the settings.
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
-        peft_config: another adapter than the LoRA that args describe, without dropout.
+        peft_config: another LoRA than the one that args describe, without dropout.
         opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
 
-    Raises ConfigError, with everything that is wrong at once, and RewardError for a reward that cannot train, before
-    any weight of the model is loaded.
+    Raises ConfigError, with all that is wrong at once, or RewardError, before any weight of the model is loaded.
     """
 
     def __init__(
@@ -87,7 +88,6 @@ class RewardGradientTrainer:
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
         self.owns_pipe = inputs.pipe is None
         self.pipe = inputs.pipe or load_base(args, self.device)
-
         self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.layout)
         self.fields = Fields(self.pipe.transformer, self.masters, args, self.layout)
         self.optimizer = make_optimizer(self.masters.vector, args)
@@ -100,8 +100,7 @@ class RewardGradientTrainer:
         self.batches = Batches(args, self.layout, train_prompts, shape, fps)
         self.watch = None
         if self.eval_prompts:
-            sample = partial(self._sample, self.fields.tuned)
-            shown = partial(show, self.accelerator)
+            sample, shown = partial(self._sample, self.fields.tuned), partial(show, self.accelerator)
             held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.layout, fps, shown)
             self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters, self.callbacks.tell)
         self.last_batch, self.skips = None, Skips(args.max_skipped_steps)  # video, prompts, info: `not_finite`
@@ -110,11 +109,12 @@ class RewardGradientTrainer:
     # ---------------------------------------------------------------------------------------------- the run
 
     def train(self) -> dict:
-        """The whole run: evaluate the base, train, evaluate the tuned model. Returns the content of summary.json.
+        """The whole run: evaluate the base, train, evaluate the tuned model. Returns the content of summary.json. Once.
 
         Raises TrainingInterrupted after a signal, TrainingError or RewardError where training cannot go on; then
         checkpoints/ holds the last good step.
         """
+        require_new(self.optimizer)
         with reported(self.folder, self.accelerator.is_main_process):
             summary = self._train()
         self.callbacks.tell("on_train_end")
@@ -154,8 +154,8 @@ class RewardGradientTrainer:
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
         self.batches.go_on_from(first, saved)
-        done = resumed and is_calibrated(self.rewards, args)
-        sampled = [] if done else self.batches.prompts_at(0, args.calibrate_rewards)
+        calibrated = resumed and is_calibrated(self.rewards, args)
+        sampled = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
         prompts = self.batches.from_step(self.prefixes.rollout_of(first, 0)) + self.eval_prompts + sampled
         self.text = encode_and_release(self.pipe, prompts, args, self.device, self.owns_pipe)
         if args.calibrate_rewards:
@@ -233,7 +233,7 @@ class RewardGradientTrainer:
         args, plan = self.args, self.plan
         batch = self.batches.batch(self.prefixes.rollout_of(step, micro), micro)
         cond = self.text(batch.prompts, self.device)
-        velocity, losses, first = Visited(self.fields.rolled_out(cond, plan), plan.drift_step), [], None
+        velocity, losses, logged = Visited(self.fields.rolled_out(cond, plan), plan.drift_step), [], None
         for sample in gradient_samples(velocity, batch.noise, plan, partial(self.prefixes.start, step, micro)):
             video = self.decode(self.layout.agreed(sample.latents), step)
             # Unless a batch before has broken the gradient, and is the one to look at.
@@ -244,12 +244,12 @@ class RewardGradientTrainer:
             self._back_propagate(loss / plan.num_samples)
             losses.append(loss.detach())
             scores = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
-            first = first or scores | {"saturated": saturated_share(video)}
+            logged = logged or scores | {"saturated": saturated_share(video)}  # of the first sample
         loss_B = torch.stack(losses).mean().expand(len(batch.prompts))
         if not args.drift_weight:
-            return {"loss": loss_B} | first
+            return {"loss": loss_B} | logged
         drift_B = self._drift_gradient(cond, *velocity.state, args.drift_weight)
-        return {"loss": loss_B + args.drift_weight * drift_B} | first | {"drift": drift_B}
+        return {"loss": loss_B + args.drift_weight * drift_B} | logged | {"drift": drift_B}
 
     def _anchor_gradient(self, step: int, micro: int) -> dict[str, torch.Tensor]:
         """As `_reward_gradient`, without a reward: the drift at a state of the base's own rollout."""

@@ -24,6 +24,11 @@ class Conditioning:
     negative_embeds_BLD: torch.Tensor | None = None
     negative_pooled_BP: torch.Tensor | None = None
 
+    @property
+    def negative(self) -> "Conditioning":
+        """The negative prompt's embeddings as a batch of their own, for the branch that guidance leads away from."""
+        return Conditioning(self.negative_embeds_BLD, self.negative_pooled_BP)
+
     def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
         """Move or cast every tensor, as `torch.Tensor.to` does."""
         values = (getattr(self, f.name) for f in fields(self))

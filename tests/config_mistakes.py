@@ -63,9 +63,9 @@ ROWS = [
     Row({"dtype": "float16"}, "dtype: got 'float16'", "expected one of auto, float32, bfloat16", "choose one"),
     Row({"prompts": "absent.txt"}, "got no file at", "expected a text file or one of nano_train", "correct the path"),
     Row({"prompts": "{tmp}/latin.txt"}, "prompt file {tmp}/latin.txt: got", "expected UTF-8", "save it as UTF-8"),
+    Row({"prompts": "{tmp}/broken.jsonl"}, "broken.jsonl, line 2: got", 'a row such as {"prompt"', "correct it"),
+    Row({"prompts": "{tmp}/text.jsonl"}, "text.jsonl: got the row", "rows with a 'prompt'", "pass a list"),
     Row({"eval_prompts": "{tmp}/empty.txt"}, "got no prompts", "expected one a line", "write at least one"),
-    Row({"prompts": "{tmp}/half.jsonl"}, "half.jsonl, line 2: got", "expected a row such as", "correct it"),
-    Row({"prompts": "{tmp}/other.jsonl"}, "got the row {'text': 'a'}", "expected strings or rows with", "pass a list"),
     # --------------------------------------------------------------------------------------------------- rewards
     Row({"reward_funcs": []}, "reward_funcs: got none", "expected at least one reward", "name one"),
     Row({"reward_funcs": ["clip_scor"]}, "clip_scor", "expected one of aesthetic", "The nearest name is 'clip_score'"),

@@ -120,6 +120,7 @@ def wrong_options_are_named(make):
     for options, part in [
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"chunk": 0}, "chunk=0"),
+        ({"chunk": float("inf")}, "chunk=inf"),
         ({"num_frames": 4}, "frames='first'"),
     ]:
         with pytest.raises(RewardError, match=part):

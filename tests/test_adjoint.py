@@ -148,3 +148,10 @@ def test_a_call_without_gradient_keeps_nothing():
         problem.latents(problem.stepwise, 0)
     assert kept.most == 0
     assert problem.stepwise.dtype == torch.float64
+
+
+def test_the_transformer_gets_all_that_was_given():
+    given, scale = [], {"scale": 0.5}
+    stepwise = Stepwise(lambda x, *conditions, **more: given.append((conditions, more)) or (x,), [])
+    stepwise(torch.zeros(1), 1, 2, 3, joint_attention_kwargs=scale, return_dict=True)
+    assert given == [((1, 2, 3), {"joint_attention_kwargs": scale, "return_dict": False})]

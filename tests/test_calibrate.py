@@ -38,17 +38,24 @@ def test_processes_share_the_samples_and_each_gets_its_own_noise():
 
         def reduce(self, tensor, how):
             assert how == "sum"
+            self.has_summed = True
             return tensor
 
-    def scores(process, size=2):
-        args = types.SimpleNamespace(seed=3, per_device_eval_batch_size=size)
-        return base_scores(
-            RewardMix({"redness": redness}), make_videos, PROMPTS[:5], (4, 2, 3, 3), args, process, {"fps": 8}
-        )["redness"]
+    def judge(video, prompts, **info):
+        assert (info, torch.is_grad_enabled()) == ({"fps": 8}, False)
+        return redness(video, prompts) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    def scores(process, size=2, seed=3):
+        args = types.SimpleNamespace(seed=seed, per_device_eval_batch_size=size)
+        mix = RewardMix({"judge": judge})
+        found = base_scores(mix, make_videos, PROMPTS[:5], (4, 2, 3, 3), args, process, {"fps": 8})["judge"]
+        assert process.has_summed
+        return found
 
     whole = scores(Process(0, 1))
     assert whole.unique().numel() == 5
     torch.testing.assert_close(scores(Process(0, 1), size=5), whole)
+    assert not torch.allclose(scores(Process(0, 1), seed=4), whole)
     torch.testing.assert_close(scores(Process(0, 2)) + scores(Process(1, 2)), whole)
 
 

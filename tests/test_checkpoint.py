@@ -78,6 +78,9 @@ def test_nothing_is_pickled_and_no_unfinished_folder_stays(tmp_path):
     files = ["adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json"]
     assert sorted(p.name for p in path.iterdir()) == files
     assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
+    written = path.stat().st_ino
+    save_checkpoint(tmp_path, 5, *trained(2), {})
+    assert path.stat().st_ino == written, "a whole one is never in danger"
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -175,6 +178,7 @@ def test_latest_is_the_newest_whole_one(tmp_path):
         save_checkpoint(folder, step, *trained(0), {})
     (folder / "step-11.tmp").mkdir()
     (folder / "step-12").mkdir()  # without a state
+    assert [p.name for p in checkpoints(folder)] == ["step-9", "step-10"]
     assert find_checkpoint("latest", tmp_path) == folder / "step-10"
     assert find_checkpoint(str(folder / "step-9"), tmp_path) == folder / "step-9"
     assert json.loads((folder / "step-9" / "state.json").read_text())["step"] == 9
@@ -198,7 +202,9 @@ def test_the_first_signal_asks_and_the_second_acts(number):
 
 
 def test_a_batch_systems_warning_may_come_often():
+    before = [signal.getsignal(number) for number in StopRequest.SIGNALS]
     with StopRequest() as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.requested
+    assert [signal.getsignal(number) for number in StopRequest.SIGNALS] == before

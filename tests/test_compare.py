@@ -23,6 +23,8 @@ def test_paired_interval_by_hand():
     half = 4.3027 / math.sqrt(3)
     assert (row["base"], row["tuned"], row["diff"]) == (2.0, 4.0, 2.0)
     assert row["ci95"] == pytest.approx([2 - half, 2 + half])
+    two = paired(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0]))  # differences 1, 2: error 1 / 2
+    assert two["ci95"] == pytest.approx([1.5 - 12.7062 / 2, 1.5 + 12.7062 / 2])
 
 
 def test_interval_uses_the_pairs_and_covers_as_often_as_it_says():

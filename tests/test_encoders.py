@@ -6,7 +6,6 @@ from tiny import MAX_TOKENS, tiny_pipeline
 from rlhf.contentv.files import CONTENTV_8B
 from rlhf.contentv.loading import TEXT_ENCODERS
 from rlhf.encoders import PUBLISHED, encoder_configs, encoding_bytes
-from rlhf.setup import ENCODERS
 from rlhf.text import ENCODE_BATCH
 
 TOKENS = {"text_encoder": 77, "text_encoder_2": 77, "text_encoder_3": 256}
@@ -29,11 +28,11 @@ def test_those_of_a_folder_are_read_and_take_what_they_take(tmp_path):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path)
     configs = encoder_configs(str(tmp_path))
-    assert tuple(configs) == ENCODERS
-    found = encoding_bytes(configs, dict.fromkeys(ENCODERS, MAX_TOKENS), torch.float32)
-    weights = sum(p.nbytes for name in ENCODERS for p in getattr(pipe, name).parameters())
+    assert tuple(configs) == tuple(TEXT_ENCODERS)
+    found = encoding_bytes(configs, dict.fromkeys(TEXT_ENCODERS, MAX_TOKENS), torch.float32)
+    weights = sum(p.nbytes for name in TEXT_ENCODERS for p in getattr(pipe, name).parameters())
     assert found > weights
-    twice = encoding_bytes(configs, dict.fromkeys(ENCODERS, MAX_TOKENS // 2), torch.float32)
+    twice = encoding_bytes(configs, dict.fromkeys(TEXT_ENCODERS, MAX_TOKENS // 2), torch.float32)
     assert weights < twice < found, "fewer tokens take less"
     assert found - weights > ENCODE_BATCH * MAX_TOKENS * 32 * 4, "a batch's embeddings, at least"
     assert encoding_bytes({}, {}, torch.float32) == 0

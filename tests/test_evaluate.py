@@ -47,6 +47,7 @@ def test_scores_do_not_depend_on_the_batch_and_videos_are_the_leading_ones(held_
         assert in_twos.scores[name].unique().numel() > 1
     assert len(in_twos.scores["pixel"]) == 5
     assert len(in_twos.scores["diversity"]) == 3
+    assert len(held_out(num_diversity_prompts=9).evaluate("x", 0).scores["diversity"]) == 5, "there are no more"
     assert in_twos.videos_NCTHW.shape == (3, 3, 5, 16, 16)
     assert torch.equal(in_twos.videos_NCTHW, in_fives.videos_NCTHW)
 
@@ -57,7 +58,10 @@ def test_another_seed_gives_other_noise(held_out):
 
 
 def test_base_is_made_once_and_read_again_only_by_a_resumed_run(held_out, monkeypatch):
+    still = held_out().base(resumed=False, make_videos=lambda prompts, noise: make_videos(prompts, 0 * noise))
+    assert still.scores["motion"].tolist() == [0.0] * 5, "of the model that is handed over"
     first = held_out().base(resumed=False)
+    assert first.scores["motion"].min() > 0
     monkeypatch.setattr(HeldOut, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     again = held_out().base(resumed=True)
     assert again.prompts == first.prompts
@@ -75,12 +79,32 @@ def test_a_base_that_was_made_otherwise_is_made_anew(held_out, change):
     assert all(torch.equal(again.scores[name], expected.scores[name]) for name in expected.scores)
 
 
+def test_every_setting_that_makes_another_video_or_score_makes_the_base_anew(held_out, monkeypatch):
+    held_out(num_sample_prompts=0).base(resumed=False)
+    anew = Evaluation([], {}, torch.zeros(0))
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_, **__: anew)
+    monkeypatch.setattr(Evaluation, "save", lambda *_: None)  # the base that is there stays
+    assert held_out(num_sample_prompts=0).base(resumed=True) is not anew
+    changes = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.5}
+    changes |= {"negative_prompt": "dark", "max_sequence_length": 9, "reward_kwargs": {"pixel": {"a": 1}}}
+    changes |= {"dtype": "bfloat16", "base_bits": 8, "vae_dtype": "bfloat16", "guidance_every": 2}
+    changes |= {"sampling_weights": "merged", "eval_seed": 4, "num_diversity_prompts": 2}
+    for name, value in changes.items():
+        assert held_out(num_sample_prompts=0, **{name: value}).base(resumed=True) is anew, name
+    others, judged = held_out(num_sample_prompts=0), held_out(num_sample_prompts=0)
+    others.prompts, judged.judges = PROMPTS[:4], {"pixel": first_pixel, "other": first_pixel}
+    assert others.base(resumed=True) is judged.base(resumed=True) is anew
+
+
 def test_two_processes_share_the_prompts(held_out):
     class Second(OneProcess):
         num_processes, process_index, is_main_process = 2, 1, False
 
+        def gather(self, tensor):
+            return torch.cat([tensor, tensor])
+
     both = held_out()
-    second = held_out()
+    second = held_out(num_sample_prompts=5, num_frames=5, height=16, width=16)
     second.layout = Second()
     scores, whole = second.evaluate("x", 0).scores["pixel"], both.evaluate("x", 0).scores["pixel"]
     assert scores[:3].tolist() == [0, 0, 0]  # summed with the first process's
@@ -100,6 +124,8 @@ def test_samples_are_videos_with_their_prompts_made_in_batches(held_out, tmp_pat
 
 def test_no_samples_are_made_where_none_are_asked_for(held_out, tmp_path):
     held_out(num_sample_prompts=0).sample(7)
+    held_out(num_sample_prompts=9).sample(8)
+    assert len(list((tmp_path / "samples" / "step-000008").glob("*.mp4"))) == 5, "there are no more"
     assert not (tmp_path / "samples" / "step-000007").exists()
 
 

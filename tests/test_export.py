@@ -236,8 +236,9 @@ def test_an_adapter_of_another_model_is_not_merged_as_nothing(tmp_path, change, 
 
 @pytest.mark.parametrize("kind", ["--merged", "--adapter"])
 def test_a_scale_that_is_no_number_and_a_place_that_cannot_be_written_are_told(run, tmp_path, kind):
-    with pytest.raises(SystemExit, match="scale: got nan, expected a finite number"):
-        main([str(run), kind, str(tmp_path / "out"), "--scale", "nan"])
+    for scale in ("nan", "inf"):
+        with pytest.raises(SystemExit, match=f"scale: got {scale}, expected a finite number"):
+            main([str(run), kind, str(tmp_path / "out"), "--scale", scale])
     (tmp_path / "file").write_text("mine")
     with pytest.raises(
         SystemExit, match="got NotADirectoryError.*expected to read .* and to write .*file/out; look at"

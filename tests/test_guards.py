@@ -40,13 +40,15 @@ def test_the_gap_is_the_trained_gain_less_the_held_out_one():
     assert found["gain_trained"] == pytest.approx(2 / SPREAD)
     assert found["gain_held_out"] == pytest.approx(-0.5 / SPREAD)
     assert found["hacking_gap"] == pytest.approx(2.5 / SPREAD)
+    of_two = gains(BASE, TUNED, {}, ["judge", "taught", "constant"])
+    assert of_two == {"gain_held_out": pytest.approx((-0.5 + 2) / 2 / SPREAD)}, "the mean of those that can be told"
 
 
 def test_trained_gains_are_weighted_and_a_negative_weight_wants_less():
     found = gains(BASE, TUNED, {"taught": 3.0, "other": -1.0, "judge": 0.0}, [])
     assert set(found) == {"gain_trained"}
     assert found["gain_trained"] == pytest.approx((3 * 2 / SPREAD + 0.5 / (SPREAD / 2)) / 4)
-    assert gains(BASE, TUNED, {"constant": 1.0}, ["constant"]) == {}
+    assert gains(BASE, TUNED, {"constant": 1.0, "judge": 0.0}, ["constant"]) == {}
 
 
 def test_a_guard_stops_after_its_patience_and_remembers_the_best():
@@ -60,7 +62,7 @@ def test_a_guard_stops_after_its_patience_and_remembers_the_best():
 
 def test_the_base_is_the_first_best():
     guard = Guard(patience=1, threshold=0.0)
-    assert not guard.is_best(10, {"gain_held_out": -0.1})
+    assert not guard.is_best(10, {"gain_held_out": 0.0}), "an adapter that has learnt nothing is no better"
     assert guard.stop
     assert (guard.best_step, guard.best_gain) == (0, 0.0)
 
@@ -132,6 +134,12 @@ def test_a_best_gain_by_another_measure_is_none_of_the_run_that_goes_on(watch):
     watching, asked = watch("other")
     watching.begin(None, 40, saved)
     assert (watching.guard.best_step, asked) == (40, [("step 40", 40, True)])
+    for place in range(3):  # prompts, settings, judges
+        others = list(saved["told_in"])
+        others[place] = ["others"]
+        watching, asked = watch()
+        watching.begin(None, 40, saved | {"told_in": others})
+        assert (watching.guard.best_step, asked) == (40, [("step 40", 40, True)])
 
 
 @pytest.mark.parametrize("asked", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}])

@@ -31,6 +31,12 @@ def test_settings_are_checked_before_the_libraries_that_take_seconds_are_importe
     assert not modules & {"diffusers", "transformers", "peft", "accelerate", "open_clip"}
 
 
+def test_scores_are_compared_without_the_libraries_of_models():
+    _, modules = modules_after("import rlhf.compare_sets")
+    assert "rlhf.compare" in modules
+    assert not modules & {"diffusers", "transformers", "peft", "accelerate"}
+
+
 def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

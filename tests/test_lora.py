@@ -1,7 +1,10 @@
 """The adapter: deterministic, without effect at first, in float32 whatever the base, and read back by diffusers."""
 
+import re
+
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
@@ -36,14 +39,16 @@ def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed():
     base, adapted, again, other = (tiny_transformer() for _ in range(4))
     for transformer, seed in ((adapted, 0), (again, 0), (other, 1)):
         torch.rand(3)  # the global generator has no say
+        before = torch.get_rng_state()
         add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), seed)
+        assert torch.equal(torch.get_rng_state(), before), "nor does it hear of the seed"
     assert torch.equal(velocity(base), velocity(adapted))
     assert torch.equal(Masters(adapted).vector, Masters(again).vector)
     assert not torch.allclose(Masters(adapted).vector, Masters(other).vector)
 
 
 def test_only_the_adapter_is_trainable_and_all_eight_projections_have_one():
-    transformer = tiny_transformer()
+    transformer = tiny_transformer().requires_grad_(True)
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4, lora_alpha=8)), 0)
     names = Masters(transformer).names
     assert all("lora_" in name for name in names)
@@ -144,11 +149,16 @@ def test_chosen_blocks_are_trained_whole_and_have_no_lora():
     parts = [pipe.transformer.get_submodule(block) for block in EVERYTHING["train_blocks"]]
     assert sum(masters.base_weights[n].numel() for n in whole) == sum(p.numel() for m in parts for p in m.parameters())
     assert {name.split(".")[1] for name in masters.names if "lora_" in name} == {"0"}
+    excluded = lora_config(RewardGradientConfig(train_blocks=["transformer_blocks.1"])).exclude_modules
+    assert not re.fullmatch(excluded, "transformer_blocks.10.attn.to_q"), "another block whose name begins alike"
 
 
 def test_rank_and_alpha_patterns_and_magnitudes_are_as_asked():
     pipe, masters = whole_and_adapted()
     shapes = {name: tensor.shape for name, tensor in masters.named(masters.vector).items()}
+    again = torch.zeros_like(masters.vector, requires_grad=False)
+    masters.load(again, masters.named(masters.vector))
+    assert torch.equal(again, masters.vector)
     assert shapes["transformer_blocks.0.attn.to_q.lora_A.default.weight"][0] == 2
     assert shapes["transformer_blocks.0.attn.to_k.lora_A.default.weight"][0] == 4
     attention = pipe.transformer.transformer_blocks[0].attn
@@ -211,7 +221,7 @@ def test_the_average_follows_the_vector_and_stands_in_for_it():
         decay = min(0.9, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * masters.vector.detach()
         values.append((masters.vector - masters.average).mean().item())
-    torch.testing.assert_close(masters.average, expected)
+        torch.testing.assert_close(masters.average, expected)
     assert values[-1] == pytest.approx(0.01 * 0.9 / 0.1, rel=1e-3)  # the lag behind a steady drift
     masters.write()
     current = masters.vector.detach().clone()
@@ -220,3 +230,11 @@ def test_the_average_follows_the_vector_and_stands_in_for_it():
         assert torch.equal(masters.params[0].flatten(), masters.average[: masters.params[0].numel()])
     assert torch.equal(masters.vector.detach(), current)
     assert torch.equal(masters.params[0].flatten(), current[: masters.params[0].numel()])
+
+
+def test_an_adapters_description_stays_as_it_was_written(tiny_transformer):
+    """The next run of a notebook is given the same object."""
+    config = LoraConfig(r=2, target_modules="all-linear")
+    add_adapter(tiny_transformer, config, seed=0)
+    assert config.target_modules == "all-linear"
+    assert len(tiny_transformer.peft_config["default"].target_modules) > 5

@@ -77,10 +77,12 @@ def test_comfyui_reads_what_was_trained(make_args, tmp_path, kind):
     assert any(not torch.allclose(plain[f"transformer.{name}"], delta) for name, delta in expected.items())
 
 
-@pytest.mark.parametrize("convention", ["diffusers", "comfyui"])
-def test_diffusers_own_loader_and_class_read_either(make_args, tmp_path, convention):
+@pytest.mark.parametrize(
+    ("convention", "kind"), [("diffusers", "patterns"), ("comfyui", "patterns"), ("comfyui", "rank stabilised")]
+)
+def test_diffusers_own_loader_and_class_read_either(make_args, tmp_path, convention, kind):
     """Its Stable Diffusion 3 transformer, not ours; they differ in what is no layer of the adapter."""
-    expected = trained(make_args, tmp_path / "run", CONFIGS["patterns"])
+    expected = trained(make_args, tmp_path / "run", CONFIGS[kind])
     main([str(tmp_path / "run"), "--adapter", str(tmp_path / "out"), "--convention", convention])
     tensors, metadata = SD3LoraLoaderMixin.lora_state_dict(tmp_path / "out", return_lora_metadata=True)
     sizes = {name: size for name, size in tiny_pipeline().transformer.config.items() if not name.startswith("_")}

@@ -8,6 +8,7 @@ from problem import GUIDANCE, SIGMAS, Problem
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
+from rlhf.drift import step_weights
 from rlhf.method_checks import METHODS
 from rlhf.methods import Plan, gradient_samples, jump_range, make_plan, recover
 from rlhf.sampler import rollout, velocity_field
@@ -62,6 +63,7 @@ def test_refl_jumps_from_any_of_the_last_steps_and_no_other():
     assert {len(p.sigmas) - 2 for p in plans} == {7, 8, 9}
     assert all(p.grad_steps == [len(p.sigmas) - 2] for p in plans)
     assert jump_range(RewardGradientConfig(method="refl"), 40) == 10, "the paper's: 30 to 39 of 40"
+    assert jump_range(RewardGradientConfig(method="refl"), 3) == 1
     assert jump_range(RewardGradientConfig(method="drtune"), 40) == 1
 
 
@@ -76,12 +78,26 @@ def test_drtune_trains_its_steps_before_the_jump():
 
 def test_srpo_recovers_each_level_from_both_sides():
     plan = plan_of("srpo", TEN_STEPS)
-    (a, b, c, d), levels = plan.recoveries, [sigma for sigma, _ in plan.recoveries]
+    (a, b, c, d), levels = plan.recoveries, [s for i in range(9) for s, _ in plan_of("srpo", draw=i).recoveries]
     assert (a[1], b[1], c[1], d[1]) == (-0.1, 0.1, -0.1, 0.1)
     assert a[0] == b[0] != c[0] == d[0]
     assert all(0.4 <= level <= 0.6 for level in levels)
     assert [s for _, s in plan_of("srpo", TEN_STEPS, num_draws=1).recoveries] == [-0.1], "no inversion: a reward alone"
     assert plan.num_samples == 4
+
+
+def test_the_last_step_is_the_one_that_draft_lv_takes_again():
+    plan = plan_of("draft_lv", TEN_STEPS)
+    assert (plan.grad_steps, plan.num_samples) == ([9], 3)
+
+
+def test_a_shortened_prefix_moves_the_window_alone():
+    plan = plan_of("draft_k", TEN_STEPS, prefix_steps=2, drift_weight=0.1)
+    assert plan.grad_steps == [2, 3, 4]
+    assert torch.equal(plan.sigmas[2:], TEN_STEPS[7:])
+    assert plan.drift_total == pytest.approx(step_weights(plan.sigmas, "kl").sum().item())
+    for whole in (plan_of("draft_k", TEN_STEPS, prefix_steps=20), plan_of("srpo", TEN_STEPS, prefix_steps=2)):
+        assert torch.equal(whole.sigmas, TEN_STEPS)
 
 
 # ------------------------------------------------------------------------------------- the toy, in closed form

@@ -14,7 +14,15 @@ from tiny import tiny_pipeline
 
 from rlhf.checkpoint import _fingerprint
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.optimizer import EIGHT_BIT, OPTIMIZERS, learning_rate, make_optimizer, missing_optimizer, moment_bytes
+from rlhf.optimizer import (
+    EIGHT_BIT,
+    OPTIMIZERS,
+    clip_gradient,
+    learning_rate,
+    make_optimizer,
+    missing_optimizer,
+    moment_bytes,
+)
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
@@ -103,6 +111,12 @@ def test_a_long_gradient_is_scaled_down_to_the_limit(make_args, tmp_path):
     assert moved[0] / moved[1] == pytest.approx(norm / 1e-3, rel=0.1)
 
 
+def test_a_short_gradient_is_left_as_it_is():
+    gradient = torch.tensor([0.3, -0.4])
+    clip_gradient(gradient, norm=0.5, limit=1.0)
+    assert gradient.tolist() == pytest.approx([0.3, -0.4])
+
+
 def test_learning_rate_warms_up_then_stays_or_falls():
     args = RewardGradientConfig(learning_rate=1.0, warmup_steps=4, max_steps=10)
     assert [learning_rate(step, args) for step in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
@@ -110,3 +124,5 @@ def test_learning_rate_warms_up_then_stays_or_falls():
     assert [learning_rate(step, args) for step in (0, 3, 4, 7, 9)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 1 / 6])
     args.warmup_steps = 0
     assert learning_rate(0, args) == 1.0
+    args.warmup_steps = 10
+    assert learning_rate(9, args) == 1.0, "nothing is left to fall"

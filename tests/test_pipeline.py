@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
 from straight_line import guided_sample
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline, tiny_transformer
 
@@ -165,6 +166,32 @@ def test_num_frames_is_rounded_with_a_warning(pipe, caplog, monkeypatch, asked, 
 
 def test_call_makes_the_rounded_number_of_frames(pipe):
     assert sample(pipe, num_frames=7, output_type="np").shape == (1, 5, 32, 48, 3)
+    assert sample(pipe, num_frames=0, output_type="np").shape == (1, 1, 32, 48, 3)
+
+
+def test_what_a_call_says_of_encoders_and_adapters_reaches_them(monkeypatch):
+    pipe, told, scales, freed = tiny_pipeline(), [], [], []
+    encode = pipe.encode_prompt
+    monkeypatch.setattr(pipe, "encode_prompt", lambda **given: told.append(given) or encode(**given))
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, given: scales.append(given["joint_attention_kwargs"]), with_kwargs=True
+    )
+    scale, noise = {"scale": 0.5}, torch.randn(1, 16, 1, 4, 6, dtype=torch.float64)
+    how = {"joint_attention_kwargs": scale, "clip_skip": 1, "max_sequence_length": 12, "latents": noise}
+    latents = sample(pipe, num_frames=1, num_inference_steps=1, **how)
+    assert {name: told[0][name] for name in ("lora_scale", "clip_skip", "max_sequence_length")} == {
+        "lora_scale": 0.5,
+        "clip_skip": 1,
+        "max_sequence_length": 12,
+    }
+    assert scales == [scale, scale]
+    assert freed == [True]
+    assert latents.dtype == torch.float32
+    assert not latents.requires_grad, "though the adapter could be trained"
+    with pytest.raises(ValueError, match="Cannot forward both"):
+        sample(pipe, prompt_embeds=torch.zeros(1, 4, 32))
 
 
 @pytest.mark.parametrize("size", [{"height": 40}, {"width": 56}])

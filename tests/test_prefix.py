@@ -19,7 +19,8 @@ def rollout(velocity, x, sigmas, window=None):
 
 
 @pytest.mark.parametrize(
-    ("window", "steps", "expected"), [(4, 2, [0, 2, 4, 5, 6]), (5, 5, range(7)), (3, 1, [0, 3, 4, 5, 6])]
+    ("window", "steps", "expected"),
+    [(4, 2, [0, 2, 4, 5, 6]), (5, 5, range(7)), (3, 1, [0, 3, 4, 5, 6]), (5, 3, [0, 2, 3, 5, 6])],
 )
 def test_fewer_steps_keep_the_window(window, steps, expected):
     assert torch.equal(fewer_steps(SIGMAS, window, steps), SIGMAS[list(expected)])
@@ -79,6 +80,14 @@ def test_the_negative_branch_runs_once_in_so_many_steps_and_always_in_the_window
     assert guided.text == both + text_alone * 2 + both + text_alone + both
 
 
+def test_no_guidance_runs_no_negative_branch():
+    guided = Guided()
+    with torch.no_grad():
+        kept = KeptGuidance(guided.model, guided.cond, 0.5, every=2)(guided.noise, SIGMAS[0])
+        assert torch.equal(kept, guided_velocity(guided.model, guided.noise, SIGMAS[0], guided.cond, 1.0))
+    assert guided.text == [True, True]
+
+
 def test_guidance_kept_for_one_step_is_exact_and_for_more_is_not():
     guided = Guided()
     with torch.no_grad():
@@ -107,6 +116,7 @@ def test_a_start_is_made_once_and_used_as_often_as_asked():
             assert step - start[2] <= 2, "staleness is bounded"
     assert made == [(0, 0, 0), (0, 1, 0), (1, 1, 2), (1, 0, 3), (2, 1, 5), (2, 0, 6)]
     assert len(buffer.starts) == 2, "one for each batch of a step"
+    assert [buffer.rollout_of(0, micro) for micro in range(5)] == [0] * 5, "none is left out"
 
 
 def test_one_use_keeps_nothing():

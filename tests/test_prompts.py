@@ -48,8 +48,8 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     ("text", "told"),
     [
         ('"a"\na dog', "p.jsonl, line 2: got .*, expected a row such as .*; correct it"),
-        ('{"text": "a"}', "p.jsonl, dataset: got the row .*'text'.*, expected strings or rows"),
-        ("\n", "p.jsonl, dataset: got no rows, expected strings or rows"),
+        ('{"text": "a"}', "p.jsonl: got the row .*'text'.*, expected strings or rows"),
+        ("\n", "p.jsonl: got no rows, expected strings or rows"),
     ],
 )
 def test_wrong_rows_are_refused(text, told, tmp_path):
@@ -75,10 +75,22 @@ def test_a_datasets_dataset_works():
     assert as_prompts(datasets.Dataset.from_dict({"prompt": ["a", "b"]})) == ["a", "b"]
 
 
-@pytest.mark.parametrize("dataset", [[], [{"prompt": 3}], [{"text": "a"}], [3], "a red fox"])
+@pytest.mark.parametrize("dataset", [[], [{"prompt": 3}], [{"text": "a"}], [3], "a red fox", {"train": ["a"]}])
 def test_empty_or_wrong_datasets_are_refused(dataset):
     with pytest.raises(ConfigError, match="expected strings or rows with a 'prompt'"):
         as_prompts(dataset)
+
+
+def test_what_yields_names_instead_of_rows_is_no_dataset():
+    """They would be trained on as prompts: "train" of what load_dataset returns, "prompt" of a pandas table."""
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"prompt": ["a", "b"]}))
+    with pytest.raises(ConfigError, match=r"eval_set: got a DatasetDict of 'train', expected .*; pass one of these"):
+        as_prompts(splits, "eval_set")
+    table = pandas.DataFrame({"prompt": ["a", "b"]})
+    with pytest.raises(ConfigError, match=r"dataset: got a DataFrame of 'prompt', expected .*; pass one of these"):
+        as_prompts(table)
+    assert as_prompts(splits["train"]) == as_prompts(table["prompt"]) == ["a", "b"]
 
 
 def test_order_visits_every_prompt_once_an_epoch_and_starts_anywhere():

@@ -122,6 +122,14 @@ def test_an_input_that_a_piece_within_leaves_alone_gets_no_gradient():
     assert none is None
 
 
+def test_an_output_that_depends_on_nothing_passes_no_gradient_on():
+    x = numbers(5, 6).requires_grad_()
+    y, constant = recomputed(lambda x: (x.square(), WEIGHT + 0), x)
+    (found,) = torch.autograd.grad((y * constant).sum(), x, retain_graph=True)
+    assert torch.equal(found, 2 * x * WEIGHT)
+    assert torch.autograd.grad(constant.sum(), x, allow_unused=True) == (None,)
+
+
 def test_an_input_that_is_given_twice_gets_both_gradients():
     x = numbers(5, 6).requires_grad_()
     joined = recomputed(lambda one, other: torch.cat([one, 2 * other]).square() * torch.cat([one, one]), x, x)

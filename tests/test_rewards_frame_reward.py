@@ -53,6 +53,12 @@ def test_text_rows_go_with_their_frames():
     frames, _, length = seen[0]
     assert length.tolist() == [1, 1, 11, 11]
     assert torch.equal(frames, torch.stack([video[0, :, 0], video[0, :, 2], video[1, :, 0], video[1, :, 2]]))
+    seen.clear()
+    reward.chunk = 3
+    reward(video, ["a", "long prompt"])
+    assert [len(frames) for frames, *_ in seen] == [3, 1]
+    reward.score_frames = lambda *inputs: score(*inputs).bfloat16()
+    assert reward(video, ["a", "long prompt"]).dtype == torch.float32, "the mean is not rounded again"
 
 
 def test_only_new_prompts_are_encoded_and_the_oldest_are_forgotten(monkeypatch):

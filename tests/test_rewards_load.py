@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import sys
 import time
 from importlib.metadata import EntryPoint
 
@@ -60,6 +61,10 @@ def test_what_a_constructor_raises_is_told_with_its_line(folder):
     assert "for the arguments {'path': 'there.pt'}" in told
     assert "late.py, line 3)" in told
     assert "reward_kwargs" in told
+    source = "import torch\nclass Large:\n    def __init__(self):\n        raise torch.OutOfMemoryError\n"
+    (folder / "large.py").write_text(source)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_reward("large.py:Large", folder)
 
 
 def test_a_function_in_a_file_is_used_as_it_is(folder):
@@ -82,6 +87,18 @@ def test_files_are_relative_to_base_dir_and_may_be_absolute(folder, monkeypatch)
     check_spec(f"{folder}/mine.py:Bright")
     check_spec(f"{folder.name}/mine.py:Bright")
     assert str(folder.parent / "mine.py") in message("mine.py:Bright")
+    monkeypatch.setenv("HOME", str(folder))
+    check_spec("~/mine.py:Bright")
+    (folder / "mi:ne.py").write_text(SOURCE)
+    check_spec("mi:ne.py:Bright", folder)
+
+
+def test_files_of_one_name_are_modules_of_their_own(folder):
+    """Found again by dataclasses and by pickling."""
+    (folder / "other").mkdir()
+    (folder / "other" / "mine.py").write_text(SOURCE)
+    for reward in [load_reward("mine.py:Bright", place) for place in (folder, folder / "other")]:
+        assert sys.modules[type(reward).__module__].Bright is type(reward)
 
 
 def test_a_file_that_is_not_beside_the_config_is_looked_for_in_the_working_directory(folder, tmp_path, monkeypatch):
@@ -121,6 +138,7 @@ def test_an_unknown_name_gets_its_nearest_neighbour_and_the_list():
     said = message("clip_scor")
     assert "nearest name is 'clip_score'" in said
     assert all(name in said for name in built_in_names())
+    assert message("clip_scor", load=load_reward) == said
 
 
 def test_nothing_near_still_lists_the_built_ins():
@@ -156,6 +174,8 @@ def test_checking_runs_nothing_and_is_quick(tmp_path):
     check_spec("slow.py:Reward", tmp_path)
     check_spec("clip_score")
     assert time.perf_counter() - started < 0.5
+    (tmp_path / "star.py").write_text("from somewhere import *\n")
+    check_spec("star.py:Reward", tmp_path)  # which may be among them
 
 
 def test_an_error_while_importing_names_the_reward(tmp_path):
@@ -191,6 +211,7 @@ def test_misspelt_arguments_name_the_nearest(folder, name):
 
 def test_what_is_not_callable_is_refused(folder):
     assert "expected a callable" in message("mine.py:WHEN", folder, load=load_reward)
+    assert "expected arguments for" in message("mine.py:dark", folder, load=load_reward, prompts=["a"])
 
 
 def test_what_the_constructor_of_a_built_in_raises_names_it_and_its_arguments():

@@ -40,7 +40,7 @@ def test_weights_default_to_one(video):
 
 
 def test_normalisation_by_stated_mean_and_std(video):
-    rewards = {"stated": Mean(mean=0.25, std=0.1), "silent": Mean()}
+    rewards = {"stated": Mean(mean=0.25, std=0.1), "silent": Mean(mean=9.0)}  # a mean alone states nothing
     mean = video.mean(dim=(1, 2, 3, 4))
     total, breakdown = RewardMix(rewards, [1.0, 3.0])(video, PROMPTS)
     torch.testing.assert_close(total, (mean - 0.25) / 0.1 + 3 * mean)
@@ -204,6 +204,8 @@ def test_each_reward_sees_only_the_frames_it_asked_for(video):
     rewards = {"first": Mean(frames="first"), "three": Mean(frames=3), "all": Mean(frames="all")}
     RewardMix(rewards)(video, PROMPTS)
     assert [reward.seen[0][0] for reward in rewards.values()] == [1, 3, 5]
+    _, breakdown = RewardMix(rewards)(video, PROMPTS)
+    torch.testing.assert_close(breakdown["three"], video[:, :, :3].mean(dim=(1, 2, 3, 4)).detach())  # leading ones
 
 
 @pytest.mark.parametrize(
@@ -257,6 +259,7 @@ def test_an_evaluation_reward_can_not_be_trained_on(video):
         (lambda video: video.mean(), r"shape \(\)"),
         (lambda video: video.mean(dim=(1, 3, 4)), r"shape \(2, 5\)"),
         (lambda video: video.mean(dim=(1, 2, 3, 4)) / torch.tensor([1.0, 0.0]), "inf for prompt 'a blue square'"),
+        (lambda video: video.sum(dim=(1, 2, 3, 4)).long(), "torch.int64"),
         (lambda video: [0.0, 0.0], "a list"),
     ],
 )
@@ -307,3 +310,9 @@ def test_what_a_reward_raises_names_it_and_the_prompts():
     ) as caught:
         RewardMix({"fragile": fragile})(torch.rand(1, 3, 1, 8, 8), ["a cat"])
     assert isinstance(caught.value.__cause__, KeyError)
+
+    def hungry(video, prompts, **info):
+        raise torch.OutOfMemoryError("as an accelerator says it")
+
+    with pytest.raises(torch.OutOfMemoryError):  # which has cures of its own
+        RewardMix({"hungry": hungry})(torch.rand(1, 3, 1, 8, 8), ["a cat"])

@@ -68,6 +68,7 @@ def test_too_few_frames_are_named(name, frames):
 def test_arguments_of_the_contract():
     reward = load_reward("flicker", frames=5, mean=0.9, std=0.05)
     assert (reward.frames, reward.mean, reward.std) == (5, 0.9, 0.05)
+    assert reward(steps(0.1, 0.2).bfloat16(), PROMPTS).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,6 +110,8 @@ def test_jpeg_size_of_one_plain_colour_is_zero_whatever_the_size():
     for height, width in [(16, 16), (17, 23)]:
         video = torch.full((2, 3, 1, height, width), 0.2)
         assert score("jpeg_size", video) == pytest.approx([0.0, 0.0], abs=1e-5)
+    video = torch.rand(2, 3, 1, 16, 23, generator=torch.Generator().manual_seed(0))
+    assert score("jpeg_size", video) == score("jpeg_size", torch.cat([video, video[..., -1:]], -1))
 
 
 @pytest.mark.parametrize(("channel", "share"), [(0, 0.299), (1, 0.587), (2, 0.114)])

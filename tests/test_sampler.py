@@ -41,6 +41,8 @@ def test_the_window_changes_no_latent_and_ends_in_a_graph(tiny_pipe):
     assert windowed.requires_grad
     assert not plain.requires_grad
     assert windowed.dtype == torch.float32
+    kept = rollout(velocity, noise, sigmas, [], reuse=lambda prefix: prefix() + 1)
+    assert torch.equal(kept, plain + 1), "without a window, all of it is used again"
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
@@ -103,6 +105,8 @@ def test_a_distilled_velocity_is_the_text_branch_alone(problem):
     text, pooled, *_ = vars(p.cond).values()
     expected = p.transformer(p.noise, text, pooled, (SIGMAS[0] * 1000).expand(2)).sample
     assert torch.equal(velocity(p.noise, SIGMAS[0]), expected)
+    unguided = velocity_field(p.transformer, p.cond, 0.5, "text")  # at 1 or less there is no guidance
+    assert torch.equal(unguided(p.noise, SIGMAS[0]), expected)
 
 
 def test_a_detached_input_leaves_the_direct_path(problem):

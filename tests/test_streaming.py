@@ -65,8 +65,6 @@ def test_two_blocks_are_on_the_device_and_the_rest_in_host_memory():
     assert sum(slot.numel() for slot in stream.slots) < 0.6 * frozen
     trained = [p for p in model.transformer_blocks.parameters() if p.requires_grad]
     assert not {p.untyped_storage().data_ptr() for p in trained} & (slots | set.union(*places))
-    stream.release()
-    assert not any(p.untyped_storage().data_ptr() in slots for p in model.parameters())
 
 
 def test_weights_are_unchanged_by_passing_through():
@@ -76,7 +74,6 @@ def test_weights_are_unchanged_by_passing_through():
     model.run_block = BlockRunner(fetch=stream.fetch)
     with torch.no_grad():
         model(*arguments())
-    stream.release()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

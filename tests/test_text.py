@@ -21,6 +21,7 @@ def test_cached_conditioning_equals_encoding_the_batch(tiny_pipe):
 
 
 def test_each_prompt_is_encoded_once_and_without_graph(tiny_pipe, monkeypatch):
+    tiny_pipe.text_encoder_3.requires_grad_(True)  # as one is that was just read
     seen, encode = [], tiny_pipe.encode_prompt
     monkeypatch.setattr(tiny_pipe, "encode_prompt", lambda **kw: seen.extend(kw["prompt"]) or encode(**kw))
     cache = encode_prompts(tiny_pipe, ["b", "a", "b"] * 20, "", 24)

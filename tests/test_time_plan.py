@@ -40,12 +40,22 @@ def test_calls_are_those_that_a_training_step_makes(make_args, settings):
     trainer._begin()
     trainer.step(0)
     found = count_calls(trainer.args)
-    assert (len(calls), sum(calls)) == (found.prefix + found.constant + found.graded, found.graded)
+    assert (len(calls), sum(calls)) == (found.prefix + found.constant + found.with_gradient, found.with_gradient)
+
+
+def test_steps_that_are_listed_take_what_the_last_steps_take():
+    """Wherever a step's input has a gradient, and nowhere else: DRTune detaches it."""
+    plans = {}
+    for method in ({"num_grad_steps": 2}, {"method": "listed", "grad_steps": [2, 3]}, {"method": "drtune"}):
+        _, args, card = tiny(num_inference_steps=4, **{"num_grad_steps": 1 if "grad_steps" in method else 2} | method)
+        parts = Parts(args, card)
+        plans[args.method] = plan_time(parts, args, plan_rewards(parts, args), RATES).parts["gradient segment"]
+    assert plans["listed"] == plans["draft_k"] > plans["drtune"]
 
 
 def test_a_rollout_used_again_is_paid_once():
     _, args, _ = tiny(num_inference_steps=10, num_grad_steps=1, rollout_uses=3)
-    assert count_calls(args) == Calls(prefix=2 * 9 / 3, constant=0, graded=2)
+    assert count_calls(args) == Calls(prefix=2 * 9 / 3, constant=0, with_gradient=2)
 
 
 def test_seconds_by_hand():
@@ -95,10 +105,10 @@ def test_settings_cost_what_they_do():
 def test_the_split_of_guidance_halves_the_calls_and_nothing_else_does():
     _, args, _ = tiny(num_inference_steps=10, num_grad_steps=3)
     alone, split = count_calls(args), count_calls(dataclasses.replace(args, guidance_parallel=2))
-    assert (alone.prefix, alone.graded) == (2 * split.prefix, 2 * split.graded) == (14, 6)
+    assert (alone.prefix, alone.with_gradient) == (2 * split.prefix, 2 * split.with_gradient) == (14, 6)
     assert count_calls(dataclasses.replace(args, sequence_parallel=2, shard_base=True)) == alone
     drifting = dataclasses.replace(args, drift_weight=1.0, guidance_parallel=2)
-    assert count_calls(drifting) == Calls(prefix=7, constant=1, graded=4)
+    assert count_calls(drifting) == Calls(prefix=7, constant=1, with_gradient=4)
 
 
 def test_what_travels_between_processes_takes_time():
@@ -119,7 +129,7 @@ def test_what_travels_between_processes_takes_time():
     parts, times = plan(2, shard_base=True)
     calls = count_calls(args)
     assert times["sampling"] == pytest.approx(calls.prefix * 4 * parts.frozen[0] / 2)
-    assert times["gradient segment"] == pytest.approx(2 * calls.graded * 4 * parts.frozen[0] / 2)
+    assert times["gradient segment"] == pytest.approx(2 * calls.with_gradient * 4 * parts.frozen[0] / 2)
     parts, times = plan(2, sequence_parallel=2)
     config, text = pipe.transformer.config, card["tokenizer"]["model_max_length"] + args.max_sequence_length
     own, width = parts.tokens // 2, config.num_attention_heads * config.attention_head_dim

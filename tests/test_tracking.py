@@ -44,7 +44,7 @@ def test_metrics_go_to_the_file_and_the_trackers_step_by_step(make_args, tmp_pat
 def test_a_resumed_run_drops_later_rows_and_a_half_written_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "rew')
-    keep_rows(tmp_path, before_step=2)
+    keep_rows(tmp_path, last_step=2)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
@@ -85,6 +85,20 @@ def test_curves_are_drawn_for_any_number_of_rewards_and_a_single_step(tmp_path, 
     row |= {f"rewards/{name}_std": 0.1 for name in rewards}
     plot_curves([row], tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").width > 400
+
+
+def test_pictures_leave_the_notebook_its_way_of_showing_plots(tmp_path):
+    from matplotlib import pyplot
+
+    from rlhf.report.plots import Panel, Series, draw
+
+    pyplot.switch_backend("svg")
+    plot_curves([{"step": 1, "grad_norm": 1.0}], tmp_path / "c.png")
+    video = torch.zeros(1, 3, 2, 8, 8, dtype=torch.uint8)
+    contact_sheet(["a"], video, video, tmp_path / "s.png")
+    draw(Panel("a", [Series("a", [1, 2, 3], [0.1, 0.2, 0.3])]), 1)
+    assert pyplot.get_backend().lower() == "svg"
+    assert not pyplot.get_fignums()
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "skipped": 1, "why": "nan"}]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import PROMPTS, brightness, redness
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from runs import assert_same_training, saved_adapter, train
 from tiny import tiny_pipeline
 
@@ -158,7 +158,7 @@ def test_a_bfloat16_base_trains_float32_masters(make_args):
     assert not torch.equal(saved, saved.bfloat16().float())
 
 
-def test_another_peft_config_and_a_model_by_path(make_args, tmp_path):
+def test_another_peft_config_and_a_model_by_path_which_go_on(make_args, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     args = make_args(max_steps=1)
     config = LoraConfig(r=2, target_modules=["ff.net.2"])
@@ -167,6 +167,9 @@ def test_another_peft_config_and_a_model_by_path(make_args, tmp_path):
     told = yaml.safe_load((Path(args.output_dir) / "config.yaml").read_text())
     assert told["model"] == str(tmp_path / "model")
     assert (told["lora_rank"], told["lora_alpha"], told["lora_target_modules"]) == (2, 8, ["ff.net.2"])
+    on = make_args(max_steps=2, resume_from_checkpoint="latest")
+    trainer = RewardGradientTrainer(tmp_path / "model", redness, on, PROMPTS, peft_config=config)
+    assert trainer.train()["steps"] == 2
 
 
 def test_what_was_handed_over_is_in_the_folder_and_named_in_the_settings(make_args, tmp_path):
@@ -184,3 +187,36 @@ def test_an_adapter_that_drops_at_random_is_refused(make_args):
     config = LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.1)
     with pytest.raises(ConfigError, match=r"peft_config: got lora_dropout=0.1, expected 0"):
         RewardGradientTrainer(tiny_pipeline(), redness, make_args(), PROMPTS, peft_config=config)
+
+
+def test_a_pipe_with_an_adapter_is_refused_and_trains_on_when_that_is_merged(make_args, tmp_path):
+    """Two adapters would be evaluated as one, and the base without either."""
+    pipe, args = tiny_pipeline(), make_args(max_steps=1, output_dir=str(tmp_path / "first"))
+    first = train(args, pipe=pipe, evaluate=True)
+    with pytest.raises(ConfigError, match=r"model: got a pipeline with an adapter already, 'default', expected none"):
+        train(make_args(), pipe=pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    second = train(make_args(max_steps=1), pipe=pipe, evaluate=True)
+    assert second["trained"]["redness"]["base"] == pytest.approx(first["trained"]["redness"]["tuned"], rel=1e-4)
+    assert second["trained"]["redness"]["diff"] != 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"args": {"max_steps": 1}}, r"args: got a dict, expected a RewardGradientConfig; rlhf.config has it"),
+        ({"model": object()}, r"model: got a object, expected a name, a path or a ContentVPipeline"),
+        ({"reward_funcs": [redness, RewardGradientTrainer]}, r"got the class .*Trainer, expected an object; pass"),
+        ({"peft_config": {"r": 4}}, r"peft_config: got a dict, expected a LoraConfig, whose files diffusers reads"),
+        ({"peft_config": LoHaConfig(target_modules=["to_q"])}, r"peft_config: got a LoHaConfig, expected a LoraConfig"),
+        ({"peft_config": LoraConfig(target_modules=["to_q"], modules_to_save=["proj_out"])}, r"train_blocks trains"),
+        ({"peft_config": LoraConfig(target_modules=["to_q"], init_lora_weights="pissa")}, r"'pissa', expected one"),
+        ({"peft_config": LoraConfig(target_modules=["to_q"], bias="all")}, r"got bias='all', expected 'none'"),
+        ({"peft_config": LoraConfig(r=4)}, r"peft_config: got no target_modules, expected names of layers; .*'to_q'"),
+    ],
+)
+def test_objects_that_are_none_of_ours_are_told(make_args, wrong, told):
+    right = {"model": "nano", "reward_funcs": redness, "args": make_args(), "train_dataset": PROMPTS}
+    with pytest.raises(ConfigError, match=told):
+        RewardGradientTrainer(**right | wrong)

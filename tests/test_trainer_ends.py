@@ -51,6 +51,18 @@ def test_a_folder_that_cannot_be_made_is_told(make_args, tmp_path, monkeypatch):
         train(make_args(output_dir=str(tmp_path / "file" / "run")))
 
 
+def test_a_trainer_trains_once(make_args):
+    """A cell of a notebook that is run again: the run would begin anew with what is learnt, over its own files."""
+    args = make_args(max_steps=1)
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
+    trainer.train()
+    learnt = saved_adapter(args)
+    with pytest.raises(TrainingError, match=r"train\(\) was called again, .* resume_from_checkpoint='latest' to go on"):
+        trainer.train()
+    for name, tensor in saved_adapter(args).items():
+        assert torch.equal(tensor, learnt[name]), name
+
+
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_resuming_a_finished_run_only_finishes_it(make_args, evaluate):
     args = make_args(max_steps=2)

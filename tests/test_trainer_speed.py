@@ -161,8 +161,20 @@ def test_rollouts_take_up_the_prompts_where_they_left_off_with_other_batches(mak
         assert batches.state(4) == saved
 
 
-def _batches(args) -> Batches:
-    layout = SimpleNamespace(num_processes=1, process_index=0, device="cpu", require_same=lambda **_: None)
+def test_two_processes_share_the_samples_of_one(make_args):
+    args = make_args(per_device_train_batch_size=2, gradient_accumulation_steps=2, seed=3)
+    one = _batches(dataclasses.replace(args, per_device_train_batch_size=4))
+    two = [_batches(args, 2, index) for index in range(2)]
+    for micro in range(2):
+        whole, parts = one.batch(1, micro), [batches.batch(1, micro) for batches in two]
+        assert parts[0].prompts + parts[1].prompts == whole.prompts
+        assert torch.equal(torch.cat([part.noise("train") for part in parts]), whole.noise("train"))
+    assert [batches.samples_before(3) for batches in two] == [one.samples_before(3)] * 2 == [24] * 2
+    assert one.from_step(0) == one.prompts_at(0, 8 * args.max_steps)
+
+
+def _batches(args, processes: int = 1, index: int = 0) -> Batches:
+    layout = SimpleNamespace(num_processes=processes, process_index=index, device="cpu", require_same=lambda **_: None)
     layout.accelerator = layout
     return Batches(args, layout, PROMPTS, (16, 2, 2, 2), fps=8)
 

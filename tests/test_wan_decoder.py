@@ -1,5 +1,7 @@
 """The functional decoder equals the VAE's own decode, forward and backward, for any chunk size."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -59,12 +61,15 @@ def test_equals_stock_decode_for_other_sizes(sizes):
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 5, 6, 13])
-def test_leading_frames_are_those_of_the_whole_video(num_frames):
+def test_leading_frames_are_those_of_the_whole_video(monkeypatch, num_frames):
     vae, z = tiny_vae(), latents(4)
     whole = decode_video(vae, z)
     needed = 1 + -(-(num_frames - 1) // 4)
     z[:, :, needed:] = torch.nan  # not looked at
     torch.testing.assert_close(decode_video(vae, z, num_frames=num_frames), whole[:, :, :num_frames], atol=1e-5, rtol=0)
+    with counted_calls(monkeypatch, module, "_decode_chunk") as calls:
+        decode_video(vae, z, num_frames=num_frames, chunk=1)
+    assert len(calls) == needed
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3])
@@ -113,6 +118,17 @@ def test_every_place_for_the_caches_gives_the_same_gradient(caches, frames, chun
     caches = HostMemory("cpu", smallest_bytes=0) if caches == "host" else caches
     found = decode_gradient(vae, z, chunk=chunk, checkpoint=True, caches=caches)
     torch.testing.assert_close(found, decode_gradient(vae, z), atol=1e-10, rtol=1e-10)
+
+
+def test_a_decoder_that_is_trained_gets_its_gradient_from_pieces_too():
+    vae, z = unsaturated_vae().requires_grad_(True), latents(2, batch=1, dtype=torch.float64)
+    weights = vae.decoder.conv_in.weight, vae.decoder.conv_out.weight
+    whole, pieces = (
+        torch.autograd.grad(decode_video(vae, z, **how).square().sum(), weights)
+        for how in ({}, {"chunk": 1, "checkpoint": True})
+    )
+    for found, expected in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("how", [{}, {"chunk": 1, "checkpoint": True}])
@@ -217,6 +233,8 @@ def test_the_saturated_share_counts_clamped_numbers():
     assert saturated_share(decode_video(vae, z)).tolist() == [0, 0]
     vae.decoder.conv_out.bias[0] += 5  # all of the red
     torch.testing.assert_close(saturated_share(decode_video(vae, z)), torch.full((2,), 1 / 3))
+    vae.decoder.conv_out.bias[0] -= 10
+    torch.testing.assert_close(saturated_share(decode_video(vae, z)), torch.full((2,), 1 / 3))
 
 
 def test_a_saturated_pixel_still_has_a_gradient():
@@ -261,6 +279,9 @@ def test_frames_that_are_not_there_are_refused(num_frames):
 def test_the_decoder_of_wan_2_2_is_refused():
     vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True)
     with pytest.raises(ValueError, match="is_residual=True.*expected the Wan2.1 decoder"):
+        decode_video(vae, latents(1))
+    vae = SimpleNamespace(config=SimpleNamespace(is_residual=False, patch_size=2))
+    with pytest.raises(ValueError, match="patch_size=2, expected the Wan2.1 decoder"):
         decode_video(vae, latents(1))
 
 

@@ -73,25 +73,30 @@ class BlockRunner:
         with kept_in(place):
             return _KeepAttention.apply(self, block, place, video, text, temb, *parameters)
 
-    def whole(self, block, video, text, temb, attention=None):
+    def whole(self, block, video, text, temb, attention: Attention | None = None) -> tuple[torch.Tensor | None, ...]:
+        """The block at once; attention: in place of the runner's own."""
         query, key, value, *gates = self.before(block, video, text, temb)
         attended = (attention or self.attention)(query, key, value)
         return self.after(block, attended, video, text, *gates)
 
-    def before(self, block, *inputs):
+    def before(self, block, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`before_attention`; of divided tokens, all of them with this process's heads."""
         if self.fetch:
             self.fetch(block)
         found = (before_attention if block.context_pre_only else self._before)(block, *inputs)
         return found if self.shards is None else (*self.shards.by_heads(*found[:3]), *found[3:])
 
-    def after(self, block, attended, *inputs):
+    def after(self, block, attended: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """`after_attention`, of what came out of the attention over the result of `before`."""
         if self.fetch:
             self.fetch(block)
         attended = attended if self.shards is None else self.shards.by_tokens(attended)
         return (after_attention if block.context_pre_only else self._after)(block, attended, *inputs)
 
 
-def before_attention(block, video_BND, text_BLD, temb_BD):
+def before_attention(
+    block, video_BND: torch.Tensor, text_BLD: torch.Tensor, temb_BD: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """query, key, value (B, H, N + L, W), then what `after_attention` takes of the modulation, (B, D) each."""
     video, *gates = block.norm1(video_BND, emb=temb_BD)
     if block.context_pre_only:
@@ -110,7 +115,9 @@ def before_attention(block, video_BND, text_BLD, temb_BD):
     return *(torch.cat(pair, 1).transpose(1, 2) for pair in pairs), *gates
 
 
-def after_attention(block, attended_BHNW, video_BND, text_BLD, *gates_BD):
+def after_attention(
+    block, attended_BHNW: torch.Tensor, video_BND: torch.Tensor, text_BLD: torch.Tensor, *gates_BD: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """text, None after the last block, and video, (B, L, D) and (B, N, D)."""
     attn, gates_B1D = block.attn, [gate.unsqueeze(1) for gate in gates_BD]
     attended = attended_BHNW.transpose(1, 2).flatten(2)

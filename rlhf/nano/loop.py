@@ -6,6 +6,7 @@ has graphs.
 
 import json
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from rlhf.device import capture, has_graphs
 
 STARTED = time.time()
+LOGGED_EVERY = 500  # steps
 
 
 def seconds() -> int:
@@ -25,11 +27,21 @@ def log(**values) -> None:
     print(json.dumps({"seconds": seconds()} | values), flush=True)
 
 
-def train(name, steps, params, learning_rate, batch, loss_fn, ema=None, every=500):
+def train(
+    name: str,
+    steps: int,
+    params: list[torch.Tensor],
+    learning_rate: float,
+    batch: Callable[[], tuple[torch.Tensor, ...]],
+    loss_fn: Callable[..., torch.Tensor],
+    ema: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
+) -> None:
     """AdamW with warm-up and linear decay. With graphs, one is replayed on fixed tensors.
 
     Args:
-        batch: () -> tuple of tensors of fixed shapes.
+        name: of the stage, in the log.
+        learning_rate: the peak, after 200 steps.
+        batch: () -> tensors of fixed shapes.
         loss_fn: (*batch) -> scalar loss; must not read values back to the host.
         ema: (averaged parameters, live parameters), averaged at 0.997 per step.
     """
@@ -63,7 +75,7 @@ def train(name, steps, params, learning_rate, batch, loss_fn, ema=None, every=50
         for target, source in zip(static, batch(), strict=True):
             target.copy_(source)
         loss = replay()
-        if i % every == 0 or i == steps - 1:
+        if i % LOGGED_EVERY == 0 or i == steps - 1:
             log(
                 stage=name,
                 step=i,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 from torchvision.utils import save_image
@@ -53,12 +54,12 @@ POOL = 40_960  # clips whose latents the transformer is trained on
 class Denoiser(nn.Module):
     """The transformer with its text encoders, trained together; what `ContentVPipeline` does with token ids."""
 
-    def __init__(self, tokenizers):
+    def __init__(self, tokenizers: dict):
         super().__init__()
         self.transformer = parts.build_transformer()
         self.encoders = nn.ModuleDict(parts.build_text_encoders(tokenizers))
 
-    def embed(self, clip_ids, t5_ids):
+    def embed(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B, L) -> joint tokens (B, 2 L, D) and pooled (B, P), as the pipeline's `encode_prompt`."""
         first, second = (
             self.encoders[k](clip_ids, output_hidden_states=True) for k in ("text_encoder", "text_encoder_2")
@@ -72,7 +73,7 @@ class Denoiser(nn.Module):
         return self.transformer(latents, text, pooled, sigma * 1000).sample
 
 
-def miscaption(scenes, generator, chance):
+def miscaption(scenes: world.Scenes, generator: torch.Generator, chance: float) -> world.Scenes:
     """Scenes as a careless captioner saw them: each judged attribute wrong with this chance, held-out ones avoided."""
     count, device = len(scenes["color"]), scenes["color"].device
     seen = dict(scenes)
@@ -84,13 +85,15 @@ def miscaption(scenes, generator, chance):
     return {k: torch.where(held, scenes[k], seen[k]) for k in seen}
 
 
-def token_tables(tokenizers, device):
+def token_tables(tokenizers: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of every sentence of the world, and in the last row those of the empty prompt."""
     sentences = [*parts.all_captions(), ""]
     return tuple(token_table(tokenizers[k], sentences, device) for k in ("tokenizer", "tokenizer_3"))
 
 
-def train_transformer(averaged: Denoiser, vae, tokenizers, generator, steps) -> None:
+def train_transformer(
+    averaged: Denoiser, vae: AutoencoderKLWan, tokenizers: dict, generator: torch.Generator, steps: dict[str, int]
+) -> None:
     """Flow matching (velocity noise - data) with logit-normal noise levels, shifted as the sampler is.
 
     What stays in the model is the running average of the weights.
@@ -133,8 +136,17 @@ def _latent_pool(vae, mean, std, generator):
 
 
 @torch.no_grad()
-def sample(model, vae, prompts, tokenizers, device, seed=0, steps=None, guidance=None):
-    """Videos of the prompts by the pipeline's own Euler steps, adapter-free, all in one batch."""
+def sample(
+    model: Denoiser,
+    vae: AutoencoderKLWan,
+    prompts: list[str],
+    tokenizers: dict,
+    device: torch.device,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> torch.Tensor:
+    """Videos (B, 3, T, H, W) in [0, 1] of the prompts by the pipeline's own Euler steps, all in one batch."""
     steps, guidance = steps or parts.SAMPLING["num_inference_steps"], guidance or parts.SAMPLING["guidance_scale"]
     ids = [token_table(tokenizers[k], [*prompts, ""], device) for k in ("tokenizer", "tokenizer_3")]
     text, pooled = model.embed(*ids)
@@ -155,7 +167,7 @@ def sample(model, vae, prompts, tokenizers, device, seed=0, steps=None, guidance
 
 
 @torch.no_grad()
-def accuracy(verifier, video, wanted) -> dict[str, float]:
+def accuracy(verifier: Verifier, video: torch.Tensor, wanted: world.Scenes) -> dict[str, float]:
     """Share of clips whose attributes the verifier reads as wanted, each and all together."""
     right = torch.stack([verifier(video)[k].argmax(1) == wanted[k] for k in world.JUDGED], 1)
     values = dict(zip(world.JUDGED, right.float().mean(0).tolist(), strict=True)) | {
@@ -164,13 +176,13 @@ def accuracy(verifier, video, wanted) -> dict[str, float]:
     return {k: round(v, 4) for k, v in values.items()}
 
 
-def wanted_of(prompts, device):
+def wanted_of(prompts: list[str], device: torch.device) -> world.Scenes:
     """(B,) indices by judged attribute, as the prompts name them."""
     read = [world.read_caption(p) for p in prompts]
     return {k: torch.tensor([r[k] for r in read], device=device) for k in world.JUDGED}
 
 
-def save_pipeline(folder: Path, vae, denoiser, tokenizers) -> None:
+def save_pipeline(folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, tokenizers: dict) -> None:
     """A checkpoint in diffusers layout, float16: what `load_pipeline` reads."""
     pipe = ContentVPipeline(
         transformer=denoiser.transformer,
@@ -190,14 +202,21 @@ def save_judges(folder: Path, verifier, clip, clip_tokenizer, preference) -> Non
         save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
 
 
-def sheet(path: Path, video: torch.Tensor, columns: int = 4) -> None:
-    """Every fourth frame of each clip, `columns` clips in a row, as a PNG."""
+def sheet(path: Path, video: torch.Tensor) -> None:
+    """Every fourth frame of each clip, four clips in a row, as a PNG."""
     frames = video[:, :, ::4].transpose(1, 2).flatten(0, 1).cpu()
-    save_image(frames, path, nrow=columns * len(range(0, video.shape[2], 4)))
+    save_image(frames, path, nrow=4 * len(range(0, video.shape[2], 4)))
 
 
 @torch.no_grad()
-def report(folder: Path, vae, denoiser, tokenizers, verifier, device) -> dict:
+def report(
+    folder: Path,
+    vae: AutoencoderKLWan,
+    denoiser: Denoiser,
+    tokenizers: dict,
+    verifier: Verifier,
+    device: torch.device,
+) -> dict:
     """Accuracy by the verifier of held-out renders, of their reconstructions and of samples; sheets of both."""
     scenes = world.sample_scenes(512, torch.Generator(device).manual_seed(1), held_out=True)
     real = world.render(scenes)

@@ -1,7 +1,10 @@
 """The judges of ContentV-nano, none of which needs a label: verifier, CLIP of frames, preference model."""
 
+import open_clip
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from rlhf.nano import judges, parts, world
 from rlhf.nano.loop import log, train
@@ -19,7 +22,7 @@ class ClipPool:
 
     BAD = 4096
 
-    def __init__(self, vae, size, generator):
+    def __init__(self, vae: AutoencoderKLWan, size: int, generator: torch.Generator):
         self.scenes = world.sample_scenes(size, generator, held_out=None)
         self.trainable = (~world.is_held_out(self.scenes)).nonzero()[:, 0]
         device, parts_of = generator.device, torch.arange(size, device=generator.device).split(128)
@@ -35,7 +38,9 @@ class ClipPool:
         self.bad = torch.cat(self.bad)
         log(stage="clip pool", clips=size)
 
-    def draw(self, count, generator, held_out=False):
+    def draw(
+        self, count: int, generator: torch.Generator, held_out: bool = False
+    ) -> tuple[torch.Tensor, world.Scenes, torch.Tensor]:
         """Positions, scenes and clips with a little pixel noise; without `held_out`, training combinations only."""
         among = torch.arange(len(self.video), device=self.video.device) if held_out else self.trainable
         pick = among[torch.randint(len(among), (count,), generator=generator, device=among.device)]
@@ -52,7 +57,7 @@ def _to_bytes(video):
     return (video * 255).round().to(torch.uint8)
 
 
-def degraded(pool, pick, video, generator):
+def degraded(pool: ClipPool, pick: torch.Tensor, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Clips that a person would like less: latent noise, blur, washed out, shuffled in time, grainy, badly drawn."""
     chunks = list(video.clone().chunk(8))
     bad = pool.bad[pick[: len(chunks[0])] % pool.BAD].float() / 255
@@ -71,7 +76,7 @@ def degraded(pool, pick, video, generator):
     return torch.cat([*chunks[:5], (drawn + 0.05 * torch.randn_like(drawn)).clamp(0, 1)])
 
 
-def with_one_wrong(scenes, generator):
+def with_one_wrong(scenes: world.Scenes, generator: torch.Generator) -> world.Scenes:
     """The same scenes with one judged attribute changed to another value."""
     count, device = len(scenes["color"]), scenes["color"].device
     which = torch.randint(len(world.JUDGED), (count,), generator=generator, device=device)
@@ -83,12 +88,14 @@ def with_one_wrong(scenes, generator):
     return wrong
 
 
-def random_wording(count, generator):
+def random_wording(count: int, generator: torch.Generator) -> torch.Tensor:
     """(count,) wordings, as `caption_index` takes them."""
     return torch.randint(2 * len(world.SENTENCES), (count,), generator=generator, device=generator.device)
 
 
-def train_verifier(verifier: judges.Verifier, pool, generator, steps) -> None:
+def train_verifier(
+    verifier: judges.Verifier, pool: ClipPool, generator: torch.Generator, steps: dict[str, int]
+) -> None:
     """Cross-entropy on every judged attribute."""
 
     def batch():
@@ -102,13 +109,19 @@ def train_verifier(verifier: judges.Verifier, pool, generator, steps) -> None:
     train("verifier", steps["verifier"], list(verifier.parameters()), 2e-3, batch, loss)
 
 
-def contrastive(a, b, scale):
+def contrastive(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the pairs (B, D) among all of the batch, both ways; scale: of the cosines."""
     logits, target = a @ b.T * scale, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def train_clip(clip, tokenizer, pool, generator, steps) -> None:
+def train_clip(
+    clip: open_clip.CLIP,
+    tokenizer: CLIPTokenizer,
+    pool: ClipPool,
+    generator: torch.Generator,
+    steps: dict[str, int],
+) -> None:
     """Contrastive over the batch, and each frame's caption against one with a single attribute wrong."""
     device = generator.device
     table = token_table(tokenizer, parts.all_captions(), device)
@@ -136,7 +149,9 @@ def train_clip(clip, tokenizer, pool, generator, steps) -> None:
     train("clip", steps["clip"], list(clip.parameters()), 1e-3, batch, loss)
 
 
-def train_preference(model: judges.Preference, pool, generator, steps) -> None:
+def train_preference(
+    model: judges.Preference, pool: ClipPool, generator: torch.Generator, steps: dict[str, int]
+) -> None:
     """Bradley-Terry on pairs nobody had to label: clean over degraded, rightly over wrongly captioned."""
     table = judges.word_ids(parts.all_captions()).to(generator.device)
 
@@ -162,7 +177,7 @@ def train_preference(model: judges.Preference, pool, generator, steps) -> None:
     train("preference", steps["preference"], list(model.parameters()), 1e-3, batch, loss)
 
 
-def token_table(tokenizer, sentences, device):
+def token_table(tokenizer: PreTrainedTokenizerBase, sentences: list[str], device: torch.device) -> torch.Tensor:
     """Token ids (number of sentences, MAX_TOKENS), padded, on the device."""
     fixed = {"padding": "max_length", "truncation": True, "max_length": parts.MAX_TOKENS}
     return tokenizer(sentences, return_tensors="pt", **fixed).input_ids.to(device)

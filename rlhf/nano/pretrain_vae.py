@@ -26,7 +26,7 @@ def encode_whole(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tens
     return mean, logvar.clamp(-30, 20)
 
 
-def vae_loss(vae, video):
+def vae_loss(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """L1 with the shapes weighted up, L1 of edges, and a light KL."""
     mean, logvar = encode_whole(vae, video)
     out = decode_unclamped(vae, mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
@@ -36,8 +36,8 @@ def vae_loss(vae, video):
     return ((out - video).abs() * weight).mean() + 2 * edges + 5e-5 * kl
 
 
-def train_vae(vae: AutoencoderKLWan, generator, steps) -> None:
-    """On single frames first, then on clips; the last 32 batches give the statistics of its latents."""
+def train_vae(vae: AutoencoderKLWan, generator: torch.Generator, steps: dict[str, int]) -> None:
+    """Train on single frames first, then on clips."""
     device, params, loss = generator.device, list(vae.parameters()), lambda v: vae_loss(vae, v)
 
     def images():
@@ -53,7 +53,7 @@ def train_vae(vae: AutoencoderKLWan, generator, steps) -> None:
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderKLWan, generator) -> None:
+def measure_latents(vae: AutoencoderKLWan, generator: torch.Generator) -> None:
     """Write mean and standard deviation of each latent channel, over 1,024 clips, into the VAE's config."""
     scenes = [world.sample_scenes(32, generator) for _ in range(32)]
     latents = torch.cat([encode_whole(vae, world.render(drawn) * 2 - 1)[0] for drawn in scenes])
@@ -62,14 +62,14 @@ def measure_latents(vae: AutoencoderKLWan, generator) -> None:
     )
 
 
-def latent_scale(vae, device) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_scale(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the latents, (1, C, 1, 1, 1) each."""
     shape = lambda v: torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
     return shape(vae.config.latents_mean), shape(vae.config.latents_std)
 
 
 @torch.no_grad()
-def reconstruct(vae, video, noise: float | torch.Tensor = 0.0):
+def reconstruct(vae: AutoencoderKLWan, video: torch.Tensor, noise: float | torch.Tensor = 0.0) -> torch.Tensor:
     """video_BCTHW in [0, 1] through the VAE; noise is added to its unit-variance latents."""
     mean, std = latent_scale(vae, video.device)
     latents = encode_whole(vae, video * 2 - 1)[0]

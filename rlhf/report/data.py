@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from rewards.load import name_in
 from rlhf.compare_sets import read_pairs, read_scores
 from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
@@ -67,7 +68,7 @@ class Run:
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, Evaluation] | None:
-        """Of the base and of the tuned model, if both are there."""
+        """The evaluations of the base and of the tuned model, if both are there."""
         paths = [self.folder / "evaluation" / f"{name}.safetensors" for name in ("base", "tuned")]
         return tuple(map(Evaluation.load, paths)) if all(path.is_file() for path in paths) else None
 
@@ -99,12 +100,12 @@ class Run:
     def trained(self) -> list[str]:
         """Names of the rewards that are trained on."""
         specs = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
-        return [spec.rsplit(":", 1)[-1] for spec in specs]
+        return [name_in(spec) for spec in specs]
 
     @property
     def judges(self) -> list[str]:
         """Names of all rewards, those trained on first."""
-        others = [spec.rsplit(":", 1)[-1] for spec in self.config.get("eval_reward_funcs") or []]
+        others = [name_in(spec) for spec in self.config.get("eval_reward_funcs") or []]
         return [*self.trained, *(name for name in others if name not in self.trained)]
 
     def headline(self) -> list[dict]:

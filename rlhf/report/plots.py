@@ -5,7 +5,7 @@ import io
 import re
 from dataclasses import dataclass, field
 
-from rlhf.figures import headless_pyplot, running_mean
+from rlhf.figures import new_figure, running_mean
 from rlhf.report.data import GROUPS, Run
 
 # Drawn in these colours, then handed over to the page's own.
@@ -98,11 +98,13 @@ def _dots(run: Run, key: str, label: str = "", final: str = "", color: str = FIR
 
 def draw(panel: Panel, number: int) -> str:
     """The panel as an <svg> element. number: of the panel on the page, for ids of its own."""
-    pyplot = headless_pyplot()
+    import matplotlib
+
     settings = {"svg.fonttype": "none", "svg.hashsalt": str(number), "font.size": 9, "axes.edgecolor": LINE}
     settings |= {"text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.labelcolor": INK}
-    with pyplot.rc_context(settings):
-        figure, axis = pyplot.subplots(figsize=SIZE)
+    with matplotlib.rc_context(settings):
+        figure = new_figure(*SIZE)
+        axis = figure.subplots()
         figure.subplots_adjust(left=0.14, right=0.98, bottom=0.17, top=0.97)
         for series in panel.series:
             _draw_series(axis, series)
@@ -114,12 +116,12 @@ def draw(panel: Panel, number: int) -> str:
         axis.set_axisbelow(True)
         axis.tick_params(length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.locator_params(axis="both", nbins=5)
+        axis.locator_params(axis="x", nbins=5, integer=True)
+        axis.locator_params(axis="y", nbins=5)
         if len(panel.series) > 1:
             axis.legend(frameon=False, fontsize=8, loc="best")
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        pyplot.close(figure)
     return _for_page(text.getvalue(), number, panel.title)
 
 
