@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
+from rlhf.reading import reading
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
     from rlhf.lora import Masters
@@ -159,8 +160,10 @@ def save_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
 
 
 def load_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
-    """Fill a flat vector of the masters from such a file."""
-    masters.load(vector, load_file(path))
+    """Fill a flat vector of the masters from such a file. Raises DamagedFileError."""
+    with reading(path):
+        tensors = load_file(path)
+    masters.load(vector, tensors)
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -36,6 +36,13 @@ def test_the_default_file_holds_without_config_and_config_may_have_an_equals_sig
     assert parse_config([f"--config={path}"]).max_steps == 7
 
 
+def test_a_seed_may_be_any_number_of_64_bits(yaml_file):
+    """Longer than what a float can hold."""
+    for seed in (2**53 + 1, 2**64 - 1, -(2**63)):
+        path = yaml_file(f"seed: {seed}\n")
+        assert parse_config(["--config", str(path)]).seed == seed == parse_config(["--seed", str(seed)]).seed
+
+
 def test_paths_are_relative_to_the_config_file(yaml_file, tmp_path):
     assert parse_config(["--config", yaml_file("seed: 1")]).base_dir == str(tmp_path)
     assert parse_config([]).base_dir is None
