@@ -29,9 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/generate.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the videos")
-    parser.add_argument(
-        "--prompts", help="a file with one prompt a line, .jsonl rows, or a built-in set (default: nano_held_out)"
-    )
+    parser.add_argument("--prompts", help="a file, as the setting takes it, or a built-in set (default: nano_held_out)")
     parser.add_argument("--num_prompts", type=int, help="the leading ones only; a built-in set draws so many")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="of the noise: a video of each prompt for each"

@@ -5,6 +5,8 @@
 
 from dataclasses import dataclass
 
+ENTRY_POINT_GROUP = "contentv_rlhf.rewards"  # under which other packages offer theirs
+
 # Repository, or where else weights come from -> (download size, licence).
 WEIGHTS = {
     "KwaiVGI/VideoReward": ("5.0 GB", "MIT"),

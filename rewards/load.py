@@ -16,9 +16,7 @@ from typing import NoReturn
 import torch
 
 from rewards.base import RewardError, raised
-from rewards.catalogue import CATALOGUE, WEIGHTS
-
-ENTRY_POINT_GROUP = "contentv_rlhf.rewards"
+from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
 
 
 def built_in_names() -> list[str]:
@@ -92,7 +90,7 @@ def _raise_unknown(spec: str, base_dir) -> NoReturn:
     if spec.endswith(".py"):
         _raise_unnamed(spec, _file_of(spec, spec, base_dir))
     plugins = [e.name for e in entry_points(group=ENTRY_POINT_GROUP)]
-    known = built_in_names() + plugins
+    known = list(dict.fromkeys(built_in_names() + plugins))
     near = difflib.get_close_matches(spec, known, n=1)
     hint = f"The nearest name is {near[0]!r}. " if near else ""
     raise RewardError(

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
+from rlhf.reading import reading
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
     from rlhf.lora import Masters
@@ -159,8 +160,10 @@ def save_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
 
 
 def load_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
-    """Fill a flat vector of the masters from such a file."""
-    masters.load(vector, load_file(path))
+    """Fill a flat vector of the masters from such a file. Raises DamagedFileError."""
+    with reading(path):
+        tensors = load_file(path)
+    masters.load(vector, tensors)
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -241,7 +244,7 @@ def _newest_whole(folder: Path, quiet: bool) -> Path:
     every, found = checkpoints(folder), last_whole(folder)
     if found is None:
         got = "; ".join(f"{path}: {damage(path)}" for path in every) or "no checkpoint"
-        expected = f"expected folders step-N in {folder}; correct output_dir, or leave the setting out to start afresh"
+        expected = f"expected folders step-N in {folder}; correct output_dir, or set overwrite_output_dir instead"
         raise ConfigError([f"resume_from_checkpoint='latest': got {got}, {expected}"])
     for path in every[every.index(found) + 1 :] if not quiet else []:
         logger.warning(f"{path}: {damage(path)}; going on from {found} instead")

@@ -171,6 +171,9 @@ def _out_of_range(args):
             yield f"{name}: got {getattr(args, name)!r}, expected one of {', '.join(choices)}; choose one"
     if args.decode_checkpoint and args.decode_chunk is None:
         yield "decode_checkpoint: got no decode_chunk, expected one, since a single chunk saves nothing; set it to 1"
+    for name in ("seed", "eval_seed"):
+        if not -(2**63) <= getattr(args, name) < 2**64:
+            yield f"{name}: got {getattr(args, name)}, expected a number of 64 bits, as PyTorch takes; choose another"
     if not args.adam_epsilon > 0:
         got = f"adam_epsilon: got {args.adam_epsilon}, expected more than 0"
         yield f"{got}: A of a new adapter has no gradient yet, and 0 / 0 is no number; raise it"

@@ -1,7 +1,8 @@
-"""Values of settings as the types that they should have, forgiving what YAML and the shell blur."""
+"""Values of settings as the types that they should have, forgiving what YAML, the shell and Python's paths blur."""
 
 import json
 import math
+import os
 import types
 import typing
 from typing import Any
@@ -15,7 +16,7 @@ def coerced(values: dict, annotations: dict) -> tuple[dict, list[str]]:
     for name, value in values.items():
         try:
             right[name] = coerce(value, annotations[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"{name}: got {value!r}, expected {type_name(annotations[name])}; correct its value")
     return right, problems
 
@@ -23,7 +24,7 @@ def coerced(values: dict, annotations: dict) -> tuple[dict, list[str]]:
 def coerce(value: Any, annotation: Any) -> Any:
     """`value` as the annotated type, forgiving what YAML and the shell blur: 1e-5 as text, 'none', one item for a list.
 
-    Raises TypeError or ValueError where no reading makes sense.
+    Raises TypeError, ValueError or OverflowError where no reading makes sense.
     """
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if type(None) in options and (value is None or value == "none"):
@@ -37,14 +38,19 @@ def coerce(value: Any, annotation: Any) -> Any:
         return _exactly(value, dict)
     if typing.get_origin(kind) is dict:
         return _coerce_dict(value, typing.get_args(kind)[1])
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     if kind is bool or kind is str:
         return _exactly(value, kind)
     return _coerce_number(value, kind)
 
 
 def _coerce_number(value, kind):
+    value = value.item() if hasattr(value, "item") else value  # numpy's, of a sweep
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
+    if kind is int and isinstance(value, int):  # also one that no float can tell from the next, such as a long seed
+        return value
     if not math.isfinite(float(value)) or kind(value) != float(value):
         raise ValueError(value)
     return kind(value)

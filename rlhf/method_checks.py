@@ -18,6 +18,8 @@ BELONGS = {
     "align_sigmas": ("srpo",),
     "align_delta": ("srpo",),
 }
+# And those that say how another one works, by what has to be set.
+BUILDS_ON = {"relative_strength": ("relative_words",), "drift_weighting": ("drift_weight", "anchor_steps")}
 METHODS = ("draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo")
 GUIDANCE_GRADIENTS = ("full", "text", "none", "distill")
 
@@ -112,6 +114,10 @@ def _belonging(args):
                 f"{name}: got {getattr(args, name)} with method {args.method}, which has no use for it; expected "
                 f"{getattr(default, name)}, or method {' or '.join(methods)}; change one of the two"
             )
+    for name, needed in BUILDS_ON.items():
+        if getattr(args, name) != getattr(default, name) and not any(getattr(args, other) for other in needed):
+            got = f"got {getattr(args, name)} without {' or '.join(needed)}, on which it builds"
+            yield f"{name}: {got}, expected {getattr(default, name)}; set that, too, or leave it out"
 
 
 def _steps(args):

@@ -74,7 +74,7 @@ def write_card(export: Export, out: Path) -> Path:
         merged=export.kind == "merged",
         convention=export.kind,
         trained=run.trained,
-        steps=run.steps,
+        steps=run.steps if run.result_step is None else run.result_step,
         scale=export.scale,
         rows=rows,
         count=next((row["prompts"] for row in rows if "prompts" in row), None),

@@ -54,8 +54,8 @@ class RewardGradientTrainer:
     """Trains an adapter on a text-to-video model by back-propagating rewards through its last denoising steps.
 
     Args:
-        model: the generator's name ("nano", a local folder, a hub id; default: args.model), or a `ContentVPipeline`,
-            which is trained in place; args.model then only says in config.yaml which it was.
+        model: the generator's name ("nano", a local folder, a hub id; default: args.model), or a `ContentVPipeline`
+            without an adapter, which is trained in place; args.model then only says in config.yaml which it was.
         reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts, **info) -> scores.
             Default: args.reward_funcs.
         args: the settings.
@@ -132,7 +132,7 @@ class RewardGradientTrainer:
             self._save(done)
             with self.masters.averaged():
                 if self.args.load_best_model_at_end:
-                    self.watch.load_best()
+                    self.watch.load_best(done)
                 if self.accelerator.is_main_process:
                     save_adapter(self.pipe, self.masters, self.folder / "adapter")
                 if self.watch:

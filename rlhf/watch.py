@@ -89,8 +89,12 @@ class Watch:
         guard = self.guard
         if guard is None or not guard.stop:
             return None
-        best = f"the best was step {guard.best_step}, {guard.best_gain:+.2f} spreads above the base"
-        return f"The held-out rewards did not rise in {guard.worse} evaluations; {best}, kept in {self._best}."
+        told = f"the best was step {self._told_best}, kept in {self._best}"
+        return f"The held-out rewards did not rise in {guard.worse} evaluations; {told}."
+
+    @property
+    def _told_best(self) -> str:
+        return f"{self.guard.best_step}, {self.guard.best_gain:+.2f} spreads above the base"
 
     def saved(self) -> dict | None:
         """What `begin` takes when the run goes on."""
@@ -98,13 +102,16 @@ class Watch:
             return None
         return {name: getattr(self.guard, name) for name in KEPT} | {"told_in": self._told_in}
 
-    def load_best(self) -> None:
-        """Make the best adapter so far the current one, on every process."""
+    def load_best(self, done: int) -> None:
+        """Make the best adapter so far the current one, on every process; done: steps of the one that is it now."""
         self.held_out.layout.wait_for_everyone()
         vector = torch.empty_like(self.masters.vector, requires_grad=False)
         load_vector(self._best / MASTERS_FILE, self.masters, vector)
         self.masters.set(vector)
-        self.latest = None
+        if done != self.guard.best_step:
+            self.latest = None
+        if self.is_main:
+            print(f"The result is the adapter of step {self._told_best}.")
 
     def finish(self, done: int, started: float) -> dict:
         """Evaluate the current adapter as the run's result and write what a person looks at. The summary."""

@@ -44,6 +44,8 @@ ROWS = [
     Row({"max_steps": float("inf")}, "max_steps: got inf", "expected a whole number", "correct its value"),
     Row({"learning_rate": float("inf")}, "learning_rate: got inf", "expected a number", "correct its value"),
     Row({"dry_run": 3}, "dry_run: got 3", "expected true or false", "correct its value"),
+    Row({"seed": 2**64}, "seed: got 18446744073709551616", "expected a number of 64 bits", "choose another"),
+    Row({"learning_rate": 10**400}, "learning_rate: got 1000", "expected a number", "correct its value"),
     Row({"seed": True}, "seed: got True", "expected a whole number", "correct its value"),
     Row({"reward_kwargs": {"a": 3}}, "got {'a': 3}", "expected a mapping {name: {argument: value}}", "correct its"),
     Row(
@@ -128,6 +130,7 @@ ROWS = [
         "expected above 1",
         "there is no guidance to teach",
     ),
+    Row({"drift_weighting": "even"}, "got even without drift_weight or anchor_steps", "expected kl", "set that, too"),
     Row({"anchor_steps": 1}, "anchor_steps: got 1", "expected 0 or at least 2", "raise it"),
     Row(
         {"method": "srpo", "align_sigmas": [0.5]},
@@ -254,7 +257,7 @@ ROWS = [
         "expected one of them",
         "leave one out",
     ),
-    Row({"resume_from_checkpoint": "latest"}, "got no checkpoint", "expected folders step-N", "leave the setting out"),
+    Row({"resume_from_checkpoint": "latest"}, "got no checkpoint", "expected folders step-N", "overwrite_output_dir"),
     Row(
         {"resume_from_checkpoint": "{tmp}/run"},
         "got the folder of a run",

@@ -18,11 +18,13 @@ from rlhf.checkpoint import (
     find_checkpoint,
     last_whole,
     load_checkpoint,
+    load_vector,
     save_checkpoint,
     signals_interrupt,
 )
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.reading import DamagedFileError
 
 
 def trained(updates: int, seed: int = 0):
@@ -109,6 +111,14 @@ def test_a_file_that_the_system_refuses_to_write_is_a_saving_error_too(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_no_manifest_looks_after_is_told_if_it_is_damaged(tmp_path):
+    """The best one, of which a kill may leave a half."""
+    masters, _ = trained(0)
+    (tmp_path / "masters.safetensors").write_bytes(b"half")
+    with pytest.raises(DamagedFileError, match=r"masters\.safetensors: got a damaged file"):
+        load_vector(tmp_path / "masters.safetensors", masters, masters.vector)
 
 
 def truncate(path):

@@ -1,7 +1,9 @@
 """Settings from YAML and flags; what is misspelt or of the wrong kind is named with its cure."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlhf.config import ConfigError, RewardGradientConfig, field_names
@@ -32,6 +34,13 @@ def test_the_default_file_holds_without_config_and_config_may_have_an_equals_sig
     path = yaml_file("max_steps: 7")
     assert parse_config(["--seed", "3"], default_config=path).max_steps == 7
     assert parse_config([f"--config={path}"]).max_steps == 7
+
+
+def test_a_seed_may_be_any_number_of_64_bits(yaml_file):
+    """Longer than what a float can hold."""
+    for seed in (2**53 + 1, 2**64 - 1, -(2**63)):
+        path = yaml_file(f"seed: {seed}\n")
+        assert parse_config(["--config", str(path)]).seed == seed == parse_config(["--seed", str(seed)]).seed
 
 
 def test_paths_are_relative_to_the_config_file(yaml_file, tmp_path):
@@ -98,6 +107,13 @@ def test_only_what_is_gone_on_with_brings_its_settings(yaml_file, run, flags):
     default = yaml_file("learning_rate: 1")
     flags = [flag.format(default=default) for flag in flags]
     assert parse_config([*flags, "--output_dir", str(run)], default).learning_rate == 1.0
+
+
+def test_paths_and_numpys_numbers_are_taken_as_text_and_numbers(tmp_path):
+    args = RewardGradientConfig(output_dir=tmp_path / "run", prompts=Path("p.txt"), learning_rate=np.float32(0.5))
+    assert (args.output_dir, args.prompts, args.learning_rate) == (str(tmp_path / "run"), "p.txt", 0.5)
+    assert type(args.learning_rate) is float
+    assert RewardGradientConfig(max_steps=np.int64(3)).max_steps == 3
 
 
 def test_what_is_written_is_what_is_read(yaml_file):

@@ -33,6 +33,24 @@ def test_curves_of_everything_that_was_logged(finished):
     assert gap.values == [0, 0.2, 0.4, 1.75]  # the summary's, of the adapter that was kept, at the end
 
 
+def test_a_best_adapter_that_was_loaded_stands_where_it_was_made(finished):
+    summary = json.loads((finished / "summary.json").read_text()) | {"best": {"step": 2, "gain_held_out": -0.25}}
+    (finished / "summary.json").write_text(json.dumps(summary))
+    assert Run(finished).result_step == 6, "it was found, and not asked for"
+    with (finished / "config.yaml").open("a") as file:
+        file.write("load_best_model_at_end: true\n")
+    run = Run(finished)
+    assert run.status.endswith("6 of 6 steps, the result is the adapter of step 2")
+    found = {panel.title: panel for panel in panels(run)}
+    redness, gain = found["redness (trained on)"], found["gain over the base, in spreads"].series[0]
+    assert redness.result_step == 2
+    tuned = summary["trained"]["redness"]["tuned"]
+    assert dict(zip(redness.series[1].steps, redness.series[1].values, strict=True)) | {0: 0} == pytest.approx(
+        {0: 0, 2: tuned, 4: 0.54, 6: 0.56}
+    )
+    assert dict(zip(gain.steps, gain.values, strict=True)) == pytest.approx({0: 0, 2: 1.5, 4: 0.4, 6: 0.6})
+
+
 def test_curves_are_in_the_colours_of_the_page_and_have_ids_of_their_own(finished):
     drawn = [draw(panel, i) for i, panel in enumerate(panels(Run(finished))[:3])]
     colours = set(re.findall(r"#[0-9a-f]{6}\b", "".join(drawn)))

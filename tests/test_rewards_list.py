@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from inspect import signature
 from pathlib import Path
 
@@ -105,6 +106,17 @@ def test_the_list_has_a_row_for_each(capsys):
     for part in ("image + prompt", "first", "MIT", "1.7 GB"):
         assert part in rows["clip_score"]
     assert "BSD-3-Clause" in rows["motion_degree"]
+
+
+def test_rewards_of_other_packages_are_listed_and_hidden_ones_told(capsys, monkeypatch):
+    names = ("shiny", "flicker")
+    plugins = [EntryPoint(name, f"mine:{name.title()}", "contentv_rlhf.rewards") for name in names]
+    monkeypatch.setattr("rewards.list.entry_points", lambda group: plugins)
+    main()
+    told = capsys.readouterr().out
+    assert told.endswith(
+        "flicker: mine:Flicker; a built-in has this name, so name it mine:Flicker\nshiny: mine:Shiny\n"
+    )
 
 
 def test_listing_imports_nothing_heavy():

@@ -182,7 +182,9 @@ def test_a_cheated_reward_stops_the_run_and_the_best_adapter_is_the_result(guard
     assert summary["best"] == {"step": 0, "gain_held_out": 0.0}
     assert summary["trained"]["redness"]["diff"] == 0, "the best was the base, and it is the result"
     assert torch.equal(adapter(args), adapter(args, "best_adapter"))
-    assert "The held-out rewards did not rise in 2 evaluations; the best was step 0" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "The held-out rewards did not rise in 2 evaluations; the best was step 0" in told
+    assert "\nThe result is the adapter of step 0, +0.00 spreads above the base.\n" in told
 
 
 def test_a_reward_that_judges_agree_with_runs_to_its_end_and_its_best_is_late(guarded):
@@ -192,6 +194,17 @@ def test_a_reward_that_judges_agree_with_runs_to_its_end_and_its_best_is_late(gu
     assert summary["best"]["step"] == 4
     assert summary["best"]["gain_held_out"] == pytest.approx(summary["gain_held_out"])
     assert summary["hacking_gap"] == pytest.approx(summary["gain_trained"] - summary["gain_held_out"])
+    assert torch.equal(adapter(args), adapter(args, "best_adapter"))
+
+
+def test_a_best_adapter_that_is_the_last_is_not_evaluated_twice(guarded, monkeypatch):
+    evaluate, names = HeldOut.evaluate, []
+    monkeypatch.setattr(HeldOut, "evaluate", lambda self, name, *of: names.append(name) or evaluate(self, name, *of))
+    args = guarded("rosiness", max_steps=2, learning_rate=3e-2, load_best_model_at_end=True)
+    summary = run(args)
+    assert names == ["base", "step 1", "step 2"]
+    assert summary["best"]["step"] == 2
+    assert summary["best"]["gain_held_out"] == summary["gain_held_out"]
     assert torch.equal(adapter(args), adapter(args, "best_adapter"))
 
 

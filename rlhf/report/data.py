@@ -82,7 +82,16 @@ class Run:
         """Whether it finished, in words."""
         planned = self.config.get("max_steps")
         done = f"{self.steps} of {planned} steps" if planned else f"{self.steps} steps"
-        return f"finished: {done}" if self._finished else f"not finished: {done} were done"
+        if not self._finished:
+            return f"not finished: {done} were done"
+        best = self.result_step != self.summary.get("steps")
+        return f"finished: {done}" + f", the result is the adapter of step {self.result_step}" * best
+
+    @property
+    def result_step(self) -> int | None:
+        """The step whose adapter the summary is about: the last, or the best where that was loaded. None without it."""
+        best = self.config.get("load_best_model_at_end") and self.summary.get("best")
+        return best["step"] if best else self.summary.get("steps")
 
     @property
     def _finished(self) -> bool:

@@ -33,7 +33,8 @@ class Panel:
 
     title: str
     series: list[Series] = field(default_factory=list)
-    interval: list[float] | None = None  # 95 % interval of the last dot
+    interval: list[float] | None = None  # 95 % interval of the result
+    result_step: int | None = None  # where that stands
 
 
 def panels(run: Run) -> list[Panel]:
@@ -74,10 +75,11 @@ def _reward(run: Run, name: str) -> Panel:
     dots = _dots(run, f"eval/{name}", "held-out prompts")
     at = dict(zip(dots.steps, dots.values, strict=True))
     if row:
-        at |= {0: row["base"], run.summary["steps"]: row["tuned"]}
+        at |= {0: row["base"], run.result_step: row["tuned"]}
     dots = Series("held-out prompts", sorted(at), [at[step] for step in sorted(at)], dots=True, color=SECOND)
     interval = [row["base"] + end for end in row["ci95"]] if row else None
-    return Panel(f"{name} ({GROUPS[group]})", [_line(run, f"rewards/{name}", "training prompts"), dots], interval)
+    series = [_line(run, f"rewards/{name}", "training prompts"), dots]
+    return Panel(f"{name} ({GROUPS[group]})", series, interval, run.result_step)
 
 
 def _line(run: Run, key: str, label: str = "") -> Series:
@@ -91,7 +93,7 @@ def _dots(run: Run, key: str, label: str = "", final: str = "", color: str = FIR
     if final and (line.values or final in run.summary):
         at = {0: 0.0} | dict(zip(line.steps, line.values, strict=True))
         if final in run.summary:
-            at[run.summary["steps"]] = run.summary[final]
+            at[run.result_step] = run.summary[final]
         line.steps, line.values = sorted(at), [at[step] for step in sorted(at)]
     return Series(label, line.steps, line.values, dots=True, color=color)
 
@@ -109,8 +111,7 @@ def draw(panel: Panel, number: int) -> str:
         for series in panel.series:
             _draw_series(axis, series)
         if panel.interval:
-            step = panel.series[-1].steps[-1]
-            axis.vlines(step, *panel.interval, color=panel.series[-1].color, linewidth=1.5)
+            axis.vlines(panel.result_step, *panel.interval, color=panel.series[-1].color, linewidth=1.5)
         axis.set_xlabel("optimizer step")
         axis.grid(color=LINE, linewidth=0.6)
         axis.set_axisbelow(True)
