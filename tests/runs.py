@@ -21,6 +21,12 @@ def saved_adapter(args, folder="adapter") -> dict[str, torch.Tensor]:
     return load_file(Path(args.output_dir) / folder / "pytorch_lora_weights.safetensors")
 
 
+def adapter(args, folder="adapter") -> torch.Tensor:
+    """All of a saved adapter as one vector."""
+    tensors = saved_adapter(args, folder)
+    return torch.cat([tensor.flatten() for _, tensor in sorted(tensors.items())])
+
+
 def assert_same_training(a, b):
     for row, other in zip(rows_without_cost(a), rows_without_cost(b), strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-5)  # a gain is a small difference
