@@ -35,6 +35,13 @@ def busy(line: Lifeline, seconds: float) -> None:
         time.sleep(0.02)
 
 
+def wait_for_news(told: list[str], count: int = 1) -> None:
+    """Until so many have spoken, or should have long ago."""
+    until = time.monotonic() + PATIENCE + 5
+    while len(told) < count and time.monotonic() < until:
+        time.sleep(0.02)
+
+
 def test_who_waits_for_a_busy_one_waits_on(pair):
     first, second, told = pair
     with first.waiting():
@@ -46,7 +53,7 @@ def test_one_that_is_gone_is_named(pair):
     first, second, told = pair
     second.end()  # its thread beats no more, as after a kill
     with first.waiting():
-        time.sleep(PATIENCE + 1.5)
+        wait_for_news(told)
     assert told
     assert "Process 0 ends after" in told[0]
     assert "No sign of life from process 1 (pid" in told[0]
@@ -55,7 +62,7 @@ def test_one_that_is_gone_is_named(pair):
 def test_one_that_is_stuck_is_named_by_the_others_and_by_itself(pair):
     first, second, told = pair
     with first.waiting():
-        time.sleep(PATIENCE + 1.5)
+        wait_for_news(told, 2)
     starts = {text.split(" ends")[0] for text in told}
     assert starts == {"Process 0", "Process 1"}
     assert all("Nothing has gone on in process 1 (pid" in text for text in told)
@@ -65,7 +72,7 @@ def test_of_those_in_one_exchange_the_one_behind_is_named(pair):
     """Within the transformer nobody is known to wait; who has made fewer calls is to blame."""
     first, second, told = pair
     first.tick()
-    time.sleep(PATIENCE + 1.5)
+    wait_for_news(told)
     assert told
     assert all("Nothing has gone on in process 1 (pid" in text for text in told)
 
