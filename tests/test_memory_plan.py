@@ -129,6 +129,7 @@ PLANNED = ("sampling", "segment", "decode and back", "window")
 PARTS: dict[tuple, Parts] = {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arm", "frames"), [("exact", 125), ("exact, nothing twice", 33), ("24 GiB", 33)])
 def test_the_plan_is_what_was_measured_at_full_size(arm, frames):
     """Peaks of bench/step.py, weights and all, on one H200; nothing here was fitted to them."""

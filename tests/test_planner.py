@@ -68,6 +68,7 @@ def test_a_sharded_base_is_proposed_where_there_are_several_processes(planner):
     assert not any("stream_weights" in changes or "base_bits" in changes for changes in sharded._changes(NOT_EXACT[-1]))
 
 
+@pytest.mark.slow
 def test_text_encoders_that_take_most_are_named(planner, monkeypatch):
     configs = {name: getattr(SMALL[0], name).config.to_dict() for name in PUBLISHED}
     assert Planner(*SMALL[1:], RATES, configs).encoding > 10**5

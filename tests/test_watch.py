@@ -182,6 +182,7 @@ def grain(video, prompts, **info):
 grain.frames = "first"
 
 
+@pytest.mark.slow
 def test_nano_cheats_a_reward_and_is_caught_while_an_unguarded_run_breaks(make_args, tmp_path):
     common = {
         "height": None,
