@@ -128,7 +128,7 @@ def test_one_process_has_no_one_to_lose():
 def test_a_killed_worker_ends_the_other_which_says_who(tmp_path):
     own = {"max_steps": 1000, "per_device_train_batch_size": 1, "ddp_timeout": 6, "save_steps": 1}
     first, second = start(many_runs.train, tmp_path / "run", own)
-    wait_for(tmp_path / "run" / "checkpoints" / "step-1", first)
+    wait_for(tmp_path / "run" / "checkpoints" / "step-1" / "manifest.json", first)
     second.process.kill()
     told = first.finish(codes=(1,), timeout=60)
     assert f"A process was lost. No sign of life from process 1 (pid {second.process.pid} on" in told
