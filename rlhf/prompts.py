@@ -50,9 +50,10 @@ def _of_rows(lines: list[str], path: Path) -> list[str]:
 
 
 def write_prompts(path: Path, prompts: list[str]) -> None:
-    """A .jsonl file that `load_prompts` reads as these."""
-    rows = (json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
-    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    """A .jsonl file that `load_prompts` reads as these; one that begins with them is left, with those after them."""
+    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
+    if not (path.is_file() and path.read_bytes().startswith(text.encode())):
+        path.write_bytes(text.encode())
 
 
 def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:

@@ -40,6 +40,10 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     prompts = ["# no comment", "two\nlines", " zwölf \u2028 Boxkämpfer", ""]
     write_prompts(tmp_path / "p.jsonl", prompts)
     assert load_prompts("p.jsonl", tmp_path, count=1) == prompts
+    write_prompts(tmp_path / "p.jsonl", prompts[:2])  # as a run that goes on with fewer of them
+    assert load_prompts("p.jsonl", tmp_path, count=1) == prompts
+    write_prompts(tmp_path / "p.jsonl", prompts[1:])
+    assert load_prompts("p.jsonl", tmp_path, count=1) == prompts[1:]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "id": 3}\n\n"a dog"\n')
     assert load_prompts("p.jsonl", tmp_path, count=1) == ["a cat", "a dog"]
 
