@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from rlhf.lora import ATTENTION, Masters, add_adapter, lora_config, settings_of
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.run_folder import own_prompts
 from rlhf.sampling_copy import require_float8
-from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
+from rlhf.speed import Speed, UnsupportedOptionError, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
 KEEP_THE_BASE = ("gaussian", "orthogonal")  # of peft's names for an adapter's first weights
@@ -136,18 +137,29 @@ def adapt(
         use_channels_last(pipe.vae)
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
     layout.watch(pipe.transformer)
-    chosen = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
+    with _reported_as_setting():
+        chosen = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
     return Masters(pipe.transformer, args.ema_decay), chosen
+
+
+@contextmanager
+def _reported_as_setting() -> Iterator[None]:
+    """Raise ConfigError where the device cannot run an option."""
+    try:
+        yield
+    except UnsupportedOptionError as error:
+        raise ConfigError([str(error)]) from None
 
 
 def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
     """The model that args name, on the device; on the CPU where its weights shall never be there all at once."""
     if args.sampling_weights == "float8":
         require_float8(device)  # before the model is loaded
-    if args.attention_kernel not in ("auto", "default"):
-        require_kernel(args.attention_kernel, device, base_dtype(args.dtype) or torch.bfloat16)
-    if args.compile_blocks:
-        require_compiler(device)
+    with _reported_as_setting():
+        if args.attention_kernel not in ("auto", "default"):
+            require_kernel(args.attention_kernel, device, base_dtype(args.dtype) or torch.bfloat16)
+        if args.compile_blocks:
+            require_compiler(device)
     one_by_one = args.stream_weights or args.base_bits or args.shard_base
     return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
 

@@ -20,7 +20,7 @@ ROOMS = {
     "start": ("plug-ins of accelerators, before torch", "rlhf rlhf.plugins"),
     "terms": (
         "device, shapes, measures, settings",
-        "rlhf.device rlhf.types rlhf.measures rlhf.coerce rlhf.config rlhf.reading",
+        "rlhf.device rlhf.device.* rlhf.types rlhf.measures rlhf.coerce rlhf.config rlhf.reading",
     ),
     "memory": (
         "what waits, is recomputed or streamed; attention",
@@ -61,7 +61,7 @@ ROOMS = {
 }
 # Against the order, with the reason.
 EXCEPTIONS = {
-    ("rlhf.device", "rlhf.device_check"): "`python -m rlhf.device --check` starts it, inside its main",
+    ("rlhf.device.__main__", "rlhf.device_check"): "`python -m rlhf.device --check` starts it, inside its main",
 }
 
 
@@ -81,9 +81,13 @@ def room_of(module: str) -> str | None:
 
 
 def imported_by(tree: ast.Module) -> set[str]:
-    """Modules of ours that a syntax tree imports anywhere, inside functions too."""
-    found = set()
-    for node in ast.walk(tree):
+    """Modules of ours that a syntax tree imports anywhere, inside functions too, but not for type checkers alone."""
+    found, nodes = set(), [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from tiny import tiny_conditioning, tiny_transformer
 
 from rlhf import attention as attention_module
-from rlhf.attention import KERNELS, attention_by, faster_without_gradient, flash_attention_3, time_kernels
+from rlhf.attention import KERNELS, attention_by, faster_inference_attention, load_flash_attention_3, time_kernels
 from rlhf.contentv.blocks import RECOMPUTE, BlockRunner
 from rlhf.host_memory import HostMemory
 
@@ -225,8 +225,8 @@ def test_flash_attention_3_is_used_without_gradient_where_it_is_installed_and_fa
     query, key, value = torch.randn(3, 1, 2, 8, 16)
     expected, about = F.scaled_dot_product_attention(query, key, value), (torch.device("cpu"), torch.float32, 2, 16, 8)
     monkeypatch.setattr(attention_module, "FLASH_ATTENTION_3", ("no_such_package", "stand_in"))
-    assert flash_attention_3() is None
-    assert faster_without_gradient(F.scaled_dot_product_attention, *about) is None
+    assert load_flash_attention_3() is None
+    assert faster_inference_attention(F.scaled_dot_product_attention, *about) is None
 
     def of_tokens(*inputs):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
@@ -237,8 +237,8 @@ def test_flash_attention_3_is_used_without_gradient_where_it_is_installed_and_fa
 
     for found in (of_tokens, lambda *inputs: (of_tokens(*inputs), None)):  # some releases return the log-sum-exp, too
         monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(flash_attn_func=found))
-        assert torch.equal(flash_attention_3()(query, key, value), expected)
-    other, line = faster_without_gradient(slow, *about)
+        assert torch.equal(load_flash_attention_3()(query, key, value), expected)
+    other, line = faster_inference_attention(slow, *about)
     assert torch.equal(other(query, key, value), expected)
     assert line.startswith("FlashAttention-3 without gradient, ")
 
@@ -246,11 +246,11 @@ def test_flash_attention_3_is_used_without_gradient_where_it_is_installed_and_fa
         raise RuntimeError("FlashAttention only supports Hopper")
 
     monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(flash_attn_func=unknown_chip))
-    assert faster_without_gradient(slow, *about) is None
+    assert faster_inference_attention(slow, *about) is None
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_attention_without_gradient_is_kept_out_of_gradients(recompute):
+def test_inference_attention_is_kept_out_of_gradients(recompute):
     model, inputs, calls = model_with_adapter(), arguments(), []
 
     def without_gradient(*projected):
@@ -258,7 +258,7 @@ def test_attention_without_gradient_is_kept_out_of_gradients(recompute):
         return F.scaled_dot_product_attention(*projected)
 
     expected = gradients(model, inputs)
-    model.run_block = BlockRunner(recompute=recompute, attention_without_gradient=without_gradient)
+    model.run_block = BlockRunner(recompute=recompute, inference_attention=without_gradient)
     assert_equal(gradients(model, inputs), expected, rtol=1e-9, atol=1e-12)
     assert calls == []
     with torch.no_grad():

@@ -9,7 +9,8 @@ import torch
 
 from rlhf import device_check
 from rlhf.contentv.files import NANO_PATH
-from rlhf.device_check import Row, Training, distance, main, table
+from rlhf.device.__main__ import main
+from rlhf.device_check import Row, Training, distance, table
 
 PHASES = ["forward", "gradient", "repeat", "step", "restore"]
 

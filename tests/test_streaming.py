@@ -10,16 +10,16 @@ from rlhf.host_memory import HostMemory
 from rlhf.streaming import stream_blocks
 
 
-def brought(stream):
-    """A list of the blocks that are brought from now on."""
-    log, bring = [], stream._bring
+def log_copies(stream):
+    """Return a list that logs the blocks copied to the device from now on."""
+    log, copy = [], stream._copy
 
-    def logged(number):
-        if stream._slot(number) is None:
-            log.append(number)
-        bring(number)
+    def logged(index):
+        if stream._slot(index) is None:
+            log.append(index)
+        copy(index)
 
-    stream._bring = logged
+    stream._copy = logged
     return log
 
 
@@ -41,7 +41,7 @@ def test_each_block_is_brought_once_in_each_direction_one_ahead():
     model, inputs = model_with_adapter(num_layers=5), arguments()
     stream = stream_blocks(model, "cpu")
     model.run_block = BlockRunner(recompute="all but attention", fetch=stream.fetch)
-    log = brought(stream)
+    log = log_copies(stream)
     with torch.no_grad():
         model(*inputs)
         assert log == [0, 1, 2, 3, 4, 0], "the last for the next pass"

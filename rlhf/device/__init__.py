@@ -1,16 +1,13 @@
-"""Where tensors live: the only file that names vendors.
+"""Devices: their choice, memory, timing and graphs. Only this package names vendors.
 
-A device is named by the user, by USE_ASCEND_NPU=1, or is what the machine has; no function of another library is
-replaced. Attention is `F.scaled_dot_product_attention` everywhere: each vendor's PyTorch has a fused kernel behind it.
-The distributed backend is accelerate's choice, by the device. `python -m rlhf.device --check` tries a device out.
+The device is the one the user names, an Ascend NPU if USE_ASCEND_NPU=1, or what the machine has.
+No function of another library is replaced. Attention is `F.scaled_dot_product_attention`
+everywhere, because each vendor's PyTorch has a fused kernel behind it. accelerate chooses the
+distributed backend by the device. `python -m rlhf.device --check` tests a device.
 """
 
-import ctypes
-import hashlib
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +16,42 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from rlhf import plugins
+from rlhf.device.host import generator, keep_freed_memory, process_peak_memory
+
+__all__ = [
+    "KNOWN_DEVICES",
+    "capture",
+    "describe",
+    "energy_joules",
+    "generator",
+    "has_attention_kernels",
+    "has_graphs",
+    "is_plugged_in",
+    "keep_freed_memory",
+    "local_device",
+    "memory_beside",
+    "peak_memory",
+    "pick_device",
+    "reproducible",
+    "reset_peak_memory",
+    "seconds_of",
+    "synchronize",
+    "total_memory",
+]
 
 KNOWN_DEVICES = ("cuda", "npu", "mps", "cpu")
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`; else an Ascend NPU if USE_ASCEND_NPU=1; else the accelerator present; else the CPU."""
+    """Return the device called `name` and set it up.
+
+    Args:
+        name: a kind of `KNOWN_DEVICES`, with or without a number ("cuda:1"). None: an Ascend NPU if
+            USE_ASCEND_NPU=1, else the accelerator of this machine, else the CPU.
+
+    Raises:
+        ValueError: the name is unknown, or PyTorch finds no such device here.
+    """
     if name is None and os.environ.get("USE_ASCEND_NPU", "0") not in ("", "0"):
         name = "npu"
     if name is None:
@@ -40,13 +67,14 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def local_device(name: str | None = None) -> torch.device:
-    """`pick_device`, and of several devices the one of this process, by the LOCAL_RANK that launchers set."""
+    """Return `pick_device(name)` with the number in LOCAL_RANK, which launchers set."""
     device = pick_device(name)
     rank = os.environ.get("LOCAL_RANK")
     return device if device.type == "cpu" or rank is None else torch.device(device.type, int(rank))
 
 
 def _accelerator(name: str) -> torch.device:
+    """Return a device that is no CPU; raise ValueError if PyTorch finds none of its kind."""
     kind = name.split(":")[0]
     if kind == "npu":
         _import_npu()
@@ -57,16 +85,18 @@ def _accelerator(name: str) -> torch.device:
 
 
 def _import_npu() -> None:
+    """Import torch_npu, which adds the device to PyTorch; raise ValueError if it cannot be."""
     try:
         import torch_npu  # noqa: F401
     except Exception as error:
         raise ValueError(
-            f"an Ascend NPU was asked for, but {_why_no_npu(plugins.ERRORS.get('torch_npu', error))}, "
+            f"an Ascend NPU was asked for, but {_npu_problem(plugins.ERRORS.get('torch_npu', error))}, "
             "or unset USE_ASCEND_NPU"
         ) from error
 
 
-def _why_no_npu(error: Exception) -> str:
+def _npu_problem(error: Exception) -> str:
+    """Return why torch_npu does not import, and the cure."""
     try:
         found = version("torch_npu")
     except PackageNotFoundError:
@@ -81,17 +111,17 @@ def _why_no_npu(error: Exception) -> str:
 
 
 def has_attention_kernels(device: torch.device) -> bool:
-    """Whether PyTorch lets one choose the kernel of attention there; elsewhere there is one, or the plug-in's own."""
+    """Return whether PyTorch has several attention kernels to choose from on the device."""
     return device.type == "cuda"
 
 
 def is_plugged_in(device: torch.device) -> bool:
-    """Whether PyTorch knows the device by a plug-in, which brings kernels of its own."""
+    """Return whether a plug-in adds the device to PyTorch, with the plug-in's own kernels."""
     return device.type == "npu"
 
 
 def describe(device: torch.device) -> str:
-    """The device's own name, such as "NVIDIA H200"; for a CPU, the processor's architecture and cores."""
+    """Return the device's product name, such as "NVIDIA H200"; for a CPU its architecture and cores."""
     if device.type in ("cuda", "npu"):
         return torch.get_device_module(device).get_device_name(device)
     return f"{platform.machine()}, {os.cpu_count()} cores"
@@ -99,9 +129,9 @@ def describe(device: torch.device) -> str:
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Inside, deterministic kernels where there are such, and float32 products and convolutions in full float32.
+    """Use deterministic kernels where they exist, and full float32 in products and convolutions.
 
-    The vendors' defaults shorten float32 to 10 bits of mantissa in convolutions (TF32 and HF32).
+    By default convolutions shorten float32 to 10 bits of mantissa (TF32 and HF32).
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the device is first used
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -115,55 +145,58 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _no_hf32(device: torch.device) -> Iterator[None]:
-    places = [torch.npu.conv, torch.npu.matmul] if device.type == "npu" else []
-    before = [place.allow_hf32 for place in places]
-    for place in places:
-        place.allow_hf32 = False
+    """Turn HF32 off, the Ascend NPU's short float32."""
+    operators = [torch.npu.conv, torch.npu.matmul] if device.type == "npu" else []
+    before = [operator.allow_hf32 for operator in operators]
+    for operator in operators:
+        operator.allow_hf32 = False
     try:
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.allow_hf32 = value
+        for operator, value in zip(operators, before, strict=True):
+            operator.allow_hf32 = value
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue, so that wall-clock times mean something."""
+    """Wait until the device has finished its queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, with all that the device does for it."""
+    """Return the seconds of one call, the device's work included."""
     synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
     synchronize(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement of `peak_memory`; the CPU's own peak cannot be reset."""
+    """Reset `peak_memory`. The peak of a process on the CPU cannot be reset."""
     if device.type in ("cuda", "npu"):
         torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held at once: on the device by PyTorch, or by this process where there is no such count."""
+    """Return the peak memory in bytes: PyTorch's on an accelerator, else that of this process."""
     if device.type in ("cuda", "npu"):
         return torch.get_device_module(device).max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return process_peak_memory()
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes that the device has; None where that is the machine's own memory."""
+    """Return the device's memory in bytes; None for a device that uses the host's memory."""
     if device.type in ("cuda", "npu"):
         return torch.get_device_module(device).get_device_properties(device).total_memory
     return None
 
 
 def memory_beside(device: torch.device) -> int:
-    """Bytes of the device in use besides what PyTorch has asked for: its context, kernels, and other processes."""
+    """Return the device's bytes in use outside of PyTorch's allocator.
+
+    They are the context, loaded kernels and other processes; 0 where the device does not report them.
+    """
     if device.type not in ("cuda", "npu"):
         return 0
     module = torch.get_device_module(device)
@@ -172,9 +205,9 @@ def memory_beside(device: torch.device) -> int:
 
 
 def energy_joules(device: torch.device) -> float | None:
-    """A counter of the energy drawn by the devices of this machine's processes; only differences mean something.
+    """Return an energy counter in joules, summed over the devices of this host's processes.
 
-    None where the device does not tell, or nvidia-ml-py, which asks it, is not installed.
+    Only differences have a meaning. None if the device has no counter or nvidia-ml-py is missing.
     """
     if device.type != "cuda":
         return None
@@ -182,8 +215,8 @@ def energy_joules(device: torch.device) -> float | None:
         import pynvml
 
         pynvml.nvmlInit()
-        own = range(min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # one a process
-        uuids = [torch.cuda.get_device_properties(i).uuid for i in own]
+        count = min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # one a process
+        uuids = [torch.cuda.get_device_properties(i).uuid for i in range(count)]
         handles = [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
         return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1000  # millijoules
     except ImportError:
@@ -193,14 +226,19 @@ def energy_joules(device: torch.device) -> float | None:
 
 
 def has_graphs(device: torch.device) -> bool:
-    """Whether `capture` works there."""
+    """Return whether `capture` works on the device."""
     return device.type == "cuda"
 
 
 def capture(step: Callable[[], torch.Tensor], reset: Callable[[], None]) -> Callable[[], torch.Tensor]:
-    """A whole training step as one graph: warm-up on a side stream, then capture. Returns () -> the step's result.
+    """Capture a training step as one graph, after a warm-up on a side stream.
 
-    step must work on fixed tensors and read nothing back to the host; reset drops its gradients.
+    Args:
+        step: works on fixed tensors, copies nothing to the host, and returns its result.
+        reset: drops the gradients of a step.
+
+    Returns:
+        A function that replays the graph and returns the step's result, always the same tensor.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -214,36 +252,8 @@ def capture(step: Callable[[], torch.Tensor], reset: Callable[[], None]) -> Call
     with torch.cuda.graph(graph):
         result = step()
 
-    def replay():
+    def replay() -> torch.Tensor:
         graph.replay()
         return result
 
     return replay
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse the memory that it frees instead of handing it back to the system (glibc only).
-
-    On a CPU every large tensor otherwise comes as untouched pages, whose faults took two fifths of a training step of
-    nano (bench/cpu_step.py). The process then stays as large as it was at its peak.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # the parameters' numbers in malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)
-    mallopt(top_pad, 256 * 2**20)
-
-
-def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator for the key, such as (seed, step, rank): the same draws on every device and after a resume."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-if __name__ == "__main__":
-    from rlhf.device_check import main
-
-    sys.exit(main(sys.argv[1:]))
