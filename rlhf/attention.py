@@ -20,14 +20,14 @@ KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# Modules with FlashAttention-3 (arXiv 2407.08608) for NVIDIA's Hopper: Dao-AILab's package, then `fa3-fwd`,
-# which has the forward pass alone.
+# Modules with FlashAttention-3 (arXiv 2407.08608) for NVIDIA's Hopper: Dao-AILab's package, then
+# `fa3-fwd`, which has the forward pass alone.
 FLASH_ATTENTION_3 = ("flash_attn_interface", "fa3_fwd_interface")
 REPEATS = 3  # timed calls of a kernel, of which the fastest counts
 
 
 def attention_by(kernel: str | None) -> Attention:
-    """Return `F.scaled_dot_product_attention` bound to a kernel of `KERNELS`; None: PyTorch's choice."""
+    """Return `F.scaled_dot_product_attention` by one of `KERNELS`; None: PyTorch's choice."""
     if kernel is None:
         return F.scaled_dot_product_attention
 
@@ -39,7 +39,7 @@ def attention_by(kernel: str | None) -> Attention:
 
 
 def kernel_error(kernel: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str | None:
-    """Return PyTorch's error if the kernel cannot run forward and backward, else None. width: of a head."""
+    """Return PyTorch's error if a kernel cannot run forward and backward, else None."""
     try:
         _forward_backward(attention_by(kernel), _random_qkv(device, dtype, heads, width, 64, requires_grad=True))
     except RuntimeError as error:
@@ -87,7 +87,7 @@ def time_kernels(
 def faster_inference_attention(
     attention: Attention, device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int = 8192
 ) -> tuple[Attention, str] | None:
-    """Return FlashAttention-3 and a log line if it is installed, works and is faster than `attention`."""
+    """Return FlashAttention-3 and a log line if it works and is faster than `attention`."""
     if (flash := load_flash_attention_3()) is None:
         return None
     qkv = _random_qkv(device, dtype, heads, width, tokens)
@@ -95,7 +95,7 @@ def faster_inference_attention(
     if next(iter(seconds), "given") == "given":
         return None
     times = " instead of ".join(f"{1e3 * value:.1f} ms" for value in seconds.values())
-    return flash, f"FlashAttention-3 without gradient, {times}"
+    return flash, f"FlashAttention-3 in no-grad steps, {times}"
 
 
 def _random_qkv(device, dtype, heads: int, width: int, tokens: int, requires_grad: bool = False) -> list[torch.Tensor]:

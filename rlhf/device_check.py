@@ -1,8 +1,8 @@
-"""The device test of `python -m rlhf.device --check`: train nano on a device and on the CPU, and compare.
+"""The test of `python -m rlhf.device --check`: train nano on a device and compare with the CPU.
 
-The test samples two videos, takes a reward's gradient through all denoising steps, does an optimizer
-step, and saves and restores the state. The reference is float32 on the CPU.
-Shape legend: B batch, C channels, T latent frames, H W latent height and width.
+The test samples two videos, takes a reward's gradient through all denoising steps, does an
+optimizer step, and saves and restores the state. The reference is float32 on the CPU. Shape legend:
+B batch, C channels, T latent frames, H W latent height and width.
 """
 
 import json
@@ -28,9 +28,10 @@ from rlhf.text import encode_prompts
 
 PROMPTS = ["a large red circle moving left on a white background", "two small blue stars growing on a black background"]
 SEED, RANK, LEARNING_RATE = 0, 8, 1e-3
-# Largest allowed |x - cpu| / |cpu| (Euclidean norms) by number format and phase. float32 leaves room
-# for sums in another order; bfloat16 is twice the difference of bfloat16 on the CPU. "step" is AdamW
-# on the CPU's gradient, in float32 for both; "restore" and "repeat" compare a device with itself.
+# Largest allowed |x - cpu| / |cpu| (Euclidean norms) by number format and phase. float32 leaves
+# room for sums in another order; bfloat16 is twice the difference of bfloat16 on the CPU. "step" is
+# AdamW on the CPU's gradient, in float32 for both; "restore" and "repeat" compare a device with
+# itself.
 TOLERANCES = {
     "float32": {"forward": 1e-4, "gradient": 1e-3, "step": 1e-4, "restore": 0.0, "repeat": 1e-5},
     "bfloat16": {"forward": 5e-2, "gradient": 1e-1, "step": 1e-4, "restore": 0.0, "repeat": 1e-2},
@@ -39,7 +40,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: a phase, its time, and the distance of its result from the reference."""
+    """A row of the table: a phase, its time, and the distance of its result from the reference."""
 
     arm: str  # number format of transformer and text encoders
     frames: int  # of each video
@@ -76,7 +77,7 @@ class Training:
         self.sigmas = flow_sigmas(self.pipe.scheduler, sampling.num_inference_steps, device)
 
     def latents(self) -> torch.Tensor:
-        """Return latents (B, C, T, H, W), float32, after all denoising steps, with the enabled gradient."""
+        """Return float32 latents (B, C, T, H, W) after all denoising steps."""
         x, guidance = self.noise, self.sampling.guidance_scale
         for sigma, sigma_next in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
             v = guided_velocity(self.pipe.transformer, x, sigma, self.cond, guidance)
@@ -100,7 +101,7 @@ class Training:
         return self.masters.vector.detach() - before
 
     def restore(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the masters after one more step from a restored state, and after the step itself."""
+        """Return the masters after a step from a restored state, and after the step itself."""
         with tempfile.TemporaryDirectory() as folder:
             saved = save_checkpoint(Path(folder), 1, self.masters, self.optimizer, {})
             self.step(gradient)
@@ -112,7 +113,7 @@ class Training:
 
 @torch.no_grad()
 def _shrink(transformer) -> None:
-    """Make the random B matrices small: A then has a gradient, and the model stays near its base."""
+    """Make the random B matrices small, so that A has a gradient and the model is near its base."""
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
             parameter *= 0.1

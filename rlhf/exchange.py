@@ -1,8 +1,8 @@
 """Differentiable collectives between the ranks that share one forward pass.
 
-Between `copy_to_group` and `all_gather` each rank computes a part. Tensors outside are the same on every
-rank. A gradient inside is a summand: its sum over the group is the gradient of a single process.
-Gradients are made contiguous first, because a collective reads the memory of a strided tensor in order.
+Between `copy_to_group` and `all_gather` each rank computes a part; outside, tensors are the same on
+every rank. A gradient inside is a summand: its sum over the group is the gradient of a single
+process. Gradients are made contiguous first: a collective reads a strided tensor's memory in order.
 """
 
 import torch
@@ -13,14 +13,18 @@ Group = dist.ProcessGroup
 
 
 def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return x, the same on every rank, for different computations; sum their gradients in the backward pass."""
+    """Return x, the same on every rank, for a different computation on each rank.
+
+    The backward pass sums the gradients over the ranks.
+    """
     return _SumGradient.apply(x, group, 1.0)
 
 
 def average_grad(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return x, the same on every rank, for the same computation; average the gradients in the backward pass.
+    """Return x, the same on every rank, for the same computation on every rank.
 
-    The ranks then continue with one gradient, even if a reward or a kernel is not quite deterministic.
+    The backward pass averages the gradients over the ranks. The ranks then continue with one
+    gradient, even if a reward or a kernel is not quite deterministic.
     """
     return _SumGradient.apply(x, group, 1.0 / dist.get_world_size(group))
 
@@ -42,7 +46,7 @@ def all_gather_sum_grad(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Send x[j] to rank j, and return what was received, with rank i's piece at i. x: (size, ...)."""
+    """Send x[j] to rank j and return the received pieces, rank i's at i. x: (size, ...)."""
     return _AllToAll.apply(x, group)
 
 
@@ -100,13 +104,13 @@ def _swap(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def _all_reduce(grad: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return the sum over the group as a new tensor, in at least float32: partial sums are not rounded."""
+    """Return the sum over the group in at least float32, so that partial sums are not rounded."""
     total = grad.to(torch.promote_types(grad.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
     dist.all_reduce(total, group=group)
     return total
 
 
-# Temporary aliases until the callers are renamed (/work/keep/renames/execu.py).
+# Temporary aliases until the callers are renamed.
 entering, agreed, gathered, gathered_inside, swapped = (
     copy_to_group,
     average_grad,

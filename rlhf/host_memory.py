@@ -17,9 +17,10 @@ MAX_IN_FLIGHT = 2  # groups that are copied at a time; more would hold more of t
 
 
 class HostMemory:
-    """A stack of tensor groups in host memory. While one group is used, the one before is prefetched.
+    """A stack of tensor groups in host memory.
 
-    On an accelerator, buffers are pinned and copies run on a separate stream. Buffers are reused.
+    While one group is used, the one before is prefetched. On an accelerator, buffers are pinned and
+    copies run on a separate stream. Buffers are reused.
 
     Args:
         smallest_bytes: smaller tensors stay on the device.
@@ -55,7 +56,7 @@ class HostMemory:
         return spare.pop() if spare else torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
 
     def copy_stream(self) -> AbstractContextManager:
-        """Return a context whose copies run on the separate stream, after the work queued so far."""
+        """Return a context in which copies run on the separate stream, after all queued work."""
         if self.stream is None:
             return nullcontext()
         self.stream.wait_stream(torch.accelerator.current_stream(self.device))

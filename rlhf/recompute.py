@@ -1,7 +1,8 @@
 """Gradient checkpointing: functions that keep only their inputs and run again in the backward pass.
 
-Unlike in `torch.utils.checkpoint`, the first run records no graph at all, so that checkpointed functions
-nest at no cost. The inputs of one call are saved together, so that they can be offloaded together.
+Unlike in `torch.utils.checkpoint`, the first run records no graph at all, so that checkpointed
+functions nest at no cost. The inputs of one call are saved together, so that they can be offloaded
+together.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ def gradient_checkpoint(
     The gradient is exact if the function is deterministic.
 
     Args:
-        parameters: trained tensors that the function reads besides its inputs; they receive their gradient.
+        parameters: trained tensors that the function reads besides its inputs.
         offload: keeps the inputs in host memory; None: on the device.
     """
     parameters = tuple(parameters)
@@ -67,8 +68,8 @@ class _Checkpoint(torch.autograd.Function):
 def _detach_from_storage(grad: torch.Tensor | None) -> torch.Tensor | None:
     """Return a copy of a slice of a larger tensor, which would keep all of that tensor alive.
 
-    `cat` sends such slices to its inputs. None comes from a nested checkpoint to an input that its result
-    does not depend on.
+    `cat` sends such slices to its inputs. None comes from a nested checkpoint to an input that its
+    result does not depend on.
     """
     return grad.clone() if grad is not None and grad.untyped_storage().nbytes() > grad.nbytes else grad
 
@@ -90,7 +91,7 @@ def gradients(outputs: tuple, inputs: tuple, grads: tuple) -> list[torch.Tensor 
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
-# Temporary aliases until the callers are renamed (/work/keep/renames/execu.py).
+# Temporary aliases until the callers are renamed.
 kept_in = offload_saved_tensors
 
 

@@ -1,8 +1,9 @@
 """FSDP2 for the frozen base: weights are sharded over all ranks and gathered block by block.
 
-PyTorch's `fully_shard` is called directly, for only frozen weights are sharded. Through accelerate, FSDP
-prepares model and optimizer together and shards all trained parameters in float32. Here every rank holds
-the whole adapter in the base's number format, and its masters and optimizer are outside of the model.
+PyTorch's `fully_shard` is called directly, for only frozen weights are sharded. Through accelerate,
+FSDP prepares model and optimizer together and shards all trained parameters in float32. Here every
+rank holds the whole adapter in the base's number format, and its masters and optimizer are outside
+of the model.
 """
 
 from types import MethodType

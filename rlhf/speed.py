@@ -1,4 +1,4 @@
-"""Apply the options about speed and memory to a transformer: kernels, recomputation, offloading, sharding."""
+"""Apply the options about speed and memory to a transformer and its blocks."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -37,7 +37,7 @@ class ExecutionOptions:
         """Return the options of any object with attributes of these names."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
-    of = from_settings  # Temporary alias until the callers are renamed (/work/keep/renames/execu.py).
+    of = from_settings  # Temporary alias until the callers are renamed.
 
     @property
     def recompute(self) -> str:
@@ -97,8 +97,8 @@ def set_up_blocks(
 def choose_kernel(transformer: torch.nn.Module, option: str, device: torch.device) -> tuple[str | None, str]:
     """Return the name of the attention kernel, None for PyTorch's choice, and a log line.
 
-    "auto" benchmarks the kernels where there are several. Raises UnsupportedOptionError if the named
-    kernel does not run on the device.
+    "auto" benchmarks the kernels where there are several. Raises UnsupportedOptionError if the
+    named kernel does not run on the device.
     """
     if option == "default" or (option == "auto" and not has_attention_kernels(device)):
         return None, "PyTorch's choice"
@@ -130,7 +130,7 @@ def require_kernel(kernel: str, device: torch.device, dtype: torch.dtype, heads:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise UnsupportedOptionError if torch.compile does not work on the device. Takes some seconds."""
+    """Raise UnsupportedOptionError if torch.compile fails on the device. Takes some seconds."""
     try:
         torch.compile(torch.sin)(torch.ones(4, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # every backend has its own types
@@ -145,4 +145,4 @@ def _heads(transformer: torch.nn.Module) -> tuple[int, int]:
     return transformer.config.num_attention_heads, transformer.config.attention_head_dim
 
 
-Speed = ExecutionOptions  # Temporary alias until the callers are renamed (/work/keep/renames/execu.py).
+Speed = ExecutionOptions  # Temporary alias until the callers are renamed.

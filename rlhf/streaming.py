@@ -12,9 +12,10 @@ import torch
 
 
 def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "WeightStream":
-    """Return a stream of the transformer's blocks; move everything else and all trained weights to the device.
+    """Return a stream of the transformer's blocks.
 
-    Afterwards the transformer must not be moved.
+    Everything else and all trained weights are moved to the device. Afterwards the transformer must
+    not be moved.
     """
     stream = WeightStream(transformer.transformer_blocks, device)
     for child in transformer.children():
@@ -27,10 +28,10 @@ def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "Weight
 
 
 class WeightStream:
-    """Two slots on the device, each of the size of the largest block, for frozen weights of host memory.
+    """Two slots on the device, as large as the largest block, for frozen weights of host memory.
 
-    Blocks have to be recomputed in the backward pass: a graph that is kept longer would read the weights
-    of another block.
+    Blocks have to be recomputed in the backward pass: a graph that is kept longer would read the
+    weights of another block.
 
     Args:
         blocks: run in this order, or backwards. Their frozen parameters are moved to the host.

@@ -37,8 +37,8 @@ def encode_prompts(
 ) -> PromptCache:
     """Encode each distinct prompt once, with `pipe.encode_prompt`, in the dtype of the encoders.
 
-    All batches have one size, because the rounding of products depends on it: a resumed run encodes only
-    the remaining prompts and needs the same embeddings to the bit.
+    All batches have one size, because the rounding of products depends on it: a resumed run encodes
+    only the remaining prompts and needs the same embeddings to the bit.
     """
     unique = list(dict.fromkeys(prompts))
     padded = unique + unique[-1:] * (-len(unique) % ENCODE_BATCH)

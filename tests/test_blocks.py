@@ -9,49 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from adapted_model import arguments, assert_equal, gradients, model_with_adapter
 from kept import KeptBytes
-from peft import LoraConfig
-from tiny import tiny_conditioning, tiny_transformer
 
 from rlhf import attention as attention_module
 from rlhf.attention import KERNELS, attention_by, faster_inference_attention, load_flash_attention_3, time_kernels
 from rlhf.contentv.blocks import RECOMPUTE, BlockRunner
 from rlhf.host_memory import HostMemory
-
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
-
-def model_with_adapter(dtype=torch.float64, **sizes):
-    model = tiny_transformer(**sizes).to(dtype)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False))
-    return model
-
-
-def arguments(dtype=torch.float64, batch=2, frames=2):
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch, 16, frames, 4, 6, generator=generator).to(dtype)
-    cond = tiny_conditioning(batch).to(dtype)
-    return latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.tensor([900.0, 3.5])[:batch]
-
-
-def gradients(model, inputs):
-    """Of a smooth function of the velocity, at everything that can have one."""
-    inputs = [x.clone().requires_grad_(x.dtype == inputs[0].dtype) for x in inputs]
-    model.zero_grad()
-    velocity = model(*inputs).sample
-    (velocity.square() * torch.linspace(-1, 1, velocity.numel()).view_as(velocity)).sum().backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return found | {f"input {i}": x.grad for i, x in enumerate(inputs[:3])}
-
-
-def assert_equal(found, expected, **tolerance):
-    assert found.keys() == expected.keys()
-    assert len(found) > 20
-    for name, grad in expected.items():
-        assert grad.abs().max() > 0 or "add_q_proj" in name, name  # of the last block nothing reads the text's queries
-        torch.testing.assert_close(found[name], grad, **tolerance)
 
 
 @pytest.mark.parametrize("host", [None, HostMemory("cpu", smallest_bytes=64)])
@@ -240,7 +204,7 @@ def test_flash_attention_3_is_used_without_gradient_where_it_is_installed_and_fa
         assert torch.equal(load_flash_attention_3()(query, key, value), expected)
     other, line = faster_inference_attention(slow, *about)
     assert torch.equal(other(query, key, value), expected)
-    assert line.startswith("FlashAttention-3 without gradient, ")
+    assert line.startswith("FlashAttention-3 in no-grad steps, ")
 
     def unknown_chip(*_):
         raise RuntimeError("FlashAttention only supports Hopper")

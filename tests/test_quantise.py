@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_blocks import arguments, gradients, model_with_adapter
+from adapted_model import arguments, gradients, model_with_adapter
 
 from rlhf import quantise as module
 from rlhf.contentv.blocks import BlockRunner

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from fake_stream import FakeStream
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf.host_memory import HostMemory
@@ -197,40 +198,6 @@ def test_a_second_backward_pass_is_refused():
     y.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass"):
         y.backward()
-
-
-class FakeEvent:
-    def __init__(self, log):
-        self.log, self.number = log, log.count("event")
-
-    def synchronize(self):
-        self.log.append(f"host waits for event {self.number}")
-
-    def __str__(self):
-        return "event"
-
-
-class FakeStream:
-    """Writes down what a stream is told."""
-
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
-
-    def wait_event(self, event):
-        self.log.append(f"{self.name} waits for {event}")
-
-    def record_event(self):
-        self.log.append("event")
-        return FakeEvent(self.log)
-
-    def __enter__(self):
-        self.log.append(f"on {self.name}")
-
-    def __exit__(self, *error):
-        self.log.append(f"off {self.name}")
 
 
 def test_on_an_accelerator_copies_run_aside_and_are_waited_for(monkeypatch):

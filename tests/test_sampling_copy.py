@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from adapted_model import arguments, gradients, model_with_adapter
 from float8 import needs_float8
 from peft import LoraConfig
-from test_blocks import arguments, gradients, model_with_adapter
 from tiny import tiny_transformer
 
 from rlhf import sampling_copy

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_blocks import arguments, gradients, model_with_adapter
+from adapted_model import arguments, gradients, model_with_adapter
 
 from rlhf import speed as module
 from rlhf.config import ConfigError, RewardGradientConfig

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_blocks import arguments, assert_equal, gradients, model_with_adapter
-from test_recompute import FakeStream
+from adapted_model import arguments, assert_equal, gradients, model_with_adapter
+from fake_stream import FakeStream
 
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.host_memory import HostMemory

@@ -1,8 +1,8 @@
 """Transformer blocks in three parts, for a choice of kernel, compilation and recomputation.
 
-diffusers' joint attention block is one function. Here the same modules run as three: query, key, value and
-gates; the attention; and the rest. So the kernel can be chosen, the other two parts compiled, and the block
-recomputed in the backward pass without its attention.
+diffusers' joint attention block is one function. Here the same modules run as three: query, key,
+value and gates; the attention; and the rest. So the kernel can be chosen, the other two parts
+compiled, and the block recomputed in the backward pass without its attention.
 Shape legend: B batch, N video tokens, L text tokens, D width, H heads, W width of a head.
 """
 
@@ -24,15 +24,16 @@ RECOMPUTE = ("nothing", "block", "all but attention")
 
 
 class BlockRunner:
-    """A way to run blocks: (block, video_BND, text_BLD, temb_BD) -> text, video, as the block returns them.
+    """A way to run a block: (block, video_BND, text_BLD, temb_BD) -> text, video.
 
     Args:
         attention: (query, key, value) -> result, (B, H, N + L, W) each.
-        recompute: the part that the backward pass recomputes. "nothing"; "block": only the block's inputs
-            are saved; "all but attention": the attention's result is saved too, a tensor of the inputs' size.
+        recompute: the part that the backward pass recomputes. "nothing"; "block": only the block's
+            inputs are saved; "all but attention": the attention's result is saved too, a tensor of
+            the inputs' size.
         host: offloads what recomputed blocks save; None: it stays on the device.
-        compiler: such as `torch.compile`, for the parts before and after the attention. The last block has
-            other code and is not compiled: that would take as long as all the others.
+        compiler: such as `torch.compile`, for the parts before and after the attention. It skips
+            the last block, whose code differs and would take as long as all the others.
         fetch: called with a block before its weights are used.
         inference_attention: the attention of no-grad steps; None: the same.
     """
@@ -61,8 +62,8 @@ class BlockRunner:
         return runner
 
     def __call__(self, block, video, text, temb):
-        # Read from torch, not an argument: whether a graph is recorded is torch's to say, and a flag that
-        # disagreed would put a kernel without a backward pass into a graph.
+        # Read from torch, not an argument: whether a graph is recorded is torch's to say, and a
+        # flag that disagreed would put a kernel without a backward pass into a graph.
         if not torch.is_grad_enabled():
             return self.run(block, video, text, temb, self.inference_attention)
         if self.recompute == "nothing":
@@ -84,14 +85,14 @@ class BlockRunner:
         return self.text_and_video(block, attended, video, text, *gates)
 
     def qkv_and_gates(self, block, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return `before_attention`; if tokens are divided, with all tokens and this rank's heads."""
+        """Return `before_attention`; of divided tokens, all of them with this rank's heads."""
         if self.fetch:
             self.fetch(block)
         results = (before_attention if block.context_pre_only else self._before)(block, *inputs)
         return results if self.shards is None else (*self.shards.to_heads(*results[:3]), *results[3:])
 
     def text_and_video(self, block, attended: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return `after_attention` of an attention over the query, key and value of `qkv_and_gates`."""
+        """Return `after_attention`, given the attention over the result of `qkv_and_gates`."""
         if self.fetch:
             self.fetch(block)
         attended = attended if self.shards is None else self.shards.to_tokens(attended)
@@ -101,7 +102,7 @@ class BlockRunner:
 def before_attention(
     block, video_BND: torch.Tensor, text_BLD: torch.Tensor, temb_BD: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Return query, key and value (B, H, N + L, W), and the gates of `after_attention`, (B, D) each."""
+    """Return query, key and value (B, H, N + L, W), and gates (B, D) for `after_attention`."""
     video, *gates = block.norm1(video_BND, emb=temb_BD)
     if block.context_pre_only:
         text = block.norm1_context(text_BLD, temb_BD)
@@ -137,17 +138,18 @@ def after_attention(
 
 
 def _add_gated(x, attended, gate_attention, shift, scale, gate_feed_forward, norm, feed_forward):
-    """Return x with the attention's result and the feed-forward layer added, each times its gate."""
+    """Add the attention's result and the feed-forward layer to x, each times its gate."""
     x = x + gate_attention * attended
     return x + gate_feed_forward * feed_forward(norm(x) * (1 + scale) + shift)
 
 
 class _KeepAttention(torch.autograd.Function):
-    """A block that saves its inputs and the attention's result, and recomputes the rest in the backward pass.
+    """A block that saves its inputs and the attention's result.
 
-    The attention runs once, with a separate graph that keeps its result and drops query, key and value. They
-    are recomputed and put back when its backward pass asks for them. So any kernel works, and other tensors
-    that a kernel saves (cuDNN and flash attention: a log-sum-exp for each row) are kept.
+    The backward pass recomputes the rest. The attention runs once, with a separate graph that keeps
+    its result and drops query, key and value. They are recomputed and put back when its backward
+    pass asks for them. So any kernel works, and other tensors that a kernel saves (cuDNN and flash
+    attention: a log-sum-exp for each row) are kept.
     """
 
     @staticmethod
@@ -192,10 +194,10 @@ def _is_modulation_trained(block) -> bool:
 
 
 class _AttentionGraph:
-    """One attention call, whose graph drops query, key, value and result until they are given again.
+    """An attention call whose graph drops query, key, value and result until they are restored.
 
-    The graph refers to the two lists, not to this object, which holds the graph: a reference cycle would
-    outlive its use.
+    The graph refers to the two lists, not to this object, which holds the graph: a reference cycle
+    would outlive its use.
     """
 
     def __init__(self, offload: OffloadGroup | None):

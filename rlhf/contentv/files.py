@@ -32,7 +32,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """The recommended sampling of a checkpoint, stored in its sampling.json. Defaults: ContentV-8B's."""
+    """The recommended sampling of a checkpoint, from its sampling.json; defaults: ContentV-8B's."""
 
     height: int = 432  # pixels
     width: int = 768  # pixels
@@ -58,7 +58,7 @@ class SamplingDefaults:
         return cls(**values)
 
     def save(self, folder: Path) -> None:
-        """Write folder/sampling.json."""
+        """Write the file folder/sampling.json."""
         (Path(folder) / SAMPLING_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def call_arguments(self) -> dict[str, Any]:
@@ -85,10 +85,11 @@ def resolve_model(model: str | Path) -> Path | str:
 
 
 def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
-    """Return {"transformer", "vae", "tokenizer", "sampling"}: sizes from a model's config files, each a dict.
+    """Return the sizes in a model's config files.
 
-    ContentV-8B's are known here and need neither files nor network. The config files of other hub ids are
-    downloaded.
+    The keys are "transformer", "vae", "tokenizer" and "sampling"; the values are dicts.
+    ContentV-8B's are known here and need neither files nor network. The config files of other hub
+    ids are downloaded.
     """
     if str(model) == CONTENTV_8B:
         return SIZES | {"sampling": asdict(SamplingDefaults())}
@@ -113,7 +114,7 @@ def _check_folder(folder: Path, cure: str) -> Path:
 
 
 def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
-    """Return the local folder of a model. A hub id is downloaded: the whole pipeline, or only `files`."""
+    """Return the local folder of a model; download all of a hub id, or only `files`."""
     model = resolve_model(model)
     if isinstance(model, Path):
         return model

@@ -1,4 +1,4 @@
-"""ContentV's sampler in three functions, for generation and training: sigmas, guided velocity, Euler step.
+"""ContentV's sampler in three functions: sigmas, guided velocity, Euler step.
 
 Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
@@ -19,7 +19,7 @@ NUM_TRAIN_TIMESTEPS = 1000  # the transformer was trained on timestep = 1000 * s
 def flow_sigmas(
     scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Return noise levels (num_steps + 1,), float32, from 1 to 0: linear, then shifted by the scheduler."""
+    """Return float32 sigmas (num_steps + 1,) from 1 to 0, linear but for the scheduler's shift."""
     if num_steps < 1:
         raise ValueError(f"num_inference_steps={num_steps}, expected at least 1; raise it")
     assert scheduler.config.num_train_timesteps == NUM_TRAIN_TIMESTEPS
@@ -82,5 +82,5 @@ def guided_velocity(
 def euler_step(
     latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
 ) -> torch.Tensor:
-    """Return x + (sigma_next - sigma) v, in the dtype of the latents x (arXiv 2403.03206, eq. 1)."""
+    """Return x + (sigma_next - sigma) v in the dtype of the latents (arXiv 2403.03206, eq. 1)."""
     return latents + (sigma_next - sigma) * velocity

@@ -1,7 +1,7 @@
 """Frozen layers of the Wan decoder that save only what the gradient of their input needs.
 
-Autograd saves the input of a convolution for the gradient of its weight, and half a dozen steps of a
-normalisation. Here a convolution saves nothing, and norm and activation together save their input.
+Autograd saves the input of a convolution for the gradient of its weight, and half a dozen steps of
+a normalisation. Here a convolution saves nothing, and norm and activation save their input.
 Shape legend: B batch, C channels, T frames, H W height and width; 4-D tensors are (B*T, C, H, W).
 """
 
@@ -16,14 +16,14 @@ SMALLEST_NORM = 1e-12  # of F.normalize
 
 
 def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: tuple[int, ...]) -> torch.Tensor:
-    """Return `F.conv2d` or `F.conv3d` of stride 1, by the rank of x. A trained layer uses autograd's."""
+    """Return `F.conv2d` or `F.conv3d` of x with stride 1; autograd's if the layer is trained."""
     if weight.requires_grad or bias.requires_grad or not torch.is_grad_enabled():
         return CONV[x.ndim](x, weight, bias, padding=padding)
     return _FrozenConv.apply(x, weight, bias, padding)
 
 
 def norm_silu(norm: WanRMS_norm, x: torch.Tensor) -> torch.Tensor:
-    """Return SiLU(x / |x| * sqrt(C) * gamma), computed in at least float32; |x| is over the C channels."""
+    """Return SiLU(x / |x| * sqrt(C) * gamma) in at least float32; |x| is over the C channels."""
     if norm.gamma.requires_grad:
         return F.silu(norm(x))
     return _FrozenNormSilu.apply(x, norm.gamma * norm.scale)

@@ -1,7 +1,7 @@
 """Load a pipeline by a name, a path or a hub id: `load_pipeline("nano")`.
 
-A checkpoint has a folder per component, in diffusers layout. The classes of the components are fixed, so
-model_index.json is not read: some name a module that is not in diffusers.
+A checkpoint has a folder per component, in diffusers layout. The classes of the components are
+fixed, so model_index.json is not read: some name a module that is not in diffusers.
 """
 
 from pathlib import Path
@@ -27,12 +27,14 @@ TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokeniz
 def load_pipeline(
     model: str | Path = "nano", dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> ContentVPipeline:
-    """Return a model's pipeline: frozen, in evaluation mode, with its sampling defaults in `pipe.sampling`.
+    """Return a model's pipeline, frozen and in evaluation mode.
+
+    `pipe.sampling` has the checkpoint's sampling defaults.
 
     Args:
         model: "nano", a folder, or a hub id, which is downloaded unless it is in the cache.
-        dtype: of the transformer and the text encoders; the VAE is always float32. Default: bfloat16 for
-            transformers of more than 2 GiB, else float32, for any dtype in the files.
+        dtype: of the transformer and the text encoders; the VAE is always float32. Default:
+            bfloat16 for transformers of more than 2 GiB, else float32, for any dtype in the files.
         device: default: the CPU.
 
     Raises:
@@ -58,7 +60,7 @@ def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> SD3Trans
 
 
 def _load_weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
-    """Return a frozen component. Raises ValueError if a weight is missing, where the libraries only warn."""
+    """Return a frozen component; raise ValueError if weights are missing (libraries only warn)."""
     try:
         module, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
     except (OSError, SafetensorError) as error:

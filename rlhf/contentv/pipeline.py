@@ -27,7 +27,7 @@ from rlhf.types import Conditioning
 logger = logging.get_logger(__name__)
 
 # Classes in a saved model_index.json, so that the published code loads it too. That code passes the
-# transformer and the VAE in, checks them against the base class named here, and uses transformers 4.
+# transformer and the VAE in, checks them against the base class named here, and has transformers 4.
 INDEX_CLASSES = {
     "transformer": ("diffusers", "SD3Transformer2DModel"),
     "tokenizer": ("transformers", "CLIPTokenizerFast"),
@@ -44,15 +44,15 @@ class ContentVPipelineOutput(BaseOutput):
     """The videos of a call.
 
     Attributes:
-        frames: by output type. "np": (B, frames, height, width, 3) in [0, 1]; "pt": (B, frames, 3, height, width)
-            in [0, 1]; "pil": lists of images; "latent": normalised latents (B, C, T, H, W).
+        frames: by output type. "np": (B, frames, height, width, 3) in [0, 1]; "pt": the same as
+            (B, frames, 3, height, width); "pil": lists of images; "latent": (B, C, T, H, W).
     """
 
     frames: Any
 
 
 class ContentVPipeline(StableDiffusion3Pipeline):
-    """The text-to-video pipeline; `rlhf.contentv.loading.load_pipeline` makes one from a name or path."""
+    """The text-to-video pipeline, made by `rlhf.contentv.loading.load_pipeline`."""
 
     _optional_components = []
 
@@ -107,7 +107,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return Gaussian noise (B, C, 1 + (num_frames-1)/4, height/8, width/8), or `latents` moved and cast."""
+        """Return noise (B, C, 1 + (num_frames-1)/4, height/8, width/8), or `latents` cast."""
         if latents is not None:
             return latents.to(device=device, dtype=dtype)
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -149,21 +149,24 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as in every diffusers pipeline
         max_sequence_length: int = 256,
     ) -> ContentVPipelineOutput | tuple:
-        """Generate videos. Defaults are ContentV-8B's; `pipe.sampling.call_arguments()` has this checkpoint's.
+        """Generate videos.
+
+        Defaults are ContentV-8B's; `pipe.sampling.call_arguments()` has this checkpoint's.
 
         Args:
             prompt: the text; `prompt_2` and `prompt_3` replace it for the second CLIP and for T5.
             height, width: pixels, divisible by 16 (8 of the VAE times the patch size 2).
             num_frames: 4k + 1; other numbers are rounded, with a warning.
-            guidance_scale: at 1 or less there is no guidance, and one forward a step instead of two.
-            negative_prompt: text to steer away from; default: empty. `_2` and `_3` as for the prompt.
+            guidance_scale: at 1 or less there is no guidance, and half the time a step.
+            negative_prompt: text to steer away from; default: empty. `_2`, `_3` as for the prompt.
             generator: draws the initial noise; a list has one per video.
             latents: initial noise (B, C, T, H, W), instead of drawn noise.
-            prompt_embeds, pooled_prompt_embeds: embeddings (B, L, D) and (B, P) instead of text, as their negatives.
+            prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P) instead of text, as negatives.
             output_type: "np", "pt", "pil" or "latent"; see `ContentVPipelineOutput`.
             joint_attention_kwargs: `{"scale": s}` scales LoRA adapters.
             clip_skip: number of last CLIP layers to leave out.
-            callback_on_step_end: called as (pipe, step, timestep, tensors) after each step; may return replacements.
+            callback_on_step_end: called as (pipe, step, timestep, tensors) after each step; may
+                return replacements of the tensors.
             max_sequence_length: T5 tokens, at most 512.
 
         Raises:
@@ -187,7 +190,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         return ContentVPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _encode(self, text: dict[str, Any], num_videos_per_prompt: int | None) -> dict[str, torch.Tensor]:
-        """Return the embeddings by name; `text` has the call's values for arguments of `encode_prompt`."""
+        """Return the embeddings by name; `text` has arguments of `encode_prompt`."""
         embeds = self.encode_prompt(
             **text,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
@@ -227,7 +230,8 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         return tensors["latents"]
 
     def _decode(self, latents_BCTHW: torch.Tensor, output_type: str):
-        # Stock decode, not decode_video: no gradient is needed, and tiling, slicing and offloading keep working.
+        # Stock decode, not decode_video: no gradient is needed, and tiling, slicing and offloading
+        # keep working.
         latents = unnormalise(self.vae, latents_BCTHW).to(self.vae.dtype)
         video = self.vae.decode(latents, return_dict=False)[0]
         return self.video_processor.postprocess_video(video.float(), output_type=output_type)
@@ -236,8 +240,8 @@ class ContentVPipeline(StableDiffusion3Pipeline):
 def _write_transformers4_key(config: Path) -> None:
     """Rename a key of a tokenizer's config so that transformers 4 reads it, too.
 
-    transformers 5 writes a list under `extra_special_tokens`, where transformers 4 expects a dict. Both read
-    the older key.
+    transformers 5 writes a list under `extra_special_tokens`, where transformers 4 expects a dict.
+    Both read the older key.
     """
     values = json.loads(config.read_text())
     if isinstance(values.get("extra_special_tokens"), list):

@@ -1,11 +1,12 @@
 """Ulysses sequence parallelism: one video's tokens over several ranks, each with some of the heads.
 
-DeepSpeed-Ulysses (arXiv 2309.14509) for joint attention. Before the attention, ranks exchange tokens for
-heads; after it, heads for tokens. Every rank computes all of the text, which is short. Heads and tokens are
-padded with zeros to a multiple of the number of ranks; the attention never sees padded tokens.
+DeepSpeed-Ulysses (arXiv 2309.14509) for joint attention. Before the attention, ranks exchange
+tokens for heads; after it, heads for tokens. Every rank computes all of the text, which is short.
+Heads and tokens are padded with zeros to a multiple of the number of ranks; the attention never
+sees padded tokens.
 
-Shape legend: B batch, N video tokens, n those of one rank, L text tokens, D width, H heads, h those of one
-rank, W width of a head, K numbers of a patch, S ranks.
+Shape legend: B batch, N video tokens, n those of one rank, L text tokens, D width, H heads, h those
+of one rank, W width of a head, K numbers of a patch, S ranks.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """ContentV's denoiser: the SD3.5 joint transformer of diffusers with a 3-D patch embedding.
 
-A subclass of `diffusers.SD3Transformer2DModel` with the state-dict keys of the published ContentV-8B
-checkpoint (arXiv 2506.05343). Shape legend: B batch, C channels, T latent frames, H W latent height and
-width, N = T*H*W/p^2 video tokens, L text tokens, D text width, P pooled text width.
+A subclass of `diffusers.SD3Transformer2DModel` with the state-dict keys of the published
+ContentV-8B checkpoint (arXiv 2506.05343). Shape legend: B batch, C channels, T latent frames, H W
+latent height and width, N = T*H*W/p^2 video tokens, L text tokens, D text width, P pooled text
+width.
 """
 
 from collections import OrderedDict
@@ -30,7 +31,7 @@ MAX_CACHED_TABLES = 2  # one is 202 MB in bf16 at 432x768 and 125 frames
 
 
 class PatchEmbed3D(nn.Module):
-    """Patches of latents (B, C, T, H, W) as tokens (B, N, width), plus a fixed 3-D sin-cos position table."""
+    """Patches of latents (B, C, T, H, W) as tokens (B, N, width), plus 3-D sin-cos positions."""
 
     def __init__(self, patch_size: int, in_channels: int, width: int):
         super().__init__()
@@ -45,9 +46,10 @@ class PatchEmbed3D(nn.Module):
         return tokens + self.position_table((T, H // self.patch_size, W // self.patch_size), tokens)
 
     def position_table(self, grid: tuple[int, int, int], like: torch.Tensor) -> torch.Tensor:
-        """Return the table (N, width) of a token grid (frames, rows, columns), as `like` in device and dtype.
+        """Return the table (N, width) of a token grid (frames, rows, columns).
 
-        It is built in float64 on the CPU, which accelerators lack, and cached for the last few grids.
+        It has the device and dtype of `like`. It is built in float64 on the CPU, which accelerators
+        lack, and cached for the last few grids.
         """
         key = (grid, like.device, like.dtype)
         if key not in self._tables:
@@ -172,11 +174,11 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             encoder_hidden_states: text tokens (B, L, D).
             pooled_projections: pooled text (B, P).
             timestep: (B,), sigma * 1000, in [0, 1000].
-            joint_attention_kwargs: `{"scale": s}` multiplies every LoRA layer by s. Other keys go to the attention
-                processors, which a `run_block` does not use.
+            joint_attention_kwargs: `{"scale": s}` multiplies every LoRA layer by s. Other keys go
+                to the attention processors, which a `run_block` does not use.
 
         Raises:
-            ValueError: latents of another rank or size; a LoRA scale together with gradient checkpointing.
+            ValueError: latents of another rank or size; a LoRA scale with gradient checkpointing.
         """
         self._check_latents(hidden_states)
         attention_kwargs = dict(joint_attention_kwargs or {})
@@ -207,7 +209,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         return self._unpatchify(patches, latents_BCTHW.shape)
 
     def _sharded_velocity(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B):
-        """Return the velocity; from patches to the last projection each rank has a part of the tokens."""
+        """Return the velocity; each rank of the group computes with a part of the tokens."""
         video = self.pos_embed(copy_to_group(latents_BCTHW, self.sequence_group))
         shards = SequenceShards(self.sequence_group, video.shape[1], self.config.num_attention_heads)
         video, run_block = shards.split(video), self.run_block.with_shards(shards)
@@ -219,7 +221,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         return self._unpatchify(patches, latents_BCTHW.shape)
 
     def _unpatchify(self, patches_BNK: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Return latents (B, C, T, H, W) of patches (B, N, p*p*C), which have their channels last."""
+        """Return latents (B, C, T, H, W) of patches (B, N, p*p*C), whose channels come last."""
         B, _, T, H, W = shape
         p = self.config.patch_size
         patches = patches_BNK.view(B, T, H // p, W // p, p, p, self.out_channels)

@@ -16,28 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from rlhf import plugins
-from rlhf.device.host import generator, keep_freed_memory, process_peak_memory
-
-__all__ = [
-    "KNOWN_DEVICES",
-    "capture",
-    "describe",
-    "energy_joules",
-    "generator",
-    "has_attention_kernels",
-    "has_graphs",
-    "is_plugged_in",
-    "keep_freed_memory",
-    "local_device",
-    "memory_beside",
-    "peak_memory",
-    "pick_device",
-    "reproducible",
-    "reset_peak_memory",
-    "seconds_of",
-    "synchronize",
-    "total_memory",
-]
+from rlhf.device.host import generator as generator
+from rlhf.device.host import keep_freed_memory as keep_freed_memory
+from rlhf.device.host import process_peak_memory
 
 KNOWN_DEVICES = ("cuda", "npu", "mps", "cpu")
 
@@ -121,7 +102,7 @@ def is_plugged_in(device: torch.device) -> bool:
 
 
 def describe(device: torch.device) -> str:
-    """Return the device's product name, such as "NVIDIA H200"; for a CPU its architecture and cores."""
+    """Return the product name, such as "NVIDIA H200"; for a CPU its architecture and cores."""
     if device.type in ("cuda", "npu"):
         return torch.get_device_module(device).get_device_name(device)
     return f"{platform.machine()}, {os.cpu_count()} cores"
@@ -195,7 +176,7 @@ def total_memory(device: torch.device) -> int | None:
 def memory_beside(device: torch.device) -> int:
     """Return the device's bytes in use outside of PyTorch's allocator.
 
-    They are the context, loaded kernels and other processes; 0 where the device does not report them.
+    They are the context, loaded kernels and other processes; 0 if the device does not report it.
     """
     if device.type not in ("cuda", "npu"):
         return 0

@@ -26,9 +26,9 @@ def process_peak_memory() -> int:
 def keep_freed_memory() -> None:
     """Have this process reuse the memory that it frees instead of returning it to the system.
 
-    Otherwise every large CPU tensor is made of untouched pages. Their page faults took two fifths of a
-    training step of nano (bench/cpu_step.py). The process stays as large as its peak. Only glibc has
-    this setting; elsewhere nothing happens.
+    Otherwise every large CPU tensor is made of untouched pages. Their page faults took two fifths
+    of a training step of nano (bench/cpu_step.py). The process stays as large as its peak. Only
+    glibc has this setting; elsewhere nothing happens.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # the parameters' numbers in malloc.h
     try:
