@@ -21,7 +21,7 @@ from rlhf.checkpoint import load_checkpoint, save_checkpoint
 from rlhf.contentv.flow import euler_step, flow_sigmas, guided_velocity
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.wan_decoder import decode_video
-from rlhf.device import describe, peak_memory, reproducible, reset_peak_memory, seconds_of
+from rlhf.device import describe, deterministic, peak_memory, reset_peak_memory, seconds_of
 from rlhf.lora import ATTENTION, Masters, add_adapter
 from rlhf.sampler import draw_noise
 from rlhf.text import encode_prompts
@@ -121,7 +121,7 @@ def _shrink(transformer) -> None:
 
 def check_device(device: torch.device, dtypes: list[str]) -> list[Row]:
     """Return a row for each number format and phase. The reference is float32 on the CPU."""
-    with reproducible(torch.device("cpu")), reproducible(device):
+    with deterministic(torch.device("cpu")), deterministic(device):
         reference = Training(torch.device("cpu"), torch.float32)
         with torch.no_grad():
             expected = {"forward": reference.latents()}

@@ -98,7 +98,7 @@ class OffloadGroup:
             torch.accelerator.current_stream(self.host.device).wait_event(self.arrived)
         if (previous := self.previous()) is not None:
             previous.prefetch()
-        return kept.give(self.host)
+        return kept.restore(self.host)
 
     def prefetch(self) -> None:
         """Start the copies to the device, unless they have been started."""
@@ -116,7 +116,7 @@ class OffloadGroup:
 
 
 class _Offloaded:
-    """One tensor in host memory, until `give` returns it."""
+    """One tensor in host memory, until `restore` returns it."""
 
     def __init__(self, tensor: torch.Tensor, buffer: torch.Tensor):
         self.form = torch.empty_like(tensor, device="meta")  # shape, dtype and strides
@@ -127,7 +127,7 @@ class _Offloaded:
         """Return the buffer as a tensor of this form."""
         return self.buffer.view(self.form.dtype).as_strided(self.form.shape, self.form.stride())
 
-    def give(self, host: HostMemory) -> torch.Tensor:
+    def restore(self, host: HostMemory) -> torch.Tensor:
         """Return the tensor on the device and free the buffer.
 
         The next tensor in the buffer is copied by the same stream, so after this one.

@@ -77,7 +77,7 @@ def kept(model, inputs, run_block):
 
 
 def test_what_is_kept():
-    """Of each block its inputs; the attention's result besides, if that is not to be computed again."""
+    """A block saves its inputs, and the attention's result if that is not recomputed."""
     model, inputs = model_with_adapter(torch.float32, num_layers=6), arguments(torch.float32, batch=1, frames=12)
     host = HostMemory("cpu", smallest_bytes=64)
     nothing = kept(model, inputs, BlockRunner())

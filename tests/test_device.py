@@ -16,11 +16,11 @@ from rlhf import device as module
 from rlhf import plugins
 from rlhf.device import (
     describe,
+    deterministic,
     generator,
     local_device,
     peak_memory,
     pick_device,
-    reproducible,
     reset_peak_memory,
     synchronize,
 )
@@ -121,7 +121,7 @@ def test_generators_are_functions_of_their_key():
 
 def test_reproducible_settings_are_put_back():
     before = torch.backends.cudnn.allow_tf32
-    with reproducible(CPU):
+    with deterministic(CPU):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.allow_tf32
     assert not torch.are_deterministic_algorithms_enabled()

@@ -102,7 +102,7 @@ def test_autograd_grad_reaches_parameters_and_unused_outputs_cost_nothing():
 
 
 def test_a_gradient_that_is_a_slice_does_not_hold_the_whole():
-    """Of what is joined with more, as the decoder joins caches and frames."""
+    """The decoder joins caches and frames by `cat`, whose gradients are slices."""
     cache, x = (numbers(n, 6, seed=n).requires_grad_() for n in (2, 5))
     joined = gradient_checkpoint(lambda *pair: torch.cat(pair).square(), cache, x)
     expected = torch.autograd.grad(torch.cat([cache, x]).square().sum(), [cache, x])

@@ -109,7 +109,7 @@ def describe(device: torch.device) -> str:
 
 
 @contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """Use deterministic kernels where they exist, and full float32 in products and convolutions.
 
     By default convolutions shorten float32 to 10 bits of mantissa (TF32 and HF32).

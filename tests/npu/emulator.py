@@ -26,7 +26,7 @@ FUSED = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class EmulatedNPU(TorchDispatchMode):
-    """Inside, NPU tensors can be computed with. `calls` counts the operators that ran on the device, by name."""
+    """A mode in which NPU tensors can be computed with; `calls` counts its operators by name."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class EmulatedNPU(TorchDispatchMode):
 
 
 def _device(args, kwargs) -> torch.device | None:
-    """The NPU that a call is about, by its tensors or by the device it asks for; None if it is about none."""
+    """Return the NPU in a call's arguments, of the device or of a tensor; None without one."""
     asked = kwargs.get("device")
     if asked is not None and torch.device(asked).type == "npu":
         return torch.device(asked)
@@ -71,7 +71,7 @@ def _check_operator(func) -> None:
 
 
 def _has_kernel(func) -> bool:
-    """Whether torch_npu brings one, for it or for its variant with out=, or PyTorch makes it of other operators."""
+    """Return whether torch_npu has a kernel, also with out=, or PyTorch composes it of others."""
     overloads = [getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads()]
     variants = [overload for overload in overloads if any(a.is_out for a in overload._schema.arguments)]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -129,7 +129,7 @@ def _compute(func, args, kwargs, device: torch.device):
 
 
 def _on_cpu(x: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor over the memory of an NPU tensor: the stand-in's device memory is the host's."""
+    """Return a CPU tensor over the memory of an NPU tensor, which the stand-in keeps on the host."""
     storage = x.untyped_storage()
     if storage.nbytes() == 0:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)

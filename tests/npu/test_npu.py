@@ -24,7 +24,7 @@ if not (shutil.which("cc") and shutil.which("nm")):
 
 
 def run(*command: str, ok: bool = True, **environment: str) -> str:
-    """What a program says on both streams, run from the repository with one thread."""
+    """Run a program from the repository with one thread; return the output of both streams."""
     kept = {key: value for key, value in os.environ.items() if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     done = subprocess.run(
         [sys.executable, *command],
@@ -40,7 +40,7 @@ def run(*command: str, ok: bool = True, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def standin(tmp_path_factory) -> dict[str, str]:
-    """The environment that CANN's set_env.sh would leave, with the stand-in's libraries."""
+    """Return the environment variables of CANN's set_env.sh, with the stand-in's libraries."""
     sys.path.insert(0, str(HERE))
     from standin import build
 
