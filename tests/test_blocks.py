@@ -1,4 +1,4 @@
-"""Blocks in three parts: diffusers' numbers, the same gradients, and what is kept for the backward pass."""
+"""Blocks in three parts have diffusers' numbers and gradients, and save only their inputs."""
 
 import gc
 import sys

@@ -1,4 +1,4 @@
-"""Functions that run again in the backward pass: the same gradients, and only inputs kept, here or in host memory."""
+"""Gradient checkpointing: the same gradients, and only inputs saved, on the device or host."""
 
 import gc
 
@@ -18,7 +18,7 @@ def numbers(*shape, seed=0):
 
 
 class Layers:
-    """Three steps with weights, two of them within one function; calls and kept bytes are counted."""
+    """Three layers with weights; calls are counted and saved tensors collected."""
 
     def __init__(self):
         self.weights = [numbers(6, 6, seed=i).requires_grad_() for i in range(3)]

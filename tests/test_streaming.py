@@ -1,4 +1,4 @@
-"""Weights that pass through two slots: the same numbers, the next block on its way, nothing else on the device."""
+"""Streamed weights: the same numbers, and only two blocks on the device, one of them ahead."""
 
 import pytest
 import torch

@@ -67,7 +67,7 @@ def run(folder: Path, *more: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------- the commands
+# ---------------------------------------- the commands
 
 
 def test_the_demo_makes_the_video_of_the_cpu(npu, tmp_path):
@@ -100,11 +100,11 @@ def test_nano_trains_resumes_to_the_bit_and_exports(npu, tmp_path):
     assert (frames(tmp_path / "merged.mp4") - frames(tmp_path / "adapter.mp4")).abs().max() <= 2
 
 
-# --------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------- gradients
 
 
 def test_nanos_whole_gradient_is_the_cpus(npu):
-    """All denoising steps, both branches of guidance, decoder and reward, at A and B of every adapted layer."""
+    """The gradient goes through all steps, both branches of guidance, decoder and reward."""
     rows = {row.phase: row for row in check_device(torch.device("npu"), ["float32"])}
     assert rows["gradient"].difference < 1e-5
     assert all(row.passed for row in rows.values())
@@ -171,7 +171,7 @@ def test_rewards_and_their_gradients_are_the_cpus(name, tmp_path):
     torch.testing.assert_close(results["npu"], results["cpu"], rtol=1e-4, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------- the device, and the emulation
+# ---------------------------------------- the device, and the emulation
 
 
 def test_the_npu_is_chosen_and_set_up(monkeypatch):

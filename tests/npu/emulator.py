@@ -1,8 +1,9 @@
-"""An NPU in software: operators on NPU tensors are computed by the CPU's kernels, over the same memory.
+"""An NPU in software: CPU kernels compute the operators on NPU tensors, over the same memory.
 
-Strict where the device is: no float64 and no complex tensor, no operator without a kernel of torch_npu's own, no mixing
-with tensors or generators of the CPU. What it proves is which operators run, with which arguments, and that their
-gradients are wired up; not the device's numerics, speed or memory.
+Strict where the device is: no float64 and no complex tensor, no operator without a kernel of
+torch_npu's own, no mixing with tensors or generators of the CPU. What it proves is which operators
+run, with which arguments, and that their gradients are wired up; not the device's numerics, speed
+or memory.
 """
 
 import ctypes
@@ -96,7 +97,7 @@ def _check_dtypes(func, tensors) -> None:
 
 
 def _compute(func, args, kwargs, device: torch.device):
-    """Run the operator on views of the device's memory; what it returns goes to new memory of the device."""
+    """Run an operator on CPU views of the device's memory; copy new results to the device."""
     originals: dict[int, torch.Tensor] = {}
 
     def view(x):
@@ -129,7 +130,7 @@ def _compute(func, args, kwargs, device: torch.device):
 
 
 def _on_cpu(x: torch.Tensor) -> torch.Tensor:
-    """Return a CPU tensor over the memory of an NPU tensor, which the stand-in keeps on the host."""
+    """Return a CPU tensor over an NPU tensor's memory, which the stand-in keeps on the host."""
     storage = x.untyped_storage()
     if storage.nbytes() == 0:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
@@ -139,11 +140,11 @@ def _on_cpu(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=x.dtype).set_(raw, x.storage_offset(), x.shape, x.stride())
 
 
-# ------------------------------------ kernels that the CPU has not, with the arguments' names of torch_npu's schemas
+# -------------------- kernels that the CPU lacks, with the argument names of torch_npu's schemas
 
 
 def fusion_attention(query, key, value, scale=1.0, **settings):
-    """softmax(q k^T * scale) v for (B, heads, tokens, width), and each row's maximum and sum, eight times over."""
+    """Return softmax(q k^T * scale) v for (B, H, N, W); each row's maximum and sum, eight times."""
     logits = _logits(query, key, scale, **settings)
     highest = logits.amax(-1, keepdim=True)
     weights = (logits - highest).exp()
@@ -163,7 +164,7 @@ def fusion_attention_grad(query, key, value, dy, scale_value=1.0, **settings):
 
 
 def _logits(q, k, scale, *, head_num, input_layout, atten_mask=None, sparse_mode=0, keep_prob=1.0, **_):
-    """q k^T * scale, -inf where masked out: where atten_mask is True, or right of the diagonal for sparse_mode 2."""
+    """Return q k^T * scale; -inf where atten_mask is True, or, in mode 2, above the diagonal."""
     if input_layout != "BNSD" or q.shape[1] != head_num or q.dtype not in FUSED or keep_prob != 1:
         raise NotImplementedError(f"attention in {input_layout}, {q.dtype}, {head_num} heads, shape {tuple(q.shape)}")
     if sparse_mode not in (0, 2) or (atten_mask is not None and atten_mask.dtype != torch.bool):

@@ -1,6 +1,7 @@
-"""A stand-in for CANN's runtime libraries, so that the real torch_npu loads and shows a device where there is none.
+"""A stand-in for CANN's runtime libraries, with which the real torch_npu shows a device.
 
-It computes nothing: operators would silently leave their outputs as they were. Use it with `emulator.EmulatedNPU` only.
+It computes nothing: operators would silently leave their outputs as they were. Use it with
+`emulator.EmulatedNPU` only.
 """
 
 import re

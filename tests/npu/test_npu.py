@@ -1,4 +1,4 @@
-"""The real torch_npu package without an NPU: with no CANN at all, and on an emulated device (emulated.py).
+"""The real torch_npu package without an NPU: without CANN, and on an emulated device.
 
 docs/npu.md says what this proves and what it does not.
 """
@@ -47,7 +47,7 @@ def standin(tmp_path_factory) -> dict[str, str]:
     return {"LD_LIBRARY_PATH": str(build(tmp_path_factory.mktemp("cann"))), "STANDIN_NPU_COUNT": "1"}
 
 
-# -------------------------------------------------------------------------------------------------- without CANN
+# ---------------------------------------- without CANN
 
 
 @pytest.mark.skipif("LD_LIBRARY_PATH" in os.environ, reason="CANN may be there")
@@ -67,7 +67,7 @@ def test_without_cann_an_npu_that_was_asked_for_is_an_error(command):
     assert "Traceback" not in told
 
 
-# ----------------------------------------------------------------------------------------------- with a stand-in
+# ---------------------------------------- with a stand-in
 
 
 def test_without_a_device_it_says_so(standin):
