@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.models.normalization import RMSNorm
 
+from rlhf.adapter.masters import Masters
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.flow import flow_sigmas
@@ -18,7 +19,7 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.fields import Fields
 from rlhf.layout import Layout
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.lora import add_adapter, lora_config
 from rlhf.optimizer import make_optimizer
 from rlhf.speed import Speed, set_up_blocks
 from rlhf.types import Conditioning

@@ -23,7 +23,8 @@ from rlhf.checkpoint import (
     signals_interrupt,
 )
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.adapter.masters import Masters
+from rlhf.lora import add_adapter, lora_config
 from rlhf.reading import DamagedFileError
 
 

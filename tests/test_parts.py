@@ -16,7 +16,8 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.transformer import QueryKeyNorm
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.host_memory import HostMemory
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.adapter.masters import Masters
+from rlhf.lora import add_adapter, lora_config
 from rlhf.parts import Parts
 from rlhf.rates import Rates
 from rlhf.setup import latent_shape
