@@ -51,7 +51,7 @@ def test_a_start_has_its_own_keys_on_one_host(monkeypatch):
             monkeypatch.setenv(name, str(value))
         store = dist.HashStore()
         monkeypatch.setattr(parallel, "rendezvous", lambda url, timeout: iter([(store, 1, 2)]))
-        ((found, rank, processes),) = parallel._meet("start://", timedelta(seconds=1))
+        ((found, rank, processes),) = parallel._rendezvous("restart://", timedelta(seconds=1))
         assert (rank, processes) == (1, 2)
         found.set("address", "here")
         return store.list_keys()
