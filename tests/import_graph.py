@@ -35,8 +35,9 @@ ROOMS = {
     "rewards": ("reward models: video, prompts -> scores", "rewards rewards.*"),
     "method": (
         "noise -> prefix -> window -> loss -> adapter",
-        "rlhf.sampler rlhf.grad_steps rlhf.prefix rlhf.drift rlhf.methods rlhf.adjoint rlhf.adapter rlhf.adapter.masters "
-        "rlhf.lora rlhf.sampling_copy rlhf.losses rlhf.optimizer rlhf.text rlhf.decoding rlhf.guidance_split rlhf.sharding rlhf.fields rlhf.speed",
+        "rlhf.sampler rlhf.grad_steps rlhf.prefix rlhf.drift rlhf.methods rlhf.adjoint rlhf.adapter "
+        "rlhf.adapter.masters rlhf.lora rlhf.sampling_copy rlhf.losses rlhf.optimizer rlhf.text "
+        "rlhf.decoding rlhf.guidance_split rlhf.sharding rlhf.fields rlhf.speed",
     ),
     "checks": (
         "what can be wrong, before anything is loaded",

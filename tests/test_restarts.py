@@ -1,6 +1,7 @@
 """Runs that go on by themselves, and on another number of processes."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from conftest import PROMPTS, redness
 from processes import FOLDER, free_port, together
 from tiny import tiny_pipeline
 
+from rlhf import checkpoint
 from rlhf.checks import check_config
 from rlhf.config import ConfigError
 from rlhf.restarts import RESTARTS, resolve_resume
@@ -61,6 +63,17 @@ def test_resolve_resume_says_where_from_and_what_is_no_longer_the_same(make_args
     train(dataclasses.replace(again, max_steps=2, learning_rate=0.25))
     told = capsys.readouterr().out
     assert "step 1 of 2. Other settings than before: learning_rate 0.5 -> 0.25, max_steps 1 -> 2." in told
+
+
+def test_a_process_hashes_the_checkpoint_that_it_resumes_from_once(make_args, monkeypatch):
+    args = make_args(max_steps=1)
+    train(args)
+    hashed, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: hashed.append(file.name) or digest(file, kind))
+    checkpoint._fingerprint_of_version.cache_clear()  # as in a new process
+    train(dataclasses.replace(args, resume_from_checkpoint="auto"))
+    own = [name for name in hashed if "/step-1/" in name]
+    assert len(own) == len(set(own)) == 3
 
 
 @pytest.mark.parametrize("told", [{}, {"overwrite_output_dir": True}])

@@ -90,3 +90,12 @@ def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
         guided = trainer.fields.base(cond)(noise, sigma)
         base.disable_adapters()
         assert torch.equal(guided, guided_velocity(base, noise, sigma, cond, args.guidance_scale or 3.0))
+
+
+def test_dora_trains_in_the_loop(make_args):
+    args = make_args(lora_use_dora=True, max_steps=2, drift_weight=0.1)
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
+    before = trainer.masters.vector.detach().clone()
+    trainer.train()
+    moved = trainer.masters.named(trainer.masters.vector - before)
+    assert any(tensor.abs().max() > 0 for name, tensor in moved.items() if "magnitude" in name)
