@@ -57,7 +57,7 @@ def test_only_the_adapter_is_trainable_and_all_eight_projections_have_one():
 
 def test_adapter_off_is_the_base_and_on_again_afterwards():
     base, transformer = tiny_transformer(), tiny_transformer()
-    masters = shaken(transformer)
+    shaken(transformer)
     tuned = velocity(transformer)
     with adapter_off(transformer):
         assert torch.equal(velocity(transformer), velocity(base))
