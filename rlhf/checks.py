@@ -16,7 +16,8 @@ from rlhf.device import local_device, pick_device
 from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, adapter_problems, method_problems
 from rlhf.parallel_checks import parallel_problems
 from rlhf.prompts import load_prompts
-from rlhf.restarts import resolve_resume, resume_problems
+from rlhf.restarts import resolve_resume
+from rlhf.resume_checks import resume_problems
 from rlhf.reward_checks import reward_problems, short_name, told_by
 from rlhf.run_folder import run_in
 from rlhf.speed_checks import speed_problems
