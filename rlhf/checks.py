@@ -16,7 +16,8 @@ from rlhf.device import local_device, pick_device
 from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS, adapter_problems, method_problems
 from rlhf.parallel_checks import parallel_problems
 from rlhf.prompts import load_prompts
-from rlhf.restarts import going_on, resume_problems
+from rlhf.restarts import resolve_resume
+from rlhf.resume_checks import resume_problems
 from rlhf.reward_checks import reward_problems, short_name, told_by
 from rlhf.run_folder import run_in
 from rlhf.speed_checks import speed_problems
@@ -84,7 +85,7 @@ def check_config(
 
     What was handed over as an object instead of named in args - a pipeline, rewards, prompts - is taken as it is.
     """
-    args = going_on(args)
+    args = resolve_resume(args)
     problems = [*_out_of_range(args), *_run_folder(args), *reward_problems(args, rewards), *_trackers(args)]
     problems += [*_device(args), *_guards(args, eval_prompts)]
     for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):

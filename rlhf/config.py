@@ -164,10 +164,7 @@ class RewardGradientConfig:
     decode_chunk: int | None = _key(None, "Latent frames decoded at a time. Default: all at once. Same video.")
     decode_checkpoint: bool = _key(False, "Recompute each decoded chunk in the backward pass; needs decode_chunk.")
     decode_caches: str = _key(
-        "keep", "With decode_checkpoint, what chunks leave for later ones: keep (on the device), host, or recompute."
-    )
-    decode_channels_last: bool | None = _key(
-        None, "Order the VAE's weights with channels innermost. Default: on a CPU, where that is a fifth faster."
+        "keep", "With decode_checkpoint, where chunks keep what later ones need: keep (on the device) or host."
     )
 
     # Several devices; data parallel over the rest of the processes. docs/scaling.md says which layout when
@@ -175,20 +172,19 @@ class RewardGradientConfig:
     sequence_parallel: int = _key(1, "Processes over which a video's tokens are divided (arXiv 2309.14509).")
     shard_base: bool = _key(False, "Divide the frozen transformer over all processes (FSDP2), for smaller devices.")
     ddp_timeout: int = _key(
-        1800, "Seconds after which a process that does not go on, or is gone, ends the others. More than a step takes."
+        1800, "Seconds that a process waits for the others before the run ends with an error. Longer than any step."
     )
 
     # Cheaper, but not exact: off by default. docs/performance.md has what each costs and does
-    base_bits: int | None = _key(None, "8 or 4: round the frozen base, by torchao or bitsandbytes.")
+    base_bits: int | None = _key(None, "4: round the frozen base to 4 bits, by bitsandbytes. Default: no rounding.")
     vae_dtype: str = _key("float32", "Number format of the VAE: float32 or bfloat16.")
     decode_window: int | None = _key(
         None, "Score only so many frames in a row, from a drawn one on; no gradient into the latents before them."
     )
     prefix_steps: int | None = _key(None, "At most so many steps before the first one with gradient, while training.")
-    second_order_prefix: bool = _key(False, "Make the steps before the window second-order (Adams-Bashforth).")
     guidance_every: int = _key(1, "Of steps without gradient, compute the negative branch at every n-th only.")
     sampling_weights: str = _key(
-        "own", "What steps without gradient run on: own (the trained model), merged (a copy), or float8 (another)."
+        "own", "Weights of no-grad steps: own (the trained model), or float8 (a copy in float8, adapter merged)."
     )
     rollout_uses: int = _key(1, "Optimizer steps in a row that start their window from the same rollout.")
 
@@ -203,17 +199,11 @@ class RewardGradientConfig:
         None, "Ranks of layers by name or regular expression where they differ from lora_rank; as a flag, in quotes."
     )
     lora_alpha_pattern: dict[str, int] | str | None = _key(None, "Alphas of layers, in the same way.")
-    train_blocks: list[str] | None = _key(
-        None, "Modules of the transformer, such as transformer_blocks.3, that are trained whole instead of by LoRA."
-    )
     ema_decay: float = _key(
         0.0, "Decay of a running average of the trained numbers, which is evaluated and kept in their place. 0: none."
     )
 
     # The optimizer
-    optim: str = _key(
-        "adamw_torch_fused", "Or adamw_bnb_8bit: AdamW with moments of 8 bits, by bitsandbytes; other steps, not exact."
-    )
     learning_rate: float = _key(1e-4, "Peak learning rate of AdamW.")
     lr_scheduler_type: str = _key("constant", "After the warm-up: constant, or linear down to 0 at max_steps.")
     warmup_steps: int = _key(0, "Optimizer steps over which the learning rate rises linearly from 0.")

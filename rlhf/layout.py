@@ -1,7 +1,8 @@
-"""How the processes of a run are divided: data x guidance x sequence, and who belongs together.
+"""The layout of a run's processes: data x guidance x sequence ranks, and their process groups.
 
-Processes of one data rank hold the same model and work on the same videos: two guidance branches, and within a branch
-the parts of a video's tokens. Neighbours share tokens, since these exchange most; the next ones share branches.
+The processes of one data rank hold the same model and work on the same videos. They divide the two
+guidance branches, and within a branch the video's tokens. Neighbouring ranks share tokens, since
+these communicate most; the next ones share branches.
 """
 
 import hashlib
@@ -14,12 +15,12 @@ import torch.distributed as dist
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.exchange import Group, agreed
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A layout as three numbers, whose product is the number of processes."""
+    """The sizes of a layout, whose product is the world size."""
 
     data: int
     guidance: int = 1
@@ -27,20 +28,20 @@ class Sizes:
 
     @classmethod
     def of(cls, args: RewardGradientConfig, processes: int) -> "Sizes":
-        """Raises ValueError, naming layouts that work, where the settings do not fit the number of processes."""
-        together = args.guidance_parallel * args.sequence_parallel
-        if processes % together:
+        """Return the layout of the settings; raise ValueError if the world size does not fit it."""
+        ranks_per_video = args.guidance_parallel * args.sequence_parallel
+        if processes % ranks_per_video:
             fitting = [(g, s) for g in (1, 2) for s in range(1, processes + 1) if processes % (g * s) == 0]
             named = ", ".join(f"{g} x {s}" for g, s in fitting)
             raise ValueError(
                 f"guidance_parallel={args.guidance_parallel} x sequence_parallel={args.sequence_parallel} are "
-                f"{together} processes, which do not divide the {processes} of this run; use one of {named}, or start "
-                f"{-(-processes // together) * together} processes"
+                f"{ranks_per_video} processes, which do not divide the {processes} of this run; use one of {named}, "
+                f"or start {-(-processes // ranks_per_video) * ranks_per_video} processes"
             )
-        return cls(processes // together, args.guidance_parallel, args.sequence_parallel)
+        return cls(processes // ranks_per_video, args.guidance_parallel, args.sequence_parallel)
 
     def place(self, rank: int) -> tuple[int, int, int]:
-        """(data, guidance, sequence) ranks of a process."""
+        """Return the (data, guidance, sequence) ranks of a process."""
         rank, sequence = divmod(rank, self.sequence)
         return *divmod(rank, self.guidance), sequence
 
@@ -49,21 +50,21 @@ class Sizes:
 
 
 def started_processes() -> int:
-    """How many processes this run has, as its launcher says, before any of them knows another."""
+    """Return the world size that the launcher set, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def planned_processes(args: RewardGradientConfig) -> int:
-    """How many a dry run is for: as asked or started; where that is one, as few as the settings work with."""
+    """Return a dry run's world size: as set or launched; for 1, the least that settings need."""
     asked = args.plan_processes or started_processes()
     return asked if asked > 1 else max(args.guidance_parallel * args.sequence_parallel, 1 + args.shard_base)
 
 
 class Layout:
-    """The run's processes as those see them who share out videos: one for each data rank.
+    """The data ranks of a run, between which videos are divided, and the groups within a data rank.
 
-    In place of an `accelerate.Accelerator` it has the number of data ranks as num_processes, and this process's as
-    process_index; what it sums counts each data rank once.
+    It stands in for an `accelerate.Accelerator`: num_processes is the number of data ranks,
+    process_index this process's data rank, and sums count each data rank once.
     """
 
     def __init__(self, args: RewardGradientConfig, accelerator):
@@ -72,12 +73,12 @@ class Layout:
         self.num_processes = self.sizes.data
         self.process_index, *self._place = self.sizes.place(accelerator.process_index)
         self.is_main_process, self.wait_for_everyone = accelerator.is_main_process, accelerator.wait_for_everyone
-        # Every process runs the transformer as often as any other, since all of them hold a part of its weights.
+        # All processes run the transformer equally often, since each holds a part of its weights.
         self.in_step = args.shard_base
         self.guidance_group, self.sequence_group, self.model_group = self._groups()
 
     def _groups(self) -> tuple[Group | None, Group | None, Group | None]:
-        """Of those that share a velocity's branches, a branch's tokens, or either; None for a single process."""
+        """Return the groups that share guidance branches, tokens, and either; None for no group."""
         sizes = self.sizes
         ranks = torch.arange(self.accelerator.num_processes).view(sizes.data, sizes.guidance, sizes.sequence)
         guidance, sequence = _own_group(ranks.transpose(1, 2)), _own_group(ranks)
@@ -85,24 +86,18 @@ class Layout:
         return guidance, sequence, both
 
     def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
-        """The sum over data ranks, on every process. how: "sum", as an accelerator takes it."""
+        """Return the sum over data ranks, on every process. how: "sum", as accelerate has it."""
         return self.accelerator.reduce(torch.zeros_like(tensor) if any(self._place) else tensor, how)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all data ranks, one after the other along the first dimension, on every process."""
+        """Return all data ranks' tensors, concatenated along dimension 0, on every process."""
         every = self.accelerator.gather(tensor)
         return every.unflatten(0, (-1, len(tensor)))[:: self.sizes.guidance * self.sizes.sequence].flatten(0, 1)
 
-    def watch(self, transformer: torch.nn.Module) -> None:
-        """Take each of its calls as a sign that this process goes on."""
-        if self.accelerator.num_processes > 1:
-            tick = self.accelerator.lifeline.tick
-            transformer.register_forward_pre_hook(lambda *_: tick())  # a function, so that copies of the model share it
-
-    def require_same(self, **things) -> None:
-        """Raise ConfigError, on every process, where one of them has another thing of that name."""
-        names = list(things)
-        digests = [int.from_bytes(hashlib.sha256(repr(things[n]).encode()).digest()[:7]) for n in names]
+    def require_same(self, **values) -> None:
+        """Raise ConfigError on every process if a named value differs between processes."""
+        names = list(values)
+        digests = [int.from_bytes(hashlib.sha256(repr(values[n]).encode()).digest()[:7]) for n in names]
         every = self.accelerator.gather(torch.tensor([digests], device=self.device)).cpu()
         wrong = [
             f"{name}: got others on process {rank} than on process 0, expected the same on all; start all with the "
@@ -114,11 +109,11 @@ class Layout:
             raise ConfigError(wrong)
 
     def agreed(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Latents of which all processes of a data rank hold a copy, before each decodes and scores them by itself."""
+        """Return latents that all ranks of a video hold, with the mean of these ranks' gradients."""
         return latents_BCTHW if self.model_group is None else agreed(latents_BCTHW, self.model_group)
 
 
 def _own_group(ranks: torch.Tensor) -> Group | None:
-    """The group of those that stand in one row, (..., size), with this process; None for rows of one."""
+    """Return the group of this process's row of ranks (..., size); None for rows of one."""
     rows = ranks.flatten(0, -2).tolist()
     return dist.new_subgroups_by_enumeration(rows)[0] if len(rows[0]) > 1 else None

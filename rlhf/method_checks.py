@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 
 from rlhf.config import RewardGradientConfig
-from rlhf.optimizer import EIGHT_BIT, MOST_OF_EIGHT_BITS
 
 # Which settings belong to which methods; elsewhere they keep their default, so that none is silently without effect.
 BELONGS = {
@@ -39,16 +38,16 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[str]:
     """Problems of what is to be trained. transformer: its config, of which one is made where modules are named."""
-    if args.weight_decay and (args.train_blocks or args.lora_use_dora):
+    if args.weight_decay and args.lora_use_dora:
         yield (
-            f"weight_decay: got {args.weight_decay} with train_blocks or lora_use_dora, expected 0: it would pull the "
+            f"weight_decay: got {args.weight_decay} with lora_use_dora, expected 0: it would pull the "
             "model's own weights to 0; hold them with drift_weight instead"
         )
     for name in ("lora_rank_pattern", "lora_alpha_pattern"):
         for layer, value in (getattr(args, name) or {}).items():
             if value < 1:
                 yield f"{name}: got {value} for {layer!r}, expected at least 1; raise it"
-    if args.train_blocks or args.lora_target_modules or args.lora_rank_pattern or args.lora_alpha_pattern:
+    if args.lora_target_modules or args.lora_rank_pattern or args.lora_alpha_pattern:
         yield from _named_modules(args, transformer)
 
 
@@ -57,21 +56,9 @@ def _named_modules(args, transformer):
 
     with torch.device("meta"):
         model = SD3Transformer3DModel.from_config(transformer)
-    names = [name for name, _ in model.named_modules()]
     layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
     ends |= {end.split(".", 1)[-1] for end in ends}
-    for block in args.train_blocks or []:
-        if block not in names:
-            last = len(model.transformer_blocks) - 1
-            whole = ", ".join(name for name, _ in model.named_children())
-            expected = f"expected transformer_blocks.0 to .{last}, or another module of {whole}"
-            yield f"train_blocks: got {block!r}, {expected}; correct it"
-    whole = {p for block in args.train_blocks or [] if block in names for p in model.get_submodule(block).parameters()}
-    numbers = sum(p.numel() for p in whole)
-    if args.optim == EIGHT_BIT and numbers > MOST_OF_EIGHT_BITS:
-        expected = f"expected at most {MOST_OF_EIGHT_BITS:,}, which is as far as bitsandbytes counts"
-        yield f"optim={EIGHT_BIT}: got train_blocks of {numbers:,} numbers, {expected}; train fewer, or leave it out"
     for target in args.lora_target_modules or []:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
@@ -81,16 +68,11 @@ def _named_modules(args, transformer):
 
 
 def _adapted_layers(args, layers):
-    """Problems of what leaves the adapter no layer, or names none of its layers. layers: the model's linear ones."""
+    """Problems of patterns that match no adapted layer. layers: the model's linear ones."""
     from rlhf.lora import ATTENTION
 
-    ends, whole = ([f".{name}" for name in names or []] for names in (args.lora_target_modules, args.train_blocks))
-    ends = ends or [f".{name}" for name in ATTENTION]
-    adapted = [n for n in layers if any(f".{n}".endswith(end) for end in ends)]
-    left = [n for n in adapted if not any(f".{n}.".startswith(f"{block}.") for block in whole)]
-    if adapted and not left:
-        got = f"got {', '.join(args.train_blocks)}, which hold all layers that the adapter is for"
-        yield f"train_blocks: {got}, expected one at least to be left to it; train fewer whole"
+    ends = [f".{name}" for name in args.lora_target_modules or ATTENTION]
+    adapted = [name for name in layers if any(f".{name}".endswith(end) for end in ends)]
     for name in ("lora_rank_pattern", "lora_alpha_pattern"):
         for pattern in getattr(args, name) or {}:
             if not _matches(pattern, adapted):

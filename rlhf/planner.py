@@ -37,7 +37,6 @@ EXACT = (
 NOT_EXACT = (
     {"vae_dtype": "bfloat16"},
     {"vae_dtype": "bfloat16", "decode_window": 5},
-    {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 8},
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 4},
 )
 OF_VIDEOS = "num_frames, height and width or per_device_train_batch_size"
@@ -124,7 +123,7 @@ class Planner:
     def _possible(self, changes: dict) -> bool:
         """Whether the run could make them, and has not done so already."""
         bits = changes.get("base_bits")
-        if bits and (missing_library(bits) or not self._makes_sense(vars(self.args) | changes)):
+        if bits and (missing_library() or not self._makes_sense(vars(self.args) | changes)):
             return False
         return any(getattr(self.args, name) != value for name, value in changes.items())
 

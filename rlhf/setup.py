@@ -9,15 +9,16 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from rewards import RewardMix, reward_name
+from rlhf.adapter.masters import Masters
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.contentv.loading import TEXT_ENCODERS, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.layout import Layout
-from rlhf.lora import ATTENTION, Masters, add_adapter, lora_config, settings_of
+from rlhf.lora import ATTENTION, add_adapter, lora_config, settings_of
 from rlhf.prompts import as_prompts, load_prompts
-from rlhf.run_folder import own_prompts
+from rlhf.run_folder import prompt_snapshot
 from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, UnsupportedOptionError, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
@@ -59,7 +60,7 @@ def checked_inputs(
     args = dataclasses.replace(args, **settings_of(peft_config))  # those of the adapter that a checkpoint has to have
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     handed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
-    told = {name: own_prompts(args, name) for name, prompts in handed.items() if prompts is not None}
+    told = {name: prompt_snapshot(args, name) for name, prompts in handed.items() if prompts is not None}
     args = dataclasses.replace(args, **told)
     return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
 
@@ -92,7 +93,7 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
     if not peft_config.target_modules:
         yield f"peft_config: got no target_modules, expected names of layers; those of the settings are {ATTENTION}"
     if whole := peft_config.modules_to_save:
-        yield f"peft_config: got modules_to_save={whole}, expected none; the setting train_blocks trains whole modules"
+        yield f"peft_config: got modules_to_save={whole}, expected none, since LoRA files hold no modules; leave it out"
     if peft_config.bias != "none":
         yield f"peft_config: got bias={peft_config.bias!r}, expected 'none', as LoRA files hold no biases; leave it out"
     if isinstance(start := peft_config.init_lora_weights, str) and start not in KEEP_THE_BASE:
@@ -132,11 +133,9 @@ def adapt(
     device = layout.device
     # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
     torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
-    innermost = args.decode_channels_last
-    if device.type == "cpu" if innermost is None else innermost:
+    if device.type == "cpu":  # faster there
         use_channels_last(pipe.vae)
-    add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
-    layout.watch(pipe.transformer)
+    add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed)
     with _reported_as_setting():
         chosen = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
     return Masters(pipe.transformer, args.ema_decay), chosen

@@ -68,7 +68,7 @@ def set_up_blocks(
     """
     chosen, transformer.sequence_group = {}, sequence_group
     if options.base_bits:
-        chosen["base_bits"] = f"{options.base_bits}, by {quantise_base(transformer, options.base_bits, device)}"
+        quantise_base(transformer, device)
     fetch = stream_blocks(transformer, device).fetch if options.stream_weights else None
     if options.shard_base:
         shard_base(transformer, device)

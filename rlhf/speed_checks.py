@@ -5,16 +5,14 @@ from collections.abc import Iterator
 from rlhf.attention import KERNELS
 from rlhf.config import RewardGradientConfig
 from rlhf.measured import RATES
-from rlhf.optimizer import OPTIMIZERS, missing_optimizer
 from rlhf.quantise import missing_library
 
 CHOICES = {
     "attention_kernel": ("auto", "default", *KERNELS),
-    "decode_caches": ("keep", "recompute", "host"),
-    "base_bits": (None, 8, 4),
+    "decode_caches": ("keep", "host"),
+    "base_bits": (None, 4),
     "vae_dtype": ("float32", "bfloat16"),
-    "sampling_weights": ("own", "merged", "float8"),
-    "optim": OPTIMIZERS,
+    "sampling_weights": ("own", "float8"),
 }
 AT_LEAST_ONE = ("decode_window", "prefix_steps", "guidance_every", "rollout_uses")
 OF_RECOMPUTED_BLOCKS = ("keep_attention", "offload_activations", "stream_weights")
@@ -51,9 +49,7 @@ def _weights(args):
     for name in ("stream_weights", "base_bits"):
         if getattr(args, name) and args.sampling_weights != "own":
             yield f"sampling_weights: got {args.sampling_weights} with {name}, expected own; change one of the two"
-    if args.base_bits in (8, 4) and (missing := missing_library(args.base_bits)):
-        yield missing
-    if missing := missing_optimizer(args.optim):
+    if args.base_bits == 4 and (missing := missing_library()):
         yield missing
     if args.lora_use_dora and args.sampling_weights != "own":
         yield f"sampling_weights: got {args.sampling_weights} with lora_use_dora, expected own; change one of the two"
@@ -62,7 +58,6 @@ def _weights(args):
 def _prefix(args):
     asked = {
         "prefix_steps": args.prefix_steps is not None,
-        "second_order_prefix": args.second_order_prefix,
         "rollout_uses": args.rollout_uses > 1,
     }
     for name, is_asked in asked.items():
@@ -88,7 +83,6 @@ def _prefix(args):
 def _without_effect(args, before):
     """Ways to take the steps before the window, where there are none, or no second one to take differently."""
     needed = {
-        "second_order_prefix": (args.second_order_prefix, 2),
         "guidance_every": (args.guidance_every > 1, 2),
         "sampling_weights": (args.sampling_weights != "own", 1),
         "rollout_uses": (args.rollout_uses > 1, 1),

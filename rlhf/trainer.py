@@ -20,7 +20,7 @@ from rewards import RewardError, frames_needed
 from rlhf.batches import Batches
 from rlhf.calibrate import calibrate, is_calibrated
 from rlhf.callbacks import Callbacks
-from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
+from rlhf.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.checks import open_rewards
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import flow_sigmas
@@ -30,7 +30,7 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import Skips, naming_lost_processes, not_finite, require_gradient, require_new
+from rlhf.failures import Skips, not_finite, require_gradient, require_new
 from rlhf.fields import Fields
 from rlhf.layout import Layout
 from rlhf.lora import save_adapter
@@ -40,7 +40,8 @@ from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
 from rlhf.prefix import PrefixBuffer
 from rlhf.report import reported
-from rlhf.restarts import told_of_resuming
+from rlhf.restarts import resume_message
+from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
 from rlhf.setup import adapt, checked_inputs, encode_and_release, latent_shape, load_base, load_prompt_sets, mix_rewards
@@ -120,7 +121,6 @@ class RewardGradientTrainer:
         self.callbacks.tell("on_train_end")
         return summary
 
-    @naming_lost_processes
     def _train(self) -> dict:
         started = time.perf_counter()
         first, saved = self._begin()
@@ -150,7 +150,7 @@ class RewardGradientTrainer:
             start_run_folder(args, self.batches.prompts, self.eval_prompts)
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
         if resumed:
-            accelerator.print(told_of_resuming(resumed, saved, args))
+            accelerator.print(resume_message(resumed, saved, args))
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
         self.batches.go_on_from(first, saved)

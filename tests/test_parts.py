@@ -11,12 +11,13 @@ from diffusers.models.normalization import RMSNorm
 from kept import KeptBytes
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
+from rlhf.adapter.masters import Masters
 from rlhf.checks import model_card, with_sampling
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.transformer import QueryKeyNorm
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.host_memory import HostMemory
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.lora import add_adapter, lora_config
 from rlhf.parts import Parts
 from rlhf.rates import Rates
 from rlhf.setup import latent_shape
@@ -106,7 +107,7 @@ def test_the_decoder_keeps_what_autograd_holds(settings, frames, monkeypatch):
     pipe, args, card = tiny(num_frames=17, **settings)
     part = Parts(args, card).decoder(args, 2, frames)
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
-    caches = HostMemory("cpu", smallest_bytes=0) if args.decode_caches == "host" else args.decode_caches
+    caches = HostMemory("cpu", smallest_bytes=0) if args.decode_caches == "host" else None
     pipe.vae.requires_grad_(False)
     with KeptBytes(pipe.vae) as kept:
         video = decode_video(pipe.vae, latents, frames, args.decode_chunk, args.decode_checkpoint, 0, caches)

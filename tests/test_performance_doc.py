@@ -14,7 +14,7 @@ TEXT = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 def test_every_setting_about_speed_is_described():
     settings = {field.name for field in dataclasses.fields(Speed)} | {*CHOICES, *AT_LEAST_ONE}
-    settings |= {"stepwise_backward", "guidance_together", "second_order_prefix", "decode_channels_last"}
+    settings |= {"stepwise_backward", "guidance_together"}
     for name in settings:
         assert re.search(rf"^\|.*`{name}`.*\|", TEXT, re.MULTILINE), name
 
