@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rewards.flags import file_to_write
+from rewards.cli.flags import file_to_write
 from rewards.list import table
 from rlhf.compare_sets import ALL, compare, read_pairs
 from rlhf.video_set import MANIFEST, read_set

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rewards.flags import frame_count, mapping
+from rewards.cli.files import check_file
+from rewards.cli.flags import frame_count, mapping
 from rewards.list import table
-from rewards.read import check_file
 from rewards.score import prompts_of
 from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
 from rlhf.reading import read_rows, reading

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from generate import add_model_flags, checked_sampling, fill_from_run, make
 from score import add_scoring_flags, open_processes, open_scorer, score_all
 
-from rewards.flags import file_to_write
+from rewards.cli.flags import file_to_write
 from rewards.list import table
 from rlhf.video_set import Video, require_files
 

@@ -9,16 +9,16 @@ from importlib import import_module
 import rlhf  # noqa: F401 - it has to come before torch, see rlhf.plugins
 
 _HOME = {
-    "Reward": "base",
-    "RewardError": "base",
+    "Reward": "contract",
+    "RewardError": "contract",
     "RewardMix": "mix",
     "built_in_names": "load",
     "check_spec": "load",
-    "frames_needed": "base",
+    "frames_needed": "contract",
     "load_reward": "load",
-    "probe": "base",
-    "reward_attribute": "base",
-    "reward_name": "base",
+    "probe": "contract",
+    "reward_attribute": "contract",
+    "reward_name": "contract",
 }
 __all__ = list(_HOME)
 

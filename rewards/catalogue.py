@@ -74,7 +74,7 @@ class Entry:
 
 CATALOGUE = {
     "aesthetic": Entry(
-        home="rewards.aesthetic:Aesthetic",
+        home="rewards.models.aesthetic:Aesthetic",
         input="image",
         frames="first",
         range="unbounded; 5 average, 6.5 good",
@@ -82,7 +82,7 @@ CATALOGUE = {
         parameters=428_544_482,
     ),
     "aesthetic_v1": Entry(
-        home="rewards.aesthetic:AestheticV1",
+        home="rewards.models.aesthetic:AestheticV1",
         input="image",
         frames="first",
         range="unbounded; VBench divides it by 10",
@@ -94,7 +94,7 @@ CATALOGUE = {
         own_path="head",
     ),
     "aesthetic_v2_5": Entry(
-        home="rewards.aesthetic:AestheticV25",
+        home="rewards.models.aesthetic:AestheticV25",
         input="image",
         frames="first",
         range="unbounded; 1 to 10 usual, 5.5 good",
@@ -106,7 +106,7 @@ CATALOGUE = {
         own_path="head",
     ),
     "background_consistency": Entry(
-        home="rewards.consistency:BackgroundConsistency",
+        home="rewards.models.consistency:BackgroundConsistency",
         input="video",
         frames="all",
         range="0 to 1",
@@ -114,17 +114,19 @@ CATALOGUE = {
         parameters=151_277_313,
     ),
     "clip_score": Entry(
-        home="rewards.clip:ClipScore",
+        home="rewards.models.clip:ClipScore",
         input="image + prompt",
         frames="first",
         range="-1 to 1; .2 to .38 usual",
         weights=("openai/clip-vit-large-patch14",),
         parameters=427_616_513,
     ),
-    "flicker": Entry(home="rewards.temporal:Flicker", input="video", frames="all", range="0 to 1"),
-    "frame_difference": Entry(home="rewards.temporal:FrameDifference", input="video", frames="all", range="0 to 1"),
+    "flicker": Entry(home="rewards.models.pixels:Flicker", input="video", frames="all", range="0 to 1"),
+    "frame_difference": Entry(
+        home="rewards.models.pixels:FrameDifference", input="video", frames="all", range="0 to 1"
+    ),
     "hps_v2": Entry(
-        home="rewards.hps:HpsV2",
+        home="rewards.models.hps:HpsV2",
         input="image + prompt",
         frames="first",
         range="-1 to 1",
@@ -132,7 +134,7 @@ CATALOGUE = {
         parameters=986_109_441,
     ),
     "hps_v2_1": Entry(
-        home="rewards.hps:HpsV21",
+        home="rewards.models.hps:HpsV21",
         input="image + prompt",
         frames="first",
         range="-1 to 1; .14 to .31 usual",
@@ -140,7 +142,7 @@ CATALOGUE = {
         parameters=986_109_441,
     ),
     "hps_v3": Entry(
-        home="rewards.hps_v3:HpsV3",
+        home="rewards.models.hps_v3:HpsV3",
         input="image + prompt",
         frames="first",
         range="unbounded; -0.2 to 10.6 published",
@@ -149,16 +151,16 @@ CATALOGUE = {
         bytes_each=2,
     ),
     "image_reward": Entry(
-        home="rewards.image_reward:ImageReward",
+        home="rewards.models.image_reward:ImageReward",
         input="image + prompt",
         frames="first",
         range="unbounded; -2 to 2 usual",
         weights=("THUDM/ImageReward", "bert-base-uncased"),
         parameters=446_206_689,
     ),
-    "jpeg_size": Entry(home="rewards.temporal:JpegSize", input="image", frames="all", range="-5 to 0"),
+    "jpeg_size": Entry(home="rewards.models.pixels:JpegSize", input="image", frames="all", range="-5 to 0"),
     "motion_degree": Entry(
-        home="rewards.motion:MotionDegree",
+        home="rewards.models.motion:MotionDegree",
         input="video",
         frames="all, at 8 a second",
         range="0 to 1",
@@ -166,7 +168,7 @@ CATALOGUE = {
         parameters=5_257_536,
     ),
     "mps": Entry(
-        home="rewards.mps:Mps",
+        home="rewards.models.mps:Mps",
         input="image + prompt",
         frames="first",
         range="exp(logit_scale) x cosine",
@@ -198,16 +200,16 @@ CATALOGUE = {
         parameters=733_782,
     ),
     "pickscore": Entry(
-        home="rewards.pickscore:PickScore",
+        home="rewards.models.pickscore:PickScore",
         input="image + prompt",
         frames="first",
         range="exp(logit_scale) x cosine; 18 to 24 usual",
         weights=("yuvalkirstain/PickScore_v1",),
         parameters=986_109_441,
     ),
-    "smoothness": Entry(home="rewards.temporal:Smoothness", input="video", frames="all", range="0 to 1"),
+    "smoothness": Entry(home="rewards.models.pixels:Smoothness", input="video", frames="all", range="0 to 1"),
     "subject_consistency": Entry(
-        home="rewards.consistency:SubjectConsistency",
+        home="rewards.models.consistency:SubjectConsistency",
         input="video",
         frames="all",
         range="0 to 1",
@@ -215,7 +217,7 @@ CATALOGUE = {
         parameters=85_798_656,
     ),
     "viclip": Entry(
-        home="rewards.viclip:ViClip",
+        home="rewards.models.viclip:ViClip",
         input="video + prompt",
         frames="8 of all",
         range="-1 to 1",
@@ -223,7 +225,7 @@ CATALOGUE = {
         parameters=427_590_144,
     ),
     "video_align": Entry(
-        home="rewards.video_align:VideoAlign",
+        home="rewards.models.video_align:VideoAlign",
         input="video + prompt",
         frames="all, at 2 a second",
         range="unbounded; 0 average",
@@ -232,7 +234,7 @@ CATALOGUE = {
         bytes_each=2,
     ),
     "video_score": Entry(
-        home="rewards.video_score:VideoScore",
+        home="rewards.models.video_score:VideoScore",
         input="video + prompt",
         frames="up to 48 of all",
         range="1 to 4 usual, unbounded",
@@ -241,7 +243,7 @@ CATALOGUE = {
         bytes_each=2,
     ),
     "vjepa2": Entry(
-        home="rewards.vjepa2:VJepa2",
+        home="rewards.models.vjepa2:VJepa2",
         input="video",
         frames="all, at 4 a second",
         range="at most 0",

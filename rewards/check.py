@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from rewards.base import RewardError, probe
-from rewards.flags import device, mapping
+from rewards.cli.flags import device, mapping
+from rewards.contract import RewardError, probe
 from rewards.load import load_reward
 
 

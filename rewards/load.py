@@ -15,8 +15,8 @@ from typing import NoReturn
 
 import torch
 
-from rewards.base import RewardError, raised
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
+from rewards.contract import RewardError, raised
 
 
 def built_in_names() -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from rewards.base import RewardError, at_least_float32, check_scores, frames_needed, raised, reward_attribute
+from rewards.contract import RewardError, at_least_float32, check_scores, frames_needed, raised, reward_attribute
 
 
 class RewardMix:

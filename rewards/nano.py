@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf.nano
-from rewards.clip import ClipScore
-from rewards.weights import Frozen
+from rewards.common.weights import Frozen
+from rewards.models.clip import ClipScore
 from rlhf.nano import judges, world
 
 WEIGHTS = Path(rlhf.nano.__file__).parent / "weights"

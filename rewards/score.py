@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rewards.base import RewardError, frames_needed
 from rewards.catalogue import CATALOGUE
-from rewards.flags import device, file_to_write, frame_count, mapping
+from rewards.cli.files import check_file, read_video
+from rewards.cli.flags import device, file_to_write, frame_count, mapping
+from rewards.contract import RewardError, frames_needed
 from rewards.list import table
 from rewards.load import load_reward, name_in
 from rewards.mix import RewardMix
-from rewards.read import check_file, read_video
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -1,0 +1,222 @@
+"""MPS: multi-dimensional human preference for an image given its prompt (CVPR 2024, "Learning Multi-Dimensional Human
+Preference for Text-to-Image Generation").
+
+Image patches of a CLIP ViT-H/14 look, by cross-attention, at those tokens of the prompt that touch on a fixed
+condition. Source: Kwai-Kolors/MPS, trainer/models/clip_model.py and cross_modeling.py. The cross-model is written here
+by hand, with its parameters under the published names but for those in `RENAMED`.
+
+Shape legend: N frames of all videos that are scored, C channels, H height, W width, I image tokens, L text tokens,
+P width of the joint embedding, K attention heads, D width of one head.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from rewards.common.base import FrameReward
+from rewards.common.clip_models import CLIP_H14, SIZES, learned_scale, openai_tokenizer, unit
+from rewards.common.preprocess import preprocess
+from rewards.common.weights import filled, hub_file, load_state_dict, load_tokenizer, renamed
+
+REPOSITORY, FILE = "RE-N-Y/mpsv1", "model.safetensors"
+CONDITION = (
+    "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
+    "texture, quantity, attributes, position, number, location, word, things."
+)
+CROSS = {"layers": 4, "width": 1024, "heads": 16, "head_width": 64}
+
+
+class MpsModel(torch.nn.Module):
+    """The CLIP and the cross-model on top of it.
+
+    clip, cross: settings of transformers' CLIPConfig, and of the cross-model (layers, width, heads, head_width); None:
+    the published ones.
+    """
+
+    def __init__(self, clip: dict | None = None, cross: dict | None = None):
+        super().__init__()
+        from transformers import CLIPConfig, CLIPModel
+
+        cross = dict(cross or CROSS)
+        layers = range(cross.pop("layers"))
+        self.model = CLIPModel(CLIPConfig(**(clip or SIZES[CLIP_H14])))
+        self.cross_model = torch.nn.Module()
+        self.cross_model.layers = torch.nn.ModuleList(CrossLayer(**cross) for _ in layers)
+
+    def text_tokens(self, ids_NL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, L, P) projected tokens, padding included, and the (N, P) projected end of the text."""
+        out = self.model.text_model(input_ids=ids_NL)  # no attention mask: causal attention over the padding too
+        return self.model.text_projection(out.last_hidden_state), self.model.text_projection(out.pooler_output)
+
+    def forward(self, pixels_NCHW: torch.Tensor, text_NLP: torch.Tensor, keep_NL: torch.Tensor) -> torch.Tensor:
+        """(N, P): the image's class token after it and the patches have looked at the tokens to keep."""
+        tokens = self.model.vision_model(pixel_values=pixels_NCHW).last_hidden_state  # without the final layer norm
+        x_NIP = self.model.visual_projection(tokens)
+        for layer in self.cross_model.layers:
+            x_NIP = layer(x_NIP, text_NLP, keep_NL)
+        return x_NIP[:, 0]
+
+
+class Mps(FrameReward):
+    """Mean over frames of exp(logit_scale) * cosine of the image, as read with the prompt in view, and the prompt.
+
+    A token i of the prompt is kept where s_i > mask_threshold: s_i is its largest product with a token of the
+    condition, divided by the largest s of that prompt. The published code divides by the largest of the whole batch,
+    which makes a score depend on its neighbours; with one prompt at a time, as its authors score, both are the same.
+
+    checkpoint      MPS_overall.pth or model.safetensors of RE-N-Y/mpsv1, on disk, or an MpsModel; None: the latter from
+                    the hub, 4.4 GB. The authors' own download is a pickled module, and refused
+    tokenizer       of the CLIP: hub id, folder, or a tokenizer
+    mask_threshold  .01 as the model was trained and in its README; the authors' evaluation scripts use .3
+    options         frames, num_frames, dtype, chunk, mean, std: as for FrameReward
+
+    Raises RewardError for weights that are missing, of another layout, or a pickled module.
+    """
+
+    name = "mps"
+
+    def __init__(
+        self,
+        checkpoint: str | MpsModel | None = None,
+        tokenizer=CLIP_H14,
+        mask_threshold: float = 0.01,
+        **options,
+    ):
+        super().__init__(**options)
+        self.tokenizer = load_tokenizer(self.name, tokenizer)
+        self.mask_threshold = mask_threshold
+        loaded = isinstance(checkpoint, MpsModel)
+        self.mps = checkpoint if loaded else load_model(self.name, checkpoint)
+        self.scale = learned_scale(self.mps.model)
+        self.mps.to(self.dtype)
+        self.size = self.mps.model.config.vision_config.image_size
+        self.freeze()
+
+    @classmethod
+    def random_init(cls, **options) -> "Mps":
+        """Full size with random weights, on torch's default device, without hub or disk."""
+        return cls(MpsModel(), openai_tokenizer, **options)
+
+    def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens (N, L, P), which of them to keep (N, L), and the prompt's unit embedding (N, P)."""
+        length = self.mps.model.config.text_config.max_position_embeddings
+        texts = [CONDITION, *prompts]
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        text_NLP, end_NP = self.mps.text_tokens(tokens.input_ids.to(self.device))
+        keep_NL = tokens_to_keep(text_NLP[1:].float(), text_NLP[0].float(), self.mask_threshold)
+        return text_NLP[1:], keep_NL, unit(end_NP[1:])
+
+    def score_frames(
+        self, frames_NCHW: torch.Tensor, text_NLP: torch.Tensor, keep_NL: torch.Tensor, end_NP: torch.Tensor
+    ) -> torch.Tensor:
+        """(N,) scores of frames in [0, 1], with what `encode_text` gave."""
+        image_NP = self.mps(preprocess(frames_NCHW, self.size).to(self.dtype), text_NLP, keep_NL)
+        return self.scale.to(end_NP.device) * (unit(image_NP) * end_NP).sum(-1)
+
+
+def tokens_to_keep(text_NLP: torch.Tensor, condition_LP: torch.Tensor, threshold: float) -> torch.Tensor:
+    """(N, L) bool: tokens whose largest product with the condition exceeds `threshold` of their prompt's largest."""
+    s_NL = (text_NLP @ condition_LP.T).amax(-1)
+    return s_NL / s_NL.amax(1, keepdim=True) > threshold
+
+
+# ---------------------------------------------------------------- the cross-model
+
+
+class CrossLayer(torch.nn.Module):
+    """Image tokens look at text tokens, then at each other; residual each."""
+
+    def __init__(self, width: int, heads: int, head_width: int):
+        super().__init__()
+        self.cross = CrossAttention(width, heads, head_width)
+        self.block = ParallelBlock(width, heads, head_width)
+
+    def forward(self, x_NIP, text_NLP, keep_NL):
+        x_NIP = x_NIP + self.cross(x_NIP, text_NLP, keep_NL)
+        return x_NIP + self.block(x_NIP)
+
+
+class CrossAttention(torch.nn.Module):
+    """Attention of many query heads to one head of keys and values, beside a gated feed-forward."""
+
+    def __init__(self, width: int, heads: int, head_width: int):
+        super().__init__()
+        linear, self.heads = torch.nn.Linear, heads
+        self.norm = torch.nn.LayerNorm(width)
+        self.to_q = linear(width, heads * head_width, bias=False)
+        self.to_kv = linear(width, 2 * head_width, bias=False)
+        self.to_out = linear(heads * head_width, width, bias=False)
+        self.ff = torch.nn.Sequential(
+            linear(width, 8 * width, bias=False), SwiGlu(), linear(4 * width, width, bias=False)
+        )
+
+    def forward(self, x_NIP, text_NLP, keep_NL):
+        x_NIP = self.norm(x_NIP)
+        q_NIKD = self.to_q(x_NIP).unflatten(-1, (self.heads, -1))
+        k_NLD, v_NLD = self.to_kv(text_NLP).chunk(2, dim=-1)
+        return self.to_out(attend(q_NIKD, k_NLD, v_NLD, keep_NL[:, None, None])) + self.ff(x_NIP)
+
+
+class ParallelBlock(torch.nn.Module):
+    """Self-attention with rotary positions beside a gated feed-forward, from one projection (GPT-J's layout)."""
+
+    def __init__(self, width: int, heads: int, head_width: int):
+        super().__init__()
+        self.heads, self.parts = heads, (heads * head_width, head_width, head_width, 8 * width)
+        self.norm = torch.nn.LayerNorm(width)
+        self.fused_attn_ff_proj = torch.nn.Linear(width, sum(self.parts), bias=False)
+        self.attn_out = torch.nn.Linear(heads * head_width, width, bias=False)
+        self.ff_out = torch.nn.Sequential(SwiGlu(), torch.nn.Linear(4 * width, width, bias=False))
+
+    def forward(self, x_NIP):
+        q, k_NID, v_NID, ff = self.fused_attn_ff_proj(self.norm(x_NIP)).split(self.parts, dim=-1)
+        q_NIKD, k_NID = rotate(q.unflatten(-1, (self.heads, -1))), rotate(k_NID[:, :, None])[:, :, 0]
+        return self.attn_out(attend(q_NIKD, k_NID, v_NID)) + self.ff_out(ff)
+
+
+class SwiGlu(torch.nn.Module):
+    """The first half times SiLU of the second."""
+
+    def forward(self, x):
+        x, gate = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
+
+
+def attend(
+    q_NIKD: torch.Tensor, k_NLD: torch.Tensor, v_NLD: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(N, I, K * D): every head of queries attends to the same keys and values."""
+    heads = q_NIKD.shape[2]
+    k_NKLD, v_NKLD = (x[:, None].expand(-1, heads, -1, -1) for x in (k_NLD, v_NLD))
+    out_NKID = F.scaled_dot_product_attention(q_NIKD.transpose(1, 2), k_NKLD, v_NKLD, attn_mask=keep)
+    return out_NKID.transpose(1, 2).flatten(2)
+
+
+def rotate(x_NIKD: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (arXiv 2104.09864): place i turns the pair (d, d + D/2) by i * 10000^(-2d / D)."""
+    length, half = x_NIKD.shape[1], x_NIKD.shape[3] // 2
+    exact = torch.promote_types(x_NIKD.dtype, torch.float32)
+    place, pair = (torch.arange(n, dtype=exact, device=x_NIKD.device) for n in (length, half))
+    angle_I1D = (place[:, None] * 10000 ** (-pair / half))[:, None]
+    cos, sin = angle_I1D.cos().to(x_NIKD.dtype), angle_I1D.sin().to(x_NIKD.dtype)
+    a, b = x_NIKD.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_model(name: str, path: str | None) -> MpsModel:
+    """The published model from either of its files. Raises RewardError."""
+    path = path or hub_file(name, REPOSITORY, FILE, "checkpoint")
+    instead = f"use {FILE} of {REPOSITORY}, or MPS_overall.pth, the state dict of the same weights"
+    return filled(name, path, MpsModel, published_to_ours(load_state_dict(name, path, instead)))
+
+
+# RE-N-Y/mpsv1 puts "mps." before every key. Positions and rotary frequencies are made anew.
+RENAMED = {"mps.": "", ".0.fn.": ".cross.", ".1.fn.": ".block."}
+UNUSED = ("position_ids", "inv_freq")
+
+
+def published_to_ours(state: dict) -> dict:
+    """The entries of either published file under the names of MpsModel."""
+    return renamed(state, RENAMED, UNUSED)

@@ -1,0 +1,132 @@
+"""Rewards without weights, computed from the pixels alone.
+
+Each but `frame_difference` is highest for a video that stands still (or, `jpeg_size`, that shows nothing): train on
+them only together with a reward for motion or content, and watch the motion.
+
+Shape legend: B batch, C channels, T frames, H height, W width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from rewards.common.frames import check_num_frames, pick_frames, require_frames
+from rewards.contract import at_least_float32
+
+
+class PixelReward:
+    """What they share.
+
+    frames      what must be decoded: "all", "first" or a number of leading frames
+    num_frames  which of these are scored, as for clip_score
+    mean, std   typical score, for mixing
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        frames: str | int = "all",
+        num_frames: int | str | None = None,
+        mean: float | None = None,
+        std: float | None = None,
+    ):
+        check_num_frames(self.name, frames, num_frames)
+        self.frames, self.num_frames, self.mean, self.std = frames, num_frames, mean, std
+
+    def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        return self.score(at_least_float32(pick_frames(self, video_BCTHW, info)))
+
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """(B,) scores of the frames that were picked."""
+        raise NotImplementedError
+
+    def mean_difference(self, video_BCTHW: torch.Tensor, order: int) -> torch.Tensor:
+        """(B,) mean absolute difference of the given order between successive frames, in [0, 2^(order - 1)]."""
+        require_frames(self.name, video_BCTHW.shape[2], order + 1)
+        return video_BCTHW.diff(n=order, dim=2).abs().mean(dim=(1, 2, 3, 4))
+
+
+class FrameDifference(PixelReward):
+    """Motion: mean |x[t+1] - x[t]|, in [0, 1]; 0 stands still. Flicker and noise count as motion too."""
+
+    name = "frame_difference"
+
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        return self.mean_difference(video_BCTHW, 1)
+
+
+class Flicker(PixelReward):
+    """Steadiness: 1 - mean |x[t+1] - x[t]|, in [0, 1]; VBench's temporal flickering, which is (255 - mean) / 255.
+
+    It rewards standing still: 1 is a frozen video.
+    """
+
+    name = "flicker"
+
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        return 1 - self.mean_difference(video_BCTHW, 1)
+
+
+class Smoothness(PixelReward):
+    """Even change: 1 - mean |x[t+2] - 2 x[t+1] + x[t]| / 2, in [0, 1].
+
+    It rewards standing still (1 is a frozen video), but leaves a steady fade alone.
+    """
+
+    name = "smoothness"
+
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        return 1 - self.mean_difference(video_BCTHW, 2) / 2
+
+
+class JpegSize(PixelReward):
+    """Compressibility: -mean log(1 + |DCT / Q|) of the brightness in 8x8 blocks, in [-5, 0]; 0 is one plain colour.
+
+    A stand-in for the negative size as JPEG of quality 50. Q is the standard's table for brightness (ITU-T T.81, K.1).
+    The sum over the coefficients is divided by their number, so that pictures of any size compare. The mean of a block
+    is left out: JPEG codes its change between blocks, and with it the reward would pull towards grey. It rewards
+    pictures without detail, and each frame by itself, so a frozen video is as good as any.
+    """
+
+    name = "jpeg_size"
+
+    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        blocks = _blocks(_brightness(video_BCTHW))
+        dct, table = _dct_matrix().to(blocks), torch.tensor(_QUANTISATION).to(blocks)
+        coefficients = (dct @ blocks @ dct.T / table).flatten(-2)[..., 1:]
+        return -coefficients.abs().log1p().flatten(1).mean(1)
+
+
+def _brightness(video_BCTHW: torch.Tensor) -> torch.Tensor:
+    """(B, T, H, W) in [0, 255]; JPEG's Y."""
+    red, green, blue = video_BCTHW.unbind(1)
+    return 255 * (0.299 * red + 0.587 * green + 0.114 * blue)
+
+
+def _blocks(x_BTHW: torch.Tensor) -> torch.Tensor:
+    """(B, T, rows, columns, 8, 8), the border repeated up to a multiple of 8."""
+    height, width = x_BTHW.shape[-2:]
+    x_BTHW = F.pad(x_BTHW, (0, -width % 8, 0, -height % 8), mode="replicate")
+    return x_BTHW.unfold(2, 8, 8).unfold(3, 8, 8)
+
+
+def _dct_matrix() -> torch.Tensor:
+    """(8, 8) orthonormal DCT-II."""
+    frequency, place = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    matrix = torch.cos(math.pi / 8 * (place + 0.5) * frequency) / 2
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+_QUANTISATION = [
+    [16.0, 11, 10, 16, 24, 40, 51, 61],
+    [12, 12, 14, 19, 26, 58, 60, 55],
+    [14, 13, 16, 24, 40, 57, 69, 56],
+    [14, 17, 22, 29, 51, 87, 80, 62],
+    [18, 22, 37, 56, 68, 109, 103, 77],
+    [24, 35, 55, 64, 81, 104, 113, 92],
+    [49, 64, 78, 87, 103, 121, 120, 101],
+    [72, 92, 95, 98, 112, 100, 103, 99],
+]
