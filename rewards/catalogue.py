@@ -38,15 +38,16 @@ WEIGHTS = {
 class Entry:
     """One built-in reward.
 
-    home        module:attribute, imported when the reward is asked for; a class, called with the reward's settings
+    home        module:attribute, imported when the reward is asked for; a class, called with the
+                reward's settings
     input       what the score depends on: "image" or "video", "+ prompt" where it does
     frames      which frames are scored by default
     range       of the score, higher is better
     weights     where its weights come from by default, keys of `WEIGHTS`
     parameters  of all its models together
     bytes_each  that one parameter takes with default settings
-    own_path    the setting that has to be a path of the user's own: the last of `weights` is not on the hub, or its
-                licence is not ours to hand on
+    own_path    the setting that has to be a path of the user's own: the last of `weights` is not on
+                the hub, or its licence is not ours to hand on
     """
 
     home: str

@@ -1,4 +1,4 @@
-"""Values of flags that several commands have; argparse tells what is wrong with another text, before any work."""
+"""Types of command-line flags; argparse prints the error of a wrong value before any work starts."""
 
 import os
 from argparse import ArgumentTypeError
@@ -11,7 +11,7 @@ from rlhf.device import pick_device
 
 
 def mapping(text: str) -> dict:
-    """A mapping given as a flag, in YAML and so also in JSON."""
+    """Parse a mapping in YAML or JSON."""
     expected = "expected a mapping such as '{frames: 8}'"
     try:
         kwargs = yaml.safe_load(text)
@@ -23,14 +23,14 @@ def mapping(text: str) -> dict:
 
 
 def frame_count(text: str) -> int:
-    """A number of frames, at least 1."""
+    """Parse a number of frames, at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise ArgumentTypeError(f"got {text!r}; expected a number of frames, 1 or more")
     return int(text)
 
 
 def device(text: str) -> torch.device:
-    """A device that is here."""
+    """Parse the name of a device of this machine."""
     try:
         return pick_device(text)
     except ValueError as error:
@@ -38,11 +38,11 @@ def device(text: str) -> torch.device:
 
 
 def file_to_write(text: str) -> Path:
-    """The path of a file that can be written, in a folder that is there."""
+    """Parse the path of a writable file in an existing folder."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         got = "a folder" if path.is_dir() else f"no folder {path.parent}"
-        raise ArgumentTypeError(f"got {got}, expected a file in a folder that exists; correct it, or make that first")
+        raise ArgumentTypeError(f"got {got}, expected a file in a folder that exists; correct it, or create the folder")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise ArgumentTypeError(f"got no right to write {path}, expected one; choose another")
     return path

@@ -1,6 +1,6 @@
-"""What rewards that look at frames share: their settings, chunks, precision, and the cache of prompts.
+"""Base classes of rewards with a frozen model: settings, frame sampling, precision, chunks, prompt cache.
 
-Shape legend: B batch, C channels, T frames, N frames of all videos that are scored, H height, W width.
+Shape legend: B batch, C channels, T frames, N scored frames of all videos, H height, W width.
 """
 
 import inspect
@@ -15,8 +15,8 @@ from rewards.contract import at_least_float32
 CACHED_PROMPTS = 2000
 
 
-def _joined(own: inspect.Signature, base: inspect.Signature) -> inspect.Signature:
-    """`own` without self, and with the keyword arguments of `base` in place of **options."""
+def _merge_signatures(own: inspect.Signature, base: inspect.Signature) -> inspect.Signature:
+    """Return `own` without self and with the keyword arguments of `base` in place of **options."""
     parameters = list(own.parameters.values())[1:]
     if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
         parameters.pop()
@@ -29,16 +29,16 @@ def _joined(own: inspect.Signature, base: inspect.Signature) -> inspect.Signatur
     return own.replace(parameters=parameters)
 
 
-class ModelReward(Frozen):
-    """The settings of a frozen model that looks at frames.
+class FrozenReward(Frozen):
+    """A frozen reward model with the settings that all of them share.
 
-    frames      what must be decoded: "first", a number of leading frames, or "all"
-    num_frames  which of these are scored: 4 evenly spaced, "random 4", "8 fps", or None for every one
-    dtype       of the model; heads and scores are float32 in any case (float64 for a float64 model)
-    chunk       frames in the model at once, recomputed in backward, to bound memory; the result stays the same
-    mean, std   the typical score, for mixing
+    dtype      of the model: "float32", "bfloat16", "float16" or "float64"; scores are float32 at
+               least
+    chunk      videos (or frames) per forward pass, recomputed in backward; bounds memory, same
+               scores
+    mean, std  typical score and its standard deviation, for mixing
 
-    A subclass calls super().__init__(**options), builds its model in `self.dtype`, and ends with `self.freeze()`.
+    A subclass calls super().__init__(**options), builds its model and ends with `self.freeze()`.
     """
 
     name: str
@@ -46,49 +46,59 @@ class ModelReward(Frozen):
     def __init__(
         self,
         *,
-        frames: str | int = "first",
-        num_frames: int | str | None = None,
         dtype: str = "float32",
         chunk: int | None = None,
         mean: float | None = None,
         std: float | None = None,
     ):
+        """Store the settings. Raises RewardError for an unknown dtype and a chunk below 1."""
         super().__init__()
-        check_num_frames(self.name, frames, num_frames)
         check_positive(self.name, chunk=chunk)
-        self.frames, self.num_frames, self.chunk, self.mean, self.std = frames, num_frames, chunk, mean, std
+        self.chunk, self.mean, self.std = chunk, mean, std
         self.dtype = torch_dtype(self.name, dtype)
 
     def __init_subclass__(cls, **kwargs):
-        """Show the options behind **options in the signature: to help(), and where misspelt names are looked up."""
+        """Show inherited options in the signature, for help() and for hints on misspelt names."""
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__signature__ = _joined(inspect.signature(cls.__init__), inspect.signature(cls.__base__))
+            cls.__signature__ = _merge_signatures(inspect.signature(cls.__init__), inspect.signature(cls.__base__))
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+
+class ModelReward(FrozenReward):
+    """A frozen reward model that scores chosen frames; further settings as for `FrozenReward`.
+
+    frames      frames to decode: "first", a number of leading frames, or "all"
+    num_frames  decoded frames to score: 4 evenly spaced, "random 4", "8 fps", or None for all
+    """
+
+    def __init__(self, *, frames: str | int = "first", num_frames: int | str | None = None, **options):
+        """Store the settings. Raises RewardError for frames that can't be decoded or sampled."""
+        super().__init__(**options)
+        check_num_frames(self.name, frames, num_frames)
+        self.frames, self.num_frames = frames, num_frames
 
 
 class FrameReward(ModelReward):
-    """The mean over frames of a score for each frame and its prompt; float32 whatever the model computes in.
+    """The mean over frames of a score for each frame and its prompt.
 
     A subclass defines `score_frames` and, if it reads the prompt, `encode_text`.
     """
 
     def __init__(self, **options):
+        """Store the settings and start an empty prompt cache."""
         super().__init__(**options)
         self._texts: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def score_frames(self, frames_NCHW: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
-        """(N,) scores of frames in [0, 1], each with its own row of what `encode_text` gave."""
+        """Return scores (N,) of frames in [0, 1], given a row of each tensor of `encode_text` per frame."""
         raise NotImplementedError
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, ...]:
-        """What score_frames needs of the prompts: tensors with one row for each, kept for later calls."""
+        """Return tensors with one row per prompt, as input of `score_frames`; they are cached."""
         return ()
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        """Return scores (B,), in at least float32."""
         video_BTCHW = pick_frames(self, video_BCTHW, info).transpose(1, 2)
         batch, count = video_BTCHW.shape[:2]
         with torch.autocast(video_BCTHW.device.type, enabled=False):
@@ -98,25 +108,26 @@ class FrameReward(ModelReward):
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> list[torch.Tensor]:
-        """`encode_text` of the prompts; each is encoded once and then kept in host memory."""
-        return [rows.to(self.device) for rows in encoded_once(self._texts, prompts, self.encode_text)]
+        """Return `encode_text` of the prompts from a cache in host memory."""
+        return [rows.to(self.device) for rows in encode_with_cache(self._texts, prompts, self.encode_text)]
 
 
-def encoded_once(
-    known: dict[str, tuple[torch.Tensor, ...]],
+def encode_with_cache(
+    cache: dict[str, tuple[torch.Tensor, ...]],
     prompts: list[str],
     encode: Callable[[list[str]], tuple[torch.Tensor, ...]],
 ) -> list[torch.Tensor]:
-    """What encode(prompts) gives, on the CPU, asked only for prompts that are not `known`; the latest stay known.
+    """Return encode(prompts) on the CPU; only prompts that are not in the cache are encoded.
 
-    encode: prompts to tensors with a row for each. At most `CACHED_PROMPTS` are known afterwards.
+    encode maps prompts to tensors with one row each. The cache keeps the latest `CACHED_PROMPTS`
+    prompts.
     """
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
     if new:
         features = [feature.cpu() for feature in encode(new)]
-        known |= {prompt: tuple(feature[i] for feature in features) for i, prompt in enumerate(new)}
-    columns = zip(*(known[prompt] for prompt in prompts), strict=True)
+        cache |= {prompt: tuple(feature[i] for feature in features) for i, prompt in enumerate(new)}
+    columns = zip(*(cache[prompt] for prompt in prompts), strict=True)
     stacked = [torch.stack(column) for column in columns]
-    while len(known) > CACHED_PROMPTS:
-        del known[next(iter(known))]
+    while len(cache) > CACHED_PROMPTS:
+        del cache[next(iter(cache))]
     return stacked

@@ -1,6 +1,6 @@
-"""Activations of frozen layers: computed again in backward rather than kept.
+"""Gradient checkpointing of frozen layers.
 
-transformers' own switch for it works in training mode only, which would bring dropout back.
+transformers' own switch works in training mode only, which would enable dropout.
 """
 
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 def recompute_in_backward(layers: Iterable[torch.nn.Module]) -> None:
     """Make each layer keep only its inputs while gradients are on; values and gradients stay the same."""
     for layer in layers:
-        layer.forward = partial(_recomputed, layer.forward)
+        layer.forward = partial(_checkpointed_forward, layer.forward)
 
 
-def _recomputed(forward, *args, **kwargs):
+def _checkpointed_forward(forward, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

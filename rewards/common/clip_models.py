@@ -1,4 +1,4 @@
-"""Image and text encoders of transformers and open_clip behind one face, loaded from hub or disk, never at random.
+"""Image and text encoders of transformers and open_clip with one interface, loaded from hub or disk.
 
 Shape legend: B batch, C channels, N frames, H height, W width, P width of the joint embedding.
 """
@@ -10,92 +10,70 @@ import torch
 import torch.nn.functional as F
 
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from rewards.common.weights import Frozen, load_pretrained, load_tokenizer, missing_weights, quick_hub
+from rewards.common.weights import Frozen, load_pretrained, load_tokenizer, missing_weights_error, quick_hub
 from rewards.contract import RewardError, at_least_float32
 
 CLIP_B32, CLIP_L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
 CLIP_H14, SIGLIP_384 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "google/siglip-so400m-patch14-384"
-# Sizes of these, as in their config.json; what is left out equals the defaults of transformers' CLIPConfig, or of
-# SiglipVisionConfig.
+
+
+def _tower(width: int, heads: int, layers: int, **others) -> dict:
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
+    return {"intermediate_size": 4 * width} | sizes | others
+
+
+# Settings of transformers' CLIPConfig (SiglipVisionConfig), as in their config.json; the rest are
+# its defaults.
 SIZES = {
     CLIP_B32: {},
     CLIP_L14: {
         "projection_dim": 768,
-        "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
-        "vision_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 24,
-            "patch_size": 14,
-        },
+        "text_config": _tower(768, heads=12, layers=12),
+        "vision_config": _tower(1024, heads=16, layers=24, patch_size=14),
     },
     CLIP_H14: {
         "projection_dim": 1024,
-        "text_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 24,
-            "hidden_act": "gelu",
-        },
-        "vision_config": {
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 32,
-            "patch_size": 14,
-            "hidden_act": "gelu",
-        },
+        "text_config": _tower(1024, heads=16, layers=24, hidden_act="gelu"),
+        "vision_config": _tower(1280, heads=16, layers=32, hidden_act="gelu", patch_size=14),
     },
-    SIGLIP_384: {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "patch_size": 14,
-        "image_size": 384,
-    },
+    SIGLIP_384: _tower(1152, heads=16, layers=27, intermediate_size=4304, patch_size=14, image_size=384),
 }
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
-    """Unit length along the last axis, in at least float32."""
+    """Normalise to unit length along the last axis, in at least float32."""
     return F.normalize(at_least_float32(features), dim=-1)
 
 
 def learned_scale(model: torch.nn.Module) -> torch.Tensor:
-    """exp(logit_scale) of a CLIP, apart from it: rounded to bfloat16 with the rest, 100 would become 98.9."""
+    """Return exp(logit_scale) of a CLIP in at least float32; in bfloat16, 100 would become 98.9."""
     return at_least_float32(model.logit_scale.detach()).exp()
 
 
 class ImageEncoder(Frozen):
-    """A model that embeds images, with its own preprocessing. Subclasses define encode_images(pixels) -> (N, P)."""
+    """An image encoder with its preprocessing. Subclasses define encode_images(pixels) -> (N, P)."""
 
-    size: int  # pixels of the square input
+    size: int  # side of the square input in pixels
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
     fit: str = "shortest"
 
     def embed(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
-        """(N, P) unit embeddings, in at least float32, of frames in [0, 1]."""
+        """Return unit embeddings (N, P), in at least float32, of frames in [0, 1]."""
         return unit(self.encode_images(self.pixels(frames_NCHW).to(self.dtype)))
 
     def pixels(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
-        """(N, C, size, size): frames in [0, 1] as the model takes them."""
+        """Return the model's input (N, C, size, size) for frames in [0, 1]."""
         return preprocess(frames_NCHW, self.size, self.image_mean, self.image_std, self.fit)
 
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
         return next(self.parameters()).dtype
 
 
 class Clip(ImageEncoder):
-    """An encoder of images and text. Subclasses define encode_text(prompts) -> (B, P) too."""
+    """An encoder of images and text. Subclasses also define encode_text(prompts) -> (B, P)."""
 
     def __init__(self, model: torch.nn.Module, tokenizer):
         super().__init__()
@@ -104,7 +82,7 @@ class Clip(ImageEncoder):
 
     @property
     def scale(self) -> torch.Tensor:
-        """The factor on cosines that it was trained with: exp(logit_scale), whatever the model computes in now."""
+        """The factor on cosines in training, exp(logit_scale), in at least float32."""
         return self._scale.to(self.device)
 
 
@@ -127,12 +105,13 @@ class TransformersClip(Clip):
 
 
 class OpenClip(Clip):
-    """A model of open_clip, with the preprocessing that its configuration states."""
+    """A model of open_clip with the preprocessing of its configuration."""
 
     def __init__(self, model: torch.nn.Module, tokenizer):
         super().__init__(model, tokenizer)
         config = model.visual.preprocess_cfg
-        self.size, self.fit = _square(config["size"]), config["resize_mode"]
+        size, self.fit = config["size"], config["resize_mode"]
+        self.size = size if isinstance(size, int) else size[0]
         self.image_mean, self.image_std = tuple(config["mean"]), tuple(config["std"])
         if self.fit == "longest" or config["interpolation"] == "bilinear":
             got = f"an open_clip model preprocessed with {self.fit!r}, {config['interpolation']!r}"
@@ -148,7 +127,7 @@ class OpenClip(Clip):
 
 
 class Siglip(ImageEncoder):
-    """The image half of a SigLIP of transformers: attention-pooled, of no joint width with text."""
+    """The attention-pooled vision tower of a SigLIP of transformers."""
 
     fit, image_mean, image_std = "squash", (0.5,) * 3, (0.5,) * 3
 
@@ -161,12 +140,8 @@ class Siglip(ImageEncoder):
         return self.model(pixel_values=pixels_NCHW).pooler_output
 
 
-def _square(size: int | tuple[int, int]) -> int:
-    return size if isinstance(size, int) else size[0]
-
-
 def load_clip(name: str, model: str | Clip, backend: str | None = None, pretrained: str | None = None) -> Clip:
-    """A frozen CLIP on the CPU; `name` is the reward's, for messages. See ClipScore for the arguments."""
+    """Load a frozen CLIP on the CPU; arguments as for ClipScore. Raises RewardError with the reward's `name`."""
     if isinstance(model, Clip):
         return model
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
@@ -179,7 +154,7 @@ def load_clip(name: str, model: str | Clip, backend: str | None = None, pretrain
 
 
 def load_siglip(name: str, model: str | Siglip) -> Siglip:
-    """The image half of a SigLIP: a hub id, a folder, or a Siglip as it is."""
+    """Load the vision tower of a SigLIP from a hub id or folder; return a Siglip unchanged."""
     if isinstance(model, Siglip):
         return model
     from transformers import SiglipVisionModel
@@ -188,21 +163,21 @@ def load_siglip(name: str, model: str | Siglip) -> Siglip:
 
 
 def random_clip(model: str = CLIP_L14) -> TransformersClip:
-    """A CLIP of full size with random weights, on torch's default device, without hub or disk; `model` of `SIZES`."""
+    """Build a CLIP of `SIZES` with random weights on torch's default device, without hub or disk."""
     from transformers import CLIPConfig, CLIPModel
 
     return TransformersClip(CLIPModel(CLIPConfig(**SIZES[model])), openai_tokenizer)
 
 
 def random_siglip() -> Siglip:
-    """The image half of the published SigLIP at full size with random weights, as `random_clip`."""
+    """Build the vision tower of the published SigLIP with random weights, as `random_clip`."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     return Siglip(SiglipVisionModel(SiglipVisionConfig(**SIZES[SIGLIP_384])))
 
 
 def openai_tokenizer(prompts: list[str], **_) -> Mapping[str, torch.Tensor]:
-    """Prompts by OpenAI's vocabulary, which comes with open_clip, as transformers' tokenizer gives them; 77 tokens."""
+    """Tokenize with OpenAI's vocabulary of open_clip, in the format of transformers: ids (B, 77) and mask."""
     import open_clip
     from transformers import BatchEncoding
 
@@ -211,7 +186,7 @@ def openai_tokenizer(prompts: list[str], **_) -> Mapping[str, torch.Tensor]:
 
 
 def guess_backend(model: str, pretrained: str | None = None) -> str:
-    """open_clip for its schemas, folders and bare names; transformers for hub ids and other folders."""
+    """Return "open_clip" for its schemas, folders and bare names, else "transformers"."""
     if pretrained is not None or model.startswith(("local-dir:", "hf-hub:")) or _is_open_clip_folder(model):
         return "open_clip"
     return "transformers" if "/" in model or Path(model).is_dir() else "open_clip"
@@ -241,14 +216,14 @@ def _load_open_clip(name: str, model: str, pretrained: str | None) -> OpenClip:
         with quick_hub(local=model.startswith("local-dir:")):
             clip = open_clip.create_model(model, pretrained, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(model)
-    except Exception as error:  # open_clip and the hub raise half a dozen kinds for files that are not there
+    except Exception as error:  # open_clip and the hub raise many types for missing files
         repository, key = _open_clip_source(open_clip, model, pretrained)
-        raise missing_weights(name, repository, key, error) from error
+        raise missing_weights_error(name, repository, key, error) from error
     return OpenClip(clip, tokenizer)
 
 
 def _open_clip_source(open_clip, model: str, pretrained: str | None) -> tuple[str, str]:
-    """Where the weights would have come from, and the argument that takes a local path in its place."""
+    """Return the source of the weights, and the argument that takes a local path instead."""
     if ":" in model:
         return model.split(":", 1)[1], "model"
     known = open_clip.get_pretrained_cfg(model, pretrained) or {}

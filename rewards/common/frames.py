@@ -1,15 +1,16 @@
-"""Which of the decoded frames a reward scores: every one, evenly spaced ones, random ones, or so many a second.
+"""Frame sampling: which of the decoded frames a reward scores.
 
-What has to be decoded says the contract's `frames` ("first", a number of leading frames, "all"); which of these are
-scored says `num_frames`:
+The contract's `frames` ("first", a number of leading frames, "all") says which frames are decoded.
+`num_frames` says which of these are scored:
 
-    None         every one
-    4            four, evenly spaced, the first and the last among them
-    "random 4"   four, drawn anew in each step from (seed, step)
-    "8 fps"      eight for each second of the video, from its first frame on
+    None         all
+    4            four, evenly spaced, including first and last
+    "random 4"   four, drawn in each step from (seed, step)
+    "8 fps"      eight per second of the video, from the first frame on
 
-A video with fewer frames than that is scored whole. Shape legend: B batch, C channels, T frames, N frames that are
-scored, H height, W width.
+A video with fewer frames is scored whole.
+
+Shape legend: B batch, C channels, T frames, N scored frames, H height, W width.
 """
 
 import math
@@ -22,44 +23,44 @@ from torch.utils.checkpoint import checkpoint
 
 from rewards.contract import RewardError, check_frames
 
-_FORMS = "a number, 'random 4' for so many at random, '8 fps' for so many a second, or nothing for every frame"
+_FORMS = "a number, 'random 4' for random frames, '8 fps' for frames per second, or nothing for every frame"
 _CURE = "pass it to the reward as a keyword, as the trainer does: reward(video, prompts, fps=24, seed=0, step=0)"
 
 
 def pick_frames(reward: Callable, video_BCTHW: torch.Tensor, info: dict) -> torch.Tensor:
-    """(B, C, N, H, W): the frames that `reward.num_frames` names. info: what the reward was called with."""
+    """Return the frames (B, C, N, H, W) that `reward.num_frames` selects; info is that of the reward's call."""
     chosen = choose_frames(reward.name, reward.num_frames, video_BCTHW.shape[2], info)
     return video_BCTHW if len(chosen) == video_BCTHW.shape[2] else video_BCTHW[:, :, chosen]
 
 
 def choose_frames(name: str, num_frames: int | str | None, total: int, info: dict) -> list[int]:
-    """Indices, ascending and each once, of the frames to score out of `total`; at least one.
+    """Return the indices of the frames to score out of `total`: ascending, unique, at least one.
 
-    `name` is the reward's: it is in messages, and two rewards draw different random frames. info has to hold `seed`
-    and `step` for random frames, and `fps`, the frame rate of the video, for a rate. Raises RewardError.
+    Rewards of different `name` draw different random frames. info must hold `seed` and `step` for
+    random frames, and `fps`, the frame rate of the video, for a rate. Raises RewardError.
     """
-    kind, amount = _parse(name, num_frames)
+    kind, amount = _parse_num_frames(name, num_frames)
     if kind == "fps":
-        return _at_rate(amount, total, _known(name, num_frames, info, "fps")) if total > 1 else [0]
+        return _at_rate(amount, total, _require_info(name, num_frames, info, "fps")) if total > 1 else [0]
     if kind == "all" or amount >= total:
         return list(range(total))
     if kind == "even":
         return evenly_spaced(total, amount)
-    seed, step = _known(name, num_frames, info, "seed"), _known(name, num_frames, info, "step")
+    seed, step = _require_info(name, num_frames, info, "seed"), _require_info(name, num_frames, info, "step")
     return sorted(random.Random(f"{name} {seed} {step}").sample(range(total), amount))
 
 
 def evenly_spaced(total: int, count: int | None) -> list[int]:
-    """Indices of `count` frames out of `total`, first and last among them; all for None or too large a count."""
+    """Return `count` evenly spaced indices out of `total`, first and last included; all if count is None or larger."""
     if count is None or count >= total:
         return list(range(total))
     return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def check_num_frames(name: str, frames: str | int, num_frames: int | str | None) -> None:
-    """Raise RewardError if either can't be read, or num_frames can't be taken from what `frames` decodes."""
+    """Raise RewardError if either is malformed, or if `frames` decodes too few frames for num_frames."""
     check_frames(name, frames)
-    kind, amount = _parse(name, num_frames)
+    kind, amount = _parse_num_frames(name, num_frames)
     decoded = {"first": 1, "all": float("inf")}.get(frames, frames)
     if kind in ("even", "random") and not 1 <= amount <= decoded:
         expected = f"num_frames between 1 and the {decoded} that frames={frames!r} decodes"
@@ -68,7 +69,7 @@ def check_num_frames(name: str, frames: str | int, num_frames: int | str | None)
 
 
 def check_positive(name: str, **settings: float | None) -> None:
-    """Raise RewardError for a setting that is no number above 0; None is as good as not set."""
+    """Raise RewardError for a setting that is neither None nor a number above 0."""
     for key, value in settings.items():
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise RewardError(
@@ -77,22 +78,22 @@ def check_positive(name: str, **settings: float | None) -> None:
 
 
 def require_frames(name: str, got: int, least: int) -> None:
-    """Raise RewardError where a reward is about change between frames and got too few of them."""
+    """Raise RewardError if a reward got fewer frames than it needs."""
     if got < least:
         cure = "generate more frames, or leave this reward out for images"
         raise RewardError(name, got=f"{got} frame(s)", expected=f"at least {least}", cure=cure)
 
 
 def in_chunks(function: Callable, chunk: int | None, *frames_NCHW: torch.Tensor) -> torch.Tensor:
-    """function(*frames_NCHW), at most `chunk` frames at a time and recomputed in backward; None: all at once."""
+    """Return function(*frames_NCHW), `chunk` rows at a time and recomputed in backward, or all at once."""
     if chunk is None:
         return function(*frames_NCHW)
     parts = zip(*(frames.split(chunk) for frames in frames_NCHW), strict=True)
     return torch.cat([checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
-def _parse(name: str, num_frames: int | str | None) -> tuple[str, float]:
-    """What kind of choice it is, "all", "even", "random" or "fps", and the number in it."""
+def _parse_num_frames(name: str, num_frames: int | str | None) -> tuple[str, float]:
+    """Return the kind of sampling ("all", "even", "random" or "fps") and its number. Raises RewardError."""
     if num_frames is None:
         return "all", 0
     if isinstance(num_frames, int) and not isinstance(num_frames, bool):
@@ -104,13 +105,13 @@ def _parse(name: str, num_frames: int | str | None) -> tuple[str, float]:
     raise RewardError(name, got=f"num_frames={num_frames!r}", expected=_FORMS, cure="write it in one of these forms")
 
 
-def _known(name: str, num_frames: str, info: dict, key: str):
+def _require_info(name: str, num_frames: str, info: dict, key: str):
     if key not in info:
         raise RewardError(name, got=f"no {key}", expected=f"{key}, which num_frames={num_frames!r} needs", cure=_CURE)
     return info[key]
 
 
 def _at_rate(rate: float, total: int, fps: float) -> list[int]:
-    """The frames nearest to the times 0, 1 / rate, 2 / rate, ...; every one where the video has fewer a second."""
-    apart = max(fps / rate, 1)
-    return [index for i in range(total) if (index := round(i * apart)) < total]
+    """Return the frames nearest to the times 0, 1 / rate, 2 / rate, ...; all if fps is below the rate."""
+    stride = max(fps / rate, 1)
+    return [index for i in range(total) if (index := round(i * stride)) < total]

@@ -1,8 +1,8 @@
-"""Differentiable image preprocessing that equals the PIL pipelines of the published models to rounding.
+"""Differentiable image preprocessing, equal to the PIL pipelines of the published models up to rounding.
 
-Float pixels (N, C, H, W) in [0, 1] -> bicubic or bilinear antialiased resize, clamped to [0, 1] -> crop -> normalise;
-in float32, or in float64 for float64 pixels. PIL rounds to 1/255 after each of its two passes: hence the difference
-that remains, 0.3/255 on average and at most about 1/255.
+Float pixels (N, C, H, W) in [0, 1] -> bicubic or bilinear antialiased resize, clamped to [0, 1] ->
+crop -> normalise; in float32, or in float64 for float64 pixels. PIL rounds to 1/255 after each of
+its two passes. Therefore results differ by 0.3/255 on average and by at most about 1/255.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,11 @@ def preprocess(
     fit: str = "shortest",
     mode: str = "bicubic",
 ) -> torch.Tensor:
-    """(N, C, size, size), normalised; for fit "whole" the longer side is as long as it comes.
+    """Return normalised pixels (N, C, size, size); for fit "whole" the longer side stays longer.
 
-    fit: "shortest" (resize the shorter side, crop the centre), "whole" (the same without the crop), "squash" or "pad"
-    (resize the longer side, black bars). mode: "bicubic" or "bilinear".
+    fit   "shortest" (resize the shorter side, crop the centre), "whole" (the same without the
+          crop), "squash" (resize both sides) or "pad" (resize the longer side, add black bars)
+    mode  "bicubic" or "bilinear"
     """
     with torch.autocast(frames_NCHW.device.type, enabled=False):  # bf16 products would cost half a grey level
         pixels_NCHW = _FITS[fit](at_least_float32(frames_NCHW), size, mode)
@@ -37,11 +38,11 @@ def preprocess(
 
 
 def resize(x_NCHW: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
-    """Antialiased resize in two passes, each a matrix product, each clamped to [0, 1].
+    """Resize with antialiasing in two passes, each a matrix product clamped to [0, 1].
 
-    Products, rather than `F.interpolate(antialias=True)`, because its backward is missing on some accelerators and adds
-    in random order on others; and because PIL clips the overshoot of bicubic after its first pass (width) too, which is
-    worth up to 20/255 on noise.
+    The backward of `F.interpolate(antialias=True)` is missing on some accelerators and not
+    deterministic on others. PIL also clips after the first pass (width), which changes up to 20/255
+    on noise.
     """
     W_w = _resize_matrix(x_NCHW.shape[-1], width, mode, x_NCHW.dtype, x_NCHW.device)
     W_h = _resize_matrix(x_NCHW.shape[-2], height, mode, x_NCHW.dtype, x_NCHW.device)
@@ -50,7 +51,7 @@ def resize(x_NCHW: torch.Tensor, height: int, width: int, mode: str = "bicubic")
 
 
 def resize_shorter(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
-    """Shorter side to `size`, longer to int(size * long / short)."""
+    """Resize the shorter side to `size`, the longer to int(size * long / short)."""
     height, width = x_NCHW.shape[-2:]
     short, long = min(height, width), max(height, width)
     resized_long = int(size * long / short)
@@ -59,19 +60,19 @@ def resize_shorter(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> to
 
 
 def resize_shorter_and_crop(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
-    """Shorter side to `size`, then the centre, as torchvision places it."""
+    """Resize the shorter side to `size` and crop the centre where torchvision does."""
     x_NCHW = resize_shorter(x_NCHW, size, mode)
     top, left = (round((side - size) / 2) for side in x_NCHW.shape[-2:])
     return x_NCHW[..., top : top + size, left : left + size]
 
 
 def squash(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
-    """Both sides to `size`, without regard to the aspect ratio."""
+    """Resize both sides to `size`; the aspect ratio changes."""
     return resize(x_NCHW, size, size, mode)
 
 
 def resize_longer_and_pad(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
-    """Longer side to `size`, the other in proportion, in the middle of a black square."""
+    """Resize the longer side to `size` and pad to a centred black square."""
     height, width = x_NCHW.shape[-2:]
     scale = size / max(height, width)
     new_height, new_width = round(height * scale), round(width * scale)
@@ -91,6 +92,6 @@ _FITS = {
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a matrix made during evaluation serves training too
 def _resize_matrix(before: int, after: int, mode: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(after, before): the resize of an identity. Made in float64 on the CPU, where every backend gets the same."""
+    """Return the resize matrix (after, before), computed in float64 on the CPU: the same for every device."""
     identity = torch.eye(before, dtype=torch.float64)[None, None]
     return F.interpolate(identity, size=(after, before), mode=mode, antialias=True)[0, 0].to(dtype).to(device)

@@ -1,10 +1,9 @@
-"""Qwen2-VL as a reward: frames and a prompt in, what its head reads at special tokens out (arXiv 2409.12191).
+"""Qwen2-VL as a reward model: frames and a prompt in, scores read at special tokens out (arXiv 2409.12191).
 
-Everything from pixels to score is a tensor operation, so that the gradient reaches the pixels: resize, patches, vision
-tower, language model. Positions are those that the published reward models were trained with, see `QwenVl`.
+All steps from pixels to score are differentiable: resize, patches, vision tower, language model.
 
-Shape legend: N videos or images, C channels, T frames, H height, W width, V visual tokens, L text tokens, R reward
-tokens, D width of the language model, K outputs of the head.
+Shape legend: N videos or images, C channels, T frames, H height, W width, V visual tokens, L text
+tokens, R reward tokens, D width of the language model, K outputs of the head.
 """
 
 import math
@@ -15,10 +14,11 @@ import torch
 
 from rewards.common.checkpointing import recompute_in_backward
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD, resize
-from rewards.common.weights import Frozen, filled, from_pretrained, tensor_of
+from rewards.common.weights import Frozen, build_from_state_dict, from_pretrained, require_tensor
 from rewards.contract import RewardError, at_least_float32
 
-# The chat template of Qwen/Qwen2-VL-*-Instruct (Apache-2.0) for one user turn of an image or video and a text.
+# The chat template of Qwen/Qwen2-VL-*-Instruct (Apache-2.0) for one user turn of an image or video
+# and a text.
 BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 AFTER = "<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -28,11 +28,12 @@ class QwenVl(Frozen):
 
     model          Qwen2VLModel of transformers
     head           float32, (.., D) -> (.., K)
-    encode         text -> token ids, special tokens in the text included
+    encode         text -> token ids, with special tokens in the text
     reward_tokens  token -> id
 
-    Token positions are 0, 1, 2, ... on all three axes. The published models ran on transformers 4.45 without position
-    ids, which means just that; the position ids in space and time of today's transformers give other scores.
+    Token positions are 0, 1, 2, ... on all three axes, as in transformers 4.45 without position
+    ids, with which the published models were trained. The three-axis position ids of later versions
+    give other scores.
     """
 
     def __init__(self, model, head: torch.nn.Module, encode: Callable, reward_tokens: dict[str, int]):
@@ -40,33 +41,30 @@ class QwenVl(Frozen):
         self.model, self.head = model, head
         self.encode, self.reward_tokens = encode, reward_tokens
         vision = model.config.vision_config
-        self.patch, self.merge, self.frames_each = (
-            vision.patch_size,
-            vision.spatial_merge_size,
-            vision.temporal_patch_size,
-        )
+        self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
+        self.frames_each = vision.temporal_patch_size
         recompute_in_backward([*model.visual.blocks, *model.language_model.layers])
         self.freeze()
 
     def fit(self, video_NCTHW: torch.Tensor, min_pixels: int, max_pixels: int) -> torch.Tensor:
-        """Frames in [0, 1], resized (bicubic) to whole tokens and a number of pixels between the two."""
+        """Resize frames (bicubic) to whole tokens, with an area between min_pixels and max_pixels."""
         height, width = target_size(*video_NCTHW.shape[-2:], self.patch * self.merge, min_pixels, max_pixels)
         return resize(video_NCTHW.flatten(1, 2), height, width).unflatten(1, video_NCTHW.shape[1:3])
 
     def tokens(self, name: str, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, L) ids of what follows the frames, padded behind, and (N, R) where the reward tokens are in it."""
+        """Return ids (N, L) of the text after the frames, right-padded, and the positions (N, R) of reward tokens."""
         rows = [torch.tensor(self.encode(AFTER.format(text=text))) for text in texts]
         where = [
-            [_only_place(name, row, token, number) for token, number in self.reward_tokens.items()] for row in rows
+            [_token_position(name, row, token, number) for token, number in self.reward_tokens.items()] for row in rows
         ]
-        ids_NL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # no token looks ahead, so none sees padding
+        ids_NL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # causal attention: no token sees the padding
         return ids_NL.to(self.device), torch.tensor(where, device=self.device)
 
     def forward(self, video_NCTHW: torch.Tensor, ids_NL: torch.Tensor, where_NR: torch.Tensor) -> torch.Tensor:
-        """(N, R, K), in at least float32, of fitted frames and `tokens`."""
+        """Return scores (N, R, K), in at least float32, of fitted frames and `tokens`."""
         text, embed = self.model.language_model, self.model.language_model.embed_tokens
         before_1L = torch.tensor([self.encode(BEFORE)], device=self.device)
-        visual_NVD = self.see(video_NCTHW)
+        visual_NVD = self.visual_tokens(video_NCTHW)
         embeds = [embed(before_1L).expand(len(ids_NL), -1, -1), visual_NVD, embed(ids_NL)]
         embeds_NLD = torch.cat(embeds, dim=1)
         count, length = embeds_NLD.shape[:2]
@@ -76,8 +74,8 @@ class QwenVl(Frozen):
         hidden_NRD = hidden_NLD.gather(1, where_NR[..., None].expand(-1, -1, hidden_NLD.shape[2]))
         return self.head(at_least_float32(hidden_NRD))
 
-    def see(self, video_NCTHW: torch.Tensor) -> torch.Tensor:
-        """(N, V, D) visual tokens of frames in [0, 1], a single frame counting as two alike."""
+    def visual_tokens(self, video_NCTHW: torch.Tensor) -> torch.Tensor:
+        """Return visual tokens (N, V, D) of frames in [0, 1]; a single frame is repeated."""
         if video_NCTHW.shape[2] == 1:
             video_NCTHW = video_NCTHW.expand(-1, -1, self.frames_each, -1, -1)
         mean, std = (video_NCTHW.new_tensor(x)[:, None, None, None] for x in (CLIP_MEAN, CLIP_STD))
@@ -86,12 +84,9 @@ class QwenVl(Frozen):
         tokens = self.model.visual(patches.flatten(0, 1).to(self.model.dtype), grid_thw=grid_N3).pooler_output
         return tokens.unflatten(0, (len(patches), -1))
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
-
-def _only_place(name: str, ids_L: torch.Tensor, token: str, number: int) -> int:
+def _token_position(name: str, ids_L: torch.Tensor, token: str, number: int) -> int:
+    """Return the position of a reward token. Raises RewardError if the prompt contains the token too."""
     places = (ids_L == number).nonzero().flatten().tolist()
     if len(places) != 1:
         got, expected = f"a prompt with {token} in it", "a prompt without the tokens that the score is read at"
@@ -100,7 +95,7 @@ def _only_place(name: str, ids_L: torch.Tensor, token: str, number: int) -> int:
 
 
 def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width as Qwen2-VL resizes them: multiples of `factor`, area between the two, shape nearly kept.
+    """Return height and width: multiples of `factor`, area within bounds, aspect ratio nearly kept.
 
     Source: smart_resize of qwen-vl-utils and transformers.
     """
@@ -117,9 +112,9 @@ def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixel
 def patchify(
     video_NCTHW: torch.Tensor, patch: int, merge: int, frames_each: int
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """(N, patches, C * frames_each * patch^2), and their grid (time, rows, columns).
+    """Return patches (N, patches, C * frames_each * patch^2) and their grid (time, rows, columns).
 
-    Patches that will be merged into one token (merge x merge) stand side by side, as Qwen2-VL's processor orders them.
+    The merge x merge patches of one token are adjacent, in the order of Qwen2-VL's processor.
     """
     _, channels, frames, height, width = video_NCTHW.shape
     time, rows, columns = frames // frames_each, height // patch, width // patch
@@ -134,43 +129,47 @@ def patchify(
 def load_qwen_vl(
     name: str, model: str, state: dict, head: torch.nn.Module, tokens: list[str], dtype: torch.dtype
 ) -> QwenVl:
-    """A QwenVl with the weights in `state`, under the names of transformers 4.45 or today's.
+    """Build a QwenVl with the weights of `state`, whose keys are those of any transformers version since 4.45.
 
-    model   hub id or folder of the Qwen2-VL that was tuned: its configuration and tokenizer, not its weights
-    head    a module with the sizes of the head, filled with rm_head.*
-    tokens  the reward tokens, in the order in which they were added behind the vocabulary
+    model   hub id or folder of the base Qwen2-VL, for configuration and tokenizer only
+    head    a module of the head's sizes, which gets the weights rm_head.*
+    tokens  the reward tokens in the order of their ids, after the vocabulary
+
+    Raises RewardError for missing files and other layouts.
     """
     from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
     tokenizer = from_pretrained(name, AutoTokenizer, model)
     tokenizer.add_tokens(tokens, special_tokens=True)
-    backbone, head_state = backbone_and_head(state, dtype)
+    backbone, head_state = split_backbone_and_head(state, dtype)
     config = from_pretrained(name, AutoConfig, model)
-    config.text_config.vocab_size = _rows(name, model, backbone, len(tokenizer))
-    vlm = filled(name, "the checkpoint", lambda: Qwen2VLModel(config), backbone)
-    head = filled(name, "the checkpoint", lambda: head, head_state).to(torch.promote_types(dtype, torch.float32))
+    config.text_config.vocab_size = _vocabulary_size(name, model, backbone, len(tokenizer))
+    vlm = build_from_state_dict(name, "the checkpoint", lambda: Qwen2VLModel(config), backbone)
+    head = build_from_state_dict(name, "the checkpoint", lambda: head, head_state).to(
+        torch.promote_types(dtype, torch.float32)
+    )
     ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
     return QwenVl(vlm, head, lambda text: tokenizer.encode(text, add_special_tokens=False), ids)
 
 
-def backbone_and_head(state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[dict, dict]:
-    """The weights of Qwen2VLModel, in dtype, and those of rm_head; what predicts words is left out."""
-    named = {today(key): tensor for key, tensor in state.items()}
+def split_backbone_and_head(state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[dict, dict]:
+    """Return the weights of Qwen2VLModel, in dtype, and those of rm_head, without the language model head."""
+    named = {current_key_name(key): tensor for key, tensor in state.items()}
     backbone = {
         key.removeprefix("model."): tensor.to(dtype) for key, tensor in named.items() if key.startswith("model.")
     }
     return backbone, {key.removeprefix("rm_head."): named[key] for key in named if key.startswith("rm_head.")}
 
 
-def today(key: str) -> str:
-    """The name of a weight of Qwen2VLForConditionalGeneration since transformers 4.52, from that or the older one."""
+def current_key_name(key: str) -> str:
+    """Return the key of a Qwen2VLForConditionalGeneration weight in transformers 4.52 and later."""
     if key.startswith("visual."):
         return f"model.{key}"
     return re.sub(r"^model\.(?!visual\.|language_model\.)", "model.language_model.", key)
 
 
-def _rows(name: str, model: str, state: dict, expected: int) -> int:
-    rows = len(tensor_of(name, state, "language_model.embed_tokens.weight"))
+def _vocabulary_size(name: str, model: str, state: dict, expected: int) -> int:
+    rows = len(require_tensor(name, state, "language_model.embed_tokens.weight"))
     if rows != expected:
         got, wanted = f"a tokenizer of {expected} tokens from {model!r}", f"{rows}, as the checkpoint has embeddings"
         raise RewardError(name, got=got, expected=wanted, cure="set `model` to the model that was tuned")
@@ -178,7 +177,7 @@ def _rows(name: str, model: str, state: dict, expected: int) -> int:
 
 
 def merge_lora(state: dict[str, torch.Tensor], alpha: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights of a PEFT state dict with W + alpha / r * B A in place of W, A and B; computed in float32."""
+    """Merge the LoRA of a PEFT state dict into its weights, W + alpha / r * B A, computed in float32."""
     state = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
     merged = {}
     for key, tensor in state.items():
@@ -192,9 +191,9 @@ def merge_lora(state: dict[str, torch.Tensor], alpha: float, dtype: torch.dtype)
 
 
 def qwen2_vl_sizes(vocabulary: int, width: int, inner: int, heads: int, key_value_heads: int) -> dict:
-    """Sizes of a Qwen2-VL-*-Instruct, as in its config.json.
+    """Return the sizes of a Qwen2-VL-*-Instruct as in its config.json.
 
-    The arguments are the language model's; the vision tower is the same in all of them.
+    The arguments are those of the language model; all sizes share one vision tower.
     """
     return {
         "text_config": {
@@ -212,7 +211,7 @@ def qwen2_vl_sizes(vocabulary: int, width: int, inner: int, heads: int, key_valu
 
 
 def random_qwen_vl(sizes: dict, head: torch.nn.Module, tokens: list[str], dtype: torch.dtype) -> QwenVl:
-    """A QwenVl of these sizes (Qwen2VLConfig) with random weights, on torch's default device, without hub or disk."""
+    """Build a QwenVl of these Qwen2VLConfig settings with random weights on torch's default device."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
     config = Qwen2VLConfig(**sizes)
@@ -222,20 +221,24 @@ def random_qwen_vl(sizes: dict, head: torch.nn.Module, tokens: list[str], dtype:
 
 
 def stand_in_encoder(ids: dict[str, int]) -> Callable[[str], list[int]]:
-    """text -> ids where the model's own tokenizer is not at hand: `ids` for special tokens, and below them OpenAI's
-    vocabulary, which comes with open_clip, for about as many tokens."""
+    """Return a text -> ids function for random models, whose tokenizer is not at hand.
+
+    Special tokens get their `ids`. Other text is encoded with OpenAI's vocabulary of open_clip,
+    wrapped to smaller ids.
+    """
     import open_clip
 
     tokenizer, special = open_clip.SimpleTokenizer(), re.compile(f"({'|'.join(map(re.escape, ids))})")
-
-    words = min(ids.values())
+    limit = min(ids.values())
 
     def encode(text: str) -> list[int]:
         pieces = special.split(text)
-        return [i for piece in pieces for i in ([ids[piece]] if piece in ids else _below(words, tokenizer, piece))]
+        return [
+            i for piece in pieces for i in ([ids[piece]] if piece in ids else _wrapped_ids(tokenizer, piece, limit))
+        ]
 
     return encode
 
 
-def _below(limit: int, tokenizer, text: str) -> list[int]:
+def _wrapped_ids(tokenizer, text: str, limit: int) -> list[int]:
     return [token % limit for token in tokenizer.encode(text)]

@@ -1,4 +1,4 @@
-"""Weights of frozen models: loading without running code from a file, and saying what is missing."""
+"""Load the weights of frozen models without running code from files; errors say what is missing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,31 +13,37 @@ from rewards.contract import RewardError
 
 
 class Frozen(torch.nn.Module):
-    """A module that never trains: evaluation mode for good. Call `freeze` at the end of __init__."""
+    """A module that stays in evaluation mode. Call `freeze` at the end of __init__."""
 
     def freeze(self) -> "Frozen":
-        """Itself, without trained parameters and in evaluation mode."""
+        """Disable gradients of parameters, set evaluation mode and return self."""
         return self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Frozen":
-        """Itself, in evaluation mode whatever is asked for."""
+        """Stay in evaluation mode and return self."""
         return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
 
 
 def torch_dtype(name: str, dtype: str) -> torch.dtype:
-    """The number format that a reward's setting names."""
+    """Return the torch.dtype of a reward's dtype setting. Raises RewardError for any other name."""
     choices = ("float32", "bfloat16", "float16", "float64")
     if dtype not in choices:
         raise RewardError(name, got=f"dtype={dtype!r}", expected=f"one of {', '.join(choices)}", cure="correct dtype")
     return getattr(torch, dtype)
 
 
-def missing_weights(
+def missing_weights_error(
     name: str, repository: str, key: str, error: Exception, file: str | None = None, tokenizer: bool = False
 ) -> RewardError:
-    """The error for weights that are neither on disk nor to be had: what they are, and the key that takes a path.
+    """Return the error for weights that are neither cached nor downloadable.
 
-    tokenizer: it alone is missing, which is small.
+    It names size, licence and the setting `key` that takes a local path. tokenizer: only the
+    tokenizer is missing.
     """
     size, licence = WEIGHTS.get(repository, ("size unknown", "licence: see its model card"))
     if tokenizer and "tokenizer" not in size:
@@ -54,9 +60,9 @@ def missing_weights(
 
 @contextmanager
 def quick_hub(local: bool = False) -> Iterator[None]:
-    """Loading from the hub inside fails at once if the hub can't be reached; its own client would try for a minute.
+    """Go offline inside if the hub can't be reached; its client would retry for a minute.
 
-    local: nothing inside needs the hub, so it is not asked at all.
+    local: nothing inside needs the hub, so its reachability is not tested.
     """
     from huggingface_hub import constants
 
@@ -74,26 +80,26 @@ def _hub_answers(endpoint: str) -> bool:
 
     try:
         get_session().head(endpoint, timeout=5)
-    except Exception:  # whichever way the client puts "no network"
+    except Exception:  # each client has its own errors for a missing network
         return False
     return True
 
 
 def from_pretrained(name: str, cls: type, model: str, key: str = "model", **kwargs) -> Any:
-    """cls.from_pretrained of transformers, from hub or folder; RewardError, naming `key`, where it is in neither."""
+    """Return cls.from_pretrained(model) of transformers, from hub or folder. Raises RewardError that names `key`."""
     path = str(Path(model).expanduser()) if model.startswith("~") else model
     try:
         with quick_hub(local=Path(path).is_dir()):
             return cls.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
-        raise missing_weights(name, model, key, error, tokenizer=cls.__name__ == "AutoTokenizer") from error
+        raise missing_weights_error(name, model, key, error, tokenizer=cls.__name__ == "AutoTokenizer") from error
 
 
 def load_pretrained(name: str, cls: type, model: str, **kwargs) -> torch.nn.Module:
-    """A model of transformers with every weight from the checkpoint, in float32; RewardError if some are missing."""
+    """Load a transformers model in float32. Raises RewardError if the checkpoint lacks weights."""
     kwargs = {"dtype": torch.float32, "output_loading_info": True} | kwargs
     loaded, report = from_pretrained(name, cls, model, **kwargs)
-    if report["missing_keys"]:  # transformers would leave these at random
+    if report["missing_keys"]:  # transformers would initialize these at random
         absent = sorted(report["missing_keys"])
         got = f"weights in {model!r} without {absent[0]} and {len(absent) - 1} more"
         expected, cure = f"a complete {cls.__name__}", "choose a checkpoint of the whole model"
@@ -102,34 +108,34 @@ def load_pretrained(name: str, cls: type, model: str, **kwargs) -> torch.nn.Modu
 
 
 def load_tokenizer(name: str, tokenizer: Any, key: str = "tokenizer") -> Any:
-    """A tokenizer of transformers from hub or folder; one that is made already is taken as it is."""
+    """Load a transformers tokenizer from hub or folder; return a tokenizer object unchanged."""
     from transformers import AutoTokenizer
 
     return from_pretrained(name, AutoTokenizer, tokenizer, key) if isinstance(tokenizer, str) else tokenizer
 
 
 def load_from_torch_hub(name: str, url: str, key: str) -> dict[str, torch.Tensor]:
-    """A state dict of torchvision, from torch's cache or downloaded there; RewardError names the setting `key`."""
+    """Load a torchvision state dict from torch's cache, or download it. Raises RewardError that names `key`."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     try:
         if not cached.is_file() and not _hub_answers(url.rsplit("/", 1)[0]):
             raise OSError("its server does not answer")
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:  # no connection, or a file that is not what its name says
-        raise missing_weights(name, url, key, error) from error
+    except (OSError, RuntimeError) as error:  # no connection, or a wrong checksum
+        raise missing_weights_error(name, url, key, error) from error
 
 
 def load_state_dict(name: str, path: str | Path, instead: str | None = None) -> dict[str, torch.Tensor]:
-    """Tensors of a .safetensors file, or of a torch file that holds nothing else. Raises RewardError.
+    """Load a state dict from a .safetensors file, or from a torch file of plain tensors.
 
-    instead: what to use where the file is a pickled module, for the message.
+    Raises RewardError; `instead` is the cure in its message if the file is a pickled module.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise RewardError(name, got=f"no file at {path}", expected="a weights file", cure="correct the path")
     try:
         state = _read_tensors(path)
-    except Exception as error:  # KeyError, EOFError, RuntimeError, UnpicklingError: whichever the damage leads to
+    except Exception as error:  # KeyError, EOFError, RuntimeError or UnpicklingError
         expected = "a state dict (safetensors, or torch.save of module.state_dict())"
         if "Unsupported global" not in str(error):
             reason = f"{type(error).__name__} on reading {path}"
@@ -143,8 +149,8 @@ def load_state_dict(name: str, path: str | Path, instead: str | None = None) -> 
     return state
 
 
-def tensor_of(name: str, state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """One tensor of a checkpoint; RewardError if it holds none of that name."""
+def require_tensor(name: str, state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """Return one tensor of a checkpoint. Raises RewardError if there is none of that name."""
     if not isinstance(state.get(key), torch.Tensor):
         got = f"a checkpoint without {key} (its names: {', '.join([*state][:3])}, ...)"
         cure = "use the published file of this model"
@@ -161,20 +167,25 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def hub_file(name: str, repository: str, file: str, key: str) -> str:
-    """Path of a file of the hub, downloaded once. Raises RewardError, naming the setting that takes a local path."""
+    """Return the path of a hub file, downloaded once. Raises RewardError that names the setting `key`."""
     from huggingface_hub import hf_hub_download
 
     try:
         with quick_hub():
             return hf_hub_download(repository, file)
-    except Exception as error:  # offline, gated and broken connections all have types of their own
-        raise missing_weights(name, repository, key, error, file) from error
+    except Exception as error:  # offline, gated and broken connections have different types
+        raise missing_weights_error(name, repository, key, error, file) from error
 
 
-def filled(name: str, source: str, build: Callable[[], torch.nn.Module], state: dict) -> torch.nn.Module:
-    """build() with the weights of `state`, which must have exactly its keys and shapes; else RewardError.
+def load_published(name: str, path: str | None, repository: str, file: str, instead: str | None = None) -> dict:
+    """Load the state dict at `path`, by default that of the hub file. Raises RewardError as `load_state_dict`."""
+    return load_state_dict(name, path or hub_file(name, repository, file, "checkpoint"), instead)
 
-    Nothing is initialised and nothing copied: the parameters are the tensors of `state`.
+
+def build_from_state_dict(name: str, source: str, build: Callable[[], torch.nn.Module], state: dict) -> torch.nn.Module:
+    """Return build() with the tensors of `state` as parameters, without initialisation or copies.
+
+    Raises RewardError unless keys and shapes agree exactly; `source` names the file in its message.
     """
     from accelerate import init_empty_weights
 
@@ -191,12 +202,15 @@ def filled(name: str, source: str, build: Callable[[], torch.nn.Module], state: 
 
 
 def shapes(state: dict) -> dict[str, tuple[int, ...] | str]:
-    """Shape by key; of what is no tensor, its type."""
+    """Return the shape of each tensor by key; the type's name for other values."""
     return {key: tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for key, x in state.items()}
 
 
-def renamed(state: dict, names: dict[str, str], unused: tuple[str, ...]) -> dict:
-    """The entries of a state dict with parts of their keys replaced; without those that have a part in `unused`."""
+def rename_keys(state: dict, names: dict[str, str], unused: tuple[str, ...]) -> dict:
+    """Return a state dict with parts of its keys replaced, in the order of `names`.
+
+    Keys that contain a text of `unused` are dropped.
+    """
     kept = {key: key for key in state if not any(part in key for part in unused)}
     for old, new in names.items():
         kept = {key: name.replace(old, new) for key, name in kept.items()}

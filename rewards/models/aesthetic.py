@@ -1,10 +1,11 @@
-"""LAION's aesthetic predictors v1 and v2 on CLIP, and v2.5 on SigLIP: linear heads on unit image embeddings.
+"""Aesthetic predictors: linear heads on unit image embeddings of CLIP (LAION v1, v2) or SigLIP (v2.5).
 
 Sources: v1 LAION-AI/aesthetic-predictor; v2 christophschuhmann/improved-aesthetic-predictor, whose
 `sac+logos+ava1-l14-linearMSE.pth` is also in trl-lib/ddpo-aesthetic-predictor; v2.5
 discus0434/aesthetic-predictor-v2-5, siglip_v2_5.py.
 
-Shape legend: N frames of all videos that are scored, C channels, H height, W width, P width of the embedding.
+Shape legend: N frames of all videos that are scored, C channels, H height, W width, P width of the
+embedding.
 """
 
 import torch
@@ -27,7 +28,7 @@ from rewards.contract import RewardError
 
 
 class HeadScore(FrameReward):
-    """A linear head on the unit embedding of a frame; the prompt is not read."""
+    """A linear head on the unit embedding of a frame; the prompt is ignored."""
 
     encoder: ImageEncoder
 
@@ -37,11 +38,11 @@ class HeadScore(FrameReward):
         self.head = head.to(torch.promote_types(self.dtype, torch.float32))
 
     def load_head(self, path: str | None) -> torch.nn.Module:
-        """The head of a weights file, float32; a subclass says where None comes from."""
+        """Load the float32 head from a weights file; None stands for the subclass's default file."""
         raise NotImplementedError
 
     def score_frames(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
-        """(N,) raw scores of frames in [0, 1]."""
+        """Return scores (N,) of frames in [0, 1]."""
         embeds_NP = self.encoder.embed(frames_NCHW)
         width = next(self.head.parameters()).shape[1]
         if embeds_NP.shape[1] != width:
@@ -52,14 +53,15 @@ class HeadScore(FrameReward):
 
 
 class Aesthetic(HeadScore):
-    """Mean aesthetic score of the frames (v2): about 5 for an average photograph, 6.5 and more for a good one.
+    """The LAION aesthetic predictor v2: about 5 for an average photograph, at least 6.5 for a good one.
 
-    The head has no activation between its layers, so the score is w.e + 5.2 with |w| = 18: it has no ceiling at 10, and
-    pushing it far beyond 7 finds pictures that exploit it.
+    The head has no activation between its layers: the score is w.e + 5.2 with |w| = 18, without a
+    ceiling at 10. Training far beyond 7 finds pictures that exploit it.
 
-    head     weights file (.safetensors or a state dict of torch), or a module; None: from the hub, 3.7 MB
-    model, backend, pretrained  the CLIP, as for clip_score; the published head wants CLIP L/14
-    options  frames, num_frames, dtype, chunk, mean, std: as for FrameReward
+    head     weights file (.safetensors or a state dict of torch), or a module; None: from the hub,
+             3.7 MB
+    model, backend, pretrained  the CLIP, as for clip_score; the published head needs CLIP L/14
+    options  settings of FrameReward
 
     Raises RewardError for missing weights, and for a pickled module in place of a state dict.
     """
@@ -84,15 +86,15 @@ class Aesthetic(HeadScore):
 
     @classmethod
     def random_init(cls, **options) -> "Aesthetic":
-        """Full size with random weights, on torch's default device, without hub or disk."""
+        """Build it at full size with random weights on torch's default device."""
         return cls(LinearLayers(768), random_clip(CLIP_L14), **options)
 
 
 class AestheticV1(Aesthetic):
-    """Mean score of the frames by the first predictor, one linear layer; VBench's aesthetic quality is a tenth of it.
+    """The LAION aesthetic predictor v1, one linear layer; VBench's aesthetic quality is a tenth of it.
 
     head     path of sa_0_4_vit_l_14_linear.pth, which is not on the hub, or a module
-    options  as for Aesthetic, `model` among them; the same errors
+    options  of Aesthetic, which raises the same errors
     """
 
     name = "aesthetic_v1"
@@ -105,16 +107,17 @@ class AestheticV1(Aesthetic):
 
     @classmethod
     def random_init(cls, **options) -> "AestheticV1":
-        """As `Aesthetic.random_init`."""
+        """Build it at full size with random weights on torch's default device."""
         return cls(torch.nn.Linear(768, 1), model=random_clip(CLIP_L14), **options)
 
 
 class AestheticV25(HeadScore):
-    """Mean score of the frames by aesthetic predictor v2.5, in about 1 to 10; 5.5 and more is a great picture.
+    """The aesthetic predictor v2.5, about 1 to 10; at least 5.5 for a great picture.
 
-    head     path of aesthetic_predictor_v2_5.pth, or a module. Its licence is AGPL-3.0: it is never downloaded for you
-    model    the SigLIP: hub id, folder, or a Siglip; its image half is used
-    options  as for Aesthetic; the same errors
+    head     path of aesthetic_predictor_v2_5.pth, or a module; never downloaded, its licence is
+             AGPL-3.0
+    model    the SigLIP: hub id, folder, or a Siglip; only its vision tower is used
+    options  settings of FrameReward; raises the same errors as Aesthetic
     """
 
     name = "aesthetic_v2_5"
@@ -129,5 +132,5 @@ class AestheticV25(HeadScore):
 
     @classmethod
     def random_init(cls, **options) -> "AestheticV25":
-        """As `Aesthetic.random_init`."""
+        """Build it at full size with random weights on torch's default device."""
         return cls(LinearLayers(1152, dropout_before_last=True), random_siglip(), **options)

@@ -1,6 +1,7 @@
-"""CLIP score: how well frames fit their prompt, by any CLIP of transformers or open_clip (arXiv 2104.08718).
+"""CLIP score: similarity of frames and prompt by any CLIP of transformers or open_clip (arXiv 2104.08718).
 
-Shape legend: N frames of all videos that are scored, C channels, H height, W width, P width of the joint embedding.
+Shape legend: N frames of all videos that are scored, C channels, H height, W width, P width of the
+joint embedding.
 """
 
 import torch
@@ -10,27 +11,27 @@ from rewards.common.clip_models import CLIP_L14, Clip, load_clip, random_clip, u
 
 
 class CosineScore(FrameReward):
-    """The cosine between frame and prompt, by `self.clip`."""
+    """The cosine of frame and prompt by `self.clip`."""
 
     clip: Clip
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor]:
-        """((N, P),) unit embeddings of the prompts."""
+        """Return unit embeddings ((N, P),) of the prompts."""
         return (unit(self.clip.encode_text(prompts)),)
 
     def score_frames(self, frames_NCHW: torch.Tensor, text_NP: torch.Tensor) -> torch.Tensor:
-        """(N,) cosines, of frames in [0, 1]."""
+        """Return cosines (N,) of frames in [0, 1]."""
         return (self.clip.embed(frames_NCHW) * text_NP).sum(-1)
 
 
 class ClipScore(CosineScore):
-    """Mean over frames of the cosine between frame and prompt, in [-1, 1]; published models give about .2 to .38.
+    """Mean over frames of the cosine of frame and prompt, in [-1, 1]; usually .2 to .38.
 
-    model       a transformers CLIPModel (hub id or folder), an open_clip name such as "ViT-H-14" (then also
-                `pretrained`), a folder with open_clip_config.json, with or without "local-dir:" before it, or a Clip
-    backend     "transformers" or "open_clip"; None: told from `model`
-    pretrained  open_clip's tag or a weights file, for an open_clip name only
-    options     frames, num_frames, dtype, chunk, mean, std: as for FrameReward
+    model       a transformers CLIPModel (hub id or folder), an open_clip name such as "ViT-H-14"
+                (with `pretrained`), a folder with open_clip_config.json, or a Clip
+    backend     "transformers" or "open_clip"; None: guessed from `model`
+    pretrained  tag of open_clip or a weights file, for an open_clip name only
+    options     settings of FrameReward
 
     Raises RewardError for weights that are missing or incomplete.
     """
@@ -46,5 +47,5 @@ class ClipScore(CosineScore):
 
     @classmethod
     def random_init(cls, model: str = CLIP_L14, **options) -> "ClipScore":
-        """Full size with random weights, on torch's default device, without hub or disk; `model` as for random_clip."""
+        """Build it at full size with random weights on torch's default device."""
         return cls(random_clip(model), **options)

@@ -1,11 +1,12 @@
-"""Does a video keep showing the same thing? VBench's subject and background consistency (arXiv 2311.17982).
+"""VBench's subject and background consistency: similarity of frames over time (arXiv 2311.17982).
 
-Both compare each frame with the one before and with the first: the mean over frames 2 .. N of half the sum of
-max(0, cosine to the previous) and max(0, cosine to the first), as VBench's subject_consistency.py and
-background_consistency.py compute it. They differ in the embedding. A video that stands still scores 1: pair them with a
-reward for motion.
+Each frame is compared with the previous and with the first. The score is the mean over frames 2 ..
+N of half the sum of max(0, cosine to the previous) and max(0, cosine to the first). Source: VBench,
+subject_consistency.py and background_consistency.py. A still video scores 1: combine with a reward
+for motion.
 
-Shape legend: B batch, C channels, T frames, N frames that are scored, H height, W width, P width of the embedding.
+Shape legend: B batch, C channels, T frames, N frames that are scored, H height, W width, P width of
+the embedding.
 """
 
 from functools import partial
@@ -24,10 +25,10 @@ DINO = "facebook/dino-vitb16"
 
 
 class Consistency(ModelReward):
-    """What the two share: scores in [0, 1], 1 for frames that are all the same.
+    """The common part of both: scores in [0, 1], 1 for equal frames.
 
-    model    what embeds the frames: hub id or folder; None: the published one
-    options  frames, num_frames, dtype, chunk, mean, std: as for ModelReward; VBench scores all frames, at least 2
+    model    image encoder: hub id or folder; None: the published one
+    options  settings of ModelReward; VBench scores all frames; at least 2
     """
 
     def __init__(self, model: str | Frozen | None = None, frames: str | int = "all", **options):
@@ -36,7 +37,7 @@ class Consistency(ModelReward):
         self.freeze()
 
     def load_embedder(self, model: str | Frozen | None) -> Frozen:
-        """What embeds the frames, by its `embed`, from a name or path, the published one for None."""
+        """Load the image encoder, which has a method `embed`; None stands for the published one."""
         raise NotImplementedError
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
@@ -47,13 +48,13 @@ class Consistency(ModelReward):
 
 
 def embed_frames(embedder: Frozen, video_BCNHW: torch.Tensor, chunk: int | None) -> torch.Tensor:
-    """(B, N, P) unit float32 embeddings of all N frames, recomputed chunk by chunk in backward."""
+    """Return unit float32 embeddings (B, N, P) of all N frames, computed in chunks of frames."""
     frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
     return in_chunks(embedder.embed, chunk, frames_NCHW).unflatten(0, (video_BCNHW.shape[0], -1))
 
 
 def consistency(embeds_BNP: torch.Tensor) -> torch.Tensor:
-    """(B,) in [0, 1]: VBench's measure of unit embeddings of N frames, N at least 2."""
+    """Return VBench's consistency (B,) in [0, 1] of unit embeddings of at least 2 frames."""
     later_BMP = embeds_BNP[:, 1:]  # M = N - 1
     previous_BM = (later_BMP * embeds_BNP[:, :-1]).sum(-1).clamp(min=0)
     first_BM = (later_BMP * embeds_BNP[:, :1]).sum(-1).clamp(min=0)
@@ -61,7 +62,7 @@ def consistency(embeds_BNP: torch.Tensor) -> torch.Tensor:
 
 
 class SubjectConsistency(Consistency):
-    """Consistency of DINO ViT-B/16 embeddings (arXiv 2104.14294), which follow the main object. See `Consistency`."""
+    """Consistency of DINO ViT-B/16 embeddings (arXiv 2104.14294), which follow the main object."""
 
     name = "subject_consistency"
 
@@ -75,17 +76,14 @@ class SubjectConsistency(Consistency):
 
     @classmethod
     def random_init(cls, **settings) -> "SubjectConsistency":
-        """Full size with random weights, on torch's default device, without hub or disk."""
+        """Build it at full size with random weights on torch's default device."""
         from transformers import ViTConfig, ViTModel
 
         return cls(Dino(ViTModel(ViTConfig(), add_pooling_layer=False)), **settings)  # the config's defaults are DINO's
 
 
 class BackgroundConsistency(Consistency):
-    """Consistency of CLIP ViT-B/32 embeddings, which follow the whole scene. See `Consistency`.
-
-    model: any CLIP, named as for clip_score.
-    """
+    """Consistency of CLIP ViT-B/32 embeddings, which follow the whole scene; model as for clip_score."""
 
     name = "background_consistency"
 
@@ -94,14 +92,14 @@ class BackgroundConsistency(Consistency):
 
     @classmethod
     def random_init(cls, **settings) -> "BackgroundConsistency":
-        """Full size with random weights, on torch's default device, without hub or disk."""
+        """Build it at full size with random weights on torch's default device."""
         return cls(random_clip(CLIP_B32), **settings)
 
 
 class Dino(Frozen):
-    """A ViT of transformers that embeds frames as DINO's own code does: whole frames, the class token.
+    """A transformers ViT with DINO's embedding of whole frames: the class token.
 
-    Preprocessing is VBench's for image files: shorter side to 224, bilinear, nothing cropped, ImageNet's mean and std.
+    Preprocessing follows VBench: shorter side to 224, bilinear, no crop, ImageNet's mean and std.
     """
 
     def __init__(self, vit: torch.nn.Module):
@@ -111,7 +109,7 @@ class Dino(Frozen):
         self.freeze()
 
     def embed(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
-        """(N, P) unit embeddings of frames in [0, 1]."""
+        """Return unit embeddings (N, P) of frames in [0, 1]."""
         size = self.vit.config.image_size
         pixels_NCHW = preprocess(frames_NCHW, size, IMAGENET_MEAN, IMAGENET_STD, "whole", "bilinear")
         pixels_NCHW = pixels_NCHW.to(next(self.parameters()).dtype)
@@ -119,10 +117,10 @@ class Dino(Frozen):
 
 
 def dino_positions(embeddings: torch.nn.Module, tokens_NLD: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(1, L, D) position embeddings for frames of another shape, by the scale factors of DINO's vision_transformer.py.
+    """Return position embeddings (1, L, D) for any frame shape, interpolated as in DINO's vision_transformer.py.
 
-    transformers interpolates to a size instead; DINO adds 0.1 patch to each side first and hands over the ratio, which
-    samples the table at slightly other places.
+    DINO adds 0.1 patch to each side and interpolates by scale factor; transformers interpolates to
+    a size, which differs slightly.
     """
     table_1LD = embeddings.position_embeddings
     side = round((table_1LD.shape[1] - 1) ** 0.5)

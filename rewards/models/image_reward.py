@@ -1,7 +1,7 @@
 """ImageReward: human preference for an image given its prompt, by BLIP (arXiv 2304.05977).
 
-Source: THUDM/ImageReward, ImageReward/ImageReward.py. Its package is not needed: both towers are those of transformers,
-under other names (`published_to_ours`).
+Source: THUDM/ImageReward, ImageReward/ImageReward.py. Both towers are transformers models;
+`rename_published_keys` maps the keys.
 
 Shape legend: N frames of all videos that are scored, C channels, H height, W width, L text tokens.
 """
@@ -11,7 +11,7 @@ import torch
 from rewards.common.base import FrameReward
 from rewards.common.heads import LinearLayers
 from rewards.common.preprocess import preprocess
-from rewards.common.weights import filled, hub_file, load_state_dict, load_tokenizer, renamed
+from rewards.common.weights import build_from_state_dict, load_published, load_tokenizer, rename_keys
 from rewards.contract import at_least_float32
 
 REPOSITORY, FILE, TOKENIZER = "THUDM/ImageReward", "ImageReward.pt", "bert-base-uncased"
@@ -25,9 +25,10 @@ TEXT |= {"num_attention_heads": 12, "max_position_embeddings": 512, "encoder_hid
 
 
 class ImageRewardModel(torch.nn.Module):
-    """A vision transformer, a BERT that looks at its patches by cross-attention, and a head on the first token.
+    """A vision transformer, a BERT with cross-attention to its patches, and a head on the first token.
 
-    vision, text: settings of transformers' BlipVisionConfig and BlipTextConfig; None: the published ones.
+    vision and text are settings of transformers' BlipVisionConfig and BlipTextConfig; None: the
+    published ones.
     """
 
     def __init__(self, vision: dict | None = None, text: dict | None = None):
@@ -40,7 +41,7 @@ class ImageRewardModel(torch.nn.Module):
         self.head = LinearLayers(self.text.config.hidden_size)
 
     def forward(self, pixels_NCHW: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
-        """(N,) scores of normalised pixels and padded tokens; the head computes in its own, wider dtype."""
+        """Return scores (N,) of normalised pixels and padded tokens; the head computes in at least float32."""
         patches = self.vision(pixel_values=pixels_NCHW).last_hidden_state
         tokens = self.text(ids_NL, attention_mask=mask_NL, encoder_hidden_states=patches, is_decoder=False)
         raw_N = self.head(at_least_float32(tokens.last_hidden_state[:, 0])).squeeze(-1)
@@ -48,14 +49,15 @@ class ImageRewardModel(torch.nn.Module):
 
 
 class ImageReward(FrameReward):
-    """Mean score of the frames for their prompt: normalised to mean 0 and spread 1 on the authors' data, about -2 to 2.
+    """Mean score of frames for their prompt, about -2 to 2; mean 0 and spread 1 on the authors' data.
 
-    The prompt is cut after 35 tokens. Its tokens are cached but, unlike those of a CLIP, not its features: they depend
-    on the image from the first layer on.
+    The prompt is truncated to 35 tokens. Only its tokens are cached, since text features depend on
+    the image.
 
-    checkpoint  ImageReward.pt on disk (or as .safetensors), or an ImageRewardModel; None: from the hub, 1.8 GB
-    tokenizer   of BERT, uncased: hub id, folder, or a tokenizer
-    options     frames, num_frames, dtype, chunk, mean, std: as for FrameReward
+    checkpoint  path of ImageReward.pt (or .safetensors), or an ImageRewardModel; None: from the
+                hub, 1.8 GB
+    tokenizer   of uncased BERT: hub id, folder, or a tokenizer
+    options     settings of FrameReward
 
     Raises RewardError for weights that are missing, of another layout, or a pickled module.
     """
@@ -74,28 +76,28 @@ class ImageReward(FrameReward):
 
     @classmethod
     def random_init(cls, **options) -> "ImageReward":
-        """Full size with random weights, on torch's default device, without hub or disk; it reads no real words."""
+        """Build it at full size with random weights on torch's default device; the tokenizer knows no words."""
         from transformers import BertTokenizer
 
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         return cls(ImageRewardModel(), BertTokenizer(vocab={word: i for i, word in enumerate(words)}), **options)
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask, (N, L) int64 each, padded to 35."""
+        """Return token ids and attention mask, (N, L) int64 each, padded to 35."""
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
         return tokens.input_ids, tokens.attention_mask
 
     def score_frames(self, frames_NCHW: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
-        """(N,) scores of frames in [0, 1]."""
+        """Return scores (N,) of frames in [0, 1]."""
         return self.model(preprocess(frames_NCHW, self.size).to(self.dtype), ids_NL, mask_NL)
 
 
 def load_model(name: str, path: str | None) -> ImageRewardModel:
-    """The published model from its file. Raises RewardError."""
-    path = path or hub_file(name, REPOSITORY, FILE, "checkpoint")
-    return filled(name, path, ImageRewardModel, published_to_ours(load_state_dict(name, path)))
+    """Load the published model from its file. Raises RewardError."""
+    state = rename_published_keys(load_published(name, path, REPOSITORY, FILE))
+    return build_from_state_dict(name, path or FILE, ImageRewardModel, state)
 
 
 RENAMED = {
@@ -112,10 +114,10 @@ RENAMED = {
     ".norm1.": ".layer_norm1.",
     ".norm2.": ".layer_norm2.",
 }
-# Projections for BLIP's contrastive loss, and a count of positions: nothing here needs them.
+# Projections of BLIP's contrastive loss, and position indices.
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "position_ids")
 
 
-def published_to_ours(state: dict) -> dict:
-    """The entries of ImageReward.pt under the names of ImageRewardModel."""
-    return renamed(state, RENAMED, UNUSED)
+def rename_published_keys(state: dict) -> dict:
+    """Return the state dict of ImageReward.pt with the keys of ImageRewardModel."""
+    return rename_keys(state, RENAMED, UNUSED)

@@ -1,6 +1,7 @@
-"""How much moves: VBench's dynamic degree (arXiv 2311.17982) made soft, on the optical flow of RAFT (arXiv 2003.12039).
+"""Motion: a soft version of VBench's dynamic degree (arXiv 2311.17982) on RAFT's optical flow (arXiv 2003.12039).
 
-Shape legend: B batch, C channels, T frames, N frames that are scored, M pairs of frames, H height, W width.
+Shape legend: B batch, C channels, T frames, N frames that are scored, M pairs of frames, H height,
+W width.
 """
 
 import torch
@@ -12,22 +13,24 @@ from rewards.common.weights import Frozen, load_from_torch_hub, load_state_dict
 from rewards.contract import RewardError, at_least_float32
 
 URL = "https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth"
-FASTEST, THRESHOLD = 0.05, 6 / 256  # share of the pixels that count; movement between frames, of the shorter side
+FASTEST, THRESHOLD = 0.05, 6 / 256  # share of the pixels that count; movement per frame / shorter side
 
 
 class MotionDegree(Frozen):
-    """Share of the neighbouring frames between which something moves, softly: in (0, 1), near 0 for a still video.
+    """Soft share of adjacent frames with motion, in (0, 1); near 0 for a still video.
 
-    A pair of frames counts sigmoid((m - 6 min(H, W) / 256) / temperature): m is the mean length of the longest 5 % of
-    the flow, in pixels. VBench counts 1 where m is above the threshold, on frames an eighth of a second apart.
+    A pair of frames scores sigmoid((m - 6 min(H, W) / 256) / temperature), where m is the mean
+    length, in pixels, of the longest 5 % of the flow. VBench scores 1 if m is above the threshold,
+    on frames 1/8 s apart.
 
-    weights     torchvision's raft_large C_T_SKHT_V2 on disk; None: from torch's cache or torchvision's server, 20 MB
-    size        pixels of the shorter side in the flow model, a multiple of 8; the longer is rounded to one
-    temperature  pixels; a larger one gives videos that hardly move more gradient
-    num_flow_updates  of RAFT's recurrent unit
-    frames, num_frames  as for clip_score; the default needs `fps` in info
-    chunk       pairs in the model at once, to bound memory; the result stays the same
-    mean, std   the typical score, for mixing
+    weights            path of torchvision's raft_large C_T_SKHT_V2; None: torch's cache, or a
+                       download of 20 MB
+    size               shorter side for the flow model in pixels, a multiple of 8
+    temperature        pixels; a larger one gives nearly still videos more gradient
+    num_flow_updates   iterations of RAFT's recurrent unit
+    frames, num_frames as for ModelReward; the default needs `fps` in info
+    chunk              pairs of frames per forward pass; bounds memory, same scores
+    mean, std          typical score and its standard deviation, for mixing
     """
 
     name = "motion_degree"
@@ -48,7 +51,7 @@ class MotionDegree(Frozen):
         check_num_frames(self.name, frames, num_frames)
         check_positive(self.name, temperature=temperature, num_flow_updates=num_flow_updates, chunk=chunk)
         self.raft = weights if isinstance(weights, RAFT) else load_raft(self.name, weights)
-        least = 16 * 2 ** (self.raft.corr_block.num_levels - 1)  # or its coarsest correlation would be one number
+        least = 16 * 2 ** (self.raft.corr_block.num_levels - 1)  # the coarsest correlation needs more than one number
         if size < least or size % 8:
             cure = "choose such a size; 256 to 320 is usual"
             raise RewardError(self.name, got=f"size={size}", expected=f"a multiple of 8, at least {least}", cure=cure)
@@ -58,7 +61,7 @@ class MotionDegree(Frozen):
 
     @classmethod
     def random_init(cls, **settings) -> "MotionDegree":
-        """Full size with random weights, on torch's default device, without hub or disk."""
+        """Build it at full size with random weights on torch's default device."""
         return cls(raft_large(), **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
@@ -67,11 +70,11 @@ class MotionDegree(Frozen):
         frames_BNCHW = video_BCNHW.transpose(1, 2)
         before_MCHW, after_MCHW = frames_BNCHW[:, :-1].flatten(0, 1), frames_BNCHW[:, 1:].flatten(0, 1)
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            moving_M = in_chunks(self.moving, self.chunk, before_MCHW, after_MCHW)
-        return moving_M.unflatten(0, (video_BCTHW.shape[0], -1)).mean(1)
+            motion_M = in_chunks(self.motion, self.chunk, before_MCHW, after_MCHW)
+        return motion_M.unflatten(0, (video_BCTHW.shape[0], -1)).mean(1)
 
-    def moving(self, before_MCHW: torch.Tensor, after_MCHW: torch.Tensor) -> torch.Tensor:
-        """(M,) in (0, 1): whether something moves between two frames in [0, 1]."""
+    def motion(self, before_MCHW: torch.Tensor, after_MCHW: torch.Tensor) -> torch.Tensor:
+        """Return soft motion scores (M,) in (0, 1) of pairs of frames in [0, 1]."""
         before_MCHW, after_MCHW = (flow_pixels(frames, self.size) for frames in (before_MCHW, after_MCHW))
         flow_M2HW = optical_flow(self.raft, before_MCHW, after_MCHW, self.num_flow_updates)
         threshold = THRESHOLD * min(flow_M2HW.shape[-2:])
@@ -79,14 +82,14 @@ class MotionDegree(Frozen):
 
 
 def flow_pixels(frames_NCHW: torch.Tensor, size: int) -> torch.Tensor:
-    """RAFT's input, in [-1, 1]: the shorter side resized to `size`, the longer in proportion to a multiple of 8."""
+    """Return RAFT's input in [-1, 1]: shorter side `size`, longer side the nearest multiple of 8."""
     shorter = min(frames_NCHW.shape[-2:])
     height, width = (8 * round(side * size / shorter / 8) for side in frames_NCHW.shape[-2:])
     return 2 * resize(at_least_float32(frames_NCHW), height, width) - 1
 
 
 def longest_flow(flow_M2HW: torch.Tensor) -> torch.Tensor:
-    """(M,) mean length, in pixels, of the longest 5 % of the flow."""
+    """Return the mean length (M,), in pixels, of the longest 5 % of the flow."""
     length_ML = (flow_M2HW.square().sum(1) + 1e-12).sqrt().flatten(1)  # no gradient of sqrt at 0
     return length_ML.topk(max(1, int(FASTEST * length_ML.shape[1]))).values.mean(1)
 
@@ -94,10 +97,10 @@ def longest_flow(flow_M2HW: torch.Tensor) -> torch.Tensor:
 def optical_flow(
     model: RAFT, before_MCHW: torch.Tensor, after_MCHW: torch.Tensor, num_flow_updates: int
 ) -> torch.Tensor:
-    """(M, 2, H, W) in pixels: the last prediction of torchvision's RAFT.forward, with its whole gradient.
+    """Return the flow (M, 2, H, W) in pixels as RAFT.forward of torchvision, but with its full gradient.
 
-    RAFT is trained with each update's starting point detached, and torchvision detaches it always, so that its gradient
-    at the pixels is not that of its output.
+    torchvision detaches the start of each update, as in training. Its pixel gradient is therefore
+    not that of its output.
     """
     correlation, hidden_size = model.corr_block, model.update_block.hidden_state_size
     correlation.build_pyramid(*model.feature_encoder(torch.cat([before_MCHW, after_MCHW])).chunk(2))
@@ -109,12 +112,12 @@ def optical_flow(
         seen = correlation.index_pyramid(centroids_coords=place_M2hw)
         hidden, step_M2hw = model.update_block(hidden, context, seen, place_M2hw - start_M2hw)
         place_M2hw = place_M2hw + step_M2hw
-    correlation.corr_pyramid = []  # it would keep the graph
+    correlation.corr_pyramid = []  # else it keeps the graph
     return raft.upsample_flow(place_M2hw - start_M2hw, model.mask_predictor(hidden))
 
 
 def load_raft(name: str, path: str | None) -> RAFT:
-    """raft_large with the published weights, from `path` or torch's cache or server."""
+    """Load raft_large from `path`, torch's cache or torchvision's server. Raises RewardError."""
     model = raft_large()
     state = load_from_torch_hub(name, URL, "weights") if path is None else load_state_dict(name, path)
     try:

@@ -1,12 +1,12 @@
-"""MPS: multi-dimensional human preference for an image given its prompt (CVPR 2024, "Learning Multi-Dimensional Human
-Preference for Text-to-Image Generation").
+"""MPS: multi-dimensional human preference for an image given its prompt (CVPR 2024).
 
-Image patches of a CLIP ViT-H/14 look, by cross-attention, at those tokens of the prompt that touch on a fixed
-condition. Source: Kwai-Kolors/MPS, trainer/models/clip_model.py and cross_modeling.py. The cross-model is written here
-by hand, with its parameters under the published names but for those in `RENAMED`.
+Paper: "Learning Multi-Dimensional Human Preference for Text-to-Image Generation". Image patches of
+a CLIP ViT-H/14 attend to the prompt tokens that are related to a fixed condition. Source:
+Kwai-Kolors/MPS, trainer/models/clip_model.py and cross_modeling.py. The cross-model is
+reimplemented here; `RENAMED` maps the published keys.
 
-Shape legend: N frames of all videos that are scored, C channels, H height, W width, I image tokens, L text tokens,
-P width of the joint embedding, K attention heads, D width of one head.
+Shape legend: N frames of all videos that are scored, C channels, H height, W width, I image tokens,
+L text tokens, P width of the joint embedding, K attention heads, D width of one head.
 """
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rewards.common.base import FrameReward
 from rewards.common.clip_models import CLIP_H14, SIZES, learned_scale, openai_tokenizer, unit
 from rewards.common.preprocess import preprocess
-from rewards.common.weights import filled, hub_file, load_state_dict, load_tokenizer, renamed
+from rewards.common.weights import build_from_state_dict, load_published, load_tokenizer, rename_keys
 
 REPOSITORY, FILE = "RE-N-Y/mpsv1", "model.safetensors"
 CONDITION = (
@@ -26,10 +26,10 @@ CROSS = {"layers": 4, "width": 1024, "heads": 16, "head_width": 64}
 
 
 class MpsModel(torch.nn.Module):
-    """The CLIP and the cross-model on top of it.
+    """A CLIP with a cross-model on top.
 
-    clip, cross: settings of transformers' CLIPConfig, and of the cross-model (layers, width, heads, head_width); None:
-    the published ones.
+    clip   settings of transformers' CLIPConfig; None: the published ones
+    cross  settings of the cross-model (layers, width, heads, head_width); None: the published ones
     """
 
     def __init__(self, clip: dict | None = None, cross: dict | None = None):
@@ -43,12 +43,12 @@ class MpsModel(torch.nn.Module):
         self.cross_model.layers = torch.nn.ModuleList(CrossLayer(**cross) for _ in layers)
 
     def text_tokens(self, ids_NL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, L, P) projected tokens, padding included, and the (N, P) projected end of the text."""
-        out = self.model.text_model(input_ids=ids_NL)  # no attention mask: causal attention over the padding too
+        """Return projected tokens (N, L, P), with padding, and the projected end-of-text token (N, P)."""
+        out = self.model.text_model(input_ids=ids_NL)  # no attention mask, as published
         return self.model.text_projection(out.last_hidden_state), self.model.text_projection(out.pooler_output)
 
     def forward(self, pixels_NCHW: torch.Tensor, text_NLP: torch.Tensor, keep_NL: torch.Tensor) -> torch.Tensor:
-        """(N, P): the image's class token after it and the patches have looked at the tokens to keep."""
+        """Return the class token (N, P) of each image after cross-attention to the kept tokens."""
         tokens = self.model.vision_model(pixel_values=pixels_NCHW).last_hidden_state  # without the final layer norm
         x_NIP = self.model.visual_projection(tokens)
         for layer in self.cross_model.layers:
@@ -57,17 +57,19 @@ class MpsModel(torch.nn.Module):
 
 
 class Mps(FrameReward):
-    """Mean over frames of exp(logit_scale) * cosine of the image, as read with the prompt in view, and the prompt.
+    """Mean over frames of exp(logit_scale) * cosine of prompt and image, which attends to the prompt.
 
-    A token i of the prompt is kept where s_i > mask_threshold: s_i is its largest product with a token of the
-    condition, divided by the largest s of that prompt. The published code divides by the largest of the whole batch,
-    which makes a score depend on its neighbours; with one prompt at a time, as its authors score, both are the same.
+    Token i of a prompt is kept if s_i > mask_threshold: s_i is its largest product with a token of
+    the condition, divided by the largest s of the prompt. The published code divides by the largest
+    s of the batch, which makes scores depend on batch neighbours. For single prompts, as the
+    authors score, both agree.
 
-    checkpoint      MPS_overall.pth or model.safetensors of RE-N-Y/mpsv1, on disk, or an MpsModel; None: the latter from
-                    the hub, 4.4 GB. The authors' own download is a pickled module, and refused
+    checkpoint      path of model.safetensors of RE-N-Y/mpsv1 or of MPS_overall.pth, or an MpsModel;
+                    None: the former from the hub, 4.4 GB. The authors' own download is a pickled
+                    module, which is refused
     tokenizer       of the CLIP: hub id, folder, or a tokenizer
-    mask_threshold  .01 as the model was trained and in its README; the authors' evaluation scripts use .3
-    options         frames, num_frames, dtype, chunk, mean, std: as for FrameReward
+    mask_threshold  .01 as in training and README; the authors' evaluation scripts use .3
+    options         settings of FrameReward
 
     Raises RewardError for weights that are missing, of another layout, or a pickled module.
     """
@@ -75,11 +77,7 @@ class Mps(FrameReward):
     name = "mps"
 
     def __init__(
-        self,
-        checkpoint: str | MpsModel | None = None,
-        tokenizer=CLIP_H14,
-        mask_threshold: float = 0.01,
-        **options,
+        self, checkpoint: str | MpsModel | None = None, tokenizer=CLIP_H14, mask_threshold: float = 0.01, **options
     ):
         super().__init__(**options)
         self.tokenizer = load_tokenizer(self.name, tokenizer)
@@ -93,11 +91,11 @@ class Mps(FrameReward):
 
     @classmethod
     def random_init(cls, **options) -> "Mps":
-        """Full size with random weights, on torch's default device, without hub or disk."""
+        """Build it at full size with random weights on torch's default device."""
         return cls(MpsModel(), openai_tokenizer, **options)
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens (N, L, P), which of them to keep (N, L), and the prompt's unit embedding (N, P)."""
+        """Return tokens (N, L, P), a mask of kept tokens (N, L) and unit prompt embeddings (N, P)."""
         length = self.mps.model.config.text_config.max_position_embeddings
         texts = [CONDITION, *prompts]
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -108,13 +106,13 @@ class Mps(FrameReward):
     def score_frames(
         self, frames_NCHW: torch.Tensor, text_NLP: torch.Tensor, keep_NL: torch.Tensor, end_NP: torch.Tensor
     ) -> torch.Tensor:
-        """(N,) scores of frames in [0, 1], with what `encode_text` gave."""
+        """Return scores (N,) of frames in [0, 1], given the tensors of `encode_text`."""
         image_NP = self.mps(preprocess(frames_NCHW, self.size).to(self.dtype), text_NLP, keep_NL)
         return self.scale.to(end_NP.device) * (unit(image_NP) * end_NP).sum(-1)
 
 
 def tokens_to_keep(text_NLP: torch.Tensor, condition_LP: torch.Tensor, threshold: float) -> torch.Tensor:
-    """(N, L) bool: tokens whose largest product with the condition exceeds `threshold` of their prompt's largest."""
+    """Return a mask (N, L): largest product with the condition above `threshold` of the prompt's maximum."""
     s_NL = (text_NLP @ condition_LP.T).amax(-1)
     return s_NL / s_NL.amax(1, keepdim=True) > threshold
 
@@ -123,7 +121,7 @@ def tokens_to_keep(text_NLP: torch.Tensor, condition_LP: torch.Tensor, threshold
 
 
 class CrossLayer(torch.nn.Module):
-    """Image tokens look at text tokens, then at each other; residual each."""
+    """Cross-attention of image to text tokens, then self-attention; both residual."""
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
@@ -136,7 +134,7 @@ class CrossLayer(torch.nn.Module):
 
 
 class CrossAttention(torch.nn.Module):
-    """Attention of many query heads to one head of keys and values, beside a gated feed-forward."""
+    """Multi-query cross-attention, in parallel with a gated feed-forward."""
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
@@ -157,7 +155,7 @@ class CrossAttention(torch.nn.Module):
 
 
 class ParallelBlock(torch.nn.Module):
-    """Self-attention with rotary positions beside a gated feed-forward, from one projection (GPT-J's layout)."""
+    """Rotary self-attention in parallel with a gated feed-forward, from one projection (as in GPT-J)."""
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
@@ -174,7 +172,7 @@ class ParallelBlock(torch.nn.Module):
 
 
 class SwiGlu(torch.nn.Module):
-    """The first half times SiLU of the second."""
+    """The activation a * SiLU(b) of two halves a, b."""
 
     def forward(self, x):
         x, gate = x.chunk(2, dim=-1)
@@ -184,7 +182,7 @@ class SwiGlu(torch.nn.Module):
 def attend(
     q_NIKD: torch.Tensor, k_NLD: torch.Tensor, v_NLD: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(N, I, K * D): every head of queries attends to the same keys and values."""
+    """Return multi-query attention (N, I, K * D): all heads share keys and values."""
     heads = q_NIKD.shape[2]
     k_NKLD, v_NKLD = (x[:, None].expand(-1, heads, -1, -1) for x in (k_NLD, v_NLD))
     out_NKID = F.scaled_dot_product_attention(q_NIKD.transpose(1, 2), k_NKLD, v_NKLD, attn_mask=keep)
@@ -192,7 +190,7 @@ def attend(
 
 
 def rotate(x_NIKD: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (arXiv 2104.09864): place i turns the pair (d, d + D/2) by i * 10000^(-2d / D)."""
+    """Apply rotary positions (arXiv 2104.09864): position i rotates (d, d + D/2) by i * 10000^(-2d / D)."""
     length, half = x_NIKD.shape[1], x_NIKD.shape[3] // 2
     exact = torch.promote_types(x_NIKD.dtype, torch.float32)
     place, pair = (torch.arange(n, dtype=exact, device=x_NIKD.device) for n in (length, half))
@@ -206,17 +204,17 @@ def rotate(x_NIKD: torch.Tensor) -> torch.Tensor:
 
 
 def load_model(name: str, path: str | None) -> MpsModel:
-    """The published model from either of its files. Raises RewardError."""
-    path = path or hub_file(name, REPOSITORY, FILE, "checkpoint")
-    instead = f"use {FILE} of {REPOSITORY}, or MPS_overall.pth, the state dict of the same weights"
-    return filled(name, path, MpsModel, published_to_ours(load_state_dict(name, path, instead)))
+    """Load the published model from either of its files. Raises RewardError."""
+    cure = f"use {FILE} of {REPOSITORY}, or MPS_overall.pth, the state dict of the same weights"
+    state = rename_published_keys(load_published(name, path, REPOSITORY, FILE, cure))
+    return build_from_state_dict(name, path or FILE, MpsModel, state)
 
 
-# RE-N-Y/mpsv1 puts "mps." before every key. Positions and rotary frequencies are made anew.
+# RE-N-Y/mpsv1 prefixes every key with "mps.". Positions and rotary frequencies are computed here.
 RENAMED = {"mps.": "", ".0.fn.": ".cross.", ".1.fn.": ".block."}
 UNUSED = ("position_ids", "inv_freq")
 
 
-def published_to_ours(state: dict) -> dict:
-    """The entries of either published file under the names of MpsModel."""
-    return renamed(state, RENAMED, UNUSED)
+def rename_published_keys(state: dict) -> dict:
+    """Return the state dict of either published file with the keys of MpsModel."""
+    return rename_keys(state, RENAMED, UNUSED)

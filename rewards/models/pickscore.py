@@ -1,6 +1,6 @@
-"""PickScore: which of two pictures of one prompt people would pick (arXiv 2305.01569).
+"""PickScore: human choice between two images of one prompt (arXiv 2305.01569).
 
-A CLIP ViT-H/14 fine-tuned on the choices of Pick-a-Pic. Source: yuvalkirstain/PickScore, README.md.
+A CLIP ViT-H/14 fine-tuned on Pick-a-Pic. Source: yuvalkirstain/PickScore, README.md.
 """
 
 import torch
@@ -12,10 +12,11 @@ from rewards.models.clip import ClipScore
 class PickScore(ClipScore):
     """Mean over frames of exp(logit_scale) * cosine of frame and prompt; about 18 to 24.
 
-    A difference d between two pictures of one prompt is a log-odds: the first is picked with probability sigmoid(d).
+    A score difference d of two images is a log-odds: the first is picked with probability
+    sigmoid(d).
 
     model    the published CLIPModel with its tokenizer: hub id, folder, or a Clip
-    options  as for ClipScore
+    options  settings of ClipScore
 
     Raises RewardError for weights that are missing or incomplete.
     """
@@ -27,9 +28,9 @@ class PickScore(ClipScore):
 
     @classmethod
     def random_init(cls, **options) -> "PickScore":
-        """Full size with random weights, on torch's default device, without hub or disk."""
+        """Build it at full size with random weights on torch's default device."""
         return cls(random_clip(CLIP_H14), **options)
 
     def score_frames(self, frames_NCHW: torch.Tensor, text_NP: torch.Tensor) -> torch.Tensor:
-        """(N,) scaled cosines, of frames in [0, 1]."""
+        """Return scaled cosines (N,) of frames in [0, 1]."""
         return self.clip.scale * super().score_frames(frames_NCHW, text_NP)

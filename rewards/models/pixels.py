@@ -1,7 +1,7 @@
-"""Rewards without weights, computed from the pixels alone.
+"""Rewards without weights, computed from pixels.
 
-Each but `frame_difference` is highest for a video that stands still (or, `jpeg_size`, that shows nothing): train on
-them only together with a reward for motion or content, and watch the motion.
+All but `frame_difference` are highest for a still video, and `jpeg_size` for an empty one. Combine
+them with a reward for motion or content.
 
 Shape legend: B batch, C channels, T frames, H height, W width.
 """
@@ -16,11 +16,11 @@ from rewards.contract import at_least_float32
 
 
 class PixelReward:
-    """What they share.
+    """Base class of rewards without weights.
 
-    frames      what must be decoded: "all", "first" or a number of leading frames
-    num_frames  which of these are scored, as for clip_score
-    mean, std   typical score, for mixing
+    frames      frames to decode: "all", "first" or a number of leading frames
+    num_frames  decoded frames to score, as for ModelReward
+    mean, std   typical score and its standard deviation, for mixing
     """
 
     name: str
@@ -39,17 +39,17 @@ class PixelReward:
         return self.score(at_least_float32(pick_frames(self, video_BCTHW, info)))
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """(B,) scores of the frames that were picked."""
+        """Return scores (B,) of the selected frames."""
         raise NotImplementedError
 
     def mean_difference(self, video_BCTHW: torch.Tensor, order: int) -> torch.Tensor:
-        """(B,) mean absolute difference of the given order between successive frames, in [0, 2^(order - 1)]."""
+        """Return the mean absolute difference (B,) of this order over time, in [0, 2^(order - 1)]."""
         require_frames(self.name, video_BCTHW.shape[2], order + 1)
         return video_BCTHW.diff(n=order, dim=2).abs().mean(dim=(1, 2, 3, 4))
 
 
 class FrameDifference(PixelReward):
-    """Motion: mean |x[t+1] - x[t]|, in [0, 1]; 0 stands still. Flicker and noise count as motion too."""
+    """Motion: mean |x[t+1] - x[t]|, in [0, 1]; 0 for a still video. Flicker and noise count as motion."""
 
     name = "frame_difference"
 
@@ -58,10 +58,7 @@ class FrameDifference(PixelReward):
 
 
 class Flicker(PixelReward):
-    """Steadiness: 1 - mean |x[t+1] - x[t]|, in [0, 1]; VBench's temporal flickering, which is (255 - mean) / 255.
-
-    It rewards standing still: 1 is a frozen video.
-    """
+    """VBench's temporal flickering: 1 - mean |x[t+1] - x[t]|, in [0, 1]; 1 for a still video."""
 
     name = "flicker"
 
@@ -70,10 +67,7 @@ class Flicker(PixelReward):
 
 
 class Smoothness(PixelReward):
-    """Even change: 1 - mean |x[t+2] - 2 x[t+1] + x[t]| / 2, in [0, 1].
-
-    It rewards standing still (1 is a frozen video), but leaves a steady fade alone.
-    """
+    """Smoothness: 1 - mean |x[t+2] - 2 x[t+1] + x[t]| / 2, in [0, 1]; 1 for a still video or a steady fade."""
 
     name = "smoothness"
 
@@ -82,40 +76,39 @@ class Smoothness(PixelReward):
 
 
 class JpegSize(PixelReward):
-    """Compressibility: -mean log(1 + |DCT / Q|) of the brightness in 8x8 blocks, in [-5, 0]; 0 is one plain colour.
+    """Compressibility: -mean log(1 + |DCT / Q|) of the luma in 8x8 blocks, in [-5, 0]; 0 for one plain colour.
 
-    A stand-in for the negative size as JPEG of quality 50. Q is the standard's table for brightness (ITU-T T.81, K.1).
-    The sum over the coefficients is divided by their number, so that pictures of any size compare. The mean of a block
-    is left out: JPEG codes its change between blocks, and with it the reward would pull towards grey. It rewards
-    pictures without detail, and each frame by itself, so a frozen video is as good as any.
+    A proxy for the negative file size as JPEG of quality 50. Q is the luma table of the standard
+    (ITU-T T.81, K.1). The mean over coefficients makes image sizes comparable. The DC coefficient
+    is left out, since it would favour grey; JPEG encodes only its change between blocks.
     """
 
     name = "jpeg_size"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        blocks = _blocks(_brightness(video_BCTHW))
+        blocks = _blocks(_luma(video_BCTHW))
         dct, table = _dct_matrix().to(blocks), torch.tensor(_QUANTISATION).to(blocks)
         coefficients = (dct @ blocks @ dct.T / table).flatten(-2)[..., 1:]
         return -coefficients.abs().log1p().flatten(1).mean(1)
 
 
-def _brightness(video_BCTHW: torch.Tensor) -> torch.Tensor:
-    """(B, T, H, W) in [0, 255]; JPEG's Y."""
+def _luma(video_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Return JPEG's Y (B, T, H, W) in [0, 255]."""
     red, green, blue = video_BCTHW.unbind(1)
     return 255 * (0.299 * red + 0.587 * green + 0.114 * blue)
 
 
 def _blocks(x_BTHW: torch.Tensor) -> torch.Tensor:
-    """(B, T, rows, columns, 8, 8), the border repeated up to a multiple of 8."""
+    """Return blocks (B, T, rows, columns, 8, 8); borders are replicated to a multiple of 8."""
     height, width = x_BTHW.shape[-2:]
     x_BTHW = F.pad(x_BTHW, (0, -width % 8, 0, -height % 8), mode="replicate")
     return x_BTHW.unfold(2, 8, 8).unfold(3, 8, 8)
 
 
 def _dct_matrix() -> torch.Tensor:
-    """(8, 8) orthonormal DCT-II."""
-    frequency, place = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-    matrix = torch.cos(math.pi / 8 * (place + 0.5) * frequency) / 2
+    """Return the orthonormal DCT-II matrix (8, 8)."""
+    frequency, position = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    matrix = torch.cos(math.pi / 8 * (position + 0.5) * frequency) / 2
     matrix[0] /= math.sqrt(2)
     return matrix
 

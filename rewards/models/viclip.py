@@ -1,20 +1,21 @@
-"""ViCLIP: how well a video fits its prompt, by a CLIP over eight frames at once (arXiv 2307.06942).
+"""ViCLIP: similarity of video and prompt by a CLIP over eight frames (arXiv 2307.06942).
 
-Source: OpenGVLab/InternVideo, Data/InternVid/viclip and InternVideo1/Pretrain/ViCLIP; Apache-2.0. The blocks and the
-whole text tower are open_clip's; by hand is what ViCLIP adds, attention over all patches of all frames.
+Source: OpenGVLab/InternVideo, Data/InternVid/viclip and InternVideo1/Pretrain/ViCLIP; Apache-2.0.
+Text tower and blocks are those of open_clip; attention over the patches of all frames is
+implemented here.
 
-Shape legend: B batch, C channels, T frames, N the eight frames that are scored, H height, W width, L tokens, D width of
-the vision tower, P width of the joint embedding.
+Shape legend: B batch, C channels, T frames, N the eight frames that are scored, H height, W width,
+L tokens, D width of the vision tower, P width of the joint embedding.
 """
 
 import torch
 
-from rewards.common.base import encoded_once
+from rewards.common.base import FrozenReward, encode_with_cache
 from rewards.common.checkpointing import recompute_in_backward
 from rewards.common.clip_models import unit
-from rewards.common.frames import check_positive, in_chunks
+from rewards.common.frames import in_chunks
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
-from rewards.common.weights import Frozen, filled, hub_file, load_state_dict, torch_dtype
+from rewards.common.weights import build_from_state_dict, load_published
 from rewards.contract import RewardError
 
 REPOSITORY, FILE = "OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth"
@@ -24,27 +25,26 @@ SIZES = {  # of the published file, ViCLIP-L/14
 }
 HEAD_WIDTH = 64  # of every head, in both towers and in all published sizes
 
-# What published users do before the model; they disagree, and the scores differ.
+# Published pipelines, whose scores differ.
 PREPROCESSING = {
-    # The model's own training and evaluation, dataset/__init__.py: squashed to the square, ImageNet's mean.
+    # Training and evaluation of the model, dataset/__init__.py.
     "internvideo": {"fit": "squash", "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-    # VBench's overall_consistency, utils.py clip_transform: shorter side, centre crop, CLIP's mean.
+    # VBench's overall_consistency, utils.py clip_transform.
     "vbench": {"fit": "shortest", "mean": CLIP_MEAN, "std": CLIP_STD},
 }
 
 
-class ViClip(Frozen):
-    """Cosine between video and prompt, in [-1, 1].
+class ViClip(FrozenReward):
+    """Cosine of video and prompt, in [-1, 1].
 
-    Eight frames are scored, the middle ones of eight equal parts of the video; a shorter video repeats its last frame.
-    Frames are resized with antialiasing, as the published code does for images; for tensors it leaves that out.
+    Scores the middle frames of eight equal parts of the video; a shorter video repeats its last
+    frame. Frames are resized with antialiasing, as the published code does for images but not for
+    tensors.
 
-    checkpoint     the published file on disk (weights under "model", or plain); None: from the hub
-    preprocessing  "internvideo", as the model was trained: whole frames, ImageNet's mean and std; or "vbench", as
-                   VBench scores overall consistency: centre crop, CLIP's mean and std
-    dtype          of the model; scores are float32 in any case
-    chunk          videos in the model at once, to bound memory; the result stays the same
-    mean, std      the typical score, for mixing
+    checkpoint     path of the published file (weights under "model", or plain); None: from the hub
+    preprocessing  "internvideo" (as in training: whole frames, ImageNet's mean and std) or "vbench"
+                   (as in its overall consistency: centre crop, CLIP's mean and std)
+    options        settings of FrozenReward; chunk counts videos
 
     Raises RewardError for weights that are missing, of another layout, or a pickled module.
     """
@@ -55,33 +55,31 @@ class ViClip(Frozen):
         self,
         checkpoint: "str | ViClipModel | None" = None,
         preprocessing: str = "internvideo",
-        dtype: str = "float32",
-        chunk: int | None = None,
-        mean: float | None = None,
-        std: float | None = None,
+        **options,
     ):
-        super().__init__()
-        check_positive(self.name, chunk=chunk)
+        super().__init__(**options)
         if preprocessing not in PREPROCESSING:
-            expected = f"one of {', '.join(PREPROCESSING)}"
-            raise RewardError(
-                self.name, got=f"preprocessing={preprocessing!r}", expected=expected, cure="correct preprocessing"
-            )
+            got, expected = f"preprocessing={preprocessing!r}", f"one of {', '.join(PREPROCESSING)}"
+            raise RewardError(self.name, got=got, expected=expected, cure="correct preprocessing")
         made = isinstance(checkpoint, ViClipModel)
-        self.model = (checkpoint if made else self._load(checkpoint)).to(torch_dtype(self.name, dtype))
-        self.preprocessing, self.chunk, self.mean, self.std = preprocessing, chunk, mean, std
+        self.model = (checkpoint if made else self._load(checkpoint)).to(self.dtype)
+        self.preprocessing = preprocessing
         self._texts: dict[str, tuple[torch.Tensor, ...]] = {}
         recompute_in_backward(self.model.vision_encoder.transformer.resblocks)
         self.freeze()
 
     def _load(self, checkpoint: str | None) -> "ViClipModel":
-        state = load_state_dict(self.name, checkpoint or hub_file(self.name, REPOSITORY, FILE, "checkpoint"))
-        state = {key: tensor for key, tensor in state.get("model", state).items() if key != "temp"}  # of the training
-        return filled(self.name, checkpoint or FILE, lambda: ViClipModel(sizes_in(self.name, state)), state)
+        state = load_published(self.name, checkpoint, REPOSITORY, FILE)
+        state = {
+            key: tensor for key, tensor in state.get("model", state).items() if key != "temp"
+        }  # used in training only
+        return build_from_state_dict(
+            self.name, checkpoint or FILE, lambda: ViClipModel(sizes_in(self.name, state)), state
+        )
 
     @classmethod
     def random_init(cls, **settings) -> "ViClip":
-        """Full size with random weights, on torch's default device, without hub or disk."""
+        """Build it at full size with random weights on torch's default device."""
         return cls(ViClipModel(SIZES), **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
@@ -98,8 +96,8 @@ class ViClip(Frozen):
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> torch.Tensor:
-        """(B, P) unit embeddings, on the CPU; each prompt is embedded once."""
-        (embeds_BP,) = encoded_once(self._texts, prompts, self._embed_text)
+        """Return unit embeddings (B, P) on the CPU from a cache."""
+        (embeds_BP,) = encode_with_cache(self._texts, prompts, self._embed_text)
         return embeds_BP
 
     def _embed_text(self, prompts: list[str]) -> tuple[torch.Tensor]:
@@ -111,7 +109,7 @@ class ViClip(Frozen):
 
 
 class ViClipModel(torch.nn.Module):
-    """Both towers, under their published names. sizes: as `SIZES`."""
+    """Both towers with the published keys; sizes as in `SIZES`."""
 
     def __init__(self, sizes: dict):
         super().__init__()
@@ -123,7 +121,7 @@ class ViClipModel(torch.nn.Module):
 
 
 class VideoTransformer(torch.nn.Module):
-    """CLIP's vision transformer over the patches of all frames and one class token."""
+    """A CLIP vision transformer over the patches of all frames and one class token."""
 
     def __init__(self, patch: int, resolution: int, frames: int, width: int, layers: int, output: int):
         super().__init__()
@@ -143,7 +141,7 @@ class VideoTransformer(torch.nn.Module):
         self.proj = torch.nn.Parameter(scale * torch.randn(width, output))
 
     def forward(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
-        """(B, P) of normalised frames. The class token has a place in the frame, but none in time."""
+        """Return embeddings (B, P) of normalised frames; the class token has no temporal position."""
         patches_BNLD = self.conv1(video_BCNHW).flatten(3).permute(0, 2, 3, 1)
         patches_BNLD = patches_BNLD + self.positional_embedding[1:] + self.temporal_positional_embedding[:, :, None]
         class_D = self.class_embedding + self.positional_embedding[0]
@@ -155,9 +153,10 @@ class VideoTransformer(torch.nn.Module):
 
 
 def middle_frames(count: int, total: int) -> list[int]:
-    """The middle frame of each of `count` equal parts; of fewer frames each, and the last one again.
+    """Return the middle frame of each of `count` equal parts; fewer frames are padded with the last.
 
-    Source: get_frame_indices of InternVideo's video_utils.py and of VBench's utils.py, sample="middle".
+    Source: get_frame_indices of InternVideo's video_utils.py and of VBench's utils.py,
+    sample="middle".
     """
     parts = min(count, total)
     edges = [int(i * (total / parts)) for i in range(parts)] + [total]
@@ -166,7 +165,7 @@ def middle_frames(count: int, total: int) -> list[int]:
 
 
 def sizes_in(name: str, state: dict[str, torch.Tensor]) -> dict:
-    """`SIZES` of a checkpoint, read from its shapes."""
+    """Return `SIZES` of a checkpoint from its shapes. Raises RewardError for another layout."""
     vision, text = "vision_encoder.", "text_encoder."
     try:
         width, _, _, _, patch = state[f"{vision}conv1.weight"].shape
@@ -178,20 +177,9 @@ def sizes_in(name: str, state: dict[str, torch.Tensor]) -> dict:
         expected = "vision_encoder.* and text_encoder.* of ViCLIP"
         raise RewardError(name, got=f"no {error}", expected=expected, cure=f"use {FILE} of {REPOSITORY}") from error
     layers = [len({key.split(".")[3] for key in state if key.startswith(f"{x}transformer.")}) for x in (vision, text)]
+    vision_sizes = (patch, side * patch, frames, width, layers[0], output)
+    text_sizes = (context, vocabulary, text_width, layers[1], text_output)
     return {
-        "vision": {
-            "patch": patch,
-            "resolution": side * patch,
-            "frames": frames,
-            "width": width,
-            "layers": layers[0],
-            "output": output,
-        },
-        "text": {
-            "context_length": context,
-            "vocab_size": vocabulary,
-            "width": text_width,
-            "layers": layers[1],
-            "output_dim": text_output,
-        },
+        "vision": dict(zip(SIZES["vision"], vision_sizes, strict=True)),
+        "text": dict(zip(SIZES["text"], text_sizes, strict=True)),
     }

@@ -3,7 +3,7 @@
 import pytest
 
 from rewards import RewardError
-from rewards.common.dimensions import dimension_weights
+from rewards.common.heads import dimension_weights
 
 KNOWN = ("quality", "motion", "text")
 

@@ -11,7 +11,7 @@ from tiny_judges import SIZE, clip, open_clip_of
 
 from rewards import RewardError, load_reward
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD, preprocess, resize_longer_and_pad
-from rewards.models.hps import HpsV2, HpsV21, untrained
+from rewards.models.hps import HpsV2, HpsV21, random_open_clip
 
 
 def make(kind=HpsV21, **options):
@@ -83,7 +83,7 @@ def test_the_published_file_is_read(published):
 
 def test_the_size_and_normalisation_are_those_of_the_architecture():
     with torch.device("meta"):
-        config = untrained("ViT-H-14").visual.preprocess_cfg
+        config = random_open_clip("ViT-H-14").visual.preprocess_cfg
     assert config["size"] == 224
     assert (tuple(config["mean"]), tuple(config["std"])) == (CLIP_MEAN, CLIP_STD)
 

@@ -12,7 +12,7 @@ from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTen
 from rewards import RewardError, load_reward
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD
 from rewards.models import image_reward
-from rewards.models.image_reward import RENAMED, ImageReward, published_to_ours
+from rewards.models.image_reward import RENAMED, ImageReward, rename_published_keys
 
 
 def make(**options):
@@ -146,7 +146,7 @@ def test_a_pickled_module_and_another_layout_are_refused(tiny, tmp_path):
     assert "run code from the file" in message
     torch.save(published() | {"mlp.layers.9.weight": torch.zeros(1)}, tmp_path / "other.pt")
     assert "head.9.weight: no such key" in said(checkpoint=str(tmp_path / "other.pt"), tokenizer=bert_tokenizer())
-    assert published_to_ours(published()).keys() == image_reward_model().state_dict().keys()
+    assert rename_published_keys(published()).keys() == image_reward_model().state_dict().keys()
 
 
 def test_missing_weights_are_named(monkeypatch):

@@ -53,7 +53,7 @@ def test_heads(name, prefix, build):
 
 
 def test_hps_has_the_686_keys():
-    assert ours(hps.untrained) == published_layout("hps")
+    assert ours(hps.random_open_clip) == published_layout("hps")
     assert len(published_layout("hps")) == 686
 
 
@@ -67,17 +67,17 @@ def test_clips_of_transformers(name, model):
 
 def test_image_reward_under_its_new_names():
     published = published_layout("image_reward")
-    assert ours(image_reward.ImageRewardModel) == image_reward.published_to_ours(published)
+    assert ours(image_reward.ImageRewardModel) == image_reward.rename_published_keys(published)
     unused = {key for key in published if any(part in key for part in image_reward.UNUSED)}
     assert len(unused) == 5
-    assert len(image_reward.published_to_ours(published)) == len(published) - len(unused)  # no two keys became one
+    assert len(image_reward.rename_published_keys(published)) == len(published) - len(unused)  # no two keys became one
 
 
 @pytest.mark.parametrize("prefix", ["", "mps."], ids=["MPS_overall.pth", "mpsv1"])
 def test_mps_under_its_new_names(prefix):
     published = {prefix + key: shape for key, shape in published_layout("mps").items()}
-    assert ours(mps.MpsModel) == mps.published_to_ours(published)
-    assert len(mps.published_to_ours(published)) == len(published) - 4  # four layers of rotary frequencies
+    assert ours(mps.MpsModel) == mps.rename_published_keys(published)
+    assert len(mps.rename_published_keys(published)) == len(published) - 4  # four layers of rotary frequencies
 
 
 def test_the_cross_model_of_mps_has_about_118_million_parameters():

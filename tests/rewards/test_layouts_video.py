@@ -5,8 +5,8 @@ import torch
 from layouts import layout_of, published_layout
 from transformers import Idefics2Config, Qwen2VLConfig, Qwen2VLModel
 
-from rewards.common.qwen_vl import backbone_and_head, merge_lora
-from rewards.common.weights import filled, shapes
+from rewards.common.qwen_vl import merge_lora, split_backbone_and_head
+from rewards.common.weights import build_from_state_dict, shapes
 from rewards.models import hps_v3, viclip, video_align, video_score, vjepa2
 
 
@@ -26,22 +26,24 @@ def test_video_align_loads_the_published_layout():
     assert f"{sum(tensor.numel() for tensor in published.values()) * 2 / 1e9:.2f} GB" == "5.03 GB"  # as the file
     merged = merge_lora(published, 128, torch.bfloat16)
     assert len(published) - len(merged) == 28 * 7 * 2
-    backbone, head = backbone_and_head(merged, torch.bfloat16)
+    backbone, head = split_backbone_and_head(merged, torch.bfloat16)
     reward = video_align.VideoAlign.random_init()
     assert shapes(backbone) == layout_of(reward.vlm.model)
     assert shapes(head) == layout_of(reward.vlm.head)
-    filled("video_align", "published", lambda: Qwen2VLModel(Qwen2VLConfig(**video_align.SIZES)), backbone)
+    build_from_state_dict(
+        "video_align", "published", lambda: Qwen2VLModel(Qwen2VLConfig(**video_align.SIZES)), backbone
+    )
 
 
 def test_hps_v3_loads_the_published_layout():
     published = published_state("mizzenai_hpsv3")
     assert f"{sum(tensor.numel() for tensor in published.values()) * 2 / 1e9:.1f} GB" == "16.6 GB"
-    backbone, head = backbone_and_head(published, torch.bfloat16)
+    backbone, head = split_backbone_and_head(published, torch.bfloat16)
     reward = hps_v3.HpsV3.random_init()
     assert shapes(backbone) == layout_of(reward.vlm.model)
     assert shapes(head) == layout_of(reward.vlm.head)
     assert {parameter.dtype for parameter in reward.vlm.head.parameters()} == {torch.float32}
-    filled("hps_v3", "published", lambda: Qwen2VLModel(Qwen2VLConfig(**hps_v3.SIZES)), backbone)
+    build_from_state_dict("hps_v3", "published", lambda: Qwen2VLModel(Qwen2VLConfig(**hps_v3.SIZES)), backbone)
 
 
 def test_video_score_has_the_published_layout():

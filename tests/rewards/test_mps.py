@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil
 
 from rewards import RewardError, load_reward
 from rewards.models import mps
-from rewards.models.mps import CONDITION, Mps, published_to_ours, rotate, tokens_to_keep
+from rewards.models.mps import CONDITION, Mps, rename_published_keys, rotate, tokens_to_keep
 
 CLIP_HEADS = 4
 
@@ -181,7 +181,7 @@ def test_another_layout_is_refused(tiny, tmp_path):
     del state["model.visual_projection.weight"]
     torch.save(state, tmp_path / "partial.pth")
     assert "model.visual_projection.weight is missing" in refusal(tmp_path / "partial.pth")
-    assert published_to_ours(state).keys() < mps_model().state_dict().keys()
+    assert rename_published_keys(state).keys() < mps_model().state_dict().keys()
 
 
 def test_missing_weights_are_named(monkeypatch):

@@ -16,12 +16,12 @@ from rewards.common.qwen_vl import (
     AFTER,
     BEFORE,
     QwenVl,
+    current_key_name,
     load_qwen_vl,
     merge_lora,
     patchify,
     stand_in_encoder,
     target_size,
-    today,
 )
 
 BUDGETS = [(128 * 784, 448 * 448), (256 * 784, 256 * 784)]  # VideoAlign's and HPSv3's pixels
@@ -81,7 +81,7 @@ def test_a_normalised_single_frame_is_seen_twice(vlm, monkeypatch):
     monkeypatch.setattr(vlm.model.visual, "forward", lambda x, grid_thw: seen.append(x) or 1 / 0)
     frame = make_video(1, 56, 56, batch=1)
     with pytest.raises(ZeroDivisionError):
-        vlm.see(frame)
+        vlm.visual_tokens(frame)
     patches = seen[0].unflatten(1, (3, 2, 14, 14))
     assert torch.equal(patches[:, :, 0], patches[:, :, 1])
     red = patches[:, 0].mean() * CLIP_STD[0] + 0.48145466
@@ -101,7 +101,7 @@ def test_hidden_states_at_the_reward_tokens(vlm, published):
     ids_NL, where_NR = vlm.tokens("test", [TEXT])
     before, after = tokenizer(BEFORE, return_tensors="pt"), tokenizer(AFTER.format(text=TEXT), return_tensors="pt")
     embed = model.get_input_embeddings()
-    embeds = torch.cat([embed(before.input_ids), vlm.see(video), embed(after.input_ids)], 1)
+    embeds = torch.cat([embed(before.input_ids), vlm.visual_tokens(video), embed(after.input_ids)], 1)
     hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state[0]
     places = [(after.input_ids[0] == tokenizer.convert_tokens_to_ids(t)).nonzero().item() for t in ["<|a|>", "<|b|>"]]
     expected = hidden[torch.tensor(places) + embeds.shape[1] - after.input_ids.shape[1]]
@@ -157,7 +157,7 @@ def test_recomputing_changes_neither_value_nor_gradient(vlm, monkeypatch):
 def test_names_of_both_versions_load(base, published, vlm):
     model, _, state = published
     new = {key: tensor for key, tensor in model.state_dict().items()} | {"rm_head.weight": torch.eye(WIDTH)}
-    assert {today(key) for key in state} == set(new) == {today(key) for key in new}
+    assert {current_key_name(key) for key in state} == set(new) == {current_key_name(key) for key in new}
     loaded = load(base, new)
     for key, tensor in vlm.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rewards import check_spec, load_reward
 from rewards.cli.files import read_video
-from rewards.score import main, parse_arguments, prompts_of
+from rewards.score import main, parse_score_args, prompts_of
 
 ROOT = Path(__file__).parents[2]
 SQUARES = np.kron(np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3)), np.ones((1, 16, 16, 1))).astype(np.uint8)
@@ -160,7 +160,7 @@ def test_a_number_of_frames_that_is_none_is_refused(folder, count, capsys):
 def test_the_command_of_the_guide_is_understood():
     guide = (ROOT / "docs" / "rewards.md").read_text()
     (command,) = re.findall(r"^python -m rewards.score (.*)$", guide, re.MULTILINE)
-    arguments = parse_arguments(shlex.split(command))
+    arguments = parse_score_args(shlex.split(command))
     assert [str(path) for path in arguments.files] == ["video.mp4", "other.gif"]
     for name in arguments.rewards:
         check_spec(name)
