@@ -2,8 +2,8 @@
 
 A reward is a plain callable; it needs to import nothing from here:
 
-    def reward(video, prompts, **info):    # (B, C, T, H, W) float32 in [0, 1], gradient attached; list of B strings
-        return scores                      # (B,) float32, higher is better
+    def reward(video, prompts, **info):  # (B, C, T, H, W) float32 in [0, 1]; B strings
+        return scores                    # (B,) float32, higher is better
 
 `info` holds at least `fps` (frame rate of the video), `seed` and `step`. All randomness derives
 from seed and step.
@@ -33,7 +33,7 @@ ATTRIBUTE_DEFAULTS = {
 
 
 class Reward(Protocol):
-    """The interface of a reward. All attributes are optional; defaults are in `ATTRIBUTE_DEFAULTS`."""
+    """The interface of a reward. Attributes are optional, see `ATTRIBUTE_DEFAULTS`."""
 
     frames: Literal["first", "all"] | int
     space: str
@@ -47,7 +47,7 @@ class Reward(Protocol):
 
 
 class RewardError(ValueError):
-    """A reward that breaks the contract or can't be loaded. Holds its name, got, expected and the cure."""
+    """A reward that breaks the contract or can't be loaded: name, got, expected, cure."""
 
     def __init__(self, name: str, *, got: str, expected: str, cure: str):
         """Compose the message; cure is a clause in the imperative."""
@@ -61,7 +61,7 @@ def reward_name(reward: Callable) -> str:
 
 
 def reward_attribute(reward: Callable, attribute: str) -> Any:
-    """Return an attribute of the contract or its default. Raises RewardError for a value outside the contract."""
+    """Return a contract attribute or its default. Raises RewardError for an invalid value."""
     name, value = reward_name(reward), getattr(reward, attribute, ATTRIBUTE_DEFAULTS[attribute])
     if attribute == "frames":
         check_frames(name, value)
@@ -85,7 +85,7 @@ def _is_statistic(value: Any, positive: bool) -> bool:
 
 
 def check_frames(name: str, frames: Any) -> None:
-    """Raise RewardError unless `frames` is "first", "all" or an integer of at least 1; name is the reward's."""
+    """Raise RewardError unless `frames` is "first", "all" or an integer of at least 1."""
     is_count = isinstance(frames, int) and not isinstance(frames, bool) and frames >= 1
     if not is_count and frames not in ("first", "all"):
         expected = "'first', 'all' or a number of leading frames of at least 1"
@@ -94,7 +94,7 @@ def check_frames(name: str, frames: Any) -> None:
 
 
 def frames_needed(reward: Callable, total: int) -> int:
-    """Return how many leading frames of a video of `total` frames the reward needs: between 1 and total."""
+    """Return the number of leading frames that the reward needs, from 1 to total."""
     frames = reward_attribute(reward, "frames")
     if frames == "all":
         return total
@@ -133,7 +133,7 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def describe_exception(error: Exception, given: str) -> str:
-    """Return type and text of an exception, the input `given`, and the deepest line outside of site-packages."""
+    """Return an exception's type and text, its input, and the deepest line of user code."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     places = [f" ({frame.filename}, line {frame.lineno})" for frame in frames if "site-packages" not in frame.filename]
     return f"{type(error).__name__}: {error}".rstrip(".") + f" for {given}" + "".join(places[-1:])

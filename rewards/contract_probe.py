@@ -98,7 +98,7 @@ def smooth_random_videos(batch: int, shape: tuple[int, int, int, int], seed: int
 
 
 def _score_one(name, call, video_BCTHW, prompts, index, differentiable):
-    """Return detached scores (B,) and, if differentiable, the gradient (B, C, T, H, W) of scores[index]."""
+    """Return detached scores (B,) and the gradient (B, C, T, H, W) of scores[index], or None."""
     video_BCTHW = video_BCTHW.clone().requires_grad_(differentiable)
     with torch.set_grad_enabled(differentiable):
         scores = call(video_BCTHW, prompts)
@@ -160,7 +160,7 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _raise_unstable(name, call, video_BCTHW, prompts, score, swapped) -> None:
-    """Raise RewardError that says whether the score changed at random or because of its batch neighbour."""
+    """Raise RewardError: the score changes at random, or with its batch neighbour."""
     with torch.no_grad():
         repeated = call(video_BCTHW, prompts)[0]
     if not _close(score, repeated):

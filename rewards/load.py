@@ -1,4 +1,4 @@
-"""Load a reward from its spec: built-in name, `pkg.module:Class`, `path/to/file.py:Class` or an entry point."""
+"""Load a reward from its spec: built-in, `module:Class`, `file.py:Class` or entry point."""
 
 import ast
 import difflib
@@ -41,7 +41,7 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
 
 
 def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | None = None) -> None:
-    """Raise RewardError if `spec` can't name a reward, without importing the reward or loading weights.
+    """Raise RewardError if `spec` can't name a reward; the reward is not imported.
 
     Only the parent packages of a module are imported. With kwargs, also raise if a weights file
     that users must supply is missing from them.
@@ -61,7 +61,7 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
 
 
 def name_in(spec: str) -> str:
-    """Return the name of a spec's reward in metrics and tables: the built-in's name, else the class or function."""
+    """Return the short name of a spec's reward: the built-in's name, else class or function."""
     return spec.rsplit(":", 1)[-1]
 
 
@@ -107,7 +107,7 @@ def _raise_unnamed(spec: str, path: Path) -> NoReturn:
 
 
 def _find_file(spec: str, where: str, base_dir) -> Path:
-    """Return the path of a file, relative to base_dir or else to the working directory. Raises RewardError."""
+    """Return a path relative to base_dir or the working directory. Raises RewardError."""
     given = Path(where).expanduser()
     places = list(dict.fromkeys([(Path(base_dir or ".") / given).resolve(), given.resolve()]))
     found = next((path for path in places if path.is_file()), None)
@@ -119,7 +119,7 @@ def _find_file(spec: str, where: str, base_dir) -> Path:
 
 
 def _module_source(spec: str, where: str) -> Path | None:
-    """Return the module's file, or None if it isn't Python source. Raises RewardError if there is no such module."""
+    """Return a module's source file, None if it has none. Raises RewardError if not found."""
     try:
         found = importlib.util.find_spec(where)
     except (ImportError, ValueError):
@@ -134,7 +134,7 @@ def _module_source(spec: str, where: str) -> Path | None:
 
 
 def _check_defined(spec: str, source: Path, attribute: str) -> None:
-    """Raise RewardError if the source file does not define the attribute; a star import could define any name."""
+    """Raise RewardError if the source defines no such name and has no star import."""
     tree = _parse_source(spec, source)
     names = _top_level_names(tree)
     if attribute not in names and "*" not in names:

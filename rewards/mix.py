@@ -62,7 +62,7 @@ class RewardMix:
         return self
 
     def calibrate(self, scores: dict[str, torch.Tensor]) -> None:
-        """Normalise by mean and standard deviation of these raw scores (N,) of base samples from now on.
+        """Normalise by mean and standard deviation of these raw scores (N,) of base samples.
 
         Raises RewardError for a reward whose scores differ by no more than float32 rounding.
         """
@@ -97,7 +97,7 @@ class RewardMix:
         return scores_B.detach(), self._transform(name, scores_B)
 
     def _balanced(self, name, video_BCTHW, prompts, info):
-        """Return the same as `_plain`, but with pixel gradients of unit length, or zero, for each video.
+        """Return the result of `_plain` with pixel gradients of unit length, or zero.
 
         The gradient is computed here, which frees the reward's graph. A term of value zero passes
         it on. Raises RewardError for a gradient that is not finite, since scaling would make the
@@ -163,7 +163,7 @@ def _stated_statistics(reward) -> tuple[float, float] | None:
 
 
 def _call_reward(name, reward, video_BCTHW, prompts, info) -> torch.Tensor:
-    """Return the reward's scores; an exception becomes a RewardError with its name and the prompts."""
+    """Return the reward's scores; an exception becomes a RewardError with the prompts."""
     try:
         return reward(video_BCTHW, prompts, **info)
     except (RewardError, torch.OutOfMemoryError):

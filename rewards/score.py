@@ -1,4 +1,4 @@
-"""Score files with rewards: `python -m rewards.score --reward hps_v2_1 video.mp4 --prompt "a red kite"`.
+"""Score files with rewards: `python -m rewards.score --reward flicker video.mp4`.
 
 Takes any number of rewards (repeat --reward) and of files: mp4, gif, png, jpg and others. Exit
 status 1 on an error.
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_rewards(specs: list[str], kwargs: dict) -> dict[str, Callable]:
-    """Return rewards by short name. Raises ValueError for kwargs of other rewards, and for a name given twice."""
+    """Load rewards by short name. Raises ValueError for kwargs of others and repeated names."""
     specs = by_name(specs)
     for name, given in kwargs.items():
         if name not in specs or not isinstance(given, dict):

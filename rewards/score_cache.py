@@ -84,7 +84,7 @@ class Scorer:
 
 
 def reward_identity(spec: str, kwargs: dict, max_frames: int | None = None) -> str:
-    """Return a text that changes with the reward: its spec, settings, source file and the files in its settings.
+    """Return a text that changes with a reward's spec, settings, source file or weights files.
 
     Files and folders named in settings count by size and modification time, since weights are
     large. Code that a reward imports does not count.

@@ -30,7 +30,7 @@ def read_video(path: str | Path, max_frames: int | None = None) -> tuple[torch.T
 
 
 def check_file(path: str | Path) -> Path:
-    """Return the path. Raises ValueError unless it is a file with a known ending; the file is not read."""
+    """Return the path. Raises ValueError unless it is a file with a known ending."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{path}: got no file there, expected a video or an image; correct the path")

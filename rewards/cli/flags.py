@@ -1,4 +1,4 @@
-"""Types of command-line flags; argparse prints the error of a wrong value before any work starts."""
+"""Types of command-line flags, checked by argparse before any work starts."""
 
 import os
 from argparse import ArgumentTypeError

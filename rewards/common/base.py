@@ -1,4 +1,4 @@
-"""Base classes of rewards with a frozen model: settings, frame sampling, precision, chunks, prompt cache.
+"""Base classes of rewards with a frozen model: settings, frames, chunks, prompt cache.
 
 Shape legend: B batch, C channels, T frames, N scored frames of all videos, H height, W width.
 """
@@ -90,7 +90,7 @@ class FrameReward(ModelReward):
         self._texts: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def score_frames(self, frames_NCHW: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
-        """Return scores (N,) of frames in [0, 1], given a row of each tensor of `encode_text` per frame."""
+        """Return scores (N,) of frames in [0, 1]; text has a row per frame, from `encode_text`."""
         raise NotImplementedError
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute_in_backward(layers: Iterable[torch.nn.Module]) -> None:
-    """Make each layer keep only its inputs while gradients are on; values and gradients stay the same."""
+    """Recompute each layer in backward; only its inputs are kept."""
     for layer in layers:
         layer.forward = partial(_checkpointed_forward, layer.forward)
 

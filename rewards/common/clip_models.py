@@ -1,4 +1,4 @@
-"""Image and text encoders of transformers and open_clip with one interface, loaded from hub or disk.
+"""Image and text encoders of transformers and open_clip with one interface.
 
 Shape legend: B batch, C channels, N frames, H height, W width, P width of the joint embedding.
 """
@@ -51,7 +51,7 @@ def learned_scale(model: torch.nn.Module) -> torch.Tensor:
 
 
 class ImageEncoder(Frozen):
-    """An image encoder with its preprocessing. Subclasses define encode_images(pixels) -> (N, P)."""
+    """An image encoder. Subclasses define encode_images(pixels) -> (N, P)."""
 
     size: int  # side of the square input in pixels
     image_mean: tuple[float, ...] = CLIP_MEAN
@@ -141,7 +141,7 @@ class Siglip(ImageEncoder):
 
 
 def load_clip(name: str, model: str | Clip, backend: str | None = None, pretrained: str | None = None) -> Clip:
-    """Load a frozen CLIP on the CPU; arguments as for ClipScore. Raises RewardError with the reward's `name`."""
+    """Load a frozen CLIP with the arguments of ClipScore. Raises RewardError."""
     if isinstance(model, Clip):
         return model
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
@@ -163,7 +163,7 @@ def load_siglip(name: str, model: str | Siglip) -> Siglip:
 
 
 def random_clip(model: str = CLIP_L14) -> TransformersClip:
-    """Build a CLIP of `SIZES` with random weights on torch's default device, without hub or disk."""
+    """Build a CLIP of `SIZES` with random weights on torch's default device."""
     from transformers import CLIPConfig, CLIPModel
 
     return TransformersClip(CLIPModel(CLIPConfig(**SIZES[model])), openai_tokenizer)
@@ -177,7 +177,7 @@ def random_siglip() -> Siglip:
 
 
 def openai_tokenizer(prompts: list[str], **_) -> Mapping[str, torch.Tensor]:
-    """Tokenize with OpenAI's vocabulary of open_clip, in the format of transformers: ids (B, 77) and mask."""
+    """Tokenize with OpenAI's vocabulary to ids (B, 77) and mask, as transformers does."""
     import open_clip
     from transformers import BatchEncoding
 

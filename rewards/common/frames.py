@@ -28,7 +28,7 @@ _CURE = "pass it to the reward as a keyword, as the trainer does: reward(video, 
 
 
 def pick_frames(reward: Callable, video_BCTHW: torch.Tensor, info: dict) -> torch.Tensor:
-    """Return the frames (B, C, N, H, W) that `reward.num_frames` selects; info is that of the reward's call."""
+    """Return the frames (B, C, N, H, W) that `reward.num_frames` selects; info is the call's."""
     chosen = choose_frames(reward.name, reward.num_frames, video_BCTHW.shape[2], info)
     return video_BCTHW if len(chosen) == video_BCTHW.shape[2] else video_BCTHW[:, :, chosen]
 
@@ -51,14 +51,14 @@ def choose_frames(name: str, num_frames: int | str | None, total: int, info: dic
 
 
 def evenly_spaced(total: int, count: int | None) -> list[int]:
-    """Return `count` evenly spaced indices out of `total`, first and last included; all if count is None or larger."""
+    """Return `count` evenly spaced indices, with first and last; all for None or too few."""
     if count is None or count >= total:
         return list(range(total))
     return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def check_num_frames(name: str, frames: str | int, num_frames: int | str | None) -> None:
-    """Raise RewardError if either is malformed, or if `frames` decodes too few frames for num_frames."""
+    """Raise RewardError if either is malformed, or if frames is smaller than num_frames."""
     check_frames(name, frames)
     kind, amount = _parse_num_frames(name, num_frames)
     decoded = {"first": 1, "all": float("inf")}.get(frames, frames)
@@ -85,7 +85,7 @@ def require_frames(name: str, got: int, least: int) -> None:
 
 
 def in_chunks(function: Callable, chunk: int | None, *frames_NCHW: torch.Tensor) -> torch.Tensor:
-    """Return function(*frames_NCHW), `chunk` rows at a time and recomputed in backward, or all at once."""
+    """Return function(*frames_NCHW), by `chunk` rows that are recomputed in backward."""
     if chunk is None:
         return function(*frames_NCHW)
     parts = zip(*(frames.split(chunk) for frames in frames_NCHW), strict=True)
@@ -93,7 +93,7 @@ def in_chunks(function: Callable, chunk: int | None, *frames_NCHW: torch.Tensor)
 
 
 def _parse_num_frames(name: str, num_frames: int | str | None) -> tuple[str, float]:
-    """Return the kind of sampling ("all", "even", "random" or "fps") and its number. Raises RewardError."""
+    """Return the kind of sampling, "all", "even", "random" or "fps", and its number."""
     if num_frames is None:
         return "all", 0
     if isinstance(num_frames, int) and not isinstance(num_frames, bool):
@@ -112,6 +112,6 @@ def _require_info(name: str, num_frames: str, info: dict, key: str):
 
 
 def _at_rate(rate: float, total: int, fps: float) -> list[int]:
-    """Return the frames nearest to the times 0, 1 / rate, 2 / rate, ...; all if fps is below the rate."""
+    """Return the frames nearest to 0, 1 / rate, ... seconds; all if fps is below the rate."""
     stride = max(fps / rate, 1)
     return [index for i in range(total) if (index := round(i * stride)) < total]

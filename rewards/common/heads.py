@@ -1,4 +1,4 @@
-"""Heads of reward models: linear heads on image embeddings, and weights of a model's several scores."""
+"""Linear heads on image embeddings, and weights of a model's several scores."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from rewards.contract import RewardError
 
 
 class LinearLayers(torch.nn.Sequential):
-    """Linear layers width-1024-128-64-16-1 without activations, in the layout of the published files.
+    """Linear layers width-1024-128-64-16-1 without activations, with the published keys.
 
     Identities stand in place of the dropout of training, so that keys agree. The score is one
     linear function of the embedding and has no upper bound.
@@ -38,7 +38,7 @@ def load_head(name: str, path: str, prefix: str, build: Callable[[int], torch.nn
 def dimension_weights(
     name: str, dimension: str | dict[str, float], known: Sequence[str], whole: str, each: float
 ) -> list[float]:
-    """Return the weight of each dimension in `known`, for a dimension's name, {name: weight} or `whole`.
+    """Return the weight of each known dimension, for a name, {name: weight} or `whole`.
 
     `whole` names the sum of all dimensions with the weight `each`. Raises RewardError for unknown
     names and weights that are not finite.

@@ -1,4 +1,4 @@
-"""Differentiable image preprocessing, equal to the PIL pipelines of the published models up to rounding.
+"""Differentiable image preprocessing, equal to the published PIL pipelines up to rounding.
 
 Float pixels (N, C, H, W) in [0, 1] -> bicubic or bilinear antialiased resize, clamped to [0, 1] ->
 crop -> normalise; in float32, or in float64 for float64 pixels. PIL rounds to 1/255 after each of
@@ -92,6 +92,6 @@ _FITS = {
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a matrix made during evaluation serves training too
 def _resize_matrix(before: int, after: int, mode: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the resize matrix (after, before), computed in float64 on the CPU: the same for every device."""
+    """Return the resize matrix (after, before), computed in float64 on the CPU."""
     identity = torch.eye(before, dtype=torch.float64)[None, None]
     return F.interpolate(identity, size=(after, before), mode=mode, antialias=True)[0, 0].to(dtype).to(device)

@@ -1,4 +1,4 @@
-"""Qwen2-VL as a reward model: frames and a prompt in, scores read at special tokens out (arXiv 2409.12191).
+"""Qwen2-VL as a reward model that reads scores at special tokens (arXiv 2409.12191).
 
 All steps from pixels to score are differentiable: resize, patches, vision tower, language model.
 
@@ -47,12 +47,12 @@ class QwenVl(Frozen):
         self.freeze()
 
     def fit(self, video_NCTHW: torch.Tensor, min_pixels: int, max_pixels: int) -> torch.Tensor:
-        """Resize frames (bicubic) to whole tokens, with an area between min_pixels and max_pixels."""
+        """Resize frames (bicubic) to whole tokens and min_pixels to max_pixels."""
         height, width = target_size(*video_NCTHW.shape[-2:], self.patch * self.merge, min_pixels, max_pixels)
         return resize(video_NCTHW.flatten(1, 2), height, width).unflatten(1, video_NCTHW.shape[1:3])
 
     def tokens(self, name: str, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids (N, L) of the text after the frames, right-padded, and the positions (N, R) of reward tokens."""
+        """Return right-padded ids (N, L) of the text and positions (N, R) of reward tokens."""
         rows = [torch.tensor(self.encode(AFTER.format(text=text))) for text in texts]
         where = [
             [_token_position(name, row, token, number) for token, number in self.reward_tokens.items()] for row in rows
@@ -86,7 +86,7 @@ class QwenVl(Frozen):
 
 
 def _token_position(name: str, ids_L: torch.Tensor, token: str, number: int) -> int:
-    """Return the position of a reward token. Raises RewardError if the prompt contains the token too."""
+    """Return the position of a reward token. Raises RewardError if the prompt has it too."""
     places = (ids_L == number).nonzero().flatten().tolist()
     if len(places) != 1:
         got, expected = f"a prompt with {token} in it", "a prompt without the tokens that the score is read at"
@@ -129,7 +129,7 @@ def patchify(
 def load_qwen_vl(
     name: str, model: str, state: dict, head: torch.nn.Module, tokens: list[str], dtype: torch.dtype
 ) -> QwenVl:
-    """Build a QwenVl with the weights of `state`, whose keys are those of any transformers version since 4.45.
+    """Build a QwenVl from a state dict with the keys of transformers 4.45 or later.
 
     model   hub id or folder of the base Qwen2-VL, for configuration and tokenizer only
     head    a module of the head's sizes, which gets the weights rm_head.*
@@ -153,7 +153,7 @@ def load_qwen_vl(
 
 
 def split_backbone_and_head(state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[dict, dict]:
-    """Return the weights of Qwen2VLModel, in dtype, and those of rm_head, without the language model head."""
+    """Return the weights of Qwen2VLModel, in dtype, and those of rm_head."""
     named = {current_key_name(key): tensor for key, tensor in state.items()}
     backbone = {
         key.removeprefix("model."): tensor.to(dtype) for key, tensor in named.items() if key.startswith("model.")
@@ -177,7 +177,7 @@ def _vocabulary_size(name: str, model: str, state: dict, expected: int) -> int:
 
 
 def merge_lora(state: dict[str, torch.Tensor], alpha: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Merge the LoRA of a PEFT state dict into its weights, W + alpha / r * B A, computed in float32."""
+    """Merge the LoRA of a PEFT state dict in float32: W + alpha / r * B A."""
     state = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
     merged = {}
     for key, tensor in state.items():
@@ -211,7 +211,7 @@ def qwen2_vl_sizes(vocabulary: int, width: int, inner: int, heads: int, key_valu
 
 
 def random_qwen_vl(sizes: dict, head: torch.nn.Module, tokens: list[str], dtype: torch.dtype) -> QwenVl:
-    """Build a QwenVl of these Qwen2VLConfig settings with random weights on torch's default device."""
+    """Build a QwenVl of these Qwen2VLConfig settings with random weights."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
     config = Qwen2VLConfig(**sizes)

@@ -86,7 +86,7 @@ def _hub_answers(endpoint: str) -> bool:
 
 
 def from_pretrained(name: str, cls: type, model: str, key: str = "model", **kwargs) -> Any:
-    """Return cls.from_pretrained(model) of transformers, from hub or folder. Raises RewardError that names `key`."""
+    """Return cls.from_pretrained(model), from hub or folder. Raises RewardError with `key`."""
     path = str(Path(model).expanduser()) if model.startswith("~") else model
     try:
         with quick_hub(local=Path(path).is_dir()):
@@ -115,7 +115,7 @@ def load_tokenizer(name: str, tokenizer: Any, key: str = "tokenizer") -> Any:
 
 
 def load_from_torch_hub(name: str, url: str, key: str) -> dict[str, torch.Tensor]:
-    """Load a torchvision state dict from torch's cache, or download it. Raises RewardError that names `key`."""
+    """Load or download a torchvision state dict. Raises RewardError with the setting `key`."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     try:
         if not cached.is_file() and not _hub_answers(url.rsplit("/", 1)[0]):
@@ -167,7 +167,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def hub_file(name: str, repository: str, file: str, key: str) -> str:
-    """Return the path of a hub file, downloaded once. Raises RewardError that names the setting `key`."""
+    """Return the path of a hub file. Raises RewardError with the setting `key`."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -178,7 +178,7 @@ def hub_file(name: str, repository: str, file: str, key: str) -> str:
 
 
 def load_published(name: str, path: str | None, repository: str, file: str, instead: str | None = None) -> dict:
-    """Load the state dict at `path`, by default that of the hub file. Raises RewardError as `load_state_dict`."""
+    """Load the state dict at `path`, by default of the hub file. Raises RewardError."""
     return load_state_dict(name, path or hub_file(name, repository, file, "checkpoint"), instead)
 
 

@@ -1,4 +1,4 @@
-"""Aesthetic predictors: linear heads on unit image embeddings of CLIP (LAION v1, v2) or SigLIP (v2.5).
+"""Aesthetic predictors: linear heads on embeddings of CLIP (LAION v1, v2) or SigLIP (v2.5).
 
 Sources: v1 LAION-AI/aesthetic-predictor; v2 christophschuhmann/improved-aesthetic-predictor, whose
 `sac+logos+ava1-l14-linearMSE.pth` is also in trl-lib/ddpo-aesthetic-predictor; v2.5
@@ -38,7 +38,7 @@ class HeadScore(FrameReward):
         self.head = head.to(torch.promote_types(self.dtype, torch.float32))
 
     def load_head(self, path: str | None) -> torch.nn.Module:
-        """Load the float32 head from a weights file; None stands for the subclass's default file."""
+        """Load the float32 head from a weights file; None: the default file."""
         raise NotImplementedError
 
     def score_frames(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ class HeadScore(FrameReward):
 
 
 class Aesthetic(HeadScore):
-    """The LAION aesthetic predictor v2: about 5 for an average photograph, at least 6.5 for a good one.
+    """The LAION aesthetic predictor v2: about 5 for an average photograph, 6.5 for a good one.
 
     The head has no activation between its layers: the score is w.e + 5.2 with |w| = 18, without a
     ceiling at 10. Training far beyond 7 finds pictures that exploit it.
@@ -91,7 +91,7 @@ class Aesthetic(HeadScore):
 
 
 class AestheticV1(Aesthetic):
-    """The LAION aesthetic predictor v1, one linear layer; VBench's aesthetic quality is a tenth of it.
+    """The LAION aesthetic predictor v1, 10 times VBench's aesthetic quality.
 
     head     path of sa_0_4_vit_l_14_linear.pth, which is not on the hub, or a module
     options  of Aesthetic, which raises the same errors

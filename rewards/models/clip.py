@@ -1,4 +1,4 @@
-"""CLIP score: similarity of frames and prompt by any CLIP of transformers or open_clip (arXiv 2104.08718).
+"""CLIP score: similarity of frames and prompt by any CLIP (arXiv 2104.08718).
 
 Shape legend: N frames of all videos that are scored, C channels, H height, W width, P width of the
 joint embedding.

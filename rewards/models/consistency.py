@@ -83,7 +83,7 @@ class SubjectConsistency(Consistency):
 
 
 class BackgroundConsistency(Consistency):
-    """Consistency of CLIP ViT-B/32 embeddings, which follow the whole scene; model as for clip_score."""
+    """Consistency of CLIP ViT-B/32 embeddings, which follow the scene; model as for ClipScore."""
 
     name = "background_consistency"
 
@@ -117,7 +117,7 @@ class Dino(Frozen):
 
 
 def dino_positions(embeddings: torch.nn.Module, tokens_NLD: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return position embeddings (1, L, D) for any frame shape, interpolated as in DINO's vision_transformer.py.
+    """Return position embeddings (1, L, D), interpolated as in DINO's vision_transformer.py.
 
     DINO adds 0.1 patch to each side and interpolates by scale factor; transformers interpolates to
     a size, which differs slightly.

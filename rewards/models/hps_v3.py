@@ -1,4 +1,4 @@
-"""HPSv3: human preference for an image given its prompt, by a fine-tuned Qwen2-VL-7B (arXiv 2508.03789).
+"""HPSv3: human preference for an image and its prompt by Qwen2-VL-7B (arXiv 2508.03789).
 
 Source: MizzenAI/HPSv3, hpsv3/inference.py and hpsv3/model/qwen2vl_trainer.py; MIT.
 
@@ -30,7 +30,7 @@ SIZES = qwen2_vl_sizes(vocabulary=151658, width=3584, inner=18944, heads=28, key
 
 
 class HpsV3(ModelReward):
-    """Mean HPSv3 preference of the frames, unbounded; published: SD 2 -0.2, SDXL 8.2, the best 10.6.
+    """Mean HPSv3 preference of frames, unbounded; published: SD 2 -0.2, SDXL 8.2, best 10.6.
 
     The model predicts mean and spread of the preference; the score is the mean.
 

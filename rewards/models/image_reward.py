@@ -25,7 +25,7 @@ TEXT |= {"num_attention_heads": 12, "max_position_embeddings": 512, "encoder_hid
 
 
 class ImageRewardModel(torch.nn.Module):
-    """A vision transformer, a BERT with cross-attention to its patches, and a head on the first token.
+    """A vision transformer, a BERT with cross-attention, and a head on the first token.
 
     vision and text are settings of transformers' BlipVisionConfig and BlipTextConfig; None: the
     published ones.
@@ -41,7 +41,7 @@ class ImageRewardModel(torch.nn.Module):
         self.head = LinearLayers(self.text.config.hidden_size)
 
     def forward(self, pixels_NCHW: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
-        """Return scores (N,) of normalised pixels and padded tokens; the head computes in at least float32."""
+        """Return scores (N,), in at least float32, of normalised pixels and padded tokens."""
         patches = self.vision(pixel_values=pixels_NCHW).last_hidden_state
         tokens = self.text(ids_NL, attention_mask=mask_NL, encoder_hidden_states=patches, is_decoder=False)
         raw_N = self.head(at_least_float32(tokens.last_hidden_state[:, 0])).squeeze(-1)
@@ -49,7 +49,7 @@ class ImageRewardModel(torch.nn.Module):
 
 
 class ImageReward(FrameReward):
-    """Mean score of frames for their prompt, about -2 to 2; mean 0 and spread 1 on the authors' data.
+    """Mean score of frames, about -2 to 2; mean 0 and std 1 on the authors' data.
 
     The prompt is truncated to 35 tokens. Only its tokens are cached, since text features depend on
     the image.
@@ -76,7 +76,7 @@ class ImageReward(FrameReward):
 
     @classmethod
     def random_init(cls, **options) -> "ImageReward":
-        """Build it at full size with random weights on torch's default device; the tokenizer knows no words."""
+        """Build it at full size with random weights; the tokenizer knows no words."""
         from transformers import BertTokenizer
 
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

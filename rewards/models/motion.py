@@ -1,4 +1,4 @@
-"""Motion: a soft version of VBench's dynamic degree (arXiv 2311.17982) on RAFT's optical flow (arXiv 2003.12039).
+"""A soft version of VBench's dynamic degree (arXiv 2311.17982) on RAFT's flow (arXiv 2003.12039).
 
 Shape legend: B batch, C channels, T frames, N frames that are scored, M pairs of frames, H height,
 W width.
@@ -82,7 +82,7 @@ class MotionDegree(Frozen):
 
 
 def flow_pixels(frames_NCHW: torch.Tensor, size: int) -> torch.Tensor:
-    """Return RAFT's input in [-1, 1]: shorter side `size`, longer side the nearest multiple of 8."""
+    """Return RAFT's input in [-1, 1]: shorter side `size`, longer a multiple of 8."""
     shorter = min(frames_NCHW.shape[-2:])
     height, width = (8 * round(side * size / shorter / 8) for side in frames_NCHW.shape[-2:])
     return 2 * resize(at_least_float32(frames_NCHW), height, width) - 1
@@ -97,7 +97,7 @@ def longest_flow(flow_M2HW: torch.Tensor) -> torch.Tensor:
 def optical_flow(
     model: RAFT, before_MCHW: torch.Tensor, after_MCHW: torch.Tensor, num_flow_updates: int
 ) -> torch.Tensor:
-    """Return the flow (M, 2, H, W) in pixels as RAFT.forward of torchvision, but with its full gradient.
+    """Return torchvision's RAFT flow (M, 2, H, W) in pixels with its full gradient.
 
     torchvision detaches the start of each update, as in training. Its pixel gradient is therefore
     not that of its output.

@@ -43,7 +43,7 @@ class MpsModel(torch.nn.Module):
         self.cross_model.layers = torch.nn.ModuleList(CrossLayer(**cross) for _ in layers)
 
     def text_tokens(self, ids_NL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return projected tokens (N, L, P), with padding, and the projected end-of-text token (N, P)."""
+        """Return projected tokens (N, L, P) and the projected end-of-text token (N, P)."""
         out = self.model.text_model(input_ids=ids_NL)  # no attention mask, as published
         return self.model.text_projection(out.last_hidden_state), self.model.text_projection(out.pooler_output)
 
@@ -57,7 +57,7 @@ class MpsModel(torch.nn.Module):
 
 
 class Mps(FrameReward):
-    """Mean over frames of exp(logit_scale) * cosine of prompt and image, which attends to the prompt.
+    """Mean over frames of exp(logit_scale) * cosine of prompt and prompt-aware image.
 
     Token i of a prompt is kept if s_i > mask_threshold: s_i is its largest product with a token of
     the condition, divided by the largest s of the prompt. The published code divides by the largest
@@ -95,7 +95,7 @@ class Mps(FrameReward):
         return cls(MpsModel(), openai_tokenizer, **options)
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return tokens (N, L, P), a mask of kept tokens (N, L) and unit prompt embeddings (N, P)."""
+        """Return tokens (N, L, P), a mask of kept ones (N, L) and unit embeddings (N, P)."""
         length = self.mps.model.config.text_config.max_position_embeddings
         texts = [CONDITION, *prompts]
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -112,7 +112,7 @@ class Mps(FrameReward):
 
 
 def tokens_to_keep(text_NLP: torch.Tensor, condition_LP: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return a mask (N, L): largest product with the condition above `threshold` of the prompt's maximum."""
+    """Return a mask (N, L): product with the condition above threshold * its maximum."""
     s_NL = (text_NLP @ condition_LP.T).amax(-1)
     return s_NL / s_NL.amax(1, keepdim=True) > threshold
 
@@ -155,7 +155,7 @@ class CrossAttention(torch.nn.Module):
 
 
 class ParallelBlock(torch.nn.Module):
-    """Rotary self-attention in parallel with a gated feed-forward, from one projection (as in GPT-J)."""
+    """Rotary self-attention in parallel with a gated feed-forward (as in GPT-J)."""
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
@@ -190,7 +190,7 @@ def attend(
 
 
 def rotate(x_NIKD: torch.Tensor) -> torch.Tensor:
-    """Apply rotary positions (arXiv 2104.09864): position i rotates (d, d + D/2) by i * 10000^(-2d / D)."""
+    """Rotate (d, d + D/2) at position i by i * 10000^(-2d / D) (arXiv 2104.09864)."""
     length, half = x_NIKD.shape[1], x_NIKD.shape[3] // 2
     exact = torch.promote_types(x_NIKD.dtype, torch.float32)
     place, pair = (torch.arange(n, dtype=exact, device=x_NIKD.device) for n in (length, half))

@@ -43,13 +43,13 @@ class PixelReward:
         raise NotImplementedError
 
     def mean_difference(self, video_BCTHW: torch.Tensor, order: int) -> torch.Tensor:
-        """Return the mean absolute difference (B,) of this order over time, in [0, 2^(order - 1)]."""
+        """Return the mean absolute difference (B,) of this order, in [0, 2^(order - 1)]."""
         require_frames(self.name, video_BCTHW.shape[2], order + 1)
         return video_BCTHW.diff(n=order, dim=2).abs().mean(dim=(1, 2, 3, 4))
 
 
 class FrameDifference(PixelReward):
-    """Motion: mean |x[t+1] - x[t]|, in [0, 1]; 0 for a still video. Flicker and noise count as motion."""
+    """Motion: mean |x[t+1] - x[t]|, in [0, 1]; 0 for a still video. Noise counts too."""
 
     name = "frame_difference"
 
@@ -67,7 +67,7 @@ class Flicker(PixelReward):
 
 
 class Smoothness(PixelReward):
-    """Smoothness: 1 - mean |x[t+2] - 2 x[t+1] + x[t]| / 2, in [0, 1]; 1 for a still video or a steady fade."""
+    """Smoothness: 1 - mean |x[t+2] - 2 x[t+1] + x[t]| / 2, in [0, 1]; 1 for a steady fade."""
 
     name = "smoothness"
 
@@ -76,7 +76,7 @@ class Smoothness(PixelReward):
 
 
 class JpegSize(PixelReward):
-    """Compressibility: -mean log(1 + |DCT / Q|) of the luma in 8x8 blocks, in [-5, 0]; 0 for one plain colour.
+    """Compressibility: -mean log(1 + |DCT / Q|) of 8x8 luma blocks, in [-5, 0]; 0 if plain.
 
     A proxy for the negative file size as JPEG of quality 50. Q is the luma table of the standard
     (ITU-T T.81, K.1). The mean over coefficients makes image sizes comparable. The DC coefficient

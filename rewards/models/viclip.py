@@ -141,7 +141,7 @@ class VideoTransformer(torch.nn.Module):
         self.proj = torch.nn.Parameter(scale * torch.randn(width, output))
 
     def forward(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
-        """Return embeddings (B, P) of normalised frames; the class token has no temporal position."""
+        """Return embeddings (B, P) of normalised frames; the class token has no time."""
         patches_BNLD = self.conv1(video_BCNHW).flatten(3).permute(0, 2, 3, 1)
         patches_BNLD = patches_BNLD + self.positional_embedding[1:] + self.temporal_positional_embedding[:, :, None]
         class_D = self.class_embedding + self.positional_embedding[0]
@@ -153,7 +153,7 @@ class VideoTransformer(torch.nn.Module):
 
 
 def middle_frames(count: int, total: int) -> list[int]:
-    """Return the middle frame of each of `count` equal parts; fewer frames are padded with the last.
+    """Return the middle frame of each of `count` equal parts, padded with the last.
 
     Source: get_frame_indices of InternVideo's video_utils.py and of VBench's utils.py,
     sample="middle".

@@ -1,4 +1,4 @@
-"""VideoAlign (VideoReward): visual quality, motion quality and text alignment of a video (arXiv 2501.13918).
+"""VideoAlign (VideoReward): visual, motion and text quality of a video (arXiv 2501.13918).
 
 A Qwen2-VL-2B with LoRA on its language model; a score is read at each of three tokens. Source:
 KwaiVGI/VideoAlign, inference.py, trainer.py, vision_process.py and train.sh; MIT.
@@ -104,7 +104,7 @@ class VideoAlign(FrozenReward):
 
 
 def frames_at_rate(total: int, fps: float) -> list[int]:
-    """Return indices of an even number of frames, about `RATE` per second, first to last; total >= 2."""
+    """Return an even number of indices, about `RATE` per second, first to last; total >= 2."""
     count = min(max(total / fps * RATE, MIN_FRAMES), min(MAX_FRAMES, total) // 2 * 2)
     count = min(round(count / 2) * 2, total)
     return torch.linspace(0, total - 1, count).round().long().tolist()

@@ -1,4 +1,4 @@
-"""VideoScore v1.1: human ratings of five aspects of a generated video, by Mantis-8B-Idefics2 (arXiv 2406.15252).
+"""VideoScore v1.1: human ratings of five aspects by Mantis-8B-Idefics2 (arXiv 2406.15252).
 
 Source: TIGER-AI-Lab/VideoScore, examples/run_videoscore.py, and TIGER-AI-Lab/Mantis,
 modeling_idefics2.py; MIT and Apache-2.0. VideoScore2 is not offered: it writes scores as text,
@@ -59,7 +59,7 @@ SIZES = {
 
 
 class VideoScore(FrozenReward):
-    """One aspect of a video on the raters' scale, 1 (bad) to 4 (as if real), or the mean of the five; not bounded.
+    """One of five aspects of a video, or their mean; 1 (bad) to 4 (as if real) usual.
 
     dimension   "visual_quality", "temporal_consistency", "dynamic_degree", "text_alignment",
                 "factual_consistency" or "mean"; or weights, such as {dynamic_degree: 1,
@@ -148,7 +148,7 @@ class Idefics2Scorer(Frozen):
         return self.model.connector(patches_NPD, attention_mask=whole_NP)
 
     def forward(self, visual_BVD: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Return scores (B, aspects), in at least float32, given all visual tokens and the text of each video."""
+        """Return scores (B, aspects), in at least float32, of visual tokens and texts."""
         device, text = visual_BVD.device, self.model.text_model
         per_frame = self.model.config.perceiver_config.resampler_n_latents
         images = f"{AROUND}{IMAGE * per_frame}{AROUND} " * (visual_BVD.shape[1] // per_frame)
@@ -163,7 +163,7 @@ class Idefics2Scorer(Frozen):
 
 
 def target_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Return height and width for Idefics2: longer side at most `longest`, both sides at least `shortest`."""
+    """Return height and width: longer side at most `longest`, both at least `shortest`."""
     ratio = width / height
     if width >= height and width > longest:
         height, width = int(longest / ratio), longest
@@ -219,7 +219,7 @@ def model_class() -> type[torch.nn.Module]:
 
 
 def random_scorer(sizes: dict, dtype: torch.dtype) -> Idefics2Scorer:
-    """Build a scorer of these Idefics2Config settings with random weights on torch's default device."""
+    """Build a scorer of these Idefics2Config settings with random weights."""
     from transformers import Idefics2Config
 
     config = Idefics2Config(**sizes)

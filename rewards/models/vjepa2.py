@@ -1,4 +1,4 @@
-"""V-JEPA 2: how well a world model predicts the end of a video from its beginning (arXiv 2506.09985).
+"""V-JEPA 2: a world model's error in predicting the later frames (arXiv 2506.09985).
 
 The score is minus the prediction error of the later frames' features (surprise, arXiv 2502.11831).
 The loss is that of training: app/vjepa/train.py of facebookresearch/vjepa2 (MIT).
@@ -101,7 +101,7 @@ class VJepa2(FrozenReward):
         return self.model.encoder(pixel_values_videos=pixels_BNCHW).last_hidden_state
 
     def pixels(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
-        """Return normalised pixels (B, N, C, crop, crop): shorter side to 256/224 crop, bilinear, centre crop."""
+        """Return normalised pixels (B, N, C, crop, crop): shorter side 256/224 crop, centre."""
         crop = self.model.config.crop_size
         frames_NCHW = resize_shorter(video_BCNHW.transpose(1, 2).flatten(0, 1), int(crop * 256 / 224), "bilinear")
         top, left = ((side - crop) // 2 for side in frames_NCHW.shape[-2:])  # the offsets of transformers' processor
@@ -111,7 +111,7 @@ class VJepa2(FrozenReward):
 
 
 def clip_frames(total: int, fps: float) -> list[int]:
-    """Return an even number of unique indices, about `RATE` per second from the first on; total >= 4."""
+    """Return an even number of unique indices, about `RATE` per second; total >= 4."""
     count = min(max(int(total / fps * RATE), MIN_FRAMES), MAX_FRAMES, total) // 2 * 2
     stride = min(max(fps / RATE, 1), (total - 1) / (count - 1))
     return [round(i * stride) for i in range(count)]
