@@ -1,248 +1,119 @@
-"""The reward contract: defaults, error messages, and a probe that catches each way of breaking it."""
+"""The base of rewards that score frames: what it gives a subclass, its cache of prompts, and its signature."""
 
-import subprocess
-import sys
-from importlib.metadata import entry_points
+import inspect
 
 import pytest
 import torch
+from reward_checks import PROMPTS, every_check, make_video
 
-from rewards import RewardError, frames_needed, probe
-from rlhf.plugins import GROUP
-
-SHAPE = (3, 5, 16, 16)
-WEIGHTS_HW = torch.linspace(0, 1, 256).reshape(16, 16)
-
-
-def good(video, prompts, **info):
-    return (video * WEIGHTS_HW).mean(dim=(1, 2, 3, 4)) + torch.tensor([0.01 * len(p) for p in prompts])
-
-
-def with_attributes(function, **attributes):
-    def reward(video, prompts, **info):
-        return function(video, prompts, **info)
-
-    reward.__dict__.update(attributes)
-    return reward
+from rewards import RewardError, load_reward
+from rewards.common import base
+from rewards.common.base import FrameReward
+from rewards.common.frames import in_chunks
+from rewards.models.clip import ClipScore
+from rewards.models.hps import HpsV2
+from rewards.models.pickscore import PickScore
 
 
-def failure(function, **attributes):
-    with pytest.raises(RewardError) as caught:
-        probe(with_attributes(function, **attributes), SHAPE)
-    return caught.value
+class Tint(FrameReward):
+    """How much a frame is of the colour that its prompt's letters add up to: a reward with weights and text."""
+
+    name = "tint"
+
+    def __init__(self, strength: float = 1.0, **options):
+        super().__init__(**options)
+        self.colour = torch.nn.Linear(3, 1, bias=False)
+        with torch.no_grad():
+            self.colour.weight[:] = strength * torch.tensor([0.7, -0.4, 0.21])
+        self.colour.to(self.dtype)
+        self.calls = []
+        self.freeze()
+
+    def encode_text(self, prompts):
+        self.calls.append(list(prompts))
+        return torch.tensor([1 + sum(map(ord, p)) % 7 / 7 for p in prompts]), torch.tensor([len(p) for p in prompts])
+
+    def score_frames(self, frames_NCHW, weight_N, length_N):
+        means_NC = frames_NCHW.to(self.dtype).pow(2).mean((2, 3))
+        return self.colour(means_NC).squeeze(1).to(torch.promote_types(self.dtype, torch.float32)) * weight_N
 
 
-def test_a_good_reward_passes_and_is_reported():
-    passed = []
-    report = probe(good, SHAPE, on_pass=passed.append)
-    assert report.frames == 5
-    assert len(report.scores) == len(report.grad_norms) == 2
-    assert report.grad_norms == pytest.approx([(WEIGHTS_HW / 15 / 256).norm().item() * 15**0.5] * 2)
-    assert len(passed) == 5
+@every_check
+def test_the_checks_hold_for_a_plain_subclass(check):
+    if check.__name__ != "each_prompt_is_encoded_once":
+        check(Tint)
 
 
-@pytest.mark.parametrize(
-    ("frames", "total", "needed"), [("first", 17, 1), ("all", 17, 17), (8, 17, 8), (8, 5, 5), (1, 1, 1)]
-)
-def test_frames_needed(frames, total, needed):
-    assert frames_needed(with_attributes(good, frames=frames), total) == needed
-
-
-def test_a_reward_that_states_no_frames_sees_all_of_them():
-    assert frames_needed(good, 17) == 17
-
-
-@pytest.mark.parametrize("frames", ["last", 0, -1, 2.5, True, None])
-def test_frames_outside_the_contract(frames):
-    with pytest.raises(RewardError, match="frames attribute"):
-        frames_needed(with_attributes(good, frames=frames), 17)
-
-
-def test_the_probe_gives_the_frames_asked_for():
+def test_text_rows_go_with_their_frames():
     seen = []
-
-    def reward(video, prompts, **info):
-        seen.append(video.shape[2])
-        return good(video, prompts)
-
-    probe(with_attributes(reward, frames="first"), SHAPE)
-    assert set(seen) == {1}
-
-
-def test_the_probe_tells_frame_rate_seed_and_step():
-    seen = []
-
-    def reward(video, prompts, **info):
-        seen.append(info)
-        return good(video, prompts)
-
-    probe(reward, SHAPE)
-    probe(reward, SHAPE, info={"fps": 8})
-    assert seen[0] == {"probe": True, "fps": 24, "seed": 0, "step": 0}
-    assert seen[-1] == {"probe": True, "fps": 8, "seed": 0, "step": 0}
+    reward = Tint(frames="all", num_frames=2)
+    score = reward.score_frames
+    reward.score_frames = lambda *inputs: seen.append(inputs) or score(*inputs)
+    video = make_video(3)
+    reward(video, ["a", "long prompt"])
+    frames, _, length = seen[0]
+    assert length.tolist() == [1, 1, 11, 11]
+    assert torch.equal(frames, torch.stack([video[0, :, 0], video[0, :, 2], video[1, :, 0], video[1, :, 2]]))
+    seen.clear()
+    reward.chunk = 3
+    reward(video, ["a", "long prompt"])
+    assert [len(frames) for frames, *_ in seen] == [3, 1]
+    reward.score_frames = lambda *inputs: score(*inputs).bfloat16()
+    assert reward(video, ["a", "long prompt"]).dtype == torch.float32, "the mean is not rounded again"
 
 
-def per_frame(video, prompts, **info):
-    return video.mean(dim=(1, 3, 4))
+def test_only_new_prompts_are_encoded_and_the_oldest_are_forgotten(monkeypatch):
+    monkeypatch.setattr(base, "CACHED_PROMPTS", 3)
+    reward = Tint()
+    video = make_video(1)
+    for prompts in (["a", "b"], ["b", "c"], ["c", "d"], ["b", "a"], ["a", "a"]):
+        reward(video, prompts)
+    assert reward.calls == [["a", "b"], ["c"], ["d"], ["a"]]
+    assert len(reward._texts) == 3
 
 
-def scalar(video, prompts, **info):
-    return video.mean()
+def test_more_prompts_than_are_kept_still_score(monkeypatch):
+    video = make_video(1, batch=4)
+    wanted = Tint()(video, ["a", "b", "c", "d"])
+    monkeypatch.setattr(base, "CACHED_PROMPTS", 1)
+    assert torch.equal(Tint()(video, ["a", "b", "c", "d"]), wanted)
 
 
-def python_list(video, prompts, **info):
-    return video.mean(dim=(1, 2, 3, 4)).tolist()
+def test_chunks_split_every_input_alike_and_are_recomputed():
+    rows, calls = torch.arange(5.0, requires_grad=True), []
+
+    def score(x, y):
+        calls.append((x.tolist(), y.tolist()))
+        return x * y
+
+    result = in_chunks(score, 2, rows, torch.arange(5) + 10)
+    result.sum().backward()
+    assert calls[:3] == [([0, 1], [10, 11]), ([2, 3], [12, 13]), ([4], [14])]
+    assert len(calls) == 6
+    assert rows.grad.tolist() == [10, 11, 12, 13, 14]
 
 
-def half(video, prompts, **info):
-    return video.mean(dim=(1, 2, 3, 4)).bfloat16()
+def test_the_signature_shows_options_that_a_base_class_takes():
+    options = set(inspect.signature(FrameReward).parameters)
+    assert options == {"frames", "num_frames", "dtype", "chunk", "mean", "std"}
+    assert set(inspect.signature(ClipScore).parameters) == options | {"model", "backend", "pretrained"}
+    assert set(inspect.signature(PickScore).parameters) == set(inspect.signature(ClipScore).parameters)
+    assert set(inspect.signature(HpsV2).parameters) == options | {"checkpoint", "architecture"}
+    assert inspect.signature(PickScore).parameters["model"].default == "yuvalkirstain/PickScore_v1"
 
 
-def integer(video, prompts, **info):
-    return video.sum(dim=(1, 2, 3, 4)).long()
+@pytest.mark.parametrize("name", ["hps_v2", "mps", "image_reward", "pickscore", "aesthetic", "clip_score"])
+def test_a_misspelt_option_names_the_nearest_before_anything_is_loaded(name):
+    with pytest.raises(RewardError, match="(?i)the nearest name is 'num_frames'"):
+        load_reward(name, num_frame=2)
 
 
-def not_finite(video, prompts, **info):
-    return good(video, prompts) / torch.tensor([1.0, 0.0])
+def test_other_arguments_are_checked_before_anything_is_loaded():
+    with pytest.raises(RewardError, match="num_frames=0"):
+        load_reward("mps", checkpoint="/nowhere", num_frames=0)
 
 
-def detached(video, prompts, **info):
-    return good(video.detach(), prompts)
-
-
-def rounded(video, prompts, **info):
-    return good((video * 255).round() / 255, prompts)
-
-
-def prompt_only(video, prompts, **info):
-    return torch.tensor([float(len(p)) for p in prompts], requires_grad=True)
-
-
-def nan_gradient(video, prompts, **info):
-    return good(video, prompts) + (video - video).abs().sqrt().mean(dim=(1, 2, 3, 4))
-
-
-def infinite_gradient(video, prompts, **info):
-    first_B = video[:, 0, 0, 0, 0]
-    return good(video, prompts) + (first_B - first_B.detach()) * 1e30 * 1e30
-
-
-def batch_normalised(video, prompts, **info):
-    scores = good(video, prompts)
-    return scores - scores.mean()
-
-
-def batch_maximum(video, prompts, **info):
-    return good(video, prompts) / video.amax()
-
-
-def leaks_gradient_only(video, prompts, **info):
-    other = video.flip(0).mean(dim=(1, 2, 3, 4))
-    return good(video, prompts) + other - other.detach()
-
-
-def first_alone(video, prompts, **info):
-    scores = good(video, prompts)
-    return torch.cat([scores[:1], scores[1:].detach()])
-
-
-def random(video, prompts, **info):
-    return good(video, prompts) + torch.rand(len(prompts))
-
-
-def wants_no_info(video, prompts):
-    return good(video, prompts)
-
-
-def in_place(video, prompts, **info):
-    return good(video.mul_(2), prompts)
-
-
-@pytest.mark.parametrize(
-    ("reward", "got"),
-    [
-        (per_frame, r"scores of shape \(2, 5\)"),
-        (scalar, r"scores of shape \(\)"),
-        (python_list, "a list"),
-        (half, "scores of torch.bfloat16"),
-        (integer, "scores of torch.int64"),
-        (not_finite, "the score inf for prompt 'two dogs run along a beach at sunset'"),
-        (detached, "no gradient"),
-        (rounded, "a gradient of exactly zero"),
-        (first_alone, "a gradient of exactly zero"),
-        (prompt_only, "no gradient"),
-        (nan_gradient, "a gradient with NaN"),
-        (infinite_gradient, "a gradient with NaN or inf"),
-        (batch_normalised, "a score that moves"),
-        (batch_maximum, "a score that moves"),
-        (leaks_gradient_only, "pixels of another video"),
-        (random, "two scores for the same batch"),
-        (wants_no_info, "TypeError.*probe"),
-        (in_place, "RuntimeError"),
-    ],
-)
-def test_each_breach_is_named(reward, got):
-    with pytest.raises(RewardError, match=got) as caught:
-        probe(reward, SHAPE)
-    message = str(caught.value)
-    assert reward.__name__ in message
-    assert "expected" in message
-    assert "\n" not in message
-    assert message.endswith(".")
-
-
-def test_memory_that_ends_has_cures_of_its_own():
-    def hungry(video, prompts, **info):
-        raise torch.OutOfMemoryError("as an accelerator says it")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        probe(hungry, SHAPE)
-
-
-def test_evaluation_only_rewards_skip_the_gradient_but_nothing_else():
-    report = probe(with_attributes(detached, differentiable=False), SHAPE)
-    assert report.grad_norms == ()
-    assert "neighbours" in failure(batch_normalised, differentiable=False).expected
-
-
-@pytest.mark.parametrize(
-    "attributes",
-    [
-        {"space": "latents"},
-        {"std": 0.0},
-        {"std": -1.0},
-        {"std": True},
-        {"std": "1e-2"},  # YAML's reading of a number without a dot
-        {"std": float("inf")},
-        {"std": [1.0]},
-        {"mean": float("nan"), "std": 1.0},
-        {"mean": "0.5", "std": 1.0},
-    ],
-)
-def test_attributes_outside_the_contract(attributes):
-    assert next(iter(attributes)) in failure(good, **attributes).got
-
-
-def test_the_name_in_the_message_can_be_given():
-    with pytest.raises(RewardError, match="my_reward"):
-        probe(scalar, SHAPE, name="my_reward")
-
-
-def heavy_modules_after(statement):
-    code = f"""import sys
-{statement}
-print([name for name in ("torch", "torchvision", "open_clip", "transformers") if name in sys.modules])"""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-
-
-@pytest.mark.skipif(bool(entry_points(group=GROUP)), reason="an accelerator's plug-in brings torch with it")
-def test_import_is_light():
-    assert heavy_modules_after("import rewards") == "[]"
-    assert heavy_modules_after("from rewards import RewardMix, load_reward, probe") == "['torch']"
-
-
-def test_unknown_names_of_the_package_are_attribute_errors():
-    import rewards
-
-    with pytest.raises(AttributeError, match="lod_reward"):
-        _ = rewards.lod_reward
+def test_mean_and_std_are_kept_for_mixing():
+    reward = Tint(mean=0.2, std=0.1)
+    assert (reward.mean, reward.std, reward.frames) == (0.2, 0.1, "first")
+    assert reward(make_video(), PROMPTS).shape == (2,)

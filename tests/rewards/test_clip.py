@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from frame_reward_checks import PROMPTS, as_is, every_check, make_video, same
 from PIL import Image
+from reward_checks import PROMPTS, as_is, every_check, make_video, same
 from tiny_clip import SIZE, save_open_clip, save_transformers_clip
 from tiny_judges import as_open_clip, clip
 

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from layouts import layout_of, published_layout
 from PIL import Image
+from reward_checks import PROMPTS, every_video_check
 from safetensors.torch import save_file
+from straight_line_vit import layer, norm, part, patches
 from tiny_clip import save_transformers_clip
 
-from rewards import RewardError, load_reward, probe
+from rewards import RewardError, load_reward
 from rewards.common.clip_models import TransformersClip
 from rewards.common.preprocess import preprocess
 from rewards.models.consistency import BackgroundConsistency, Dino, SubjectConsistency, consistency
 
-PROMPTS = ["a", "b"]
 WIDTH, LAYERS, HEADS, PATCH, SIZE = 16, 2, 2, 8, 32
 SETTINGS = {
     "hidden_size": WIDTH,
@@ -107,42 +108,24 @@ def vbench(embeds_NP):
 # ---------------------------------------------------------------- DINO by another route
 
 
+NAMES = {"norm1": "layernorm_before", "norm2": "layernorm_after", "out": "attention.output.dense"}
+NAMES |= {name[0]: f"attention.attention.{name}" for name in ("query", "key", "value")}
+NAMES |= {"fc1": "intermediate.dense", "fc2": "output.dense"}
+
+
 def dino_by_hand(state, pixels_N3HW):
     """facebookresearch/dino's VisionTransformer, straight through, on the published names."""
-
-    def linear(x, key):
-        return x @ state[f"{key}.weight"].T + state[f"{key}.bias"]
-
-    def norm(x, key):
-        return F.layer_norm(x, (WIDTH,), state[f"{key}.weight"], state[f"{key}.bias"], eps=1e-6)
-
-    patches = F.conv2d(
-        pixels_N3HW,
-        state["embeddings.patch_embeddings.projection.weight"],
-        state["embeddings.patch_embeddings.projection.bias"],
-        stride=PATCH,
-    )
+    x = patches(state, "embeddings.patch_embeddings.projection", pixels_N3HW)
     table, side = state["embeddings.position_embeddings"], SIZE // PATCH
-    height, width = patches.shape[-2:]
     grid = table[:, 1:].reshape(1, side, side, WIDTH).permute(0, 3, 1, 2)
     if pixels_N3HW.shape[-2:] != (SIZE, SIZE):
-        factors = ((height + 0.1) / side, (width + 0.1) / side)
+        factors = tuple((pixels // PATCH + 0.1) / side for pixels in pixels_N3HW.shape[-2:])
         grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
-    tokens = (patches + grid).flatten(2).transpose(1, 2)
-    first = (state["embeddings.cls_token"] + table[:, :1]).expand(len(tokens), -1, -1)
-    x = torch.cat([first, tokens], dim=1)
+    x = x + grid.flatten(2).transpose(1, 2)
+    x = torch.cat([(state["embeddings.cls_token"] + table[:, :1]).expand(len(x), -1, -1), x], dim=1)
     for i in range(LAYERS):
-        layer = f"encoder.layer.{i}"
-        h = norm(x, f"{layer}.layernorm_before")
-        q, k, v = (
-            linear(h, f"{layer}.attention.attention.{n}").unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for n in ("query", "key", "value")
-        )
-        weights = (q @ k.transpose(-1, -2) / (WIDTH / HEADS) ** 0.5).softmax(-1)
-        x = x + linear((weights @ v).transpose(1, 2).flatten(2), f"{layer}.attention.output.dense")
-        h = F.gelu(linear(norm(x, f"{layer}.layernorm_after"), f"{layer}.intermediate.dense"))
-        x = x + linear(h, f"{layer}.output.dense")
-    return norm(x, "layernorm")[:, 0]
+        x = layer(part(state, f"encoder.layer.{i}."), x, HEADS, NAMES, 1e-6)
+    return norm(state, "layernorm", x, 1e-6)[:, 0]
 
 
 @pytest.mark.parametrize("size", [(40, 52), (60, 44), (32, 32), (32, 36)])
@@ -191,46 +174,16 @@ def test_background_consistency_equals_the_library_route(clip):
 # ---------------------------------------------------------------- the contract
 
 
-def test_the_probe_passes(reward):
-    assert probe(reward(), (3, 5, 40, 36)).frames == 5
+@every_video_check
+def test_as_any_video_reward(check, reward):
+    check(reward, make_video(3))
 
 
-def test_gradient_equals_finite_difference(reward):
-    made = reward(dtype="float64")
-    video = make_video(3).double().clamp(0.05, 0.95).requires_grad_()
-    direction = torch.randn(video.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (grad,) = torch.autograd.grad(made(video, PROMPTS).sum(), video)
-    with torch.no_grad():
-        ahead, behind = (made(video + step * direction, PROMPTS).sum() for step in (1e-6, -1e-6))
-    derivative = (ahead - behind) / 2e-6
-    assert derivative.abs() > 1e-4
-    torch.testing.assert_close((grad * direction).sum(), derivative, rtol=1e-5, atol=1e-9)
-
-
-def test_batches_chunks_frames_and_bfloat16(reward):
-    made, video = reward(), make_video(5)
-    whole = made(video, PROMPTS)
-    single = torch.cat([made(video[i : i + 1], PROMPTS[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(single, whole, atol=1e-6, rtol=0)
-    grads = []
-    for settings in ({}, {"chunk": 3}):
-        pixels = video.clone().requires_grad_()
-        scores = reward(**settings)(pixels, PROMPTS)
-        torch.testing.assert_close(scores.detach(), whole, atol=1e-6, rtol=0)
-        grads.append(torch.autograd.grad(scores.sum(), pixels)[0])
-    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+def test_frames_are_chosen_as_elsewhere(reward):
+    video = make_video(5)
     chosen = reward(num_frames=3)(video, PROMPTS)
-    torch.testing.assert_close(chosen, made(video[:, :, [0, 2, 4]], PROMPTS), atol=1e-6, rtol=0)
+    torch.testing.assert_close(chosen, reward()(video[:, :, [0, 2, 4]], PROMPTS), atol=1e-6, rtol=0)
     torch.testing.assert_close(reward(num_frames="4 fps")(video, PROMPTS, fps=8), chosen, atol=1e-6, rtol=0)
-    half = reward(dtype="bfloat16")(video, PROMPTS)
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, whole, atol=0.05, rtol=0)
-
-
-def test_it_is_frozen_and_in_evaluation_mode(reward):
-    made = reward().train()
-    assert not any(p.requires_grad for p in made.parameters())
-    assert not any(module.training for module in made.modules())
 
 
 def test_an_image_is_refused(reward):
@@ -239,20 +192,6 @@ def test_an_image_is_refused(reward):
 
 
 # ---------------------------------------------------------------- weights
-
-
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("subject_consistency", ["facebook/dino-vitb16", "343 MB", "Apache-2.0"]),
-        ("background_consistency", ["openai/clip-vit-base-patch32", "605 MB", "MIT"]),
-    ],
-)
-def test_missing_weights_are_named(name, parts):
-    with pytest.raises(RewardError) as caught:
-        load_reward(name)
-    for part in [*parts, f"`model` in reward_kwargs.{name}", "local path"]:
-        assert part in str(caught.value)
 
 
 def test_incomplete_weights_are_refused(tmp_path, state, dino):

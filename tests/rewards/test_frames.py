@@ -86,7 +86,7 @@ def test_what_is_not_known_is_asked_for(form, missing):
 
 @pytest.mark.parametrize("form", ["4", "rand 4", "random", "random -1", "fps 8", "0 fps", "0.0 fps", 2.5, True, [4]])
 def test_forms_that_can_not_be_read(form):
-    with pytest.raises(RewardError, match="'random 4' for so many at random"):
+    with pytest.raises(RewardError, match="'random 4' for random frames"):
         check_num_frames("mine", "all", form)
 
 

@@ -1,24 +1,14 @@
 """HPSv3: text and score against transformers' own route; gradient; batch; frames; what is refused."""
 
-import hashlib
-
 import pytest
 import torch
 from PIL import Image
-from reward_checks import (
-    PROMPTS,
-    assert_batch_is_singles,
-    assert_bfloat16_model_float32_score,
-    assert_chunks_change_nothing,
-    assert_contract,
-    assert_gradient,
-    make_video,
-)
+from reward_checks import PROMPTS, assert_contract, every_video_check, make_video, the_gradient_equals_finite_difference
 from safetensors.torch import save_file
 from tiny_qwen import WIDTH, hidden_states, in_float64, name_in_445, random_model, save_base
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from rewards import RewardError, load_reward
+from rewards import load_reward
 from rewards.common.qwen_vl import AFTER, BEFORE
 from rewards.models.hps_v3 import PROMPT, TOKENS, HpsV3
 
@@ -74,14 +64,6 @@ def test_the_score_equals_transformers(published, make):
     assert got.diff().abs() > 1e-3
 
 
-def test_the_text_is_the_published_one():
-    """sha256 of INSTRUCTION + prompt_with_special_token in MizzenAI/HPSv3, hpsv3/dataset/data_collator_qwen.py."""
-    assert (
-        hashlib.sha256(PROMPT.encode()).hexdigest()
-        == "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
-    )
-
-
 def test_the_score_is_the_mean_over_the_chosen_frames(make, few_pixels):
     video = make_video(5)
     each = torch.stack([make()(video[:, :, i : i + 1], PROMPTS) for i in range(5)])
@@ -90,32 +72,11 @@ def test_the_score_is_the_mean_over_the_chosen_frames(make, few_pixels):
     torch.testing.assert_close(three, each[[0, 2, 4]].mean(0), atol=1e-5, rtol=1e-5)
 
 
-def test_gradient_equals_finite_difference(make, few_pixels, monkeypatch):
-    in_float64(monkeypatch)
-    assert_gradient(make(dtype="float64", frames="all"), make_video(2))
-
-
-def test_a_batch_is_its_videos_one_by_one(make, few_pixels):
-    assert_batch_is_singles(make(frames="all"), make_video(2))
-
-
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_chunks_change_nothing(make, few_pixels, chunk):
-    assert_chunks_change_nothing(lambda **settings: make(frames="all", **settings), make_video(2), chunk)
-
-
-def test_the_contract(make, few_pixels):
-    assert assert_contract(make()).frames == 1
-
-
-def test_a_bfloat16_model_gives_float32_scores(make, few_pixels):
-    assert_bfloat16_model_float32_score(make, make_video(1))
-
-
-def test_missing_weights_are_named(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RewardError, match=r"MizzenAI/HPSv3, HPSv3.safetensors: 16.6 GB, MIT.*`checkpoint`"):
-        load_reward("hps_v3")
+@every_video_check
+def test_as_any_video_reward(check, make, few_pixels, monkeypatch):
+    if check is the_gradient_equals_finite_difference:
+        in_float64(monkeypatch)
+    check(lambda **settings: make(frames="all", **settings), make_video(2, 48, 64))
 
 
 def test_random_weights_score_without_a_tokenizer(published, monkeypatch, few_pixels):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from frame_reward_checks import PROMPTS, as_is, every_check, make_video, same
 from PIL import Image
+from reward_checks import PROMPTS, as_is, every_check, make_video, same
 from straight_line_vit import affine, attention, layer, norm, part, patches
 from tiny_judges import SIZE, bert_tokenizer, image_reward_model
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
@@ -95,12 +95,6 @@ def test_the_score_is_the_published_formula():
     assert scores.diff().abs() > 1e-3
 
 
-def test_the_prompt_and_the_image_both_matter():
-    frames, reward = as_is(SIZE), make()
-    assert (reward(frames, PROMPTS) - reward(frames, PROMPTS[::-1])).abs().min() > 1e-3
-    assert (reward(frames, PROMPTS) - reward(frames.flip(0), PROMPTS)).abs().min() > 1e-3
-
-
 def test_prompts_are_padded_or_cut_to_35_tokens():
     ids, mask = make().encode_text(["a", "dog " * 100])
     assert ids.shape == mask.shape == (2, 35)
@@ -132,35 +126,8 @@ def test_the_published_file_is_read(tiny, tmp_path, suffix):
     assert added == [len(bert_tokenizer()), len(bert_tokenizer()) + 1]
 
 
-def said(**kwargs):
-    with pytest.raises(RewardError) as caught:
-        load_reward("image_reward", **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_pickled_module_and_another_layout_are_refused(tiny, tmp_path):
-    torch.save(image_reward_model(), tmp_path / "module.pt")
-    message = said(checkpoint=str(tmp_path / "module.pt"), tokenizer=bert_tokenizer())
-    assert "a pickled module" in message
-    assert "run code from the file" in message
+def test_another_layout_is_refused(tiny, tmp_path):
     torch.save(published() | {"mlp.layers.9.weight": torch.zeros(1)}, tmp_path / "other.pt")
-    assert "head.9.weight: no such key" in said(checkpoint=str(tmp_path / "other.pt"), tokenizer=bert_tokenizer())
+    with pytest.raises(RewardError, match=r"head\.9\.weight: no such key"):
+        load_reward("image_reward", checkpoint=str(tmp_path / "other.pt"), tokenizer=bert_tokenizer())
     assert rename_published_keys(published()).keys() == image_reward_model().state_dict().keys()
-
-
-def test_missing_weights_are_named(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = said(tokenizer=bert_tokenizer())
-    for words in [
-        "THUDM/ImageReward, ImageReward.pt: 1.8 GB, Apache-2.0",
-        "`checkpoint` in reward_kwargs.image_reward",
-    ]:
-        assert words in message
-    message = said(checkpoint="/nowhere/ImageReward.pt")
-    assert "no tokenizer of 'bert-base-uncased'" in message
-    assert "the tokenizer, under 1 MB" in message
-    assert "`tokenizer` in reward_kwargs.image_reward" in message
-    assert "no file at /nowhere/ImageReward.pt" in said(
-        checkpoint="/nowhere/ImageReward.pt", tokenizer=bert_tokenizer()
-    )

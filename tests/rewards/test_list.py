@@ -72,7 +72,7 @@ def test_weights_under_the_agpl_come_by_the_users_own_path():
 
 def test_weights_of_an_own_path_are_asked_for(monkeypatch):
     monkeypatch.setitem(WEIGHTS, "someone/else", ("5 MB", "AGPL-3.0"))
-    entry = Entry("rewards.models.pixels:Flicker", "video", "all", "0 to 1", ("someone/else",), 3, own_path="frames")
+    entry = Entry("rewards.models.pixels:Flicker", "video", "0 to 1", "all", ("someone/else",), 3, own_path="frames")
     monkeypatch.setitem(CATALOGUE, "guarded", entry)
     with pytest.raises(RewardError, match="got no `frames`; expected the path .* AGPL-3.0 .*never downloaded for you"):
         load_reward("guarded")
@@ -87,20 +87,13 @@ def test_weights_of_an_own_path_are_asked_for(monkeypatch):
     [(0, 4, "-"), (5_257_536, 4, "21 MB"), (427_616_513, 4, "1.7 GB"), (10**9, 2, "2.0 GB")],
 )
 def test_memory_is_that_of_the_weights(parameters, size, memory):
-    assert Entry("a:b", "video", "all", "", parameters=parameters, bytes_each=size).memory == memory
+    assert Entry("a:b", "video", "", parameters=parameters, bytes_each=size).memory == memory
 
 
 def test_the_list_has_a_row_for_each(capsys):
     main()
     lines = capsys.readouterr().out.splitlines()
-    assert [word for word in lines[0].split() if word != "of"][:6] == [
-        "name",
-        "input",
-        "frames",
-        "range",
-        "licence",
-        "the",
-    ]
+    assert lines[0].split()[:5] == ["name", "input", "frames", "range", "licence"]
     rows = {line.split()[0]: line for line in lines[2:] if line}
     assert list(rows)[: len(CATALOGUE)] == sorted(CATALOGUE)
     for part in ("image + prompt", "first", "MIT", "1.7 GB"):
@@ -115,7 +108,7 @@ def test_rewards_of_other_packages_are_listed_and_hidden_ones_told(capsys, monke
     main()
     told = capsys.readouterr().out
     assert told.endswith(
-        "flicker: mine:Flicker; a built-in has this name, so name it mine:Flicker\nshiny: mine:Shiny\n"
+        "flicker: mine:Flicker; hidden by the built-in of this name, use mine:Flicker\nshiny: mine:Shiny\n"
     )
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
+from tiny_judges import bert_tokenizer
 
 from rewards import RewardError, built_in_names, check_spec, frames_needed, load_reward
 from rewards import load as load_module
@@ -221,28 +222,70 @@ def test_what_the_constructor_of_a_built_in_raises_names_it_and_its_arguments():
         load_reward("clip_score", model=3)
 
 
+# ---------------------------------------------------------------- weights
+
 NOT_WEIGHTS = {"tensors": {"a": torch.zeros(2)}, "nested": {"weights": {"a": torch.zeros(2)}}, "list": [torch.zeros(2)]}
+FILES = {
+    "aesthetic": "head",
+    "aesthetic_v1": "head",
+    "hps_v2_1": "checkpoint",
+    "hps_v3": "checkpoint",
+    "motion_degree": "weights",
+    "viclip": "checkpoint",
+    "video_align": "checkpoint",
+}
 
 
 @pytest.mark.parametrize("content", NOT_WEIGHTS)
-@pytest.mark.parametrize(
-    ("name", "setting"),
-    [
-        ("aesthetic", "head"),
-        ("aesthetic_v1", "head"),
-        ("hps_v2_1", "checkpoint"),
-        ("hps_v3", "checkpoint"),
-        ("motion_degree", "weights"),
-        ("viclip", "checkpoint"),
-        ("video_align", "checkpoint"),
-    ],
-)
-def test_a_file_of_another_layout_is_refused_in_one_way(tmp_path, name, setting, content):
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_layout_is_refused_in_one_way(tmp_path, name, content):
     torch.save(NOT_WEIGHTS[content], tmp_path / "file.pt")
     with pytest.raises(
         RewardError, match=rf"^reward '{name}': got .*; expected .*\. Use (the published|a raft|ViClip)"
     ):
-        load_reward(name, **{setting: str(tmp_path / "file.pt")})
+        load_reward(name, **{FILES[name]: str(tmp_path / "file.pt")})
+
+
+@pytest.mark.parametrize("name", [*FILES, "image_reward", "mps"])
+def test_a_pickled_module_is_refused(tmp_path, name):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
+    settings = {"tokenizer": bert_tokenizer()} if name in ("image_reward", "mps") else {}
+    said = message(name, load=load_reward, **{FILES.get(name, "checkpoint"): str(tmp_path / "module.pt")}, **settings)
+    for words in ["a pickled module", "run code from the file", "MPS_overall.pth" if name == "mps" else ""]:
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "parts"),
+    [
+        ("aesthetic", "head", ["trl-lib/ddpo-aesthetic-predictor, aesthetic-model.pth: 3.7 MB, Apache-2.0"]),
+        ("aesthetic_v1", "head", ["LAION-AI/aesthetic-predictor, sa_0_4_vit_l_14_linear.pth: 4 kB, MIT"]),
+        ("aesthetic_v2_5", "head", ["aesthetic_predictor_v2_5.pth: 2.6 MB, AGPL-3.0", "never downloaded"]),
+        ("background_consistency", "model", ["openai/clip-vit-base-patch32", "605 MB", "MIT"]),
+        ("hps_v2", "checkpoint", ["xswu/HPSv2, HPS_v2_compressed.pt: 2.0 GB, Apache-2.0"]),
+        ("hps_v2_1", "checkpoint", ["xswu/HPSv2, HPS_v2.1_compressed.pt: 2.0 GB, Apache-2.0"]),
+        ("hps_v3", "checkpoint", ["MizzenAI/HPSv3, HPSv3.safetensors: 16.6 GB, MIT"]),
+        ("image_reward", "tokenizer", ["no tokenizer of 'bert-base-uncased'", "the tokenizer, under 1 MB"]),
+        ("image_reward", "checkpoint", ["THUDM/ImageReward, ImageReward.pt: 1.8 GB, Apache-2.0"]),
+        ("mps", "tokenizer", ["no tokenizer of 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'", "under 20 MB, MIT"]),
+        ("mps", "checkpoint", ["RE-N-Y/mpsv1, model.safetensors: 4.4 GB, MIT"]),
+        ("pickscore", "model", ["yuvalkirstain/PickScore_v1: 3.9 GB, MIT"]),
+        ("subject_consistency", "model", ["facebook/dino-vitb16", "343 MB", "Apache-2.0"]),
+        ("viclip", "checkpoint", ["OpenGVLab/ViCLIP, ViClip-InternVid-10M-FLT.pth: 1.7 GB"]),
+        ("video_align", "checkpoint", ["KwaiVGI/VideoReward, checkpoint-11352/model.pth: 5.0 GB, MIT"]),
+        ("video_score", "model", ["TIGER-Lab/VideoScore-v1.1", "16.5 GB, Apache-2.0"]),
+        ("vjepa2", "model", ["facebook/vjepa2-vitl-fpc64-256: 1.3 GB, MIT"]),
+    ],
+)
+def test_missing_weights_are_named(name, setting, parts, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    needs_tokenizer = name in ("image_reward", "mps") and setting == "checkpoint"
+    said = message(name, load=load_reward, **({"tokenizer": bert_tokenizer()} if needs_tokenizer else {}))
+    for part in [*parts, f"`{setting}` in reward_kwargs.{name}"]:
+        assert part in said
+    if setting == "checkpoint":
+        settings = {"tokenizer": bert_tokenizer()} if needs_tokenizer else {}
+        assert "no file at /nowhere/x.pt" in message(name, load=load_reward, checkpoint="/nowhere/x.pt", **settings)
 
 
 @pytest.mark.parametrize("value", [0, -1, "4", float("nan")])

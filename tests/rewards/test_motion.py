@@ -222,10 +222,7 @@ def test_weights_from_a_file_and_from_torchs_cache(monkeypatch, tmp_path):
         assert all(torch.equal(value, loaded[key]) for key, value in published.state_dict().items())
 
 
-def test_other_weights_and_pickled_modules_are_refused(tmp_path):
+def test_other_weights_are_refused(tmp_path):
     torch.save({"module.fnet.conv1.weight": torch.zeros(1)}, tmp_path / "raft-things.pth")
     with pytest.raises(RewardError, match="the state dict of torchvision's raft_large"):
         load_reward("motion_degree", weights=str(tmp_path / "raft-things.pth"))
-    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
-    with pytest.raises(RewardError, match="a pickled module"):
-        load_reward("motion_degree", weights=str(tmp_path / "module.pth"))

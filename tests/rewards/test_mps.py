@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from frame_reward_checks import PROMPTS, as_is, every_check, make_video, same
+from reward_checks import PROMPTS, as_is, every_check, make_video, same
 from straight_line_vit import affine, attention, clip_image_tokens, clip_text_tokens, norm, part, unit
 from tiny_clip import letter_tokenizer
 from tiny_judges import CROSS, SIZE, clip_settings, mps_model
@@ -162,37 +162,10 @@ def test_both_published_files_are_read(tiny, tmp_path, prefix):
     same(reward(make_video(), PROMPTS), make()(make_video(), PROMPTS))
 
 
-def refusal(path):
-    with pytest.raises(RewardError) as caught:
-        load_reward("mps", checkpoint=str(path), tokenizer=letter_tokenizer())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_the_authors_pickled_module_is_refused(tmp_path):
-    torch.save(mps_model(), tmp_path / "MPS_overall_checkpoint.pth")
-    said = refusal(tmp_path / "MPS_overall_checkpoint.pth")
-    for words in ["a pickled module", "run code from the file", "model.safetensors of RE-N-Y/mpsv1", "MPS_overall.pth"]:
-        assert words in said
-
-
 def test_another_layout_is_refused(tiny, tmp_path):
     state = published()
     del state["model.visual_projection.weight"]
     torch.save(state, tmp_path / "partial.pth")
-    assert "model.visual_projection.weight is missing" in refusal(tmp_path / "partial.pth")
+    with pytest.raises(RewardError, match=r"model\.visual_projection\.weight is missing"):
+        load_reward("mps", checkpoint=str(tmp_path / "partial.pth"), tokenizer=letter_tokenizer())
     assert rename_published_keys(state).keys() < mps_model().state_dict().keys()
-
-
-def test_missing_weights_are_named(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RewardError) as caught:
-        load_reward("mps", tokenizer=letter_tokenizer())
-    for words in ["RE-N-Y/mpsv1, model.safetensors: 4.4 GB, MIT", "`checkpoint` in reward_kwargs.mps"]:
-        assert words in str(caught.value)
-    with pytest.raises(RewardError) as caught:
-        load_reward("mps", checkpoint="/nowhere/MPS_overall.pth")
-    told = "no tokenizer of 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'", ": the tokenizer, under 20 MB, MIT"
-    for words in [*told, "`tokenizer` in reward_kwargs.mps"]:
-        assert words in str(caught.value)
-    assert "3.9 GB" not in str(caught.value), "that would be the whole model"

@@ -1,100 +1,145 @@
-"""The pixels that reach each network against the published PIL pipeline of its model, at the published size."""
+"""Rewards without weights: values by hand, ranges, gradients, and what they are blind to."""
+
+import io
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from frame_reward_checks import PROMPTS
-from pictures import by_pil, noise, photograph, to_float
-from tiny_clip import letter_tokenizer
-from tiny_judges import bert_tokenizer, clip, image_reward_model, mps_model, open_clip_of, siglip
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor, functional
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+import torch.nn.functional as F
+from PIL import Image
 
-from rewards.common.heads import LinearLayers
-from rewards.common.preprocess import CLIP_MEAN, CLIP_STD
-from rewards.models.aesthetic import Aesthetic, AestheticV25
-from rewards.models.clip import ClipScore
-from rewards.models.hps import HpsV21
-from rewards.models.image_reward import ImageReward
-from rewards.models.mps import Mps
-from rewards.models.pickscore import PickScore
+from rewards import RewardError, load_reward, probe
+
+NAMES = ["flicker", "smoothness", "frame_difference", "jpeg_size"]
+PROMPTS = ["a", "b"]
 
 
-def clip_pipeline(image):
-    """As published with CLIP L/14, and with the H/14 that PickScore and MPS are made from."""
-    return torch.from_numpy(np.array(CLIPImageProcessorPil()(image, return_tensors="np").pixel_values))
+def steps(*levels):
+    """Two uniform videos with one grey level a frame; the second is half as bright."""
+    video = torch.tensor(levels).reshape(1, 1, -1, 1, 1).expand(2, 3, -1, 16, 16)
+    return video * torch.tensor([1.0, 0.5]).reshape(2, 1, 1, 1, 1)
 
 
-def open_clip_pipeline(image):
-    return open_clip.image_transform(224, is_train=False, mean=CLIP_MEAN, std=CLIP_STD)(image)[None]
+def score(name, video):
+    return load_reward(name)(video, PROMPTS).tolist()
 
 
-def image_reward_pipeline(image):
-    steps = [Resize(224, InterpolationMode.BICUBIC), CenterCrop(224), ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)]
-    return Compose(steps)(image)[None]
+def test_values_by_hand():
+    video = steps(0.0, 0.4, 0.2)  # differences .4, .2; second difference -.6
+    assert score("frame_difference", video) == pytest.approx([0.3, 0.15])
+    assert score("flicker", video) == pytest.approx([0.7, 0.85])
+    assert score("smoothness", video) == pytest.approx([0.7, 0.85])
 
 
-def hps_pipeline(image, resize=functional.resize):
-    """Longer side to 224, bars, normalise: ResizeMaxSize of the reference."""
-    scale = 224 / max(image.size)
-    height, width = (round(side * scale) for side in (image.height, image.width))
-    above, left = (224 - height) // 2, (224 - width) // 2
-    small = functional.to_tensor(resize(image, [height, width], InterpolationMode.BICUBIC))
-    square = functional.pad(small, [left, above, 224 - width - left, 224 - height - above])
-    return functional.normalize(square, CLIP_MEAN, CLIP_STD)[None]
+def test_the_ends_of_the_ranges():
+    still, worst = steps(0.3, 0.3, 0.3), steps(0.0, 1.0, 0.0)
+    assert score("flicker", still) == score("smoothness", still) == [1.0, 1.0]
+    assert score("frame_difference", still) == [0.0, 0.0]
+    assert score("flicker", worst)[0] == score("smoothness", worst)[0] == 0.0
+    assert score("frame_difference", worst)[0] == 1.0
 
 
-def siglip_pipeline(image):
-    """As published with google/siglip-so400m-patch14-384."""
-    if image.height > image.width:  # PIL from version 13 on goes height first here; by_pil says why that is left out
-        return (by_pil(image, 384, "squash") - 0.5) / 0.5
-    processor = SiglipImageProcessorPil(size={"height": 384, "width": 384})
-    return torch.from_numpy(np.array(processor(image, return_tensors="np").pixel_values))
+def test_smoothness_leaves_a_steady_fade_alone_and_flicker_does_not():
+    fade = steps(0.1, 0.2, 0.3, 0.4)
+    assert score("smoothness", fade) == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert score("flicker", fade) == pytest.approx([0.9, 0.95])
 
 
-REWARDS = {  # each with a small network of the published input size; the deviation that pixels are divided by
-    "clip_score": (lambda: ClipScore(clip(224)), clip_pipeline, CLIP_STD),
-    "clip_score, open_clip": (
-        lambda: ClipScore(open_clip_of(clip(224, hidden_act="gelu"))),
-        open_clip_pipeline,
-        CLIP_STD,
-    ),
-    "pickscore": (lambda: PickScore(clip(224)), clip_pipeline, CLIP_STD),
-    "hps_v2_1": (lambda: HpsV21(open_clip_of(clip(224, hidden_act="gelu"))), hps_pipeline, CLIP_STD),
-    "aesthetic": (lambda: Aesthetic(LinearLayers(24), clip(224)), clip_pipeline, CLIP_STD),
-    "aesthetic_v2_5": (lambda: AestheticV25(LinearLayers(48, True), siglip(384)), siglip_pipeline, (0.5,) * 3),
-    "image_reward": (
-        lambda: ImageReward(image_reward_model(224), bert_tokenizer()),
-        image_reward_pipeline,
-        CLIP_STD,
-    ),
-    "mps": (lambda: Mps(mps_model(224), letter_tokenizer()), clip_pipeline, CLIP_STD),
-}
+@pytest.mark.parametrize("name", NAMES)
+def test_the_probe_passes(name):
+    report = probe(load_reward(name), (3, 6, 20, 27))
+    assert report.frames == 6
+    assert min(report.grad_norms) > 0
 
 
-@pytest.fixture(scope="module", params=REWARDS)
-def network(request):
-    """pixels(image): what the first convolution of the reward's network gets for that picture; and the rest."""
-    make, pipeline, std = REWARDS[request.param]
-    reward, seen = make(), []
-    first = next(module for module in reward.modules() if isinstance(module, torch.nn.Conv2d))
-    first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-
-    def pixels(image):
-        reward(to_float(image)[:, :, None], PROMPTS[:1])
-        return seen.pop()
-
-    return pixels, pipeline, torch.tensor(std)[:, None, None]
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_equals_finite_difference(name):
+    generator = torch.Generator().manual_seed(0)
+    video = torch.rand(1, 3, 4, 9, 11, dtype=torch.float64, generator=generator).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: load_reward(name)(x, ["a"]), video, fast_mode=True)
 
 
-@pytest.mark.parametrize("size", [(832, 480), (480, 832), (512, 512), (120, 160)], ids=str)
-@pytest.mark.parametrize("picture", [photograph, noise])
-def test_it_matches_the_published_pipeline(network, picture, size):
-    pixels, pipeline, std = network
-    image = picture(*size)
-    ours, theirs = pixels(image), pipeline(image)
-    assert ours.shape == theirs.shape
-    difference = ((ours - theirs) * std * 255).abs()  # before normalisation
-    assert difference.mean() < 0.5
-    assert difference.max() <= 4
+@pytest.mark.parametrize(("name", "frames"), [("flicker", 1), ("frame_difference", 1), ("smoothness", 2)])
+def test_too_few_frames_are_named(name, frames):
+    with pytest.raises(RewardError, match=rf"{name}.*got {frames} frame\(s\); expected at least {frames + 1}"):
+        load_reward(name)(torch.rand(1, 3, frames, 8, 8), ["a"])
+
+
+def test_arguments_of_the_contract():
+    reward = load_reward("flicker", frames=5, mean=0.9, std=0.05)
+    assert (reward.frames, reward.mean, reward.std) == (5, 0.9, 0.05)
+    assert reward(steps(0.1, 0.2).bfloat16(), PROMPTS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frames_are_chosen_as_elsewhere(name):
+    video = torch.rand(2, 3, 9, 16, 16, generator=torch.Generator().manual_seed(0))
+    chosen = load_reward(name)(video[:, :, [0, 2, 4, 6, 8]], PROMPTS)
+    torch.testing.assert_close(load_reward(name, num_frames=5)(video, PROMPTS), chosen)
+    torch.testing.assert_close(load_reward(name, num_frames="4 fps")(video, PROMPTS, fps=8), chosen)
+    with pytest.raises(RewardError, match="got num_frames=5; expected num_frames between 1 and the 4"):
+        load_reward(name, frames=4, num_frames=5)
+
+
+def pictures():
+    """From plain to noisy, as (3, H, W) in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(1, 3, 64, 64, generator=generator)
+    smooth = [
+        F.interpolate(noise[..., :n, :n], size=(64, 64), mode="bicubic").clamp(0, 1)[0] for n in (2, 4, 8, 16, 32)
+    ]
+    return [torch.full((3, 64, 64), 0.3), *smooth, 0.5 * smooth[2] + 0.25, noise[0]]
+
+
+def jpeg_bytes(picture):
+    file = io.BytesIO()
+    pixels = (picture * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
+    Image.fromarray(pixels).convert("L").save(file, "JPEG", quality=50, optimize=True)
+    return file.tell()
+
+
+def test_jpeg_size_follows_the_size_of_real_files():
+    reward = load_reward("jpeg_size")
+    proxy = np.array([-reward(picture[None, :, None], ["a"]).item() for picture in pictures()])
+    real = np.array([jpeg_bytes(picture) for picture in pictures()])
+    assert (np.argsort(proxy) == np.argsort(real)).all()
+    assert np.corrcoef(proxy, real)[0, 1] > 0.98
+
+
+def test_jpeg_size_of_one_plain_colour_is_zero_whatever_the_size():
+    for height, width in [(16, 16), (17, 23)]:
+        video = torch.full((2, 3, 1, height, width), 0.2)
+        assert score("jpeg_size", video) == pytest.approx([0.0, 0.0], abs=1e-5)
+    video = torch.rand(2, 3, 1, 16, 23, generator=torch.Generator().manual_seed(0))
+    assert score("jpeg_size", video) == score("jpeg_size", torch.cat([video, video[..., -1:]], -1))
+
+
+@pytest.mark.parametrize(("channel", "share"), [(0, 0.299), (1, 0.587), (2, 0.114)])
+def test_jpeg_coefficients_are_those_of_the_cosine_transform(channel, share):
+    """One basis function of amplitude A in every block gives one coefficient of known size."""
+    place, amplitude = torch.arange(16.0), 0.25
+    wave = torch.cos(torch.pi / 8 * (place % 8 + 0.5) * 3)  # frequency 3 along the width, 0 along the height
+    video = torch.full((1, 3, 1, 16, 16), 0.5)
+    video[:, channel] += amplitude * wave
+    coefficient = 255 * share * amplitude * (8**0.5) * 2 / 16  # norm of the block / quantisation step of (0, 3)
+    assert load_reward("jpeg_size")(video, ["a"]).item() == pytest.approx(-np.log1p(coefficient) / 63, rel=1e-4)
+
+
+def test_jpeg_size_equals_its_definition_written_out():
+    """Over the 63 coefficients of two blocks, by the double sum of ITU-T T.81, A.3.3; Q read off its table K.1."""
+    video = torch.rand(1, 3, 1, 8, 16, generator=torch.Generator().manual_seed(0))
+    y = 255 * np.einsum("c,chw->hw", [0.299, 0.587, 0.114], video[0, :, 0].double().numpy())
+    table = """
+        16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
+        18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99
+    """
+    steps = [int(step) for step in table.split()]
+    total = 0.0
+    for block in (y[:, :8], y[:, 8:]):
+        for v in range(8):
+            for u in range(8):
+                waves = [np.cos((2 * np.arange(8) + 1) * k * np.pi / 16) for k in (v, u)]
+                scale = (2**-0.5 if u == 0 else 1) * (2**-0.5 if v == 0 else 1) / 4
+                coefficient = scale * (waves[0] @ block @ waves[1])
+                total += 0 if u == v == 0 else np.log1p(abs(coefficient) / steps[8 * v + u])
+    assert load_reward("jpeg_size")(video, ["a"]).item() == pytest.approx(-total / 126, abs=1e-5)

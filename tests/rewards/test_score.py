@@ -126,10 +126,7 @@ def test_a_reward_of_ones_own_and_one_prompt_for_all(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (
-            ["clip.mp4", "--reward", "clip_score"],
-            "reward 'clip_score': got no prompt; expected what the file is to show",
-        ),
+        (["clip.mp4", "--reward", "clip_score"], "reward 'clip_score': got no prompt; expected a description of"),
         (["clip.mp4", "--reward", "flicker", "--prompt", "a", "--prompt", "b"], "--prompt: got 2, expected 1 or 1"),
         (["absent.mp4", "--reward", "flicker"], "got no file there"),
         (["clip.mp4", "--reward", "a.py:Mine", "--reward", "b.py:Mine"], "--reward: got 'Mine' twice, expected each"),

@@ -1,19 +1,10 @@
 """VideoAlign: frames, text and score against transformers' and peft's own route; gradient; batch; what is refused."""
 
-import hashlib
 import math
 
 import pytest
 import torch
-from reward_checks import (
-    PROMPTS,
-    assert_batch_is_singles,
-    assert_bfloat16_model_float32_score,
-    assert_chunks_change_nothing,
-    assert_contract,
-    assert_gradient,
-    make_video,
-)
+from reward_checks import PROMPTS, assert_contract, every_video_check, make_video, the_gradient_equals_finite_difference
 from tiny_qwen import WIDTH, hidden_states, in_float64, name_in_445, random_model, save_base
 from transformers import Qwen2VLVideoProcessor
 
@@ -135,53 +126,11 @@ def test_the_callers_frame_rate_goes_before_the_setting(make, few_pixels):
         reward(video[:, :, :1], PROMPTS[:1])
 
 
-def test_the_text_is_the_published_one():
-    """sha256 of DETAILED_PROMPT_WITH_SPECIAL_TOKEN in KwaiVGI/VideoAlign, prompt_template.py."""
-    assert (
-        hashlib.sha256(PROMPT.encode()).hexdigest()
-        == "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
-    )
-
-
-def test_gradient_equals_finite_difference(make, few_pixels, monkeypatch):
-    in_float64(monkeypatch)
-    assert_gradient(make(dtype="float64", fps=8), make_video(6))
-
-
-def test_a_batch_is_its_videos_one_by_one(make, few_pixels):
-    assert_batch_is_singles(make(), make_video(4))
-
-
-def test_chunks_change_nothing(make, few_pixels):
-    assert_chunks_change_nothing(make, make_video(4))
-
-
-def test_the_contract(make, few_pixels):
-    assert assert_contract(make()).frames == 8
-
-
-def test_a_bfloat16_model_gives_float32_scores(make, few_pixels):
-    assert_bfloat16_model_float32_score(make, make_video(4))
-
-
-def test_missing_weights_are_named(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        RewardError, match=r"KwaiVGI/VideoReward, checkpoint-11352/model.pth: 5.0 GB, MIT.*`checkpoint`"
-    ):
-        load_reward("video_align")
-
-
-def test_a_missing_base_is_named(checkpoint, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RewardError, match="Qwen/Qwen2-VL-2B-Instruct.*Apache-2.0.*`model`"):
-        VideoAlign(checkpoint=checkpoint)
-
-
-def test_a_pickled_module_is_refused(tmp_path, base):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
-    with pytest.raises(RewardError, match="pickled module"):
-        VideoAlign(checkpoint=str(tmp_path / "model.pth"), model=base)
+@every_video_check
+def test_as_any_video_reward(check, make, few_pixels, monkeypatch):
+    if check is the_gradient_equals_finite_difference:
+        in_float64(monkeypatch)
+    check(lambda **settings: make(fps=8, **settings), make_video(6, 48, 64))
 
 
 def test_random_weights_score_without_a_tokenizer(tuned, monkeypatch, few_pixels):

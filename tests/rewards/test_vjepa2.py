@@ -6,16 +6,13 @@ import torch.nn.functional as F
 from reward_checks import (
     PHOTOGRAPH_SIZES,
     PROMPTS,
-    assert_batch_is_singles,
-    assert_bfloat16_model_float32_score,
-    assert_chunks_change_nothing,
-    assert_contract,
-    assert_gradient,
     assert_grey_levels,
+    every_video_check,
     make_video,
     photograph_and_noise,
 )
 from safetensors.torch import load_file, save_file
+from straight_line_vit import affine, norm, part
 from transformers import VJEPA2Config, VJEPA2Model, VJEPA2VideoProcessor
 
 from rewards import RewardError, load_reward
@@ -61,14 +58,6 @@ def make(folder):
 # ---------------------------------------------------------------- the reference, written from its description
 
 
-def norm(x, weights, name):
-    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6)
-
-
-def linear(x, weights, name):
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
 def rotate(x, positions):
     """(B, heads, L, d) turned in pairs by positions (L,): the angles of the first half stand for the second too."""
     omega = 1 / 10000 ** (torch.arange(x.shape[-1] // 2) / (x.shape[-1] / 2))
@@ -78,24 +67,24 @@ def rotate(x, positions):
 
 
 def rope(x, ids):
-    part = 2 * ((x.shape[-1] // 3) // 2)
+    third = 2 * ((x.shape[-1] // 3) // 2)
     places = [ids // GRID**2, ids % GRID**2 // GRID, ids % GRID]
-    turned = [rotate(piece, place) for piece, place in zip(x.split(part, -1), places, strict=False)]
-    return torch.cat([*turned, x[..., 3 * part :]], -1)
+    turned = [rotate(piece, place) for piece, place in zip(x.split(third, -1), places, strict=False)]
+    return torch.cat([*turned, x[..., 3 * third :]], -1)
 
 
 def transformer(x, weights, prefix, ids):
     """The blocks of encoder or predictor over tokens (B, L, D) that stand at the places `ids` (L,)."""
     for i in range(LAYERS):
-        w = {k.removeprefix(f"{prefix}.{i}."): v for k, v in weights.items() if k.startswith(f"{prefix}.{i}.")}
-        y = norm(x, w, "norm1")
+        w = part(weights, f"{prefix}.{i}.")
+        y = norm(w, "norm1", x, 1e-6)
         q, k, v = (
-            linear(y, w, f"attention.{n}").unflatten(-1, (HEADS, -1)).transpose(1, 2) for n in ("query", "key", "value")
+            affine(w, f"attention.{n}", y).unflatten(-1, (HEADS, -1)).transpose(1, 2) for n in ("query", "key", "value")
         )
         q, k = rope(q, ids), rope(k, ids)
         attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-        x = x + linear((attention @ v).transpose(1, 2).flatten(2), w, "attention.proj")
-        x = x + linear(F.gelu(linear(norm(x, w, "norm2"), w, "mlp.fc1")), w, "mlp.fc2")
+        x = x + affine(w, "attention.proj", (attention @ v).transpose(1, 2).flatten(2))
+        x = x + affine(w, "mlp.fc2", F.gelu(affine(w, "mlp.fc1", norm(w, "norm2", x, 1e-6))))
     return x
 
 
@@ -103,7 +92,7 @@ def encode(pixels, weights, ids):
     """Tokens at the places `ids` only, chosen before the first block: what is masked is not seen by any other."""
     x = F.conv3d(pixels.transpose(1, 2), weights["encoder.embeddings.patch_embeddings.proj.weight"], stride=(2, 8, 8))
     x = x.flatten(2).transpose(1, 2) + weights["encoder.embeddings.patch_embeddings.proj.bias"]
-    return norm(transformer(x[:, ids], weights, "encoder.layer", ids), weights, "encoder.layernorm")
+    return norm(weights, "encoder.layernorm", transformer(x[:, ids], weights, "encoder.layer", ids), 1e-6)
 
 
 def training_loss(pixels, weights, shown):
@@ -112,10 +101,10 @@ def training_loss(pixels, weights, shown):
     early, late = every[:shown], every[shown:]
     truth = encode(pixels, weights, every)
     truth = F.layer_norm(truth, truth.shape[-1:])[:, late]
-    guess = linear(encode(pixels, weights, early), weights, "predictor.embeddings.predictor_embeddings")
+    guess = affine(weights, "predictor.embeddings.predictor_embeddings", encode(pixels, weights, early))
     mask = weights["predictor.embeddings.mask_tokens"][0].expand(len(guess), len(late), -1)
     guess = transformer(torch.cat([guess, mask], 1), weights, "predictor.layer", every)
-    guess = linear(norm(guess, weights, "predictor.layernorm")[:, shown:], weights, "predictor.proj")
+    guess = affine(weights, "predictor.proj", norm(weights, "predictor.layernorm", guess, 1e-6)[:, shown:])
     return (guess - truth).abs().mean((1, 2))
 
 
@@ -182,24 +171,9 @@ def test_the_callers_frame_rate_goes_before_the_setting(make):
     torch.testing.assert_close(make(fps=24)(video, PROMPTS[:1], fps=12), make(fps=4)(frames, PROMPTS[:1]))
 
 
-def test_gradient_equals_finite_difference(make):
-    assert_gradient(make(dtype="float64", fps=4), make_video(6, 41, 56))
-
-
-def test_a_batch_is_its_videos_one_by_one(make):
-    assert_batch_is_singles(make(fps=4), make_video(6))
-
-
-def test_chunks_change_nothing(make):
-    assert_chunks_change_nothing(make, make_video(6))
-
-
-def test_the_contract(make):
-    assert assert_contract(make()).frames == 8
-
-
-def test_a_bfloat16_model_gives_float32_scores(make):
-    assert_bfloat16_model_float32_score(make, make_video(6))
+@every_video_check
+def test_as_any_video_reward(check, make):
+    check(lambda **settings: make(fps=4, **settings), make_video(6, 41, 56))
 
 
 def test_what_is_refused(make, folder, tmp_path):
@@ -213,9 +187,3 @@ def test_what_is_refused(make, folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(RewardError, match=r"predictor\.proj\.weight"):
         load_reward("vjepa2", model=str(tmp_path))
-
-
-def test_missing_weights_are_named(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RewardError, match="facebook/vjepa2-vitl-fpc64-256: 1.3 GB, MIT.*`model`"):
-        load_reward("vjepa2")
