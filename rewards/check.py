@@ -1,4 +1,4 @@
-"""Check a reward against the contract: `python -m rewards.check SPEC` (exit status 1 on failure)."""
+"""Check a reward against the contract: `python -m rewards.check SPEC`; status 1 on failure."""
 
 import argparse
 import sys

@@ -135,14 +135,12 @@ def _module_source(spec: str, where: str) -> Path | None:
 
 def _check_defined(spec: str, source: Path, attribute: str) -> None:
     """Raise RewardError if the source defines no such name and has no star import."""
-    tree = _parse_source(spec, source)
-    names = _top_level_names(tree)
+    names = _public_names(_parse_source(spec, source))
     if attribute not in names and "*" not in names:
-        offered = _public_names(tree)
-        near = difflib.get_close_matches(attribute, offered, n=1)
+        near = difflib.get_close_matches(attribute, names, n=1)
         cure = f"the nearest name is {near[0]!r}" if near else "name a class or function of that file"
         got = f"no {attribute!r} in {source}"
-        raise RewardError(spec, got=got, expected=f"one of {', '.join(sorted(offered)) or 'its names'}", cure=cure)
+        raise RewardError(spec, got=got, expected=f"one of {', '.join(sorted(names)) or 'its names'}", cure=cure)
 
 
 def _parse_source(spec: str, source: Path) -> ast.Module:
@@ -155,26 +153,18 @@ def _parse_source(spec: str, source: Path) -> ast.Module:
         raise RewardError(spec, got=got, expected="a Python file", cure="correct that line") from error
 
 
-def _public_names(tree: ast.Module) -> set[str]:
-    """Return the top-level names without the modules that the file imports."""
-    modules = {
-        (alias.asname or alias.name).split(".")[0] for n in tree.body if isinstance(n, ast.Import) for alias in n.names
-    }
-    return _top_level_names(tree) - modules
-
-
-def _top_level_names(tree: ast.AST) -> set[str]:
-    """Return names bound outside of functions and classes: definitions, assignments and imports."""
+def _public_names(tree: ast.AST) -> set[str]:
+    """Return names bound outside of functions and classes, without imported modules."""
     names = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
         else:
-            names |= _top_level_names(node)
+            names |= _public_names(node)
     return names
 
 

@@ -95,9 +95,11 @@ class TransformersClip(Clip):
         self.freeze()
 
     def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """Return image features (N, P) of preprocessed pixels."""
         return self.model.get_image_features(pixel_values=pixels_NCHW).pooler_output
 
     def encode_text(self, prompts: list[str]) -> torch.Tensor:
+        """Return text features (B, P) of the prompts."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
@@ -120,9 +122,11 @@ class OpenClip(Clip):
         self.freeze()
 
     def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """Return image features (N, P) of preprocessed pixels."""
         return self.model.encode_image(pixels_NCHW)
 
     def encode_text(self, prompts: list[str]) -> torch.Tensor:
+        """Return text features (B, P) of the prompts."""
         return self.model.encode_text(self.tokenizer(prompts).to(self.device))
 
 
@@ -137,6 +141,7 @@ class Siglip(ImageEncoder):
         self.freeze()
 
     def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """Return image features (N, P) of preprocessed pixels."""
         return self.model(pixel_values=pixels_NCHW).pooler_output
 
 

@@ -81,6 +81,7 @@ class Aesthetic(HeadScore):
         self.freeze()
 
     def load_head(self, path: str | None) -> torch.nn.Module:
+        """Load the float32 head."""
         path = path or hub_file(self.name, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head")
         return load_head(self.name, path, "layers.", LinearLayers)
 
@@ -103,6 +104,7 @@ class AestheticV1(Aesthetic):
         super().__init__(head, **options)
 
     def load_head(self, path: str) -> torch.nn.Module:
+        """Load the float32 head."""
         return load_head(self.name, path, "", lambda width: torch.nn.Linear(width, 1))
 
     @classmethod
@@ -128,6 +130,7 @@ class AestheticV25(HeadScore):
         self.freeze()
 
     def load_head(self, path: str) -> torch.nn.Module:
+        """Load the float32 head."""
         return load_head(self.name, path, "scoring_head.", lambda width: LinearLayers(width, dropout_before_last=True))
 
     @classmethod

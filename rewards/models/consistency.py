@@ -41,6 +41,7 @@ class Consistency(ModelReward):
         raise NotImplementedError
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        """Return scores (B,), in at least float32."""
         video_BCNHW = pick_frames(self, video_BCTHW, info)
         require_frames(self.name, video_BCNHW.shape[2], 2)
         with torch.autocast(video_BCTHW.device.type, enabled=False):
@@ -67,6 +68,7 @@ class SubjectConsistency(Consistency):
     name = "subject_consistency"
 
     def load_embedder(self, model: str | Frozen | None) -> Frozen:
+        """Load the image encoder; None: the published one."""
         if isinstance(model, Frozen):
             return model
         from transformers import ViTModel
@@ -88,6 +90,7 @@ class BackgroundConsistency(Consistency):
     name = "background_consistency"
 
     def load_embedder(self, model: str | Frozen | None) -> Frozen:
+        """Load the image encoder; None: the published one."""
         return load_clip(self.name, model or CLIP_B32)
 
     @classmethod

@@ -129,6 +129,7 @@ class CrossLayer(torch.nn.Module):
         self.block = ParallelBlock(width, heads, head_width)
 
     def forward(self, x_NIP, text_NLP, keep_NL):
+        """Return image tokens (N, I, P) after both attentions."""
         x_NIP = x_NIP + self.cross(x_NIP, text_NLP, keep_NL)
         return x_NIP + self.block(x_NIP)
 
@@ -148,6 +149,7 @@ class CrossAttention(torch.nn.Module):
         )
 
     def forward(self, x_NIP, text_NLP, keep_NL):
+        """Return the residual (N, I, P) of cross-attention and feed-forward."""
         x_NIP = self.norm(x_NIP)
         q_NIKD = self.to_q(x_NIP).unflatten(-1, (self.heads, -1))
         k_NLD, v_NLD = self.to_kv(text_NLP).chunk(2, dim=-1)
@@ -166,6 +168,7 @@ class ParallelBlock(torch.nn.Module):
         self.ff_out = torch.nn.Sequential(SwiGlu(), torch.nn.Linear(4 * width, width, bias=False))
 
     def forward(self, x_NIP):
+        """Return the residual (N, I, P) of self-attention and feed-forward."""
         q, k_NID, v_NID, ff = self.fused_attn_ff_proj(self.norm(x_NIP)).split(self.parts, dim=-1)
         q_NIKD, k_NID = rotate(q.unflatten(-1, (self.heads, -1))), rotate(k_NID[:, :, None])[:, :, 0]
         return self.attn_out(attend(q_NIKD, k_NID, v_NID)) + self.ff_out(ff)
@@ -175,6 +178,7 @@ class SwiGlu(torch.nn.Module):
     """The activation a * SiLU(b) of two halves a, b."""
 
     def forward(self, x):
+        """Return a * SiLU(b)."""
         x, gate = x.chunk(2, dim=-1)
         return F.silu(gate) * x
 

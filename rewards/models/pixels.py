@@ -36,6 +36,7 @@ class PixelReward:
         self.frames, self.num_frames, self.mean, self.std = frames, num_frames, mean, std
 
     def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        """Return scores (B,)."""
         return self.score(at_least_float32(pick_frames(self, video_BCTHW, info)))
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
@@ -54,6 +55,7 @@ class FrameDifference(PixelReward):
     name = "frame_difference"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Return scores (B,)."""
         return self.mean_difference(video_BCTHW, 1)
 
 
@@ -63,6 +65,7 @@ class Flicker(PixelReward):
     name = "flicker"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Return scores (B,)."""
         return 1 - self.mean_difference(video_BCTHW, 1)
 
 
@@ -72,6 +75,7 @@ class Smoothness(PixelReward):
     name = "smoothness"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Return scores (B,)."""
         return 1 - self.mean_difference(video_BCTHW, 2) / 2
 
 
@@ -86,6 +90,7 @@ class JpegSize(PixelReward):
     name = "jpeg_size"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Return scores (B,)."""
         blocks = _blocks(_luma(video_BCTHW))
         dct, table = _dct_matrix().to(blocks), torch.tensor(_QUANTISATION).to(blocks)
         coefficients = (dct @ blocks @ dct.T / table).flatten(-2)[..., 1:]
