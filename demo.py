@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import export_to_video
 
-from rewards.flags import file_to_write
+from rewards.cli.flags import file_to_write
 from rlhf.adapter.merge import require_adapter
 from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline

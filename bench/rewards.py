@@ -1,7 +1,7 @@
 """What each built-in reward takes: seconds and peak memory, forward and backward, at full size with random weights.
 
     python bench/rewards.py [--rewards clip_score hps_v2_1] [--device cuda]      writes bench/results/rewards.json
-    python bench/tables.py                                                       puts it into docs/rewards.md
+    python bench/tables.py                                                       updates bench/results/rewards.md
 
 One video of 432x768, 1 and 8 frames, all of them scored at once; models in their own format and, where they take one,
 in bfloat16. Nothing is loaded from hub or disk. Rows of rewards that are not named stay in the file as they are, if

@@ -220,7 +220,7 @@ def make_reward(size_name: str, scored: int, device: torch.device):
     """HPS v2.1 of full size with random weights, on 8 of the scored frames or as many as there are."""
     if size_name == "tiny":
         return TinyReward().to(device)
-    from rewards.hps import HpsV21
+    from rewards.models.hps import HpsV21
 
     torch.manual_seed(2)
     with torch.device(device):

@@ -206,7 +206,7 @@ TABLES = {
 
 
 def main() -> None:
-    for guide in sorted((ROOT / "docs").glob("*.md")):
+    for guide in sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "bench" / "results").glob("*.md")]):
         text = guide.read_text()
         filled = fill_cells(fill(text), json.loads(METHODS.read_text()))
         if filled != text:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+import rlhf
 from rewards import RewardError, RewardMix
 from rlhf.parallel import any_process
 
@@ -102,10 +103,12 @@ def out_of_memory(error: Exception) -> str | None:
     """What to tell of an error that says that memory ended, by where it did; None for any other error."""
     if not any(words in str(error) for words in OUT_OF_MEMORY):
         return None
+    root = Path(rlhf.__file__).parents[1]
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    parts = {part for file in files for part in (file.name, file.parent.name)}
+    inside = [file.relative_to(root) for file in files if file.is_relative_to(root)]
+    ours = [file for file in inside if file.parts[0] in ("rlhf", "rewards")]
+    parts = {part for file in ours for part in (file.name, file.parts[0])}
     cure = next(cure for place, cure in MEMORY_CURES.items() if place in parts or not place)
-    ours = [file for file in files if {"rlhf", "rewards"} & set(file.parts)]
-    where = f" in {ours[-1].parent.name}/{ours[-1].name}" if ours else ""
+    where = f" in {ours[-1].as_posix()}" if ours else ""
     got = " ".join(str(error).split())[:200]
     return f"Out of memory{where}: {got}. Try, in this order: {cure}. docs/troubleshooting.md has more."

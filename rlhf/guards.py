@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rewards.mix import differ
+from rewards.mix import has_spread
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluate import Evaluation
 
@@ -13,7 +13,7 @@ def gain(name: str, base: Evaluation, tuned: Evaluation) -> float | None:
     None for no spread but float32's rounding.
     """
     before = base.scores[name].double()
-    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item() if differ(before) else None
+    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item() if has_spread(before) else None
 
 
 def gains(base: Evaluation, tuned: Evaluation, trained: dict[str, float], held_out: list[str]) -> dict[str, float]:

@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Callable, Iterator
 
 from rewards import check_spec, reward_name
-from rewards.base import check_frames
 from rewards.catalogue import CATALOGUE
+from rewards.contract import check_frames
 from rewards.load import name_in
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.measures import MEASURES

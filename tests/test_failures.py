@@ -8,7 +8,7 @@ import torch
 from conftest import brightness
 
 from rewards import RewardMix
-from rewards.temporal import Flicker
+from rewards.models.pixels import Flicker
 from rlhf.failures import MEMORY_CURES, TrainingError, broken_rewards, not_finite, out_of_memory
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 24 GiB"
@@ -42,7 +42,7 @@ def test_a_reward_is_named_with_its_own_cures(monkeypatch):
     monkeypatch.setattr(reward, "score", fail)
     told = out_of_memory(caught(lambda: reward(torch.rand(1, 3, 4, 8, 8), ["x"])))
     assert told.startswith(
-        "Out of memory in rewards/temporal.py: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"
+        "Out of memory in rewards/models/pixels.py: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"
     )
     assert MEMORY_CURES["rewards"] in told
 

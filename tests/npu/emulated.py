@@ -17,8 +17,9 @@ from tiny import tiny_conditioning, tiny_transformer
 from tiny_clip import save_transformers_clip
 
 import rlhf.checks
-from rewards import load_reward, preprocess, reward_attribute
+from rewards import load_reward, reward_attribute
 from rewards.catalogue import CATALOGUE
+from rewards.common import preprocess
 from rlhf.config import RewardGradientConfig
 from rlhf.device import describe, deterministic, peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.device_check import check_device, distance
