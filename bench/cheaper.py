@@ -35,15 +35,15 @@ ARMS = {
     "half the steps": {"prefix_steps": 5},
     "half the steps, second order": {"prefix_steps": 5, "second_order_prefix": True},
     "guidance every 2nd step": {"guidance_every": 2},
-    "rollouts used 2 times": {"rollout_uses": 2},
-    "rollouts used 4 times": {"rollout_uses": 4},
-    "rollouts used 8 times": {"rollout_uses": 8},
+    "rollouts used 2 times": {"rollout_reuse": 2},
+    "rollouts used 4 times": {"rollout_reuse": 4},
+    "rollouts used 8 times": {"rollout_reuse": 8},
     "all of them": {
         "sampling_weights": "merged",
         "prefix_steps": 5,
         "second_order_prefix": True,
         "guidance_every": 2,
-        "rollout_uses": 4,
+        "rollout_reuse": 4,
     },
 }
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.models.normalization import RMSNorm
 
+from rlhf.adapter.masters import Masters
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.flow import flow_sigmas
@@ -18,7 +19,7 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.fields import Fields
 from rlhf.layout import Layout
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.lora import add_adapter, lora_config
 from rlhf.optimizer import make_optimizer
 from rlhf.speed import Speed, set_up_blocks
 from rlhf.types import Conditioning
@@ -66,15 +67,15 @@ SETTINGS = {
     "half the steps": FAST | {"prefix_steps": 12},
     "half the steps, second order": FAST | {"prefix_steps": 12, "second_order_prefix": True},
     "guidance every 2nd step": FAST | {"guidance_every": 2},
-    "rollouts used 4 times": FAST | {"rollout_uses": 4},
-    "rollouts used 8 times": FAST | {"rollout_uses": 8},
+    "rollouts used 4 times": FAST | {"rollout_reuse": 4},
+    "rollouts used 8 times": FAST | {"rollout_reuse": 8},
     "all of them": FAST
     | {
         "sampling_weights": "merged",
         "prefix_steps": 12,
         "second_order_prefix": True,
         "guidance_every": 2,
-        "rollout_uses": 4,
+        "rollout_reuse": 4,
     },
 }
 CAPS_GIB = {"24 GiB": 24}  # the device's memory is limited to this

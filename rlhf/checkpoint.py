@@ -26,7 +26,7 @@ from rlhf.config import ConfigError
 from rlhf.reading import reading
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
-    from rlhf.lora import Masters
+    from rlhf.adapter.masters import Masters
 
 logger = logging.getLogger(__name__)
 

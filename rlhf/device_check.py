@@ -18,12 +18,13 @@ import torch
 from peft import LoraConfig
 
 from rewards import load_reward
+from rlhf.adapter.masters import Masters
 from rlhf.checkpoint import load_checkpoint, save_checkpoint
 from rlhf.contentv.flow import euler_step, flow_sigmas, guided_velocity
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import describe, peak_memory, pick_device, reproducible, reset_peak_memory, synchronize
-from rlhf.lora import ATTENTION, Masters, add_adapter
+from rlhf.lora import ATTENTION, add_adapter
 from rlhf.sampler import draw_noise
 from rlhf.text import encode_prompts
 

@@ -14,7 +14,7 @@ from torch import nn
 from rewards.catalogue import CATALOGUE
 from rewards.costs import cost, decoded_frames, scored_frames
 from rlhf.config import RewardGradientConfig
-from rlhf.optimizer import moment_bytes
+from rlhf.optimizer import MOMENT_BYTES
 from rlhf.parts import Part, Parts, window_steps
 
 ENCODING = "encoding prompts"
@@ -105,7 +105,7 @@ def plan_memory(parts: Parts, args: RewardGradientConfig, rewards: Rewards, enco
     video = batch * 3 * rewards.frames * args.height * args.width * 4  # it was scored, and is still there
     held, whole = _held(parts, args, rewards), gathered_bytes(parts, args)
     # Before the first step there are no moments yet, and no position table.
-    later = int(moment_bytes(args) * parts.trained) + held["position table"]
+    later = MOMENT_BYTES * parts.trained + held["position table"]
     phases = {
         ENCODING: max(0, encoders - later),
         "sampling": whole + branch.sampling.most - branch.sampling.start,
@@ -149,7 +149,7 @@ def _evaluation(parts: Parts, args: RewardGradientConfig) -> int:
 
 def _held(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> dict[str, int]:
     size = parts.transformer.dtype.itemsize
-    of_trained = MASTER_BYTES + moment_bytes(args) + (4 if args.ema_decay else 0)
+    of_trained = MASTER_BYTES + MOMENT_BYTES + (4 if args.ema_decay else 0)
     held = {
         "transformer": _base(args, parts.frozen, size, parts.processes),
         "adapter and optimizer": parts.adapter_bytes + int(parts.trained * of_trained),
@@ -157,7 +157,7 @@ def _held(parts: Parts, args: RewardGradientConfig, rewards: Rewards) -> dict[st
         "rewards": rewards.weights,
         "position table": parts.tokens * parts.transformer.inner_dim * size,
     }
-    return held | ({"sampling copy": _copy(parts, args, size)} if args.sampling_weights != "own" else {})
+    return held | ({"sampling copy": _copy(parts)} if args.sampling_weights != "own" else {})
 
 
 def gathered_bytes(parts: Parts, args: RewardGradientConfig) -> int:
@@ -175,12 +175,12 @@ def _base(args: RewardGradientConfig, frozen: tuple[int, int, int], size: int, p
     return size * rest + of_blocks * (args.base_bits or 8 * size) // 8
 
 
-def _copy(parts: Parts, args: RewardGradientConfig, size: int) -> int:
-    """Layers that are merged, in the base's format; in float8, those of blocks in one byte a weight."""
+def _copy(parts: Parts) -> int:
+    """Bytes of the float8 copy's own layers: one a weight."""
     total = 0
     for name, module in parts.transformer.transformer_blocks.named_modules():
         if isinstance(module, LoraLayer):
-            total += module.base_layer.weight.numel() * (1 if args.sampling_weights == "float8" else size)
-        elif isinstance(module, nn.Linear) and args.sampling_weights == "float8":
+            total += module.base_layer.weight.numel()
+        elif isinstance(module, nn.Linear):
             total += 0 if ".norm" in name or "lora_" in name or "base_layer" in name else module.weight.numel()
     return total

@@ -69,14 +69,14 @@ class Parts:
         with torch.device("meta"):
             model = SD3Transformer3DModel.from_config(config)
             dtype = dtype or self.dtype(model)
-            add_adapter(model, lora_config(self.args), self.args.seed, self.args.train_blocks)
+            add_adapter(model, lora_config(self.args), self.args.seed)
         return nn.Module.to(model, dtype)  # on "meta" peft leaves adapters in float32
 
     @cached_property
     def _small(self) -> list[SD3Transformer3DModel]:
         """Two of few blocks, whose difference is what a block takes; or the whole where blocks are not alike."""
         args, blocks = self.args, self.transformer.config.num_layers
-        differ = args.train_blocks or args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
+        differ = args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
         if differ or blocks <= TRACED_BLOCKS:
             return [self.transformer]
         dtype = self.transformer.dtype
@@ -161,7 +161,7 @@ class Parts:
             return trace_decoder(vae, (batch, C, latents, *size), wanted, args, with_gradient)
 
         latents, chunk = 1 + -(-(frames - 1) // per_latent), args.decode_chunk
-        pieces = 1 if chunk is None or args.decode_caches == "recompute" or args.decode_window else -(-latents // chunk)
+        pieces = 1 if chunk is None or args.decode_window else -(-latents // chunk)
         if pieces <= TRACED_PIECES:
             return self._once(key, lambda: trace(latents))
         left_out = pieces - TRACED_PIECES  # each takes as much as the one before
@@ -259,7 +259,7 @@ def trace_decoder(
     vae: AutoencoderKLWan, shape: tuple, frames: int, args: RewardGradientConfig, with_gradient: bool = True
 ) -> Part:
     """The decoder, as `trace_part`. shape: (B, C, T, H, W) of the latents; frames: leading ones that are wanted."""
-    caches = Elsewhere() if args.decode_caches == "host" else args.decode_caches
+    caches = Elsewhere() if args.decode_caches == "host" else None
     window = min(args.decode_window or frames, frames) if with_gradient else frames
     first = (frames - window) // 2  # it is drawn for each step
 

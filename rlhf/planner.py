@@ -131,7 +131,7 @@ class Planner:
     def _possible(self, changes: dict) -> bool:
         """Whether the run could make them, and has not done so already."""
         bits = changes.get("base_bits")
-        if bits and (missing_library(bits) or not self._makes_sense(vars(self.args) | changes)):
+        if bits and (missing_library() or not self._makes_sense(vars(self.args) | changes)):
             return False
         return any(getattr(self.args, name) != value for name, value in changes.items())
 

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from rewards import RewardMix, load_reward, probe, reward_name
+from rlhf.adapter.masters import Masters
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.contentv.files import model_sizes
@@ -16,7 +17,7 @@ from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.device import local_device
 from rlhf.layout import Layout
-from rlhf.lora import ATTENTION, Masters, add_adapter, lora_config, settings_of
+from rlhf.lora import ATTENTION, add_adapter, lora_config, settings_of
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.reward_checks import short_name
 from rlhf.run_folder import own_prompts
@@ -94,7 +95,7 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
     if not peft_config.target_modules:
         yield f"peft_config: got no target_modules, expected names of layers; those of the settings are {ATTENTION}"
     if whole := peft_config.modules_to_save:
-        yield f"peft_config: got modules_to_save={whole}, expected none; the setting train_blocks trains whole modules"
+        yield f"peft_config: got modules_to_save={whole}, expected none, since LoRA files hold no modules; leave it out"
     if peft_config.bias != "none":
         yield f"peft_config: got bias={peft_config.bias!r}, expected 'none', as LoRA files hold no biases; leave it out"
     if isinstance(start := peft_config.init_lora_weights, str) and start not in KEEP_THE_BASE:
@@ -134,11 +135,9 @@ def adapt(
     device = layout.device
     # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
     torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
-    innermost = args.decode_channels_last
-    if device.type == "cpu" if innermost is None else innermost:
+    if device.type == "cpu":  # faster there
         use_channels_last(pipe.vae)
-    add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
-    layout.watch(pipe.transformer)
+    add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed)
     chosen = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
     return Masters(pipe.transformer, args.ema_decay), chosen
 

@@ -51,7 +51,7 @@ def set_up_blocks(
     """
     chosen, transformer.sequence_group = {}, sequence_group
     if speed.base_bits:
-        chosen["base_bits"] = f"{speed.base_bits}, by {quantise_base(transformer, speed.base_bits, device)}"
+        quantise_base(transformer, device)
     fetch = stream_blocks(transformer, device).fetch if speed.stream_weights else None
     if speed.shard_base:
         shard_base(transformer, device)

@@ -34,7 +34,7 @@ def _weight_problems(args) -> Iterator[str]:
     for name in ("stream_weights", "base_bits", "lora_use_dora"):
         if getattr(args, name) and args.sampling_weights != "own":
             yield f"sampling_weights: got {args.sampling_weights} with {name}, expected own; change one of the two"
-    if args.base_bits and (missing := missing_library(args.base_bits)):
+    if args.base_bits and (missing := missing_library()):
         yield missing
 
 

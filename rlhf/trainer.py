@@ -29,7 +29,7 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import Skips, naming_lost_processes, not_finite, require_gradient, require_new
+from rlhf.failures import Skips, not_finite, require_gradient, require_new
 from rlhf.fields import Fields
 from rlhf.layout import Layout
 from rlhf.lora import save_adapter
@@ -130,7 +130,6 @@ class RewardGradientTrainer:
         self.callbacks.tell("on_train_end")
         return summary
 
-    @naming_lost_processes
     def _train(self) -> dict:
         started = time.perf_counter()
         first, saved = self._begin()

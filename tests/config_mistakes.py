@@ -110,9 +110,14 @@ ROWS = [
     Row({"num_grad_steps": 51}, "num_grad_steps=51", "exceeds num_inference_steps=50", "lower num_grad_steps"),
     Row({"method": "refl", "num_grad_steps": 4}, "got 4 with method refl", "expected 1", "change one of the two"),
     Row({"method": "alignprop"}, "num_grad_steps: got 1 with method alignprop", "expected at least 2", "raise it"),
-    Row({"method": "refl", "jump_steps": 51}, "jump_steps=51", "expected at most that", "lower jump_steps"),
     Row(
-        {"method": "drtune", "num_grad_steps": 42, "jump_steps": 10},
+        {"method": "refl", "method_kwargs": {"jump_steps": 51}},
+        "jump_steps=51",
+        "expected at most that",
+        "lower jump_steps",
+    ),
+    Row(
+        {"method": "drtune", "num_grad_steps": 42, "method_kwargs": {"jump_steps": 10}},
         "num_grad_steps=42 and jump_steps=10 leave too few steps",
         "may jump to x0 after 41 of num_inference_steps=50",
         "lower one of the first two",
@@ -200,7 +205,7 @@ ROWS = [
         "lower num_grad_steps",
     ),
     Row({"guidance_together": True, "guidance_scale": 1.0}, "guidance_together: got it", "which has one", "leave it"),
-    Row({"rollout_uses": 2, "drift_weight": 1.0}, "rollout_uses: got drift_weight", "expected 0", "leave one out"),
+    Row({"rollout_reuse": 2, "drift_weight": 1.0}, "rollout_reuse: got drift_weight", "expected 0", "leave one out"),
     Row(
         {"guidance_every": 2, "guidance_scale": 1.0},
         "guidance_every: got 2",

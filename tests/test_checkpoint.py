@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny_transformer
 
+from rlhf.adapter.masters import Masters
 from rlhf.checkpoint import (
     SavingError,
     StopRequest,
@@ -23,7 +24,7 @@ from rlhf.checkpoint import (
     signals_interrupt,
 )
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.lora import add_adapter, lora_config
 from rlhf.reading import DamagedFileError
 
 

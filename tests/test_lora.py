@@ -8,10 +8,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
+from rlhf.adapter.masters import Masters
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
 from rlhf.export import add_trained_blocks, export_adapter, export_merged
-from rlhf.lora import Masters, adapter_off, add_adapter, lora_config, save_adapter, without_adapter
+from rlhf.lora import adapter_off, add_adapter, lora_config, save_adapter, without_adapter
 
 LATENTS = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
