@@ -90,7 +90,8 @@ def needs(settings: str) -> str:
 
 
 def resolved(path: Path, tmp_path: Path) -> RewardGradientConfig:
-    return check_config(parse_config(["--config", str(path), "--output_dir", str(tmp_path / "run"), "--dry_run"]))
+    args = parse_config(["--config", str(path), "--output_dir", str(tmp_path / "run")])
+    return check_config(args, planned_processes=1)
 
 
 @named_8b

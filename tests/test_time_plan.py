@@ -51,7 +51,9 @@ def test_steps_that_are_listed_take_what_the_last_steps_take():
         {"method": "listed", "method_kwargs": {"steps": [2, 3]}},
         {"method": "drtune"},
     ):
-        _, args, card = tiny(num_inference_steps=4, **{"num_grad_steps": 1 if "method_kwargs" in method else 2} | method)
+        _, args, card = tiny(
+            num_inference_steps=4, **{"num_grad_steps": 1 if "method_kwargs" in method else 2} | method
+        )
         parts = Parts(args, card)
         plans[args.method] = plan_time(parts, args, plan_rewards(parts, args), RATES).parts["gradient segment"]
     assert plans["listed"] == plans["draft_k"] > plans["drtune"]

@@ -13,7 +13,6 @@ from rlhf.contentv.flow import guided_velocity
 from rlhf.sampler import draw_noise
 from rlhf.trainer import RewardGradientTrainer
 
-
 ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
 
 
