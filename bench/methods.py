@@ -42,7 +42,6 @@ ARMS = {
     "draft_k, K = 4, anchor 5": ALL | {"anchor_steps": 5},
     "draft_k, K = 4, average .9": ALL | {"ema_decay": 0.9},
     "draft_k, K = 4, DoRA": ALL | {"lora_use_dora": True},
-    "draft_k, K = 4, block 2 whole": ALL | {"train_blocks": ["transformer_blocks.2"], "learning_rate": 1e-4},
 }
 
 

@@ -13,7 +13,7 @@ from rlhf.device import pick_device
 from rlhf.method_checks import adapter_problems, method_problems
 from rlhf.parallel_checks import parallel_problems
 from rlhf.prompts import load_prompts
-from rlhf.restarts import going_on
+from rlhf.restarts import resolve_resume
 from rlhf.resume_checks import resume_problems
 from rlhf.reward_checks import problems_raised_by, reward_problems
 from rlhf.run_folder import run_in
@@ -43,7 +43,7 @@ def check_config(
 
     Raises ConfigError with every problem of the settings.
     """
-    args = going_on(args)
+    args = resolve_resume(args)
     problems = [*range_problems(args), *_folder_problems(args, dry=planned_processes is not None)]
     problems += [*reward_problems(args, rewards), *_tracker_problems(args)]
     problems += [*_device_problems(args), *_guard_problems(args, eval_prompts)]

@@ -1,4 +1,4 @@
-"""The LoRA adapter: its description, adding it to the transformer, switching it off, saving it. Built on peft."""
+"""The LoRA adapter, by peft: describe it, add it to the transformer, switch it off, save it."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def lora_config(args: RewardGradientConfig) -> LoraConfig:
 
 
 def settings_of(config: PeftConfig | None) -> dict:
-    """Return the settings that describe a LoRA, as far as settings can; {} for None and other adapters."""
+    """Return the settings that describe a LoRA; {} for None and other adapters."""
     if not isinstance(config, LoraConfig):
         return {}
     layers = config.target_modules
@@ -47,8 +47,8 @@ def settings_of(config: PeftConfig | None) -> dict:
 def add_adapter(transformer: torch.nn.Module, config: PeftConfig, seed: int) -> None:
     """Freeze the transformer and add a trainable adapter named "default".
 
-    A is drawn from `seed` on the CPU, so it is the same on every device and process. B is zero, so the
-    model's output does not change yet.
+    A is drawn from `seed` on the CPU, so it is the same on every device and process. B is zero, so
+    the model's output does not change yet.
     """
     transformer.requires_grad_(False).eval()
     with torch.random.fork_rng(devices=[]):
@@ -77,7 +77,7 @@ def without_adapter(function: Callable, transformer: torch.nn.Module) -> Callabl
 
 
 def save_adapter(pipe: DiffusionPipeline, masters: Masters, folder: Path) -> None:
-    """Write folder/pytorch_lora_weights.safetensors, float32, in the layout that `pipe.load_lora_weights` reads."""
+    """Write folder/pytorch_lora_weights.safetensors, fp32, as `pipe.load_lora_weights` reads it."""
     transformer, trained = pipe.transformer, {n: t.cpu() for n, t in masters.named(masters.vector).items()}
     layers = get_peft_model_state_dict(transformer, state_dict=dict(transformer.state_dict()) | trained)
     config = {

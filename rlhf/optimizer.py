@@ -8,13 +8,16 @@ MOMENT_BYTES = 8  # AdamW's two float32 moments of a trained number
 
 
 def make_optimizer(vector: torch.Tensor, args: RewardGradientConfig) -> torch.optim.AdamW:
-    """Return fused AdamW on the vector of master weights; its learning rate is set before each step."""
+    """Return fused AdamW on the vector of master weights; each step sets its learning rate."""
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW([vector], betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True)
 
 
 def learning_rate(step: int, args: RewardGradientConfig) -> float:
-    """Return the rate of optimizer step `step`, from 0: linear warm-up, then constant or linear to 0 at max_steps."""
+    """Return the learning rate of optimizer step `step`, from 0.
+
+    It rises linearly for warmup_steps, then stays or falls linearly to 0 at max_steps.
+    """
     warm_up = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
     if args.lr_scheduler_type == "constant":
         return args.learning_rate * warm_up
@@ -22,7 +25,7 @@ def learning_rate(step: int, args: RewardGradientConfig) -> float:
 
 
 def clip_gradient(gradient: torch.Tensor, norm: float, limit: float) -> None:
-    """Scale the gradient, whose norm is given, down to norm `limit` in place if it is longer; 0 means no limit."""
+    """Scale a gradient of the given norm down to `limit` in place if it is longer; 0: no limit."""
     if limit and norm > limit:
         gradient *= limit / norm
 

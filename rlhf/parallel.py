@@ -1,4 +1,4 @@
-"""Processes and their threads, by accelerate. The model is not wrapped: the trainer sums the gradients."""
+"""The process group and threads, by accelerate. The trainer sums gradients; no model is wrapped."""
 
 import math
 import os
@@ -23,9 +23,9 @@ RENDEZVOUS_SCHEME = "restart"  # our own, next to env:// and tcp://
 def _rendezvous(url: str, timeout: timedelta, **kwargs):
     """Yield what env:// yields, on one host with keys of this restart alone.
 
-    With a fixed port, as `accelerate launch` sets one, torchrun's store outlives a restart and still
-    holds the addresses of ended processes. Several hosts share their keys, since each counts its own
-    restarts.
+    With a fixed port, as `accelerate launch` sets one, torchrun's store outlives a restart and
+    still holds the addresses of ended processes. Several hosts share their keys, since each counts
+    its own restarts.
     """
     one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     restart = os.environ.get(RESTARTS, "0") if one_host else "any"
@@ -37,7 +37,7 @@ register_rendezvous_handler(RENDEZVOUS_SCHEME, _rendezvous)
 
 
 def make_accelerator(args: RewardGradientConfig) -> Accelerator:
-    """Return an accelerator with the process group, device and trackers of the settings, without autocast.
+    """Return an accelerator with the settings' process group, device and trackers; no autocast.
 
     A collective that waits longer than `ddp_timeout` seconds ends its process with an error.
     """
@@ -60,11 +60,11 @@ def make_accelerator(args: RewardGradientConfig) -> Accelerator:
 
 
 def cpu_threads(requested: int | None) -> int | None:
-    """Return the threads of this process: as requested, else by OMP_NUM_THREADS, else its share of the cores.
+    """Return this process's threads: as requested, else OMP_NUM_THREADS, else its share of cores.
 
-    None leaves PyTorch's own choice, which has obeyed OMP_NUM_THREADS already. `accelerate launch` sets
-    OMP_NUM_THREADS=1 where the user set nothing; that is ignored, since it would leave all cores but
-    one idle.
+    None leaves PyTorch's own choice, which has obeyed OMP_NUM_THREADS already. `accelerate launch`
+    sets OMP_NUM_THREADS=1 where the user set nothing; that is ignored, since it would leave all
+    cores but one idle.
     """
     by_launcher = LAUNCHER_MARK in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if requested or ("OMP_NUM_THREADS" in os.environ and not by_launcher):
@@ -73,7 +73,7 @@ def cpu_threads(requested: int | None) -> int | None:
 
 
 def available_cores() -> int:
-    """Return the number of cores of this process's affinity, or of its container's quota if that is less."""
+    """Return the cores of this process's affinity, or of its container's quota if that is less."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, period = CGROUP_LIMIT.read_text().split() if CGROUP_LIMIT.exists() else ("max", "1")
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
@@ -82,8 +82,8 @@ def available_cores() -> int:
 def own_batches(count: int, size: int, layout: Layout) -> list[list[int]]:
     """Return the indices below `count` of this data rank, in consecutive batches of at most `size`.
 
-    Data ranks have equal shares; the last ones may have less, and fewer batches. Where all ranks must
-    keep step (`layout.in_step`), empty batches make up for that.
+    Data ranks have equal shares; the last ones may have less, and fewer batches. Where all ranks
+    must keep step (`layout.in_step`), empty batches make up for that.
     """
     share = math.ceil(count / layout.num_processes)
     own = list(range(count))[layout.process_index * share :][:share]

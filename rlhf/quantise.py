@@ -1,7 +1,7 @@
-"""The frozen base in 4 bits: less memory, other numbers. The gradient is that of the rounded model, so not exact.
+"""The frozen base in 4 bits: less memory, but not exact, since the gradient is the rounded model's.
 
-bitsandbytes' NF4 (arXiv 2305.14314) has the gradient at a layer's inputs, which is all that an adapter
-needs.
+bitsandbytes' NF4 (arXiv 2305.14314) has the gradient at a layer's inputs, which is all that an
+adapter needs.
 """
 
 import importlib.util
@@ -11,10 +11,10 @@ from torch import nn
 
 
 def quantise_base(transformer: nn.Module, device: torch.device) -> None:
-    """Replace the blocks' frozen linear layers by 4-bit ones on the device, in place. Call it after `add_adapter`.
+    """Replace the blocks' frozen linear layers by 4-bit ones on the device, in place.
 
-    Layers move to the device and are rounded one by one, so that the whole base is never there. Biases,
-    norms, embeddings and trained layers keep their format.
+    Call it after `add_adapter`. Layers move to the device and are rounded one by one, so that the
+    whole base is never there. Biases, norms, embeddings and trained layers keep their format.
 
     Raises ValueError if bitsandbytes is not installed.
     """

@@ -1,4 +1,4 @@
-"""Runs that go on by themselves: after a restart by torchrun, or wherever resume_from_checkpoint is "auto"."""
+"""Resuming, after a restart by torchrun too: resolve "auto", and check the checkpoint."""
 
 import dataclasses
 import os
@@ -10,13 +10,15 @@ from rlhf.layout import RESTARTS
 from rlhf.older_settings import translate
 from rlhf.run_folder import run_in
 
-OF_A_START = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
+# Settings of a single launch, which may differ from launch to launch.
+LAUNCH_SETTINGS = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
 
-def going_on(args: RewardGradientConfig) -> RewardGradientConfig:
-    """The settings with "auto" resolved: the latest whole checkpoint, else from the start, over what is there.
+def resolve_resume(args: RewardGradientConfig) -> RewardGradientConfig:
+    """Return the settings with "auto" resolved: the latest checkpoint, else a fresh start.
 
-    A process that torchrun has started again goes on as with "auto", whatever the settings said for the first time.
+    A fresh start overwrites a run without an undamaged checkpoint. A process that torchrun
+    restarted resumes as with "auto", whatever the settings say.
     """
     restarted = int(os.environ.get(RESTARTS, 0)) > 0
     if not restarted and args.resume_from_checkpoint != "auto":
@@ -24,19 +26,19 @@ def going_on(args: RewardGradientConfig) -> RewardGradientConfig:
     folder = Path(args.output_dir)
     if last_whole(folder / "checkpoints"):
         return dataclasses.replace(args, resume_from_checkpoint="latest", overwrite_output_dir=False)
-    if args.resume_from_checkpoint not in (None, "auto"):  # a checkpoint of another folder, which is still to be read
+    if args.resume_from_checkpoint not in (None, "auto"):  # a checkpoint of another folder, still to be read
         return args
     return dataclasses.replace(args, resume_from_checkpoint=None, overwrite_output_dir=run_in(folder))
 
 
-def told_of_resuming(path: Path, saved: dict, args: RewardGradientConfig) -> str:
-    """A line for whoever goes on from a checkpoint: where the run stands, and which settings are no longer the same."""
+def resume_message(path: Path, saved: dict, args: RewardGradientConfig) -> str:
+    """Return a line about a resume: step reached, settings changed. saved: `read_state` of path."""
     step, last = saved["step"], args.max_steps
-    told = f"Going on from {path}, step {step} of {last}"
-    told += "; no step is left, max_steps says how many the whole run has" if step >= last else ""
+    message = f"Going on from {path}, step {step} of {last}"
+    message += "; no step is left, max_steps says how many the whole run has" if step >= last else ""
     settings, moved, _ = translate(saved["settings"])
     now = dataclasses.asdict(args)
-    before = {name: value for name, value in settings.items() if name in now and name not in OF_A_START}
+    before = {name: value for name, value in settings.items() if name in now and name not in LAUNCH_SETTINGS}
     changed = [f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if value != now[name]]
-    told += f". Other settings than before: {', '.join(changed)}." if changed else "."
-    return f"{told} {moved}".rstrip()
+    message += f". Other settings than before: {', '.join(changed)}." if changed else "."
+    return f"{message} {moved}".rstrip()

@@ -1,7 +1,7 @@
-"""A second transformer for no-grad steps, whose blocks multiply in float8 with the adapter merged in.
+"""A second transformer for no-grad steps: float8 products, adapter merged into the weights.
 
-It shares all other weights with the trained transformer, whose base stays as it was loaded. Not exact:
-float8 keeps three bits of the mantissa.
+It shares all other weights with the trained transformer, whose base stays as it was loaded. Not
+exact: float8 keeps three bits of the mantissa.
 """
 
 import copy
@@ -18,10 +18,11 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 class SamplingCopy:
-    """A float8 copy of a transformer, to sample from without gradient; call `refresh` after each optimizer step.
+    """A float8 copy of a transformer, to sample from without gradient.
 
-    The blocks' attention and feed-forward layers multiply in float8, with a scale for each token and each
-    output. Adapted layers of other shapes than float8 takes are merged in the base's format.
+    Call `refresh` after each optimizer step. The blocks' attention and feed-forward layers multiply
+    in float8, with a scale for each token and each output. Adapted layers of other shapes than
+    float8 takes are merged in the base's format.
 
     Args:
         transformer: with the adapter, on its device; frozen but for the adapter.

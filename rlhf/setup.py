@@ -20,7 +20,7 @@ from rlhf.layout import Layout
 from rlhf.lora import ATTENTION, add_adapter, lora_config, settings_of
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.reward_checks import short_name
-from rlhf.run_folder import own_prompts
+from rlhf.run_folder import prompt_snapshot
 from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
@@ -62,7 +62,7 @@ def checked_inputs(
     args = dataclasses.replace(args, **settings_of(peft_config))  # those of the adapter that a checkpoint has to have
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     handed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
-    told = {name: own_prompts(args, name) for name, prompts in handed.items() if prompts is not None}
+    told = {name: prompt_snapshot(args, name) for name, prompts in handed.items() if prompts is not None}
     args = dataclasses.replace(args, **told)
     return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
 

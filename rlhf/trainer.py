@@ -40,7 +40,7 @@ from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
 from rlhf.prefix import PrefixBuffer
 from rlhf.report import reported
-from rlhf.restarts import told_of_resuming
+from rlhf.restarts import resume_message
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
 from rlhf.setup import (
@@ -159,7 +159,7 @@ class RewardGradientTrainer:
             start_run_folder(args, self.batches.prompts, self.eval_prompts)
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
         if resumed:
-            accelerator.print(told_of_resuming(resumed, saved, args))
+            accelerator.print(resume_message(resumed, saved, args))
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
         self.batches.go_on_from(first, saved)

@@ -45,7 +45,6 @@ CURVES = {
     "guidance_none": {"num_grad_steps": 2, "guidance_gradient": "none", "learning_rate": 5e-4},
     "distill": {"guidance_gradient": "distill", "drift_weight": 1.0, "drift_weighting": "even"},
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
-    "whole_blocks": {"train_blocks": ["transformer_blocks.2"], "lora_use_dora": True, "learning_rate": 1e-4},
 }
 
 

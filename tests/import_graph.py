@@ -28,15 +28,16 @@ ROOMS = {
     ),
     "processes": (
         "who works together, and what they hand each other",
-        "rlhf.exchange rlhf.layout rlhf.lifeline rlhf.parallel",
+        "rlhf.exchange rlhf.layout rlhf.parallel",
     ),
     "generator": ("ContentV, without a word of training", "rlhf.contentv rlhf.contentv.*"),
     "nano": ("the embedded model's world, judges and pretraining", "rlhf.nano rlhf.nano.*"),
     "rewards": ("reward models: video, prompts -> scores", "rewards rewards.*"),
     "method": (
         "noise -> prefix -> window -> loss -> adapter",
-        "rlhf.sampler rlhf.grad_steps rlhf.prefix rlhf.drift rlhf.methods rlhf.adjoint rlhf.lora rlhf.sampling_copy "
-        "rlhf.losses rlhf.optimizer rlhf.text rlhf.decoding rlhf.guidance_split rlhf.sharding rlhf.fields rlhf.speed",
+        "rlhf.sampler rlhf.grad_steps rlhf.prefix rlhf.drift rlhf.methods rlhf.adjoint rlhf.adapter "
+        "rlhf.adapter.masters rlhf.lora rlhf.sampling_copy rlhf.losses rlhf.optimizer rlhf.text "
+        "rlhf.decoding rlhf.guidance_split rlhf.sharding rlhf.fields rlhf.speed",
     ),
     "checks": (
         "what can be wrong, before anything is loaded",
@@ -51,7 +52,7 @@ ROOMS = {
         "judging, comparing and showing what was learnt",
         "rlhf.figures rlhf.trackers rlhf.tracking rlhf.evaluate rlhf.compare rlhf.resampling "
         "rlhf.video_set rlhf.compare_sets rlhf.report rlhf.report.* rlhf.model_card rlhf.hub rlhf.lora_scale "
-        "rlhf.export rlhf.generate rlhf.device_check",
+        "rlhf.adapter.merge rlhf.export rlhf.generate rlhf.device_check",
     ),
     "training": (
         "the loop and what guards it",

@@ -52,7 +52,7 @@ def test_one_drawn_step_stands_for_all_without_bias():
 def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(problem):
     p, sigma = problem, SIGMAS[1]
     tuned = velocity_field(p.transformer, p.cond, GUIDANCE)
-    base = without_adapter(velocity_field(p.transformer, p.cond, GUIDANCE), p.transformer, p.masters)
+    base = without_adapter(velocity_field(p.transformer, p.cond, GUIDANCE), p.transformer)
     drift_B = velocity_distance(tuned, base, p.noise, sigma)
     assert drift_B.shape == (2,)
     assert (drift_B > 0).all()

@@ -36,9 +36,7 @@ def test_settings_lower_what_they_are_for():
     assert plan(guidance_together=True).phases["sampling"] > 1.5 * plain.phases["sampling"]
     assert plan(**DECODED, stepwise_backward=True).phases[decoding] < stepwise.phases[decoding]
     assert plan(decode_window=5).phases[decoding] < plain.phases[decoding]
-    assert plan(sampling_weights="merged").held["sampling copy"] > 0
-    moments = plain.held["adapter and optimizer"] - plan(optim="adamw_bnb_8bit").held["adapter and optimizer"]
-    assert moments == pytest.approx(parts.trained * (8 - 2 - 8 / 256), abs=1)
+    assert plan(sampling_weights="float8").held["sampling copy"] > 0
     assert plan(ema_decay=0.9).held["adapter and optimizer"] > plain.held["adapter and optimizer"]
     assert plain.most == sum(plain.held.values()) + max(plain.phases.values())
 
@@ -75,8 +73,6 @@ def test_the_encoders_are_there_before_the_optimizer_is():
     assert plan.worst == "encoding prompts"
     moments = 2 * 4 * parts.trained
     assert plan.most == plan.resident + size - moments - plan.held["position table"]
-    few_bits = plan_memory(parts, dataclasses.replace(args, optim="adamw_bnb_8bit"), rewards, size)
-    assert few_bits.most == pytest.approx(plan.most, abs=2), "what comes later does not matter then"
     assert plan_memory(parts, args, rewards, 1).phases["encoding prompts"] == 0
 
 

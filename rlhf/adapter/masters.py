@@ -1,4 +1,4 @@
-"""The fp32 master weights of what is trained: one flat vector, whatever format the model computes in."""
+"""The fp32 master weights of the trained parameters, as one flat vector."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ import torch
 
 
 class Masters:
-    """An adapter's fp32 master weights (fp64 for an fp64 model), as one flat vector with its gradient.
+    """An adapter's fp32 master weights, one flat vector with its gradient; fp64 for fp64 models.
 
-    The modules keep a copy in the base's format for the forward pass. `write` refreshes that copy after an
-    optimizer step. `collect_grad` adds the gradients of a backward pass to the vector's, so that sums over
-    batches and processes are in fp32.
+    The modules keep a copy in the base's format for the forward pass. `write` refreshes that copy
+    after an optimizer step. `collect_grad` adds the gradients of a backward pass to the vector's,
+    so that sums over batches and processes are in fp32.
 
     Args:
         module: the transformer; its parameters with `requires_grad` are the trained ones.
@@ -33,7 +33,7 @@ class Masters:
         self.average_decay, self.average = average_decay, self.vector.detach().clone() if average_decay else None
 
     def collect_grad(self) -> int:
-        """Add the parameters' gradients to the vector's and clear them; return how many parameters had one."""
+        """Move the parameters' gradients into the vector's; return how many parameters had one."""
         pieces = self._split(self.vector.grad)
         received = [(piece, p) for piece, p in zip(pieces, self.params, strict=True) if p.grad is not None]
         for piece, p in received:
@@ -76,14 +76,15 @@ class Masters:
         self.write()
 
     def named(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return views of a flat vector, such as the masters or an optimizer's moment, by parameter name."""
+        """Return views of a flat vector (masters, an optimizer's moment) by parameter name."""
         return dict(zip(self.names, self._split(vector), strict=True))
 
     @torch.no_grad()
     def load(self, vector: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         """Fill a flat vector from tensors by parameter name, the inverse of `named`.
 
-        Raises ValueError, with the vector unchanged, for other names or shapes than the adapter has.
+        Raises ValueError, with the vector unchanged, for other names or shapes than the adapter
+        has.
         """
         pieces = self.named(vector)
         got, expected = ({n: tuple(t.shape) for n, t in of.items()} for of in (tensors, pieces))

@@ -17,7 +17,7 @@ EXPECTED = "expected an adapter of this model, as a run or pipe.save_lora_weight
 
 
 def load_adapter(transformer: SD3Transformer3DModel, folder: Path) -> None:
-    """Add the adapter in a folder such as RUN/adapter. Raises ValueError for another model's adapter."""
+    """Add the adapter in a folder such as RUN/adapter; raise ValueError for another model's."""
     path = folder / ADAPTER_FILE
     with reading(path), safe_open(path, "pt") as file:
         file.keys()
@@ -38,9 +38,10 @@ def require_adapter(transformer: SD3Transformer3DModel, name: str | Path) -> Non
 
 @contextmanager
 def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[SD3Transformer3DModel]:
-    """Yield a plain transformer with the adapter, times `scale`, in its weights; restore them afterwards to the bit.
+    """Yield a plain transformer with the adapter, times `scale`, in its weights.
 
-    The plain transformer shares its weights with the given one, so it is of use inside only.
+    Afterwards the weights are restored, bit for bit. The plain transformer shares its weights with
+    the given one, so it is of use inside only.
     """
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     originals = [(p, p.detach().clone()) for layer in layers for p in layer.get_base_layer().parameters()]
