@@ -14,7 +14,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.transformer import QueryKeyNorm, SD3Transformer3DModel
-from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise, use_channels_last
+from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise
 from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.fields import Fields
@@ -47,8 +47,6 @@ SETTINGS = {
     "exact, attention computed again": EXACT | {"keep_attention": False},
     "exact, compiled": EXACT | {"compile_blocks": True},
     "exact, caches kept, chunks of 4": EXACT | {"decode_caches": "keep", "decode_chunk": 4},
-    "exact, caches recomputed": EXACT | {"decode_caches": "recompute"},
-    "exact, VAE channels last": EXACT | {"decode_channels_last": True},
     "exact, VAE in float32": EXACT | {"vae_dtype": "float32", "decode_chunk": 2},
     "exact, activations on the host": EXACT | {"offload_activations": True},
     "exact, weights streamed": EXACT | {"stream_weights": True},
@@ -136,8 +134,6 @@ class Rig:
         self.by_hand = arm in (PEERS, STOCK)  # as diffusers runs it
         vae_dtype = getattr(torch, args.vae_dtype)
         self.vae = random_vae(size, device).to(vae_dtype)
-        if args.decode_channels_last:
-            use_channels_last(self.vae)
         self.transformer = random_transformer(size, device)
         self.masters = self._adapt()
         self.optimizer = make_optimizer(self.masters.vector, args)
