@@ -1,4 +1,4 @@
-"""Tables of all settings, grouped as in the code, which mkdocs puts into docs/settings.md while it builds the site."""
+"""The tables of all settings, grouped as in the code. mkdocs puts them into docs/settings.md."""
 
 import dataclasses
 import inspect

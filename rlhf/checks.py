@@ -1,4 +1,4 @@
-"""Check settings against each other and the model: all problems at once, before any weight is loaded."""
+"""Check settings against each other and the model: all problems at once, before any weight loads."""
 
 import dataclasses
 import importlib.util
@@ -38,8 +38,11 @@ def check_config(
 
     Args:
         args: the settings.
-        pipe, rewards, train_prompts, eval_prompts: objects in place of what args name; taken as they are.
-        planned_processes: for a dry run, the number of processes it plans for. Default: those started.
+        pipe: the pipeline, in place of the model that args name; so are the next three.
+        rewards: the rewards.
+        train_prompts: the prompts to train on.
+        eval_prompts: the held-out prompts.
+        planned_processes: for a dry run, how many processes it plans for. Default: those started.
 
     Raises ConfigError with every problem of the settings.
     """
@@ -65,7 +68,7 @@ def check_config(
 
 
 def with_sampling(args: RewardGradientConfig, defaults: SamplingDefaults | dict) -> RewardGradientConfig:
-    """Return the settings with the model's own values where none was set. defaults: a dict is fine, too."""
+    """Return the settings with the model's own values, given as defaults, where none was set."""
     defaults = defaults if isinstance(defaults, dict) else vars(defaults)
     unset = {key: defaults[key] for key in SAMPLING_KEYS if getattr(args, key) is None}
     return dataclasses.replace(args, **unset)
@@ -79,7 +82,7 @@ def _device_problems(args) -> list[str]:
 
 
 def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
-    """Yield problems of the video's size for a model of these sizes; args has all sampling keys set."""
+    """Yield problems of the video's size for a model of these sizes."""
     stride = 2 ** len(sizes["vae"]["temperal_downsample"]) * sizes["transformer"]["patch_size"]
     stride_t = 2 ** sum(sizes["vae"]["temperal_downsample"])
     for name in ("height", "width"):

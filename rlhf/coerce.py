@@ -1,4 +1,4 @@
-"""Read values of settings as their annotated types, forgiving what YAML, the shell and Python's paths blur."""
+"""Read values of settings as their annotated types, forgiving what YAML, shell and paths blur."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import yaml
 
 
 def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
-    """Return the values that can be read as their annotated types, and a problem for each of the rest."""
+    """Return values as their annotated types, and a problem for each that cannot be read so."""
     right, problems = {}, []
     for name, value in values.items():
         try:
@@ -22,7 +22,7 @@ def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """Return `value` as the annotated type: 1e-5 as text, "none", one item for a list, text for a mapping.
+    """Return `value` as the annotated type: also 1e-5 as text, "none", or one item for a list.
 
     Raises TypeError, ValueError or OverflowError where no reading makes sense.
     """
@@ -44,7 +44,7 @@ def coerce(value: Any, annotation: Any) -> Any:
 
 
 def _kinds(annotation) -> tuple:
-    """Return the types of a union in their order. The text of a flag is a mapping, too: str comes second there."""
+    """Return the types of a union, the first of which counts: a mapping, also if a flag gives text."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 

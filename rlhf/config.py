@@ -46,8 +46,8 @@ def setting(default: Any, help: str, **limits: float):
     Args:
         default: the default; a list is copied.
         help: what the setting does, its unit, and the meaning of None.
-        limits: the range: `least` (inclusive), `above` and `below` (both exclusive). Each value of a
-            mapping has to be in it; None always is.
+        limits: the range: `least` (inclusive), `above` and `below` (exclusive). None is always in
+            it; of a mapping, each value has to be.
     """
     metadata = {"help": help, "limits": limits}
     if isinstance(default, list):
@@ -65,7 +65,7 @@ def _number(value: float) -> str:
 
 
 def range_problems(values: Any, where: str = "") -> Iterator[str]:
-    """Yield what is out of range in an instance of a dataclass whose fields are made by `setting`."""
+    """Yield what is out of range in a dataclass instance whose fields `setting` made."""
     for f in dataclasses.fields(values):
         given = getattr(values, f.name)
         for key, value in given.items() if isinstance(given, dict) else [("", given)]:
@@ -76,7 +76,9 @@ def range_problems(values: Any, where: str = "") -> Iterator[str]:
 
 
 def _in_range(value, least=None, above=None, below=None) -> bool:
-    return (least is None or value >= least) and (above is None or value > above) and (below is None or value < below)
+    if (least is not None and not value >= least) or (above is not None and not value > above):
+        return False
+    return below is None or value < below
 
 
 @dataclass
@@ -84,39 +86,37 @@ class RewardGradientConfig:
     """Settings of `RewardGradientTrainer`. The help of each field gives its unit and its source."""
 
     # Model and prompts
-    model: str = setting("nano", "The generator: nano (embedded), a local folder in diffusers layout, or a hub id.")
+    model: str = setting("nano", "The generator: nano (embedded), a folder in diffusers layout, or a hub id.")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
         "Number format of the frozen transformer and text encoders. auto: bfloat16 for a transformer "
         "of more than 2 GiB, else float32. Latents, scores and trained weights are always float32.",
     )
-    device: str | None = setting(None, "Kind of device, such as cpu. Default: the accelerator of this machine.")
+    device: str | None = setting(None, "Kind of device, such as cpu. Default: the accelerator.")
     cpu_threads: int | None = setting(
-        None, "Threads of one process on a CPU. Default: OMP_NUM_THREADS, else the cores of the process.", least=1
+        None, "Threads of a process on a CPU. Default: OMP_NUM_THREADS, else its cores.", least=1
     )
     prompts: str = setting(
         "nano_train",
-        "Training prompts: a text file with one prompt a line (# starts a comment), a .jsonl file of "
-        "rows with a prompt, or the built-in set nano_train. A path is relative to the config file.",
+        "Training prompts: a text file of one prompt a line (# is a comment), a .jsonl file of rows "
+        "with a prompt, or the built-in set nano_train. Paths are relative to the config file.",
     )
     eval_prompts: str | None = setting(
         "nano_held_out",
         "Held-out prompts, in the forms of `prompts`; built-in set: nano_held_out. none: no "
         "evaluation and no sample videos.",
     )
-    num_train_prompts: int = setting(4096, "Prompts drawn from a built-in training set. A file is used whole.", least=1)
-    base_dir: str | None = setting(
-        None, "Folder where relative paths of prompts and rewards are looked for first. Default: the config file's."
-    )
+    num_train_prompts: int = setting(4096, "Prompts drawn of a built-in set. A file is used whole.", least=1)
+    base_dir: str | None = setting(None, "Folder of relative paths of prompts and rewards. Default: the config file's.")
 
     # Rewards
     reward_funcs: list[str] = setting(
         ["nano_preference"],
-        "Rewards to train on: built-in names, package.module:Class or path/file.py:Class. A file is code and is run.",
+        "Rewards to train on: built-in names, package.module:Class or file.py:Class (which is run).",
     )
-    reward_weights: list[float] | None = setting(None, "One weight for each of reward_funcs. Default: 1 each.")
+    reward_weights: list[float] | None = setting(None, "Weights of reward_funcs. Default: 1 each.")
     reward_kwargs: dict[str, dict] | str | None = setting(
-        None, "Arguments of rewards by name, {name: {argument: value}}; as a flag, the same in quotes."
+        None, "Arguments of rewards, {name: {argument: value}}; as a flag, in quotes."
     )
     normalise_rewards: bool = setting(
         True,
@@ -129,14 +129,14 @@ class RewardGradientConfig:
         "first step. 0: use those that the reward states.",
         least=0,
     )
-    reward_caps: dict[str, float] | str | None = setting(None, "Raw scores above which nothing is learnt, {name: cap}.")
+    reward_caps: dict[str, float] | str | None = setting(None, "Scores above which nothing is learnt, {name: cap}.")
     reward_targets: dict[str, float] | str | None = setting(
         None, "Raw scores to aim at from both sides, {name: target}."
     )
     balance_reward_gradients: bool = setting(
         False, "Scale each reward's pixel gradient to length 1 before it is weighted."
     )
-    eval_reward_funcs: list[str] = setting([], "Judges that only evaluate: never trained on, no gradient needed.")
+    eval_reward_funcs: list[str] = setting([], "Rewards that only evaluate; they need no gradient.")
 
     # Sampling. Each setting defaults to the model's own value.
     height: int | None = setting(None, "Video height in pixels.")
@@ -150,12 +150,12 @@ class RewardGradientConfig:
     max_sequence_length: int | None = setting(None, "Tokens of the T5 text encoder.", least=1)
 
     # The gradient. docs/methods.md compares the methods.
-    method: Method = setting("draft_k", "Through which denoising steps the reward's gradient reaches the transformer.")
+    method: Method = setting("draft_k", "Which denoising steps carry the reward's gradient.")
     num_grad_steps: int = setting(
         1,
         "K: draft_k (arXiv 2309.17400) takes the gradient through the last K of N denoising steps, "
-        "alignprop through the last k drawn from 1 to K, uniform and drtune through K evenly spaced "
-        "ones. The others do not read it.",
+        "alignprop through the last k drawn from 1 to K, uniform and drtune through K evenly "
+        "spaced ones. The others do not read it.",
         least=1,
     )
     method_kwargs: dict[str, Any] | str | None = setting(
@@ -165,7 +165,7 @@ class RewardGradientConfig:
     )
     guidance_gradient: GuidanceGradient = setting(
         "full",
-        "Part of guidance that carries the gradient: full (exact), text (the text branch), none (the "
+        "Part of guidance with gradient: full (exact), text (the text branch), none (the "
         "unguided velocity), or distill (sample without guidance; drift_weight teaches it to the "
         "adapter).",
     )
@@ -177,47 +177,47 @@ class RewardGradientConfig:
     )
     anchor_steps: int = setting(
         0,
-        "Every n-th optimizer step uses no reward and minimises the drift on the base's own samples: "
+        "Every n-th optimizer step uses no reward and minimises the drift on samples of the base: "
         "KL(base || tuned). 0: none.",
         least=0,
     )
 
     # Speed and memory at the same gradient. docs/performance.md has the cost of each.
-    gradient_checkpointing: bool = setting(False, "Recompute the transformer's blocks in the backward pass.")
+    gradient_checkpointing: bool = setting(False, "Recompute blocks in the backward pass.")
     keep_attention: bool = setting(
         False, "With gradient_checkpointing: store the output of attention, recompute the rest."
     )
     stepwise_backward: bool = setting(
         False,
-        "Back-propagate one denoising step and guidance branch at a time: memory of one of them, for "
+        "Back-propagate one denoising step and guidance branch at a time: memory of one, for "
         "one more forward pass of each.",
     )
     guidance_together: bool = setting(False, "Run both branches of guidance as one batch.")
     attention_kernel: Literal["auto", "default", "cudnn", "flash", "efficient"] = setting(
         "auto", "auto: on a CUDA device the fastest, by benchmark. default: PyTorch's choice."
     )
-    compile_blocks: bool = setting(False, "Compile parts of a block with torch.compile, once for all blocks.")
+    compile_blocks: bool = setting(False, "Compile parts of a block, once for all blocks.")
     offload_activations: bool = setting(
         False, "With gradient_checkpointing: keep the stored inputs of blocks in host memory."
     )
     stream_weights: bool = setting(
-        False, "With gradient_checkpointing: keep frozen blocks in host memory, copied in one at a time."
+        False, "With gradient_checkpointing: keep frozen blocks on the host, copied in singly."
     )
     decode_chunk: int | None = setting(
-        None, "Latent frames decoded at a time; the video is the same. Default: all at once.", least=1
+        None, "Latent frames decoded at a time; same video. Default: all at once.", least=1
     )
-    decode_checkpoint: bool = setting(False, "Recompute each decoded chunk in the backward pass; needs decode_chunk.")
+    decode_checkpoint: bool = setting(False, "Recompute each decoded chunk in the backward pass.")
     decode_caches: Literal["keep", "host"] = setting(
-        "keep", "With decode_checkpoint, where caches between chunks are kept: keep (device) or host."
+        "keep", "With decode_checkpoint, place of the caches between chunks: keep (device) or host."
     )
 
-    # Several devices. The remaining processes are data parallel. docs/scaling.md says which layout when.
-    guidance_parallel: Literal[1, 2] = setting(1, "2: the two branches of guidance run on two processes.")
+    # Several devices. The rest is data parallel. docs/scaling.md says which layout when.
+    guidance_parallel: Literal[1, 2] = setting(1, "2: each branch of guidance has its own process.")
     sequence_parallel: int = setting(
         1, "Processes over which a video's tokens are divided (arXiv 2309.14509).", least=1
     )
     shard_base: bool = setting(False, "Divide the frozen transformer over all processes (FSDP2).")
-    ddp_timeout: int = setting(1800, "Seconds that a process waits for another before the run ends.", least=1)
+    ddp_timeout: int = setting(1800, "Seconds that a process waits for the others.", least=1)
 
     # Cheaper, but not exact. docs/performance.md has cost and effect of each.
     base_bits: Literal[4] | None = setting(
@@ -226,15 +226,13 @@ class RewardGradientConfig:
     vae_dtype: Literal["float32", "bfloat16"] = setting("float32", "Number format of the VAE.")
     decode_window: int | None = setting(
         None,
-        "Consecutive frames that are scored, from a drawn one on; latents before them get no gradient. Default: all.",
+        "Consecutive frames scored, from a drawn one on; earlier latents get no gradient. Default: all.",
         least=1,
     )
     prefix_steps: int | None = setting(
-        None, "Largest number of no-grad steps before the window, while training. Default: all.", least=1
+        None, "Most no-grad steps before the window, while training. Default: all.", least=1
     )
-    guidance_every: int = setting(
-        1, "In no-grad steps, compute the negative branch of guidance at every n-th step only.", least=1
-    )
+    guidance_every: int = setting(1, "Compute the negative branch at every n-th of the no-grad steps only.", least=1)
     sampling_weights: Literal["own", "float8"] = setting(
         "own", "Weights of no-grad steps: own (the trained model) or float8 (a rounded copy)."
     )
@@ -248,20 +246,20 @@ class RewardGradientConfig:
         None, "LoRA alpha: the adapter is scaled by alpha / r. Default: the rank.", least=1
     )
     lora_target_modules: list[str] | None = setting(
-        None, "Ends of the names of the adapted linear layers. Default: the eight attention projections."
+        None, "Ends of names of the adapted layers. Default: the eight attention projections."
     )
-    lora_use_dora: bool = setting(False, "Train the magnitudes of the weights as well (DoRA, arXiv 2402.09353).")
+    lora_use_dora: bool = setting(False, "Train the magnitudes, too (DoRA, arXiv 2402.09353).")
     lora_rank_pattern: dict[str, int] | str | None = setting(
         None,
-        "Ranks that differ from lora_rank, by name or regular expression of the layer; as a flag, in quotes.",
+        "Ranks other than lora_rank, by name or regular expression of the layer; as a flag, in quotes.",
         least=1,
     )
     lora_alpha_pattern: dict[str, int] | str | None = setting(
-        None, "Alphas that differ from lora_alpha, by name or regular expression of the layer.", least=1
+        None, "Alphas other than lora_alpha, by name or regular expression of the layer.", least=1
     )
     ema_decay: float = setting(
         0.0,
-        "Decay of a running average of the trained weights, which is evaluated and saved in their place. 0: none.",
+        "Decay of an average of the trained weights, evaluated and saved in their place. 0: none.",
         least=0,
         below=1,
     )
@@ -271,10 +269,10 @@ class RewardGradientConfig:
     lr_scheduler_type: Literal["constant", "linear"] = setting(
         "constant", "After the warm-up: constant, or linear down to 0 at max_steps."
     )
-    warmup_steps: int = setting(0, "Optimizer steps over which the learning rate rises linearly from 0.", least=0)
+    warmup_steps: int = setting(0, "Optimizer steps of the linear warm-up from 0.", least=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay, towards an adapter of 0.", least=0)
-    adam_beta1: float = setting(0.9, "Decay of the average of the gradient.", least=0, below=1)
-    adam_beta2: float = setting(0.999, "Decay of the average of the squared gradient.", least=0, below=1)
+    adam_beta1: float = setting(0.9, "Decay of the averaged gradient.", least=0, below=1)
+    adam_beta2: float = setting(0.999, "Decay of the averaged squared gradient.", least=0, below=1)
     adam_epsilon: float = setting(
         1e-8,
         "Added to the root of the averaged squared gradient. Not 0: a new adapter's A has no "
@@ -284,14 +282,14 @@ class RewardGradientConfig:
     max_grad_norm: float = setting(
         1.0, "Largest norm of the gradient; a longer one is scaled down. 0: no limit.", least=0
     )
-    per_device_train_batch_size: int = setting(1, "Videos that a process samples at a time.", least=1)
-    gradient_accumulation_steps: int = setting(1, "Batches of a process per optimizer step.", least=1)
-    max_steps: int = setting(100, "Optimizer steps of the whole run, resumed parts included.", least=1)
+    per_device_train_batch_size: int = setting(1, "Videos sampled at a time.", least=1)
+    gradient_accumulation_steps: int = setting(1, "Batches per optimizer step.", least=1)
+    max_steps: int = setting(100, "Optimizer steps of the whole run, resumed parts too.", least=1)
     seed: int = setting(0, "Seed of prompt order, noise and the adapter's first weights.", least=-(2**63), below=2**64)
 
     # The run: checkpoints, evaluation, sample videos
     output_dir: str = setting("runs/run", "Folder of the run, relative to the working directory.")
-    overwrite_output_dir: bool = setting(False, "Delete the files of an earlier run found in output_dir.")
+    overwrite_output_dir: bool = setting(False, "Delete an earlier run in output_dir.")
     resume_from_checkpoint: str | None = setting(
         None,
         "latest, or the path of a checkpoints/step-N folder, to resume; without --config, with the "
@@ -299,33 +297,29 @@ class RewardGradientConfig:
         "the files there. A process that torchrun restarts resumes as with auto.",
     )
     max_skipped_steps: int = setting(
-        0, "Optimizer steps in a row that may be skipped because a score or gradient is not finite.", least=0
+        0, "Consecutive steps that may be skipped for a score that is not finite.", least=0
     )
-    save_steps: int = setting(50, "Optimizer steps between checkpoints. 0: at the end only.", least=0)
+    save_steps: int = setting(50, "Steps between checkpoints. 0: at the end only.", least=0)
     save_total_limit: int = setting(3, "Newest checkpoints that are kept. 0: all.", least=0)
-    eval_steps: int = setting(
-        0, "Optimizer steps between evaluations on held-out prompts. 0: before and after only.", least=0
-    )
+    eval_steps: int = setting(0, "Optimizer steps between evaluations. 0: before and after only.", least=0)
     early_stopping_patience: int = setting(
-        0, "Stop after so many evaluations in a row that did not raise eval_reward_funcs. 0: never.", least=0
+        0, "Stop after so many evaluations without a new best gain. 0: never.", least=0
     )
     load_best_model_at_end: bool = setting(
-        False, "Finish with the adapter of the best evaluation by eval_reward_funcs, kept in best_adapter/."
+        False, "Finish with the adapter that eval_reward_funcs rate best, of best_adapter/."
     )
-    num_eval_prompts: int = setting(64, "Held-out prompts of an evaluation: the leading ones.", least=1)
-    per_device_eval_batch_size: int = setting(8, "Videos sampled at a time in an evaluation.", least=1)
-    eval_seed: int = setting(
-        0, "Seed of the evaluation's noise, the same for every model and run.", least=-(2**63), below=2**64
-    )
+    num_eval_prompts: int = setting(64, "Held-out prompts of an evaluation, from the first on.", least=1)
+    per_device_eval_batch_size: int = setting(8, "Videos sampled at a time, evaluating.", least=1)
+    eval_seed: int = setting(0, "Seed of the evaluation's noise.", least=-(2**63), below=2**64)
     num_diversity_prompts: int = setting(
         4, "Held-out prompts sampled a second time, to measure how far samples differ.", least=0
     )
-    sample_steps: int = setting(0, "Optimizer steps between sample videos. 0: before and after only.", least=0)
+    sample_steps: int = setting(0, "Steps between sample videos. 0: before and after.", least=0)
     num_sample_prompts: int = setting(
         10, "Held-out prompts shown as sample videos; six of them in the contact sheet.", least=0
     )
     report_to: list[str] = setting(
-        ["tensorboard"], "Trackers, by accelerate: tensorboard, wandb, trackio, swanlab and others; or none."
+        ["tensorboard"], "Trackers of accelerate: tensorboard, wandb, trackio, swanlab...; or none."
     )
 
     def __post_init__(self):
@@ -349,5 +343,5 @@ def field_names() -> list[str]:
 
 
 def is_distilled(settings: dict) -> bool:
-    """Return whether the adapter of a run with these settings replaces guidance, and is sampled without it."""
+    """Return whether the adapter of a run with these settings is sampled without guidance."""
     return settings.get("guidance_gradient") == "distill"

@@ -9,7 +9,7 @@ import torch
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.method.options import MethodOptions, read_options
 
-# Methods that read num_grad_steps; elsewhere it keeps its default, so that it is never silently without effect.
+# Elsewhere num_grad_steps keeps its default, so that it is never silently without effect.
 WITH_NUM_GRAD_STEPS = ("draft_k", "alignprop", "uniform", "drtune")
 
 
@@ -71,7 +71,7 @@ def _drift_problems(args) -> Iterator[str]:
 
 
 def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[str]:
-    """Yield problems of the adapter. transformer: the model's config, from which layers are built if named."""
+    """Yield problems of the adapter. transformer: the model's config."""
     if args.weight_decay and args.lora_use_dora:
         yield (
             f"weight_decay: got {args.weight_decay} with lora_use_dora, expected 0: it would pull the model's own "

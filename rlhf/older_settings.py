@@ -1,4 +1,4 @@
-"""Settings of earlier versions: where each of them moved, so that older runs and files can be read."""
+"""Settings of earlier versions: where each of them moved, so that older runs can be read."""
 
 from typing import Any
 
@@ -33,8 +33,8 @@ def translate(settings: dict[str, Any]) -> tuple[dict[str, Any], str, list[str]]
     """Return settings of any version in today's form.
 
     Returns:
-        The settings; a paragraph that says which of them moved where, "" if none did; and a problem,
-        with its cure, for each that was in use and is gone.
+        The settings; a paragraph that says which of them moved where, "" if none did; and a
+        problem, with its cure, for each that was in use and is gone.
     """
     kept = {RENAMED.get(name, name): value for name, value in settings.items() if name not in _GONE}
     options = {
@@ -74,7 +74,7 @@ def _problems(settings: dict):
 
 
 def hint(name: str) -> str:
-    """Return where a setting of an earlier version went, as the cure of an error; "" for any other name."""
+    """Return where a setting of an earlier version went; "" for any other name."""
     if name in RENAMED:
         return f"it is now {RENAMED[name]!r}"
     if name in MOVED:

@@ -8,7 +8,7 @@ from rlhf.reward_checks import problems_raised_by
 
 
 def parallel_problems(args: RewardGradientConfig, processes: int | None = None) -> Iterator[str]:
-    """Yield problems; args has all sampling keys set. processes: of the run. Default: those started."""
+    """Yield problems; args has all sampling keys set. processes: Default: those started."""
     processes = processes or started_processes()
     if args.sequence_parallel >= 1:
         yield from problems_raised_by(Sizes.of, args, processes)

@@ -50,12 +50,13 @@ def parse_config(argv: list[str], default_config: str | Path | None = None) -> R
 def parse_command(
     argv: list[str], default_config: str | Path | None = None
 ) -> tuple[RewardGradientConfig, CommandFlags]:
-    """Read `--config FILE` (default: default_config) and flags: a flag beats the file, the file the default.
+    """Read `--config FILE` and flags: a flag beats the file, the file the default.
 
-    FILE may be the name of a shipped recipe, such as contentv_8b_hps, where there is no file of that
-    name. With resume_from_checkpoint and no --config, the run's own config.yaml is read. Settings of an
-    earlier version are translated, and a warning says so. Raises ConfigError with every problem; a
-    misspelt key is named with its nearest neighbour.
+    FILE may be the name of a shipped recipe, such as contentv_8b_hps, where there is no file of
+    that name; without --config it is default_config. With resume_from_checkpoint and no --config,
+    the run's own config.yaml is read. Settings of an earlier version are translated, and a warning
+    says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
+    neighbour.
     """
     argv, resumed = _split_equals(argv), False
     if "--config" not in argv and default_config is not None:
@@ -133,7 +134,7 @@ def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
 
 
 def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
-    """Return the values of a config file, in today's form, and what is wrong with its keys and values.
+    """Return the values of a config file, in today's form, and what is wrong with them.
 
     quiet: do not warn of settings of an earlier version, for the resumed run will name them.
     """
@@ -166,7 +167,7 @@ def _unknown_key(key, value, path: Path) -> str:
 
 
 def _repeated_keys(path: Path, tree: yaml.MappingNode) -> list[str]:
-    """Return a problem for each key that a file has more than once, of which YAML would take the last."""
+    """Return a problem for each repeated key, of which YAML would take the last."""
     lines = {}
     for key, _ in tree.value:
         lines.setdefault(key.value, []).append(str(key.start_mark.line + 1))

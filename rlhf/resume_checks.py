@@ -1,4 +1,4 @@
-"""Check a run that is to be resumed: its checkpoint, its folder and its settings, of this or an earlier version."""
+"""Check a run that is to be resumed: checkpoint, folder and settings, also of earlier versions."""
 
 from collections.abc import Iterator
 from pathlib import Path

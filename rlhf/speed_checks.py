@@ -6,7 +6,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.quantise import missing_library
 
 NEED_CHECKPOINTING = ("keep_attention", "offload_activations", "stream_weights")
-# Methods whose window with gradient is the end of the rollout, without gaps; and those where it is always the same.
+# Methods whose window is the end of the rollout, without gaps; and those whose window is fixed.
 ENDING, FIXED = ("draft_k", "draft_lv", "alignprop", "refl"), ("draft_k", "draft_lv")
 
 
@@ -60,7 +60,7 @@ def _prefix_problems(args) -> Iterator[str]:
 
 
 def _effect_problems(args, before: int) -> Iterator[str]:
-    """Yield settings of no-grad steps that have no effect, for there are too few steps before the window."""
+    """Yield settings of no-grad steps without effect, for too few come before the window."""
     needed = {
         "guidance_every": (args.guidance_every > 1, 2),
         "sampling_weights": (args.sampling_weights != "own", 1),

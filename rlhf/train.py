@@ -1,10 +1,10 @@
-"""Train ContentV by reward gradient: the command behind train_rlhf.py and, installed, `contentv-rlhf`.
+"""Train ContentV by reward gradient: the command train_rlhf.py and, installed, `contentv-rlhf`.
 
     contentv-rlhf [--config FILE] [--any_key value]
     accelerate launch -m rlhf.train [--config FILE] [--any_key value]     on several devices
 
-Without --config it runs nano.yaml, the main job. Exits with 2 for settings that cannot work, 1 when training cannot go
-on and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
+Without --config it runs nano.yaml, the main job. Exit status: 2 for settings that cannot work, 1
+when training fails and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
 """
 
 import os
@@ -19,7 +19,7 @@ EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130  # the last is what a s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the whole command; return the exit status. argv: its words but the first. Default: the process's."""
+    """Run the command and return its exit status. argv: Default: the words of the process."""
     try:
         args, flags = parse_command(sys.argv[1:] if argv is None else argv, CONFIGS / "nano.yaml")
         from rlhf.checks import check_config
@@ -51,7 +51,7 @@ def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> 
 
 
 def train(args: RewardGradientConfig) -> int:
-    """Train with checked settings, print what went wrong in a paragraph; return the exit status."""
+    """Train with checked settings, print errors as a paragraph, and return the exit status."""
     from rewards import RewardError
     from rlhf.setup import open_rewards
 

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with the settings, in one table: what was got, what was expected, how to cure it."""
+"""A table of all that can be wrong with settings: what was got, what was expected, the cure."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Row(NamedTuple):
 
 
 ROWS = [
-    # ------------------------------------------------------------------------------------ the file and the flags
+    # ----------------------------------------------------------------------- the file and the flags
     Row({"learing_rate": 1}, "config.yaml: key learing_rate", "no such setting", "did you mean 'learning_rate'?"),
     Row({"zzzz": 1}, "zzzz", "no such setting", "`train_rlhf.py --help` lists the settings"),
     Row(["--lora-rnk", "3"], "flag --lora-rnk", "no such setting", "did you mean 'lora_rank'?"),
@@ -42,7 +42,7 @@ ROWS = [
     Row("- a\n- list", "got list", "expected lines of the form 'key: value'", "correct the file"),
     Row(["--memory_limit_gib", "0"], "memory_limit_gib: got 0.0", "expected more than 0", "correct its value"),
     Row({"max_steps": 2.5}, "max_steps: got 2.5", "expected a whole number", "correct its value"),
-    # --------------------------------------------------------------------------- settings of earlier versions
+    # ----------------------------------------------------------------- settings of earlier versions
     Row(["--num_draws", "3"], "flag --num_draws", "no longer a setting", "it moved to method_kwargs, {num_draws"),
     Row(["--rollout-uses", "3"], "flag --rollout-uses", "no longer a setting", "it is now 'rollout_reuse'"),
     Row(["--optim", "x"], "flag --optim", "no longer a setting", "it is gone; leave it out"),
@@ -58,7 +58,7 @@ ROWS = [
         ["--reward_caps", "{"], "reward_caps: got '{'", "expected a mapping {name: number} or none", "correct its value"
     ),
     Row({"reward_caps": "{"}, "reward_caps: got '{'", "expected a mapping {name: number} or none", "correct its value"),
-    # --------------------------------------------------------------------------------- model, device and prompts
+    # -------------------------------------------------------------------- model, device and prompts
     Row({"model": "no/such/model"}, "model='no/such/model' is no folder here", "expected nano", "correct the name"),
     Row({"model": "{tmp}/half"}, "half lacks model_index.json", "expected a checkpoint", "pass the folder"),
     Row(
@@ -77,7 +77,7 @@ ROWS = [
         "correct the path",
     ),
     Row({"eval_prompts": "{tmp}/empty.txt"}, "got no prompts", "expected one a line", "write at least one"),
-    # --------------------------------------------------------------------------------------------------- rewards
+    # -------------------------------------------------------------------------------------- rewards
     Row({"reward_funcs": []}, "reward_funcs: got none", "expected at least one reward", "name one"),
     Row({"reward_funcs": ["clip_scor"]}, "clip_scor", "expected one of aesthetic", "The nearest name is 'clip_score'"),
     Row({"reward_funcs": ["absent.py:A"]}, "got no file at", "expected a Python file", "Correct the path"),
@@ -114,7 +114,7 @@ ROWS = [
         "which uses what is measured",
         "set it, or calibrate none",
     ),
-    # ---------------------------------------------------------------------------------------- numbers and choices
+    # -------------------------------------------------------------------------- numbers and choices
     Row({"height": 431}, "height=431", "not divisible by 16", "use 432"),
     Row({"width": 8}, "width=8", "not divisible by 16 (VAE times patch of ByteDance/ContentV-8B)", "use 16"),
     Row({"num_frames": 16}, "num_frames=16", "is not 4k+1", "use 17"),
@@ -130,7 +130,7 @@ ROWS = [
     Row({"base_bits": 3}, "config.yaml: base_bits: got 3", "expected 4 or none", "correct its value"),
     Row({"guidance_parallel": 3}, "guidance_parallel: got 3", "expected one of 1, 2", "correct its value"),
     Row(["--method", "ddpo"], "argument --method", "invalid choice: 'ddpo' (choose from", "correct the flag"),
-    # ------------------------------------------------------------------------------------------ method and drift
+    # ----------------------------------------------------------------------------- method and drift
     Row({"num_grad_steps": 51}, "num_grad_steps=51", "exceeds num_inference_steps=50", "lower num_grad_steps"),
     Row({"method": "refl", "num_grad_steps": 4}, "got 4 with method refl", "expected 1", "change one of the two"),
     Row({"method": "alignprop"}, "num_grad_steps: got 1 with method alignprop", "expected at least 2", "raise it"),
@@ -219,7 +219,7 @@ ROWS = [
     Row({"lora_rank_pattern": {"to_qq": 4}}, "got 'to_qq'", "expected the end of an adapted layer's", "correct it"),
     Row({"lora_alpha_pattern": {"to_q(": 4}}, "got 'to_q('", "or a regular expression of it", "correct it"),
     Row({"lora_target_modules": ["to_qq"]}, "got 'to_qq'", "expected the end of a linear layer's", "mean 'to_q'?"),
-    # ------------------------------------------------------------------------------------------ speed and memory
+    # ----------------------------------------------------------------------------- speed and memory
     Row({"decode_checkpoint": True}, "decode_checkpoint: got no decode_chunk", "expected one", "set it to 1"),
     Row({"decode_window": 17, "num_frames": 17}, "decode_window=17 is all of", "expected fewer", "leave it out"),
     Row({"keep_attention": True}, "keep_attention: got it without", "expected both", "set that, too"),
@@ -260,7 +260,7 @@ ROWS = [
         "nothing is guided here, expected 1",
         "leave it out",
     ),
-    # -------------------------------------------------------------------------------------------- several devices
+    # ------------------------------------------------------------------------------ several devices
     Row(
         {"sequence_parallel": 3},
         "guidance_parallel=1 x sequence_parallel=3 are 3 processes",
@@ -281,7 +281,7 @@ ROWS = [
     ),
     Row({"shard_base": True, "base_bits": 4}, "shard_base: got base_bits=4", "expected None", "leave one out"),
     Row({"shard_base": True}, "shard_base: got one process", "expected at least 2", "start more, or stream_weights"),
-    # ------------------------------------------------------------------------------------- watching and the folder
+    # ---------------------------------------------------------------------- watching and the folder
     Row(
         {"early_stopping_patience": 2},
         "early_stopping_patience: got no eval_steps and no eval_reward_funcs",

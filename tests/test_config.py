@@ -151,7 +151,7 @@ def test_flags_of_the_command_are_no_settings(yaml_file):
     assert not vars(flags).keys() & vars(args).keys()
 
 
-# ------------------------------------------------------------------------------------- settings of earlier versions
+# --------------------------------------------------------------------- settings of earlier versions
 
 OLD = """
 method: srpo

@@ -1,4 +1,4 @@
-"""Each mistake of `config_mistakes` is answered with what was got, what was expected and the cure; none lacks a row.
+"""Each mistake of `config_mistakes` is answered with got, expected and cure; none lacks a row.
 
 Which lines of the checks say something is read from their syntax trees, and which of them a row reached is traced: an
 error that is added to these files needs a row there.
@@ -27,7 +27,7 @@ CHECKED += ("reward_checks", "speed_checks", "resume_checks", "older_settings", 
 NO_DATASET = {"prompts.as_prompts"}  # rows that are handed over, not settings: tests/test_prompts.py
 
 
-# ----------------------------------------------------------------------------------------------- making mistakes
+# ---------------------------------------------------------------------------------- making mistakes
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_without_a_mistake_nothing_is_said(project, monkeypatch):
     assert told({}, project, monkeypatch) == []
 
 
-# --------------------------------------------------------------------------------------- no error without a row
+# --------------------------------------------------------------------------- no error without a row
 
 
 def says_something(node: ast.AST) -> bool:

@@ -106,7 +106,7 @@ def option_names(method: str) -> list[str]:
 
 
 def read_options(method: str, kwargs: dict | None) -> MethodOptions:
-    """Return `method_kwargs` as the options of the method. Raises ConfigError with all that is wrong."""
+    """Return `method_kwargs` as options of the method. Raises ConfigError with every problem."""
     kind, kwargs = METHOD_OPTIONS[method], kwargs or {}
     known = {name: value for name, value in kwargs.items() if name in option_names(method)}
     problems = [_unknown_option(name, method) for name in kwargs if name not in known]
