@@ -1,4 +1,4 @@
-"""Check settings against each other and the model: all problems at once, before any weight loads."""
+"""Check settings against each other and the model: all problems at once, before weights load."""
 
 import dataclasses
 import importlib.util

@@ -44,7 +44,7 @@ def coerce(value: Any, annotation: Any) -> Any:
 
 
 def _kinds(annotation) -> tuple:
-    """Return the types of a union, the first of which counts: a mapping, also if a flag gives text."""
+    """Return the types of a union; the first counts, even if a flag gives a mapping as text."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 

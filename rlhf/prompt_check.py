@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rlhf.config import ConfigError
 from rlhf.prompts import BUILT_IN_SETS, load_prompts
 
-# Share of common words: a new subject in a short sentence is below it, a new word in a long one not.
+# Share of common words: a new subject in a short sentence is below it, one in a long one is not.
 NEAR = 0.6
 FILLER = re.compile(  # words that name nothing visible
     "an?|the|of|in|on|at|to|from|into|onto|over|under|through|by|with|for|and|or|as|is|are|its?|his|her|their|that|which"
@@ -32,13 +32,13 @@ class Pair(NamedTuple):
 
 
 def words(prompt: str) -> frozenset[str]:
-    """Return a prompt's words in lower case without fillers, or with them if nothing else is left."""
+    """Return a prompt's words in lower case without fillers, or with them if no other is left."""
     found = re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).casefold())
     return frozenset(word for word in found if not FILLER.fullmatch(word)) or frozenset(found)
 
 
 def close_pairs(sets: list[list[str]], near: float = NEAR) -> list[Pair]:
-    """Return all pairs of prompts with a Jaccard similarity of words in [near, 1], near above 0.
+    """Return all pairs of prompts whose words have a Jaccard similarity of at least near.
 
     The search is exact, and quick for large sets: two sets of words that overlap so far share one of
     their rarest few (prefix filtering; Bayardo, Ma and Srikant 2007, "Scaling up all pairs

@@ -14,11 +14,11 @@ BUILT_IN_SETS = {"nano_train": "train_prompts", "nano_held_out": "held_out_promp
 
 
 def load_prompts(name: str, base_dir: str | Path | None, count: int, seed: int = 0) -> list[str]:
-    """Return the prompts that a setting names: `count` of a built-in set, drawn from `seed`, or a file's.
+    """Return the prompts that a setting names: `count` of a built-in set, or all of a file.
 
     A text file holds one prompt a line; empty lines and lines that start with # are left out. A
-    .jsonl file holds rows such as {"prompt": "a cat"}, or strings in quotes. Raises ConfigError for
-    a file that is absent, empty, not UTF-8 or malformed.
+    .jsonl file holds rows such as {"prompt": "a cat"}, or strings in quotes. seed: of the draw.
+    Raises ConfigError for a file that is absent, empty, not UTF-8 or malformed.
     """
     if name in BUILT_IN_SETS:
         from rlhf.nano import world
@@ -57,7 +57,7 @@ def write_prompts(path: Path, prompts: list[str]) -> None:
 
 
 def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
-    """Return the file's path, in base_dir or else the working directory. Raises ConfigError for none."""
+    """Return the file's path, in base_dir or else where we are. Raises ConfigError for none."""
     places = list(dict.fromkeys([(Path(base_dir or ".") / name).resolve(), Path(name).resolve()]))
     found = next((path for path in places if path.is_file()), None)
     if found is None:
@@ -72,8 +72,8 @@ def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
 def as_prompts(dataset: Iterable, name: str = "dataset") -> list[str]:
     """Return the prompts of strings, or of rows with a "prompt", such as a `datasets.Dataset`.
 
-    name: of the argument, for errors. Raises ConfigError for no rows, other rows, and for tables and
-    dicts of sets, which yield mere names.
+    name: of the argument, for errors. Raises ConfigError for no rows, other rows, and for tables
+    and dicts of sets, which yield mere names.
     """
     if isinstance(dataset, Mapping) or getattr(dataset, "ndim", 1) != 1:
         keys = ", ".join(map(repr, list(dataset)[:5]))
@@ -92,7 +92,7 @@ def as_prompts(dataset: Iterable, name: str = "dataset") -> list[str]:
 def prompt_positions(num_prompts: int, seed: int, start: int, count: int) -> list[int]:
     """Return prompt indices at positions start .. start+count-1 of endless shuffled epochs.
 
-    A pure function of its arguments: a resumed run, on any number of processes, gets the same order.
+    A pure function of its arguments: a resumed run, on any number of processes, keeps the order.
     """
     places = range(start, start + count)
     return [_permutation(num_prompts, seed, at // num_prompts)[at % num_prompts] for at in places]

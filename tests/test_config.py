@@ -74,7 +74,7 @@ def test_a_flag_may_be_a_mapping_as_yaml_writes_it():
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder as it stands after a start by `--config mine.yaml --overwrite_output_dir`."""
+    """Make a run's folder as a start by `--config mine.yaml --overwrite_output_dir` leaves it."""
     folder = tmp_path / "runs" / "mine"
     (folder / "checkpoints" / "step-3").mkdir(parents=True)
     args = RewardGradientConfig(

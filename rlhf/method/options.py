@@ -73,7 +73,7 @@ class ReFLOptions(MethodOptions):
 
 @dataclass(frozen=True)
 class SRPOOptions(MethodOptions):
-    """Options of srpo (arXiv 2509.06942, eq. 4, 5, 12 and 13); the defaults are those of its code."""
+    """Options of srpo (arXiv 2509.06942, eq. 4, 5, 12, 13); the defaults are those of its code."""
 
     num_draws: int = setting(2, "Gradients of each rollout; every second one is of a penalty.", least=1)
     align_sigmas: list[float] = setting(
@@ -82,8 +82,9 @@ class SRPOOptions(MethodOptions):
     align_delta: float = setting(0.02, "Length, in sigma, of the one step that a recovered video takes.", above=0)
 
     def problems(self) -> list[str]:
+        """Return what does not fit together, noise levels included."""
         low, high = self.align_sigmas if len(self.align_sigmas) == 2 else (1.0, 0.0)
-        if self.align_delta <= low <= high <= 1 - self.align_delta:
+        if self.align_delta <= low <= high and high + self.align_delta <= 1:
             return super().problems()
         return super().problems() + [
             f"align_sigmas={self.align_sigmas} with align_delta={self.align_delta}: expected [from, to] with "
