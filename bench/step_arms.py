@@ -25,6 +25,7 @@ from rlhf.speed import Speed, set_up_blocks
 from rlhf.types import Conditioning
 
 PEERS, STOCK = "peers' way", "stock autograd"
+TOGETHER = "half the steps, guidance every 2nd step, rollouts used 4 times"
 ROOMY = {"vae_dtype": "bfloat16"}  # as the peers'; nothing is computed twice
 EXACT = ROOMY | {
     "gradient_checkpointing": True,
@@ -57,24 +58,13 @@ SETTINGS = {
     "exact, nothing twice, compiled, FlashAttention-3, guidance together": FAST | {"guidance_together": True},
     "24 GiB": SMALL,
     # Not exact.
-    "8-bit optimizer": EXACT | {"optim": "adamw_bnb_8bit"},
-    "8-bit base": EXACT | {"base_bits": 8},
     "4-bit base": EXACT | {"base_bits": 4},
-    "merged copy": FAST | {"sampling_weights": "merged"},
     "float8 copy": FAST | {"sampling_weights": "float8"},
     "half the steps": FAST | {"prefix_steps": 12},
-    "half the steps, second order": FAST | {"prefix_steps": 12, "second_order_prefix": True},
     "guidance every 2nd step": FAST | {"guidance_every": 2},
     "rollouts used 4 times": FAST | {"rollout_reuse": 4},
     "rollouts used 8 times": FAST | {"rollout_reuse": 8},
-    "all of them": FAST
-    | {
-        "sampling_weights": "merged",
-        "prefix_steps": 12,
-        "second_order_prefix": True,
-        "guidance_every": 2,
-        "rollout_reuse": 4,
-    },
+    TOGETHER: FAST | {"prefix_steps": 12, "guidance_every": 2, "rollout_reuse": 4},
 }
 CAPS_GIB = {"24 GiB": 24}  # the device's memory is limited to this
 

@@ -20,7 +20,7 @@ STEP_PHASES = {  # of bench/step.py: column by phase
     "step": "whole step, s",
 }
 REFERENCES = ("peers' way", "stock autograd")
-LESS_MEMORY = (  # options of the same step, from the one that they are added to
+LESS_MEMORY = (  # options of the same step, from the one that they are added to; 8 bits can no longer be chosen
     "exact",
     "exact, activations on the host",
     "exact, weights streamed",

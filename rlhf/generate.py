@@ -35,9 +35,9 @@ class Variant:
     """Which model makes the videos.
 
     model   "nano", a folder in diffusers layout (also one exported with an adapter merged) or a hub id
-    lora    folder of an adapter, such as RUN/adapter, also with blocks trained whole; None: the model as it is
+    lora    folder of an adapter, such as RUN/adapter; None: the model as it is
     merge   add the adapter to the weights first, as an export does, instead of computing it beside them
-    scale   how often adapter and blocks count
+    scale   scale of the adapter
     """
 
     model: str = "nano"

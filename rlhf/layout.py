@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.exchange import Group, agreed
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory, pick_device
-from rlhf.layout import RESTARTS, Layout
+from rlhf.layout import RESTART_COUNT, Layout
 
 LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for every process it starts
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
@@ -28,7 +28,7 @@ def _rendezvous(url: str, timeout: timedelta, **kwargs):
     its own restarts.
     """
     one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    restart = os.environ.get(RESTARTS, "0") if one_host else "any"
+    restart = os.environ.get(RESTART_COUNT, "0") if one_host else "any"
     for store, rank, world_size in rendezvous(url.replace(RENDEZVOUS_SCHEME, "env", 1), timeout=timeout, **kwargs):
         yield dist.PrefixStore(f"restart {restart}", store), rank, world_size
 

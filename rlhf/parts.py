@@ -113,10 +113,8 @@ class Parts:
 
     @cached_property
     def adapter_bytes(self) -> int:
-        """Bytes of the trained numbers as the forward pass reads them, and of whole blocks as they were before."""
-        trained = [(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad]
-        whole = sum(p.nbytes for name, p in trained if "default" not in name.split("."))
-        return sum(p.nbytes for _, p in trained) + whole
+        """Bytes of the adapter in the format that the forward pass reads."""
+        return sum(p.nbytes for p in self.transformer.parameters() if p.requires_grad)
 
     @property
     def latents(self) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""Resuming, after a restart by torchrun too: resolve "auto", and check the checkpoint."""
+"""Resuming a run, after a restart by torchrun too: where from, and what has changed."""
 
 import dataclasses
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf.checkpoint import last_whole
 from rlhf.config import RewardGradientConfig
-from rlhf.layout import RESTARTS
+from rlhf.layout import RESTART_COUNT
 from rlhf.older_settings import translate
 from rlhf.run_folder import run_in
 
@@ -20,7 +20,7 @@ def resolve_resume(args: RewardGradientConfig) -> RewardGradientConfig:
     A fresh start overwrites a run without an undamaged checkpoint. A process that torchrun
     restarted resumes as with "auto", whatever the settings say.
     """
-    restarted = int(os.environ.get(RESTARTS, 0)) > 0
+    restarted = int(os.environ.get(RESTART_COUNT, 0)) > 0
     if not restarted and args.resume_from_checkpoint != "auto":
         return args
     folder = Path(args.output_dir)

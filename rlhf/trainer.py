@@ -20,7 +20,7 @@ from rewards import RewardError, frames_needed
 from rlhf.batches import Batches
 from rlhf.calibrate import calibrate, is_calibrated
 from rlhf.callbacks import Callbacks
-from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
+from rlhf.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.pipeline import ContentVPipeline
@@ -41,6 +41,7 @@ from rlhf.parallel import any_process, make_accelerator
 from rlhf.prefix import PrefixBuffer
 from rlhf.report import reported
 from rlhf.restarts import resume_message
+from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
 from rlhf.setup import (

@@ -42,7 +42,8 @@ ROOMS = {
     "checks": (
         "what can be wrong, before anything is loaded",
         "rlhf.parse rlhf.prompts rlhf.prompt_check rlhf.method_checks rlhf.reward_checks rlhf.speed_checks "
-        "rlhf.parallel_checks rlhf.checkpoint rlhf.environment rlhf.run_folder rlhf.restarts rlhf.checks",
+        "rlhf.parallel_checks rlhf.checkpoint rlhf.environment rlhf.run rlhf.run.signals rlhf.run_folder rlhf.restarts "
+        "rlhf.resume_checks rlhf.checks",
     ),
     "planning": (
         "memory and time of a step, worked out without storage",

@@ -15,9 +15,9 @@ from tiny import tiny_pipeline, tiny_transformer
 import rlhf.checkpoint
 import rlhf.trainer
 from rlhf import exchange
-from rlhf.checkpoint import TrainingInterrupted
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.parse import parse_config
+from rlhf.run.signals import TrainingInterrupted
 from rlhf.train import EXIT_INTERRUPTED
 from rlhf.trainer import RewardGradientTrainer
 

@@ -13,7 +13,6 @@ from tiny import tiny_transformer
 from rlhf.adapter.masters import Masters
 from rlhf.checkpoint import (
     SavingError,
-    StopRequest,
     checkpoints,
     damage,
     find_checkpoint,
@@ -21,11 +20,11 @@ from rlhf.checkpoint import (
     load_checkpoint,
     load_vector,
     save_checkpoint,
-    signals_interrupt,
 )
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.lora import add_adapter, lora_config
 from rlhf.reading import DamagedFileError
+from rlhf.run.signals import StopRequest, signals_interrupt
 
 
 def trained(updates: int, seed: int = 0):

@@ -70,7 +70,7 @@ def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(p
             p.masters.set(p.masters.vector - step * direction)
     assert (found[0] - found[1]) / 2e-5 == pytest.approx((gradient @ direction).item(), rel=1e-6)
 
-    rate = torch.ones((), requires_grad=True)  # as of a block that is trained whole, whose base weights lie in it
+    rate = torch.ones((), requires_grad=True)
     assert not velocity_distance(base, lambda x, s: rate * x, p.noise, sigma).requires_grad
 
     p.masters.set(torch.zeros_like(p.masters.vector))  # A = B = 0

@@ -51,7 +51,7 @@ def test_a_start_has_its_own_keys_on_one_host(monkeypatch):
     """torchrun's store may outlive a restart; hosts that count restarts differently have to meet all the same."""
 
     def keys(restarts: int, local: int) -> list[str]:
-        for name, value in {"LOCAL_WORLD_SIZE": local, "WORLD_SIZE": 2, parallel.RESTARTS: restarts}.items():
+        for name, value in {"LOCAL_WORLD_SIZE": local, "WORLD_SIZE": 2, parallel.RESTART_COUNT: restarts}.items():
             monkeypatch.setenv(name, str(value))
         store = dist.HashStore()
         monkeypatch.setattr(parallel, "rendezvous", lambda url, timeout: iter([(store, 1, 2)]))

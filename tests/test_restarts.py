@@ -18,7 +18,7 @@ from tiny import tiny_pipeline
 from rlhf import checkpoint
 from rlhf.checks import check_config
 from rlhf.config import ConfigError
-from rlhf.restarts import RESTARTS, resolve_resume
+from rlhf.restarts import RESTART_COUNT, resolve_resume
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
@@ -113,7 +113,7 @@ def test_a_process_hashes_the_checkpoint_that_it_resumes_from_once(make_args, mo
 def test_a_restarted_process_goes_on_whatever_it_was_told(make_args, monkeypatch, told):
     args = make_args(max_steps=2, **told)
     train(args)
-    monkeypatch.setenv(RESTARTS, "1")
+    monkeypatch.setenv(RESTART_COUNT, "1")
     again = check_config(dataclasses.replace(args, max_steps=3), tiny_pipeline(), [redness], PROMPTS)
     assert (again.resume_from_checkpoint, again.overwrite_output_dir) == ("latest", False)
     assert resolve_resume(again) == again, "looking twice changes nothing"
@@ -122,7 +122,7 @@ def test_a_restarted_process_goes_on_whatever_it_was_told(make_args, monkeypatch
 def test_a_restarted_process_keeps_a_checkpoint_of_another_folder(make_args, monkeypatch, tmp_path):
     first = make_args(max_steps=1)
     train(first)
-    monkeypatch.setenv(RESTARTS, "1")
+    monkeypatch.setenv(RESTART_COUNT, "1")
     path = str(Path(first.output_dir) / "checkpoints" / "step-1")
     args = make_args(output_dir=str(tmp_path / "other"), resume_from_checkpoint=path)
     assert resolve_resume(args) is args

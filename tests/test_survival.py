@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.checkpoint import SavingError, TrainingInterrupted, last_whole
+from rlhf.checkpoint import SavingError, last_whole
 from rlhf.config import RewardGradientConfig
 from rlhf.failures import TrainingError
+from rlhf.run.signals import TrainingInterrupted
 from rlhf.train import EXIT_INTERRUPTED
 
 # Of everything that has a state: the optimizer, its rate, the average, random choices, drift, held-out noise.
