@@ -15,11 +15,11 @@ from diffusers.utils import export_to_video
 
 from rewards.cli.flags import file_to_write
 from rlhf.adapter.merge import require_adapter
+from rlhf.config import is_distilled
 from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
-from rlhf.method_checks import is_distilled
 from rlhf.run_folder import settings_in
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")

@@ -34,10 +34,10 @@ ARMS = {
     "float8 copy": {"sampling_weights": "float8"},
     "half the steps": {"prefix_steps": 5},
     "guidance every 2nd step": {"guidance_every": 2},
-    "rollouts used 2 times": {"rollout_uses": 2},
-    "rollouts used 4 times": {"rollout_uses": 4},
-    "rollouts used 8 times": {"rollout_uses": 8},
-    TOGETHER: {"prefix_steps": 5, "guidance_every": 2, "rollout_uses": 4},
+    "rollouts used 2 times": {"rollout_reuse": 2},
+    "rollouts used 4 times": {"rollout_reuse": 4},
+    "rollouts used 8 times": {"rollout_reuse": 8},
+    TOGETHER: {"prefix_steps": 5, "guidance_every": 2, "rollout_reuse": 4},
 }
 
 

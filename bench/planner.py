@@ -33,9 +33,9 @@ from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of
 from step import PROMPT, limit_memory, write
 from step_arms import SIZES, Rig, make_reward
 
-from rlhf.checks import model_card, with_sampling
+from rlhf.checks import with_sampling
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import CONTENTV_8B
+from rlhf.contentv.files import CONTENTV_8B, model_sizes
 from rlhf.contentv.flow import euler_step
 from rlhf.device import memory_beside, peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.fields import Fields
@@ -176,7 +176,7 @@ def measure_full(arm: str, size: str, device: torch.device, reward: Callable) ->
 
 def predicted(arm: str, size: str, rates: Rates) -> dict:
     """The planner's figures, from the settings alone, without a device."""
-    args, card = RewardGradientConfig(**settings_of(arm, size)), model_card("nano" if arm in NANO else CONTENTV_8B)
+    args, card = RewardGradientConfig(**settings_of(arm, size)), model_sizes("nano" if arm in NANO else CONTENTV_8B)
     if arm in FULL:
         card = card | {name: card[name] | getattr(SIZES[size], name) for name in ("transformer", "vae")}
         card["sampling"] = card["sampling"] | {"fps": 24}

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which 
 from scale_arms import SETTINGS, arms
 from step import write
 
-from rlhf.checks import model_card, with_sampling
+from rlhf.checks import with_sampling
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import CONTENTV_8B
+from rlhf.contentv.files import CONTENTV_8B, model_sizes
 from rlhf.planner import Planner
 from rlhf.rates import Rates, known_rates
 
@@ -43,7 +43,7 @@ def predicted(row: dict, environment: dict, rates: Rates) -> dict[str, dict]:
     }
     settings |= {name: environment[name] for name in ("height", "width")}
     args = RewardGradientConfig(model=CONTENTV_8B, eval_prompts=None, plan_processes=row["devices"], **settings)
-    card = model_card(args.model)
+    card = model_sizes(args.model)
     plan = Planner(with_sampling(args, card["sampling"]), card, rates).plan()
     held, times = plan.memory.resident - plan.memory.held["rewards"], plan.time.parts
     found = {

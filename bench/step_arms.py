@@ -62,9 +62,9 @@ SETTINGS = {
     "float8 copy": FAST | {"sampling_weights": "float8"},
     "half the steps": FAST | {"prefix_steps": 12},
     "guidance every 2nd step": FAST | {"guidance_every": 2},
-    "rollouts used 4 times": FAST | {"rollout_uses": 4},
-    "rollouts used 8 times": FAST | {"rollout_uses": 8},
-    TOGETHER: FAST | {"prefix_steps": 12, "guidance_every": 2, "rollout_uses": 4},
+    "rollouts used 4 times": FAST | {"rollout_reuse": 4},
+    "rollouts used 8 times": FAST | {"rollout_reuse": 8},
+    TOGETHER: FAST | {"prefix_steps": 12, "guidance_every": 2, "rollout_reuse": 4},
 }
 CAPS_GIB = {"24 GiB": 24}  # the device's memory is limited to this
 

@@ -21,12 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged
+from rlhf.config import is_distilled
 from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, one_line
 from rlhf.contentv.loading import load_transformer
 from rlhf.contentv.pipeline import INDEX_CLASSES
 from rlhf.hub import check_push, push
 from rlhf.lora_scale import check_scale, fold_scale
-from rlhf.method_checks import is_distilled
 from rlhf.model_card import Export, write_card
 from rlhf.reading import reading
 from rlhf.run_folder import settings_in

@@ -1,8 +1,7 @@
-"""The layout of a run's processes: data x guidance x sequence ranks, and their process groups.
+"""How the processes of a run are divided: data x guidance x sequence, and who belongs together.
 
-The processes of one data rank hold the same model and work on the same videos. They divide the two
-guidance branches, and within a branch the video's tokens. Neighbouring ranks share tokens, since
-these communicate most; the next ones share branches.
+Processes of one data rank hold the same model and work on the same videos: two guidance branches, and within a branch
+the parts of a video's tokens. Neighbours share tokens, since these exchange most; the next ones share branches.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `acce
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a layout, whose product is the world size."""
+    """A layout as three numbers, whose product is the number of processes."""
 
     data: int
     guidance: int = 1
@@ -28,20 +27,20 @@ class Sizes:
 
     @classmethod
     def of(cls, args: RewardGradientConfig, processes: int) -> "Sizes":
-        """Return the layout of the settings; raise ValueError if the world size does not fit it."""
-        ranks_per_video = args.guidance_parallel * args.sequence_parallel
-        if processes % ranks_per_video:
+        """Raises ValueError, naming layouts that work, where the settings do not fit the number of processes."""
+        together = args.guidance_parallel * args.sequence_parallel
+        if processes % together:
             fitting = [(g, s) for g in (1, 2) for s in range(1, processes + 1) if processes % (g * s) == 0]
             named = ", ".join(f"{g} x {s}" for g, s in fitting)
             raise ValueError(
                 f"guidance_parallel={args.guidance_parallel} x sequence_parallel={args.sequence_parallel} are "
-                f"{ranks_per_video} processes, which do not divide the {processes} of this run; use one of {named}, "
-                f"or start {-(-processes // ranks_per_video) * ranks_per_video} processes"
+                f"{together} processes, which do not divide the {processes} of this run; use one of {named}, or start "
+                f"{-(-processes // together) * together} processes"
             )
-        return cls(processes // ranks_per_video, args.guidance_parallel, args.sequence_parallel)
+        return cls(processes // together, args.guidance_parallel, args.sequence_parallel)
 
     def place(self, rank: int) -> tuple[int, int, int]:
-        """Return the (data, guidance, sequence) ranks of a process."""
+        """(data, guidance, sequence) ranks of a process."""
         rank, sequence = divmod(rank, self.sequence)
         return *divmod(rank, self.guidance), sequence
 
@@ -50,21 +49,21 @@ class Sizes:
 
 
 def started_processes() -> int:
-    """Return the world size that the launcher set, 1 without a launcher."""
+    """How many processes this run has, as its launcher says, before any of them knows another."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def planned_processes(args: RewardGradientConfig) -> int:
-    """Return a dry run's world size: as set or launched; for 1, the least that settings need."""
-    asked = args.plan_processes or started_processes()
-    return asked if asked > 1 else max(args.guidance_parallel * args.sequence_parallel, 1 + args.shard_base)
+def planned_processes(args: RewardGradientConfig, asked: int | None = None) -> int:
+    """Return how many processes a dry run plans for: those asked for or started; the fewest that work, if one."""
+    count = asked or started_processes()
+    return count if count > 1 else max(args.guidance_parallel * args.sequence_parallel, 1 + args.shard_base)
 
 
 class Layout:
-    """The data ranks of a run, between which videos are divided, and the groups within a data rank.
+    """The run's processes as those see them who share out videos: one for each data rank.
 
-    It stands in for an `accelerate.Accelerator`: num_processes is the number of data ranks,
-    process_index this process's data rank, and sums count each data rank once.
+    In place of an `accelerate.Accelerator` it has the number of data ranks as num_processes, and this process's as
+    process_index; what it sums counts each data rank once.
     """
 
     def __init__(self, args: RewardGradientConfig, accelerator):
@@ -73,12 +72,12 @@ class Layout:
         self.num_processes = self.sizes.data
         self.process_index, *self._place = self.sizes.place(accelerator.process_index)
         self.is_main_process, self.wait_for_everyone = accelerator.is_main_process, accelerator.wait_for_everyone
-        # All processes run the transformer equally often, since each holds a part of its weights.
+        # Every process runs the transformer as often as any other, since all of them hold a part of its weights.
         self.in_step = args.shard_base
         self.guidance_group, self.sequence_group, self.model_group = self._groups()
 
     def _groups(self) -> tuple[Group | None, Group | None, Group | None]:
-        """Return the groups that share guidance branches, tokens, and either; None for no group."""
+        """Of those that share a velocity's branches, a branch's tokens, or either; None for a single process."""
         sizes = self.sizes
         ranks = torch.arange(self.accelerator.num_processes).view(sizes.data, sizes.guidance, sizes.sequence)
         guidance, sequence = _own_group(ranks.transpose(1, 2)), _own_group(ranks)
@@ -86,18 +85,24 @@ class Layout:
         return guidance, sequence, both
 
     def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
-        """Return the sum over data ranks, on every process. how: "sum", as accelerate has it."""
+        """The sum over data ranks, on every process. how: "sum", as an accelerator takes it."""
         return self.accelerator.reduce(torch.zeros_like(tensor) if any(self._place) else tensor, how)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return all data ranks' tensors, concatenated along dimension 0, on every process."""
+        """The tensors of all data ranks, one after the other along the first dimension, on every process."""
         every = self.accelerator.gather(tensor)
         return every.unflatten(0, (-1, len(tensor)))[:: self.sizes.guidance * self.sizes.sequence].flatten(0, 1)
 
-    def require_same(self, **values) -> None:
-        """Raise ConfigError on every process if a named value differs between processes."""
-        names = list(values)
-        digests = [int.from_bytes(hashlib.sha256(repr(values[n]).encode()).digest()[:7]) for n in names]
+    def watch(self, transformer: torch.nn.Module) -> None:
+        """Take each of its calls as a sign that this process goes on."""
+        if self.accelerator.num_processes > 1:
+            tick = self.accelerator.lifeline.tick
+            transformer.register_forward_pre_hook(lambda *_: tick())  # a function, so that copies of the model share it
+
+    def require_same(self, **things) -> None:
+        """Raise ConfigError, on every process, where one of them has another thing of that name."""
+        names = list(things)
+        digests = [int.from_bytes(hashlib.sha256(repr(things[n]).encode()).digest()[:7]) for n in names]
         every = self.accelerator.gather(torch.tensor([digests], device=self.device)).cpu()
         wrong = [
             f"{name}: got others on process {rank} than on process 0, expected the same on all; start all with the "
@@ -109,11 +114,11 @@ class Layout:
             raise ConfigError(wrong)
 
     def agreed(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return latents that all ranks of a video hold, with the mean of these ranks' gradients."""
+        """Latents of which all processes of a data rank hold a copy, before each decodes and scores them by itself."""
         return latents_BCTHW if self.model_group is None else agreed(latents_BCTHW, self.model_group)
 
 
 def _own_group(ranks: torch.Tensor) -> Group | None:
-    """Return the group of this process's row of ranks (..., size); None for rows of one."""
+    """The group of those that stand in one row, (..., size), with this process; None for rows of one."""
     rows = ranks.flatten(0, -2).tolist()
     return dist.new_subgroups_by_enumeration(rows)[0] if len(rows[0]) > 1 else None

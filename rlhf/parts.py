@@ -19,6 +19,7 @@ from rlhf.contentv.wan_decoder import decode_video
 from rlhf.exchange import Group
 from rlhf.layout import Sizes
 from rlhf.lora import add_adapter, lora_config
+from rlhf.method.options import read_options
 from rlhf.speed import Speed
 from rlhf.trace import Elsewhere, Phase, Trace, pretended_group, use_fused_norms
 
@@ -52,7 +53,7 @@ class Parts:
     """The parts of a run on one of so many processes, each traced once for the settings that bear on it.
 
     args: those of the run, with all sampling keys set; methods take them with other settings about speed and memory.
-    card: the model's sizes, as of `rlhf.checks.model_card`.
+    card: the model's sizes, as of `rlhf.contentv.files.model_sizes`.
     """
 
     def __init__(self, args: RewardGradientConfig, card: dict[str, dict], processes: int = 1):
@@ -183,7 +184,8 @@ class Parts:
 
 def window_steps(args: RewardGradientConfig) -> int:
     """Steps of the rollout that carry the gradient, at most."""
-    of_method = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
+    listed = read_options(args.method, args.method_kwargs).steps if args.method == "listed" else None
+    of_method = {"listed": len(listed or []), "refl": 1, "draft_lv": 1, "srpo": 0}
     return of_method.get(args.method, args.num_grad_steps)
 
 

@@ -6,11 +6,13 @@ docs/planner.md says how the figures come about and how near they are to what wa
 import dataclasses
 import itertools
 
-from rlhf.checks import model_card, with_sampling
-from rlhf.config import RewardGradientConfig
+from rlhf.checks import with_sampling
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.contentv.files import model_sizes
 from rlhf.device import local_device, total_memory
 from rlhf.encoders import encoder_configs, encoding_bytes
 from rlhf.layout import planned_processes
+from rlhf.measured import RATES
 from rlhf.memory_plan import ENCODING, MemoryPlan, plan_memory, plan_rewards
 from rlhf.parts import Parts
 from rlhf.quantise import missing_library
@@ -53,16 +55,22 @@ class Plan:
 
 
 class Planner:
-    """Plans one process of a run. args has all sampling keys set; card: as of `rlhf.checks.model_card`.
+    """Plans one process of a run. args has all sampling keys set; card: as of `rlhf.contentv.files.model_sizes`.
 
     encoders: configurations of the text encoders, as of `rlhf.encoders.encoder_configs`; without them, that encoding
     the prompts takes nothing.
     """
 
     def __init__(
-        self, args: RewardGradientConfig, card: dict[str, dict], rates: Rates, encoders: dict[str, dict] | None = None
+        self,
+        args: RewardGradientConfig,
+        card: dict[str, dict],
+        rates: Rates,
+        encoders: dict[str, dict] | None = None,
+        processes: int | None = None,
     ):
-        self.args, self.rates, self.parts = args, rates, Parts(args, card, planned_processes(args))
+        self.args, self.rates = args, rates
+        self.parts = Parts(args, card, planned_processes(args, processes))
         clip, t5 = card["tokenizer"]["model_max_length"], args.max_sequence_length
         tokens = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
         self.encoding = encoding_bytes(encoders or {}, tokens, self.parts.transformer.dtype)
@@ -136,12 +144,21 @@ def _within(fewer: Plan, more: Plan) -> bool:
 # ------------------------------------------------------------------------------------------------- in words
 
 
-def describe(args: RewardGradientConfig) -> str:
-    """The resolved settings as YAML, then what the run needs, each figure labelled with where it comes from."""
-    card = model_card(args.model)
+def describe(
+    args: RewardGradientConfig,
+    memory_limit_gib: float | None = None,
+    device_name: str | None = None,
+    processes: int | None = None,
+) -> str:
+    """Return the resolved settings as YAML, then what the run needs, each figure with its source.
+
+    memory_limit_gib: to plan for. Default: what the device has. device_name: of a measured device.
+    Default: this machine's. processes: of the run. Default: those started. Raises ConfigError.
+    """
+    card = model_sizes(args.model)
     args = with_sampling(args, card["sampling"])
-    rates, source, memory = planned_device(args)
-    planner = Planner(args, card, rates, encoder_configs(args.model))
+    rates, source, memory = planned_device(args, memory_limit_gib, device_name)
+    planner = Planner(args, card, rates, encoder_configs(args.model), processes)
     plan = planner.plan()
     texts = [args.to_yaml(), sizes(planner), needs(planner, plan, source)]
     if memory is not None:
@@ -149,11 +166,16 @@ def describe(args: RewardGradientConfig) -> str:
     return "\n".join(texts)
 
 
-def planned_device(args: RewardGradientConfig) -> tuple[Rates, str, int | None]:
+def planned_device(
+    args: RewardGradientConfig, memory_limit_gib: float | None, device_name: str | None
+) -> tuple[Rates, str, int | None]:
     """Rates, where they are from, and the bytes that the device has, None where that is not known."""
-    asked = args.memory_limit_gib and int(args.memory_limit_gib * GIB)
-    if args.plan_device:
-        return known_rates(args.plan_device), "measured by bench/planner.py", asked
+    asked = memory_limit_gib and int(memory_limit_gib * GIB)
+    if device_name:
+        if (rates := known_rates(device_name)) is None:
+            got = f"plan_device: got {device_name!r}, expected one of those measured ({', '.join(RATES)})"
+            raise ConfigError([f"{got}; choose one, or leave it out for this machine's"])
+        return rates, "measured by bench/planner.py", asked
     device = local_device(args.device)
     return *device_rates(device), asked or total_memory(device)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rlhf.checkpoint import last_whole
 from rlhf.config import RewardGradientConfig
 from rlhf.layout import RESTART_COUNT
+from rlhf.older_settings import translate
 from rlhf.run_folder import run_in
 
 # Settings of a single launch, which may differ from launch to launch.
@@ -35,7 +36,9 @@ def resume_message(path: Path, saved: dict, args: RewardGradientConfig) -> str:
     step, last = saved["step"], args.max_steps
     message = f"Going on from {path}, step {step} of {last}"
     message += "; no step is left, max_steps says how many the whole run has" if step >= last else ""
+    settings, moved, _ = translate(saved["settings"])
     now = dataclasses.asdict(args)
-    before = {name: value for name, value in saved["settings"].items() if name in now and name not in LAUNCH_SETTINGS}
+    before = {name: value for name, value in settings.items() if name in now and name not in LAUNCH_SETTINGS}
     changed = [f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if value != now[name]]
-    return f"{message}. Other settings than before: {', '.join(changed)}." if changed else f"{message}."
+    message += f". Other settings than before: {', '.join(changed)}." if changed else "."
+    return f"{message} {moved}".rstrip()

@@ -1,27 +1,23 @@
-"""Problems of resuming from a checkpoint with these settings."""
+"""Check a run that is to be resumed: checkpoint, folder and settings, also of earlier versions."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.checkpoint import checkpoints, find_checkpoint, last_whole, read_state
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.older_settings import translate
 from rlhf.run_folder import BEST
 
 FIXED_ON_RESUME = (
-    "model",
-    "lora_rank",
-    "lora_alpha",
-    "lora_target_modules",
-    "lora_use_dora",
-    "lora_rank_pattern",
-    "lora_alpha_pattern",
+    *("model", "lora_rank", "lora_alpha", "lora_target_modules"),
+    *("lora_use_dora", "lora_rank_pattern", "lora_alpha_pattern"),
 )
 
 
 def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
-    """Yield what prevents a resume from the checkpoint that the settings name."""
+    """Yield what is wrong with the checkpoint that args resume from."""
     try:
-        path = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)  # the run logs more
+        path = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)  # the run will say more
     except ConfigError as error:
         yield from error.problems
         return
@@ -39,8 +35,9 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
             f"load_best_model_at_end: got no {best}, expected the best adapter of the run that {path} is of; copy it "
             "there, or leave the setting out"
         )
-    default = vars(RewardGradientConfig())  # of settings that are newer than the checkpoint
-    saved = default | state["settings"]
+    settings, _, gone = translate(state["settings"])
+    yield from (f"{path}: {problem}" for problem in gone)
+    saved = vars(RewardGradientConfig()) | settings  # the default of settings that are newer than the checkpoint
     for name in FIXED_ON_RESUME:
         if saved[name] != getattr(args, name):
             yield (

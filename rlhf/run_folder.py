@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.older_settings import translate
 from rlhf.prompts import write_prompts
 from rlhf.reading import read_object
 
@@ -37,9 +38,12 @@ def run_in(folder: Path) -> bool:
 
 
 def settings_in(folder: Path) -> dict:
-    """Return the settings in the folder's config.yaml, {} without one. Raises DamagedFileError."""
+    """Return the settings in the folder's config.yaml, those of earlier versions translated; {} for no file.
+
+    Raises DamagedFileError.
+    """
     path = folder / "config.yaml"
-    return read_object(path) if path.is_file() else {}
+    return translate(read_object(path))[0] if path.is_file() else {}
 
 
 def prompt_snapshot(args: RewardGradientConfig, setting: str) -> str:

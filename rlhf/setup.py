@@ -8,16 +8,19 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 
-from rewards import RewardMix, reward_name
+from rewards import RewardMix, load_reward, probe, reward_name
 from rlhf.adapter.masters import Masters
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.contentv.files import model_sizes
 from rlhf.contentv.loading import TEXT_ENCODERS, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
+from rlhf.device import local_device
 from rlhf.layout import Layout
 from rlhf.lora import ATTENTION, add_adapter, lora_config, settings_of
 from rlhf.prompts import as_prompts, load_prompts
+from rlhf.reward_checks import short_name
 from rlhf.run_folder import prompt_snapshot
 from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, UnsupportedOptionError, require_compiler, require_kernel, set_up_blocks
@@ -190,3 +193,43 @@ def encode_and_release(
 def base_dtype(name: str) -> torch.dtype | None:
     """None, for "auto", leaves the choice to the loader."""
     return None if name == "auto" else getattr(torch, name)
+
+
+def open_rewards(
+    args: RewardGradientConfig,
+    rewards: list[str | Callable] | None = None,
+    prompts: list[str] | None = None,
+    device: torch.device | None = None,
+    pipe: ContentVPipeline | None = None,
+) -> dict[str, Callable]:
+    """Load the rewards, then the judges, frozen, on the device; probe those that train with three prompts.
+
+    Args:
+        args: settings as `check_config` returns them.
+        rewards, prompts, pipe: objects in place of what args name.
+        device: Default: that of args.
+
+    Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train,
+    before the generator's weights are loaded.
+    """
+    device = device or local_device(args.device)
+    prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
+    shape = (3, args.num_frames, args.height, args.width)
+    info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
+    for name, reward in trained.items():
+        probe(reward, shape, prompts[:3], device, name=name, info=info)
+    return trained | _load_rewards(args.eval_reward_funcs, args, device)
+
+
+def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> dict[str, Callable]:
+    """Return rewards by short name, frozen: specs are loaded with their reward_kwargs, callables taken as they are."""
+    loaded, kwargs = {}, args.reward_kwargs or {}
+    for reward in rewards:
+        name = short_name(reward)
+        if isinstance(reward, str):
+            reward = load_reward(reward, args.base_dir, **kwargs.get(name, {}))
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device).requires_grad_(False).eval()
+        loaded[name] = reward
+    return loaded

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from rewards.measured import DEVICE as DEVICE_OF_REWARDS
 from rlhf.config import RewardGradientConfig
 from rlhf.memory_plan import Rewards, branches_with_gradient, run_branches, together
+from rlhf.method.options import read_options
 from rlhf.parts import Parts, window_steps
 from rlhf.rates import Rates, known_rates
 from rlhf.trace import Operation, Phase
@@ -46,14 +47,14 @@ class TimePlan:
 
 def count_calls(args: RewardGradientConfig) -> Calls:
     """How often a step calls the transformer; at most, where steps are drawn. args has all sampling keys set."""
-    again = args.num_draws if args.method in ("draft_lv", "srpo") else 0
+    again = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
     window, of_base, drift = window_steps(args), run_branches(args), bool(args.drift_weight)
     branches, with_gradient = 1 if args.guidance_gradient == "distill" else of_base, branches_with_gradient(args)
     steps = window + again + drift
     constant = (branches - with_gradient) * steps + of_base * drift
     before = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
     prefix = before + (branches - 1) * math.ceil(before / args.guidance_every)
-    return Calls(prefix / args.rollout_uses, constant, with_gradient * steps)
+    return Calls(prefix / args.rollout_reuse, constant, with_gradient * steps)
 
 
 def plan_time(parts: Parts, args: RewardGradientConfig, rewards: Rewards, rates: Rates) -> TimePlan:
@@ -69,8 +70,10 @@ def plan_time(parts: Parts, args: RewardGradientConfig, rewards: Rewards, rates:
     forward = max(seconds(branch.sampling, rates), beside)
     there = seconds(branch.forward, rates) + (forward if args.stepwise_backward else 0)
     segment = max(there, beside + kept) + max(seconds(branch.backward, rates), beside + kept)
-    samples = args.num_draws if args.method == "srpo" else 1 + args.num_draws * (args.method == "draft_lv")
-    scoring = reward_seconds(rewards, rates) * (2 if args.relative_words else 1)
+    options = read_options(args.method, args.method_kwargs)
+    draws = getattr(options, "num_draws", 0)
+    samples = draws if args.method == "srpo" else 1 + draws
+    scoring = reward_seconds(rewards, rates) * (2 if options.relative_words else 1)
     micro = {
         "sampling": (calls.prefix + calls.constant) / at_once * forward,
         "gradient segment": calls.with_gradient / at_once * segment,

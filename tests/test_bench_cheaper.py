@@ -33,7 +33,7 @@ def made(monkeypatch, tmp_path):
 
     monkeypatch.setattr(nano_study, "Pools", lambda *_: Pools())
     monkeypatch.setattr(study_runs, "evaluate_base", lambda conditions: {})
-    monkeypatch.setattr(study_runs, "seconds_per_step", lambda settings, *_: 5 - settings.get("rollout_uses", 1))
+    monkeypatch.setattr(study_runs, "seconds_per_step", lambda settings, *_: 5 - settings.get("rollout_reuse", 1))
     monkeypatch.setattr(study_runs, "train", train)
     return made
 

@@ -197,13 +197,22 @@ def test_every_page_is_in_the_navigation():
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
-def test_the_table_of_settings_is_that_of_the_code():
+def test_the_tables_of_settings_are_those_of_the_code():
     hooks = script("docs/site_hooks.py")
-    page = (ROOT / "docs" / "settings.md").read_text()
-    made = hooks.on_page_markdown(page)
-    assert re.findall(r"^\| `(\w+)` \| `", made, re.MULTILINE) == field_names()
-    assert "| `lora_rank` | `16` | Rank r of" in made
+    assert re.findall(r"^\| `(\w+)` \| ", hooks.settings_tables(), re.MULTILINE) == field_names()
+    assert "| draft_lv: `num_draws` | a whole number, at least 1 | `2` | " in hooks.options_table()
+    made = hooks.on_page_markdown((ROOT / "docs" / "settings.md").read_text())
+    assert hooks.settings_tables() in made
+    assert hooks.options_table() in made
+    assert "| `lora_rank` | a whole number, at least 1 | `16` | Rank r of" in made
     assert hooks.on_page_markdown("other") == "other"
+
+
+def test_a_setting_is_in_a_recipe_or_a_row_says_when_to_change_it():
+    table = (ROOT / "docs" / "settings.md").read_text().split("| setting | when to change it |")[1].split("<!--")[0]
+    told = re.findall(r"^\| `(\w+)` \| \w.*\. \|$", table, re.MULTILINE)
+    recipes = {key for path in (ROOT / "configs").glob("*.yaml") for key in yaml.safe_load(path.read_text())}
+    assert told == [name for name in field_names() if name not in recipes]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="mkdocs is not installed: pip install -e '.[docs]'")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from test_parts import CHECKPOINTED, DECODED, tiny
 
-from rlhf.checks import model_card, with_sampling
+from rlhf.checks import with_sampling
 from rlhf.config import RewardGradientConfig
+from rlhf.contentv.files import model_sizes
 from rlhf.memory_plan import MemoryPlan, most_of, plan_memory, plan_rewards
 from rlhf.parts import Parts
 
@@ -136,7 +137,7 @@ def test_the_plan_is_what_was_measured_at_full_size(arm, frames):
         settings = {"num_frames": frames, "lora_rank": 32, "reward_kwargs": {"hps_v2_1": of_reward}}
         settings |= {"model": "ByteDance/ContentV-8B", "reward_funcs": ["hps_v2_1"], "eval_prompts": None}
         args = RewardGradientConfig(**settings, **row["settings"])
-        card = model_card(args.model)
+        card = model_sizes(args.model)
         args = with_sampling(args, card["sampling"])
         key = (arm, row["scored"])
         parts = PARTS.setdefault(key, Parts(args, card))

@@ -8,8 +8,7 @@ import pytest
 import yaml
 from scripts import script
 
-from rlhf.config import RewardGradientConfig, field_names
-from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS
+from rlhf.config import GUIDANCE_GRADIENTS, METHODS, RewardGradientConfig, field_names
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

@@ -12,8 +12,9 @@ from kept import KeptBytes
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
 from rlhf.adapter.masters import Masters
-from rlhf.checks import model_card, with_sampling
+from rlhf.checks import with_sampling
 from rlhf.config import RewardGradientConfig
+from rlhf.contentv.files import model_sizes
 from rlhf.contentv.transformer import QueryKeyNorm
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.host_memory import HostMemory
@@ -33,7 +34,7 @@ def tiny(**settings):
     pipe = tiny_pipeline()
     pipe.register_modules(transformer=tiny_transformer(num_layers=6))  # the text that enters the first has no gradient
     common = {"lora_rank": 4, "num_frames": 33, "per_device_train_batch_size": 2, "num_grad_steps": 2}
-    card = model_card("", pipe)
+    card = model_sizes("", pipe)
     return pipe, with_sampling(RewardGradientConfig(**common | settings), card["sampling"]), card
 
 
@@ -107,7 +108,7 @@ def test_the_decoder_keeps_what_autograd_holds(settings, frames, monkeypatch):
     pipe, args, card = tiny(num_frames=17, **settings)
     part = Parts(args, card).decoder(args, 2, frames)
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
-    caches = HostMemory("cpu", smallest_bytes=0) if args.decode_caches == "host" else None
+    caches = HostMemory("cpu", smallest_bytes=0) if args.decode_caches == "host" else args.decode_caches
     pipe.vae.requires_grad_(False)
     with KeptBytes(pipe.vae) as kept:
         video = decode_video(pipe.vae, latents, frames, args.decode_chunk, args.decode_checkpoint, 0, caches)
@@ -148,7 +149,7 @@ def test_the_stock_model_needs_what_was_measured_of_it(monkeypatch):
     fused = lambda query, key, value, **kwargs: Trace.current().attention(query, key, value)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", fused)
     args = RewardGradientConfig(model="ByteDance/ContentV-8B", lora_rank=32, num_frames=33, dtype="bfloat16")
-    card, make, most = model_card(args.model), partial(torch.empty, device="meta", dtype=torch.bfloat16), []
+    card, make, most = model_sizes(args.model), partial(torch.empty, device="meta", dtype=torch.bfloat16), []
     for blocks in (3, 4):
         model = Parts(args, card | {"transformer": card["transformer"] | {"num_layers": blocks}}).transformer
         for module in model.modules():
@@ -167,7 +168,7 @@ def test_the_stock_model_needs_what_was_measured_of_it(monkeypatch):
 def test_the_stock_decoder_needs_what_was_measured_of_it():
     """GiB above what was held before, on one H200: two latent frames of 432x768 there and back, in bfloat16."""
     args = RewardGradientConfig(model="ByteDance/ContentV-8B")
-    vae = Parts(args, model_card(args.model)).vae.to(torch.bfloat16)
+    vae = Parts(args, model_sizes(args.model)).vae.to(torch.bfloat16)
     with Trace(vae) as trace, trace.phase() as phase:
         z = torch.empty(1, 16, 2, 54, 96, device="meta", dtype=torch.bfloat16).requires_grad_()
         video = vae.decode(z, return_dict=False)[0]

@@ -100,7 +100,7 @@ def test_one_use_keeps_nothing():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PrefixBuffer(0), "rollout_uses=0, expected at least 1"),
+        (lambda: PrefixBuffer(0), "rollout_reuse=0, expected at least 1"),
         (lambda: KeptGuidance(None, tiny_conditioning(), 3.0, 0), "guidance_every=0, expected at least 1"),
     ],
 )

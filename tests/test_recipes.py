@@ -1,4 +1,4 @@
-"""Each shipped recipe says what it is, what was measured and how it is started, and passes the dry run."""
+"""Each shipped recipe says what it is, what was measured and how to start it, and can be run."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def head(path: Path) -> str:
 
 
 def launched(path: Path) -> list[str]:
-    """The words of the command in the head of a recipe."""
+    """Return the words of the command in the head of a recipe."""
     (line,) = re.findall(r"^#   (accelerate launch .*)$", head(path), re.MULTILINE)
     return shlex.split(line)
 
@@ -85,12 +85,13 @@ def test_recipes_for_several_devices_differ_only_in_their_number():
 
 @functools.cache
 def needs(settings: str) -> str:
-    """What the dry run prints."""
+    """Return what the dry run prints."""
     return describe(RewardGradientConfig(**json.loads(settings)))
 
 
 def resolved(path: Path, tmp_path: Path) -> RewardGradientConfig:
-    return check_config(parse_config(["--config", str(path), "--output_dir", str(tmp_path / "run"), "--dry_run"]))
+    args = parse_config(["--config", str(path), "--output_dir", str(tmp_path / "run")])
+    return check_config(args, planned_processes=1)
 
 
 @named_8b

@@ -22,12 +22,12 @@ RATES = Rates("any", {"matrix float32": 1e9, "conv float32": 5e8}, 1e9, 1e-3, 1e
     "settings",
     [
         {"num_grad_steps": 3},
-        {"method": "draft_lv", "num_draws": 3},
-        {"method": "srpo", "num_draws": 2, "drift_weight": 1.0},
-        {"method": "listed", "grad_steps": [0, 2], "guidance_gradient": "text"},
+        {"method": "draft_lv", "method_kwargs": {"num_draws": 3}},
+        {"method": "srpo", "method_kwargs": {"num_draws": 2}, "drift_weight": 1.0},
+        {"method": "listed", "method_kwargs": {"steps": [0, 2]}, "guidance_gradient": "text"},
         {"method": "drtune", "num_grad_steps": 2, "guidance_gradient": "none"},
         {"num_grad_steps": 2, "guidance_gradient": "distill", "drift_weight": 1.0},
-        {"method": "refl", "jump_steps": 1, "guidance_scale": 1.0},
+        {"method": "refl", "method_kwargs": {"jump_steps": 1}, "guidance_scale": 1.0},
         {"num_inference_steps": 6, "prefix_steps": 3},
         {"num_inference_steps": 6, "guidance_every": 2},
     ],
@@ -46,15 +46,21 @@ def test_calls_are_those_that_a_training_step_makes(make_args, settings):
 def test_steps_that_are_listed_take_what_the_last_steps_take():
     """Wherever a step's input has a gradient, and nowhere else: DRTune detaches it."""
     plans = {}
-    for method in ({"num_grad_steps": 2}, {"method": "listed", "grad_steps": [2, 3]}, {"method": "drtune"}):
-        _, args, card = tiny(num_inference_steps=4, **{"num_grad_steps": 1 if "grad_steps" in method else 2} | method)
+    for method in (
+        {"num_grad_steps": 2},
+        {"method": "listed", "method_kwargs": {"steps": [2, 3]}},
+        {"method": "drtune"},
+    ):
+        _, args, card = tiny(
+            num_inference_steps=4, **{"num_grad_steps": 1 if "method_kwargs" in method else 2} | method
+        )
         parts = Parts(args, card)
         plans[args.method] = plan_time(parts, args, plan_rewards(parts, args), RATES).parts["gradient segment"]
     assert plans["listed"] == plans["draft_k"] > plans["drtune"]
 
 
 def test_a_rollout_used_again_is_paid_once():
-    _, args, _ = tiny(num_inference_steps=10, num_grad_steps=1, rollout_uses=3)
+    _, args, _ = tiny(num_inference_steps=10, num_grad_steps=1, rollout_reuse=3)
     assert count_calls(args) == Calls(prefix=2 * 9 / 3, constant=0, with_gradient=2)
 
 
@@ -94,7 +100,7 @@ def test_settings_cost_what_they_do():
     assert plan(num_inference_steps=22)["sampling"] == pytest.approx(10 * plain["sampling"])  # of 4, two are the window
     assert plan(decode_chunk=1, decode_checkpoint=True)["decoding and back"] > plain["decoding and back"]
     assert plan(decode_window=5)["decoding and back"] < plain["decoding and back"]
-    assert plan(relative_words=["good", "bad"])["reward and back"] == 2 * plain["reward and back"]
+    assert plan(method_kwargs={"relative_words": ["good", "bad"]})["reward and back"] == 2 * plain["reward and back"]
     slow = dataclasses.replace(RATES, link=1.0)
     _, args, card = tiny(**CHECKPOINTED, stream_weights=True)
     parts = Parts(args, card)

@@ -10,13 +10,21 @@ from rlhf.contentv.flow import guided_velocity
 from rlhf.sampler import draw_noise
 from rlhf.trainer import RewardGradientTrainer
 
+ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
+
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"method": "draft_lv"},
-        {"method": "drtune", "num_grad_steps": 2, "jump_steps": 2, "drift_weight": 0.1, "anchor_steps": 2},
-        {"method": "srpo", "relative_words": ["good", "bad"], "guidance_gradient": "text"},
+        {
+            "method": "drtune",
+            "num_grad_steps": 2,
+            "method_kwargs": {"jump_steps": 2},
+            "drift_weight": 0.1,
+            "anchor_steps": 2,
+        },
+        {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}, "guidance_gradient": "text"},
     ],
 )
 def test_accumulated_batches_equal_one_large_batch_with_every_method(make_args, tmp_path, settings):

@@ -67,7 +67,7 @@ def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain_run, s
     [
         {"prefix_steps": 1},
         {"guidance_every": 2},
-        {"rollout_uses": 2},
+        {"rollout_reuse": 2},
         {"decode_window": 2},
         pytest.param({"sampling_weights": "float8"}, marks=needs_float8),
         {"vae_dtype": "bfloat16"},
@@ -119,8 +119,8 @@ def stepper(make_args, **settings):
         ({"guidance_together": True}, [(3, 1)] * 3),
         pytest.param({"sampling_weights": "float8"}, [(0, 2)] * 3, marks=needs_float8),
         pytest.param({"sampling_weights": "float8", "guidance_every": 3}, [(0, 2)] * 3, marks=needs_float8),
-        ({"rollout_uses": 3}, [(6, 2), (0, 2), (0, 2), (6, 2)]),
-        ({"rollout_uses": 2, "gradient_accumulation_steps": 2}, [(12, 4), (6, 4), (6, 4), (6, 4)]),
+        ({"rollout_reuse": 3}, [(6, 2), (0, 2), (0, 2), (6, 2)]),
+        ({"rollout_reuse": 2, "gradient_accumulation_steps": 2}, [(12, 4), (6, 4), (6, 4), (6, 4)]),
     ],
 )
 def test_how_often_the_transformer_runs(make_args, settings, expected):
@@ -138,7 +138,7 @@ def test_a_copy_of_a_distilled_model_samples_without_guidance(make_args):
 
 
 def test_a_rollout_that_is_used_again_keeps_its_prompts_and_noise(make_args):
-    calls = stepper(make_args, rollout_uses=2)
+    calls = stepper(make_args, rollout_reuse=2)
     prompts = []
     for step in range(4):
         text = calls.trainer.text
@@ -149,7 +149,7 @@ def test_a_rollout_that_is_used_again_keeps_its_prompts_and_noise(make_args):
 
 
 def test_a_resumed_run_has_the_prompts_of_the_rollout_in_use(make_args, tmp_path):
-    settings = {"rollout_uses": 4, "max_steps": 2, "save_steps": 2}
+    settings = {"rollout_reuse": 4, "max_steps": 2, "save_steps": 2}
     trained(make_args, tmp_path / "run", **settings)
     _, trainer = trained(make_args, tmp_path / "run", **settings | {"max_steps": 3, "resume_from_checkpoint": "latest"})
     assert trainer.state.global_step == 3
@@ -158,7 +158,7 @@ def test_a_resumed_run_has_the_prompts_of_the_rollout_in_use(make_args, tmp_path
 @pytest.mark.parametrize("uses", [1, 2])
 def test_rollouts_take_up_the_prompts_where_they_left_off_with_other_batches(make_args, uses):
     """Steps that share a rollout take no prompts: 4 steps of 2 videos used the first 8 or 4 places of the order."""
-    args = make_args(per_device_train_batch_size=2, rollout_uses=uses, max_steps=9)
+    args = make_args(per_device_train_batch_size=2, rollout_reuse=uses, max_steps=9)
     larger = dataclasses.replace(args, per_device_train_batch_size=4)
     order = _batches(args).prompts_at(0, 40)
     saved = _batches(args).state(4)

@@ -7,9 +7,12 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.reading import read_object
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from rlhf.contentv.pipeline import ContentVPipeline
 
 NANO_PATH = Path(__file__).parents[1] / "nano" / "weights" / "contentv-nano"
 CONTENTV_8B = "ByteDance/ContentV-8B"
@@ -96,6 +99,14 @@ def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
     folder = model_folder(model, [f"{name}/{CONFIG_FILES[name]}" for name in SIZES] + [SAMPLING_FILE])
     configs = {name: known | read_object(folder / name / CONFIG_FILES[name]) for name, known in SIZES.items()}
     return configs | {"sampling": asdict(SamplingDefaults.load(folder))}
+
+
+def model_sizes(model: str | Path, pipe: "ContentVPipeline | None" = None) -> dict[str, dict[str, Any]]:
+    """Return the sizes of a pipeline, else those of the named model, as `model_config` has them."""
+    if pipe is None:
+        return model_config(model)
+    parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
+    return parts | {"tokenizer": {"model_max_length": pipe.tokenizer_max_length}, "sampling": vars(pipe.sampling)}
 
 
 def _check_folder(folder: Path, cure: str) -> Path:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_transformer
 from tiny_clip import save_transformers_clip
 
-import rlhf.checks
+
 from rewards import load_reward, reward_attribute
 from rewards.catalogue import CATALOGUE
 from rewards.common import preprocess
-from rlhf.config import RewardGradientConfig
+from rlhf.config import METHODS, RewardGradientConfig
 from rlhf.device import describe, deterministic, peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.device_check import check_device, distance
 from rlhf.export import export_merged
@@ -31,7 +31,6 @@ import demo
 import train_rlhf
 
 ATTEND, ATTEND_BACK = (f"npu.npu_fusion_attention_{name}.default" for name in ("v3", "grad_v3"))
-METHODS = rlhf.checks.CHOICES["method"]
 SMALL = {
     "per_device_train_batch_size": 1,
     "eval_prompts": None,
@@ -44,7 +43,7 @@ NEEDS = dict.fromkeys(METHODS, {}) | {
     "alignprop": {"num_grad_steps": 2},
     "uniform": {"num_grad_steps": 2},
     "drtune": {"num_grad_steps": 2},
-    "listed": {"grad_steps": [0, 2]},
+    "listed": {"method_kwargs": {"steps": [0, 2]}},
 }
 
 
