@@ -53,9 +53,9 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def planned_processes(args: RewardGradientConfig) -> int:
-    """How many a dry run is for: as asked or started; where that is one, as few as the settings work with."""
-    asked = args.plan_processes or started_processes()
+def planned_processes(args: RewardGradientConfig, asked: int | None = None) -> int:
+    """Return how many processes a dry run is for: as asked or started; if that is one, as few as the settings need."""
+    asked = asked or started_processes()
     return asked if asked > 1 else max(args.guidance_parallel * args.sequence_parallel, 1 + args.shard_base)
 
 

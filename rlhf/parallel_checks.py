@@ -14,7 +14,7 @@ def parallel_problems(args: RewardGradientConfig) -> Iterator[str]:
     elif args.sequence_parallel < 1:
         yield f"sequence_parallel: got {args.sequence_parallel}, expected at least 1; raise it"
     else:
-        yield from _fitting(args, planned_processes(args) if args.dry_run else processes)
+        yield from _fitting(args, planned_processes(args, args.plan_processes) if args.dry_run else processes)
     if args.ddp_timeout < 1:
         yield f"ddp_timeout: got {args.ddp_timeout}, expected at least 1 second; raise it"
     if args.guidance_parallel == 2:

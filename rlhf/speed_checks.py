@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from rlhf.attention import KERNELS
 from rlhf.config import RewardGradientConfig
-from rlhf.measured import RATES
 from rlhf.optimizer import OPTIMIZERS, missing_optimizer
 from rlhf.quantise import missing_library
 
@@ -42,7 +41,6 @@ def speed_problems(args: RewardGradientConfig) -> Iterator[str]:
         yield f"decode_caches: got {args.decode_caches} without decode_checkpoint, expected both; set that, too"
     yield from _weights(args)
     yield from _prefix(args)
-    yield from _planned(args)
 
 
 def _weights(args):
@@ -99,14 +97,3 @@ def _without_effect(args, before):
                 f"{name}: got it with {before} of num_inference_steps={args.num_inference_steps} before the window, "
                 f"expected at least {least} to take so; lower num_grad_steps, or leave it out"
             )
-
-
-def _planned(args):
-    if args.memory_limit_gib is not None and not args.memory_limit_gib > 0:
-        yield f"memory_limit_gib: got {args.memory_limit_gib}, expected more than 0; raise it"
-    if args.plan_device is not None and args.plan_device not in RATES:
-        known = ", ".join(RATES) or "none"
-        yield (
-            f"plan_device: got {args.plan_device!r}, expected one of those measured ({known}); choose one, or leave it "
-            "out for this machine's"
-        )

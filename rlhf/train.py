@@ -35,10 +35,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args: RewardGradientConfig) -> int:
     """Print the resolved settings and what they need; returns the exit status."""
-    from rlhf.planner import describe
+    from rlhf.planner_text import plan_report
 
-    if os.environ.get("RANK", "0") == "0":  # one of those that were started is enough
-        print(describe(args))
+    if os.environ.get("RANK", "0") != "0":  # one of those that were started is enough
+        return 0
+    try:
+        print(plan_report(args, args.memory_limit_gib, args.plan_device, args.plan_processes))
+    except ConfigError as error:
+        return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
     return 0
 
 

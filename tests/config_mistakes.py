@@ -207,8 +207,6 @@ ROWS = [
         "nothing is guided here, expected 1",
         "leave it out",
     ),
-    Row({"memory_limit_gib": 0}, "memory_limit_gib: got 0.0", "expected more than 0", "raise it"),
-    Row({"plan_device": "abacus"}, "plan_device: got 'abacus'", "expected one of those measured", "leave it out"),
     # -------------------------------------------------------------------------------------------- several devices
     Row({"guidance_parallel": 3}, "guidance_parallel: got 3", "expected 1 or 2", "correct it"),
     Row({"sequence_parallel": 0}, "sequence_parallel: got 0", "expected at least 1", "raise it"),
