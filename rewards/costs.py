@@ -58,7 +58,7 @@ def _interpolate(measured: dict[int, float], frames: int) -> float:
     return measured[low] + slope * (frames - low)
 
 
-# Everything below is written by `python bench/reward_costs.py --stages package`, from bench/results/rewards.json.
+# Written by `python bench/reward_costs.py --package` from bench/results/rewards.json.
 DEVICE = "NVIDIA H200"
 
 # (reward, format) -> (GiB of weights, {frames: (seconds, peak GiB above the weights)}), one video of 432x768.

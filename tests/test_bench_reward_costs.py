@@ -6,7 +6,7 @@ import pytest
 import torch
 from scripts import ROOT, script
 
-bench, tables = script("bench/rewards.py"), script("bench/tables.py")
+bench, tables = script("bench/reward_costs.py"), script("bench/tables.py")
 
 
 @pytest.fixture(scope="module")
