@@ -1,16 +1,18 @@
 """Estimates of the planner beside measurements: peak memory and seconds of an optimizer step.
 
-    python bench/planner.py                       everything, on this machine's accelerator: four minutes on an H200
-    python bench/planner.py --stages predict table      without a device: new estimates for what was measured
+    python bench/planner.py                           everything, on this machine's accelerator
+    python bench/planner.py --stages predict table    new estimates, without a device
 
-Rows go to bench/results/planner.json one by one; the same command goes on with what is missing. The table goes to
-bench/results/planner.md.
+Rows go to bench/results/planner.json one by one; the same command goes on with what is missing. The
+table goes to bench/results/planner.md.
 
-Four kinds of rows: what a device does in a second, for `rlhf.time_plan.RATES`; nano in the real trainer; ContentV-8B
-with random weights, by bench/step.py; and the rows of bench/results/step.json and scale.json, as they are. In rows that
-say "extrapolated", one denoising step was measured and counted for all.
+Four kinds of rows: what a device does in a second, for `rlhf.time_plan.RATES`; nano in the real
+trainer; ContentV-8B with random weights, by bench/step.py; and the rows of bench/results/step.json
+and scale.json, as they are. In rows that say "extrapolated", one denoising step was measured and
+counted for all.
 
-Memory is what PyTorch calls allocated. Rows also have its reserved memory, and that of the context and the kernels.
+Memory is what PyTorch calls allocated. Rows also have its reserved memory, and that of the context
+and the kernels.
 
 Prediction: memory within 15 %, time within 35 %.
 """
@@ -58,18 +60,19 @@ GIB, FPS = 2**30, 24
 
 
 def peak(device: torch.device) -> float | None:
+    """Return the peak GiB; None for a CPU."""
     return None if device.type == "cpu" else peak_memory(device) / GIB
 
 
 def reserved(device: torch.device) -> dict:
-    """GiB at most of PyTorch's blocks, and now of the device besides these: context and kernels."""
+    """Return the peak GiB of PyTorch's blocks, and the GiB of context and kernels."""
     if device.type == "cpu":
         return {}
     most = torch.get_device_module(device).max_memory_reserved(device)
     return {"reserved_gib": most / GIB, "beside_gib": memory_beside(device) / GIB}
 
 
-# ------------------------------------------------------------------------------------------------------ the arms
+# ---------------------------------------------------------------------------------- measurements
 
 
 def measure_nano(arm: str, size: str, device: torch.device) -> dict:
@@ -93,7 +96,7 @@ def measure_full(arm: str, size: str, device: torch.device, reward: Callable) ->
 
 
 def measure_rates(device: torch.device, size: str) -> dict:
-    """Measure what the device does in a second, on matrices, videos and tokens of ContentV-8B's sizes."""
+    """Measure what the device does in a second, at ContentV-8B's sizes."""
     small = 1 if size == "full" else 16
     rows, channels, tokens, copied = 8192 // small, 192 // small, 8192 // small, 2**28 // small
     flops = {}
@@ -130,10 +133,11 @@ def fastest(work: Callable, device: torch.device) -> float:
     return min(rounds) / calls
 
 
-# ------------------------------------------------------------------------------------------------------ estimates
+# ------------------------------------------------------------------------------------- estimates
 
 
 def planner_of(settings: dict, model: str, rates: Rates = H200, size: str = "full", processes: int = 1) -> Planner:
+    """Return the planner of a run with random weights."""
     card = model_card(model)
     if model == CONTENTV_8B:
         card = card | {name: card[name] | getattr(SIZES[size], name) for name in ("transformer", "vae")}
@@ -177,7 +181,7 @@ def compare_steps(rows: list[dict]) -> list[dict]:
 
 
 def predict_layout(row: dict, about: dict) -> dict[str, dict]:
-    """Return {phase: {"peak_gib", "seconds"}} of a row of bench/results/scale.json, which has no reward."""
+    """Return {phase: {"peak_gib", "seconds"}} for a row of bench/results/scale.json."""
     planner = planner_of(settings_of_layout(row, about), CONTENTV_8B, processes=row["devices"])
     estimate = planner.estimate()
     memory, seconds = estimate.memory, estimate.time.phases
@@ -202,7 +206,7 @@ def compare_layouts(result: dict) -> list[dict]:
 
 
 def accuracy(rows: list[dict]) -> dict[str, tuple[float, float, int]]:
-    """Return (largest relative error, mean relative error, number of rows) by "peak_gib" and "seconds"."""
+    """Return {"peak_gib" or "seconds": (largest error, mean error, number of rows)}."""
     found = {}
     for key in ("peak_gib", "seconds"):
         errors = [abs(row[f"{key}_ratio"] - 1) for row in rows if f"{key}_ratio" in row]
@@ -237,7 +241,7 @@ def _cells(row: dict, key: str) -> str:
     return " | ".join([*("-" if value is None else f"{value:.2f}" for value in values), ratio])
 
 
-# ------------------------------------------------------------------------------------------------------- the command
+# ----------------------------------------------------------------------------------- the command
 
 
 def clean(device: torch.device) -> None:
@@ -301,6 +305,7 @@ def predict(arguments: argparse.Namespace) -> None:
     for arm in arguments.only:
         if "measured" in rows.get(arm, {}):
             rows[arm] = compare(rows[arm], predicted(arm, about["size"], Rates(**rates)))
+            print(f"{arm}: estimated", flush=True)
     if about["size"] == "full":
         read = lambda name: json.loads((RESULT.parent / name).read_text())
         others = compare_steps(read("step.json")["rows"]) + compare_layouts(read("scale.json"))

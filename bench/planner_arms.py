@@ -1,4 +1,4 @@
-"""Settings of the runs that bench/planner.py compares: nano, full size, and rows of other benchmarks."""
+"""Settings of the runs that bench/planner.py compares."""
 
 import scale_arms
 from step_arms import EXACT, ROOMY, SIZES, SMALL
@@ -53,7 +53,7 @@ def settings_of(arm: str, size: str) -> dict:
 
 
 def settings_of_step(row: dict) -> dict | None:
-    """Return the settings of a row of bench/results/step.json; None for an arm that is not compared."""
+    """Return the settings of a row of bench/results/step.json; None if it is not compared."""
     if row["arm"] not in STEP_ARMS:
         return None
     return full_settings(row["frames"], row["scored"], row["steps"]) | row["settings"]

@@ -1,15 +1,17 @@
-"""Seconds and peak memory of each built-in reward, forward and backward, at full size with random weights.
+"""Seconds and peak memory of each built-in reward, forward and backward, at full size with random
+weights.
 
-    python bench/reward_costs.py [--rewards clip_score hps_v2_1] [--device cuda]    writes bench/results/rewards.json
-    python bench/reward_costs.py --package                          writes these results into the planner's module
-    python bench/tables.py                                          writes them into docs/rewards.md
+    python bench/reward_costs.py [--rewards clip_score hps_v2_1] [--device cuda]    writes
+    bench/results/rewards.json python bench/reward_costs.py --package
+    writes these results into the planner's module python bench/tables.py
+    writes them into docs/rewards.md
 
-One video of 432x768, 1 and 8 frames, all of them scored at once. Models run in their own format, and in bfloat16 if
-they take a format. Nothing is loaded from hub or disk. Rows of other rewards stay in the file, if they were measured in
-the same environment.
+One video of 432x768, 1 and 8 frames, all of them scored at once. Models run in their own format,
+and in bfloat16 if they take a format. Nothing is loaded from hub or disk. Rows of other rewards
+stay in the file, if they were measured in the same environment.
 
-Prediction: forward and backward take two to three times as long as the forward pass, since weights are frozen. Memory
-above the weights grows with frames times layers.
+Prediction: forward and backward take two to three times as long as the forward pass, since weights
+are frozen. Memory above the weights grows with frames times layers.
 """
 
 import argparse
@@ -42,7 +44,7 @@ PROMPT = "a red fox runs through deep snow, slow motion"
 
 
 def build(name: str, device: torch.device, dtype: str | None) -> Callable:
-    """Return the reward on the device, which scores every frame, with random weights if it has any."""
+    """Return the reward on the device with random weights. It scores every frame."""
     settings = {"frames": "all", "dtype": dtype} if dtype else {"frames": "all"}
     settings = {key: value for key, value in settings.items() if key in accepted(name)}
     if not CATALOGUE[name].weights:
@@ -63,7 +65,7 @@ def formats(name: str) -> list[str | None]:
 
 
 def measure(reward: Callable, video_BCTHW: torch.Tensor, backward: bool, repeats: int) -> dict:
-    """Return {"seconds": median of the repeats, "peak_gib"} after two warm-up calls, or {"skipped": why}."""
+    """Return {"seconds": median, "peak_gib"} after two warm-up calls, or {"skipped": why}."""
     device, seconds = video_BCTHW.device, []
     try:
         for i in range(2 + repeats):

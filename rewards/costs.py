@@ -1,4 +1,4 @@
-"""Memory and time of the built-in rewards: what was measured, and a line through it for other numbers of frames."""
+"""Memory and time of the built-in rewards, interpolated between measurements."""
 
 import math
 import re
@@ -19,7 +19,7 @@ class RewardCost:
 
 
 def decoded_frames(name: str, settings: dict, total: int) -> int:
-    """Return how many leading frames, of `total`, a built-in reward with these settings needs decoded."""
+    """Return how many leading frames, of `total`, a built-in reward needs decoded."""
     frames = settings.get("frames", "first" if CATALOGUE[name].frames.startswith("first") else "all")
     return {"first": 1, "all": total}.get(frames) or min(frames, total)
 
@@ -37,10 +37,11 @@ def scored_frames(name: str, settings: dict, decoded: int, fps: float) -> int:
 
 
 def reward_cost(name: str, settings: dict, frames: int) -> RewardCost | None:
-    """Return the cost of a batch with `frames` scored frames in all. None for a reward that was not measured.
+    """Return the cost of a batch with `frames` scored frames in all. None for a reward that was not
+    measured.
 
-    Costs are linear in the frames, through the measurements of 1 and 8 frames. Where 1 frame was not measured, they
-    are proportional to the frames from 8 frames on, and constant below.
+    Costs are linear in the frames, through the measurements of 1 and 8 frames. Where 1 frame was
+    not measured, they are proportional to the frames from 8 frames on, and constant below.
     """
     default = "bfloat16" if CATALOGUE[name].bytes_each == 2 else "float32"
     if (row := COSTS.get((name, settings.get("dtype", default)))) is None:
@@ -61,7 +62,8 @@ def _interpolate(measured: dict[int, float], frames: int) -> float:
 # Written by `python bench/reward_costs.py --package` from bench/results/rewards.json.
 DEVICE = "NVIDIA H200"
 
-# (reward, format) -> (GiB of weights, {frames: (seconds, peak GiB above the weights)}), one video of 432x768.
+# (reward, format) -> (GiB of weights, {frames: (seconds, peak GiB above the weights)}), one video
+# of 432x768.
 COSTS = {
     ("aesthetic", "bfloat16"): (0.8, {1: (0.0271, 0.272), 8: (0.0282, 1.578)}),
     ("aesthetic", "float32"): (1.596, {1: (0.0238, 0.453), 8: (0.0765, 2.915)}),

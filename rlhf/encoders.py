@@ -8,8 +8,9 @@ from rlhf.parts import trace_call
 from rlhf.reading import read_object
 from rlhf.text import ENCODE_BATCH
 
-# ContentV-8B has those of Stable Diffusion 3.5: CLIP L/14 (arXiv 2103.00020), OpenCLIP bigG/14 (arXiv 2212.07143) and
-# the encoder of T5 v1.1 XXL (arXiv 1910.10683). The configuration classes supply the other values.
+# ContentV-8B has those of Stable Diffusion 3.5: CLIP L/14 (arXiv 2103.00020), OpenCLIP bigG/14
+# (arXiv 2212.07143) and the encoder of T5 v1.1 XXL (arXiv 1910.10683). The configuration classes
+# supply the other values.
 CONTENTV_ENCODERS = {
     "text_encoder": {
         "hidden_size": 768,
@@ -37,7 +38,7 @@ CONTENTV_ENCODERS = {
 
 
 def encoder_configs(model: str) -> dict[str, dict]:
-    """Return the configurations of a model's text encoders. ContentV-8B's need no file. ValueError if absent."""
+    """Return the configurations of a model's text encoders. ValueError if a file is absent."""
     if model == CONTENTV_8B:
         return CONTENTV_ENCODERS
     files = {name: f"{name}/{CONFIG_FILES[name]}" for name in TEXT_ENCODERS}

@@ -1,7 +1,9 @@
-"""Peak memory of one rank, by phase: the traced calls put together in the order in which the trainer makes them.
+"""Peak memory of one rank, by phase: the traced calls put together in the order in which the
+trainer makes them.
 
-The bytes are those that PyTorch counts as allocated. Rewards are taken as measured (`rewards.costs`). A process takes
-more of a device: the vendor's context and kernels (`Rates.context_bytes`), and blocks that PyTorch's allocator caches.
+The bytes are those that PyTorch counts as allocated. Rewards are taken as measured
+(`rewards.costs`). A process takes more of a device: the vendor's context and kernels
+(`Rates.context_bytes`), and blocks that PyTorch's allocator caches.
 """
 
 from dataclasses import dataclass
@@ -58,7 +60,7 @@ class RewardNeeds:
 
 
 def plan_rewards(model: TracedModel, args: RewardGradientConfig) -> RewardNeeds:
-    """Return what args.reward_funcs need for one batch, and the weights of args.eval_reward_funcs."""
+    """Return what the rewards need for one batch, and the weights of the judges."""
     fps, batch, kwargs = model.card["sampling"]["fps"], args.per_device_train_batch_size, args.reward_kwargs or {}
     settings = {name: kwargs.get(name, {}) for name in args.reward_funcs if name in CATALOGUE}
     unknown = [name for name in args.reward_funcs if name not in CATALOGUE]
@@ -91,7 +93,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return what one rank holds all the time, and the peak of each phase above it.
 
-    args: those of model, but for settings about speed and memory. rewards: `plan_rewards` of the same args.
+    args: those of model, but for settings about speed and memory. rewards: `plan_rewards` of the
+    same args.
     encoder_bytes: what encoding the prompts takes before the first step.
     """
     batch = args.per_device_train_batch_size
@@ -140,7 +143,7 @@ def _num_graphs(args: RewardGradientConfig) -> int:
 
 
 def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
-    """Return the peak of sampling and decoding held-out videos. The judges' activations are left out."""
+    """Return the peak of sampling and decoding held-out videos, without that of the judges."""
     batch = args.per_device_eval_batch_size
     sampling = model.transformer_call(args, batch * branches_per_batch(args), with_gradient=False)
     decoding = model.decoder_call(args, batch, args.num_frames, with_gradient=False)
@@ -171,7 +174,7 @@ def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 
 
 def _gathered_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
-    """Return the bytes of a sharded base that are whole while the transformer runs: two blocks and the rest."""
+    """Return the bytes that the transformer gathers of a sharded base: two blocks and the rest."""
     whole = 2 * model.frozen.largest_block + model.frozen.rest
     return model.transformer.dtype.itemsize * whole if args.shard_base else 0
 

@@ -51,7 +51,7 @@ class TracedCall:
 
 
 class FrozenCounts(NamedTuple):
-    """Frozen parameters of the transformer: of all blocks, of the largest block, and outside of the blocks."""
+    """Numbers of the transformer's frozen parameters. rest: outside of the blocks."""
 
     blocks: int
     largest_block: int
@@ -61,8 +61,8 @@ class FrozenCounts(NamedTuple):
 class TracedModel:
     """A run's transformer and decoder on "meta", for one of `processes` ranks.
 
-    args: the run's settings, with all sampling keys set. Methods take the same settings with other values for speed
-    and memory. Each distinct call is traced once.
+    args: the run's settings, with all sampling keys set. Methods take the same settings with other
+    values for speed and memory. Each distinct call is traced once.
     card: the model's sizes, as `rlhf.checks.model_card` returns them.
     """
 
@@ -85,7 +85,7 @@ class TracedModel:
 
     @cached_property
     def _short_transformers(self) -> list[SD3Transformer3DModel]:
-        """Transformers of three and four blocks, to extrapolate from; the whole one where blocks differ."""
+        """Transformers of three and four blocks to extrapolate from; the whole one if blocks differ."""
         args, num_blocks = self.args, self.transformer.config.num_layers
         blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
         if blocks_differ or num_blocks <= TRACED_BLOCKS:
@@ -142,7 +142,8 @@ class TracedModel:
 
     def transformer_call(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> TracedCall:
         """Trace one call of the transformer on a batch."""
-        # All but the first step of a window pass a gradient on to the step before; DRTune detaches it.
+        # All but the first step of a window pass a gradient on to the step before; DRTune detaches
+        # it.
         to_latents = max_grad_steps(args) > 1 and args.method != "drtune"
         settings = [getattr(args, name) for name in TRANSFORMER_SETTINGS]
 
@@ -163,7 +164,7 @@ class TracedModel:
     def _prepare(
         self, model: SD3Transformer3DModel, speed: Speed, batch: int
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
-        """Return the transformer as a function of latents, and latents. The position table exists already."""
+        """Return the transformer as a function of latents, and latents."""
         make, config = partial(torch.empty, device="meta", dtype=model.dtype), model.config
         _, T, H, W = self.latent_shape
         grid = (T, H // config.patch_size, W // config.patch_size)
@@ -184,7 +185,7 @@ class TracedModel:
     def decoder_call(
         self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True
     ) -> TracedCall:
-        """Trace decoding the leading frames of a batch of latents. A `decode_window` lies in their middle."""
+        """Trace decoding the leading frames. A `decode_window` lies in their middle."""
         settings = [getattr(args, name) for name in DECODER_SETTINGS]
         vae, chunk = nn.Module.to(self.vae, getattr(torch, args.vae_dtype)), args.decode_chunk
         C, _, *size = self.latent_shape
@@ -241,8 +242,8 @@ def trace_call(
 ) -> TracedCall:
     """Trace function(x) without gradient, then with gradient, then its backward pass.
 
-    modules: their own tensors are not counted. to_input: x needs a gradient. skip_no_grad: leave out the call without
-    gradient if there is one with it.
+    modules: their own tensors are not counted. to_input: x needs a gradient. skip_no_grad: leave
+    out the call without gradient if there is one with it.
     """
     with Trace(*modules) as trace:
         trace.ignore(x)

@@ -16,7 +16,8 @@ from rlhf.time_plan import H200, Rates, TimePlan, plan_time
 
 CHECKPOINTING = {"gradient_checkpointing": True}
 CHUNKED_DECODE = {"decode_chunk": 1, "decode_checkpoint": True}
-# Settings that lower memory and leave the gradient as it is: one choice of each row, on top of the run's settings.
+# Settings that lower memory and leave the gradient as it is: one choice of each row, on top of the
+# run's settings.
 EXACT_CHOICES = (
     (
         {},
@@ -55,8 +56,8 @@ class Planner:
 
     args: the run's settings, with all sampling keys set.
     card: the model's sizes, as `rlhf.checks.model_card` returns them.
-    encoders: configurations of the text encoders, as `rlhf.encoders.encoder_configs` returns them. Without them,
-    encoding the prompts takes no memory.
+    encoders: configurations of the text encoders, as `rlhf.encoders.encoder_configs` returns them.
+    Without them, encoding the prompts takes no memory.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class Planner:
     def find_fitting(self, limit: int) -> list[Estimate]:
         """Return estimates that need at most `limit` bytes, the fastest first. [] if there is none.
 
-        The first choice of `INEXACT_CHOICES` that helps is taken, and only if no exact choice fits. An estimate that
-        extends a faster one is left out.
+        The first choice of `INEXACT_CHOICES` that helps is taken, and only if no exact choice fits.
+        An estimate that extends a faster one is left out.
         """
         for inexact in self._inexact_choices():
             estimates = map(self.estimate, self._combinations(inexact))
@@ -111,7 +112,7 @@ class Planner:
                 yield choice
 
     def _combinations(self, inexact: dict) -> list[dict]:
-        """Return every valid combination of exact choices with an inexact one, as changes of the run's settings."""
+        """Return the valid combinations of exact choices with an inexact one, as changes."""
         own, found = vars(self.args), []
         for choices in itertools.product(*EXACT_CHOICES):
             wanted = {name: value for choice in (*choices, inexact) for name, value in choice.items()}
@@ -122,7 +123,7 @@ class Planner:
 
 
 def _is_valid(settings: dict, model: TracedModel) -> bool:
-    """Return whether at most one setting is about the base's weights. Sharding needs several ranks."""
+    """Return whether at most one setting is about the base's weights, and sharding is possible."""
     has_copy = settings["base_bits"] or settings["sampling_weights"] != "own"
     about_weights = bool(has_copy) + settings["stream_weights"] + settings["shard_base"]
     return about_weights <= 1 and not (settings["shard_base"] and model.processes == 1)

@@ -82,7 +82,7 @@ def format_sizes(planner: Planner) -> str:
 
 
 def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> str:
-    """Return the table of memory: what is held, the peak of each phase above it, and the peak of the run."""
+    """Return the table of memory. A row with + is the peak of a phase above what is held."""
     memory, unknown = estimate.memory, ", ".join(planner.rewards.unknown)
     rows = [(name, _size(size)) for name, size in memory.held.items()]
     rows += [(f"+ peak of {name}", _size(size)) for name, size in memory.phases.items() if size]
@@ -102,7 +102,7 @@ def format_time(planner: Planner, estimate: Estimate, device_name: str) -> str:
 
 
 def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes: int, device_name: str) -> str:
-    """Return whether the run fits into `memory` bytes of a device; if not, settings with which it does."""
+    """Return whether the run fits into `memory` bytes; if not, settings with which it does."""
     limit = memory - context_bytes
     if estimate.memory.peak_bytes <= limit:
         return f"It fits into {_size(memory)}."

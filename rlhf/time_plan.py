@@ -1,8 +1,9 @@
-"""Time of an optimizer step, from counted work over a device's rates. The estimates are right within 35 %.
+"""Time of an optimizer step, from counted work over a device's rates: right within 35 %.
 
-An operator takes as long as its FLOPs or its memory traffic, whichever takes longer (the roofline model of Williams et
-al. 2009). A call takes at least as long as Python needs to launch its operators. Rewards take what was measured.
-Left out: `compile_blocks`, the gain of float8 and the loss of 4-bit weights, evaluations, samples and checkpoints.
+An operator takes as long as its FLOPs or its memory traffic, whichever takes longer (the roofline
+model of Williams et al. 2009). A call takes at least as long as Python needs to launch its
+operators. Rewards take what was measured. Left out: `compile_blocks`, the gain of float8 and the
+loss of 4-bit weights, evaluations, samples and checkpoints.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ ADAM_BYTES = 36  # moved for a trained parameter: four numbers read, three writt
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second. flops: FLOP/s by operator kind and number format. Bandwidths: bytes/s."""
+    """Speeds of a device: FLOP/s by operator kind and number format, and bytes/s."""
 
     flops: dict[str, float]
     memory_bandwidth: float  # of an elementwise operator, reads and writes
@@ -93,11 +94,11 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
 
 
 def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds, rates: Rates) -> TimePlan:
-    """Return the seconds of an optimizer step, by phase. args: those of model, but for speed and memory."""
+    """Return the seconds of an optimizer step, by phase."""
     batch, calls = args.per_device_train_batch_size * branches_per_batch(args), count_calls(args)
     branch = model.transformer_call(args, batch)
     decoder = model.decoder_call(args, args.per_device_train_batch_size, rewards.decoded_frames)
-    # Copies of weights and activations run beside the computation: a pass takes the longer of the two.
+    # Copies run beside the computation: a pass takes the longer of the two.
     weights = _weight_copy_seconds(model, args, rates)
     copies = weights + _offloaded_bytes(model, args, batch) / rates.host_bandwidth
     no_grad = max(phase_seconds(branch.no_grad, rates), weights)
@@ -118,7 +119,7 @@ def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNee
 
 
 def phase_seconds(phase: Phase, rates: Rates) -> float:
-    """Return a traced phase's seconds on the device, or those of launching its operators if these are more."""
+    """Return a phase's seconds: of the device, or of launching if that takes longer."""
     on_device = sum(count * rates.seconds_of(operation) for operation, count in phase.work.items())
     return max(on_device, phase.launches * rates.launch_seconds)
 

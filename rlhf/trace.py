@@ -1,7 +1,8 @@
 """Count memory, FLOPs and bytes moved of code that runs on tensors without storage.
 
-Tensors on PyTorch's "meta" device have shapes and lifetimes, but no numbers. The functions that train run on such
-tensors in about a second, and a `Trace` counts what the same functions would need on an accelerator at full size.
+Tensors on PyTorch's "meta" device have shapes and lifetimes, but no numbers. The functions that
+train run on such tensors in about a second, and a `Trace` counts what the same functions would need
+on an accelerator at full size.
 
 Shape legend: B batch, H heads, N tokens, W width of a head.
 """
@@ -84,7 +85,7 @@ class Trace(TorchDispatchMode):
 
     @contextmanager
     def phase(self) -> Iterator[Phase]:
-        """Count what runs inside in a new phase. Phases may be nested: the outer ones count it, too."""
+        """Count what runs inside in a new phase, and in those around it."""
         phase = Phase(self.live_bytes, peak_bytes=self.live_bytes)
         self.phases.append(phase)
         try:
@@ -144,14 +145,14 @@ def _operation(func, args, kwargs, out, inputs, outputs) -> Operation:
 
 
 def _sent_bytes(name: str, tensors: list[torch.Tensor]) -> int:
-    """Return the bytes that each rank sends in a collective. tensors: the buffer of the result comes first."""
+    """Return the bytes that each rank sends. tensors: the buffer of the result comes first."""
     size = dist.get_world_size()
     return RING_PASSES[name] * _bytes(tensors[:1]) * (size - 1) // size
 
 
 @contextmanager
 def fake_process_group(size: int) -> Iterator[dist.ProcessGroup | None]:
-    """Open a process group of PyTorch's `fake` backend as rank 0 of `size`, which sends nothing. None for one rank."""
+    """Open a process group as rank 0 of `size` that sends nothing. None for one rank."""
     if size == 1:
         yield None
         return
@@ -172,16 +173,16 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-# ------------------------------------------------------------------ fused kernels and offloading of an accelerator
+# ----------------------------------------- fused kernels and offloading, as an accelerator has them
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Stand in for `F.scaled_dot_product_attention` inside a trace. All tensors are (B, H, N, W)."""
+    """Stand in for attention inside a trace. All tensors are (B, H, N, W)."""
     return _Attention.apply(query, key, value)
 
 
 class _Attention(torch.autograd.Function):
-    """Fused attention: keeps query, key, value, result and one log-sum-exp a row for the backward pass."""
+    """Fused attention, which keeps its inputs, the result and one log-sum-exp a row."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -202,7 +203,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _count_attention(query_BHNW: torch.Tensor, products: int) -> None:
-    """Count attention in the current trace. products: matrix products of N x N x W for each head."""
+    """Count attention. products: matrix products of N x N x W for each head."""
     *rows, width = query_BHNW.shape
     flops = 2 * products * prod(rows) * rows[-1] * width
     _get_current_dispatch_mode().count(Operation("attention", _name(query_BHNW.dtype), flops, 0))
@@ -216,7 +217,7 @@ class _FusedNorm(QueryKeyNorm):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """An RMS norm that keeps its input and one number a row. The stand-in operators move as many bytes."""
+    """An RMS norm that keeps its input and one number a row, and moves as many bytes."""
 
     @staticmethod
     def forward(ctx, x):
@@ -237,7 +238,7 @@ def use_fused_norms(transformer: nn.Module) -> None:
 
 
 class MetaOffload(HostMemory):
-    """A `HostMemory` for "meta" tensors: offloaded tensors leave the live bytes and come back in the same order."""
+    """A `HostMemory` for "meta" tensors: offloaded tensors are not live."""
 
     def __init__(self, smallest_bytes: int = 2**20):
         super().__init__("cpu", smallest_bytes)
@@ -277,7 +278,7 @@ class _MetaGroup:
 
 
 class _Offloaded:
-    """The shape of a tensor in host memory, and the tensor itself while it is on the device again."""
+    """The shape of an offloaded tensor, and the tensor while it is on the device again."""
 
     def __init__(self, tensor):
         self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype

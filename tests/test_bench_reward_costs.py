@@ -1,4 +1,4 @@
-"""The benchmark of the rewards and the tables made of it: on a CPU, with rewards that cost nothing."""
+"""The benchmark of the rewards and its tables, on a CPU, with rewards that cost nothing."""
 
 import json
 

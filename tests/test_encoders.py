@@ -12,7 +12,7 @@ TOKENS = {"text_encoder": 77, "text_encoder_2": 77, "text_encoder_3": 256}
 
 
 def test_the_published_ones_have_the_published_sizes():
-    """Parameters of CLIP L/14's and bigG/14's text towers with their projections, and of T5 v1.1 XXL's encoder."""
+    """Parameters of both CLIP text towers with their projections, and of T5's encoder."""
     expected = {"text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}
     assert encoder_configs(CONTENTV_8B) is CONTENTV_ENCODERS
     for name, count in expected.items():

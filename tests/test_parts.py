@@ -59,7 +59,8 @@ def test_a_transformer_call_keeps_what_autograd_holds(settings):
         (v,) = model(latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.ones(2), return_dict=False)
         held = kept.now
         v.sum().backward()
-    # On a CPU the norms of queries and keys keep more than one kernel's; the result and what is alive come on top.
+    # On a CPU the norms of queries and keys keep more than one kernel's; the result and what is
+    # alive come on top.
     assert call.saved_bytes == pytest.approx(held + v.nbytes, rel=0.1)
     assert call.backward.peak_bytes > call.saved_bytes
     assert call.backward.peak_bytes >= 0.9 * kept.most
@@ -146,7 +147,7 @@ def test_many_blocks_are_extrapolated_from_a_few(settings, monkeypatch):
 
 
 def test_the_stock_model_needs_what_was_measured_of_it(monkeypatch):
-    """Peaks in GiB on one H200: the published transformer with checkpointed blocks, 15.33 GiB of weights included."""
+    """Peaks in GiB on one H200, with 15.33 GiB of weights: checkpointed blocks."""
     fused = lambda query, key, value, **kwargs: fused_attention(query, key, value)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", fused)
     args = RewardGradientConfig(model="ByteDance/ContentV-8B", lora_rank=32, num_frames=33, dtype="bfloat16")
@@ -167,7 +168,7 @@ def test_the_stock_model_needs_what_was_measured_of_it(monkeypatch):
 
 
 def test_the_stock_decoder_needs_what_was_measured_of_it():
-    """GiB above what was held before, on one H200: two latent frames of 432x768 there and back, in bfloat16."""
+    """GiB above the weights on one H200: two latent frames of 432x768, forward and backward."""
     args = RewardGradientConfig(model="ByteDance/ContentV-8B")
     vae = TracedModel(args, model_card(args.model)).vae.to(torch.bfloat16)
     with Trace(vae) as trace, trace.phase() as phase:

@@ -111,7 +111,7 @@ def test_streamed_weights_take_the_time_of_their_copies():
 
 
 def test_communication_takes_time():
-    """An all-reduce of the adapter's gradient, an all-gather of the base, an all-to-all of tokens for heads."""
+    """An all-reduce of the gradient, an all-gather of the base, an all-to-all of tokens."""
     pipe, args, card = tiny(num_frames=9, **CHECKPOINTED)
     rates = Rates({"matrix float32": 1e20}, 1e20, 1e20, peer_bandwidth=1.0, context_bytes=0, launch_seconds=0)
     args.reward_funcs = ["flicker"]

@@ -17,7 +17,7 @@ META = torch.device("meta")
 
 
 def profiled_peak(function) -> int:
-    """Return the peak of the bytes that PyTorch allocates on the CPU, as its profiler reports them."""
+    """Return the peak of allocated bytes on the CPU, by PyTorch's profiler."""
     torch.empty(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         function()
