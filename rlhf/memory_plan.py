@@ -22,6 +22,7 @@ ENCODING = "encoding prompts"
 MASTER_BYTES = 8  # float32 master weight and gradient
 MOMENT_BYTES = 8  # AdamW's two float32 moments
 EMA_BYTES = 4
+NOT_FLOAT8 = (".norm", "lora_", "base_layer")  # parts of names of linear layers
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def plan_memory(
         "gradient window": gathered + other_graphs + adapter_gradient + branch.peak_bytes + video,
         "decode": waiting_graphs + decoder.peak_bytes,
         "reward": waiting_graphs + decoder.saved_bytes + rewards.peak_bytes,
-        "optimizer": 4 * model.num_trained if model.processes > 1 else 0,  # the all-reduced gradient is a copy
+        "optimizer": 4 * model.num_trained if model.processes > 1 else 0,  # a copy is all-reduced
     }
     if args.eval_prompts:
         phases["evaluation"] = gathered + _evaluation_bytes(model, args)
@@ -183,9 +184,8 @@ def _float8_bytes(model: TracedModel) -> int:
     """Return the bytes of the float8 copy of the blocks' linear layers: one a weight."""
     total = 0
     for name, module in model.transformer.transformer_blocks.named_modules():
-        is_plain = isinstance(module, nn.Linear) and not any(part in name for part in (".norm", "lora_", "base_layer"))
         if isinstance(module, LoraLayer):
             total += module.base_layer.weight.numel()
-        elif is_plain:
+        elif isinstance(module, nn.Linear) and not any(part in name for part in NOT_FLOAT8):
             total += module.weight.numel()
     return total

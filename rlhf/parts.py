@@ -85,7 +85,7 @@ class TracedModel:
 
     @cached_property
     def _short_transformers(self) -> list[SD3Transformer3DModel]:
-        """Transformers of three and four blocks to extrapolate from; the whole one if blocks differ."""
+        """Transformers of three and four blocks; the whole one if blocks differ."""
         args, num_blocks = self.args, self.transformer.config.num_layers
         blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
         if blocks_differ or num_blocks <= TRACED_BLOCKS:
@@ -169,16 +169,18 @@ class TracedModel:
         _, T, H, W = self.latent_shape
         grid = (T, H // config.patch_size, W // config.patch_size)
         model.pos_embed._tables.clear()
-        model.pos_embed._tables[grid, torch.device("meta"), model.dtype] = make(self.num_tokens, model.inner_dim)
-        text_tokens = self.card["tokenizer"]["model_max_length"] + self.args.max_sequence_length  # CLIP's and T5's
-        text = make(batch, text_tokens, config.joint_attention_dim), make(batch, config.pooled_projection_dim)
+        position_table = make(self.num_tokens, model.inner_dim)
+        model.pos_embed._tables[grid, torch.device("meta"), model.dtype] = position_table
+        clip_tokens, t5_tokens = self.card["tokenizer"]["model_max_length"], self.args.max_sequence_length
+        text = make(batch, clip_tokens + t5_tokens, config.joint_attention_dim)
+        pooled = make(batch, config.pooled_projection_dim)
         time_B = torch.empty(batch, device="meta")
         use_fused_norms(model)
 
         def velocity(x):
             host = MetaOffload() if speed.offload_activations else None
             model.run_block = BlockRunner(fused_attention, speed.recompute, host)
-            return model(x, *text, time_B, return_dict=False)[0]
+            return model(x, text, pooled, time_B, return_dict=False)[0]
 
         return velocity, make(batch, *self.latent_shape)
 
@@ -195,8 +197,9 @@ class TracedModel:
             wanted = min(frames, 1 + frames_per_latent * (latents - 1))
             window = min(args.decode_window or wanted, wanted) if with_gradient else wanted
             first = (wanted - window) // 2  # training draws it for each step
+            options = chunk, args.decode_checkpoint, first
             caches = MetaOffload() if args.decode_caches == "host" else args.decode_caches
-            decode = lambda z: decode_video(vae, z, first + window, chunk, args.decode_checkpoint, first, caches)
+            decode = lambda z: decode_video(vae, z, first + window, *options, caches)
             z = torch.empty(batch, C, latents, *size, device="meta")
             return trace_call(decode, z, vae, with_gradient=with_gradient, skip_no_grad=True)
 
@@ -206,7 +209,8 @@ class TracedModel:
             left_out = chunks - TRACED_CHUNKS
             if left_out <= 0:
                 return trace(latents)
-            return extrapolate(trace(latents - chunk * (left_out + 1)), trace(latents - chunk * left_out), left_out)
+            longer = latents - chunk * left_out
+            return extrapolate(trace(longer - chunk), trace(longer), left_out)
 
         return self._trace_once(("decoder", batch, frames, with_gradient, *settings), trace_all)
 
@@ -271,9 +275,13 @@ def extrapolate(shorter: TracedCall, longer: TracedCall, extra: int) -> TracedCa
 
 def _extrapolate_phase(shorter: Phase, longer: Phase, extra: int) -> Phase:
     line = lambda a, b: b + extra * (b - a)
-    work = Counter({op: line(shorter.work[op], longer.work[op]) for op in {*shorter.work, *longer.work}})
-    names = ("bytes_before", "bytes_after", "peak_bytes")
-    return Phase(**{name: line(getattr(shorter, name), getattr(longer, name)) for name in names}, work=work)
+    operations = {*shorter.work, *longer.work}
+    return Phase(
+        bytes_before=line(shorter.bytes_before, longer.bytes_before),
+        bytes_after=line(shorter.bytes_after, longer.bytes_after),
+        peak_bytes=line(shorter.peak_bytes, longer.peak_bytes),
+        work=Counter({op: line(shorter.work[op], longer.work[op]) for op in operations}),
+    )
 
 
 def _count(parameters) -> int:

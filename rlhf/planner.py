@@ -104,11 +104,11 @@ class Planner:
         """Yield no change, then the inexact choices that are possible and not made already."""
         yield {}
         for choice in INEXACT_CHOICES:
-            if choice.get("decode_window", 0) >= self.args.num_frames:  # not a window, but all frames
+            if choice.get("decode_window", 0) >= self.args.num_frames:  # all frames
                 choice = {name: value for name, value in choice.items() if name != "decode_window"}
-            bits = choice.get("base_bits")
-            can_quantize = not bits or (not missing_library(bits) and _is_valid(vars(self.args) | choice, self.model))
-            if can_quantize and any(getattr(self.args, name) != value for name, value in choice.items()):
+            settings, bits = vars(self.args) | choice, choice.get("base_bits")
+            is_possible = not bits or (_is_valid(settings, self.model) and not missing_library(bits))
+            if is_possible and settings != vars(self.args):
                 yield choice
 
     def _combinations(self, inexact: dict) -> list[dict]:

@@ -47,13 +47,13 @@ def plan_report(
     limit = int(memory_limit_gib * GIB) if memory_limit_gib else None
     if device_name is None:
         device = local_device(args.device)
-        device_name, limit, context = describe(device), limit or total_memory(device), memory_beside(device)
-        context_bytes = RATES[device_name].context_bytes if device_name in RATES else context
-    else:
-        context_bytes = RATES[device_name].context_bytes
-    planner = Planner(args, card, RATES.get(device_name, H200), encoder_configs(args.model), processes)
+        device_name, limit = describe(device), limit or total_memory(device)
+    rates = RATES.get(device_name, H200)
+    context_bytes = rates.context_bytes if device_name in RATES else memory_beside(device)
+    planner = Planner(args, card, rates, encoder_configs(args.model), processes)
     estimate = planner.estimate()
-    texts = [args.to_yaml(), format_sizes(planner), format_memory(planner, estimate, context_bytes)]
+    texts = [args.to_yaml(), format_sizes(planner)]
+    texts += [format_memory(planner, estimate, context_bytes)]
     texts += [format_time(planner, estimate, device_name)]
     if limit is not None:
         texts.append(format_fit(planner, estimate, limit, context_bytes, device_name))
@@ -64,14 +64,17 @@ def format_sizes(planner: Planner) -> str:
     """Return the table of ranks, latents, tokens, parameters and transformer calls."""
     model, args, calls = planner.model, planner.args, count_calls(planner.args)
     videos = model.layout.data * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    frozen, vae = model.frozen.blocks + model.frozen.rest, sum(p.numel() for p in model.vae.parameters())
+    frozen = model.frozen.blocks + model.frozen.rest
+    weights = _size(frozen * model.transformer.dtype.itemsize)
+    vae = sum(p.numel() for p in model.vae.parameters())
     forwards = calls.prefix + calls.constant + calls.with_gradient
+    layout = f" ({model.layout})" if model.processes > 1 else ""
     rows = [
-        ("processes, one a device", f"{model.processes} ({model.layout})" if model.processes > 1 else "1"),
+        ("processes, one a device", f"{model.processes}{layout}"),
         ("videos of an optimizer step, all processes", f"{videos}"),
         ("latents (channels, frames, height, width)", f"{model.latent_shape}"),
         ("video tokens", f"{model.num_tokens:,}"),
-        ("transformer", f"{frozen:,} parameters, {_size(frozen * model.transformer.dtype.itemsize)}"),
+        ("transformer", f"{frozen:,} parameters, {weights}"),
         ("VAE", f"{vae:,} parameters"),
         ("trained", f"{model.num_trained:,} parameters"),
         ("decoded frames", f"{planner.rewards.decoded_frames}"),
@@ -86,7 +89,8 @@ def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> s
     memory, unknown = estimate.memory, ", ".join(planner.rewards.unknown)
     rows = [(name, _size(size)) for name, size in memory.held.items()]
     rows += [(f"+ peak of {name}", _size(size)) for name, size in memory.phases.items() if size]
-    rows += [("peak", _size(memory.peak_bytes)), ("outside of PyTorch: context, kernels", _size(context_bytes))]
+    rows += [("peak", _size(memory.peak_bytes))]
+    rows += [("outside of PyTorch: context, kernels", _size(context_bytes))]
     left_out = f" Left out, since not known: {unknown}." if unknown else ""
     return _table(f"Memory of one device, estimated (docs/planner.md).{left_out}", rows)
 
@@ -94,11 +98,13 @@ def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> s
 def format_time(planner: Planner, estimate: Estimate, device_name: str) -> str:
     """Return the table of seconds by phase, or a line that says why there is none."""
     if device_name not in RATES:
-        return f"Time of a step: not estimated for {device_name}; --plan_device takes {' or '.join(RATES)}."
+        known = " or ".join(RATES)
+        return f"Time of a step: not estimated for {device_name}; --plan_device takes {known}."
     rows = [(name, _seconds(value)) for name, value in estimate.time.phases.items()]
     total = estimate.time.total
     rows += [("one step", _seconds(total)), ("all steps", _seconds(total * planner.args.max_steps))]
-    return _table(f"Time of an optimizer step on {device_name}: about, within {ACCURACY:.0%}.", rows)
+    title = f"Time of an optimizer step on {device_name}: about, within {ACCURACY:.0%}."
+    return _table(title, rows)
 
 
 def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes: int, device_name: str) -> str:
@@ -106,25 +112,27 @@ def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes:
     limit = memory - context_bytes
     if estimate.memory.peak_bytes <= limit:
         return f"It fits into {_size(memory)}."
-    missing = _size(estimate.memory.peak_bytes - limit)
-    verdict = f"It does not fit into {_size(memory)}: {missing} are missing ({estimate.memory.peak_phase})."
+    missing, phase = _size(estimate.memory.peak_bytes - limit), estimate.memory.peak_phase
+    verdict = f"It does not fit into {_size(memory)}: {missing} are missing ({phase})."
     fitting = planner.find_fitting(limit)
     if not fitting:
         least = planner.smallest_memory()
-        lower = "" if least.peak_phase == ENCODING else "lower num_frames, height and width or the batch size, "
+        lower = "lower num_frames, height and width or the batch size, "
         return (
-            f"{verdict} No memory setting is enough: with all of them, {_size(least.peak_bytes)} are needed "
-            f"({least.peak_phase}). To fit, {lower}use rewards with fewer weights, or a device with more memory."
+            f"{verdict} No memory setting is enough: with all of them, "
+            f"{_size(least.peak_bytes)} are needed ({least.peak_phase}). "
+            f"To fit, {'' if least.peak_phase == ENCODING else lower}"
+            "use rewards with fewer weights, or a device with more memory."
         )
-    inexact = {name for e in fitting for name in e.changes} & {name for choice in INEXACT_CHOICES for name in choice}
-    gradient = f"with another gradient ({', '.join(sorted(inexact))})" if inexact else "with the same gradient"
+    changed = {name for estimate in fitting for name in estimate.changes}
+    inexact = sorted(changed & {name for choice in INEXACT_CHOICES for name in choice})
+    gradient = f"with another gradient ({', '.join(inexact)})" if inexact else "with the same gradient"
     order = "fastest first" + ("" if device_name in RATES else ", as on an NVIDIA H200")
-    lines = [f"  {_flags(e.changes)}: {_size(e.memory.peak_bytes)}{_pace(e, device_name)}" for e in fitting[:NUM_SHOWN]]
-    return "\n".join([f"{verdict} Settings that fit, {gradient}, {order}:", *lines])
-
-
-def _pace(estimate: Estimate, device_name: str) -> str:
-    return f", {_seconds(estimate.time.total)} a step" if device_name in RATES else ""
+    lines = [f"{verdict} Settings that fit, {gradient}, {order}:"]
+    for found in fitting[:NUM_SHOWN]:
+        pace = f", {_seconds(found.time.total)} a step" if device_name in RATES else ""
+        lines.append(f"  {_flags(found.changes)}: {_size(found.memory.peak_bytes)}{pace}")
+    return "\n".join(lines)
 
 
 def _flags(changes: dict) -> str:

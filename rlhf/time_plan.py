@@ -16,7 +16,7 @@ from rlhf.parts import TracedModel, max_grad_steps
 from rlhf.trace import Operation, Phase
 
 ACCURACY = 0.35  # largest relative error of a step's seconds; tests compute it from bench/results
-ADAM_BYTES = 36  # moved for a trained parameter: four numbers read, three written, and the copy for the forward pass
+ADAM_BYTES = 36  # moved for a trained parameter: reads, writes, and the copy for the forward pass
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rates:
     host_bandwidth: float
     peer_bandwidth: float  # to the next device
     context_bytes: int  # device memory that a process takes besides PyTorch's
-    launch_seconds: float = 14e-6  # of one operator, with the modules around it; fitted to nano on an H200
+    launch_seconds: float = 14e-6  # of one operator, from Python; fitted to nano on an H200
 
     def seconds_of(self, operation: Operation) -> float:
         """Return an operation's seconds by the roofline model."""
@@ -115,7 +115,8 @@ def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNee
     phases = {name: args.gradient_accumulation_steps * seconds for name, seconds in phases.items()}
     gradient_bytes = 2 * 4 * model.num_trained  # all-reduced in float32, in two passes of a ring
     sending = _share_of_others(gradient_bytes, model.processes) / rates.peer_bandwidth
-    return TimePlan(phases | {"optimizer": sending + model.num_trained * ADAM_BYTES / rates.memory_bandwidth})
+    update = model.num_trained * ADAM_BYTES / rates.memory_bandwidth
+    return TimePlan(phases | {"optimizer": sending + update})
 
 
 def phase_seconds(phase: Phase, rates: Rates) -> float:

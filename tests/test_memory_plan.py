@@ -72,8 +72,6 @@ def test_the_encoders_are_there_before_the_optimizer_is():
     assert plan.peak_phase == "encoding prompts"
     moments = 2 * 4 * model.num_trained
     assert plan.peak_bytes == plan.held_bytes + size - moments - plan.held["position table"]
-    few_bits = plan_memory(model, dataclasses.replace(args, optim="adamw_bnb_8bit"), rewards, size)
-    assert few_bits.peak_bytes == pytest.approx(plan.peak_bytes, abs=2), "what comes later does not matter then"
     assert plan_memory(model, args, rewards, 1).phases["encoding prompts"] == 0
 
 
