@@ -100,11 +100,11 @@ def measure_rates(device: torch.device, size: str) -> dict:
     small = 1 if size == "full" else 16
     rows, channels, tokens, copied = 8192 // small, 192 // small, 8192 // small, 2**28 // small
     flops = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16):
         name, make = str(dtype).removeprefix("torch."), partial(torch.randn, device=device, dtype=dtype)
         multiply = partial(torch.matmul, make(rows, 2432), make(2432, 9728))
         flops[f"matrix {name}"] = 2 * rows * 2432 * 9728 / fastest(multiply, device)
-        video, kernel = make(1, channels, 4, 216, 384), make(channels, channels, 3, 3, 3)
+        video, kernel = make(1, channels, 4, 216, 384 // small), make(channels, channels, 3, 3, 3)
         convolve = partial(F.conv3d, video, kernel, padding=1)
         flops[f"conv {name}"] = 2 * 27 * channels * video.numel() / fastest(convolve, device)
         query, kernels = make(1, 38, tokens, 64), {} if device.type == "cpu" else time_kernels(device, dtype, 38, 64)
