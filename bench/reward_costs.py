@@ -114,10 +114,9 @@ def package(result: dict) -> str:
         if row["phase"] == "forward and backward" and "seconds" in row:
             weights, by_frames = rows.setdefault((row["arm"], row["dtype"]), (row["weights_gib"], {}))
             by_frames[row["frames"]] = (round(row["seconds"], 4), round(max(0.0, row["peak_gib"] - weights), 3))
-    size = f"{about['height']}x{about['width']}"
     lines = [f'DEVICE = "{about["device"]}"', ""]
-    meaning = "(reward, format) -> (GiB of weights, {frames: (seconds, peak GiB above the weights)})"
-    lines += [f"# {meaning}, one video of {size}.", "COSTS = {"]
+    lines += [f"# One video of {about['height']}x{about['width']}: (reward, format) ->"]
+    lines += ["# (GiB of weights, {frames: (seconds, peak GiB above the weights)}).", "COSTS = {"]
     for (name, dtype), (weights, by_frames) in sorted(rows.items()):
         lines.append(f'    ("{name}", "{dtype}"): ({round(weights, 3)}, {by_frames}),')
     return "\n".join([*lines, "}"]) + "\n"

@@ -62,8 +62,8 @@ def _interpolate(measured: dict[int, float], frames: int) -> float:
 # Written by `python bench/reward_costs.py --package` from bench/results/rewards.json.
 DEVICE = "NVIDIA H200"
 
-# (reward, format) -> (GiB of weights, {frames: (seconds, peak GiB above the weights)}), one video
-# of 432x768.
+# One video of 432x768: (reward, format) ->
+# (GiB of weights, {frames: (seconds, peak GiB above the weights)}).
 COSTS = {
     ("aesthetic", "bfloat16"): (0.8, {1: (0.0271, 0.272), 8: (0.0282, 1.578)}),
     ("aesthetic", "float32"): (1.596, {1: (0.0238, 0.453), 8: (0.0765, 2.915)}),
