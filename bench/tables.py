@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which 
 from step_tables import compile_table, less_memory_table, made_on, phase_cell, step_table
 from study_numbers import AT_FULL_SIZE, MEASURES, gains
 
-OUT_OF_MEMORY = "out of memory"  # why a row of bench/rewards.py has no figures
+OUT_OF_MEMORY = "out of memory"  # why a row of bench/reward_costs.py has no figures
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "bench" / "results" / "methods.json"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

@@ -42,9 +42,9 @@ def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> 
 
     Raises ConfigError for a device whose rates are not known.
     """
-    from rlhf.planner import describe
+    from rlhf.planner_text import plan_report
 
-    text = describe(args, flags.memory_limit_gib, flags.plan_device, processes)
+    text = plan_report(args, flags.memory_limit_gib, flags.plan_device, processes)
     if os.environ.get("RANK", "0") == "0":  # one of those that were started is enough
         print(text)
     return 0

@@ -24,7 +24,7 @@ ROOMS = {
     ),
     "memory": (
         "what waits, is recomputed or streamed; attention",
-        "rlhf.measured rlhf.attention rlhf.host_memory rlhf.recompute rlhf.streaming rlhf.quantise",
+        "rlhf.attention rlhf.host_memory rlhf.recompute rlhf.streaming rlhf.quantise",
     ),
     "processes": (
         "who works together, and what they hand each other",
@@ -47,7 +47,7 @@ ROOMS = {
     ),
     "planning": (
         "memory and time of a step, worked out without storage",
-        "rlhf.trace rlhf.parts rlhf.encoders rlhf.rates rlhf.memory_plan rlhf.time_plan rlhf.planner",
+        "rlhf.trace rlhf.parts rlhf.encoders rlhf.memory_plan rlhf.time_plan rlhf.planner rlhf.planner_text",
     ),
     "results": (
         "judging, comparing and showing what was learnt",

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_transformer
 from tiny_clip import save_transformers_clip
 
-
 from rewards import load_reward, reward_attribute
 from rewards.catalogue import CATALOGUE
 from rewards.common import preprocess

@@ -1,14 +1,16 @@
-"""What each built-in reward takes: seconds and peak memory, forward and backward, at full size with random weights.
+"""Seconds and peak memory of each built-in reward, forward and backward, at full size with random
+weights.
 
-    python bench/rewards.py [--rewards clip_score hps_v2_1] [--device cuda]      writes bench/results/rewards.json
-    python bench/tables.py                                                       updates bench/results/rewards.md
+    python bench/reward_costs.py [--rewards clip_score hps_v2_1] [--device cuda]
+    python bench/reward_costs.py --package     # writes the results into the planner's module
+    python bench/tables.py                     # writes bench/results/rewards.md
 
-One video of 432x768, 1 and 8 frames, all of them scored at once; models in their own format and, where they take one,
-in bfloat16. Nothing is loaded from hub or disk. Rows of rewards that are not named stay in the file as they are, if
-they were measured in the same environment.
+One video of 432x768, 1 and 8 frames, all of them scored at once. Models run in their own format,
+and in bfloat16 if they take a format. Nothing is loaded from hub or disk. Rows of other rewards
+stay in the file, if they were measured in the same environment.
 
-Prediction: forward and backward take two to three times the forward pass, since weights are frozen; beyond the weights,
-memory grows with frames times layers.
+Prediction: forward and backward take two to three times as long as the forward pass, since weights
+are frozen. Memory above the weights grows with frames times layers.
 """
 
 import argparse
@@ -24,9 +26,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, whose rewards.py is this file
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from rewards import RewardError, load_reward
 from rewards.catalogue import CATALOGUE
+from rewards.costs import __file__ as COSTS_FILE
 from rewards.load import built_in
 from rlhf.device import peak_memory, pick_device, reset_peak_memory, synchronize
 
@@ -35,11 +38,12 @@ FRAMES, GIB = (1, 8), 2**30
 PHASES = {"forward": False, "forward and backward": True}
 MEASURED = [name for name, entry in CATALOGUE.items() if "this package" not in entry.weights]
 INFO = {"fps": 8, "seed": 0, "step": 0}  # so that "8 fps" takes every frame
+MARKER = "# Written by `python bench/reward_costs.py --package` from bench/results/rewards.json.\n"
 PROMPT = "a red fox runs through deep snow, slow motion"
 
 
 def build(name: str, device: torch.device, dtype: str | None) -> Callable:
-    """The reward on the device, scoring every frame it is given, with random weights if it has any."""
+    """Return the reward on the device with random weights. It scores every frame."""
     settings = {"frames": "all", "dtype": dtype} if dtype else {"frames": "all"}
     settings = {key: value for key, value in settings.items() if key in accepted(name)}
     if not CATALOGUE[name].weights:
@@ -49,17 +53,18 @@ def build(name: str, device: torch.device, dtype: str | None) -> Callable:
 
 
 def accepted(name: str) -> set[str]:
-    """The settings of a reward, those of its base classes included."""
+    """Return the names of a reward's settings, those of its base classes included."""
     makers = (vars(c)["__init__"] for c in built_in(name).__mro__ if inspect.isfunction(vars(c).get("__init__")))
     return {parameter for make in makers for parameter in inspect.signature(make).parameters}
 
 
 def formats(name: str) -> list[str | None]:
+    """Return the formats to measure; None is the reward's own."""
     return [None, "bfloat16"] if "dtype" in accepted(name) and CATALOGUE[name].bytes_each == 4 else [None]
 
 
 def measure(reward: Callable, video_BCTHW: torch.Tensor, backward: bool, repeats: int) -> dict:
-    """{"seconds": median of the repeats, "peak_gib"}, after two calls to warm up; "skipped" says why there are none."""
+    """Return {"seconds": median, "peak_gib"} after two warm-up calls, or {"skipped": why}."""
     device, seconds = video_BCTHW.device, []
     try:
         for i in range(2 + repeats):
@@ -81,6 +86,7 @@ def measure(reward: Callable, video_BCTHW: torch.Tensor, backward: bool, repeats
 
 
 def rows_of(name: str, device: torch.device, size: tuple[int, int], repeats: int) -> list[dict]:
+    """Return a row for each format, number of frames and phase."""
     rows = []
     for dtype in formats(name):
         reward = build(name, device, dtype)
@@ -100,7 +106,23 @@ def rows_of(name: str, device: torch.device, size: tuple[int, int], repeats: int
     return rows
 
 
+def package(result: dict) -> str:
+    """Return the lines of `rewards.costs` below its marker, with the measured costs."""
+    about, rows = result["environment"], {}
+    for row in result["rows"]:
+        if row["phase"] == "forward and backward" and "seconds" in row:
+            weights, by_frames = rows.setdefault((row["arm"], row["dtype"]), (row["weights_gib"], {}))
+            by_frames[row["frames"]] = (round(row["seconds"], 4), round(max(0.0, row["peak_gib"] - weights), 3))
+    lines = [f'DEVICE = "{about["device"]}"', ""]
+    lines += [f"# One video of {about['height']}x{about['width']}: (reward, format) ->"]
+    lines += ["# (GiB of weights, {frames: (seconds, peak GiB above the weights)}).", "COSTS = {"]
+    for (name, dtype), (weights, by_frames) in sorted(rows.items()):
+        lines.append(f'    ("{name}", "{dtype}"): ({round(weights, 3)}, {by_frames}),')
+    return "\n".join([*lines, "}"]) + "\n"
+
+
 def environment(device: torch.device, size: tuple[int, int], repeats: int) -> dict:
+    """Return what the result file says about the machine and the video."""
     name = platform.machine() if device.type == "cpu" else torch.get_device_module(device).get_device_name()
     return {
         "device": name,
@@ -119,11 +141,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(432, 768), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--package", action="store_true", help="measure nothing; write the results into rewards.costs")
     arguments = parser.parse_args(argv)
+    if arguments.package:
+        module = Path(COSTS_FILE)
+        code, marker, _ = module.read_text().partition(MARKER)
+        module.write_text(code + marker + package(json.loads(arguments.output.read_text())))
+        return
     device, size = pick_device(arguments.device), tuple(arguments.size)
-    where, old = environment(device, size, arguments.repeats), {}
-    if arguments.output.exists():
-        old = json.loads(arguments.output.read_text())
+    where = environment(device, size, arguments.repeats)
+    old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     kept = old.get("rows", []) if old.get("environment") == where else []
     rows = {name: [row for row in kept if row["arm"] == name] for name in MEASURED}
     for name in arguments.rewards:

@@ -1,4 +1,4 @@
-"""The benchmark of the rewards and the tables made of it: on a CPU, with rewards that cost nothing."""
+"""The benchmark of the rewards and its tables, on a CPU, with rewards that cost nothing."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from scripts import ROOT, script
 
-bench, tables = script("bench/rewards.py"), script("bench/tables.py")
+bench, tables = script("bench/reward_costs.py"), script("bench/tables.py")
 
 
 @pytest.fixture(scope="module")
