@@ -45,8 +45,7 @@ ROOMS = {
     ),
     "planning": (
         "memory and time of a step, worked out without storage",
-        "rlhf.trace rlhf.parts rlhf.encoders rlhf.memory_plan rlhf.time_plan rlhf.planner "
-        "rlhf.planner_text",
+        "rlhf.trace rlhf.parts rlhf.encoders rlhf.memory_plan rlhf.time_plan rlhf.planner rlhf.planner_text",
     ),
     "results": (
         "judging, comparing and showing what was learnt",
