@@ -38,10 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> int:
-    """Print the resolved settings and what a run on these processes needs; return the exit status.
-
-    Raises ConfigError for a device whose rates are not known.
-    """
+    """Print the resolved settings and what a run on these processes needs; return the exit status."""
     from rlhf.planner_text import plan_report
 
     text = plan_report(args, flags.memory_limit_gib, flags.plan_device, processes)
