@@ -3,6 +3,7 @@
 from importlib.metadata import EntryPoint, entry_points
 
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP
+from rewards.cli.table import table
 
 HEADS = ("name", "input", "frames", "range", "licence of the weights", "memory")
 
@@ -23,13 +24,6 @@ def main() -> None:
 def _told(plugin: EntryPoint) -> str:
     hidden = f"; a built-in has this name, so name it {plugin.value}" if plugin.name in CATALOGUE else ""
     return f"{plugin.name}: {plugin.value}{hidden}"
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Text in columns; the first row is the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 if __name__ == "__main__":

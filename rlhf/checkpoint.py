@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
-from rlhf.reading import reading
+from rlhf.io import file_errors
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
     from rlhf.lora import Masters
@@ -161,7 +161,7 @@ def save_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
 
 def load_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
     """Fill a flat vector of the masters from such a file. Raises DamagedFileError."""
-    with reading(path):
+    with file_errors(path):
         tensors = load_file(path)
     masters.load(vector, tensors)
 

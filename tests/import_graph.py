@@ -20,7 +20,7 @@ ROOMS = {
     "start": ("plug-ins of accelerators, before torch", "rlhf rlhf.plugins"),
     "terms": (
         "device, shapes, measures, settings",
-        "rlhf.device rlhf.types rlhf.measures rlhf.coerce rlhf.config rlhf.reading",
+        "rlhf.device rlhf.types rlhf.measures rlhf.coerce rlhf.config rlhf.io",
     ),
     "memory": (
         "what waits, is recomputed or streamed; attention",
@@ -49,7 +49,8 @@ ROOMS = {
     ),
     "results": (
         "judging, comparing and showing what was learnt",
-        "rlhf.figures rlhf.trackers rlhf.tracking rlhf.evaluate rlhf.compare rlhf.resampling "
+        "rlhf.trackers rlhf.tracking rlhf.run rlhf.run.* rlhf.evaluate rlhf.evaluation "
+        "rlhf.evaluation.* rlhf.adapter rlhf.adapter.* "
         "rlhf.video_set rlhf.compare_sets rlhf.report rlhf.report.* rlhf.model_card rlhf.hub rlhf.lora_scale "
         "rlhf.export rlhf.generate rlhf.device_check",
     ),

@@ -23,8 +23,8 @@ from rlhf.checkpoint import (
     signals_interrupt,
 )
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.io import DamagedFileError
 from rlhf.lora import Masters, add_adapter, lora_config
-from rlhf.reading import DamagedFileError
 
 
 def trained(updates: int, seed: int = 0):

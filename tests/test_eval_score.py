@@ -11,7 +11,7 @@ import torch
 from rewards import score_cache
 from rewards.read import read_video
 from rewards.score_cache import ScoreCache, Scorer, reward_identity
-from rlhf.tracking import write_video
+from rlhf.run.video import write_video
 from rlhf.video_set import prompt_of, read_set
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "score.py"))

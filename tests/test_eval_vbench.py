@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_pipeline
 
 from rewards.read import read_video
-from rlhf.tracking import write_video
+from rlhf.run.video import write_video
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "vbench.py"))
 layout, read_suites, main = SCRIPT["layout"], SCRIPT["read_suites"], SCRIPT["main"]
@@ -64,7 +64,7 @@ def touch(videos) -> None:
 
 def commands(root) -> dict[str, Path]:
     """{dimension: folder} of the printed commands of the official tool."""
-    lines = [shlex.split(line) for line in SCRIPT["commands"](root, None).splitlines()]
+    lines = [shlex.split(line) for line in SCRIPT["official_commands"](root, None).splitlines()]
     return {line[-1]: Path(line[line.index("--videos_path") + 1]) for line in lines if line[1] == "evaluate"}
 
 
@@ -85,7 +85,7 @@ def test_temporal_flickering_has_25_of_a_prompt_and_goes_through_the_filter(full
     videos = layout(tmp_path, read_suites(full_info, ["temporal_flickering"]))
     assert len(videos) == 75
     assert len({(video.prompt, video.seed) for video in videos}) == 75
-    first, second = SCRIPT["commands"](tmp_path, ["temporal_flickering"]).splitlines()
+    first, second = SCRIPT["official_commands"](tmp_path, ["temporal_flickering"]).splitlines()
     assert first.startswith(f"vbench static_filter --videos_path {tmp_path.resolve()}/temporal_flickering ")
     results = shlex.split(first)[-1]
     assert f"--videos_path {results}/filtered_videos --dimension temporal_flickering" in second

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
 
+from rlhf.adapter.merge import ADAPTER_FILE, merged
 from rlhf.contentv.loading import load_pipeline
-from rlhf.export import ADAPTER_FILE, main, merged
+from rlhf.export import main
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
@@ -241,6 +242,6 @@ def test_a_scale_that_is_no_number_and_a_place_that_cannot_be_written_are_told(r
             main([str(run), kind, str(tmp_path / "out"), "--scale", scale])
     (tmp_path / "file").write_text("mine")
     with pytest.raises(
-        SystemExit, match="got NotADirectoryError.*expected to read .* and to write .*file/out; look at"
+        SystemExit, match="got NotADirectoryError.*expected to read .* and to write .*file/out; check paths"
     ):
         main([str(run), kind, str(tmp_path / "file" / "out")])

@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from rewards.catalogue import CATALOGUE
-from rlhf.compare import summarise
 from rlhf.config import RewardGradientConfig
 from rlhf.environment import record_start
 from rlhf.evaluate import Evaluation
+from rlhf.evaluation.statistics import summarize
 from rlhf.model_card import PICTURE, Export, base_of, write_card
 
 GAINS = torch.linspace(-1, 2, 12)
@@ -47,7 +47,7 @@ def run(tmp_path):
     base, tuned = Evaluation(prompts, scores, none), Evaluation(prompts, tuned, none)
     base.save(folder / "evaluation" / "base.safetensors")
     tuned.save(folder / "evaluation" / "tuned.safetensors")
-    (folder / "summary.json").write_text(json.dumps(summarise(base, tuned, ["redness"], 30.0, 6)))
+    (folder / "summary.json").write_text(json.dumps(summarize(base, tuned, ["redness"], 30.0, 6)))
     Image.new("RGB", (8, 8)).save(folder / "contact_sheet.png")
     (folder / "adapter").mkdir()
     return folder

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rlhf.reading import read_object
+from rlhf.io import read_object
 
 NANO_PATH = Path(__file__).parents[1] / "nano" / "weights" / "contentv-nano"
 CONTENTV_8B = "ByteDance/ContentV-8B"

@@ -1,0 +1,1 @@
+"""The LoRA adapter: fp32 master weights, merging, scaling, optimizer."""

@@ -1,0 +1,70 @@
+"""Loading an adapter into a transformer, and merging it into the weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+
+from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.io import file_errors
+from rlhf.lora_scale import scaled
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+EXPECTED = "expected an adapter of this model, as a run or pipe.save_lora_weights writes it; name the right one"
+
+
+@contextmanager
+def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[SD3Transformer3DModel]:
+    """Yield a plain transformer with the adapter in its weights; then restore the weights bit for bit.
+
+    Both transformers share their weights, so the plain one is valid inside the block only.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    originals = [(p, p.detach().clone()) for layer in layers for p in layer.get_base_layer().parameters()]
+    try:
+        with scaled(transformer, scale):
+            try:
+                transformer.fuse_lora(safe_fusing=True)
+                yield _without_adapter(transformer)
+            finally:
+                for layer in (layer for layer in layers if layer.merged):
+                    layer.unmerge()  # subtracts what was added, up to rounding
+    finally:
+        for parameter, original in originals:
+            parameter.data.copy_(original)
+
+
+def _without_adapter(transformer: SD3Transformer3DModel) -> SD3Transformer3DModel:
+    state = {key: value for key, value in transformer.state_dict().items() if ".lora_" not in key}
+    weights = {key.replace(".base_layer.", "."): value for key, value in state.items()}
+    with torch.device("meta"):
+        plain = SD3Transformer3DModel.from_config(transformer.config)
+    plain.load_state_dict(weights, strict=True, assign=True)
+    return plain.eval().requires_grad_(False)
+
+
+def load_adapter(transformer: SD3Transformer3DModel, folder: Path) -> None:
+    """Add the adapter of a folder such as RUN/adapter.
+
+    Raises ValueError for the adapter of another transformer, DamagedFileError for a damaged file.
+    """
+    path = folder / ADAPTER_FILE
+    with file_errors(path), safe_open(path, "pt") as file:
+        file.keys()
+    names = {"prefix": "transformer", "weight_name": ADAPTER_FILE}
+    try:
+        transformer.load_lora_adapter(folder, use_safetensors=True, **names)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of other shapes
+        raise ValueError(f"{path}: got another model's adapter ({str(error)[:200]}), {EXPECTED}") from error
+    require_adapter(transformer, path)
+
+
+def require_adapter(transformer: SD3Transformer3DModel, name: str | Path) -> None:
+    """Raise ValueError if no layer of the adapter was loaded, where peft only warns."""
+    if not getattr(transformer, "peft_config", None):
+        raise ValueError(f"{name}: got no layer of this transformer, {EXPECTED}")
