@@ -60,8 +60,7 @@ def categories(by: str | None, folder: Path, prompts: list[str]) -> Callable[[st
 def _nano_category(attribute: str) -> Callable[[str], str]:
     from rlhf.nano import world
 
-    values = {"color": list(world.COLORS), "shape": world.SHAPES, "motion": world.MOTIONS, "count": world.COUNTS}
-    return lambda prompt: values[attribute][world.read_caption(prompt)[attribute]]
+    return lambda prompt: world.VALUES[attribute][world.read_caption(prompt)[attribute]]
 
 
 def describe(rows: list[dict]) -> str:

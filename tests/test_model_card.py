@@ -115,14 +115,14 @@ def test_the_picture_comes_along(run, tmp_path):
 
 
 def test_another_scale_is_not_credited_with_the_figures(run, tmp_path):
-    assert "counts 0.5 times here; the figures below are those of the run" in card(run, tmp_path, scale=0.5).text
+    assert "scaled by 0.5 here. The results below are those of the run" in card(run, tmp_path, scale=0.5).text
     assert "times here" not in card(run, tmp_path).text
 
 
 def test_how_to_use_each_kind(run, tmp_path):
     assert "load_lora_weights" not in card(run, tmp_path, "merged").text
     assert "load_lora_weights" in card(run, tmp_path).text
-    assert "ComfyUI has no\nclass for ContentV's transformer" in card(run, tmp_path, "comfyui").text
+    assert "ComfyUI itself has no\nclass for ContentV's transformer" in card(run, tmp_path, "comfyui").text
 
 
 @pytest.mark.parametrize("prompt", ["a \U0001f98a in the snow", 'two "lines",\nand a \\ in them', "it's"])
@@ -140,7 +140,7 @@ def test_a_run_that_ended_early_has_a_card(tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump({"model": str(tmp_path / "mine"), "seed": 0}))
     loaded = card(run, tmp_path)
     assert "The run has no evaluation before and after" in loaded.text
-    assert rows(loaded.text)["base model, mine"] == ["not known here: see where it comes from"]
+    assert rows(loaded.text)["base model, mine"] == ["unknown: see the base model's own page"]
     assert str(tmp_path) not in loaded.content
 
 

@@ -43,7 +43,7 @@ def test_careless_captions_are_wrong_as_often_as_asked_and_never_held_out():
 def test_one_wrong_changes_exactly_one_judged_attribute():
     generator = torch.Generator().manual_seed(0)
     drawn = world.sample_scenes(500, generator)
-    wrong = pretrain_judges.with_one_wrong(drawn, generator)
+    wrong = pretrain_judges.corrupt_one_attribute(drawn, generator)
     changed = sum((wrong[k] != drawn[k]).int() for k in drawn)
     assert (changed == 1).all()
 
