@@ -99,7 +99,7 @@ def checked_sampling(args: argparse.Namespace, prompts: str) -> SamplingDefaults
     return sampling
 
 
-def jobs(folder: Path, prompts: list[str], seeds: list[int]) -> list[Video]:
+def planned_videos(folder: Path, prompts: list[str], seeds: list[int]) -> list[Video]:
     """Return the videos to make: one of each prompt for each seed."""
     numbered = [(i, prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds]
     return [Video(folder / f"{i:04d}-seed{seed}.mp4", prompt, seed) for i, prompt, seed in numbered]
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         sampling = checked_sampling(args, args.prompts)
         drawn = load_prompts(args.prompts, args.base_dir, args.num_prompts or 64, args.prompt_seed)
         prompts = list(dict.fromkeys(drawn[: args.num_prompts]))  # a built-in set may draw one twice
-        make_videos(args, sampling, jobs(args.output, prompts, args.seeds))
+        make_videos(args, sampling, planned_videos(args.output, prompts, args.seeds))
     except (ValueError, OSError) as error:  # ConfigError is a ValueError
         print(f"eval/generate.py: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from rewards.read import check_file
 from rewards.score import prompts_of
 from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
 from rlhf.io import file_errors, read_rows, write_rows
-from rlhf.video_set import SCORES, Video, name_in, read_set, require_files
+from rlhf.video_set import SCORES, Video, read_set, relative_name, require_files
 
 
 def parse_score_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +77,7 @@ def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float
             old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in known}
     rows = []
     for video, new in zip(videos, scores, strict=True):
-        name, content = name_in(folder, video.path), content_of(video.path)
+        name, content = relative_name(folder, video.path), content_of(video.path)
         row = {"file": name, "sha256": content, "prompt": video.prompt}
         row |= {"seed": video.seed, "category": video.category}
         rows.append(row | {"scores": old.get((name, content, video.prompt), {}) | new})

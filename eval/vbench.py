@@ -92,7 +92,7 @@ def read_suites(path: Path, dimensions: list[str] | None) -> dict[str, list[str]
     return suites
 
 
-def layout(root: Path, suites: dict[str, list[str]], seed: int = 0) -> list[Video]:
+def vbench_videos(root: Path, suites: dict[str, list[str]], seed: int = 0) -> list[Video]:
     """Return the videos that VBench expects: ROOT/SUITE/PROMPT-INDEX.mp4.
 
     The index is part of the seed: two videos of a prompt have different noise, which is the same for
@@ -130,7 +130,7 @@ def score_dimensions(args: argparse.Namespace) -> tuple[list[dict], bool]:
     if not dimensions:
         expected = f"expected some of {', '.join(REWARDS)}"
         raise ValueError(f"--dimension: got none that is a reward here, {expected}; add one")
-    sets = {name: layout(args.output, read_suites(args.full_info, [name])) for name in dimensions}
+    sets = {name: vbench_videos(args.output, read_suites(args.full_info, [name])) for name in dimensions}
     for videos in sets.values():
         require_files(videos)
     rows, accelerator = [], open_processes(args)
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "make":
             fill_from_run(args)
-            videos = layout(args.output, read_suites(args.full_info, args.dimension), args.seed)
+            videos = vbench_videos(args.output, read_suites(args.full_info, args.dimension), args.seed)
             # No manifest: the official tool takes the first file of a folder for a video.
             make_videos(args, checked_sampling(args, "nano_held_out"), videos, manifest=False)
             print(f"With `pip install vbench`:\n{official_commands(args.output, args.dimension)}")

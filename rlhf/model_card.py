@@ -68,7 +68,7 @@ def write_card(export: Export, out: Path) -> Path:
     import jinja2
 
     run = Run(export.run)
-    base = base_of(export.model or run.config["model"])
+    base = resolve_base(export.model or run.config["model"])
     picture, rows = export.run / CONTACT_SHEET, run.headline()
     if picture.is_file():
         shutil.copyfile(picture, out / PICTURE)
@@ -103,7 +103,7 @@ def write_card(export: Export, out: Path) -> Path:
     return out / "README.md"
 
 
-def base_of(model: str) -> Base:
+def resolve_base(model: str) -> Base:
     """Return name and licence of the model of a setting; for a folder those of its own card."""
     if model in LICENCES:
         return Base(model, LICENCES[model])

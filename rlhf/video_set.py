@@ -51,7 +51,7 @@ def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
             videos = [Video(folder / f"{name}.mp4", prompt) for name, prompt in rows]
     elif names_are_prompts:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS)
-        videos = [Video(path, prompt_of(path), _number(path)) for path in paths]
+        videos = [Video(path, prompt_from_name(path), _number(path)) for path in paths]
     else:
         raise ValueError(
             f"{folder}: got neither {MANIFEST} nor {PROMPTS}, expected one of them with the prompt of "
@@ -111,12 +111,12 @@ def write_manifest(folder: Path, videos: list[Video]) -> None:
     write_rows(folder / MANIFEST, [_row(folder, video) for video in videos])
 
 
-def name_in(folder: Path, path: Path) -> str:
+def relative_name(folder: Path, path: Path) -> str:
     """Return the path relative to the folder; that of a file elsewhere as given."""
     return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
 
-def prompt_of(path: Path) -> str:
+def prompt_from_name(path: Path) -> str:
     """Return the prompt in a file name: all before "-NUMBER" and the ending, as VBench reads it."""
     return NUMBER_ENDING.sub("", path.stem)
 
@@ -128,7 +128,7 @@ def _number(path: Path) -> int:
 
 def _row(folder: Path, video: Video) -> dict:
     row = dataclasses.asdict(video)
-    row = {"file": name_in(folder, row.pop("path"))} | row
+    row = {"file": relative_name(folder, row.pop("path"))} | row
     return {key: value for key, value in row.items() if value is not None}
 
 

@@ -158,7 +158,7 @@ def test_processes_share_the_work_and_make_the_same(run, tmp_path):
     variant = Variant(str(run.parent / "base"))
     made = {}
     for processes in (1, 2):
-        videos = SCRIPT["jobs"](tmp_path / str(processes), PROMPTS, [0])
+        videos = SCRIPT["planned_videos"](tmp_path / str(processes), PROMPTS, [0])
         for index in range(processes):
             accelerator = SimpleNamespace(
                 process_index=index,

@@ -15,7 +15,7 @@ from rewards.read import read_video
 from rlhf.run.video import write_video
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "vbench.py"))
-layout, read_suites, main = SCRIPT["layout"], SCRIPT["read_suites"], SCRIPT["main"]
+layout, read_suites, main = SCRIPT["vbench_videos"], SCRIPT["read_suites"], SCRIPT["main"]
 
 # What VBench_full_info.json says of which prompts are for which dimensions: eleven kinds, each a suite of its own.
 KINDS = [
@@ -69,7 +69,7 @@ def commands(root) -> dict[str, Path]:
 
 
 def test_every_dimension_finds_all_of_its_videos(full_info, tmp_path):
-    touch(layout(tmp_path, read_suites(full_info, None)))
+    touch(vbench_videos(tmp_path, read_suites(full_info, None)))
     told = commands(tmp_path)
     dimensions = {dimension for kind in KINDS for dimension in kind}
     assert set(told) == dimensions
@@ -82,7 +82,7 @@ def test_every_dimension_finds_all_of_its_videos(full_info, tmp_path):
 
 
 def test_temporal_flickering_has_25_of_a_prompt_and_goes_through_the_filter(full_info, tmp_path):
-    videos = layout(tmp_path, read_suites(full_info, ["temporal_flickering"]))
+    videos = vbench_videos(tmp_path, read_suites(full_info, ["temporal_flickering"]))
     assert len(videos) == 75
     assert len({(video.prompt, video.seed) for video in videos}) == 75
     first, second = SCRIPT["official_commands"](tmp_path, ["temporal_flickering"]).splitlines()
@@ -95,7 +95,7 @@ def test_dimensions_of_one_suite_share_its_videos(full_info, tmp_path):
     asked = ["subject_consistency", "motion_smoothness", "dynamic_degree", "aesthetic_quality"]
     suites = read_suites(full_info, asked)
     assert list(suites) == ["subject_consistency", "overall_consistency"]
-    assert len(layout(tmp_path, suites)) == 2 * 15
+    assert len(vbench_videos(tmp_path, suites)) == 2 * 15
 
 
 @pytest.mark.skipif(
@@ -105,7 +105,7 @@ def test_the_official_code_finds_every_video_of_every_prompt(tmp_path, capsys):
     """The real prompts, and the tool's own method, lifted out of its module, which wants packages of its own."""
     checkout = Path(os.environ["VBENCH"])
     full_info = checkout / "vbench" / "VBench_full_info.json"
-    videos = layout(tmp_path / "videos", read_suites(full_info, None))
+    videos = vbench_videos(tmp_path / "videos", read_suites(full_info, None))
     touch(videos)
     tree = ast.parse((checkout / "vbench" / "__init__.py").read_text())
     (own,) = (node for node in ast.walk(tree) if getattr(node, "name", "") == "build_full_info_json")
@@ -152,7 +152,7 @@ def test_videos_are_made_where_they_are_looked_for_and_go_on(full_info, tmp_path
 
 def test_our_values_are_the_means_over_the_dimensions_videos(full_info, tmp_path, capsys):
     generator, changes = torch.Generator().manual_seed(0), []
-    videos = layout(tmp_path / "out", read_suites(full_info, ["temporal_flickering"]))
+    videos = vbench_videos(tmp_path / "out", read_suites(full_info, ["temporal_flickering"]))
     for video in videos[:3]:
         video.path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 255, (3, 3, 16, 16), generator=generator, dtype=torch.uint8)

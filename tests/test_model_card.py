@@ -16,7 +16,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.environment import record_start
 from rlhf.evaluate import Evaluation
 from rlhf.evaluation.statistics import summarize
-from rlhf.model_card import PICTURE, Export, base_of, write_card
+from rlhf.model_card import PICTURE, Export, resolve_base, write_card
 
 GAINS = torch.linspace(-1, 2, 12)
 
@@ -146,6 +146,6 @@ def test_a_run_that_ended_early_has_a_card(tmp_path):
 
 def test_a_base_that_was_exported_keeps_its_licence(run, tmp_path):
     card(run, tmp_path, "merged", model="ByteDance/ContentV-8B")
-    again = base_of(str(tmp_path / "out"))
+    again = resolve_base(str(tmp_path / "out"))
     assert again.header["license_name"] == "stabilityai-ai-community"
     assert again.licence == "stabilityai-ai-community, https://stability.ai/community-license-agreement"

@@ -86,7 +86,7 @@ def test_the_stages_run_on_a_cpu(monkeypatch):
         pool.video[::2].float() / 255 - rendered[::2]
     ).abs().mean() > 0.05  # even ones went through an untrained VAE
     pick, _, video = pool.draw(16, generator)
-    assert pretrain_judges.degraded(pool, pick, video, generator).shape == video.shape
+    assert pretrain_judges.degrade(pool, pick, video, generator).shape == video.shape
     tokenizers = parts.build_tokenizers()
     denoiser = pretrain.Denoiser(tokenizers)
     before = [p.clone() for p in denoiser.parameters()]

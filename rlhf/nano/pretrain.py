@@ -173,7 +173,7 @@ def accuracy(verifier: Verifier, video: torch.Tensor, wanted: world.Scenes) -> d
     return {k: round(v, 4) for k, v in values.items()}
 
 
-def wanted_of(prompts: list[str], device: torch.device) -> world.Scenes:
+def wanted_attributes(prompts: list[str], device: torch.device) -> world.Scenes:
     """Return the indices of the judged attributes that the prompts name, (B,) each."""
     read = [world.read_caption(p) for p in prompts]
     return {k: torch.tensor([r[k] for r in read], device=device) for k in world.JUDGED}
@@ -215,7 +215,7 @@ def report(
     for guidance in (1.0, default, 4.5):
         for name, prompts in sets.items():
             video = sample(denoiser, vae, prompts, tokenizers, device, guidance)
-            wanted = wanted_of(prompts, device)
+            wanted = wanted_attributes(prompts, device)
             results[f"samples, {name}, guidance {guidance}"] = accuracy(verifier, video, wanted)
             if guidance == default and name == "held_out":
                 save_sheet(folder / "samples.png", video[:24])

@@ -57,7 +57,7 @@ def _to_bytes(video):
     return (video * 255).round().to(torch.uint8)
 
 
-def degraded(pool: ClipPool, pick: torch.Tensor, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def degrade(pool: ClipPool, pick: torch.Tensor, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return worse versions of clips: latent noise, blur, low contrast, shuffled frames, grain, bad outlines."""
     chunks = list(video.clone().chunk(8))
     bad = pool.bad[pick[: len(chunks[0])] % pool.BAD].float() / 255
@@ -162,7 +162,7 @@ def train_preference(
     def batch():
         pick, scenes, clean = pool.draw(160, generator)
         ids = caption_pairs(table, scenes, generator)
-        return clean, degraded(pool, pick, clean, generator), *ids
+        return clean, degrade(pool, pick, clean, generator), *ids
 
     def loss(clean, bad, ids, wrong_ids):
         good, worse = model.embed_video(torch.cat([clean, bad])).chunk(2)
