@@ -1,11 +1,12 @@
-"""Make videos of a model for prompts and seeds, from the same noise for every model:
+"""Make videos of a model for prompts and seeds, from the same noise for every model.
 
-    accelerate launch eval/generate.py --from_run runs/nano --base --output videos/base    the base model
-    accelerate launch eval/generate.py --from_run runs/nano --output videos/tuned          with the adapter
-    python eval/generate.py --from_run runs/nano --scale 0.5 --output videos/half          scaled by 0.5
+    python eval/generate.py --from_run runs/nano --base --output videos/base          the base model
+    python eval/generate.py --from_run runs/nano --output videos/tuned                with the adapter
+    python eval/generate.py --from_run runs/nano --scale 0.5 --output videos/half     scaled by 0.5
     python eval/generate.py --model exported/nano --prompts my.txt --output videos/mine
 
-Writes OUTPUT/0000-seed0.mp4 and so on, with their prompts in OUTPUT/videos.jsonl. A second start resumes.
+Writes OUTPUT/0000-seed0.mp4 and so on, with their prompts in OUTPUT/videos.jsonl. A second start
+resumes. With `accelerate launch` all devices share the work.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def fill_from_run(args: argparse.Namespace) -> None:
 
 
 def checked_sampling(args: argparse.Namespace, prompts: str) -> SamplingDefaults:
-    """Return the sampling settings. Check all flags before, without loading weights; raise ValueError."""
+    """Return the sampling settings, after checks of all flags without weights; raise ValueError."""
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     sampling = replace(SamplingDefaults(**model_card(args.model)["sampling"]), **given)
     settings = {name: getattr(sampling, name) for name in SAMPLING if name != "fps"}

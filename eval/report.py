@@ -1,7 +1,7 @@
-"""Write the report of a run, also of one that was killed, or write it again with other videos:
+"""Write the report of a run, also of one that was killed, or write it again with other videos.
 
-    python eval/report.py runs/nano                                             writes runs/nano/report.html
-    python eval/report.py runs/nano --before videos/base --after videos/tuned   videos of eval/generate.py
+    python eval/report.py runs/nano                                           runs/nano/report.html
+    python eval/report.py runs/nano --before videos/base --after videos/tuned     with these videos
 
 Videos are embedded until the file has --max_mb; the page refers to the others where they are.
 """

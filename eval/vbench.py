@@ -1,12 +1,12 @@
-"""Make videos in VBench's folder layout, and compute those of its dimensions that are rewards here:
+"""Make videos in VBench's folder layout, and compute those of its dimensions that are rewards here.
 
-    accelerate launch eval/vbench.py make --full_info VBench_full_info.json --from_run runs/mine --output vbench/mine
+    python eval/vbench.py make --full_info VBench_full_info.json --from_run runs/mine --output vbench/mine
     python eval/vbench.py score --full_info VBench_full_info.json --output vbench/mine --device cuda
 
-VBench_full_info.json comes with VBench (github.com/Vchitect/VBench, folder vbench): its 946 prompts with the
-dimensions, 16 in all, that each is for. `make` writes OUTPUT/SUITE/PROMPT-INDEX.mp4, five videos a prompt and 25
-for temporal_flickering, each from its own noise. It prints the official tool's command for every dimension. A
-second start resumes.
+VBench_full_info.json comes with VBench (github.com/Vchitect/VBench, folder vbench): its 946 prompts with
+the dimensions, 16 in all, that each is for. `make` writes OUTPUT/SUITE/PROMPT-INDEX.mp4, five videos a
+prompt and 25 for temporal_flickering, each from its own noise. It prints the official tool's command for
+every dimension. A second start resumes. With `accelerate launch` all devices share the work.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def parse_vbench_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_suites(path: Path, dimensions: list[str] | None) -> dict[str, list[str]]:
-    """Return {suite: prompts} of the dimensions, None for all. Raise ValueError for another file."""
+    """Return {suite: prompts} of the dimensions (None: all). Raise ValueError for another file."""
     try:
         rows = [(row["prompt_en"], row["dimension"]) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,8 +95,8 @@ def read_suites(path: Path, dimensions: list[str] | None) -> dict[str, list[str]
 def vbench_videos(root: Path, suites: dict[str, list[str]], seed: int = 0) -> list[Video]:
     """Return the videos that VBench expects: ROOT/SUITE/PROMPT-INDEX.mp4.
 
-    The index is part of the seed: two videos of a prompt have different noise, which is the same for
-    every model. Raises ValueError for a prompt that cannot be a file name.
+    The index is part of the seed: two videos of a prompt have different noise, the same for every
+    model. Raises ValueError for a prompt that cannot be a file name.
     """
     videos = []
     for suite, prompts in suites.items():
@@ -125,7 +125,7 @@ def official_commands(root: Path, dimensions: list[str] | None) -> str:
 
 
 def score_dimensions(args: argparse.Namespace) -> tuple[list[dict], bool]:
-    """Return rows {"dimension", "value", "videos", "note"}, and whether this is the main process."""
+    """Return rows {"dimension", "value", "videos", "note"}, and whether the process is the main one."""
     dimensions = [name for name in args.dimension or REWARDS if name in REWARDS]
     if not dimensions:
         expected = f"expected some of {', '.join(REWARDS)}"

@@ -33,10 +33,10 @@ from rlhf.run_folder import settings_in
 
 
 def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = None) -> None:
-    """Write a pipeline in diffusers layout: the run's base model with the adapter in its transformer.
+    """Write a pipeline in diffusers layout: the run's base model, the adapter in its weights.
 
-    All parts but the transformer are copied file by file. The transformer is written in the dtype of
-    loading: bfloat16 for ContentV-8B, which rounds the sum of weight and adapter once.
+    All parts but the transformer are copied file by file. The transformer is written in the dtype
+    of loading: bfloat16 for ContentV-8B, which rounds the sum of weight and adapter once.
 
     Args:
         run: folder of a finished training run.
@@ -110,7 +110,7 @@ def empty_folder_on_error(out: Path) -> Iterator[None]:
 
 
 def _check_export(run: Path, out: Path, scale: float) -> Path:
-    """Return the run's adapter file. Raise ValueError if it or the config is absent, or `out` in use."""
+    """Return the run's adapter file. Raise ValueError if the run is incomplete or `out` in use."""
     check_scale(scale)
     adapter = run / "adapter" / ADAPTER_FILE
     for file in (run / "config.yaml", adapter):

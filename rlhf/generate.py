@@ -46,7 +46,7 @@ class Variant:
     scale: float = 1.0
 
     def check(self) -> None:
-        """Raise ValueError for an absent adapter or a scale without one, before anything is loaded."""
+        """Raise ValueError for an absent adapter, or a scale without one; load nothing."""
         check_scale(self.scale)
         if self.lora is None:
             if self.merge or self.scale != 1:
@@ -83,7 +83,7 @@ class Variant:
 def generate(
     variant: Variant, videos: list[Video], sampling: SamplingDefaults, accelerator: Accelerator, batch_size: int
 ) -> int:
-    """Make the videos whose files are absent, on all processes; return how many this process made."""
+    """Make the videos whose files are absent, on all processes; return the number made by this one."""
     own = videos[accelerator.process_index :: accelerator.num_processes]
     todo = [video for video in own if not video.path.exists()]
     if todo:

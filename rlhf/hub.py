@@ -8,7 +8,7 @@ CURE = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 
 
 def check_push(repo_id: str) -> None:
-    """Raise ValueError if a push would fail: bad name, no network, no token, or one without the right."""
+    """Raise ValueError if a push would fail: bad name, no network, no token that may write."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id

@@ -51,7 +51,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the objects of a JSON Lines log, [] without the file; skip lines that a kill cut short.
+    """Return the objects of a JSON Lines log, [] without the file; skip lines cut short by a kill.
 
     Raises DamagedFileError for a file that is not text.
     """

@@ -1,4 +1,4 @@
-"""Measures of videos that need no judge: motion, diversity, and traces that a cheated reward leaves."""
+"""Measures of videos without a judge: motion, diversity, and traces of a cheated reward."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ def saturation(video_BCTHW: torch.Tensor) -> torch.Tensor:
 
 
 def high_frequency(video_BCTHW: torch.Tensor) -> torch.Tensor:
-    """Return the root mean square of a frame less its 3x3 mean, (B,): edges, grids, dots and noise."""
+    """Return the root mean square of frames less their 3x3 means, (B,): edges, grids, noise."""
     frames = video_BCTHW.transpose(1, 2).flatten(0, 1)
     smooth = F.avg_pool2d(frames, 3, stride=1, padding=1, count_include_pad=False)
     return (frames - smooth).square().unflatten(0, (len(video_BCTHW), -1)).mean((1, 2, 3, 4)).sqrt()

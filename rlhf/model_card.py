@@ -28,7 +28,7 @@ LICENCES = {
     },
 }
 LICENCE_KEYS = ("license", "license_name", "license_link")
-# Settings that every card shows; and those that none does, as they stand elsewhere or name a machine.
+# Settings that every card shows, and those that none does: shown elsewhere, or of a machine.
 ALWAYS_SHOWN = (
     *("method", "num_grad_steps", "learning_rate", "lora_rank"),
     *("per_device_train_batch_size", "max_steps", "seed"),
@@ -116,7 +116,7 @@ def resolve_base(model: str) -> Base:
 
 
 def header(base: Base, kind: str) -> ModelCardData:
-    """Return the card's header: licence, library, task, tags, and a base model that is on the Hub."""
+    """Return the card's header: licence, library, task, tags, and the base model if on the Hub."""
     relation = "finetune" if kind == "merged" else "adapter"
     known = {"base_model": base.name, "base_model_relation": relation}
     known = base.header | (known if HUB_ID.fullmatch(base.name) else {})

@@ -1,4 +1,4 @@
-"""The trackers of `report_to`, through accelerate, and sample videos in the form that each can show."""
+"""The trackers of `report_to`, through accelerate, and sample videos in their formats."""
 
 import importlib
 import io
@@ -48,11 +48,11 @@ class Clip:
 
     @property
     def tag(self) -> str:
-        """Return the tag, which is the same at each step: so a tracker shows how a prompt's samples change."""
+        """Return the tag, the same at each step, so that trackers show how samples change."""
         return f"samples/{self.path.stem}"
 
     def gif(self) -> bytes:
-        """Return the video as a GIF that repeats, with at most GIF_SIDE pixels and GIF_RATE frames."""
+        """Return a repeating GIF with at most GIF_SIDE pixels and GIF_RATE frames a second."""
         every = -(-self.fps // GIF_RATE)
         pixels_THWC = self.video_CTHW[:, ::every].permute(1, 2, 3, 0)
         frames = [Image.fromarray(frame.numpy()) for frame in pixels_THWC]
@@ -85,7 +85,7 @@ def _show_in_tensorboard(tracker, step: int, clips: list[Clip]) -> None:
 
 
 def _show_in(library: str, as_gif: bool = False) -> Callable:
-    """Return a function that logs with the `Video` class of the library, of its files or of GIFs."""
+    """Return a function that logs videos with the library's `Video` class, as files or GIFs."""
 
     def show_videos(tracker, step: int, clips: list[Clip]) -> None:
         make = importlib.import_module(library).Video

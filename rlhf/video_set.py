@@ -1,8 +1,8 @@
 """Sets of videos on disk with their prompts, which `eval/` makes, scores and compares.
 
 A set is a folder. Its prompts are in videos.jsonl, an object a line: {"file", "prompt"} and, where
-known, "seed" and "category". Or they are in the prompts.txt of a run's samples, or in the file names
-as VBench has them: `PROMPT-0.mp4`.
+known, "seed" and "category". Or they are in the prompts.txt of a run's samples, or in file names of
+VBench: `PROMPT-0.mp4`.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ from rewards.read import read_video
 from rlhf.run.video import write_video
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "vbench.py"))
-layout, read_suites, main = SCRIPT["vbench_videos"], SCRIPT["read_suites"], SCRIPT["main"]
+vbench_videos, read_suites, main = SCRIPT["vbench_videos"], SCRIPT["read_suites"], SCRIPT["main"]
 
 # What VBench_full_info.json says of which prompts are for which dimensions: eleven kinds, each a suite of its own.
 KINDS = [

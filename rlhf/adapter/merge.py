@@ -18,7 +18,7 @@ EXPECTED = "expected an adapter of this model, as a run or pipe.save_lora_weight
 
 @contextmanager
 def merge_adapter(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[SD3Transformer3DModel]:
-    """Yield a plain transformer with the adapter in its weights; then restore the weights bit for bit.
+    """Yield a plain transformer with the adapter in its weights; restore these bit for bit.
 
     Both transformers share their weights, so the plain one is valid inside the block only.
     """

@@ -44,7 +44,7 @@ def summarize(base: "Evaluation", tuned: "Evaluation", trained: list[str], secon
 def paired_interval(base_N: torch.Tensor, tuned_N: torch.Tensor) -> dict:
     """Return the mean difference tuned - base and its 95 % confidence interval by Student's t.
 
-    {"base", "tuned", "diff": means, "ci95": [low, high]}. Without spread the interval is [diff, diff].
+    {"base", "tuned", "diff": means, "ci95": [low, high]}; without spread [diff, diff].
     """
     diff, error, count = _mean_and_error(base_N, tuned_N)
     half = student_t_975(count - 1) * error
@@ -56,8 +56,8 @@ def paired_test(base_N: torch.Tensor, tuned_N: torch.Tensor) -> dict:
     """Return `paired_interval`, the p-value of its t test, and how many prompts rose.
 
     Adds {"p", "better", "equal", "worse": numbers of prompts, "win_rate": share of better ones,
-    equal ones counted half}. One prompt has p = 1. Differences that are all equal have no t: their p
-    is that of the sign test, 2 / 2^N.
+    equal ones counted half}. One prompt has p = 1. Differences that are all equal have no t: their
+    p is that of the sign test, 2 / 2^N.
     """
     diff, error, count = _mean_and_error(base_N, tuned_N)
     no_spread_p = 2 / 2**count if diff else 1.0
@@ -79,8 +79,8 @@ def _mean_and_error(base_N: torch.Tensor, tuned_N: torch.Tensor) -> tuple[float,
 def student_t_975(freedom: int) -> float:
     """Return the 97.5 % quantile of Student's t.
 
-    Exact up to two degrees of freedom, from there on Cornish and Fisher's expansion (within 0.2 % of
-    the quantile from five degrees on).
+    Exact up to two degrees of freedom, then Cornish and Fisher's expansion (within 0.2 % of the
+    quantile from five degrees on).
     """
     if freedom < 3:
         return (0.0, 12.7062, 4.3027)[freedom]

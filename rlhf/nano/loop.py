@@ -1,7 +1,7 @@
 """The training loop of every part of ContentV-nano.
 
-Eager training at this size is bound by kernel launches. So the whole step is captured in a graph, on
-devices that have graphs.
+Eager training at this size is bound by kernel launches. So the whole step is captured in a graph,
+on devices that have graphs.
 """
 
 import json

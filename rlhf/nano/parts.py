@@ -1,4 +1,4 @@
-"""The untrained models of ContentV-nano: the classes of ContentV-8B at small size, own vocabularies."""
+"""The untrained models of ContentV-nano: the classes of ContentV-8B at small size."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def build_transformer() -> SD3Transformer3DModel:
 
 
 def build_vae() -> AutoencoderKLWan:
-    """Return a Wan VAE, 8x in space and 4x in time; its decoder is light, as every training step runs it."""
+    """Return a Wan VAE, 8x in space and 4x in time, with a light decoder for training steps."""
     latents = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
     return AutoencoderKLWan(base_dim=24, decoder_base_dim=16, num_res_blocks=1, **latents)
 
@@ -154,9 +154,9 @@ def caption_index(scenes: world.Scenes, wording: torch.Tensor) -> torch.Tensor:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """Return OpenAI's CLIP tokenizer, reduced to the tokens of this world's captions and single bytes.
+    """Return OpenAI's CLIP tokenizer, reduced to tokens of this world's captions and single bytes.
 
-    Ids keep the order of the full vocabulary. So the end of text has the highest, as open_clip expects.
+    Ids keep the order of the full vocabulary: the end of text is the highest, as open_clip expects.
     """
     full = open_clip.SimpleTokenizer()
     parts_of = {"".join(pair): pair for pair in full.bpe_ranks}
@@ -180,7 +180,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> open_clip.CLIP:
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> dict:
-    """Return open_clip's model_cfg; `hf_tokenizer_name` refers to the tokenizer beside the weights."""
+    """Return open_clip's model_cfg; `hf_tokenizer_name` is the tokenizer beside the weights."""
     return {
         "embed_dim": 128,
         "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "patch_size": 8, "head_width": 32},

@@ -1,9 +1,9 @@
-"""Train ContentV-nano and its judges from scratch, on one GPU: `python -m rlhf.nano.pretrain --output DIR`.
+"""Train ContentV-nano and its judges from scratch: `python -m rlhf.nano.pretrain --output DIR`.
 
-Stages, in order, on procedural clips (`rlhf.nano.world`):
+Stages, in order, on one GPU, with procedural clips (`rlhf.nano.world`):
   vae          AutoencoderKLWan, single frames first, then clips
   judges       verifier, CLIP of single frames, preference model; also on VAE reconstructions
-  transformer  the denoiser and its three text encoders by flow matching, on captions with some errors
+  transformer  the denoiser and its text encoders by flow matching, on captions with some errors
   report       attribute accuracy of renders, reconstructions and samples; sample sheets
 A second start on the same folder continues after the last finished stage.
 """
@@ -54,7 +54,7 @@ class Denoiser(nn.Module):
         self.encoders = nn.ModuleDict(parts.build_text_encoders(tokenizers))
 
     def embed(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed token ids (B, L) as joint tokens (B, 2 L, D) and pooled (B, P), as `encode_prompt` does."""
+        """Return joint tokens (B, 2 L, D) and pooled (B, P) of token ids (B, L)."""
         names = "text_encoder", "text_encoder_2"
         first, second = (self.encoders[k](clip_ids, output_hidden_states=True) for k in names)
         clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
@@ -144,7 +144,7 @@ def sample(
     device: torch.device,
     guidance: float,
 ) -> torch.Tensor:
-    """Return videos (B, 3, T, H, W) in [0, 1] of the prompts, by the pipeline's Euler steps in one batch."""
+    """Return videos (B, 3, T, H, W) in [0, 1] by the pipeline's Euler steps, in one batch."""
     steps = parts.SAMPLING["num_inference_steps"]
     ids = [token_table(tokenizers[k], [*prompts, ""], device) for k in ("tokenizer", "tokenizer_3")]
     text, pooled = model.embed(*ids)
@@ -166,7 +166,7 @@ def sample(
 
 @torch.no_grad()
 def accuracy(verifier: Verifier, video: torch.Tensor, wanted: world.Scenes) -> dict[str, float]:
-    """Return the share of clips whose attributes the verifier reads as wanted, each and all together."""
+    """Return the share of clips with the wanted attributes, each and all, by the verifier."""
     right = torch.stack([verifier(video)[k].argmax(1) == wanted[k] for k in world.JUDGED], 1)
     values = dict(zip(world.JUDGED, right.float().mean(0).tolist(), strict=True))
     values["all"] = right.all(1).float().mean().item()
@@ -188,7 +188,7 @@ def save_pipeline(folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, token
 
 
 def save_judges(folder: Path, verifier, clip, clip_tokenizer, preference) -> None:
-    """Write verifier and preference model as float16 safetensors, CLIP in the layout of open_clip."""
+    """Write verifier and preference model as float16 safetensors, CLIP in open_clip's layout."""
     parts.save_clip(clip, clip_tokenizer, folder / "clip")
     parts.save_half(verifier, folder / "verifier.safetensors")
     parts.save_half(preference, folder / "preference.safetensors")
@@ -204,7 +204,7 @@ def save_sheet(path: Path, video: torch.Tensor) -> None:
 def report(
     folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, tokenizers: dict, verifier: Verifier, device: torch.device
 ) -> dict:
-    """Return the verifier's accuracy on renders, reconstructions and samples; write sample sheets."""
+    """Return the accuracy of renders, reconstructions and samples; write sample sheets."""
     scenes = world.sample_scenes(512, torch.Generator(device).manual_seed(1), held_out=True)
     real = world.render(scenes)
     rebuilt = torch.cat([reconstruct(vae, clips) for clips in real.split(128)])
@@ -223,7 +223,7 @@ def report(
 
 
 class Stages:
-    """The trained models, each saved in `folder` when it is done, so that a second start can continue.
+    """The trained models, each saved in `folder` when done, so that a second start can continue.
 
     Each has its own randomness from (seed, name), so it does not depend on the stages before it.
     """
@@ -239,7 +239,7 @@ class Stages:
         return torch.Generator(self.device).manual_seed(start)
 
     def __call__(self, name: str, build: Callable[[], nn.Module], train_stage: Callable) -> nn.Module:
-        """Return the module of `build`, trained by train_stage(module, generator) or loaded if it was saved."""
+        """Return the module of `build`, trained by train_stage(module, generator) or loaded."""
         path, own = self.folder / f"{name}.safetensors", self.generator(name)
         module = build().to(self.device)
         if path.exists():

@@ -1,4 +1,4 @@
-"""Training of ContentV-nano's judges, without labels: verifier, CLIP of frames, preference model."""
+"""Training of ContentV-nano's judges: verifier, CLIP of frames, preference model."""
 
 import open_clip
 import torch
@@ -16,8 +16,8 @@ JUDGE_POOL = 24_576  # clips, 0.2 MB each
 class ClipPool:
     """Training clips as bytes, half of them reconstructed by the VAE with some latent noise.
 
-    So the judges learn to ignore the decoder's traces. The first `BAD` clips also have a version with
-    very much latent noise.
+    So the judges learn to ignore the decoder's traces. The first `BAD` clips also have a version
+    with very much latent noise.
     """
 
     BAD = 4096
@@ -58,7 +58,7 @@ def _to_bytes(video):
 
 
 def degrade(pool: ClipPool, pick: torch.Tensor, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return worse versions of clips: latent noise, blur, low contrast, shuffled frames, grain, bad outlines."""
+    """Return worse clips: latent noise, blur, low contrast, shuffled frames, grain, bad outlines."""
     chunks = list(video.clone().chunk(8))
     bad = pool.bad[pick[: len(chunks[0])] % pool.BAD].float() / 255
     has_bad = (pick[: len(bad)] < pool.BAD).view(-1, 1, 1, 1, 1)
@@ -97,7 +97,7 @@ def random_wording(count: int, generator: torch.Generator) -> torch.Tensor:
 def caption_pairs(
     table: torch.Tensor, scenes: world.Scenes, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids of each scene's caption, and of one with a wrong attribute in the same wording."""
+    """Return token ids of each scene's caption, and of that with one wrong attribute."""
     wording = random_wording(len(scenes["color"]), generator)
     wrong = corrupt_one_attribute(scenes, generator)
     return tuple(table[parts.caption_index(captioned, wording)] for captioned in (scenes, wrong))
@@ -120,7 +120,7 @@ def train_verifier(
 
 
 def contrastive(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return CLIP's symmetric loss of the pairs (B, D) in the batch; scale: factor of the cosines."""
+    """Return CLIP's symmetric loss of the pairs (B, D); scale: factor of the cosines."""
     logits, target = a @ b.T * scale, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -156,7 +156,7 @@ def train_clip(
 def train_preference(
     model: judges.Preference, pool: ClipPool, generator: torch.Generator, steps: dict[str, int]
 ) -> None:
-    """Train by Bradley-Terry on generated pairs: clean over degraded, correct over wrong captions."""
+    """Train by Bradley-Terry on pairs: clean over degraded, correct over wrong captions."""
     table = judges.word_ids(parts.all_captions()).to(generator.device)
 
     def batch():

@@ -9,10 +9,10 @@ from rlhf.nano.loop import train
 
 
 def encode_whole(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and log variance of all latents in one pass, as `vae.encode` does in steps of frames."""
+    """Return mean and log variance of all latents, as `vae.encode`, but in one pass."""
 
     def halve_frames(resample, inputs, out):
-        # Without a cache, diffusers' module skips its temporal convolution, which leaves out frame 0.
+        # Without a cache diffusers skips the temporal convolution, which leaves out frame 0.
         return torch.cat([out[:, :, :1], resample.time_conv(out)], 2) if out.shape[2] > 1 else out
 
     downsamplers = (m for m in vae.encoder.modules() if getattr(m, "mode", "") == "downsample3d")
@@ -53,7 +53,7 @@ def train_vae(vae: AutoencoderKLWan, generator: torch.Generator, steps: dict[str
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, generator: torch.Generator) -> None:
-    """Set mean and standard deviation of each latent channel, over 1,024 clips, in the VAE's config."""
+    """Set mean and deviation of each latent channel, over 1,024 clips, in the VAE's config."""
     scenes = [world.sample_scenes(32, generator) for _ in range(32)]
     latents = torch.cat([encode_whole(vae, world.render(drawn) * 2 - 1)[0] for drawn in scenes])
     mean, std = latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()

@@ -1,8 +1,8 @@
 """The world of ContentV-nano: captioned clips of one or two moving shapes.
 
-A scene has six attributes and a position; its caption names the attributes in one of several wordings.
-Every sixth combination of colour, shape and motion is held out: no training clip and no training prompt
-has it. The same seed gives the same scenes and prompts on every machine.
+A scene has six attributes and a position; its caption names the attributes in one of several
+wordings. Every sixth combination of colour, shape and motion is held out: no training clip and no
+training prompt has it. The same seed gives the same scenes and prompts on every machine.
 
 Shapes as in `rlhf.types`; a scene batch is a dict of (B,) tensors (see `sample_scenes`).
 """
@@ -170,7 +170,7 @@ def caption(scene: dict[str, int], sentence: int = 0, phrase: int = 0) -> str:
 
 
 def captions(scenes: Scenes, generator: torch.Generator | None = None) -> list[str]:
-    """Return a caption for each scene: in random wording with a CPU generator, else in the first."""
+    """Return a caption for each scene: in random wording with a CPU generator, else the first."""
     rows = {k: scenes[k].tolist() for k in NUM_VALUES}
     count = len(rows["color"])
     wording = torch.zeros(count, 2, dtype=torch.long)

@@ -127,7 +127,7 @@ def cards(run: Run, page_folder: Path, room: float) -> Iterator[Card]:
 
 
 def settings_rows(config: dict) -> Iterator[tuple[str, str, str, bool]]:
-    """Yield name, value, help and whether the value is not the default, for each setting of a run."""
+    """Yield name, value, help and whether the value is no default, for each setting of a run."""
     known = {field.name: field for field in fields(RewardGradientConfig)}
     defaults = vars(RewardGradientConfig())
     for name, value in config.items():

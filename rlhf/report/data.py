@@ -1,4 +1,4 @@
-"""The data of a report, read from a run's folder; a run that was killed or failed has less of it."""
+"""The data of a report, read from a run's folder; a killed or failed run has less of it."""
 
 import math
 from dataclasses import dataclass, field
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def _finished(self) -> bool:
-        """Return whether the last start came to its end; files of an earlier end may still exist."""
+        """Return whether the last start came to its end; files of an earlier end may exist."""
         starts = self.environment
         ended = len(starts) < 2 or "seconds" in starts[-1]
         return (self.folder / "adapter").is_dir() and ended and self.ended_by is None

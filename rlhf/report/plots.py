@@ -156,7 +156,7 @@ def _draw_series(axis, series: Series) -> None:
 
 
 def _for_page(svg: str, number: int, title: str) -> str:
-    """Turn an SVG file into an element: unique ids, the page's colours and font, the size of its place."""
+    """Turn an SVG file into an element with unique ids and the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="p{number}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1p{number}-", svg)

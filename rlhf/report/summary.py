@@ -13,7 +13,7 @@ from rlhf.report.contact_sheet import CONTACT_SHEET, draw_contact_sheet
 def write_results(
     folder: Path, summary: dict, prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: torch.Tensor
 ) -> None:
-    """Write summary.json and, of uint8 videos if there are some, the contact sheet; print the table."""
+    """Write summary.json and, if there are uint8 videos, the contact sheet; print the table."""
     write_json(folder / "summary.json", summary)
     if len(before_NCTHW) and len(after_NCTHW):
         draw_contact_sheet(prompts, before_NCTHW, after_NCTHW, folder / CONTACT_SHEET)
