@@ -3,9 +3,10 @@
     python eval/compare.py videos/base videos/tuned
     python eval/compare.py videos/base videos/tuned --by shape --json compare.json
 
-Videos are paired by prompt and seed. The seeds of a prompt are averaged, as they are not independent.
-Intervals are Student's t intervals of the paired differences, as in a run's report and summary.json.
-p-values are those of the same t test, with Holm's correction for several rewards or categories.
+Videos are paired by prompt and seed. The seeds of a prompt are averaged, as they are dependent.
+Intervals are Student's t intervals of the paired differences, as in a run's report and its
+summary.json. p-values are those of the same t test, with Holm's correction for several rewards or
+categories.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Make videos of a model for prompts and seeds, from the same noise for every model.
 
-    python eval/generate.py --from_run runs/nano --base --output videos/base          the base model
-    python eval/generate.py --from_run runs/nano --output videos/tuned                with the adapter
-    python eval/generate.py --from_run runs/nano --scale 0.5 --output videos/half     scaled by 0.5
+    python eval/generate.py --from_run runs/nano --base --output videos/base        the base model
+    python eval/generate.py --from_run runs/nano --output videos/tuned              with adapter
+    python eval/generate.py --from_run runs/nano --scale 0.5 --output videos/half   scaled by 0.5
     python eval/generate.py --model exported/nano --prompts my.txt --output videos/mine
 
 Writes OUTPUT/0000-seed0.mp4 and so on, with their prompts in OUTPUT/videos.jsonl. A second start

@@ -3,10 +3,10 @@
     python eval/score.py videos/base videos/tuned --reward nano_verifier --reward nano_clip
     python eval/score.py other/videos --names_are_prompts --reward hps_v2_1 --device cuda
 
-The prompts of a folder are in videos.jsonl ({"file", "prompt"} a line, as eval/generate.py writes it),
-in the prompts.txt of a run's samples, or in file names such as `a red kite-0.mp4`. Writes scores.jsonl
-beside the videos. Scores are cached by file content, so nothing is scored twice and a second start
-resumes. With `accelerate launch` all devices share the work.
+The prompts of a folder are in videos.jsonl ({"file", "prompt"} a line, as eval/generate.py writes
+it), in the prompts.txt of a run's samples, or in file names such as `a red kite-0.mp4`. Writes
+scores.jsonl beside the videos. Scores are cached by file content, so nothing is scored twice and a
+second start resumes. With `accelerate launch` all devices share the work.
 """
 
 import argparse

@@ -1,12 +1,13 @@
 """Make videos in VBench's folder layout, and compute those of its dimensions that are rewards here.
 
-    python eval/vbench.py make --full_info VBench_full_info.json --from_run runs/mine --output vbench/mine
-    python eval/vbench.py score --full_info VBench_full_info.json --output vbench/mine --device cuda
+    python eval/vbench.py make --full_info VBench_full_info.json --from_run runs/a --output vbench/a
+    python eval/vbench.py score --full_info VBench_full_info.json --output vbench/a --device cuda
 
-VBench_full_info.json comes with VBench (github.com/Vchitect/VBench, folder vbench): its 946 prompts with
-the dimensions, 16 in all, that each is for. `make` writes OUTPUT/SUITE/PROMPT-INDEX.mp4, five videos a
-prompt and 25 for temporal_flickering, each from its own noise. It prints the official tool's command for
-every dimension. A second start resumes. With `accelerate launch` all devices share the work.
+VBench_full_info.json comes with VBench (github.com/Vchitect/VBench, folder vbench): its 946 prompts
+with the dimensions, 16 in all, that each is for. `make` writes OUTPUT/SUITE/PROMPT-INDEX.mp4, five
+videos a prompt and 25 for temporal_flickering, each from its own noise. It prints the official
+tool's command for every dimension. A second start resumes. With `accelerate launch` all devices
+share the work.
 """
 
 import argparse
@@ -125,7 +126,7 @@ def official_commands(root: Path, dimensions: list[str] | None) -> str:
 
 
 def score_dimensions(args: argparse.Namespace) -> tuple[list[dict], bool]:
-    """Return rows {"dimension", "value", "videos", "note"}, and whether the process is the main one."""
+    """Return rows {"dimension", "value", "videos", "note"}, and whether this process is main."""
     dimensions = [name for name in args.dimension or REWARDS if name in REWARDS]
     if not dimensions:
         expected = f"expected some of {', '.join(REWARDS)}"

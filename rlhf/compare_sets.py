@@ -55,7 +55,7 @@ def compare(pairs: Pairs, category_of: Callable[[str], str] | None = None) -> li
     """Return a row for each reward over all prompts, then for each reward and category.
 
     A row is that of `paired_test` with "reward", "category" and "prompts", their number. "p_holm"
-    is its p-value after Holm's correction for all rows of its kind (all prompts, or categories), and
+    is its p-value after Holm's correction for all rows of its kind (all prompts or categories), and
     "finding" says whether that is below 5 %.
     """
     groups: dict[str, list[int]] = {}

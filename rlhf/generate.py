@@ -83,7 +83,7 @@ class Variant:
 def generate(
     variant: Variant, videos: list[Video], sampling: SamplingDefaults, accelerator: Accelerator, batch_size: int
 ) -> int:
-    """Make the videos whose files are absent, on all processes; return the number made by this one."""
+    """Make the videos whose files are absent, on all processes; return how many this one made."""
     own = videos[accelerator.process_index :: accelerator.num_processes]
     todo = [video for video in own if not video.path.exists()]
     if todo:

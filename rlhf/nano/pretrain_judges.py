@@ -58,7 +58,7 @@ def _to_bytes(video):
 
 
 def degrade(pool: ClipPool, pick: torch.Tensor, video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return worse clips: latent noise, blur, low contrast, shuffled frames, grain, bad outlines."""
+    """Return worse clips: latent noise, blur, low contrast, shuffled, grain, bad outlines."""
     chunks = list(video.clone().chunk(8))
     bad = pool.bad[pick[: len(chunks[0])] % pool.BAD].float() / 255
     has_bad = (pick[: len(bad)] < pool.BAD).view(-1, 1, 1, 1, 1)
