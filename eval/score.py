@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rewards.cli.table import table
+from rewards.cli.table import format_table
 from rewards.flags import frame_count, mapping
 from rewards.read import check_file
 from rewards.score import prompts_of
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"eval/score.py: {error}", file=sys.stderr)
         return 2
     if accelerator.is_main_process:
-        print(f"mean scores\n{table(rows)}")
+        print(f"mean scores\n{format_table(rows)}")
     accelerator.end_training()
     return 0
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from generate import add_model_flags, checked_sampling, fill_from_run, make_videos
 from score import add_scoring_flags, open_processes, open_scorer, score_all
 
-from rewards.cli.table import table
+from rewards.cli.table import format_table
 from rewards.flags import file_to_write
 from rlhf.io import write_json
 from rlhf.video_set import Video, require_files
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if is_main:
         cells = [(row["dimension"], f"{row['value']:.4f}", str(row["videos"]), row["note"]) for row in rows]
-        print(table([("dimension", "value", "videos", "against VBench"), *cells]))
+        print(format_table([("dimension", "value", "videos", "against VBench"), *cells]))
         if args.json:
             write_json(args.json, rows)
     return 0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rewards.base import RewardError, frames_needed
 from rewards.catalogue import CATALOGUE
+from rewards.cli.table import format_table
 from rewards.flags import device, file_to_write, frame_count, mapping
-from rewards.list import table
 from rewards.load import load_reward, name_in
 from rewards.mix import RewardMix
 from rewards.read import check_file, read_video
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # RewardError is the first
         print(f"rewards.score: {error}", file=sys.stderr)
         return 1
-    print(table([("file", "frames", *rewards), *(_cells(row) for row in rows)]))
+    print(format_table([("file", "frames", *rewards), *(_cells(row) for row in rows)]))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
     return 0

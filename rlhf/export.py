@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merge_adapter
+from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged
 from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, one_line
 from rlhf.contentv.loading import load_transformer
 from rlhf.contentv.pipeline import INDEX_CLASSES
@@ -53,7 +53,7 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     transformer = load_transformer(base)
     load_adapter(transformer, adapter.parent)
     with empty_folder_on_error(out):
-        with merge_adapter(transformer, scale) as plain:
+        with merged(transformer, scale) as plain:
             plain.save_pretrained(out / "transformer")
         for name in set(CONFIG_FILES) - {"transformer"}:
             shutil.copytree(base / name, out / name)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merge_adapter
+from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged
 from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
@@ -65,7 +65,7 @@ class Variant:
         if self.lora:
             load_adapter(pipe.transformer, self.lora)
         if self.merge:
-            with merge_adapter(pipe.transformer, self.scale) as plain:
+            with merged(pipe.transformer, self.scale) as plain:
                 pipe.transformer = plain
                 yield pipe
             return

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
 
-from rlhf.adapter.merge import ADAPTER_FILE, merge_adapter
+from rlhf.adapter.merge import ADAPTER_FILE, merged
 from rlhf.contentv.loading import load_pipeline
 from rlhf.export import main
 
@@ -131,7 +131,7 @@ def test_an_export_that_breaks_off_leaves_nothing_in_the_way_of_the_next(run, ki
 def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():
     transformer = add_adapter(tiny_pipeline()).transformer
     before = {key: value.clone() for key, value in transformer.state_dict().items()}
-    with merge_adapter(transformer, 0.7) as plain:
+    with merged(transformer, 0.7) as plain:
         key = "transformer_blocks.0.attn.to_q"
         assert not torch.equal(plain.state_dict()[f"{key}.weight"], before[f"{key}.base_layer.weight"])
     after = transformer.state_dict()
@@ -142,7 +142,7 @@ def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():
 def test_unmerging_happens_even_after_an_error():
     pipe = add_adapter(tiny_pipeline())
     expected = velocity(pipe)
-    with pytest.raises(RuntimeError, match="stop"), merge_adapter(pipe.transformer, 0.3):
+    with pytest.raises(RuntimeError, match="stop"), merged(pipe.transformer, 0.3):
         raise RuntimeError("stop")
     torch.testing.assert_close(velocity(pipe), expected, atol=1e-6, rtol=1e-6)
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
-from rlhf.adapter.merge import ADAPTER_FILE, merge_adapter
+from rlhf.adapter.merge import ADAPTER_FILE, merged
 from rlhf.export import main
 from rlhf.lora import ATTENTION
 from rlhf.trainer import RewardGradientTrainer
@@ -116,7 +116,7 @@ def test_magnitudes_are_scaled_from_those_of_the_base():
     b.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     learnt, norms, added = magnitude.detach().clone(), base.norm(dim=1), (b.weight @ a.weight).detach()
     for scale in (0.0, 0.5, 1.0, 2.0):
-        with merge_adapter(transformer, scale) as plain:
+        with merged(transformer, scale) as plain:
             direction = base + scale * added
             expected = direction / direction.norm(dim=1, keepdim=True) * norms.lerp(learnt, scale)[:, None]
             torch.testing.assert_close(plain.proj_out.weight, expected)

@@ -1,1 +1,1 @@
-"""The LoRA adapter: fp32 master weights, merging, scaling, optimizer."""
+"""The trained part of the transformer."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from rewards.cli.table import table
+from rewards.cli.table import format_table
 from rlhf.evaluation.statistics import INTERVAL
 from rlhf.io import write_json
 from rlhf.report.contact_sheet import CONTACT_SHEET, draw_contact_sheet
@@ -29,7 +29,7 @@ def summary_table(summary: dict) -> str:
         named = summary[group].items()
         rows += [_cells(f"{name} ({group.replace('_', '-')})", row) for name, row in named]
     rows += [_cells(name, summary[name]) for name in ("motion", "diversity") if summary[name]]
-    return table(rows, numbers=True)
+    return format_table(rows, numbers=True)
 
 
 def _cells(name: str, row: dict) -> tuple[str, ...]:

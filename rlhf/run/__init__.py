@@ -1,1 +1,1 @@
-"""A run on disk: folder, checkpoints, metrics, sample videos."""
+"""A run on disk, and what resumes and stops it."""
