@@ -1,7 +1,7 @@
 """Text to video: `python demo.py` samples the embedded nano model and writes video.mp4.
 
-`python demo.py --model_id ByteDance/ContentV-8B` samples the real one, with USE_ASCEND_NPU=1 on an Ascend NPU.
-`--lora RUN/adapter` adds what a training run learned.
+`python demo.py --model_id ByteDance/ContentV-8B` samples the real model; set USE_ASCEND_NPU=1 on an
+Ascend NPU. `--lora RUN/adapter` adds the adapter of a training run.
 """
 
 import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
@@ -25,18 +25,18 @@ from rlhf.run_folder import settings_in
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
 PROMPTS = {
     "nano": "a large red circle moving left on a white background",
-    CONTENTV_8B: "A young musician sits on a rustic wooden stool in a cozy, dimly lit room, strumming an acoustic "
-    "guitar with a worn, sunburst finish.",
+    CONTENTV_8B: "A young musician sits on a rustic wooden stool in a cozy, dimly lit room, strumming "
+    "an acoustic guitar with a worn, sunburst finish.",
 }
 NEGATIVE_PROMPTS = {
-    CONTENTV_8B: "overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, bad eyes, bad "
-    "limbs, distortion",
+    CONTENTV_8B: "overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, bad "
+    "eyes, bad limbs, distortion",
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command. Exits with a message where something is wrong."""
-    args = parse(arguments)
+    """Run the command; exit with a message on an error."""
+    args = parse_demo_args(arguments)
     try:
         device = pick_device(args.device)
         pipe = load_pipeline(args.model_id, device=device)
@@ -50,45 +50,46 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"demo.py: error: {error}") from error
     export_to_video(video, str(args.output), fps=sampling.fps)
-    print(f"wrote {args.output}: {len(video)} frames of {sampling.width}x{sampling.height} at {sampling.fps} fps")
+    size = f"{len(video)} frames of {sampling.width}x{sampling.height}"
+    print(f"wrote {args.output}: {size} at {sampling.fps} fps")
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The flags of the command."""
+def parse_demo_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the command's flags."""
     parser = argparse.ArgumentParser(description="Sample a video from a prompt.")
     parser.add_argument("--model_id", default="nano", help="nano, a folder, or a hub id (default: %(default)s)")
-    parser.add_argument("--prompt", help="what to show; nano and ContentV-8B have one of their own")
+    parser.add_argument("--prompt", help="text prompt (default: an example for nano and ContentV-8B)")
     parser.add_argument(
         "--output", type=file_to_write, default="video.mp4", help="file to write (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=42, help="of the initial noise (default: %(default)s)")
-    parser.add_argument("--device", help=f"one of {', '.join(KNOWN_DEVICES)}; by default what the machine has")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the initial noise (default: %(default)s)")
+    parser.add_argument("--device", help=f"{', '.join(KNOWN_DEVICES)} (default: what the machine has)")
     parser.add_argument("--lora", help="folder of an adapter, such as RUN/adapter")
     for field in fields(SamplingDefaults):
-        parser.add_argument(f"--{field.name}", type=field.type, help="by default what the checkpoint recommends")
+        parser.add_argument(f"--{field.name}", type=field.type, help="default: the checkpoint's recommendation")
     args = parser.parse_args(arguments)
     args.prompt = args.prompt or PROMPTS.get(args.model_id)
     if args.output.suffix not in VIDEOS:
         parser.error(f"argument --output: got {args.output.name!r}, expected {' or '.join(VIDEOS)}; correct it")
     if args.prompt is None:
-        parser.error(f"{args.model_id} has no prompt of its own; add --prompt")
+        parser.error(f"--prompt: got none, expected one for {args.model_id}; add it")
     if args.negative_prompt is None:
         args.negative_prompt = NEGATIVE_PROMPTS.get(args.model_id)
     return args
 
 
 def add_lora(pipe: ContentVPipeline, name: str) -> None:
-    """Add an adapter from a folder, a file, or a hub id. Raises ValueError if it is not there."""
+    """Add an adapter from a folder, a file, or a hub id. Raise ValueError if there is none."""
     try:
         pipe.load_lora_weights(name)
         require_adapter(pipe.transformer, name)
-    except Exception as error:  # offline, unknown and gated ones all have types of their own
+    except Exception as error:  # offline, unknown and gated hub ids have types of their own
         expected = "expected the folder of an adapter such as runs/nano/adapter, or a hub id"
         raise ValueError(f"--lora: got {name!r} ({one_line(error)}), {expected}; correct the path") from error
 
 
 def override(sampling: SamplingDefaults, args: argparse.Namespace) -> SamplingDefaults:
-    """The checkpoint's sampling with whatever the command line set."""
+    """Return the checkpoint's sampling defaults with the values of the command line."""
     given = {field.name: getattr(args, field.name) for field in fields(SamplingDefaults)}
     return replace(sampling, **{name: value for name, value in given.items() if value is not None})
 

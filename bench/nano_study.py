@@ -27,6 +27,7 @@ from study_arms import cost_key
 from study_runs import Conditions
 
 from rlhf.device import pick_device
+from rlhf.io import write_json
 from rlhf.parallel import available_cores
 
 EVAL_SEED = 11  # prompts on which no recipe was chosen
@@ -133,11 +134,8 @@ class Study:
         self.write()
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.about["wall_seconds"] = self.took + time.perf_counter() - self.began
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"environment": self.about, "rows": self.rows}, indent=1) + "\n")
-        unfinished.replace(self.path)
+        write_json(self.path, {"environment": self.about, "rows": self.rows}, indent=1)
 
 
 def told(row: dict) -> str:

@@ -19,7 +19,6 @@ blocks are compiled; each use of a rollout after the first at a seventh of the f
 import argparse
 import gc
 import json
-import os
 import statistics
 import sys
 import time
@@ -38,6 +37,7 @@ from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_second
 from rlhf.contentv.flow import euler_step
 from rlhf.contentv.wan_decoder import saturated_share, unnormalise
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
+from rlhf.io import write_json
 from rlhf.method.options import MethodOptions
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient
@@ -249,10 +249,7 @@ def limit_memory(device: torch.device, gib: float | None) -> None:
 
 def write(path: Path, about: dict, rows: list[dict]) -> None:
     """Whole or not at all: a run that is killed leaves the rows of before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_json(path, {"environment": about, "rows": rows})
 
 
 def key(row: dict) -> tuple:

@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from rlhf.compare import student_t_975
+from rlhf.evaluation.statistics import student_t_975
 
 DEFAULT = "DRaFT-K"  # the project's own recipe, configs/nano.yaml
 AT_FULL_SIZE = ", at full size's prices"  # how names of arms of bench/cheaper.py end

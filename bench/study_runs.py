@@ -20,10 +20,10 @@ from study_arms import BEST_OF, DEFAULT, ROOT, settings_of, split
 
 from rewards import RewardMix
 from rlhf.checks import check_config
-from rlhf.compare import paired
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator, synchronize
 from rlhf.evaluate import Evaluation
+from rlhf.evaluation.statistics import paired_interval
 from rlhf.guards import gains
 from rlhf.measures import DIVERSITY, OF_ONE_VIDEO, distance
 from rlhf.methods import make_plan
@@ -184,7 +184,7 @@ def judged(scores: dict[str, torch.Tensor], conditions: Conditions) -> dict:
     """Differences to the base on the same prompts by short name; the interval is over prompts."""
     base = Evaluation.load(base_path(conditions)).scores
     pairs = {name: (base[name], scores_N[: len(base[name])].cpu()) for name, scores_N in scores.items()}
-    found = {name: paired(*pair) for name, pair in pairs.items() if len(pair[0])}
+    found = {name: paired_interval(*pair) for name, pair in pairs.items() if len(pair[0])}
     unknown = [name for name, row in found.items() if not torch.tensor(row["tuned"]).isfinite()]
     if unknown:
         raise ValueError(f"the run ended with {', '.join(unknown)} not finite; lower its learning rate")

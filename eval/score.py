@@ -1,59 +1,62 @@
-"""What rewards say of videos, of this model or of another:
+"""Score videos with rewards, of this model or of another.
 
     python eval/score.py videos/base videos/tuned --reward nano_verifier --reward nano_clip
     python eval/score.py other/videos --names_are_prompts --reward hps_v2_1 --device cuda
 
-A folder says what its videos show in videos.jsonl ({"file", "prompt"} a line, as eval/generate.py writes it), in the
-prompts.txt of a run's samples, or in file names such as `a red kite-0.mp4`. Writes scores.jsonl beside the videos.
-Scores are kept by content: what was scored once is not scored again, whatever its name. Started again it goes on. With
-`accelerate launch` all devices share the work.
+The prompts of a folder are in videos.jsonl ({"file", "prompt"} a line, as eval/generate.py writes
+it), in the prompts.txt of a run's samples, or in file names such as `a red kite-0.mp4`. Writes
+scores.jsonl beside the videos. Scores are cached by file content, so nothing is scored twice and a
+second start resumes. With `accelerate launch` all devices share the work.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from rewards.cli.files import check_file
 from rewards.cli.flags import frame_count, mapping
 from rewards.cli.table import format_table
 from rewards.score import prompts_of
 from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
-from rlhf.reading import read_rows, reading
-from rlhf.video_set import SCORES, Video, name_in, read_set, require_files, write_rows
+from rlhf.io import file_errors, read_rows, write_rows
+from rlhf.video_set import SCORES, Video, read_set, relative_name, require_files
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of the command."""
+def parse_score_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command's flags."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="eval/score.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of videos")
     parser.add_argument("--reward", action="append", required=True, dest="rewards", help="name or spec; repeatable")
-    parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: ..}}")
-    parser.add_argument("--names_are_prompts", action="store_true", help="read prompts off the file names")
-    parser.add_argument("--max_frames", type=frame_count, help="score the leading frames only")
+    parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: value}}")
+    parser.add_argument("--names_are_prompts", action="store_true", help="take the prompts from the file names")
+    parser.add_argument("--max_frames", type=frame_count, help="score only so many leading frames (default: all)")
     add_scoring_flags(parser)
     return parser.parse_args(argv)
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
-    """Where scores are made and kept: shared with eval/vbench.py."""
-    parser.add_argument("--device", help="kind of device; by default what the machine has")
-    parser.add_argument("--cache", type=Path, help="folder of kept scores (default: ~/.cache/contentv-rlhf/scores)")
+    """Add the flags of device and cache, which eval/vbench.py has, too."""
+    parser.add_argument("--device", help="kind of device (default: what the machine has)")
+    cache = "folder of cached scores (default: ~/.cache/contentv-rlhf/scores)"
+    parser.add_argument("--cache", type=Path, help=cache)
 
 
 def score_all(videos: list[Video], scorer: Scorer, accelerator) -> list[dict[str, float]]:
-    """The scores of each video; all processes share the work through the cache."""
+    """Return the scores of each video; all processes share the work through the cache."""
+    from rlhf.tracking import progress_bar
+
     own = videos[accelerator.process_index :: accelerator.num_processes]
-    for video in tqdm(own, desc="score", unit="video", disable=not accelerator.is_main_process):
-        scorer(video.path, video.prompt)
+    with progress_bar("score", "video", len(own), accelerator.is_main_process) as bar:
+        for video in own:
+            scorer(video.path, video.prompt)
+            bar.update()
     accelerator.wait_for_everyone()
     return [scorer(video.path, video.prompt) for video in videos] if accelerator.is_main_process else []
 
 
 def checked_set(folder: Path, args: argparse.Namespace) -> list[Video]:
-    """The videos of a folder, all there and with the prompts that the rewards want. Raises ValueError."""
+    """Return the videos of a folder. Raise ValueError if a file or a needed prompt is missing."""
     videos = read_set(folder, args.names_are_prompts)
     require_files(videos)
     for video in videos:
@@ -65,23 +68,24 @@ def checked_set(folder: Path, args: argparse.Namespace) -> list[Video]:
 def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float]]) -> None:
     """Write scores.jsonl, {"file", "sha256", "prompt", "seed", "category", "scores"} a line.
 
-    What it says of other rewards stays, for files that are still the same.
+    Scores by other rewards stay, for files that have not changed.
     """
     path, old = folder / SCORES, {}
     if path.is_file():
         known = read_rows(path)
-        with reading(path):
+        with file_errors(path):
             old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in known}
     rows = []
     for video, new in zip(videos, scores, strict=True):
-        name, content = name_in(folder, video.path), content_of(video.path)
-        row = {"file": name, "sha256": content, "prompt": video.prompt, "seed": video.seed, "category": video.category}
+        name, content = relative_name(folder, video.path), content_of(video.path)
+        row = {"file": name, "sha256": content, "prompt": video.prompt}
+        row |= {"seed": video.seed, "category": video.category}
         rows.append(row | {"scores": old.get((name, content, video.prompt), {}) | new})
     write_rows(path, rows)
 
 
 def open_processes(args: argparse.Namespace):
-    """The accelerator of the processes that share the work."""
+    """Return the accelerator of the processes that share the work."""
     from rlhf.config import RewardGradientConfig
     from rlhf.parallel import make_accelerator
 
@@ -89,13 +93,14 @@ def open_processes(args: argparse.Namespace):
 
 
 def open_scorer(args: argparse.Namespace, accelerator, rewards: list[str], kwargs: dict, max_frames=None) -> Scorer:
-    """The rewards on this process's device, with the scores that are kept."""
-    return Scorer(rewards, kwargs, ScoreCache(args.cache or default_cache()), str(accelerator.device), max_frames)
+    """Return the scorer of the rewards on this process's device, with its cache."""
+    cache = ScoreCache(args.cache or default_cache())
+    return Scorer(rewards, kwargs, cache, str(accelerator.device), max_frames)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the scores and print their means; return the exit status."""
-    args = parse(argv)
+    args = parse_score_args(argv)
     try:
         sets = {folder: checked_set(folder, args) for folder in args.folders}
         accelerator = open_processes(args)
@@ -107,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_scores(folder, videos, scores)
                 means = (sum(row[name] for row in scores) / len(scores) for name in scorer.specs)
                 rows.append((str(folder), str(len(videos)), *(f"{mean:.5g}" for mean in means)))
-    except (ValueError, OSError) as error:  # RewardError is the first
+    except (ValueError, OSError) as error:  # RewardError is a ValueError
         print(f"eval/score.py: {error}", file=sys.stderr)
         return 2
     if accelerator.is_main_process:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rewards.load import check_spec
 from rewards.score import by_name, load_rewards, score
+from rlhf.io import write_whole
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
 
@@ -35,12 +36,9 @@ class ScoreCache:
             return None
 
     def put(self, key: str, score: float) -> None:
-        """Write a score."""
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps({"score": score}))
-        unfinished.replace(path)
+        """Keep a score."""
+        with write_whole(self._path(key), shared=True) as unfinished:
+            unfinished.write_text(json.dumps({"score": score}))
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

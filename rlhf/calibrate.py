@@ -11,9 +11,9 @@ import torch
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluate import OF_A_VIDEO, MakeVideos, kept_settings
+from rlhf.io import read_object
 from rlhf.layout import Layout
 from rlhf.parallel import own_batches
-from rlhf.reading import read_object
 from rlhf.sampler import draw_noise
 
 # {"scores": {name: [raw score of each base sample]}, "settings": those of ALIKE}

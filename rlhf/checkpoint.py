@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
-from rlhf.reading import reading
+from rlhf.io import file_errors
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
     from rlhf.adapter.masters import Masters
@@ -131,8 +131,8 @@ def save_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
 
 
 def load_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
-    """Fill a flat vector of the masters from a file of `save_vector`. Raises DamagedFileError."""
-    with reading(path):
+    """Fill a flat vector of the masters from such a file. Raises DamagedFileError."""
+    with file_errors(path):
         tensors = load_file(path)
     masters.load(vector, tensors)
 

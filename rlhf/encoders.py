@@ -4,8 +4,8 @@ import torch
 
 from rlhf.contentv.files import CONFIG_FILES, CONTENTV_8B, model_folder
 from rlhf.contentv.loading import TEXT_ENCODERS
+from rlhf.io import read_object
 from rlhf.parts import trace_call
-from rlhf.reading import read_object
 from rlhf.text import ENCODE_BATCH
 
 # ContentV-8B has those of Stable Diffusion 3.5: CLIP L/14 (arXiv 2103.00020), OpenCLIP bigG/14

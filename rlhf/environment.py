@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from rlhf.device import energy_joules, peak_memory, pick_device
+from rlhf.io import read_log
 from rlhf.parallel import available_cores
-from rlhf.reading import read_log
 
 ENVIRONMENT = "environment.jsonl"
 PACKAGES = ("contentv-rlhf", "torch", "diffusers", "transformers", "peft", "accelerate")

@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
+from rlhf.io import file_errors, write_whole
 from rlhf.layout import Layout
 from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
 from rlhf.parallel import own_batches
-from rlhf.reading import reading
+from rlhf.run.video import to_uint8, write_samples
 from rlhf.sampler import draw_noise
 from rlhf.trackers import Clip
-from rlhf.tracking import EvaluationBar, to_uint8, write_samples
+from rlhf.tracking import progress_bar
 
 # Settings without which a prompt's and a noise's video is another one, or judged otherwise.
 OF_A_VIDEO = (
@@ -48,17 +49,15 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Write it as one safetensors file, whole or not at all; prompts and settings are in its metadata."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
         told = {"prompts": json.dumps(self.prompts), "settings": json.dumps(self.settings)}
-        unfinished = path.with_name(f"{path.name}.tmp")
-        save_file(tensors | {"videos": self.videos_NCTHW}, unfinished, metadata=told)
-        unfinished.replace(path)
+        with write_whole(path) as unfinished:
+            save_file(tensors | {"videos": self.videos_NCTHW}, unfinished, metadata=told)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
         """Read what `save` wrote. Raises DamagedFileError."""
-        with reading(path), safe_open(path, "pt") as file:
+        with file_errors(path), safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             prompts, settings = (json.loads(file.metadata().get(key, "{}")) for key in ("prompts", "settings"))
         scores = {k[7:]: v for k, v in tensors.items() if k != "videos"}
@@ -113,7 +112,7 @@ class HeldOut:
         info = {"fps": self.fps, "seed": self.args.eval_seed, "step": 0}
         own = [i for rows in batches for i in rows]
         count = len(own) + sum(i < self.diversity_count for i in own)
-        with EvaluationBar(name, count, self._is_main) as progress:
+        with progress_bar(f"evaluate {name}", "video", count, self._is_main) as bar:
             for number, rows in enumerate(batches):
                 video = self._videos(make_videos, rows, draw=0)
                 twice = [i for i in rows if i < self.diversity_count]
@@ -128,7 +127,7 @@ class HeldOut:
                 if twice:
                     scores[DIVERSITY][twice] = distance(video[: len(twice)], other).cpu()
                 videos.append(to_uint8(video[: max(0, shown - rows[0])]))
-                progress(len(rows) + len(twice))
+                bar.update(len(rows) + len(twice))
         scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
         videos_NCTHW = self._leading(torch.cat(videos), len(self.prompts), shown)
         evaluation = Evaluation(self.prompts, scores, videos_NCTHW, self._settings)

@@ -199,7 +199,7 @@ class TracedModel:
             window = min(args.decode_window or wanted, wanted) if with_gradient else wanted
             first = (wanted - window) // 2  # training draws it for each step
             options = chunk, args.decode_checkpoint, first
-            caches = MetaOffload() if args.decode_caches == "host" else args.decode_caches
+            caches = MetaOffload() if args.decode_caches == "host" else None
             decode = lambda z: decode_video(vae, z, first + window, *options, caches)
             z = torch.empty(batch, C, latents, *size, device="meta")
             return trace_call(decode, z, vae, with_gradient=with_gradient, skip_no_grad=True)

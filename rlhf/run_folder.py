@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.io import read_object
 from rlhf.older_settings import translate
 from rlhf.prompts import write_prompts
-from rlhf.reading import read_object
 
 METRICS = "metrics.jsonl"
 BEST = "best_adapter"

@@ -1,5 +1,6 @@
-"""The trackers that `report_to` names, through accelerate, and sample videos in the form that each can show."""
+"""The trackers of `report_to`, through accelerate, and sample videos in their formats."""
 
+import importlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -14,25 +15,26 @@ from PIL import Image
 from rlhf.config import RewardGradientConfig
 
 PROJECT = "contentv-rlhf"
-GIF_SIDE, GIF_RATE = 320, 12  # pixels of the longer side, frames a second: at most, since a GIF is hardly compressed
+GIF_SIDE, GIF_RATE = 320, 12  # at most, as GIFs are large: pixels of the longer side, frames a second
 
 
 @contextmanager
 def tracked(accelerator: Accelerator, args: RewardGradientConfig) -> Iterator[None]:
-    """Inside, the trackers that args name run, as `accelerator.trackers`."""
+    """Start the trackers of `report_to` as `accelerator.trackers`; finish them after the block."""
     if args.report_to:
         accelerator.init_trackers(PROJECT, config=_plain(args))
     try:
         yield
     finally:
-        for tracker in accelerator.trackers:  # end_training would take the process group down as well
+        for tracker in accelerator.trackers:  # end_training would also end the process group
             tracker.finish()
-        accelerator.trackers = []  # nor shall it finish them twice
+        accelerator.trackers = []  # so that end_training does not finish them twice
 
 
 def _plain(args: RewardGradientConfig) -> dict:
-    """Settings as trackers take them: numbers and strings."""
-    return {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in vars(args).items()}
+    """Return the settings as trackers take them: numbers and strings."""
+    plain = lambda value: value if isinstance(value, int | float | str | bool) else json.dumps(value)
+    return {name: plain(value) for name, value in vars(args).items()}
 
 
 @dataclass(frozen=True)
@@ -46,61 +48,57 @@ class Clip:
 
     @property
     def tag(self) -> str:
-        """The same at each step, so that a tracker shows how the samples of a prompt change."""
+        """Return the tag, the same at each step, so that trackers show how samples change."""
         return f"samples/{self.path.stem}"
 
     def gif(self) -> bytes:
-        """The video as an animated GIF that repeats, smaller and slower where it is large."""
+        """Return a repeating GIF with at most GIF_SIDE pixels and GIF_RATE frames a second."""
         every = -(-self.fps // GIF_RATE)
-        frames = [Image.fromarray(frame.numpy()) for frame in self.video_CTHW[:, ::every].permute(1, 2, 3, 0)]
+        pixels_THWC = self.video_CTHW[:, ::every].permute(1, 2, 3, 0)
+        frames = [Image.fromarray(frame.numpy()) for frame in pixels_THWC]
         for frame in frames:
             frame.thumbnail((GIF_SIDE, GIF_SIDE))
-        file = io.BytesIO()
-        duration = 1000 * every / self.fps  # milliseconds a frame
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+        file, duration = io.BytesIO(), 1000 * every / self.fps  # milliseconds a frame
+        options = {"append_images": frames[1:], "duration": duration, "loop": 0}
+        frames[0].save(file, "GIF", save_all=True, **options)
         return file.getvalue()
 
 
 def show(accelerator: Accelerator, step: int, clips: list[Clip]) -> None:
-    """Show sample videos in those of its trackers that can; the others have the metrics, and samples/ the files."""
+    """Show sample videos in the trackers that can show videos; the others get the metrics only."""
     for tracker in accelerator.trackers:
-        if tracker.name in SHOWN_BY and clips:
-            SHOWN_BY[tracker.name](tracker, step, clips)
+        if tracker.name in SHOW_VIDEOS and clips:
+            SHOW_VIDEOS[tracker.name](tracker, step, clips)
 
 
-def _in_tensorboard(tracker, step: int, clips: list[Clip]) -> None:
-    """Among its images, which may be GIFs; its own add_video makes such ones too, with moviepy."""
+def _show_in_tensorboard(tracker, step: int, clips: list[Clip]) -> None:
+    """Log GIFs as images, which needs no moviepy, unlike TensorBoard's add_video."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     for clip in clips:
         height, width = clip.video_CTHW.shape[2:]
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=clip.gif())
+        gif = {"colorspace": 3, "encoded_image_string": clip.gif()}
+        image = Summary.Image(height=height, width=width, **gif)
         summary = Summary(value=[Summary.Value(tag=clip.tag, image=image)])
         tracker.writer.file_writer.add_summary(summary, step)
     tracker.log({clip.tag: clip.prompt for clip in clips}, step=step)  # as text
 
 
-def _in_wandb(tracker, step: int, clips: list[Clip]) -> None:
-    import wandb
+def _show_in(library: str, as_gif: bool = False) -> Callable:
+    """Return a function that logs videos with the library's `Video` class, as files or GIFs."""
 
-    tracker.log({clip.tag: wandb.Video(str(clip.path), caption=clip.prompt) for clip in clips}, step=step)
+    def show_videos(tracker, step: int, clips: list[Clip]) -> None:
+        make = importlib.import_module(library).Video
+        data = lambda clip: io.BytesIO(clip.gif()) if as_gif else str(clip.path)
+        videos = {clip.tag: make(data(clip), caption=clip.prompt) for clip in clips}
+        tracker.log(videos, step=step)
 
-
-def _in_trackio(tracker, step: int, clips: list[Clip]) -> None:
-    import trackio
-
-    tracker.log({clip.tag: trackio.Video(str(clip.path), caption=clip.prompt) for clip in clips}, step=step)
-
-
-def _in_swanlab(tracker, step: int, clips: list[Clip]) -> None:
-    import swanlab  # it takes GIFs alone, docs.swanlab.cn/en/api/py-video.html
-
-    tracker.log({clip.tag: swanlab.Video(io.BytesIO(clip.gif()), caption=clip.prompt) for clip in clips}, step=step)
+    return show_videos
 
 
-SHOWN_BY: dict[str, Callable] = {
-    "tensorboard": _in_tensorboard,
-    "wandb": _in_wandb,
-    "trackio": _in_trackio,
-    "swanlab": _in_swanlab,
+SHOW_VIDEOS: dict[str, Callable] = {
+    "tensorboard": _show_in_tensorboard,
+    "wandb": _show_in("wandb"),
+    "trackio": _show_in("trackio"),
+    "swanlab": _show_in("swanlab", as_gif=True),  # it takes no other kind, docs.swanlab.cn/en/api/py-video.html
 }

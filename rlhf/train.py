@@ -59,7 +59,7 @@ def train(args: RewardGradientConfig) -> int:
 
     from rlhf.checkpoint import SavingError, last_whole
     from rlhf.failures import TrainingError, out_of_memory
-    from rlhf.reading import DamagedFileError
+    from rlhf.io import DamagedFileError
     from rlhf.trainer import RewardGradientTrainer
 
     try:

@@ -218,7 +218,7 @@ class RewardGradientTrainer:
         place = {"step": step + 1, "epoch": self.batches.samples_before(step + 1) / len(self.batches.prompts)}
         if error := not_finite(scores_SR, norm, self.failure, self.rewards, self.last_batch, self.accelerator):
             self.optimizer.zero_grad(set_to_none=False)
-            return place | self.skips.add(error) | cost.so_far()
+            return place | self.skips.add(error) | cost.elapsed()
         self.skips.in_a_row = 0
         require_gradient(norm, self.state.global_step, self.rewards, columns[0])
         clip_gradient(self.masters.vector.grad, norm, args.max_grad_norm)
@@ -234,7 +234,7 @@ class RewardGradientTrainer:
             **score_metrics(list(columns[0]), scores_SR),
             "grad_norm": norm,
             "learning_rate": learning_rate(step, args),
-            **cost.so_far(),
+            **cost.elapsed(),
             "samples": self.batches.samples_before(step + 1),
         }
 

@@ -1,7 +1,8 @@
-"""Videos on disk and what each was asked to show: what `eval/` makes, scores and compares.
+"""Sets of videos on disk with their prompts, which `eval/` makes, scores and compares.
 
-A set is a folder. Its prompts are in videos.jsonl, one object a line: {"file", "prompt"} and, where known, "seed" and
-"category"; or in the prompts.txt of a run's samples; or in the file names, as VBench has them: `PROMPT-0.mp4`.
+A set is a folder. Its prompts are in videos.jsonl, an object a line: {"file", "prompt"} and, where
+known, "seed" and "category". Or they are in the prompts.txt of a run's samples, or in file names of
+VBench: `PROMPT-0.mp4`.
 """
 
 import dataclasses
@@ -13,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards.cli.files import VIDEOS
-from rlhf.reading import reading
+from rlhf.io import file_errors, write_rows
 
-MANIFEST, SCORES = "videos.jsonl", "scores.jsonl"
-NUMBER_ENDING = re.compile(r"-\d+$")
-Key = tuple[str, int, int]  # prompt, seed, and which of the videos that have both
+MANIFEST, PROMPTS, SCORES = "videos.jsonl", "prompts.txt", "scores.jsonl"
+NUMBER_ENDING = re.compile(r"-(\d+)$")
+Key = tuple[str, int, int]  # prompt, seed, position among the videos of both
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video that is there, or is to be made."""
+    """A video that exists or is to be made."""
 
     path: Path
     prompt: str
@@ -31,35 +32,43 @@ class Video:
 
 
 def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
-    """The videos of a folder, in the order of its list or of their names.
+    """Return the videos of a folder, in the order of its list or of their names.
 
-    names_are_prompts: read them off the file names where there is no list. Raises ValueError for a folder that is
-    absent, empty or without prompts, and for a list that does not hold together.
+    Args:
+        names_are_prompts: read the prompts off the file names if there is no list.
+
+    Raises:
+        ValueError: the folder is absent, empty or without prompts, or its list is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: got no folder there, expected one with videos; correct the path")
     if (folder / MANIFEST).is_file():
-        videos = [_listed(folder, number, line) for number, line in _lines(folder / MANIFEST)]
-    elif (folder / "prompts.txt").is_file():
-        rows = [line.split("\t", 1) for _, line in _lines(folder / "prompts.txt")]
-        with reading(folder / "prompts.txt"):
+        videos = [_parse_row(folder, number, line) for number, line in _lines(folder / MANIFEST)]
+    elif (folder / PROMPTS).is_file():
+        rows = [line.split("\t", 1) for _, line in _lines(folder / PROMPTS)]
+        with file_errors(folder / PROMPTS):
             videos = [Video(folder / f"{name}.mp4", prompt) for name, prompt in rows]
     elif names_are_prompts:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS)
-        videos = [Video(path, prompt_of(path), _number(path)) for path in paths]
+        videos = [Video(path, prompt_from_name(path), _number(path)) for path in paths]
     else:
         raise ValueError(
-            f"{folder}: got neither {MANIFEST} nor prompts.txt, expected one of them to say what each video was asked "
-            'to show; write one ({"file": "a.mp4", "prompt": ".."} a line), or say that the file names are the prompts'
+            f"{folder}: got neither {MANIFEST} nor {PROMPTS}, expected one of them with the prompt of "
+            'each video; write one ({"file": "a.mp4", "prompt": ".."} a line), or say that the file '
+            "names are the prompts"
         )
     if not videos:
-        raise ValueError(f"{folder}: got no videos, expected one or more ({', '.join(VIDEOS)}); correct the path")
+        kinds = ", ".join(VIDEOS)
+        raise ValueError(f"{folder}: got no videos, expected one or more ({kinds}); correct the path")
     return videos
 
 
-def numbered(prompts_and_seeds: Iterable[tuple[str, int]]) -> list[Key]:
-    """What pairs each video with another model's: where prompt and seed repeat, the first is the other's first."""
+def pair_keys(prompts_and_seeds: Iterable[tuple[str, int]]) -> list[Key]:
+    """Return the key that pairs each video with that of another model.
+
+    Videos that repeat prompt and seed are paired in their order.
+    """
     seen: Counter[tuple[str, int]] = Counter()
     keys = []
     for prompt, seed in prompts_and_seeds:
@@ -68,29 +77,31 @@ def numbered(prompts_and_seeds: Iterable[tuple[str, int]]) -> list[Key]:
     return keys
 
 
-def unbroken(prompt: str) -> str:
-    """The prompt as prompts.txt has it."""
+def single_line(prompt: str) -> str:
+    """Return the prompt without line breaks, as prompts.txt has it."""
     return " ".join(prompt.splitlines())
 
 
 def require_files(videos: list[Video]) -> None:
-    """Raise ValueError if some are not there."""
+    """Raise ValueError if the file of a video is absent."""
     absent = [video.path for video in videos if not video.path.is_file()]
     if absent:
-        raise ValueError(
-            f"{absent[0]}: got {len(absent)} of {len(videos)} videos missing, expected all of them; finish making them"
-        )
+        got = f"{len(absent)} of {len(videos)} videos missing"
+        raise ValueError(f"{absent[0]}: got {got}, expected all of them; finish making them")
 
 
-def together(folder: Path, videos: list[Video]) -> list[Video]:
-    """The videos that the folder lists, and these. Raises ValueError if the list says otherwise of one of them."""
+def merge_manifest(folder: Path, videos: list[Video]) -> list[Video]:
+    """Return the videos that the folder lists, and these.
+
+    Raises ValueError if the list has another prompt for one of them.
+    """
     path = folder / MANIFEST
     old = {video.path: video for video in read_set(folder)} if path.is_file() else {}
     for video in videos:
         if video.path in old and old[video.path].prompt != video.prompt:
             raise ValueError(
-                f"{path}: got the prompt {old[video.path].prompt!r} for {video.path.name}, expected {video.prompt!r}: "
-                "the prompts have changed since; choose another output folder"
+                f"{path}: got the prompt {old[video.path].prompt!r} for {video.path.name}, expected "
+                f"{video.prompt!r}: the prompts have changed; choose another output folder"
             )
     return list((old | {video.path: video for video in videos}).values())
 
@@ -100,44 +111,39 @@ def write_manifest(folder: Path, videos: list[Video]) -> None:
     write_rows(folder / MANIFEST, [_row(folder, video) for video in videos])
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write an object a line, whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(path)
-
-
-def name_in(folder: Path, path: Path) -> str:
-    """The path as a list in the folder has it: relative to the folder, for a file elsewhere as it was given."""
+def relative_name(folder: Path, path: Path) -> str:
+    """Return the path relative to the folder; that of a file elsewhere as given."""
     return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
 
-def prompt_of(path: Path) -> str:
-    """The prompt in a file name: all but the ending and a number before it, as VBench's own tool reads it."""
+def prompt_from_name(path: Path) -> str:
+    """Return the prompt in a file name: all before "-NUMBER" and the ending, as VBench reads it."""
     return NUMBER_ENDING.sub("", path.stem)
 
 
 def _number(path: Path) -> int:
     ending = NUMBER_ENDING.search(path.stem)
-    return int(ending[0][1:]) if ending else 0
+    return int(ending[1]) if ending else 0
 
 
 def _row(folder: Path, video: Video) -> dict:
     row = dataclasses.asdict(video)
-    row = {"file": name_in(folder, row.pop("path"))} | row
+    row = {"file": relative_name(folder, row.pop("path"))} | row
     return {key: value for key, value in row.items() if value is not None}
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    with reading(path):
+    """Return the lines that are not blank, with their numbers from 1."""
+    with file_errors(path):
         lines = path.read_text(encoding="utf-8").splitlines()
     return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
 
 
-def _listed(folder: Path, number: int, line: str) -> Video:
+def _parse_row(folder: Path, number: int, line: str) -> Video:
     try:
         row = json.loads(line)
-        return Video(folder / row["file"], str(row["prompt"]), int(row.get("seed", 0)), row.get("category"))
+        path, seed = folder / row["file"], int(row.get("seed", 0))
+        return Video(path, str(row["prompt"]), seed, row.get("category"))
     except (ValueError, KeyError, TypeError) as error:
         expected = 'an object with "file" and "prompt"'
         raise ValueError(

@@ -10,14 +10,14 @@ import torch
 from rlhf.adapter.masters import Masters
 from rlhf.callbacks import Tell
 from rlhf.checkpoint import load_vector, save_vector
-from rlhf.compare import summarise
 from rlhf.evaluate import Evaluation, HeldOut, MakeVideos
+from rlhf.evaluation.statistics import summarize
 from rlhf.failures import TrainingError
 from rlhf.guards import Guard, gains
 from rlhf.lora import save_adapter
 from rlhf.optimizer import due
+from rlhf.report.summary import write_results
 from rlhf.run_folder import BEST
-from rlhf.tracking import write_results
 
 MASTERS_FILE = "masters.safetensors"
 KEPT = ("best_gain", "best_step", "worse")  # of a guard, in a checkpoint
@@ -120,7 +120,7 @@ class Watch:
         tuned = self.latest[1] if known else self.held_out.evaluate("tuned", done)
         found, seconds = self._gains(tuned), time.perf_counter() - started
         self._metrics(tuned, found)
-        summary = summarise(self.base, tuned, list(self.trained), seconds, done) | found
+        summary = summarize(self.base, tuned, list(self.trained), seconds, done) | found
         if self.guard:
             summary["best"] = {"step": self.guard.best_step, "gain_held_out": self.guard.best_gain}
         if self.is_main:

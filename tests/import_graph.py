@@ -51,7 +51,8 @@ ROOMS = {
     ),
     "results": (
         "judging, comparing and showing what was learnt",
-        "rlhf.figures rlhf.trackers rlhf.tracking rlhf.evaluate rlhf.compare rlhf.resampling "
+        "rlhf.trackers rlhf.tracking rlhf.run rlhf.run.* rlhf.evaluate rlhf.evaluation "
+        "rlhf.evaluation.* rlhf.adapter rlhf.adapter.* "
         "rlhf.video_set rlhf.compare_sets rlhf.report rlhf.report.* rlhf.model_card rlhf.hub rlhf.lora_scale "
         "rlhf.adapter.merge rlhf.export rlhf.generate rlhf.device_check",
     ),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.compare import summarise
 from rlhf.config import RewardGradientConfig
 from rlhf.environment import record_start
 from rlhf.evaluate import Evaluation
+from rlhf.evaluation.statistics import summarize
 from rlhf.report import write_report
-from rlhf.tracking import write_samples
+from rlhf.run.video import write_samples
 
 NASTY = "a red fox </script><script>bad()</script> \"quoted\" & 'so' on"
 PROMPTS = [NASTY, *(f"prompt number {i}" for i in range(1, 12))]
@@ -83,7 +83,7 @@ def finished(started, encoded):
     base, tuned = evaluations()
     base.save(started / "evaluation" / "base.safetensors")
     tuned.save(started / "evaluation" / "tuned.safetensors")
-    summary = summarise(base, tuned, ["redness"], 30.0, 6)
+    summary = summarize(base, tuned, ["redness"], 30.0, 6)
     summary |= {"gain_trained": 1.5, "gain_held_out": -0.25, "hacking_gap": 1.75}
     (started / "summary.json").write_text(json.dumps(summary))
     (started / "adapter").mkdir()

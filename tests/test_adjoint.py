@@ -2,19 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
-from diffusers.models.normalization import RMSNorm
 from kept import KeptBytes
 from peft import LoraConfig
+from problem import GUIDANCE, SIGMAS, keep_float64
 from tiny import tiny_conditioning, tiny_transformer, tiny_vae
 
 from rlhf.adjoint import Stepwise
 from rlhf.contentv.flow import euler_step, guided_velocity
 from rlhf.contentv.wan_decoder import decode_video
-
-SIGMAS = torch.tensor([1.0, 0.7, 0.4, 0.0], dtype=torch.float64)
-GUIDANCE = 3.0
 
 
 class Problem:
@@ -77,9 +72,7 @@ def test_in_float32_they_differ_by_a_millionth_at_most(num_grad):
 
 
 def test_the_gradient_equals_central_finite_differences(monkeypatch):
-    """In float64 throughout: diffusers rounds to float32 in two places, which would blur finite differences."""
-    monkeypatch.setattr(WanUpsample, "forward", torch.nn.Upsample.forward)
-    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.eps))
+    keep_float64(monkeypatch)
     problem, generator = Problem(), torch.Generator().manual_seed(6)
     gradient = problem.gradient(problem.stepwise, 2)
     with torch.no_grad():

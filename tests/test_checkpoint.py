@@ -22,8 +22,8 @@ from rlhf.checkpoint import (
     save_checkpoint,
 )
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.io import DamagedFileError
 from rlhf.lora import add_adapter, lora_config
-from rlhf.reading import DamagedFileError
 from rlhf.run.signals import StopRequest, signals_interrupt
 
 

@@ -15,7 +15,7 @@ from tiny import SAMPLING, tiny_pipeline
 from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
 
 DEMO = runpy.run_path(str(Path(__file__).parents[1] / "demo.py"))
-main, parse, override = DEMO["main"], DEMO["parse"], DEMO["override"]
+main, parse, override = DEMO["main"], DEMO["parse_demo_args"], DEMO["override"]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_video_that_cannot_be_written_is_told_before_it_is_sampled(output, tol
 def test_another_model_needs_a_prompt(capsys):
     with pytest.raises(SystemExit):
         parse(["--model_id", "some/where"])
-    assert "add --prompt" in capsys.readouterr().err
+    assert "--prompt: got none, expected one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fences import NEEDS, PAGES, ROOT, Block, blocks, commands, python_words
 from scripts import script
 
 from rlhf.config import RewardGradientConfig, field_names
-from rlhf.export import parse as parse_export
+from rlhf.export import parse_export_args as parse_export
 from rlhf.parse import parse_config
 from rlhf.tracking import read_metrics
 
@@ -148,7 +148,7 @@ def understood(script: str, *arguments: str) -> None:
     if script == "train_rlhf.py":
         parse_config([word for word in arguments if word != "..."], "configs/nano.yaml")
     elif script.startswith(("eval/", "demo.py")):
-        runpy.run_path(script)["parse"](list(arguments))  # argparse would end the test
+        runpy.run_path(script)[f"parse_{Path(script).stem}_args"](list(arguments))  # argparse would end the test
 
 
 # ------------------------------------------------------------------------------------- what is named and linked

@@ -20,6 +20,7 @@ from rlhf.nano.world import held_out_prompts
 from rlhf.video_set import Video, read_set
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "generate.py"))
+parse = SCRIPT["parse_generate_args"]
 PROMPTS = ["a red fox", "rain", "the sea"]
 SMALL = ["--height", "16", "--width", "32", "--num_frames", "5", "--num_inference_steps", "2", "--device", "cpu"]
 
@@ -82,9 +83,9 @@ def test_an_adapter_that_was_taught_guidance_is_sampled_without(run, tmp_path):
     (other / "config.yaml").write_text(yaml.safe_dump(settings))
     scales = {}
     for name, flags in (("tuned", []), ("base", ["--base"]), ("asked for", ["--guidance_scale", "2"])):
-        scales[name] = SCRIPT["parse"](["--output", "x", "--from_run", str(other), *flags]).guidance_scale
+        scales[name] = parse(["--output", "x", "--from_run", str(other), *flags]).guidance_scale
     assert scales == {"tuned": 1.0, "base": 4.0, "asked for": 2.0}
-    alone = {folder: SCRIPT["parse"](["--output", "x", "--lora", str(folder / "adapter")]) for folder in (run, other)}
+    alone = {folder: parse(["--output", "x", "--lora", str(folder / "adapter")]) for folder in (run, other)}
     assert [found.guidance_scale for found in alone.values()] == [None, 1.0], "of an adapter without its run, too"
 
 
@@ -125,8 +126,8 @@ def test_it_goes_on_where_it_ended(run, tmp_path, monkeypatch):
     first = make(tmp_path, "--from_run", run, "--seeds", 0, 1)
     before = {video.path: (video.path.read_bytes(), video.path.stat().st_mtime_ns) for video in first}
     first[2].path.unlink()
-    made, whole = [], rlhf.generate.write_whole
-    monkeypatch.setattr("rlhf.generate.write_whole", lambda path, *rest: (made.append(path), whole(path, *rest)))
+    made, whole = [], rlhf.generate.save_video
+    monkeypatch.setattr("rlhf.generate.save_video", lambda path, *rest: (made.append(path), whole(path, *rest)))
     again = make(tmp_path, "--from_run", run, "--seeds", 0, 1, "--num_prompts", 3)
     assert made == [first[2].path, again[4].path, again[5].path]  # what was missing, and the prompt that is new
     for path, (content, time) in before.items():
@@ -149,7 +150,7 @@ def test_an_interrupted_video_is_absent(tmp_path, monkeypatch):
 
     monkeypatch.setattr("rlhf.generate.write_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        rlhf.generate.write_whole(tmp_path / "a.mp4", torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 8)
+        rlhf.generate.save_video(tmp_path / "a.mp4", torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 8)
     assert not (tmp_path / "a.mp4").exists()
 
 
@@ -157,7 +158,7 @@ def test_processes_share_the_work_and_make_the_same(run, tmp_path):
     variant = Variant(str(run.parent / "base"))
     made = {}
     for processes in (1, 2):
-        videos = SCRIPT["jobs"](tmp_path / str(processes), PROMPTS, [0])
+        videos = SCRIPT["planned_videos"](tmp_path / str(processes), PROMPTS, [0])
         for index in range(processes):
             accelerator = SimpleNamespace(
                 process_index=index,

@@ -11,8 +11,8 @@ import torch
 from rewards import score_cache
 from rewards.cli.files import read_video
 from rewards.score_cache import ScoreCache, Scorer, reward_identity
-from rlhf.tracking import write_video
-from rlhf.video_set import prompt_of, read_set
+from rlhf.run.video import write_video
+from rlhf.video_set import prompt_from_name, read_set
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "score.py"))
 REWARD = "def length(video, prompts, **info):\n    return video.mean((1, 2, 3, 4)) * 0 + {factor} * len(prompts[0])\n"
@@ -187,8 +187,8 @@ def test_samples_of_a_run_and_names_say_the_prompts(made, tmp_path):
         ("0.mp4", "a red fox"),
         ("2.mp4", "rain, at night"),
     ]
-    assert prompt_of(Path("x/a red kite-0.mp4")) == "a red kite"
-    assert prompt_of(Path("a t-shirt.mp4")) == "a t-shirt"
+    assert prompt_from_name(Path("x/a red kite-0.mp4")) == "a red kite"
+    assert prompt_from_name(Path("a t-shirt.mp4")) == "a t-shirt"
 
 
 def test_videos_may_lie_elsewhere(made, run, tmp_path):

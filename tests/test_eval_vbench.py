@@ -12,10 +12,10 @@ import torch
 from tiny import tiny_pipeline
 
 from rewards.cli.files import read_video
-from rlhf.tracking import write_video
+from rlhf.run.video import write_video
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "vbench.py"))
-layout, read_suites, main = SCRIPT["layout"], SCRIPT["read_suites"], SCRIPT["main"]
+vbench_videos, read_suites, main = SCRIPT["vbench_videos"], SCRIPT["read_suites"], SCRIPT["main"]
 
 # What VBench_full_info.json says of which prompts are for which dimensions: eleven kinds, each a suite of its own.
 KINDS = [
@@ -64,12 +64,12 @@ def touch(videos) -> None:
 
 def commands(root) -> dict[str, Path]:
     """{dimension: folder} of the printed commands of the official tool."""
-    lines = [shlex.split(line) for line in SCRIPT["commands"](root, None).splitlines()]
+    lines = [shlex.split(line) for line in SCRIPT["official_commands"](root, None).splitlines()]
     return {line[-1]: Path(line[line.index("--videos_path") + 1]) for line in lines if line[1] == "evaluate"}
 
 
 def test_every_dimension_finds_all_of_its_videos(full_info, tmp_path):
-    touch(layout(tmp_path, read_suites(full_info, None)))
+    touch(vbench_videos(tmp_path, read_suites(full_info, None)))
     told = commands(tmp_path)
     dimensions = {dimension for kind in KINDS for dimension in kind}
     assert set(told) == dimensions
@@ -82,10 +82,10 @@ def test_every_dimension_finds_all_of_its_videos(full_info, tmp_path):
 
 
 def test_temporal_flickering_has_25_of_a_prompt_and_goes_through_the_filter(full_info, tmp_path):
-    videos = layout(tmp_path, read_suites(full_info, ["temporal_flickering"]))
+    videos = vbench_videos(tmp_path, read_suites(full_info, ["temporal_flickering"]))
     assert len(videos) == 75
     assert len({(video.prompt, video.seed) for video in videos}) == 75
-    first, second = SCRIPT["commands"](tmp_path, ["temporal_flickering"]).splitlines()
+    first, second = SCRIPT["official_commands"](tmp_path, ["temporal_flickering"]).splitlines()
     assert first.startswith(f"vbench static_filter --videos_path {tmp_path.resolve()}/temporal_flickering ")
     results = shlex.split(first)[-1]
     assert f"--videos_path {results}/filtered_videos --dimension temporal_flickering" in second
@@ -95,7 +95,7 @@ def test_dimensions_of_one_suite_share_its_videos(full_info, tmp_path):
     asked = ["subject_consistency", "motion_smoothness", "dynamic_degree", "aesthetic_quality"]
     suites = read_suites(full_info, asked)
     assert list(suites) == ["subject_consistency", "overall_consistency"]
-    assert len(layout(tmp_path, suites)) == 2 * 15
+    assert len(vbench_videos(tmp_path, suites)) == 2 * 15
 
 
 @pytest.mark.skipif(
@@ -105,7 +105,7 @@ def test_the_official_code_finds_every_video_of_every_prompt(tmp_path, capsys):
     """The real prompts, and the tool's own method, lifted out of its module, which wants packages of its own."""
     checkout = Path(os.environ["VBENCH"])
     full_info = checkout / "vbench" / "VBench_full_info.json"
-    videos = layout(tmp_path / "videos", read_suites(full_info, None))
+    videos = vbench_videos(tmp_path / "videos", read_suites(full_info, None))
     touch(videos)
     tree = ast.parse((checkout / "vbench" / "__init__.py").read_text())
     (own,) = (node for node in ast.walk(tree) if getattr(node, "name", "") == "build_full_info_json")
@@ -152,7 +152,7 @@ def test_videos_are_made_where_they_are_looked_for_and_go_on(full_info, tmp_path
 
 def test_our_values_are_the_means_over_the_dimensions_videos(full_info, tmp_path, capsys):
     generator, changes = torch.Generator().manual_seed(0), []
-    videos = layout(tmp_path / "out", read_suites(full_info, ["temporal_flickering"]))
+    videos = vbench_videos(tmp_path / "out", read_suites(full_info, ["temporal_flickering"]))
     for video in videos[:3]:
         video.path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 255, (3, 3, 16, 16), generator=generator, dtype=torch.uint8)

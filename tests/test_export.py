@@ -242,6 +242,6 @@ def test_a_scale_that_is_no_number_and_a_place_that_cannot_be_written_are_told(r
             main([str(run), kind, str(tmp_path / "out"), "--scale", scale])
     (tmp_path / "file").write_text("mine")
     with pytest.raises(
-        SystemExit, match="got NotADirectoryError.*expected to read .* and to write .*file/out; look at"
+        SystemExit, match="got NotADirectoryError.*expected to read .* and to write .*file/out; check paths"
     ):
         main([str(run), kind, str(tmp_path / "file" / "out")])

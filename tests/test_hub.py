@@ -96,7 +96,7 @@ def test_what_shall_be_private_is_not_uploaded_where_all_can_see_it(hub, monkeyp
     hub.public = True
     flags = [str(tmp_path), "--merged", str(tmp_path / "out"), "--push_to_hub", "me/x"]
     with pytest.raises(
-        SystemExit, match="got me/x, which is public already, expected a private one; .* whole: make it"
+        SystemExit, match="got me/x, which is public already, expected a private one; .* complete: make it"
     ):
         export.main([*flags, "--private"])
     assert [call[0] for call in hub.calls] == ["create"]

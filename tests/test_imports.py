@@ -42,7 +42,7 @@ def test_settings_are_checked_before_the_libraries_that_take_seconds_are_importe
 
 def test_scores_are_compared_without_the_libraries_of_models():
     _, modules = modules_after("import rlhf.compare_sets")
-    assert "rlhf.compare" in modules
+    assert "rlhf.evaluation.statistics" in modules
     assert not modules & {"diffusers", "transformers", "peft", "accelerate"}
 
 

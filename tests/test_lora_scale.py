@@ -101,7 +101,7 @@ def test_magnitudes_are_not_dropped_silently(make_args, tmp_path):
     with pytest.raises(SystemExit, match="got an adapter with magnitudes.*use --merged"):
         main([str(tmp_path / "run"), "--adapter", str(tmp_path / "out"), "--convention", "comfyui"])
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit, match="scale: got 0.5 for magnitudes .*use --merged"):
+    with pytest.raises(SystemExit, match="scale: got 0.5 for an adapter with lora_use_dora.*use --merged"):
         main([str(tmp_path / "run"), "--adapter", str(tmp_path / "out"), "--scale", "0.5"])
 
 

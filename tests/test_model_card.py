@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from rewards.catalogue import CATALOGUE
-from rlhf.compare import summarise
 from rlhf.config import RewardGradientConfig
 from rlhf.environment import record_start
 from rlhf.evaluate import Evaluation
-from rlhf.model_card import PICTURE, Export, base_of, write_card
+from rlhf.evaluation.statistics import summarize
+from rlhf.model_card import PICTURE, Export, resolve_base, write_card
 
 GAINS = torch.linspace(-1, 2, 12)
 
@@ -47,7 +47,7 @@ def run(tmp_path):
     base, tuned = Evaluation(prompts, scores, none), Evaluation(prompts, tuned, none)
     base.save(folder / "evaluation" / "base.safetensors")
     tuned.save(folder / "evaluation" / "tuned.safetensors")
-    (folder / "summary.json").write_text(json.dumps(summarise(base, tuned, ["redness"], 30.0, 6)))
+    (folder / "summary.json").write_text(json.dumps(summarize(base, tuned, ["redness"], 30.0, 6)))
     Image.new("RGB", (8, 8)).save(folder / "contact_sheet.png")
     (folder / "adapter").mkdir()
     return folder
@@ -115,14 +115,14 @@ def test_the_picture_comes_along(run, tmp_path):
 
 
 def test_another_scale_is_not_credited_with_the_figures(run, tmp_path):
-    assert "counts 0.5 times here; the figures below are those of the run" in card(run, tmp_path, scale=0.5).text
+    assert "scaled by 0.5 here. The results below are those of the run" in card(run, tmp_path, scale=0.5).text
     assert "times here" not in card(run, tmp_path).text
 
 
 def test_how_to_use_each_kind(run, tmp_path):
     assert "load_lora_weights" not in card(run, tmp_path, "merged").text
     assert "load_lora_weights" in card(run, tmp_path).text
-    assert "ComfyUI has no\nclass for ContentV's transformer" in card(run, tmp_path, "comfyui").text
+    assert "ComfyUI itself has no\nclass for ContentV's transformer" in card(run, tmp_path, "comfyui").text
 
 
 @pytest.mark.parametrize("prompt", ["a \U0001f98a in the snow", 'two "lines",\nand a \\ in them', "it's"])
@@ -140,12 +140,12 @@ def test_a_run_that_ended_early_has_a_card(tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump({"model": str(tmp_path / "mine"), "seed": 0}))
     loaded = card(run, tmp_path)
     assert "The run has no evaluation before and after" in loaded.text
-    assert rows(loaded.text)["base model, mine"] == ["not known here: see where it comes from"]
+    assert rows(loaded.text)["base model, mine"] == ["unknown: see the base model's own page"]
     assert str(tmp_path) not in loaded.content
 
 
 def test_a_base_that_was_exported_keeps_its_licence(run, tmp_path):
     card(run, tmp_path, "merged", model="ByteDance/ContentV-8B")
-    again = base_of(str(tmp_path / "out"))
+    again = resolve_base(str(tmp_path / "out"))
     assert again.header["license_name"] == "stabilityai-ai-community"
     assert again.licence == "stabilityai-ai-community, https://stability.ai/community-license-agreement"

@@ -39,7 +39,8 @@ def test_the_verifier_reads_renders_and_reconstructions(pipe, verifier):
 def test_the_verifier_is_not_fooled_by_a_wrong_caption(verifier):
     drawn = held_out_scenes(64)
     right, wrong = (
-        world.captions(s) for s in (drawn, pretrain_judges.with_one_wrong(drawn, torch.Generator().manual_seed(0)))
+        world.captions(s)
+        for s in (drawn, pretrain_judges.corrupt_one_attribute(drawn, torch.Generator().manual_seed(0)))
     )
     video = world.render(drawn)
     assert verifier(video, right).mean() > 0.98
@@ -50,7 +51,7 @@ def test_the_verifier_is_not_fooled_by_a_wrong_caption(verifier):
 def test_rewards_prefer_right_captions_and_have_a_gradient(name):
     reward, drawn = load_reward(name), held_out_scenes(64)
     video, right = world.render(drawn), world.captions(drawn)
-    wrong = world.captions(pretrain_judges.with_one_wrong(drawn, torch.Generator().manual_seed(0)))
+    wrong = world.captions(pretrain_judges.corrupt_one_attribute(drawn, torch.Generator().manual_seed(0)))
     better = (reward(video, right) > reward(video, wrong)).float().mean()
     assert better > (0.95 if name == "nano_preference" else 0.75)  # a frame does not show which way a shape moves
     assert min(probe(reward, video_shape=(3, 17, 64, 64), prompts=right[:3]).grad_norms) > 0

@@ -108,7 +108,7 @@ def test_the_decoder_keeps_what_autograd_holds(settings, frames, monkeypatch):
     pipe, args, card = tiny(num_frames=17, **settings)
     call = TracedModel(args, card).decoder_call(args, 2, frames)
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
-    caches = HostMemory("cpu", smallest_bytes=0) if args.decode_caches == "host" else args.decode_caches
+    caches = HostMemory("cpu", smallest_bytes=0) if args.decode_caches == "host" else None
     pipe.vae.requires_grad_(False)
     with KeptBytes(pipe.vae) as kept:
         video = decode_video(pipe.vae, latents, frames, args.decode_chunk, args.decode_checkpoint, 0, caches)

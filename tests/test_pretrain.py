@@ -43,7 +43,7 @@ def test_careless_captions_are_wrong_as_often_as_asked_and_never_held_out():
 def test_one_wrong_changes_exactly_one_judged_attribute():
     generator = torch.Generator().manual_seed(0)
     drawn = world.sample_scenes(500, generator)
-    wrong = pretrain_judges.with_one_wrong(drawn, generator)
+    wrong = pretrain_judges.corrupt_one_attribute(drawn, generator)
     changed = sum((wrong[k] != drawn[k]).int() for k in drawn)
     assert (changed == 1).all()
 
@@ -86,7 +86,7 @@ def test_the_stages_run_on_a_cpu(monkeypatch):
         pool.video[::2].float() / 255 - rendered[::2]
     ).abs().mean() > 0.05  # even ones went through an untrained VAE
     pick, _, video = pool.draw(16, generator)
-    assert pretrain_judges.degraded(pool, pick, video, generator).shape == video.shape
+    assert pretrain_judges.degrade(pool, pick, video, generator).shape == video.shape
     tokenizers = parts.build_tokenizers()
     denoiser = pretrain.Denoiser(tokenizers)
     before = [p.clone() for p in denoiser.parameters()]

@@ -14,7 +14,7 @@ from rlhf.contentv.loading import load_pipeline
 from rlhf.encoders import encoder_configs
 from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
-from rlhf.reading import DamagedFileError
+from rlhf.io import DamagedFileError
 from rlhf.report.data import Run
 from rlhf.run_folder import settings_in
 from rlhf.tracking import read_metrics

@@ -10,9 +10,9 @@ import pytest
 from report_runs import GAINS, NASTY, PROMPTS, UNFINISHED, Page, killed, metrics, read
 from scripts import script
 
-from rlhf.compare import summarise
 from rlhf.environment import record_end, record_start
 from rlhf.evaluate import Evaluation
+from rlhf.evaluation.statistics import summarize
 from rlhf.report import finish_report, write_report
 from rlhf.report.data import Run, cost
 
@@ -48,7 +48,7 @@ def test_prompts_without_videos_are_told(finished):
         lines = (folder / "prompts.txt").read_text().splitlines(keepends=True)
         (folder / "prompts.txt").write_text("".join(lines[:7]))
     text = read(finished).text
-    assert "7 pairs, worst first. Of 5 other held-out prompts there are scores alone" in text
+    assert "7 pairs, worst first. 5 other held-out prompts have scores alone" in text
 
 
 def test_a_prompt_is_text_whatever_is_in_it(finished):
@@ -67,7 +67,7 @@ def test_it_asks_for_nothing_else(finished):
 def test_videos_beyond_the_size_stay_beside_it(finished, tmp_path):
     whole = write_report(finished).stat().st_size
     output = tmp_path / "elsewhere" / "r.html"
-    size = write_report(finished, output, most_bytes=whole - 20_000).stat().st_size
+    size = write_report(finished, output, max_bytes=whole - 20_000).stat().st_size
     assert size < whole - 20_000
     page = Page(output.read_text())
     beside = [address for address in page.addresses if not address.startswith(("data:", "#"))]
@@ -133,10 +133,10 @@ def test_one_prompt_makes_no_verdict(finished):
         one = dataclasses.replace(whole, prompts=whole.prompts[:1], scores=scores)
         one.save(finished / "evaluation" / f"{name}.safetensors")
     base, tuned = (Evaluation.load(finished / "evaluation" / f"{name}.safetensors") for name in ("base", "tuned"))
-    (finished / "summary.json").write_text(json.dumps(summarise(base, tuned, ["redness"], 30.0, 6)))
+    (finished / "summary.json").write_text(json.dumps(summarize(base, tuned, ["redness"], 30.0, 6)))
     page = read(finished)
     assert page.cells["redness"][2] != 0
-    assert page.text.count("one prompt tells nothing") > 2
+    assert page.text.count("one prompt is not enough") > 2
     assert "no clear change" not in page.text
     assert "lower" not in page.text
 

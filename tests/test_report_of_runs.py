@@ -33,7 +33,7 @@ def test_training_ends_with_a_report(tiny_pipe, make_args, real_report, held_out
     if held_out:
         summary = json.loads((folder / "summary.json").read_text())["trained"]["redness"]
         assert page.cells["redness"][:2] == [summary["base"], summary["tuned"]]
-    assert "energy not told by the device" in page.text
+    assert "energy not measured by the device" in page.text
 
 
 class Ends(TrainerCallback):

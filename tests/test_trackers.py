@@ -14,8 +14,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_pipeline
 
+from rlhf.run.video import write_samples
 from rlhf.trackers import Clip, show, tracked
-from rlhf.tracking import write_samples
 from rlhf.trainer import RewardGradientTrainer
 
 

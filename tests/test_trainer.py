@@ -48,7 +48,7 @@ def test_what_a_run_leaves(make_args):
     assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"step-{i:06d}" for i in range(5)]
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-4"]
     assert list(folder.glob("trackers/**/events.out.tfevents*"))
-    for name in ("config.yaml", "curves.png", "contact_sheet.png", "adapter", "evaluation"):
+    for name in ("config.yaml", "contact_sheet.png", "adapter", "evaluation"):
         assert (folder / name).exists()
     rows = read_metrics(folder)
     keys = {"step", "epoch", "loss", "reward", "saturated", "grad_norm", "learning_rate", "samples", *COST}

@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
 from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.io import file_errors
 from rlhf.lora_scale import scaled
-from rlhf.reading import reading
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 EXPECTED = "expected an adapter of this model, as a run or pipe.save_lora_weights writes it; name the right one"
@@ -19,7 +19,7 @@ EXPECTED = "expected an adapter of this model, as a run or pipe.save_lora_weight
 def load_adapter(transformer: SD3Transformer3DModel, folder: Path) -> None:
     """Add the adapter in a folder such as RUN/adapter; raise ValueError for another model's."""
     path = folder / ADAPTER_FILE
-    with reading(path), safe_open(path, "pt") as file:
+    with file_errors(path), safe_open(path, "pt") as file:
         file.keys()
     try:
         transformer.load_lora_adapter(folder, prefix="transformer", weight_name=ADAPTER_FILE, use_safetensors=True)

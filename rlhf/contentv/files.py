@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.reading import read_object
+from rlhf.io import read_object
 
 if TYPE_CHECKING:  # importing it takes seconds
     from rlhf.contentv.pipeline import ContentVPipeline

@@ -1,1 +1,1 @@
-"""ContentV-nano, the embedded model: its world, its judges, its weights and how they are trained."""
+"""ContentV-nano, the embedded model: its world, judges, weights and pretraining."""

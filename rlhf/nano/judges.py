@@ -1,7 +1,7 @@
-"""Small networks that look at nano videos: the verifier (a judge, never a reward) and the preference model (a reward).
+"""Networks that score nano videos: the verifier (a judge only) and the preference model (a reward).
 
-They share no weights and were trained on different tasks: the verifier names attributes, the preference model ranks
-clean, rightly captioned clips above degraded or mis-captioned ones. Shapes as in `rlhf.types`.
+They share no weights and no task. The verifier classifies attributes; the preference model ranks
+clean, correctly captioned clips above degraded or miscaptioned ones. Shapes as in `rlhf.types`.
 """
 
 import re
@@ -26,7 +26,7 @@ MAX_WORDS = 16
 
 
 def word_ids(prompts: list[str]) -> torch.Tensor:
-    """Sentences -> (B, MAX_WORDS) int64 ids of whole words; 0 pads, 1 is any word outside this world."""
+    """Return ids of whole words, (B, MAX_WORDS) int64; 0 is padding, 1 any unknown word."""
     index = {w: i for i, w in enumerate(WORDS)}
     ids = torch.zeros(len(prompts), MAX_WORDS, dtype=torch.long)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -36,11 +36,13 @@ def word_ids(prompts: list[str]) -> torch.Tensor:
 
 
 class VideoTower(nn.Module):
-    """video_BCTHW in [0, 1] -> features (B, 16 * width): strided 3-D convolutions over time and space."""
+    """Strided 3-D convolutions: video_BCTHW in [0, 1] -> features (B, 16 * width)."""
 
     def __init__(self, width: int = 32):
         super().__init__()
-        stage = lambda i, o, stride: nn.Sequential(nn.Conv3d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU())
+        stage = lambda inputs, outputs, stride: nn.Sequential(
+            nn.Conv3d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU()
+        )
         self.stages = nn.Sequential(
             stage(3, width, (1, 2, 2)),
             stage(width, 2 * width, (2, 2, 2)),
@@ -49,11 +51,12 @@ class VideoTower(nn.Module):
         )
 
     def forward(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Return the features, (B, 16 * width)."""
         return F.adaptive_avg_pool3d(self.stages(video_BCTHW * 2 - 1), (1, 2, 2)).flatten(1)
 
 
 class Verifier(nn.Module):
-    """Reads colour, shape, motion and count of a clip: a dict of logits (B, number of values)."""
+    """A classifier of colour, shape, motion and count of a clip."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -61,12 +64,13 @@ class Verifier(nn.Module):
         self.heads = nn.ModuleDict({k: nn.Linear(16 * width, world.NUM_VALUES[k]) for k in world.JUDGED})
 
     def forward(self, video_BCTHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the logits of each attribute, (B, number of values)."""
         features = self.tower(video_BCTHW)
         return {k: head(features) for k, head in self.heads.items()}
 
 
 class Preference(nn.Module):
-    """How well a clip shows its caption, cleanly: cosine of a video and a sentence embedding, (B,) in [-1, 1]."""
+    """A model of how cleanly and correctly a clip shows its caption: a cosine of two embeddings."""
 
     def __init__(self, width: int = 32, dim: int = 128, layers: int = 2):
         super().__init__()
@@ -79,14 +83,15 @@ class Preference(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.5))  # temperature of training; the score does not use it
 
     def embed_video(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """(B, dim) unit embeddings of clips in [0, 1]."""
+        """Return unit embeddings (B, dim) of clips in [0, 1]."""
         return F.normalize(self.project(self.tower(video_BCTHW)), dim=-1)
 
     def embed_words(self, ids_BL: torch.Tensor) -> torch.Tensor:
-        """(B, dim) unit embeddings of `word_ids`, padding left out."""
+        """Return unit embeddings (B, dim) of `word_ids`, without the padding."""
         hidden = self.encoder(self.words(ids_BL) + self.positions)
         kept = (ids_BL > 0).unsqueeze(-1)
         return F.normalize((hidden * kept).sum(1) / kept.sum(1).clamp(min=1), dim=-1)
 
     def forward(self, video_BCTHW: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
+        """Return the cosines of clips and sentences, (B,) in [-1, 1]."""
         return (self.embed_video(video_BCTHW) * self.embed_words(ids_BL)).sum(-1)

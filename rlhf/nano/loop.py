@@ -1,7 +1,7 @@
-"""One plain training loop for every part of ContentV-nano.
+"""The training loop of every part of ContentV-nano.
 
-At this size eager training is bound by kernel launches, so each whole step is captured in a graph where the device
-has graphs.
+Eager training at this size is bound by kernel launches. So the whole step is captured in a graph,
+on devices that have graphs.
 """
 
 import json
@@ -14,16 +14,16 @@ from torch import nn
 from rlhf.device import capture, has_graphs
 
 STARTED = time.time()
-LOGGED_EVERY = 500  # steps
+LOG_STEPS = 500
 
 
 def seconds() -> int:
-    """Since the program started."""
+    """Return the seconds since the program started."""
     return round(time.time() - STARTED)
 
 
 def log(**values) -> None:
-    """One line of JSON on the screen."""
+    """Print one line of JSON."""
     print(json.dumps({"seconds": seconds()} | values), flush=True)
 
 
@@ -36,25 +36,21 @@ def train(
     loss_fn: Callable[..., torch.Tensor],
     ema: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
 ) -> None:
-    """AdamW with warm-up and linear decay. With graphs, one is replayed on fixed tensors.
+    """Train by AdamW with warm-up and linear decay.
 
     Args:
-        name: of the stage, in the log.
+        name: of the stage, for the log.
+        steps: number of optimizer steps.
+        params: the trained parameters.
         learning_rate: the peak, after 200 steps.
         batch: () -> tensors of fixed shapes.
         loss_fn: (*batch) -> scalar loss; must not read values back to the host.
-        ema: (averaged parameters, live parameters), averaged at 0.997 per step.
+        ema: (averaged parameters, live parameters), with decay 0.997 a step.
     """
     device = params[0].device
     rate = torch.zeros((), device=device)
-    optimizer = torch.optim.AdamW(
-        params,
-        lr=rate,
-        weight_decay=0.01,
-        betas=(0.9, 0.98),
-        fused=device.type != "cpu",
-        capturable=has_graphs(device),
-    )
+    kind = {"fused": device.type != "cpu", "capturable": has_graphs(device)}
+    optimizer = torch.optim.AdamW(params, lr=rate, weight_decay=0.01, betas=(0.9, 0.98), **kind)
     static = batch()
 
     def step():
@@ -75,10 +71,6 @@ def train(
         for target, source in zip(static, batch(), strict=True):
             target.copy_(source)
         loss = replay()
-        if i % LOGGED_EVERY == 0 or i == steps - 1:
-            log(
-                stage=name,
-                step=i,
-                loss=round(loss.item(), 4),
-                step_ms=round(1000 * (time.time() - started) / (i + 1), 1),
-            )
+        if i % LOG_STEPS == 0 or i == steps - 1:
+            milliseconds = 1000 * (time.time() - started) / (i + 1)
+            log(stage=name, step=i, loss=round(loss.item(), 4), step_ms=round(milliseconds, 1))

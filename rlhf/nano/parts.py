@@ -1,4 +1,4 @@
-"""The untrained parts of ContentV-nano: the real classes at small size, with small vocabularies of their own."""
+"""The untrained models of ContentV-nano: the classes of ContentV-8B at small size."""
 
 import json
 import math
@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.io import write_json
 from rlhf.nano import world
 
-MAX_TOKENS = 20  # of each text encoder; the longest sentence of the world has 14 tokens
-TEXT_WIDTH = 128  # T5; the two CLIP encoders are half as wide each, as 768 + 1280 fit into 4096 at full size
+MAX_TOKENS = 20  # of each text encoder; the longest caption has 14
+TEXT_WIDTH = 128  # of T5; each CLIP encoder has half of it, so that both together fit
 CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 SAMPLING = {
@@ -40,7 +41,7 @@ SAMPLING = {
 
 
 def build_transformer() -> SD3Transformer3DModel:
-    """MM-DiT of 6 joint blocks, 4 heads of 40."""
+    """Return an MM-DiT of 6 joint blocks with 4 heads of 40."""
     return SD3Transformer3DModel(
         num_layers=6,
         num_attention_heads=4,
@@ -51,23 +52,18 @@ def build_transformer() -> SD3Transformer3DModel:
 
 
 def build_vae() -> AutoencoderKLWan:
-    """Wan VAE, 8x in space and 4x in time, with a decoder lighter than its encoder: it runs in every training step."""
-    return AutoencoderKLWan(
-        base_dim=24,
-        decoder_base_dim=16,
-        num_res_blocks=1,
-        latents_mean=[0.0] * 16,
-        latents_std=[1.0] * 16,
-    )
+    """Return a Wan VAE, 8x in space and 4x in time, with a light decoder for training steps."""
+    latents = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    return AutoencoderKLWan(base_dim=24, decoder_base_dim=16, num_res_blocks=1, **latents)
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The flow's noise levels, shifted by 3."""
+    """Return the scheduler: flow noise levels, shifted by 3."""
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def build_text_encoders(tokenizers: dict) -> dict[str, torch.nn.Module]:
-    """Two CLIP encoders of width 64 and a T5 encoder of width 128."""
+    """Return two CLIP encoders of width 64 and a T5 encoder of width 128."""
     encoders = {}
     for name in ("", "_2"):
         tokenizer = tokenizers[f"tokenizer{name}"]
@@ -77,7 +73,7 @@ def build_text_encoders(tokenizers: dict) -> dict[str, torch.nn.Module]:
                 hidden_size=TEXT_WIDTH // 2,
                 intermediate_size=2 * TEXT_WIDTH,
                 projection_dim=TEXT_WIDTH // 2,
-                num_hidden_layers=3,  # the last but one feeds the joint attention, the last the pooled vector
+                num_hidden_layers=3,  # the second to last feeds joint attention, the last the pooled vector
                 num_attention_heads=4,
                 max_position_embeddings=MAX_TOKENS,
                 hidden_act="gelu" if name else "quick_gelu",
@@ -103,21 +99,20 @@ def build_text_encoders(tokenizers: dict) -> dict[str, torch.nn.Module]:
 
 
 def build_tokenizers() -> dict:
-    """CLIP byte-pair and T5 unigram tokenizers, both made from every sentence of the world."""
+    """Return CLIP byte-pair and T5 unigram tokenizers, trained on every caption of the world."""
     sentences = all_captions()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    bpe.train_from_iterator(
-        sentences,
-        trainers.BpeTrainer(
-            vocab_size=600,
-            show_progress=False,
-            end_of_word_suffix="</w>",
-            special_tokens=["<|startoftext|>", "<|endoftext|>"],
-            initial_alphabet=list(LETTERS),
-        ),
+    splitters = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(splitters)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        show_progress=False,
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=list(LETTERS),
     )
+    bpe.train_from_iterator(sentences, trainer)
     state = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
     clip = CLIPTokenizer(vocab=_with_word_ends(state["vocab"]), merges=merges, model_max_length=MAX_TOKENS)
@@ -132,7 +127,7 @@ def build_tokenizers() -> dict:
 
 
 def _with_word_ends(vocab: dict[str, int]) -> dict[str, int]:
-    """Every letter also as the end of a word, so that no lower-case word is unknown."""
+    """Add every letter as the end of a word, so that no lower-case word is unknown."""
     vocab = dict(vocab)
     for letter in [k for k in vocab if len(k) == 1]:
         vocab.setdefault(letter + "</w>", len(vocab))
@@ -140,33 +135,34 @@ def _with_word_ends(vocab: dict[str, int]) -> dict[str, int]:
 
 
 def all_captions() -> list[str]:
-    """Every sentence of the world, in the order of `caption_index`."""
-    keys = ("color", "shape", "motion", "count", "size", "ground")
-    grid = torch.cartesian_prod(*(torch.arange(world.NUM_VALUES[k]) for k in keys)).tolist()
+    """Return every caption of the world, in the order of `caption_index`."""
+    grid = torch.cartesian_prod(*map(torch.arange, world.NUM_VALUES.values())).tolist()
+    scenes = [dict(zip(world.NUM_VALUES, row, strict=True)) for row in grid]
     wordings = [(s, p) for s in range(len(world.SENTENCES)) for p in range(2)]
-    return [world.caption(dict(zip(keys, row, strict=True)), *w) for row in grid for w in wordings]
+    return [world.caption(scene, *wording) for scene in scenes for wording in wordings]
 
 
 def caption_index(scenes: world.Scenes, wording: torch.Tensor) -> torch.Tensor:
-    """(B,) position in `all_captions` of each scene's sentence; wording (B,) in [0, 2 * number of sentences)."""
+    """Return the position of each scene's caption in `all_captions`, (B,).
+
+    wording: (B,) in [0, 2 * number of sentences).
+    """
     index = torch.zeros_like(wording)
-    for key in ("color", "shape", "motion", "count", "size", "ground"):
-        index = index * world.NUM_VALUES[key] + scenes[key]
+    for key, count in world.NUM_VALUES.items():
+        index = index * count + scenes[key]
     return index * 2 * len(world.SENTENCES) + wording
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """The part of OpenAI's CLIP vocabulary that this world's sentences use, plus single bytes for everything else.
+    """Return OpenAI's CLIP tokenizer, reduced to tokens of this world's captions and single bytes.
 
-    Its ids keep the order of the full vocabulary, so the end of a text is still the highest, which open_clip relies on.
+    Ids keep the order of the full vocabulary: the end of text is the highest, as open_clip expects.
     """
     full = open_clip.SimpleTokenizer()
     parts_of = {"".join(pair): pair for pair in full.bpe_ranks}
     wanted = {full.decoder[i] for i in full(all_captions()).unique().tolist()}
-    kept = {token for token in full.encoder if len(token.removesuffix("</w>")) == 1} | {
-        "<start_of_text>",
-        "<end_of_text>",
-    }
+    start, end = "<start_of_text>", "<end_of_text>"
+    kept = {token for token in full.encoder if len(token.removesuffix("</w>")) == 1} | {start, end}
     while wanted:
         token = wanted.pop()
         if token not in kept:
@@ -174,18 +170,17 @@ def build_clip_tokenizer() -> CLIPTokenizer:
             wanted |= set(parts_of[token])
     vocab = {token: i for i, token in enumerate(sorted(kept, key=full.encoder.get))}
     merges = [pair for pair in full.bpe_ranks if "".join(pair) in kept]
-    start, end = "<start_of_text>", "<end_of_text>"
     special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS, **special)
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> open_clip.CLIP:
-    """An open_clip model of single frames and sentences."""
+    """Return an untrained open_clip model of single frames and captions."""
     return open_clip.CLIP(**clip_config(tokenizer))
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> dict:
-    """What open_clip calls model_cfg; `hf_tokenizer_name` makes it read the tokenizer beside the weights."""
+    """Return open_clip's model_cfg; `hf_tokenizer_name` is the tokenizer beside the weights."""
     return {
         "embed_dim": 128,
         "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "patch_size": 8, "head_width": 32},
@@ -201,11 +196,14 @@ def clip_config(tokenizer: CLIPTokenizer) -> dict:
 
 
 def save_clip(model: open_clip.CLIP, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write open_clip's own folder layout (`local-dir:`), float16 safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write open_clip's folder layout (`local-dir:`) with float16 safetensors."""
     mean_std = {"mean": CLIP_MEAN, "std": CLIP_STD}
     config = {"model_cfg": clip_config(tokenizer), "preprocess_cfg": mean_std}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "open_clip_config.json", config)
     tokenizer.save_pretrained(folder)
-    state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
+    save_half(model, folder / "open_clip_model.safetensors")
+
+
+def save_half(model: torch.nn.Module, path: Path) -> None:
+    """Write the weights as float16 safetensors."""
+    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, path)

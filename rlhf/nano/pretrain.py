@@ -1,23 +1,22 @@
-"""Rebuild ContentV-nano and its judges from nothing, on one GPU: `python -m rlhf.nano.pretrain --output DIR`.
+"""Train ContentV-nano and its judges from scratch: `python -m rlhf.nano.pretrain --output DIR`.
 
-Stages, in order, each a plain training loop on procedural clips (`rlhf.nano.world`):
+Stages, in order, on one GPU, with procedural clips (`rlhf.nano.world`):
   vae          AutoencoderKLWan, single frames first, then clips
-  judges       verifier, CLIP of single frames, preference model; they also see VAE reconstructions
-  transformer  the denoiser and its three text encoders by flow matching, on captions of which a part is wrong
+  judges       verifier, CLIP of single frames, preference model; also on VAE reconstructions
+  transformer  the denoiser and its text encoders by flow matching, on captions with some errors
   report       attribute accuracy of renders, reconstructions and samples; sample sheets
-A second start on the same folder goes on after the last finished part.
+A second start on the same folder continues after the last finished stage.
 """
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torchvision.utils import save_image
 
@@ -25,6 +24,7 @@ from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import decode_unclamped
 from rlhf.device import generator, pick_device
+from rlhf.io import write_json
 from rlhf.nano import parts, world
 from rlhf.nano.judges import Preference, Verifier
 from rlhf.nano.loop import log, seconds, train
@@ -39,20 +39,14 @@ from rlhf.nano.pretrain_judges import (
 )
 from rlhf.nano.pretrain_vae import encode_whole, latent_scale, measure_latents, reconstruct, train_vae
 
-STEPS = {
-    "vae_image": 1050,
-    "vae_video": 1950,
-    "verifier": 3050,
-    "clip": 3900,
-    "preference": 3500,
-    "transformer": 11_500,
-}
-CAPTION_NOISE = 0.25  # chance that an attribute of a training caption is wrong
+STEPS = {"vae_image": 1050, "vae_video": 1950, "verifier": 3050}
+STEPS |= {"clip": 3900, "preference": 3500, "transformer": 11_500}
+CAPTION_NOISE = 0.25  # probability that an attribute of a training caption is wrong
 POOL = 40_960  # clips whose latents the transformer is trained on
 
 
 class Denoiser(nn.Module):
-    """The transformer with its text encoders, trained together; what `ContentVPipeline` does with token ids."""
+    """The transformer and its text encoders, trained together."""
 
     def __init__(self, tokenizers: dict):
         super().__init__()
@@ -60,21 +54,24 @@ class Denoiser(nn.Module):
         self.encoders = nn.ModuleDict(parts.build_text_encoders(tokenizers))
 
     def embed(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (B, L) -> joint tokens (B, 2 L, D) and pooled (B, P), as the pipeline's `encode_prompt`."""
-        first, second = (
-            self.encoders[k](clip_ids, output_hidden_states=True) for k in ("text_encoder", "text_encoder_2")
-        )
+        """Return joint tokens (B, 2 L, D) and pooled (B, P) of token ids (B, L)."""
+        names = "text_encoder", "text_encoder_2"
+        first, second = (self.encoders[k](clip_ids, output_hidden_states=True) for k in names)
         clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
         t5 = self.encoders["text_encoder_3"](t5_ids)[0]
         return torch.cat([clip, t5], -2), torch.cat([first[0], second[0]], -1)
 
     def forward(self, latents, sigma, clip_ids, t5_ids):
+        """Return the velocity at noise level sigma (B,) in [0, 1]."""
         text, pooled = self.embed(clip_ids, t5_ids)
         return self.transformer(latents, text, pooled, sigma * 1000).sample
 
 
 def miscaption(scenes: world.Scenes, generator: torch.Generator, chance: float) -> world.Scenes:
-    """Scenes as a careless captioner saw them: each judged attribute wrong with this chance, held-out ones avoided."""
+    """Return scenes in which each judged attribute is wrong with this probability.
+
+    A scene that would become a held-out combination stays as it is.
+    """
     count, device = len(scenes["color"]), scenes["color"].device
     seen = dict(scenes)
     for key in world.JUDGED:
@@ -86,19 +83,19 @@ def miscaption(scenes: world.Scenes, generator: torch.Generator, chance: float) 
 
 
 def token_tables(tokenizers: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of every sentence of the world, and in the last row those of the empty prompt."""
+    """Return CLIP and T5 token ids of every caption; the last row is the empty prompt."""
     sentences = [*parts.all_captions(), ""]
     return tuple(token_table(tokenizers[k], sentences, device) for k in ("tokenizer", "tokenizer_3"))
 
 
 def train_transformer(
-    averaged: Denoiser, vae: AutoencoderKLWan, tokenizers: dict, generator: torch.Generator, steps: dict[str, int]
+    ema_model: Denoiser, vae: AutoencoderKLWan, tokenizers: dict, generator: torch.Generator, steps: dict[str, int]
 ) -> None:
-    """Flow matching (velocity noise - data) with logit-normal noise levels, shifted as the sampler is.
+    """Train by flow matching (velocity = noise - data) at shifted logit-normal noise levels.
 
-    What stays in the model is the running average of the weights.
+    ema_model gets the exponential moving average of the weights.
     """
-    device, model = generator.device, copy.deepcopy(averaged)
+    device, model = generator.device, copy.deepcopy(ema_model)
     clip_table, t5_table = token_tables(tokenizers, device)
     mean, std = latent_scale(vae, device)
     pool, scenes = _latent_pool(vae, mean, std, generator)
@@ -120,12 +117,15 @@ def train_transformer(
             velocity = model((1 - s) * data + s * noise, sigma, clip_ids, t5_ids)
         return F.mse_loss(velocity.float(), noise - data)
 
-    ema = (list(averaged.parameters()), list(model.parameters()))
+    ema = (list(ema_model.parameters()), list(model.parameters()))
     train("transformer", steps["transformer"], list(model.parameters()), 1e-3, batch, loss, ema)
 
 
 @torch.no_grad()
-def _latent_pool(vae, mean, std, generator):
+def _latent_pool(
+    vae: AutoencoderKLWan, mean: torch.Tensor, std: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, world.Scenes]:
+    """Return normalised float16 latents of POOL clips, and their scenes."""
     pool, scenes = [], []
     for _ in range(0, POOL, 256):
         drawn = world.sample_scenes(256, generator)
@@ -142,17 +142,15 @@ def sample(
     prompts: list[str],
     tokenizers: dict,
     device: torch.device,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
+    guidance: float,
 ) -> torch.Tensor:
-    """Videos (B, 3, T, H, W) in [0, 1] of the prompts by the pipeline's own Euler steps, all in one batch."""
-    steps, guidance = steps or parts.SAMPLING["num_inference_steps"], guidance or parts.SAMPLING["guidance_scale"]
+    """Return videos (B, 3, T, H, W) in [0, 1] by the pipeline's Euler steps, in one batch."""
+    steps = parts.SAMPLING["num_inference_steps"]
     ids = [token_table(tokenizers[k], [*prompts, ""], device) for k in ("tokenizer", "tokenizer_3")]
     text, pooled = model.embed(*ids)
     count = len(prompts)
     empty, empty_pooled = text[-1:].expand(count, -1, -1), pooled[-1:].expand(count, -1)
-    x = torch.randn(count, 16, 5, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device)
+    x = torch.randn(count, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
     scheduler = parts.build_scheduler()
     scheduler.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist(), device=device)
     for sigma, following in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
@@ -168,74 +166,66 @@ def sample(
 
 @torch.no_grad()
 def accuracy(verifier: Verifier, video: torch.Tensor, wanted: world.Scenes) -> dict[str, float]:
-    """Share of clips whose attributes the verifier reads as wanted, each and all together."""
+    """Return the share of clips with the wanted attributes, each and all, by the verifier."""
     right = torch.stack([verifier(video)[k].argmax(1) == wanted[k] for k in world.JUDGED], 1)
-    values = dict(zip(world.JUDGED, right.float().mean(0).tolist(), strict=True)) | {
-        "all": right.all(1).float().mean().item()
-    }
+    values = dict(zip(world.JUDGED, right.float().mean(0).tolist(), strict=True))
+    values["all"] = right.all(1).float().mean().item()
     return {k: round(v, 4) for k, v in values.items()}
 
 
-def wanted_of(prompts: list[str], device: torch.device) -> world.Scenes:
-    """(B,) indices by judged attribute, as the prompts name them."""
+def wanted_attributes(prompts: list[str], device: torch.device) -> world.Scenes:
+    """Return the indices of the judged attributes that the prompts name, (B,) each."""
     read = [world.read_caption(p) for p in prompts]
     return {k: torch.tensor([r[k] for r in read], device=device) for k in world.JUDGED}
 
 
 def save_pipeline(folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, tokenizers: dict) -> None:
-    """A checkpoint in diffusers layout, float16: what `load_pipeline` reads."""
-    pipe = ContentVPipeline(
-        transformer=denoiser.transformer,
-        vae=vae,
-        scheduler=parts.build_scheduler(),
-        **denoiser.encoders,
-        **tokenizers,
-    )
+    """Write a float16 checkpoint in diffusers layout, for `load_pipeline`."""
+    models = {"transformer": denoiser.transformer, "vae": vae, **denoiser.encoders}
+    pipe = ContentVPipeline(scheduler=parts.build_scheduler(), **models, **tokenizers)
     pipe.sampling = SamplingDefaults(**parts.SAMPLING)
     pipe.to(torch.float16).save_pretrained(folder)
 
 
 def save_judges(folder: Path, verifier, clip, clip_tokenizer, preference) -> None:
-    """Verifier and preference model as float16 safetensors, CLIP in the layout of open_clip."""
+    """Write verifier and preference model as float16 safetensors, CLIP in open_clip's layout."""
     parts.save_clip(clip, clip_tokenizer, folder / "clip")
-    for name, model in (("verifier", verifier), ("preference", preference)):
-        save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
+    parts.save_half(verifier, folder / "verifier.safetensors")
+    parts.save_half(preference, folder / "preference.safetensors")
 
 
-def sheet(path: Path, video: torch.Tensor) -> None:
-    """Every fourth frame of each clip, four clips in a row, as a PNG."""
+def save_sheet(path: Path, video: torch.Tensor) -> None:
+    """Write every fourth frame of each clip as a PNG, four clips in a row."""
     frames = video[:, :, ::4].transpose(1, 2).flatten(0, 1).cpu()
     save_image(frames, path, nrow=4 * len(range(0, video.shape[2], 4)))
 
 
 @torch.no_grad()
 def report(
-    folder: Path,
-    vae: AutoencoderKLWan,
-    denoiser: Denoiser,
-    tokenizers: dict,
-    verifier: Verifier,
-    device: torch.device,
+    folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, tokenizers: dict, verifier: Verifier, device: torch.device
 ) -> dict:
-    """Accuracy by the verifier of held-out renders, of their reconstructions and of samples; sheets of both."""
+    """Return the accuracy of renders, reconstructions and samples; write sample sheets."""
     scenes = world.sample_scenes(512, torch.Generator(device).manual_seed(1), held_out=True)
     real = world.render(scenes)
     rebuilt = torch.cat([reconstruct(vae, clips) for clips in real.split(128)])
     results = {"renders": accuracy(verifier, real, scenes), "reconstructions": accuracy(verifier, rebuilt, scenes)}
-    sheet(folder / "reconstructions.png", torch.cat([real[:12], rebuilt[:12]]))
-    for guidance in (1.0, parts.SAMPLING["guidance_scale"], 4.5):
-        for name, prompts in (("held_out", world.held_out_prompts(512)), ("train", world.train_prompts(512))):
-            video = sample(denoiser, vae, prompts, tokenizers, device, guidance=guidance)
-            results[f"samples, {name}, guidance {guidance}"] = accuracy(verifier, video, wanted_of(prompts, device))
-            if guidance == parts.SAMPLING["guidance_scale"] and name == "held_out":
-                sheet(folder / "samples.png", video[:24])
+    save_sheet(folder / "reconstructions.png", torch.cat([real[:12], rebuilt[:12]]))
+    default = parts.SAMPLING["guidance_scale"]
+    sets = {"held_out": world.held_out_prompts(512), "train": world.train_prompts(512)}
+    for guidance in (1.0, default, 4.5):
+        for name, prompts in sets.items():
+            video = sample(denoiser, vae, prompts, tokenizers, device, guidance)
+            wanted = wanted_attributes(prompts, device)
+            results[f"samples, {name}, guidance {guidance}"] = accuracy(verifier, video, wanted)
+            if guidance == default and name == "held_out":
+                save_sheet(folder / "samples.png", video[:24])
     return results
 
 
 class Stages:
-    """The trained parts, each kept in `folder` as soon as it is done, so that a second start goes on from there.
+    """The trained models, each saved in `folder` when done, so that a second start can continue.
 
-    Each has randomness of its own, from (seed, name): it comes out the same whether or not the others are trained now.
+    Each has its own randomness from (seed, name), so it does not depend on the stages before it.
     """
 
     def __init__(self, folder: Path, device: torch.device, seed: int):
@@ -243,13 +233,13 @@ class Stages:
         self.folder, self.device, self.seed = folder, device, seed
 
     def generator(self, name: str) -> torch.Generator:
-        """Seeds the global randomness for the stage as well."""
+        """Return the generator of a stage; seed the global one, too."""
         start = generator(self.seed, name).initial_seed()
         torch.manual_seed(start)
         return torch.Generator(self.device).manual_seed(start)
 
     def __call__(self, name: str, build: Callable[[], nn.Module], train_stage: Callable) -> nn.Module:
-        """The module of `build`, trained by train_stage(module, generator) or as an earlier start left it."""
+        """Return the module of `build`, trained by train_stage(module, generator) or loaded."""
         path, own = self.folder / f"{name}.safetensors", self.generator(name)
         module = build().to(self.device)
         if path.exists():
@@ -262,7 +252,7 @@ class Stages:
 
 
 def train_all(stages: Stages, steps: dict[str, int]) -> tuple:
-    """VAE, denoiser and its tokenizers, verifier, CLIP and its tokenizer, preference model."""
+    """Return VAE, denoiser, its tokenizers, verifier, CLIP, its tokenizer, and preference model."""
     vae = stages("vae", parts.build_vae, lambda model, own: train_vae(model, own, steps))
     measure_latents(vae, stages.generator("latents"))
     pool = ClipPool(vae, JUDGE_POOL, stages.generator("clips"))
@@ -276,21 +266,26 @@ def train_all(stages: Stages, steps: dict[str, int]) -> tuple:
     return vae, denoiser, tokenizers, verifier, clip, clip_tokenizer, preference
 
 
-def main() -> None:
-    """The command."""
+def parse_pretrain_args() -> argparse.Namespace:
+    """Return the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights and the report")
-    parser.add_argument("--device", default=None, help="default: the accelerator of this machine")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps_scale", type=float, default=1.0, help="multiplies the steps of every stage")
-    args = parser.parse_args()
+    parser.add_argument("--device", default=None, help="kind of device (default: what the machine has)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all stages (default: 0)")
+    parser.add_argument("--steps_scale", type=float, default=1.0, help="factor of all steps (default: 1)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_pretrain_args()
     device = pick_device(args.device)
     steps = {name: max(1, int(n * args.steps_scale)) for name, n in STEPS.items()}
     vae, denoiser, tokenizers, *judges = train_all(Stages(args.output / "stages", device, args.seed), steps)
     verifier = judges[0]
     results = report(args.output, vae, denoiser, tokenizers, verifier, device)
     results |= {"steps": steps, "seconds_of_last_start": seconds()}
-    (args.output / "report.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(args.output / "report.json", results)
     log(**results)
     save_pipeline(args.output / "contentv-nano", vae, denoiser, tokenizers)
     save_judges(args.output, *judges)

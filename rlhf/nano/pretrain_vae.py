@@ -1,4 +1,4 @@
-"""The video autoencoder of ContentV-nano: whole clips in one pass, its loss and its training."""
+"""The video VAE of ContentV-nano: encoding in one pass, loss and training."""
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -9,15 +9,14 @@ from rlhf.nano.loop import train
 
 
 def encode_whole(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log variance of all latents in one pass; equal to `vae.encode`, which goes four frames at a time."""
+    """Return mean and log variance of all latents, as `vae.encode`, but in one pass."""
 
     def halve_frames(resample, inputs, out):
-        # With no cache the stock module leaves its temporal convolution out; the first frame never passes through it.
+        # Without a cache diffusers skips the temporal convolution, which leaves out frame 0.
         return torch.cat([out[:, :, :1], resample.time_conv(out)], 2) if out.shape[2] > 1 else out
 
-    hooks = [
-        m.register_forward_hook(halve_frames) for m in vae.encoder.modules() if getattr(m, "mode", "") == "downsample3d"
-    ]
+    downsamplers = (m for m in vae.encoder.modules() if getattr(m, "mode", "") == "downsample3d")
+    hooks = [module.register_forward_hook(halve_frames) for module in downsamplers]
     try:
         mean, logvar = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
     finally:
@@ -27,7 +26,7 @@ def encode_whole(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tens
 
 
 def vae_loss(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-    """L1 with the shapes weighted up, L1 of edges, and a light KL."""
+    """Return the loss: L1 with more weight on shapes, L1 of edges, and a small KL term."""
     mean, logvar = encode_whole(vae, video)
     out = decode_unclamped(vae, mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
     weight = 1 + 4 * (video - video[..., :1, :1]).abs().amax(1, keepdim=True).clamp(max=1)
@@ -54,23 +53,22 @@ def train_vae(vae: AutoencoderKLWan, generator: torch.Generator, steps: dict[str
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, generator: torch.Generator) -> None:
-    """Write mean and standard deviation of each latent channel, over 1,024 clips, into the VAE's config."""
+    """Set mean and deviation of each latent channel, over 1,024 clips, in the VAE's config."""
     scenes = [world.sample_scenes(32, generator) for _ in range(32)]
     latents = torch.cat([encode_whole(vae, world.render(drawn) * 2 - 1)[0] for drawn in scenes])
-    vae.register_to_config(
-        latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
-    )
+    mean, std = latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
+    vae.register_to_config(latents_mean=mean, latents_std=std)
 
 
 def latent_scale(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents, (1, C, 1, 1, 1) each."""
+    """Return mean and standard deviation of the latents, (1, C, 1, 1, 1) each."""
     shape = lambda v: torch.tensor(v, device=device).view(1, -1, 1, 1, 1)
     return shape(vae.config.latents_mean), shape(vae.config.latents_std)
 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKLWan, video: torch.Tensor, noise: float | torch.Tensor = 0.0) -> torch.Tensor:
-    """video_BCTHW in [0, 1] through the VAE; noise is added to its unit-variance latents."""
+    """Encode and decode video_BCTHW in [0, 1]; noise is added to the unit-variance latents."""
     mean, std = latent_scale(vae, video.device)
     latents = encode_whole(vae, video * 2 - 1)[0]
     return (decode_unclamped(vae, latents + noise * std * torch.randn_like(latents)) / 2 + 0.5).clamp(0, 1)

@@ -1,8 +1,8 @@
-"""The world of ContentV-nano: captioned clips of one or two moving shapes, drawn from signed distances.
+"""The world of ContentV-nano: captioned clips of one or two moving shapes.
 
-A scene has six named attributes and a place; the caption names attributes in one of several sentences. Every sixth
-combination of colour, shape and motion is held out: it appears in no training clip and no training prompt, so a
-model that draws it has combined what it knows. The same seed gives the same scenes and prompts on every machine.
+A scene has six attributes and a position; its caption names the attributes in one of several
+wordings. Every sixth combination of colour, shape and motion is held out: no training clip and no
+training prompt has it. The same seed gives the same scenes and prompts on every machine.
 
 Shapes as in `rlhf.types`; a scene batch is a dict of (B,) tensors (see `sample_scenes`).
 """
@@ -48,22 +48,23 @@ SENTENCES = (
     "on {ground}, {one} {size} {shape} in {color}, {motion}",
     "a video of {a} {color} {shape} {motion} on {ground}",
 )
-JUDGED = ("color", "shape", "motion", "count")  # what the verifier reads
-NUM_VALUES = {
-    "color": len(COLORS),
-    "shape": len(SHAPES),
-    "motion": len(MOTIONS),
-    "count": len(COUNTS),
-    "size": len(SIZES),
-    "ground": len(GROUNDS),
+JUDGED = ("color", "shape", "motion", "count")  # attributes that the verifier classifies
+VALUES = {
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "motion": MOTIONS,
+    "count": COUNTS,
+    "size": tuple(SIZES),
+    "ground": tuple(GROUNDS),
 }
-TRAVEL = 0.9  # how far a moving shape goes, in units of half the shorter side
+NUM_VALUES = {attribute: len(values) for attribute, values in VALUES.items()}
+TRAVEL = 0.9  # path of a moving shape, in units of half the shorter side
 
 Scenes = dict[str, torch.Tensor]
 
 
 def is_held_out(scenes: Scenes) -> torch.Tensor:
-    """(B,) bool: combinations of colour, shape and motion kept out of training."""
+    """Return whether each combination of colour, shape and motion is held out, (B,) bool."""
     return (scenes["color"] * 7 + scenes["shape"] * 3 + scenes["motion"]) % 6 == 0
 
 
@@ -71,12 +72,12 @@ def sample_scenes(count: int, generator: torch.Generator, held_out: bool | None 
     """Draw scenes on the generator's device.
 
     Args:
-        count: how many, B.
-        generator: source of every draw.
+        count: number of scenes, B.
+        generator: source of all randomness.
         held_out: False for training combinations, True for held-out ones, None for both.
 
     Returns:
-        Indices (B,) int64 for color, shape, motion, count, size and ground; centres x, y (B,) float32 in [-0.25, 0.25].
+        Indices (B,) int64 of `VALUES`, and centres x, y (B,) float32 in [-0.25, 0.25].
     """
     device, surplus = generator.device, count if held_out is None else 12 * count + 64
     draw = {k: torch.randint(n, (surplus,), generator=generator, device=device) for k, n in NUM_VALUES.items()}
@@ -95,9 +96,9 @@ def render(
     num_frames: int = 17,
     melt: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Draw scenes as video_BCTHW, float32 in [0, 1], with edges about one pixel soft.
+    """Draw scenes as video_BCTHW, float32 in [0, 1], antialiased.
 
-    melt: (other shape (B,), amount (B,) in [0, 1]) draws outlines part of the way to another shape: badly drawn clips.
+    melt: (other shape (B,), amount (B,) in [0, 1]) blends the outlines with those of another shape.
     """
     device = scenes["color"].device
     column = lambda v: v.view(-1, 1, 1, 1)  # (B, T, H, W)
@@ -111,27 +112,28 @@ def render(
     step_y = torch.tensor([0.0, 0, -1, 1, 0, 0], device=device)[motion]
     center_x = column(scenes["x"]) + column(step_x) * (time - 0.5) * TRAVEL
     center_y = column(scenes["y"]) + column(step_y) * (time - 0.5) * TRAVEL
-    radius = torch.tensor(list(SIZES.values()), device=device)[scenes["size"]] * torch.where(pair, 0.8, 1.0)
-    radius = column(radius) * torch.where(column(motion == 5), 0.5 + 0.9 * time, 1.0)
-    # A pair stands side by side across its way, so that both stay in view.
+    sizes = torch.tensor(list(SIZES.values()), device=device)[scenes["size"]]
+    radius = column(sizes * torch.where(pair, 0.8, 1.0)) * torch.where(column(motion == 5), 0.5 + 0.9 * time, 1.0)
+    # The two of a pair are apart at right angles to their motion, so that both stay in view.
     apart_x = column(torch.where(step_y != 0, 0.5, 0.0) + torch.where(motion >= 4, 0.5, 0.0)) * column(pair)
     apart_y = column(torch.where(step_x != 0, 0.5, 0.0)) * column(pair)
 
     def distance_to(u, v):
         own = _distance(u, v, radius, scenes["shape"])
-        return own if melt is None else torch.lerp(own, _distance(u, v, radius, melt[0]), column(melt[1]))
+        if melt is None:
+            return own
+        return torch.lerp(own, _distance(u, v, radius, melt[0]), column(melt[1]))
 
     distance = distance_to(x - center_x - apart_x, y - center_y - apart_y)
     if bool(pair.any()):
         distance = torch.minimum(distance, distance_to(x - center_x + apart_x, y - center_y + apart_y))
     alpha = torch.sigmoid(-distance * unit * 1.5).unsqueeze(1)
-    ground = torch.tensor(list(GROUNDS.values()), device=device)[scenes["ground"]].view(-1, 3, 1, 1, 1)
-    color = torch.tensor(list(COLORS.values()), device=device)[scenes["color"]].view(-1, 3, 1, 1, 1)
-    return torch.lerp(ground, color, alpha)
+    rgb = lambda colors, index: torch.tensor(list(colors.values()), device=device)[index].view(-1, 3, 1, 1, 1)
+    return torch.lerp(rgb(GROUNDS, scenes["ground"]), rgb(COLORS, scenes["color"]), alpha)
 
 
 def _distance(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-    """Signed distance (B, T, H, W) to each sample's shape of radius r at the origin; negative inside."""
+    """Return signed distances (B, T, H, W) to shapes of radius r at the origin; negative inside."""
     rho = (x * x + y * y).sqrt()
     fifth = math.pi / 5
     spike = ((torch.atan2(x, -y) + fifth).remainder(2 * fifth) - fifth).abs() / fifth
@@ -151,27 +153,24 @@ def _distance(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Te
 
 
 def caption(scene: dict[str, int], sentence: int = 0, phrase: int = 0) -> str:
-    """One scene's attribute indices -> a sentence; `sentence` and `phrase` choose the wording.
+    """Return the caption of one scene, given by its attributes' indices.
 
-    Odd phrases start with a capital letter.
+    sentence, phrase: choose the wording; an odd phrase starts with a capital letter.
     """
-    shape, pair = SHAPES[scene["shape"]], scene["count"] == 1
-    size = list(SIZES)[scene["size"]]
-    template = SENTENCES[sentence % len(SENTENCES)]
-    text = template.format(
-        a="two" if pair else "a",
-        one=COUNTS[scene["count"]],
-        size=size,
-        color=list(COLORS)[scene["color"]],
-        shape=PLURALS[shape] if pair else shape,
-        motion=MOTION_PHRASES[MOTIONS[scene["motion"]]][phrase % 2],
-        ground=list(GROUNDS)[scene["ground"]],
-    ).replace("a orange", "an orange")
+    value = {attribute: VALUES[attribute][scene[attribute]] for attribute in VALUES}
+    is_pair = scene["count"] == 1
+    words = value | {
+        "a": "two" if is_pair else "a",
+        "one": value["count"],
+        "shape": PLURALS[value["shape"]] if is_pair else value["shape"],
+        "motion": MOTION_PHRASES[value["motion"]][phrase % 2],
+    }
+    text = SENTENCES[sentence % len(SENTENCES)].format(**words).replace("a orange", "an orange")
     return text[0].upper() + text[1:] if phrase % 2 else text
 
 
 def captions(scenes: Scenes, generator: torch.Generator | None = None) -> list[str]:
-    """A sentence for each scene: random wording with a CPU generator, the first wording without."""
+    """Return a caption for each scene: in random wording with a CPU generator, else the first."""
     rows = {k: scenes[k].tolist() for k in NUM_VALUES}
     count = len(rows["color"])
     wording = torch.zeros(count, 2, dtype=torch.long)
@@ -181,35 +180,35 @@ def captions(scenes: Scenes, generator: torch.Generator | None = None) -> list[s
 
 
 def read_caption(text: str) -> dict[str, int]:
-    """The judged attributes that a sentence of this world names, as indices.
+    """Return the indices of the judged attributes that a caption names.
 
-    Raises:
-        ValueError: the sentence does not name a colour, a shape and a motion of this world.
+    Raises ValueError if it does not name a colour, a shape and a motion of this world.
     """
     words = re.findall(r"[a-z]+", text.lower())
     singular = {s: s for s in SHAPES} | {plural: s for s, plural in PLURALS.items()}
-    motion = {"bigger": "growing", "growing": "growing", "still": "still", "not": "still"} | {m: m for m in MOTIONS[:4]}
+    motion = {m: m for m in MOTIONS} | {"bigger": "growing", "not": "still"}
     found = {
-        "color": [list(COLORS).index(w) for w in words if w in COLORS],
+        "color": [VALUES["color"].index(w) for w in words if w in COLORS],
         "shape": [SHAPES.index(singular[w]) for w in words if w in singular],
         "motion": [MOTIONS.index(motion[w]) for w in words if w in motion],
     }
     missing = [k for k, v in found.items() if not v]
     if missing:
         raise ValueError(
-            f"got the prompt {text!r}, which names no {' and no '.join(missing)} of this world; expected a sentence "
-            "such as 'a small red circle moving left'; use prompts of rlhf.nano.world, or leave out the verifier."
+            f"got the prompt {text!r}, which names no {' and no '.join(missing)} of this world; expected a "
+            "sentence such as 'a small red circle moving left'; use prompts of rlhf.nano.world, or leave "
+            "out the verifier."
         )
     return {k: v[0] for k, v in found.items()} | {"count": int("two" in words)}
 
 
 def train_prompts(count: int, seed: int = 0) -> list[str]:
-    """Prompts of training combinations, in varied sentences."""
+    """Return prompts of training combinations, in random wording."""
     return _prompts(count, seed, held_out=False)
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[str]:
-    """Prompts of combinations that no training caption and no training prompt contains."""
+    """Return prompts of held-out combinations, in random wording."""
     return _prompts(count, seed + 10_000, held_out=True)
 
 

@@ -1,23 +1,26 @@
-"""The curves of a run as SVG, in the colours and the font of the page around it, which may be light or dark."""
+"""The curves of a run as SVG, in the colours and font of the page, which may be light or dark."""
 
 import html
 import io
 import re
 from dataclasses import dataclass, field
 
-from rlhf.figures import new_figure, running_mean
+from rlhf.report.contact_sheet import new_figure
 from rlhf.report.data import GROUPS, Run
 
-# Drawn in these colours, then handed over to the page's own.
+# Placeholders, which `_for_page` replaces by the page's own colours.
 INK, LINE, FIRST, SECOND = "#010203", "#010204", "#010205", "#010206"
 PAGE_COLORS = {INK: "var(--muted)", LINE: "var(--line)", FIRST: "var(--after)", SECOND: "var(--second)"}
-MOST_POINTS = 400  # of a line: more can't be seen at this size
+MAX_POINTS = 400  # of a line: more cannot be seen at this size
 SIZE = (4.4, 2.5)  # inches
 
 
 @dataclass
 class Series:
-    """Numbers by optimizer step. dots: a mark at each, as they are; smooth: their running mean, and they faintly."""
+    """Numbers by optimizer step.
+
+    dots: draw a mark for each number. smooth: draw the running mean, and the numbers faintly.
+    """
 
     label: str
     steps: list[int]
@@ -29,27 +32,24 @@ class Series:
 
 @dataclass
 class Panel:
-    """One pair of axes, with its title."""
+    """A plot: its title and series, and the result's confidence interval."""
 
     title: str
     series: list[Series] = field(default_factory=list)
-    interval: list[float] | None = None  # 95 % interval of the result
-    result_step: int | None = None  # where that stands
+    interval: list[float] | None = None
+    result_step: int | None = None  # where the interval is drawn
 
 
 def panels(run: Run) -> list[Panel]:
-    """What there is to draw: rewards trained on and held out, gains and the gap, drift, gradient, measures, cost."""
-    found = [_reward(run, name) for name in run.judges]
-    found.append(
-        Panel(
-            "gain over the base, in spreads",
-            [
-                _dots(run, "eval/gain_trained", "trained on", "gain_trained"),
-                _dots(run, "eval/gain_held_out", "held out", "gain_held_out", SECOND),
-            ],
-        )
-    )
-    found.append(Panel("hacking gap: trained less held-out gain", [_dots(run, "eval/hacking_gap", "", "hacking_gap")]))
+    """Return the plots of a run: rewards, gains, hacking gap, drift, gradient, cost, measures."""
+    found = [_reward_panel(run, name) for name in run.judges]
+    gains = [
+        _eval_series(run, "eval/gain_trained", "trained on", "gain_trained"),
+        _eval_series(run, "eval/gain_held_out", "held out", "gain_held_out", SECOND),
+    ]
+    gap = _eval_series(run, "eval/hacking_gap", "", "hacking_gap")
+    found.append(Panel("gain over the base, in spreads", gains))
+    found.append(Panel("hacking gap: trained less held-out gain", [gap]))
     lines = {
         "drift": "drift from the base",
         "grad_norm": "gradient norm, before clipping",
@@ -58,52 +58,67 @@ def panels(run: Run) -> list[Panel]:
         "learning_rate": "learning rate",
     }
     found += [Panel(title, [_line(run, key)]) for key, title in lines.items()]
-    found[-1].series[0].smooth = False  # the learning rate is not noisy
-    known = {f"eval/{name}" for name in (*run.judges, "gain_trained", "gain_held_out", "hacking_gap")}
-    others = dict.fromkeys(key for row in run.metrics for key in row if key.startswith("eval/") and key not in known)
-    found += [Panel(key.removeprefix("eval/"), [_dots(run, key)]) for key in others]
+    found[-1].series[0].smooth = False  # the learning rate has no noise
+    shown = {f"eval/{name}" for name in (*run.judges, "gain_trained", "gain_held_out", "hacking_gap")}
+    logged = dict.fromkeys(key for row in run.metrics for key in row if key.startswith("eval/"))
+    found += [Panel(key.removeprefix("eval/"), [_eval_series(run, key)]) for key in logged if key not in shown]
     for panel in found:
         panel.series = [series for series in panel.series if series.values]
     return [panel for panel in found if panel.series]
 
 
-def _reward(run: Run, name: str) -> Panel:
-    """A reward on training prompts, if it is trained on, and on held-out ones from the base to the tuned model."""
+def _reward_panel(run: Run, name: str) -> Panel:
+    """Return a reward's scores on training prompts, if trained on, and on held-out prompts."""
     group = "trained" if name in run.trained else "held_out"
     rows = run.summary.get(group, {})
     row = rows.get(name) or rows.get(name.removeprefix("nano_")) or {}
-    dots = _dots(run, f"eval/{name}", "held-out prompts")
-    at = dict(zip(dots.steps, dots.values, strict=True))
+    held_out = _eval_series(run, f"eval/{name}", "held-out prompts", color=SECOND)
     if row:
-        at |= {0: row["base"], run.result_step: row["tuned"]}
-    dots = Series("held-out prompts", sorted(at), [at[step] for step in sorted(at)], dots=True, color=SECOND)
+        _set_values(held_out, {0: row["base"], run.result_step: row["tuned"]})
     interval = [row["base"] + end for end in row["ci95"]] if row else None
-    series = [_line(run, f"rewards/{name}", "training prompts"), dots]
+    series = [_line(run, f"rewards/{name}", "training prompts"), held_out]
     return Panel(f"{name} ({GROUPS[group]})", series, interval, run.result_step)
 
 
-def _line(run: Run, key: str, label: str = "") -> Series:
+def _line(run: Run, key: str, label: str = "", **style) -> Series:
     rows = [(row["step"], row[key]) for row in run.metrics if key in row]
-    return Series(label, [step for step, _ in rows], [value for _, value in rows])
+    return Series(label, [step for step, _ in rows], [value for _, value in rows], **style)
 
 
-def _dots(run: Run, key: str, label: str = "", final: str = "", color: str = FIRST) -> Series:
-    """An evaluation's number along the run. final: its name in the summary, for a number that is 0 at the base."""
-    line = _line(run, key, label)
-    if final and (line.values or final in run.summary):
-        at = {0: 0.0} | dict(zip(line.steps, line.values, strict=True))
-        if final in run.summary:
-            at[run.result_step] = run.summary[final]
-        line.steps, line.values = sorted(at), [at[step] for step in sorted(at)]
-    return Series(label, line.steps, line.values, dots=True, color=color)
+def _eval_series(run: Run, key: str, label: str = "", final: str = "", color: str = FIRST) -> Series:
+    """Return a number of the evaluations along the run.
+
+    final: its name in the summary, for a number that is 0 for the base.
+    """
+    series = _line(run, key, label, dots=True, color=color)
+    if final in run.summary:
+        _set_values(series, {0: 0.0, run.result_step: run.summary[final]})
+    elif final and series.values:
+        _set_values(series, {0: 0.0})
+    return series
+
+
+def _set_values(series: Series, values: dict[int, float]) -> None:
+    """Set the values of some steps."""
+    at = dict(zip(series.steps, series.values, strict=True)) | values
+    series.steps, series.values = sorted(at), [at[step] for step in sorted(at)]
+
+
+def running_mean(values: list[float], span: int = 10) -> list[float]:
+    """Return the mean of each value and the `span` - 1 before it."""
+    means = []
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - span) : end]
+        means.append(sum(window) / len(window))
+    return means
 
 
 def draw(panel: Panel, number: int) -> str:
-    """The panel as an <svg> element. number: of the panel on the page, for ids of its own."""
+    """Return the panel as an <svg> element; number: of the panel on the page, for unique ids."""
     import matplotlib
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": str(number), "font.size": 9, "axes.edgecolor": LINE}
-    settings |= {"text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.labelcolor": INK}
+    settings |= dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), INK)
     with matplotlib.rc_context(settings):
         figure = new_figure(*SIZE)
         axis = figure.subplots()
@@ -127,19 +142,21 @@ def draw(panel: Panel, number: int) -> str:
 
 
 def _draw_series(axis, series: Series) -> None:
+    style = {"color": series.color, "label": series.label}
     if series.dots:
-        axis.plot(series.steps, series.values, color=series.color, linewidth=1.2, marker="o", ms=4, label=series.label)
+        axis.plot(series.steps, series.values, linewidth=1.2, marker="o", ms=4, **style)
         return
-    every, style = -(-len(series.steps) // MOST_POINTS), {"color": series.color, "label": series.label}
-    strong = series.values
+    every, strong = -(-len(series.steps) // MAX_POINTS), series.values
+    steps = series.steps[::every]
     if series.smooth:
         strong = running_mean(series.values)
-        axis.plot(series.steps[::every], series.values[::every], color=series.color, linewidth=0.8, alpha=0.35)
-    axis.plot(series.steps[::every], strong[::every], linewidth=1.8, marker="o" if len(strong) == 1 else "", **style)
+        axis.plot(steps, series.values[::every], color=series.color, linewidth=0.8, alpha=0.35)
+    marker = "o" if len(strong) == 1 else ""
+    axis.plot(steps, strong[::every], linewidth=1.8, marker=marker, **style)
 
 
 def _for_page(svg: str, number: int, title: str) -> str:
-    """From a file to an element: its ids made unique, its colours and font the page's, its size that of its place."""
+    """Turn an SVG file into an element with unique ids and the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="p{number}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1p{number}-", svg)

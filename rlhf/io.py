@@ -1,0 +1,98 @@
+"""Files of runs and checkpoints: readers that name a damaged file, and one atomic write."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+
+CONTENT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, SafetensorError)
+
+
+class DamagedFileError(ValueError):
+    """A file whose content is not what was written, as after a kill or on a full disk."""
+
+
+@contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Raise DamagedFileError, which names the path, where reading its content inside fails."""
+    try:
+        yield
+    except DamagedFileError:
+        raise
+    except CONTENT_ERRORS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DamagedFileError(
+            f"{path}: got a damaged file ({reason}), expected it as it was written; restore it, or "
+            "remove it to go on without"
+        ) from error
+
+
+def read_object(path: Path) -> dict:
+    """Return the object of a JSON file or the mapping of a YAML file. Raise DamagedFileError."""
+    with file_errors(path):
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        if not isinstance(content, dict):
+            raise TypeError(f"{type(content).__name__} in place of keys and values")
+    return content
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the objects of a JSON Lines file. Raise DamagedFileError."""
+    with file_errors(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def read_log(path: Path) -> list[dict]:
+    """Return the objects of a JSON Lines log, [] without the file; skip lines cut short by a kill.
+
+    Raises DamagedFileError for a file that is not text.
+    """
+    with file_errors(path):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [row for row in map(_parse_line, lines) if isinstance(row, dict)]
+
+
+def _parse_line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+@contextmanager
+def write_whole(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` after a block without an error.
+
+    So nobody ever sees half a file. The folder is made. The temporary name has the same ending.
+
+    Args:
+        path: the file to write.
+        shared: several processes may write this path at once, so each gets its own temporary name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha1(path.name.encode()).hexdigest()[:12]  # a name may be as long as allowed
+    owner = f"-{os.getpid()}" if shared else ""
+    unfinished = path.with_name(f".unfinished-{digest}{owner}{path.suffix}")
+    yield unfinished
+    unfinished.replace(path)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file, whole or not at all."""
+    with write_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Write a JSON Lines file, whole or not at all."""
+    with write_whole(path) as unfinished:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        unfinished.write_text(lines, encoding="utf-8")

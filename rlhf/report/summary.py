@@ -1,0 +1,38 @@
+"""The result of a run: summary.json, the table in the terminal, the contact sheet."""
+
+from pathlib import Path
+
+import torch
+
+from rewards.cli.table import format_table
+from rlhf.evaluation.statistics import INTERVAL
+from rlhf.io import write_json
+from rlhf.report.contact_sheet import CONTACT_SHEET, draw_contact_sheet
+
+
+def write_results(
+    folder: Path, summary: dict, prompts: list[str], before_NCTHW: torch.Tensor, after_NCTHW: torch.Tensor
+) -> None:
+    """Write summary.json and, if there are uint8 videos, the contact sheet; print the table."""
+    write_json(folder / "summary.json", summary)
+    if len(before_NCTHW) and len(after_NCTHW):
+        draw_contact_sheet(prompts, before_NCTHW, after_NCTHW, folder / CONTACT_SHEET)
+    count, page = len(prompts), folder / "report.html"
+    print(f"\n{count} held-out prompts, the same noise before and after\n\n{summary_table(summary)}\n")
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {page}")
+
+
+def summary_table(summary: dict) -> str:
+    """Return the summary as text: a row for each trained reward, held-out judge and measure."""
+    rows = [("", "base", "tuned", "difference", INTERVAL)]
+    for group in ("trained", "held_out"):
+        named = summary[group].items()
+        rows += [_cells(f"{name} ({group.replace('_', '-')})", row) for name, row in named]
+    rows += [_cells(name, summary[name]) for name in ("motion", "diversity") if summary[name]]
+    return format_table(rows, numbers=True)
+
+
+def _cells(name: str, row: dict) -> tuple[str, ...]:
+    low, high = row["ci95"]
+    means = f"{row['base']:.4f}", f"{row['tuned']:.4f}", f"{row['diff']:+.4f}"
+    return name, *means, f"[{low:+.4f}, {high:+.4f}]"

@@ -1,0 +1,35 @@
+"""Video files of a run: eight bits, H.264, samples with their prompts."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from rlhf.trackers import Clip
+from rlhf.video_set import PROMPTS, single_line
+
+
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """Return a video in [0, 1] as rounded 0 .. 255, on the CPU."""
+    return (video.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
+
+
+def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
+    """Write a uint8 video as H.264 in mp4, which every browser plays."""
+    from diffusers.utils import export_to_video
+
+    frames = [Image.fromarray(frame) for frame in video_CTHW.permute(1, 2, 3, 0).numpy()]
+    export_to_video(frames, str(path), fps=fps, quality=8)
+
+
+def write_samples(folder: Path, step: int, prompts: list[str], videos_NCTHW: torch.Tensor, fps: int) -> list[Clip]:
+    """Write uint8 videos to folder/step-NNNNNN/00.mp4 and so on, with prompts.txt; return them."""
+    target = folder / f"step-{step:06d}"
+    target.mkdir(parents=True, exist_ok=True)
+    pairs = enumerate(zip(prompts, videos_NCTHW, strict=False))
+    clips = [Clip(target / f"{i:02d}.mp4", prompt, video, fps) for i, (prompt, video) in pairs]
+    for clip in clips:
+        write_video(clip.path, clip.video_CTHW, fps)
+    lines = [f"{clip.path.stem}\t{single_line(clip.prompt)}\n" for clip in clips]
+    (target / PROMPTS).write_text("".join(lines), encoding="utf-8")
+    return clips
