@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("rlhf", "rewards", "eval")
 SCRIPTS = ("train_rlhf.py", "demo.py")
 PLACE = re.compile(r"(<!-- file tree -->\n).*?(<!-- end of file tree -->)", re.DOTALL)
-COLUMN, LONGEST = 28, 90  # where captions begin, and their length
+COLUMN, LONGEST = 28, 105  # where captions begin, and their length
 
 
 def caption(path: Path) -> str:
@@ -20,7 +20,7 @@ def caption(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else None
     sentence = re.split(r"(?<=[.?])\s", " ".join((text or "").split("\n\n")[0].split()))[0].rstrip(".")
     if len(sentence) > LONGEST:
-        shorter = re.match(rf"(.{{20,{LONGEST}}})(?:[,:;]| - )", sentence)
+        shorter = re.match(rf"(.{{20,{LONGEST}}})(?:[:;]| - )", sentence)
         return shorter[1] if shorter else sentence
     return sentence
 
