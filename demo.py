@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from diffusers.utils import export_to_video
 
-from rewards.flags import file_to_write
+from rewards.cli.flags import file_to_write
+from rlhf.adapter.merge import require_adapter
+from rlhf.config import is_distilled
 from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
-from rlhf.export import add_trained_blocks, require_adapter
-from rlhf.method_checks import is_distilled
 from rlhf.run_folder import settings_in
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
@@ -78,11 +78,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def add_lora(pipe: ContentVPipeline, name: str) -> None:
-    """Add an adapter from a folder, a file, or a hub id, with blocks trained whole. ValueError if it is not there."""
+    """Add an adapter from a folder, a file, or a hub id. Raises ValueError if it is not there."""
     try:
         pipe.load_lora_weights(name)
         require_adapter(pipe.transformer, name)
-        add_trained_blocks(pipe.transformer, Path(name))
     except Exception as error:  # offline, unknown and gated ones all have types of their own
         expected = "expected the folder of an adapter such as runs/nano/adapter, or a hub id"
         raise ValueError(f"--lora: got {name!r} ({one_line(error)}), {expected}; correct the path") from error

@@ -30,10 +30,10 @@ ARMS = {
     "draft_lv": ONE | {"method": "draft_lv"},
     "alignprop": ALL | {"method": "alignprop"},
     "uniform, K = 2": {"method": "uniform", "num_grad_steps": 2},
-    "listed, 0 and 1": ONE | {"method": "listed", "grad_steps": [0, 1]},
+    "listed, 0 and 1": ONE | {"method": "listed", "method_kwargs": {"steps": [0, 1]}},
     "drtune, K = 2": {"method": "drtune", "num_grad_steps": 2},
     "drtune, K = 4": ALL | {"method": "drtune"},
-    "refl": ONE | {"method": "refl", "jump_steps": 2},
+    "refl": ONE | {"method": "refl", "method_kwargs": {"jump_steps": 2}},
     "srpo": ONE | {"method": "srpo"},
     "draft_k, K = 4, guidance text": ALL | {"guidance_gradient": "text"},
     "draft_k, K = 4, guidance none": ALL | {"guidance_gradient": "none"},
@@ -42,7 +42,6 @@ ARMS = {
     "draft_k, K = 4, anchor 5": ALL | {"anchor_steps": 5},
     "draft_k, K = 4, average .9": ALL | {"ema_decay": 0.9},
     "draft_k, K = 4, DoRA": ALL | {"lora_use_dora": True},
-    "draft_k, K = 4, block 2 whole": ALL | {"train_blocks": ["transformer_blocks.2"], "learning_rate": 1e-4},
 }
 
 

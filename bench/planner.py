@@ -1,22 +1,27 @@
-"""The planner's figures beside what a device does: peak memory and seconds of a step, phase by phase.
+"""Estimates of the planner beside measurements: peak memory and seconds of an optimizer step.
 
-    python bench/planner.py                 all settings, on this machine's accelerator; about four minutes on an H200
-    python bench/planner.py --stages predict      makes the predictions anew, from settings and rates: without a device
-    python bench/package.py                 makes the rates a part of the package
-    python bench/tables.py                  puts the results into docs/planner.md
+    python bench/planner.py                           everything, on this machine's accelerator
+    python bench/planner.py --stages predict table    new estimates, without a device
 
-What is predicted is what PyTorch calls allocated at most; reserved memory is in the rows, too, and what the process
-takes of the device besides. nano is the embedded model in the real trainer. The full size is ContentV-8B with random
-weights, 432x768, as in bench/step.py: of its sampling one step is measured and counted for all, which the row says.
-Rows go to bench/results/planner.json one by one; the same command goes on with what is missing.
+Rows go to bench/results/planner.json one by one; the same command goes on with what is missing. The
+table goes to bench/results/planner.md.
 
-Prediction: memory within 15 %, time within 30 %.
+Four kinds of rows: what a device does in a second, for `rlhf.time_plan.RATES`; nano in the real
+trainer; ContentV-8B with random weights, by bench/step.py; and the rows of bench/results/step.json
+and scale.json, as they are. In rows that say "extrapolated", one denoising step was measured and
+counted for all.
+
+Memory is what PyTorch calls allocated. Rows also have its reserved memory, and that of the context
+and the kernels.
+
+Prediction: memory within 15 %, time within 35 %.
 """
 
 import argparse
 import dataclasses
 import gc
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -25,111 +30,53 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment
-from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of
-from step import PROMPT, limit_memory, write
+from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of, settings_of_layout, settings_of_step
+from step import Bench, limit_memory, measure, write
 from step_arms import SIZES, Rig, make_reward
 
-from rlhf.checks import model_card, with_sampling
+from rlhf.attention import attention_by, time_kernels
+from rlhf.checks import with_sampling
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import CONTENTV_8B
-from rlhf.contentv.flow import euler_step
-from rlhf.device import memory_beside, peak_memory, pick_device, reset_peak_memory, synchronize
-from rlhf.fields import Fields
-from rlhf.optimizer import clip_gradient
+from rlhf.contentv.files import CONTENTV_8B, model_sizes
+from rlhf.device import (
+    describe,
+    memory_beside,
+    peak_memory,
+    pick_device,
+    reset_peak_memory,
+    seconds_of,
+)
 from rlhf.planner import Planner
-from rlhf.rates import Rates, measure_rates
+from rlhf.time_plan import H200, Rates
 from rlhf.trainer import RewardGradientTrainer
-from rlhf.types import Conditioning
 
 RESULT = Path(__file__).parent / "results" / "planner.json"
-GIB, INFO = 2**30, {"fps": 24, "seed": 0, "step": 0}
-
-
-@dataclasses.dataclass
-class Step:
-    """What an optimizer step is made of, of either size; `measure` goes through it phase by phase."""
-
-    args: RewardGradientConfig
-    fields: Fields
-    decode: Callable
-    reward: Callable  # (video, step) -> scores
-    masters: object
-    optimizer: object
-    sigmas: torch.Tensor
-    cond: Conditioning
-    noise_BCTHW: torch.Tensor
-    device: torch.device
-
-    def measure(self) -> dict[str, dict]:
-        """{phase: {"seconds", "peak_gib", "held_gib" before}} of one step whose sampling is one denoising step."""
-        phases: dict[str, dict] = {}
-        run = partial(self._timed, phases)
-        field, x = self.fields.tuned(self.cond), 0.3 * self.noise_BCTHW
-        run("sampling", torch.no_grad()(field), x, self.sigmas[0])
-        latents = run("segment forward", self._window, field, x)
-        video = run("decode forward", self.decode, latents, 0)
-        scores_B = run("reward forward", self.reward, video)
-        (of_video,) = run("reward backward", torch.autograd.grad, -scores_B.mean(), video)
-        shown = video.detach()  # the trainer keeps it
-        del scores_B
-        (of_latents,) = run("decode backward", torch.autograd.grad, video, latents, of_video)
-        del video, of_video
-        run("segment backward", latents.backward, of_latents)
-        del latents, shown
-        run("optimizer", self._update)
-        return phases
-
-    def _window(self, field: Callable, x: torch.Tensor) -> torch.Tensor:
-        last = len(self.sigmas) - 1
-        for i in range(last - self.args.num_grad_steps, last):
-            x = euler_step(x, field(x, self.sigmas[i]), self.sigmas[i], self.sigmas[i + 1])
-        return x
-
-    def _update(self) -> None:
-        self.masters.collect_grad()
-        gradient = self.masters.vector.grad
-        clip_gradient(gradient, gradient.norm().item(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        self.masters.write()
-
-    def _timed(self, phases: dict, name: str, work: Callable, *inputs):
-        held = allocated(self.device)
-        reset_peak_memory(self.device)
-        synchronize(self.device)
-        began = time.perf_counter()
-        result = work(*inputs)
-        synchronize(self.device)
-        phases[name] = {"seconds": time.perf_counter() - began, "peak_gib": peak(self.device), "held_gib": held}
-        return result
-
-
-def allocated(device: torch.device) -> float | None:
-    """GiB; a CPU does not tell."""
-    return None if device.type == "cpu" else torch.get_device_module(device).memory_allocated(device) / GIB
+GIB, FPS = 2**30, 24
 
 
 def peak(device: torch.device) -> float | None:
+    """Return the peak GiB; None for a CPU."""
     return None if device.type == "cpu" else peak_memory(device) / GIB
 
 
 def reserved(device: torch.device) -> dict:
-    """GiB at most of PyTorch's blocks, and now of the device besides these: context and kernels."""
+    """Return the peak GiB of PyTorch's blocks, and the GiB of context and kernels."""
     if device.type == "cpu":
         return {}
     most = torch.get_device_module(device).max_memory_reserved(device)
     return {"reserved_gib": most / GIB, "beside_gib": memory_beside(device) / GIB}
 
 
-# ------------------------------------------------------------------------------------------------------ the arms
+# ---------------------------------------------------------------------------------- measurements
 
 
 def measure_nano(arm: str, size: str, device: torch.device) -> dict:
-    """A row's figures in the real trainer: whole steps, then one phase by phase."""
+    """Measure whole steps of the real trainer."""
     with tempfile.TemporaryDirectory() as folder:
         common = {"output_dir": f"{folder}/run", "report_to": ["none"], "device": device.type, "max_steps": 5}
         trainer = RewardGradientTrainer(args=RewardGradientConfig(**common, **settings_of(arm, size)))
@@ -137,66 +84,164 @@ def measure_nano(arm: str, size: str, device: torch.device) -> dict:
         trainer.step(0)
         clean(device)
         seconds = [trainer.step(number)["seconds"] for number in (1, 2, 3)]  # each ends with a number read back
-        whole = {"seconds": sorted(seconds)[1], "all": seconds, "peak_gib": peak(device)} | reserved(device)
-        batch = trainer.batches.batch(0, 0)
-        step = Step(
-            trainer.args,
-            trainer.fields,
-            trainer.decode,
-            lambda video: trainer.rewards(video, batch.prompts, **trainer.batches.info(0))[0],
-            trainer.masters,
-            trainer.optimizer,
-            trainer.sigmas,
-            trainer.text(batch.prompts, device),
-            batch.noise("train"),
-            device,
-        )
-        return whole | {"phases": step.measure(), "extrapolated": False}
+        return {"seconds": sorted(seconds)[1], "all": seconds, "peak_gib": peak(device)} | reserved(device)
 
 
 def measure_full(arm: str, size: str, device: torch.device, reward: Callable) -> dict:
-    (frames, scored, _), settings = FULL[arm], settings_of(arm, size)
-    rig = Rig(arm, SIZES[size], frames, STEPS, scored, device, settings=settings)
+    """Measure a whole step of ContentV-8B with random weights, after one to load kernels."""
+    frames, scored, _ = FULL[arm]
+    rig = Rig(arm, SIZES[size], frames, STEPS, scored, device, settings=settings_of(arm, size))
     limit_memory(device, CAPS_GIB.get(arm))
-    grid = rig.shape[2], rig.shape[3] // 2, rig.shape[4] // 2
-    like = torch.empty(0, rig.transformer.inner_dim, device=device, dtype=SIZES[size].dtype)
-    rig.transformer.pos_embed.position_table(grid, like)  # takes a second on the CPU, once
-    score = lambda video: reward(video, PROMPT, **INFO)
-    parts = rig.args, rig.fields, rig.decode, score, rig.masters, rig.optimizer, rig.sigmas, rig.cond
-    step = Step(*parts, rig.noise("x"), device)
-    for _ in range(2):  # the first time loads kernels, and pins host memory
-        clean(device)
-        phases = step.measure()
-    seconds = {name: phase["seconds"] for name, phase in phases.items()}
-    whole = sum(seconds.values()) + (STEPS - rig.args.num_grad_steps - 1) * seconds["sampling"]
-    peaks = [phase["peak_gib"] for phase in phases.values()]
-    measured = {"seconds": whole, "peak_gib": None if None in peaks else max(peaks)} | reserved(device)
-    return measured | {"phases": phases, "extrapolated": True}
+    return measure(Bench(rig, reward, scored).step, device, repeats=1, warm=False) | reserved(device)
+
+
+def measure_rates(device: torch.device, size: str) -> dict:
+    """Measure what the device does in a second, at ContentV-8B's sizes."""
+    small = 1 if size == "full" else 16
+    rows, channels, tokens, copied = 8192 // small, 192 // small, 8192 // small, 2**28 // small
+    flops = {}
+    for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16):
+        name, make = str(dtype).removeprefix("torch."), partial(torch.randn, device=device, dtype=dtype)
+        multiply = partial(torch.matmul, make(rows, 2432), make(2432, 9728))
+        flops[f"matrix {name}"] = 2 * rows * 2432 * 9728 / fastest(multiply, device)
+        video, kernel = make(1, channels, 4, 216, 384 // small), make(channels, channels, 3, 3, 3)
+        convolve = partial(F.conv3d, video, kernel, padding=1)
+        flops[f"conv {name}"] = 2 * 27 * channels * video.numel() / fastest(convolve, device)
+        query, kernels = make(1, 38, tokens, 64), {} if device.type == "cpu" else time_kernels(device, dtype, 38, 64)
+        attend = partial(attention_by(next(iter(kernels), None)), query, query, query)
+        flops[f"attention {name}"] = 4 * 38 * tokens**2 * 64 / fastest(attend, device)
+    x, factors = (torch.ones(*shape, 2432, device=device, dtype=torch.bfloat16) for shape in ((copied // 4864,), ()))
+    memory = 2 * x.nbytes / fastest(lambda: x * factors, device)
+    host = peer = memory
+    there = torch.empty(copied, dtype=torch.uint8, device=device)
+    if device.type != "cpu":
+        pinned = torch.empty(copied, dtype=torch.uint8, pin_memory=True)
+        host = copied / fastest(lambda: there.copy_(pinned, non_blocking=True), device)
+        peer = host
+    if device.type != "cpu" and torch.accelerator.device_count() > 1:
+        neighbour = torch.empty_like(there, device=torch.device(device.type, 1))
+        peer = copied / fastest(lambda: there.copy_(neighbour, non_blocking=True), device)
+    rates = Rates(flops, memory, host, peer, memory_beside(device))
+    return {"device": describe(device)} | dataclasses.asdict(rates)
+
+
+def fastest(work: Callable, device: torch.device) -> float:
+    """Return the seconds of one call: the best of three rounds of many calls."""
+    work()
+    calls = max(1, round(0.05 / seconds_of(work, device)))
+    rounds = (seconds_of(lambda: [work() for _ in range(calls)], device) for _ in range(3))
+    return min(rounds) / calls
+
+
+# ------------------------------------------------------------------------------------- estimates
+
+
+def planner_of(settings: dict, model: str, rates: Rates = H200, size: str = "full", processes: int = 1) -> Planner:
+    """Return the planner of a run with random weights."""
+    card = model_sizes(model)
+    if model == CONTENTV_8B:
+        card = card | {name: card[name] | getattr(SIZES[size], name) for name in ("transformer", "vae")}
+        card["sampling"] = card["sampling"] | {"fps": FPS}
+    args = with_sampling(RewardGradientConfig(**settings), card["sampling"])
+    return Planner(args, card, rates, processes=processes)
 
 
 def predicted(arm: str, size: str, rates: Rates) -> dict:
-    """The planner's figures, from the settings alone, without a device."""
-    args, card = RewardGradientConfig(**settings_of(arm, size)), model_card("nano" if arm in NANO else CONTENTV_8B)
-    if arm in FULL:
-        card = card | {name: card[name] | getattr(SIZES[size], name) for name in ("transformer", "vae")}
-        card["sampling"] = card["sampling"] | {"fps": 24}
-    args = with_sampling(args, card["sampling"])
-    plan = Planner(args, card, rates).plan()
-    in_gib = lambda sizes: {name: size / GIB for name, size in sizes.items()}
-    told = {"peak_gib": plan.memory.most / GIB, "held_gib": in_gib(plan.memory.held)}
-    return told | {
-        "phases_gib": in_gib(plan.memory.phases),
-        "seconds": plan.time.total,
-        "phases_seconds": plan.time.parts,
+    """Return the planner's estimate of an arm, from its settings alone."""
+    estimate = planner_of(settings_of(arm, size), "nano" if arm in NANO else CONTENTV_8B, rates, size).estimate()
+    memory, seconds = estimate.memory, estimate.time
+    return {
+        "peak_gib": memory.peak_bytes / GIB,
+        "held_gib": {name: value / GIB for name, value in memory.held.items()},
+        "phases_gib": {name: value / GIB for name, value in memory.phases.items()},
+        "seconds": seconds.total,
+        "phases_seconds": seconds.phases,
     }
 
 
-def with_prediction(row: dict, size: str, rates: Rates) -> dict:
-    row = row | {"predicted": predicted(row["arm"], size, rates)}
+def compare(row: dict, prediction: dict) -> dict:
+    """Return the row with its estimate and the ratios to what was measured."""
+    row = row | {"predicted": prediction}
     for key in ("peak_gib", "seconds"):
         if row["measured"][key]:
-            row[f"{key}_ratio"] = row["predicted"][key] / row["measured"][key]
+            row[f"{key}_ratio"] = prediction[key] / row["measured"][key]
     return row
+
+
+def compare_steps(rows: list[dict]) -> list[dict]:
+    """Return rows for the whole steps of bench/results/step.json."""
+    found = []
+    for row in rows:
+        if row["phase"] == "step" and (settings := settings_of_step(row)) is not None:
+            estimate = planner_of(settings, CONTENTV_8B).estimate()
+            measured = {"peak_gib": row["peak_gib"], "seconds": row["seconds_per_gradient"]}
+            prediction = {"peak_gib": estimate.memory.peak_bytes / GIB, "seconds": estimate.time.total}
+            found.append(compare({"arm": f"step.py: {row['arm']}", "measured": measured}, prediction))
+    return found
+
+
+def predict_layout(row: dict, about: dict) -> dict[str, dict]:
+    """Return {phase: {"peak_gib", "seconds"}} for a row of bench/results/scale.json."""
+    planner = planner_of(settings_of_layout(row, about), CONTENTV_8B, processes=row["devices"])
+    estimate = planner.estimate()
+    memory, seconds = estimate.memory, estimate.time.phases
+    held = memory.held_bytes - memory.held["rewards"]
+    names = {"sampling": "sampling", "segment": "gradient window", "sum": "optimizer"}
+    found = {phase: {"peak_gib": (held + memory.phases[name]) / GIB} for phase, name in names.items()}
+    peak_gib = max(phase["peak_gib"] for phase in found.values())
+    return found | {"step": {"peak_gib": peak_gib, "seconds": sum(seconds.values()) - seconds["reward"]}}
+
+
+def compare_layouts(result: dict) -> list[dict]:
+    """Return rows for the whole steps of bench/results/scale.json."""
+    found = []
+    for row in result["rows"]:
+        if row["phase"] == "step" and "seconds" in row:
+            arm = f"scale.py: {row['arm']}, {row['devices']} device(s), {row['frames']} frames"
+            measured = {key: row[key] for key in ("peak_gib", "seconds")}
+            found.append(
+                compare({"arm": arm, "measured": measured}, predict_layout(row, result["environment"])["step"])
+            )
+    return found
+
+
+def accuracy(rows: list[dict]) -> dict[str, tuple[float, float, int]]:
+    """Return {"peak_gib" or "seconds": (largest error, mean error, number of rows)}."""
+    found = {}
+    for key in ("peak_gib", "seconds"):
+        errors = [abs(row[f"{key}_ratio"] - 1) for row in rows if f"{key}_ratio" in row]
+        found[key] = (max(errors), statistics.mean(errors), len(errors)) if errors else (0.0, 0.0, 0)
+    return found
+
+
+def accuracy_text(rows: list[dict]) -> str:
+    """Return two sentences about the errors."""
+    told = accuracy(rows).items()
+    return "\n".join(
+        f"{name}: {worst:.0%} off at most, {mean:.0%} on average, over {count} settings."
+        for name, (_, (worst, mean, count)) in zip(("Memory", "Time"), told, strict=True)
+    )
+
+
+def table(result: dict) -> str:
+    """Return bench/results/planner.md: a row for each setting, then the errors."""
+    about, lines = result["environment"], ["# Estimates of the planner beside measurements", ""]
+    lines += [f"Measured on {about['device']} ({about['cores']} cores), torch {about['torch']}.", ""]
+    lines += ["| setting | GiB measured | estimated | | seconds a step measured | estimated | |", "|---" * 7 + "|"]
+    for row in result["rows"]:
+        if "predicted" in row:
+            cells = [_cells(row, key) for key in ("peak_gib", "seconds")]
+            lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", accuracy_text(result["rows"])]) + "\n"
+
+
+def _cells(row: dict, key: str) -> str:
+    values = [row[part][key] for part in ("measured", "predicted")]
+    ratio = f"{row[f'{key}_ratio'] - 1:+.0%}" if f"{key}_ratio" in row else "-"
+    return " | ".join([*("-" if value is None else f"{value:.2f}" for value in values), ratio])
+
+
+# ----------------------------------------------------------------------------------- the command
 
 
 def clean(device: torch.device) -> None:
@@ -207,11 +252,11 @@ def clean(device: torch.device) -> None:
 
 
 def measured_row(arm: str, size: str, device: torch.device, reward: Callable | None) -> dict:
-    """The arm's row; one that fails says why, and the others go on."""
+    """Return the arm's row. A failure becomes part of the row, so that the other arms run."""
     row = {"arm": arm, "settings": settings_of(arm, size)}
     try:
         found = measure_nano(arm, size, device) if arm in NANO else measure_full(arm, size, device, reward)
-        return row | {"measured": found}
+        return row | ({"error": found["skipped"]} if "skipped" in found else {"measured": found})
     except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError
         return row | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
     finally:
@@ -219,20 +264,20 @@ def measured_row(arm: str, size: str, device: torch.device, reward: Callable | N
         clean(device)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arms = ["rates", *NANO, *FULL]
+    arms, stages = ["rates", *NANO, *FULL], ["measure", "predict", "table"]
     parser.add_argument("--only", nargs="+", choices=arms, default=arms, metavar="ARM")
-    parser.add_argument("--stages", nargs="+", choices=("measure", "predict"), default=["measure", "predict"])
+    parser.add_argument("--stages", nargs="+", choices=stages, default=stages)
     parser.add_argument("--size", choices=list(SIZES), default="full", help="tiny: everything, for a try on a CPU")
     parser.add_argument("--device", help="default: the accelerator of this machine")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no arm is begun")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
+    parser.add_argument("--again", action="store_true", help="measure rows that exist already, too")
     parser.add_argument("--output", type=Path, default=RESULT)
     return parser.parse_args(argv)
 
 
-def measure(arguments: argparse.Namespace) -> None:
+def measure_arms(arguments: argparse.Namespace) -> None:
     began, device, output = time.perf_counter(), pick_device(arguments.device), arguments.output
     about = environment(device) | {"size": arguments.size, "steps": STEPS}
     old = json.loads(output.read_text()) if output.exists() else {}
@@ -245,44 +290,39 @@ def measure(arguments: argparse.Namespace) -> None:
         if arm in FULL and reward is None:
             reward = make_reward(arguments.size, 8, device)
         if arm == "rates":
-            rows[arm] = {"arm": arm, "rates": measure_rates(device).to_dict()}
+            rows[arm] = {"arm": arm, "rates": measure_rates(device, arguments.size)}
             clean(device)
         else:
             rows[arm] = measured_row(arm, arguments.size, device, reward)
         write(output, about, list(rows.values()))
-        print(brief(rows[arm]), f"after {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{arm}: {rows[arm].get('error', 'measured')}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def predict(arguments: argparse.Namespace) -> None:
     result = json.loads(arguments.output.read_text())
-    rates = next((Rates(**row["rates"]) for row in result["rows"] if row["arm"] == "rates"), None)
-    for i, row in enumerate(result["rows"]):
-        if rates and row["arm"] in arguments.only and "measured" in row:
-            result["rows"][i] = with_prediction(row, result["environment"]["size"], rates)
-            print(brief(result["rows"][i]), flush=True)
-    write(arguments.output, result["environment"], result["rows"])
+    about, rows = result["environment"], {row["arm"]: row for row in result["rows"]}
+    rates = {name: value for name, value in rows["rates"]["rates"].items() if name != "device"}
+    for arm in arguments.only:
+        if "measured" in rows.get(arm, {}):
+            rows[arm] = compare(rows[arm], predicted(arm, about["size"], Rates(**rates)))
+            print(f"{arm}: estimated", flush=True)
+    if about["size"] == "full":
+        read = lambda name: json.loads((RESULT.parent / name).read_text())
+        others = compare_steps(read("step.json")["rows"]) + compare_layouts(read("scale.json"))
+        rows |= {row["arm"]: row for row in others}
+    write(arguments.output, about, list(rows.values()))
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
+    arguments = parse_arguments(argv)
     if "measure" in arguments.stages:
-        measure(arguments)
+        measure_arms(arguments)
     if "predict" in arguments.stages:
         predict(arguments)
-
-
-def brief(row: dict) -> str:
-    """A row as a line."""
-    if "error" in row or "rates" in row:
-        return f"{row['arm']}: {row.get('error') or row['rates']}"
-    told = f"{row['arm']}:"
-    for part in ("measured", "predicted"):
-        if part in row:
-            gib, seconds = (
-                "?" if row[part][key] is None else f"{row[part][key]:.2f}" for key in ("peak_gib", "seconds")
-            )
-            told += f" {part} {gib} GiB, {seconds} s"
-    return told
+    if "table" in arguments.stages:
+        text = table(json.loads(arguments.output.read_text()))
+        arguments.output.with_suffix(".md").write_text(text)
+        print(text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What bench/planner.py compares: settings of runs, of nano and at full size."""
+"""Settings of the runs that bench/planner.py compares."""
 
+import scale_arms
 from step_arms import EXACT, ROOMY, SIZES, SMALL
 
 STEPS = 25  # of denoising, at full size
@@ -26,11 +27,21 @@ FULL = {
     "8B, 61 frames, exact, VAE in float32": (61, 61, EXACT | {"vae_dtype": "float32"}),
     "8B, 125 frames, exact": (125, 125, EXACT),
 }
+# Whole steps of bench/step.py that are compared.
+STEP_ARMS = (
+    "24 GiB",
+    "exact, nothing twice",
+    "exact, nothing twice, compiled",
+    "exact, nothing twice, compiled, FlashAttention-3",
+    "exact, nothing twice, compiled, FlashAttention-3, guidance together",
+    "float8 copy",
+    "guidance every 2nd step",
+)
 CAPS_GIB = {"8B, 33 frames, 24 GiB": 24}
 
 
 def settings_of(arm: str, size: str) -> dict:
-    """The arm's settings, all that bear on memory and time."""
+    """Return the settings of an arm that change memory or time."""
     if arm in NANO:
         settings = {"num_grad_steps": 4, "per_device_train_batch_size": 16, "eval_prompts": "none"} | NANO[arm]
         if size == "tiny":
@@ -38,16 +49,34 @@ def settings_of(arm: str, size: str) -> dict:
             settings["per_device_train_batch_size"] = min(2, settings["per_device_train_batch_size"])
         return settings
     frames, scored, changes = FULL[arm]
+    return full_settings(frames, scored, STEPS, size) | changes
+
+
+def settings_of_step(row: dict) -> dict | None:
+    """Return the settings of a row of bench/results/step.json; None if it is not compared."""
+    if row["arm"] not in STEP_ARMS:
+        return None
+    return full_settings(row["frames"], row["scored"], row["steps"]) | row["settings"]
+
+
+def settings_of_layout(row: dict, about: dict) -> dict:
+    """Return the settings of a row of bench/results/scale.json. about: its environment."""
+    layout = scale_arms.SETTINGS | scale_arms.arms(row["devices"])[row["arm"]]
+    return full_settings(row["frames"], about["scored"], row["steps"]) | layout
+
+
+def full_settings(frames: int, scored: int, steps: int, size: str = "full") -> dict:
+    """Return the settings of ContentV-8B with HPS v2.1, which scores 8 frames or the first."""
     of_reward = {"frames": "first" if scored == 1 else "all", "num_frames": 8}
     return {
         "height": SIZES[size].height,
         "width": SIZES[size].width,
         "max_sequence_length": 256,
         "num_frames": frames,
-        "num_inference_steps": STEPS,
+        "num_inference_steps": steps,
         "guidance_scale": 6.0,
         "lora_rank": 32,
         "reward_funcs": ["hps_v2_1"],
         "reward_kwargs": {"hps_v2_1": of_reward},
         "eval_prompts": None,
-    } | changes
+    }

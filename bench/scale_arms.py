@@ -7,7 +7,7 @@ import torch
 from step_arms import SIZES, Rig, Size, make_reward
 
 from rlhf.config import RewardGradientConfig
-from rlhf.device import generator, reproducible
+from rlhf.device import deterministic, generator
 from rlhf.fields import Fields
 from rlhf.layout import Layout
 from rlhf.sampler import rollout
@@ -128,7 +128,7 @@ def equality(settings: dict, accelerator) -> dict:
     """Largest difference of the first gradient, over its largest number, and of the weights after five steps."""
     device, processes = accelerator.device, accelerator.num_processes
     reward, own = make_reward("tiny", 1, device), {"vae_dtype": "float32", "attention_kernel": "default"}
-    with reproducible(device):
+    with deterministic(device):
         alone = Bench(SMALL, 9, 4, 9, accelerator, own)
         alone.use({}, alone=True)
         expected, expected_weights = alone.train(processes, reward)

@@ -38,6 +38,7 @@ from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_second
 from rlhf.contentv.flow import euler_step
 from rlhf.contentv.wan_decoder import saturated_share, unnormalise
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
+from rlhf.method.options import MethodOptions
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient
 from rlhf.prefix import PrefixBuffer
@@ -108,8 +109,8 @@ class Bench:
 
     def step(self) -> None:
         """A whole optimizer step; where rollouts are used again, as many steps as one serves."""
-        rig, prefixes = self.rig, PrefixBuffer(self.rig.args.rollout_uses)
-        for number in range(rig.args.rollout_uses):
+        rig, prefixes = self.rig, PrefixBuffer(self.rig.args.rollout_reuse)
+        for number in range(rig.args.rollout_reuse):
             for latents in self._rollouts(prefixes, number):
                 loss = -self.reward(self._video(latents), PROMPT, **INFO).mean()
                 loss.backward()
@@ -165,7 +166,7 @@ class Bench:
         return (video.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
 
     def _plan(self):
-        return make_plan(self.rig.args, self.rig.sigmas, generator("bench", "plan"))
+        return make_plan(self.rig.args, MethodOptions(), self.rig.sigmas, generator("bench", "plan"))
 
 
 def guided(rig: Rig, together: bool = False) -> Velocity:
@@ -228,7 +229,7 @@ def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device,
         warm = phase == "step" and {"sampling", "window"} <= set(phases)  # a long one, of which all was run before
         row |= measure(getattr(bench, phase.replace(" ", "_")), device, arguments.repeats, warm)
         if phase == "step" and "seconds" in row:
-            row["seconds_per_gradient"] = row["seconds"] / rig.args.rollout_uses
+            row["seconds_per_gradient"] = row["seconds"] / rig.args.rollout_reuse
         if arguments.size == "full" and (least := floor_seconds(rig, phase)):
             row["floor_seconds"] = least
         rows.append(compare(row, arguments.gradients, frames, scored) if "gradient" in row else row)

@@ -9,21 +9,23 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.models.normalization import RMSNorm
 
+from rlhf.adapter.masters import Masters
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.transformer import QueryKeyNorm, SD3Transformer3DModel
-from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise, use_channels_last
+from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise
 from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.fields import Fields
 from rlhf.layout import Layout
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.lora import add_adapter, lora_config
 from rlhf.optimizer import make_optimizer
 from rlhf.speed import Speed, set_up_blocks
 from rlhf.types import Conditioning
 
 PEERS, STOCK = "peers' way", "stock autograd"
+TOGETHER = "half the steps, guidance every 2nd step, rollouts used 4 times"
 ROOMY = {"vae_dtype": "bfloat16"}  # as the peers'; nothing is computed twice
 EXACT = ROOMY | {
     "gradient_checkpointing": True,
@@ -46,8 +48,6 @@ SETTINGS = {
     "exact, attention computed again": EXACT | {"keep_attention": False},
     "exact, compiled": EXACT | {"compile_blocks": True},
     "exact, caches kept, chunks of 4": EXACT | {"decode_caches": "keep", "decode_chunk": 4},
-    "exact, caches recomputed": EXACT | {"decode_caches": "recompute"},
-    "exact, VAE channels last": EXACT | {"decode_channels_last": True},
     "exact, VAE in float32": EXACT | {"vae_dtype": "float32", "decode_chunk": 2},
     "exact, activations on the host": EXACT | {"offload_activations": True},
     "exact, weights streamed": EXACT | {"stream_weights": True},
@@ -58,24 +58,13 @@ SETTINGS = {
     "exact, nothing twice, compiled, FlashAttention-3, guidance together": FAST | {"guidance_together": True},
     "24 GiB": SMALL,
     # Not exact.
-    "8-bit optimizer": EXACT | {"optim": "adamw_bnb_8bit"},
-    "8-bit base": EXACT | {"base_bits": 8},
     "4-bit base": EXACT | {"base_bits": 4},
-    "merged copy": FAST | {"sampling_weights": "merged"},
     "float8 copy": FAST | {"sampling_weights": "float8"},
     "half the steps": FAST | {"prefix_steps": 12},
-    "half the steps, second order": FAST | {"prefix_steps": 12, "second_order_prefix": True},
     "guidance every 2nd step": FAST | {"guidance_every": 2},
-    "rollouts used 4 times": FAST | {"rollout_uses": 4},
-    "rollouts used 8 times": FAST | {"rollout_uses": 8},
-    "all of them": FAST
-    | {
-        "sampling_weights": "merged",
-        "prefix_steps": 12,
-        "second_order_prefix": True,
-        "guidance_every": 2,
-        "rollout_uses": 4,
-    },
+    "rollouts used 4 times": FAST | {"rollout_reuse": 4},
+    "rollouts used 8 times": FAST | {"rollout_reuse": 8},
+    TOGETHER: FAST | {"prefix_steps": 12, "guidance_every": 2, "rollout_reuse": 4},
 }
 CAPS_GIB = {"24 GiB": 24}  # the device's memory is limited to this
 
@@ -135,8 +124,6 @@ class Rig:
         self.by_hand = arm in (PEERS, STOCK)  # as diffusers runs it
         vae_dtype = getattr(torch, args.vae_dtype)
         self.vae = random_vae(size, device).to(vae_dtype)
-        if args.decode_channels_last:
-            use_channels_last(self.vae)
         self.transformer = random_transformer(size, device)
         self.masters = self._adapt()
         self.optimizer = make_optimizer(self.masters.vector, args)
@@ -233,7 +220,7 @@ def make_reward(size_name: str, scored: int, device: torch.device):
     """HPS v2.1 of full size with random weights, on 8 of the scored frames or as many as there are."""
     if size_name == "tiny":
         return TinyReward().to(device)
-    from rewards.hps import HpsV21
+    from rewards.models.hps import HpsV21
 
     torch.manual_seed(2)
     with torch.device(device):

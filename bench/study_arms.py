@@ -18,7 +18,7 @@ GRADIENT = {  # by reward gradient; nano takes four denoising steps
     DEFAULT: {"num_grad_steps": 4},
     "DRaFT-LV": {"method": "draft_lv", "num_grad_steps": 1},
     "AlignProp": {"method": "alignprop", "num_grad_steps": 4},
-    "ReFL": {"method": "refl", "num_grad_steps": 1, "jump_steps": 2},
+    "ReFL": {"method": "refl", "num_grad_steps": 1, "method_kwargs": {"jump_steps": 2}},
     "DRTune": {"method": "drtune", "num_grad_steps": 4},
     "SRPO": {"method": "srpo", "num_grad_steps": 1},
 }

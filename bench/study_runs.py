@@ -5,6 +5,7 @@ A worker process makes many of them: it imports and loads the judges once.
 
 import dataclasses
 import io
+import json
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ from baselines import PolicyGradientTrainer, best_of
 from study_arms import BEST_OF, DEFAULT, ROOT, settings_of, split
 
 from rewards import RewardMix
-from rlhf.checks import check_config, open_rewards
+from rlhf.checks import check_config
 from rlhf.compare import paired
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator, synchronize
@@ -28,6 +29,7 @@ from rlhf.measures import DIVERSITY, OF_ONE_VIDEO, distance
 from rlhf.methods import make_plan
 from rlhf.parse import parse_config
 from rlhf.sampler import draw_noise
+from rlhf.setup import open_rewards
 from rlhf.trainer import RewardGradientTrainer
 
 TRAINED, WARM_UP = "nano_preference", 3
@@ -60,6 +62,7 @@ class Conditions:
         words |= {"num_diversity_prompts": self.diversity_prompts, "per_device_eval_batch_size": self.eval_batch}
         words |= {"seed": seed, "max_steps": steps, "output_dir": self.work / f"run-{os.getpid()}"}
         words |= ({"cpu_threads": self.threads} if self.threads else {}) | settings
+        words = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in words.items()}
         several = lambda value: value if isinstance(value, list) else [value]
         given = [str(word) for key, value in words.items() for word in (f"--{key}", *several(value))]
         return check_config(parse_config(["--config", str(ROOT / "configs" / "nano.yaml"), *given, *self.flags]))
@@ -173,7 +176,7 @@ def queries_per_step(trainer: RewardGradientTrainer) -> int:
     """Videos that the trained reward scores in a step; a gradient of it counts as one more look at the same video."""
     if isinstance(trainer, PolicyGradientTrainer):
         return trainer.batches.size
-    plan = make_plan(trainer.args, trainer.sigmas, generator("queries"))
+    plan = make_plan(trainer.args, trainer.options, trainer.sigmas, generator("queries"))
     return trainer.batches.samples_per_step * plan.num_samples
 
 

@@ -20,7 +20,7 @@ from md_table import GONE, label, made_on, table
 from step_tables import compile_table, less_memory_table, phase_cell, step_table
 from study_numbers import AT_FULL_SIZE, MEASURES, gains
 
-OUT_OF_MEMORY = "out of memory"  # why a row of bench/rewards.py has no figures
+OUT_OF_MEMORY = "out of memory"  # why a row of bench/reward_costs.py has no figures
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "bench" / "results" / "methods.json"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -127,26 +127,6 @@ def _over_seeds(rows: list[dict], measure: str) -> str:
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
-def planner_table(result: dict) -> str:
-    """Return measured and predicted figures of each setting with the error; then the errors in all."""
-    rows = [row for row in result["rows"] if "predicted" in row]
-    lines = [[row["arm"], *_planned(row, "peak_gib"), *_planned(row, "seconds")] for row in rows]
-    headings = ["setting", "GiB measured", "predicted", "", "seconds a step measured", "predicted", ""]
-    text = f"{made_on(result)}\n\n{table(headings, lines)}"
-    for key, name in (("peak_gib", "memory"), ("seconds", "time")):
-        off = [100 * abs(row[f"{key}_ratio"] - 1) for row in rows if f"{key}_ratio" in row]
-        told = f"{max(off):.0f} % off at most, {statistics.mean(off):.0f} % on average" if off else "not measured"
-        text += f"\nOf {name}, {len(off)} settings: {told}.\n"
-    return text
-
-
-def _planned(row: dict, key: str) -> list[str]:
-    both = [row[part][key] for part in ("measured", "predicted")]
-    ratio = row.get(f"{key}_ratio")
-    cells = ["-" if value is None else f"{value:.2f}" for value in both]
-    return [*cells, "-" if ratio is None else f"{100 * (ratio - 1):+.0f} %"]
-
-
 SCALE_PHASES = {  # of bench/scale.py: column by phase
     "sampling": "sampling step, s",
     "segment": "step with gradient, s",
@@ -188,8 +168,6 @@ def equality_table(result: dict) -> str:
 
 
 TABLES = {
-    "planner.json": planner_table,
-    "planner_scale.json": planner_table,
     "rewards.json": rewards_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,

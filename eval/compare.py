@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rewards.flags import file_to_write
-from rewards.list import table
+from rewards.cli.flags import file_to_write
+from rewards.cli.table import format_table
 from rlhf.compare_sets import ALL, compare, read_pairs
 from rlhf.video_set import MANIFEST, read_set
 
@@ -71,7 +71,7 @@ def describe(rows: list[dict]) -> str:
     cells = [(row["reward"], *([row["category"]] if parts else []), *_cells(row)) for row in rows]
     corrected = f"{len(of_all)} rewards" + (f" and, apart, {parts} rows of categories" if parts else "")
     return (
-        f"{table([heads, *cells])}\n\n"
+        f"{format_table([heads, *cells])}\n\n"
         f"{found} of {len(rows)} rows differ at the 5 % level (*), after Holm's correction for {corrected}.\n"
         "Intervals are not corrected: of twenty, one misses its true value by chance. 'better' is the share of\n"
         "prompts that scored higher, equal ones counting half."

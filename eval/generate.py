@@ -13,10 +13,9 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from rlhf.checks import check_config, model_card
-from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import SamplingDefaults
-from rlhf.method_checks import is_distilled
+from rlhf.checks import check_config
+from rlhf.config import RewardGradientConfig, is_distilled
+from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.prompts import load_prompts
 from rlhf.run_folder import settings_in
 from rlhf.video_set import Video, together, write_manifest
@@ -85,7 +84,7 @@ def fill_from_run(args: argparse.Namespace) -> None:
 def checked_sampling(args: argparse.Namespace, prompts: str) -> SamplingDefaults:
     """How to sample, after everything that can be wrong was looked at. Raises ValueError; loads no weights."""
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    sampling = replace(SamplingDefaults(**model_card(args.model)["sampling"]), **given)
+    sampling = replace(SamplingDefaults(**model_sizes(args.model)["sampling"]), **given)
     settings = {name: getattr(sampling, name) for name in SAMPLING if name != "fps"}
     check_config(
         RewardGradientConfig(

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rewards.flags import file_to_write
+from rewards.cli.flags import file_to_write
 from rlhf.report import MOST_BYTES, write_report
 from rlhf.run_folder import run_in
 

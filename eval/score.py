@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rewards.flags import frame_count, mapping
-from rewards.list import table
-from rewards.read import check_file
+from rewards.cli.files import check_file
+from rewards.cli.flags import frame_count, mapping
+from rewards.cli.table import format_table
 from rewards.score import prompts_of
 from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
 from rlhf.reading import read_rows, reading
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"eval/score.py: {error}", file=sys.stderr)
         return 2
     if accelerator.is_main_process:
-        print(f"mean scores\n{table(rows)}")
+        print(f"mean scores\n{format_table(rows)}")
     accelerator.end_training()
     return 0
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from generate import add_model_flags, checked_sampling, fill_from_run, make
 from score import add_scoring_flags, open_processes, open_scorer, score_all
 
-from rewards.flags import file_to_write
-from rewards.list import table
+from rewards.cli.flags import file_to_write
+from rewards.cli.table import format_table
 from rlhf.video_set import Video, require_files
 
 # VBench's dimensions -> the suite of prompts, and so the folder, that each is judged on (its dimension_to_folder.json).
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if shown:
         cells = [(row["dimension"], f"{row['value']:.4f}", str(row["videos"]), row["note"]) for row in rows]
-        print(table([("dimension", "value", "videos", "against VBench"), *cells]))
+        print(format_table([("dimension", "value", "videos", "against VBench"), *cells]))
         if args.json:
             args.json.write_text(json.dumps(rows, indent=2) + "\n")
     return 0

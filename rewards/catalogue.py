@@ -1,13 +1,10 @@
-"""The built-in rewards, one entry each, and what is known of their weights. Plain data: nothing is imported or loaded.
-
-`python -m rewards.list` prints it.
-"""
+"""The built-in rewards and their weights, as plain data; `python -m rewards.list` prints it."""
 
 from dataclasses import dataclass
 
-ENTRY_POINT_GROUP = "contentv_rlhf.rewards"  # under which other packages offer theirs
+ENTRY_POINT_GROUP = "contentv_rlhf.rewards"  # for rewards of other packages
 
-# Repository, or where else weights come from -> (download size, licence).
+# Repository or other source of weights -> (download size, licence).
 WEIGHTS = {
     "KwaiVGI/VideoReward": ("5.0 GB", "MIT"),
     "MizzenAI/HPSv3": ("16.6 GB", "MIT"),
@@ -38,21 +35,21 @@ WEIGHTS = {
 class Entry:
     """One built-in reward.
 
-    home        module:attribute, imported when the reward is asked for; a class, called with the reward's settings
-    input       what the score depends on: "image" or "video", "+ prompt" where it does
-    frames      which frames are scored by default
+    home        module:class, imported when the reward is loaded
+    input       "image" or "video", with "+ prompt" if the prompt is read
     range       of the score, higher is better
-    weights     where its weights come from by default, keys of `WEIGHTS`
+    frames      frames that are scored by default
+    weights     default sources of the weights, keys of `WEIGHTS`
     parameters  of all its models together
-    bytes_each  that one parameter takes with default settings
-    own_path    the setting that has to be a path of the user's own: the last of `weights` is not on the hub, or its
-                licence is not ours to hand on
+    bytes_each  bytes per parameter with default settings
+    own_path    the setting for the path of the last of `weights`, which is not downloaded: it is
+                not on the hub, or its licence forbids it
     """
 
     home: str
     input: str
-    frames: str
     range: str
+    frames: str = "first"
     weights: tuple[str, ...] = ()
     parameters: int = 0
     bytes_each: int = 4
@@ -60,31 +57,29 @@ class Entry:
 
     @property
     def licence(self) -> str:
-        """The licences of the weights, each once; "-" for a reward without weights."""
+        """The unique licences of the weights; "-" without weights."""
         licences = dict.fromkeys(WEIGHTS[source][1] for source in self.weights)
         note = " (by your own path only)" if self.own_path else ""
         return ("; ".join(licences) or "-") + note
 
     @property
     def memory(self) -> str:
-        """What the weights take; activations come on top, see docs/rewards.md."""
+        """The size of the weights, without activations."""
         size = self.parameters * self.bytes_each
         return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB" if size else "-"
 
 
 CATALOGUE = {
     "aesthetic": Entry(
-        home="rewards.aesthetic:Aesthetic",
+        home="rewards.models.aesthetic:Aesthetic",
         input="image",
-        frames="first",
         range="unbounded; 5 average, 6.5 good",
         weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"),
         parameters=428_544_482,
     ),
     "aesthetic_v1": Entry(
-        home="rewards.aesthetic:AestheticV1",
+        home="rewards.models.aesthetic:AestheticV1",
         input="image",
-        frames="first",
         range="unbounded; VBench divides it by 10",
         weights=(
             "openai/clip-vit-large-patch14",
@@ -94,9 +89,8 @@ CATALOGUE = {
         own_path="head",
     ),
     "aesthetic_v2_5": Entry(
-        home="rewards.aesthetic:AestheticV25",
+        home="rewards.models.aesthetic:AestheticV25",
         input="image",
-        frames="first",
         range="unbounded; 1 to 10 usual, 5.5 good",
         weights=(
             "google/siglip-so400m-patch14-384",
@@ -106,7 +100,7 @@ CATALOGUE = {
         own_path="head",
     ),
     "background_consistency": Entry(
-        home="rewards.consistency:BackgroundConsistency",
+        home="rewards.models.consistency:BackgroundConsistency",
         input="video",
         frames="all",
         range="0 to 1",
@@ -114,51 +108,48 @@ CATALOGUE = {
         parameters=151_277_313,
     ),
     "clip_score": Entry(
-        home="rewards.clip:ClipScore",
+        home="rewards.models.clip:ClipScore",
         input="image + prompt",
-        frames="first",
         range="-1 to 1; .2 to .38 usual",
         weights=("openai/clip-vit-large-patch14",),
         parameters=427_616_513,
     ),
-    "flicker": Entry(home="rewards.temporal:Flicker", input="video", frames="all", range="0 to 1"),
-    "frame_difference": Entry(home="rewards.temporal:FrameDifference", input="video", frames="all", range="0 to 1"),
+    "flicker": Entry(home="rewards.models.pixels:Flicker", input="video", frames="all", range="0 to 1"),
+    "frame_difference": Entry(
+        home="rewards.models.pixels:FrameDifference", input="video", frames="all", range="0 to 1"
+    ),
     "hps_v2": Entry(
-        home="rewards.hps:HpsV2",
+        home="rewards.models.hps:HpsV2",
         input="image + prompt",
-        frames="first",
         range="-1 to 1",
         weights=("xswu/HPSv2",),
         parameters=986_109_441,
     ),
     "hps_v2_1": Entry(
-        home="rewards.hps:HpsV21",
+        home="rewards.models.hps:HpsV21",
         input="image + prompt",
-        frames="first",
         range="-1 to 1; .14 to .31 usual",
         weights=("xswu/HPSv2",),
         parameters=986_109_441,
     ),
     "hps_v3": Entry(
-        home="rewards.hps_v3:HpsV3",
+        home="rewards.models.hps_v3:HpsV3",
         input="image + prompt",
-        frames="first",
         range="unbounded; -0.2 to 10.6 published",
         weights=("MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"),
         parameters=7_748_610_610,
         bytes_each=2,
     ),
     "image_reward": Entry(
-        home="rewards.image_reward:ImageReward",
+        home="rewards.models.image_reward:ImageReward",
         input="image + prompt",
-        frames="first",
         range="unbounded; -2 to 2 usual",
         weights=("THUDM/ImageReward", "bert-base-uncased"),
         parameters=446_206_689,
     ),
-    "jpeg_size": Entry(home="rewards.temporal:JpegSize", input="image", frames="all", range="-5 to 0"),
+    "jpeg_size": Entry(home="rewards.models.pixels:JpegSize", input="image", frames="all", range="-5 to 0"),
     "motion_degree": Entry(
-        home="rewards.motion:MotionDegree",
+        home="rewards.models.motion:MotionDegree",
         input="video",
         frames="all, at 8 a second",
         range="0 to 1",
@@ -166,9 +157,8 @@ CATALOGUE = {
         parameters=5_257_536,
     ),
     "mps": Entry(
-        home="rewards.mps:Mps",
+        home="rewards.models.mps:Mps",
         input="image + prompt",
-        frames="first",
         range="exp(logit_scale) x cosine",
         weights=("RE-N-Y/mpsv1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
         parameters=1_104_614_913,
@@ -198,16 +188,15 @@ CATALOGUE = {
         parameters=733_782,
     ),
     "pickscore": Entry(
-        home="rewards.pickscore:PickScore",
+        home="rewards.models.pickscore:PickScore",
         input="image + prompt",
-        frames="first",
         range="exp(logit_scale) x cosine; 18 to 24 usual",
         weights=("yuvalkirstain/PickScore_v1",),
         parameters=986_109_441,
     ),
-    "smoothness": Entry(home="rewards.temporal:Smoothness", input="video", frames="all", range="0 to 1"),
+    "smoothness": Entry(home="rewards.models.pixels:Smoothness", input="video", frames="all", range="0 to 1"),
     "subject_consistency": Entry(
-        home="rewards.consistency:SubjectConsistency",
+        home="rewards.models.consistency:SubjectConsistency",
         input="video",
         frames="all",
         range="0 to 1",
@@ -215,7 +204,7 @@ CATALOGUE = {
         parameters=85_798_656,
     ),
     "viclip": Entry(
-        home="rewards.viclip:ViClip",
+        home="rewards.models.viclip:ViClip",
         input="video + prompt",
         frames="8 of all",
         range="-1 to 1",
@@ -223,7 +212,7 @@ CATALOGUE = {
         parameters=427_590_144,
     ),
     "video_align": Entry(
-        home="rewards.video_align:VideoAlign",
+        home="rewards.models.video_align:VideoAlign",
         input="video + prompt",
         frames="all, at 2 a second",
         range="unbounded; 0 average",
@@ -232,7 +221,7 @@ CATALOGUE = {
         bytes_each=2,
     ),
     "video_score": Entry(
-        home="rewards.video_score:VideoScore",
+        home="rewards.models.video_score:VideoScore",
         input="video + prompt",
         frames="up to 48 of all",
         range="1 to 4 usual, unbounded",
@@ -241,7 +230,7 @@ CATALOGUE = {
         bytes_each=2,
     ),
     "vjepa2": Entry(
-        home="rewards.vjepa2:VJepa2",
+        home="rewards.models.vjepa2:VJepa2",
         input="video",
         frames="all, at 4 a second",
         range="at most 0",

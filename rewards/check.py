@@ -1,23 +1,24 @@
-"""Does a reward keep the contract? `python -m rewards.check SPEC` runs the probe and says so; exit status 1 if not."""
+"""Check a reward against the contract: `python -m rewards.check SPEC`; status 1 on failure."""
 
 import argparse
 import sys
 
 import torch
 
-from rewards.base import RewardError, probe
-from rewards.flags import device, mapping
+from rewards.cli.flags import device, mapping
+from rewards.contract import RewardError
+from rewards.contract_probe import probe
 from rewards.load import load_reward
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of the command."""
+def parse_check_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags of the command."""
     parser = argparse.ArgumentParser(prog="python -m rewards.check", description=__doc__)
     parser.add_argument("spec", help="built-in name, path/to/file.py:Class, package.module:Class or an entry point")
-    parser.add_argument("--shape", type=_shape, default=(3, 17, 64, 64), help="C,T,H,W of one video (3,17,64,64)")
-    parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of the reward: '{frames: 8}'")
-    parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--prompt", action="append", dest="prompts", help="a prompt to use; may be repeated")
+    parser.add_argument("--shape", type=_shape, default=(3, 17, 64, 64), help="C,T,H,W of a video (3,17,64,64)")
+    parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of the reward, for example '{frames: 8}'")
+    parser.add_argument("--device", type=device, default="cpu", help="where the reward runs; default cpu")
+    parser.add_argument("--prompt", action="append", dest="prompts", help="a prompt of the test; may be repeated")
     return parser.parse_args(argv)
 
 
@@ -29,30 +30,30 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print one line for each check; return the exit status."""
-    arguments = parse_arguments(argv)
+    """Print one line for each check and return the exit status."""
+    arguments = parse_check_args(argv)
     print(f"reward {arguments.spec}, video {'x'.join(map(str, arguments.shape))} (C, T, H, W), {arguments.device}")
     try:
         reward = load_reward(arguments.spec, **arguments.kwargs)
         if isinstance(reward, torch.nn.Module):
             reward.to(arguments.device)
-        _say("pass", "loaded")
+        _print_check("pass", "loaded")
         report = probe(
             reward,
             arguments.shape,
             arguments.prompts,
             arguments.device,
             name=arguments.spec,
-            on_pass=lambda line: _say("pass", line),
+            on_pass=lambda line: _print_check("pass", line),
         )
     except RewardError as error:
-        _say("FAIL", str(error))
+        _print_check("FAIL", str(error))
         return 1
     print(f"The reward keeps the contract ({report.seconds:.2f} s).")
     return 0
 
 
-def _say(verdict: str, line: str) -> None:
+def _print_check(verdict: str, line: str) -> None:
     print(f"  {verdict}  {line}")
 
 

@@ -1,35 +1,29 @@
-"""The built-in rewards at a glance, and those that other packages bring: `python -m rewards.list`."""
+"""List the built-in rewards and those of other packages: `python -m rewards.list`."""
 
 from importlib.metadata import EntryPoint, entry_points
 
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP
+from rewards.cli.table import format_table
 
-HEADS = ("name", "input", "frames", "range", "licence of the weights", "memory")
+HEADER = ("name", "input", "frames", "range", "licence of the weights", "memory")
 
 
 def main() -> None:
     """Print the table."""
     rows = [(name, e.input, e.frames, e.range, e.licence, e.memory) for name, e in sorted(CATALOGUE.items())]
-    print(table([HEADS, *rows]))
+    print(format_table([HEADER, *rows]))
     print(
-        "\nMemory is that of the weights with default settings. Licences are those of the published weights; what is "
-        "marked\n'by your own path only' is never downloaded: get it under its licence and name the file."
+        "\nMemory is that of the weights with default settings. Licences are those of the published weights. Weights "
+        "marked\n'by your own path only' are never downloaded: get the file under its licence and pass its path."
     )
     plugins = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda plugin: plugin.name)
     if plugins:
-        print("\nAnd those of other packages:\n\n" + "\n".join(map(_told, plugins)))
+        print("\nRewards of other packages:\n\n" + "\n".join(map(_describe_plugin, plugins)))
 
 
-def _told(plugin: EntryPoint) -> str:
-    hidden = f"; a built-in has this name, so name it {plugin.value}" if plugin.name in CATALOGUE else ""
+def _describe_plugin(plugin: EntryPoint) -> str:
+    hidden = f"; hidden by the built-in of this name, use {plugin.value}" if plugin.name in CATALOGUE else ""
     return f"{plugin.name}: {plugin.value}{hidden}"
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Text in columns; the first row is the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a spec in a config to a reward: built-in name, `pkg.module:Class`, `path/to/file.py:Class` or an entry point."""
+"""Load a reward from its spec: built-in, `module:Class`, `file.py:Class` or entry point."""
 
 import ast
 import difflib
@@ -15,37 +15,36 @@ from typing import NoReturn
 
 import torch
 
-from rewards.base import RewardError, raised
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
+from rewards.contract import RewardError, describe_exception
 
 
 def built_in_names() -> list[str]:
-    """The names of the built-in rewards, sorted."""
+    """Return the names of the built-in rewards, sorted."""
     return sorted(CATALOGUE)
 
 
 def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Callable:
-    """The reward that `spec` names.
+    """Load the reward that `spec` names.
 
-    A class is instantiated with kwargs; a function is used as it is, with kwargs bound. `path/to/file.py:Class` is
-    relative to base_dir, the folder of the config file, or else to the working directory. Raises RewardError.
+    A class is instantiated with kwargs; a function gets kwargs bound. A file path is relative to
+    base_dir (the folder of the config file) or else to the working directory. Raises RewardError.
     """
     check_spec(spec, base_dir)
     if spec in CATALOGUE:
         _check_own_path(spec, kwargs)
-        return _constructed(spec, built_in(spec), kwargs)
-    target = _import_attribute(spec, spec, base_dir) if ":" in spec else _plugged_in(spec)
+        return _construct(spec, built_in(spec), kwargs)
+    target = _import_attribute(spec, spec, base_dir) if ":" in spec else _load_entry_point(spec)
     if inspect.isclass(target):
-        return _constructed(spec, target, kwargs)
+        return _construct(spec, target, kwargs)
     return _bind(spec, target, kwargs)
 
 
 def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | None = None) -> None:
-    """Raise RewardError if `spec` can't name a reward: within milliseconds, running and loading nothing of it.
+    """Raise RewardError if `spec` can't name a reward; the reward is not imported.
 
-    Of a module in a package, the packages above it are run, as Python finds modules.
-
-    kwargs: the arguments it will get, if they are to be looked at: where a user has to bring the weights, they say it.
+    Only the parent packages of a module are imported. With kwargs, also raise if a weights file
+    that users must supply is missing from them.
     """
     if spec in CATALOGUE:
         if kwargs is not None:
@@ -56,23 +55,23 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
             _raise_unknown(spec, base_dir)
         return
     where, attribute = spec.rsplit(":", 1)
-    source = _file_of(spec, where, base_dir) if where.endswith(".py") else _module_source(spec, where)
+    source = _find_file(spec, where, base_dir) if where.endswith(".py") else _module_source(spec, where)
     if source is not None:
         _check_defined(spec, source, attribute)
 
 
 def name_in(spec: str) -> str:
-    """How the reward of a spec is called in metrics and tables: a built-in's name, else its class or function."""
+    """Return the short name of a spec's reward: the built-in's name, else class or function."""
     return spec.rsplit(":", 1)[-1]
 
 
 def built_in(name: str) -> Callable:
-    """The class, or the function that makes the reward, behind a built-in name."""
+    """Import the class of a built-in reward."""
     return _import_attribute(name, CATALOGUE[name].home)
 
 
 def _check_own_path(name: str, kwargs: dict) -> None:
-    """Raise RewardError for weights that the user has to bring, if no path to them is given."""
+    """Raise RewardError if kwargs lack the path of weights that the user must supply."""
     entry = CATALOGUE[name]
     if entry.own_path and not kwargs.get(entry.own_path):
         source = entry.weights[-1]
@@ -88,7 +87,7 @@ def _entry_point(name: str):
 
 def _raise_unknown(spec: str, base_dir) -> NoReturn:
     if spec.endswith(".py"):
-        _raise_unnamed(spec, _file_of(spec, spec, base_dir))
+        _raise_unnamed(spec, _find_file(spec, spec, base_dir))
     plugins = [e.name for e in entry_points(group=ENTRY_POINT_GROUP)]
     known = list(dict.fromkeys(built_in_names() + plugins))
     near = difflib.get_close_matches(spec, known, n=1)
@@ -102,13 +101,13 @@ def _raise_unknown(spec: str, base_dir) -> NoReturn:
 
 
 def _raise_unnamed(spec: str, path: Path) -> NoReturn:
-    names = sorted(_offered(_parsed(spec, path)))
+    names = sorted(_public_names(_parse_source(spec, path)))
     cure = f"name one of these: {', '.join(names) or 'it defines none yet'}"
     raise RewardError(spec, got="a file alone", expected=f"the class or function in it, {spec}:Name", cure=cure)
 
 
-def _file_of(spec: str, where: str, base_dir) -> Path:
-    """The file, relative to base_dir or else to the working directory, as prompt files are."""
+def _find_file(spec: str, where: str, base_dir) -> Path:
+    """Return a path relative to base_dir or the working directory. Raises RewardError."""
     given = Path(where).expanduser()
     places = list(dict.fromkeys([(Path(base_dir or ".") / given).resolve(), given.resolve()]))
     found = next((path for path in places if path.is_file()), None)
@@ -120,12 +119,12 @@ def _file_of(spec: str, where: str, base_dir) -> Path:
 
 
 def _module_source(spec: str, where: str) -> Path | None:
-    """The module's file, or None if it isn't plain Python source."""
+    """Return a module's source file, None if it has none. Raises RewardError if not found."""
     try:
         found = importlib.util.find_spec(where)
     except (ImportError, ValueError):
         found = None
-    except Exception as error:  # of a package above it, which is run
+    except Exception as error:  # raised by a parent package
         _raise_while_importing(spec, where, error)
     if found is None:
         cure = "install the package or correct the name; a file is named 'path/to/file.py:Class'"
@@ -135,18 +134,17 @@ def _module_source(spec: str, where: str) -> Path | None:
 
 
 def _check_defined(spec: str, source: Path, attribute: str) -> None:
-    """Read, without running, which names the file defines. A star import may define any, so it ends the check."""
-    tree = _parsed(spec, source)
-    names = _top_level_names(tree)
+    """Raise RewardError if the source defines no such name and has no star import."""
+    names = _public_names(_parse_source(spec, source))
     if attribute not in names and "*" not in names:
-        offered = _offered(tree)
-        near = difflib.get_close_matches(attribute, offered, n=1)
+        near = difflib.get_close_matches(attribute, names, n=1)
         cure = f"the nearest name is {near[0]!r}" if near else "name a class or function of that file"
         got = f"no {attribute!r} in {source}"
-        raise RewardError(spec, got=got, expected=f"one of {', '.join(sorted(offered)) or 'its names'}", cure=cure)
+        raise RewardError(spec, got=got, expected=f"one of {', '.join(sorted(names)) or 'its names'}", cure=cure)
 
 
-def _parsed(spec: str, source: Path) -> ast.Module:
+def _parse_source(spec: str, source: Path) -> ast.Module:
+    """Parse a Python file. Raises RewardError for a syntax error."""
     try:
         return ast.parse(source.read_bytes())  # which may name its encoding
     except SyntaxError as error:
@@ -155,26 +153,18 @@ def _parsed(spec: str, source: Path) -> ast.Module:
         raise RewardError(spec, got=got, expected="a Python file", cure="correct that line") from error
 
 
-def _offered(tree: ast.Module) -> set[str]:
-    """The names that a user may mean: without the modules that the file imports."""
-    modules = {
-        (alias.asname or alias.name).split(".")[0] for n in tree.body if isinstance(n, ast.Import) for alias in n.names
-    }
-    return _top_level_names(tree) - modules
-
-
-def _top_level_names(tree: ast.AST) -> set[str]:
-    """Names bound anywhere outside functions and classes: definitions, assignments and imports."""
+def _public_names(tree: ast.AST) -> set[str]:
+    """Return names bound outside of functions and classes, without imported modules."""
     names = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
         else:
-            names |= _top_level_names(node)
+            names |= _public_names(node)
     return names
 
 
@@ -182,7 +172,7 @@ def _import_attribute(spec: str, target: str, base_dir=None):
     where, attribute = target.rsplit(":", 1)
     try:
         is_file = where.endswith(".py")
-        module = _run_file(_file_of(spec, where, base_dir)) if is_file else importlib.import_module(where)
+        module = _run_file(_find_file(spec, where, base_dir)) if is_file else importlib.import_module(where)
         return getattr(module, attribute)
     except RewardError:
         raise
@@ -190,8 +180,8 @@ def _import_attribute(spec: str, target: str, base_dir=None):
         _raise_while_importing(spec, where, error)
 
 
-def _plugged_in(name: str):
-    """What an entry point leads to."""
+def _load_entry_point(name: str):
+    """Import the object of an entry point. Raises RewardError."""
     plugin = _entry_point(name)
     try:
         return plugin.load()
@@ -206,7 +196,7 @@ def _raise_while_importing(spec: str, where: str, error: Exception) -> NoReturn:
 
 
 def _run_file(path: Path):
-    """The file as a module of its own, registered so that dataclasses and pickling find it."""
+    """Import the file as a module, registered in sys.modules for dataclasses and pickling."""
     name = f"contentv_reward_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(module_spec)
@@ -214,29 +204,25 @@ def _run_file(path: Path):
     return module
 
 
-def _construct(spec: str, make: Callable, kwargs: dict) -> Callable:
-    signature = inspect.signature(make)
+def _construct(spec: str, target: type, kwargs: dict) -> Callable:
+    """Instantiate the class; an exception becomes a RewardError with the line that raised it."""
     try:
-        signature.bind(**kwargs)
-    except TypeError as error:
-        _raise_kwargs(spec, kwargs, signature, error)
-    return make(**kwargs)
-
-
-def _constructed(spec: str, target: type, kwargs: dict) -> Callable:
-    """An instance of the class, whose own errors name the reward and the line."""
-    try:
-        return _construct(spec, target, kwargs)
+        signature = inspect.signature(target)
+        try:
+            signature.bind(**kwargs)
+        except TypeError as error:
+            _raise_kwargs(spec, kwargs, signature, error)
+        return target(**kwargs)
     except (RewardError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        got = raised(error, f"the arguments {kwargs}")
+        got = describe_exception(error, f"the arguments {kwargs}")
         cure = "correct the code, or the reward's entry in reward_kwargs"
         raise RewardError(spec, got=got, expected=f"{target.__name__}(...) to return a reward", cure=cure) from error
 
 
 def _bind(spec: str, reward: Callable, kwargs: dict) -> Callable:
-    """The callable itself, or with kwargs bound and the attributes of the contract kept."""
+    """Return the callable with kwargs bound and its contract attributes kept."""
     if not callable(reward):
         cure = "name a class or a function"
         raise RewardError(spec, got=f"a {type(reward).__name__}", expected="a callable", cure=cure)

@@ -1,4 +1,4 @@
-"""Several rewards as one: a weighted sum, each reward seeing only the frames it asked for.
+"""A weighted sum of rewards; each reward sees only the frames that it asked for.
 
 Shape legend: B batch, C channels, T frames, H height, W width, N base samples.
 """
@@ -8,20 +8,28 @@ from collections.abc import Callable
 
 import torch
 
-from rewards.base import RewardError, at_least_float32, check_scores, frames_needed, raised, reward_attribute
+from rewards.contract import (
+    RewardError,
+    at_least_float32,
+    check_scores,
+    describe_exception,
+    frames_needed,
+    reward_attribute,
+)
 
 
 class RewardMix:
-    """Weighted sum of rewards, and each one's raw score.
+    """A weighted sum of rewards that also returns each raw score.
 
-    How a raw score enters the sum, each step only where asked for:
-        1. a cap c: min(score, c), a hinge: nothing is learnt above c; or a target t: -|score - t|
-        2. normalise: less the mean (a target has none), over the standard deviation: weights compare typical spreads
-        3. balance: its gradient at each video's pixels is scaled to unit length: weights compare gradients
-        4. times its weight; a weight of 0 keeps a reward in the breakdown, without gradient
+    A raw score goes through these steps, each of which is optional:
+        1. cap c: min(score, c), so that there is no gradient above c; or target t: -|score - t|
+        2. normalise: subtract the mean (unless there is a target), divide by the standard deviation
+        3. balance: scale the gradient at each video's pixels to unit length
+        4. multiply by the weight; a reward of weight 0 is only reported, without gradient
 
-    normalise uses the `mean` and `std` that a reward states, until `calibrate` has measured them; a reward with neither
-    enters as it is. caps, targets: by name, in units of the raw score.
+    normalise uses the `mean` and `std` that a reward states until `calibrate` has measured them. A
+    reward with neither is not normalised. caps and targets are given by name, in units of the raw
+    score. Raises ValueError for weights, caps or targets that don't fit the rewards.
     """
 
     def __init__(
@@ -43,24 +51,24 @@ class RewardMix:
         self.rewards, self.weights, self.normalise = dict(rewards), dict(zip(rewards, weights, strict=True)), normalise
         self.caps, self.targets, self.balance = caps or {}, targets or {}, balance
         _check_limits(self.caps, self.targets, list(rewards))
-        self.statistics = {name: _stated(reward) for name, reward in self.rewards.items()}
-        self.frames = _most_frames(self.rewards.values())
+        self.statistics = {name: _stated_statistics(reward) for name, reward in self.rewards.items()}
+        self.frames = _max_frames(self.rewards.values())
 
     def to(self, device: torch.device | str) -> "RewardMix":
-        """Move those rewards that are modules; others follow the device of the video."""
+        """Move the rewards that are modules; the others compute on the device of the video."""
         for reward in self.rewards.values():
             if isinstance(reward, torch.nn.Module):
                 reward.to(device)
         return self
 
     def calibrate(self, scores: dict[str, torch.Tensor]) -> None:
-        """Normalise by mean and standard deviation of these raw scores (N,) of base samples from now on.
+        """Normalise by mean and standard deviation of these raw scores (N,) of base samples.
 
-        Raises RewardError for a reward of which they are all the same but for float32's rounding.
+        Raises RewardError for a reward whose scores differ by no more than float32 rounding.
         """
         for name, scores_N in scores.items():
             mean, std = scores_N.double().mean().item(), scores_N.double().std().item()
-            if self.weights[name] != 0 and not differ(scores_N):
+            if self.weights[name] != 0 and not has_spread(scores_N):
                 got = f"a standard deviation of {std} over {len(scores_N)} base samples"
                 cure = "look whether the reward is saturated on them, calibrate on more, or state its mean and std"
                 raise RewardError(name, got=got, expected="scores that differ", cure=cure)
@@ -69,10 +77,10 @@ class RewardMix:
     def __call__(
         self, video_BCTHW: torch.Tensor, prompts: list[str], **info
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(B,) float32 total and, by name, each reward's raw score (B,) float32, detached.
+        """Return the total (B,) float32 and the raw scores {name: (B,) float32, detached}.
 
-        `info` goes to every reward as it is. Raises RewardError, naming reward and prompt, for scores that are not
-        finite or of the wrong shape.
+        `info` is passed on to every reward. Raises RewardError, with reward and prompt, for scores
+        that are not finite or have the wrong shape.
         """
         total_B, breakdown = torch.zeros(len(prompts), device=video_BCTHW.device), {}
         for name in self.rewards:
@@ -84,15 +92,16 @@ class RewardMix:
         return total_B, breakdown
 
     def _plain(self, name, video_BCTHW, prompts, info):
-        """The raw score (B,), detached, and what of it enters the sum."""
+        """Return the raw scores (B,), detached, and the transformed scores (B,)."""
         scores_B = self._score(name, video_BCTHW, prompts, info)
-        return scores_B.detach(), self._entering(name, scores_B)
+        return scores_B.detach(), self._transform(name, scores_B)
 
     def _balanced(self, name, video_BCTHW, prompts, info):
-        """The same with the pixel gradient of each video scaled to unit length, or left at zero.
+        """Return the result of `_plain` with pixel gradients of unit length, or zero.
 
-        The gradient is taken here, which also frees the reward's graph, and handed on by a term that is zero in value.
-        Raises RewardError for one that is not finite: scaled, it would make the value so, too.
+        The gradient is computed here, which frees the reward's graph. A term of value zero passes
+        it on. Raises RewardError for a gradient that is not finite, since scaling would make the
+        total not finite either.
         """
         pixels_BCTHW = video_BCTHW.detach().requires_grad_()
         scores_B, term_B = self._plain(name, pixels_BCTHW, prompts, info)
@@ -109,6 +118,7 @@ class RewardMix:
         return scores_B, term_B.detach() + nothing_B
 
     def _score(self, name, video_BCTHW, prompts, info) -> torch.Tensor:
+        """Return checked raw scores (B,), with gradient only if the weight is not 0."""
         reward = self.rewards[name]
         with_gradient = torch.is_grad_enabled() and self.weights[name] != 0
         if with_gradient and video_BCTHW.requires_grad and not reward_attribute(reward, "differentiable"):
@@ -117,24 +127,26 @@ class RewardMix:
             raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
         frames = frames_needed(reward, video_BCTHW.shape[2])
         with torch.set_grad_enabled(with_gradient):
-            scores_B = _asked(name, reward, video_BCTHW[:, :, :frames], prompts, info)
+            scores_B = _call_reward(name, reward, video_BCTHW[:, :, :frames], prompts, info)
         check_scores(name, scores_B, prompts, video_BCTHW)
         return at_least_float32(scores_B)
 
-    def _entering(self, name, scores_B: torch.Tensor) -> torch.Tensor:
+    def _transform(self, name, scores_B: torch.Tensor) -> torch.Tensor:
+        """Return scores (B,) after cap or target and normalisation."""
         mean, std = self.statistics[name] if self.normalise and self.statistics[name] else (0.0, 1.0)
         if name in self.targets:
             return -(scores_B - self.targets[name]).abs() / std
         return (scores_B.clamp(max=self.caps.get(name, math.inf)) - mean) / std
 
 
-def differ(scores_N: torch.Tensor) -> bool:
-    """Whether scores (N,) have a finite spread beyond float32's rounding: divided by less, noise is all there is."""
+def has_spread(scores_N: torch.Tensor) -> bool:
+    """Return whether the standard deviation of scores (N,) is finite and above float32 rounding."""
     spread = scores_N.double().std().item() if len(scores_N) > 1 else 0.0
     return 1e-6 * scores_N.abs().max().item() < spread < math.inf
 
 
 def _check_limits(caps: dict[str, float], targets: dict[str, float], names: list[str]) -> None:
+    """Raise ValueError for unknown names, values that are not finite, and names in both."""
     for key, given in (("caps", caps), ("targets", targets)):
         for name, value in given.items():
             if name not in names:
@@ -145,23 +157,23 @@ def _check_limits(caps: dict[str, float], targets: dict[str, float], names: list
         raise ValueError(f"caps and targets: got {', '.join(both)} in both, expected each in one; leave one out.")
 
 
-def _stated(reward) -> tuple[float, float] | None:
+def _stated_statistics(reward) -> tuple[float, float] | None:
     mean, std = reward_attribute(reward, "mean"), reward_attribute(reward, "std")
     return None if std is None else (mean or 0.0, std)
 
 
-def _asked(name, reward, video_BCTHW, prompts, info) -> torch.Tensor:
-    """The reward's scores. What it raises becomes a RewardError that names it and the prompts, so that no run hangs."""
+def _call_reward(name, reward, video_BCTHW, prompts, info) -> torch.Tensor:
+    """Return the reward's scores; an exception becomes a RewardError with the prompts."""
     try:
         return reward(video_BCTHW, prompts, **info)
     except (RewardError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        got = raised(error, f"the prompts {prompts}")
+        got = describe_exception(error, f"the prompts {prompts}")
         expected = "scores of these videos"
         raise RewardError(name, got=got, expected=expected, cure="correct the reward where it failed") from error
 
 
-def _most_frames(rewards) -> str | int:
+def _max_frames(rewards) -> str | int:
     asked = [reward_attribute(reward, "frames") for reward in rewards]
     return "all" if "all" in asked else max(1 if frames == "first" else frames for frames in asked)

@@ -1,6 +1,6 @@
-"""Rewards and the judge of the embedded nano world, loaded from the weights that come with the package.
+"""Rewards of the nano world, with embedded weights.
 
-They know the nano world only: on other videos and prompts their scores mean nothing.
+Their scores have no meaning for other videos and prompts.
 """
 
 from pathlib import Path
@@ -9,18 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf.nano
-from rewards.clip import ClipScore
-from rewards.weights import Frozen
+from rewards.common.weights import Frozen
+from rewards.models.clip import ClipScore
 from rlhf.nano import judges, world
 
 WEIGHTS = Path(rlhf.nano.__file__).parent / "weights"
 
 
 class NanoClip(ClipScore):
-    """CLIP score by the embedded open_clip model: mean cosine of frames and prompt, in [-1, 1].
-
-    num_frames of the frames are scored, evenly spaced. Other arguments as in `ClipScore`.
-    """
+    """CLIP score by the embedded open_clip model; further arguments as for ClipScore."""
 
     name = "nano_clip"
 
@@ -29,9 +26,10 @@ class NanoClip(ClipScore):
 
 
 class NanoPreference(Frozen):
-    """How well and how cleanly a clip shows its prompt: cosine of clip and sentence embedding, in [-1, 1].
+    """Cosine of clip and sentence embedding in [-1, 1], for prompt fidelity and clean rendering.
 
-    A Bradley-Terry model of pairs that need no labels: clean over degraded renders, right over wrong captions.
+    A Bradley-Terry model of two kinds of pairs: clean over degraded renders, right over wrong
+    captions.
     """
 
     name, frames = "nano_preference", "all"
@@ -43,16 +41,16 @@ class NanoPreference(Frozen):
         self.freeze()
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        """Return scores (B,)."""
         ids = judges.word_ids(prompts).to(video_BCTHW.device)
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             return self.model(video_BCTHW.float(), ids)
 
 
 class NanoVerifier(Frozen):
-    """1 where colour, shape, motion and count of the clip are all what the prompt says, else 0. No gradient.
+    """Scores 1 if colour, shape, motion and count agree with the prompt, else 0; no gradient.
 
-    `read` gives the single attributes. Raises ValueError for a prompt that names no colour, shape or motion of the
-    world.
+    Raises ValueError for a prompt without a colour, shape or motion of the nano world.
     """
 
     name, frames, differentiable = "nano_verifier", "all", False
@@ -65,10 +63,11 @@ class NanoVerifier(Frozen):
 
     @torch.no_grad()
     def read(self, video_BCTHW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Indices (B,) of the values that the clip shows, by attribute (`rlhf.nano.world.JUDGED`)."""
+        """Return predicted value indices (B,) by attribute (`rlhf.nano.world.JUDGED`)."""
         return {key: logits.argmax(1) for key, logits in self.model(video_BCTHW.float()).items()}
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        """Return scores (B,)."""
         seen, wanted = self.read(video_BCTHW), [world.read_caption(prompt) for prompt in prompts]
         right = torch.ones(len(prompts), dtype=torch.bool, device=video_BCTHW.device)
         for key, values in seen.items():

@@ -1,7 +1,7 @@
-"""What do rewards say of files? `python -m rewards.score --reward hps_v2_1 video.mp4 --prompt "a red kite"`.
+"""Score files with rewards: `python -m rewards.score --reward flicker video.mp4`.
 
-Any number of rewards (--reward again) and of files: mp4, gif, png, jpg and others. Exit status 1 where something is
-missing.
+Takes any number of rewards (repeat --reward) and of files: mp4, gif, png, jpg and others. Exit
+status 1 on an error.
 """
 
 import argparse
@@ -10,17 +10,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rewards.base import RewardError, frames_needed
 from rewards.catalogue import CATALOGUE
-from rewards.flags import device, file_to_write, frame_count, mapping
-from rewards.list import table
+from rewards.cli.files import check_file, read_video
+from rewards.cli.flags import device, file_to_write, frame_count, mapping
+from rewards.cli.table import format_table
+from rewards.contract import RewardError, frames_needed
 from rewards.load import load_reward, name_in
 from rewards.mix import RewardMix
-from rewards.read import check_file, read_video
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of the command."""
+def parse_score_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m rewards.score", description=__doc__, formatter_class=formatter)
     parser.add_argument("files", nargs="+", help="videos or images")
@@ -28,32 +28,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--reward", action="append", required=True, dest="rewards", help="name or spec; may be repeated"
     )
     parser.add_argument("--prompt", action="append", dest="prompts", help="one for all files, or one for each")
-    parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: ..}}")
-    parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--max_frames", type=frame_count, help="score the leading frames only, for long videos")
-    parser.add_argument("--json", type=file_to_write, help="write the scores to this file too")
+    parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: value}}")
+    parser.add_argument("--device", type=device, default="cpu", help="where the rewards run; default cpu")
+    parser.add_argument("--max_frames", type=frame_count, help="leading frames to score; default: all")
+    parser.add_argument("--json", type=file_to_write, help="also write the scores to this file")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a table, a row for each file; return the exit status."""
-    arguments = parse_arguments(argv)
+    """Print a table with a row for each file and return the exit status."""
+    arguments = parse_score_args(argv)
     try:
         files = [check_file(path) for path in arguments.files]
         prompts = prompts_of(files, arguments.prompts, arguments.rewards)
         rewards = load_rewards(arguments.rewards, arguments.kwargs)
         rows = [score(rewards, *pair, arguments) for pair in zip(files, prompts, strict=True)]
-    except (ValueError, OSError) as error:  # RewardError is the first
+    except (ValueError, OSError) as error:  # RewardError is a ValueError
         print(f"rewards.score: {error}", file=sys.stderr)
         return 1
-    print(table([("file", "frames", *rewards), *(_cells(row) for row in rows)]))
+    print(format_table([("file", "frames", *rewards), *(_cells(row) for row in rows)]))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
     return 0
 
 
 def load_rewards(specs: list[str], kwargs: dict) -> dict[str, Callable]:
-    """Rewards by short name. ValueError for arguments that belong to none of them, and for a name that two have."""
+    """Load rewards by short name. Raises ValueError for kwargs of others and repeated names."""
     specs = by_name(specs)
     for name, given in kwargs.items():
         if name not in specs or not isinstance(given, dict):
@@ -63,7 +63,7 @@ def load_rewards(specs: list[str], kwargs: dict) -> dict[str, Callable]:
 
 
 def by_name(specs: list[str]) -> dict[str, str]:
-    """{short name: spec}. ValueError for a name that two have, of which only one would be scored."""
+    """Return {short name: spec}. Raises ValueError for a name given twice."""
     names = [name_in(spec) for spec in specs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         cure = "leave one out, or rename the class or function"
@@ -72,18 +72,22 @@ def by_name(specs: list[str]) -> dict[str, str]:
 
 
 def prompts_of(files: list[Path], prompts: list[str] | None, specs: list[str]) -> list[str]:
-    """A prompt for each file. ValueError if there are neither one nor as many, or none where a reward wants them."""
-    reads = next((spec for spec in specs if spec in CATALOGUE and "prompt" in CATALOGUE[spec].input), None)
-    if not prompts and reads:
-        raise RewardError(reads, got="no prompt", expected="what the file is to show", cure='add --prompt "..."')
+    """Return a prompt for each file.
+
+    Raises ValueError unless there are one or as many prompts as files; RewardError if a reward
+    needs a missing prompt.
+    """
+    reader = next((spec for spec in specs if spec in CATALOGUE and "prompt" in CATALOGUE[spec].input), None)
+    if not prompts and reader:
+        raise RewardError(reader, got="no prompt", expected="a description of the file", cure='add --prompt "..."')
     if prompts and len(prompts) not in (1, len(files)):
         raise ValueError(f"--prompt: got {len(prompts)}, expected 1 or {len(files)}, as many as files; correct them")
     return (prompts or [""]) * (len(files) if not prompts or len(prompts) == 1 else 1)
 
 
 def score(rewards: dict, path: Path, prompt: str, arguments: argparse.Namespace) -> dict:
-    """{"file", "prompt", "frames", "fps", "scores": {name: number}} of one file."""
-    mix = RewardMix(rewards, [0.0] * len(rewards)).to(arguments.device)  # of weight 0: without gradient
+    """Return {"file", "prompt", "frames", "fps", "scores": {name: number}} of one file."""
+    mix = RewardMix(rewards, [0.0] * len(rewards)).to(arguments.device)  # weight 0: no gradient
     wanted = None if mix.frames == "all" else frames_needed(mix, sys.maxsize)
     limits = [limit for limit in (wanted, arguments.max_frames) if limit]
     video_BCTHW, fps = read_video(path, min(limits, default=None))

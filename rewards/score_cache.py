@@ -1,5 +1,6 @@
-"""Scores that are kept: of a file's content, for a prompt, by a reward with its settings. What is known is not scored
-again, and nothing is loaded for it.
+"""A cache of scores, keyed by file content, prompt, and the reward with its settings.
+
+A reward is loaded only if one of its scores is missing.
 """
 
 import hashlib
@@ -16,25 +17,25 @@ CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
 
 
 def default_cache() -> Path:
-    """$CONTENTV_RLHF_CACHE, or a folder in the user's cache."""
+    """Return $CONTENTV_RLHF_CACHE/scores, or that folder in the user's cache."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "contentv-rlhf") / "scores"
 
 
 class ScoreCache:
-    """One small file a score, written whole or not at all, so that any number of processes can share the folder."""
+    """A folder with one small file for each score; atomic writes, so processes can share it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def get(self, key: str) -> float | None:
-        """The score kept under the key, None if there is none."""
+        """Return the score of a key, None if there is none."""
         try:
             return json.loads(self._path(key).read_text())["score"]
-        except (OSError, ValueError, KeyError):  # not there, or damaged: scored anew
+        except (OSError, ValueError, KeyError):  # absent or damaged
             return None
 
     def put(self, key: str, score: float) -> None:
-        """Keep a score."""
+        """Write a score."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")
@@ -46,10 +47,10 @@ class ScoreCache:
 
 
 class Scorer:
-    """Rewards that are loaded when a score is asked for that is not in the cache.
+    """Scores files with rewards and a cache.
 
-    specs: names or specs of rewards. kwargs: {name: arguments}. Raises RewardError for a spec that can't name a reward,
-    ValueError for a name that two have.
+    specs are names or specs of rewards; kwargs is {name: arguments}. Raises RewardError for a spec
+    that can't name a reward, and ValueError for a name given twice.
     """
 
     def __init__(self, specs: list[str], kwargs: dict, cache: ScoreCache, device: str, max_frames: int | None = None):
@@ -63,7 +64,7 @@ class Scorer:
         self._loaded: dict[str, Callable] = {}
 
     def __call__(self, path: Path, prompt: str) -> dict[str, float]:
-        """{name: score} of a file."""
+        """Return {name: score} of a file."""
         keys = {name: digest(content_of(path), prompt, identity) for name, identity in self.identities.items()}
         known = {name: self.cache.get(key) for name, key in keys.items()}
         missing = [name for name, value in known.items() if value is None]
@@ -83,10 +84,10 @@ class Scorer:
 
 
 def reward_identity(spec: str, kwargs: dict, max_frames: int | None = None) -> str:
-    """Text that changes when the reward does: its spec, settings, its own file, and the files its settings name.
+    """Return a text that changes with a reward's spec, settings, source file or weights files.
 
-    Files named in settings, and those in folders that they name, count by size and time, since weights are large. Code
-    that a reward imports does not count.
+    Files and folders named in settings count by size and modification time, since weights are
+    large. Code that a reward imports does not count.
     """
     where = Path(spec.rsplit(":", 1)[0])
     source = content_of(where) if where.suffix == ".py" else ""
@@ -96,13 +97,13 @@ def reward_identity(spec: str, kwargs: dict, max_frames: int | None = None) -> s
 
 
 def content_of(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with Path(path).expanduser().open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(*parts: str) -> str:
-    """SHA-256 of the texts, in this order."""
+    """Return the SHA-256 of the texts in this order."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -1,4 +1,7 @@
-"""Which kernel computes attention: of those that PyTorch has for this device, the fastest at the shape in question."""
+"""Attention kernels: PyTorch's by name, FlashAttention-3, and the fastest of them by benchmark.
+
+Shape legend: B batch, N tokens, H heads, W width of a head.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -10,20 +13,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf.device import seconds_of
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (B, heads, N, width) three times
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # query, key, value (B, H, N, W)
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# FlashAttention-3 (arXiv 2407.08608) for NVIDIA's Hopper: Dao-AILab's own package; its forward pass alone, `fa3-fwd`.
+# Modules with FlashAttention-3 (arXiv 2407.08608) for NVIDIA's Hopper: Dao-AILab's package, then
+# `fa3-fwd`, which has the forward pass alone.
 FLASH_ATTENTION_3 = ("flash_attn_interface", "fa3_fwd_interface")
-REPEATS = 3
+REPEATS = 3  # timed calls of a kernel, of which the fastest counts
 
 
 def attention_by(kernel: str | None) -> Attention:
-    """`F.scaled_dot_product_attention` by the kernel of that name; by PyTorch's own choice for None."""
+    """Return `F.scaled_dot_product_attention` by one of `KERNELS`; None: PyTorch's choice."""
     if kernel is None:
         return F.scaled_dot_product_attention
 
@@ -34,31 +38,32 @@ def attention_by(kernel: str | None) -> Attention:
     return attention
 
 
-def why_not(kernel: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str | None:
-    """What PyTorch says where the kernel of that name does not run, forward and backward; None where it does."""
+def kernel_error(kernel: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str | None:
+    """Return PyTorch's error if a kernel cannot run forward and backward, else None."""
     try:
-        attention_by(kernel)(*_inputs(device, dtype, heads, width, 64, requires_grad=True)).sum().backward()
+        _forward_backward(attention_by(kernel), _random_qkv(device, dtype, heads, width, 64, requires_grad=True))
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return None
 
 
-def flash_attention_3() -> Attention | None:
-    """FlashAttention-3, to be used without gradient; None where no package has it."""
+def load_flash_attention_3() -> Attention | None:
+    """Return FlashAttention-3, for use without gradient; None if no package provides it."""
     for package in FLASH_ATTENTION_3:
         try:
-            return _of_heads(importlib.import_module(package).flash_attn_func)
+            return _with_heads_first(importlib.import_module(package).flash_attn_func)
         except (ImportError, OSError):  # not installed, or built for another CUDA
             continue
     return None
 
 
-def _of_heads(of_tokens: Callable) -> Attention:
-    """Attention as PyTorch's, from one over (B, N, heads, width); some releases return more than the result."""
+def _with_heads_first(attention_BNHW: Callable) -> Attention:
+    """Return an attention over (B, H, N, W) that calls one over (B, N, H, W)."""
 
     def attention(query, key, value):
-        found = of_tokens(*(x.transpose(1, 2) for x in (query, key, value)))
-        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+        result = attention_BNHW(*(x.transpose(1, 2) for x in (query, key, value)))
+        result = result[0] if isinstance(result, tuple) else result  # some releases add the log-sum-exp
+        return result.transpose(1, 2)
 
     return attention
 
@@ -66,46 +71,52 @@ def _of_heads(of_tokens: Callable) -> Attention:
 def time_kernels(
     device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int = 8192
 ) -> dict[str, float]:
-    """Seconds of forward and backward by name of kernel, the fastest first, of those that work on this device.
+    """Return seconds of forward and backward by kernel name, the fastest first.
 
-    width: of a head. Attention over 8,192 tokens is large enough to show the order, and takes milliseconds.
+    Kernels that do not work on the device are left out.
+
+    Args:
+        width: of a head.
+        tokens: the default is large enough to show the order of kernels, and takes milliseconds.
     """
-    inputs = _inputs(device, dtype, heads, width, tokens, requires_grad=True)
-
-    def there_and_back(attention):
-        attention(*inputs).sum().backward()
-
-    return _fastest_first({name: attention_by(name) for name in KERNELS}, there_and_back, device)
+    qkv = _random_qkv(device, dtype, heads, width, tokens, requires_grad=True)
+    attentions = {name: attention_by(name) for name in KERNELS}
+    return _benchmark(attentions, lambda attention: _forward_backward(attention, qkv), device)
 
 
-def faster_without_gradient(
+def faster_inference_attention(
     attention: Attention, device: torch.device, dtype: torch.dtype, heads: int, width: int, tokens: int = 8192
 ) -> tuple[Attention, str] | None:
-    """FlashAttention-3 and a line about it, where it is installed, works here and is faster than `attention`."""
-    if (other := flash_attention_3()) is None:
+    """Return FlashAttention-3 and a log line if it works and is faster than `attention`."""
+    if (flash := load_flash_attention_3()) is None:
         return None
-    inputs = _inputs(device, dtype, heads, width, tokens)
-    ways = {"FlashAttention-3": other, "else": attention}
-    seconds = _fastest_first(ways, lambda way: way(*inputs), device)
-    if next(iter(seconds), "else") == "else":
+    qkv = _random_qkv(device, dtype, heads, width, tokens)
+    seconds = _benchmark({"flash": flash, "given": attention}, lambda attend: attend(*qkv), device)
+    if next(iter(seconds), "given") == "given":
         return None
     times = " instead of ".join(f"{1e3 * value:.1f} ms" for value in seconds.values())
-    return other, f"FlashAttention-3 without gradient, {times}"
+    return flash, f"FlashAttention-3 in no-grad steps, {times}"
 
 
-def _inputs(device, dtype, heads: int, width: int, tokens: int, requires_grad: bool = False) -> list[torch.Tensor]:
-    """Query, key and value as a block has them, heads innermost but for their width."""
+def _random_qkv(device, dtype, heads: int, width: int, tokens: int, requires_grad: bool = False) -> list[torch.Tensor]:
+    """Return query, key and value (1, H, N, W) with the strides that a block's have."""
     shape = (1, tokens, heads, width)
     return [torch.randn(shape, device=device, dtype=dtype, requires_grad=requires_grad).transpose(1, 2) for _ in "qkv"]
 
 
-def _fastest_first(ways: dict[str, Attention], work: Callable[[Attention], None], device) -> dict[str, float]:
-    """Seconds that work(way) takes, of those ways that do not raise."""
+def _forward_backward(attention: Attention, qkv: list[torch.Tensor]) -> None:
+    attention(*qkv).sum().backward()
+
+
+def _benchmark(
+    attentions: dict[str, Attention], work: Callable[[Attention], object], device: torch.device
+) -> dict[str, float]:
+    """Return seconds of work(attention) by name, the fastest first, without those that raise."""
     seconds = {}
-    for name, way in ways.items():
+    for name, attention in attentions.items():
         try:
-            times = [seconds_of(partial(work, way), device) for _ in range(1 + REPEATS)]
+            times = [seconds_of(partial(work, attention), device) for _ in range(1 + REPEATS)]
             seconds[name] = min(times[1:])  # the first call loads and plans
-        except RuntimeError:  # "no available kernel"; also what some raise for a shape or a chip they do not know
+        except RuntimeError:  # "no available kernel"; some kernels raise it for a shape or a chip
             continue
     return dict(sorted(seconds.items(), key=lambda item: item[1]))

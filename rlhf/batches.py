@@ -33,13 +33,13 @@ class Batches:
         layout.require_same(prompts=prompts, settings=[v for k, v in vars(args).items() if k not in OF_A_HOST])
         self.size, self.processes = args.per_device_train_batch_size, layout.num_processes
         self.origin = 0, 0  # a step, and how many samples the run had taken before it
-        self.start = 0, 0  # a rollout - with `rollout_uses` there are fewer than steps - and where its prompts stand
+        self.start = 0, 0  # a rollout - with `rollout_reuse` there are fewer than steps - and where its prompts stand
         self.samples_per_step = self.size * args.gradient_accumulation_steps * self.processes  # over all processes
 
     def batch(self, step: int, micro: int) -> Batch:
         """This process's batch number `micro` of a step. A sample's noise has the key (step, place in the step).
 
-        Where steps share rollouts (`rollout_uses`), step is the number of the rollout, here and in `from_step`.
+        Where steps share rollouts (`rollout_reuse`), step is the number of the rollout, here and in `from_step`.
         """
         start = (micro * self.processes + self.layout.process_index) * self.size
         keys = [(step, start + i) for i in range(self.size)]
@@ -51,13 +51,13 @@ class Batches:
 
     def state(self, step: int) -> dict:
         """What a checkpoint after `step` steps keeps of the order of samples."""
-        place = self._place(step // self.args.rollout_uses)
+        place = self._place(step // self.args.rollout_reuse)
         processes = self.layout.accelerator.num_processes
         return {"samples": self.samples_before(step), "place": place, "processes": processes}
 
     def go_on_from(self, step: int, saved: dict) -> None:
         """Count from a step of which `state` was saved, as far as there is one: by any number of processes."""
-        rollout = step // self.args.rollout_uses
+        rollout = step // self.args.rollout_reuse
         self.origin = step, saved.get("samples", self.samples_before(step))
         self.start = rollout, saved.get("place", self.samples_before(rollout))
 

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or passed over, and the signals that ask for one.
+"""Checkpoints: written whole or not at all, verified, found and loaded.
 
-checkpoints/step-N/ holds adapter.safetensors (the float32 masters), average.safetensors (their running average, if one
-is kept), optimizer.safetensors (AdamW's moments; those of 8 bits as they are kept), state.json, and manifest.json with
-the size and hash of each of them. Nothing is pickled; the frozen base is not in it.
+checkpoints/step-N/ holds adapter.safetensors (the fp32 masters), average.safetensors (their running
+average, if one is kept), optimizer.safetensors (AdamW's moments), state.json, and manifest.json
+with size and hash of each of these. Nothing is pickled. The frozen base is not part of it.
 """
 
 import errno
@@ -11,10 +11,7 @@ import json
 import logging
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +23,7 @@ from rlhf.config import ConfigError
 from rlhf.reading import reading
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
-    from rlhf.lora import Masters
+    from rlhf.adapter.masters import Masters
 
 logger = logging.getLogger(__name__)
 
@@ -34,63 +31,25 @@ MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class TrainingInterrupted(KeyboardInterrupt):
-    """A signal ended the training after a step; the checkpoint goes on from there."""
-
-    def __init__(self, checkpoint: Path):
-        self.checkpoint = checkpoint
-        super().__init__(f"stopped by a signal; the state is in {checkpoint}")
-
-
-class StopRequest:
-    """Inside, SIGINT, SIGTERM or SIGUSR1 only set `requested`; a second SIGINT or SIGTERM acts as it did before."""
-
-    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-
-    def __init__(self):
-        self.requested = False
-        self._before = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
-            self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number, _):
-        self.requested = True
-        for other in (signal.SIGINT, signal.SIGTERM):  # a batch system sends its warning, SIGUSR1, more than once
-            signal.signal(other, self._before[other])
-
-
-@contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 do what Ctrl-C does, unless they do something of their own already."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        free = [number for number in StopRequest.SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
-        before = {number: signal.signal(number, signal.default_int_handler) for number in free}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class SavingError(RuntimeError):
-    """A checkpoint could not be written: where and why. Older ones are as they were."""
+    """A checkpoint could not be written; older ones are intact."""
 
 
 def save_checkpoint(
     folder: Path, step: int, masters: "Masters", optimizer: torch.optim.Optimizer, state: dict, keep: int = 0
 ) -> Path:
-    """Write folder/step-N whole, then remove all but the newest `keep` (0: none). A whole one that is there stays.
+    """Write folder/step-N, unless it is there undamaged, and return it.
 
-    The files are written and flushed under step-N.tmp, which is then renamed: a kill at any moment leaves step-N either
-    complete or absent. Raises SavingError, with step-N absent, where they cannot be written.
+    The files are written and flushed under step-N.tmp, which is then renamed. A kill at any moment
+    leaves step-N either complete or absent.
+
+    Args:
+        step: optimizer steps done.
+        state: what state.json holds beside step and optimizer updates.
+        keep: newest checkpoints that stay; older ones are removed. 0 keeps all.
+
+    Raises:
+        SavingError: the files cannot be written; step-N is absent.
     """
     final = folder / f"step-{step}"
     if not final.exists() or damage(final):
@@ -123,9 +82,8 @@ def _write_files(folder: Path, step: int, masters: "Masters", optimizer, state: 
     if masters.average is not None:
         save_vector(folder / "average.safetensors", masters, masters.average)
     moments = optimizer.state.get(masters.vector, {})
-    named = {f"{key}.{n}": t for key in MOMENTS if key in moments for n, t in masters.named(moments[key]).items()}
-    as_kept = {key: t for key, t in moments.items() if key not in (*MOMENTS, "step")}
-    save_file(_cpu(named | as_kept), folder / "optimizer.safetensors")
+    named = {f"{key}.{n}": t for key in MOMENTS if moments for n, t in masters.named(moments[key]).items()}
+    save_file(_cpu(named), folder / "optimizer.safetensors")
     updates = int(moments.get("step", 0))
     (folder / "state.json").write_text(
         json.dumps({"step": step, "optimizer_updates": updates} | state, indent=2) + "\n"
@@ -139,8 +97,21 @@ def _fingerprint(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def _known_fingerprint(path: Path) -> dict:
+    status = path.stat()
+    return _fingerprint_of_version(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache
+def _fingerprint_of_version(path: Path, *_version: int) -> dict:
+    return _fingerprint(path)
+
+
 def damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, by its manifest; None if nothing is."""
+    """Return what is wrong with a checkpoint's files, by its manifest; None if nothing is.
+
+    A process hashes each file once, and again only when it has changed on disk.
+    """
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -148,19 +119,19 @@ def damage(path: Path) -> str | None:
     for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if (found := _fingerprint(path / name)) != expected:
+        if (found := _known_fingerprint(path / name)) != expected:
             sizes = f"{found['bytes']} bytes, {expected['bytes']} were written"
             return f"{name} is damaged ({sizes})"
     return None
 
 
 def save_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
-    """Write a flat vector of the masters as tensors by parameter name."""
+    """Write a flat vector of the masters to a safetensors file, by parameter name."""
     save_file(_cpu(masters.named(vector)), path)
 
 
 def load_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
-    """Fill a flat vector of the masters from such a file. Raises DamagedFileError."""
+    """Fill a flat vector of the masters from a file of `save_vector`. Raises DamagedFileError."""
     with reading(path):
         tensors = load_file(path)
     masters.load(vector, tensors)
@@ -171,7 +142,7 @@ def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write the file, or the folder's entries, to the disk."""
+    """Flush the file, or the folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -180,11 +151,11 @@ def _flush(path: Path) -> None:
 
 
 def load_checkpoint(path: Path, masters: "Masters", optimizer: torch.optim.Optimizer) -> dict:
-    """Fill masters, module and optimizer from a checkpoint; returns its state.json."""
+    """Fill masters, module and optimizer from a checkpoint; return its state.json."""
     state = read_state(path)
     load_vector(path / "adapter.safetensors", masters, masters.vector)
     masters.write()
-    if masters.average is not None:  # of a run that kept none until now, it begins here
+    if masters.average is not None:  # it starts at the weights if the run kept none before
         average = path / "average.safetensors"
         load_vector(average if average.exists() else path / "adapter.safetensors", masters, masters.average)
     if state["optimizer_updates"]:
@@ -193,10 +164,6 @@ def load_checkpoint(path: Path, masters: "Masters", optimizer: torch.optim.Optim
 
 
 def _load_moments(saved: dict[str, torch.Tensor], masters: "Masters", optimizer, updates: int) -> None:
-    if not isinstance(optimizer, torch.optim.AdamW):  # bitsandbytes'
-        device = masters.vector.device
-        optimizer.state[masters.vector] = {key: t.to(device) for key, t in saved.items()} | {"step": updates}
-        return
     moments = {key: torch.empty_like(masters.vector, requires_grad=False) for key in MOMENTS}
     for key, vector in moments.items():
         masters.load(vector, {n: saved[f"{key}.{n}"] for n in masters.names})
@@ -205,25 +172,26 @@ def _load_moments(saved: dict[str, torch.Tensor], masters: "Masters", optimizer,
 
 
 def read_state(path: Path) -> dict:
-    """state.json of a checkpoint: its step, the settings, and what the parts of a run keep."""
+    """Return a checkpoint's state.json: step, settings, state of the batches and the guard."""
     return json.loads((path / "state.json").read_text())
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in folder, oldest first; `damage` tells whether one is whole."""
+    """Return the checkpoints in folder, oldest first, damaged ones included."""
     found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / "state.json").is_file()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint without damage."""
+    """Return the newest undamaged checkpoint in folder, None if there is none."""
     return next((path for path in reversed(checkpoints(folder)) if not damage(path)), None)
 
 
 def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> Path:
-    """The folder that resume_from_checkpoint names: a path, or "latest", the newest whole one in output_dir.
+    """Return the checkpoint that resume_from_checkpoint names: a path, or "latest".
 
-    A damaged one that is passed over is logged as a warning, unless quiet. Raises ConfigError if there is none.
+    "latest" is the newest undamaged one; unless quiet, each newer one is logged as a warning.
+    Raises ConfigError for no checkpoint, or a damaged one.
     """
     folder = Path(output_dir) / "checkpoints"
     if which == "latest":

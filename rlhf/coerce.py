@@ -1,17 +1,17 @@
-"""Values of settings as the types that they should have, forgiving what YAML, the shell and Python's paths blur."""
+"""Read values of settings as their annotated types, forgiving what YAML, shell and paths blur."""
 
 import json
 import math
 import os
 import types
 import typing
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 
-def coerced(values: dict, annotations: dict) -> tuple[dict, list[str]]:
-    """Settings by name as the annotated types, and what is wrong with those that cannot be read so."""
+def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
+    """Return values as their annotated types, and a problem for each that cannot be read so."""
     right, problems = {}, []
     for name, value in values.items():
         try:
@@ -22,47 +22,46 @@ def coerced(values: dict, annotations: dict) -> tuple[dict, list[str]]:
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """`value` as the annotated type, forgiving what YAML and the shell blur: 1e-5 as text, 'none', one item for a list.
+    """Return `value` as the annotated type: also 1e-5 as text, "none", or one item for a list.
 
     Raises TypeError, ValueError or OverflowError where no reading makes sense.
     """
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if type(None) in options and (value is None or value == "none"):
+    kind, *others = _kinds(annotation)
+    if type(None) in others and (value is None or value == "none"):
         return None
-    kind = next(option for option in options if option is not type(None))
-    if typing.get_origin(kind) is list:
-        return [
-            coerce(item, typing.get_args(kind)[0]) for item in (value if isinstance(value, list | tuple) else [value])
-        ]
-    if kind is dict:
-        return _exactly(value, dict)
-    if typing.get_origin(kind) is dict:
-        return _coerce_dict(value, typing.get_args(kind)[1])
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if kind is bool or kind is str:
-        return _exactly(value, kind)
-    return _coerce_number(value, kind)
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is Literal:
+        return inner[[str(choice) for choice in inner].index(str(value))]
+    if origin is list:
+        return [coerce(item, inner[0]) for item in (value if isinstance(value, list | tuple) else [value])]
+    if origin is dict:
+        value = _parse_mapping(value) if isinstance(value, str) else value
+        items = _exactly(value, dict).items()
+        return {_exactly(name, str): coerce(item, inner[1]) for name, item in items} if inner else value
+    if kind in (int, float):
+        return _coerce_number(value, kind)
+    return value if kind is Any else _exactly(os.fspath(value) if isinstance(value, os.PathLike) else value, kind)
+
+
+def _kinds(annotation) -> tuple:
+    """Return the types of a union; the first counts, even if a flag gives a mapping as text."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _coerce_number(value, kind):
     value = value.item() if hasattr(value, "item") else value  # numpy's, of a sweep
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
-    if kind is int and isinstance(value, int):  # also one that no float can tell from the next, such as a long seed
+    if kind is int and isinstance(value, int):  # a long seed is more exact than any float
         return value
     if not math.isfinite(float(value)) or kind(value) != float(value):
         raise ValueError(value)
     return kind(value)
 
 
-def _coerce_dict(value, kind) -> dict:
-    value = _parsed(value) if isinstance(value, str) else value
-    return {_exactly(name, str): coerce(item, kind) for name, item in _exactly(value, dict).items()}
-
-
-def _parsed(text: str):
-    """JSON, or what a shell user writes for it in YAML: {nano_preference: 0.3}."""
+def _parse_mapping(text: str) -> Any:
+    """Return what JSON, or a shell user's YAML such as {nano_preference: 0.3}, says."""
     try:
         return json.loads(text)  # first, for YAML takes 1e-5 for text
     except json.JSONDecodeError:
@@ -80,15 +79,17 @@ def _exactly(value, kind):
 
 
 def type_name(annotation: Any) -> str:
-    """The type in a user's words."""
-    if isinstance(annotation, types.UnionType):
-        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-        if typing.get_origin(kinds[0]) is dict:
-            kinds = kinds[:1]  # the text of a flag is a mapping, too
-        return " or ".join([type_name(kind) for kind in kinds] + ["none"] * (type(None) in typing.get_args(annotation)))
-    if typing.get_origin(annotation) is list:
-        return f"a list, each {type_name(typing.get_args(annotation)[0])}"
-    if typing.get_origin(annotation) is dict:
-        inner = typing.get_args(annotation)[1]
-        return f"a mapping {{name: {'{argument: value}' if inner is dict else type_name(inner).removeprefix('a ')}}}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
+    """Return the type in a user's words."""
+    kind, *others = _kinds(annotation)
+    inner = typing.get_args(kind)
+    match typing.get_origin(kind) or kind:
+        case origin if origin is Literal:
+            name = ("one of " if inner[1:] else "") + ", ".join(map(str, inner))
+        case origin if origin is list:
+            name = f"a list, each {type_name(inner[0])}"
+        case origin if origin is dict:
+            value = {dict: "{argument: value}", Any: "value"}.get(inner[1]) or type_name(inner[1]).removeprefix("a ")
+            name = f"a mapping {{name: {value}}}"
+        case _:
+            name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    return name + " or none" * (type(None) in others)

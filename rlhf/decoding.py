@@ -18,7 +18,7 @@ class Decoder:
 
     def __init__(self, vae: AutoencoderKLWan, frames: int, args: RewardGradientConfig, device: torch.device):
         self.vae, self.frames, self.args = vae, frames, args
-        self.caches = HostMemory(device) if args.decode_caches == "host" else args.decode_caches
+        self.caches = HostMemory(device) if args.decode_caches == "host" else None
 
     def __call__(self, latents_BCTHW: torch.Tensor, step: int) -> torch.Tensor:
         args, (first, last) = self.args, self.window(step)

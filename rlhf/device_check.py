@@ -1,15 +1,14 @@
-"""`python -m rlhf.device --check`: the nano model's training on a device, part by part, beside the CPU's.
+"""The test of `python -m rlhf.device --check`: train nano on a device and compare with the CPU.
 
-Samples two videos, takes a reward's gradient through all denoising steps, does an optimizer step, saves and restores
-the state, and prints how far each is from float32 on the CPU. B batch, C channels, T latent frames, H W latent size.
+The test samples two videos, takes a reward's gradient through all denoising steps, does an
+optimizer step, and saves and restores the state. The reference is float32 on the CPU. Shape legend:
+B batch, C channels, T latent frames, H W latent height and width.
 """
 
-import argparse
 import json
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,20 +17,22 @@ import torch
 from peft import LoraConfig
 
 from rewards import load_reward
+from rlhf.adapter.masters import Masters
 from rlhf.checkpoint import load_checkpoint, save_checkpoint
 from rlhf.contentv.flow import euler_step, flow_sigmas, guided_velocity
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.wan_decoder import decode_video
-from rlhf.device import describe, peak_memory, pick_device, reproducible, reset_peak_memory, synchronize
-from rlhf.lora import ATTENTION, Masters, add_adapter
+from rlhf.device import describe, deterministic, peak_memory, reset_peak_memory, seconds_of
+from rlhf.lora import ATTENTION, add_adapter
 from rlhf.sampler import draw_noise
 from rlhf.text import encode_prompts
 
 PROMPTS = ["a large red circle moving left on a white background", "two small blue stars growing on a black background"]
 SEED, RANK, LEARNING_RATE = 0, 8, 1e-3
-# Largest |x - cpu| / |cpu| (Euclidean norms) by number format and phase. float32 leaves room for sums in another order;
-# bfloat16 is twice what the CPU's own bfloat16 differs. "step" is AdamW on the CPU's gradient, in float32 for both;
-# "restore" and "repeat" compare a device with itself.
+# Largest allowed |x - cpu| / |cpu| (Euclidean norms) by number format and phase. float32 leaves
+# room for sums in another order; bfloat16 is twice the difference of bfloat16 on the CPU. "step" is
+# AdamW on the CPU's gradient, in float32 for both; "restore" and "repeat" compare a device with
+# itself.
 TOLERANCES = {
     "float32": {"forward": 1e-4, "gradient": 1e-3, "step": 1e-4, "restore": 0.0, "repeat": 1e-5},
     "bfloat16": {"forward": 5e-2, "gradient": 1e-1, "step": 1e-4, "restore": 0.0, "repeat": 1e-2},
@@ -40,24 +41,24 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was done, how long it took, how far the result is from the reference."""
+    """A row of the table: a phase, its time, and the distance of its result from the reference."""
 
     arm: str  # number format of transformer and text encoders
     frames: int  # of each video
     phase: str
     seconds: float
-    peak_gib: float  # most memory held so far: on the device, or by the process on a CPU
+    peak_gib: float  # peak memory so far, of the device or of the process on a CPU
     difference: float  # |x - reference| / |reference|
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance."""
+        """Return whether the difference is within the tolerance."""
         return self.difference <= self.tolerance  # False for NaN
 
 
 class Training:
-    """The nano model with an adapter, on a device: the parts of `RewardGradientTrainer.step`, one by one."""
+    """The nano model with an adapter on a device, trained phase by phase."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.pipe, self.device = load_pipeline("nano", dtype, device), device
@@ -77,7 +78,7 @@ class Training:
         self.sigmas = flow_sigmas(self.pipe.scheduler, sampling.num_inference_steps, device)
 
     def latents(self) -> torch.Tensor:
-        """(B, C, T, H, W) float32, after all denoising steps, with their gradient where it is enabled."""
+        """Return float32 latents (B, C, T, H, W) after all denoising steps."""
         x, guidance = self.noise, self.sampling.guidance_scale
         for sigma, sigma_next in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
             v = guided_velocity(self.pipe.transformer, x, sigma, self.cond, guidance)
@@ -85,7 +86,7 @@ class Training:
         return x
 
     def gradient(self) -> torch.Tensor:
-        """The gradient of minus the mean score at the masters: one float32 vector."""
+        """Return the gradient of minus the mean score at the masters, one float32 vector."""
         self.masters.vector.grad.zero_()
         video = decode_video(self.pipe.vae, self.latents())
         (-self.reward(video, PROMPTS).mean()).backward()
@@ -93,7 +94,7 @@ class Training:
         return self.masters.vector.grad.clone()
 
     def step(self, gradient: torch.Tensor) -> torch.Tensor:
-        """How far an optimizer step on this gradient moves the masters."""
+        """Return the change of the masters by an optimizer step on this gradient."""
         before = self.masters.vector.detach().clone()
         self.masters.vector.grad.copy_(gradient)
         self.optimizer.step()
@@ -101,7 +102,7 @@ class Training:
         return self.masters.vector.detach() - before
 
     def restore(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masters after one more step, and again after the same step from a saved and loaded state."""
+        """Return the masters after a step from a restored state, and after the step itself."""
         with tempfile.TemporaryDirectory() as folder:
             saved = save_checkpoint(Path(folder), 1, self.masters, self.optimizer, {})
             self.step(gradient)
@@ -113,15 +114,15 @@ class Training:
 
 @torch.no_grad()
 def _shrink(transformer) -> None:
-    """Small random B, where training starts from zeros: so A has a gradient, and the model is still near its base."""
+    """Make the random B matrices small, so that A has a gradient and the model is near its base."""
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
             parameter *= 0.1
 
 
 def check_device(device: torch.device, dtypes: list[str]) -> list[Row]:
-    """A row for each number format and phase. The reference is float32 on the CPU."""
-    with reproducible(torch.device("cpu")), reproducible(device):
+    """Return a row for each number format and phase. The reference is float32 on the CPU."""
+    with deterministic(torch.device("cpu")), deterministic(device):
         reference = Training(torch.device("cpu"), torch.float32)
         with torch.no_grad():
             expected = {"forward": reference.latents()}
@@ -131,40 +132,38 @@ def check_device(device: torch.device, dtypes: list[str]) -> list[Row]:
 
 
 def _check_dtype(device: torch.device, dtype: str, expected: dict[str, torch.Tensor]) -> list[Row]:
+    """Return the rows of one number format; expected holds the CPU's results by phase."""
     training, rows = Training(device, getattr(torch, dtype)), []
-    given, frames = expected["gradient"].to(device), training.sampling.num_frames
+    expected_gradient, frames = expected["gradient"].to(device), training.sampling.num_frames
     reset_peak_memory(device)
 
     def measure(phase: str, work: Callable, reference: torch.Tensor | None = None) -> torch.Tensor:
-        """Add a row; without a reference, work returns it as the second of two tensors."""
-        synchronize(device)
-        began = time.perf_counter()
-        result = work()
-        synchronize(device)
-        seconds = time.perf_counter() - began
-        result, reference = result if reference is None else (result, reference)
-        tolerance, peak = TOLERANCES[dtype][phase], peak_memory(device) / 2**30
-        rows.append(Row(dtype, frames, phase, seconds, peak, distance(result, reference), tolerance))
+        """Add a row; without a reference, work returns (result, reference)."""
+        results = []
+        seconds = seconds_of(lambda: results.append(work()), device)
+        result, reference = results[0] if reference is None else (results[0], reference)
+        difference, peak = distance(result, reference), peak_memory(device) / 2**30
+        rows.append(Row(dtype, frames, phase, seconds, peak, difference, TOLERANCES[dtype][phase]))
         return result
 
     with torch.no_grad():
-        training.latents()  # the first call loads kernels, which is nobody's time
+        training.latents()  # warm-up: the first call loads kernels
         measure("forward", training.latents, expected["forward"])
     gradient = measure("gradient", training.gradient, expected["gradient"])
     measure("repeat", training.gradient, gradient)
-    measure("step", lambda: training.step(given), expected["step"])
-    measure("restore", lambda: training.restore(given))
+    measure("step", lambda: training.step(expected_gradient), expected["step"])
+    measure("restore", lambda: training.restore(expected_gradient))
     return rows
 
 
 def distance(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """|result - reference| / |reference|, Euclidean norms, in float64 on the CPU."""
+    """Return |result - reference| / |reference|, Euclidean norms, in float64 on the CPU."""
     result, reference = (x.detach().cpu().double() for x in (result, reference))
     return ((result - reference).norm() / reference.norm()).item()
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """Format the rows as a text table."""
     lines = [f"{'format':<10}{'phase':<10}{'seconds':>9}{'GiB':>7}{'difference':>12}{'tolerance':>11}"]
     for row in rows:
         numbers = f"{row.seconds:>9.3f}{row.peak_gib:>7.2f}{row.difference:>12.1e}{row.tolerance:>11.0e}"
@@ -172,9 +171,9 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
-    """What the check ran on, as the JSON has it."""
-    return {
+def write_rows(path: Path, device: torch.device, rows: list[Row]) -> None:
+    """Write the rows and the environment that they were measured in as JSON."""
+    environment = {
         "device": str(device),
         "name": describe(device),
         "torch": torch.__version__,
@@ -183,29 +182,6 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "reference": "float32 on the CPU",
     }
-
-
-def main(arguments: list[str]) -> int:
-    """The command. Returns 0 if all is within tolerance, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rlhf.device", description="Which device is used, and does it work?"
-    )
-    parser.add_argument("--check", action="store_true", help="train the nano model a little and compare with the CPU")
-    parser.add_argument("--device", help="its kind; by default USE_ASCEND_NPU=1 or what the machine has")
-    parser.add_argument("--dtype", nargs="+", choices=TOLERANCES, default=list(TOLERANCES), help="default: both")
-    parser.add_argument("--output", type=Path, help="write the rows as JSON, too")
-    args = parser.parse_args(arguments)
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        raise SystemExit(f"rlhf.device: error: {error}") from error
-    print(f"{device}: {describe(device)}, torch {torch.__version__}")
-    if not args.check:
-        return 0
-    rows = check_device(device, args.dtype)
-    print(table(rows))
-    if args.output:
-        listed = [asdict(row) | {"passed": row.passed} for row in rows]
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"environment": environment(device), "rows": listed}, indent=2) + "\n")
-    return 0 if all(row.passed for row in rows) else 1
+    listed = [asdict(row) | {"passed": row.passed} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment, "rows": listed}, indent=2) + "\n")

@@ -1,16 +1,17 @@
-"""The text encoders, which are on the device until the prompts of the run are encoded: what they need there."""
+"""Memory of the text encoders, which are on the device until the run's prompts are encoded."""
 
 import torch
 
 from rlhf.contentv.files import CONFIG_FILES, CONTENTV_8B, model_folder
 from rlhf.contentv.loading import TEXT_ENCODERS
-from rlhf.parts import trace_part
+from rlhf.parts import trace_call
 from rlhf.reading import read_object
 from rlhf.text import ENCODE_BATCH
 
-# ContentV-8B's, which are Stable Diffusion 3.5's: CLIP L/14 (arXiv 2103.00020), OpenCLIP bigG/14 (arXiv 2212.07143) and
-# the encoder of T5 v1.1 XXL (arXiv 1910.10683). What is left out is as in the configuration's class.
-PUBLISHED = {
+# ContentV-8B has those of Stable Diffusion 3.5: CLIP L/14 (arXiv 2103.00020), OpenCLIP bigG/14
+# (arXiv 2212.07143) and the encoder of T5 v1.1 XXL (arXiv 1910.10683). The configuration classes
+# supply the other values.
+CONTENTV_ENCODERS = {
     "text_encoder": {
         "hidden_size": 768,
         "intermediate_size": 3072,
@@ -37,26 +38,26 @@ PUBLISHED = {
 
 
 def encoder_configs(model: str) -> dict[str, dict]:
-    """Configurations of a model's text encoders, by its files; ContentV-8B's without a file. ValueError if absent."""
+    """Return the configurations of a model's text encoders. ValueError if a file is absent."""
     if model == CONTENTV_8B:
-        return PUBLISHED
+        return CONTENTV_ENCODERS
     files = {name: f"{name}/{CONFIG_FILES[name]}" for name in TEXT_ENCODERS}
     folder = model_folder(model, list(files.values()))
     return {name: read_object(folder / file) for name, file in files.items()}
 
 
 def encoding_bytes(configs: dict[str, dict], tokens: dict[str, int], dtype: torch.dtype) -> int:
-    """Bytes of all weights, and of what the encoder that takes most computes for a batch of prompts.
+    """Return the bytes of all weights, and of one batch of prompts in the encoder that takes most.
 
-    tokens: of a prompt, by encoder.
+    tokens: length of a prompt, by encoder.
     """
-    weights, most = 0, 0
+    weight_bytes, peak_bytes = 0, 0
     for name, config in configs.items():
         cls = TEXT_ENCODERS[name]
         with torch.device("meta"):
             model = cls(cls.config_class.from_dict(config)).to(dtype).requires_grad_(False).eval()
             ids = torch.empty(ENCODE_BATCH, tokens[name], dtype=torch.long)
-        weights += sum(p.nbytes for p in model.parameters())
-        part = trace_part(lambda x, model=model: model(x)[0], ids, False, model)
-        most = max(most, part.sampling.most - part.sampling.start)
-    return weights + most
+        weight_bytes += sum(p.nbytes for p in model.parameters())
+        call = trace_call(lambda x, model=model: model(x)[0], ids, model, with_gradient=False)
+        peak_bytes = max(peak_bytes, call.no_grad.added_bytes)
+    return weight_bytes + peak_bytes

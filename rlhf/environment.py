@@ -1,4 +1,4 @@
-"""What a run ran on and what it cost: environment.jsonl, one object for each time that the run was started."""
+"""A run's hardware, versions and cost: environment.jsonl, one object for each start."""
 
 import json
 import os
@@ -18,28 +18,31 @@ PACKAGES = ("contentv-rlhf", "torch", "diffusers", "transformers", "peft", "acce
 
 
 def record_start(folder: Path, device: str | None) -> None:
-    """Add a line for a run that starts now: machine, versions, number of processes. device: as in the settings."""
-    here = pick_device(device)
+    """Append a line for a start: machine, versions, world size. device: as in the settings."""
+    found = pick_device(device)
     row = {
         "started": time.time(),
-        "device": _device_name(here),
-        "device_type": here.type,
+        "device": _device_name(found),
+        "device_type": found.type,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "cores": available_cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "energy_counter_joules": energy_joules(here),
+        "energy_counter_joules": energy_joules(found),
     }
     with (folder / ENVIRONMENT).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def record_end(folder: Path, ended_by: str | None = None) -> None:
-    """Complete the last line with what the run took: seconds, the peak of memory in bytes, joules if the device counts.
+    """Complete the last line with seconds, peak memory in bytes, and joules if counted.
 
-    Energy is that of the devices that this machine's processes see; idle draw is in it. The peak is that since the last
-    optimizer step began; earlier ones are in metrics.jsonl. ended_by: the error of a run that failed.
+    Energy is that of all devices visible to this machine's processes, idle power included. Peak
+    memory is counted since the last optimizer step began; metrics.jsonl has earlier peaks.
+
+    Args:
+        ended_by: the error of a run that failed.
     """
     rows = read_environment(folder)
     if not rows:
@@ -54,16 +57,16 @@ def record_end(folder: Path, ended_by: str | None = None) -> None:
 
 
 def read_environment(folder: Path) -> list[dict]:
-    """One object for each start of the run, [] for a run that recorded none."""
+    """Return one object for each start of the run, [] if none was recorded."""
     return read_log(folder / ENVIRONMENT)
 
 
 def _device_name(device: torch.device) -> str:
-    """What the device calls itself; of a CPU the processor's name, where Linux tells it."""
+    """Return the device's name; for a CPU that in /proc/cpuinfo, if there is one."""
     if device.type != "cpu":
         return getattr(torch.get_device_module(device), "get_device_name", lambda: device.type)()
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.is_file() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 

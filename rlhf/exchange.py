@@ -1,9 +1,8 @@
-"""What processes that share one model hand each other within a forward pass, with the exact gradient of it.
+"""Differentiable collectives between the ranks that share one forward pass.
 
-Between them every process holds a part of the computation. Its numbers enter from, and leave to, tensors of which all
-processes of the group hold the same copy. A gradient inside is therefore a summand: added up over the group it is the
-gradient of the one-process computation. Gradients are made contiguous before they travel: a collective reads a strided
-tensor's memory as if it were not.
+Between `copy_to_group` and `all_gather` each rank computes a part; outside, tensors are the same on
+every rank. A gradient inside is a summand: its sum over the group is the gradient of a single
+process. Gradients are made contiguous first: a collective reads a strided tensor's memory in order.
 """
 
 import torch
@@ -13,35 +12,47 @@ from torch.autograd.function import once_differentiable
 Group = dist.ProcessGroup
 
 
-def entering(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """x, of which all hold a copy; backwards, the sum of what each process's part sends back."""
+def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return x, the same on every rank, for a different computation on each rank.
+
+    The backward pass sums the gradients over the ranks.
+    """
     return _SumGradient.apply(x, group, 1.0)
 
 
-def agreed(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """x, of which all hold a copy and from which all compute the same loss; backwards, the mean of their gradients.
+def average_grad(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return x, the same on every rank, for the same computation on every rank.
 
-    So the copies stay one gradient where a reward or a kernel is not quite the same in every process.
+    The backward pass averages the gradients over the ranks. The ranks then continue with one
+    gradient, even if a reward or a kernel is not quite deterministic.
     """
     return _SumGradient.apply(x, group, 1.0 / dist.get_world_size(group))
 
 
-def gathered(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Every process's x, (size, ...), for a computation that all do alike; backwards, the own part of the gradient."""
+def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return every rank's x, (size, ...), for the same computation on every rank.
+
+    The backward pass takes this rank's part of the gradient.
+    """
     return _Gather.apply(x, group, False)
 
 
-def gathered_inside(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Every process's x, (size, ...), for different computations; backwards, the sum over them of the own part."""
+def all_gather_sum_grad(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return every rank's x, (size, ...), for a different computation on each rank.
+
+    The backward pass sums the gradients over the ranks and takes this rank's part.
+    """
     return _Gather.apply(x, group, True)
 
 
-def swapped(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Piece j of x, (size, ...), goes to process j; piece i of the result came from process i."""
+def all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Send x[j] to rank j and return the received pieces, rank i's at i. x: (size, ...)."""
     return _AllToAll.apply(x, group)
 
 
 class _SumGradient(torch.autograd.Function):
+    """The identity, whose gradient is summed over the group and multiplied by `weight`."""
+
     @staticmethod
     def forward(ctx, x, group, weight):
         ctx.group, ctx.weight = group, weight
@@ -50,25 +61,29 @@ class _SumGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _sum(grad, ctx.group).mul_(ctx.weight).to(grad.dtype), None, None
+        return _all_reduce(grad, ctx.group).mul_(ctx.weight).to(grad.dtype), None, None
 
 
 class _Gather(torch.autograd.Function):
+    """An all-gather; the gradient is summed over the group first if `sum_grad`."""
+
     @staticmethod
-    def forward(ctx, x, group, inside):
-        ctx.group, ctx.inside = group, inside
-        every = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(every, x.contiguous(), group=group)
-        return every.unflatten(0, (-1, x.shape[0]))
+    def forward(ctx, x, group, sum_grad):
+        ctx.group, ctx.sum_grad = group, sum_grad
+        gathered = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        return gathered.unflatten(0, (-1, x.shape[0]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        whole = _sum(grad, ctx.group).to(grad.dtype) if ctx.inside else grad
-        return whole[dist.get_rank(ctx.group)].contiguous(), None, None
+        grad = _all_reduce(grad, ctx.group).to(grad.dtype) if ctx.sum_grad else grad
+        return grad[dist.get_rank(ctx.group)].contiguous(), None, None
 
 
 class _AllToAll(torch.autograd.Function):
+    """An all-to-all, which is its own transpose."""
+
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
@@ -81,14 +96,25 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _swap(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return an all-to-all of x as a new tensor."""
     x = x.contiguous()
     received = torch.empty_like(x)
     dist.all_to_all_single(received, x, group=group)
     return received
 
 
-def _sum(grad: torch.Tensor, group: Group) -> torch.Tensor:
-    """A new tensor, in at least float32: a sum of rounded summands should not be rounded again on the way."""
+def _all_reduce(grad: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return the sum over the group in at least float32, so that partial sums are not rounded."""
     total = grad.to(torch.promote_types(grad.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
     dist.all_reduce(total, group=group)
     return total
+
+
+# Temporary aliases until the callers are renamed.
+entering, agreed, gathered, gathered_inside, swapped = (
+    copy_to_group,
+    average_grad,
+    all_gather,
+    all_gather_sum_grad,
+    all_to_all,
+)

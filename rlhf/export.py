@@ -17,25 +17,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged
+from rlhf.config import is_distilled
 from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, one_line
 from rlhf.contentv.loading import load_transformer
 from rlhf.contentv.pipeline import INDEX_CLASSES
-from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.hub import check_push, push
-from rlhf.lora import BLOCKS_FILE
-from rlhf.lora_scale import check_scale, fold_scale, scaled
-from rlhf.method_checks import is_distilled
+from rlhf.lora_scale import check_scale, fold_scale
 from rlhf.model_card import Export, write_card
 from rlhf.reading import reading
 from rlhf.run_folder import settings_in
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-OF_THIS_MODEL = "expected an adapter of this model, as a run or pipe.save_lora_weights writes it; name the right one"
 
 
 def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = None) -> None:
@@ -55,7 +49,6 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     base = model_folder(model or config["model"])
     transformer = load_transformer(base)
     load_adapter(transformer, adapter.parent)
-    add_trained_blocks(transformer, adapter.parent, scale)
     with _nothing_left_by_an_error(out):
         with merged(transformer, scale) as plain:
             plain.save_pretrained(out / "transformer")
@@ -74,11 +67,9 @@ def export_adapter(
     """Write the adapter of a run to `out`/pytorch_lora_weights.safetensors, its B matrices multiplied by `scale`.
 
     convention: "diffusers", or "comfyui": with lora_alpha / r in the B matrices as well, see `rlhf.lora_scale`.
-    Raises ValueError as `export_merged` does, for whole blocks, and for DoRA with "comfyui" or another scale than 1.
+    Raises ValueError as `export_merged` does, and for DoRA with "comfyui" or another scale than 1.
     """
     adapter = _check(run, out, scale)
-    if (blocks := adapter.parent / BLOCKS_FILE).exists():
-        raise ValueError(f"{blocks} is there, expected LoRA weights alone: the run trained whole blocks; use --merged")
     with reading(adapter), safe_open(adapter, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     if broken := [key for key, value in tensors.items() if not value.isfinite().all()]:
@@ -94,56 +85,6 @@ def export_adapter(
 
 
 @contextmanager
-def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[SD3Transformer3DModel]:
-    """Inside, a plain transformer that holds the adapter in its weights; afterwards these are back, bit for bit.
-
-    The plain transformer shares its weights with the one given, so it is of use inside only.
-    """
-    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
-    originals = [(p, p.detach().clone()) for layer in layers for p in layer.get_base_layer().parameters()]
-    try:
-        with scaled(transformer, scale):
-            try:
-                transformer.fuse_lora(safe_fusing=True)
-                yield _without_adapter(transformer)
-            finally:
-                for layer in (layer for layer in layers if layer.merged):
-                    layer.unmerge()  # subtracts what was added, up to rounding
-    finally:
-        for parameter, original in originals:
-            parameter.data.copy_(original)
-
-
-def load_adapter(transformer: SD3Transformer3DModel, folder: Path) -> None:
-    """Add the adapter in a folder such as RUN/adapter. Raises ValueError for one that is not of this transformer."""
-    path = folder / ADAPTER_FILE
-    with reading(path), safe_open(path, "pt") as file:
-        file.keys()
-    try:
-        transformer.load_lora_adapter(folder, prefix="transformer", weight_name=ADAPTER_FILE, use_safetensors=True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # of other shapes
-        raise ValueError(f"{path}: got another model's adapter ({str(error)[:200]}), {OF_THIS_MODEL}") from error
-    require_adapter(transformer, path)
-
-
-def require_adapter(transformer: SD3Transformer3DModel, name: str | Path) -> None:
-    """Raise ValueError if nothing of the adapter of that name has come to the transformer, of which peft only warns."""
-    if not getattr(transformer, "peft_config", None):
-        raise ValueError(f"{name}: got no layer of this transformer, {OF_THIS_MODEL}")
-
-
-@torch.no_grad()
-def add_trained_blocks(transformer: SD3Transformer3DModel, folder: Path, scale: float = 1.0) -> None:
-    """Move the blocks that a run trained whole, if any, from their own weights by `scale` towards the trained ones."""
-    path = folder / BLOCKS_FILE
-    for name, trained in (load_file(path) if path.exists() else {}).items():
-        weight = transformer.get_parameter(name)
-        weight.copy_(weight.float().lerp(trained.to(weight.device), scale))
-
-
-@contextmanager
 def _nothing_left_by_an_error(out: Path) -> Iterator[None]:
     """Make the folder, new or empty; where the work inside breaks off, it is so again, free for the next try."""
     was_there = out.is_dir()
@@ -156,14 +97,6 @@ def _nothing_left_by_an_error(out: Path) -> Iterator[None]:
         if not was_there:
             out.rmdir()
         raise
-
-
-def _without_adapter(transformer) -> SD3Transformer3DModel:
-    weights = {k.replace(".base_layer.", "."): v for k, v in transformer.state_dict().items() if ".lora_" not in k}
-    with torch.device("meta"):
-        plain = SD3Transformer3DModel.from_config(transformer.config)
-    plain.load_state_dict(weights, strict=True, assign=True)
-    return plain.eval().requires_grad_(False)
 
 
 def _check(run: Path, out: Path, scale: float) -> Path:

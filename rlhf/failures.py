@@ -1,15 +1,13 @@
 """Why training cannot go on, said in one paragraph."""
 
-import functools
 import math
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 
+import rlhf
 from rewards import RewardError, RewardMix
 from rlhf.parallel import any_process
 
@@ -40,30 +38,6 @@ def require_new(optimizer: torch.optim.Optimizer) -> None:
             "resume_from_checkpoint='latest' to go on, else with another output_dir or overwrite_output_dir. A "
             "pipeline that was handed over keeps its adapter until pipe.unload_lora_weights()."
         )
-
-
-def naming_lost_processes(method: Callable) -> Callable:
-    """A method of an object with an `accelerator`, watched: where a process is lost, the others end and say which."""
-
-    @functools.wraps(method)
-    def named(self, *args, **kwargs):
-        lifeline = self.accelerator.lifeline
-        try:
-            with lifeline.watched():
-                return method(self, *args, **kwargs)
-        except RuntimeError as error:
-            lost = lifeline.lost() if _of_collective(error) else None
-            if lost is None:
-                raise
-            raise TrainingError(f"A process was lost. {lost} ({str(error).splitlines()[0]})") from error
-
-    return named
-
-
-def _of_collective(error: RuntimeError) -> bool:
-    """Whether PyTorch raised it while processes exchanged something; each backend has errors of its own."""
-    inside = (frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__))
-    return isinstance(error, dist.DistError) or any("torch/distributed/" in name for name in inside)
 
 
 def not_finite(
@@ -120,7 +94,7 @@ MEMORY_CURES = {  # folder or file in which memory ended: what to change there, 
     "wan_decoder.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
     "frozen.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
     "evaluate.py": "per_device_eval_batch_size 1 and decode_chunk 1",
-    "loading.py": "stream_weights, or base_bits 8",
+    "loading.py": "stream_weights, or base_bits 4",
     "": "gradient_checkpointing, stepwise_backward, decode_chunk 1 with decode_checkpoint, smaller batches or videos",
 }
 
@@ -129,10 +103,12 @@ def out_of_memory(error: Exception) -> str | None:
     """What to tell of an error that says that memory ended, by where it did; None for any other error."""
     if not any(words in str(error) for words in OUT_OF_MEMORY):
         return None
+    root = Path(rlhf.__file__).parents[1]
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    parts = {part for file in files for part in (file.name, file.parent.name)}
+    inside = [file.relative_to(root) for file in files if file.is_relative_to(root)]
+    ours = [file for file in inside if file.parts[0] in ("rlhf", "rewards")]
+    parts = {part for file in ours for part in (file.name, file.parts[0])}
     cure = next(cure for place, cure in MEMORY_CURES.items() if place in parts or not place)
-    ours = [file for file in files if {"rlhf", "rewards"} & set(file.parts)]
-    where = f" in {ours[-1].parent.name}/{ours[-1].name}" if ours else ""
+    where = f" in {ours[-1].as_posix()}" if ours else ""
     got = " ".join(str(error).split())[:200]
     return f"Out of memory{where}: {got}. Try, in this order: {cure}. docs/troubleshooting.md has more."

@@ -2,13 +2,14 @@
 
 import torch
 
+from rlhf.adapter.masters import Masters
 from rlhf.adjoint import Stepwise
 from rlhf.config import RewardGradientConfig
 from rlhf.guidance_split import split_velocity
 from rlhf.layout import Layout
-from rlhf.lora import Masters, without_adapter
+from rlhf.lora import without_adapter
 from rlhf.methods import Plan
-from rlhf.prefix import KeptGuidance, SecondOrder, by_gradient
+from rlhf.prefix import KeptGuidance, by_gradient
 from rlhf.sampler import Velocity, velocity_field
 from rlhf.sampling_copy import SamplingCopy
 from rlhf.types import Conditioning
@@ -24,7 +25,7 @@ class Fields:
         self.guidance_group = layout and layout.guidance_group
         self.transformer, self.masters, self.args = transformer, masters, args
         self.window = Stepwise(transformer, masters.params) if args.stepwise_backward else transformer
-        self.copy = None if args.sampling_weights == "own" else SamplingCopy(transformer, args.sampling_weights)
+        self.copy = None if args.sampling_weights == "own" else SamplingCopy(transformer)
 
     def tuned(self, cond: Conditioning) -> Velocity:
         """The velocity of the current model."""
@@ -32,7 +33,7 @@ class Fields:
 
     def base(self, cond: Conditioning) -> Velocity:
         """The velocity of the model before training."""
-        return without_adapter(self._field(self.transformer, cond), self.transformer, self.masters)
+        return without_adapter(self._field(self.transformer, cond), self.transformer)
 
     def rolled_out(self, cond: Conditioning, plan: Plan) -> Velocity:
         """The same for one rollout of the plan, with the cheaper ways that are asked for at steps without gradient."""
@@ -42,7 +43,7 @@ class Fields:
             velocity = by_gradient(velocity, KeptGuidance(prefix_model, cond, args.guidance_scale, args.guidance_every))
         elif self.copy is not None:
             velocity = by_gradient(velocity, self._field(prefix_model, cond, args.guidance_gradient))
-        return SecondOrder(velocity, plan.sigmas) if args.second_order_prefix else velocity
+        return velocity
 
     def refresh(self) -> None:
         """After an optimizer step."""

@@ -17,12 +17,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged
 from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator
-from rlhf.export import ADAPTER_FILE, add_trained_blocks, load_adapter, merged
-from rlhf.lora import BLOCKS_FILE
 from rlhf.lora_scale import check_scale, scaled
 from rlhf.reading import read_object
 from rlhf.tracking import to_uint8, write_video
@@ -36,9 +35,9 @@ class Variant:
     """Which model makes the videos.
 
     model   "nano", a folder in diffusers layout (also one exported with an adapter merged) or a hub id
-    lora    folder of an adapter, such as RUN/adapter, also with blocks trained whole; None: the model as it is
+    lora    folder of an adapter, such as RUN/adapter; None: the model as it is
     merge   add the adapter to the weights first, as an export does, instead of computing it beside them
-    scale   how often adapter and blocks count
+    scale   scale of the adapter
     """
 
     model: str = "nano"
@@ -64,7 +63,6 @@ class Variant:
         pipe.set_progress_bar_config(disable=True)
         if self.lora:
             load_adapter(pipe.transformer, self.lora)
-            add_trained_blocks(pipe.transformer, self.lora, self.scale)
         if self.merge:
             with merged(pipe.transformer, self.scale) as plain:
                 pipe.transformer = plain
@@ -75,9 +73,7 @@ class Variant:
 
     def identity(self) -> dict:
         """What tells this variant from others, the adapter by its content."""
-        files = [self.lora / ADAPTER_FILE, self.lora / BLOCKS_FILE] if self.lora else []
-        content = b"".join(path.read_bytes() for path in files if path.exists())
-        content = hashlib.sha256(content).hexdigest() if content else None
+        content = hashlib.sha256((self.lora / ADAPTER_FILE).read_bytes()).hexdigest() if self.lora else None
         return {"model": str(self.model), "adapter_sha256": content, "merge": self.merge, "scale": self.scale}
 
 

@@ -45,8 +45,8 @@ def choose_grad_steps(
 def _checked(listed: list[int] | None, num_steps: int) -> list[int]:
     if not listed or len(set(listed)) < len(listed) or not all(0 <= i < num_steps for i in listed):
         raise ValueError(
-            f"grad_steps={listed}, expected different steps of 0 to {num_steps - 1} (num_inference_steps={num_steps}), "
-            "at least one; correct grad_steps"
+            f"steps={listed}, expected different steps of 0 to {num_steps - 1} (num_inference_steps={num_steps}), "
+            "at least one; correct steps in method_kwargs"
         )
     return sorted(listed)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rewards.mix import differ
+from rewards.mix import has_spread
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluate import Evaluation
 
@@ -13,7 +13,7 @@ def gain(name: str, base: Evaluation, tuned: Evaluation) -> float | None:
     None for no spread but float32's rounding.
     """
     before = base.scores[name].double()
-    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item() if differ(before) else None
+    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item() if has_spread(before) else None
 
 
 def gains(base: Evaluation, tuned: Evaluation, trained: dict[str, float], held_out: list[str]) -> dict[str, float]:
@@ -39,7 +39,6 @@ class Guard:
     """Follows the held-out gain over a run's evaluations; the base, with gain 0, is the first of them."""
 
     patience: int  # evaluations without a better gain after which the run should stop; 0: never
-    threshold: float  # a gain is better if it is more than this above the best
     best_gain: float = 0.0
     best_step: int = 0
     worse: int = 0  # evaluations since the best
@@ -49,11 +48,11 @@ class Guard:
         """The guard of a run, None where no reward is held out or nothing is evaluated on the way."""
         if not (args.eval_steps and args.eval_reward_funcs):
             return None
-        return cls(args.early_stopping_patience, args.early_stopping_threshold)
+        return cls(args.early_stopping_patience)
 
     def is_best(self, step: int, found: dict[str, float]) -> bool:
         """Take note of the gains after a step; whether the held-out one is the best so far."""
-        better = found.get("gain_held_out", 0.0) > self.best_gain + self.threshold
+        better = found.get("gain_held_out", 0.0) > self.best_gain
         if better:
             self.best_gain, self.best_step = found["gain_held_out"], step
         self.worse = 0 if better else self.worse + 1

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.exchange import Group, agreed
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def planned_processes(args: RewardGradientConfig) -> int:
-    """How many a dry run is for: as asked or started; where that is one, as few as the settings work with."""
-    asked = args.plan_processes or started_processes()
-    return asked if asked > 1 else max(args.guidance_parallel * args.sequence_parallel, 1 + args.shard_base)
+def planned_processes(args: RewardGradientConfig, asked: int | None = None) -> int:
+    """Return how many processes a dry run plans for: those asked for or started; the fewest that work, if one."""
+    count = asked or started_processes()
+    return count if count > 1 else max(args.guidance_parallel * args.sequence_parallel, 1 + args.shard_base)
 
 
 class Layout:

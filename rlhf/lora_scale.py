@@ -1,9 +1,10 @@
-"""How often an adapter counts: in a model, and in LoRA files whose scale needs no reader that knows it.
+"""The scale of an adapter: in a model, and folded into the weights of a LoRA file.
 
-What a layer adds is lora_alpha / r times B A. diffusers keeps lora_alpha in the file's metadata; ComfyUI reads tensors
-`NAME.alpha`, which diffusers refuses, and takes the scale as 1 where there is none (its comfy/lora.py and
-comfy/weight_adapter/lora.py). Multiplied into B, the scale is the same for both. The names of the layers are the same
-anyway: ComfyUI maps `transformer.` and the names that diffusers gives the parts of Stable Diffusion 3's transformer.
+A LoRA layer adds B A times lora_alpha / r. diffusers reads lora_alpha from the file's metadata.
+ComfyUI reads it from tensors `NAME.alpha`, which diffusers refuses, and takes the scale as 1
+without them (its comfy/lora.py and comfy/weight_adapter/lora.py). With the scale multiplied into B,
+both agree. Layer names need no change: ComfyUI knows `transformer.` and diffusers' names for Stable
+Diffusion 3.
 """
 
 import json
@@ -21,19 +22,19 @@ PREFIX = "transformer."
 
 
 def check_scale(scale: float) -> None:
-    """Raise ValueError for one that is no number."""
+    """Raise ValueError for a scale that is not finite."""
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected a finite number, such as 1 or 0.5; correct it")
 
 
 @contextmanager
 def scaled(transformer: torch.nn.Module, scale: float) -> Iterator[None]:
-    """Inside, the adapter counts `scale` times, 0 for the base; afterwards once again.
+    """Scale the adapter by `scale` while inside; 0 is the base, 1 changes nothing.
 
-    What is learnt of a weight is B A, and with DoRA how far its magnitudes are from the norms that they began as.
+    With DoRA, magnitudes are interpolated between the base weights' norms and the trained values.
     """
     magnitudes = list(_magnitudes(transformer)) if scale != 1 else []
-    learnt = [parameter.detach().clone() for parameter, _ in magnitudes]
+    trained = [parameter.detach().clone() for parameter, _ in magnitudes]
     scale_lora_layers(transformer, scale)
     for parameter, norms in magnitudes:
         parameter.data.copy_(norms.to(parameter).lerp(parameter.detach(), scale))
@@ -41,12 +42,12 @@ def scaled(transformer: torch.nn.Module, scale: float) -> Iterator[None]:
         yield
     finally:
         unscale_lora_layers(transformer, scale)
-        for (parameter, _), before in zip(magnitudes, learnt, strict=True):
+        for (parameter, _), before in zip(magnitudes, trained, strict=True):
             parameter.data.copy_(before)
 
 
 def _magnitudes(transformer: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """DoRA's magnitudes, and the norms of the base's weights, layer by layer; nothing for plain LoRA."""
+    """Yield DoRA's magnitudes and the base weights' norms by layer; nothing for plain LoRA."""
     for layer in (module for module in transformer.modules() if isinstance(module, BaseTunerLayer)):
         for dora in getattr(layer, "lora_magnitude_vector", {}).values():
             weight = layer.get_base_layer().weight.detach().to(dora.weight.dtype)
@@ -56,9 +57,9 @@ def _magnitudes(transformer: torch.nn.Module) -> Iterator[tuple[torch.nn.Paramet
 def fold_scale(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and metadata of an adapter, with lora_alpha / r of each layer multiplied into B.
+    """Return an adapter's tensors and metadata with each layer's lora_alpha / r multiplied into B.
 
-    Raises ValueError for DoRA, which ComfyUI keeps by other names.
+    Raises ValueError for DoRA, whose tensors ComfyUI names differently.
     """
     config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
     if config.get(f"{PREFIX}use_dora"):

@@ -1,4 +1,4 @@
-"""What the method and the adapter of a run ask of the other settings and of the model."""
+"""Check the settings of the method and the adapter against the others and the model."""
 
 import difflib
 import re
@@ -6,122 +6,31 @@ from collections.abc import Iterator
 
 import torch
 
-from rlhf.config import RewardGradientConfig
-from rlhf.optimizer import EIGHT_BIT, MOST_OF_EIGHT_BITS
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.method.options import MethodOptions, read_options
 
-# Which settings belong to which methods; elsewhere they keep their default, so that none is silently without effect.
-BELONGS = {
-    "num_grad_steps": ("draft_k", "alignprop", "uniform", "drtune"),
-    "grad_steps": ("listed",),
-    "jump_steps": ("refl", "drtune"),
-    "num_draws": ("draft_lv", "srpo"),
-    "align_sigmas": ("srpo",),
-    "align_delta": ("srpo",),
-}
-# And those that say how another one works, by what has to be set.
-BUILDS_ON = {"relative_strength": ("relative_words",), "drift_weighting": ("drift_weight", "anchor_steps")}
-METHODS = ("draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo")
-GUIDANCE_GRADIENTS = ("full", "text", "none", "distill")
-
-
-def is_distilled(settings: dict) -> bool:
-    """Whether the adapter of a run with these settings does what guidance does, and is sampled without it."""
-    return settings.get("guidance_gradient") == "distill"
+# Elsewhere num_grad_steps keeps its default, so that it is never silently without effect.
+WITH_NUM_GRAD_STEPS = ("draft_k", "alignprop", "uniform", "drtune")
 
 
 def method_problems(args: RewardGradientConfig) -> Iterator[str]:
-    """Problems of the method, guidance and drift; args has all sampling keys set."""
-    yield from _belonging(args)
-    yield from _steps(args)
-    yield from _drift(args)
-    yield from _direct_align(args)
-
-
-def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[str]:
-    """Problems of what is to be trained. transformer: its config, of which one is made where modules are named."""
-    if args.weight_decay and (args.train_blocks or args.lora_use_dora):
+    """Yield problems of method, guidance and drift; args has all sampling keys set."""
+    if args.num_grad_steps != 1 and args.method not in WITH_NUM_GRAD_STEPS:
         yield (
-            f"weight_decay: got {args.weight_decay} with train_blocks or lora_use_dora, expected 0: it would pull the "
-            "model's own weights to 0; hold them with drift_weight instead"
+            f"num_grad_steps: got {args.num_grad_steps} with method {args.method}, which does not read it; expected 1, "
+            f"or method {' or '.join(WITH_NUM_GRAD_STEPS)}; change one of the two"
         )
-    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
-        for layer, value in (getattr(args, name) or {}).items():
-            if value < 1:
-                yield f"{name}: got {value} for {layer!r}, expected at least 1; raise it"
-    if args.train_blocks or args.lora_target_modules or args.lora_rank_pattern or args.lora_alpha_pattern:
-        yield from _named_modules(args, transformer)
-
-
-def _named_modules(args, transformer):
-    from rlhf.contentv.transformer import SD3Transformer3DModel  # seconds, for those alone who name modules
-
-    with torch.device("meta"):
-        model = SD3Transformer3DModel.from_config(transformer)
-    names = [name for name, _ in model.named_modules()]
-    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
-    ends |= {end.split(".", 1)[-1] for end in ends}
-    for block in args.train_blocks or []:
-        if block not in names:
-            last = len(model.transformer_blocks) - 1
-            whole = ", ".join(name for name, _ in model.named_children())
-            expected = f"expected transformer_blocks.0 to .{last}, or another module of {whole}"
-            yield f"train_blocks: got {block!r}, {expected}; correct it"
-    whole = {p for block in args.train_blocks or [] if block in names for p in model.get_submodule(block).parameters()}
-    numbers = sum(p.numel() for p in whole)
-    if args.optim == EIGHT_BIT and numbers > MOST_OF_EIGHT_BITS:
-        expected = f"expected at most {MOST_OF_EIGHT_BITS:,}, which is as far as bitsandbytes counts"
-        yield f"optim={EIGHT_BIT}: got train_blocks of {numbers:,} numbers, {expected}; train fewer, or leave it out"
-    for target in args.lora_target_modules or []:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
-            cure = f"did you mean {near[0]!r}?" if near else "correct it"
-            yield f"lora_target_modules: got {target!r}, expected the end of a linear layer's name such as to_q; {cure}"
-    yield from _adapted_layers(args, layers)
-
-
-def _adapted_layers(args, layers):
-    """Problems of what leaves the adapter no layer, or names none of its layers. layers: the model's linear ones."""
-    from rlhf.lora import ATTENTION
-
-    ends, whole = ([f".{name}" for name in names or []] for names in (args.lora_target_modules, args.train_blocks))
-    ends = ends or [f".{name}" for name in ATTENTION]
-    adapted = [n for n in layers if any(f".{n}".endswith(end) for end in ends)]
-    left = [n for n in adapted if not any(f".{n}.".startswith(f"{block}.") for block in whole)]
-    if adapted and not left:
-        got = f"got {', '.join(args.train_blocks)}, which hold all layers that the adapter is for"
-        yield f"train_blocks: {got}, expected one at least to be left to it; train fewer whole"
-    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
-        for pattern in getattr(args, name) or {}:
-            if not _matches(pattern, adapted):
-                expected = "expected the end of an adapted layer's name such as to_q, or a regular expression of it"
-                yield f"{name}: got {pattern!r}, {expected}; correct it"
-
-
-def _matches(pattern: str, names: list[str]) -> bool:
-    """Whether peft finds one of the names by the pattern."""
     try:
-        return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
-    except re.error:
-        return False
+        options = read_options(args.method, args.method_kwargs)
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        yield from _step_problems(args, options)
+    yield from _drift_problems(args)
 
 
-def _belonging(args):
-    default = RewardGradientConfig()
-    for name, methods in BELONGS.items():
-        if args.method in METHODS and args.method not in methods and getattr(args, name) != getattr(default, name):
-            yield (
-                f"{name}: got {getattr(args, name)} with method {args.method}, which has no use for it; expected "
-                f"{getattr(default, name)}, or method {' or '.join(methods)}; change one of the two"
-            )
-    for name, needed in BUILDS_ON.items():
-        if getattr(args, name) != getattr(default, name) and not any(getattr(args, other) for other in needed):
-            got = f"got {getattr(args, name)} without {' or '.join(needed)}, on which it builds"
-            yield f"{name}: {got}, expected {getattr(default, name)}; set that, too, or leave it out"
-
-
-def _steps(args):
-    steps, early = args.num_inference_steps, args.jump_steps or 1
+def _step_problems(args, options: MethodOptions) -> Iterator[str]:
+    steps, early = args.num_inference_steps, getattr(options, "jump_steps", None) or 1
     if args.num_grad_steps > steps:
         yield (
             f"num_grad_steps={args.num_grad_steps} exceeds num_inference_steps={steps}: only a step "
@@ -133,21 +42,23 @@ def _steps(args):
             f"raise it, to num_inference_steps={steps} for the published method"
         )
     if early > steps:
-        yield f"jump_steps={early} exceeds num_inference_steps={steps}, expected at most that; lower jump_steps"
+        yield f"method_kwargs: jump_steps={early} exceeds num_inference_steps={steps}, expected at most that; lower it"
     elif args.method == "drtune" and args.num_grad_steps > steps - early + 1:
         yield (
             f"num_grad_steps={args.num_grad_steps} and jump_steps={early} leave too few steps: a rollout may jump to "
             f"x0 after {steps - early + 1} of num_inference_steps={steps}; lower one of the first two"
         )
-    wrong = [i for i in args.grad_steps or [] if not 0 <= i < steps]
-    if args.method == "listed" and (not args.grad_steps or wrong or len(set(args.grad_steps)) < len(args.grad_steps)):
-        yield (
-            f"grad_steps: got {args.grad_steps} with method listed, expected different steps of 0 to {steps - 1}, at "
-            "least one; correct them"
-        )
+    if args.method == "listed":
+        listed = options.steps or []
+        if not listed or len(set(listed)) < len(listed) or not all(0 <= i < steps for i in listed):
+            expected = f"expected different steps of 0 to {steps - 1}, at least one"
+            yield f"method_kwargs: steps: got {options.steps} with method listed, {expected}; correct them"
 
 
-def _drift(args):
+def _drift_problems(args) -> Iterator[str]:
+    if args.drift_weighting != "kl" and not (args.drift_weight or args.anchor_steps):
+        got = f"got {args.drift_weighting} without drift_weight or anchor_steps, on which it builds"
+        yield f"drift_weighting: {got}, expected kl; set one of these, or leave it out"
     if args.guidance_gradient == "distill" and not args.drift_weight:
         yield (
             "guidance_gradient: got distill with drift_weight 0, which would teach the adapter no guidance; set "
@@ -159,12 +70,49 @@ def _drift(args):
         yield "anchor_steps: got 1, which leaves no step for the reward, expected 0 or at least 2; raise it"
 
 
-def _direct_align(args):
-    low, high = args.align_sigmas if len(args.align_sigmas) == 2 else (1.0, 0.0)
-    if not (0 < low <= high < 1 and args.align_delta > 0 and low >= args.align_delta and high + args.align_delta <= 1):
+def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[str]:
+    """Yield problems of the adapter. transformer: the model's config."""
+    if args.weight_decay and args.lora_use_dora:
         yield (
-            f"align_sigmas={args.align_sigmas} with align_delta={args.align_delta}: expected [from, to] with "
-            "align_delta <= from <= to <= 1 - align_delta, for a step on both sides of each level; correct them"
+            f"weight_decay: got {args.weight_decay} with lora_use_dora, expected 0: it would pull the model's own "
+            "magnitudes to 0; hold them with drift_weight instead"
         )
-    if args.relative_words is not None and len(args.relative_words) != 2:
-        yield f"relative_words: got {args.relative_words}, expected two phrases, positive and negative; give both"
+    if args.lora_target_modules or args.lora_rank_pattern or args.lora_alpha_pattern:
+        yield from _target_problems(args, _linear_layers(transformer))
+
+
+def _linear_layers(transformer: dict) -> list[str]:
+    """Return the names of the linear layers of a transformer with this config."""
+    from rlhf.contentv.transformer import SD3Transformer3DModel  # takes seconds to import
+
+    with torch.device("meta"):
+        model = SD3Transformer3DModel.from_config(transformer)
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _target_problems(args, layers: list[str]) -> Iterator[str]:
+    """Yield a problem for each name or pattern that fits no linear layer."""
+    from rlhf.lora import ATTENTION
+
+    ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
+    ends |= {end.split(".", 1)[-1] for end in ends}
+    for target in args.lora_target_modules or []:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
+            cure = f"did you mean {near[0]!r}?" if near else "correct it"
+            yield f"lora_target_modules: got {target!r}, expected the end of a linear layer's name such as to_q; {cure}"
+    targets = tuple(f".{name}" for name in args.lora_target_modules or ATTENTION)
+    adapted = [name for name in layers if f".{name}".endswith(targets)]
+    for setting in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for pattern in getattr(args, setting) or {}:
+            if not _matches(pattern, adapted):
+                expected = "expected the end of an adapted layer's name such as to_q, or a regular expression of it"
+                yield f"{setting}: got {pattern!r}, {expected}; correct it"
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    """Return whether peft finds one of the names by the pattern."""
+    try:
+        return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+    except re.error:
+        return False

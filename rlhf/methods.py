@@ -13,6 +13,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import euler_step
 from rlhf.drift import step_weights
 from rlhf.grad_steps import choose_grad_steps, draw_below
+from rlhf.method.options import MethodOptions, SRPOOptions
 from rlhf.prefix import fewer_steps
 from rlhf.sampler import Velocity, rollout
 
@@ -43,28 +44,32 @@ class Sample:
     penalty: bool = False  # the opposite of the reward is to be maximised
 
 
-def make_plan(args: RewardGradientConfig, sigmas: torch.Tensor, rng: torch.Generator) -> Plan:
-    """The plan of `args.method` for one optimizer step; rng (of seed and step) draws what the method leaves open."""
+def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.Tensor, rng: torch.Generator) -> Plan:
+    """Return the plan of `args.method` for one optimizer step.
+
+    options: those of `args.method`, as `read_options` returns them. rng: of seed and step; draws what
+    the method leaves open.
+    """
     num_steps, num_grad = len(sigmas) - 1, args.num_grad_steps
     match args.method:
         case "draft_k":
             plan = Plan(sigmas, choose_grad_steps("last", num_steps, num_grad))
         case "draft_lv":
-            plan = Plan(sigmas, [num_steps - 1], last_step_again=args.num_draws)
+            plan = Plan(sigmas, [num_steps - 1], last_step_again=options.num_draws)
         case "alignprop":
             plan = Plan(sigmas, choose_grad_steps("random_last", num_steps, num_grad, rng))
         case "uniform":
             plan = Plan(sigmas, choose_grad_steps("uniform", num_steps, num_grad, rng))
         case "listed":
-            plan = Plan(sigmas, choose_grad_steps("listed", num_steps, 0, listed=args.grad_steps))
+            plan = Plan(sigmas, choose_grad_steps("listed", num_steps, 0, listed=options.steps))
         case "drtune":
-            cut = jump_early(sigmas, jump_range(args, num_steps), rng)
+            cut = jump_early(sigmas, options.jump_steps, rng)
             plan = Plan(cut, choose_grad_steps("uniform", len(cut) - 1, num_grad, rng), detach_input=True)
         case "refl":
-            cut = jump_early(sigmas, jump_range(args, num_steps), rng)
+            cut = jump_early(sigmas, options.jump_steps or -(-num_steps // 4), rng)
             plan = Plan(cut, [len(cut) - 2])
         case "srpo":
-            plan = Plan(sigmas, [], recoveries=draw_recoveries(args, rng))
+            plan = Plan(sigmas, [], recoveries=draw_recoveries(options, rng))
     return watch_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
 
 
@@ -77,23 +82,18 @@ def shorten_prefix(plan: Plan, steps: int | None) -> Plan:
     return replace(plan, sigmas=fewer_steps(plan.sigmas, window, steps), grad_steps=shifted)
 
 
-def jump_range(args: RewardGradientConfig, num_steps: int) -> int:
-    """From how many of the last steps the rollout may jump to x0: ReFL's paper takes 10 of 40; else only the last."""
-    return args.jump_steps or (-(-num_steps // 4) if args.method == "refl" else 1)
-
-
 def jump_early(sigmas: torch.Tensor, of_last: int, rng: torch.Generator) -> torch.Tensor:
     """The noise levels of a rollout whose last step, drawn evenly from the `of_last` last ones, goes straight to 0."""
     last = len(sigmas) - 2 - draw_below(of_last, rng)
     return torch.cat([sigmas[: last + 1], sigmas[-1:]])
 
 
-def draw_recoveries(args: RewardGradientConfig, rng: torch.Generator) -> list[tuple[float, float]]:
-    """Noise levels, evenly from align_sigmas, each reached from above (a denoising step) and from below (inversion)."""
-    low, high = args.align_sigmas
-    levels = torch.rand(-(-args.num_draws // 2), generator=rng, dtype=torch.float64) * (high - low) + low
-    both_ways = [(sigma, step) for sigma in levels.tolist() for step in (-args.align_delta, args.align_delta)]
-    return both_ways[: args.num_draws]
+def draw_recoveries(options: SRPOOptions, rng: torch.Generator) -> list[tuple[float, float]]:
+    """Draw noise levels evenly from align_sigmas, each reached from above (a denoising step) and below (inversion)."""
+    low, high = options.align_sigmas
+    levels = torch.rand(-(-options.num_draws // 2), generator=rng, dtype=torch.float64) * (high - low) + low
+    both_ways = [(sigma, step) for sigma in levels.tolist() for step in (-options.align_delta, options.align_delta)]
+    return both_ways[: options.num_draws]
 
 
 def watch_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> Plan:

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rewards.catalogue import CATALOGUE
 from rlhf import report
+from rlhf.config import is_distilled
 from rlhf.contentv.files import CONTENTV_8B, HUB_ID
-from rlhf.method_checks import is_distilled
 from rlhf.report.data import Run
 
 TEMPLATE, PICTURE = "model_card.md.jinja", "before_after.png"
@@ -30,7 +30,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 ALWAYS = ("method", "num_grad_steps", "learning_rate", "lora_rank", "per_device_train_batch_size", "max_steps", "seed")
 NEVER = (
     *("model", "prompts", "eval_prompts", "reward_funcs", "eval_reward_funcs", "reward_kwargs", "base_dir"),
-    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "device", "cpu_threads", "dry_run"),
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "device", "cpu_threads"),
 )
 
 

@@ -1,36 +1,24 @@
-"""What the settings about several processes ask of the others."""
+"""Check the settings of several processes against the others."""
 
 from collections.abc import Iterator
 
 from rlhf.config import RewardGradientConfig
-from rlhf.layout import Sizes, planned_processes, started_processes
+from rlhf.layout import Sizes, started_processes
+from rlhf.reward_checks import problems_raised_by
 
 
-def parallel_problems(args: RewardGradientConfig) -> Iterator[str]:
-    """args has all sampling keys set."""
-    processes = started_processes()
-    if args.guidance_parallel not in (1, 2):
-        yield f"guidance_parallel: got {args.guidance_parallel}, expected 1 or 2: guidance has two branches; correct it"
-    elif args.sequence_parallel < 1:
-        yield f"sequence_parallel: got {args.sequence_parallel}, expected at least 1; raise it"
-    else:
-        yield from _fitting(args, planned_processes(args) if args.dry_run else processes)
-    if args.ddp_timeout < 1:
-        yield f"ddp_timeout: got {args.ddp_timeout}, expected at least 1 second; raise it"
+def parallel_problems(args: RewardGradientConfig, processes: int | None = None) -> Iterator[str]:
+    """Yield problems; args has all sampling keys set. processes: Default: those started."""
+    processes = processes or started_processes()
+    if args.sequence_parallel >= 1:
+        yield from problems_raised_by(Sizes.of, args, processes)
     if args.guidance_parallel == 2:
-        yield from _branches(args)
+        yield from _guidance_problems(args)
     if args.shard_base:
-        yield from _sharded(args, processes)
+        yield from _shard_problems(args, processes)
 
 
-def _fitting(args, processes):
-    try:
-        Sizes.of(args, processes)
-    except ValueError as error:
-        yield str(error)
-
-
-def _branches(args):
+def _guidance_problems(args) -> Iterator[str]:
     needed = {"guidance_gradient": "full", "guidance_together": False, "guidance_every": 1}
     for name, value in needed.items():
         if (got := getattr(args, name)) != value:
@@ -39,9 +27,9 @@ def _branches(args):
         yield f"guidance_parallel: got 2 with guidance_scale {args.guidance_scale}, which has one branch; set it to 1"
 
 
-def _sharded(args, processes):
+def _shard_problems(args, processes: int) -> Iterator[str]:
     for name, plain in (("stream_weights", False), ("base_bits", None), ("sampling_weights", "own")):
         if (got := getattr(args, name)) != plain:
             yield f"shard_base: got {name}={got}, expected {plain}: it needs whole weights; leave one out"
-    if processes == 1 and not args.dry_run:
+    if processes == 1:
         yield "shard_base: got one process, expected at least 2 to divide the base over; start more, or stream_weights"

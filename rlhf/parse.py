@@ -1,101 +1,143 @@
-"""Settings from a YAML file and flags."""
+"""Read settings from a YAML file and flags."""
 
 import argparse
+import copy
 import difflib
+import logging
+import os
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from rlhf.coerce import coerced
-from rlhf.config import ConfigError, RewardGradientConfig, field_names
+from rlhf.coerce import coerce_all
+from rlhf.config import ConfigError, RewardGradientConfig, field_names, range_problems, range_text, setting
+from rlhf.older_settings import hint, translate
 
-CONFIGS = Path(__file__).parent / "configs"  # the shipped ones; in a clone the folder configs/
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent / "configs"  # the shipped recipes; in a clone the folder configs/
+
+
+@dataclass
+class CommandFlags:
+    """Flags of the train command that are no settings of a run."""
+
+    dry_run: bool = setting(False, "Check and print the settings and what they need; load no weights.")
+    memory_limit_gib: float | None = setting(
+        None, "Memory in GiB that the dry run plans for. Default: what this machine's device has.", above=0
+    )
+    plan_device: str | None = setting(
+        None, "Device that the dry run predicts time for, such as 'NVIDIA H200'. Default: this machine's."
+    )
+    plan_processes: int | None = setting(
+        None, "Processes that the dry run plans for, one a device. Default: those that were started.", least=1
+    )
+
+    def __post_init__(self):
+        values, problems = coerce_all(vars(self), typing.get_type_hints(type(self)))
+        vars(self).update(values)
+        if problems := problems or list(range_problems(self)):
+            raise ConfigError(problems)
 
 
 def parse_config(argv: list[str], default_config: str | Path | None = None) -> RewardGradientConfig:
-    """Settings from `--config FILE` (default: default_config) and flags; a flag beats the file, the file the default.
+    """Return the settings of `parse_command`, for commands that have no use for its other flags."""
+    return parse_command(argv, default_config)[0]
 
-    FILE may be the name of a shipped one, such as contentv_8b_hps, where there is no file of that name. Flags that go
-    on with a run (resume_from_checkpoint) have its own config.yaml for the default. Raises ConfigError naming every
-    misspelt key with its nearest neighbour.
+
+def parse_command(
+    argv: list[str], default_config: str | Path | None = None
+) -> tuple[RewardGradientConfig, CommandFlags]:
+    """Read `--config FILE` and flags: a flag beats the file, the file the default.
+
+    FILE may be the name of a shipped recipe, such as contentv_8b_hps, where there is no file of
+    that name; without --config it is default_config. With resume_from_checkpoint and no --config,
+    the run's own config.yaml is read. Settings of an earlier version are translated, and a warning
+    says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
+    neighbour.
     """
-    argv = _split_equals(argv)
+    argv, resumed = _split_equals(argv), False
     if "--config" not in argv and default_config is not None:
         own = _config_of_run(argv, Path(default_config))
-        argv = ["--config", str(default_config), *argv] if own is None else [*own, *argv]
-    path = _config_path(argv)
-    if path is not None:
-        argv = [str(path) if before == "--config" else word for before, word in zip(["", *argv], argv, strict=False)]
-    problems = _file_problems(path)
+        argv, resumed = own or ["--config", str(default_config), *argv], own is not None
+    argv, path = _take_config(argv)
+    values, problems = _read_file(path, quiet=resumed) if path else ({}, [])
+    os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
     try:
-        args, unknown = _parse(argv, without_config=bool(problems))
+        args, flags, unknown = _parse(argv, {} if problems else values)
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
-    problems += [_unknown_word(word) for word in unknown]
-    if problems:
+    if problems := problems + [_unknown_word(word) for word in unknown]:
         raise ConfigError(problems)
     if args.base_dir is None and path is not None:
         args.base_dir = str(path.parent)
     args.base_dir = args.base_dir and str(Path(args.base_dir).resolve())  # config.yaml is read elsewhere, too
-    return args
+    return args, flags
 
 
-def _parse(argv: list[str], without_config: bool) -> tuple[RewardGradientConfig, list[str]]:
+def _parse(argv: list[str], values: dict) -> tuple[RewardGradientConfig, CommandFlags, list[str]]:
     from trl import TrlParser
 
     class Parser(TrlParser):
         def error(self, message):  # argparse would print the whole usage and exit
             raise ConfigError([f"{message}; correct the flag, `train_rlhf.py --help` says what each takes"])
 
-    if without_config:  # its unknown keys are told already; look at the flags alone
-        at = argv.index("--config")
-        argv = argv[:at] + argv[at + 2 :]
-    parser = Parser(RewardGradientConfig, prog="train_rlhf.py", allow_abbrev=False)
-    args, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    return args, [word for word in rest if word.startswith("--")] or rest  # a value follows its flag
+        @staticmethod
+        def _parse_dataclass_field(parser, field):
+            field, limits = copy.copy(field), range_text(field)
+            field.metadata = {"help": field.metadata["help"] + (f" Range: {limits}." if limits else "")}
+            TrlParser._parse_dataclass_field(parser, field)
+
+    parser = Parser([RewardGradientConfig, CommandFlags], prog="train_rlhf.py", allow_abbrev=False)
+    parser.set_defaults_with_config(**values)
+    args, flags, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    return args, flags, [word for word in rest if word.startswith("--")] or rest  # a value follows its flag
 
 
 def _config_of_run(argv: list[str], default_config: Path) -> list[str] | None:
-    """The flags that name the config.yaml of the run that argv goes on with; None if it goes on with none."""
+    """Return argv with the config.yaml of the run that it resumes; None if it resumes none."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("output_dir", "resume_from_checkpoint"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
     given, _ = parser.parse_known_args(argv)
     checkpoint = given.resume_from_checkpoint
-    if checkpoint in (None, "none", "auto"):  # auto is for commands that are to start a run, too
+    if checkpoint in (None, "none", "auto"):  # auto is for commands that may start a run, too
         return None
     if checkpoint == "latest":
         run = Path(given.output_dir or yaml.safe_load(default_config.read_text(encoding="utf-8"))["output_dir"])
     else:
         run = Path(checkpoint).resolve().parent.parent
     path = run / "config.yaml"
-    return ["--config", str(path), "--overwrite_output_dir", "false"] if path.is_file() else None
+    return ["--config", str(path), "--overwrite_output_dir", "false", *argv] if path.is_file() else None
 
 
 def _split_equals(argv: list[str]) -> list[str]:
-    """--config=FILE as two words, the only form that TrlParser knows."""
+    """Return argv with --config=FILE as two words."""
     return [word for text in argv for word in (text.split("=", 1) if text.startswith("--config=") else [text])]
 
 
-def _config_path(argv: list[str]) -> Path | None:
+def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
+    """Return argv without --config FILE, and the path of that file."""
     if "--config" not in argv:
-        return None
+        return argv, None
     at = argv.index("--config")
     path = Path(argv[at + 1]) if at + 1 < len(argv) else None
     if path is not None and not path.exists() and (shipped := CONFIGS / f"{path}.yaml").is_file():
-        return shipped
+        path = shipped
     if path is None or not path.is_file():
         got = "no path" if path is None else f"{path}, which is not a file"
         expected = "expected a YAML file such as configs/nano.yaml, or the name of a shipped one"
         raise ConfigError([f"--config: got {got}; {expected}; correct the path"])
-    return path
+    return argv[:at] + argv[at + 2 :], path
 
 
-def _file_problems(path: Path | None) -> list[str]:
-    """What is wrong with the keys and values of a config file, each by itself."""
-    if path is None:
-        return []
+def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
+    """Return the values of a config file, in today's form, and what is wrong with them.
+
+    quiet: do not warn of settings of an earlier version, for the resumed run will name them.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -108,12 +150,13 @@ def _file_problems(path: Path | None) -> list[str]:
     if not isinstance(values, dict):
         got = "an empty file" if values is None else type(values).__name__
         raise ConfigError([f"{path}: got {got}, expected lines of the form 'key: value'; correct the file"])
+    values, moved, gone = translate(values)
+    if moved and not gone and not quiet and os.environ.get("RANK", "0") == "0":
+        logger.warning(f"{path}: {moved}")
     known = {key: value for key, value in values.items() if key in field_names()}
     problems = [_unknown_key(key, value, path) for key, value in values.items() if key not in {*known, "env"}]
-    problems += [
-        f"{path.name}: {problem}" for problem in coerced(known, typing.get_type_hints(RewardGradientConfig))[1]
-    ]
-    return problems + _twice(path, tree)
+    wrong = gone or coerce_all(known, typing.get_type_hints(RewardGradientConfig))[1]
+    return values, problems + [f"{path.name}: {problem}" for problem in wrong] + _repeated_keys(path, tree)
 
 
 def _unknown_key(key, value, path: Path) -> str:
@@ -123,8 +166,8 @@ def _unknown_key(key, value, path: Path) -> str:
     return _unknown(str(key), f"{path.name}: key ")
 
 
-def _twice(path: Path, tree: yaml.MappingNode) -> list[str]:
-    """Keys that a file has more than once, of which YAML would silently take the last."""
+def _repeated_keys(path: Path, tree: yaml.MappingNode) -> list[str]:
+    """Return a problem for each repeated key, of which YAML would take the last."""
     lines = {}
     for key, _ in tree.value:
         lines.setdefault(key.value, []).append(str(key.start_mark.line + 1))
@@ -141,7 +184,10 @@ def _unknown_word(word: str) -> str:
     return f"got {word!r} without a flag, expected --KEY VALUE; {cure}"
 
 
-def _unknown(name: str, where: str) -> str:
-    near = difflib.get_close_matches(name.split("=")[0].replace("-", "_"), field_names(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "`train_rlhf.py --help` lists the settings"
-    return f"{where}{name}: no such setting; {hint}"
+def _unknown(word: str, where: str) -> str:
+    name = word.split("=")[0].replace("-", "_")
+    if moved := hint(name):
+        return f"{where}{word}: no longer a setting; {moved}"
+    near = difflib.get_close_matches(name, field_names(), n=1, cutoff=0.5)
+    cure = f"did you mean {near[0]!r}?" if near else "`train_rlhf.py --help` lists the settings"
+    return f"{where}{word}: no such setting; {cure}"

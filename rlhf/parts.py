@@ -1,12 +1,13 @@
-"""The parts of an optimizer step, run on tensors without storage: what each would hold, compute and move.
+"""The transformer, the decoder and the nano reward of a run, traced on tensors without storage.
 
-Shape legend: B batch, C channels, T latent frames, H W latent height and width, N video tokens, L text tokens.
+Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -16,278 +17,279 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_video
-from rlhf.exchange import Group
 from rlhf.layout import Sizes
 from rlhf.lora import add_adapter, lora_config
+from rlhf.method.options import read_options
 from rlhf.speed import Speed
-from rlhf.trace import Elsewhere, Phase, Trace, pretended_group, use_fused_norms
+from rlhf.trace import MetaOffload, Phase, Trace, fake_process_group, fused_attention, use_fused_norms
 
-SMALL_MODEL = 1e9  # parameters; above that the loader chooses bfloat16
-TRACED_BLOCKS = 4  # of the transformer, which are alike but for the last
-TRACED_PIECES = 6  # of a decoder that works piece by piece; the first ones differ
-OF_TRANSFORMER = ("gradient_checkpointing", "keep_attention", "offload_activations")
-OF_DECODER = ("vae_dtype", "decode_chunk", "decode_checkpoint", "decode_caches", "decode_window")
+BFLOAT16_PARAMETERS = 1e9  # from so many parameters on, dtype "auto" loads bfloat16
+# Equal blocks and equal chunks are not all traced: two short traces are extrapolated.
+TRACED_BLOCKS = 4
+TRACED_CHUNKS = 6  # the first and the last differ
+# Settings that change a trace; calls with equal settings are traced once.
+TRANSFORMER_SETTINGS = ("gradient_checkpointing", "keep_attention", "offload_activations")
+DECODER_SETTINGS = ("vae_dtype", "decode_chunk", "decode_checkpoint", "decode_caches", "decode_window")
 
 
 @dataclass(frozen=True)
-class Part:
-    """Three ways through the same code; the graph of `forward` is there until `backward` has gone through it."""
+class TracedCall:
+    """One call traced without gradient, with gradient, and backward."""
 
-    sampling: Phase  # without gradient
-    forward: Phase  # with gradient: what is held at its end waits for the backward pass
+    no_grad: Phase
+    forward: Phase
     backward: Phase
 
     @property
-    def kept(self) -> int:
-        """Bytes that wait for the backward pass."""
-        return self.forward.end - self.forward.start
+    def saved_bytes(self) -> int:
+        """Bytes held between the forward and the backward pass, the result included."""
+        return self.forward.bytes_after - self.forward.bytes_before
 
     @property
-    def gradients(self) -> int:
-        """Bytes that it leaves: gradients of trained parameters and inputs."""
-        return self.backward.end - self.forward.start
+    def peak_bytes(self) -> int:
+        """Peak bytes of the forward and backward pass above the bytes held before."""
+        return max(self.forward.peak_bytes, self.backward.peak_bytes) - self.forward.bytes_before
 
 
-class Parts:
-    """The parts of a run on one of so many processes, each traced once for the settings that bear on it.
+class FrozenCounts(NamedTuple):
+    """Numbers of the transformer's frozen parameters. rest: outside of the blocks."""
 
-    args: those of the run, with all sampling keys set; methods take them with other settings about speed and memory.
-    card: the model's sizes, as of `rlhf.checks.model_card`.
+    blocks: int
+    largest_block: int
+    rest: int
+
+
+class TracedModel:
+    """A run's transformer and decoder on "meta", for one of `processes` ranks.
+
+    args: the run's settings, with all sampling keys set. Methods take the same settings with other
+    values for speed and memory. Each distinct call is traced once.
+    card: the model's sizes, as `rlhf.contentv.files.model_sizes` returns them.
     """
 
     def __init__(self, args: RewardGradientConfig, card: dict[str, dict], processes: int = 1):
-        self.args, self.card, self.traced = args, card, {}
-        self.processes, self.sizes = processes, Sizes.of(args, processes)
+        self.args, self.card, self.processes = args, card, processes
+        self.layout = Sizes.of(args, processes)
+        self.traces: dict[tuple, TracedCall] = {}
 
     @cached_property
     def transformer(self) -> SD3Transformer3DModel:
-        """The transformer with its adapter, without storage."""
-        return self._make(self.card["transformer"])
+        """The transformer with its adapter."""
+        return self._build_transformer(self.card["transformer"])
 
-    def _make(self, config: dict, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
+    def _build_transformer(self, config: dict, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
         with torch.device("meta"):
             model = SD3Transformer3DModel.from_config(config)
-            dtype = dtype or self.dtype(model)
-            add_adapter(model, lora_config(self.args), self.args.seed, self.args.train_blocks)
+            dtype = dtype or self._base_dtype(model)
+            add_adapter(model, lora_config(self.args), self.args.seed)
         return nn.Module.to(model, dtype)  # on "meta" peft leaves adapters in float32
 
     @cached_property
-    def _small(self) -> list[SD3Transformer3DModel]:
-        """Two of few blocks, whose difference is what a block takes; or the whole where blocks are not alike."""
-        args, blocks = self.args, self.transformer.config.num_layers
-        differ = args.train_blocks or args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
-        if differ or blocks <= TRACED_BLOCKS:
+    def _short_transformers(self) -> list[SD3Transformer3DModel]:
+        """Transformers of three and four blocks; the whole one if blocks differ."""
+        args, num_blocks = self.args, self.transformer.config.num_layers
+        blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
+        if blocks_differ or num_blocks <= TRACED_BLOCKS:
             return [self.transformer]
-        dtype = self.transformer.dtype
-        numbers = (TRACED_BLOCKS - 1, TRACED_BLOCKS)
-        return [self._make(self.card["transformer"] | {"num_layers": n}, dtype) for n in numbers]
+        config, dtype = self.card["transformer"], self.transformer.dtype
+        lengths = (TRACED_BLOCKS - 1, TRACED_BLOCKS)
+        return [self._build_transformer(config | {"num_layers": length}, dtype) for length in lengths]
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
-        """The VAE, frozen, without storage."""
+        """The frozen VAE."""
         with torch.device("meta"):
             return AutoencoderKLWan.from_config(self.card["vae"]).requires_grad_(False).eval()
 
-    def dtype(self, model: nn.Module) -> torch.dtype:
-        """The base's number format: as asked, or as the loader chooses by its size."""
+    def _base_dtype(self, model: nn.Module) -> torch.dtype:
+        """Return the base's number format, as the loader chooses it."""
         if self.args.dtype == "auto":
-            return torch.bfloat16 if sum(p.numel() for p in model.parameters()) > SMALL_MODEL else torch.float32
+            return torch.bfloat16 if _count(model.parameters()) > BFLOAT16_PARAMETERS else torch.float32
         return getattr(torch, self.args.dtype)
 
     @cached_property
-    def frozen(self) -> tuple[int, int, int]:
-        """Frozen numbers of all blocks, of the largest block, and of the rest of the transformer."""
-        blocks = [_frozen(block) for block in self.transformer.transformer_blocks]
-        return sum(blocks), max(blocks), _frozen(self.transformer) - sum(blocks)
+    def frozen(self) -> FrozenCounts:
+        """Frozen parameters of the transformer."""
+        blocks = [_count_frozen(block) for block in self.transformer.transformer_blocks]
+        return FrozenCounts(sum(blocks), max(blocks), _count_frozen(self.transformer) - sum(blocks))
 
     @cached_property
-    def trained(self) -> int:
-        """How many numbers are trained."""
-        return sum(p.numel() for p in self.transformer.parameters() if p.requires_grad)
-
-    @cached_property
-    def trained_tensors(self) -> int:
-        """How many tensors are trained."""
-        return sum(p.requires_grad for p in self.transformer.parameters())
+    def num_trained(self) -> int:
+        """The number of trained parameters."""
+        return _count(self._trained)
 
     @cached_property
     def adapter_bytes(self) -> int:
-        """Bytes of the trained numbers as the forward pass reads them, and of whole blocks as they were before."""
-        trained = [(name, p) for name, p in self.transformer.named_parameters() if p.requires_grad]
-        whole = sum(p.nbytes for name, p in trained if "default" not in name.split("."))
-        return sum(p.nbytes for _, p in trained) + whole
+        """Bytes of the trained parameters in the format that the forward pass reads."""
+        return sum(p.nbytes for p in self._trained)
 
     @property
-    def latents(self) -> tuple[int, int, int, int]:
-        """(C, T, H, W) of one video."""
-        args, steps = self.args, self.card["vae"]["temperal_downsample"]
-        down = 2 ** len(steps)
-        frames = 1 + (args.num_frames - 1) // 2 ** sum(steps)
-        return self.card["transformer"]["in_channels"], frames, args.height // down, args.width // down
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.transformer.parameters() if p.requires_grad]
 
     @property
-    def tokens(self) -> int:
-        """How many tokens a video has."""
-        _, T, H, W = self.latents
-        return T * (H // self.card["transformer"]["patch_size"]) * (W // self.card["transformer"]["patch_size"])
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of one video's latents."""
+        args, halves_time = self.args, self.card["vae"]["temperal_downsample"]
+        scale = 2 ** len(halves_time)
+        frames = 1 + (args.num_frames - 1) // 2 ** sum(halves_time)
+        return self.card["transformer"]["in_channels"], frames, args.height // scale, args.width // scale
 
-    def branch(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> Part:
-        """One call of the transformer, as these args run it."""
-        of_latents = window_steps(args) > 1 and args.method != "drtune"  # a step passes on what comes from a later one
-        key = ("branch", batch, with_gradient, of_latents, *(getattr(args, name) for name in OF_TRANSFORMER))
-        text = self.card["tokenizer"]["model_max_length"] + args.max_sequence_length  # CLIP's and T5's tokens
-        shape, speed = (batch, *self.latents), Speed.of(args)
+    @property
+    def num_tokens(self) -> int:
+        """The number of one video's tokens."""
+        (_, T, H, W), patch = self.latent_shape, self.card["transformer"]["patch_size"]
+        return T * (H // patch) * (W // patch)
 
-        def trace() -> Part:
-            with pretended_group(self.sizes.sequence) as group:
-                parts = [
-                    trace_transformer(m, shape, text, speed, of_latents, with_gradient, group) for m in self._small
-                ]
+    def transformer_call(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> TracedCall:
+        """Trace one call of the transformer on a batch."""
+        # All but the first step of a window pass a gradient on to the step before; DRTune detaches
+        # it.
+        to_latents = max_grad_steps(args) > 1 and args.method != "drtune"
+        settings = [getattr(args, name) for name in TRANSFORMER_SETTINGS]
+
+        def trace(model: SD3Transformer3DModel) -> TracedCall:
+            velocity, x = self._prepare(model, Speed.of(args), batch)
+            return trace_call(velocity, x, model, with_gradient=with_gradient, to_input=to_latents)
+
+        def trace_all() -> TracedCall:
+            with fake_process_group(self.layout.sequence) as group:
+                for model in self._short_transformers:
+                    model.sequence_group = group
+                calls = [trace(model) for model in self._short_transformers]
             left_out = self.transformer.config.num_layers - TRACED_BLOCKS
-            return extended(*parts, left_out) if len(parts) > 1 else parts[0]
+            return extrapolate(*calls, left_out) if len(calls) > 1 else calls[0]
 
-        return self._once(key, trace)
+        return self._trace_once(("transformer", batch, with_gradient, to_latents, *settings), trace_all)
 
-    def decoder(self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True) -> Part:
-        """The leading frames of a batch of latents to pixels; with a `decode_window`, where that is in the middle."""
-        key = ("decoder", batch, frames, with_gradient, *(getattr(args, name) for name in OF_DECODER))
-        vae = nn.Module.to(self.vae, getattr(torch, args.vae_dtype))
-        C, _, *size = self.latents
-        per_latent = 2 ** sum(vae.config.temperal_downsample)
+    def _prepare(
+        self, model: SD3Transformer3DModel, speed: Speed, batch: int
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+        """Return the transformer as a function of latents, and latents."""
+        make, config = partial(torch.empty, device="meta", dtype=model.dtype), model.config
+        _, T, H, W = self.latent_shape
+        grid = (T, H // config.patch_size, W // config.patch_size)
+        model.pos_embed._tables.clear()
+        position_table = make(self.num_tokens, model.inner_dim)
+        model.pos_embed._tables[grid, torch.device("meta"), model.dtype] = position_table
+        clip_tokens, t5_tokens = self.card["tokenizer"]["model_max_length"], self.args.max_sequence_length
+        text = make(batch, clip_tokens + t5_tokens, config.joint_attention_dim)
+        pooled = make(batch, config.pooled_projection_dim)
+        time_B = torch.empty(batch, device="meta")
+        use_fused_norms(model)
 
-        def trace(latents: int) -> Part:
-            wanted = min(frames, 1 + per_latent * (latents - 1))
-            return trace_decoder(vae, (batch, C, latents, *size), wanted, args, with_gradient)
+        def velocity(x):
+            host = MetaOffload() if speed.offload_activations else None
+            model.run_block = BlockRunner(fused_attention, speed.recompute, host)
+            return model(x, text, pooled, time_B, return_dict=False)[0]
 
-        latents, chunk = 1 + -(-(frames - 1) // per_latent), args.decode_chunk
-        pieces = 1 if chunk is None or args.decode_caches == "recompute" or args.decode_window else -(-latents // chunk)
-        if pieces <= TRACED_PIECES:
-            return self._once(key, lambda: trace(latents))
-        left_out = pieces - TRACED_PIECES  # each takes as much as the one before
-        few, fewer = (latents - chunk * (left_out + more) for more in (0, 1))
-        return self._once(key, lambda: extended(trace(fewer), trace(few), left_out))
+        return velocity, make(batch, *self.latent_shape)
 
-    def nano_preference(self, batch: int, frames: int) -> Part:
-        """The reward that comes with the package, which is too small to be measured at full size."""
+    def decoder_call(
+        self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True
+    ) -> TracedCall:
+        """Trace decoding the leading frames. A `decode_window` lies in their middle."""
+        settings = [getattr(args, name) for name in DECODER_SETTINGS]
+        vae, chunk = nn.Module.to(self.vae, getattr(torch, args.vae_dtype)), args.decode_chunk
+        C, _, *size = self.latent_shape
+        frames_per_latent = 2 ** sum(vae.config.temperal_downsample)
+
+        def trace(latents: int) -> TracedCall:
+            wanted = min(frames, 1 + frames_per_latent * (latents - 1))
+            window = min(args.decode_window or wanted, wanted) if with_gradient else wanted
+            first = (wanted - window) // 2  # training draws it for each step
+            options = chunk, args.decode_checkpoint, first
+            caches = MetaOffload() if args.decode_caches == "host" else args.decode_caches
+            decode = lambda z: decode_video(vae, z, first + window, *options, caches)
+            z = torch.empty(batch, C, latents, *size, device="meta")
+            return trace_call(decode, z, vae, with_gradient=with_gradient, skip_no_grad=True)
+
+        def trace_all() -> TracedCall:
+            latents = 1 + -(-(frames - 1) // frames_per_latent)
+            chunks = 1 if chunk is None or args.decode_window else -(-latents // chunk)
+            left_out = chunks - TRACED_CHUNKS
+            if left_out <= 0:
+                return trace(latents)
+            longer = latents - chunk * left_out
+            return extrapolate(trace(longer - chunk), trace(longer), left_out)
+
+        return self._trace_once(("decoder", batch, frames, with_gradient, *settings), trace_all)
+
+    def nano_preference_call(self, batch: int, frames: int) -> TracedCall:
+        """Trace the embedded reward of nano, whose cost was not measured at full size."""
         from rlhf.nano.judges import MAX_WORDS, Preference
 
         with torch.device("meta"):
             model = Preference().requires_grad_(False).eval()
         ids = torch.empty(batch, MAX_WORDS, dtype=torch.long, device="meta")
         video = torch.empty(batch, 3, frames, self.args.height, self.args.width, device="meta")
-        return trace_part(lambda x: model(x, ids), video, True, model)
+        return trace_call(lambda x: model(x, ids), video, model)
 
-    def _once(self, key: tuple, make: Callable[[], Part]) -> Part:
-        if key not in self.traced:
-            self.traced[key] = make()
-        return self.traced[key]
-
-
-def window_steps(args: RewardGradientConfig) -> int:
-    """Steps of the rollout that carry the gradient, at most."""
-    of_method = {"listed": len(args.grad_steps or []), "refl": 1, "draft_lv": 1, "srpo": 0}
-    return of_method.get(args.method, args.num_grad_steps)
+    def _trace_once(self, key: tuple, trace: Callable[[], TracedCall]) -> TracedCall:
+        if key not in self.traces:
+            self.traces[key] = trace()
+        return self.traces[key]
 
 
-def trace_part(
+def max_grad_steps(args: RewardGradientConfig) -> int:
+    """Return the largest number of rollout steps that carry the gradient."""
+    options = read_options(args.method, args.method_kwargs)
+    listed = getattr(options, "steps", None) or []
+    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1, "srpo": 0}
+    return by_method.get(args.method, args.num_grad_steps)
+
+
+def trace_call(
     function: Callable,
     x: torch.Tensor,
-    with_gradient: bool,
-    *held: nn.Module,
-    of_input: bool = True,
-    only_gradient: bool = False,
-) -> Part:
-    """function(x) without gradient; with gradient; and back.
+    *modules: nn.Module,
+    with_gradient: bool = True,
+    to_input: bool = True,
+    skip_no_grad: bool = False,
+) -> TracedCall:
+    """Trace function(x) without gradient, then with gradient, then its backward pass.
 
-    held: modules whose own tensors are not counted. of_input: x needs a gradient, too. only_gradient: leave the pass
-    without gradient out where there is one with it.
+    modules: their own tensors are not counted. to_input: x needs a gradient. skip_no_grad: leave
+    out the call without gradient if there is one with it.
     """
-    with Trace(*held) as trace:
-        trace.know(x)
-        with torch.no_grad(), trace.phase() as sampling:
-            if not (with_gradient and only_gradient):
+    with Trace(*modules) as trace:
+        trace.ignore(x)
+        with torch.no_grad(), trace.phase() as no_grad:
+            if not (with_gradient and skip_no_grad):
                 function(x)
         if not with_gradient:
-            return Part(sampling, Phase(0), Phase(0))
-        for p in (p for module in held for p in module.parameters()):
+            return TracedCall(no_grad, Phase(0), Phase(0))
+        for p in (p for module in modules for p in module.parameters()):
             p.grad = None
-        x.requires_grad_(of_input)
+        x.requires_grad_(to_input)
         with trace.phase() as forward:
             y = function(x)
         gradient = torch.empty_like(y)
         with trace.phase() as backward:
             y.backward(gradient)
-    return Part(sampling, forward, backward)
+    return TracedCall(no_grad, forward, backward)
 
 
-def trace_transformer(
-    model: SD3Transformer3DModel,
-    shape: tuple,
-    text_tokens: int,
-    speed: Speed | None = None,
-    of_latents: bool = False,
-    with_gradient: bool = True,
-    group: Group | None = None,
-) -> Part:
-    """One call of the transformer, as `trace_part`, with the position table there already.
-
-    shape: (B, C, T, H, W) of the latents. of_latents: they need a gradient, too. group: shares the tokens.
-    """
-    speed, make = speed or Speed(), partial(torch.empty, device="meta", dtype=model.dtype)
-    B, _, T, H, W = shape
-    patch, config = model.config.patch_size, model.config
-    grid = (T, H // patch, W // patch)
-    model.pos_embed._tables.clear()
-    model.pos_embed._tables[grid, torch.device("meta"), model.dtype] = make(T * H * W // patch**2, model.inner_dim)
-    conditions = make(B, text_tokens, config.joint_attention_dim), make(B, config.pooled_projection_dim)
-    time_B = torch.empty(B, device="meta")
-    use_fused_norms(model)
-    model.sequence_group = group
-
-    def velocity(x):
-        attention = Trace.current().attention
-        host = Elsewhere() if speed.offload_activations else None
-        model.run_block = BlockRunner(attention, speed.recompute, host)
-        return model(x, *conditions, time_B, return_dict=False)[0]
-
-    return trace_part(velocity, make(shape), with_gradient, model, of_input=of_latents)
+def extrapolate(shorter: TracedCall, longer: TracedCall, extra: int) -> TracedCall:
+    """Return `longer` with `extra` more repetitions of what it has more than `shorter`."""
+    phases = zip(vars(shorter).values(), vars(longer).values(), strict=True)
+    return TracedCall(*(_extrapolate_phase(a, b, extra) for a, b in phases))
 
 
-def trace_decoder(
-    vae: AutoencoderKLWan, shape: tuple, frames: int, args: RewardGradientConfig, with_gradient: bool = True
-) -> Part:
-    """The decoder, as `trace_part`. shape: (B, C, T, H, W) of the latents; frames: leading ones that are wanted."""
-    caches = Elsewhere() if args.decode_caches == "host" else args.decode_caches
-    window = min(args.decode_window or frames, frames) if with_gradient else frames
-    first = (frames - window) // 2  # it is drawn for each step
-
-    def decode(z):
-        return decode_video(vae, z, first + window, args.decode_chunk, args.decode_checkpoint, first, caches)
-
-    return trace_part(decode, torch.empty(shape, device="meta"), with_gradient, vae, only_gradient=True)
+def _extrapolate_phase(shorter: Phase, longer: Phase, extra: int) -> Phase:
+    line = lambda a, b: b + extra * (b - a)
+    operations = {*shorter.work, *longer.work}
+    return Phase(
+        bytes_before=line(shorter.bytes_before, longer.bytes_before),
+        bytes_after=line(shorter.bytes_after, longer.bytes_after),
+        peak_bytes=line(shorter.peak_bytes, longer.peak_bytes),
+        work=Counter({op: line(shorter.work[op], longer.work[op]) for op in operations}),
+    )
 
 
-def extended(fewer: Part, few: Part, times: int) -> Part:
-    """`few`, and so many times what it takes more than `fewer`."""
-    ways = ("sampling", "forward", "backward")
-    return Part(*(_extended(getattr(fewer, way), getattr(few, way), times) for way in ways))
+def _count(parameters) -> int:
+    return sum(p.numel() for p in parameters)
 
 
-def _extended(fewer: Phase, few: Phase, times: int) -> Phase:
-    line = lambda a, b: b + times * (b - a)
-    numbers = ("start", "end", "most", "calls", "calls_of_autograd")
-    work = Counter({op: line(fewer.work[op], few.work[op]) for op in {*fewer.work, *few.work}})
-    return Phase(**{name: line(getattr(fewer, name), getattr(few, name)) for name in numbers}, work=work)
-
-
-def small_transformer(device: str | torch.device) -> SD3Transformer3DModel:
-    """A transformer of four blocks, two heads wide, with an adapter: its time is that of calling operators."""
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32, "pooled_projection_dim": 32}
-    with torch.device(device):
-        model = SD3Transformer3DModel(num_layers=4, **sizes)
-        add_adapter(model, lora_config(RewardGradientConfig()), 0)
-    return model
-
-
-def _frozen(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if not p.requires_grad)
+def _count_frozen(module: nn.Module) -> int:
+    return _count(p for p in module.parameters() if not p.requires_grad)

@@ -1,241 +1,129 @@
-"""What a run needs of its device - memory and seconds - and which settings need less, before any weight is loaded.
+"""Search for the settings with which a run fits a device, before any weight is loaded.
 
-docs/planner.md says how the figures come about and how near they are to what was measured.
+docs/planner.md explains the estimates and states their accuracy.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
-from rlhf.checks import model_card, with_sampling
 from rlhf.config import RewardGradientConfig
-from rlhf.device import local_device, total_memory
-from rlhf.encoders import encoder_configs, encoding_bytes
-from rlhf.layout import planned_processes
-from rlhf.memory_plan import ENCODING, MemoryPlan, plan_memory, plan_rewards
-from rlhf.parts import Parts
+from rlhf.encoders import encoding_bytes
+from rlhf.memory_plan import MemoryPlan, plan_memory, plan_rewards
+from rlhf.parts import TracedModel
 from rlhf.quantise import missing_library
-from rlhf.rates import Rates, device_rates, known_rates
-from rlhf.time_plan import TimePlan, count_calls, plan_time
+from rlhf.time_plan import H200, Rates, TimePlan, plan_time
 
-GIB = 2**30
-RECOMPUTED = {"gradient_checkpointing": True}
-IN_PIECES = {"decode_chunk": 1, "decode_checkpoint": True}
-# What lowers memory and leaves the gradient as it is: one of each row, beside the run's own settings.
-EXACT = (
+CHECKPOINTING = {"gradient_checkpointing": True}
+CHUNKED_DECODE = {"decode_chunk": 1, "decode_checkpoint": True}
+# Settings that lower memory and leave the gradient as it is: one choice of each row, on top of the
+# run's settings.
+EXACT_CHOICES = (
     (
         {},
-        RECOMPUTED | {"keep_attention": True},
-        RECOMPUTED,
-        RECOMPUTED | {"keep_attention": True, "offload_activations": True},
-        RECOMPUTED | {"offload_activations": True},
+        CHECKPOINTING | {"keep_attention": True},
+        CHECKPOINTING,
+        CHECKPOINTING | {"keep_attention": True, "offload_activations": True},
+        CHECKPOINTING | {"offload_activations": True},
     ),
     ({}, {"stepwise_backward": True}),
-    ({}, IN_PIECES, IN_PIECES | {"decode_caches": "host"}),
-    ({}, RECOMPUTED | {"stream_weights": True}, {"shard_base": True}),
+    ({}, CHUNKED_DECODE, CHUNKED_DECODE | {"decode_caches": "host"}),
+    ({}, CHECKPOINTING | {"stream_weights": True}, {"shard_base": True}),
 )
-# And what changes it, in the order in which it is tried where nothing exact fits.
-NOT_EXACT = (
+# Settings that change the gradient, tried in this order if no exact choice fits.
+INEXACT_CHOICES = (
     {"vae_dtype": "bfloat16"},
     {"vae_dtype": "bfloat16", "decode_window": 5},
-    {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 8},
     {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 4},
 )
-OF_VIDEOS = "num_frames, height and width or per_device_train_batch_size"
-SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A run with some of its settings changed."""
+class Estimate:
+    """The memory and the time of a run after some changes of its settings."""
 
     changes: dict
     memory: MemoryPlan
     time: TimePlan
 
+    def extends(self, other: "Estimate") -> bool:
+        """Return whether this estimate has all changes of the other."""
+        return other.changes.items() <= self.changes.items()
+
 
 class Planner:
-    """Plans one process of a run. args has all sampling keys set; card: as of `rlhf.checks.model_card`.
+    """Estimates for one of `processes` ranks of a run.
 
-    encoders: configurations of the text encoders, as of `rlhf.encoders.encoder_configs`; without them, that encoding
-    the prompts takes nothing.
+    args: the run's settings, with all sampling keys set.
+    card: the model's sizes, as `rlhf.contentv.files.model_sizes` returns them.
+    encoders: configurations of the text encoders, as `rlhf.encoders.encoder_configs` returns them.
+    Without them, encoding the prompts takes no memory.
     """
 
     def __init__(
-        self, args: RewardGradientConfig, card: dict[str, dict], rates: Rates, encoders: dict[str, dict] | None = None
+        self,
+        args: RewardGradientConfig,
+        card: dict[str, dict],
+        rates: Rates = H200,
+        encoders: dict[str, dict] | None = None,
+        processes: int = 1,
     ):
-        self.args, self.rates, self.parts = args, rates, Parts(args, card, planned_processes(args))
+        self.args, self.rates, self.model = args, rates, TracedModel(args, card, processes)
         clip, t5 = card["tokenizer"]["model_max_length"], args.max_sequence_length
         tokens = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
-        self.encoding = encoding_bytes(encoders or {}, tokens, self.parts.transformer.dtype)
-        self.rewards = plan_rewards(self.parts, args)
+        self.encoder_bytes = encoding_bytes(encoders or {}, tokens, self.model.transformer.dtype)
+        self.rewards = plan_rewards(self.model, args)
 
-    def plan(self, changes: dict | None = None) -> Plan:
-        """The run with these settings changed: memory and seconds."""
+    def estimate(self, changes: dict | None = None) -> Estimate:
+        """Return the memory and the time after these changes."""
         args = dataclasses.replace(self.args, **changes or {})
-        rewards = plan_rewards(self.parts, args)
-        memory = plan_memory(self.parts, args, rewards, self.encoding)
-        return Plan(changes or {}, memory, plan_time(self.parts, args, rewards, self.rates))
+        rewards = plan_rewards(self.model, args)
+        memory = plan_memory(self.model, args, rewards, self.encoder_bytes)
+        return Estimate(changes or {}, memory, plan_time(self.model, args, rewards, self.rates))
 
-    def memory(self, changes: dict) -> MemoryPlan:
-        """Its memory alone, which is quicker."""
-        args = dataclasses.replace(self.args, **changes)
-        return plan_memory(self.parts, args, plan_rewards(self.parts, args), self.encoding)
+    def find_fitting(self, limit: int) -> list[Estimate]:
+        """Return estimates that need at most `limit` bytes, the fastest first. [] if there is none.
 
-    def fitting(self, limit: int) -> list[Plan]:
-        """The changes after which the run needs at most `limit` bytes, fastest first; none that contains another.
-
-        Exact ones; where there are none, those with the first of `NOT_EXACT` that helps. [] if nothing does.
+        The first choice of `INEXACT_CHOICES` that helps is taken, and only if no exact choice fits.
+        An estimate that extends a faster one is left out.
         """
-        for also in self._tried():
-            fits = [changes for changes in self._changes(also) if self.memory(changes).most <= limit]
-            found = [self.plan(changes) for changes in fits]
-            found.sort(key=lambda plan: (plan.time.total, len(plan.changes)))
+        for inexact in self._inexact_choices():
+            estimates = map(self.estimate, self._combinations(inexact))
+            found = [estimate for estimate in estimates if estimate.memory.peak_bytes <= limit]
+            found.sort(key=lambda estimate: (estimate.time.total, len(estimate.changes)))
             if found:
-                return [p for i, p in enumerate(found) if not any(_within(q, p) for q in found[:i])]
+                return [e for i, e in enumerate(found) if not any(map(e.extends, found[:i]))]
         return []
 
-    def least(self) -> MemoryPlan:
-        """The memory with the settings that need least of it."""
-        changes = itertools.chain.from_iterable(map(self._changes, self._tried()))
-        return min(map(self.memory, changes), key=lambda plan: plan.most)
+    def smallest_memory(self) -> MemoryPlan:
+        """Return the memory with the settings that need least."""
+        changes = (c for inexact in self._inexact_choices() for c in self._combinations(inexact))
+        return min((self.estimate(c).memory for c in changes), key=lambda memory: memory.peak_bytes)
 
-    def _tried(self) -> list[dict]:
-        """What changes the gradient, beginning with nothing; a window of all frames is none."""
-        frames = self.args.num_frames
-        fitting = [{k: v for k, v in row.items() if k != "decode_window" or v < frames} for row in NOT_EXACT]
-        return [{}, *filter(self._possible, fitting)]
+    def _inexact_choices(self) -> Iterator[dict]:
+        """Yield no change, then the inexact choices that are possible and not made already."""
+        yield {}
+        for choice in INEXACT_CHOICES:
+            if choice.get("decode_window", 0) >= self.args.num_frames:  # all frames
+                choice = {name: value for name, value in choice.items() if name != "decode_window"}
+            settings, bits = vars(self.args) | choice, choice.get("base_bits")
+            is_possible = not bits or (_is_valid(settings, self.model) and not missing_library(bits))
+            if is_possible and settings != vars(self.args):
+                yield choice
 
-    def _changes(self, also: dict) -> list[dict]:
-        """Every combination that makes sense: what the settings have already is no change."""
-        own, seen = vars(self.args), []
-        for rows in itertools.product(*EXACT):
-            wanted = {name: value for row in (*rows, also) for name, value in row.items()}
+    def _combinations(self, inexact: dict) -> list[dict]:
+        """Return the valid combinations of exact choices with an inexact one, as changes."""
+        own, found = vars(self.args), []
+        for choices in itertools.product(*EXACT_CHOICES):
+            wanted = {name: value for choice in (*choices, inexact) for name, value in choice.items()}
             changes = {name: value for name, value in wanted.items() if own[name] != value}
-            if changes not in seen and self._makes_sense(own | changes):
-                seen.append(changes)
-        return seen
-
-    def _makes_sense(self, settings: dict) -> bool:
-        """Of what is done about the weights, one thing at a time; sharding needs several processes."""
-        weights = settings["base_bits"] or settings["sampling_weights"] != "own"
-        alone = settings["shard_base"] and self.parts.processes == 1
-        return not alone and bool(weights) + settings["stream_weights"] + settings["shard_base"] <= 1
-
-    def _possible(self, changes: dict) -> bool:
-        """Whether the run could make them, and has not done so already."""
-        bits = changes.get("base_bits")
-        if bits and (missing_library(bits) or not self._makes_sense(vars(self.args) | changes)):
-            return False
-        return any(getattr(self.args, name) != value for name, value in changes.items())
+            if changes not in found and _is_valid(own | changes, self.model):
+                found.append(changes)
+        return found
 
 
-def _within(fewer: Plan, more: Plan) -> bool:
-    """Whether one's changes are all among the other's."""
-    return fewer.changes.items() <= more.changes.items()
-
-
-# ------------------------------------------------------------------------------------------------- in words
-
-
-def describe(args: RewardGradientConfig) -> str:
-    """The resolved settings as YAML, then what the run needs, each figure labelled with where it comes from."""
-    card = model_card(args.model)
-    args = with_sampling(args, card["sampling"])
-    rates, source, memory = planned_device(args)
-    planner = Planner(args, card, rates, encoder_configs(args.model))
-    plan = planner.plan()
-    texts = [args.to_yaml(), sizes(planner), needs(planner, plan, source)]
-    if memory is not None:
-        texts.append(verdict(planner, plan, memory))
-    return "\n".join(texts)
-
-
-def planned_device(args: RewardGradientConfig) -> tuple[Rates, str, int | None]:
-    """Rates, where they are from, and the bytes that the device has, None where that is not known."""
-    asked = args.memory_limit_gib and int(args.memory_limit_gib * GIB)
-    if args.plan_device:
-        return known_rates(args.plan_device), "measured by bench/planner.py", asked
-    device = local_device(args.device)
-    return *device_rates(device), asked or total_memory(device)
-
-
-def sizes(planner: Planner) -> str:
-    """Processes, latents, tokens, parameters, calls."""
-    parts, args, calls = planner.parts, planner.args, count_calls(planner.args)
-    videos = parts.sizes.data * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    frozen, vae = sum(parts.frozen) - parts.frozen[1], sum(p.numel() for p in parts.vae.parameters())
-    forwards = calls.prefix + calls.constant + calls.with_gradient
-    rows = [
-        ("processes, one a device", f"{parts.processes} ({parts.sizes})" if parts.processes > 1 else "1"),
-        ("videos of an optimizer step, of all", f"{videos}"),
-        ("latents (channels, frames, height, width)", f"{parts.latents}"),
-        ("video tokens", f"{parts.tokens:,}"),
-        ("transformer", f"{frozen:,} parameters, {_size(frozen * parts.transformer.dtype.itemsize)}"),
-        ("VAE", f"{vae:,} parameters"),
-        ("trained", f"{parts.trained:,} parameters"),
-        ("frames that are decoded", f"{planner.rewards.frames}"),
-        ("transformer forwards of a process, a step and video", f"{forwards:g}"),
-        ("of these with gradient, at most", f"{calls.with_gradient:g}"),
-    ]
-    return _table("Sizes:", rows)
-
-
-def needs(planner: Planner, plan: Plan, source: str) -> str:
-    """Memory and time, by what is held and by phase."""
-    rates, left_out = planner.rates, ", ".join(planner.rewards.unknown)
-    memory = [(name, _size(size)) for name, size in plan.memory.held.items()]
-    phases = [(f"and in {name}", _size(size)) for name, size in plan.memory.phases.items() if size]
-    most = [("at most", _size(plan.memory.most)), ("beside it, context and kernels", _size(rates.beside))]
-    seconds = [(name, _seconds(value)) for name, value in plan.time.parts.items()]
-    titles = [
-        "Memory of one device, predicted, not measured (docs/planner.md)."
-        + (f" Not known, and left out: {left_out}." if left_out else ""),
-        f"Time of an optimizer step, predicted from the rates of {rates.device} ({source}):",
-    ]
-    total = [("in all", _seconds(plan.time.total)), ("all steps", _seconds(plan.time.total * planner.args.max_steps))]
-    return _table(titles[0], memory + phases + most) + "\n" + _table(titles[1], seconds + total)
-
-
-def verdict(planner: Planner, plan: Plan, memory: int) -> str:
-    """Whether it fits; if not, what would."""
-    limit = memory - planner.rates.beside
-    if plan.memory.most <= limit:
-        return f"It fits into {_size(memory)}."
-    more, phase = _size(plan.memory.most - limit), plan.memory.worst
-    missing = f"It does not fit into {_size(memory)}: {more} are missing ({phase})."
-    plans = planner.fitting(limit)
-    if not plans:
-        least = planner.least()
-        lower = "Take" if least.worst == ENCODING else f"Lower {OF_VIDEOS}, take"
-        return (
-            f"{missing} None of the settings about memory is enough: with all of them {_size(least.most)} are needed "
-            f"({least.worst}). {lower} rewards of fewer weights, or a device with more memory."
-        )
-    inexact = {name for changes in NOT_EXACT for name in changes} & {name for p in plans for name in p.changes}
-    same = "at the same gradient" if not inexact else f"not at the same gradient ({', '.join(sorted(inexact))})"
-    lines = [
-        f"  {_settings(p.changes)}: {_size(p.memory.most)}, {_seconds(p.time.total)} a step" for p in plans[:SHOWN]
-    ]
-    return "\n".join([f"{missing} Settings that fit, {same}, fastest first:", *lines])
-
-
-def _settings(changes: dict) -> str:
-    return " ".join(
-        f"--{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items()
-    )
-
-
-def _table(title: str, rows: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
-def _seconds(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
+def _is_valid(settings: dict, model: TracedModel) -> bool:
+    """Return whether at most one setting is about the base's weights, and sharding is possible."""
+    has_copy = settings["base_bits"] or settings["sampling_weights"] != "own"
+    about_weights = bool(has_copy) + settings["stream_weights"] + settings["shard_base"]
+    return about_weights <= 1 and not (settings["shard_base"] and model.processes == 1)

@@ -91,7 +91,7 @@ class PrefixBuffer:
 
     def __init__(self, uses: int):
         if uses < 1:
-            raise ValueError(f"rollout_uses={uses}, expected at least 1; raise it")
+            raise ValueError(f"rollout_reuse={uses}, expected at least 1; raise it")
         self.uses, self.starts = uses, {}
 
     def rollout_of(self, step: int, micro: int) -> int:

@@ -1,7 +1,7 @@
-"""Looks for repetitions: `python -m rlhf.prompt_check FILE [FILE ...]`, the first to train on, the others held out.
+"""Find near-duplicate prompts: `python -m rlhf.prompt_check TRAIN [HELD_OUT ...]`.
 
-Within a file and between files, no two prompts may say the same: with the same words (case, order and punctuation
-aside), or with nearly the same. A held-out prompt close to one of the training makes an evaluation look too good.
+Two prompts are too close if they share most of their words; case, order and punctuation do not
+count. A held-out prompt close to a training prompt makes an evaluation look too good.
 """
 
 import argparse
@@ -15,14 +15,15 @@ from typing import NamedTuple
 from rlhf.config import ConfigError
 from rlhf.prompts import BUILT_IN_SETS, load_prompts
 
-NEAR = 0.6  # of the words of both: a subject exchanged in a short sentence stays below, a word or two in a long one not
-FILLER = re.compile(  # says nothing of what is seen
+# Share of common words: a new subject in a short sentence is below it, one in a long one is not.
+NEAR = 0.6
+FILLER = re.compile(  # words that name nothing visible
     "an?|the|of|in|on|at|to|from|into|onto|over|under|through|by|with|for|and|or|as|is|are|its?|his|her|their|that|which"
 )
 
 
 class Pair(NamedTuple):
-    """Two prompts that are too close, with the number of the set that each is from."""
+    """Two prompts that are too close, each with the number of its set."""
 
     first: str
     second: str
@@ -31,16 +32,17 @@ class Pair(NamedTuple):
 
 
 def words(prompt: str) -> frozenset[str]:
-    """What a prompt talks of: its words in small letters, without fillers (all of them where nothing else is left)."""
+    """Return a prompt's words in lower case without fillers, or with them if no other is left."""
     found = re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).casefold())
     return frozenset(word for word in found if not FILLER.fullmatch(word)) or frozenset(found)
 
 
 def close_pairs(sets: list[list[str]], near: float = NEAR) -> list[Pair]:
-    """All pairs of prompts whose words overlap by near (0 to 1] or more, in the order of their second.
+    """Return all pairs of prompts whose words have a Jaccard similarity of at least near.
 
-    Exact, and quick for large sets: of two sets of words with that overlap, the rarest few of each share one (prefix
-    filtering; Bayardo, Ma and Srikant 2007, "Scaling up all pairs similarity search").
+    The search is exact, and quick for large sets: two sets of words that overlap so far share one of
+    their rarest few (prefix filtering; Bayardo, Ma and Srikant 2007, "Scaling up all pairs
+    similarity search"). Pairs are in the order of their second prompt.
     """
     prompts = [(number, prompt, words(prompt)) for number, prompts in enumerate(sets) for prompt in prompts]
     commonness = Counter(word for _, _, said in prompts for word in said)
@@ -59,7 +61,7 @@ def close_pairs(sets: list[list[str]], near: float = NEAR) -> list[Pair]:
 
 
 def main(argv: list[str]) -> int:
-    """The command. Returns 0 if nothing is too close, 1 if something is, 2 for files that cannot be read."""
+    """Run the command; return 0 for no pairs, 1 for some, 2 for files that cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m rlhf.prompt_check", description=__doc__)
     parser.add_argument("files", nargs="+", help="prompt files, one prompt a line")
     parser.add_argument("--near", type=float, default=NEAR, help=f"share of common words that is too much ({NEAR})")

@@ -1,4 +1,4 @@
-"""Prompts: where they come from and in which order they are trained on."""
+"""Prompts: read from files, built-in sets or datasets, and their order in training."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,11 +14,11 @@ BUILT_IN_SETS = {"nano_train": "train_prompts", "nano_held_out": "held_out_promp
 
 
 def load_prompts(name: str, base_dir: str | Path | None, count: int, seed: int = 0) -> list[str]:
-    """The prompts that a setting names: `count` of a built-in set drawn from `seed`, or all of a file.
+    """Return the prompts that a setting names: `count` of a built-in set, or all of a file.
 
-    A file holds one prompt a line; empty lines and lines that start with # are left out. One whose name ends with
-    .jsonl holds rows such as {"prompt": "a cat"}, or strings in quotes. Raises ConfigError if it is absent, not UTF-8,
-    not what it should be, or holds none.
+    A text file holds one prompt a line; empty lines and lines that start with # are left out. A
+    .jsonl file holds rows such as {"prompt": "a cat"}, or strings in quotes. seed: of the draw.
+    Raises ConfigError for a file that is absent, empty, not UTF-8 or malformed.
     """
     if name in BUILT_IN_SETS:
         from rlhf.nano import world
@@ -31,14 +31,14 @@ def load_prompts(name: str, base_dir: str | Path | None, count: int, seed: int =
         raise ConfigError([f"prompt file {path}: got {error.reason}, expected UTF-8; save it as UTF-8"]) from error
     lines = [line.strip() for line in text.split("\n")]
     if path.suffix == ".jsonl":
-        return _of_rows(lines, path)
+        return _parse_rows(lines, path)
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ConfigError([f"prompt file {path}: got no prompts, expected one a line; write at least one"])
     return prompts
 
 
-def _of_rows(lines: list[str], path: Path) -> list[str]:
+def _parse_rows(lines: list[str], path: Path) -> list[str]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -50,14 +50,14 @@ def _of_rows(lines: list[str], path: Path) -> list[str]:
 
 
 def write_prompts(path: Path, prompts: list[str]) -> None:
-    """A .jsonl file that `load_prompts` reads as these; one that begins with them is left, with those after them."""
+    """Write a .jsonl file for `load_prompts`; leave one that begins with these prompts as it is."""
     text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
     if not (path.is_file() and path.read_bytes().startswith(text.encode())):
         path.write_bytes(text.encode())
 
 
 def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
-    """The file, relative to base_dir or else to the working directory. Raises ConfigError if it is in neither."""
+    """Return the file's path, in base_dir or else where we are. Raises ConfigError for none."""
     places = list(dict.fromkeys([(Path(base_dir or ".") / name).resolve(), Path(name).resolve()]))
     found = next((path for path in places if path.is_file()), None)
     if found is None:
@@ -70,9 +70,10 @@ def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
 
 
 def as_prompts(dataset: Iterable, name: str = "dataset") -> list[str]:
-    """Prompts of a list of strings, or of anything that yields rows with a "prompt" (a `datasets.Dataset`, dicts).
+    """Return the prompts of strings, or of rows with a "prompt", such as a `datasets.Dataset`.
 
-    Raises ConfigError for no rows, for others than these, and for tables and dicts of sets, which yield mere names.
+    name: of the argument, for errors. Raises ConfigError for no rows, other rows, and for tables
+    and dicts of sets, which yield mere names.
     """
     if isinstance(dataset, Mapping) or getattr(dataset, "ndim", 1) != 1:
         keys = ", ".join(map(repr, list(dataset)[:5]))
@@ -89,9 +90,9 @@ def as_prompts(dataset: Iterable, name: str = "dataset") -> list[str]:
 
 
 def prompt_positions(num_prompts: int, seed: int, start: int, count: int) -> list[int]:
-    """Which prompts stand at positions start .. start+count-1 of an endless sequence of shuffled epochs.
+    """Return prompt indices at positions start .. start+count-1 of endless shuffled epochs.
 
-    A pure function of its arguments: a resumed run, or one on other processes, meets the same prompts.
+    A pure function of its arguments: a resumed run, on any number of processes, keeps the order.
     """
     places = range(start, start + count)
     return [_permutation(num_prompts, seed, at // num_prompts)[at % num_prompts] for at in places]

@@ -1,7 +1,8 @@
-"""Functions that keep only their inputs for the backward pass, where they run a second time.
+"""Gradient checkpointing: functions that keep only their inputs and run again in the backward pass.
 
-Unlike `torch.utils.checkpoint`, the first run is a true `no_grad` one, so that pieces may lie within pieces at no cost,
-and the inputs of one call are kept together, so that they can wait in host memory and come back together.
+Unlike in `torch.utils.checkpoint`, the first run records no graph at all, so that checkpointed
+functions nest at no cost. The inputs of one call are saved together, so that they can be offloaded
+together.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,35 +12,39 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from rlhf.host_memory import Group
+from rlhf.host_memory import OffloadGroup
 
 
-def recomputed(
+def gradient_checkpoint(
     function: Callable,
     *inputs: torch.Tensor | None,
     parameters: Iterable[torch.Tensor] = (),
-    place: Group | None = None,
+    offload: OffloadGroup | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
-    """function(*inputs), tensors or None in and out; the backward pass calls it again. Exact if it is deterministic.
+    """Return function(*inputs), tensors or None in and out, and call it again in the backward pass.
+
+    The gradient is exact if the function is deterministic.
 
     Args:
-        parameters: the trained tensors that function reads besides its inputs; they receive their gradient.
-        place: where the inputs are kept; None: where they are.
+        parameters: trained tensors that the function reads besides its inputs.
+        offload: keeps the inputs in host memory; None: on the device.
     """
     parameters = tuple(parameters)
     tensors = (x for x in (*inputs, *parameters) if x is not None)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
         return function(*inputs)
-    with kept_in(place):
-        return _Recomputed.apply(function, len(inputs), *inputs, *parameters)
+    with offload_saved_tensors(offload):
+        return _Checkpoint.apply(function, len(inputs), *inputs, *parameters)
 
 
-def kept_in(place: Group | None) -> AbstractContextManager:
-    """Inside, what autograd keeps is kept in that place."""
-    return saved_tensors_hooks(place.pack, place.unpack) if place else nullcontext()
+def offload_saved_tensors(offload: OffloadGroup | None) -> AbstractContextManager:
+    """Return a context in which autograd saves its tensors in the group; None: as usual."""
+    return saved_tensors_hooks(offload.pack, offload.unpack) if offload else nullcontext()
 
 
-class _Recomputed(torch.autograd.Function):
+class _Checkpoint(torch.autograd.Function):
+    """The autograd function of `gradient_checkpoint`."""
+
     @staticmethod
     def forward(ctx, function, num_inputs, *tensors):
         ctx.set_materialize_grads(False)
@@ -53,29 +58,30 @@ class _Recomputed(torch.autograd.Function):
         inputs = as_leaves(ctx.saved_tensors, ctx.needs_input_grad[2:])
         for x in inputs:
             if x is not None and x.requires_grad:
-                x.register_hook(_of_its_own)
+                x.register_hook(_detach_from_storage)
         with torch.enable_grad():
             outputs = ctx.function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return None, None, *gradients(outputs, (*inputs, *ctx.parameters), grads)
 
 
-def _of_its_own(grad: torch.Tensor | None) -> torch.Tensor | None:
-    """A copy of a slice of a larger tensor, such as `cat` sends back to each input: it would hold all of that.
+def _detach_from_storage(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a copy of a slice of a larger tensor, which would keep all of that tensor alive.
 
-    None is what a piece within this one sends to an input that its result does not depend on.
+    `cat` sends such slices to its inputs. None comes from a nested checkpoint to an input that its
+    result does not depend on.
     """
     return grad.clone() if grad is not None and grad.untyped_storage().nbytes() > grad.nbytes else grad
 
 
 def as_leaves(tensors: Iterable[torch.Tensor | None], needs_grad: Iterable[bool]) -> list[torch.Tensor | None]:
-    """The same numbers as the start of a new graph."""
+    """Return the tensors detached, as leaves of a new graph."""
     pairs = zip(tensors, needs_grad, strict=False)
     return [None if x is None else x.detach().requires_grad_(needed) for x, needed in pairs]
 
 
 def gradients(outputs: tuple, inputs: tuple, grads: tuple) -> list[torch.Tensor | None]:
-    """grads of outputs, None where there is none, brought back to inputs: None where these need or get none."""
+    """Return the gradients at inputs, given those of outputs; None where there is none."""
     reached = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None and y.requires_grad]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     if not reached or not wanted:
@@ -83,3 +89,12 @@ def gradients(outputs: tuple, inputs: tuple, grads: tuple) -> list[torch.Tensor 
     reached_outputs, reached_grads = zip(*reached, strict=True)
     found = iter(torch.autograd.grad(reached_outputs, wanted, reached_grads, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+# Temporary aliases until the callers are renamed.
+kept_in = offload_saved_tensors
+
+
+def recomputed(function, *inputs, parameters=(), place=None):
+    """Call `gradient_checkpoint` under its old name."""
+    return gradient_checkpoint(function, *inputs, parameters=parameters, offload=place)

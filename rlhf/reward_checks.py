@@ -1,23 +1,23 @@
-"""What the settings about rewards ask of each other."""
+"""Check the settings of rewards against each other."""
 
 import difflib
 from collections.abc import Callable, Iterator
 
 from rewards import check_spec, reward_name
-from rewards.base import check_frames
 from rewards.catalogue import CATALOGUE
+from rewards.contract import check_frames
 from rewards.load import name_in
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.measures import MEASURES
 
 
 def short_name(reward: str | Callable) -> str:
-    """How a reward is called in metrics: a built-in's name, else the class or function."""
+    """Return a reward's name in metrics: a built-in's name, else that of the class or function."""
     return name_in(reward) if isinstance(reward, str) else reward_name(reward)
 
 
-def told_by(check: Callable, *arguments) -> list[str]:
-    """The problems that a check raises, [] for none."""
+def problems_raised_by(check: Callable, *arguments) -> list[str]:
+    """Return the problems that a check raises as ConfigError or ValueError, [] for none."""
     try:
         check(*arguments)
     except ConfigError as error:
@@ -28,15 +28,15 @@ def told_by(check: Callable, *arguments) -> list[str]:
 
 
 def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | None) -> Iterator[str]:
-    """Problems of the rewards and of how they are mixed. rewards: instead of those that args name."""
+    """Yield problems of the rewards and of their mix. rewards: in place of those that args name."""
     trained = args.reward_funcs if rewards is None else rewards
     names = [short_name(reward) for reward in [*trained, *args.eval_reward_funcs]]
     for spec in [*trained, *args.eval_reward_funcs]:
         if isinstance(spec, str):
             kwargs = (args.reward_kwargs or {}).get(short_name(spec), {})
-            yield from told_by(check_spec, spec, args.base_dir, kwargs)
+            yield from problems_raised_by(check_spec, spec, args.base_dir, kwargs)
             if spec in CATALOGUE and "frames" in kwargs:
-                yield from told_by(check_frames, spec, kwargs["frames"])
+                yield from problems_raised_by(check_frames, spec, kwargs["frames"])
     if not trained:
         yield "reward_funcs: got none, expected at least one reward; name one"
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
@@ -51,10 +51,10 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
     elif weights is not None and not any(weights):
         yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
     yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
-    yield from _reward_mixing(args, [short_name(reward) for reward in trained])
+    yield from _mix_problems(args, [short_name(reward) for reward in trained])
 
 
-def _reward_mixing(args, trained: list[str]):
+def _mix_problems(args, trained: list[str]) -> Iterator[str]:
     caps, targets = args.reward_caps or {}, args.reward_targets or {}
     yield from _unknown_rewards("reward_caps", caps, trained)
     yield from _unknown_rewards("reward_targets", targets, trained)
@@ -66,7 +66,8 @@ def _reward_mixing(args, trained: list[str]):
         yield "calibrate_rewards: got no normalise_rewards, which uses what is measured; set it, or calibrate none"
 
 
-def _unknown_rewards(key: str, given: dict | None, names: list[str]):
+def _unknown_rewards(key: str, given: dict | None, names: list[str]) -> Iterator[str]:
+    """Yield names among the given that are no reward of this run."""
     for name in given or {}:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)

@@ -2,23 +2,28 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
 
-from rewards import RewardMix, reward_name
+from rewards import RewardMix, load_reward, probe, reward_name
+from rlhf.adapter.masters import Masters
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.contentv.files import model_sizes
 from rlhf.contentv.loading import TEXT_ENCODERS, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
+from rlhf.device import local_device
 from rlhf.layout import Layout
-from rlhf.lora import ATTENTION, Masters, add_adapter, lora_config, settings_of
+from rlhf.lora import ATTENTION, add_adapter, lora_config, settings_of
 from rlhf.prompts import as_prompts, load_prompts
-from rlhf.run_folder import own_prompts
+from rlhf.reward_checks import short_name
+from rlhf.run_folder import prompt_snapshot
 from rlhf.sampling_copy import require_float8
-from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
+from rlhf.speed import Speed, UnsupportedOptionError, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 
 KEEP_THE_BASE = ("gaussian", "orthogonal")  # of peft's names for an adapter's first weights
@@ -58,7 +63,7 @@ def checked_inputs(
     args = dataclasses.replace(args, **settings_of(peft_config))  # those of the adapter that a checkpoint has to have
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     handed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
-    told = {name: own_prompts(args, name) for name, prompts in handed.items() if prompts is not None}
+    told = {name: prompt_snapshot(args, name) for name, prompts in handed.items() if prompts is not None}
     args = dataclasses.replace(args, **told)
     return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
 
@@ -91,7 +96,7 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
     if not peft_config.target_modules:
         yield f"peft_config: got no target_modules, expected names of layers; those of the settings are {ATTENTION}"
     if whole := peft_config.modules_to_save:
-        yield f"peft_config: got modules_to_save={whole}, expected none; the setting train_blocks trains whole modules"
+        yield f"peft_config: got modules_to_save={whole}, expected none, since LoRA files hold no modules; leave it out"
     if peft_config.bias != "none":
         yield f"peft_config: got bias={peft_config.bias!r}, expected 'none', as LoRA files hold no biases; leave it out"
     if isinstance(start := peft_config.init_lora_weights, str) and start not in KEEP_THE_BASE:
@@ -131,23 +136,32 @@ def adapt(
     device = layout.device
     # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
     torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
-    innermost = args.decode_channels_last
-    if device.type == "cpu" if innermost is None else innermost:
+    if device.type == "cpu":  # faster there
         use_channels_last(pipe.vae)
-    add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed, args.train_blocks)
-    layout.watch(pipe.transformer)
-    chosen = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
+    add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed)
+    with _reported_as_setting():
+        chosen = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
     return Masters(pipe.transformer, args.ema_decay), chosen
+
+
+@contextmanager
+def _reported_as_setting() -> Iterator[None]:
+    """Raise ConfigError where the device cannot run an option."""
+    try:
+        yield
+    except UnsupportedOptionError as error:
+        raise ConfigError([str(error)]) from None
 
 
 def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
     """The model that args name, on the device; on the CPU where its weights shall never be there all at once."""
     if args.sampling_weights == "float8":
         require_float8(device)  # before the model is loaded
-    if args.attention_kernel not in ("auto", "default"):
-        require_kernel(args.attention_kernel, device, base_dtype(args.dtype) or torch.bfloat16)
-    if args.compile_blocks:
-        require_compiler(device)
+    with _reported_as_setting():
+        if args.attention_kernel not in ("auto", "default"):
+            require_kernel(args.attention_kernel, device, base_dtype(args.dtype) or torch.bfloat16)
+        if args.compile_blocks:
+            require_compiler(device)
     one_by_one = args.stream_weights or args.base_bits or args.shard_base
     return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
 
@@ -179,3 +193,43 @@ def encode_and_release(
 def base_dtype(name: str) -> torch.dtype | None:
     """None, for "auto", leaves the choice to the loader."""
     return None if name == "auto" else getattr(torch, name)
+
+
+def open_rewards(
+    args: RewardGradientConfig,
+    rewards: list[str | Callable] | None = None,
+    prompts: list[str] | None = None,
+    device: torch.device | None = None,
+    pipe: ContentVPipeline | None = None,
+) -> dict[str, Callable]:
+    """Load the rewards, then the judges, frozen, on the device; probe those that train with three prompts.
+
+    Args:
+        args: settings as `check_config` returns them.
+        rewards, prompts, pipe: objects in place of what args name.
+        device: Default: that of args.
+
+    Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train,
+    before the generator's weights are loaded.
+    """
+    device = device or local_device(args.device)
+    prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
+    shape = (3, args.num_frames, args.height, args.width)
+    info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
+    for name, reward in trained.items():
+        probe(reward, shape, prompts[:3], device, name=name, info=info)
+    return trained | _load_rewards(args.eval_reward_funcs, args, device)
+
+
+def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> dict[str, Callable]:
+    """Return rewards by short name, frozen: specs are loaded with their reward_kwargs, callables taken as they are."""
+    loaded, kwargs = {}, args.reward_kwargs or {}
+    for reward in rewards:
+        name = short_name(reward)
+        if isinstance(reward, str):
+            reward = load_reward(reward, args.base_dir, **kwargs.get(name, {}))
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device).requires_grad_(False).eval()
+        loaded[name] = reward
+    return loaded

@@ -1,8 +1,9 @@
-"""The frozen base divided over all processes, by FSDP2: a block's weights are gathered while it runs.
+"""FSDP2 for the frozen base: weights are sharded over all ranks and gathered block by block.
 
-PyTorch's `fully_shard` is used directly. accelerate's way to it prepares model and optimizer together and makes all
-trained parameters float32 shards of their own; here the adapter stays whole on every process, in the base's format,
-with its masters and optimizer outside of the model, and only what is frozen is divided.
+PyTorch's `fully_shard` is called directly, for only frozen weights are sharded. Through accelerate,
+FSDP prepares model and optimizer together and shards all trained parameters in float32. Here every
+rank holds the whole adapter in the base's number format, and its masters and optimizer are outside
+of the model.
 """
 
 from types import MethodType
@@ -11,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from rlhf.contentv.blocks import BlockRunner
-from rlhf.contentv.shards import Shards
+from rlhf.contentv.shards import SequenceShards
 
 
 def shard_base(transformer: torch.nn.Module, device: torch.device) -> None:
-    """Divide all frozen parameters, block by block, so that one block at a time is whole on the device.
+    """Shard all frozen parameters over the ranks; one block at a time is whole on the device.
 
-    Afterwards the transformer must not be moved or copied, and all processes have to run it equally often.
+    Afterwards the transformer must not be moved or copied, and all ranks must run it equally often.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # half a second to import
 
@@ -33,18 +34,19 @@ def shard_base(transformer: torch.nn.Module, device: torch.device) -> None:
 
 
 def _run_by(block, runner, *inputs):
+    """Run a block by a runner. FSDP only gathers weights around methods of the block itself."""
     return runner(block, *inputs)
 
 
 class ShardedRunner:
-    """Runs blocks as another runner does, between the gathering of their weights and their release."""
+    """A block runner that gathers a block's weights before the run and frees them afterwards."""
 
     def __init__(self, runner: BlockRunner):
         self.runner, self.recompute = runner, runner.recompute
 
-    def over(self, shards: Shards) -> "ShardedRunner":
-        """The same runner for tokens that are divided over processes."""
-        return ShardedRunner(self.runner.over(shards))
+    def with_shards(self, shards: SequenceShards) -> "ShardedRunner":
+        """Return this runner for tokens that are divided over ranks."""
+        return ShardedRunner(self.runner.with_shards(shards))
 
     def __call__(self, block, *inputs):
         return block.run_by(self.runner, *inputs)

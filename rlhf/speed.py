@@ -1,12 +1,11 @@
-"""How a device runs the transformer's blocks: the settings about speed and memory, put to work on a model."""
+"""Apply the options about speed and memory to a transformer and its blocks."""
 
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from rlhf.attention import Attention, attention_by, faster_without_gradient, time_kernels, why_not
-from rlhf.config import ConfigError
+from rlhf.attention import Attention, attention_by, faster_inference_attention, kernel_error, time_kernels
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.device import has_attention_kernels
 from rlhf.exchange import Group
@@ -16,77 +15,96 @@ from rlhf.sharding import ShardedRunner, shard_base
 from rlhf.streaming import stream_blocks
 
 
-@dataclass(frozen=True)
-class Speed:
-    """The settings of these names, see `rlhf.config`. None of them but `base_bits` changes the gradient."""
+class UnsupportedOptionError(ValueError):
+    """An option that the device cannot run: the option and its value, the reason, and the cure."""
 
-    gradient_checkpointing: bool = False
-    keep_attention: bool = False
-    attention_kernel: str = "auto"
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """How the transformer's blocks run. Only `base_bits` changes the gradient."""
+
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass
+    keep_attention: bool = False  # except for their attention
+    attention_kernel: str = "auto"  # a name of `rlhf.attention.KERNELS`, "auto" or "default"
     compile_blocks: bool = False
-    offload_activations: bool = False
-    stream_weights: bool = False
-    base_bits: int | None = None
+    offload_activations: bool = False  # of recomputed blocks
+    stream_weights: bool = False  # of recomputed blocks
+    base_bits: int | None = None  # a weight of the frozen base; None: not quantized
     shard_base: bool = False
 
     @classmethod
-    def of(cls, args: Any) -> "Speed":
-        """These settings of any object that has them."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+    def from_settings(cls, settings: Any) -> "ExecutionOptions":
+        """Return the options of any object with attributes of these names."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+    of = from_settings  # Temporary alias until the callers are renamed.
 
     @property
     def recompute(self) -> str:
-        """What the backward pass computes again, as a `BlockRunner` takes it."""
+        """Return the part that the backward pass recomputes, one of `BlockRunner`'s choices."""
         if not self.gradient_checkpointing:
             return "nothing"
         return "all but attention" if self.keep_attention else "block"
 
 
 def set_up_blocks(
-    transformer: torch.nn.Module, speed: Speed, device: torch.device, sequence_group: Group | None = None
+    transformer: torch.nn.Module,
+    options: ExecutionOptions,
+    device: torch.device,
+    sequence_group: Group | None = None,
 ) -> dict[str, Any]:
-    """Have a transformer with its adapter run as asked, moved to the device. What was chosen, for the log.
+    """Move a transformer with its adapter to the device and have its blocks run by the options.
 
-    On a CPU, with nothing asked for, blocks run as diffusers has them. sequence_group: processes that share the tokens.
+    With the default options on a CPU, blocks run as in diffusers.
+
+    Args:
+        sequence_group: ranks that share the tokens of one video.
+
+    Returns:
+        The choices that were made, by the option's name, for the log.
+
+    Raises:
+        UnsupportedOptionError: the attention kernel does not run on the device.
     """
     chosen, transformer.sequence_group = {}, sequence_group
-    if speed.base_bits:
-        chosen["base_bits"] = f"{speed.base_bits}, by {quantise_base(transformer, speed.base_bits, device)}"
-    fetch = stream_blocks(transformer, device).fetch if speed.stream_weights else None
-    if speed.shard_base:
+    if options.base_bits:
+        quantise_base(transformer, device)
+    fetch = stream_blocks(transformer, device).fetch if options.stream_weights else None
+    if options.shard_base:
         shard_base(transformer, device)
     elif fetch is None:
         transformer.to(device)
-    plain = speed == Speed(base_bits=speed.base_bits) and sequence_group is None
-    if device.type == "cpu" and plain:
+    is_default = options == ExecutionOptions(base_bits=options.base_bits) and sequence_group is None
+    if device.type == "cpu" and is_default:
         return chosen
-    kernel, chosen["attention_kernel"] = choose_kernel(transformer, speed.attention_kernel, device)
-    without_gradient = None
-    if speed.attention_kernel == "auto" and (found := choose_forward(transformer, kernel, device)):
-        without_gradient, line = found
+    kernel, chosen["attention_kernel"] = choose_kernel(transformer, options.attention_kernel, device)
+    inference_attention = None
+    if options.attention_kernel == "auto" and (faster := choose_inference_kernel(transformer, kernel, device)):
+        inference_attention, line = faster
         chosen["attention_kernel"] += f"; {line}"
     runner = BlockRunner(
         attention=attention_by(kernel),
-        attention_without_gradient=without_gradient,
-        recompute=speed.recompute,
-        host=HostMemory(device) if speed.offload_activations else None,
-        compiler=torch.compile if speed.compile_blocks else None,
+        inference_attention=inference_attention,
+        recompute=options.recompute,
+        host=HostMemory(device) if options.offload_activations else None,
+        compiler=torch.compile if options.compile_blocks else None,
         fetch=fetch,
     )
-    transformer.run_block = ShardedRunner(runner) if speed.shard_base else runner
+    transformer.run_block = ShardedRunner(runner) if options.shard_base else runner
     return chosen
 
 
-def choose_kernel(transformer: torch.nn.Module, asked: str, device: torch.device) -> tuple[str | None, str]:
-    """The kernel's name, None for PyTorch's own choice, and a line about it. "auto" on a CUDA device: the fastest.
+def choose_kernel(transformer: torch.nn.Module, option: str, device: torch.device) -> tuple[str | None, str]:
+    """Return the name of the attention kernel, None for PyTorch's choice, and a log line.
 
-    Raises ConfigError for one that does not run there.
+    "auto" benchmarks the kernels where there are several. Raises UnsupportedOptionError if the
+    named kernel does not run on the device.
     """
-    if asked == "default" or (asked == "auto" and not has_attention_kernels(device)):
+    if option == "default" or (option == "auto" and not has_attention_kernels(device)):
         return None, "PyTorch's choice"
-    if asked != "auto":
-        require_kernel(asked, device, transformer.dtype, *_heads(transformer))
-        return asked, asked
+    if option != "auto":
+        require_kernel(option, device, transformer.dtype, *_heads(transformer))
+        return option, option
     seconds = time_kernels(device, transformer.dtype, *_heads(transformer))
     if not seconds:
         return None, "PyTorch's choice"
@@ -94,35 +112,37 @@ def choose_kernel(transformer: torch.nn.Module, asked: str, device: torch.device
     return next(iter(seconds)), f"{next(iter(seconds))} (forward and backward of 8,192 tokens: {times})"
 
 
+def choose_inference_kernel(
+    transformer: torch.nn.Module, kernel: str | None, device: torch.device
+) -> tuple[Attention, str] | None:
+    """Return a faster attention for no-grad steps and a log line; None if there is none."""
+    if not has_attention_kernels(device):
+        return None
+    return faster_inference_attention(attention_by(kernel), device, transformer.dtype, *_heads(transformer))
+
+
 def require_kernel(kernel: str, device: torch.device, dtype: torch.dtype, heads: int = 2, width: int = 64) -> None:
-    """Raise ConfigError where attention by the kernel of that name does not run. width: of a head."""
-    if why := why_not(kernel, device, dtype, heads, width):
+    """Raise UnsupportedOptionError if the attention kernel does not run. width: of a head."""
+    if error := kernel_error(kernel, device, dtype, heads, width):
         name = str(dtype).removeprefix("torch.")
-        got = f"attention_kernel: got {kernel} on {device}, which has none for {name} and heads of {width} ({why})"
-        raise ConfigError([f"{got}, expected one that the device has; use auto or default"])
+        got = f"attention_kernel: got {kernel} on {device}, which has none for {name} and heads of {width} ({error})"
+        raise UnsupportedOptionError(f"{got}, expected one that the device has; use auto or default")
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise ConfigError where torch.compile has no working compiler for the device: some seconds."""
+    """Raise UnsupportedOptionError if torch.compile fails on the device. Takes some seconds."""
     try:
         torch.compile(torch.sin)(torch.ones(4, device=device, requires_grad=True)).sum().backward()
-    except Exception as error:  # of whichever backend a device has
+    except Exception as error:  # every backend has its own types
         why = " ".join(str(error).split("\n")[:2]).strip()
         got = f"compile_blocks: got true on {device}, where torch.compile fails ({type(error).__name__}: {why})"
-        raise ConfigError(
-            [f"{got}, expected a compiler that works; install it or use --compile_blocks false"]
-        ) from None
+        cure = "install it or use --compile_blocks false"
+        raise UnsupportedOptionError(f"{got}, expected a compiler that works; {cure}") from None
 
 
-def choose_forward(
-    transformer: torch.nn.Module, kernel: str | None, device: torch.device
-) -> tuple[Attention, str] | None:
-    """What is faster than the kernel where no gradient is recorded, on CUDA, and a line about it."""
-    if not has_attention_kernels(device):
-        return None
-    return faster_without_gradient(attention_by(kernel), device, transformer.dtype, *_heads(transformer))
-
-
-def _heads(transformer) -> tuple[int, int]:
-    """Their number and width."""
+def _heads(transformer: torch.nn.Module) -> tuple[int, int]:
+    """Return the number of heads and the width of a head."""
     return transformer.config.num_attention_heads, transformer.config.attention_head_dim
+
+
+Speed = ExecutionOptions  # Temporary alias until the callers are renamed.

@@ -1,4 +1,6 @@
-"""Frozen weights that live in host memory: a block's are on the device while it runs, and the next block's on the way.
+"""Weight streaming: frozen weights stay in host memory and are copied to the device block by block.
+
+While a block runs, the weights of the next block are copied.
 
 stream = stream_blocks(transformer, device)
 transformer.run_block = BlockRunner(recompute="block", fetch=stream.fetch)
@@ -10,9 +12,10 @@ import torch
 
 
 def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "WeightStream":
-    """The transformer's blocks as a stream; all the rest of it, and what is trained, is moved to the device.
+    """Return a stream of the transformer's blocks.
 
-    Afterwards the transformer must not be moved.
+    Everything else and all trained weights are moved to the device. Afterwards the transformer must
+    not be moved.
     """
     stream = WeightStream(transformer.transformer_blocks, device)
     for child in transformer.children():
@@ -25,49 +28,54 @@ def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "Weight
 
 
 class WeightStream:
-    """Two slots on the device, each of the size of the largest block, which blocks take in turn.
+    """Two slots on the device, as large as the largest block, for frozen weights of host memory.
 
-    A backward pass may only use a block's weights right after it was fetched again, so blocks have to be recomputed:
-    a graph that outlives its block's turn would read another block's weights.
+    Blocks have to be recomputed in the backward pass: a graph that is kept longer would read the
+    weights of another block.
 
     Args:
-        blocks: run in this order, or backwards. Their parameters that need no gradient are moved to the host.
+        blocks: run in this order, or backwards. Their frozen parameters are moved to the host.
     """
 
     def __init__(self, blocks: Iterable[torch.nn.Module], device: torch.device):
         self.device = torch.device(device)
-        pin = self.device.type != "cpu"
-        self.blocks = [_Block(block, pin) for block in blocks]
-        self.number = {id(block.module): i for i, block in enumerate(self.blocks)}
+        pin_memory = self.device.type != "cpu"
+        self.blocks = [_HostBlock(block, pin_memory) for block in blocks]
+        self.indices = {id(block.module): i for i, block in enumerate(self.blocks)}
         size = max(block.buffer.numel() for block in self.blocks)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        self.holds: list[int | None] = [None, None]  # which block is in each slot
-        self.arrived = [None, None]  # the event after which it is there
-        self.stream = torch.Stream(device=self.device) if pin else None
+        self.holds: list[int | None] = [None, None]  # the block in each slot
+        self.arrived = [None, None]  # the event after which the slot is filled
+        self.stream = torch.Stream(device=self.device) if pin_memory else None
         self.current = 0
 
     def fetch(self, module: torch.nn.Module) -> None:
-        """Have the block's weights on the device, and start to bring the one after it, in the direction of travel."""
-        number = self.number[id(module)]
-        if number == self.current and self._slot(number) is not None:
+        """Put the block's weights on the device, and start to copy the next block's.
+
+        The next block is the one after or before, by the direction of the last two calls.
+        """
+        index = self.indices[id(module)]
+        if index == self.current and self._slot(index) is not None:
             return  # the second half of a block
-        backwards = number < self.current and (self.current, number) != (len(self.blocks) - 1, 0)
-        self._bring(number)
-        if (event := self.arrived[self._slot(number)]) is not None:
+        backwards = index < self.current and (self.current, index) != (len(self.blocks) - 1, 0)
+        self._copy(index)
+        if (event := self.arrived[self._slot(index)]) is not None:
             torch.accelerator.current_stream(self.device).wait_event(event)
-        self.current = number
+        self.current = index
         if len(self.blocks) > 1:
-            self._bring(number - 1 if backwards and number else (number + 1) % len(self.blocks))
+            self._copy(index - 1 if backwards and index else (index + 1) % len(self.blocks))
 
-    def _slot(self, number: int) -> int | None:
-        return self.holds.index(number) if number in self.holds else None
+    def _slot(self, index: int) -> int | None:
+        """Return the slot of a block, None if it is not on the device."""
+        return self.holds.index(index) if index in self.holds else None
 
-    def _bring(self, number: int) -> None:
-        if self._slot(number) is not None:
+    def _copy(self, index: int) -> None:
+        """Start to copy a block to the slot that the current block does not use."""
+        if self._slot(index) is not None:
             return
         slot = 1 if self.holds[0] == self.current else 0
         self._evict(slot)
-        block = self.blocks[number]
+        block = self.blocks[index]
         target = self.slots[slot][: block.buffer.numel()]
         if self.stream is None:
             target.copy_(block.buffer)
@@ -77,7 +85,7 @@ class WeightStream:
                 target.copy_(block.buffer, non_blocking=True)
             self.arrived[slot] = self.stream.record_event()
         block.point_at(target)
-        self.holds[slot] = number
+        self.holds[slot] = index
 
     def _evict(self, slot: int) -> None:
         if self.holds[slot] is not None:
@@ -86,24 +94,26 @@ class WeightStream:
             self.holds[slot] = None
 
 
-class _Block:
-    """A block's frozen parameters, one after the other in one piece of host memory."""
+class _HostBlock:
+    """A block whose frozen parameters lie one after the other in one buffer of host memory."""
 
-    def __init__(self, module: torch.nn.Module, pin: bool):
+    def __init__(self, module: torch.nn.Module, pin_memory: bool):
         self.module, self.parameters = module, [p for p in module.parameters() if not p.requires_grad]
         self.offsets, size = [], 0
         for p in self.parameters:
             self.offsets.append(size)
-            size += -(-p.numel() * p.element_size() // 256) * 256  # each as well aligned as an allocation of its own
-        self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+            size += -(-p.numel() * p.element_size() // 256) * 256  # each as aligned as a separate allocation
+        self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
         for p, view in zip(self.parameters, self._views(self.buffer), strict=True):
             view.copy_(p.data)
         self.point_at(self.buffer)
 
     def _views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Return the parameters' parts of a buffer."""
         pairs = zip(self.parameters, self.offsets, strict=True)
         return [buffer[start:][: p.numel() * p.element_size()].view(p.dtype).view(p.shape) for p, start in pairs]
 
     def point_at(self, buffer: torch.Tensor) -> None:
+        """Let the parameters read their weights from a buffer."""
         for p, view in zip(self.parameters, self._views(buffer), strict=True):
             p.data = view

@@ -1,126 +1,152 @@
-"""The seconds of an optimizer step: how often each part runs, times what it computes and moves at a device's rates.
+"""Time of an optimizer step, from counted work over a device's rates: right within 35 %.
 
-The work of a part is counted operator by operator on tensors without storage (`rlhf.trace`); an operator takes the time
-of its products or of its memory traffic, whichever is longer (the roofline of Williams et al. 2009), and a part at
-least the time that Python needs to call it. Rewards take what was measured of them. Not in it: `compile_blocks`,
-`sampling_weights` and `base_bits`, whose time is taken to be that of the plain way.
+An operator takes as long as its FLOPs or its memory traffic, whichever takes longer (the roofline
+model of Williams et al. 2009). A call takes at least as long as Python needs to launch its
+operators. Rewards take what was measured. Left out: `compile_blocks`, the gain of float8 and the
+loss of 4-bit weights, evaluations, samples and checkpoints.
 """
 
 import dataclasses
 import math
-from collections import Counter
 from dataclasses import dataclass
 
-from rewards.measured import DEVICE as DEVICE_OF_REWARDS
 from rlhf.config import RewardGradientConfig
-from rlhf.memory_plan import Rewards, branches_with_gradient, run_branches, together
-from rlhf.parts import Parts, window_steps
-from rlhf.rates import Rates, known_rates
+from rlhf.memory_plan import RewardNeeds, branches_per_batch, branches_per_rank, grad_branches_per_rank
+from rlhf.method.options import read_options
+from rlhf.parts import TracedModel, max_grad_steps
 from rlhf.trace import Operation, Phase
 
-# Python around an operator's call: modules, hooks, adapters. From eight settings of nano on an H200, 1.26 to 1.78.
-AROUND_A_CALL = 1.5
-ADAM_BYTES = 36  # moved for a trained number: read four, write three, and the copy for the forward pass
+ACCURACY = 0.35  # largest relative error of a step's seconds; tests compute it from bench/results
+ADAM_BYTES = 36  # moved for a trained parameter: reads, writes, and the copy for the forward pass
 
 
 @dataclass(frozen=True)
-class Calls:
-    """Calls of the transformer in one process for a video and step; on average, where rollouts are used again."""
+class Rates:
+    """Speeds of a device: FLOP/s by operator kind and number format, and bytes/s."""
 
-    prefix: float  # without gradient, before the window
-    constant: float  # without gradient, in the window or for the drift
+    flops: dict[str, float]
+    memory_bandwidth: float  # of an elementwise operator, reads and writes
+    host_bandwidth: float
+    peer_bandwidth: float  # to the next device
+    context_bytes: int  # device memory that a process takes besides PyTorch's
+    launch_seconds: float = 14e-6  # of one operator, from Python; fitted to nano on an H200
+
+    def seconds_of(self, operation: Operation) -> float:
+        """Return an operation's seconds by the roofline model."""
+        bandwidth = self.peer_bandwidth if operation.kind == "collective" else self.memory_bandwidth
+        flops = self.flops.get(f"{operation.kind} {operation.dtype}", self.flops["matrix float32"])
+        return max(operation.flops / flops, operation.bytes / bandwidth)
+
+
+# Measured by bench/planner.py.
+H200 = Rates(
+    flops={
+        "matrix float32": 4.995e13,
+        "conv float32": 3.398e14,
+        "attention float32": 3.552e13,
+        "matrix bfloat16": 7.617e14,
+        "conv bfloat16": 4.492e14,
+        "attention bfloat16": 4.832e14,
+    },
+    memory_bandwidth=1.685e12,
+    host_bandwidth=5.403e10,
+    peer_bandwidth=3.856e11,
+    context_bytes=806158336,
+)
+RATES = {
+    "NVIDIA H200": H200,
+    # The same chip with slower memory: by the data sheets 3.35 TB/s instead of 4.8. Not measured.
+    "NVIDIA H100 80GB HBM3": dataclasses.replace(H200, memory_bandwidth=1.685e12 * 3.35 / 4.8),
+}
+
+
+@dataclass(frozen=True)
+class CallCounts:
+    """Transformer calls of one rank for a video and step: averages, if rollouts are reused."""
+
+    prefix: float  # no-grad steps before the window
+    constant: float  # calls without gradient in the window, and those of the drift
     with_gradient: float
 
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Seconds of one optimizer step."""
+    """Seconds of one optimizer step, by phase."""
 
-    parts: dict[str, float]
+    phases: dict[str, float]
 
     @property
     def total(self) -> float:
-        """Seconds of all parts together."""
-        return sum(self.parts.values())
+        """Seconds of the whole step."""
+        return sum(self.phases.values())
 
 
-def count_calls(args: RewardGradientConfig) -> Calls:
-    """How often a step calls the transformer; at most, where steps are drawn. args has all sampling keys set."""
-    again = args.num_draws if args.method in ("draft_lv", "srpo") else 0
-    window, of_base, drift = window_steps(args), run_branches(args), bool(args.drift_weight)
-    branches, with_gradient = 1 if args.guidance_gradient == "distill" else of_base, branches_with_gradient(args)
-    steps = window + again + drift
-    constant = (branches - with_gradient) * steps + of_base * drift
-    before = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
-    prefix = before + (branches - 1) * math.ceil(before / args.guidance_every)
-    return Calls(prefix / args.rollout_uses, constant, with_gradient * steps)
+def count_calls(args: RewardGradientConfig) -> CallCounts:
+    """Return how often a step calls the transformer; the maximum, where the method draws steps."""
+    draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
+    has_drift, window = bool(args.drift_weight), max_grad_steps(args)
+    grad_steps = window + draws + has_drift
+    branches = 1 if args.guidance_gradient == "distill" else branches_per_rank(args)
+    grad_branches = grad_branches_per_rank(args)
+    constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * has_drift
+    prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
+    prefix = prefix_steps + (branches - 1) * math.ceil(prefix_steps / args.guidance_every)
+    return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps)
 
 
-def plan_time(parts: Parts, args: RewardGradientConfig, rewards: Rewards, rates: Rates) -> TimePlan:
-    """The time of an optimizer step, with all its `gradient_accumulation_steps`.
-
-    args: as those of parts, but for settings about speed and memory.
-    """
-    batch, at_once = args.per_device_train_batch_size, together(args)
-    branch, calls = parts.branch(args, batch * at_once), count_calls(args)
-    decoder = parts.decoder(args, batch, rewards.frames)
-    beside = _moved_beside(parts, args, rates)
-    kept = _offloaded(parts, args, batch * at_once) / rates.link if rates.link else 0
-    forward = max(seconds(branch.sampling, rates), beside)
-    there = seconds(branch.forward, rates) + (forward if args.stepwise_backward else 0)
-    segment = max(there, beside + kept) + max(seconds(branch.backward, rates), beside + kept)
-    samples = args.num_draws if args.method == "srpo" else 1 + args.num_draws * (args.method == "draft_lv")
-    scoring = reward_seconds(rewards, rates) * (2 if args.relative_words else 1)
-    micro = {
-        "sampling": (calls.prefix + calls.constant) / at_once * forward,
-        "gradient segment": calls.with_gradient / at_once * segment,
-        "decoding and back": samples * (seconds(decoder.forward, rates) + seconds(decoder.backward, rates)),
-        "reward and back": samples * scoring,
+def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds, rates: Rates) -> TimePlan:
+    """Return the seconds of an optimizer step, by phase."""
+    batch, calls = args.per_device_train_batch_size * branches_per_batch(args), count_calls(args)
+    branch = model.transformer_call(args, batch)
+    decoder = model.decoder_call(args, args.per_device_train_batch_size, rewards.decoded_frames)
+    # Copies run beside the computation: a pass takes the longer of the two.
+    weights = _weight_copy_seconds(model, args, rates)
+    copies = weights + _offloaded_bytes(model, args, batch) / rates.host_bandwidth
+    no_grad = max(phase_seconds(branch.no_grad, rates), weights)
+    forward = phase_seconds(branch.forward, rates) + (no_grad if args.stepwise_backward else 0)
+    window = max(forward, copies) + max(phase_seconds(branch.backward, rates), copies)
+    options = read_options(args.method, args.method_kwargs)
+    draws = getattr(options, "num_draws", 0)
+    videos = draws if args.method == "srpo" else 1 + draws
+    scoring = rewards.seconds + sum(_gradient_seconds(call, rates) for call in rewards.traced)
+    phases = {
+        "sampling": (calls.prefix + calls.constant) / branches_per_batch(args) * no_grad,
+        "gradient window": calls.with_gradient / branches_per_batch(args) * window,
+        "decode": videos * _gradient_seconds(decoder, rates),
+        "reward": videos * scoring * (2 if options.relative_words else 1),
     }
-    times = {name: args.gradient_accumulation_steps * value for name, value in micro.items()}
-    return TimePlan(times | {"optimizer": _optimizer(parts, rates)})
+    phases = {name: args.gradient_accumulation_steps * seconds for name, seconds in phases.items()}
+    gradient_bytes = 2 * 4 * model.num_trained  # all-reduced in float32, in two passes of a ring
+    sending = _share_of_others(gradient_bytes, model.processes) / rates.peer_bandwidth
+    update = model.num_trained * ADAM_BYTES / rates.memory_bandwidth
+    return TimePlan(phases | {"optimizer": sending + update})
 
 
-def seconds(phase: Phase, rates: Rates) -> float:
-    """Seconds of the device, or of calling it if that takes longer; of both where the device is the CPU."""
-    on_device = sum(count * rates.seconds(operation) for operation, count in phase.work.items())
-    calling = phase.calls * rates.call_seconds + phase.calls_of_autograd * rates.autograd_seconds
-    return on_device + calling if rates.waits else max(on_device, AROUND_A_CALL * calling)
+def phase_seconds(phase: Phase, rates: Rates) -> float:
+    """Return a phase's seconds: of the device, or of launching if that takes longer."""
+    on_device = sum(count * rates.seconds_of(operation) for operation, count in phase.work.items())
+    return max(on_device, phase.launches * rates.launch_seconds)
 
 
-def reward_seconds(rewards: Rewards, rates: Rates) -> float:
-    """Seconds of scoring and going back: as measured; on another device in proportion to its products."""
-    reference = known_rates(DEVICE_OF_REWARDS)
-    slower = 1.0
-    if reference and rates.device != reference.device:
-        slower = reference.speed("matrix", "float32") / rates.speed("matrix", "float32")
-    traced = sum(seconds(part.forward, rates) + seconds(part.backward, rates) for part in rewards.traced)
-    return slower * rewards.seconds + traced
+def _gradient_seconds(call, rates: Rates) -> float:
+    return phase_seconds(call.forward, rates) + phase_seconds(call.backward, rates)
 
 
-def _optimizer(parts: Parts, rates: Rates) -> float:
-    """Adding up the gradients of all processes, Adam, and a copy for each trained tensor."""
-    update = Operation("other", "float32", 0, parts.trained * ADAM_BYTES)
-    added_up = _sent(2 * 4 * parts.trained, parts.processes) / rates.to_others
-    return added_up + seconds(Phase(0, work=Counter([update]), calls=parts.trained_tensors), rates)
+def _weight_copy_seconds(model: TracedModel, args: RewardGradientConfig, rates: Rates) -> float:
+    """Return the seconds of bringing all blocks' weights to the device for one pass."""
+    weight_bytes = model.frozen.blocks * model.transformer.dtype.itemsize
+    if args.stream_weights:
+        return weight_bytes / rates.host_bandwidth
+    return _share_of_others(weight_bytes, model.processes) / rates.peer_bandwidth if args.shard_base else 0
 
 
-def _moved_beside(parts: Parts, args: RewardGradientConfig, rates: Rates) -> float:
-    """Seconds of bringing the weights to the device for one pass, while it computes: from the host or other devices."""
-    blocks, size = parts.frozen[0], parts.transformer.dtype.itemsize
-    if args.stream_weights and rates.link:
-        return blocks * size / rates.link
-    return _sent(blocks * size, parts.processes) / rates.to_others if args.shard_base else 0
-
-
-def _sent(size: int, processes: int) -> float:
-    """Bytes that each process sends, for all to have so many of which each has a part."""
+def _share_of_others(size: float, processes: int) -> float:
     return size * (processes - 1) / processes
 
 
-def _offloaded(parts: Parts, args: RewardGradientConfig, batch: int) -> int:
-    """Bytes that leave the device in a forward pass, and come back."""
+def _offloaded_bytes(model: TracedModel, args: RewardGradientConfig, batch: int) -> int:
+    """Return the bytes that a forward pass copies to the host and the backward pass copies back."""
     if not args.offload_activations:
         return 0
-    plain = parts.branch(dataclasses.replace(args, offload_activations=False), batch)
-    return plain.kept - parts.branch(args, batch).kept
+    on_device = dataclasses.replace(args, offload_activations=False)
+    return model.transformer_call(on_device, batch).saved_bytes - model.transformer_call(args, batch).saved_bytes

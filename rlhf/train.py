@@ -1,10 +1,10 @@
-"""Train ContentV by reward gradient: the command behind train_rlhf.py and, installed, `contentv-rlhf`.
+"""Train ContentV by reward gradient: the command train_rlhf.py and, installed, `contentv-rlhf`.
 
     contentv-rlhf [--config FILE] [--any_key value]
     accelerate launch -m rlhf.train [--config FILE] [--any_key value]     on several devices
 
-Without --config it runs nano.yaml, the main job. Exits with 2 for settings that cannot work, 1 when training cannot go
-on and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
+Without --config it runs nano.yaml, the main job. Exit status: 2 for settings that cannot work, 1
+when training fails and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
 """
 
 import os
@@ -13,39 +13,47 @@ import sys
 from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.parse import CONFIGS, parse_config
+from rlhf.parse import CONFIGS, CommandFlags, parse_command
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130  # the last is what a shell says of Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The whole command, argv without its name (default: that of the process); returns the exit status."""
+    """Run the command and return its exit status. argv: Default: the words of the process."""
     try:
-        args = parse_config(sys.argv[1:] if argv is None else argv, CONFIGS / "nano.yaml")
+        args, flags = parse_command(sys.argv[1:] if argv is None else argv, CONFIGS / "nano.yaml")
         from rlhf.checks import check_config
+        from rlhf.layout import planned_processes
 
-        args = check_config(args)  # before the seconds that importing the trainer takes
+        processes = planned_processes(args, flags.plan_processes) if flags.dry_run else None
+        args = check_config(args, planned_processes=processes)  # before the seconds that importing the trainer takes
+        if flags.dry_run:
+            return dry_run(args, flags, processes)
     except ConfigError as error:
         return _tell(f"train_rlhf: {error}", EXIT_SETTINGS)
     except OSError as error:  # rights, or a prompt where a path belongs
         cure = "correct the setting that names it, or the rights"
         return _tell(f"train_rlhf: got {error}, expected a path that can be read; {cure}", EXIT_SETTINGS)
-    return dry_run(args) if args.dry_run else train(args)
+    return train(args)
 
 
-def dry_run(args: RewardGradientConfig) -> int:
-    """Print the resolved settings and what they need; returns the exit status."""
-    from rlhf.planner import describe
+def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> int:
+    """Print the resolved settings and what a run on these processes needs; return the exit status.
 
+    Raises ConfigError for a device whose rates are not known.
+    """
+    from rlhf.planner_text import plan_report
+
+    text = plan_report(args, flags.memory_limit_gib, flags.plan_device, processes)
     if os.environ.get("RANK", "0") == "0":  # one of those that were started is enough
-        print(describe(args))
+        print(text)
     return 0
 
 
 def train(args: RewardGradientConfig) -> int:
-    """Train as checked settings say, told in a paragraph what went wrong; returns the exit status."""
+    """Train with checked settings, print errors as a paragraph, and return the exit status."""
     from rewards import RewardError
-    from rlhf.checks import open_rewards
+    from rlhf.setup import open_rewards
 
     try:
         rewards = open_rewards(args)  # a reward that cannot train should not wait for the trainer either

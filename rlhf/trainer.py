@@ -20,8 +20,7 @@ from rewards import RewardError, frames_needed
 from rlhf.batches import Batches
 from rlhf.calibrate import calibrate, is_calibrated
 from rlhf.callbacks import Callbacks
-from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
-from rlhf.checks import open_rewards
+from rlhf.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.pipeline import ContentVPipeline
@@ -30,20 +29,31 @@ from rlhf.decoding import Decoder
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
 from rlhf.evaluate import HeldOut
-from rlhf.failures import Skips, naming_lost_processes, not_finite, require_gradient, require_new
+from rlhf.failures import Skips, not_finite, require_gradient, require_new
 from rlhf.fields import Fields
 from rlhf.layout import Layout
 from rlhf.lora import save_adapter
 from rlhf.losses import reward_loss, score, score_metrics
+from rlhf.method.options import read_options
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
 from rlhf.prefix import PrefixBuffer
 from rlhf.report import reported
-from rlhf.restarts import told_of_resuming
+from rlhf.restarts import resume_message
+from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import Velocity, Visited, rollout
-from rlhf.setup import adapt, checked_inputs, encode_and_release, latent_shape, load_base, load_prompt_sets, mix_rewards
+from rlhf.setup import (
+    adapt,
+    checked_inputs,
+    encode_and_release,
+    latent_shape,
+    load_base,
+    load_prompt_sets,
+    mix_rewards,
+    open_rewards,
+)
 from rlhf.trackers import show, tracked
 from rlhf.tracking import Cost, RunLog
 from rlhf.types import Conditioning
@@ -61,7 +71,7 @@ class RewardGradientTrainer:
         args: the settings.
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
         peft_config: another LoRA than the one that args describe, without dropout.
-        opened_rewards: what `rlhf.checks.open_rewards` returned for these args, not to load the rewards twice.
+        opened_rewards: what `rlhf.setup.open_rewards` returned for these args, not to load the rewards twice.
         callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
 
     Raises ConfigError, with all that is wrong at once, or RewardError, before any weight of the model is loaded.
@@ -80,6 +90,7 @@ class RewardGradientTrainer:
     ):
         inputs = checked_inputs(model, reward_funcs, args, train_dataset, eval_dataset, peft_config)
         self.args = args = inputs.args
+        self.options = read_options(args.method, args.method_kwargs)
         self.accelerator = make_accelerator(args)
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
         self.folder = Path(args.output_dir)
@@ -95,7 +106,7 @@ class RewardGradientTrainer:
         self.state = self.callbacks.state
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
         frames = max(frames_needed(reward, args.num_frames) for reward in self.rewards.rewards.values())
-        self.decode, self.prefixes = Decoder(self.pipe.vae, frames, args, self.device), PrefixBuffer(args.rollout_uses)
+        self.decode, self.prefixes = Decoder(self.pipe.vae, frames, args, self.device), PrefixBuffer(args.rollout_reuse)
         shape, fps = latent_shape(self.pipe, args), self.pipe.sampling.fps
         self.batches = Batches(args, self.layout, train_prompts, shape, fps)
         self.watch = None
@@ -120,7 +131,6 @@ class RewardGradientTrainer:
         self.callbacks.tell("on_train_end")
         return summary
 
-    @naming_lost_processes
     def _train(self) -> dict:
         started = time.perf_counter()
         first, saved = self._begin()
@@ -150,7 +160,7 @@ class RewardGradientTrainer:
             start_run_folder(args, self.batches.prompts, self.eval_prompts)
         saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
         if resumed:
-            accelerator.print(told_of_resuming(resumed, saved, args))
+            accelerator.print(resume_message(resumed, saved, args))
         self.fields.refresh()
         self.state.global_step = first = saved["step"]
         self.batches.go_on_from(first, saved)
@@ -198,7 +208,7 @@ class RewardGradientTrainer:
         """One optimizer step on `samples_per_step` videos; returns its metrics. step counts from 0."""
         cost, args = Cost(self.device), self.args
         self.failure = self.last_batch = None
-        self.plan = make_plan(args, self.sigmas, generator("method", args.seed, step))
+        self.plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
         gradient = self._anchor_gradient if due(step + 1, args.anchor_steps) else self._reward_gradient
         columns = [gradient(step, micro) for micro in range(args.gradient_accumulation_steps)]
         local_SR = torch.cat([torch.stack([*of_batch.values()], 1) for of_batch in columns])
@@ -271,9 +281,9 @@ class RewardGradientTrainer:
         self.masters.collect_grad()
 
     def _score(self, video: torch.Tensor, prompts: list[str], info: dict, penalty: bool):
-        args = self.args
+        words, strength = self.options.relative_words, self.options.relative_strength
         try:
-            return score(self.rewards, video, prompts, info, args.relative_words, args.relative_strength, penalty)
+            return score(self.rewards, video, prompts, info, words, strength, penalty)
         except RewardError as error:  # every process hears of it in `step`, then all of them stop
             self.failure = error
             broken_B = video.mean((1, 2, 3, 4)) * math.nan

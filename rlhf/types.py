@@ -1,10 +1,10 @@
-"""What travels between the rooms: shapes, ranges and units, stated once.
+"""Tensors that modules exchange: shapes, ranges and units, stated once.
 
-Shape legend, used as name suffixes everywhere: B batch, C channels, T frames (of video or of latents),
+Shape legend, used as suffixes of names: B batch, C channels, T frames (of video or of latents),
 H height, W width, L text tokens, D text width, P pooled text width.
 
 video_BCTHW    float32, RGB in [0, 1]
-latents_BCTHW  float32, normalised to about unit variance (what the transformer sees)
+latents_BCTHW  float32, normalised to about unit variance (the transformer's input)
 scores_B       float32, higher is better
 sigma          0-d float32, noise level: 1 is pure noise, 0 is data
 """
@@ -26,7 +26,7 @@ class Conditioning:
 
     @property
     def negative(self) -> "Conditioning":
-        """The negative prompt's embeddings as a batch of their own, for the branch that guidance leads away from."""
+        """Return the negative prompt's embeddings, for the negative branch of guidance."""
         return Conditioning(self.negative_embeds_BLD, self.negative_pooled_BP)
 
     def to(self, *args: Any, **kwargs: Any) -> "Conditioning":

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewards.read import VIDEOS
+from rewards.cli.files import VIDEOS
 from rlhf.reading import reading
 
 MANIFEST, SCORES = "videos.jsonl", "scores.jsonl"

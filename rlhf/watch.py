@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from rlhf.adapter.masters import Masters
 from rlhf.callbacks import Tell
 from rlhf.checkpoint import load_vector, save_vector
 from rlhf.compare import summarise
 from rlhf.evaluate import Evaluation, HeldOut, MakeVideos
 from rlhf.failures import TrainingError
 from rlhf.guards import Guard, gains
-from rlhf.lora import Masters, save_adapter
+from rlhf.lora import save_adapter
 from rlhf.optimizer import due
 from rlhf.run_folder import BEST
 from rlhf.tracking import write_results

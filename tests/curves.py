@@ -36,16 +36,15 @@ CURVES = {
     "draft_lv": {"method": "draft_lv"},
     "alignprop": {"method": "alignprop", "num_grad_steps": 3},
     "uniform": {"method": "uniform", "num_grad_steps": 2},
-    "listed": {"method": "listed", "grad_steps": [0, 2]},
-    "drtune": {"method": "drtune", "num_grad_steps": 2, "jump_steps": 2},
-    "refl": {"method": "refl", "jump_steps": 2},
+    "listed": {"method": "listed", "method_kwargs": {"steps": [0, 2]}},
+    "drtune": {"method": "drtune", "num_grad_steps": 2, "method_kwargs": {"jump_steps": 2}},
+    "refl": {"method": "refl", "method_kwargs": {"jump_steps": 2}},
     "srpo": {"method": "srpo"},
     "guidance_text": {"num_grad_steps": 2, "guidance_gradient": "text"},
     # At 1e-3 it meets a kink of the reward, where rounding alone moves the norm of a gradient by a tenth.
     "guidance_none": {"num_grad_steps": 2, "guidance_gradient": "none", "learning_rate": 5e-4},
     "distill": {"guidance_gradient": "distill", "drift_weight": 1.0, "drift_weighting": "even"},
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
-    "whole_blocks": {"train_blocks": ["transformer_blocks.2"], "lora_use_dora": True, "learning_rate": 1e-4},
 }
 
 

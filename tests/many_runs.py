@@ -1,19 +1,24 @@
 """Runs of a tiny model in one or several processes, one after the other: what test_layout and others look at."""
 
 import os
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from conftest import PROMPTS, redness
 from tiny import tiny_pipeline, tiny_transformer
 
+import rlhf.checkpoint
 import rlhf.trainer
 from rlhf import exchange
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.parallel import WatchedAccelerator
+from rlhf.parse import parse_config
+from rlhf.run.signals import TrainingInterrupted
+from rlhf.train import EXIT_INTERRUPTED
 from rlhf.trainer import RewardGradientTrainer
 
 SETTINGS = {
@@ -44,7 +49,7 @@ def _own_part(ctx, grad):
 OMISSIONS = {  # by what is left out of a run: where, and what stands there instead
     "sum of latents": (exchange._SumGradient, "backward", staticmethod(_own_gradient)),
     "sum of text": (exchange._Gather, "backward", staticmethod(_own_part)),
-    "sum of adapters": (WatchedAccelerator, "reduce", lambda self, tensor, how: tensor),
+    "sum of adapters": (Accelerator, "reduce", lambda self, tensor, how: tensor),
 }
 
 
@@ -119,6 +124,16 @@ def train(output: Path, own: dict) -> None:
     """One run, as a program: it fails with the run."""
     torch.set_num_threads(1)
     run(output, own)
+
+
+def slowly_saved(config: Path) -> None:
+    """A run by a file of settings, as a program that ends as the command does; saving takes a while."""
+    flush = rlhf.checkpoint._flush
+    rlhf.checkpoint._flush = lambda path: (time.sleep(0.05), flush(path))
+    try:
+        RewardGradientTrainer(tiny_pipeline(), redness, parse_config(["--config", str(config)]), PROMPTS).train()
+    except TrainingInterrupted:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def bench(arguments: list[str]) -> None:

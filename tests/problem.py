@@ -6,10 +6,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from diffusers.models.normalization import RMSNorm
 from tiny import tiny_conditioning, tiny_transformer, tiny_vae
 
+from rlhf.adapter.masters import Masters
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.grad_steps import choose_grad_steps
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.lora import add_adapter, lora_config
 from rlhf.sampler import rollout, velocity_field
 
 STEPS, GUIDANCE = 3, 3.0

@@ -30,15 +30,18 @@ class Started:
 
 def start(function, *arguments, processes: int = 2, **environment: str) -> list[Started]:
     """function(*arguments) in each of the processes, on the CPU, one thread each."""
-    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
-    common |= {"MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1} | environment
+    common = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1} | environment
+    if processes > 1:
+        common |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))
     started = []
     for rank in range(processes):
         with tempfile.NamedTemporaryFile(prefix=f"process-{rank}-", delete=False) as file:
             output = Path(file.name)
-        given = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        place = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        given = {name: str(value) for name, value in (common | place).items()}
         process = SERVER.Process(target=_run, args=(output, given, function, arguments))
         process.start()
         started.append(Started(process, output))

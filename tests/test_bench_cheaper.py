@@ -33,7 +33,7 @@ def made(monkeypatch, tmp_path):
 
     monkeypatch.setattr(nano_study, "Pools", lambda *_: Pools())
     monkeypatch.setattr(study_runs, "evaluate_base", lambda conditions: {})
-    monkeypatch.setattr(study_runs, "seconds_per_step", lambda settings, *_: 5 - settings.get("rollout_uses", 1))
+    monkeypatch.setattr(study_runs, "seconds_per_step", lambda settings, *_: 5 - settings.get("rollout_reuse", 1))
     monkeypatch.setattr(study_runs, "train", train)
     return made
 
@@ -52,15 +52,15 @@ def test_arms_train_for_the_same_time(made, tmp_path):
 
 def test_at_full_size_prices_an_arm_trains_for_as_many_steps_as_it_would_there(made, tmp_path):
     prices = cheaper.full_size_prices()
-    assert prices["all of them"] < prices["rollouts used 4 times"] < prices["float8 copy"] < 1
+    assert prices["rollouts used 4 times"] < prices["float8 copy"] < 1
     flags = ["--seeds", "1", "--steps", "40", "--device", "cpu", "--output", str(tmp_path / "cheaper.json")]
-    cheaper.main(["--only", "all of them" + cheaper.AT_FULL_SIZE, *flags])
-    steps = round(40 / prices["all of them"])
+    cheaper.main(["--only", "rollouts used 4 times" + cheaper.AT_FULL_SIZE, *flags])
+    steps = round(40 / prices["rollouts used 4 times"])
     assert made == [(1, steps)]
     result = json.loads((tmp_path / "cheaper.json").read_text())
     assert tables.TABLES["cheaper.json#full"](result).splitlines()[-1].endswith(f"| {steps} |")
-    assert "`all of them`" in tables.TABLES["cheaper.json#full"](result)
-    assert "all of them" not in tables.TABLES["cheaper.json#own"](result)
+    assert "`rollouts used 4 times`" in tables.TABLES["cheaper.json#full"](result)
+    assert "rollouts used 4 times" not in tables.TABLES["cheaper.json#own"](result)
 
 
 def test_methods_train_for_as_many_steps(made, tmp_path):

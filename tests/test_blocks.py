@@ -1,4 +1,4 @@
-"""Blocks in three parts: diffusers' numbers, the same gradients, and what is kept for the backward pass."""
+"""Blocks in three parts have diffusers' numbers and gradients, and save only their inputs."""
 
 import gc
 import sys
@@ -9,49 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from adapted_model import arguments, assert_equal, gradients, model_with_adapter
 from kept import KeptBytes
-from peft import LoraConfig
-from tiny import tiny_conditioning, tiny_transformer
 
 from rlhf import attention as attention_module
-from rlhf.attention import KERNELS, attention_by, faster_without_gradient, flash_attention_3, time_kernels
+from rlhf.attention import KERNELS, attention_by, faster_inference_attention, load_flash_attention_3, time_kernels
 from rlhf.contentv.blocks import RECOMPUTE, BlockRunner
 from rlhf.host_memory import HostMemory
-
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
-
-def model_with_adapter(dtype=torch.float64, **sizes):
-    model = tiny_transformer(**sizes).to(dtype)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False))
-    return model
-
-
-def arguments(dtype=torch.float64, batch=2, frames=2):
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch, 16, frames, 4, 6, generator=generator).to(dtype)
-    cond = tiny_conditioning(batch).to(dtype)
-    return latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.tensor([900.0, 3.5])[:batch]
-
-
-def gradients(model, inputs):
-    """Of a smooth function of the velocity, at everything that can have one."""
-    inputs = [x.clone().requires_grad_(x.dtype == inputs[0].dtype) for x in inputs]
-    model.zero_grad()
-    velocity = model(*inputs).sample
-    (velocity.square() * torch.linspace(-1, 1, velocity.numel()).view_as(velocity)).sum().backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return found | {f"input {i}": x.grad for i, x in enumerate(inputs[:3])}
-
-
-def assert_equal(found, expected, **tolerance):
-    assert found.keys() == expected.keys()
-    assert len(found) > 20
-    for name, grad in expected.items():
-        assert grad.abs().max() > 0 or "add_q_proj" in name, name  # of the last block nothing reads the text's queries
-        torch.testing.assert_close(found[name], grad, **tolerance)
 
 
 @pytest.mark.parametrize("host", [None, HostMemory("cpu", smallest_bytes=64)])
@@ -113,7 +77,7 @@ def kept(model, inputs, run_block):
 
 
 def test_what_is_kept():
-    """Of each block its inputs; the attention's result besides, if that is not to be computed again."""
+    """A block saves its inputs, and the attention's result if that is not recomputed."""
     model, inputs = model_with_adapter(torch.float32, num_layers=6), arguments(torch.float32, batch=1, frames=12)
     host = HostMemory("cpu", smallest_bytes=64)
     nothing = kept(model, inputs, BlockRunner())
@@ -225,8 +189,8 @@ def test_flash_attention_3_is_used_without_gradient_where_it_is_installed_and_fa
     query, key, value = torch.randn(3, 1, 2, 8, 16)
     expected, about = F.scaled_dot_product_attention(query, key, value), (torch.device("cpu"), torch.float32, 2, 16, 8)
     monkeypatch.setattr(attention_module, "FLASH_ATTENTION_3", ("no_such_package", "stand_in"))
-    assert flash_attention_3() is None
-    assert faster_without_gradient(F.scaled_dot_product_attention, *about) is None
+    assert load_flash_attention_3() is None
+    assert faster_inference_attention(F.scaled_dot_product_attention, *about) is None
 
     def of_tokens(*inputs):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
@@ -237,20 +201,20 @@ def test_flash_attention_3_is_used_without_gradient_where_it_is_installed_and_fa
 
     for found in (of_tokens, lambda *inputs: (of_tokens(*inputs), None)):  # some releases return the log-sum-exp, too
         monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(flash_attn_func=found))
-        assert torch.equal(flash_attention_3()(query, key, value), expected)
-    other, line = faster_without_gradient(slow, *about)
+        assert torch.equal(load_flash_attention_3()(query, key, value), expected)
+    other, line = faster_inference_attention(slow, *about)
     assert torch.equal(other(query, key, value), expected)
-    assert line.startswith("FlashAttention-3 without gradient, ")
+    assert line.startswith("FlashAttention-3 in no-grad steps, ")
 
     def unknown_chip(*_):
         raise RuntimeError("FlashAttention only supports Hopper")
 
     monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(flash_attn_func=unknown_chip))
-    assert faster_without_gradient(slow, *about) is None
+    assert faster_inference_attention(slow, *about) is None
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_attention_without_gradient_is_kept_out_of_gradients(recompute):
+def test_inference_attention_is_kept_out_of_gradients(recompute):
     model, inputs, calls = model_with_adapter(), arguments(), []
 
     def without_gradient(*projected):
@@ -258,7 +222,7 @@ def test_attention_without_gradient_is_kept_out_of_gradients(recompute):
         return F.scaled_dot_product_attention(*projected)
 
     expected = gradients(model, inputs)
-    model.run_block = BlockRunner(recompute=recompute, attention_without_gradient=without_gradient)
+    model.run_block = BlockRunner(recompute=recompute, inference_attention=without_gradient)
     assert_equal(gradients(model, inputs), expected, rtol=1e-9, atol=1e-12)
     assert calls == []
     with torch.no_grad():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny import tiny_transformer
 
+from rlhf.adapter.masters import Masters
 from rlhf.checkpoint import (
     SavingError,
-    StopRequest,
     checkpoints,
     damage,
     find_checkpoint,
@@ -20,11 +20,11 @@ from rlhf.checkpoint import (
     load_checkpoint,
     load_vector,
     save_checkpoint,
-    signals_interrupt,
 )
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.lora import add_adapter, lora_config
 from rlhf.reading import DamagedFileError
+from rlhf.run.signals import StopRequest, signals_interrupt
 
 
 def trained(updates: int, seed: int = 0):
@@ -129,7 +129,9 @@ def truncate(path):
 def flip(path):
     data = bytearray((path / "adapter.safetensors").read_bytes())
     data[-5] ^= 1
+    (path / "adapter.safetensors").unlink()
     (path / "adapter.safetensors").write_bytes(data)
+    os.utime(path / "adapter.safetensors", ns=(0, 0))  # a clock may not tell it from the one before
 
 
 DAMAGES = [

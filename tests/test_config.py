@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from rlhf.config import ConfigError, RewardGradientConfig, field_names
-from rlhf.parse import parse_config
+from rlhf.method.options import METHOD_OPTIONS
+from rlhf.older_settings import translate
+from rlhf.parse import parse_command, parse_config
+from rlhf.run_folder import settings_in
 
 
 @pytest.fixture
@@ -22,11 +25,10 @@ def yaml_file(tmp_path):
 
 def test_a_flag_beats_the_file_and_the_file_the_default(yaml_file):
     path = yaml_file("learning_rate: 1e-5\nmax_steps: 7\nreward_funcs: [a, b]\n")
-    args = parse_config(["--config", path, "--max_steps", "9", "--reward_weights", "1", "0.5", "--dry_run"])
+    args = parse_config(["--config", path, "--max_steps", "9", "--reward_weights", "1", "0.5"])
     assert (args.learning_rate, args.max_steps, args.seed) == (1e-5, 9, 0)
     assert args.reward_funcs == ["a", "b"]
     assert args.reward_weights == [1.0, 0.5]
-    assert args.dry_run is True
     assert args.gradient_checkpointing is False
 
 
@@ -52,10 +54,8 @@ def test_reward_kwargs_come_as_a_mapping_or_as_json(yaml_file):
     path = yaml_file("reward_kwargs:\n  clip_score: {model: ViT-B-32, frames: 2}")
     expected = {"clip_score": {"model": "ViT-B-32", "frames": 2}}
     assert parse_config(["--config", path]).reward_kwargs == expected
-    assert (
-        parse_config(["--reward_kwargs", '{"clip_score": {"model": "ViT-B-32", "frames": 2}}']).reward_kwargs
-        == expected
-    )
+    flag = '{"clip_score": {"model": "ViT-B-32", "frames": 2}}'
+    assert parse_config(["--reward_kwargs", flag]).reward_kwargs == expected
 
 
 def test_caps_and_targets_come_as_a_mapping_or_as_json(yaml_file):
@@ -74,7 +74,7 @@ def test_a_flag_may_be_a_mapping_as_yaml_writes_it():
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder as it stands after a start by `--config mine.yaml --overwrite_output_dir`."""
+    """Make a run's folder as a start by `--config mine.yaml --overwrite_output_dir` leaves it."""
     folder = tmp_path / "runs" / "mine"
     (folder / "checkpoints" / "step-3").mkdir(parents=True)
     args = RewardGradientConfig(
@@ -125,51 +125,91 @@ def test_what_is_written_is_what_is_read(yaml_file):
     assert again.report_to == []
 
 
-def test_misspelt_keys_name_their_nearest_neighbour_all_at_once(yaml_file):
-    path = yaml_file("learing_rate: 1\nmax_step: 2")
-    with pytest.raises(ConfigError) as caught:
-        parse_config(["--config", path, "--lora-rnk", "3", "--height", "64"])
-    told = str(caught.value)
-    assert len(caught.value.problems) == 3
-    for wrong, right in (("learing_rate", "learning_rate"), ("max_step", "max_steps"), ("lora-rnk", "lora_rank")):
-        assert f"{wrong}: no such setting; did you mean {right!r}?" in told
-    with pytest.raises(ConfigError, match="--help"):
-        parse_config(["--zzzz", "1"])
-
-
 def test_no_setting_may_be_abbreviated():
     with pytest.raises(ConfigError, match="'learning_rate'"):
         parse_config(["--learning", "1"])
 
 
+def test_every_setting_has_a_help_text_that_ends_in_a_full_stop():
+    for f in [f for kind in (RewardGradientConfig, *METHOD_OPTIONS.values()) for f in dataclasses.fields(kind)]:
+        assert f.metadata["help"].endswith((".", "none.")), f.name
+    assert len(field_names()) == len(set(field_names())) <= 88
+
+
+def test_help_gives_choices_and_ranges(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "{draft_k,draft_lv,alignprop,uniform,listed,drtune,refl,srpo}" in text
+    assert "Range: at least 0, less than 1." in text
+    assert "--memory_limit_gib" in text, "a flag of the command"
+
+
+def test_flags_of_the_command_are_no_settings(yaml_file):
+    args, flags = parse_command(["--config", yaml_file("seed: 1"), "--dry_run", "--plan_processes", "4"])
+    assert (flags.dry_run, flags.plan_processes, flags.memory_limit_gib) == (True, 4, None)
+    assert not vars(flags).keys() & vars(args).keys()
+
+
+# --------------------------------------------------------------------- settings of earlier versions
+
+OLD = """
+method: srpo
+rollout_uses: 2
+grad_steps: null
+num_draws: 4
+align_sigmas: [0.75, 0.96]
+relative_words: [sharp, dull]
+optim: adamw_torch_fused
+train_blocks: null
+decode_channels_last: true
+dry_run: false
+memory_limit_gib: null
+"""
+
+
+def test_a_file_of_an_earlier_version_is_translated_and_one_paragraph_says_how(yaml_file, caplog):
+    args = parse_config(["--config", yaml_file(OLD)])
+    assert (args.method, args.rollout_reuse) == ("srpo", 2)
+    assert args.method_kwargs == {"num_draws": 4, "relative_words": ["sharp", "dull"]}
+    (record,) = caplog.records
+    for words in (
+        "settings.yaml: These settings are of an earlier version. rollout_uses is now rollout_reuse; grad_steps, ",
+        "num_draws, align_sigmas, relative_words: now in method_kwargs, here {'num_draws': 4, 'relative_words': [",
+        "dry_run, memory_limit_gib: now only flags of the train command; ",
+        "optim, train_blocks, decode_channels_last: gone, without effect here.",
+    ):
+        assert words in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("settings", "cure"),
     [
-        ("max_steps: 2.5", "max_steps: got 2.5, expected a whole number"),
-        ("max_steps: many", "settings.yaml: max_steps: got 'many', expected a whole number"),
-        ("reward_weights: [1, x]", r"reward_weights: got \[1, 'x'\], expected a list, each a number or none"),
-        ("reward_kwargs: {clip_score: 3}", "expected a mapping {name: {argument: value}}"),
-        ("reward_caps: {aesthetic: high}", "reward_caps: .* expected a mapping {name: number} or none"),
-        ("dry_run: 3", "dry_run: got 3, expected true or false"),
-        ("- a list", "expected lines of the form 'key: value'"),
-        ("a: [1", "is not YAML"),
-        ("# nothing", "got an empty file, expected lines"),
-        ("training:\n  seed: 1", "key training: got a section, expected settings without sections"),
-        ("seed: 1\nmax_steps: 2\nseed: 3", "key seed: got it in lines 1 and 3, expected it once"),
+        ({"train_blocks": ["transformer_blocks.2"]}, "adapt more layers by lora_target_modules"),
+        ({"second_order_prefix": True}, "prefix_steps alone"),
+        ({"optim": "adamw_bnb_8bit"}, "moments are float32"),
+        ({"early_stopping_threshold": 0.1}, "any rise counts"),
+        ({"base_bits": 8}, "choose 4"),
+        ({"sampling_weights": "merged"}, "choose own or float8"),
+        ({"decode_caches": "recompute"}, "choose host"),
     ],
 )
-def test_values_of_the_wrong_kind_are_told(yaml_file, text, told):
-    with pytest.raises(ConfigError, match=told):
-        parse_config(["--config", yaml_file(text)])
+def test_what_was_in_use_and_is_gone_is_refused_with_its_cure(settings, cure):
+    kept, _, (problem,) = translate(settings)
+    ((name, value),) = settings.items()
+    assert problem.startswith(f"{name}: got {value!r}, which this version no longer has")
+    assert cure in problem
 
 
-@pytest.mark.parametrize("argv", [["--config"], ["--config", "absent.yaml"]])
-def test_an_absent_config_file_is_told(argv):
-    with pytest.raises(ConfigError, match="expected a YAML file such as configs/nano.yaml"):
-        parse_config(argv)
+def test_settings_of_today_are_left_as_they_are():
+    now = dataclasses.asdict(RewardGradientConfig(method="draft_lv", method_kwargs={"num_draws": 3}))
+    assert translate(now) == (now, "", [])
 
 
-def test_every_setting_has_a_help_text_that_ends_in_a_full_stop():
-    for f in dataclasses.fields(RewardGradientConfig):
-        assert f.metadata["help"].endswith((".", "none.")), f.name
-    assert len(field_names()) == len(set(field_names()))
+def test_a_run_of_an_earlier_version_is_read_with_todays_names(run):
+    text = (run / "config.yaml").read_text().replace("rollout_reuse: 1", "rollout_uses: 3\nnum_draws: 2")
+    (run / "config.yaml").write_text(text)
+    assert settings_in(run)["rollout_reuse"] == 3
+    assert not {"rollout_uses", "num_draws"} & settings_in(run).keys()
+    assert parse_config(["--resume_from_checkpoint", str(run / "checkpoints" / "step-3")], run).rollout_reuse == 3

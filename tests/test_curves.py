@@ -4,7 +4,7 @@ import pytest
 import torch
 from curves import CURVES, KEYS, STEPS, draw, stored
 
-from rlhf.method_checks import METHODS
+from rlhf.config import METHODS
 
 # How far single points and the mean of a curve may be off, as a share of what its values span. With PyTorch's kernels
 # for lesser processors (ATEN_CPU_CAPABILITY=avx2 and default) it was 8e-4 and 4e-5 at most.

@@ -9,7 +9,8 @@ import torch
 
 from rlhf import device_check
 from rlhf.contentv.files import NANO_PATH
-from rlhf.device_check import Row, Training, distance, main, table
+from rlhf.device.__main__ import main
+from rlhf.device_check import Row, Training, distance, table
 
 PHASES = ["forward", "gradient", "repeat", "step", "restore"]
 
@@ -41,7 +42,7 @@ def test_on_the_cpu_float32_is_the_reference_itself(tmp_path, capsys):
 
 @pytest.mark.skipif(not NANO_PATH.is_dir(), reason="the nano weights are not in this checkout")
 def test_each_phase_can_fail(monkeypatch, capsys):
-    """A device that errs by a little everywhere: here the second model made, the first is the reference."""
+    """The second model errs a little in every phase; the first is the reference."""
     made = []
 
     class Wrong(Training):

@@ -14,9 +14,8 @@ import yaml
 from fences import NEEDS, PAGES, ROOT, Block, blocks, commands, python_words
 from scripts import script
 
-from rlhf.config import RewardGradientConfig, field_names
+from rlhf.config import GUIDANCE_GRADIENTS, METHODS, RewardGradientConfig, field_names
 from rlhf.export import parse as parse_export
-from rlhf.method_checks import GUIDANCE_GRADIENTS, METHODS
 from rlhf.parse import parse_config
 from rlhf.tracking import read_metrics
 
@@ -43,11 +42,12 @@ GONE = {  # settings that the project no longer has; only the changelog and raw 
     "train_blocks",
     "optim",
     "decode_channels_last",
+    "early_stopping_threshold",
     "rollout_uses",
 }
 OF_THE_COMMAND = {"memory_limit_gib", "plan_device", "plan_processes", "dry_run"}
-ON_DISK = {"rlhf", "rewards", "bench"} if (ROOT / "rlhf" / "method").is_dir() else set()  # rooms that the guides name
-SETTINGS = {*field_names(), "method_kwargs", "rollout_reuse"}
+ROOMS_EXIST = (ROOT / "rlhf" / "method" / "rollout.py").exists()  # guides name files in their rooms
+SETTINGS = set(field_names())
 
 
 @pytest.fixture
@@ -58,12 +58,6 @@ def sandbox(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
-
-
-def needs_method_kwargs(code: str) -> None:
-    """Skip a block that needs the setting where it does not exist."""
-    if "method_kwargs" in code and "method_kwargs" not in field_names():
-        pytest.skip("method_kwargs is no setting yet")
 
 
 # ----------------------------------------------------------------------------------------------- what is run
@@ -133,7 +127,6 @@ def of_language(language: str) -> list:
 
 @pytest.mark.parametrize("block", of_language("yaml"))
 def test_settings_that_are_shown_are_read(block: Block):
-    needs_method_kwargs(block.code)
     given = yaml.safe_load(block.code)
     read = RewardGradientConfig(**given)
     assert {name: getattr(read, name) for name in given} == given
@@ -147,7 +140,6 @@ def test_toml_is_read(block: Block):
 @pytest.mark.parametrize("block", of_language("bash"))
 def test_commands_that_are_shown_are_understood(block: Block, sandbox):
     assert subprocess.run(["bash", "-n", "-c", block.code], capture_output=True).stderr == b""
-    needs_method_kwargs(block.code)
     for run_folder in re.findall(r"\bruns/\w+", block.code):  # as a training run would have left it
         (sandbox / run_folder).mkdir(parents=True, exist_ok=True)
         (sandbox / run_folder / "config.yaml").write_text("model: nano\n")
@@ -205,15 +197,6 @@ def test_settings_that_a_guide_names_exist(name):
     assert named <= known, named - known
 
 
-def test_every_setting_is_in_a_recipe_or_in_a_row_of_a_guide():
-    guides = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    recipes = "\n".join(path.read_text() for path in (ROOT / "configs").glob("*.yaml"))
-    rows = set(re.findall(r"`(?:--)?(\w+)", "\n".join(re.findall(r"^(?:\||- |\d\. ).*$", guides, re.MULTILINE))))
-    shown = rows | set(re.findall(r"^(\w+):", recipes, re.MULTILINE))
-    left = {*field_names()} - shown - GONE - METHOD_KWARGS - OF_THE_COMMAND - {"grad_steps"}
-    assert not left, f"say in a row of a guide when to change {sorted(left)}"
-
-
 def test_no_guide_names_a_setting_that_is_gone():
     for page in PAGES:
         if page.parent.name in ("docs", ROOT.name) and page.stem not in ("planner", "rewards", "own_reward"):
@@ -231,7 +214,7 @@ def test_every_method_and_guidance_mode_has_its_row():
 def test_files_that_are_named_exist(page):
     for path in re.findall(r"`([\w.]+/[\w/.]+\.(?:py|yaml|md|json))`", page.read_text(encoding="utf-8")):
         room = path.split("/")[0]
-        known = {"configs", "docs", "eval", "tests", *ON_DISK}
+        known = {"configs", "docs", "eval", "tests"} | ({"rlhf", "rewards", "bench"} if ROOMS_EXIST else set())
         assert room not in known or (ROOT / path).exists(), path
 
 
@@ -294,16 +277,25 @@ def test_every_page_is_in_the_navigation():
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
-def test_the_table_of_settings_is_that_of_the_code():
+def test_the_tables_of_settings_are_those_of_the_code():
     hooks = script("docs/site_hooks.py")
-    page = (ROOT / "docs" / "settings.md").read_text()
-    made = hooks.on_page_markdown(page)
-    assert re.findall(r"^\| `(\w+)` \| `", made, re.MULTILINE) == field_names()
-    assert "| `lora_rank` | `16` | Rank r of" in made
+    assert re.findall(r"^\| `(\w+)` \| ", hooks.settings_tables(), re.MULTILINE) == field_names()
+    assert "| draft_lv: `num_draws` | a whole number, at least 1 | `2` | " in hooks.options_table()
+    made = hooks.on_page_markdown((ROOT / "docs" / "settings.md").read_text())
+    assert hooks.settings_tables() in made
+    assert hooks.options_table() in made
+    assert "| `lora_rank` | a whole number, at least 1 | `16` | Rank r of" in made
     assert hooks.on_page_markdown("other") == "other"
 
 
-@pytest.mark.skipif(not ON_DISK, reason="docs/api.md names the rooms")
+def test_a_setting_is_in_a_recipe_or_a_row_says_when_to_change_it():
+    table = (ROOT / "docs" / "settings.md").read_text().split("| setting | when to change it |")[1].split("<!--")[0]
+    told = re.findall(r"^\| `(\w+)` \| \w.*\. \|$", table, re.MULTILINE)
+    recipes = {key for path in (ROOT / "configs").glob("*.yaml") for key in yaml.safe_load(path.read_text())}
+    assert told == [name for name in field_names() if name not in recipes]
+
+
+@pytest.mark.skipif(not ROOMS_EXIST, reason="docs/api.md names the rooms")
 @pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="mkdocs is not installed: pip install -e '.[docs]'")
 def test_the_site_builds_and_no_link_is_dead(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]

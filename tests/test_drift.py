@@ -8,6 +8,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
 from rlhf.drift import step_weights, velocity_distance
 from rlhf.lora import without_adapter
+from rlhf.method.options import MethodOptions
 from rlhf.methods import make_plan
 from rlhf.sampler import Visited, rollout, velocity_field
 
@@ -42,16 +43,16 @@ def test_one_drawn_step_stands_for_all_without_bias():
     sigmas, distance = torch.tensor([1.0, 0.9, 0.6, 0.0]), torch.tensor([1.0, 20.0, 3.0])
     for weighting in ("kl", "even"):
         args = RewardGradientConfig(drift_weight=0.1, drift_weighting=weighting)
-        plans = [make_plan(args, sigmas, generator("drift", draw)) for draw in range(3000)]
+        plans = [make_plan(args, MethodOptions(), sigmas, generator("drift", draw)) for draw in range(3000)]
         estimate = sum(p.drift_total * distance[p.drift_step].item() for p in plans) / len(plans)
         assert estimate == pytest.approx((step_weights(sigmas, weighting) @ distance).item(), rel=0.08)
-    assert make_plan(RewardGradientConfig(), sigmas, generator("drift", 0)).drift_step is None
+    assert make_plan(RewardGradientConfig(), MethodOptions(), sigmas, generator("drift", 0)).drift_step is None
 
 
 def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(problem):
     p, sigma = problem, SIGMAS[1]
     tuned = velocity_field(p.transformer, p.cond, GUIDANCE)
-    base = without_adapter(velocity_field(p.transformer, p.cond, GUIDANCE), p.transformer, p.masters)
+    base = without_adapter(velocity_field(p.transformer, p.cond, GUIDANCE), p.transformer)
     drift_B = velocity_distance(tuned, base, p.noise, sigma)
     assert drift_B.shape == (2,)
     assert (drift_B > 0).all()
@@ -69,7 +70,7 @@ def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(p
             p.masters.set(p.masters.vector - step * direction)
     assert (found[0] - found[1]) / 2e-5 == pytest.approx((gradient @ direction).item(), rel=1e-6)
 
-    rate = torch.ones((), requires_grad=True)  # as of a block that is trained whole, whose base weights lie in it
+    rate = torch.ones((), requires_grad=True)
     assert not velocity_distance(base, lambda x, s: rate * x, p.noise, sigma).requires_grad
 
     p.masters.set(torch.zeros_like(p.masters.vector))  # A = B = 0

@@ -5,22 +5,22 @@ from tiny import MAX_TOKENS, tiny_pipeline
 
 from rlhf.contentv.files import CONTENTV_8B
 from rlhf.contentv.loading import TEXT_ENCODERS
-from rlhf.encoders import PUBLISHED, encoder_configs, encoding_bytes
+from rlhf.encoders import CONTENTV_ENCODERS, encoder_configs, encoding_bytes
 from rlhf.text import ENCODE_BATCH
 
 TOKENS = {"text_encoder": 77, "text_encoder_2": 77, "text_encoder_3": 256}
 
 
 def test_the_published_ones_have_the_published_sizes():
-    """Parameters of CLIP L/14's and bigG/14's text towers with their projections, and of T5 v1.1 XXL's encoder."""
+    """Parameters of both CLIP text towers with their projections, and of T5's encoder."""
     expected = {"text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}
-    assert encoder_configs(CONTENTV_8B) is PUBLISHED
+    assert encoder_configs(CONTENTV_8B) is CONTENTV_ENCODERS
     for name, count in expected.items():
         cls = TEXT_ENCODERS[name]
         with torch.device("meta"):
-            model = cls(cls.config_class.from_dict(PUBLISHED[name]))
+            model = cls(cls.config_class.from_dict(CONTENTV_ENCODERS[name]))
         assert sum(p.numel() for p in model.parameters()) == count
-    found = encoding_bytes(PUBLISHED, TOKENS, torch.bfloat16)
+    found = encoding_bytes(CONTENTV_ENCODERS, TOKENS, torch.bfloat16)
     assert 2 * sum(expected.values()) < found < 1.15 * 2 * sum(expected.values())
 
 

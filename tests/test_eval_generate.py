@@ -12,7 +12,6 @@ import torch
 import yaml
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from tiny import SAMPLING, tiny_pipeline
 
 import rlhf.generate
@@ -212,18 +211,3 @@ def test_videos_of_two_kinds_do_not_share_a_folder(run, tmp_path, capsys):
         assert SCRIPT["main"](["--from_run", str(run), "--output", str(tmp_path), "--device", "cpu", *flags]) == 2
         assert told in capsys.readouterr().err
     assert json.loads((tmp_path / "generate.json").read_text())["scale"] == 1.0
-
-
-@pytest.mark.parametrize("merge", [False, True])
-def test_blocks_trained_whole_are_part_of_the_adapter(run, tmp_path, merge):
-    name, adapter = "transformer_blocks.0.ff.net.2.weight", tmp_path / "adapter"
-    own = tiny_pipeline().transformer.get_parameter(name)
-    shutil.copytree(run / "adapter", adapter)
-    without = Variant(str(run.parent / "base"), adapter, merge).identity()
-    save_file({name: own + 1}, adapter / "trained_blocks.safetensors")
-    for scale in (1.0, 0.5):
-        variant = Variant(str(run.parent / "base"), adapter, merge, scale)
-        variant.check()
-        with variant.open(torch.device("cpu")) as pipe:
-            torch.testing.assert_close(pipe.transformer.get_parameter(name), own + scale)
-    assert Variant(str(run.parent / "base"), adapter, merge).identity() != without

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rewards import score_cache
-from rewards.read import read_video
+from rewards.cli.files import read_video
 from rewards.score_cache import ScoreCache, Scorer, reward_identity
 from rlhf.tracking import write_video
 from rlhf.video_set import prompt_of, read_set

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
-from rewards.read import read_video
+from rewards.cli.files import read_video
 from rlhf.tracking import write_video
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "eval" / "vbench.py"))

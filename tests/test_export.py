@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
 
+from rlhf.adapter.merge import ADAPTER_FILE, merged
 from rlhf.contentv.loading import load_pipeline
-from rlhf.export import ADAPTER_FILE, main, merged
+from rlhf.export import main
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 

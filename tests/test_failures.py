@@ -1,7 +1,6 @@
 """What is told of memory that ends, by where it came, and of numbers that are not finite."""
 
 import math
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 from conftest import brightness
 
 from rewards import RewardMix
-from rewards.temporal import Flicker
-from rlhf.failures import MEMORY_CURES, TrainingError, broken_rewards, naming_lost_processes, not_finite, out_of_memory
+from rewards.models.pixels import Flicker
+from rlhf.failures import MEMORY_CURES, TrainingError, broken_rewards, not_finite, out_of_memory
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 24 GiB"
 
@@ -43,7 +42,7 @@ def test_a_reward_is_named_with_its_own_cures(monkeypatch):
     monkeypatch.setattr(reward, "score", fail)
     told = out_of_memory(caught(lambda: reward(torch.rand(1, 3, 4, 8, 8), ["x"])))
     assert told.startswith(
-        "Out of memory in rewards/temporal.py: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"
+        "Out of memory in rewards/models/pixels.py: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"
     )
     assert MEMORY_CURES["rewards"] in told
 
@@ -76,18 +75,6 @@ def test_the_reward_behind_a_gradient_is_named_beside_rewards_that_have_none():
     mix = RewardMix(rewards, [1.0, 1.0, 0.0, 1.0])
     broken = broken_rewards(mix, torch.rand(2, 3, 2, 4, 4), ["a", "b"], {"fps": 8})
     assert broken == {"fine": False, "edge": True, "constant": False}
-
-
-def test_an_error_of_ones_own_is_no_lost_process():
-    class Run:
-        accelerator = SimpleNamespace(lifeline=SimpleNamespace(watched=nullcontext, lost=lambda: "Process 1 is gone."))
-
-        @naming_lost_processes
-        def train(self):
-            raise RuntimeError("mine")
-
-    with pytest.raises(RuntimeError, match="^mine$"):
-        Run().train()
 
 
 @pytest.mark.parametrize(("elsewhere", "named"), [(False, "no reward"), (True, "the reward brightness")])

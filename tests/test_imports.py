@@ -25,6 +25,15 @@ def test_import_rewards_is_quick_and_loads_no_framework():
     assert not modules & {"torch", "torchvision", "transformers", "open_clip", "huggingface_hub"}
 
 
+def test_import_rlhf_loads_no_framework_and_its_public_names_load_on_first_use():
+    _, modules = modules_after("import rlhf")
+    assert not modules & {"torch", "diffusers", "transformers", "rlhf.trainer"}
+    names = "RewardGradientConfig, RewardGradientTrainer, load_pipeline"
+    check = f"assert sorted(rlhf.__all__) == [x.__name__ for x in ({names})] and not hasattr(rlhf, 'torch')"
+    _, modules = modules_after(f"import rlhf\nfrom rlhf import {names}\n{check}")
+    assert {"rlhf.trainer", "rlhf.config", "rlhf.contentv.loading"} <= modules
+
+
 def test_settings_are_checked_before_the_libraries_that_take_seconds_are_imported():
     _, modules = modules_after("import rlhf.checks")
     assert "rlhf.checks" in modules

@@ -1,4 +1,4 @@
-"""A checkpoint loads in one line from its folder, whatever its index says; what is absent is named at once."""
+"""A checkpoint loads from its folder, whatever its index says; missing files are named."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_dtype_is_of_transformer_and_text_and_not_of_the_vae(saved, monkeypatch)
 
 
 def test_tokenizers_load_from_the_files_of_older_checkpoints(checkpoint):
-    """ContentV-8B's folders hold vocab.json and merges.txt for CLIP, a sentencepiece model for T5."""
+    """ContentV-8B has vocab.json and merges.txt for CLIP, a sentencepiece model for T5."""
     words = {w: i for i, w in enumerate(["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{c}</w>" for c in LETTERS)])}
     for name in ("tokenizer", "tokenizer_2"):
         (checkpoint / name / "tokenizer.json").unlink()

@@ -1,17 +1,16 @@
 """The adapter: deterministic, without effect at first, in float32 whatever the base, and read back by diffusers."""
 
-import re
-
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
+from rlhf.adapter.masters import Masters
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
-from rlhf.export import add_trained_blocks, export_adapter, export_merged
-from rlhf.lora import Masters, adapter_off, add_adapter, lora_config, save_adapter, without_adapter
+from rlhf.export import export_merged
+from rlhf.lora import adapter_off, add_adapter, lora_config, save_adapter, without_adapter
 
 LATENTS = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -58,9 +57,9 @@ def test_only_the_adapter_is_trainable_and_all_eight_projections_have_one():
 
 def test_adapter_off_is_the_base_and_on_again_afterwards():
     base, transformer = tiny_transformer(), tiny_transformer()
-    masters = shaken(transformer)
+    shaken(transformer)
     tuned = velocity(transformer)
-    with adapter_off(transformer, masters):
+    with adapter_off(transformer):
         assert torch.equal(velocity(transformer), velocity(base))
     assert torch.equal(velocity(transformer), tuned)
     assert not torch.allclose(tuned, velocity(base), atol=1e-3)
@@ -120,21 +119,20 @@ def test_an_adapter_of_another_rank_is_not_loaded(rank):
     assert torch.equal(masters.vector, before)
 
 
-# -------------------------------------------------------------------------- DoRA, patterns, whole blocks, the average
+# -------------------------------------------------------------------------- DoRA, patterns, the average
 
 EVERYTHING = {
     "lora_rank": 4,
     "lora_use_dora": True,
     "lora_rank_pattern": {"to_q": 2},
     "lora_alpha_pattern": {"to_q": 6},
-    "train_blocks": ["transformer_blocks.1", "proj_out"],
 }
 
 
-def whole_and_adapted(**settings):
+def with_dora():
     """A pipeline with everything that can be trained, shaken, and its masters."""
-    pipe, args = tiny_pipeline(), RewardGradientConfig(**(EVERYTHING | settings))
-    add_adapter(pipe.transformer, lora_config(args), 0, args.train_blocks)
+    pipe = tiny_pipeline()
+    add_adapter(pipe.transformer, lora_config(RewardGradientConfig(**EVERYTHING)), 0)
     masters = Masters(pipe.transformer)
     with torch.no_grad():
         noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
@@ -142,19 +140,8 @@ def whole_and_adapted(**settings):
     return pipe, masters
 
 
-def test_chosen_blocks_are_trained_whole_and_have_no_lora():
-    pipe, masters = whole_and_adapted()
-    whole = [name for name in masters.names if "lora_" not in name]
-    assert sorted(whole) == sorted(masters.base_weights)
-    parts = [pipe.transformer.get_submodule(block) for block in EVERYTHING["train_blocks"]]
-    assert sum(masters.base_weights[n].numel() for n in whole) == sum(p.numel() for m in parts for p in m.parameters())
-    assert {name.split(".")[1] for name in masters.names if "lora_" in name} == {"0"}
-    excluded = lora_config(RewardGradientConfig(train_blocks=["transformer_blocks.1"])).exclude_modules
-    assert not re.fullmatch(excluded, "transformer_blocks.10.attn.to_q"), "another block whose name begins alike"
-
-
 def test_rank_and_alpha_patterns_and_magnitudes_are_as_asked():
-    pipe, masters = whole_and_adapted()
+    pipe, masters = with_dora()
     shapes = {name: tensor.shape for name, tensor in masters.named(masters.vector).items()}
     again = torch.zeros_like(masters.vector, requires_grad=False)
     masters.load(again, masters.named(masters.vector))
@@ -166,35 +153,24 @@ def test_rank_and_alpha_patterns_and_magnitudes_are_as_asked():
     assert shapes["transformer_blocks.0.attn.to_q.lora_magnitude_vector.default.weight"] == (32,)
 
 
-def test_adapter_off_is_the_base_with_whole_blocks_too():
-    pipe, masters = whole_and_adapted()
+def test_adapter_off_is_the_base_with_dora_too():
+    pipe, masters = with_dora()
     tuned, base = velocity(pipe.transformer), velocity(tiny_transformer())
     assert not torch.allclose(tuned, base, atol=1e-2)
-    with adapter_off(pipe.transformer, masters):
+    with adapter_off(pipe.transformer):
         assert torch.equal(velocity(pipe.transformer), base)
     assert torch.equal(velocity(pipe.transformer), tuned)
-    assert torch.equal(without_adapter(velocity, pipe.transformer, masters)(pipe.transformer), base)
+    assert torch.equal(without_adapter(velocity, pipe.transformer)(pipe.transformer), base)
 
 
 def test_what_was_trained_is_merged_into_a_plain_checkpoint(tmp_path):
-    pipe, masters = whole_and_adapted()
+    pipe, masters = with_dora()
     tiny_pipeline().save_pretrained(tmp_path / "base")
     save_adapter(pipe, masters, tmp_path / "run" / "adapter")
     (tmp_path / "run" / "config.yaml").write_text(f"model: {tmp_path / 'base'}")
     export_merged(tmp_path / "run", tmp_path / "out")
     merged = load_pipeline(str(tmp_path / "out"))
     torch.testing.assert_close(velocity(merged.transformer), velocity(pipe.transformer), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="the run trained whole blocks; use --merged"):
-        export_adapter(tmp_path / "run", tmp_path / "adapter")
-
-
-def test_a_whole_block_is_scaled_from_the_base_on(tmp_path):
-    pipe, masters = whole_and_adapted()
-    save_adapter(pipe, masters, tmp_path)
-    half = tiny_transformer()
-    add_trained_blocks(half, tmp_path, scale=0.5)
-    between = (tiny_transformer().proj_out.weight + pipe.transformer.proj_out.weight) / 2
-    torch.testing.assert_close(half.proj_out.weight, between)
 
 
 def test_the_layers_that_settings_name_are_adapted():
@@ -202,11 +178,6 @@ def test_the_layers_that_settings_name_are_adapted():
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_target_modules=["to_q", "ff.net.2"])), 0)
     adapted = {name.split(".lora_")[0] for name in Masters(transformer).names}
     assert {name.split(".", 2)[2] for name in adapted} == {"attn.to_q", "ff.net.2"}
-
-
-def test_an_unknown_block_is_named():
-    with pytest.raises(ValueError, match="train_blocks: got 'blocks.0', expected modules of pos_embed"):
-        add_adapter(tiny_transformer(), lora_config(RewardGradientConfig()), 0, ["blocks.0"])
 
 
 def test_the_average_follows_the_vector_and_stands_in_for_it():

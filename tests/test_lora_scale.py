@@ -10,7 +10,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
-from rlhf.export import ADAPTER_FILE, main, merged
+from rlhf.adapter.merge import ADAPTER_FILE, merged
+from rlhf.export import main
 from rlhf.lora import ATTENTION
 from rlhf.trainer import RewardGradientTrainer
 

@@ -1,4 +1,4 @@
-"""Parts put together as the trainer does."""
+"""Peak memory by phase: what each setting changes, and the peaks that were measured."""
 
 import dataclasses
 import json
@@ -7,25 +7,26 @@ from pathlib import Path
 import pytest
 from test_parts import CHECKPOINTED, DECODED, tiny
 
-from rlhf.checks import model_card, with_sampling
+from rlhf.checks import with_sampling
 from rlhf.config import RewardGradientConfig
-from rlhf.memory_plan import MemoryPlan, most_of, plan_memory, plan_rewards
-from rlhf.parts import Parts
+from rlhf.contentv.files import model_sizes
+from rlhf.memory_plan import MemoryPlan, plan_memory, plan_rewards
+from rlhf.parts import TracedModel
 
 GIB, ROOT = 2**30, Path(__file__).parents[1]
 
 
 def test_settings_lower_what_they_are_for():
     _, args, card = tiny(eval_prompts="none", num_frames=17)
-    parts = Parts(args, card)
-    rewards = plan_rewards(parts, args)
+    model = TracedModel(args, card)
+    rewards = plan_rewards(model, args)
 
     def plan(**settings) -> MemoryPlan:
-        return plan_memory(parts, dataclasses.replace(args, **settings), rewards)
+        return plan_memory(model, dataclasses.replace(args, **settings), rewards)
 
     plain, stepwise = plan(), plan(stepwise_backward=True)
     blocks, attention = plan(**CHECKPOINTED), plan(**CHECKPOINTED, keep_attention=True)
-    segment, decoding = "gradient segment", "decoding and back"
+    segment, decoding = "gradient window", "decode"
     assert stepwise.phases[segment] < 0.4 * plain.phases[segment], "one of four graphs at a time"
     assert stepwise.phases[decoding] < plain.phases[decoding]
     assert blocks.phases[segment] < attention.phases[segment] < plain.phases[segment]
@@ -35,11 +36,9 @@ def test_settings_lower_what_they_are_for():
     assert plan(guidance_together=True).phases["sampling"] > 1.5 * plain.phases["sampling"]
     assert plan(**DECODED, stepwise_backward=True).phases[decoding] < stepwise.phases[decoding]
     assert plan(decode_window=5).phases[decoding] < plain.phases[decoding]
-    assert plan(sampling_weights="merged").held["sampling copy"] > 0
-    moments = plain.held["adapter and optimizer"] - plan(optim="adamw_bnb_8bit").held["adapter and optimizer"]
-    assert moments == pytest.approx(parts.trained * (8 - 2 - 8 / 256), abs=1)
+    assert plan(sampling_weights="float8").held["float8 copy"] > 0
     assert plan(ema_decay=0.9).held["adapter and optimizer"] > plain.held["adapter and optimizer"]
-    assert plain.most == sum(plain.held.values()) + max(plain.phases.values())
+    assert plain.peak_bytes == sum(plain.held.values()) + max(plain.phases.values())
 
 
 def test_processes_share_what_their_layout_divides():
@@ -47,51 +46,48 @@ def test_processes_share_what_their_layout_divides():
 
     def plan(processes: int, **settings) -> MemoryPlan:
         changed = dataclasses.replace(args, **settings)
-        parts = Parts(changed, card, processes)
-        return plan_memory(parts, changed, plan_rewards(parts, changed))
+        model = TracedModel(changed, card, processes)
+        return plan_memory(model, changed, plan_rewards(model, changed))
 
     alone, data, guidance = plan(1), plan(4), plan(2, guidance_parallel=2)
     tokens, sharded = plan(2, sequence_parallel=2), plan(4, shard_base=True)
-    parts, segment = Parts(args, card), "gradient segment"
-    assert data == dataclasses.replace(alone, phases=alone.phases | {"optimizer": 4 * parts.trained})
+    model, segment = TracedModel(args, card), "gradient window"
+    assert data == dataclasses.replace(alone, phases=alone.phases | {"optimizer": 4 * model.num_trained})
     assert guidance.held == tokens.held == alone.held
     assert guidance.phases[segment] < 0.6 * alone.phases[segment], "two graphs of four"
     assert tokens.phases[segment] < 0.8 * alone.phases[segment]
-    assert guidance.phases["reward and back"] < alone.phases["reward and back"], "fewer graphs wait"
-    of_blocks, of_one, rest = parts.frozen
+    assert guidance.phases["reward"] < alone.phases["reward"], "fewer graphs wait"
+    of_blocks, of_one, rest = model.frozen
     assert sharded.held["transformer"] == 4 * (of_blocks + rest) // 4
     assert sharded.phases["sampling"] - alone.phases["sampling"] == 4 * (2 * of_one + rest)
-    assert sharded.phases["decoding and back"] == alone.phases["decoding and back"], "all is divided by then"
+    assert sharded.phases["decode"] == alone.phases["decode"], "all is divided by then"
     both = plan(4, guidance_parallel=2, sequence_parallel=2, shard_base=True)
-    assert both.most < min(guidance.most, tokens.most)
+    assert both.peak_bytes < min(guidance.peak_bytes, tokens.peak_bytes)
 
 
 def test_the_encoders_are_there_before_the_optimizer_is():
     _, args, card = tiny(eval_prompts="none", num_frames=17)
-    parts = Parts(args, card)
-    rewards, size = plan_rewards(parts, args), 10**9
-    plan = plan_memory(parts, args, rewards, size)
-    assert plan.worst == "encoding prompts"
-    moments = 2 * 4 * parts.trained
-    assert plan.most == plan.resident + size - moments - plan.held["position table"]
-    few_bits = plan_memory(parts, dataclasses.replace(args, optim="adamw_bnb_8bit"), rewards, size)
-    assert few_bits.most == pytest.approx(plan.most, abs=2), "what comes later does not matter then"
-    assert plan_memory(parts, args, rewards, 1).phases["encoding prompts"] == 0
+    model = TracedModel(args, card)
+    rewards, size = plan_rewards(model, args), 10**9
+    plan = plan_memory(model, args, rewards, size)
+    assert plan.peak_phase == "encoding prompts"
+    moments = 2 * 4 * model.num_trained
+    assert plan.peak_bytes == plan.held_bytes + size - moments - plan.held["position table"]
+    assert plan_memory(model, args, rewards, 1).phases["encoding prompts"] == 0
 
 
 def test_graphs_wait_for_the_decoder_unless_taken_one_by_one():
     _, args, card = tiny(eval_prompts="none")
-    parts = Parts(args, card)
-    plain = plan_memory(parts, args, plan_rewards(parts, args))
-    decoder, branch = parts.decoder(args, 2, 33), parts.branch(args, 2)
-    most = max(decoder.forward.most, decoder.backward.most) - decoder.forward.start
-    assert plain.phases["decoding and back"] == 2 * 2 * branch.kept + most
+    model = TracedModel(args, card)
+    plain = plan_memory(model, args, plan_rewards(model, args))
+    decoder, branch = model.decoder_call(args, 2, 33), model.transformer_call(args, 2)
+    assert plain.phases["decode"] == 2 * 2 * branch.saved_bytes + decoder.peak_bytes
 
 
 def test_an_evaluation_decodes_every_frame():
     _, args, card = tiny(per_device_eval_batch_size=16, eval_prompts="nano_held_out")
-    parts = Parts(args, card)
-    found = plan_memory(parts, args, plan_rewards(parts, args)).phases["evaluation"]
+    model = TracedModel(args, card)
+    found = plan_memory(model, args, plan_rewards(model, args)).phases["evaluation"]
     assert found >= 16 * 3 * 33 * args.height * args.width * 4
 
 
@@ -107,26 +103,26 @@ def test_an_evaluation_decodes_every_frame():
 )
 def test_rewards_are_taken_as_measured(settings, frames, weights, unknown):
     _, args, card = tiny(**settings)
-    found = plan_rewards(Parts(args, card), args)
-    assert (found.frames, found.unknown) == (frames, unknown)
-    assert found.weights / GIB == pytest.approx(weights, rel=0.01)
-    assert (found.memory > 0) == (unknown == ())
+    found = plan_rewards(TracedModel(args, card), args)
+    assert (found.decoded_frames, found.unknown) == (frames, unknown)
+    assert found.weight_bytes / GIB == pytest.approx(weights, rel=0.01)
+    assert (found.peak_bytes > 0) == (unknown == ())
 
 
 def test_a_reward_is_planned_by_its_own_frames_not_by_those_of_its_neighbours():
     def plan(*names):
         _, args, card = tiny(reward_funcs=list(names))
-        return plan_rewards(Parts(args, card), args)
+        return plan_rewards(TracedModel(args, card), args)
 
     both, image, video = plan("aesthetic", "motion_degree"), plan("aesthetic"), plan("motion_degree")
-    assert (image.frames, video.frames, both.frames) == (1, 33, 33)
+    assert (image.decoded_frames, video.decoded_frames, both.decoded_frames) == (1, 33, 33)
     assert both.seconds == pytest.approx(image.seconds + video.seconds)
-    assert both.memory == max(image.memory, video.memory)
+    assert both.peak_bytes == max(image.peak_bytes, video.peak_bytes)
 
 
 MEASURED = json.loads((ROOT / "bench" / "results" / "step.json").read_text())["rows"]
 PLANNED = ("sampling", "segment", "decode and back", "window")
-PARTS: dict[tuple, Parts] = {}
+MODELS: dict[tuple, TracedModel] = {}
 
 
 @pytest.mark.slow
@@ -140,16 +136,17 @@ def test_the_plan_is_what_was_measured_at_full_size(arm, frames):
         settings = {"num_frames": frames, "lora_rank": 32, "reward_kwargs": {"hps_v2_1": of_reward}}
         settings |= {"model": "ByteDance/ContentV-8B", "reward_funcs": ["hps_v2_1"], "eval_prompts": None}
         args = RewardGradientConfig(**settings, **row["settings"])
-        card = model_card(args.model)
+        card = model_sizes(args.model)
         args = with_sampling(args, card["sampling"])
         key = (arm, row["scored"])
-        parts = PARTS.setdefault(key, Parts(args, card))
-        rewards = plan_rewards(parts, args)
-        plan = plan_memory(parts, args, rewards)
+        model = MODELS.setdefault(key, TracedModel(args, card))
+        rewards = plan_rewards(model, args)
+        plan = plan_memory(model, args, rewards)
         planned = {
             "sampling": plan.phases["sampling"],
-            "segment": most_of(parts.branch(args, 1)),  # of one branch
-            "decode and back": most_of(parts.decoder(args, 1, rewards.frames)),
+            "segment": model.transformer_call(args, 1).peak_bytes,  # of one branch
+            "decode and back": model.decoder_call(args, 1, rewards.decoded_frames).peak_bytes,
             "window": max(plan.phases.values()),
         }
-        assert (plan.resident + planned[row["phase"]]) / GIB == pytest.approx(row["peak_gib"], rel=0.035), row["phase"]
+        peak_gib = (plan.held_bytes + planned[row["phase"]]) / GIB
+        assert peak_gib == pytest.approx(row["peak_gib"], rel=0.035), row["phase"]

@@ -6,29 +6,29 @@ import pytest
 import torch
 from problem import GUIDANCE, SIGMAS, Problem
 
-from rlhf.config import RewardGradientConfig
+from rlhf.config import METHODS, RewardGradientConfig
 from rlhf.device import generator
 from rlhf.drift import step_weights
-from rlhf.method_checks import METHODS
-from rlhf.methods import Plan, gradient_samples, jump_range, make_plan, recover
+from rlhf.method.options import read_options
+from rlhf.methods import Plan, gradient_samples, make_plan, recover
 from rlhf.sampler import rollout, velocity_field
 
 TEN_STEPS = torch.linspace(1, 0, 11, dtype=torch.float64)
 SETTINGS = {
     "draft_k": {"num_grad_steps": 3},
-    "draft_lv": {"num_draws": 2},
+    "draft_lv": {"method_kwargs": {"num_draws": 2}},
     "alignprop": {"num_grad_steps": 3},
     "uniform": {"num_grad_steps": 2},
-    "listed": {"grad_steps": [0, 2]},
-    "drtune": {"num_grad_steps": 2, "jump_steps": 2},
-    "refl": {"jump_steps": 2},
-    "srpo": {"num_draws": 4, "align_sigmas": [0.4, 0.6], "align_delta": 0.1},
+    "listed": {"method_kwargs": {"steps": [0, 2]}},
+    "drtune": {"num_grad_steps": 2, "method_kwargs": {"jump_steps": 2}},
+    "refl": {"method_kwargs": {"jump_steps": 2}},
+    "srpo": {"method_kwargs": {"num_draws": 4, "align_sigmas": [0.4, 0.6], "align_delta": 0.1}},
 }
 
 
 def plan_of(method: str, sigmas=SIGMAS, draw: int = 0, **settings) -> Plan:
     args = RewardGradientConfig(method=method, **(SETTINGS[method] | settings))
-    return make_plan(args, sigmas, generator("test", draw))
+    return make_plan(args, read_options(method, args.method_kwargs), sigmas, generator("test", draw))
 
 
 def test_every_method_is_tested_here():
@@ -59,17 +59,23 @@ def test_the_truncation_of_alignprop_is_even_over_all_lengths():
 
 
 def test_refl_jumps_from_any_of_the_last_steps_and_no_other():
-    plans = [plan_of("refl", TEN_STEPS, draw, jump_steps=3) for draw in range(100)]
+    plans = [plan_of("refl", TEN_STEPS, draw, method_kwargs={"jump_steps": 3}) for draw in range(100)]
     assert {len(p.sigmas) - 2 for p in plans} == {7, 8, 9}
     assert all(p.grad_steps == [len(p.sigmas) - 2] for p in plans)
-    assert jump_range(RewardGradientConfig(method="refl"), 40) == 10, "the paper's: 30 to 39 of 40"
-    assert jump_range(RewardGradientConfig(method="refl"), 3) == 1
-    assert jump_range(RewardGradientConfig(method="drtune"), 40) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "last"), [("refl", 40, set(range(30, 40))), ("refl", 3, {2}), ("drtune", 40, {39})]
+)
+def test_without_jump_steps_refl_jumps_from_the_last_quarter_and_drtune_not(method, steps, last):
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    plans = [plan_of(method, sigmas, draw, method_kwargs=None) for draw in range(200)]
+    assert {len(plan.sigmas) - 2 for plan in plans} == last
 
 
 def test_drtune_trains_its_steps_before_the_jump():
     for draw in range(100):
-        plan = plan_of("drtune", TEN_STEPS, draw, num_grad_steps=3, jump_steps=4)
+        plan = plan_of("drtune", TEN_STEPS, draw, num_grad_steps=3, method_kwargs={"jump_steps": 4})
         assert len(plan.grad_steps) == 3
         assert plan.grad_steps[-1] <= len(plan.sigmas) - 2
         assert 7 <= len(plan.sigmas) - 1 <= 10
@@ -82,7 +88,12 @@ def test_srpo_recovers_each_level_from_both_sides():
     assert (a[1], b[1], c[1], d[1]) == (-0.1, 0.1, -0.1, 0.1)
     assert a[0] == b[0] != c[0] == d[0]
     assert all(0.4 <= level <= 0.6 for level in levels)
-    assert [s for _, s in plan_of("srpo", TEN_STEPS, num_draws=1).recoveries] == [-0.1], "no inversion: a reward alone"
+    assert [
+        s
+        for _, s in plan_of(
+            "srpo", TEN_STEPS, method_kwargs={"num_draws": 1, "align_delta": 0.1, "align_sigmas": [0.4, 0.6]}
+        ).recoveries
+    ] == [-0.1], "no inversion: a reward alone"
     assert plan.num_samples == 4
 
 
@@ -160,11 +171,11 @@ def test_the_toys_gradient_is_the_closed_form(method, draw):
 def test_methods_agree_where_they_are_the_same_and_differ_elsewhere():
     sigmas = torch.tensor(TOY_SIGMAS, dtype=torch.float64)
     last = toy_gradient(plan_of("draft_k", sigmas, num_grad_steps=1))
-    assert toy_gradient(plan_of("listed", sigmas, grad_steps=[3])) == last
-    assert toy_gradient(plan_of("refl", sigmas, jump_steps=1)) == last
+    assert toy_gradient(plan_of("listed", sigmas, method_kwargs={"steps": [3]})) == last
+    assert toy_gradient(plan_of("refl", sigmas, method_kwargs={"jump_steps": 1})) == last
     full = toy_gradient(plan_of("draft_k", sigmas, num_grad_steps=4))
-    assert toy_gradient(plan_of("listed", sigmas, grad_steps=[0, 1, 2, 3])) == full
-    assert abs(toy_gradient(plan_of("drtune", sigmas, num_grad_steps=4, jump_steps=1)) - full) > 0.1 * abs(full)
+    assert toy_gradient(plan_of("listed", sigmas, method_kwargs={"steps": [0, 1, 2, 3]})) == full
+    assert abs(toy_gradient(plan_of("drtune", sigmas, num_grad_steps=4, method_kwargs=None)) - full) > 0.1 * abs(full)
 
 
 def test_a_known_noise_recovers_the_video_exactly_and_another_velocity_moves_it_as_told():
@@ -283,7 +294,7 @@ def test_the_last_step_is_drawn_again_at_its_own_noise_level(problem):
     seen = []
     velocity = lambda x, sigma: seen.append((x.detach(), sigma)) or torch.zeros_like(x)
     sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0], dtype=torch.float64)
-    plan = plan_of("draft_lv", sigmas, num_draws=400)
+    plan = plan_of("draft_lv", sigmas, method_kwargs={"num_draws": 400})
     for _ in gradient_samples(velocity, lambda purpose: noise_of(problem, purpose), plan):
         pass
     again = torch.stack([x for x, sigma in seen[3:]])

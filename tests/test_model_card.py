@@ -33,7 +33,7 @@ def run(tmp_path):
         base_dir="/home/someone/secret",
         output_dir="/home/someone/secret/run",
         reward_kwargs={"hps_v2_1": {"checkpoint": "/home/someone/secret/hps.pt"}},
-        relative_words=["good | bad", "bad"],
+        method_kwargs={"relative_words": ["good | bad", "bad"]},
         learning_rate=3e-3,
         max_steps=6,
     )
@@ -93,7 +93,7 @@ def test_what_differs_from_the_defaults_is_told_and_nothing_of_the_machine(run, 
     table = rows(text)
     assert table["learning_rate"] == ["0.003"]
     assert table["method"] == ["draft_k"]
-    assert r"good \| bad, bad" in text
+    assert r"good \| bad" in text
     assert "`held_out.txt` held out" in text
     assert "secret" not in text
 

@@ -1,4 +1,4 @@
-"""The parts of a step hold what they hold in reality."""
+"""Traced calls hold what real calls hold."""
 
 import dataclasses
 import gc
@@ -11,18 +11,18 @@ from diffusers.models.normalization import RMSNorm
 from kept import KeptBytes
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
-from rlhf.checks import model_card, with_sampling
+from rlhf.checks import with_sampling
 from rlhf.config import RewardGradientConfig
+from rlhf.contentv.files import model_sizes
 from rlhf.contentv.transformer import QueryKeyNorm
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.host_memory import HostMemory
 from rlhf.lora import Masters, add_adapter, lora_config
-from rlhf.parts import Parts
-from rlhf.rates import Rates
+from rlhf.parts import TracedModel
 from rlhf.setup import latent_shape
 from rlhf.speed import Speed, set_up_blocks
-from rlhf.time_plan import seconds
-from rlhf.trace import Elsewhere, Trace, pretended_group
+from rlhf.time_plan import H200, phase_seconds
+from rlhf.trace import MetaOffload, Phase, Trace, fake_process_group, fused_attention
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 DECODED = {"decode_chunk": 1, "decode_checkpoint": True}
@@ -32,26 +32,26 @@ def tiny(**settings):
     pipe = tiny_pipeline()
     pipe.register_modules(transformer=tiny_transformer(num_layers=6))  # the text that enters the first has no gradient
     common = {"lora_rank": 4, "num_frames": 33, "per_device_train_batch_size": 2, "num_grad_steps": 2}
-    card = model_card("", pipe)
+    card = model_sizes("", pipe)
     return pipe, with_sampling(RewardGradientConfig(**common | settings), card["sampling"]), card
 
 
 def test_counts_are_those_of_the_real_modules():
     pipe, args, card = tiny()
-    parts = Parts(args, card)
-    assert sum(p.numel() for p in pipe.transformer.parameters()) == sum(parts.frozen) - parts.frozen[1]
-    assert parts.latents == latent_shape(pipe, args)
+    traced = TracedModel(args, card)
+    assert sum(p.numel() for p in pipe.transformer.parameters()) == traced.frozen.blocks + traced.frozen.rest
+    assert traced.latent_shape == latent_shape(pipe, args)
     add_adapter(pipe.transformer, lora_config(args), 0)
-    assert parts.trained == Masters(pipe.transformer).vector.numel()
-    assert parts.adapter_bytes == 4 * parts.trained
+    assert traced.num_trained == Masters(pipe.transformer).vector.numel()
+    assert traced.adapter_bytes == 4 * traced.num_trained
 
 
 @pytest.mark.parametrize(
     "settings", [{"attention_kernel": "flash"}, CHECKPOINTED, CHECKPOINTED | {"keep_attention": True}]
 )
-def test_a_branch_keeps_what_autograd_holds(settings):
+def test_a_transformer_call_keeps_what_autograd_holds(settings):
     pipe, args, card = tiny(**settings)
-    model, part = pipe.transformer, Parts(args, card).branch(args, 2)
+    model, call = pipe.transformer, TracedModel(args, card).transformer_call(args, 2)
     add_adapter(model, lora_config(args), 0)
     set_up_blocks(model, Speed.of(args), torch.device("cpu"))
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
@@ -60,51 +60,53 @@ def test_a_branch_keeps_what_autograd_holds(settings):
         (v,) = model(latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.ones(2), return_dict=False)
         held = kept.now
         v.sum().backward()
-    # On a CPU the norms of queries and keys keep more than one kernel's; the result and what is alive come on top.
-    assert part.kept == pytest.approx(held + v.nbytes, rel=0.1)
-    assert part.backward.most > part.kept
-    assert part.backward.most >= 0.9 * kept.most
+    # On a CPU the norms of queries and keys keep more than one kernel's; the result and what is
+    # alive come on top.
+    assert call.saved_bytes == pytest.approx(held + v.nbytes, rel=0.1)
+    assert call.backward.peak_bytes > call.saved_bytes
+    assert call.backward.peak_bytes >= 0.9 * kept.most
 
 
 @pytest.mark.parametrize("settings", [{}, CHECKPOINTED, CHECKPOINTED | {"keep_attention": True}])
-def test_a_part_of_the_tokens_keeps_what_autograd_holds(settings):
+def test_a_share_of_the_tokens_keeps_what_autograd_holds(settings):
     """Of three processes, which the two heads have to be padded for."""
     pipe, args, card = tiny(**settings, sequence_parallel=3)
-    model, part = pipe.transformer, Parts(args, card, 3).branch(args, 2)
-    alone = Parts(dataclasses.replace(args, sequence_parallel=1), card).branch(args, 2)
+    model, call = pipe.transformer, TracedModel(args, card, 3).transformer_call(args, 2)
+    alone = TracedModel(dataclasses.replace(args, sequence_parallel=1), card).transformer_call(args, 2)
     add_adapter(model, lora_config(args), 0)
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
     cond = tiny_conditioning(2, card["tokenizer"]["model_max_length"] + args.max_sequence_length)
-    with pretended_group(3) as group:
+    with fake_process_group(3) as group:
         set_up_blocks(model, Speed.of(args), torch.device("cpu"), group)
         with KeptBytes(model) as kept:
             (v,) = model(latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.ones(2), return_dict=False)
             held = kept.now
             v.sum().backward()
-    assert part.kept == pytest.approx(held + v.nbytes, rel=0.1)
-    assert part.backward.most >= 0.9 * kept.most
-    assert part.kept < 0.8 * alone.kept, "all of the text, almost as long as the video here, and a third of that"
+    assert call.saved_bytes == pytest.approx(held + v.nbytes, rel=0.1)
+    assert call.backward.peak_bytes >= 0.9 * kept.most
+    assert call.saved_bytes < 0.8 * alone.saved_bytes, "all of the text, and a third of the video"
 
 
 @pytest.mark.parametrize("keep_attention", [False, True])
-def test_nothing_of_a_branch_waits_for_the_garbage_collector(keep_attention):
+def test_nothing_of_a_call_waits_for_the_garbage_collector(keep_attention):
     _, args, card = tiny(**CHECKPOINTED, keep_attention=keep_attention)
-    parts = Parts(args, card)
+    traced = TracedModel(args, card)
     gc.disable()
     try:
-        part = parts.branch(args, 2)
+        call = traced.transformer_call(args, 2)
     finally:
         gc.enable()
-    latents = 2 * prod(parts.latents) * 4
-    assert part.gradients <= parts.adapter_bytes + 4 * latents  # velocity, its gradient and that of the latents
+    latents = 2 * prod(traced.latent_shape) * 4
+    left = call.backward.bytes_after - call.forward.bytes_before
+    assert left <= traced.adapter_bytes + 4 * latents  # velocity, its gradient and that of the latents
 
 
 @pytest.mark.parametrize("frames", [1, 17])
 @pytest.mark.parametrize("settings", [{}, DECODED, DECODED | {"decode_caches": "host"}, DECODED | {"decode_chunk": 3}])
 def test_the_decoder_keeps_what_autograd_holds(settings, frames, monkeypatch):
-    monkeypatch.setattr("rlhf.parts.Elsewhere", lambda: Elsewhere(0))  # nothing is too small to go there
+    monkeypatch.setattr("rlhf.parts.MetaOffload", lambda: MetaOffload(0))  # nothing is too small to go there
     pipe, args, card = tiny(num_frames=17, **settings)
-    part = Parts(args, card).decoder(args, 2, frames)
+    call = TracedModel(args, card).decoder_call(args, 2, frames)
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
     caches = HostMemory("cpu", smallest_bytes=0) if args.decode_caches == "host" else args.decode_caches
     pipe.vae.requires_grad_(False)
@@ -112,44 +114,47 @@ def test_the_decoder_keeps_what_autograd_holds(settings, frames, monkeypatch):
         video = decode_video(pipe.vae, latents, frames, args.decode_chunk, args.decode_checkpoint, 0, caches)
         held = kept.now
         video.sum().backward()
-    assert part.kept == pytest.approx(held + video.nbytes, rel=0.1)
-    assert kept.most <= 1.02 * part.backward.most
+    assert call.saved_bytes == pytest.approx(held + video.nbytes, rel=0.1)
+    assert kept.most <= 1.02 * call.backward.peak_bytes
     if args.decode_caches != "host":  # what comes back from there, autograd does not hold
-        assert part.backward.most <= 4 * (kept.most + video.nbytes)
+        assert call.backward.peak_bytes <= 4 * (kept.most + video.nbytes)
 
 
-def test_many_pieces_of_a_decoder_are_a_line_through_a_few(monkeypatch):
+def sizes_of(phase: Phase) -> tuple:
+    return phase.bytes_before, phase.bytes_after, phase.peak_bytes, phase.launches
+
+
+def test_many_chunks_are_extrapolated_from_a_few(monkeypatch):
     _, args, card = tiny(**DECODED | {"decode_caches": "host"})
-    short = Parts(args, card).decoder(args, 1, 33)
-    monkeypatch.setattr("rlhf.parts.TRACED_PIECES", 100)
-    whole = Parts(args, card).decoder(args, 1, 33)
-    rates = Rates("any", {"matrix float32": 1e12}, 1e12, 1e-6, 1e-6, None)
+    short = TracedModel(args, card).decoder_call(args, 1, 33)
+    monkeypatch.setattr("rlhf.parts.TRACED_CHUNKS", 100)
+    whole = TracedModel(args, card).decoder_call(args, 1, 33)
     for way in ("forward", "backward"):
         a, b = getattr(short, way), getattr(whole, way)
-        assert (a.start, a.end, a.most, a.calls) == (b.start, b.end, b.most, b.calls)
-        assert seconds(a, rates) == pytest.approx(seconds(b, rates))
+        assert sizes_of(a) == sizes_of(b)
+        assert phase_seconds(a, H200) == pytest.approx(phase_seconds(b, H200))
 
 
 @pytest.mark.parametrize("settings", [{}, CHECKPOINTED | {"keep_attention": True, "offload_activations": True}])
-def test_many_blocks_are_a_line_through_a_few(settings, monkeypatch):
+def test_many_blocks_are_extrapolated_from_a_few(settings, monkeypatch):
     _, args, card = tiny(**settings)
     card = card | {"transformer": card["transformer"] | {"num_layers": 8}}
-    short = Parts(args, card).branch(args, 1)
+    short = TracedModel(args, card).transformer_call(args, 1)
     monkeypatch.setattr("rlhf.parts.TRACED_BLOCKS", 100)
-    whole = Parts(args, card).branch(args, 1)
-    for way in ("sampling", "forward", "backward"):
+    whole = TracedModel(args, card).transformer_call(args, 1)
+    for way in ("no_grad", "forward", "backward"):
         a, b = getattr(short, way), getattr(whole, way)
-        assert (a.start, a.end, a.most, a.calls) == (b.start, b.end, b.most, b.calls)
+        assert sizes_of(a) == sizes_of(b)
 
 
 def test_the_stock_model_needs_what_was_measured_of_it(monkeypatch):
-    """Peaks in GiB on one H200: the published transformer with checkpointed blocks, 15.33 GiB of weights included."""
-    fused = lambda query, key, value, **kwargs: Trace.current().attention(query, key, value)
+    """Peaks in GiB on one H200, with 15.33 GiB of weights: checkpointed blocks."""
+    fused = lambda query, key, value, **kwargs: fused_attention(query, key, value)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", fused)
     args = RewardGradientConfig(model="ByteDance/ContentV-8B", lora_rank=32, num_frames=33, dtype="bfloat16")
-    card, make, most = model_card(args.model), partial(torch.empty, device="meta", dtype=torch.bfloat16), []
+    card, make, most = model_sizes(args.model), partial(torch.empty, device="meta", dtype=torch.bfloat16), []
     for blocks in (3, 4):
-        model = Parts(args, card | {"transformer": card["transformer"] | {"num_layers": blocks}}).transformer
+        model = TracedModel(args, card | {"transformer": card["transformer"] | {"num_layers": blocks}}).transformer
         for module in model.modules():
             if isinstance(module, QueryKeyNorm):
                 module.__class__ = RMSNorm
@@ -159,16 +164,16 @@ def test_the_stock_model_needs_what_was_measured_of_it(monkeypatch):
             inputs = make(1, 16, 9, 54, 96), make(1, 333, 4096), make(1, 2048), torch.empty(1, device="meta")
             (v,) = model(*inputs, return_dict=False)
             v.backward(torch.empty_like(v))
-        most.append(phase.most / 2**30)
+        most.append(phase.peak_bytes / 2**30)
     assert 15.33 + most[1] + 34 * (most[1] - most[0]) == pytest.approx(18.96, rel=0.02)
 
 
 def test_the_stock_decoder_needs_what_was_measured_of_it():
-    """GiB above what was held before, on one H200: two latent frames of 432x768 there and back, in bfloat16."""
+    """GiB above the weights on one H200: two latent frames of 432x768, forward and backward."""
     args = RewardGradientConfig(model="ByteDance/ContentV-8B")
-    vae = Parts(args, model_card(args.model)).vae.to(torch.bfloat16)
+    vae = TracedModel(args, model_sizes(args.model)).vae.to(torch.bfloat16)
     with Trace(vae) as trace, trace.phase() as phase:
         z = torch.empty(1, 16, 2, 54, 96, device="meta", dtype=torch.bfloat16).requires_grad_()
         video = vae.decode(z, return_dict=False)[0]
         video.backward(torch.empty_like(video))
-    assert phase.most / 2**30 == pytest.approx(19, rel=0.05)
+    assert phase.peak_bytes / 2**30 == pytest.approx(19, rel=0.05)

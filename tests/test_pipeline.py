@@ -1,4 +1,4 @@
-"""The sampler equals a straight-line implementation; the call has the published signature, defaults and rules."""
+"""The sampler equals a straight-line implementation; the call has the published signature."""
 
 import inspect
 import json

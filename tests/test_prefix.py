@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_conditioning, tiny_transformer
 
 from rlhf.contentv.flow import euler_step, guided_velocity
-from rlhf.prefix import KeptGuidance, PrefixBuffer, SecondOrder, by_gradient, fewer_steps
+from rlhf.prefix import KeptGuidance, PrefixBuffer, by_gradient, fewer_steps
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0], dtype=torch.float64)
 
@@ -30,35 +30,6 @@ def test_fewer_steps_keep_the_window(window, steps, expected):
 def test_fewer_steps_are_checked(steps):
     with pytest.raises(ValueError, match=f"prefix_steps={steps}, expected 1 to 4"):
         fewer_steps(SIGMAS, 4, steps)
-
-
-def test_second_order_steps_converge_with_the_square():
-    """dx/dsigma = cos(5 sigma) x from 1 to 0, whose solution is known."""
-    exact = torch.exp(-torch.sin(torch.tensor(5.0, dtype=torch.float64)) / 5)
-    field = lambda x, sigma: torch.cos(5 * sigma) * x
-    errors = {}
-    for steps in (20, 40):
-        uneven = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 1.5
-        start = torch.ones((), dtype=torch.float64)
-        with torch.no_grad():
-            second = rollout(SecondOrder(field, uneven), start, uneven)
-            first = rollout(field, start, uneven)
-        errors[steps] = (abs(second - exact).item(), abs(first - exact).item())
-    assert errors[20][0] < errors[20][1] / 3
-    assert errors[20][0] / errors[40][0] == pytest.approx(4, rel=0.25)
-    assert errors[20][1] / errors[40][1] == pytest.approx(2, rel=0.25)
-
-
-def test_the_window_takes_plain_steps():
-    velocities, field = [], lambda x, sigma: (x * sigma).requires_grad_()
-    second = SecondOrder(field, SIGMAS)
-    for i in range(6):
-        with torch.set_grad_enabled(i >= 4):
-            velocities.append(second(torch.ones(1, dtype=torch.float64), SIGMAS[i]).item())
-    assert velocities[4:] == SIGMAS[4:6].tolist()
-    assert velocities[0] == SIGMAS[0]
-    ratio = ((SIGMAS[2] - SIGMAS[1]) / (SIGMAS[1] - SIGMAS[0])).item()
-    assert velocities[1] == pytest.approx((1 + ratio / 2) * SIGMAS[1].item() - ratio / 2 * SIGMAS[0].item())
 
 
 class Guided:
@@ -129,7 +100,7 @@ def test_one_use_keeps_nothing():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PrefixBuffer(0), "rollout_uses=0, expected at least 1"),
+        (lambda: PrefixBuffer(0), "rollout_reuse=0, expected at least 1"),
         (lambda: KeptGuidance(None, tiny_conditioning(), 3.0, 0), "guidance_every=0, expected at least 1"),
     ],
 )

@@ -86,7 +86,7 @@ def test_empty_or_wrong_datasets_are_refused(dataset):
 
 
 def test_what_yields_names_instead_of_rows_is_no_dataset():
-    """They would be trained on as prompts: "train" of what load_dataset returns, "prompt" of a pandas table."""
+    """Names would be trained on: "train" of what load_dataset returns, "prompt" of a table."""
     datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
     splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"prompt": ["a", "b"]}))
     with pytest.raises(ConfigError, match=r"eval_set: got a DatasetDict of 'train', expected .*; pass one of these"):

@@ -1,4 +1,4 @@
-"""Each shipped recipe says what it is, what was measured and how it is started, and passes the dry run."""
+"""Each shipped recipe says what it is, what was measured and how to start it, and can be run."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ from scripts import script
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig, field_names
 from rlhf.parse import parse_config
-from rlhf.planner import describe
+from rlhf.planner_text import plan_report
 from rlhf.prompts import find_prompt_file
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def head(path: Path) -> str:
 
 
 def launched(path: Path) -> list[str]:
-    """The words of the command in the head of a recipe."""
+    """Return the words of the command in the head of a recipe."""
     (line,) = re.findall(r"^#   (accelerate launch .*)$", head(path), re.MULTILINE)
     return shlex.split(line)
 
@@ -86,11 +86,12 @@ def test_recipes_for_several_devices_differ_only_in_their_number():
 @functools.cache
 def needs(settings: str) -> str:
     """What the dry run prints."""
-    return describe(RewardGradientConfig(**json.loads(settings)))
+    return plan_report(RewardGradientConfig(**json.loads(settings)))
 
 
 def resolved(path: Path, tmp_path: Path) -> RewardGradientConfig:
-    return check_config(parse_config(["--config", str(path), "--output_dir", str(tmp_path / "run"), "--dry_run"]))
+    args = parse_config(["--config", str(path), "--output_dir", str(tmp_path / "run")])
+    return check_config(args, planned_processes=1)
 
 
 @named_8b
@@ -106,7 +107,7 @@ def test_settings_pass_every_check_without_weights_or_network(path, monkeypatch,
 def test_the_dry_run_passes(path, tmp_path):
     settings = {key: value for key, value in vars(resolved(path, tmp_path)).items() if key not in UNSIZED}
     text = needs(json.dumps(settings, sort_keys=True))
-    for line in ("8,056,627,520 parameters", "  at most  ", "  in all  "):
+    for line in ("8,056,627,520 parameters", "  peak  "):
         assert line in text
 
 

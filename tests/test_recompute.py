@@ -1,13 +1,14 @@
-"""Functions that run again in the backward pass: the same gradients, and only inputs kept, here or in host memory."""
+"""Gradient checkpointing: the same gradients, and only inputs saved, on the device or host."""
 
 import gc
 
 import pytest
 import torch
+from fake_stream import FakeStream
 from torch.autograd.graph import saved_tensors_hooks
 
 from rlhf.host_memory import HostMemory
-from rlhf.recompute import kept_in, recomputed
+from rlhf.recompute import gradient_checkpoint, offload_saved_tensors
 
 WEIGHT = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(5, 6)
 
@@ -17,7 +18,7 @@ def numbers(*shape, seed=0):
 
 
 class Layers:
-    """Three steps with weights, two of them within one function; calls and kept bytes are counted."""
+    """Three layers with weights; calls are counted and saved tensors collected."""
 
     def __init__(self):
         self.weights = [numbers(6, 6, seed=i).requires_grad_() for i in range(3)]
@@ -34,14 +35,14 @@ class Layers:
             x, carry = self.one(i, x, carry)
         return x * carry
 
-    def stepwise(self, x, place=lambda: None):
+    def stepwise(self, x, offload=lambda: None):
         carry = None
         for i in range(3):
 
             def step(x, carry, i=i):
                 return self.one(i, x, carry)
 
-            x, carry = recomputed(step, x, carry, parameters=[self.weights[i]], place=place())
+            x, carry = gradient_checkpoint(step, x, carry, parameters=[self.weights[i]], offload=offload())
         return x * carry
 
     def gradients(self, forward):
@@ -74,7 +75,7 @@ def test_pieces_within_pieces_keep_the_outer_inputs_alone():
     layers.kept, layers.calls = [], []
 
     def nested(x):
-        return recomputed(layers.stepwise, x, parameters=layers.weights)
+        return gradient_checkpoint(layers.stepwise, x, parameters=layers.weights)
 
     for found, grad in zip(layers.gradients(nested), expected, strict=True):
         assert torch.equal(found, grad)
@@ -94,16 +95,16 @@ def test_a_constant_or_a_forward_without_gradient_is_run_once():
 
 def test_autograd_grad_reaches_parameters_and_unused_outputs_cost_nothing():
     layers, x = Layers(), numbers(5, 6).requires_grad_()
-    y, _ = recomputed(lambda x: layers.one(1, x, None), x, parameters=[layers.weights[1]])
+    y, _ = gradient_checkpoint(lambda x: layers.one(1, x, None), x, parameters=[layers.weights[1]])
     (found,) = torch.autograd.grad(y.sum(), layers.weights[1])
     (expected,) = torch.autograd.grad(layers.one(1, x, None)[0].sum(), layers.weights[1])
     assert torch.equal(found, expected)
 
 
 def test_a_gradient_that_is_a_slice_does_not_hold_the_whole():
-    """Of what is joined with more, as the decoder joins caches and frames."""
+    """The decoder joins caches and frames by `cat`, whose gradients are slices."""
     cache, x = (numbers(n, 6, seed=n).requires_grad_() for n in (2, 5))
-    joined = recomputed(lambda *pair: torch.cat(pair).square(), cache, x)
+    joined = gradient_checkpoint(lambda *pair: torch.cat(pair).square(), cache, x)
     expected = torch.autograd.grad(torch.cat([cache, x]).square().sum(), [cache, x])
     for found, grad in zip(torch.autograd.grad(joined.sum(), [cache, x]), expected, strict=True):
         assert torch.equal(found, grad)
@@ -114,17 +115,17 @@ def test_an_input_that_a_piece_within_leaves_alone_gets_no_gradient():
     x, unread = numbers(5, 6).requires_grad_(), numbers(5, 6, seed=1).requires_grad_()
 
     def outer(x, unread):
-        y, _ = recomputed(lambda x, unread: (x.square(), 3 * unread), x, unread)
-        return recomputed(lambda y, unread: y + 1, y, unread)
+        y, _ = gradient_checkpoint(lambda x, unread: (x.square(), 3 * unread), x, unread)
+        return gradient_checkpoint(lambda y, unread: y + 1, y, unread)
 
-    found, none = torch.autograd.grad(recomputed(outer, x, unread).sum(), [x, unread], allow_unused=True)
+    found, none = torch.autograd.grad(gradient_checkpoint(outer, x, unread).sum(), [x, unread], allow_unused=True)
     assert torch.equal(found, 2 * x)
     assert none is None
 
 
 def test_an_output_that_depends_on_nothing_passes_no_gradient_on():
     x = numbers(5, 6).requires_grad_()
-    y, constant = recomputed(lambda x: (x.square(), WEIGHT + 0), x)
+    y, constant = gradient_checkpoint(lambda x: (x.square(), WEIGHT + 0), x)
     (found,) = torch.autograd.grad((y * constant).sum(), x, retain_graph=True)
     assert torch.equal(found, 2 * x * WEIGHT)
     assert torch.autograd.grad(constant.sum(), x, allow_unused=True) == (None,)
@@ -132,12 +133,12 @@ def test_an_output_that_depends_on_nothing_passes_no_gradient_on():
 
 def test_an_input_that_is_given_twice_gets_both_gradients():
     x = numbers(5, 6).requires_grad_()
-    joined = recomputed(lambda one, other: torch.cat([one, 2 * other]).square() * torch.cat([one, one]), x, x)
+    joined = gradient_checkpoint(lambda one, other: torch.cat([one, 2 * other]).square() * torch.cat([one, one]), x, x)
     expected = torch.autograd.grad((torch.cat([x, 2 * x]).square() * torch.cat([x, x])).sum(), x)[0]
     assert torch.allclose(torch.autograd.grad(joined.sum(), x)[0], expected, rtol=1e-14)
 
 
-def test_kept_in_host_memory_gives_the_same_gradients_and_buffers_are_used_again():
+def test_offload_saved_tensors_host_memory_gives_the_same_gradients_and_buffers_are_used_again():
     layers, host = Layers(), HostMemory("cpu", smallest_bytes=100)
     expected = layers.gradients(layers.plain)
     for _ in range(2):
@@ -153,7 +154,7 @@ def test_groups_come_back_last_first_with_the_one_before_on_its_way():
     x = numbers(4).requires_grad_()
     y = x
     for _ in range(3):
-        with kept_in(host.group()):
+        with offload_saved_tensors(host.group()):
             y = y * 2 * y
     groups = []
     group = host.last()
@@ -161,8 +162,8 @@ def test_groups_come_back_last_first_with_the_one_before_on_its_way():
         groups.append(group)
         group = group.previous()
     for i, group in enumerate(groups):
-        ask = group.ask_back
-        group.ask_back = lambda ask=ask, i=i: (log.append(i), ask())
+        ask = group.prefetch
+        group.prefetch = lambda ask=ask, i=i: (log.append(i), ask())
     del group
     y.sum().backward()
     assert log[:2] == [0, 1], "the last group, and at once the one before"
@@ -173,7 +174,7 @@ def test_groups_come_back_last_first_with_the_one_before_on_its_way():
 def test_strides_and_slices_survive_the_host():
     host = HostMemory("cpu", smallest_bytes=0)
     x = numbers(2, 3, 4, 5).to(memory_format=torch.channels_last)[:, :, 1:].requires_grad_()
-    with kept_in(host.group()):
+    with offload_saved_tensors(host.group()):
         y = x * x
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad, 2 * x)
@@ -182,7 +183,7 @@ def test_strides_and_slices_survive_the_host():
 
 def test_a_graph_that_is_dropped_frees_its_host_memory():
     host = HostMemory("cpu", smallest_bytes=0)
-    with kept_in(host.group()):
+    with offload_saved_tensors(host.group()):
         y = numbers(4).requires_grad_().square()
     assert host.last() is not None
     del y
@@ -192,45 +193,11 @@ def test_a_graph_that_is_dropped_frees_its_host_memory():
 
 def test_a_second_backward_pass_is_refused():
     host = HostMemory("cpu", smallest_bytes=0)
-    with kept_in(host.group()):
+    with offload_saved_tensors(host.group()):
         y = numbers(4).requires_grad_().square().sum()
     y.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass"):
         y.backward()
-
-
-class FakeEvent:
-    def __init__(self, log):
-        self.log, self.number = log, log.count("event")
-
-    def synchronize(self):
-        self.log.append(f"host waits for event {self.number}")
-
-    def __str__(self):
-        return "event"
-
-
-class FakeStream:
-    """Writes down what a stream is told."""
-
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
-
-    def wait_event(self, event):
-        self.log.append(f"{self.name} waits for {event}")
-
-    def record_event(self):
-        self.log.append("event")
-        return FakeEvent(self.log)
-
-    def __enter__(self):
-        self.log.append(f"on {self.name}")
-
-    def __exit__(self, *error):
-        self.log.append(f"off {self.name}")
 
 
 def test_on_an_accelerator_copies_run_aside_and_are_waited_for(monkeypatch):
@@ -242,7 +209,7 @@ def test_on_an_accelerator_copies_run_aside_and_are_waited_for(monkeypatch):
     host.stream = side
     monkeypatch.setattr(host, "take", lambda size: torch.empty(size, dtype=torch.uint8))
     x = numbers(4).requires_grad_()
-    with kept_in(host.group()):
+    with offload_saved_tensors(host.group()):
         y = x.exp()
     copied = ["side waits for main", "on side", "off side"]
     assert log == ["event", *copied, "kept for side"], "the source outlives its copy"

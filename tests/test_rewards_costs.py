@@ -1,4 +1,4 @@
-"""What rewards are said to take is what was measured of them."""
+"""Costs of rewards are those that were measured."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,16 @@ import pytest
 from scripts import script
 
 from rewards.catalogue import CATALOGUE
-from rewards.costs import cost, decoded_frames, scored_frames
+from rewards.costs import COSTS, decoded_frames, reward_cost, scored_frames
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("path", ["rewards/measured.py", "rlhf/measured.py"])
-def test_the_packaged_figures_are_those_of_the_benchmark(path):
-    source, make = script("bench/package.py").MODULES[path]
-    results = ROOT / "bench" / "results" / source
-    if not results.exists():
-        pytest.skip(f"{source} is not measured yet")
-    assert (ROOT / path).read_text() == make(json.loads(results.read_text()))
+def test_the_packaged_costs_are_those_of_the_benchmark():
+    bench = script("bench/reward_costs.py")
+    _, _, packaged = Path(bench.COSTS_FILE).read_text().partition(bench.MARKER)
+    assert packaged == bench.package(json.loads(bench.RESULT.read_text()))
+    assert {name for name, _ in COSTS} <= set(CATALOGUE)
 
 
 def test_a_cost_is_a_line_through_what_was_measured():
@@ -28,15 +26,17 @@ def test_a_cost_is_a_line_through_what_was_measured():
         for row in rows
         if (row["arm"], row["dtype"], row["phase"]) == ("hps_v2_1", "float32", "forward and backward")
     }
-    one, eight = cost("hps_v2_1", {}, 1), cost("hps_v2_1", {}, 8)
+    one, eight = reward_cost("hps_v2_1", {}, 1), reward_cost("hps_v2_1", {}, 8)
     for frames, found in ((1, one), (8, eight)):
         assert found.seconds == pytest.approx(of[frames]["seconds"], abs=1e-4)
-        assert (found.weights + found.memory) / 2**30 == pytest.approx(of[frames]["peak_gib"], abs=2e-3)
-    assert cost("hps_v2_1", {}, 15).seconds == pytest.approx(2 * eight.seconds - one.seconds)
-    assert cost("hps_v2_1", {"dtype": "bfloat16"}, 1).weights < 0.51 * one.weights
-    assert cost("flicker", {}, 16).memory == pytest.approx(2 * cost("flicker", {}, 8).memory, rel=1e-6)
-    assert cost("flicker", {}, 2) == cost("flicker", {}, 8), "never less than what was measured"
-    assert cost("nano_verifier", {}, 1) is None
+        assert (found.weight_bytes + found.peak_bytes) / 2**30 == pytest.approx(of[frames]["peak_gib"], abs=2e-3)
+    assert reward_cost("hps_v2_1", {}, 15).seconds == pytest.approx(2 * eight.seconds - one.seconds)
+    assert reward_cost("hps_v2_1", {"dtype": "bfloat16"}, 1).weight_bytes < 0.51 * one.weight_bytes
+    assert reward_cost("flicker", {}, 16).peak_bytes == pytest.approx(
+        2 * reward_cost("flicker", {}, 8).peak_bytes, rel=1e-6
+    )
+    assert reward_cost("flicker", {}, 2) == reward_cost("flicker", {}, 8), "never less than what was measured"
+    assert reward_cost("nano_verifier", {}, 1) is None
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,3 @@ def test_a_cost_is_a_line_through_what_was_measured():
 def test_frames_that_are_decoded_and_scored(name, settings, decoded, scored):
     assert decoded_frames(name, settings, 33) == decoded
     assert scored_frames(name, settings, decoded, fps=24) == scored
-
-
-def test_every_measured_reward_is_in_the_catalogue():
-    from rewards.measured import COSTS
-
-    assert {name for name, _ in COSTS} <= set(CATALOGUE)

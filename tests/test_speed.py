@@ -5,12 +5,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_blocks import arguments, gradients, model_with_adapter
+from adapted_model import arguments, gradients, model_with_adapter
 
 from rlhf import speed as module
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.setup import load_base
-from rlhf.speed import Speed, choose_forward, choose_kernel, require_compiler, set_up_blocks
+from rlhf.speed import (
+    ExecutionOptions,
+    UnsupportedOptionError,
+    choose_inference_kernel,
+    choose_kernel,
+    require_compiler,
+    set_up_blocks,
+)
 
 CPU = torch.device("cpu")
 RECOMPUTED = {"gradient_checkpointing": True}
@@ -30,7 +37,7 @@ RECOMPUTED = {"gradient_checkpointing": True}
 def test_gradients_are_those_of_the_stock_blocks(settings):
     model, inputs = model_with_adapter(torch.float32), arguments(torch.float32)
     expected = gradients(model, inputs)
-    chosen = set_up_blocks(model, Speed(**settings), CPU)
+    chosen = set_up_blocks(model, ExecutionOptions(**settings), CPU)
     assert (model.run_block is None) == (settings == {}), "on a CPU the default is left as it was"
     assert chosen == ({"attention_kernel": settings.get("attention_kernel", "PyTorch's choice")} if settings else {})
     for name, grad in gradients(model, inputs).items():
@@ -38,11 +45,11 @@ def test_gradients_are_those_of_the_stock_blocks(settings):
 
 
 def test_recompute_follows_the_settings():
-    assert Speed().recompute == "nothing"
-    assert Speed(gradient_checkpointing=True).recompute == "block"
-    assert Speed(gradient_checkpointing=True, keep_attention=True).recompute == "all but attention"
-    args = SimpleNamespace(**vars(Speed(compile_blocks=True)), learning_rate=1.0)
-    assert Speed.of(args) == Speed(compile_blocks=True)
+    assert ExecutionOptions().recompute == "nothing"
+    assert ExecutionOptions(gradient_checkpointing=True).recompute == "block"
+    assert ExecutionOptions(gradient_checkpointing=True, keep_attention=True).recompute == "all but attention"
+    args = SimpleNamespace(**vars(ExecutionOptions(compile_blocks=True)), learning_rate=1.0)
+    assert ExecutionOptions.from_settings(args) == ExecutionOptions(compile_blocks=True)
 
 
 def test_the_fastest_kernel_is_chosen_and_reported(monkeypatch):
@@ -71,7 +78,7 @@ def test_the_fastest_kernel_is_chosen_and_reported(monkeypatch):
 @pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
 def test_a_kernel_that_the_device_lacks_is_refused_before_the_model_is_loaded(kernel, monkeypatch):
     told = f"attention_kernel: got {kernel} on cpu, which has none for .*; use auto or default"
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(UnsupportedOptionError, match=told):
         choose_kernel(model_with_adapter(torch.float32), kernel, CPU)
     monkeypatch.setattr("rlhf.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=told):
@@ -93,21 +100,21 @@ def test_a_device_without_a_compiler_is_told_before_the_model_is_loaded(monkeypa
     assert "and more of it" not in str(raised.value)
 
 
-def test_what_is_faster_without_gradient_is_looked_for_on_cuda_and_reported(monkeypatch):
+def test_what_is_faster_inference_attention_is_looked_for_on_cuda_and_reported(monkeypatch):
     model, asked, other = model_with_adapter(torch.float32), [], F.scaled_dot_product_attention
 
     def faster(*args):
         asked.append(args[1:])
         return other, "FlashAttention-3 without gradient"
 
-    monkeypatch.setattr(module, "faster_without_gradient", faster)
-    assert choose_forward(model, None, CPU) is None
+    monkeypatch.setattr(module, "faster_inference_attention", faster)
+    assert choose_inference_kernel(model, None, CPU) is None
     assert asked == []
     cuda = torch.device("cuda")
-    assert choose_forward(model, None, cuda) == (other, "FlashAttention-3 without gradient")
+    assert choose_inference_kernel(model, None, cuda) == (other, "FlashAttention-3 without gradient")
     assert asked == [(cuda, torch.float32, 2, 16)]
-    monkeypatch.setattr(module, "choose_forward", lambda *_: (other, "other, faster"))
+    monkeypatch.setattr(module, "choose_inference_kernel", lambda *_: (other, "other, faster"))
     for kernel, line in (("auto", "PyTorch's choice; other, faster"), ("flash", "flash")):
-        chosen = set_up_blocks(model, Speed(attention_kernel=kernel, compile_blocks=True), CPU)
+        chosen = set_up_blocks(model, ExecutionOptions(attention_kernel=kernel, compile_blocks=True), CPU)
         assert chosen["attention_kernel"] == line
-        assert (model.run_block.attention_without_gradient is other) == (kernel == "auto")
+        assert (model.run_block.inference_attention is other) == (kernel == "auto")

@@ -1,25 +1,25 @@
-"""Weights that pass through two slots: the same numbers, the next block on its way, nothing else on the device."""
+"""Streamed weights: the same numbers, and only two blocks on the device, one of them ahead."""
 
 import pytest
 import torch
-from test_blocks import arguments, assert_equal, gradients, model_with_adapter
-from test_recompute import FakeStream
+from adapted_model import arguments, assert_equal, gradients, model_with_adapter
+from fake_stream import FakeStream
 
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.host_memory import HostMemory
 from rlhf.streaming import stream_blocks
 
 
-def brought(stream):
-    """A list of the blocks that are brought from now on."""
-    log, bring = [], stream._bring
+def log_copies(stream):
+    """Return a list that logs the blocks copied to the device from now on."""
+    log, copy = [], stream._copy
 
-    def logged(number):
-        if stream._slot(number) is None:
-            log.append(number)
-        bring(number)
+    def logged(index):
+        if stream._slot(index) is None:
+            log.append(index)
+        copy(index)
 
-    stream._bring = logged
+    stream._copy = logged
     return log
 
 
@@ -41,7 +41,7 @@ def test_each_block_is_brought_once_in_each_direction_one_ahead():
     model, inputs = model_with_adapter(num_layers=5), arguments()
     stream = stream_blocks(model, "cpu")
     model.run_block = BlockRunner(recompute="all but attention", fetch=stream.fetch)
-    log = brought(stream)
+    log = log_copies(stream)
     with torch.no_grad():
         model(*inputs)
         assert log == [0, 1, 2, 3, 4, 0], "the last for the next pass"

@@ -5,25 +5,25 @@ import math
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import many_runs
 import pytest
 import torch
 from conftest import redness, rows_without_cost
+from processes import Started, start
 from runs import saved_adapter, train
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.checkpoint import SavingError, TrainingInterrupted, last_whole
+from rlhf.checkpoint import SavingError, last_whole
 from rlhf.config import RewardGradientConfig
 from rlhf.failures import TrainingError
+from rlhf.run.signals import TrainingInterrupted
+from rlhf.train import EXIT_INTERRUPTED
 
-SCRIPT = Path(__file__).with_name("survivor.py")
 # Of everything that has a state: the optimizer, its rate, the average, random choices, drift, held-out noise.
 EVERYTHING = {
     "max_steps": 12,
@@ -201,42 +201,27 @@ def test_too_many_in_a_row_end_the_run_with_its_last_good_state(settings, bad, e
 # ------------------------------------------------------------------------------------------------- real kills
 
 
-def start(args, processes: int) -> list[subprocess.Popen]:
+def running(args, processes: int) -> list[Started]:
     config = Path(args.output_dir).with_suffix(".yaml")
     config.write_text(args.to_yaml())
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost"}
-    common |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} if processes > 1 else {}
-    environ = os.environ | (common if processes > 1 else {"OMP_NUM_THREADS": "1"})
-    return [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(config)],
-            env=environ | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    return start(many_runs.slowly_saved, config, processes=processes)
 
 
-def finish(processes: list[subprocess.Popen], codes=(0,)) -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode in codes, errors
+def finish(processes: list[Started], codes=(0,)) -> None:
+    for one in processes:
+        one.finish(codes, timeout=240)
 
 
-def kill_in_a_save(args, processes: list[subprocess.Popen], step: int) -> None:
-    """SIGKILL to all of them while the checkpoint of that step is being written."""
-    unfinished = Path(args.output_dir) / "checkpoints" / f"step-{step}.tmp"
-    while not unfinished.exists():
-        assert all(process.poll() is None for process in processes), processes[0].communicate()[1]
+def wait_for(path: Path, processes: list[Started]) -> None:
+    while not path.exists():
+        assert all(one.process.is_alive() for one in processes), processes[0].output.read_text()
         time.sleep(0.002)
-    for process in processes:
-        process.kill()
-        process.communicate()
+
+
+def kill(processes: list[Started]) -> None:
+    for one in processes:
+        one.process.kill()
+        one.process.join()
 
 
 @pytest.mark.slow
@@ -244,16 +229,16 @@ def kill_in_a_save(args, processes: list[subprocess.Popen], step: int) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_in_saves_and_stopped_by_signals_the_run_ends_the_same(settings, processes, seed):
     whole, parts = settings("whole"), settings("parts")
-    finish(start(whole, processes))
+    finish(running(whole, processes))
     *killed, stopped = sorted(random.Random(seed).sample(range(1, EVERYTHING["max_steps"] - 1), 4))
+    checkpoints = Path(parts.output_dir) / "checkpoints"
     for step in killed:
-        running = start(go_on(parts), processes)
-        kill_in_a_save(parts, running, step)
-    running = start(go_on(parts), processes)
-    while not (Path(parts.output_dir) / "checkpoints" / f"step-{stopped}").exists():
-        assert all(process.poll() is None for process in running), running[0].communicate()[1]
-        time.sleep(0.01)
-    running[-1].send_signal(signal.SIGTERM)  # to one of them: they agree
-    finish(running, codes=(0, 130))
-    finish(start(go_on(parts), processes))
+        started = running(go_on(parts), processes)
+        wait_for(checkpoints / f"step-{step}.tmp", started)
+        kill(started)
+    started = running(go_on(parts), processes)
+    wait_for(checkpoints / f"step-{stopped}", started)
+    started[-1].process.terminate()  # one of them: they agree
+    finish(started, codes=(0, EXIT_INTERRUPTED))
+    finish(running(go_on(parts), processes))
     assert_same(whole, parts)

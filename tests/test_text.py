@@ -31,7 +31,7 @@ def test_each_prompt_is_encoded_once_and_without_graph(tiny_pipe, monkeypatch):
 
 @pytest.mark.skipif(not NANO_PATH.is_dir(), reason="the nano weights are not in this checkout")
 def test_an_embedding_is_the_same_to_the_bit_whatever_is_encoded_with_it():
-    """What a resumed run relies on: it encodes the prompts that are left."""
+    """A resumed run encodes only the remaining prompts."""
     pipe, prompts = load_pipeline("nano"), ["one red star", "two small blue circles", "a star falling", "a ring"]
     whole, rest = (encode_prompts(pipe, some, "", 16)(prompts[3:], "cpu") for some in (prompts, prompts[3:]))
     assert torch.equal(whole.prompt_embeds_BLD, rest.prompt_embeds_BLD)

@@ -1,4 +1,4 @@
-"""What is counted without storage is what happens with it."""
+"""What a trace counts on "meta" tensors is what real tensors need."""
 
 import pytest
 import torch
@@ -11,44 +11,42 @@ from rlhf.contentv.transformer import QueryKeyNorm
 from rlhf.exchange import entering, gathered, swapped
 from rlhf.host_memory import HostMemory
 from rlhf.recompute import recomputed
-from rlhf.trace import Elsewhere, Operation, Trace, pretended_group, use_fused_norms
+from rlhf.trace import MetaOffload, Operation, Trace, fake_process_group, fused_attention, use_fused_norms
 
 META = torch.device("meta")
 
 
-def most_allocated(work) -> int:
-    """Bytes at most that PyTorch held on the CPU besides those of before."""
+def profiled_peak(function) -> int:
+    """Return the peak of allocated bytes on the CPU, by PyTorch's profiler."""
     torch.empty(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        work()
+        function()
     changes = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
+    live = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_the_peak_is_that_of_real_tensors(again):
-    """Allocations of the CPU, as PyTorch's profiler reports them: independent of what is tested."""
-
-    def there_and_back(device):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_is_that_of_real_tensors(checkpointing):
+    def forward_and_backward(device):
         with torch.device(device):
             layers = [
                 nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)) for _ in "1234"
             ]
             x = torch.zeros(512, 64)
         for layer in layers:
-            y = recomputed(layer, x, parameters=layer.parameters()) if again else layer(x)
+            y = recomputed(layer, x, parameters=layer.parameters()) if checkpointing else layer(x)
             x = x + y.sin()
         x.sum().backward()
 
-    real = most_allocated(lambda: there_and_back("cpu"))
+    real = profiled_peak(lambda: forward_and_backward("cpu"))
     with Trace() as trace, trace.phase() as phase:
-        there_and_back(META)
-    assert phase.most == pytest.approx(real, rel=0.03)
-    assert phase.end < 0.01 * phase.most, "all is free again"
+        forward_and_backward(META)
+    assert phase.peak_bytes == pytest.approx(real, rel=0.03)
+    assert phase.bytes_after < 0.01 * phase.peak_bytes, "all is free again"
 
 
 def test_work_is_counted_by_hand():
@@ -64,33 +62,32 @@ def test_work_is_counted_by_hand():
     assert phase.work[Operation("conv", "float32", 2 * 9 * 2 * 4 * 64, 4 * (128 + 72 + 256))] == 1
     moved = sum(op.bytes * n for op, n in phase.work.items() if op.kind == "other")
     assert moved == 4 * (2 * 21 + 2 * 21), "a copy, an addition; views and new tensors move nothing"
-    assert phase.calls == sum(phase.work.values())
+    assert phase.launches == sum(phase.work.values())
 
 
-def test_attention_is_counted_and_keeps_what_kernels_keep():
+def test_attention_keeps_and_computes_what_a_fused_kernel_does():
     query = torch.empty(2, 3, 10, 4, device=META).requires_grad_()
     with Trace() as trace:
-        trace.know(query)
+        trace.ignore(query)
         with trace.phase() as forward:
-            result = trace.attention(query, query, query)
+            result = fused_attention(query, query, query)
         with trace.phase() as backward:
             result.sum().backward()
     assert forward.work[Operation("attention", "float32", 4 * 2 * 3 * 10 * 10 * 4, 0)] == 1
-    assert backward.work[Operation("attention backward", "float32", 10 * 2 * 3 * 10 * 10 * 4, 0)] == 1
-    assert forward.end == 4 * (2 * 3 * 10 * 4 + 2 * 3 * 10), "the result and a number for each row"
-    assert backward.calls_of_autograd > 0
+    assert backward.work[Operation("attention", "float32", 10 * 2 * 3 * 10 * 10 * 4, 0)] == 1
+    assert forward.bytes_after == 4 * (2 * 3 * 10 * 4 + 2 * 3 * 10), "the result and a number for each row"
 
 
-def test_exchanges_are_counted_by_what_a_process_sends():
+def test_collectives_are_counted_by_what_a_rank_sends():
     x = torch.empty(4, 8, device=META)
-    with pretended_group(4) as group, Trace() as trace, trace.phase() as phase:
+    with fake_process_group(4) as group, Trace() as trace, trace.phase() as phase:
         swapped(x, group)
         gathered(x, group)
         entering(x.requires_grad_(), group).backward(x.detach())
-    sent = {op.bytes: count for op, count in phase.work.items() if op.kind == "exchange"}
-    assert sent == {4 * 32 * 3 // 4: 1, 4 * 32 * 3: 1, 2 * 4 * 32 * 3 // 4: 1}, "swapped, gathered, added up"
+    sent = {op.bytes: count for op, count in phase.work.items() if op.kind == "collective"}
+    assert sent == {4 * 32 * 3 // 4: 1, 4 * 32 * 3: 1, 2 * 4 * 32 * 3 // 4: 1}, "all-to-all, all-gather, all-reduce"
     assert not dist.is_initialized()
-    with pretended_group(1) as group:
+    with fake_process_group(1) as group:
         assert group is None
 
 
@@ -99,30 +96,30 @@ def test_a_norm_is_one_kernel():
     use_fused_norms(nn.Sequential(norm))
     with Trace(norm) as trace, trace.phase() as phase:
         y = norm(x)
-        assert phase.calls == 2  # the numbers of the rows, and the norm
+        assert phase.launches == 2  # the numbers of the rows, and the norm
     assert y.shape == x.shape
-    assert trace.now == 4 * (5 * 16 + 5)
+    assert trace.live_bytes == 4 * (5 * 16 + 5)
 
 
-def test_what_is_put_elsewhere_leaves_the_device_and_comes_back_one_ahead():
+def test_offloaded_tensors_leave_the_device_and_come_back_one_group_ahead():
     """As with a real `HostMemory`, whose tensors autograd's own hooks see come and go."""
     sizes = {}
-    for name, device, host in (("real", "cpu", HostMemory("cpu", 0)), ("counted", META, Elsewhere(0))):
+    for name, device, host in (("real", "cpu", HostMemory("cpu", 0)), ("meta", META, MetaOffload(0))):
         x = torch.zeros(1000, device=device).requires_grad_()
         with Trace() as trace:
-            trace.know(x)
+            trace.ignore(x)
             y = x
             for _ in range(4):
                 y = recomputed(lambda t: t.sin() * t, y, place=host.group())
             with trace.phase() as backward:
                 y.sum().backward()
-        sizes[name] = trace.now, x.grad.shape
-        if name == "counted":
-            assert backward.start <= 4 * 1000 * 2, "the result and what is on its way, not all five"
-    assert sizes["counted"][1] == sizes["real"][1]
+        sizes[name] = trace.live_bytes, x.grad.shape
+        if name == "meta":
+            assert backward.bytes_before <= 4 * 1000 * 2, "the result and the tensor under way, not all five"
+    assert sizes["meta"][1] == sizes["real"][1]
 
 
-def test_a_graph_that_is_there_is_what_autograd_holds():
+def test_a_graph_holds_what_autograd_keeps():
     layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
     with KeptBytes(layers) as kept:
         y = layers(torch.zeros(4, 8))
@@ -130,6 +127,6 @@ def test_a_graph_that_is_there_is_what_autograd_holds():
     layers.to(META)
     x = torch.empty(4, 8, device=META)
     with Trace(layers) as trace:
-        trace.know(x)
+        trace.ignore(x)
         y = layers(x)
-    assert trace.now == real - 4 * 8 * 4 + y.nbytes  # the input was there before, the result is there too
+    assert trace.live_bytes == real - 4 * 8 * 4 + y.nbytes  # the input was there before, the result is there too

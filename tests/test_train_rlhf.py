@@ -188,7 +188,7 @@ def test_the_dry_run_of_a_recipe_for_contentv_8b_prints_settings_and_needs(main,
     text = capsys.readouterr().out
     for line in ("learning_rate: 1.0e-05", "lora_rank: 32", "stream_weights: true", "8,056,627,520 parameters"):
         assert line in text
-    assert re.search(r"transformer forwards of a process, a step and video +50$", text, re.MULTILINE)
+    assert re.search(r"transformer calls of one process, per video +50$", text, re.MULTILINE)
     assert not (ROOT / "runs" / "contentv_8b_24gib").exists()
 
 

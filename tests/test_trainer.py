@@ -81,7 +81,7 @@ def test_weights_weigh_the_gradient(make_args, tmp_path):
 @pytest.mark.parametrize("settings", [{"drift_weight": 0.3}, {"anchor_steps": 2}])
 def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args, monkeypatch, settings):
     """Written out for the second step of an adapter that has learnt something: an anchor's, where there are any."""
-    args = make_args(method="srpo", num_draws=2, num_inference_steps=4, max_grad_norm=0.0, warmup_steps=4, **settings)
+    args = make_args(method="srpo", num_inference_steps=4, max_grad_norm=0.0, warmup_steps=4, **settings)
     trainer, found = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS), []
     trainer._begin()
     masters, sigmas, transformer = trainer.masters, trainer.sigmas, trainer.pipe.transformer
@@ -89,9 +89,9 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
     masters.set(masters.vector + 0.1 * noise)
     batch = trainer.batches.batch(1, 0)
     tuned = velocity_field(transformer, trainer.text(batch.prompts, "cpu"), trainer.args.guidance_scale)
-    base = without_adapter(tuned, transformer, masters)
+    base = without_adapter(tuned, transformer)
 
-    plan = make_plan(args, sigmas, generator("method", args.seed, 1))
+    plan = make_plan(args, trainer.options, sigmas, generator("method", args.seed, 1))
     i, loss, rewards = plan.drift_step, 0.0, []
     if not args.anchor_steps:
         for sample in gradient_samples(tuned, batch.noise, plan):
@@ -116,7 +116,7 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
 
 
 def test_relative_words_weigh_the_reward_as_the_settings_say(make_args):
-    args = make_args(max_steps=1, relative_words=["good", "bad"], relative_strength=2.0)
+    args = make_args(max_steps=1, method_kwargs={"relative_words": ["good", "bad"], "relative_strength": 2.0})
     train(args)  # a reward that reads no prompt: (1 + k) R - R
     (row,) = read_metrics(Path(args.output_dir))
     assert row["reward"] == pytest.approx(2 * row["rewards/redness"], rel=1e-5)
@@ -251,7 +251,7 @@ def test_a_pipe_with_an_adapter_is_refused_and_trains_on_when_that_is_merged(mak
         ({"reward_funcs": [redness, RewardGradientTrainer]}, r"got the class .*Trainer, expected an object; pass"),
         ({"peft_config": {"r": 4}}, r"peft_config: got a dict, expected a LoraConfig, whose files diffusers reads"),
         ({"peft_config": LoHaConfig(target_modules=["to_q"])}, r"peft_config: got a LoHaConfig, expected a LoraConfig"),
-        ({"peft_config": LoraConfig(target_modules=["to_q"], modules_to_save=["proj_out"])}, r"train_blocks trains"),
+        ({"peft_config": LoraConfig(target_modules=["to_q"], modules_to_save=["proj_out"])}, r"modules_to_save="),
         ({"peft_config": LoraConfig(target_modules=["to_q"], init_lora_weights="pissa")}, r"'pissa', expected one"),
         ({"peft_config": LoraConfig(target_modules=["to_q"], bias="all")}, r"got bias='all', expected 'none'"),
         ({"peft_config": LoraConfig(r=4)}, r"peft_config: got no target_modules, expected names of layers; .*'to_q'"),

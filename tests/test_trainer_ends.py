@@ -14,10 +14,11 @@ from tiny import tiny_pipeline
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.checkpoint import TrainingInterrupted, last_whole
+from rlhf.checkpoint import last_whole
 from rlhf.config import ConfigError
 from rlhf.evaluate import HeldOut
 from rlhf.failures import TrainingError
+from rlhf.run.signals import TrainingInterrupted
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 

@@ -1,25 +1,30 @@
 """Methods and drift through the whole loop, on a tiny random pipeline: what is exact stays exact."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import PROMPTS, redness, rows_without_cost
 from runs import adapter
-from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
 from rlhf.contentv.flow import guided_velocity
 from rlhf.sampler import draw_noise
 from rlhf.trainer import RewardGradientTrainer
 
+ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
+
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"method": "draft_lv"},
-        {"method": "drtune", "num_grad_steps": 2, "jump_steps": 2, "drift_weight": 0.1, "anchor_steps": 2},
-        {"method": "srpo", "relative_words": ["good", "bad"], "guidance_gradient": "text"},
+        {
+            "method": "drtune",
+            "num_grad_steps": 2,
+            "method_kwargs": {"jump_steps": 2},
+            "drift_weight": 0.1,
+            "anchor_steps": 2,
+        },
+        {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}, "guidance_gradient": "text"},
     ],
 )
 def test_accumulated_batches_equal_one_large_batch_with_every_method(make_args, tmp_path, settings):
@@ -95,9 +100,10 @@ def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
         assert torch.equal(guided, guided_velocity(base, noise, sigma, cond, args.guidance_scale or 3.0))
 
 
-def test_whole_blocks_and_dora_train_in_the_loop(make_args):
-    args = make_args(lora_use_dora=True, train_blocks=["proj_out"], max_steps=2, drift_weight=0.1)
-    RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
-    trained = load_file(Path(args.output_dir) / "adapter" / "trained_blocks.safetensors")
-    assert set(trained) == {"proj_out.weight", "proj_out.bias"}
-    assert not torch.equal(trained["proj_out.weight"], tiny_pipeline().transformer.proj_out.weight)
+def test_dora_trains_in_the_loop(make_args):
+    args = make_args(lora_use_dora=True, max_steps=2, drift_weight=0.1)
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
+    before = trainer.masters.vector.detach().clone()
+    trainer.train()
+    moved = trainer.masters.named(trainer.masters.vector - before)
+    assert any(tensor.abs().max() > 0 for name, tensor in moved.items() if "magnitude" in name)

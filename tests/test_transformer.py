@@ -1,4 +1,4 @@
-"""The transformer equals a straight-line implementation, has the published keys, and can be checkpointed."""
+"""The transformer equals a straight-line implementation and has the published keys."""
 
 import pytest
 import torch
@@ -200,7 +200,7 @@ def test_the_norm_of_queries_and_keys_stays_in_float64():
 
 
 def test_on_the_cpu_no_plug_in_is_asked_for_the_norm(monkeypatch):
-    """The stock class asks an installed plug-in for it, which has no kernel for tensors of the CPU."""
+    """The stock class calls an installed plug-in, which has no kernel for CPU tensors."""
     monkeypatch.setattr(normalization, "is_torch_npu_available", lambda: True)
     model = tiny_transformer()
     assert model(*arguments(model)).sample.isfinite().all()

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from transformers import TrainerCallback
 
-from rlhf.checkpoint import TrainingInterrupted
 from rlhf.evaluate import Evaluation, HeldOut
+from rlhf.run.signals import TrainingInterrupted
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 

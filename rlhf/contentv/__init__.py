@@ -1,1 +1,1 @@
-"""The generator: ContentV's transformer, pipeline, differentiable decoder and loader. Nothing of training."""
+"""The generator: transformer, pipeline, differentiable decoder and loader, without training."""

@@ -1,15 +1,18 @@
-"""What lies in a checkpoint - names, sizes, sampling - told without a weight and without the libraries that load them.
+"""Checkpoint layout, sizes and sampling defaults, read without importing torch.
 
-Settings are checked against this before the seconds that importing those libraries takes.
+So settings are checked against a model before the seconds that importing its libraries takes.
 """
 
 import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.reading import read_object
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from rlhf.contentv.pipeline import ContentVPipeline
 
 NANO_PATH = Path(__file__).parents[1] / "nano" / "weights" / "contentv-nano"
 CONTENTV_8B = "ByteDance/ContentV-8B"
@@ -22,7 +25,7 @@ CONFIG_FILES = {
     **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "config.json"),
     **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), "tokenizer_config.json"),
 }
-# ContentV-8B's, and what the classes take where a config file leaves them out.
+# Sizes of ContentV-8B, which are also the classes' defaults for keys that a config file leaves out.
 SIZES = {
     "transformer": {"in_channels": 16, "patch_size": 2, "num_layers": 38},
     "vae": {"temperal_downsample": [False, True, True]},
@@ -32,7 +35,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How a checkpoint is meant to be sampled; kept beside its weights as sampling.json. Defaults: ContentV-8B."""
+    """The recommended sampling of a checkpoint, from its sampling.json; defaults: ContentV-8B's."""
 
     height: int = 432  # pixels
     width: int = 768  # pixels
@@ -49,7 +52,7 @@ class SamplingDefaults:
 
     @classmethod
     def load(cls, folder: Path) -> "SamplingDefaults":
-        """Read folder/sampling.json; ContentV-8B's values where the file or a key is absent."""
+        """Read folder/sampling.json; ContentV-8B's values if the file or a key is missing."""
         path = Path(folder) / SAMPLING_FILE
         values = read_object(path) if path.exists() else {}
         known = {field.name for field in fields(cls)}
@@ -58,16 +61,19 @@ class SamplingDefaults:
         return cls(**values)
 
     def save(self, folder: Path) -> None:
-        """Write them as folder/sampling.json."""
+        """Write the file folder/sampling.json."""
         (Path(folder) / SAMPLING_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def call_arguments(self) -> dict[str, Any]:
-        """The keyword arguments that `ContentVPipeline.__call__` takes."""
+        """Return them as keyword arguments of `ContentVPipeline.__call__`."""
         return {key: value for key, value in asdict(self).items() if key != "fps"}
 
 
 def resolve_model(model: str | Path) -> Path | str:
-    """The folder of "nano" or of a local checkpoint, or the hub id unchanged. Reads no weights and asks no network."""
+    """Return the folder of "nano" or of a local checkpoint, or a hub id unchanged.
+
+    Neither weights nor the network are read. Raises ValueError for anything else.
+    """
     if str(model) == "nano":
         return _check_folder(NANO_PATH, "run `python -m rlhf.nano.pretrain` to train it, or clone the repository again")
     path = Path(model).expanduser()
@@ -82,10 +88,11 @@ def resolve_model(model: str | Path) -> Path | str:
 
 
 def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
-    """Sizes of a model without its weights: {"transformer", "vae", "tokenizer", "sampling"}, each a plain dict.
+    """Return the sizes in a model's config files.
 
-    Those of its config files; `from_config` fills in what these leave out. ContentV-8B's are known here and need
-    neither files nor network; other hub ids fetch their config files.
+    The keys are "transformer", "vae", "tokenizer" and "sampling"; the values are dicts.
+    ContentV-8B's are known here and need neither files nor network. The config files of other hub
+    ids are downloaded.
     """
     if str(model) == CONTENTV_8B:
         return SIZES | {"sampling": asdict(SamplingDefaults())}
@@ -94,7 +101,16 @@ def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
     return configs | {"sampling": asdict(SamplingDefaults.load(folder))}
 
 
+def model_sizes(model: str | Path, pipe: "ContentVPipeline | None" = None) -> dict[str, dict[str, Any]]:
+    """Return the sizes of a pipeline, else those of the named model, as `model_config` has them."""
+    if pipe is None:
+        return model_config(model)
+    parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
+    return parts | {"tokenizer": {"model_max_length": pipe.tokenizer_max_length}, "sampling": vars(pipe.sampling)}
+
+
 def _check_folder(folder: Path, cure: str) -> Path:
+    """Return the folder; raise ValueError if it lacks a file of a checkpoint."""
     files = ["model_index.json", *(f"{name}/{file}" for name, file in CONFIG_FILES.items())]
     missing = [file for file in files if not (folder / file).is_file()]
     if not missing:
@@ -109,7 +125,7 @@ def _check_folder(folder: Path, cure: str) -> Path:
 
 
 def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
-    """The local folder of a model; a hub id is downloaded, all of the pipeline or only the files named."""
+    """Return the local folder of a model; download all of a hub id, or only `files`."""
     model = resolve_model(model)
     if isinstance(model, Path):
         return model
@@ -118,7 +134,7 @@ def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
 
     try:
         folder = Path(snapshot_download(model, allow_patterns=wanted, etag_timeout=5))
-    except Exception as error:  # offline, unknown, gated and broken connections all have types of their own
+    except Exception as error:  # offline, unknown, gated and broken connections each have their type
         raise ValueError(
             f"model={model!r} is no folder here and not in the Hugging Face cache, and downloading it failed "
             f"({one_line(error)}); correct the name, download it where there is a "
@@ -128,5 +144,5 @@ def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
 
 
 def one_line(error: Exception) -> str:
-    """Type and first line of an error, for use in another message."""
+    """Return the type and first line of an error, for another message."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

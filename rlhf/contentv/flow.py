@@ -1,4 +1,4 @@
-"""The whole sampler of ContentV in three functions, which training uses too: noise levels, guided velocity, Euler step.
+"""ContentV's sampler in three functions: sigmas, guided velocity, Euler step.
 
 Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
@@ -19,7 +19,7 @@ NUM_TRAIN_TIMESTEPS = 1000  # the transformer was trained on timestep = 1000 * s
 def flow_sigmas(
     scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Noise levels (num_steps + 1,), float32, falling from 1 to 0: linear, then shifted by the scheduler's own rule."""
+    """Return float32 sigmas (num_steps + 1,) from 1 to 0, linear but for the scheduler's shift."""
     if num_steps < 1:
         raise ValueError(f"num_inference_steps={num_steps}, expected at least 1; raise it")
     assert scheduler.config.num_train_timesteps == NUM_TRAIN_TIMESTEPS
@@ -37,13 +37,17 @@ def guided_velocity(
     joint_attention_kwargs: dict[str, Any] | None = None,
     together: bool = False,
 ) -> torch.Tensor:
-    """v = v_neg + g (v_text - v_neg), in the shape and dtype of the latents (arXiv 2207.12598).
+    """Return v = v_neg + g (v_text - v_neg), as the latents in shape and dtype (arXiv 2207.12598).
 
     Args:
-        latents_BCTHW: float32, whatever the dtype of the transformer.
+        latents_BCTHW: float32, for any dtype of the transformer.
         sigma: 0-d float32, in [0, 1].
-        cond: embeddings of B prompts; the negative ones are needed, and used, only for guidance_scale > 1.
-        together: both branches as one batch of 2B: fewer and larger kernels, twice the memory.
+        cond: embeddings of B prompts; the negative ones are used only for guidance_scale > 1.
+        guidance_scale: g; at 1 or less there is no guidance, and one forward instead of two.
+        together: run both branches as one batch of 2B: fewer and larger kernels, twice the memory.
+
+    Raises:
+        ValueError: guidance_scale > 1 without negative embeddings.
     """
     dtype = transformer.dtype
 
@@ -78,5 +82,5 @@ def guided_velocity(
 def euler_step(
     latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
 ) -> torch.Tensor:
-    """x(sigma_next) = x(sigma) + (sigma_next - sigma) v, in the dtype of the latents (arXiv 2403.03206, eq. 1)."""
+    """Return x + (sigma_next - sigma) v in the dtype of the latents (arXiv 2403.03206, eq. 1)."""
     return latents + (sigma_next - sigma) * velocity

@@ -1,8 +1,8 @@
-"""Frozen layers of the Wan decoder that keep for the backward pass only what their input's gradient needs.
+"""Frozen layers of the Wan decoder that save only what the gradient of their input needs.
 
-Autograd keeps the input of a convolution for the gradient of its weight, and half a dozen steps of a normalisation.
-Here a convolution keeps nothing, and norm and activation together keep their input. Shape legend: B batch, C channels,
-T frames, H W height and width; 4-D tensors are (B*T, C, H, W).
+Autograd saves the input of a convolution for the gradient of its weight, and half a dozen steps of
+a normalisation. Here a convolution saves nothing, and norm and activation save their input.
+Shape legend: B batch, C channels, T frames, H W height and width; 4-D tensors are (B*T, C, H, W).
 """
 
 import torch
@@ -16,23 +16,25 @@ SMALLEST_NORM = 1e-12  # of F.normalize
 
 
 def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: tuple[int, ...]) -> torch.Tensor:
-    """`F.conv2d` or `F.conv3d` of stride 1; an ordinary one where weight or bias are trained."""
+    """Return `F.conv2d` or `F.conv3d` of x with stride 1; autograd's if the layer is trained."""
     if weight.requires_grad or bias.requires_grad or not torch.is_grad_enabled():
         return CONV[x.ndim](x, weight, bias, padding=padding)
     return _FrozenConv.apply(x, weight, bias, padding)
 
 
 def norm_silu(norm: WanRMS_norm, x: torch.Tensor) -> torch.Tensor:
-    """SiLU(x / |x| * sqrt(C) * gamma), the norm being that of the C channels of a pixel, in at least float32."""
+    """Return SiLU(x / |x| * sqrt(C) * gamma) in at least float32; |x| is over the C channels."""
     if norm.gamma.requires_grad:
         return F.silu(norm(x))
     return _FrozenNormSilu.apply(x, norm.gamma * norm.scale)
 
 
 class _FrozenConv(torch.autograd.Function):
+    """A convolution that saves no tensor."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, padding):
-        # Not save_for_backward: a weight is no activation, and hooks that move activations must not take it along.
+        # Not save_for_backward: hooks that offload activations must not offload the weight.
         ctx.weight, ctx.shape, ctx.padding = weight, x.shape, padding
         return CONV[x.ndim](x, weight, bias, padding=padding)
 
@@ -44,6 +46,8 @@ class _FrozenConv(torch.autograd.Function):
 
 
 class _FrozenNormSilu(torch.autograd.Function):
+    """RMS norm and SiLU that save their input."""
+
     @staticmethod
     def forward(ctx, x, gamma):
         ctx.save_for_backward(x)
@@ -62,8 +66,8 @@ class _FrozenNormSilu(torch.autograd.Function):
 
 
 def _unit_vectors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x / |x| in at least float32, and 1 / |x|."""
+    """Return x / |x| in at least float32, and 1 / |x|."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Not vector_norm, which over channels, which are not innermost, is thirty times slower on a CPU.
+    # Not vector_norm: over channels, which are not innermost, it is thirty times slower on a CPU.
     inverse = x.square().sum(1, keepdim=True).clamp_min_(SMALLEST_NORM**2).rsqrt_()
     return x * inverse, inverse

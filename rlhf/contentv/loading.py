@@ -1,7 +1,7 @@
-"""One line from a name, a path or a hub id to a pipeline: `load_pipeline("nano")`.
+"""Load a pipeline by a name, a path or a hub id: `load_pipeline("nano")`.
 
-A checkpoint is a folder per component, in diffusers layout. The components and their classes are always the same, so
-they are read one by one and the index is not asked: some indexes name a module that is not in diffusers.
+A checkpoint has a folder per component, in diffusers layout. The classes of the components are
+fixed, so model_index.json is not read: some name a module that is not in diffusers.
 """
 
 from pathlib import Path
@@ -27,38 +27,40 @@ TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokeniz
 def load_pipeline(
     model: str | Path = "nano", dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> ContentVPipeline:
-    """The pipeline of a model: frozen, in evaluation mode, with `pipe.sampling` as the checkpoint recommends.
+    """Return a model's pipeline, frozen and in evaluation mode.
+
+    `pipe.sampling` has the checkpoint's sampling defaults.
 
     Args:
         model: "nano", a folder, or a hub id, which is downloaded unless it is in the cache.
-        dtype: of the transformer and the text encoders; the VAE is always float32. By default float32 for small models
-            (whatever the files hold) and bfloat16 for those of more than 2 GiB.
-        device: where to put it; the CPU by default.
+        dtype: of the transformer and the text encoders; the VAE is always float32. Default:
+            bfloat16 for transformers of more than 2 GiB, else float32, for any dtype in the files.
+        device: default: the CPU.
 
     Raises:
-        ValueError: the model is not there, or lacks a component.
+        ValueError: the model does not exist, lacks a component, or has other weights.
     """
     folder = model_folder(model)
     dtype = dtype or _default_dtype(folder)
     pipe = ContentVPipeline(
         transformer=load_transformer(folder, dtype),
-        vae=_weights(AutoencoderKLWan, folder / "vae", dtype=torch.float32),
-        scheduler=_without_weights(FlowMatchEulerDiscreteScheduler, folder / "scheduler"),
-        **{name: _weights(cls, folder / name, dtype=dtype) for name, cls in TEXT_ENCODERS.items()},
-        **{name: _without_weights(cls, folder / name) for name, cls in TOKENIZERS.items()},
+        vae=_load_weights(AutoencoderKLWan, folder / "vae", dtype=torch.float32),
+        scheduler=_load_config(FlowMatchEulerDiscreteScheduler, folder / "scheduler"),
+        **{name: _load_weights(cls, folder / name, dtype=dtype) for name, cls in TEXT_ENCODERS.items()},
+        **{name: _load_config(cls, folder / name) for name, cls in TOKENIZERS.items()},
     )
     pipe.sampling = SamplingDefaults.load(folder)
     return pipe if device is None else pipe.to(device)
 
 
 def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
-    """The transformer of a checkpoint alone, on the CPU, as `load_pipeline` would have it."""
+    """Return only the transformer of a checkpoint, as `load_pipeline` does, on the CPU."""
     dtype = dtype or _default_dtype(folder)
-    return _weights(SD3Transformer3DModel, folder / "transformer", dtype=dtype)
+    return _load_weights(SD3Transformer3DModel, folder / "transformer", dtype=dtype)
 
 
-def _weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
-    """A component, frozen; every weight must come from the checkpoint (the libraries would only warn)."""
+def _load_weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
+    """Return a frozen component; raise ValueError if weights are missing (libraries only warn)."""
     try:
         module, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
     except (OSError, SafetensorError) as error:
@@ -74,8 +76,8 @@ def _weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _without_weights(cls, folder: Path):
-    """A component that is read from small files."""
+def _load_config(cls, folder: Path):
+    """Return a scheduler or tokenizer."""
     try:
         return cls.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -85,5 +87,6 @@ def _without_weights(cls, folder: Path):
 
 
 def _default_dtype(folder: Path) -> torch.dtype:
+    """Return bfloat16 for large transformers, else float32."""
     size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
     return torch.bfloat16 if size > BF16_ABOVE_BYTES else torch.float32

@@ -1,6 +1,6 @@
-"""Text to video with ContentV: text in, the steps of `rlhf.contentv.flow`, frames out.
+"""ContentV's text-to-video pipeline: encode the prompt, denoise by `rlhf.contentv.flow`, decode.
 
-Sub-class of `diffusers.StableDiffusion3Pipeline`, whose prompt encoding and LoRA loading it uses.
+A subclass of `diffusers.StableDiffusion3Pipeline` for its prompt encoding and LoRA loading.
 Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
 
@@ -26,8 +26,8 @@ from rlhf.types import Conditioning
 
 logger = logging.get_logger(__name__)
 
-# What a saved index says, so that the published code loads it too: there the transformer and the VAE are passed in, the
-# index is only asked for a base class to check them against, and the tokenizers are of transformers 4.
+# Classes in a saved model_index.json, so that the published code loads it too. That code passes the
+# transformer and the VAE in, checks them against the base class named here, and has transformers 4.
 INDEX_CLASSES = {
     "transformer": ("diffusers", "SD3Transformer2DModel"),
     "tokenizer": ("transformers", "CLIPTokenizerFast"),
@@ -35,20 +35,24 @@ INDEX_CLASSES = {
     "tokenizer_3": ("transformers", "T5TokenizerFast"),
 }
 
-# What `encode_prompt` returns, in its order.
+# The results of `encode_prompt`, in its order.
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 @dataclass
 class ContentVPipelineOutput(BaseOutput):
-    """frames: (B, frames, height, width, 3) in [0, 1] for "np", (B, frames, 3, height, width) for "pt", PIL lists, or
-    normalised latents (B, C, T, H, W) for "latent"."""
+    """The videos of a call.
+
+    Attributes:
+        frames: by output type. "np": (B, frames, height, width, 3) in [0, 1]; "pt": the same as
+            (B, frames, 3, height, width); "pil": lists of images; "latent": (B, C, T, H, W).
+    """
 
     frames: Any
 
 
 class ContentVPipeline(StableDiffusion3Pipeline):
-    """ContentV's text-to-video pipeline; `rlhf.contentv.loading.load_pipeline` makes one from a name or path."""
+    """The text-to-video pipeline, made by `rlhf.contentv.loading.load_pipeline`."""
 
     _optional_components = []
 
@@ -64,7 +68,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         text_encoder_3: T5EncoderModel,
         tokenizer_3: T5TokenizerFast,
     ):
-        DiffusionPipeline.__init__(self)  # the parent's own __init__ reads a config that a Wan VAE does not have
+        DiffusionPipeline.__init__(self)  # the parent's __init__ reads a config that a Wan VAE does not have
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -84,12 +88,12 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         self.sampling = SamplingDefaults()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Write every component, an index that the published code reads too, and sampling.json."""
+        """Write all components, sampling.json, and an index that the published code can read."""
         self.register_to_config(**INDEX_CLASSES)
         super().save_pretrained(save_directory, **kwargs)
         self.sampling.save(save_directory)
         for config in Path(save_directory).glob("tokenizer*/tokenizer_config.json"):
-            _name_special_tokens_as_before(config)
+            _write_transformers4_key(config)
 
     def prepare_latents(
         self,
@@ -103,12 +107,13 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Gaussian noise (batch, channels, 1 + (num_frames-1)/4, height/8, width/8), or `latents` moved and cast."""
+        """Return noise (B, C, 1 + (num_frames-1)/4, height/8, width/8), or `latents` cast."""
         if latents is not None:
             return latents.to(device=device, dtype=dtype)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"{len(generator)} generators for a batch of {batch_size} videos; pass one generator, or one per video"
+                f"generator: got {len(generator)} generators for a batch of {batch_size} videos, expected one or one "
+                "per video; pass as many"
             )
         num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
         size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
@@ -144,20 +149,28 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as in every diffusers pipeline
         max_sequence_length: int = 256,
     ) -> ContentVPipelineOutput | tuple:
-        """Generate videos. The defaults are ContentV-8B's; another checkpoint's are `pipe.sampling.call_arguments()`.
+        """Generate videos.
+
+        Defaults are ContentV-8B's; `pipe.sampling.call_arguments()` has this checkpoint's.
 
         Args:
-            prompt: what to show. `prompt_2` and `prompt_3` replace it for the second CLIP and for T5.
+            prompt: the text; `prompt_2` and `prompt_3` replace it for the second CLIP and for T5.
             height, width: pixels, divisible by 16 (8 of the VAE times the patch size 2).
-            num_frames: 4k + 1; anything else is rounded, with a warning.
-            guidance_scale: no guidance, and one forward a step instead of two, at 1 or less.
-            negative_prompt: what to steer away from; empty by default. `_2` and `_3` as for the prompt.
-            generator: draws the initial noise; a list has one per video. `latents` is noise (B, C, T, H, W) instead.
-            prompt_embeds, pooled_prompt_embeds and their negatives: embeddings (B, L, D) and (B, P) instead of text.
+            num_frames: 4k + 1; other numbers are rounded, with a warning.
+            guidance_scale: at 1 or less there is no guidance, and half the time a step.
+            negative_prompt: text to steer away from; default: empty. `_2`, `_3` as for the prompt.
+            generator: draws the initial noise; a list has one per video.
+            latents: initial noise (B, C, T, H, W), instead of drawn noise.
+            prompt_embeds, pooled_prompt_embeds: (B, L, D) and (B, P) instead of text, as negatives.
             output_type: "np", "pt", "pil" or "latent"; see `ContentVPipelineOutput`.
-            joint_attention_kwargs: `{"scale": s}` scales LoRA adapters. clip_skip: CLIP layers left out at the end.
-            callback_on_step_end: called as (pipe, step, timestep, tensors) after each step; may return replacements.
+            joint_attention_kwargs: `{"scale": s}` scales LoRA adapters.
+            clip_skip: number of last CLIP layers to leave out.
+            callback_on_step_end: called as (pipe, step, timestep, tensors) after each step; may
+                return replacements of the tensors.
             max_sequence_length: T5 tokens, at most 512.
+
+        Raises:
+            ValueError: inputs that contradict each other or have a wrong size.
         """
         text = {"prompt": prompt, "prompt_2": prompt_2, "prompt_3": prompt_3, "negative_prompt": negative_prompt}
         text |= {"negative_prompt_2": negative_prompt_2, "negative_prompt_3": negative_prompt_3}
@@ -177,7 +190,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         return ContentVPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _encode(self, text: dict[str, Any], num_videos_per_prompt: int | None) -> dict[str, torch.Tensor]:
-        """The embeddings of a call by name; `text` has what the call gave for arguments of `encode_prompt`."""
+        """Return the embeddings by name; `text` has arguments of `encode_prompt`."""
         embeds = self.encode_prompt(
             **text,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
@@ -189,6 +202,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         return dict(zip(EMBEDS, embeds, strict=True))
 
     def _round_num_frames(self, num_frames: int) -> int:
+        """Return a number 4k + 1, with a warning if it is another."""
         factor = self.vae_scale_factor_temporal
         rounded = num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
         rounded = max(rounded, 1)
@@ -197,27 +211,18 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         return rounded
 
     def _denoise(self, tensors: dict[str, torch.Tensor], num_steps: int, callback, callback_inputs) -> torch.Tensor:
+        """Return the denoised latents; tensors has the noise and the embeddings by name."""
         sigmas = flow_sigmas(self.scheduler, num_steps, tensors["latents"].device)
         self._num_timesteps = num_steps
         with self.progress_bar(total=num_steps) as progress:
             for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
                 if self.interrupt:
                     break
-                cond = Conditioning(
-                    tensors["prompt_embeds"],
-                    tensors["pooled_prompt_embeds"],
-                    tensors["negative_prompt_embeds"],
-                    tensors["negative_pooled_prompt_embeds"],
-                )
-                v = guided_velocity(
-                    self.transformer,
-                    tensors["latents"],
-                    sigma,
-                    cond,
-                    self.guidance_scale,
-                    self.joint_attention_kwargs,
-                )
-                tensors["latents"] = euler_step(tensors["latents"], v, sigma, sigma_next)
+                text, negative, pooled, negative_pooled = (tensors[name] for name in EMBEDS)
+                cond, latents = Conditioning(text, pooled, negative, negative_pooled), tensors["latents"]
+                how = self.guidance_scale, self.joint_attention_kwargs
+                v = guided_velocity(self.transformer, latents, sigma, cond, *how)
+                tensors["latents"] = euler_step(latents, v, sigma, sigma_next)
                 if callback is not None:
                     asked = {key: tensors[key] for key in callback_inputs}
                     tensors |= callback(self, i, sigma * NUM_TRAIN_TIMESTEPS, asked) or {}
@@ -225,14 +230,19 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         return tensors["latents"]
 
     def _decode(self, latents_BCTHW: torch.Tensor, output_type: str):
-        # Stock decode, not decode_video: no gradient is wanted, and users may have set tiling, slicing or offloading.
+        # Stock decode, not decode_video: no gradient is needed, and tiling, slicing and offloading
+        # keep working.
         latents = unnormalise(self.vae, latents_BCTHW).to(self.vae.dtype)
         video = self.vae.decode(latents, return_dict=False)[0]
         return self.video_processor.postprocess_video(video.float(), output_type=output_type)
 
 
-def _name_special_tokens_as_before(config: Path) -> None:
-    """transformers 5 writes a list under a key where transformers 4 wants a dict; both read the older key."""
+def _write_transformers4_key(config: Path) -> None:
+    """Rename a key of a tokenizer's config so that transformers 4 reads it, too.
+
+    transformers 5 writes a list under `extra_special_tokens`, where transformers 4 expects a dict.
+    Both read the older key.
+    """
     values = json.loads(config.read_text())
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")

@@ -1,11 +1,12 @@
-"""One video's tokens over several processes: each holds a part of the tokens, and attends with a part of the heads.
+"""Ulysses sequence parallelism: one video's tokens over several ranks, each with some of the heads.
 
-DeepSpeed-Ulysses (arXiv 2309.14509) for joint attention: before the attention, processes swap tokens for heads; after
-it, heads for tokens. Text is short: every process holds all of it and computes it for itself. Heads are padded with
-zeros to a multiple of the number of processes, and so are the tokens, which padding never attends to.
+DeepSpeed-Ulysses (arXiv 2309.14509) for joint attention. Before the attention, ranks exchange
+tokens for heads; after it, heads for tokens. Every rank computes all of the text, which is short.
+Heads and tokens are padded with zeros to a multiple of the number of ranks; the attention never
+sees padded tokens.
 
-Shape legend: B batch, N video tokens, n those of one process, L text tokens, D width, H heads, h those of one process,
-W width of a head, K numbers of a patch, S processes.
+Shape legend: B batch, N video tokens, n those of one rank, L text tokens, D width, H heads, h those
+of one rank, W width of a head, K numbers of a patch, S ranks.
 """
 
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from rlhf.exchange import Group, gathered, gathered_inside, swapped
+from rlhf.exchange import Group, all_gather, all_gather_sum_grad, all_to_all
 
 
 @dataclass(frozen=True)
-class Shards:
-    """How the tokens and heads of one forward pass are divided."""
+class SequenceShards:
+    """The division of one forward pass's tokens and heads over the ranks of a group."""
 
     group: Group
     tokens: int  # N
@@ -27,49 +28,49 @@ class Shards:
 
     @property
     def size(self) -> int:
-        """S, the number of processes."""
+        """Return S, the number of ranks."""
         return dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """Which of them this one is."""
+        """Return this process's rank in the group."""
         return dist.get_rank(self.group)
 
     @property
-    def own_tokens(self) -> int:
-        """n, padding included."""
+    def local_tokens(self) -> int:
+        """Return n, with padding."""
         return -(-self.tokens // self.size)
 
     @property
-    def own_heads(self) -> int:
-        """h, padding included."""
+    def local_heads(self) -> int:
+        """Return h, with padding."""
         return -(-self.heads // self.size)
 
-    def own(self, video_BND: torch.Tensor) -> torch.Tensor:
-        """This process's part of the tokens (B, n, D), of all of them."""
-        missing = self.size * self.own_tokens - self.tokens
+    def split(self, video_BND: torch.Tensor) -> torch.Tensor:
+        """Return this rank's tokens (B, n, D)."""
+        missing = self.size * self.local_tokens - self.tokens
         return F.pad(video_BND, (0, 0, 0, missing)).chunk(self.size, 1)[self.rank].contiguous()
 
-    def whole(self, patches_BnK: torch.Tensor) -> torch.Tensor:
-        """All tokens (B, N, K) of each process's."""
-        return gathered(patches_BnK, self.group).transpose(0, 1).flatten(1, 2)[:, : self.tokens]
+    def join(self, patches_BnK: torch.Tensor) -> torch.Tensor:
+        """Return the tokens (B, N, K) of all ranks."""
+        return all_gather(patches_BnK, self.group).transpose(0, 1).flatten(1, 2)[:, : self.tokens]
 
-    def by_heads(self, *tensors_BHnLW: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Own tokens and the text with all heads, (B, H, n + L, W) each, to everything with own heads (B, h, N + L, W).
-
-        All in one exchange.
-        """
-        every = F.pad(torch.stack(tensors_BHnLW), (0, 0, 0, 0, 0, self.size * self.own_heads - self.heads))
-        video, text = every[..., : self.own_tokens, :], every[..., self.own_tokens :, :]
-        video = swapped(video.unflatten(2, (self.size, self.own_heads)).movedim(2, 0), self.group)  # (S, 3, B, h, n, W)
+    def to_heads(self, *tensors_BHnLW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Exchange tokens for heads, all tensors at once: (B, H, n + L, W) to (B, h, N + L, W)."""
+        padding = self.size * self.local_heads - self.heads
+        stacked = F.pad(torch.stack(tensors_BHnLW), (0, 0, 0, 0, 0, padding))
+        video, text = stacked[..., : self.local_tokens, :], stacked[..., self.local_tokens :, :]
+        video = video.unflatten(2, (self.size, self.local_heads)).movedim(2, 0)
+        video = all_to_all(video, self.group)  # (S, 3, B, h, n, W)
         video = video.movedim(0, 3).flatten(3, 4)[..., : self.tokens, :]
-        text = text.unflatten(2, (self.size, self.own_heads))[:, :, self.rank]
+        text = text.unflatten(2, (self.size, self.local_heads))[:, :, self.rank]
         return torch.cat([video, text], 3).unbind(0)
 
-    def by_tokens(self, attended_BhNLW: torch.Tensor) -> torch.Tensor:
-        """The way back: (B, h, N + L, W) to (B, H, n + L, W)."""
+    def to_tokens(self, attended_BhNLW: torch.Tensor) -> torch.Tensor:
+        """Exchange heads for tokens: (B, h, N + L, W) to (B, H, n + L, W)."""
         video, text = attended_BhNLW[:, :, : self.tokens], attended_BhNLW[:, :, self.tokens :]
-        video = F.pad(video, (0, 0, 0, self.size * self.own_tokens - self.tokens))
-        video = swapped(video.unflatten(2, (self.size, self.own_tokens)).movedim(2, 0), self.group)  # (S, B, h, n, W)
-        both = torch.cat([video, gathered_inside(text, self.group)], 3)
+        video = F.pad(video, (0, 0, 0, self.size * self.local_tokens - self.tokens))
+        video = video.unflatten(2, (self.size, self.local_tokens)).movedim(2, 0)
+        video = all_to_all(video, self.group)  # (S, B, h, n, W)
+        both = torch.cat([video, all_gather_sum_grad(text, self.group)], 3)
         return both.transpose(0, 1).flatten(1, 2)[:, : self.heads]

@@ -1,8 +1,9 @@
 """ContentV's denoiser: the SD3.5 joint transformer of diffusers with a 3-D patch embedding.
 
-Sub-class of `diffusers.SD3Transformer2DModel`; state-dict keys are those of the published ContentV-8B checkpoint
-(arXiv 2506.05343). Shape legend: B batch, C channels, T latent frames, H W latent height and width, N = T*H*W/p^2 video
-tokens, L text tokens, D text width, P pooled text width.
+A subclass of `diffusers.SD3Transformer2DModel` with the state-dict keys of the published
+ContentV-8B checkpoint (arXiv 2506.05343). Shape legend: B batch, C channels, T latent frames, H W
+latent height and width, N = T*H*W/p^2 video tokens, L text tokens, D text width, P pooled text
+width.
 """
 
 from collections import OrderedDict
@@ -19,9 +20,9 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from rlhf.contentv.blocks import BlockRunner
-from rlhf.contentv.shards import Shards
+from rlhf.contentv.shards import SequenceShards
 from rlhf.device import is_plugged_in
-from rlhf.exchange import Group, entering
+from rlhf.exchange import Group, copy_to_group
 
 SPATIAL_INTERPOLATION_SCALE = 0.5
 FIXED_BY_ARCHITECTURE = {"qk_norm": "rms_norm", "dual_attention_layers": []}
@@ -30,7 +31,7 @@ MAX_CACHED_TABLES = 2  # one is 202 MB in bf16 at 432x768 and 125 frames
 
 
 class PatchEmbed3D(nn.Module):
-    """Latents (B, C, T, H, W) to tokens (B, N, width), frame by frame, plus a fixed 3-D sin-cos position table."""
+    """Patches of latents (B, C, T, H, W) as tokens (B, N, width), plus 3-D sin-cos positions."""
 
     def __init__(self, patch_size: int, in_channels: int, width: int):
         super().__init__()
@@ -45,9 +46,10 @@ class PatchEmbed3D(nn.Module):
         return tokens + self.position_table((T, H // self.patch_size, W // self.patch_size), tokens)
 
     def position_table(self, grid: tuple[int, int, int], like: torch.Tensor) -> torch.Tensor:
-        """Table of shape (N, width) for a token grid (frames, rows, columns), on the device and in the dtype of `like`.
+        """Return the table (N, width) of a token grid (frames, rows, columns).
 
-        Built in float64 on the CPU, since accelerators lack it, and kept for the last few grids.
+        It has the device and dtype of `like`. It is built in float64 on the CPU, which accelerators
+        lack, and cached for the last few grids.
         """
         key = (grid, like.device, like.dtype)
         if key not in self._tables:
@@ -71,7 +73,10 @@ def _sincos_table(grid: tuple[int, int, int], width: int) -> torch.Tensor:
 
 
 class QueryKeyNorm(RMSNorm):
-    """The parent's norm in one kernel. The parent takes several, or a plug-in's, for tensors of any device."""
+    """The parent's RMS norm in one kernel.
+
+    The parent runs several kernels, or a plug-in's, even for tensors of another device.
+    """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if is_plugged_in(hidden_states.device):
@@ -81,7 +86,7 @@ class QueryKeyNorm(RMSNorm):
 
 
 class SD3Transformer3DModel(SD3Transformer2DModel):
-    """Velocity of a video latent under a text condition. The defaults are the sizes of ContentV-8B.
+    """The velocity of a video latent under a text condition. The default sizes are ContentV-8B's.
 
     Args:
         in_channels, out_channels: channels of the latents; 16 for the Wan2.1 VAE.
@@ -113,10 +118,10 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
                 f"num_attention_heads={num_attention_heads} times attention_head_dim={attention_head_dim} is {width}, "
                 "expected a multiple of 16 for the 3-D position table; change one of the two"
             )
-        # The undecorated parent: its config keys would hide that only the sizes above are free.
+        # The undecorated parent, because its config would list keys other than the sizes above.
         SD3Transformer2DModel.__init__.__wrapped__(
             self,
-            sample_size=patch_size,  # with the next but one: a 1x1 2-D table, dropped below
+            sample_size=patch_size,  # with pos_embed_max_size=1: a 1x1 2-D table, replaced below
             patch_size=patch_size,
             in_channels=in_channels,
             num_layers=num_layers,
@@ -130,8 +135,8 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             qk_norm="rms_norm",
         )
         self.pos_embed = PatchEmbed3D(patch_size, in_channels, width)
-        self.run_block: BlockRunner | None = None  # None: a block runs as diffusers has it
-        self.sequence_group: Group | None = None  # processes that share the tokens; needs a run_block
+        self.run_block: BlockRunner | None = None  # None: blocks run as in diffusers
+        self.sequence_group: Group | None = None  # ranks that share the tokens; needs a run_block
         for block in self.transformer_blocks:
             for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
                 norm = getattr(block.attn, name)
@@ -139,7 +144,10 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Accept configs of the stock class, as the published checkpoint has; refuse those of another architecture."""
+        """Read a config of this class or of the stock class, which the published checkpoint has.
+
+        Raises ValueError for another architecture.
+        """
         config_dict = {key: value for key, value in config_dict.items() if key not in UNUSED_CONFIG_KEYS}
         for key, expected in FIXED_BY_ARCHITECTURE.items():
             got = config_dict.pop(key, expected)
@@ -159,18 +167,18 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         joint_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Velocity (B, C, T, H, W) of latents of that shape.
+        """Return the velocity (B, C, T, H, W) of latents of that shape.
 
         Args:
             hidden_states: noisy latents (B, C, T, H, W); H and W multiples of the patch size.
             encoder_hidden_states: text tokens (B, L, D).
             pooled_projections: pooled text (B, P).
             timestep: (B,), sigma * 1000, in [0, 1000].
-            joint_attention_kwargs: `{"scale": s}` multiplies every LoRA layer by s; anything else goes to the attention
-                processors, which a `run_block` does without.
+            joint_attention_kwargs: `{"scale": s}` multiplies every LoRA layer by s. Other keys go
+                to the attention processors, which a `run_block` does not use.
 
         Raises:
-            ValueError: latents of another rank or size; a LoRA scale together with gradient checkpointing.
+            ValueError: latents of another rank or size; a LoRA scale with gradient checkpointing.
         """
         self._check_latents(hidden_states)
         attention_kwargs = dict(joint_attention_kwargs or {})
@@ -178,16 +186,15 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         self._check_lora_scale(lora_scale)
         scale_lora_layers(self, lora_scale)
         try:
-            sample = self._velocity(
-                hidden_states, encoder_hidden_states, pooled_projections, timestep, attention_kwargs
-            )
+            inputs = hidden_states, encoder_hidden_states, pooled_projections, timestep
+            sample = self._velocity(*inputs, attention_kwargs)
         finally:
             unscale_lora_layers(self, lora_scale)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _velocity(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B, attention_kwargs):
         if self.sequence_group is not None:
-            return self._velocity_over_processes(latents_BCTHW, text_BLD, pooled_BP, timestep_B)
+            return self._sharded_velocity(latents_BCTHW, text_BLD, pooled_BP, timestep_B)
         video = self.pos_embed(latents_BCTHW)
         temb = self.time_text_embed(timestep_B, pooled_BP)
         text = self.context_embedder(text_BLD)
@@ -201,20 +208,20 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         patches = self.proj_out(self.norm_out(video, temb))
         return self._unpatchify(patches, latents_BCTHW.shape)
 
-    def _velocity_over_processes(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B):
-        """The same, each process of the group with a part of the video's tokens from here to the last projection."""
-        video = self.pos_embed(entering(latents_BCTHW, self.sequence_group))
-        shards = Shards(self.sequence_group, video.shape[1], self.config.num_attention_heads)
-        video, run_block = shards.own(video), self.run_block.over(shards)
+    def _sharded_velocity(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B):
+        """Return the velocity; each rank of the group computes with a part of the tokens."""
+        video = self.pos_embed(copy_to_group(latents_BCTHW, self.sequence_group))
+        shards = SequenceShards(self.sequence_group, video.shape[1], self.config.num_attention_heads)
+        video, run_block = shards.split(video), self.run_block.with_shards(shards)
         temb = self.time_text_embed(timestep_B, pooled_BP)
         text = self.context_embedder(text_BLD)
         for block in self.transformer_blocks:
             text, video = run_block(block, video, text, temb)
-        patches = shards.whole(self.proj_out(self.norm_out(video, temb)))
+        patches = shards.join(self.proj_out(self.norm_out(video, temb)))
         return self._unpatchify(patches, latents_BCTHW.shape)
 
     def _unpatchify(self, patches_BNK: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Patches (B, N, p*p*C), channels last within a patch, to a video of latents (B, C, T, H, W)."""
+        """Return latents (B, C, T, H, W) of patches (B, N, p*p*C), whose channels come last."""
         B, _, T, H, W = shape
         p = self.config.patch_size
         patches = patches_BNK.view(B, T, H // p, W // p, p, p, self.out_channels)

@@ -1,14 +1,14 @@
 """Differentiable decoding of Wan2.1 latents with functional causal caches.
 
-`AutoencoderKLWan.decode` walks through the latents one by one and keeps the last frames seen by every causal
-convolution in a list that it mutates, so no part of it can be recomputed in a backward pass. Here these caches are
-tensors that go in and come out of a pure function over the very same modules: a chunk of latents of any length gives
-the same frames, and can be run again. Tiling and slicing settings of the VAE are not looked at.
+`AutoencoderKLWan.decode` decodes latents one by one and keeps the last frames that each causal
+convolution saw in a list that it mutates. No part of it can therefore be recomputed in a backward
+pass. Here these caches are inputs and outputs of a pure function over the same modules. A chunk of
+any number of latents gives the same frames, and can be run again. Tiling and slicing settings of
+the VAE have no effect.
 
 Shape legend: B batch, C channels, T latent frames or frames, H W height and width.
 """
 
-import math
 from functools import partial
 from itertools import repeat
 
@@ -21,8 +21,6 @@ from rlhf.contentv.frozen import conv, norm_silu
 from rlhf.host_memory import HostMemory
 from rlhf.recompute import recomputed
 
-CACHES = ("keep", "recompute")
-
 
 def decode_video(
     vae: AutoencoderKLWan,
@@ -31,28 +29,33 @@ def decode_video(
     chunk: int | None = None,
     checkpoint: bool = False,
     first_frame: int = 0,
-    caches: str | HostMemory = "keep",
+    caches: HostMemory | None = None,
 ) -> torch.Tensor:
-    """Video (B, 3, frames, 8H, 8W) in [0, 1], float32, of normalised latents (B, C, T, H, W).
+    """Return the video (B, 3, frames, 8H, 8W), float32 in [0, 1], of latents (B, C, T, H, W).
+
+    The clamp to [0, 1] passes gradients straight through: a saturated pixel still has a gradient.
+    See `saturated_share`.
 
     Args:
-        latents_BCTHW: what the transformer sees; un-normalised here by the VAE's `latents_mean` and `latents_std`.
-        num_frames: leading frames wanted, None for all 4(T-1)+1. Only the latents that these depend on are decoded.
-        chunk: latents decoded at a time, None for all at once. Any value gives the same video.
-        checkpoint: run each chunk again in the backward pass instead of keeping its activations.
-        first_frame: the frames before it are left out; the rest is unchanged. Their latents are decoded without
-            gradient, so what these latents mean for later frames is not in the gradient: with more than 0, not exact.
-        caches: with checkpoint, where the caches between the chunks wait for the backward pass: "keep" on the device;
-            "recompute" keeps only those between groups of chunks, about the square root of their number, and decodes
-            once more; a `HostMemory` holds them all.
+        latents_BCTHW: normalised, as the transformer sees them; the VAE's `latents_mean` and
+            `latents_std` are applied here.
+        num_frames: leading frames wanted; None for all 4(T-1)+1. Later latents are not decoded.
+        chunk: latents decoded at a time; None for all at once. Every value gives the same video.
+        checkpoint: recompute each chunk in the backward pass instead of keeping its activations.
+        first_frame: leave out the frames before it. Their latents are decoded without gradient, so
+            their effect on later frames through the caches is not in the gradient: not exact above
+            0.
+        caches: with checkpoint, holds the caches between chunks until the backward pass; None keeps
+            them on the device.
 
-    The clamp to [0, 1] passes gradients straight through: a saturated pixel still pulls. See `saturated_share`.
+    Raises:
+        ValueError: another VAE than Wan2.1's, or frames that the latents do not have.
     """
     _check_vae(vae)
     per_latent = 2 ** sum(vae.config.temperal_downsample)
     num_frames = _check_num_frames(num_frames, latents_BCTHW.shape[2], per_latent)
-    _check_choices(first_frame, num_frames, caches)
-    first, last = (-(-frame // per_latent) for frame in (first_frame, num_frames - 1))  # latents of these two frames
+    _check_first_frame(first_frame, num_frames)
+    first, last = (-(-frame // per_latent) for frame in (first_frame, num_frames - 1))  # their latents
     latents = unnormalise(vae, latents_BCTHW[:, :, : last + 1]).to(vae.dtype)
     video = decode_unclamped(vae, latents, first, chunk, checkpoint, caches)
     start = per_latent * (first - 1) + 1 if first else 0  # the first frame of the first latent
@@ -62,7 +65,7 @@ def decode_video(
 
 
 def unnormalise(vae: AutoencoderKLWan, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-    """Latents of unit variance to the VAE's own scale: x * std + mean per channel."""
+    """Return normalised latents on the VAE's scale: x * std + mean of each channel."""
     mean, std = (
         torch.tensor(values, dtype=latents_BCTHW.dtype, device=latents_BCTHW.device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -71,13 +74,13 @@ def unnormalise(vae: AutoencoderKLWan, latents_BCTHW: torch.Tensor) -> torch.Ten
 
 
 def saturated_share(video_BCTHW: torch.Tensor) -> torch.Tensor:
-    """(B,) share of the numbers of a decoded video that were clamped: these pull, but do not follow."""
+    """Return the share (B,) of a decoded video's values that were clamped."""
     with torch.no_grad():
         return ((video_BCTHW <= 0) | (video_BCTHW >= 1)).float().mean((1, 2, 3, 4))
 
 
 def use_channels_last(vae: AutoencoderKLWan) -> None:
-    """Order the decoder's weights so that channels are innermost, which some devices' convolutions prefer. In place."""
+    """Order the decoder's weights with channels innermost, in place; faster on a CPU."""
     for module in vae.decoder.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)
@@ -91,52 +94,31 @@ def decode_unclamped(
     first: int = 0,
     chunk: int | None = None,
     checkpoint: bool = False,
-    caches: str | HostMemory = "keep",
+    caches: HostMemory | None = None,
 ) -> torch.Tensor:
-    """Frames in about [-1, 1] of latents on the VAE's own scale, from latent number `first` on; see `decode_video`."""
+    """Return frames in about [-1, 1] of latents on the VAE's scale, from latent number `first` on.
+
+    The other arguments are those of `decode_video`.
+    """
     x = _point_conv(vae.post_quant_conv, latents_BCTHW)
-    chunk, warm = chunk or x.shape[2], ()
+    chunk, last_caches = chunk or x.shape[2], ()
     with torch.no_grad():
         for piece in x[:, :, :first].split(chunk, 2) if first else ():  # an empty tensor splits into one
-            _, *warm = _decode_chunk(vae.decoder, piece, *warm)
-    x = x[:, :, first:]
-    num_chunks = -(-x.shape[2] // chunk)
-    grouped = checkpoint and caches == "recompute"
-    sizes = [chunk * math.isqrt(num_chunks), chunk] if grouped else [chunk] if checkpoint or num_chunks > 1 else []
-    run = _again(vae.decoder, caches) if checkpoint else _once
-    frames, *_ = _decode_pieces(vae.decoder, run, sizes, True, x, *warm)
-    return frames
-
-
-def _decode_pieces(decoder, run, sizes: list[int], is_last: bool, x, *old):
-    """Latents in pieces of sizes[0], these in pieces of the next size, and so on; as `_decode_chunk`."""
-    if not sizes:
-        return _decode_chunk(decoder, x, *old, is_last=is_last)
-    frames, pieces = [], x.split(sizes[0], 2)
+            _, *last_caches = _decode_chunk(vae.decoder, piece, *last_caches)
+    frames, pieces = [], x[:, :, first:].split(chunk, 2)
+    trained = [p for p in vae.decoder.parameters() if p.requires_grad]
     for i, piece in enumerate(pieces):
-        last = is_last and i == len(pieces) - 1
-        y, *old = run(partial(_decode_pieces, decoder, run, sizes[1:], last), piece, *old)
+        decode = partial(_decode_chunk, vae.decoder, is_last=i == len(pieces) - 1)
+        if checkpoint:
+            place = caches.group() if caches else None
+            decode = partial(recomputed, decode, parameters=trained, place=place)
+        y, *last_caches = decode(piece, *last_caches)
         frames.append(y)
-    return torch.cat(frames, 2), *old
-
-
-def _once(function, *tensors):
-    return function(*tensors)
-
-
-def _again(decoder, caches):
-    """Runs a function such that the backward pass runs it again."""
-    trained = [p for p in decoder.parameters() if p.requires_grad]
-
-    def run(function, *tensors):
-        place = caches.group() if isinstance(caches, HostMemory) else None
-        return recomputed(function, *tensors, parameters=trained, place=place)
-
-    return run
+    return frames[0] if len(frames) == 1 else torch.cat(frames, 2)
 
 
 def _decode_chunk(decoder, x, *old_caches, is_last: bool = False):
-    """Consecutive latents and the caches left by those before (none: the video starts here) -> frames, new caches."""
+    """Return the frames of consecutive latents, and the caches for the next ones."""
     causal = _CausalConvs(old_caches, is_last)
     x = causal(decoder.conv_in, x)
     x = _residual_block(decoder.mid_block.resnets[0], x, causal)
@@ -152,7 +134,7 @@ def _decode_chunk(decoder, x, *old_caches, is_last: bool = False):
 
 
 class _CausalConvs:
-    """Applies causal convolutions in decoder order, taking each one's cache and collecting the next."""
+    """Causal convolutions in decoder order: each takes its old cache and leaves a new one."""
 
     def __init__(self, old_caches: tuple, is_last: bool):
         self.is_start, self.is_last = not old_caches, is_last
@@ -180,7 +162,7 @@ def _residual_block(block, x, causal):
 
 
 def _point_conv(layer, x):
-    """A convolution that sees one pixel at a time."""
+    """Apply a 1x1x1 convolution."""
     return conv(x, layer.weight, layer.bias, (0, 0, 0))
 
 
@@ -194,7 +176,7 @@ def _upsample(resample, x, causal):
 
 
 def _double_frames(time_conv, x, causal):
-    """Every frame but the video's first becomes two; the convolution sees zeros in place of that first frame."""
+    """Double every frame but the video's first, for which the convolution sees zeros."""
     first, rest = (x[:, :, :1], x[:, :, 1:]) if causal.is_start else (None, x)
     pairs = causal(time_conv, rest).unflatten(1, (2, -1))
     doubled = torch.stack((pairs[:, 0], pairs[:, 1]), 3).flatten(2, 3)
@@ -233,11 +215,9 @@ def _check_num_frames(num_frames: int | None, num_latents: int, frames_per_laten
     return num_frames
 
 
-def _check_choices(first_frame: int, num_frames: int, caches) -> None:
+def _check_first_frame(first_frame: int, num_frames: int) -> None:
     if not 0 <= first_frame < num_frames:
         raise ValueError(
             f"first_frame={first_frame}, expected 0 to {num_frames - 1} for num_frames={num_frames}; correct one of "
             "the two"
         )
-    if caches not in CACHES and not isinstance(caches, HostMemory):
-        raise ValueError(f"caches={caches!r}, expected {', '.join(CACHES)} or a HostMemory; choose one of these")

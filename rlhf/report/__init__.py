@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import quote
 
-from rlhf.checkpoint import signals_interrupt
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.environment import record_end
 from rlhf.report.data import Run, Sample, cost, training_table
 from rlhf.report.plots import draw, panels
+from rlhf.run.signals import signals_interrupt
 from rlhf.run_folder import run_in
 
 logger = logging.getLogger(__name__)

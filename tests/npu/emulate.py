@@ -1,4 +1,7 @@
-"""`python tests/npu/emulate.py SCRIPT [ARGUMENTS]`: a program on the emulated NPU; standin.py says what to export."""
+"""Run a program on the emulated NPU: `python tests/npu/emulate.py SCRIPT [ARGUMENTS]`.
+
+standin.py says which environment variables to set.
+"""
 
 import runpy
 import sys

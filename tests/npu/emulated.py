@@ -1,4 +1,4 @@
-"""What runs on the emulated NPU. test_npu.py starts these tests where the stand-in's libraries are loaded."""
+"""Tests on the emulated NPU, started by test_npu.py with the stand-in's libraries."""
 
 import dataclasses
 import shutil
@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_transformer
 from tiny_clip import save_transformers_clip
 
-import rlhf.checks
-from rewards import load_reward, preprocess, reward_attribute
+from rewards import load_reward, reward_attribute
 from rewards.catalogue import CATALOGUE
-from rlhf.config import RewardGradientConfig
-from rlhf.device import describe, peak_memory, pick_device, reproducible, reset_peak_memory, synchronize
+from rewards.common import preprocess
+from rlhf.config import METHODS, RewardGradientConfig
+from rlhf.device import describe, deterministic, peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.device_check import check_device, distance
 from rlhf.export import export_merged
 from rlhf.trainer import RewardGradientTrainer
@@ -30,7 +30,6 @@ import demo
 import train_rlhf
 
 ATTEND, ATTEND_BACK = (f"npu.npu_fusion_attention_{name}.default" for name in ("v3", "grad_v3"))
-METHODS = rlhf.checks.CHOICES["method"]
 SMALL = {
     "per_device_train_batch_size": 1,
     "eval_prompts": None,
@@ -43,7 +42,7 @@ NEEDS = dict.fromkeys(METHODS, {}) | {
     "alignprop": {"num_grad_steps": 2},
     "uniform": {"num_grad_steps": 2},
     "drtune": {"num_grad_steps": 2},
-    "listed": {"grad_steps": [0, 2]},
+    "listed": {"method_kwargs": {"steps": [0, 2]}},
 }
 
 
@@ -60,14 +59,14 @@ def frames(path: Path) -> torch.Tensor:
 
 
 def run(folder: Path, *more: str) -> dict[str, torch.Tensor]:
-    """The adapter that a training of nano leaves."""
+    """Train nano and return the adapter."""
     settings = "--max_steps 2 --per_device_train_batch_size 1 --num_grad_steps 2 --save_steps 1 --learning_rate 1e-3"
     judged = "--eval_prompts none --eval_reward_funcs nano_verifier --report_to none"
     assert train_rlhf.main([*f"{settings} {judged} --output_dir {folder}".split(), *more]) == 0
     return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------- the commands
+# ---------------------------------------- the commands
 
 
 def test_the_demo_makes_the_video_of_the_cpu(npu, tmp_path):
@@ -95,24 +94,16 @@ def test_nano_trains_resumes_to_the_bit_and_exports(npu, tmp_path):
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
     export_merged(tmp_path / "run", tmp_path / "merged")
     demo.main(["--lora", str(tmp_path / "run" / "adapter"), "--output", str(tmp_path / "adapter.mp4")])
-    demo.main(
-        [
-            "--model_id",
-            str(tmp_path / "merged"),
-            "--prompt",
-            demo.PROMPTS["nano"],
-            "--output",
-            str(tmp_path / "merged.mp4"),
-        ]
-    )
+    merged = {"--model_id": tmp_path / "merged", "--prompt": demo.PROMPTS["nano"], "--output": tmp_path / "merged.mp4"}
+    demo.main([str(word) for flag in merged.items() for word in flag])
     assert (frames(tmp_path / "merged.mp4") - frames(tmp_path / "adapter.mp4")).abs().max() <= 2
 
 
-# --------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------- gradients
 
 
 def test_nanos_whole_gradient_is_the_cpus(npu):
-    """All denoising steps, both branches of guidance, decoder and reward, at A and B of every adapted layer."""
+    """The gradient goes through all steps, both branches of guidance, decoder and reward."""
     rows = {row.phase: row for row in check_device(torch.device("npu"), ["float32"])}
     assert rows["gradient"].difference < 1e-5
     assert all(row.passed for row in rows.values())
@@ -120,7 +111,7 @@ def test_nanos_whole_gradient_is_the_cpus(npu):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_of_every_method_is_the_cpus(tmp_path, method):
-    """What the optimizer gets in a training step of nano, relatively. AdamW's first step would magnify rounding."""
+    """Compared is the optimizer's input: the first step of AdamW would magnify rounding."""
     args = RewardGradientConfig(max_steps=1, max_grad_norm=0, num_frames=5, method=method, **SMALL, **NEEDS[method])
     got, expected = (
         gradient(dataclasses.replace(args, device=d, output_dir=str(tmp_path / d))) for d in ("npu", "cpu")
@@ -129,7 +120,7 @@ def test_the_gradient_of_every_method_is_the_cpus(tmp_path, method):
 
 
 def gradient(args) -> torch.Tensor:
-    """Of the first step, at all numbers of the adapter."""
+    """Return the gradient of the first step at the whole adapter."""
     AcceleratorState._reset_state(reset_partial_state=True)
     seen, trainer = [], RewardGradientTrainer(args=args)
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(trainer.masters.vector.grad.clone()))
@@ -179,7 +170,7 @@ def test_rewards_and_their_gradients_are_the_cpus(name, tmp_path):
     torch.testing.assert_close(results["npu"], results["cpu"], rtol=1e-4, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------- the device, and the emulation
+# ---------------------------------------- the device, and the emulation
 
 
 def test_the_npu_is_chosen_and_set_up(monkeypatch):
@@ -201,7 +192,7 @@ def test_memory_and_precision_are_the_devices_own():
     synchronize(device)
     assert peak_memory(device) >= tensor.nbytes
     torch.npu.conv.allow_hf32 = True
-    with reproducible(device):
+    with deterministic(device):
         assert not torch.npu.conv.allow_hf32
         assert torch.are_deterministic_algorithms_enabled()
     assert torch.npu.conv.allow_hf32

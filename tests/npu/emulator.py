@@ -1,8 +1,9 @@
-"""An NPU in software: operators on NPU tensors are computed by the CPU's kernels, over the same memory.
+"""An NPU in software: CPU kernels compute the operators on NPU tensors, over the same memory.
 
-Strict where the device is: no float64 and no complex tensor, no operator without a kernel of torch_npu's own, no mixing
-with tensors or generators of the CPU. What it proves is which operators run, with which arguments, and that their
-gradients are wired up; not the device's numerics, speed or memory.
+Strict where the device is: no float64 and no complex tensor, no operator without a kernel of
+torch_npu's own, no mixing with tensors or generators of the CPU. What it proves is which operators
+run, with which arguments, and that their gradients are wired up; not the device's numerics, speed
+or memory.
 """
 
 import ctypes
@@ -26,7 +27,7 @@ FUSED = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class EmulatedNPU(TorchDispatchMode):
-    """Inside, NPU tensors can be computed with. `calls` counts the operators that ran on the device, by name."""
+    """A mode in which NPU tensors can be computed with; `calls` counts its operators by name."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +51,7 @@ class EmulatedNPU(TorchDispatchMode):
 
 
 def _device(args, kwargs) -> torch.device | None:
-    """The NPU that a call is about, by its tensors or by the device it asks for; None if it is about none."""
+    """Return the NPU in a call's arguments, of the device or of a tensor; None without one."""
     asked = kwargs.get("device")
     if asked is not None and torch.device(asked).type == "npu":
         return torch.device(asked)
@@ -71,7 +72,7 @@ def _check_operator(func) -> None:
 
 
 def _has_kernel(func) -> bool:
-    """Whether torch_npu brings one, for it or for its variant with out=, or PyTorch makes it of other operators."""
+    """Return whether torch_npu has a kernel, also with out=, or PyTorch composes it of others."""
     overloads = [getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads()]
     variants = [overload for overload in overloads if any(a.is_out for a in overload._schema.arguments)]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -96,7 +97,7 @@ def _check_dtypes(func, tensors) -> None:
 
 
 def _compute(func, args, kwargs, device: torch.device):
-    """Run the operator on views of the device's memory; what it returns goes to new memory of the device."""
+    """Run an operator on CPU views of the device's memory; copy new results to the device."""
     originals: dict[int, torch.Tensor] = {}
 
     def view(x):
@@ -129,7 +130,7 @@ def _compute(func, args, kwargs, device: torch.device):
 
 
 def _on_cpu(x: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor over the memory of an NPU tensor: the stand-in's device memory is the host's."""
+    """Return a CPU tensor over an NPU tensor's memory, which the stand-in keeps on the host."""
     storage = x.untyped_storage()
     if storage.nbytes() == 0:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
@@ -139,11 +140,11 @@ def _on_cpu(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=x.dtype).set_(raw, x.storage_offset(), x.shape, x.stride())
 
 
-# ------------------------------------ kernels that the CPU has not, with the arguments' names of torch_npu's schemas
+# -------------------- kernels that the CPU lacks, with the argument names of torch_npu's schemas
 
 
 def fusion_attention(query, key, value, scale=1.0, **settings):
-    """softmax(q k^T * scale) v for (B, heads, tokens, width), and each row's maximum and sum, eight times over."""
+    """Return softmax(q k^T * scale) v for (B, H, N, W); each row's maximum and sum, eight times."""
     logits = _logits(query, key, scale, **settings)
     highest = logits.amax(-1, keepdim=True)
     weights = (logits - highest).exp()
@@ -163,7 +164,7 @@ def fusion_attention_grad(query, key, value, dy, scale_value=1.0, **settings):
 
 
 def _logits(q, k, scale, *, head_num, input_layout, atten_mask=None, sparse_mode=0, keep_prob=1.0, **_):
-    """q k^T * scale, -inf where masked out: where atten_mask is True, or right of the diagonal for sparse_mode 2."""
+    """Return q k^T * scale; -inf where atten_mask is True, or, in mode 2, above the diagonal."""
     if input_layout != "BNSD" or q.shape[1] != head_num or q.dtype not in FUSED or keep_prob != 1:
         raise NotImplementedError(f"attention in {input_layout}, {q.dtype}, {head_num} heads, shape {tuple(q.shape)}")
     if sparse_mode not in (0, 2) or (atten_mask is not None and atten_mask.dtype != torch.bool):

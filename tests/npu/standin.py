@@ -1,6 +1,7 @@
-"""A stand-in for CANN's runtime libraries, so that the real torch_npu loads and shows a device where there is none.
+"""A stand-in for CANN's runtime libraries, with which the real torch_npu shows a device.
 
-It computes nothing: operators would silently leave their outputs as they were. Use it with `emulator.EmulatedNPU` only.
+It computes nothing: operators would silently leave their outputs as they were. Use it with
+`emulator.EmulatedNPU` only.
 """
 
 import re
@@ -28,7 +29,7 @@ def build(folder: Path) -> Path:
 
 
 def _missing() -> list[str]:
-    """The symbols that torch_npu's libraries want from the runtime and runtime.c has not."""
+    """Return the symbols of the runtime that torch_npu's libraries need and runtime.c lacks."""
     package = Path(distribution("torch_npu").locate_file("torch_npu"))
     main = package / "lib" / "libtorch_npu.so"
     wanted = {name.decode() for name in LOOKED_UP_BY_NAME.findall(main.read_bytes())}

@@ -1,4 +1,4 @@
-"""The real torch_npu package without an NPU: with no CANN at all, and on an emulated device (emulated.py).
+"""The real torch_npu package without an NPU: without CANN, and on an emulated device.
 
 docs/npu.md says what this proves and what it does not.
 """
@@ -24,7 +24,7 @@ if not (shutil.which("cc") and shutil.which("nm")):
 
 
 def run(*command: str, ok: bool = True, **environment: str) -> str:
-    """What a program says on both streams, run from the repository with one thread."""
+    """Run a program from the repository with one thread; return the output of both streams."""
     kept = {key: value for key, value in os.environ.items() if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     done = subprocess.run(
         [sys.executable, *command],
@@ -40,14 +40,14 @@ def run(*command: str, ok: bool = True, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def standin(tmp_path_factory) -> dict[str, str]:
-    """The environment that CANN's set_env.sh would leave, with the stand-in's libraries."""
+    """Return the environment variables of CANN's set_env.sh, with the stand-in's libraries."""
     sys.path.insert(0, str(HERE))
     from standin import build
 
     return {"LD_LIBRARY_PATH": str(build(tmp_path_factory.mktemp("cann"))), "STANDIN_NPU_COUNT": "1"}
 
 
-# -------------------------------------------------------------------------------------------------- without CANN
+# ---------------------------------------- without CANN
 
 
 @pytest.mark.skipif("LD_LIBRARY_PATH" in os.environ, reason="CANN may be there")
@@ -67,7 +67,7 @@ def test_without_cann_an_npu_that_was_asked_for_is_an_error(command):
     assert "Traceback" not in told
 
 
-# ----------------------------------------------------------------------------------------------- with a stand-in
+# ---------------------------------------- with a stand-in
 
 
 def test_without_a_device_it_says_so(standin):

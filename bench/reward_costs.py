@@ -1,0 +1,164 @@
+"""Seconds and peak memory of each built-in reward, forward and backward, at full size with random
+weights.
+
+    python bench/reward_costs.py [--rewards clip_score hps_v2_1] [--device cuda]
+    python bench/reward_costs.py --package     # writes the results into the planner's module
+    python bench/tables.py                     # writes bench/results/rewards.md
+
+One video of 432x768, 1 and 8 frames, all of them scored at once. Models run in their own format,
+and in bfloat16 if they take a format. Nothing is loaded from hub or disk. Rows of other rewards
+stay in the file, if they were measured in the same environment.
+
+Prediction: forward and backward take two to three times as long as the forward pass, since weights
+are frozen. Memory above the weights grows with frames times layers.
+"""
+
+import argparse
+import gc
+import inspect
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rewards import RewardError, load_reward
+from rewards.catalogue import CATALOGUE
+from rewards.costs import __file__ as COSTS_FILE
+from rewards.load import built_in
+from rlhf.device import peak_memory, pick_device, reset_peak_memory, synchronize
+
+RESULT = Path(__file__).parent / "results" / "rewards.json"
+FRAMES, GIB = (1, 8), 2**30
+PHASES = {"forward": False, "forward and backward": True}
+MEASURED = [name for name, entry in CATALOGUE.items() if "this package" not in entry.weights]
+INFO = {"fps": 8, "seed": 0, "step": 0}  # so that "8 fps" takes every frame
+MARKER = "# Written by `python bench/reward_costs.py --package` from bench/results/rewards.json.\n"
+PROMPT = "a red fox runs through deep snow, slow motion"
+
+
+def build(name: str, device: torch.device, dtype: str | None) -> Callable:
+    """Return the reward on the device with random weights. It scores every frame."""
+    settings = {"frames": "all", "dtype": dtype} if dtype else {"frames": "all"}
+    settings = {key: value for key, value in settings.items() if key in accepted(name)}
+    if not CATALOGUE[name].weights:
+        return load_reward(name, **settings)
+    with torch.device(device):
+        return built_in(name).random_init(**settings).to(device)
+
+
+def accepted(name: str) -> set[str]:
+    """Return the names of a reward's settings, those of its base classes included."""
+    makers = (vars(c)["__init__"] for c in built_in(name).__mro__ if inspect.isfunction(vars(c).get("__init__")))
+    return {parameter for make in makers for parameter in inspect.signature(make).parameters}
+
+
+def formats(name: str) -> list[str | None]:
+    """Return the formats to measure; None is the reward's own."""
+    return [None, "bfloat16"] if "dtype" in accepted(name) and CATALOGUE[name].bytes_each == 4 else [None]
+
+
+def measure(reward: Callable, video_BCTHW: torch.Tensor, backward: bool, repeats: int) -> dict:
+    """Return {"seconds": median, "peak_gib"} after two warm-up calls, or {"skipped": why}."""
+    device, seconds = video_BCTHW.device, []
+    try:
+        for i in range(2 + repeats):
+            pixels_BCTHW = video_BCTHW.clone().requires_grad_(backward)
+            reset_peak_memory(device)
+            synchronize(device)
+            began = time.perf_counter()
+            with torch.set_grad_enabled(backward):
+                scores_B = reward(pixels_BCTHW, [PROMPT], **INFO)
+            if backward:
+                scores_B.sum().backward()
+            synchronize(device)
+            seconds += [time.perf_counter() - began] if i >= 2 else []
+    except RewardError as error:
+        return {"skipped": f"{error.got}; expected {error.expected}"}
+    except torch.OutOfMemoryError:
+        return {"skipped": "out of memory"}
+    return {"seconds": statistics.median(seconds), "peak_gib": peak_memory(device) / GIB}
+
+
+def rows_of(name: str, device: torch.device, size: tuple[int, int], repeats: int) -> list[dict]:
+    """Return a row for each format, number of frames and phase."""
+    rows = []
+    for dtype in formats(name):
+        reward = build(name, device, dtype)
+        weights = list(reward.parameters()) if isinstance(reward, torch.nn.Module) else []
+        held = sum(p.numel() * p.element_size() for p in weights) / GIB
+        form = str(max(weights, key=torch.numel, default=torch.zeros(0)).dtype).removeprefix("torch.")
+        for frames in FRAMES:
+            video_BCTHW = torch.rand(1, 3, frames, *size, generator=torch.Generator().manual_seed(0)).to(device)
+            for phase, backward in PHASES.items():
+                told = {"arm": name, "dtype": form, "frames": frames, "phase": phase, "weights_gib": held}
+                rows.append(told | measure(reward, video_BCTHW, backward, repeats))
+                print(rows[-1], flush=True)
+        del reward, weights
+        gc.collect()
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()
+    return rows
+
+
+def package(result: dict) -> str:
+    """Return the lines of `rewards.costs` below its marker, with the measured costs."""
+    about, rows = result["environment"], {}
+    for row in result["rows"]:
+        if row["phase"] == "forward and backward" and "seconds" in row:
+            weights, by_frames = rows.setdefault((row["arm"], row["dtype"]), (row["weights_gib"], {}))
+            by_frames[row["frames"]] = (round(row["seconds"], 4), round(max(0.0, row["peak_gib"] - weights), 3))
+    lines = [f'DEVICE = "{about["device"]}"', ""]
+    lines += [f"# One video of {about['height']}x{about['width']}: (reward, format) ->"]
+    lines += ["# (GiB of weights, {frames: (seconds, peak GiB above the weights)}).", "COSTS = {"]
+    for (name, dtype), (weights, by_frames) in sorted(rows.items()):
+        lines.append(f'    ("{name}", "{dtype}"): ({round(weights, 3)}, {by_frames}),')
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def environment(device: torch.device, size: tuple[int, int], repeats: int) -> dict:
+    """Return what the result file says about the machine and the video."""
+    name = platform.machine() if device.type == "cpu" else torch.get_device_module(device).get_device_name()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "height": size[0],
+        "width": size[1],
+        "repeats": repeats,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rewards", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
+    parser.add_argument("--device", help="default: the accelerator of this machine")
+    parser.add_argument("--size", type=int, nargs=2, default=(432, 768), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--package", action="store_true", help="measure nothing; write the results into rewards.costs")
+    arguments = parser.parse_args(argv)
+    if arguments.package:
+        module = Path(COSTS_FILE)
+        code, marker, _ = module.read_text().partition(MARKER)
+        module.write_text(code + marker + package(json.loads(arguments.output.read_text())))
+        return
+    device, size = pick_device(arguments.device), tuple(arguments.size)
+    where = environment(device, size, arguments.repeats)
+    old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    kept = old.get("rows", []) if old.get("environment") == where else []
+    rows = {name: [row for row in kept if row["arm"] == name] for name in MEASURED}
+    for name in arguments.rewards:
+        rows[name] = rows_of(name, device, size, arguments.repeats)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        result = {"environment": where, "rows": [row for some in rows.values() for row in some]}
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

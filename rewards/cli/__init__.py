@@ -1,0 +1,1 @@
+"""Flags, files and tables of the commands."""

@@ -1,0 +1,48 @@
+"""Types of command-line flags, checked by argparse before any work starts."""
+
+import os
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import torch
+import yaml
+
+from rlhf.device import pick_device
+
+
+def mapping(text: str) -> dict:
+    """Parse a mapping in YAML or JSON."""
+    expected = "expected a mapping such as '{frames: 8}'"
+    try:
+        kwargs = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ArgumentTypeError(f"got {text!r}; {expected} ({error})") from error
+    if not isinstance(kwargs, dict):
+        raise ArgumentTypeError(f"got {text!r}; {expected}")
+    return kwargs
+
+
+def frame_count(text: str) -> int:
+    """Parse a number of frames, at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"got {text!r}; expected a number of frames, 1 or more")
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    """Parse the name of a device of this machine."""
+    try:
+        return pick_device(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def file_to_write(text: str) -> Path:
+    """Parse the path of a writable file in an existing folder."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        got = "a folder" if path.is_dir() else f"no folder {path.parent}"
+        raise ArgumentTypeError(f"got {got}, expected a file in a folder that exists; correct it, or create the folder")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ArgumentTypeError(f"got no right to write {path}, expected one; choose another")
+    return path

@@ -1,0 +1,97 @@
+"""Differentiable image preprocessing, equal to the published PIL pipelines up to rounding.
+
+Float pixels (N, C, H, W) in [0, 1] -> bicubic or bilinear antialiased resize, clamped to [0, 1] ->
+crop -> normalise; in float32, or in float64 for float64 pixels. PIL rounds to 1/255 after each of
+its two passes. Therefore results differ by 0.3/255 on average and by at most about 1/255.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from rewards.contract import at_least_float32
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def preprocess(
+    frames_NCHW: torch.Tensor,
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    fit: str = "shortest",
+    mode: str = "bicubic",
+) -> torch.Tensor:
+    """Return normalised pixels (N, C, size, size); for fit "whole" the longer side stays longer.
+
+    fit   "shortest" (resize the shorter side, crop the centre), "whole" (the same without the
+          crop), "squash" (resize both sides) or "pad" (resize the longer side, add black bars)
+    mode  "bicubic" or "bilinear"
+    """
+    with torch.autocast(frames_NCHW.device.type, enabled=False):  # bf16 products would cost half a grey level
+        pixels_NCHW = _FITS[fit](at_least_float32(frames_NCHW), size, mode)
+    mean_C11, std_C11 = (pixels_NCHW.new_tensor(x)[:, None, None] for x in (mean, std))
+    return (pixels_NCHW - mean_C11) / std_C11
+
+
+def resize(x_NCHW: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
+    """Resize with antialiasing in two passes, each a matrix product clamped to [0, 1].
+
+    The backward of `F.interpolate(antialias=True)` is missing on some accelerators and not
+    deterministic on others. PIL also clips after the first pass (width), which changes up to 20/255
+    on noise.
+    """
+    W_w = _resize_matrix(x_NCHW.shape[-1], width, mode, x_NCHW.dtype, x_NCHW.device)
+    W_h = _resize_matrix(x_NCHW.shape[-2], height, mode, x_NCHW.dtype, x_NCHW.device)
+    x_NCHW = (x_NCHW @ W_w.T).clamp(0, 1)
+    return (W_h @ x_NCHW).clamp(0, 1)
+
+
+def resize_shorter(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
+    """Resize the shorter side to `size`, the longer to int(size * long / short)."""
+    height, width = x_NCHW.shape[-2:]
+    short, long = min(height, width), max(height, width)
+    resized_long = int(size * long / short)
+    new_height, new_width = (size, resized_long) if height <= width else (resized_long, size)
+    return resize(x_NCHW, new_height, new_width, mode)
+
+
+def resize_shorter_and_crop(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
+    """Resize the shorter side to `size` and crop the centre where torchvision does."""
+    x_NCHW = resize_shorter(x_NCHW, size, mode)
+    top, left = (round((side - size) / 2) for side in x_NCHW.shape[-2:])
+    return x_NCHW[..., top : top + size, left : left + size]
+
+
+def squash(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
+    """Resize both sides to `size`; the aspect ratio changes."""
+    return resize(x_NCHW, size, size, mode)
+
+
+def resize_longer_and_pad(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
+    """Resize the longer side to `size` and pad to a centred black square."""
+    height, width = x_NCHW.shape[-2:]
+    scale = size / max(height, width)
+    new_height, new_width = round(height * scale), round(width * scale)
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    bars = (left, size - new_width - left, top, size - new_height - top)
+    return F.pad(resize(x_NCHW, new_height, new_width, mode), bars)
+
+
+_FITS = {
+    "shortest": resize_shorter_and_crop,
+    "whole": resize_shorter,
+    "squash": squash,
+    "pad": resize_longer_and_pad,
+}
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a matrix made during evaluation serves training too
+def _resize_matrix(before: int, after: int, mode: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the resize matrix (after, before), computed in float64 on the CPU."""
+    identity = torch.eye(before, dtype=torch.float64)[None, None]
+    return F.interpolate(identity, size=(after, before), mode=mode, antialias=True)[0, 0].to(dtype).to(device)

@@ -1,0 +1,139 @@
+"""The reward contract.
+
+A reward is a plain callable; it needs to import nothing from here:
+
+    def reward(video, prompts, **info):  # (B, C, T, H, W) float32 in [0, 1]; B strings
+        return scores                    # (B,) float32, higher is better
+
+`info` holds at least `fps` (frame rate of the video), `seed` and `step`. All randomness derives
+from seed and step.
+
+A reward with weights may also offer a classmethod `random_init(**settings)`. It returns the reward
+at full size with random weights on torch's default device, without reading hub or disk. Benchmarks
+and layout tests use it.
+
+Shape legend: B batch, C channels, T frames, H height, W width.
+"""
+
+import math
+import traceback
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+
+# Optional attributes of a reward, with their defaults.
+ATTRIBUTE_DEFAULTS = {
+    "frames": "all",  # frames to decode: "first", a number of leading frames, or "all"
+    "space": "pixels",  # input space: decoded pixels
+    "mean": None,  # typical score, used for mixing only if std is stated too
+    "std": None,  # typical standard deviation of the score, > 0, for mixing
+    "differentiable": True,  # False: evaluation only
+}
+
+
+class Reward(Protocol):
+    """The interface of a reward. Attributes are optional, see `ATTRIBUTE_DEFAULTS`."""
+
+    frames: Literal["first", "all"] | int
+    space: str
+    mean: float | None
+    std: float | None
+    differentiable: bool
+
+    def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        """Return scores (B,) float32, higher is better."""
+        ...
+
+
+class RewardError(ValueError):
+    """A reward that breaks the contract or can't be loaded: name, got, expected, cure."""
+
+    def __init__(self, name: str, *, got: str, expected: str, cure: str):
+        """Compose the message; cure is a clause in the imperative."""
+        self.name, self.got, self.expected, self.cure = name, got, expected, cure
+        super().__init__(f"reward {name!r}: got {got}; expected {expected}. {cure[:1].upper()}{cure[1:]}.")
+
+
+def reward_name(reward: Callable) -> str:
+    """Return the reward's `name`, else the name of its function or class."""
+    return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
+
+
+def reward_attribute(reward: Callable, attribute: str) -> Any:
+    """Return a contract attribute or its default. Raises RewardError for an invalid value."""
+    name, value = reward_name(reward), getattr(reward, attribute, ATTRIBUTE_DEFAULTS[attribute])
+    if attribute == "frames":
+        check_frames(name, value)
+    if attribute == "space" and value != "pixels":
+        expected = "'pixels', the only space that is scored here"
+        raise RewardError(name, got=f"space={value!r}", expected=expected, cure="score the decoded video")
+    if attribute in ("mean", "std") and value is not None and not _is_statistic(value, positive=attribute == "std"):
+        expected = "a number above 0, or None" if attribute == "std" else "a finite number, or None"
+        cure = f"state the typical {'standard deviation' if attribute == 'std' else 'score'}, or drop mean and std"
+        cure = "write it as a number; YAML takes 1e-2 for text, but not 0.01" if isinstance(value, str) else cure
+        raise RewardError(name, got=f"{attribute}={value!r}", expected=expected, cure=cure)
+    return value
+
+
+def _is_statistic(value: Any, positive: bool) -> bool:
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        return False
+    return math.isfinite(number) and (number > 0 or not positive)
+
+
+def check_frames(name: str, frames: Any) -> None:
+    """Raise RewardError unless `frames` is "first", "all" or an integer of at least 1."""
+    is_count = isinstance(frames, int) and not isinstance(frames, bool) and frames >= 1
+    if not is_count and frames not in ("first", "all"):
+        expected = "'first', 'all' or a number of leading frames of at least 1"
+        cure = "correct the reward's frames attribute"
+        raise RewardError(name, got=f"frames={frames!r}", expected=expected, cure=cure)
+
+
+def frames_needed(reward: Callable, total: int) -> int:
+    """Return the number of leading frames that the reward needs, from 1 to total."""
+    frames = reward_attribute(reward, "frames")
+    if frames == "all":
+        return total
+    return 1 if frames == "first" else min(frames, total)
+
+
+def check_scores(name: str, scores: Any, prompts: list[str], video_BCTHW: torch.Tensor | None = None) -> None:
+    """Raise RewardError unless scores is a finite floating tensor of shape (B,), B = len(prompts).
+
+    video_BCTHW, if given, distinguishes a broken reward from a video whose pixels are not finite
+    already.
+    """
+    batch = len(prompts)
+    if not isinstance(scores, torch.Tensor):
+        got, cure = f"a {type(scores).__name__}", "return one score for each video as a tensor"
+        raise RewardError(name, got=got, expected=f"a tensor of shape ({batch},)", cure=cure)
+    if tuple(scores.shape) != (batch,):
+        got, cure = f"scores of shape {tuple(scores.shape)}", "reduce over everything but the batch, keep the batch"
+        raise RewardError(name, got=got, expected=f"shape ({batch},), one score a video", cure=cure)
+    if not scores.is_floating_point():
+        cure = "return scores.float()"
+        raise RewardError(name, got=f"scores of {scores.dtype}", expected="torch.float32", cure=cure)
+    bad = (~torch.isfinite(scores.detach())).nonzero().flatten().tolist()
+    if bad:
+        got = f"the score {scores[bad[0]].item()} for prompt {prompts[bad[0]]!r}"
+        if video_BCTHW is not None and not torch.isfinite(video_BCTHW[bad[0]]).all():
+            cure = "lower learning_rate, or look at guidance_scale and dtype: it is the model that has diverged"
+            raise RewardError(name, got=f"{got}, and pixels that are no numbers", expected="a finite video", cure=cure)
+        cure = "look for a division by zero, a logarithm or root of zero, or half precision that overflows"
+        raise RewardError(name, got=got, expected="a finite number", cure=cure)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Cast half precision to float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def describe_exception(error: Exception, given: str) -> str:
+    """Return an exception's type and text, its input, and the deepest line of user code."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    places = [f" ({frame.filename}, line {frame.lineno})" for frame in frames if "site-packages" not in frame.filename]
+    return f"{type(error).__name__}: {error}".rstrip(".") + f" for {given}" + "".join(places[-1:])

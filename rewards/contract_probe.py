@@ -1,0 +1,172 @@
+"""The probe: a test of the reward contract on three random videos.
+
+Shape legend: B batch, C channels, T frames, H height, W width.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from rewards.contract import RewardError, check_scores, describe_exception, frames_needed, reward_attribute, reward_name
+
+PROBE_PROMPTS = ["a red circle moves to the right", "two dogs run along a beach at sunset", "rain on a window"]
+PROBE_INFO = {"fps": 24, "seed": 0, "step": 0}
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Measurements of a reward that passed the probe.
+
+    frames      leading frames that the reward was given
+    scores      of the first two videos
+    grad_norms  |d score_i / d video_i| of the first and third video; empty for differentiable=False
+    seconds     of the whole probe
+    """
+
+    name: str
+    frames: int
+    scores: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    seconds: float
+
+
+def probe(
+    reward: Callable,
+    video_shape: tuple[int, int, int, int] = (3, 17, 64, 64),
+    prompts: list[str] | None = None,
+    device: torch.device | str = "cpu",
+    name: str | None = None,
+    info: dict | None = None,
+    on_pass: Callable[[str], None] = lambda line: None,
+) -> ProbeReport:
+    """Check a reward against the contract on three smooth random videos, in two batches of two.
+
+    video_shape  (C, T, H, W) of one video; the reward gets the leading frames that it asks for
+    prompts      up to three, repeated if fewer; default `PROBE_PROMPTS`
+    info         further keywords for the reward, added to `PROBE_INFO`
+    on_pass      called with a line for each check that passed
+
+    Rewards with differentiable=False skip the gradient checks. Raises RewardError at the first
+    check that fails.
+    """
+    started = time.perf_counter()
+    name = name or reward_name(reward)
+    channels, total, height, width = video_shape
+    frames = frames_needed(reward, total)
+    for attribute in ("space", "mean", "std"):
+        reward_attribute(reward, attribute)
+    on_pass(f"attributes: frames={getattr(reward, 'frames', 'all')!r}, {frames} of {total} frames are decoded for it")
+
+    prompts = [((prompts or PROBE_PROMPTS) * 3)[i] for i in range(3)]
+    videos = smooth_random_videos(3, (channels, frames, height, width), seed=0).to(device)
+    differentiable = reward_attribute(reward, "differentiable")
+    call = partial(_call, name, reward, {"probe": True} | PROBE_INFO | (info or {}))
+    first, second = [0, 1], [0, 2]  # the same sample beside two neighbours
+
+    scores, grads = _score_one(name, call, videos[first], [prompts[i] for i in first], 0, differentiable)
+    on_pass(f"scores: shape (2,), float32, finite: {scores[0]:.4g}, {scores[1]:.4g}")
+    others, other_grads = _score_one(name, call, videos[second], [prompts[i] for i in second], 1, differentiable)
+    if not _close(scores[0], others[0]):
+        _raise_unstable(name, call, videos[first], [prompts[i] for i in first], scores[0], others[0])
+    on_pass("neighbours: a score stays the same beside another video and prompt")
+
+    norms = ()
+    if differentiable:
+        norms = (_check_gradient(name, grads, 0), _check_gradient(name, other_grads, 1))
+        on_pass(f"gradient: finite and not zero at the pixels: norms {norms[0]:.3g}, {norms[1]:.3g}")
+        on_pass("neighbours: a score has no gradient at another video's pixels")
+    else:
+        on_pass("gradient: not checked, the reward says differentiable=False (evaluation only)")
+    return ProbeReport(name, frames, tuple(scores.tolist()), norms, time.perf_counter() - started)
+
+
+def smooth_random_videos(batch: int, shape: tuple[int, int, int, int], seed: int) -> torch.Tensor:
+    """Return (batch, *shape) float32 in [0.01, 0.99]: drifting soft colours and a little noise.
+
+    shape is (C, T, H, W) of one video.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    channels, frames, height, width = shape
+    coarse = torch.rand(batch, channels, 3, 5, 5, generator=generator)
+    smooth = F.interpolate(coarse, size=(max(frames, 3), height, width), mode="trilinear", align_corners=True)
+    grain = torch.rand(batch, *shape, generator=generator) - 0.5
+    return (0.05 + 0.9 * smooth[:, :, :frames] + 0.05 * grain).clamp(0.01, 0.99)
+
+
+def _score_one(name, call, video_BCTHW, prompts, index, differentiable):
+    """Return detached scores (B,) and the gradient (B, C, T, H, W) of scores[index], or None."""
+    video_BCTHW = video_BCTHW.clone().requires_grad_(differentiable)
+    with torch.set_grad_enabled(differentiable):
+        scores = call(video_BCTHW, prompts)
+    check_scores(name, scores, prompts)
+    if scores.dtype != torch.float32:
+        cure = "compute or at least return the score as scores.float(); half precision loses the signal"
+        raise RewardError(name, got=f"scores of {scores.dtype}", expected="torch.float32", cure=cure)
+    if not differentiable:
+        return scores.detach(), None
+    return scores.detach(), _pixel_gradient(name, scores[index], video_BCTHW)
+
+
+def _call(name, reward, info, video_BCTHW, prompts) -> torch.Tensor:
+    """Return the scores; an exception of the reward becomes a RewardError."""
+    try:
+        return reward(video_BCTHW, list(prompts), **info)
+    except (RewardError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        got = describe_exception(error, f"a video of shape {tuple(video_BCTHW.shape)}")
+        expected = "reward(video, prompts, **info) to return scores"
+        cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords (**info)"
+        raise RewardError(name, got=got, expected=expected, cure=cure) from error
+
+
+def _pixel_gradient(name, score, video_BCTHW) -> torch.Tensor:
+    """Return d score / d video. Raises RewardError if there is none."""
+    grad = torch.autograd.grad(score, video_BCTHW, allow_unused=True)[0] if score.requires_grad else None
+    if grad is None:
+        expected = "a gradient from the score back to the pixels"
+        cure = (
+            "remove no_grad, detach, .item(), numpy and rounding to uint8, or set differentiable = False (evaluation)"
+        )
+        raise RewardError(name, got="no gradient at the pixels (None)", expected=expected, cure=cure)
+    return grad
+
+
+def _check_gradient(name, grad_BCTHW, index) -> float:
+    """Return the gradient norm of the scored sample.
+
+    Raises RewardError for a gradient that is zero, not finite, or not zero at the neighbour.
+    """
+    if not torch.isfinite(grad_BCTHW).all():
+        cure = "look for sqrt, norm or log at zero; add a small epsilon inside"
+        raise RewardError(name, got="a gradient with NaN or infinity", expected="a finite gradient", cure=cure)
+    own, other = grad_BCTHW[index], grad_BCTHW[1 - index]
+    if own.abs().max() == 0:
+        cure = "look for rounding, argmax or a clamp that saturates on an ordinary video"
+        raise RewardError(name, got="a gradient of exactly zero", expected="a non-zero gradient", cure=cure)
+    if other.abs().max() > 1e-6 * own.abs().max():
+        got = f"a gradient of norm {other.norm():.3g} at the pixels of another video of the batch"
+        cure = "compute each score from its own video: no batch statistics, no maximum or softmax over the batch"
+        raise RewardError(name, got=got, expected="independence of batch neighbours", cure=cure)
+    return own.norm().item()
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs() <= 1e-5 + 1e-4 * a.abs())
+
+
+def _raise_unstable(name, call, video_BCTHW, prompts, score, swapped) -> None:
+    """Raise RewardError: the score changes at random, or with its batch neighbour."""
+    with torch.no_grad():
+        repeated = call(video_BCTHW, prompts)[0]
+    if not _close(score, repeated):
+        got = f"two scores for the same batch, {score:.6g} and {repeated:.6g}"
+        cure = "call .eval() on the model (dropout) and draw no random numbers inside"
+        raise RewardError(name, got=got, expected="the same score each time", cure=cure)
+    got = f"a score that moves from {score:.6g} to {swapped:.6g} when another sample of the batch changes"
+    cure = "compute each score from its own video and prompt: no batch statistics, no maximum over the batch"
+    raise RewardError(name, got=got, expected="independence of batch neighbours", cure=cure)

@@ -1,0 +1,139 @@
+"""Aesthetic predictors: linear heads on embeddings of CLIP (LAION v1, v2) or SigLIP (v2.5).
+
+Sources: v1 LAION-AI/aesthetic-predictor; v2 christophschuhmann/improved-aesthetic-predictor, whose
+`sac+logos+ava1-l14-linearMSE.pth` is also in trl-lib/ddpo-aesthetic-predictor; v2.5
+discus0434/aesthetic-predictor-v2-5, siglip_v2_5.py.
+
+Shape legend: N frames of all videos that are scored, C channels, H height, W width, P width of the
+embedding.
+"""
+
+import torch
+
+from rewards.common.base import FrameReward
+from rewards.common.clip_models import (
+    CLIP_L14,
+    SIGLIP_384,
+    Clip,
+    ImageEncoder,
+    Siglip,
+    load_clip,
+    load_siglip,
+    random_clip,
+    random_siglip,
+)
+from rewards.common.heads import LinearLayers, load_head
+from rewards.common.weights import hub_file
+from rewards.contract import RewardError
+
+
+class HeadScore(FrameReward):
+    """A linear head on the unit embedding of a frame; the prompt is ignored."""
+
+    encoder: ImageEncoder
+
+    def __init__(self, head: str | torch.nn.Module | None = None, **options):
+        super().__init__(**options)
+        head = head if isinstance(head, torch.nn.Module) else self.load_head(head)
+        self.head = head.to(torch.promote_types(self.dtype, torch.float32))
+
+    def load_head(self, path: str | None) -> torch.nn.Module:
+        """Load the float32 head from a weights file; None: the default file."""
+        raise NotImplementedError
+
+    def score_frames(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
+        """Return scores (N,) of frames in [0, 1]."""
+        embeds_NP = self.encoder.embed(frames_NCHW)
+        width = next(self.head.parameters()).shape[1]
+        if embeds_NP.shape[1] != width:
+            expected = f"embeddings of width {width}, as the head was trained on"
+            cure = "choose the image model that belongs to the head"
+            raise RewardError(self.name, got=f"width {embeds_NP.shape[1]}", expected=expected, cure=cure)
+        return self.head(embeds_NP).squeeze(-1)
+
+
+class Aesthetic(HeadScore):
+    """The LAION aesthetic predictor v2: about 5 for an average photograph, 6.5 for a good one.
+
+    The head has no activation between its layers: the score is w.e + 5.2 with |w| = 18, without a
+    ceiling at 10. Training far beyond 7 finds pictures that exploit it.
+
+    head     weights file (.safetensors or a state dict of torch), or a module; None: from the hub,
+             3.7 MB
+    model, backend, pretrained  the CLIP, as for clip_score; the published head needs CLIP L/14
+    options  settings of FrameReward
+
+    Raises RewardError for missing weights, and for a pickled module in place of a state dict.
+    """
+
+    name = "aesthetic"
+
+    def __init__(
+        self,
+        head: str | torch.nn.Module | None = None,
+        model: str | Clip = CLIP_L14,
+        backend: str | None = None,
+        pretrained: str | None = None,
+        **options,
+    ):
+        super().__init__(head, **options)
+        self.encoder = load_clip(self.name, model, backend, pretrained).to(self.dtype)
+        self.freeze()
+
+    def load_head(self, path: str | None) -> torch.nn.Module:
+        """Load the float32 head."""
+        path = path or hub_file(self.name, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head")
+        return load_head(self.name, path, "layers.", LinearLayers)
+
+    @classmethod
+    def random_init(cls, **options) -> "Aesthetic":
+        """Build it at full size with random weights on torch's default device."""
+        return cls(LinearLayers(768), random_clip(CLIP_L14), **options)
+
+
+class AestheticV1(Aesthetic):
+    """The LAION aesthetic predictor v1, 10 times VBench's aesthetic quality.
+
+    head     path of sa_0_4_vit_l_14_linear.pth, which is not on the hub, or a module
+    options  of Aesthetic, which raises the same errors
+    """
+
+    name = "aesthetic_v1"
+
+    def __init__(self, head: str | torch.nn.Module, **options):
+        super().__init__(head, **options)
+
+    def load_head(self, path: str) -> torch.nn.Module:
+        """Load the float32 head."""
+        return load_head(self.name, path, "", lambda width: torch.nn.Linear(width, 1))
+
+    @classmethod
+    def random_init(cls, **options) -> "AestheticV1":
+        """Build it at full size with random weights on torch's default device."""
+        return cls(torch.nn.Linear(768, 1), model=random_clip(CLIP_L14), **options)
+
+
+class AestheticV25(HeadScore):
+    """The aesthetic predictor v2.5, about 1 to 10; at least 5.5 for a great picture.
+
+    head     path of aesthetic_predictor_v2_5.pth, or a module; never downloaded, its licence is
+             AGPL-3.0
+    model    the SigLIP: hub id, folder, or a Siglip; only its vision tower is used
+    options  settings of FrameReward; raises the same errors as Aesthetic
+    """
+
+    name = "aesthetic_v2_5"
+
+    def __init__(self, head: str | torch.nn.Module, model: str | Siglip = SIGLIP_384, **options):
+        super().__init__(head, **options)
+        self.encoder = load_siglip(self.name, model).to(self.dtype)
+        self.freeze()
+
+    def load_head(self, path: str) -> torch.nn.Module:
+        """Load the float32 head."""
+        return load_head(self.name, path, "scoring_head.", lambda width: LinearLayers(width, dropout_before_last=True))
+
+    @classmethod
+    def random_init(cls, **options) -> "AestheticV25":
+        """Build it at full size with random weights on torch's default device."""
+        return cls(LinearLayers(1152, dropout_before_last=True), random_siglip(), **options)

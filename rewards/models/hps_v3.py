@@ -1,0 +1,83 @@
+"""HPSv3: human preference for an image and its prompt by Qwen2-VL-7B (arXiv 2508.03789).
+
+Source: MizzenAI/HPSv3, hpsv3/inference.py and hpsv3/model/qwen2vl_trainer.py; MIT.
+
+Shape legend: B batch, C channels, T frames, N frames of all videos that are scored, H height, W
+width.
+"""
+
+from pathlib import Path
+
+import torch
+
+from rewards.common.base import ModelReward
+from rewards.common.frames import in_chunks, pick_frames
+from rewards.common.qwen_vl import QwenVl, load_qwen_vl, qwen2_vl_sizes, random_qwen_vl
+from rewards.common.weights import load_published, require_tensor, torch_dtype
+
+REPOSITORY, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
+BASE = "Qwen/Qwen2-VL-7B-Instruct"
+TOKENS = ["<|Reward|>"]
+PIXELS = 256 * 28 * 28  # area of a resized image, as near as whole tokens allow
+
+# The prompt template of training, verbatim: hpsv3/dataset/data_collator_qwen.py of MizzenAI/HPSv3
+# (MIT): INSTRUCTION and prompt_with_special_token. Any change shifts the scores.
+PROMPT = Path(__file__).with_name("prompts").joinpath("hps_v3.txt").read_text(encoding="utf-8")
+
+# Sizes of Qwen2-VL-7B-Instruct as in its config.json, with the tokenizer's 151,657 tokens and the
+# reward token.
+SIZES = qwen2_vl_sizes(vocabulary=151658, width=3584, inner=18944, heads=28, key_value_heads=4)
+
+
+class HpsV3(ModelReward):
+    """Mean HPSv3 preference of frames, unbounded; published: SD 2 -0.2, SDXL 8.2, best 10.6.
+
+    The model predicts mean and spread of the preference; the score is the mean.
+
+    checkpoint  path of the published file; None: from the hub
+    model       the base Qwen2-VL, for configuration and tokenizer: hub id or folder
+    options     settings of ModelReward; the default dtype is bfloat16
+
+    Raises RewardError for weights that are missing, of another layout, or a pickled module.
+    """
+
+    name = "hps_v3"
+
+    def __init__(self, checkpoint: str | QwenVl | None = None, model: str = BASE, dtype: str = "bfloat16", **options):
+        super().__init__(dtype=dtype, **options)
+        self.vlm = checkpoint if isinstance(checkpoint, QwenVl) else self._load(checkpoint, model)
+        self.freeze()
+
+    def _load(self, checkpoint: str | None, model: str) -> QwenVl:
+        state = load_published(self.name, checkpoint, REPOSITORY, FILE)
+        width = require_tensor(self.name, state, "rm_head.0.weight").shape[1]
+        return load_qwen_vl(self.name, model, state, preference_head(width), TOKENS, self.dtype)
+
+    @classmethod
+    def random_init(cls, dtype: str = "bfloat16", **settings) -> "HpsV3":
+        """Build it at full size with random weights on torch's default device."""
+        head = preference_head(SIZES["text_config"]["hidden_size"])
+        vlm = random_qwen_vl(SIZES, head, TOKENS, torch_dtype(cls.name, dtype))
+        return cls(vlm, dtype=dtype, **settings)
+
+    def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
+        """Return scores (B,), in at least float32."""
+        video_BCNHW = pick_frames(self, video_BCTHW, info)
+        count = video_BCNHW.shape[2]
+        texts = [PROMPT.format(text_prompt=prompt) for prompt in prompts]
+        with torch.autocast(video_BCTHW.device.type, enabled=False):
+            images_NCTHW = video_BCNHW.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+            tokens = [rows.repeat_interleave(count, 0) for rows in self.vlm.tokens(self.name, texts)]
+            logits_N12 = in_chunks(self._logits, self.chunk, images_NCTHW, *tokens)
+            return logits_N12[:, 0, 0].unflatten(0, (len(prompts), count)).mean(1)
+
+    def _logits(self, images_NCTHW, ids_NL, where_NR) -> torch.Tensor:
+        return self.vlm(self.vlm.fit(images_NCTHW, PIXELS, PIXELS), ids_NL, where_NR)
+
+
+def preference_head(width: int) -> torch.nn.Sequential:
+    """Build the head width-1024-16-2 with ReLU; an identity replaces the dropout of training."""
+    linear, relu = torch.nn.Linear, torch.nn.ReLU
+    return torch.nn.Sequential(
+        linear(width, 1024), relu(), torch.nn.Identity(), linear(1024, 16), relu(), linear(16, 2)
+    )

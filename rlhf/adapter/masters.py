@@ -1,0 +1,102 @@
+"""The fp32 master weights of the trained parameters, as one flat vector."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Masters:
+    """An adapter's fp32 master weights, one flat vector with its gradient; fp64 for fp64 models.
+
+    The modules keep a copy in the base's format for the forward pass. `write` refreshes that copy
+    after an optimizer step. `collect_grad` adds the gradients of a backward pass to the vector's,
+    so that sums over batches and processes are in fp32.
+
+    Args:
+        module: the transformer; its parameters with `requires_grad` are the trained ones.
+        average_decay: decay of the running average that `update_average` keeps; 0 keeps none.
+
+    Raises:
+        ValueError: the module has no trainable parameter.
+    """
+
+    def __init__(self, module: torch.nn.Module, average_decay: float = 0.0):
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("the transformer has no trainable parameter, expected an adapter; pass a peft_config")
+        self.names, self.params = (list(column) for column in zip(*trained, strict=True))
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in self.params]
+        flat = [p.detach().flatten().to(dtype) for p, dtype in zip(self.params, dtypes, strict=True)]
+        self.vector = torch.cat(flat).requires_grad_(True)
+        self.vector.grad = torch.zeros_like(self.vector)
+        self.average_decay, self.average = average_decay, self.vector.detach().clone() if average_decay else None
+
+    def collect_grad(self) -> int:
+        """Move the parameters' gradients into the vector's; return how many parameters had one."""
+        pieces = self._split(self.vector.grad)
+        received = [(piece, p) for piece, p in zip(pieces, self.params, strict=True) if p.grad is not None]
+        for piece, p in received:
+            piece += p.grad
+            p.grad = None
+        return len(received)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Copy the vector into the module's parameters."""
+        for piece, p in zip(self._split(self.vector), self.params, strict=True):
+            p.copy_(piece)
+
+    def update_average(self, update: int) -> None:
+        """Move the running average towards the vector after optimizer step `update`, from 0.
+
+        The decay rises from 0.1 to `average_decay`, as in diffusers' EMAModel.
+        """
+        if self.average is not None:
+            decay = min(self.average_decay, (1 + update) / (10 + update))
+            self.average.lerp_(self.vector.detach(), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Hold the running average in vector and module while inside, if one is kept."""
+        if self.average is None:
+            yield
+            return
+        before = self.vector.detach().clone()
+        self.set(self.average)
+        try:
+            yield
+        finally:
+            self.set(before)
+
+    @torch.no_grad()
+    def set(self, vector: torch.Tensor) -> None:
+        """Fill the vector and the module's parameters with the given values."""
+        self.vector.copy_(vector)
+        self.write()
+
+    def named(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return views of a flat vector (masters, an optimizer's moment) by parameter name."""
+        return dict(zip(self.names, self._split(vector), strict=True))
+
+    @torch.no_grad()
+    def load(self, vector: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill a flat vector from tensors by parameter name, the inverse of `named`.
+
+        Raises ValueError, with the vector unchanged, for other names or shapes than the adapter
+        has.
+        """
+        pieces = self.named(vector)
+        got, expected = ({n: tuple(t.shape) for n, t in of.items()} for of in (tensors, pieces))
+        if got != expected:
+            name = next(n for n in expected | got if got.get(n) != expected.get(n))
+            raise ValueError(
+                f"{name}: got a tensor of shape {got.get(name)}, expected {expected.get(name)}, as the adapter of this "
+                "run has; go on with the adapter that was saved, or start another output_dir"
+            )
+        for name, piece in pieces.items():
+            piece.copy_(tensors[name])
+
+    def _split(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        pieces = vector.detach().split([p.numel() for p in self.params])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]

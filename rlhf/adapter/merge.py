@@ -1,0 +1,67 @@
+"""Loading a saved adapter into a transformer, and merging it into the weights for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+
+from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.lora_scale import scaled
+from rlhf.reading import reading
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+EXPECTED = "expected an adapter of this model, as a run or pipe.save_lora_weights writes it; name the right one"
+
+
+def load_adapter(transformer: SD3Transformer3DModel, folder: Path) -> None:
+    """Add the adapter in a folder such as RUN/adapter; raise ValueError for another model's."""
+    path = folder / ADAPTER_FILE
+    with reading(path), safe_open(path, "pt") as file:
+        file.keys()
+    try:
+        transformer.load_lora_adapter(folder, prefix="transformer", weight_name=ADAPTER_FILE, use_safetensors=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of other shapes
+        raise ValueError(f"{path}: got another model's adapter ({str(error)[:200]}), {EXPECTED}") from error
+    require_adapter(transformer, path)
+
+
+def require_adapter(transformer: SD3Transformer3DModel, name: str | Path) -> None:
+    """Raise ValueError if no layer of the adapter `name` was added, of which peft only warns."""
+    if not getattr(transformer, "peft_config", None):
+        raise ValueError(f"{name}: got no layer of this transformer, {EXPECTED}")
+
+
+@contextmanager
+def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[SD3Transformer3DModel]:
+    """Yield a plain transformer with the adapter, times `scale`, in its weights.
+
+    Afterwards the weights are restored, bit for bit. The plain transformer shares its weights with
+    the given one, so it is of use inside only.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    originals = [(p, p.detach().clone()) for layer in layers for p in layer.get_base_layer().parameters()]
+    try:
+        with scaled(transformer, scale):
+            try:
+                transformer.fuse_lora(safe_fusing=True)
+                yield _plain(transformer)
+            finally:
+                for layer in (layer for layer in layers if layer.merged):
+                    layer.unmerge()  # subtracts what was added, up to rounding
+    finally:
+        for parameter, original in originals:
+            parameter.data.copy_(original)
+
+
+def _plain(transformer: SD3Transformer3DModel) -> SD3Transformer3DModel:
+    """Return a transformer without adapter layers that shares the base layers' weights."""
+    weights = {k.replace(".base_layer.", "."): v for k, v in transformer.state_dict().items() if ".lora_" not in k}
+    with torch.device("meta"):
+        plain = SD3Transformer3DModel.from_config(transformer.config)
+    plain.load_state_dict(weights, strict=True, assign=True)
+    return plain.eval().requires_grad_(False)

@@ -1,0 +1,128 @@
+"""Options of a method that other methods do not read, given as the setting `method_kwargs`.
+
+A new method adds its options here and its plan to `make_plan`; it needs no further setting.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass
+
+from rlhf.coerce import coerce_all
+from rlhf.config import METHODS, ConfigError, range_problems, setting
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Options of every method: scores relative to two phrases (arXiv 2509.06942, eq. 8 and 9)."""
+
+    relative_words: list[str] | None = setting(
+        None,
+        "Two phrases, positive and negative, put before each prompt. The score is then "
+        "(1 + k) R(positive) - R(negative). Default: the prompts as they are.",
+    )
+    relative_strength: float = setting(0.2, "k of relative_words, without unit.", least=0)
+
+    def problems(self) -> list[str]:
+        """Return what does not fit together in these options; ranges are checked elsewhere."""
+        if self.relative_words is not None and len(self.relative_words) != 2:
+            got = f"relative_words: got {self.relative_words}"
+            return [f"{got}, expected two phrases, positive and negative; give both"]
+        if self.relative_words is None and self.relative_strength != MethodOptions.relative_strength:
+            got = f"relative_strength: got {self.relative_strength} without relative_words"
+            return [f"{got}, on which it builds, expected {MethodOptions.relative_strength}; set both or none"]
+        return []
+
+
+@dataclass(frozen=True)
+class DraftLVOptions(MethodOptions):
+    """Options of draft_lv (arXiv 2309.17400, algorithm 1)."""
+
+    num_draws: int = setting(2, "Times that the last step is taken again, each from fresh noise.", least=1)
+
+
+@dataclass(frozen=True)
+class ListedOptions(MethodOptions):
+    """Options of listed."""
+
+    steps: list[int] | None = setting(None, "Denoising steps with gradient, of 0 to N-1. Needed.")
+
+
+@dataclass(frozen=True)
+class DRTuneOptions(MethodOptions):
+    """Options of drtune (arXiv 2405.00760, algorithm 1)."""
+
+    jump_steps: int = setting(
+        1,
+        "Last steps from which the rollout may jump to x0, one of them drawn for each optimizer step. 1: no jump.",
+        least=1,
+    )
+
+
+@dataclass(frozen=True)
+class ReFLOptions(MethodOptions):
+    """Options of refl (arXiv 2304.05977, algorithm 1)."""
+
+    jump_steps: int | None = setting(
+        None,
+        "Last steps from which the rollout may jump to x0, one of them drawn for each optimizer step. "
+        "Default: a quarter of the steps, as 10 of 40 in the paper.",
+        least=1,
+    )
+
+
+@dataclass(frozen=True)
+class SRPOOptions(MethodOptions):
+    """Options of srpo (arXiv 2509.06942, eq. 4, 5, 12, 13); the defaults are those of its code."""
+
+    num_draws: int = setting(2, "Gradients of each rollout; every second one is of a penalty.", least=1)
+    align_sigmas: list[float] = setting(
+        [0.75, 0.96], "Lowest and highest noise level sigma at which videos are recovered."
+    )
+    align_delta: float = setting(0.02, "Length, in sigma, of the one step that a recovered video takes.", above=0)
+
+    def problems(self) -> list[str]:
+        """Return what does not fit together, noise levels included."""
+        low, high = self.align_sigmas if len(self.align_sigmas) == 2 else (1.0, 0.0)
+        if self.align_delta <= low <= high and high + self.align_delta <= 1:
+            return super().problems()
+        return super().problems() + [
+            f"align_sigmas={self.align_sigmas} with align_delta={self.align_delta}: expected [from, to] with "
+            "align_delta <= from <= to <= 1 - align_delta, for a step on both sides of each level; correct them"
+        ]
+
+
+METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOptions) | {
+    "draft_lv": DraftLVOptions,
+    "listed": ListedOptions,
+    "drtune": DRTuneOptions,
+    "refl": ReFLOptions,
+    "srpo": SRPOOptions,
+}
+
+
+def option_names(method: str) -> list[str]:
+    """Return the names of a method's options."""
+    return [f.name for f in dataclasses.fields(METHOD_OPTIONS[method])]
+
+
+def read_options(method: str, kwargs: dict | None) -> MethodOptions:
+    """Return `method_kwargs` as options of the method. Raises ConfigError with every problem."""
+    kind, kwargs = METHOD_OPTIONS[method], kwargs or {}
+    known = {name: value for name, value in kwargs.items() if name in option_names(method)}
+    problems = [_unknown_option(name, method) for name in kwargs if name not in known]
+    values, wrong = coerce_all(known, typing.get_type_hints(kind))
+    options = kind(**values)
+    problems += wrong + list(range_problems(options)) + ([] if wrong else options.problems())
+    if problems:
+        raise ConfigError([f"method_kwargs: {problem}" for problem in problems])
+    return options
+
+
+def _unknown_option(name: str, method: str) -> str:
+    if owners := [other for other in METHODS if name in option_names(other)]:
+        cure = f"leave it out, or choose method {' or '.join(owners)}, which has it"
+        return f"got {name} with method {method}, expected {', '.join(option_names(method))}; {cure}"
+    near = difflib.get_close_matches(name, option_names(method), n=1, cutoff=0.5)
+    cure = f"did you mean {near[0]!r}?" if near else "leave it out"
+    return f"got {name!r}, expected an option of method {method}: {', '.join(option_names(method))}; {cure}"

@@ -1,0 +1,84 @@
+"""Settings of earlier versions: where each of them moved, so that older runs can be read."""
+
+from typing import Any
+
+RENAMED = {"rollout_uses": "rollout_reuse"}
+# Settings that are now options of the method: the option, and the default that they had.
+MOVED = {
+    "grad_steps": ("steps", None),
+    "jump_steps": ("jump_steps", None),
+    "num_draws": ("num_draws", 2),
+    "align_sigmas": ("align_sigmas", [0.75, 0.96]),
+    "align_delta": ("align_delta", 0.02),
+    "relative_words": ("relative_words", None),
+    "relative_strength": ("relative_strength", 0.2),
+}
+COMMAND_FLAGS = ("dry_run", "memory_limit_gib", "plan_device", "plan_processes")
+# Settings that are gone: the value without effect, and the cure for any other.
+REMOVED = {
+    "second_order_prefix": (False, "prefix_steps alone takes fewer steps"),
+    "optim": ("adamw_torch_fused", "leave it out: AdamW's moments are float32"),
+    "train_blocks": (None, "adapt more layers by lora_target_modules, or use the version that began the run"),
+    "early_stopping_threshold": (0.0, "leave it out: any rise counts"),
+    "decode_channels_last": (None, ""),  # no effect on results: the device decides
+}
+REMOVED_VALUES = {
+    "base_bits": (8, "4, or stream_weights, which is exact"),
+    "sampling_weights": ("merged", "own or float8"),
+    "decode_caches": ("recompute", "host"),
+}
+
+
+def translate(settings: dict[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
+    """Return settings of any version in today's form.
+
+    Returns:
+        The settings; a paragraph that says which of them moved where, "" if none did; and a
+        problem, with its cure, for each that was in use and is gone.
+    """
+    kept = {RENAMED.get(name, name): value for name, value in settings.items() if name not in _GONE}
+    options = {
+        option: settings[name] for name, (option, default) in MOVED.items() if settings.get(name, default) != default
+    }
+    if options:
+        kept["method_kwargs"] = options | (kept.get("method_kwargs") or {})
+    return kept, _paragraph(settings, options), list(_problems(settings))
+
+
+_GONE = {*MOVED, *COMMAND_FLAGS, *REMOVED}
+
+
+def _paragraph(settings: dict, options: dict) -> str:
+    def among(names) -> str:
+        return ", ".join(name for name in names if name in settings)
+
+    parts = [f"{old} is now {new}" for old, new in RENAMED.items() if old in settings]
+    if moved := among(MOVED):
+        parts.append(f"{moved}: now in method_kwargs, here {options or 'none of them set'}")
+    if flags := among(COMMAND_FLAGS):
+        parts.append(f"{flags}: now only flags of the train command")
+    if removed := among(REMOVED):
+        parts.append(f"{removed}: gone, without effect here")
+    return f"These settings are of an earlier version. {'; '.join(parts)}." if parts else ""
+
+
+def _problems(settings: dict):
+    if settings.get("dry_run"):
+        yield "dry_run: got it among the settings, expected the flag --dry_run of the command; leave it out"
+    for name, (unused, cure) in REMOVED.items():
+        if cure and settings.get(name, unused) != unused:
+            yield f"{name}: got {settings[name]!r}, which this version no longer has, expected none; {cure}"
+    for name, (value, cure) in REMOVED_VALUES.items():
+        if settings.get(name) == value:
+            yield f"{name}: got {value!r}, which this version no longer has; choose {cure}"
+
+
+def hint(name: str) -> str:
+    """Return where a setting of an earlier version went; "" for any other name."""
+    if name in RENAMED:
+        return f"it is now {RENAMED[name]!r}"
+    if name in MOVED:
+        return f"it moved to method_kwargs, {{{MOVED[name][0]}: VALUE}}"
+    if name in COMMAND_FLAGS:
+        return f"it is a flag of the train command, --{name}"
+    return "it is gone; " + (REMOVED[name][1] or "leave it out") if name in REMOVED else ""

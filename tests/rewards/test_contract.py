@@ -1,0 +1,202 @@
+"""The reward contract: defaults, error messages, and a probe that catches each way of breaking it."""
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+from rewards import RewardError, frames_needed, probe
+from rlhf.plugins import GROUP
+
+SHAPE = (3, 5, 16, 16)
+WEIGHTS_HW = torch.linspace(0, 1, 256).reshape(16, 16)
+
+
+def good(video, prompts, **info):
+    return (video * WEIGHTS_HW).mean(dim=(1, 2, 3, 4)) + torch.tensor([0.01 * len(p) for p in prompts])
+
+
+def with_attributes(function, **attributes):
+    def reward(video, prompts, **info):
+        return function(video, prompts, **info)
+
+    reward.__dict__.update(attributes)
+    return reward
+
+
+def failure(function, **attributes):
+    with pytest.raises(RewardError) as caught:
+        probe(with_attributes(function, **attributes), SHAPE)
+    return caught.value
+
+
+def test_a_good_reward_passes_and_is_reported():
+    passed = []
+    report = probe(good, SHAPE, on_pass=passed.append)
+    assert report.frames == 5
+    assert len(report.scores) == len(report.grad_norms) == 2
+    assert report.grad_norms == pytest.approx([(WEIGHTS_HW / 15 / 256).norm().item() * 15**0.5] * 2)
+    assert len(passed) == 5
+
+
+@pytest.mark.parametrize(
+    ("frames", "total", "needed"), [("first", 17, 1), ("all", 17, 17), (8, 17, 8), (8, 5, 5), (1, 1, 1)]
+)
+def test_frames_needed(frames, total, needed):
+    assert frames_needed(with_attributes(good, frames=frames), total) == needed
+
+
+def test_a_reward_that_states_no_frames_sees_all_of_them():
+    assert frames_needed(good, 17) == 17
+
+
+@pytest.mark.parametrize("frames", ["last", 0, -1, 2.5, True, None])
+def test_frames_outside_the_contract(frames):
+    with pytest.raises(RewardError, match="frames attribute"):
+        frames_needed(with_attributes(good, frames=frames), 17)
+
+
+def test_the_probe_gives_the_frames_asked_for():
+    seen = []
+
+    def reward(video, prompts, **info):
+        seen.append(video.shape[2])
+        return good(video, prompts)
+
+    probe(with_attributes(reward, frames="first"), SHAPE)
+    assert set(seen) == {1}
+
+
+def test_the_probe_tells_frame_rate_seed_and_step():
+    seen = []
+
+    def reward(video, prompts, **info):
+        seen.append(info)
+        return good(video, prompts)
+
+    probe(reward, SHAPE)
+    probe(reward, SHAPE, info={"fps": 8})
+    assert seen[0] == {"probe": True, "fps": 24, "seed": 0, "step": 0}
+    assert seen[-1] == {"probe": True, "fps": 8, "seed": 0, "step": 0}
+
+
+def detached(video, prompts, **info):
+    return good(video.detach(), prompts)
+
+
+def batch_normalised(video, prompts, **info):
+    return good(video, prompts) - good(video, prompts).mean()
+
+
+def nothing_but_gradient(x):
+    """Zero in value."""
+    return x - x.detach()
+
+
+MEANS = (1, 2, 3, 4)
+BREACHES = {  # what is wrong: the reward, and what is said of it
+    "a score a frame": (lambda v, p, **_: v.mean((1, 3, 4)), r"scores of shape \(2, 5\)"),
+    "a scalar": (lambda v, p, **_: v.mean(), r"scores of shape \(\)"),
+    "a list": (lambda v, p, **_: v.mean(MEANS).tolist(), "a list"),
+    "half precision": (lambda v, p, **_: v.mean(MEANS).bfloat16(), "scores of torch.bfloat16"),
+    "integers": (lambda v, p, **_: v.sum(MEANS).long(), "scores of torch.int64"),
+    "not finite": (
+        lambda v, p, **_: good(v, p) / torch.tensor([1.0, 0.0]),
+        "the score inf for prompt 'two dogs run along a beach at sunset'",
+    ),
+    "detached": (detached, "no gradient"),
+    "rounded": (lambda v, p, **_: good((v * 255).round() / 255, p), "a gradient of exactly zero"),
+    "the first alone": (
+        lambda v, p, **_: torch.cat([good(v, p)[:1], good(v, p)[1:].detach()]),
+        "a gradient of exactly zero",
+    ),
+    "the prompt alone": (
+        lambda v, p, **_: torch.tensor([float(len(x)) for x in p], requires_grad=True),
+        "no gradient",
+    ),
+    "a root at zero": (lambda v, p, **_: good(v, p) + (v - v).abs().sqrt().mean(MEANS), "a gradient with NaN"),
+    "an infinite gradient": (
+        lambda v, p, **_: good(v, p) + nothing_but_gradient(v[:, 0, 0, 0, 0]) * 1e30 * 1e30,
+        "a gradient with NaN or inf",
+    ),
+    "batch statistics": (batch_normalised, "a score that moves"),
+    "a maximum over the batch": (lambda v, p, **_: good(v, p) / v.amax(), "a score that moves"),
+    "a gradient at the neighbour": (
+        lambda v, p, **_: good(v, p) + nothing_but_gradient(v.flip(0).mean(MEANS)),
+        "pixels of another video",
+    ),
+    "chance": (lambda v, p, **_: good(v, p) + torch.rand(len(p)), "two scores for the same batch"),
+    "no info": (lambda v, p: good(v, p), "TypeError.*probe"),
+    "in place": (lambda v, p, **_: good(v.mul_(2), p), "RuntimeError"),
+}
+
+
+@pytest.mark.parametrize("wrong", BREACHES)
+def test_each_breach_is_named(wrong):
+    reward, got = BREACHES[wrong]
+    with pytest.raises(RewardError, match=got) as caught:
+        probe(reward, SHAPE)
+    message = str(caught.value)
+    assert reward.__name__ in message
+    assert "expected" in message
+    assert "\n" not in message
+    assert message.endswith(".")
+
+
+def test_memory_that_ends_has_cures_of_its_own():
+    def hungry(video, prompts, **info):
+        raise torch.OutOfMemoryError("as an accelerator says it")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        probe(hungry, SHAPE)
+
+
+def test_evaluation_only_rewards_skip_the_gradient_but_nothing_else():
+    report = probe(with_attributes(detached, differentiable=False), SHAPE)
+    assert report.grad_norms == ()
+    assert "neighbours" in failure(batch_normalised, differentiable=False).expected
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"space": "latents"},
+        {"std": 0.0},
+        {"std": -1.0},
+        {"std": True},
+        {"std": "1e-2"},  # YAML's reading of a number without a dot
+        {"std": float("inf")},
+        {"std": [1.0]},
+        {"mean": float("nan"), "std": 1.0},
+        {"mean": "0.5", "std": 1.0},
+    ],
+)
+def test_attributes_outside_the_contract(attributes):
+    assert next(iter(attributes)) in failure(good, **attributes).got
+
+
+def test_the_name_in_the_message_can_be_given():
+    with pytest.raises(RewardError, match="my_reward"):
+        probe(detached, SHAPE, name="my_reward")
+
+
+def heavy_modules_after(statement):
+    code = f"""import sys
+{statement}
+print([name for name in ("torch", "torchvision", "open_clip", "transformers") if name in sys.modules])"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(bool(entry_points(group=GROUP)), reason="an accelerator's plug-in brings torch with it")
+def test_import_is_light():
+    assert heavy_modules_after("import rewards") == "[]"
+    assert heavy_modules_after("from rewards import RewardMix, load_reward, probe") == "['torch']"
+
+
+def test_unknown_names_of_the_package_are_attribute_errors():
+    import rewards
+
+    with pytest.raises(AttributeError, match="lod_reward"):
+        _ = rewards.lod_reward

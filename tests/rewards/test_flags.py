@@ -1,0 +1,39 @@
+"""What flags have in common is understood alike, and refused in a line before anything is loaded."""
+
+import pytest
+import torch
+from scripts import script
+
+from rewards import check, score
+
+COMPARE, REPORT, VBENCH = (script(f"eval/{name}.py").parse for name in ("compare", "report", "vbench"))
+SCORE = ["score", "--full_info", "x.json", "--output", "x", "--json"]
+
+
+def test_they_are_understood(tmp_path):
+    given = score.parse_score_args(["a.mp4", "--reward", "r", "--json", f"{tmp_path}/new.json", "--device", "cpu"])
+    assert (given.json, given.device) == (tmp_path / "new.json", torch.device("cpu"))
+    assert COMPARE(["a", "b", "--json", "new.json"]).json.name == "new.json", "beside the one who asks"
+    assert check.parse_check_args(["r"]).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("parse", "argv", "told"),
+    [
+        (COMPARE, ["a", "b", "--json", "{nowhere}/a.json"], "got no folder {nowhere}, expected a file in a folder"),
+        (COMPARE, ["a", "b", "--json", "{here}"], "got a folder, expected a file"),
+        (VBENCH, [*SCORE, "{nowhere}/a.json"], "got no folder {nowhere}, expected a file in a folder"),
+        (REPORT, ["run", "--output", "{nowhere}/a.html"], "got no folder {nowhere}, expected a file in a folder"),
+        (score.parse_score_args, ["a.mp4", "--reward", "r", "--json", "{nowhere}/a.json"], "got no folder {nowhere}"),
+        (COMPARE, ["a", "b", "--json", "{locked}/a.json"], "got no right to write {locked}/a.json, expected one"),
+        (score.parse_score_args, ["a.mp4", "--reward", "r", "--device", "cuba"], "device='cuba', expected one of "),
+        (check.parse_check_args, ["r", "--device", "bogus"], "device='bogus', expected one of "),
+    ],
+)
+def test_what_is_wrong_is_told(parse, argv, told, tmp_path, capsys, monkeypatch):
+    places = {"nowhere": tmp_path / "nowhere", "here": tmp_path, "locked": tmp_path / "locked"}
+    places["locked"].mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: path != places["locked"])  # root may everything
+    with pytest.raises(SystemExit):
+        parse([word.format(**places) for word in argv])
+    assert told.format(**places) in capsys.readouterr().err
