@@ -16,11 +16,11 @@ ARMS = {  # recipe: arm, frames, frames that are scored, denoising steps
     "contentv_8b_24gib": ("24 GiB", 33, 33, 25),
 }
 COSTS = {  # what a row says: arm, frames, frames that are scored, denoising steps
-    "33 frames, the first scored, nothing computed twice, compiled": ("exact, nothing twice, compiled", 33, 1, 25),
+    "33 frames, the first scored, no recomputation, compiled": ("exact, nothing twice, compiled", 33, 1, 25),
     "33 frames, all scored, on 24 GiB (`contentv_8b_24gib.yaml`)": ("24 GiB", 33, 33, 25),
-    "33 frames, the first scored, as VideoX-Fun takes its step": ("peers' way", 33, 1, 25),
+    "33 frames, the first scored, VideoX-Fun's step": ("peers' way", 33, 1, 25),
     "125 frames, all scored (`contentv_8b_all_frames.yaml`)": ("exact, compiled", 125, 125, 25),
-    "125 frames, the first scored, as VideoX-Fun takes its step": ("peers' way", 125, 1, 25),
+    "125 frames, the first scored, VideoX-Fun's step": ("peers' way", 125, 1, 25),
 }
 PLACE = re.compile(r"(<!-- costs -->\n).*?(<!-- end of costs -->)", re.DOTALL)
 LINE = re.compile(r"^# Measured: .*$", re.MULTILINE)
@@ -76,8 +76,8 @@ def layouts_told(result: dict) -> str:
     one, data, guidance, sequence = (rows[arm] for arm in ("one device", "data", "guidance", "sequence"))
     return (
         f"\nTwo devices ({one['frames']} frames, the first scored; `bench/results/scale.json`): a video takes "
-        f"{one['seconds']:.0f} s on one,\nand {data['seconds']:.0f} s where each has a video of its own; one video on "
-        f"both takes {guidance['seconds']:.0f} s with a branch of guidance on each,\n"
+        f"{one['seconds']:.0f} s on one.\nIt takes {data['seconds']:.0f} s if each has another video. One video on "
+        f"both takes {guidance['seconds']:.0f} s with a guidance branch on each, or\n"
         f"{sequence['seconds']:.0f} s with half of the tokens on each.\n"
     )
 

@@ -3,13 +3,7 @@
 import math
 from collections.abc import Callable
 
-
-def made_on(result: dict) -> str:
-    """The device and the cores of its host; rows may say other cores than the environment."""
-    about = result["environment"]
-    cores = sorted({row.get("cores", about["cores"]) for row in result["rows"]})
-    return f"Measured on {about['device']} ({' or '.join(map(str, cores))} cores), torch {about['torch']}."
-
+from md_table import GONE, label, made_on, table
 
 STEP_PHASES = {  # of bench/step.py: column by phase
     "sampling": "sampling step, s",
@@ -19,63 +13,60 @@ STEP_PHASES = {  # of bench/step.py: column by phase
     "window": "last step, decoder and reward, forward and backward, s",
     "step": "whole step, s",
 }
+MEMORY_PHASES = {"sampling": "sampling step", "window": "last step, decoder and reward", "update": "optimizer"}
 REFERENCES = ("peers' way", "stock autograd")
-LESS_MEMORY = (  # options of the same step, from the one that they are added to; 8 bits can no longer be chosen
+LESS_MEMORY = (  # options of one step, from the one that they are added to
     "exact",
     "exact, activations on the host",
     "exact, weights streamed",
     "24 GiB",
-    "8-bit base",
     "4-bit base",
-    "8-bit optimizer",
 )
 
 
 def step_table(result: dict, exact: bool) -> str:
-    """A table for each number of frames: the exact arms, or the others with what they give an hour."""
-    elsewhere = [arm for arm in LESS_MEMORY if not _is_exact(arm)]
-    rows = [row for row in result["rows"] if row["phase"] in STEP_PHASES and row["arm"] not in elsewhere]
-    cells = _cells([row for row in rows if _is_exact(row["arm"]) == exact or row["arm"] in REFERENCES])
-    return _by_frames(result, cells, lambda arms: _step_lines(arms, exact) if set(arms) - set(REFERENCES) else [])
+    """Return a table for each number of frames: the exact arms, or the others with their gradients an hour."""
+    shown = [arm for arm in {row["arm"] for row in result["rows"]} if _is_exact(arm) == exact or arm in REFERENCES]
+    shown = {*shown} - GONE - {arm for arm in LESS_MEMORY if not _is_exact(arm)}
+    cells = _cells([row for row in result["rows"] if row["phase"] in STEP_PHASES and row["arm"] in shown])
+    return _by_frames(result, cells, lambda arms: _step_table(arms, exact) if set(arms) - set(REFERENCES) else "")
 
 
 def _cells(rows: list[dict]) -> dict[tuple, dict[str, dict[str, dict]]]:
-    """Rows by frames and scored frames, arm and phase."""
+    """Return the rows by frames and scored frames, then arm, then phase."""
     cells = {}
     for row in rows:
         cells.setdefault((row["frames"], row["scored"]), {}).setdefault(row["arm"], {})[row["phase"]] = row
     return cells
 
 
-def _by_frames(result: dict, cells: dict, lines_of: Callable[[dict], list[str]]) -> str:
-    """What is shown of each number of frames, if anything, under its heading."""
-    lines, shown = [], []
+def _by_frames(result: dict, cells: dict, table_of: Callable[[dict], str]) -> str:
+    """Return the table of each number of frames, where there is one, under its heading."""
+    text, shown = "", []
     for (frames, scored), arms in cells.items():
-        if found := lines_of(arms):
-            lines += ["", f"{frames} frames, of them decoded and scored: {scored}", "", *found]
+        if made := table_of(arms):
+            text += f"\n{frames} frames, of them decoded and scored: {scored}\n\n{made}"
             shown += [row for phases in arms.values() for row in phases.values()]
-    return "\n".join([made_on(result | {"rows": shown}), *lines]) + "\n"
+    return f"{made_on(result | {'rows': shown})}\n{text}"
 
 
 def _is_exact(arm: str) -> bool:
     return arm in REFERENCES or arm.startswith(("exact", "24 GiB"))
 
 
-def _step_lines(arms: dict[str, dict[str, dict]], exact: bool) -> list[str]:
+def _step_table(arms: dict[str, dict[str, dict]], exact: bool) -> str:
     ours = [rows for arm, rows in arms.items() if exact or arm not in REFERENCES]
     phases = [phase for phase in STEP_PHASES if any(phase in rows for rows in ours)]
-    last = ["GiB at most", "cosine to stock", "to the peers'"] if exact else ["gradients an hour"]
-    columns = ["arm", *(STEP_PHASES[phase] for phase in phases), *last]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    last = ["peak, GiB", "cosine to stock", "to VideoX-Fun's"] if exact else ["gradients an hour"]
+    lines = []
     for arm, rows in arms.items():
-        values = [f"`{arm}`", *(phase_cell(rows.get(phase)) for phase in phases)]
-        values += _exact_cells(rows) if exact else [_gradients_an_hour(rows)]
-        lines.append(f"| {' | '.join(values)} |")
-    return lines
+        values = [phase_cell(rows.get(phase)) for phase in phases]
+        lines.append([f"`{label(arm)}`", *values, *(_exact_cells(rows) if exact else [_gradients_an_hour(rows)])])
+    return table(["arm", *(STEP_PHASES[phase] for phase in phases), *last], lines)
 
 
 def phase_cell(row: dict | None) -> str:
-    """Seconds, and what share of them the kernels' floor is."""
+    """Return the seconds of a phase, and the share of them that is the kernels' floor."""
     if row is None or "seconds" not in row:
         return "-" if row is None else row["skipped"]
     share = f" ({100 * row['floor_seconds'] / row['seconds']:.0f} % floor)" if "floor_seconds" in row else ""
@@ -95,18 +86,15 @@ def _gradients_an_hour(rows: dict[str, dict]) -> str:
 
 
 def less_memory_table(result: dict) -> str:
-    """Seconds and GiB at most of each phase, for each number of frames that a rounded arm was measured on."""
-    phases = {"sampling": "sampling step", "window": STEP_PHASES["window"].removesuffix(", s"), "update": "optimizer"}
-    cells = _cells([row for row in result["rows"] if row["arm"] in LESS_MEMORY and row["phase"] in phases])
+    """Return seconds and peak memory of each phase, for the frames at which a rounded arm was measured."""
+    cells = _cells([row for row in result["rows"] if row["arm"] in LESS_MEMORY and row["phase"] in MEMORY_PHASES])
 
-    def lines_of(arms: dict) -> list[str]:
-        if all(map(_is_exact, arms)):
-            return []
-        rows = {arm: [_seconds_and_gib(arms[arm].get(phase)) for phase in phases] for arm in LESS_MEMORY if arm in arms}
-        table = [f"| `{arm}` | {' | '.join(values)} |" for arm, values in rows.items()]
-        return [f"| arm | {' | '.join(phases.values())} |", "|---" * 4 + "|", *table]
+    def table_of(arms: dict) -> str:
+        found = [arm for arm in LESS_MEMORY if arm in arms]
+        rows = [[f"`{arm}`", *(_seconds_and_gib(arms[arm].get(phase)) for phase in MEMORY_PHASES)] for arm in found]
+        return "" if all(map(_is_exact, arms)) else table(["arm", *MEMORY_PHASES.values()], rows)
 
-    return _by_frames(result, cells, lines_of)
+    return _by_frames(result, cells, table_of)
 
 
 def _seconds_and_gib(row: dict | None) -> str:
@@ -118,21 +106,20 @@ def _seconds_and_gib(row: dict | None) -> str:
 
 
 def compile_table(result: dict) -> str:
-    """After how many whole steps compiling has paid for itself, wherever both arms were measured."""
-    cells, end = _cells([row for row in result["rows"] if "seconds" in row]), ", compiled"
-    lines = ["| arm | frames | compiling, s | saved a step, s | pays after steps |", "|---|---|---|---|---|"]
+    """Return after how many whole steps compiling has paid for itself, wherever both arms were measured."""
+    cells, end, lines = _cells([row for row in result["rows"] if "seconds" in row]), ", compiled", []
     for (frames, scored), arm in ((where, arm) for where, arms in cells.items() for arm in arms):
         compiled = cells[frames, scored][arm]
         plain = cells[frames, scored].get(arm.removesuffix(end), {}) if arm.endswith(end) else {}
-        if "step" not in compiled.keys() & plain.keys():
-            continue
-        cost, saved = _first(compiled) - _first(plain), plain["step"]["seconds"] - compiled["step"]["seconds"]
-        pays = f"{math.ceil(cost / saved)}" if saved > 0 else "never"
-        lines.append(f"| `{arm}` | {frames} | {cost:.0f} | {saved:.2f} | {pays} |")
-    return "\n".join(lines) + "\n"
+        if "step" in compiled.keys() & plain.keys():
+            cost = _first(compiled) - _first(plain)
+            saved = plain["step"]["seconds"] - compiled["step"]["seconds"]
+            pays = f"{math.ceil(cost / saved)}" if saved > 0 else "never"
+            lines.append([f"`{label(arm)}`", str(frames), f"{cost:.0f}", f"{saved:.2f}", pays])
+    return table(["arm", "frames", "compiling, s", "saved a step, s", "pays after steps"], lines)
 
 
 def _first(phases: dict[str, dict]) -> float:
-    """Seconds that a step takes longer the first time; one branch alone compiles what the last step does."""
+    """Return by how many seconds a step is longer the first time."""
     found = [phases.get(phase, {}) for phase in ("sampling", "window", "step")]
     return sum(row["first_seconds"] - row["seconds"] for row in found if "first_seconds" in row)

@@ -11,7 +11,8 @@
 
 A stopped study goes on. --sweep tries each arm's variants on other seeds and prompts instead and writes
 study_sweep.json; the study takes the variants that gained most trained reward there. Then
-`python bench/study_report.py` makes the tables, plots and sentences. What follows --flags goes to every run.
+`python bench/tables.py` writes the tables, `python bench/study_plots.py` the plots. What follows --flags goes to every
+run.
 
 Prediction: gradients of the reward gain more for their time than policy gradients, and far more for each query; all
 four steps in the window gain most on the verifier; drift control costs steps and trained reward, and narrows the

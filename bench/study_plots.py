@@ -1,18 +1,24 @@
-"""The plots of bench/study.py's results."""
+"""The plots of the study in docs/images: `python bench/study_plots.py`."""
 
+import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
 from study_arms import CONTROL
 from study_numbers import MEASURES, by_arm, gains, mean_interval, named
 
+ROOT = Path(__file__).parents[1]
 NEAR = 1.5  # points of the verifier: less than a name is high
 
 
 def plot_gains(result: dict, path: Path) -> None:
-    """Each arm's gains with their intervals, side by side for the trained reward and the verifier."""
+    """Draw each arm's gains with their intervals, side by side for the trained reward and the verifier."""
     arms = by_arm(result)
     figure, axes = _two_axes(9, 0.3 * len(arms) + 1.1)
     names = [named(arm, rows).strip("*") for arm, rows in arms.items()]
@@ -28,9 +34,10 @@ def plot_gains(result: dict, path: Path) -> None:
 
 
 def plot_costs(result: dict, path: Path) -> None:
-    """Left: held-out against trained gain; cheating is low on the right. Right: held-out gain over reward queries.
+    """Draw the held-out gain against the trained gain (left) and against reward queries (right).
 
-    A line leads from an arm to the same with drift control, a ring without a name.
+    An arm that cheats is low on the right of the left plot. A line leads from an arm to the one with drift control,
+    which is a ring without a name.
     """
     arms = by_arm(result)
     figure, axes = _two_axes(9, 4.5)
@@ -58,12 +65,12 @@ def plot_costs(result: dict, path: Path) -> None:
 
 
 def color_of(arm: str) -> str:
-    """Blue: by reward gradient; orange: policy gradient; green: none."""
+    """Return blue: by reward gradient; orange: policy gradient; green: none."""
     return "#2ca02c" if arm.startswith("best") else "#e8710a" if arm.startswith(("Flow", "DDPO")) else "#1f6feb"
 
 
 def _two_axes(width: float, height: float) -> tuple[Figure, list]:
-    """A figure of that size in inches, drawn without a display, and its axes side by side."""
+    """Return a figure of that size in inches, drawn without a display, and its axes side by side."""
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, 2, sharey=True)
 
@@ -76,3 +83,9 @@ def _finish(figure: Figure, axes: list, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    measured = json.loads((ROOT / "bench" / "results" / "study.json").read_text())
+    plot_gains(measured, ROOT / "docs" / "images" / "study_gains.png")
+    plot_costs(measured, ROOT / "docs" / "images" / "study_costs.png")

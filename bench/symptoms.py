@@ -1,9 +1,9 @@
-"""Reproduce on nano what docs/troubleshooting.md tells of, and put what was really said into it.
+"""Reproduce on nano the symptoms of docs/troubleshooting.md, and quote the output in bench/results/symptoms.md.
 
     python bench/symptoms.py [--only memory ...]
 
-Each run is the command of the page, in a process of its own; its last words and a line for each step of metrics.jsonl
-go between `<!-- said: NAME -->` and `<!-- end -->`. The page is written after each of them.
+Each command of the page runs in a process of its own. Its last lines and a line for each step of metrics.jsonl go
+between `<!-- said: NAME -->` and `<!-- end -->`. The page is written after each command.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "troubleshooting.md"
+PAGE = ROOT / "bench" / "results" / "symptoms.md"
 COMMAND = re.compile(r"<!-- run: (\w+) -->\n(?:<!-- .*? -->\n)*```bash\n(.*?)\n```", re.DOTALL)
 SHOWN = ("step", "reward", "saturated", "grad_norm", "learning_rate", "seconds", "eval/gain_trained")
 SHOWN += ("eval/gain_held_out", "eval/hacking_gap", "eval/motion", "eval/high_frequency")
@@ -24,12 +24,12 @@ KEPT_LINES = 12
 
 
 def commands(text: str) -> dict[str, str]:
-    """name -> the bash block that the page marks with it."""
+    """Return the bash blocks of the page by their names."""
     return dict(COMMAND.findall(text))
 
 
 def said_by(command: str, folder: Path) -> str:
-    """The last lines that a command of the page said, then its metrics as a table; it runs in a folder of its own."""
+    """Run a command of the page in its own folder; return its last lines and its metrics as a table."""
     run = folder / "run"
     words = command.replace("accelerate launch train_rlhf.py", f"{shlex.quote(sys.executable)} train_rlhf.py")
     words = f"{words} --output_dir {shlex.quote(str(run))}"
@@ -41,18 +41,19 @@ def said_by(command: str, folder: Path) -> str:
 
 
 def is_said(line: str) -> bool:
-    """Whether a line is of the program: no progress bar, no other library's warning, no line of a traceback."""
+    """Return whether the program printed a line: no progress bar, library warning or traceback."""
     noise = ("train:", "evaluate", "W0", "Traceback", "warn", "/")
     of_traceback = re.match(r"    \S|  File ", line)
     return bool(line.strip()) and not (line.startswith(noise) or of_traceback or "Warning" in line or "%|" in line)
 
 
 def read(path: Path) -> str:
+    """Return a file's text; "" without the file."""
     return path.read_text() if path.exists() else ""
 
 
 def metrics_table(rows: list[dict]) -> str:
-    """The metrics of each step that the page talks of, in columns."""
+    """Return the metrics of each step that the page shows, in columns."""
     names = [name for name in SHOWN if any(name in row for row in rows)]
     if not rows:
         return ""
@@ -66,7 +67,7 @@ def _number(value: float | None) -> str:
 
 
 def fill(text: str, name: str, said: str) -> str:
-    """The page with what a command said put in its place."""
+    """Return the page with the output of a command in its place."""
     place = re.compile(rf"(<!-- said: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     return place.sub(lambda found: f"{found[1]}\n```text\n{said}\n```\n\n{found[2]}", text)
 

@@ -1,8 +1,9 @@
-"""Put the tables of measured results into the guides: `python bench/tables.py`.
+"""Write the tables of measured results into pages: `python bench/tables.py`.
 
-A guide marks the place: what stands between `<!-- table: bench/results/NAME.json -->` and `<!-- end of table -->` is
-replaced by that file's table, or by nothing while there is no such file; NAME.json#PART is one of several. A single
-result of bench/methods.py stands between `<!-- nano: ARM -->` and `<!-- / -->`.
+The pages are bench/results/*.md, the guides in docs/ and README.md. What stands between
+`<!-- table: bench/results/NAME.json -->` and `<!-- end of table -->` is replaced by that file's table, or by nothing
+while there is no such file; NAME.json#PART is one of several tables. A single result of bench/methods.py stands
+between `<!-- nano: ARM -->` and `<!-- / -->`.
 """
 
 import json
@@ -14,46 +15,52 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
-from step_tables import compile_table, less_memory_table, made_on, phase_cell, step_table
+import study_report
+from md_table import GONE, label, made_on, table
+from step_tables import compile_table, less_memory_table, phase_cell, step_table
 from study_numbers import AT_FULL_SIZE, MEASURES, gains
 
 OUT_OF_MEMORY = "out of memory"  # why a row of bench/reward_costs.py has no figures
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "bench" / "results" / "methods.json"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+GAP = "hacking_gap"
+
+
+def pages() -> list[Path]:
+    """Return every page that may have tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "bench/results").glob("*.md"))]
 
 
 def fill(text: str, root: Path = ROOT) -> str:
-    """The text of a guide with every marked table made anew."""
+    """Return the text of a page with every marked table made anew."""
 
     def made(place: re.Match) -> str:
         path, named = root / place[2].partition("#")[0], Path(place[2]).name
-        table = TABLES[named](json.loads(path.read_text())) if path.exists() else ""
-        return f"{place[1]}{table}{place[3]}"
+        return f"{place[1]}{TABLES[named](json.loads(path.read_text())) if path.exists() else ''}{place[3]}"
 
     return PLACE.sub(made, text)
 
 
 def rewards_table(result: dict) -> str:
-    """A row for each reward, format and number of frames; times in milliseconds."""
-    where, cells = result["environment"], {}
+    """Return a row for each reward, format and number of frames; times in milliseconds."""
+    where, cells, lines = result["environment"], {}, []
     for row in result["rows"]:
         cells.setdefault((row["arm"], row["dtype"], row["frames"]), {})[row["phase"]] = row
-    lines = [
-        f"One video of {where['height']}x{where['width']} on one {where['device']}, torch {where['torch']}, median of "
-        f"{where['repeats']}:\n",
-        "| reward | model | frames | forward, ms | forward and backward, ms | peak, GiB | of it weights, GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
     for (name, dtype, frames), phases in cells.items():
         forward, both = phases["forward"], phases["forward and backward"]
-        if both.get("skipped", OUT_OF_MEMORY) != OUT_OF_MEMORY:  # change between frames: nothing to say of one
+        if both.get("skipped", OUT_OF_MEMORY) != OUT_OF_MEMORY:  # a change between frames has no value for one
             continue
-        times = (_cell(phase, "seconds", 1e3, ".1f") for phase in (forward, both))
-        memory = _cell(both, "peak_gib", 1, ".2f")
-        row = (f"`{name}`", dtype if both["weights_gib"] else "-", str(frames), *times, memory)
-        lines.append(f"| {' | '.join(row)} | {both['weights_gib']:.2f} |")
-    return "\n".join(lines) + "\n"
+        times = [_cell(phase, "seconds", 1e3, ".1f") for phase in (forward, both)]
+        weights = both["weights_gib"]
+        row = [f"`{name}`", dtype if weights else "-", str(frames), *times, _cell(both, "peak_gib", 1, ".2f")]
+        lines.append([*row, f"{weights:.2f}"])
+    headings = ["reward", "model", "frames", "forward, ms", "forward and backward, ms"]
+    headings += ["peak, GiB", "of it weights, GiB"]
+    return (
+        f"One video of {where['height']}x{where['width']} on one {where['device']}, torch {where['torch']}, median of "
+        f"{where['repeats']}:\n\n{table(headings, lines)}"
+    )
 
 
 def _cell(row: dict, key: str, scale: float, form: str) -> str:
@@ -61,48 +68,44 @@ def _cell(row: dict, key: str, scale: float, form: str) -> str:
 
 
 def guidance_table(result: dict) -> str:
-    """A row for each adapter, number of steps and mode but the exact one."""
-    headings = "| adapter | steps with gradient | `guidance_gradient` | cosine with full | length, full = 1 |"
-    lines = [f"{made_on(result)}\n", headings, "|---" * 5 + "|"]
-    for row in result["rows"]:
-        if row["arm"] != "full":
-            where = f"| {row['adapter']} | {row['grad_steps']} | {row['arm']} "
-            lines.append(f"{where}| {row['cosine']:.3f} | {row['norm_ratio']:.2f} |")
-    return "\n".join(lines) + "\n"
-
-
-GAP = "hacking_gap"
+    """Return a row for each adapter, number of steps and mode but the exact one."""
+    headings = ["adapter", "steps with gradient", "`guidance_gradient`", "cosine with full", "length, full = 1"]
+    lines = [
+        [row["adapter"], str(row["grad_steps"]), row["arm"], f"{row['cosine']:.3f}", f"{row['norm_ratio']:.2f}"]
+        for row in result["rows"]
+        if row["arm"] != "full"
+    ]
+    return f"{made_on(result)}\n\n{table(headings, lines)}"
 
 
 def methods_table(result: dict) -> str:
-    """A row for each arm; means over seeds, with the least and the most; last, what a step takes alone on a device."""
-    return f"{made_on(result)}\n\n{_study_lines(result, ('trained', 'verifier', 'clip', GAP, 'motion'), _cost)}"
+    """Return means over seeds with the range of each arm; last, the seconds of a step alone on a device."""
+    last = "s a step", lambda row: f"{row['device_seconds'] / row['steps']:.3f}"
+    return f"{made_on(result)}\n\n{_arms_table(result, ('trained', 'verifier', 'clip', GAP, 'motion'), last)}"
 
 
 def cheaper_table(result: dict, at_full_size: bool) -> str:
-    """As `methods_table`, for arms that had the same device time, here or at full size; last, the steps it allowed."""
+    """Return means of arms that had one device time, here or at full size; last, the steps that it allowed."""
     about = result["environment"]
     arms = [arm for arm in about["arms"] if arm.endswith(AT_FULL_SIZE) == at_full_size or arm == "plain"]
     shown = {"environment": about | {"arms": arms}, "rows": [row for row in result["rows"] if row["arm"] in arms]}
     time = "" if at_full_size else f" {about['budget_seconds']:.0f} device-seconds of training each."
-    lines = _study_lines(shown, ("trained", "verifier", "clip", GAP), ("optimizer steps", lambda row: row["steps"]))
+    lines = _arms_table(shown, ("trained", "verifier", "clip", GAP), ("optimizer steps", lambda row: row["steps"]))
     return f"{made_on(shown)}{time}\n\n{lines.replace(AT_FULL_SIZE, '')}"
 
 
-_cost = "s a step", lambda row: f"{row['device_seconds'] / row['steps']:.3f}"
-
-
-def _study_lines(result: dict, measures: tuple[str, ...], last: tuple[str, Callable[[dict], object]]) -> str:
+def _arms_table(result: dict, measures: tuple[str, ...], last: tuple[str, Callable[[dict], object]]) -> str:
     headings = ["run", "seeds", *("gap" if m == GAP else MEASURES[m][0] for m in measures), last[0]]
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for arm, rows in _by_arm(result).items():
-        cells = [f"`{arm}`", str(len(rows)), *(_over_seeds(rows, m) for m in measures), str(last[1](rows[0]))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [f"`{label(arm)}`", str(len(rows)), *(_over_seeds(rows, m) for m in measures), str(last[1](rows[0]))]
+        for arm, rows in _by_arm(result).items()
+        if arm not in GONE
+    ]
+    return table(headings, lines)
 
 
 def fill_cells(text: str, result: dict) -> str:
-    """The text with every single result replaced: gain of trained reward and verifier, means over seeds."""
+    """Return the text with every single result replaced: mean gain of trained reward and verifier."""
     for arm, rows in _by_arm(result).items():
         trained, verifier = (statistics.mean(gains(rows, measure)) for measure in ("trained", "verifier"))
         cell = re.compile(f"(<!-- nano: {re.escape(arm)} -->).*?(<!-- / -->)")
@@ -111,7 +114,7 @@ def fill_cells(text: str, result: dict) -> str:
 
 
 def _by_arm(result: dict) -> dict[str, list[dict]]:
-    """Of runs that ended well, in the order of the arms."""
+    """Return the runs that ended well, in the order of the arms."""
     whole = [row for row in result["rows"] if "error" not in row]
     arms = {arm: [row for row in whole if row["arm"] == arm] for arm in result["environment"]["arms"]}
     return {arm: rows for arm, rows in arms.items() if rows}
@@ -124,28 +127,6 @@ def _over_seeds(rows: list[dict], measure: str) -> str:
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
-def planner_table(result: dict) -> str:
-    """A row for each setting: measured, predicted and how far off; then the worst of both."""
-    lines = [made_on(result), "", "| setting | GiB measured | predicted | | seconds a step measured | predicted | |"]
-    lines += ["|---" * 7 + "|"]
-    rows = [row for row in result["rows"] if "predicted" in row]
-    for row in rows:
-        cells = (f"{_planned(row, key, form)}" for key, form in (("peak_gib", ".2f"), ("seconds", ".2f")))
-        lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
-    for key, name in (("peak_gib", "memory"), ("seconds", "time")):
-        off = [100 * abs(row[f"{key}_ratio"] - 1) for row in rows if f"{key}_ratio" in row]
-        told = f"{max(off):.0f} % off at most, {statistics.mean(off):.0f} % on average" if off else "not measured"
-        lines += ["", f"Of {name}, {len(off)} settings: {told}."]
-    return "\n".join(lines) + "\n"
-
-
-def _planned(row: dict, key: str, form: str) -> str:
-    both = [row[part][key] for part in ("measured", "predicted")]
-    cells = ["-" if value is None else format(value, form) for value in both]
-    ratio = row.get(f"{key}_ratio")
-    return " | ".join([*cells, "-" if ratio is None else f"{100 * (ratio - 1):+.0f} %"])
-
-
 SCALE_PHASES = {  # of bench/scale.py: column by phase
     "sampling": "sampling step, s",
     "segment": "step with gradient, s",
@@ -156,22 +137,20 @@ SCALE_PHASES = {  # of bench/scale.py: column by phase
 
 
 def scale_table(result: dict) -> str:
-    """A table for each number of frames, with a row for each layout and number of devices."""
-    cells = {}
+    """Return a table for each number of frames, with a row for each layout and number of devices."""
+    cells, text = {}, f"{made_on(result)}\n"
     for row in result["rows"]:
         cells.setdefault(row["frames"], {}).setdefault((row["devices"], row["arm"]), {})[row["phase"]] = row
-    headings = ["devices", "layout", *SCALE_PHASES.values(), "efficiency: segment", "whole step", "GiB at most"]
-    lines = [made_on(result)]
+    headings = ["devices", "layout", *SCALE_PHASES.values(), "efficiency: segment", "whole step", "peak, GiB"]
     for frames, arms in cells.items():
-        lines += ["", f"{frames} frames, of them decoded: {result['environment']['scored']}", ""]
-        lines += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+        lines = []
         for (devices, arm), rows in arms.items():
             values = [phase_cell(rows.get(phase)) for phase in SCALE_PHASES]
             shares = [_percent(rows.get(phase, {}).get("efficiency")) for phase in ("segment", "step")]
             peaks = [row["peak_gib"] for row in rows.values() if "peak_gib" in row]
-            values += [*shares, f"{max(peaks):.1f}" if peaks else "-"]
-            lines.append(f"| {devices} | {arm} | {' | '.join(values)} |")
-    return "\n".join(lines) + "\n"
+            lines.append([str(devices), arm, *values, *shares, f"{max(peaks):.1f}" if peaks else "-"])
+        text += f"\n{frames} frames, of them decoded: {result['environment']['scored']}\n\n{table(headings, lines)}"
+    return text
 
 
 def _percent(share: float | None) -> str:
@@ -179,18 +158,16 @@ def _percent(share: float | None) -> str:
 
 
 def equality_table(result: dict) -> str:
-    """How far each layout's small model is from one device's."""
-    lines = ["| devices | layout | first gradient, of its largest number | weights after 5 steps |", "|---" * 4 + "|"]
+    """Return how far each layout's small model is from one device's."""
+    lines = []
     for row in result["rows"]:
         if row["phase"] == "equality":
             found = [f"{row[key]:.1e}" if key in row else row["skipped"] for key in ("gradient", "weights")]
-            lines.append(f"| {row['devices']} | {row['layout']} | {' | '.join(found)} |")
-    return "\n".join(lines) + "\n"
+            lines.append([str(row["devices"]), row["layout"], *found])
+    return table(["devices", "layout", "first gradient, of its largest number", "weights after 5 steps"], lines)
 
 
 TABLES = {
-    "planner.json": planner_table,
-    "planner_scale.json": planner_table,
     "rewards.json": rewards_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,
@@ -202,16 +179,16 @@ TABLES = {
     "step.json#memory": less_memory_table,
     "scale.json#layouts": scale_table,
     "scale.json#equality": equality_table,
+    **study_report.TABLES,
 }
 
 
 def main() -> None:
-    for guide in sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "bench" / "results").glob("*.md")]):
-        text = guide.read_text()
-        filled = fill_cells(fill(text), json.loads(METHODS.read_text()))
-        if filled != text:
-            guide.write_text(filled)
-            print(f"wrote {guide.relative_to(ROOT)}")
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (filled := fill_cells(fill(text), json.loads(METHODS.read_text()))) != text:
+            page.write_text(filled, encoding="utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

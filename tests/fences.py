@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "bench" / "results").glob("*.md"))
 NEEDS = {"minutes", "network", "weights", "gpu", "npu"}
 FENCE = re.compile(
     r"(?P<marks>(?:<!-- [^\n]* -->\n+)*)^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL

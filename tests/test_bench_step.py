@@ -117,29 +117,29 @@ def test_the_tables_by_hand():
         row("exact, nothing twice", "step", 18.0, seconds_per_gradient=18.0, first_seconds=18.0),
         row("exact, nothing twice, compiled", "step", 16.0, seconds_per_gradient=16.0, first_seconds=75.0),
         row("rollouts used 4 times", "step", 24.0, seconds_per_gradient=6.0),
-        row("8-bit base", "sampling", 0.7, cores=8),
+        row("4-bit base", "sampling", 0.7, cores=8),
         row("exact", "update", 0.005),
         {"arm": "stock autograd", "frames": 33, "scored": 1, "phase": "step", "skipped": "out of memory"},
     ]
     result = {"environment": {"device": "Chip", "cores": 4, "torch": "9.9"}, "rows": measured}
     exact = tables.TABLES["step.json#exact"](result)
     assert exact.startswith("Measured on Chip (4 cores), torch 9.9.\n\n33 frames, of them decoded and scored: 1\n")
-    assert "| `peers' way` | 0.86 (44 % floor) | - | 24.00 | 30.0 | - | - |" in exact
-    assert "| `exact, nothing twice` | - | 2.00 | 18.00 | 61.3 | 0.99912, length 1.002 | - |" in exact
+    assert "| `VideoX-Fun's step` | 0.86 (44 % floor) | - | 24.00 | 30.0 | - | - |" in exact
+    assert "| `exact, no recomputation` | - | 2.00 | 18.00 | 61.3 | 0.99912, length 1.002 | - |" in exact
     assert "| `stock autograd` | - | - | out of memory | - | - | - |" in exact
     assert "rollouts" not in exact
     cheaper = tables.TABLES["step.json#cheaper"](result)
     assert "| `rollouts used 4 times` | 6.00 | 600 |" in cheaper
-    assert "| `peers' way` | 24.00 | 150 |" in cheaper, "of the references what the others have"
+    assert "| `VideoX-Fun's step` | 24.00 | 150 |" in cheaper, "of the references what the others have"
     assert "base" not in exact + cheaper
     less = tables.TABLES["step.json#memory"](result)
     assert less.startswith("Measured on Chip (4 or 8 cores)")
     assert less.splitlines()[-2:] == [
         "| `exact` | - | - | 5.0 ms, 30.0 GiB |",
-        "| `8-bit base` | 0.70 s, 30.0 GiB | - | - |",
+        "| `4-bit base` | 0.70 s, 30.0 GiB | - | - |",
     ]
     compiled = tables.TABLES["step.json#compile"](result)
-    assert compiled.splitlines()[2:] == ["| `exact, nothing twice, compiled` | 33 | 59 | 2.00 | 30 |"]
+    assert compiled.splitlines()[2:] == ["| `exact, no recomputation, compiled` | 33 | 59 | 2.00 | 30 |"]
 
 
 def test_a_part_of_a_result_has_its_own_place(tmp_path):

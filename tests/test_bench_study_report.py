@@ -1,11 +1,15 @@
-"""The study's tables, plots and sentences are those of its results, also where a baseline wins."""
+"""Tables, plots and sentences of measured results are right, also where a baseline wins."""
 
+import json
 import math
 
 import pytest
 import study_numbers
+import study_plots
 import study_report
-from scripts import ROOT
+from scripts import script
+
+tables = script("bench/tables.py")
 
 
 def result_of(gains: dict[str, list[float]]) -> dict:
@@ -43,7 +47,7 @@ def test_differences_to_the_default_are_of_the_same_seeds():
 def test_what_is_found_is_told_also_where_a_baseline_wins():
     told = study_report.findings(RESULT)
     assert "Highest verifier, points: DDPO, +40.3" in told
-    assert "higher: DDPO; lower: SRPO; not told apart from it: ReFL" in told
+    assert "higher: DDPO; lower: SRPO; no significant difference: ReFL" in told
     table = study_report.gains_table(RESULT)
     assert table.splitlines()[2].startswith("| DDPO | 3 | 80 | +0.403 ± 0.261 | +40.3 ± 26.1 | ")
     assert "| **DRaFT-K** | 3 | 80 | +0.200 ± 0.248 | +20.0 ± 24.8 | +0.200 ± 0.248 | +40.0 ± 49.7 |" in table
@@ -55,21 +59,28 @@ def test_what_is_found_is_told_also_where_a_baseline_wins():
     )
     failed = RESULT["rows"] + [{"arm": "ReFL", "seed": 3, "error": "ValueError: nan"}]
     told = study_report.conditions(RESULT | {"rows": failed})
-    assert "All of it took 20 minutes. Runs that failed: ReFL, seed 3 (ValueError: nan)." in told
+    assert "All runs took 20 minutes. Runs that failed: ReFL, seed 3 (ValueError: nan)." in told
 
 
-def test_the_guide_says_what_is_not_measured_and_is_filled_when_it_is(tmp_path):
-    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
-    places = study_report.PLACE.findall(text)
-    assert {name for _, name, _ in places} == set(study_report.PARTS) - {"readme"}
-    empty = study_report.fill(text, None, None)
-    assert empty.count(study_report.NOTHING) == len(places)
-    filled = study_report.fill(empty, RESULT, None)
-    assert filled.count(study_report.NOTHING) == 1  # the sweep
-    assert study_report.fill(filled, None, None) == empty
-    for name, draw in study_report.PLOTS.items():
-        draw(RESULT, tmp_path / name)
-        assert 5_000 < (tmp_path / name).stat().st_size < 200_000
+def test_plots_are_drawn(tmp_path):
+    for draw in (study_plots.plot_gains, study_plots.plot_costs):
+        draw(RESULT, tmp_path / "plot.png")
+        assert 5_000 < (tmp_path / "plot.png").stat().st_size < 200_000
+
+
+def test_tables_are_filled_and_filled_again(tmp_path):
+    path = tmp_path / "bench" / "results" / "methods.json"
+    path.parent.mkdir(parents=True)
+    text = "<!-- table: bench/results/methods.json -->\n<!-- end of table -->\n<!-- nano: DRaFT-K --><!-- / -->"
+    for values in ([0.1, 0.3], [0.5]):
+        result = result_of({"DRaFT-K": values})
+        result["environment"]["arms"] = ["DRaFT-K"]
+        result["rows"] = [row | {"hacking_gap": 0.25} for row in result["rows"]]
+        path.write_text(json.dumps(result))
+        text = tables.fill_cells(tables.fill(text, tmp_path), result)
+    assert "<!-- nano: DRaFT-K -->+0.500, +50.0<!-- / -->" in text
+    assert text.count("Measured on a chip (2 cores), torch 2.15.") == 1
+    assert "| `DRaFT-K` | 1 | +0.500 | +50.0 | +0.500 | +0.250 | +100.0 | 0.375 |" in text
 
 
 def test_the_sweeps_table_shows_every_variant():

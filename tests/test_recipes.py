@@ -144,8 +144,8 @@ def test_layouts_are_told_once_all_are_measured(recipes):
     arms = {"one device": 118.6, "data": 119.0, "sequence": 67.4, "guidance": 59.9}
     rows = [{"arm": arm, "frames": 125, "phase": "step", "seconds": seconds} for arm, seconds in arms.items()]
     told = " ".join(recipes.layouts_told({"rows": rows}).split())
-    assert "a video takes 119 s on one, and 119 s where each has a video of its own" in told
-    assert "one video on both takes 60 s with a branch of guidance on each, 67 s with half of the tokens" in told
+    assert "a video takes 119 s on one. It takes 119 s if each has another video." in told
+    assert "One video on both takes 60 s with a guidance branch on each, or 67 s with half of the tokens" in told
     assert recipes.layouts_told({"rows": rows[:3]}) == ""
 
 
