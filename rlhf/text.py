@@ -1,4 +1,4 @@
-"""Text embeddings, computed once per prompt: the encoders are not needed while training."""
+"""Text embeddings, computed once per prompt: training does without the encoders."""
 
 from collections.abc import Iterable
 
@@ -11,14 +11,14 @@ ENCODE_BATCH = 16
 
 
 class PromptCache:
-    """Embeddings of the prompts of a run, on the CPU, and of its negative prompt."""
+    """Embeddings of a run's prompts and of its negative prompt, on the CPU."""
 
     def __init__(self, prompts: list[str], embeds_NLD: torch.Tensor, pooled_NP: torch.Tensor, negative: Conditioning):
         self.row = {prompt: i for i, prompt in enumerate(prompts)}
         self.embeds_NLD, self.pooled_NP, self.negative = embeds_NLD, pooled_NP, negative
 
     def __call__(self, prompts: list[str], device: torch.device | str) -> Conditioning:
-        """The conditioning of a batch of prompts, all of them encoded before, on the device."""
+        """Return the conditioning of a batch of encoded prompts on the device. Raises KeyError for another prompt."""
         rows, batch = [self.row[prompt] for prompt in prompts], len(prompts)
         return Conditioning(
             self.embeds_NLD[rows],
@@ -32,10 +32,10 @@ class PromptCache:
 def encode_prompts(
     pipe: ContentVPipeline, prompts: Iterable[str], negative_prompt: str, max_sequence_length: int
 ) -> PromptCache:
-    """Encode each different prompt once, with `pipe.encode_prompt`, in the dtype of the encoders.
+    """Encode each different prompt once with `pipe.encode_prompt`, in the dtype of the encoders.
 
-    All batches are of one size, for the rounding of products depends on it, and a resumed run, which encodes only the
-    prompts that are left, has to see the same embeddings to the bit.
+    All batches have one size, on which the rounding of products depends. So a resumed run, which encodes only the
+    remaining prompts, gets the same embeddings to the bit.
     """
     unique = list(dict.fromkeys(prompts))
     padded = unique + unique[-1:] * (-len(unique) % ENCODE_BATCH)

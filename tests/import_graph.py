@@ -35,8 +35,8 @@ ROOMS = {
     "rewards": ("reward models: video, prompts -> scores", "rewards rewards.*"),
     "method": (
         "noise -> prefix -> window -> loss -> adapter",
-        "rlhf.sampler rlhf.grad_steps rlhf.prefix rlhf.drift rlhf.methods rlhf.adjoint rlhf.lora rlhf.sampling_copy "
-        "rlhf.losses rlhf.optimizer rlhf.text rlhf.decoding rlhf.guidance_split rlhf.sharding rlhf.fields rlhf.speed",
+        "rlhf.sampler rlhf.grad_steps rlhf.drift rlhf.methods rlhf.adjoint rlhf.lora rlhf.sampling_copy "
+        "rlhf.losses rlhf.optimizer rlhf.text rlhf.decoding rlhf.sharding rlhf.fields rlhf.speed",
     ),
     "checks": (
         "what can be wrong, before anything is loaded",
@@ -55,7 +55,7 @@ ROOMS = {
     ),
     "training": (
         "the loop and what guards it",
-        "rlhf.callbacks rlhf.setup rlhf.batches rlhf.calibrate rlhf.failures rlhf.guards rlhf.watch rlhf.trainer "
+        "rlhf.callbacks rlhf.setup rlhf.batches rlhf.calibrate rlhf.failures rlhf.watch rlhf.trainer "
         "rlhf.train",
     ),
 }

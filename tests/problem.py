@@ -10,7 +10,8 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.grad_steps import choose_grad_steps
 from rlhf.lora import Masters, add_adapter, lora_config
-from rlhf.sampler import rollout, velocity_field
+from rlhf.fields import velocity_field
+from rlhf.sampler import rollout
 
 STEPS, GUIDANCE = 3, 3.0
 SIGMAS = torch.tensor([1.0, 0.7, 0.4, 0.0], dtype=torch.float64)
@@ -37,7 +38,8 @@ class Problem:
         self.weight = torch.randn(2, 3, 5, 32, 32, generator=generator, dtype=torch.float64)
 
     def latents(self, noise, sigmas, grad_steps):
-        return rollout(velocity_field(self.transformer, self.cond, GUIDANCE), noise, sigmas, grad_steps)
+        velocity = velocity_field(self.transformer, self.cond, GUIDANCE)
+        return rollout(velocity, velocity, noise, sigmas, grad_steps)[-1]
 
     def loss(self, latents, **decode):
         return self.loss_of_video(decode_video(self.vae, latents, **decode))

@@ -9,7 +9,7 @@ from kept import KeptBytes
 from peft import LoraConfig
 from tiny import tiny_conditioning, tiny_transformer, tiny_vae
 
-from rlhf.adjoint import Stepwise
+from rlhf.adjoint import CheckpointedTransformer
 from rlhf.contentv.flow import euler_step, guided_velocity
 from rlhf.contentv.wan_decoder import decode_video
 
@@ -54,8 +54,8 @@ class Problem:
         return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
 
     @property
-    def stepwise(self):
-        return Stepwise(self.transformer, self.parameters)
+    def checkpointed(self):
+        return CheckpointedTransformer(self.transformer, self.parameters)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -63,7 +63,7 @@ class Problem:
 def test_the_gradient_is_that_of_plain_autograd(num_grad, together):
     problem = Problem()
     expected = problem.gradient(problem.transformer, num_grad)
-    found = problem.gradient(problem.stepwise, num_grad, together=together)
+    found = problem.gradient(problem.checkpointed, num_grad, together=together)
     assert expected.norm() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_plain_autograd(num_grad, together):
 def test_in_float32_they_differ_by_a_millionth_at_most(num_grad):
     problem = Problem(torch.float32)
     expected = problem.gradient(problem.transformer, num_grad)
-    found = problem.gradient(problem.stepwise, num_grad)
+    found = problem.gradient(problem.checkpointed, num_grad)
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
@@ -81,7 +81,7 @@ def test_the_gradient_equals_central_finite_differences(monkeypatch):
     monkeypatch.setattr(WanUpsample, "forward", torch.nn.Upsample.forward)
     monkeypatch.setattr(RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.eps))
     problem, generator = Problem(), torch.Generator().manual_seed(6)
-    gradient = problem.gradient(problem.stepwise, 2)
+    gradient = problem.gradient(problem.checkpointed, 2)
     with torch.no_grad():
         v = guided_velocity(problem.transformer, problem.noise, SIGMAS[0], problem.cond, GUIDANCE)
         start = euler_step(problem.noise, v, SIGMAS[0], SIGMAS[1])
@@ -105,7 +105,7 @@ def test_branches_run_again_one_by_one_after_the_decoder_last_step_first():
     problem.transformer.register_forward_pre_hook(
         lambda module, args: log.append((round(args[3][0].item()), torch.is_grad_enabled()))
     )
-    latents = problem.latents(problem.stepwise, 2)
+    latents = problem.latents(problem.checkpointed, 2)
     assert [time for time, _ in log] == [1000, 1000, 700, 700, 400, 400]
     assert not any(with_graph for _, with_graph in log)
     log.clear()
@@ -132,7 +132,7 @@ def test_memory_is_that_of_one_branch_however_many_steps():
         decoder = kept.now
         del loss
     plain = {num_grad: memory(problem, problem.transformer, num_grad) for num_grad in (1, 3)}
-    stepwise = {num_grad: memory(problem, problem.stepwise, num_grad) for num_grad in (1, 3)}
+    stepwise = {num_grad: memory(problem, problem.checkpointed, num_grad) for num_grad in (1, 3)}
     state = problem.noise.numel() * 4
     assert plain[3][0] > 5 * branch
     assert stepwise[3][0] == 3 * state + 3 * 4, "one state a step, and what it is multiplied by"
@@ -145,13 +145,13 @@ def test_memory_is_that_of_one_branch_however_many_steps():
 def test_a_call_without_gradient_keeps_nothing():
     problem = Problem()
     with KeptBytes(problem.transformer) as kept, torch.no_grad():
-        problem.latents(problem.stepwise, 0)
+        problem.latents(problem.checkpointed, 0)
     assert kept.most == 0
-    assert problem.stepwise.dtype == torch.float64
+    assert problem.checkpointed.dtype == torch.float64
 
 
 def test_the_transformer_gets_all_that_was_given():
     given, scale = [], {"scale": 0.5}
-    stepwise = Stepwise(lambda x, *conditions, **more: given.append((conditions, more)) or (x,), [])
+    stepwise = CheckpointedTransformer(lambda x, *conditions, **more: given.append((conditions, more)) or (x,), [])
     stepwise(torch.zeros(1), 1, 2, 3, joint_attention_kwargs=scale, return_dict=True)
     assert given == [((1, 2, 3), {"joint_attention_kwargs": scale, "return_dict": False})]
