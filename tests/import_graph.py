@@ -55,8 +55,7 @@ ROOMS = {
     ),
     "training": (
         "the loop and what guards it",
-        "rlhf.callbacks rlhf.setup rlhf.batches rlhf.calibrate rlhf.failures rlhf.watch rlhf.trainer "
-        "rlhf.train",
+        "rlhf.callbacks rlhf.setup rlhf.batches rlhf.calibrate rlhf.failures rlhf.watch rlhf.trainer rlhf.train",
     ),
 }
 # Against the order, with the reason.

@@ -8,9 +8,9 @@ from tiny import tiny_conditioning, tiny_transformer, tiny_vae
 
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
+from rlhf.fields import velocity_field
 from rlhf.grad_steps import choose_grad_steps
 from rlhf.lora import Masters, add_adapter, lora_config
-from rlhf.fields import velocity_field
 from rlhf.sampler import rollout
 
 STEPS, GUIDANCE = 3, 3.0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from conftest import PROMPTS, brightness, redness, rows_without_cost
 from tiny import tiny_pipeline
 
 from rewards import RewardError, RewardMix
-from rlhf.calibrate import CALIBRATION, base_scores, is_calibrated
+from rlhf.calibrate import CALIBRATION, base_scores, restore_calibration
 from rlhf.trainer import RewardGradientTrainer
 
 
@@ -46,9 +45,8 @@ def test_processes_share_the_samples_and_each_gets_its_own_noise():
         return redness(video, prompts) + torch.tensor([float(len(prompt)) for prompt in prompts])
 
     def scores(process, size=2, seed=3):
-        args = types.SimpleNamespace(seed=seed, per_device_eval_batch_size=size)
         mix = RewardMix({"judge": judge})
-        found = base_scores(mix, make_videos, PROMPTS[:5], (4, 2, 3, 3), args, process, {"fps": 8})["judge"]
+        found = base_scores(mix, make_videos, PROMPTS[:5], (4, 2, 3, 3), seed, size, process, {"fps": 8})["judge"]
         assert process.has_summed
         return found
 
@@ -72,7 +70,7 @@ def test_a_run_measures_its_base_and_a_resumed_run_reads_that(make_args, tmp_pat
 
     parts = dataclasses.replace(args, output_dir=str(tmp_path / "parts"), max_steps=1)
     train(parts, rewards)
-    monkeypatch.setattr("rlhf.calibrate.base_scores", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("rlhf.trainer.base_scores", lambda *_: pytest.fail("measured again"))
     parts = dataclasses.replace(parts, max_steps=2, resume_from_checkpoint="latest")
     assert train(parts, rewards) == whole
 
@@ -95,8 +93,8 @@ def test_scores_of_videos_made_or_judged_otherwise_are_not_taken_for_the_run_s(m
     args = make_args(max_steps=1, calibrate_rewards=2)
     trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
     trainer.train()
-    assert is_calibrated(trainer.rewards, trainer.args)
-    assert not is_calibrated(trainer.rewards, dataclasses.replace(trainer.args, **changed))
+    assert restore_calibration(trainer.rewards, trainer.args)
+    assert not restore_calibration(trainer.rewards, dataclasses.replace(trainer.args, **changed))
 
 
 def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_args):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.config import RewardGradientConfig
-from rlhf.evaluate import Evaluation, HeldOut
+from rlhf.evaluate import EvalOptions, Evaluation, HeldOut
 from rlhf.measures import MEASURES
 
 SHAPE = (16, 2, 2, 2)
@@ -32,10 +32,10 @@ def first_pixel(video, prompts, **info):
 @pytest.fixture
 def held_out(tmp_path):
     def make(**changes):
-        settings = {"output_dir": str(tmp_path), "eval_seed": 3, "per_device_eval_batch_size": 2}
+        settings = {"eval_seed": 3, "per_device_eval_batch_size": 2}
         settings |= {"num_sample_prompts": 3, "num_diversity_prompts": 3} | changes
-        args, prompts = RewardGradientConfig(**settings), PROMPTS
-        return HeldOut(make_videos, {"pixel": first_pixel}, prompts, SHAPE, args, OneProcess(), fps=8)
+        options = EvalOptions.of(RewardGradientConfig(**settings))
+        return HeldOut(make_videos, {"pixel": first_pixel}, PROMPTS, SHAPE, 8, options, tmp_path, OneProcess())
 
     return make
 
@@ -87,8 +87,8 @@ def test_every_setting_that_makes_another_video_or_score_makes_the_base_anew(hel
     assert held_out(num_sample_prompts=0).base(resumed=True) is not anew
     changes = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.5}
     changes |= {"negative_prompt": "dark", "max_sequence_length": 9, "reward_kwargs": {"pixel": {"a": 1}}}
-    changes |= {"dtype": "bfloat16", "base_bits": 8, "vae_dtype": "bfloat16", "guidance_every": 2}
-    changes |= {"sampling_weights": "merged", "eval_seed": 4, "num_diversity_prompts": 2}
+    changes |= {"dtype": "bfloat16", "base_bits": 4, "vae_dtype": "bfloat16", "guidance_every": 2}
+    changes |= {"sampling_weights": "float8", "eval_seed": 4, "num_diversity_prompts": 2}
     for name, value in changes.items():
         assert held_out(num_sample_prompts=0, **{name: value}).base(resumed=True) is anew, name
     others, judged = held_out(num_sample_prompts=0), held_out(num_sample_prompts=0)

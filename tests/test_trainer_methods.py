@@ -1,12 +1,9 @@
 """Methods and drift through the whole loop, on a tiny random pipeline: what is exact stays exact."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import PROMPTS, redness, rows_without_cost
 from runs import adapter
-from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
 from rlhf.contentv.flow import guided_velocity
@@ -95,9 +92,8 @@ def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
         assert torch.equal(guided, guided_velocity(base, noise, sigma, cond, args.guidance_scale or 3.0))
 
 
-def test_whole_blocks_and_dora_train_in_the_loop(make_args):
-    args = make_args(lora_use_dora=True, train_blocks=["proj_out"], max_steps=2, drift_weight=0.1)
+def test_dora_trains_in_the_loop(make_args):
+    args = make_args(lora_use_dora=True, max_steps=2, drift_weight=0.1)
     RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
-    trained = load_file(Path(args.output_dir) / "adapter" / "trained_blocks.safetensors")
-    assert set(trained) == {"proj_out.weight", "proj_out.bias"}
-    assert not torch.equal(trained["proj_out.weight"], tiny_pipeline().transformer.proj_out.weight)
+    assert rows_without_cost(args)[1]["drift"] > 0
+    assert adapter(args).isfinite().all()
