@@ -38,7 +38,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import CONTENTV_8B
 from rlhf.contentv.flow import euler_step
 from rlhf.device import memory_beside, peak_memory, pick_device, reset_peak_memory, synchronize
-from rlhf.fields import Fields
+from rlhf.fields import VelocityFields
 from rlhf.optimizer import clip_gradient
 from rlhf.planner import Planner
 from rlhf.rates import Rates, measure_rates
@@ -54,7 +54,7 @@ class Step:
     """What an optimizer step is made of, of either size; `measure` goes through it phase by phase."""
 
     args: RewardGradientConfig
-    fields: Fields
+    fields: VelocityFields
     decode: Callable
     reward: Callable  # (video, step) -> scores
     masters: object
@@ -68,8 +68,8 @@ class Step:
         """{phase: {"seconds", "peak_gib", "held_gib" before}} of one step whose sampling is one denoising step."""
         phases: dict[str, dict] = {}
         run = partial(self._timed, phases)
-        field, x = self.fields.tuned(self.cond), 0.3 * self.noise_BCTHW
-        run("sampling", torch.no_grad()(field), x, self.sigmas[0])
+        field, x = self.fields.window(self.cond), 0.3 * self.noise_BCTHW
+        run("sampling", torch.no_grad()(self.fields.tuned(self.cond)), x, self.sigmas[0])
         latents = run("segment forward", self._window, field, x)
         video = run("decode forward", self.decode, latents, 0)
         scores_B = run("reward forward", self.reward, video)
@@ -133,7 +133,6 @@ def measure_nano(arm: str, size: str, device: torch.device) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         common = {"output_dir": f"{folder}/run", "report_to": ["none"], "device": device.type, "max_steps": 5}
         trainer = RewardGradientTrainer(args=RewardGradientConfig(**common, **settings_of(arm, size)))
-        trainer._begin()
         trainer.step(0)
         clean(device)
         seconds = [trainer.step(number)["seconds"] for number in (1, 2, 3)]  # each ends with a number read back
@@ -143,7 +142,7 @@ def measure_nano(arm: str, size: str, device: torch.device) -> dict:
             trainer.args,
             trainer.fields,
             trainer.decode,
-            lambda video: trainer.rewards(video, batch.prompts, **trainer.batches.info(0))[0],
+            lambda video: trainer.rewards(video, batch.prompts, **trainer.reward_info(0))[0],
             trainer.masters,
             trainer.optimizer,
             trainer.sigmas,
