@@ -1,4 +1,4 @@
-"""The prompts and the noise of each step: a pure function of seed and place, for any number of processes."""
+"""The prompts and the noise of each step: a pure function of seed and place."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from rlhf.sampler import draw_noise
 
 @dataclass(frozen=True)
 class Batch:
-    """The B prompts that one process samples at a time and, by purpose, their noise (B, C, T, H, W)."""
+    """The B prompts that a process samples at a time and, by purpose, noise (B, C, T, H, W)."""
 
     prompts: list[str]
     noise: Callable[[str], torch.Tensor]
@@ -47,7 +47,7 @@ class Batches:
         self.start = 0, 0  # a rollout, and the place of its first prompt in the run's order
 
     def batch(self, rollout: int, micro: int) -> Batch:
-        """Return this process's batch number `micro` of a rollout; a sample's noise has the key (rollout, place)."""
+        """Return this process's batch `micro` of a rollout; noise has the key (rollout, place)."""
         start = (micro * self.layout.num_processes + self.layout.process_index) * self.size
         keys = [(rollout, start + i) for i in range(self.size)]
 
@@ -63,7 +63,7 @@ class Batches:
         return {"samples": self.samples_before(step), "place": place, "processes": processes}
 
     def restore(self, step: int, saved: dict) -> None:
-        """Count on from a checkpoint's step and `state`, which any number of processes may have saved."""
+        """Count on from a checkpoint's step and `state`, saved by any number of processes."""
         rollout = step // self.reuse
         self.origin = step, saved.get("samples", self.samples_before(step))
         self.start = rollout, saved.get("place", self.samples_before(rollout))

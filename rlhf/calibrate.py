@@ -1,4 +1,4 @@
-"""Mean and spread of each reward on videos of the base model, measured once in a run and kept in its folder.
+"""Mean and spread of each reward on videos of the base model, measured once in a run.
 
 Shape legend: C channels, T frames, H height, W width, N base samples, R rewards.
 """
@@ -16,19 +16,34 @@ from rlhf.parallel import own_batches
 from rlhf.reading import read_object
 from rlhf.sampler import draw_noise
 
-CALIBRATION = "calibration.json"  # {"scores": {name: [raw score of each base sample]}, "settings": {...}}
+CALIBRATION = "calibration.json"  # {"scores": {name: [score of each sample]}, "settings": {...}}
 CALIBRATION_FINGERPRINT = (*SAMPLING_SETTINGS, "seed")
 
 
-def write_calibration(scores: dict[str, torch.Tensor], args: RewardGradientConfig) -> None:
-    """Write the raw scores (N,) of base samples into the run's folder, with the settings that made them."""
-    values = {name: scores_N.tolist() for name, scores_N in scores.items()}
-    kept = {"scores": values, "settings": fingerprint(args, CALIBRATION_FINGERPRINT)}
-    (Path(args.output_dir) / CALIBRATION).write_text(json.dumps(kept) + "\n")
+def calibrate(
+    mix: RewardMix,
+    make_videos: MakeVideos,
+    prompts: list[str],
+    noise_shape_CTHW: tuple[int, int, int, int],
+    args: RewardGradientConfig,
+    layout: Layout,
+    info: dict,
+) -> None:
+    """Normalise the mix by `base_scores`, which are written to the run's folder with their settings.
+
+    Raises RewardError for a reward whose scores are all equal.
+    """
+    size = args.per_device_eval_batch_size
+    scores = base_scores(mix, make_videos, prompts, noise_shape_CTHW, args.seed, size, layout, info)
+    if layout.is_main_process:
+        values = {name: scores_N.tolist() for name, scores_N in scores.items()}
+        kept = {"scores": values, "settings": fingerprint(args, CALIBRATION_FINGERPRINT)}
+        (Path(args.output_dir) / CALIBRATION).write_text(json.dumps(kept) + "\n")
+    mix.calibrate(scores)
 
 
 def restore_calibration(mix: RewardMix, args: RewardGradientConfig) -> bool:
-    """Normalise the mix by the run folder's scores; return False if these are of other rewards, videos or settings.
+    """Normalise the mix by the run folder's scores; return False if they belong to another run.
 
     Raises DamagedFileError.
     """
@@ -55,7 +70,7 @@ def base_scores(
     layout: Layout,
     info: dict,
 ) -> dict[str, torch.Tensor]:
-    """Return raw scores (N,) by reward of one video a prompt, on the CPU; all processes share the work and the scores.
+    """Return raw scores (N,) by reward, of one video a prompt; all processes share the work.
 
     Args:
         make_videos: the base model's sampler.
@@ -65,9 +80,10 @@ def base_scores(
     """
     scores_NR = torch.zeros(len(prompts), len(mix.rewards), device=layout.device)
     for rows in own_batches(len(prompts), batch_size, layout):
-        # Without rows of its own, a process of a sharded model still runs it as often as the others.
+        # Without rows, a process of a sharded model still runs it as often as the others.
         batch = [prompts[i] for i in rows or [0]]
-        video = make_videos(batch, draw_noise(noise_shape_CTHW, seed, "calibration", [(i,) for i in rows or [0]]))
+        noise = draw_noise(noise_shape_CTHW, seed, "calibration", [(i,) for i in rows or [0]])
+        video = make_videos(batch, noise)
         if rows:
             scores_NR[rows] = torch.stack(list(mix(video, batch, **info)[1].values()), dim=1)
     return dict(zip(mix.rewards, layout.reduce(scores_NR, "sum").cpu().unbind(1), strict=True))

@@ -8,11 +8,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from rlhf.config import RewardGradientConfig
 from rlhf.parallel import any_process
 
-Notify = Callable[..., None]  # (event, **more), where more goes to the event besides what all events receive
+Notify = Callable[..., None]  # (event, **more): more is added to what all events receive
 
 
 class Callbacks:
-    """The callbacks of a run, on each process, called in the order given. docs/watching.md lists the events.
+    """The callbacks of a run, on each process, in order. docs/watching.md lists the events.
 
     Args:
         listeners: callbacks, or classes of callbacks.
@@ -28,7 +28,7 @@ class Callbacks:
         model: torch.nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ):
-        self.listeners = [listener() if isinstance(listener, type) else listener for listener in listeners or []]
+        self.listeners = [new() if isinstance(new, type) else new for new in listeners or []]
         self.args, self.accelerator = args, accelerator
         self.event_kwargs = {"model": model, "optimizer": optimizer}
         self.control = TrainerControl()
@@ -43,10 +43,10 @@ class Callbacks:
         )
 
     def notify(self, event: str, **more) -> None:
-        """Call the method `event` of each listener; a control that it returns replaces `control`."""
+        """Call the method `event` of each listener; a control that it returns replaces ours."""
         for listener in self.listeners:
-            found = getattr(listener, event)(self.args, self.state, self.control, **self.event_kwargs, **more)
-            self.control = found or self.control
+            method, kwargs = getattr(listener, event), self.event_kwargs | more
+            self.control = method(self.args, self.state, self.control, **kwargs) or self.control
 
     def step_begins(self) -> None:
         """Begin an optimizer step, with the requests of the step before cleared."""
@@ -65,5 +65,5 @@ class Callbacks:
         self.notify("on_log", logs=dict(metrics))  # a copy: transformers' callbacks remove entries
 
     def requested(self, what: str) -> bool:
-        """Return whether a listener of any process requested "evaluate", "save" or "training_stop"; the same on all."""
+        """Return whether any process requested "evaluate", "save" or "training_stop"."""
         return any_process(self.accelerator, getattr(self.control, f"should_{what}"))

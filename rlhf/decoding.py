@@ -1,4 +1,4 @@
-"""From latents to pixels: the frames that are scored, with gradient, and whole sample videos, without."""
+"""From latents to pixels: scored frames with gradient, whole sample videos without."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from rlhf.types import Conditioning
 
 
 class Decoder:
-    """Latents (B, C, T, H, W) and an optimizer step -> video (B, 3, frames, 8H, 8W) in [0, 1], with gradient.
+    """Latents (B, C, T, H, W) and a step -> video (B, 3, frames, 8H, 8W) in [0, 1], with gradient.
 
     Args:
         frames: the leading frames that any reward asks for.
-        window: frames that are decoded with gradient, from a frame drawn for each step; the frames before them are
-            decoded without. None: all frames.
+        window: frames that are decoded with gradient, from a frame drawn for each step; the frames
+            before them are decoded without. None: all frames.
         seed: of the draws.
         chunk, checkpoint, caches: as in `decode_video`.
     """
@@ -51,7 +51,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class VideoSampler:
-    """Prompts and noise (B, C, T, H, W) -> whole videos (B, 3, T, H, W) in [0, 1], without gradient."""
+    """Prompts and noise (B, C, T, H, W) -> videos (B, 3, T, H, W) in [0, 1], without gradient."""
 
     field: Callable[[Conditioning], Velocity]
     embed: Callable[[list[str], torch.device], Conditioning]

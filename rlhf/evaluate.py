@@ -29,8 +29,8 @@ SAMPLING_SETTINGS = (
     *("max_sequence_length", "reward_kwargs"),
     *("dtype", "base_bits", "vae_dtype", "guidance_every", "sampling_weights"),
 )
-EVAL_FINGERPRINT = (*SAMPLING_SETTINGS, "eval_seed", "num_diversity_prompts")  # equal in evaluations that compare
-MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]  # (prompts, noise_BCTHW) -> video_BCTHW in [0, 1]
+EVAL_FINGERPRINT = (*SAMPLING_SETTINGS, "eval_seed", "num_diversity_prompts")
+MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]  # (prompts, noise_BCTHW) -> videos
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Evaluation:
     """The scores and the leading videos of one model on the held-out prompts."""
 
     prompts: list[str]
-    scores: dict[str, torch.Tensor]  # by judge or measure: (N,) float32; DIVERSITY of the leading prompts only
+    scores: dict[str, torch.Tensor]  # by judge or measure: (N,); DIVERSITY of the leading prompts
     videos_NCTHW: torch.Tensor  # uint8, of the leading prompts; empty on all but the main process
     settings: dict = field(default_factory=dict)  # those of EVAL_FINGERPRINT
 
@@ -59,8 +59,9 @@ class Evaluation:
     def load(cls, path: Path) -> "Evaluation":
         """Read a file that `save` wrote. Raises DamagedFileError."""
         with reading(path), safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            prompts, settings = (json.loads(file.metadata().get(key, "{}")) for key in ("prompts", "settings"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        prompts, settings = (json.loads(metadata.get(key, "{}")) for key in ("prompts", "settings"))
         scores = {k[7:]: v for k, v in tensors.items() if k != "videos"}
         return cls(prompts, scores, tensors["videos"], settings)
 
@@ -125,10 +126,10 @@ class HeldOut:
 
     @torch.no_grad()
     def evaluate(self, name: str, step: int, make_videos: MakeVideos | None = None) -> Evaluation:
-        """Sample and judge a video of every prompt and write the leading ones; all processes share the work.
+        """Sample and judge a video of every prompt and write the leading ones.
 
-        Measures are those of `rlhf.measures`, all in [0, 1]. Diversity is the distance of two videos of
-        one prompt, for the leading prompts.
+        All processes share the work and the scores. Measures are those of `rlhf.measures`, all in
+        [0, 1]. Diversity is the distance of two videos of one prompt, for the leading prompts.
 
         Args:
             name: shown by the progress bar.
@@ -136,7 +137,7 @@ class HeldOut:
             make_videos: the sampler of another model than the current one.
         """
         make_videos = make_videos or self.make_videos
-        mix = RewardMix(self.judges, [0.0] * len(self.judges))  # of weight 0: scores without gradient
+        mix = RewardMix(self.judges, [0.0] * len(self.judges))  # without gradient
         scores = {judge: torch.zeros(len(self.prompts)) for judge in [*self.judges, *OF_ONE_VIDEO]}
         scores[DIVERSITY] = torch.zeros(self.diversity_count)
         shown, videos = self.options.num_samples, [torch.zeros(0, dtype=torch.uint8)]
@@ -168,7 +169,7 @@ class HeldOut:
         return evaluation
 
     def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
-        """Return the base's evaluation: a resumed run reads that of its folder if prompts and settings are equal."""
+        """Return the base's evaluation; a resumed run reads it if made with equal settings."""
         path = self.folder / "evaluation" / "base.safetensors"
         if resumed and path.is_file():
             kept = Evaluation.load(path)
@@ -181,7 +182,7 @@ class HeldOut:
         return base
 
     def sample(self, step: int) -> None:
-        """Write sample videos of the current model without judging them; all processes share the work."""
+        """Write sample videos of the current model; all processes share the work."""
         count = min(self.options.num_samples, len(self.prompts))
         videos = [torch.zeros(0, dtype=torch.uint8)]
         for rows in own_batches(count, self.options.batch_size, self.layout):
@@ -189,13 +190,13 @@ class HeldOut:
         self._write(step, self._leading(torch.cat(videos), count, count))
 
     def _videos(self, make_videos: MakeVideos, rows: list[int], draw: int) -> torch.Tensor:
-        """Return video number `draw` of the rows' prompts; without rows, one is made to match other processes' calls."""
+        """Return video number `draw` of the rows' prompts; without rows one is made and dropped."""
         asked = rows or [0]
         noise = draw_noise(self.noise_shape, self.options.seed, "evaluation", [(i, draw) for i in asked])
         return make_videos([self.prompts[i] for i in asked], noise)[: len(rows)]
 
     def _leading(self, own_NCTHW: torch.Tensor, count: int, shown: int) -> torch.Tensor:
-        """Return the first `shown` of all processes' `count` videos on the main process, none on others."""
+        """Return the first `shown` of all `count` videos on the main process, none on others."""
         share = math.ceil(count / self.layout.num_processes)
         if shown > share:
             shape = 3, *self.options.video_THW

@@ -31,7 +31,7 @@ class SkippedSteps:
 
 
 def require_new(trained: bool) -> None:
-    """Raise TrainingError for a trainer that has trained: the same run would begin again from the trained adapter."""
+    """Raise TrainingError for a trainer that has trained: its run would start from that adapter."""
     if trained:
         raise TrainingError(
             "train() was called again, expected one call a trainer. Make a new one: with "
@@ -74,8 +74,8 @@ def non_finite_error(
 
 
 def require_gradient(norm: float, step: int, rewards: RewardMix, logged: Collection[str]) -> None:
-    """Raise TrainingError for a gradient norm of 0 in a step that logged a reward; an adapter of 0 has no drift."""
-    if norm == 0 and "reward" in logged and not rewards.caps:  # a reward beyond its cap has no gradient
+    """Raise TrainingError for a gradient norm of 0 in a step with a reward; drift may be 0."""
+    if norm == 0 and "reward" in logged and not rewards.caps:  # none beyond a cap
         raise TrainingError(
             f"The gradient at the adapter is exactly zero after {step} steps, expected a number "
             "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."
@@ -83,9 +83,9 @@ def require_gradient(norm: float, step: int, rewards: RewardMix, logged: Collect
 
 
 def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str], info: dict) -> dict[str, bool]:
-    """Return, for each reward that is trained on, whether its gradient at the video is not finite."""
+    """Return by trained reward whether its gradient at the video is not finite."""
     broken = {}
-    for name in (name for name, weight in rewards.weights.items() if weight):  # others may have no gradient at all
+    for name in (name for name, weight in rewards.weights.items() if weight):
         pixels = video_BCTHW.clone().requires_grad_()
         scores_B, _ = RewardMix({name: rewards.rewards[name]})(pixels, prompts, **info)
         grad = torch.autograd.grad(scores_B.sum(), pixels)[0] if scores_B.requires_grad else torch.zeros(())
@@ -93,7 +93,7 @@ def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[
     return broken
 
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of accelerators, of the CPU
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 MEMORY_CURES = {  # folder or file of the failed allocation -> settings to change, in this order
     "rewards": "fewer num_frames, a smaller chunk or dtype bfloat16 in reward_kwargs",
     "wan_decoder.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",

@@ -1,4 +1,4 @@
-"""The velocity fields of a run: of the base, of the tuned model without and with gradient, and cheaper ones.
+"""The velocity fields of a run: base, tuned without and with gradient, and cheaper ones.
 
 Guidance is v = v_neg + g (v_text - v_neg) (arXiv 2207.12598).
 """
@@ -32,7 +32,12 @@ class Guidance:
     @classmethod
     def of(cls, args: RewardGradientConfig) -> "Guidance":
         """Return the guidance of a run's settings."""
-        return cls(args.guidance_scale, args.guidance_gradient, args.guidance_every, args.guidance_together)
+        return cls(
+            args.guidance_scale,
+            args.guidance_gradient,
+            args.guidance_every,
+            args.guidance_together,
+        )
 
 
 class VelocityFields:
@@ -42,7 +47,8 @@ class VelocityFields:
         transformer: the model with its adapter, whose trained numbers are those of `masters`.
         guidance: how all fields are guided.
         checkpoint_steps: whether the backward pass runs each velocity again; see `rlhf.adjoint`.
-        sampling_weights: "own", or the format of a second model for the prefix; see `rlhf.sampling_copy`.
+        sampling_weights: "own", or the format of a second model for the prefix; see
+            `rlhf.sampling_copy`.
         guidance_group: two processes that run one branch of guidance each; None for one process.
     """
 
@@ -57,8 +63,12 @@ class VelocityFields:
     ):
         self.transformer, self.masters, self.guidance = transformer, masters, guidance
         self.guidance_group = guidance_group
-        self.trained = CheckpointedTransformer(transformer, masters.params) if checkpoint_steps else transformer
-        self.copy = None if sampling_weights == "own" else SamplingCopy(transformer, sampling_weights)
+        self.trained = transformer
+        if checkpoint_steps:
+            self.trained = CheckpointedTransformer(transformer, masters.params)
+        self.copy = None
+        if sampling_weights != "own":
+            self.copy = SamplingCopy(transformer, sampling_weights)
 
     def base(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the model before training, without gradient."""
@@ -69,11 +79,12 @@ class VelocityFields:
         return self._field(self.transformer, cond, self._sampling_gradient)
 
     def prefix(self, cond: Conditioning, plan: Plan) -> Velocity:
-        """Return the velocity of one rollout's no-grad steps: `tuned`, or a cheaper one that is not exact."""
+        """Return the velocity of one rollout's no-grad steps: `tuned` or a cheaper one."""
         model, guidance = self.transformer if self.copy is None else self.copy.model, self.guidance
         if guidance.every == 1:
             return self._field(model, cond, self._sampling_gradient)
-        no_grad = [sigma for i, sigma in enumerate(plan.sigmas[:-1].tolist()) if i not in plan.grad_steps]
+        sigmas = plan.sigmas[:-1].tolist()
+        no_grad = [sigma for i, sigma in enumerate(sigmas) if i not in plan.grad_steps]
         return CachedGuidance(model, cond, guidance.scale, no_grad[:: guidance.every])
 
     def window(self, cond: Conditioning) -> Velocity:
@@ -87,13 +98,14 @@ class VelocityFields:
 
     @property
     def _sampling_gradient(self) -> str:
-        """The full velocity, of which a gradient mode would leave out a gradient alone; a distilled one is unguided."""
+        """The mode without gradient: only "distill" changes the velocity itself."""
         return "distill" if self.guidance.gradient == "distill" else "full"
 
     def _field(self, transformer: Callable, cond: Conditioning, gradient: str = "full") -> Velocity:
         if self.guidance_group is not None:
             return split_velocity(transformer, cond, self.guidance.scale, self.guidance_group)
-        return velocity_field(transformer, cond, self.guidance.scale, gradient, self.guidance.together)
+        guidance = self.guidance
+        return velocity_field(transformer, cond, guidance.scale, gradient, guidance.together)
 
 
 def velocity_field(
@@ -108,7 +120,8 @@ def velocity_field(
     Args:
         gradient: the mode.
             "full": both branches. Exact.
-            "text": g times v_text; v_neg is a constant. Not exact: g J_text + (1 - g) J_neg loses a part.
+            "text": g times v_text; v_neg is a constant. Not exact: g J_text + (1 - g) J_neg loses a
+                part.
             "none": v_text once; guidance is an added constant. Not exact.
             "distill": v_text alone, without guidance. Exact for an adapter that is taught guidance.
         together: whether both branches of "full" run as one batch.
@@ -124,7 +137,8 @@ def velocity_field(
         v_text = text_only(x, sigma)
         with torch.no_grad():
             v_neg = guided_velocity(transformer, x, sigma, cond.negative, 1.0)
-        return v_text + (guidance_scale - 1) * ((v_text.detach() if gradient == "none" else v_text) - v_neg)
+        direction = (v_text.detach() if gradient == "none" else v_text) - v_neg
+        return v_text + (guidance_scale - 1) * direction
 
     if gradient == "distill":
         return text_only
@@ -132,14 +146,18 @@ def velocity_field(
 
 
 class CachedGuidance:
-    """The velocity of one rollout's no-grad steps, whose direction v_text - v_neg is kept over steps. Not exact.
+    """The velocity of one rollout's no-grad steps with v_text - v_neg kept over steps. Not exact.
 
     v = v_text + (g - 1) (v_text - v_neg)', where ()' is the value at the last of `refresh_sigmas`:
     the negative branch runs at these noise levels alone. Make one for each rollout.
     """
 
     def __init__(
-        self, transformer: Callable, cond: Conditioning, guidance_scale: float, refresh_sigmas: Iterable[float]
+        self,
+        transformer: Callable,
+        cond: Conditioning,
+        guidance_scale: float,
+        refresh_sigmas: Iterable[float],
     ):
         self.transformer, self.cond, self.guidance_scale = transformer, cond, guidance_scale
         self.refresh_sigmas, self.direction = frozenset(refresh_sigmas), None
@@ -147,20 +165,23 @@ class CachedGuidance:
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         v_text = guided_velocity(self.transformer, x, sigma, self.cond, 1.0)
         if sigma.item() in self.refresh_sigmas:
-            self.direction = v_text - guided_velocity(self.transformer, x, sigma, self.cond.negative, 1.0)
+            v_neg = guided_velocity(self.transformer, x, sigma, self.cond.negative, 1.0)
+            self.direction = v_text - v_neg
         return v_text + (self.guidance_scale - 1) * self.direction
 
 
 def split_velocity(transformer: Callable, cond: Conditioning, guidance_scale: float, group: Group) -> Velocity:
-    """Return the guided velocity whose branches run on two processes: v_text on the group's first, v_neg on the second.
+    """Return the guided velocity of two processes: the first runs v_text, the second v_neg.
 
-    Gradients are exact: the adapter receives that of the process's own branch, x the sum over both branches.
+    Gradients are exact: the adapter receives that of the process's own branch, x the sum over both
+    branches.
     """
     if dist.get_rank(group) == 1:
         cond = cond.negative
 
     def velocity(x, sigma):
-        v_text, v_neg = gathered(guided_velocity(transformer, entering(x, group), sigma, cond, 1.0), group)
+        v = guided_velocity(transformer, entering(x, group), sigma, cond, 1.0)
+        v_text, v_neg = gathered(v, group)
         return v_neg + guidance_scale * (v_text - v_neg)
 
     return velocity

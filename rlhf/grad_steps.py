@@ -17,10 +17,11 @@ def choose_grad_steps(
     Args:
         strategy: the rule.
             "last": the last num_grad (DRaFT-K, arXiv 2309.17400, algorithm 1).
-            "random_last": the last k, with k drawn evenly from 1 .. num_grad (AlignProp's randomised truncation,
-                arXiv 2310.03739).
-            "uniform": num_grad steps, num_steps // num_grad apart (DRTune, arXiv 2405.00760, algorithm 1). The
-                first is drawn from all that leave room for the rest, so that every step can be chosen.
+            "random_last": the last k, with k drawn evenly from 1 .. num_grad (AlignProp's
+                randomised truncation, arXiv 2310.03739).
+            "uniform": num_grad steps, num_steps // num_grad apart (DRTune, arXiv 2405.00760,
+                algorithm 1). The first is drawn from all that leave room for the rest, so that
+                every step can be chosen.
             "listed": the steps of `listed`; num_grad is ignored.
         rng: drawn from by "random_last" and "uniform" alone.
 

@@ -23,9 +23,10 @@ def score(
 
     Args:
         info: what rewards are told besides video and prompts.
-        words: [positive, negative], put before each prompt. The score is then (1 + strength) R(positive) -
-            R(negative) (semantic relative preference, arXiv 2509.06942, eq. 8 and 9, weighted as in its published
-            code), and the raw scores are those of the positive words. None scores the prompts as they are.
+        words: [positive, negative], put before each prompt. The score is then (1 + strength)
+            R(positive) - R(negative) (semantic relative preference, arXiv 2509.06942, eq. 8 and 9,
+            weighted as in its published code), and the raw scores are those of the positive words.
+            None scores the prompts as they are.
         penalty: whether to score the opposite: -R, or the words exchanged.
     """
     info = info or {}
@@ -39,7 +40,7 @@ def score(
 
 
 def score_metrics(names: list[str], scores_SR: torch.Tensor) -> dict[str, float]:
-    """Return the mean over S samples of each of R named columns, and NAME_std of single rewards (rewards/NAME)."""
+    """Return the mean of each of R columns over S samples; of rewards/NAME the spread, too."""
     means, stds = scores_SR.mean(0).tolist(), scores_SR.std(0, correction=0).tolist()
     metrics = {}
     for name, mean, std in zip(names, means, stds, strict=True):

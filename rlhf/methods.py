@@ -1,7 +1,8 @@
-"""The published ways to send a reward's gradient into a denoiser, each as a plan for the same sampler.
+"""The published ways to send a reward's gradient into a denoiser, as plans for one sampler.
 
-Written for the flow x_sigma = (1 - sigma) x_0 + sigma noise with velocity v = dx/dsigma. A model's estimate of x_0 is
-x - sigma v, an Euler step straight to sigma 0. docs/methods.md compares the methods.
+Written for the flow x_sigma = (1 - sigma) x_0 + sigma noise with velocity v = dx/dsigma. A model's
+estimate of x_0 is x - sigma v, an Euler step straight to sigma 0. docs/methods.md compares the
+methods.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,10 +24,10 @@ class Plan:
     sigmas: torch.Tensor  # (M+1,) from 1 to 0; M is below the sampler's N where the last step jumps
     grad_steps: list[int]  # as in `rollout`
     detach_input: bool = False  # as in `rollout`
-    last_step_again: int = 0  # repeats of the last step from fresh noise, each with its own gradient
-    recoveries: list[tuple[float, float]] = field(default_factory=list)  # (sigma, signed step) of Direct-Align
+    last_step_again: int = 0  # repeats of the last step from fresh noise, each with a gradient
+    recoveries: list[tuple[float, float]] = field(default_factory=list)  # Direct-Align's (sigma, step)
     drift_step: int | None = None  # the step at whose state the drift from the base is measured
-    drift_total: float = 0.0  # the sum of the drift weights of all steps, for which drift_step stands
+    drift_total: float = 0.0  # the sum of all steps' drift weights, for which drift_step stands
 
     @property
     def window_start(self) -> int:
@@ -77,7 +78,8 @@ def shorten_prefix(plan: Plan, steps: int | None) -> Plan:
     if not plan.grad_steps or steps is None or steps >= plan.window_start:
         return plan
     shifted = [step - plan.window_start + steps for step in plan.grad_steps]
-    return replace(plan, sigmas=fewer_steps(plan.sigmas, plan.window_start, steps), grad_steps=shifted)
+    sigmas = fewer_steps(plan.sigmas, plan.window_start, steps)
+    return replace(plan, sigmas=sigmas, grad_steps=shifted)
 
 
 def jump_range(args: RewardGradientConfig, num_steps: int) -> int:
@@ -86,7 +88,7 @@ def jump_range(args: RewardGradientConfig, num_steps: int) -> int:
 
 
 def jump_early(sigmas: torch.Tensor, of_last: int, rng: torch.Generator) -> torch.Tensor:
-    """Return noise levels whose last step, drawn evenly from the `of_last` last ones, goes straight to 0."""
+    """Return noise levels that jump to 0 from one of the `of_last` last steps, drawn evenly."""
     last = len(sigmas) - 2 - draw_below(of_last, rng)
     return torch.cat([sigmas[: last + 1], sigmas[-1:]])
 
@@ -100,7 +102,7 @@ def draw_recoveries(args: RewardGradientConfig, rng: torch.Generator) -> list[tu
 
 
 def with_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> Plan:
-    """Return the plan with a step drawn by its drift weight if the drift is to be measured; see `rlhf.drift`."""
+    """Return the plan with a step drawn by its drift weight if the drift is to be measured."""
     if not (args.drift_weight or args.anchor_steps):
         return plan
     weights = drift_step_weights(plan.sigmas, args.drift_weighting).cpu()
@@ -111,24 +113,28 @@ def with_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> 
 def gradient_samples(
     window: Velocity, x0_BCTHW: torch.Tensor, noise: Callable[[str], torch.Tensor], plan: Plan
 ) -> Iterator[Sample]:
-    """Yield the samples that a plan takes of one rollout, each with its own graph: back-propagate each at once.
+    """Yield the samples of one rollout, each with its own graph; back-propagate each at once.
 
     Args:
         window: the velocity of steps that carry the gradient.
         x0_BCTHW: the last state of the rollout, with its graph.
-        noise: purpose -> unit normal noise (B, C, T, H, W), the same at every call; "train" is the rollout's.
+        noise: purpose -> unit normal noise (B, C, T, H, W), the same at every call; "train" is the
+            rollout's.
     """
     for sigma, step in plan.recoveries:
-        yield Sample(recover(window, x0_BCTHW, noise("train"), plan.sigmas.new_tensor(sigma), step), penalty=step > 0)
+        level = plan.sigmas.new_tensor(sigma)
+        recovered = recover(window, x0_BCTHW, noise("train"), level, step)
+        yield Sample(recovered, penalty=step > 0)
     if plan.recoveries:
         return
     yield Sample(x0_BCTHW)
     for draw in range(plan.last_step_again):
-        yield Sample(last_step_again(window, x0_BCTHW.detach(), noise(f"draw {draw}"), plan.sigmas[-2]))
+        fresh = noise(f"draw {draw}")
+        yield Sample(last_step_again(window, x0_BCTHW.detach(), fresh, plan.sigmas[-2]))
 
 
 def last_step_again(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Return x_0 noised to the last step's level and denoised once more (DRaFT-LV, arXiv 2309.17400, algorithm 1)."""
+    """Return x_0 noised and denoised by the last step (DRaFT-LV, arXiv 2309.17400, alg. 1)."""
     x = (1 - sigma) * x0 + sigma * noise
     return euler_step(x, velocity(x, sigma), sigma, torch.zeros_like(sigma))
 
@@ -136,10 +142,11 @@ def last_step_again(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, s
 def recover(
     velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, step: float
 ) -> torch.Tensor:
-    """Return x_0 from one Euler step onto level sigma and the known noise (Direct-Align, arXiv 2509.06942, eq. 4, 5).
+    """Return x_0 from one Euler step onto sigma (Direct-Align, arXiv 2509.06942, eq. 4 and 5).
 
-    With step < 0 the step denoises from sigma - step; with step > 0 it inverts, up from there (eq. 12 and 13). The
-    velocity noise - x_0 returns x_0 exactly. Another velocity moves it by step / (1 - sigma) times the difference.
+    With step < 0 the step denoises from sigma - step; with step > 0 it inverts, up from there (eq.
+    12 and 13). The velocity noise - x_0 returns x_0 exactly. Another velocity moves it by step / (1
+    - sigma) times the difference.
     """
     start = sigma - step
     x = (1 - start) * x0 + start * noise

@@ -1,4 +1,4 @@
-"""From noise to latents, in two phases: a no-grad prefix, then the window that the gradient runs through.
+"""From noise to latents, in two phases: a no-grad prefix, then the window with gradient.
 
 The sampler solves the flow dx/dsigma = v(x, sigma) from sigma = 1 to 0 by Euler steps
 x_i+1 = x_i + (sigma_i+1 - sigma_i) v(x_i, sigma_i) (arXiv 2210.02747).
@@ -13,12 +13,12 @@ import torch
 from rlhf.contentv.flow import euler_step
 from rlhf.device import generator
 
-Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_BCTHW, sigma) -> dx/dsigma, of x's shape
+Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_BCTHW, sigma) -> dx/dsigma
 
 
 @torch.no_grad()
 def sample_euler(velocity: Velocity, noise_BCTHW: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
-    """Return the states x_0 .. x_N of N Euler steps from x_0 = noise through sigmas (N+1,), without gradient."""
+    """Return the states x_0 .. x_N of Euler steps through sigmas (N+1,), without gradient."""
     states = [noise_BCTHW]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
         x = states[-1]
@@ -35,7 +35,7 @@ def rollout(
     detach_input: bool = False,
     start: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
-    """Return the states x_0 .. x_N, (B, C, T, H, W) and float32 each; those up to the window have no gradient.
+    """Return the states x_0 .. x_N, (B, C, T, H, W) each; those up to the window have no gradient.
 
     Args:
         prefix: the velocity of no-grad steps, before the window and inside it.
@@ -68,19 +68,20 @@ def rollout(
 
 
 def fewer_steps(sigmas: torch.Tensor, window: int, steps: int) -> torch.Tensor:
-    """Return sigmas (N+1,) with the `window` steps before the window replaced by `steps`. Not exact.
+    """Return sigmas (N+1,) whose first `window` steps are replaced by `steps` steps. Not exact.
 
     The levels kept are evenly spaced by index. The window itself is unchanged and starts at step
     `steps`. Raises ValueError unless 1 <= steps <= window.
     """
     if not 1 <= steps <= window:
-        raise ValueError(f"prefix_steps={steps}, expected 1 to {window}, the steps before the window; correct it")
+        expected = f"expected 1 to {window}, the steps before the window"
+        raise ValueError(f"prefix_steps={steps}, {expected}; correct it")
     kept = torch.linspace(0, window, steps + 1).round().long()
     return torch.cat([sigmas[kept.to(sigmas.device)], sigmas[window + 1 :]])
 
 
 class RolloutCache:
-    """Window starts (B, C, T, H, W), each kept for `reuse` optimizer steps in a row. Not exact for reuse > 1.
+    """Window starts (B, C, T, H, W), each used in `reuse` optimizer steps. Exact for reuse 1.
 
     A step's gradient is that of its own adapter from the cached start on; the start is up to
     reuse - 1 steps old. The cache is not part of a checkpoint: a resumed run samples anew.
@@ -93,11 +94,11 @@ class RolloutCache:
         self.starts: dict[int, tuple[int, torch.Tensor]] = {}  # micro batch -> (rollout, start)
 
     def rollout_of(self, step: int, micro: int) -> int:
-        """Return the number of the rollout that micro batch `micro` of a step uses; micro batches change in turn."""
+        """Return the rollout that batch `micro` of a step uses; batches change in turn."""
         return (step + micro % self.reuse) // self.reuse
 
     def get(self, step: int, micro: int) -> torch.Tensor | None:
-        """Return the start of the rollout that this micro batch uses, or None if it is yet to be sampled."""
+        """Return the start of this batch's rollout, or None if the rollout is yet to be sampled."""
         rollout, start = self.starts.get(micro, (None, None))
         return start if rollout == self.rollout_of(step, micro) else None
 

@@ -1,4 +1,4 @@
-"""Setup of a trainer: arguments checked before anything heavy is loaded, then prompts, rewards and models."""
+"""Setup of a trainer: arguments checked before anything is loaded; prompts, rewards, models."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -27,13 +27,13 @@ from rlhf.speed import Speed, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 from rlhf.trackers import Clip
 
-IDENTITY_INITS = ("gaussian", "orthogonal")  # peft's init_lora_weights by which a new adapter changes nothing
+IDENTITY_INITS = ("gaussian", "orthogonal")  # values of init_lora_weights that change nothing
 PER_HOST_SETTINGS = ("model", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir", "output_dir")
 
 
 @dataclasses.dataclass
 class Inputs:
-    """The arguments of `RewardGradientTrainer` in one form; None for what args name and is not loaded yet."""
+    """The trainer's arguments in one form; None for what args name and is not loaded yet."""
 
     args: RewardGradientConfig
     pipe: ContentVPipeline | None
@@ -62,7 +62,7 @@ def check_inputs(
     args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
     train_prompts = None if train_dataset is None else as_prompts(train_dataset, "train_dataset")
     eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset, "eval_dataset")
-    args = dataclasses.replace(args, **settings_of(peft_config))  # a checkpoint's adapter must match them
+    args = dataclasses.replace(args, **settings_of(peft_config))  # as a checkpoint's must be
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     passed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
     snapshots = {name: own_prompts(args, name) for name, prompts in passed.items() if prompts is not None}
@@ -85,7 +85,7 @@ def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
 
 
 def _adapter_problems(model, peft_config) -> Iterator[str]:
-    """Yield the problems of an adapter that the model has, and of the one that peft_config describes."""
+    """Yield the problems of an adapter that the model has, and of peft_config's."""
     if there := getattr(getattr(model, "transformer", None), "peft_config", None):
         got = f"got a pipeline with an adapter already, {' and '.join(map(repr, there))}, expected none"
         cure = "take it off (pipe.unload_lora_weights()), after pipe.fuse_lora() to begin with what it does"
@@ -107,7 +107,7 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
 
 
 def load_prompt_sets(inputs: Inputs) -> tuple[list[str], list[str]]:
-    """Return the training prompts and the held-out prompts ([] for none), as passed or as args name them."""
+    """Return training and held-out prompts ([] for none), as passed or as args name them."""
     args = inputs.args
     train = inputs.train_prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
     held_out = inputs.eval_prompts
@@ -137,12 +137,12 @@ def require_same_run(layout: Layout, prompts: list[str], args: RewardGradientCon
 def prepare_model(
     pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, layout: Layout
 ) -> tuple[Masters, dict[str, str]]:
-    """Freeze the models, add the adapter and set up execution; return the master weights and the choices made.
+    """Freeze the models, add the adapter, set up execution; return master weights and choices.
 
     Choices are what settings left open, by setting, such as the attention kernel.
     """
     device = layout.device
-    # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
+    # The module's own `to`: diffusers' warns of formats to keep, of which this VAE has none.
     torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
     if device.type == "cpu":
         use_channels_last(pipe.vae)  # a fifth faster
@@ -152,7 +152,7 @@ def prepare_model(
 
 
 def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
-    """Load the model that args name onto the device, or onto the CPU if its weights are moved one by one later."""
+    """Load the model that args name, onto the CPU if its weights are to move one by one later."""
     if args.sampling_weights == "float8":
         require_float8(device)  # before the model is loaded
     if args.attention_kernel not in ("auto", "default"):
@@ -160,7 +160,8 @@ def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipel
     if args.compile_blocks:
         require_compiler(device)
     one_by_one = args.stream_weights or args.base_bits or args.shard_base
-    return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
+    target = "cpu" if one_by_one else device
+    return load_pipeline(args.model, dtype=base_dtype(args.dtype), device=target)
 
 
 def make_fields(pipe: ContentVPipeline, masters: Masters, args: RewardGradientConfig, layout: Layout) -> VelocityFields:
@@ -228,7 +229,7 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
 def encode_and_release(
     pipe: ContentVPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
 ) -> PromptCache | None:
-    """Return the prompts' embeddings, on the CPU; None for no prompts, as of a finished run that is resumed.
+    """Return the prompts' embeddings, on the CPU; None for no prompts, as of a finished run.
 
     release: whether the text encoders move to the device for this alone, and to the CPU afterwards.
     """

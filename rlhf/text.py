@@ -13,12 +13,18 @@ ENCODE_BATCH = 16
 class PromptCache:
     """Embeddings of a run's prompts and of its negative prompt, on the CPU."""
 
-    def __init__(self, prompts: list[str], embeds_NLD: torch.Tensor, pooled_NP: torch.Tensor, negative: Conditioning):
+    def __init__(
+        self,
+        prompts: list[str],
+        embeds_NLD: torch.Tensor,
+        pooled_NP: torch.Tensor,
+        negative: Conditioning,
+    ):
         self.row = {prompt: i for i, prompt in enumerate(prompts)}
         self.embeds_NLD, self.pooled_NP, self.negative = embeds_NLD, pooled_NP, negative
 
     def __call__(self, prompts: list[str], device: torch.device | str) -> Conditioning:
-        """Return the conditioning of a batch of encoded prompts on the device. Raises KeyError for another prompt."""
+        """Return the conditioning of a batch of encoded prompts. Raises KeyError for others."""
         rows, batch = [self.row[prompt] for prompt in prompts], len(prompts)
         return Conditioning(
             self.embeds_NLD[rows],
@@ -34,8 +40,8 @@ def encode_prompts(
 ) -> PromptCache:
     """Encode each different prompt once with `pipe.encode_prompt`, in the dtype of the encoders.
 
-    All batches have one size, on which the rounding of products depends. So a resumed run, which encodes only the
-    remaining prompts, gets the same embeddings to the bit.
+    All batches have one size, on which the rounding of products depends. So a resumed run, which
+    encodes only the remaining prompts, gets the same embeddings to the bit.
     """
     unique = list(dict.fromkeys(prompts))
     padded = unique + unique[-1:] * (-len(unique) % ENCODE_BATCH)

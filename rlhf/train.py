@@ -1,10 +1,11 @@
-"""Train ContentV by reward gradient: the command behind train_rlhf.py and, installed, `contentv-rlhf`.
+"""Train ContentV by reward gradient: the command behind train_rlhf.py and `contentv-rlhf`.
 
     contentv-rlhf [--config FILE] [--any_key value]
     accelerate launch -m rlhf.train [--config FILE] [--any_key value]     on several devices
 
-Without --config it runs nano.yaml, the main job. The exit status is 2 for settings that cannot work, 1 if training
-cannot go on and 130 after Ctrl-C or SIGTERM, each with one paragraph that says what to do.
+Without --config it runs nano.yaml, the main job. The exit status is 2 for settings that cannot
+work, 1 if training cannot go on and 130 after Ctrl-C or SIGTERM, each with one paragraph that says
+what to do.
 """
 
 import os

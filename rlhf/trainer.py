@@ -1,8 +1,9 @@
-"""The training loop: prompts to videos to scores, and the gradient of the scores back into the adapter.
+"""The training loop: prompts to videos to scores, and their gradient back into the adapter.
 
 Read `step` and `_reward_gradient` first, then `rlhf.sampler.rollout`.
 
-Shape legend: B batch, C channels, T frames, H height, W width, S samples of a step, R logged columns.
+Shape legend: B batch, C channels, T frames, H height, W width, S samples of a step, R logged
+columns.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from peft import PeftConfig
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.calibrate import base_scores, restore_calibration, write_calibration
+from rlhf import setup
+from rlhf.calibrate import calibrate, restore_calibration
 from rlhf.callbacks import Callbacks
 from rlhf.checkpoint import StopRequest, TrainingInterrupted, find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.checks import open_rewards
@@ -39,19 +41,6 @@ from rlhf.report import reported
 from rlhf.restarts import told_of_resuming
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import RolloutCache, rollout, sample_euler
-from rlhf.setup import (
-    check_inputs,
-    encode_and_release,
-    load_base,
-    load_prompt_sets,
-    make_batches,
-    make_decoder,
-    make_fields,
-    make_held_out,
-    mix_rewards,
-    prepare_model,
-    require_same_run,
-)
 from rlhf.trackers import show, tracked
 from rlhf.tracking import Cost, RunLog
 from rlhf.types import Conditioning
@@ -60,28 +49,33 @@ from rlhf.watch import Guard, HeldOutMonitor
 
 @dataclasses.dataclass(frozen=True)
 class BatchResult:
-    """The outcome of a batch, or of all batches of a step, whose gradient went to the master weights."""
+    """The outcome of a batch, or of a whole step, whose gradient went to the master weights."""
 
     columns: dict[str, torch.Tensor]  # (B,) each, by the name that is logged
-    suspect: tuple[torch.Tensor, list[str], dict] | None = None  # video, prompts and info, for `non_finite_error`
+    suspect: tuple[torch.Tensor, list[str], dict] | None = None  # as in `non_finite_error`
     error: RewardError | None = None  # raised by a reward on this process
 
 
 class RewardGradientTrainer:
-    """Trains an adapter on a text-to-video model by back-propagating rewards through its last denoising steps.
+    """Trains a video model's adapter by back-propagating rewards through denoising steps.
 
     Args:
-        model: the generator's name ("nano", a local folder, a hub id; default: args.model), or a `ContentVPipeline`
-            without an adapter, which is trained in place; args.model is then only written to config.yaml.
-        reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts, **info) -> scores.
-            Default: args.reward_funcs.
+        model: the generator's name ("nano", a local folder, a hub id; default: args.model), or a
+            `ContentVPipeline` without an adapter, which is trained in place; args.model is then
+            only written to config.yaml.
+        reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts,
+            **info) -> scores. Default: args.reward_funcs.
         args: the settings.
-        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
+        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that
+            args name.
         peft_config: a LoRA in place of the one that args describe, without dropout.
-        opened_rewards: the result of `rlhf.checks.open_rewards` for these args, so that rewards load once.
-        callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
+        opened_rewards: the result of `rlhf.checks.open_rewards` for these args, so that rewards
+            load once.
+        callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop,
+            evaluate and save.
 
-    Raises ConfigError, with all problems at once, or RewardError, before any weight of the model is loaded.
+    Raises ConfigError, with all problems at once, or RewardError, before any weight of the model is
+    loaded.
     """
 
     def __init__(
@@ -95,34 +89,34 @@ class RewardGradientTrainer:
         callbacks: list[TrainerCallback] | None = None,
         opened_rewards: dict[str, Callable] | None = None,
     ):
-        inputs = check_inputs(model, reward_funcs, args, train_dataset, eval_dataset, peft_config)
+        inputs = setup.check_inputs(model, reward_funcs, args, train_dataset, eval_dataset, peft_config)
         self.args = args = inputs.args
         self.accelerator = make_accelerator(args)
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
         self.folder = Path(args.output_dir)
-        train_prompts, self.eval_prompts = load_prompt_sets(inputs)
-        require_same_run(self.layout, train_prompts, args)
+        train_prompts, self.eval_prompts = setup.load_prompt_sets(inputs)
+        setup.require_same_run(self.layout, train_prompts, args)
         judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
-        self.rewards = mix_rewards(judges, len(inputs.rewards), args)
+        self.rewards = setup.mix_rewards(judges, len(inputs.rewards), args)
 
-        self.pipe = inputs.pipe or load_base(args, self.device)
-        self.masters, self.choices = prepare_model(self.pipe, peft_config, args, self.layout)
-        self.fields = make_fields(self.pipe, self.masters, args, self.layout)
+        self.pipe = inputs.pipe or setup.load_base(args, self.device)
+        self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout)
+        self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
-        self.decode = make_decoder(self.pipe, self.rewards, args, self.device)
+        self.decode = setup.make_decoder(self.pipe, self.rewards, args, self.device)
         self.optimizer = make_optimizer(self.masters.vector, args)
         self.skipped = SkippedSteps(args.max_skipped_steps)
         self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
         self.state = self.callbacks.state
 
         self.rollouts = RolloutCache(args.rollout_uses)
-        self.batches = make_batches(train_prompts, self.pipe, args, self.layout)
+        self.batches = setup.make_batches(train_prompts, self.pipe, args, self.layout)
         self.resumed = self._restore()
         calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args)
         self.calibration_prompts = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
         left = self.batches.from_rollout(self.rollouts.rollout_of(self.resumed["step"], 0))
         prompts = left + self.eval_prompts + self.calibration_prompts
-        self.text = encode_and_release(self.pipe, prompts, args, self.device, release=inputs.pipe is None)
+        self.text = setup.encode_and_release(self.pipe, prompts, args, self.device, release=inputs.pipe is None)
 
         self.sample_base, self.sample_tuned = (
             VideoSampler(field, self.text, self.pipe.vae, self.sigmas, args.decode_chunk)
@@ -131,28 +125,31 @@ class RewardGradientTrainer:
         self.monitor = None
         if self.eval_prompts:
             shown = partial(show, self.accelerator)
-            held_out = make_held_out(self.sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout, shown)
+            held_out = setup.make_held_out(
+                self.sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout, shown
+            )
             weights, notify = self.rewards.weights, self.callbacks.notify
             self.monitor = HeldOutMonitor(
                 held_out, weights, self.pipe, self.masters, notify, Guard.of(args), args.resume_from_checkpoint
             )
         self.callbacks.notify("on_init_end")
 
-    # --------------------------------------------------------------------------------------------- one step
+    # ------------------------------------------------------------------------------------ one step
 
     def step(self, step: int) -> dict[str, float]:
-        """Take one optimizer step on `samples_per_step` videos and return its metrics; steps count from 0."""
+        """Take optimizer step `step`, from 0, on `samples_per_step` videos; return its metrics."""
         cost, args, masters = Cost(self.device), self.args, self.masters
         plan = make_plan(args, self.sigmas, generator("method", args.seed, step))
-        gradient = self._anchor_gradient if due(step + 1, args.anchor_steps) else self._reward_gradient
+        is_anchor = due(step + 1, args.anchor_steps)
+        gradient = self._anchor_gradient if is_anchor else self._reward_gradient
         result = self._accumulate(gradient, step, plan)
 
         scores_SR = self.accelerator.gather(torch.stack([*result.columns.values()], 1)).cpu()
         masters.vector.grad = self.accelerator.reduce(masters.vector.grad, "sum")
         norm = masters.vector.grad.norm().item()
-        progress = {"step": step + 1, "epoch": self.batches.samples_before(step + 1) / len(self.batches.prompts)}
-        error = non_finite_error(scores_SR, norm, result.error, self.rewards, result.suspect, self.accelerator)
-        if error:
+        samples = self.batches.samples_before(step + 1)
+        progress = {"step": step + 1, "epoch": samples / len(self.batches.prompts)}
+        if error := non_finite_error(scores_SR, norm, result.error, self.rewards, result.suspect, self.accelerator):
             self.optimizer.zero_grad(set_to_none=False)
             return progress | self.skipped.add(error) | cost.so_far()
         self.skipped.in_a_row = 0
@@ -171,13 +168,14 @@ class RewardGradientTrainer:
             "grad_norm": norm,
             "learning_rate": learning_rate(step, args),
             **cost.so_far(),
-            "samples": self.batches.samples_before(step + 1),
+            "samples": samples,
         }
 
     def _accumulate(self, gradient: Callable[[int, int, Plan], BatchResult], step: int, plan: Plan) -> BatchResult:
         """Accumulate the gradients of a step's batches; their columns are concatenated.
 
-        The suspect is that of the batch after which the gradient is no longer finite, else of the last.
+        The suspect is that of the batch after which the gradient is no longer finite, else of the
+        last.
         """
         columns, suspect, error = [], None, None
         for micro in range(self.args.gradient_accumulation_steps):
@@ -187,23 +185,26 @@ class RewardGradientTrainer:
             columns.append(batch.columns)
             suspect, error = suspect or batch.suspect, batch.error or error
             del batch
-        return BatchResult({name: torch.cat([of[name] for of in columns]) for name in columns[0]}, suspect, error)
+        joined = {name: torch.cat([of[name] for of in columns]) for name in columns[0]}
+        return BatchResult(joined, suspect, error)
 
     def _reward_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
-        """Sample, score and back-propagate one batch: the loss is -R(x_N), plus the drift if it has a weight."""
+        """Sample, score and back-propagate one batch: the loss is -R(x_N) + weight * drift."""
         args, info = self.args, self.reward_info(step)
         batch = self.batches.batch(self.rollouts.rollout_of(step, micro), micro)
         cond = self.text(batch.prompts, self.device)
         prefix, window = self.fields.prefix(cond, plan), self.fields.window(cond)
 
         start = self.rollouts.get(step, micro)
-        states = rollout(prefix, window, batch.noise("train"), plan.sigmas, plan.grad_steps, plan.detach_input, start)
+        noise = batch.noise("train")
+        states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
         self.rollouts.put(step, micro, states[plan.window_start])
-        latents, drift_state = states[-1], states[plan.drift_step].detach() if args.drift_weight else None
+        x0 = states[-1]
+        drift_state = states[plan.drift_step].detach() if args.drift_weight else None
         del states
 
         losses, logged, suspect, error = [], None, None, None
-        for sample in gradient_samples(window, latents, batch.noise, plan):
+        for sample in gradient_samples(window, x0, batch.noise, plan):
             video = self.decode(self.layout.agreed(sample.latents), step)
             if suspect is None or self._gradient_is_finite():
                 suspect = video.detach(), batch.prompts, info
@@ -216,7 +217,8 @@ class RewardGradientTrainer:
             self._back_propagate(loss / plan.num_samples)
             losses.append(loss.detach())
             if logged is None:  # the first sample
-                logged = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
+                logged = {"reward": scores_B.detach()}
+                logged |= {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
                 logged["saturated"] = saturated_share(video)
         loss_B = torch.stack(losses).mean().expand(len(batch.prompts))
         if args.drift_weight:
@@ -225,7 +227,7 @@ class RewardGradientTrainer:
         return BatchResult({"loss": loss_B} | logged, suspect, error)
 
     def _anchor_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
-        """Back-propagate the drift at a state of the base's own rollout, without a reward: KL(base || tuned)."""
+        """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""
         batch = self.batches.batch(step, micro)
         cond = self.text(batch.prompts, self.device)
         sigmas = plan.sigmas[: plan.drift_step + 1]
@@ -234,9 +236,10 @@ class RewardGradientTrainer:
         return BatchResult({"loss": drift_B, "drift": drift_B})
 
     def _drift_gradient(self, cond: Conditioning, x_BCTHW: torch.Tensor, plan: Plan, weight: float) -> torch.Tensor:
-        """Back-propagate the weighted drift at the state of the plan's drift step; return the drift (B,)."""
+        """Back-propagate the weighted drift at the plan's step; return the drift (B,)."""
         tuned, base = self.fields.window(cond), self.fields.base(cond)
-        drift_B = plan.drift_total * velocity_distance(tuned, base, x_BCTHW, plan.sigmas[plan.drift_step])
+        distance_B = velocity_distance(tuned, base, x_BCTHW, plan.sigmas[plan.drift_step])
+        drift_B = plan.drift_total * distance_B
         self._back_propagate(weight * drift_B.mean())
         return drift_B.detach()
 
@@ -249,19 +252,20 @@ class RewardGradientTrainer:
 
     def _score(self, video: torch.Tensor, prompts: list[str], info: dict, penalty: bool):
         args = self.args
-        return score(self.rewards, video, prompts, info, args.relative_words, args.relative_strength, penalty)
+        words, strength = args.relative_words, args.relative_strength
+        return score(self.rewards, video, prompts, info, words, strength, penalty)
 
     def reward_info(self, step: int) -> dict:
         """Return what rewards are told in a step besides videos and prompts."""
         return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
 
-    # ---------------------------------------------------------------------------------------------- the run
+    # ------------------------------------------------------------------------------------- the run
 
     def train(self) -> dict:
-        """Evaluate the base, train and evaluate the tuned model, once; return the content of summary.json.
+        """Evaluate the base, train, evaluate again; return the content of summary.json. Once.
 
-        Raises TrainingInterrupted after a signal, TrainingError or RewardError if training cannot go on. checkpoints/
-        then holds the last good step.
+        Raises TrainingInterrupted after a signal, TrainingError or RewardError if training cannot
+        go on. checkpoints/ then holds the last good step.
         """
         require_new(trained=self.state.global_step > self.resumed["step"])
         with reported(self.folder, self.accelerator.is_main_process):
@@ -289,17 +293,14 @@ class RewardGradientTrainer:
         return {"seconds": time.perf_counter() - started, "steps": done}
 
     def _begin(self) -> None:
-        """Start the run's folder and calibrate the rewards on the base's videos, if that is yet to be done."""
+        """Start the run's folder; calibrate the rewards on videos of the base if need be."""
         args, prompts = self.args, self.calibration_prompts
-        self.accelerator.wait_for_everyone()  # all have read the folder before the first one writes there
+        self.accelerator.wait_for_everyone()  # all have read the folder before it changes
         if self.accelerator.is_main_process:
             start_run_folder(args, self.batches.prompts, self.eval_prompts)
         if prompts:
-            shape, size, info = self.batches.noise_shape, args.per_device_eval_batch_size, self.reward_info(0)
-            scores = base_scores(self.rewards, self.sample_base, prompts, shape, args.seed, size, self.layout, info)
-            if self.accelerator.is_main_process:
-                write_calibration(scores, args)
-            self.rewards.calibrate(scores)
+            shape, info = self.batches.noise_shape, self.reward_info(0)
+            calibrate(self.rewards, self.sample_base, prompts, shape, args, self.layout, info)
 
     def _train_steps(self, first: int) -> int:
         """Take the optimizer steps from `first` on; return how many the run has then taken."""
@@ -314,7 +315,7 @@ class RewardGradientTrainer:
                     metrics = self.step(done - 1)
                     self.callbacks.step_ends(done, metrics["epoch"])
                     metrics |= self._look(done)
-                except Exception:  # not together: other processes may have failed elsewhere, or not at all
+                except Exception:  # not together: other processes may have failed elsewhere
                     self._save(done if metrics else done - 1, together=False)
                     raise
                 log.step(metrics)
@@ -334,13 +335,15 @@ class RewardGradientTrainer:
         """Evaluate or sample if it is due after `done` steps; return the metrics."""
         if not self.monitor:
             return {}
-        evaluate = self.callbacks.requested("evaluate") or due(done, self.args.eval_steps)
-        return self.monitor.look(done, evaluate, due(done, self.args.sample_steps) and done < self.args.max_steps)
+        args = self.args
+        evaluate = self.callbacks.requested("evaluate") or due(done, args.eval_steps)
+        sample = due(done, args.sample_steps) and done < args.max_steps
+        return self.monitor.look(done, evaluate, sample)
 
-    # -------------------------------------------------------------------------------------- restoring, saving
+    # --------------------------------------------------------------------------- restore and save
 
     def _restore(self) -> dict:
-        """Restore adapter, optimizer and order of prompts from the checkpoint to resume; return its state."""
+        """Restore what the checkpoint to resume holds; return its state."""
         which = self.args.resume_from_checkpoint
         if not which:
             return {"step": 0}
@@ -353,7 +356,7 @@ class RewardGradientTrainer:
         return saved
 
     def _save(self, done: int, together: bool = True) -> Path:
-        """Save a checkpoint after `done` steps; together: all processes call it, and wait until it is written."""
+        """Save a checkpoint after `done` steps; together: all processes call it and wait for it."""
         folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             state = {"settings": dataclasses.asdict(self.args)} | self.batches.state(done)

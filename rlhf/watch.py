@@ -1,4 +1,4 @@
-"""Held-out evaluation during training: gains over the base, reward hacking, early stopping and the best adapter."""
+"""Held-out evaluation during training: gains, reward hacking, early stopping, best adapter."""
 
 import dataclasses
 import shutil
@@ -28,11 +28,13 @@ def gain(name: str, base: Evaluation, tuned: Evaluation) -> float | None:
     None if these scores differ by no more than the rounding of float32.
     """
     before = base.scores[name].double()
-    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item() if differ(before) else None
+    if not differ(before):
+        return None
+    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item()
 
 
 def gains(base: Evaluation, tuned: Evaluation, trained: dict[str, float], held_out: list[str]) -> dict[str, float]:
-    """Return gain_trained, gain_held_out and their difference hacking_gap; undefined ones are left out.
+    """Return gain_trained, gain_held_out and their difference hacking_gap, as far as defined.
 
     Args:
         trained: the weight of each reward that is trained on, for their weighted mean.
@@ -53,7 +55,7 @@ def gains(base: Evaluation, tuned: Evaluation, trained: dict[str, float], held_o
 
 @dataclasses.dataclass
 class Guard:
-    """Early stopping by the held-out gain over a run's evaluations; the base, with gain 0, is the first."""
+    """Early stopping by the held-out gain; the base, with gain 0, counts as evaluated first."""
 
     patience: int  # evaluations without a better gain after which the run stops; 0: never
     threshold: float  # a gain is better if it exceeds the best by more than this
@@ -64,7 +66,7 @@ class Guard:
 
     @classmethod
     def of(cls, args: RewardGradientConfig) -> "Guard | None":
-        """Return the guard of a run; None without held-out rewards or without evaluations during training."""
+        """Return the guard of a run, or None without held-out rewards or evaluations on the way."""
         if not (args.eval_steps and args.eval_reward_funcs):
             return None
         patience = args.early_stopping_patience
@@ -85,7 +87,7 @@ class Guard:
 
 
 class HeldOutMonitor:
-    """A run's evaluations on held-out prompts, its guard and its results, all of the averaged adapter if there is one.
+    """A run's held-out evaluations, guard and results, of the averaged adapter if there is one.
 
     Args:
         trained: the weight of each reward that is trained on.
@@ -107,10 +109,10 @@ class HeldOutMonitor:
         self.held_out, self.trained, self.pipe, self.masters, self.notify = held_out, trained, pipe, masters, notify
         self.guard, self.resume_from, self.folder = guard, resume_from, held_out.folder
         self.is_main = held_out.layout.is_main_process
-        self.latest: tuple[int, Evaluation] | None = None  # steps taken, and the current adapter's evaluation then
+        self.latest: tuple[int, Evaluation] | None = None  # steps taken, and the evaluation then
 
     def begin(self, make_base_videos: MakeVideos, first: int, saved: dict | None) -> None:
-        """Evaluate the base, or read its evaluation in a run resumed from step `first` with the guard's `saved`."""
+        """Evaluate the base, or read its evaluation in a run resumed at step `first`."""
         self.base = self.held_out.base(bool(self.resume_from), make_base_videos)
         self._log(self.base)
         if self.guard is None:
@@ -128,7 +130,7 @@ class HeldOutMonitor:
             self._save_best()
 
     def look(self, done: int, evaluate: bool, sample: bool) -> dict[str, float]:
-        """Evaluate after `done` steps and return the metrics, or else write samples, where these are due."""
+        """Evaluate after `done` steps and return the metrics, else write samples, if due."""
         with self.masters.averaged():
             if evaluate:
                 evaluation, found = self._evaluate(f"step {done}", done)
@@ -155,7 +157,7 @@ class HeldOutMonitor:
         return {name: getattr(self.guard, name) for name in GUARD_STATE} | {"told_in": self._gain_key}
 
     def load_best(self, done: int) -> None:
-        """Make the best adapter so far the current one, on every process; the current one has taken `done` steps."""
+        """Make the best adapter the current one on all processes, after `done` steps."""
         self.held_out.layout.wait_for_everyone()
         vector = torch.empty_like(self.masters.vector, requires_grad=False)
         load_vector(self._best_folder / MASTERS_FILE, self.masters, vector)
@@ -166,7 +168,7 @@ class HeldOutMonitor:
             print(f"The result is the adapter of step {self._best_summary}.")
 
     def finish(self, done: int, started: float) -> dict:
-        """Evaluate the current adapter as the run's result, write the results and return the summary."""
+        """Evaluate the current adapter as the result, write the results and return the summary."""
         known = self.latest is not None and self.latest[0] == done
         tuned = self.latest[1] if known else self.held_out.evaluate("tuned", done)
         found, seconds = self._gains(tuned), time.perf_counter() - started

@@ -70,7 +70,7 @@ def test_a_run_measures_its_base_and_a_resumed_run_reads_that(make_args, tmp_pat
 
     parts = dataclasses.replace(args, output_dir=str(tmp_path / "parts"), max_steps=1)
     train(parts, rewards)
-    monkeypatch.setattr("rlhf.trainer.base_scores", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("rlhf.calibrate.base_scores", lambda *_: pytest.fail("measured again"))
     parts = dataclasses.replace(parts, max_steps=2, resume_from_checkpoint="latest")
     assert train(parts, rewards) == whole
 
