@@ -6,15 +6,14 @@ import json
 import os
 import signal
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, brightness, redness, rows_without_cost
-from runs import adapter, saved_adapter
+from conftest import brightness, redness, rows_without_cost
+from runs import At, adapter, saved_adapter, train
 from safetensors.torch import load_file
-from tiny import tiny_pipeline
-from transformers import TrainerCallback
 
 from rlhf.checkpoint import TrainingInterrupted
 from rlhf.checks import check_config
@@ -229,17 +228,7 @@ def guarded(make_args, tmp_path):
     return make
 
 
-def run(args, rewards=redness, **kwargs) -> dict:
-    return RewardGradientTrainer(tiny_pipeline(), rewards, args, PROMPTS, PROMPTS, **kwargs).train()
-
-
-class InterruptAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+run = partial(train, evaluate=True)
 
 
 def test_what_is_evaluated_and_kept_is_the_average(make_args):
@@ -302,7 +291,7 @@ def test_a_guarded_run_with_everything_resumes_to_the_bit(guarded, tmp_path):
     expected = run(whole)
     parts = dataclasses.replace(whole, output_dir=str(tmp_path / "parts"))
     with pytest.raises(TrainingInterrupted):
-        run(parts, callbacks=[InterruptAt(3)])
+        run(parts, callbacks=[At(3, lambda _: os.kill(os.getpid(), signal.SIGINT))])
     state = json.loads((tmp_path / "parts" / "checkpoints" / "step-3" / "state.json").read_text())
     assert state["guard"]["best_step"] > 0
     summary = run(dataclasses.replace(parts, resume_from_checkpoint="latest"))
