@@ -201,7 +201,7 @@ class RewardGradientTrainer:
         self.rollouts.put(step, micro, states[plan.window_start])
         x0 = states[-1]
         drift_state = states[plan.drift_step].detach() if args.drift_weight else None
-        del states
+        del states  # large, those of a long video
 
         losses, logged, suspect, error = [], None, None, None
         for sample in gradient_samples(window, x0, batch.noise, plan):
