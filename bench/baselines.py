@@ -140,7 +140,7 @@ class GroupedBatches(Batches):
     """Batches in which each prompt stands `group_size` times in a row, every time with noise of its own."""
 
     def __init__(self, of: Batches, group_size: int):
-        super().__init__(of.args, of.layout, of.prompts, of.noise_shape, of.fps)
+        vars(self).update(vars(of))
         self.group_size, self.prompts_per_step = group_size, self.size // group_size
 
     def batch(self, step: int, micro: int) -> Batch:
@@ -148,8 +148,8 @@ class GroupedBatches(Batches):
         noise = super().batch(step, micro).noise
         return Batch([prompt for prompt in prompts for _ in range(self.group_size)], noise)
 
-    def from_step(self, step: int) -> list[str]:
-        left = self.args.max_steps - step
+    def from_rollout(self, step: int) -> list[str]:
+        left = self.max_steps - step
         return self.prompts_at(step * self.prompts_per_step, left * self.prompts_per_step)
 
 
@@ -177,7 +177,7 @@ class PolicyGradientTrainer(RewardGradientTrainer):
             self.fields.tuned(self.text(batch.prompts, self.device)), batch.noise, self.sigmas, policy
         )
         with torch.no_grad():
-            scores_B, _ = self.rewards(self.decode(path.states[-1], step), batch.prompts, **self.batches.info(step))
+            scores_B, _ = self.rewards(self.decode(path.states[-1], step), batch.prompts, **self.reward_info(step))
         advantages_B = advantages(scores_B, policy.group_size).clamp(-policy.max_advantage, policy.max_advantage)
         rng = generator("updates", self.args.seed, step)
         for _ in range(policy.passes):
@@ -191,7 +191,7 @@ class PolicyGradientTrainer(RewardGradientTrainer):
         """One optimizer update on some videos of a rollout; returns the gradient's norm."""
         cond = self.text(prompts, self.device)
         losses = step_losses(
-            self.fields.tuned(cond),
+            self.fields.window(cond),
             self.fields.base(cond),
             path.rows(rows),
             advantages_B[rows],

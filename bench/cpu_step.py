@@ -28,7 +28,6 @@ if sys.argv[2] == "returned":
 settings = dict(num_grad_steps=4, per_device_train_batch_size=8, num_eval_prompts=1, num_sample_prompts=0)
 args = RewardGradientConfig(output_dir=sys.argv[1], max_steps=100, report_to=["none"], device="cpu", **settings)
 trainer = RewardGradientTrainer(args=args)
-trainer._begin()
 for step in range(int(sys.argv[3])):
     print("seconds", trainer.step(step)["seconds"], flush=True)
 """

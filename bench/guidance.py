@@ -23,9 +23,10 @@ from environment import environment
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import generator, synchronize
+from rlhf.fields import velocity_field
 from rlhf.grad_steps import choose_grad_steps
 from rlhf.losses import reward_loss
-from rlhf.sampler import rollout, velocity_field
+from rlhf.sampler import rollout
 from rlhf.trainer import RewardGradientTrainer
 
 RESULT = Path(__file__).parent / "results" / "guidance.json"
@@ -43,7 +44,6 @@ def make_trainer(device: str | None) -> RewardGradientTrainer:
         max_steps=BATCHES,
     )
     trainer = RewardGradientTrainer(args=args)
-    trainer._begin()
     return trainer
 
 
@@ -60,9 +60,10 @@ def gradient(trainer: RewardGradientTrainer, mode: str, num_grad: int, batch_num
     """The loss's gradient at the adapter, in float64 on the CPU."""
     args, batch = trainer.args, trainer.batches.batch(batch_number, 0)
     cond = trainer.text(batch.prompts, trainer.device)
-    velocity = velocity_field(trainer.pipe.transformer, cond, args.guidance_scale, mode)
+    prefix, window = (velocity_field(trainer.pipe.transformer, cond, args.guidance_scale, m) for m in ("full", mode))
     steps = choose_grad_steps("last", args.num_inference_steps, num_grad)
-    video = decode_video(trainer.pipe.vae, rollout(velocity, batch.noise("train"), trainer.sigmas, steps))
+    states = rollout(prefix, window, batch.noise("train"), trainer.sigmas, steps)
+    video = decode_video(trainer.pipe.vae, states[-1])
     reward_loss(trainer.rewards(video, batch.prompts)[0]).backward()
     trainer.masters.collect_grad()
     found = trainer.masters.vector.grad.double().cpu()

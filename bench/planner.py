@@ -80,7 +80,6 @@ def measure_nano(arm: str, size: str, device: torch.device) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         common = {"output_dir": f"{folder}/run", "report_to": ["none"], "device": device.type, "max_steps": 5}
         trainer = RewardGradientTrainer(args=RewardGradientConfig(**common, **settings_of(arm, size)))
-        trainer._begin()
         trainer.step(0)
         clean(device)
         seconds = [trainer.step(number)["seconds"] for number in (1, 2, 3)]  # each ends with a number read back

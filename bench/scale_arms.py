@@ -8,7 +8,6 @@ from step_arms import SIZES, Rig, Size, make_reward
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import deterministic, generator
-from rlhf.fields import Fields
 from rlhf.layout import Layout
 from rlhf.sampler import rollout
 
@@ -56,7 +55,7 @@ class Bench:
             self.layouts[name] = Layout(rig.args, one_process(self.device) if alone else self.accelerator)
         self.layout = self.layouts[name]
         rig.transformer.sequence_group = self.layout.sequence_group
-        rig.fields = Fields(rig.transformer, rig.masters, rig.args, self.layout)
+        rig.fields = rig.make_fields(self.layout)
 
     # ------------------------------------------------------------------------------------------- the phases
 
@@ -87,7 +86,7 @@ class Bench:
         return self.rig.noise(f"video {self.layout.process_index}")
 
     def _velocity(self):
-        return self.rig.fields.tuned(self.rig.cond)
+        return self.rig.fields.window(self.rig.cond)
 
     # ------------------------------------------------------------------------------------------- equality
 
@@ -98,7 +97,8 @@ class Bench:
         for step in range(steps):
             for i in range(share * layout.process_index, share * (layout.process_index + 1)):
                 noise = torch.randn(rig.shape, generator=generator("equality", step, i)).to(self.device)
-                latents = rollout(self._velocity(), noise, rig.sigmas, [len(rig.sigmas) - 3, len(rig.sigmas) - 2])
+                prefix, steps = rig.fields.tuned(rig.cond), [len(rig.sigmas) - 3, len(rig.sigmas) - 2]
+                latents = rollout(prefix, self._velocity(), noise, rig.sigmas, steps)[-1]
                 video = rig.decode(layout.agreed(latents), step)
                 (-reward(video, PROMPT, **INFO).mean() / videos).backward()
                 rig.masters.collect_grad()

@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,12 +36,12 @@ from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_second
 from rlhf.contentv.flow import euler_step
 from rlhf.contentv.wan_decoder import saturated_share, unnormalise
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
+from rlhf.fields import velocity_field
 from rlhf.io import write_json
 from rlhf.method.options import MethodOptions
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient
-from rlhf.prefix import PrefixBuffer
-from rlhf.sampler import Velocity, rollout, velocity_field
+from rlhf.sampler import RolloutCache, Velocity, rollout
 
 RESULT = Path(__file__).parent / "results" / "step.json"
 GIB, PROMPT = 2**30, ["a red fox runs through deep snow, slow motion"]
@@ -67,7 +66,7 @@ class Bench:
             self._peers_step(x.to(rig.size.dtype), 0, with_gradient=False)
         else:
             with torch.no_grad():
-                self._velocity()(x, rig.sigmas[0])
+                self._velocities()[0](x, rig.sigmas[0])
 
     def segment(self) -> None:
         """One branch of one step, forward and backward, from an arbitrary gradient."""
@@ -95,7 +94,7 @@ class Bench:
         if rig.arm == PEERS:
             latents = self._peers_step(x.to(rig.size.dtype), last, with_gradient=True)
         else:
-            field = guided(rig) if rig.by_hand else rig.fields.tuned(rig.cond)
+            field = guided(rig) if rig.by_hand else rig.fields.window(rig.cond)
             latents = euler_step(x, field(x, sigmas[last]), sigmas[last], sigmas[last + 1])
         video = self._video(latents)
         loss = -self.reward(video, PROMPT, **INFO).mean()
@@ -109,9 +108,9 @@ class Bench:
 
     def step(self) -> None:
         """A whole optimizer step; where rollouts are used again, as many steps as one serves."""
-        rig, prefixes = self.rig, PrefixBuffer(self.rig.args.rollout_reuse)
+        rig, rollouts = self.rig, RolloutCache(self.rig.args.rollout_reuse)
         for number in range(rig.args.rollout_reuse):
-            for latents in self._rollouts(prefixes, number):
+            for latents in self._rollouts(rollouts, number):
                 loss = -self.reward(self._video(latents), PROMPT, **INFO).mean()
                 loss.backward()
                 rig.masters.collect_grad()
@@ -129,24 +128,30 @@ class Bench:
 
     # ------------------------------------------------------------------------------------- what they are made of
 
-    def _rollouts(self, prefixes: PrefixBuffer, number: int):
+    def _rollouts(self, rollouts: RolloutCache, number: int):
         rig, last = self.rig, len(self.rig.sigmas) - 2
         if not rig.by_hand:
-            reuse = partial(prefixes.start, number, 0)
-            for sample in gradient_samples(self._velocity(), rig.noise, self._plan(), reuse):
+            (prefix, window), plan, start = self._velocities(), self._plan(), rollouts.get(number, 0)
+            states = rollout(prefix, window, rig.noise("train"), plan.sigmas, plan.grad_steps, plan.detach_input, start)
+            rollouts.put(number, 0, states[plan.window_start])
+            latents = states[-1]
+            del states
+            for sample in gradient_samples(window, latents, rig.noise, plan):
                 yield sample.latents
         elif rig.arm == STOCK:
-            yield rollout(guided(rig), rig.noise("train"), rig.sigmas, [last])
+            yield rollout(guided(rig), guided(rig), rig.noise("train"), rig.sigmas, [last])[-1]
         else:
             x = rig.noise("train").to(rig.size.dtype)
             for i in range(last + 1):
                 x = self._peers_step(x, i, with_gradient=i == last)
             yield x
 
-    def _velocity(self) -> Velocity:
-        """Of one rollout of ours, or of the stock transformer."""
+    def _velocities(self) -> tuple[Velocity, Velocity]:
+        """Of the prefix and of the window: of one rollout of ours, or of the stock transformer."""
         rig = self.rig
-        return guided(rig) if rig.by_hand else rig.fields.rolled_out(rig.cond, self._plan())
+        if rig.by_hand:
+            return guided(rig), guided(rig)
+        return rig.fields.prefix(rig.cond, self._plan()), rig.fields.window(rig.cond)
 
     def _peers_step(self, x: torch.Tensor, i: int, with_gradient: bool) -> torch.Tensor:
         """As VideoX-Fun takes it, x in bfloat16: a graph in any case, thrown away without gradient."""

@@ -17,7 +17,8 @@ from rlhf.contentv.transformer import QueryKeyNorm, SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise
 from rlhf.decoding import Decoder
 from rlhf.device import generator
-from rlhf.fields import Fields
+from rlhf.fields import Guidance, VelocityFields
+from rlhf.host_memory import HostMemory
 from rlhf.layout import Layout
 from rlhf.lora import add_adapter, lora_config
 from rlhf.optimizer import make_optimizer
@@ -127,12 +128,20 @@ class Rig:
         self.transformer = random_transformer(size, device)
         self.masters = self._adapt()
         self.optimizer = make_optimizer(self.masters.vector, args)
-        self.fields = None if self.by_hand else Fields(self.transformer, self.masters, args, layout)
-        self.decode = Decoder(self.vae, scored, args, device)
+        self.fields = None if self.by_hand else self.make_fields(layout)
+        caches = HostMemory(device) if args.decode_caches == "host" else args.decode_caches
+        chunk, checkpoint = args.decode_chunk, args.decode_checkpoint
+        self.decode = Decoder(self.vae, scored, args.decode_window, args.seed, chunk, checkpoint, caches)
         self.sigmas = flow_sigmas(FlowMatchEulerDiscreteScheduler(), steps, device)
         channels = self.transformer.config.in_channels
         self.shape = (1, channels, 1 + (frames - 1) // 4, size.height // 8, size.width // 8)
         self.cond = self._conditioning()
+
+    def make_fields(self, layout: Layout | None) -> VelocityFields:
+        """The velocity fields of the current settings."""
+        args, group = self.args, layout and layout.guidance_group
+        step, weights = args.stepwise_backward, args.sampling_weights
+        return VelocityFields(self.transformer, self.masters, Guidance.of(args), step, weights, group)
 
     def noise(self, purpose: str) -> torch.Tensor:
         """(1, C, T, H, W), float32: always the same for the same purpose."""

@@ -24,13 +24,13 @@ from rlhf.config import RewardGradientConfig
 from rlhf.device import generator, synchronize
 from rlhf.evaluate import Evaluation
 from rlhf.evaluation.statistics import paired_interval
-from rlhf.guards import gains
 from rlhf.measures import DIVERSITY, OF_ONE_VIDEO, distance
 from rlhf.methods import make_plan
 from rlhf.parse import parse_config
 from rlhf.sampler import draw_noise
 from rlhf.setup import open_rewards
 from rlhf.trainer import RewardGradientTrainer
+from rlhf.watch import gains
 
 TRAINED, WARM_UP = "nano_preference", 3
 SHARED = {  # with configs/nano.yaml: no pictures, no checkpoints; guidance in one batch is the same and faster
@@ -101,7 +101,7 @@ def start(settings: dict, seed: int, steps: int, conditions: Conditions) -> Rewa
         trainer = PolicyGradientTrainer(policy, args, opened_rewards=judges)
     else:
         trainer = RewardGradientTrainer(args=args, opened_rewards=judges)
-    trainer._begin()  # its run folder and text embeddings, without what train() evaluates and writes around the steps
+    trainer._begin()  # its run folder, without what train() evaluates and writes around the steps
     return trainer
 
 
@@ -149,7 +149,7 @@ def base_path(conditions: Conditions) -> Path:
 def evaluate_base(conditions: Conditions) -> dict[str, float]:
     """Judge the base once for all runs; its means."""
     if not base_path(conditions).exists():
-        start_base(0, conditions).watch.held_out.evaluate("base", 0).save(base_path(conditions))
+        start_base(0, conditions).monitor.held_out.evaluate("base", 0).save(base_path(conditions))
     return Evaluation.load(base_path(conditions)).means()
 
 
@@ -166,7 +166,7 @@ def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list
     began = time.perf_counter()
     rows = [trainer.step(step) for step in range(steps)]
     with trainer.masters.averaged():
-        tuned = trainer.watch.held_out.evaluate("tuned", steps)
+        tuned = trainer.monitor.held_out.evaluate("tuned", steps)
     found = {"steps": steps, "queries": steps * queries_per_step(trainer), "wall_seconds": time.perf_counter() - began}
     spreads = gains(Evaluation.load(base_path(conditions)), tuned, {TRAINED: 1.0}, trainer.args.eval_reward_funcs)
     return [found | {"last_reward": rows[-1].get("reward")} | spreads | judged(tuned.scores, conditions)]
@@ -194,11 +194,11 @@ def judged(scores: dict[str, torch.Tensor], conditions: Conditions) -> dict:
 def sample(trainer: RewardGradientTrainer, seed: int, rows: list[int], number: int, chain: int) -> torch.Tensor:
     """Videos of held-out prompts by the trainer's current model, from noise of their own."""
     noise = draw_noise(trainer.batches.noise_shape, seed, "best of n", [(i, number, chain) for i in rows])
-    return trainer.watch.held_out.make_videos([trainer.eval_prompts[i] for i in rows], noise)
+    return trainer.monitor.held_out.make_videos([trainer.eval_prompts[i] for i in rows], noise)
 
 
 def trained_score(trainer: RewardGradientTrainer, prompts: list[str]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda video: trainer.rewards(video, prompts, **trainer.batches.info(0))[0]
+    return lambda video: trainer.rewards(video, prompts, **trainer.reward_info(0))[0]
 
 
 @torch.no_grad()
@@ -226,6 +226,6 @@ def best_of_n(seed: int, count: int, report_at: list[int], seconds: float, condi
 def judge(video: torch.Tensor, other: torch.Tensor, prompts: list[str], trainer, conditions) -> dict[str, torch.Tensor]:
     """(B,) by name: every judge and measure of the videos; `other` are second ones of the same prompts."""
     judges = judges_of(conditions)
-    scores = RewardMix(judges, [0.0] * len(judges))(video, prompts, **trainer.batches.info(0))[1]
+    scores = RewardMix(judges, [0.0] * len(judges))(video, prompts, **trainer.reward_info(0))[1]
     measures = {name: of(video) for name, of in OF_ONE_VIDEO.items()}
     return scores | measures | {DIVERSITY: distance(video, other)}

@@ -1,4 +1,4 @@
-"""Each reward's mean and spread on videos of the base model, measured once in a run and kept in its folder.
+"""Mean and spread of each reward on videos of the base model, measured once in a run.
 
 Shape legend: C channels, T frames, H height, W width, N base samples, R rewards.
 """
@@ -10,15 +10,14 @@ import torch
 
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
-from rlhf.evaluate import OF_A_VIDEO, MakeVideos, kept_settings
+from rlhf.evaluate import SAMPLING_SETTINGS, MakeVideos, fingerprint
 from rlhf.io import read_object
 from rlhf.layout import Layout
 from rlhf.parallel import own_batches
 from rlhf.sampler import draw_noise
 
-# {"scores": {name: [raw score of each base sample]}, "settings": those of ALIKE}
-CALIBRATION = "calibration.json"
-ALIKE = (*OF_A_VIDEO, "seed")
+CALIBRATION = "calibration.json"  # {"scores": {name: [score of each sample]}, "settings": {...}}
+CALIBRATION_FINGERPRINT = (*SAMPLING_SETTINGS, "seed")
 
 
 def calibrate(
@@ -30,29 +29,34 @@ def calibrate(
     layout: Layout,
     info: dict,
 ) -> None:
-    """Normalise the mix by scores of one video a prompt, by the current model, which has to be the base.
+    """Normalise the mix by `base_scores`, which are written to the run's folder with their settings.
 
-    The scores are written to the run's folder; without prompts they are read from there. Raises RewardError for a
-    reward that gives all of them the same.
+    Raises RewardError for a reward whose scores are all equal.
     """
-    path = Path(args.output_dir) / CALIBRATION
-    if prompts:
-        scores = base_scores(mix, make_videos, prompts, noise_shape_CTHW, args, layout, info)
-        if layout.is_main_process:
-            told = {name: scores_N.tolist() for name, scores_N in scores.items()}
-            path.write_text(json.dumps({"scores": told, "settings": kept_settings(args, ALIKE)}) + "\n")
-    else:
-        scores = {name: torch.tensor(values) for name, values in read_object(path)["scores"].items()}
+    size = args.per_device_eval_batch_size
+    scores = base_scores(mix, make_videos, prompts, noise_shape_CTHW, args.seed, size, layout, info)
+    if layout.is_main_process:
+        values = {name: scores_N.tolist() for name, scores_N in scores.items()}
+        kept = {"scores": values, "settings": fingerprint(args, CALIBRATION_FINGERPRINT)}
+        (Path(args.output_dir) / CALIBRATION).write_text(json.dumps(kept) + "\n")
     mix.calibrate(scores)
 
 
-def is_calibrated(mix: RewardMix, args: RewardGradientConfig) -> bool:
-    """Whether the run's folder holds scores of these rewards on as many videos, made alike, as the settings say."""
+def restore_calibration(mix: RewardMix, args: RewardGradientConfig) -> bool:
+    """Normalise the mix by the run folder's scores; return False if they belong to another run.
+
+    Raises DamagedFileError.
+    """
     path = Path(args.output_dir) / CALIBRATION
     kept = read_object(path) if path.is_file() else {}
-    counts = {name: len(values) for name, values in kept.get("scores", {}).items()}
-    of_these = counts == dict.fromkeys(mix.rewards, args.calibrate_rewards)
-    return of_these and kept["settings"] == kept_settings(args, ALIKE)
+    scores = {name: torch.tensor(values) for name, values in kept.get("scores", {}).items()}
+    counts = {name: len(scores_N) for name, scores_N in scores.items()}
+    if counts != dict.fromkeys(mix.rewards, args.calibrate_rewards):
+        return False
+    if kept["settings"] != fingerprint(args, CALIBRATION_FINGERPRINT):
+        return False
+    mix.calibrate(scores)
+    return True
 
 
 @torch.no_grad()
@@ -61,15 +65,24 @@ def base_scores(
     make_videos: MakeVideos,
     prompts: list[str],
     noise_shape_CTHW: tuple[int, int, int, int],
-    args: RewardGradientConfig,
+    seed: int,
+    batch_size: int,
     layout: Layout,
     info: dict,
 ) -> dict[str, torch.Tensor]:
-    """Raw scores (N,) by reward, on the CPU; all processes share the work and get all of them."""
+    """Return raw scores (N,) by reward, of one video a prompt; all processes share the work.
+
+    Args:
+        make_videos: the base model's sampler.
+        seed: of the noise.
+        batch_size: videos on one process at a time.
+        info: what rewards are told besides video and prompts.
+    """
     scores_NR = torch.zeros(len(prompts), len(mix.rewards), device=layout.device)
-    for rows in own_batches(len(prompts), args.per_device_eval_batch_size, layout):
-        noise = draw_noise(noise_shape_CTHW, args.seed, "calibration", [(i,) for i in rows or [0]])
-        batch = [prompts[i] for i in rows or [0]]  # made with the others, even where there is nothing to do
+    for rows in own_batches(len(prompts), batch_size, layout):
+        # Without rows, a process of a sharded model still runs it as often as the others.
+        batch = [prompts[i] for i in rows or [0]]
+        noise = draw_noise(noise_shape_CTHW, seed, "calibration", [(i,) for i in rows or [0]])
         video = make_videos(batch, noise)
         if rows:
             scores_NR[rows] = torch.stack(list(mix(video, batch, **info)[1].values()), dim=1)

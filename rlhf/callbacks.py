@@ -1,4 +1,4 @@
-"""Callbacks of the training loop: transformers' own classes for them, for what they see and for what they decide."""
+"""Callbacks of the training loop, with the classes of transformers: callback, state and control."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from rlhf.config import RewardGradientConfig
 from rlhf.parallel import any_process
 
-# (event, and what it is told besides args, state, control, model and optimizer) -> None
-Tell = Callable[..., None]
+Notify = Callable[..., None]  # (event, **more): more is added to what all events receive
 
 
 class Callbacks:
-    """The listeners of a run, on each process, in the order given. docs/watching.md says when each event comes.
+    """The callbacks of a run, on each process, in order. docs/watching.md lists the events.
 
-    model, optimizer: what every event hands over by these names, besides the settings, `state` and `control`.
+    Args:
+        listeners: callbacks, or classes of callbacks.
+        args: the settings, for every event.
+        model, optimizer: passed to every event by these names.
     """
 
     def __init__(
@@ -26,9 +28,9 @@ class Callbacks:
         model: torch.nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ):
-        self.listeners = [listener() if isinstance(listener, type) else listener for listener in listeners or []]
+        self.listeners = [new() if isinstance(new, type) else new for new in listeners or []]
         self.args, self.accelerator = args, accelerator
-        self.told = {"model": model, "optimizer": optimizer}
+        self.event_kwargs = {"model": model, "optimizer": optimizer}
         self.control = TrainerControl()
         self.state = TrainerState(
             max_steps=args.max_steps,
@@ -40,28 +42,28 @@ class Callbacks:
             is_world_process_zero=accelerator.is_main_process,
         )
 
-    def tell(self, event: str, **more) -> None:
-        """Call the method `event` of each listener; one that returns a control replaces the one there was."""
+    def notify(self, event: str, **more) -> None:
+        """Call the method `event` of each listener; a control that it returns replaces ours."""
         for listener in self.listeners:
-            found = getattr(listener, event)(self.args, self.state, self.control, **self.told, **more)
-            self.control = found or self.control
+            method, kwargs = getattr(listener, event), self.event_kwargs | more
+            self.control = method(self.args, self.state, self.control, **kwargs) or self.control
 
     def step_begins(self) -> None:
-        """A new optimizer step: what was decided in the last one is done."""
+        """Begin an optimizer step, with the requests of the step before cleared."""
         control = self.control
         control.should_log = control.should_evaluate = control.should_save = False
-        self.tell("on_step_begin")
+        self.notify("on_step_begin")
 
     def step_ends(self, done: int, epoch: float) -> None:
-        """Optimizer step number `done`, from 1, is over, at this epoch."""
+        """End optimizer step number `done`, from 1, at this epoch."""
         self.state.global_step, self.state.epoch = done, epoch
-        self.tell("on_step_end")
+        self.notify("on_step_end")
 
     def logged(self, metrics: dict) -> None:
-        """The metrics of a step went to the log."""
+        """Pass on the metrics of a step, which were logged."""
         self.state.log_history.append(metrics)
-        self.tell("on_log", logs=dict(metrics))  # listeners of transformers take things out of it
+        self.notify("on_log", logs=dict(metrics))  # a copy: transformers' callbacks remove entries
 
-    def asked(self, what: str) -> bool:
-        """Whether a listener of any process decided to "evaluate", to "save" or on "training_stop"; all get to know."""
+    def requested(self, what: str) -> bool:
+        """Return whether any process requested "evaluate", "save" or "training_stop"."""
         return any_process(self.accelerator, getattr(self.control, f"should_{what}"))

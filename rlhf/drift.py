@@ -1,8 +1,11 @@
-"""How far the tuned model has moved from its base: the distance of their velocities, weighted as a KL divergence.
+"""The drift of the tuned model from its base: a KL divergence from distances of velocities.
 
-The flow dx/dsigma = v has the same marginals as the stochastic process with drift v + (G/2) score and noise G, for any
-G(sigma). By Girsanov's theorem two such processes differ by KL = 1/2 integral of (1 + G a)^2 / G |v - v_base|^2 dsigma,
-with a = (1 - sigma) / (2 sigma), since the score is -(x + (1 - sigma) v) / sigma. Of all G, 1/a makes it least:
+The flow dx/dsigma = v has the same marginals as the stochastic process with drift v + (G/2) score
+and noise G, for any G(sigma). By Girsanov's theorem two such processes differ by
+
+    KL = 1/2 integral of (1 + G a)^2 / G |v - v_base|^2 dsigma, a = (1 - sigma) / (2 sigma),
+
+since the score is -(x + (1 - sigma) v) / sigma. G = 1/a gives the smallest KL:
 
     KL = integral over sigma of (1 - sigma) / sigma |v - v_base|^2,
 
@@ -14,8 +17,8 @@ import torch
 from rlhf.sampler import Velocity
 
 
-def step_weights(sigmas: torch.Tensor, weighting: str) -> torch.Tensor:
-    """What each of N steps counts, (N,): |sigma_i - sigma_i+1| for "even", times (1 - s) / s for "kl".
+def drift_step_weights(sigmas: torch.Tensor, weighting: str) -> torch.Tensor:
+    """Return each step's drift weight (N,): |sigma_i - sigma_i+1|, for "kl" times (1 - s) / s.
 
     s is the middle of the step, where the weight is finite in the first step and the last.
     """
@@ -24,11 +27,12 @@ def step_weights(sigmas: torch.Tensor, weighting: str) -> torch.Tensor:
 
 
 def velocity_distance(tuned: Velocity, base: Velocity, x_BCTHW: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """(B,) mean square difference of the two velocities at a state; gradient through `tuned` alone.
+    """Return the mean squared difference (B,) of two velocities; `tuned` carries the gradient.
 
-    Times `Plan.drift_total` it estimates the KL divergence in nats an element of the latents, without bias where x is
-    the state of a step drawn by `step_weights`: of the tuned model from the base on the tuned model's own rollouts,
-    of the base from the tuned model on the base's. How a state depends on the adapter is left out.
+    Times `Plan.drift_total` it estimates a KL divergence in nats per latent element. The estimate
+    is unbiased if the step of x is drawn in proportion to `drift_step_weights`. On the tuned
+    model's own rollouts it is KL(tuned || base), on the base's KL(base || tuned). How x depends on
+    the adapter is left out.
     """
     with torch.no_grad():
         v_base = base(x_BCTHW, sigma)

@@ -1,4 +1,4 @@
-"""A model on held-out prompts: always the same prompts and the same noise, so that models can be compared.
+"""Evaluation on held-out prompts, always with the same noise, so that models can be compared.
 
 Shape legend: B batch, N prompts, C channels, T frames, H height, W width.
 """
@@ -24,27 +24,27 @@ from rlhf.sampler import draw_noise
 from rlhf.trackers import Clip
 from rlhf.tracking import progress_bar
 
-# Settings without which a prompt's and a noise's video is another one, or judged otherwise.
-OF_A_VIDEO = (
+# Settings that change the video of a prompt and a noise, or its scores.
+SAMPLING_SETTINGS = (
     *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt"),
     *("max_sequence_length", "reward_kwargs"),
     *("dtype", "base_bits", "vae_dtype", "guidance_every", "sampling_weights"),
 )
-ALIKE = (*OF_A_VIDEO, "eval_seed", "num_diversity_prompts")  # of two evaluations that compare
-MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]
+EVAL_FINGERPRINT = (*SAMPLING_SETTINGS, "eval_seed", "num_diversity_prompts")
+MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]  # (prompts, noise_BCTHW) -> videos
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one model did on the held-out prompts."""
+    """The scores and the leading videos of one model on the held-out prompts."""
 
     prompts: list[str]
-    scores: dict[str, torch.Tensor]  # by judge or measure: (N,) float32; DIVERSITY of the leading prompts only
+    scores: dict[str, torch.Tensor]  # by judge or measure: (N,); DIVERSITY of the leading prompts
     videos_NCTHW: torch.Tensor  # uint8, of the leading prompts; empty on all but the main process
-    settings: dict = field(default_factory=dict)  # those of ALIKE
+    settings: dict = field(default_factory=dict)  # those of EVAL_FINGERPRINT
 
     def means(self) -> dict[str, float]:
-        """The mean over prompts of every judge and measure that has a score."""
+        """Return the mean over prompts of every judge and measure that has a score."""
         return {name: scores.mean().item() for name, scores in self.scores.items() if len(scores)}
 
     def save(self, path: Path) -> None:
@@ -64,19 +64,45 @@ class Evaluation:
         return cls(prompts, scores, tensors["videos"], settings)
 
 
-def kept_settings(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
-    """The settings of these names, as they come back from a JSON file."""
+def fingerprint(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
+    """Return the settings of these names as they come back from a JSON file."""
     return json.loads(json.dumps({name: vars(args).get(name) for name in names}))
 
 
+@dataclass(frozen=True)
+class EvalOptions:
+    """How held-out videos are made, judged and shown."""
+
+    seed: int  # of their noise
+    batch_size: int  # videos on one process at a time
+    num_samples: int  # leading prompts whose videos are written
+    num_diversity: int  # leading prompts of which a second video is made
+    video_THW: tuple[int, int, int]
+    fingerprint: dict  # the settings of EVAL_FINGERPRINT
+
+    @classmethod
+    def of(cls, args: RewardGradientConfig) -> "EvalOptions":
+        """Return the options of a run's settings."""
+        return cls(
+            args.eval_seed,
+            args.per_device_eval_batch_size,
+            args.num_sample_prompts,
+            args.num_diversity_prompts,
+            (args.num_frames, args.height, args.width),
+            fingerprint(args, EVAL_FINGERPRINT),
+        )
+
+
 class HeldOut:
-    """The held-out prompts of a run, and what is done with them.
+    """The held-out prompts of a run, on which models are evaluated and sampled.
 
     Args:
-        make_videos: prompts and noise (B, C, T, H, W) to whole videos (B, 3, T, H, W) in [0, 1], by the current model.
+        make_videos: the current model's sampler.
         judges: rewards by name, trained on or not.
-        noise_shape_CTHW: of the latents of one video.
-        show: (step, samples) -> None, shows samples that are written.
+        noise_shape_CTHW: latents of one video.
+        fps: frame rate of the videos.
+        folder: the run's folder.
+        show: called with (step, samples) for samples that were written.
     """
 
     def __init__(
@@ -85,31 +111,37 @@ class HeldOut:
         judges: dict[str, Callable],
         prompts: list[str],
         noise_shape_CTHW: tuple[int, int, int, int],
-        args: RewardGradientConfig,
-        layout: Layout,
         fps: int,
+        options: EvalOptions,
+        folder: Path,
+        layout: Layout,
         show: Callable[[int, list[Clip]], None] = lambda step, clips: None,
     ):
         self.make_videos, self.judges, self.prompts = make_videos, judges, prompts
-        self.noise_shape, self.args, self.layout, self.fps = noise_shape_CTHW, args, layout, fps
-        self.folder, self.show = Path(args.output_dir), show
-        self.diversity_count = min(args.num_diversity_prompts, len(prompts))
+        self.noise_shape, self.fps, self.options = noise_shape_CTHW, fps, options
+        self.folder, self.layout, self.show = folder, layout, show
+        self.diversity_count = min(options.num_diversity, len(prompts))
 
     @torch.no_grad()
     def evaluate(self, name: str, step: int, make_videos: MakeVideos | None = None) -> Evaluation:
-        """Sample a video of every prompt, judge it and write the samples; all processes share the work and the scores.
+        """Sample and judge a video of every prompt and write the leading ones.
 
-        Measures are those of `rlhf.measures`, all in [0, 1]; diversity is the distance of two videos of one prompt, for
-        the leading prompts. make_videos: of another model than the current one.
+        All processes share the work and the scores. Measures are those of `rlhf.measures`, all in
+        [0, 1]. Diversity is the distance of two videos of one prompt, for the leading prompts.
+
+        Args:
+            name: shown by the progress bar.
+            step: optimizer steps taken, for the samples' folder.
+            make_videos: the sampler of another model than the current one.
         """
         make_videos = make_videos or self.make_videos
-        mix = RewardMix(self.judges, [0.0] * len(self.judges))  # of weight 0: scores without gradient
+        mix = RewardMix(self.judges, [0.0] * len(self.judges))  # without gradient
         scores = {judge: torch.zeros(len(self.prompts)) for judge in [*self.judges, *OF_ONE_VIDEO]}
         scores[DIVERSITY] = torch.zeros(self.diversity_count)
-        shown, videos = self.args.num_sample_prompts, [torch.zeros(0, dtype=torch.uint8)]
-        size = self.args.per_device_eval_batch_size
+        shown, videos = self.options.num_samples, [torch.zeros(0, dtype=torch.uint8)]
+        size = self.options.batch_size
         batches = own_batches(len(self.prompts), size, self.layout)
-        info = {"fps": self.fps, "seed": self.args.eval_seed, "step": 0}
+        info = {"fps": self.fps, "seed": self.options.seed, "step": 0}
         own = [i for rows in batches for i in rows]
         count = len(own) + sum(i < self.diversity_count for i in own)
         with progress_bar(f"evaluate {name}", "video", count, self._is_main) as bar:
@@ -130,17 +162,17 @@ class HeldOut:
                 bar.update(len(rows) + len(twice))
         scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
         videos_NCTHW = self._leading(torch.cat(videos), len(self.prompts), shown)
-        evaluation = Evaluation(self.prompts, scores, videos_NCTHW, self._settings)
+        evaluation = Evaluation(self.prompts, scores, videos_NCTHW, self.options.fingerprint)
         self._write(step, videos_NCTHW)
         return evaluation
 
     def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
-        """The evaluation of the base, by make_videos; a resumed run reads that of its folder, if it was made alike."""
+        """Return the base's evaluation; a resumed run reads it if made with equal settings."""
         path = self.folder / "evaluation" / "base.safetensors"
         if resumed and path.is_file():
             kept = Evaluation.load(path)
-            alike = (kept.prompts, kept.settings) == (self.prompts, self._settings)
-            if alike and {*self.judges, *MEASURES} <= set(kept.scores):
+            same = (kept.prompts, kept.settings) == (self.prompts, self.options.fingerprint)
+            if same and {*self.judges, *MEASURES} <= set(kept.scores):
                 return kept
         base = self.evaluate("base", 0, make_videos)
         if self._is_main:
@@ -148,24 +180,24 @@ class HeldOut:
         return base
 
     def sample(self, step: int) -> None:
-        """Write sample videos of the current model, without judging them; all processes share the work."""
-        count = min(self.args.num_sample_prompts, len(self.prompts))
+        """Write sample videos of the current model; all processes share the work."""
+        count = min(self.options.num_samples, len(self.prompts))
         videos = [torch.zeros(0, dtype=torch.uint8)]
-        for rows in own_batches(count, self.args.per_device_eval_batch_size, self.layout):
+        for rows in own_batches(count, self.options.batch_size, self.layout):
             videos.append(to_uint8(self._videos(self.make_videos, rows, draw=0)))
         self._write(step, self._leading(torch.cat(videos), count, count))
 
     def _videos(self, make_videos: MakeVideos, rows: list[int], draw: int) -> torch.Tensor:
-        """Videos number `draw` of the prompts of the rows; for none, one is made to keep step with other processes."""
+        """Return video number `draw` of the rows' prompts; without rows one is made and dropped."""
         asked = rows or [0]
-        noise = draw_noise(self.noise_shape, self.args.eval_seed, "evaluation", [(i, draw) for i in asked])
+        noise = draw_noise(self.noise_shape, self.options.seed, "evaluation", [(i, draw) for i in asked])
         return make_videos([self.prompts[i] for i in asked], noise)[: len(rows)]
 
     def _leading(self, own_NCTHW: torch.Tensor, count: int, shown: int) -> torch.Tensor:
-        """The first `shown` of `count` shared videos on the main process, none on others; own: this process's."""
+        """Return the first `shown` of all `count` videos on the main process, none on others."""
         share = math.ceil(count / self.layout.num_processes)
         if shown > share:
-            shape = 3, self.args.num_frames, self.args.height, self.args.width
+            shape = 3, *self.options.video_THW
             padded = own_NCTHW.new_zeros(share, *shape)
             padded[: len(own_NCTHW)] = own_NCTHW.reshape(-1 if len(own_NCTHW) else 0, *shape)
             own_NCTHW = self.layout.gather(padded.to(self.layout.device)).cpu()
@@ -175,12 +207,8 @@ class HeldOut:
         return self.layout.reduce(values.to(self.layout.device), "sum").cpu()
 
     def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
-        if len(videos_NCTHW):  # on the main process, if any are asked for
+        if len(videos_NCTHW):  # on the main process alone
             self.show(step, write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps))
-
-    @property
-    def _settings(self) -> dict:
-        return kept_settings(self.args, ALIKE)
 
     @property
     def _is_main(self) -> bool:

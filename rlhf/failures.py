@@ -1,7 +1,8 @@
-"""Why training cannot go on, said in one paragraph."""
+"""Errors that end a training, each explained in one paragraph."""
 
 import math
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -16,23 +17,23 @@ class TrainingError(RuntimeError):
     """Training cannot go on: why, and what to do. checkpoints/ holds the last good step."""
 
 
-class Skips:
-    """Optimizer steps in a row that could not be taken; most: as many as may be passed over."""
+class SkippedSteps:
+    """Counter of skipped optimizer steps in a row; `limit` of them are tolerated."""
 
-    def __init__(self, most: int):
-        self.most, self.in_a_row = most, 0
+    def __init__(self, limit: int):
+        self.limit, self.in_a_row = limit, 0
 
     def add(self, error: Exception) -> dict:
-        """Count one more; what to log of it. Raises the error if it is one too many."""
-        if self.in_a_row == self.most:
+        """Count a skipped step and return what to log of it. Raises the error beyond the limit."""
+        if self.in_a_row == self.limit:
             raise error
         self.in_a_row += 1
         return {"skipped": self.in_a_row, "why": str(error)}
 
 
-def require_new(optimizer: torch.optim.Optimizer) -> None:
-    """Raise TrainingError for a trainer that has trained: from what it has learnt the same run would begin again."""
-    if optimizer.state:
+def require_new(trained: bool) -> None:
+    """Raise TrainingError for a trainer that has trained: its run would start from that adapter."""
+    if trained:
         raise TrainingError(
             "train() was called again, expected one call a trainer. Make a new one: with "
             "resume_from_checkpoint='latest' to go on, else with another output_dir or overwrite_output_dir. A "
@@ -40,25 +41,30 @@ def require_new(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def not_finite(
+def non_finite_error(
     scores: torch.Tensor,
     norm: float,
-    failure: RewardError | None,
+    error: RewardError | None,
     rewards: RewardMix,
-    last_batch: tuple | None,
+    suspect: tuple[torch.Tensor, list[str], dict] | None,
     accelerator: Accelerator,
 ) -> Exception | None:
-    """What to tell of a step whose scores, of all processes, or whose gradient norm is not finite; None if they are.
+    """Return the error of a step whose scores or gradient norm are not finite, or None.
 
-    failure: what a reward raised here. last_batch: the video, the prompts and the info after which each process's
-    gradient was no longer finite, or the last ones; None in a step without reward. All processes come to the same
-    answer, if not to the same words.
+    It is an error on all processes or on none; its words may differ.
+
+    Args:
+        scores: of all processes.
+        norm: of the gradient, summed over processes.
+        error: raised by a reward on this process.
+        suspect: video, prompts and info of the batch after which this process's gradient was no
+            longer finite, else of the last batch; None for a step without reward.
     """
     if not torch.isfinite(scores).all():
-        return failure or TrainingError("A reward failed on another process; its message says which and why.")
+        return error or TrainingError("A reward failed on another process; its message says which and why.")
     if math.isfinite(norm):
         return None
-    broken = broken_rewards(rewards, *last_batch) if last_batch else {}
+    broken = broken_rewards(rewards, *suspect) if suspect else {}
     guilty = [name for name, bad in broken.items() if any_process(accelerator, bad)]
     source = f"the reward {', '.join(guilty)}" if guilty else "no reward, so the decoder or the transformer"
     return TrainingError(
@@ -68,9 +74,9 @@ def not_finite(
     )
 
 
-def require_gradient(norm: float, step: int, rewards: RewardMix, logged: dict) -> None:
-    """Raise TrainingError for a gradient norm of 0 where the step logged a reward: an adapter of 0 has not drifted."""
-    if norm == 0 and "reward" in logged and not rewards.caps:  # beyond a cap nothing is to be learnt
+def require_gradient(norm: float, step: int, rewards: RewardMix, logged: Collection[str]) -> None:
+    """Raise TrainingError for a gradient norm of 0 in a step with a reward; drift may be 0."""
+    if norm == 0 and "reward" in logged and not rewards.caps:  # none beyond a cap
         raise TrainingError(
             f"The gradient at the adapter is exactly zero after {step} steps, expected a number "
             "above 0: nothing would be learnt. Look for a reward that is saturated on these videos."
@@ -78,9 +84,9 @@ def require_gradient(norm: float, step: int, rewards: RewardMix, logged: dict) -
 
 
 def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str], info: dict) -> dict[str, bool]:
-    """For each reward that is trained on, asked alone: whether its gradient at the video is not finite."""
+    """Return by trained reward whether its gradient at the video is not finite."""
     broken = {}
-    for name in (name for name, weight in rewards.weights.items() if weight):  # others may have no gradient at all
+    for name in (name for name, weight in rewards.weights.items() if weight):
         pixels = video_BCTHW.clone().requires_grad_()
         scores_B, _ = RewardMix({name: rewards.rewards[name]})(pixels, prompts, **info)
         grad = torch.autograd.grad(scores_B.sum(), pixels)[0] if scores_B.requires_grad else torch.zeros(())
@@ -88,8 +94,8 @@ def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[
     return broken
 
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of accelerators, of the CPU
-MEMORY_CURES = {  # folder or file in which memory ended: what to change there, in this order
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+MEMORY_CURES = {  # folder or file of the failed allocation -> settings to change, in this order
     "rewards": "fewer num_frames, a smaller chunk or dtype bfloat16 in reward_kwargs",
     "wan_decoder.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
     "frozen.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
@@ -100,7 +106,7 @@ MEMORY_CURES = {  # folder or file in which memory ended: what to change there, 
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """What to tell of an error that says that memory ended, by where it did; None for any other error."""
+    """Explain an out-of-memory error by where it was raised; None for any other error."""
     if not any(words in str(error) for words in OUT_OF_MEMORY):
         return None
     root = Path(rlhf.__file__).parents[1]

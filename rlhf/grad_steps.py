@@ -1,4 +1,4 @@
-"""Which denoising steps carry the gradient."""
+"""The choice of the denoising steps that carry the gradient."""
 
 import torch
 
@@ -12,20 +12,23 @@ def choose_grad_steps(
     rng: torch.Generator | None = None,
     listed: list[int] | None = None,
 ) -> list[int]:
-    """Indices of the steps, of 0 .. num_steps-1, that carry the gradient: sorted, unique, in range.
+    """Return the indices of the steps that carry the gradient: sorted, unique, in 0 .. num_steps-1.
 
-    strategy:
-        "last": the last num_grad (DRaFT-K, arXiv 2309.17400, algorithm 1).
-        "random_last": the last k, with k drawn once, evenly from 1 .. num_grad (randomised truncation of AlignProp,
-            arXiv 2310.03739).
-        "uniform": num_grad of them, num_steps // num_grad apart (DRTune, arXiv 2405.00760, algorithm 1); the first is
-            drawn from all that leave room for the rest, so that every step can come up.
-        "listed": those of `listed`; num_grad is not asked.
+    Args:
+        strategy: the rule.
+            "last": the last num_grad (DRaFT-K, arXiv 2309.17400, algorithm 1).
+            "random_last": the last k, with k drawn evenly from 1 .. num_grad (AlignProp's
+                randomised truncation, arXiv 2310.03739).
+            "uniform": num_grad steps, num_steps // num_grad apart (DRTune, arXiv 2405.00760,
+                algorithm 1). The first is drawn from all that leave room for the rest, so that
+                every step can be chosen.
+            "listed": the steps of `listed`; num_grad is ignored.
+        rng: drawn from by "random_last" and "uniform" alone.
 
-    rng is drawn from by "random_last" and "uniform" alone. Raises ValueError where there is no such choice.
+    Raises ValueError for an impossible choice.
     """
     if strategy == "listed":
-        return _checked(listed, num_steps)
+        return _check_listed(listed, num_steps)
     if not 1 <= num_grad <= num_steps:
         raise ValueError(
             f"num_grad_steps={num_grad}, expected 1 to num_inference_steps={num_steps}: only a step that is taken can "
@@ -42,7 +45,7 @@ def choose_grad_steps(
     raise ValueError(f"strategy={strategy!r}, expected one of {', '.join(STRATEGIES)}; use one of these")
 
 
-def _checked(listed: list[int] | None, num_steps: int) -> list[int]:
+def _check_listed(listed: list[int] | None, num_steps: int) -> list[int]:
     if not listed or len(set(listed)) < len(listed) or not all(0 <= i < num_steps for i in listed):
         raise ValueError(
             f"steps={listed}, expected different steps of 0 to {num_steps - 1} (num_inference_steps={num_steps}), "
@@ -52,5 +55,5 @@ def _checked(listed: list[int] | None, num_steps: int) -> list[int]:
 
 
 def draw_below(count: int, rng: torch.Generator) -> int:
-    """One of 0 .. count-1, all as likely."""
+    """Draw one of 0 .. count-1, all equally likely."""
     return int(torch.randint(count, (), generator=rng))

@@ -6,7 +6,7 @@ from rewards import RewardMix
 
 
 def reward_loss(scores_B: torch.Tensor) -> torch.Tensor:
-    """Minus the mean score, 0-d, so that descending the loss ascends the reward."""
+    """Return minus the mean score, 0-d: descending the loss ascends the reward."""
     return -scores_B.mean()
 
 
@@ -19,12 +19,15 @@ def score(
     strength: float = 0.0,
     penalty: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(B,) scores to ascend, and the raw score of each reward: for the prompts as they are, or relative to words.
+    """Return the scores (B,) to ascend, and each reward's raw score (B,) by name.
 
-    info: what rewards are told besides. words: [positive, negative], put before each prompt; the score is then
-    (1 + strength) R(positive) - R(negative) (semantic relative preference, arXiv 2509.06942, eq. 8 and 9, with the
-    weight of its published code), and the raw scores are those for the positive words. penalty: the opposite, minus R,
-    or the two words exchanged.
+    Args:
+        info: what rewards are told besides video and prompts.
+        words: [positive, negative], put before each prompt. The score is then (1 + strength)
+            R(positive) - R(negative) (semantic relative preference, arXiv 2509.06942, eq. 8 and 9,
+            weighted as in its published code), and the raw scores are those of the positive words.
+            None scores the prompts as they are.
+        penalty: whether to score the opposite: -R, or the words exchanged.
     """
     info = info or {}
     if words is None:
@@ -37,7 +40,7 @@ def score(
 
 
 def score_metrics(names: list[str], scores_SR: torch.Tensor) -> dict[str, float]:
-    """The mean of each of R named columns over S samples; of single rewards (rewards/NAME) the spread, too."""
+    """Return the mean of each of R columns over S samples; of rewards/NAME the spread, too."""
     means, stds = scores_SR.mean(0).tolist(), scores_SR.std(0, correction=0).tolist()
     metrics = {}
     for name, mean, std in zip(names, means, stds, strict=True):

@@ -1,7 +1,8 @@
-"""The published ways to send a reward's gradient into a denoiser, each as a plan for the same sampler.
+"""The published ways to send a reward's gradient into a denoiser, as plans for one sampler.
 
-Written for the flow x_sigma = (1 - sigma) x0 + sigma noise with velocity v = dx/dsigma, in which a model's guess of x0
-is x - sigma v: an Euler step straight to sigma 0. docs/methods.md compares them.
+Written for the flow x_sigma = (1 - sigma) x_0 + sigma noise with velocity v = dx/dsigma. A model's
+estimate of x_0 is x - sigma v, an Euler step straight to sigma 0. docs/methods.md compares the
+methods.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,37 +12,41 @@ import torch
 
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import euler_step
-from rlhf.drift import step_weights
+from rlhf.drift import drift_step_weights
 from rlhf.grad_steps import choose_grad_steps, draw_below
 from rlhf.method.options import MethodOptions, SRPOOptions
-from rlhf.prefix import fewer_steps
-from rlhf.sampler import Velocity, rollout
+from rlhf.sampler import Velocity, fewer_steps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one optimizer step does with each of its rollouts, the same for all of them and on all processes."""
+    """The course of all rollouts of one optimizer step, the same on all processes."""
 
-    sigmas: torch.Tensor  # (M+1,) of the rollout, from 1 to 0; fewer than the sampler's where the last step jumps
+    sigmas: torch.Tensor  # (M+1,) from 1 to 0; M is below the sampler's N where the last step jumps
     grad_steps: list[int]  # as in `rollout`
     detach_input: bool = False  # as in `rollout`
-    last_step_again: int = 0  # how often the last step is taken again from fresh noise, each with its own gradient
-    recoveries: list[tuple[float, float]] = field(default_factory=list)  # (sigma, signed step) of direct-align
+    last_step_again: int = 0  # repeats of the last step from fresh noise, each with a gradient
+    recoveries: list[tuple[float, float]] = field(default_factory=list)  # Direct-Align's (sigma, step)
     drift_step: int | None = None  # the step at whose state the drift from the base is measured
-    drift_total: float = 0.0  # the sum of all steps' weights, for which that one stands
+    drift_total: float = 0.0  # the sum of all steps' drift weights, for which drift_step stands
+
+    @property
+    def window_start(self) -> int:
+        """Index of the state at which the window starts: M if no step carries the gradient."""
+        return self.grad_steps[0] if self.grad_steps else len(self.sigmas) - 1
 
     @property
     def num_samples(self) -> int:
-        """Gradients taken of each rollout."""
+        """Number of gradients taken of each rollout."""
         return len(self.recoveries) or 1 + self.last_step_again
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Something to decode, score and back-propagate: latents_BCTHW with their graph."""
+    """Latents (B, C, T, H, W) with their graph, to decode, score and back-propagate."""
 
     latents: torch.Tensor
-    penalty: bool = False  # the opposite of the reward is to be maximised
+    penalty: bool = False  # whether the opposite of the reward is to be maximised
 
 
 def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.Tensor, rng: torch.Generator) -> Plan:
@@ -70,20 +75,20 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
             plan = Plan(cut, [len(cut) - 2])
         case "srpo":
             plan = Plan(sigmas, [], recoveries=draw_recoveries(options, rng))
-    return watch_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
+    return with_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
 
 
 def shorten_prefix(plan: Plan, steps: int | None) -> Plan:
-    """The plan with at most so many steps before its window, None for as many as there are. Not exact."""
-    window = plan.grad_steps[0] if plan.grad_steps else 0
-    if steps is None or steps >= window:
+    """Return the plan with at most `steps` steps before its window; None keeps all. Not exact."""
+    if not plan.grad_steps or steps is None or steps >= plan.window_start:
         return plan
-    shifted = [step - window + steps for step in plan.grad_steps]
-    return replace(plan, sigmas=fewer_steps(plan.sigmas, window, steps), grad_steps=shifted)
+    shifted = [step - plan.window_start + steps for step in plan.grad_steps]
+    sigmas = fewer_steps(plan.sigmas, plan.window_start, steps)
+    return replace(plan, sigmas=sigmas, grad_steps=shifted)
 
 
 def jump_early(sigmas: torch.Tensor, of_last: int, rng: torch.Generator) -> torch.Tensor:
-    """The noise levels of a rollout whose last step, drawn evenly from the `of_last` last ones, goes straight to 0."""
+    """Return noise levels that jump to 0 from one of the `of_last` last steps, drawn evenly."""
     last = len(sigmas) - 2 - draw_below(of_last, rng)
     return torch.cat([sigmas[: last + 1], sigmas[-1:]])
 
@@ -96,36 +101,40 @@ def draw_recoveries(options: SRPOOptions, rng: torch.Generator) -> list[tuple[fl
     return both_ways[: options.num_draws]
 
 
-def watch_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> Plan:
-    """The plan with a step drawn by its weight in the drift, if drift is to be measured; see `rlhf.drift`."""
+def with_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> Plan:
+    """Return the plan with a step drawn by its drift weight if the drift is to be measured."""
     if not (args.drift_weight or args.anchor_steps):
         return plan
-    weights = step_weights(plan.sigmas, args.drift_weighting).cpu()
+    weights = drift_step_weights(plan.sigmas, args.drift_weighting).cpu()
     step = int(torch.multinomial(weights, 1, generator=rng))
     return replace(plan, drift_step=step, drift_total=weights.sum().item())
 
 
 def gradient_samples(
-    velocity: Velocity, noise: Callable[[str], torch.Tensor], plan: Plan, reuse: Callable | None = None
+    window: Velocity, x0_BCTHW: torch.Tensor, noise: Callable[[str], torch.Tensor], plan: Plan
 ) -> Iterator[Sample]:
-    """One rollout and the samples that the plan takes of it, one after the other: back-propagate each at once.
+    """Yield the samples of one rollout, each with its own graph; back-propagate each at once.
 
-    noise: (purpose) -> unit normal noise (B, C, T, H, W), the same at every call for the same purpose. reuse: as in
-    `rollout`.
+    Args:
+        window: the velocity of steps that carry the gradient.
+        x0_BCTHW: the last state of the rollout, with its graph.
+        noise: purpose -> unit normal noise (B, C, T, H, W), the same at every call; "train" is the
+            rollout's.
     """
-    noise_BCTHW = noise("train")
-    latents = rollout(velocity, noise_BCTHW, plan.sigmas, plan.grad_steps, plan.detach_input, reuse)
     for sigma, step in plan.recoveries:
-        yield Sample(recover(velocity, latents, noise_BCTHW, plan.sigmas.new_tensor(sigma), step), penalty=step > 0)
+        level = plan.sigmas.new_tensor(sigma)
+        recovered = recover(window, x0_BCTHW, noise("train"), level, step)
+        yield Sample(recovered, penalty=step > 0)
     if plan.recoveries:
         return
-    yield Sample(latents)
+    yield Sample(x0_BCTHW)
     for draw in range(plan.last_step_again):
-        yield Sample(last_step_again(velocity, latents.detach(), noise(f"draw {draw}"), plan.sigmas[-2]))
+        fresh = noise(f"draw {draw}")
+        yield Sample(last_step_again(window, x0_BCTHW.detach(), fresh, plan.sigmas[-2]))
 
 
 def last_step_again(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """x0 noised to the last step's level and denoised once more (DRaFT-LV, arXiv 2309.17400, algorithm 1)."""
+    """Return x_0 noised and denoised by the last step (DRaFT-LV, arXiv 2309.17400, alg. 1)."""
     x = (1 - sigma) * x0 + sigma * noise
     return euler_step(x, velocity(x, sigma), sigma, torch.zeros_like(sigma))
 
@@ -133,10 +142,11 @@ def last_step_again(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, s
 def recover(
     velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, step: float
 ) -> torch.Tensor:
-    """x0 from one Euler step onto level sigma and the known noise (Direct-Align, arXiv 2509.06942, eq. 4 and 5).
+    """Return x_0 from one Euler step onto sigma (Direct-Align, arXiv 2509.06942, eq. 4 and 5).
 
-    step < 0 denoises from sigma - step; step > 0 inverts, up from there (eq. 12 and 13). The velocity noise - x0 gives
-    x0 back exactly; another moves it by step / (1 - sigma) times the difference.
+    With step < 0 the step denoises from sigma - step; with step > 0 it inverts, up from there (eq.
+    12 and 13). The velocity noise - x_0 returns x_0 exactly. Another velocity moves it by step / (1
+    - sigma) times the difference.
     """
     start = sigma - step
     x = (1 - start) * x0 + start * noise

@@ -1,4 +1,7 @@
-"""From noise to latents, in two phases: a prefix without gradient, then the window that the gradient runs through.
+"""From noise to latents, in two phases: a no-grad prefix, then the window with gradient.
+
+The sampler solves the flow dx/dsigma = v(x, sigma) from sigma = 1 to 0 by Euler steps
+x_i+1 = x_i + (sigma_i+1 - sigma_i) v(x_i, sigma_i) (arXiv 2210.02747).
 
 Shape legend: B batch, C channels, T latent frames, H W latent height and width, N denoising steps.
 """
@@ -7,103 +10,109 @@ from collections.abc import Callable
 
 import torch
 
-from rlhf.contentv.flow import euler_step, guided_velocity
+from rlhf.contentv.flow import euler_step
 from rlhf.device import generator
-from rlhf.types import Conditioning
 
-Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (latents_BCTHW, sigma) -> dx/dsigma, of x's shape
+Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_BCTHW, sigma) -> dx/dsigma
+
+
+@torch.no_grad()
+def sample_euler(velocity: Velocity, noise_BCTHW: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
+    """Return the states x_0 .. x_N of Euler steps through sigmas (N+1,), without gradient."""
+    states = [noise_BCTHW]
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = states[-1]
+        states.append(euler_step(x, velocity(x, sigma), sigma, sigma_next))
+    return states
 
 
 def rollout(
-    velocity: Velocity,
+    prefix: Velocity,
+    window: Velocity,
     noise_BCTHW: torch.Tensor,
     sigmas: torch.Tensor,
     grad_steps: list[int],
     detach_input: bool = False,
-    reuse: Callable[[Callable[[], torch.Tensor]], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Latents (B, C, T, H, W), float32, after all N Euler steps of the flow dx/dsigma = v (arXiv 2210.02747).
+    start: torch.Tensor | None = None,
+) -> list[torch.Tensor | None]:
+    """Return the states x_0 .. x_N, (B, C, T, H, W) each; those up to the window have no gradient.
 
     Args:
-        noise_BCTHW: float32, unit normal.
-        sigmas: (N+1,) float32 from 1 down to 0.
-        grad_steps: the steps whose velocity carries the gradient, rising, or [] for none. The window reaches from the
-            first of them to the end; a step of the window that is not among them passes the gradient on unchanged.
-        detach_input: a velocity's own input passes no gradient on (DRTune, arXiv 2405.00760, algorithm 1): what is
-            left of the gradient of x_N is the direct path, the sum over grad_steps of (sigma_i+1 - sigma_i) dv/dtheta.
-        reuse: gives the state at which the window starts; called with what computes it (`rlhf.prefix.PrefixBuffer`).
+        prefix: the velocity of no-grad steps, before the window and inside it.
+        window: the velocity of the steps that carry the gradient.
+        noise_BCTHW: x_0, unit normal, float32.
+        sigmas: noise levels (N+1,), float32, from 1 down to 0.
+        grad_steps: the steps that carry the gradient, rising; [] for none. The window reaches from
+            the first of them to step N-1. Its other steps pass the gradient on unchanged.
+        detach_input: whether x_i enters the velocity without gradient (DRTune, arXiv 2405.00760,
+            algorithm 1). The gradient of x_N is then the sum over grad_steps of
+            (sigma_i+1 - sigma_i) dv_i/dtheta.
+        start: the window's first state, of an earlier rollout; the states before it are then None.
     """
     num_steps = len(sigmas) - 1
-    start = grad_steps[0] if grad_steps else num_steps
+    first = grad_steps[0] if grad_steps else num_steps
 
-    @torch.no_grad()
-    def prefix():
-        x = noise_BCTHW
-        for i in range(start):
-            x = euler_step(x, velocity(x, sigmas[i]), sigmas[i], sigmas[i + 1])
-        return x
+    states = [None] * first + [start]
+    if start is None:
+        states = sample_euler(prefix, noise_BCTHW, sigmas[: first + 1])
 
-    x = prefix() if reuse is None else reuse(prefix)
-    for i in range(start, num_steps):
-        with torch.set_grad_enabled(i in grad_steps):
-            v = velocity(x.detach() if detach_input else x, sigmas[i])
-        x = euler_step(x, v, sigmas[i], sigmas[i + 1])
-    return x
+    for i in range(first, num_steps):
+        x = states[-1]
+        if i in grad_steps:
+            v = window(x.detach() if detach_input else x, sigmas[i])
+        else:
+            with torch.no_grad():
+                v = prefix(x, sigmas[i])
+        states.append(euler_step(x, v, sigmas[i], sigmas[i + 1]))
+    return states
 
 
-def velocity_field(
-    transformer: Callable,
-    cond: Conditioning,
-    guidance_scale: float,
-    gradient: str = "full",
-    together: bool = False,
-) -> Velocity:
-    """The guided velocity v_neg + g (v_text - v_neg) of a batch (arXiv 2207.12598), and what of it carries gradient.
+def fewer_steps(sigmas: torch.Tensor, window: int, steps: int) -> torch.Tensor:
+    """Return sigmas (N+1,) whose first `window` steps are replaced by `steps` steps. Not exact.
 
-    gradient:
-        "full": both branches. Exact.
-        "text": v_text, g times; v_neg is a constant. Not exact: the gradient g J_text - (g - 1) J_neg loses a part.
-        "none": v_text, once; guidance is a constant that is added. Not exact.
-        "distill": there is no guidance: v_text alone, exact for an adapter taught guidance (docs/methods.md).
-    together: both branches in one batch, where both are run alike.
+    The levels kept are evenly spaced by index. The window itself is unchanged and starts at step
+    `steps`. Raises ValueError unless 1 <= steps <= window.
+    """
+    if not 1 <= steps <= window:
+        expected = f"expected 1 to {window}, the steps before the window"
+        raise ValueError(f"prefix_steps={steps}, {expected}; correct it")
+    kept = torch.linspace(0, window, steps + 1).round().long()
+    return torch.cat([sigmas[kept.to(sigmas.device)], sigmas[window + 1 :]])
+
+
+class RolloutCache:
+    """Window starts (B, C, T, H, W), each used in `reuse` optimizer steps. Exact for reuse 1.
+
+    A step's gradient is that of its own adapter from the cached start on; the start is up to
+    reuse - 1 steps old. The cache is not part of a checkpoint: a resumed run samples anew.
     """
 
-    def whole(x, sigma):
-        return guided_velocity(transformer, x, sigma, cond, guidance_scale, together=together)
+    def __init__(self, reuse: int):
+        if reuse < 1:
+            raise ValueError(f"rollout_reuse={reuse}, expected at least 1; raise it")
+        self.reuse = reuse
+        self.starts: dict[int, tuple[int, torch.Tensor]] = {}  # micro batch -> (rollout, start)
 
-    def text_only(x, sigma):
-        return guided_velocity(transformer, x, sigma, cond, 1.0)
+    def rollout_of(self, step: int, micro: int) -> int:
+        """Return the rollout that batch `micro` of a step uses; batches change in turn."""
+        return (step + micro % self.reuse) // self.reuse
 
-    def one_sided(x, sigma):
-        if not torch.is_grad_enabled():
-            return whole(x, sigma)
-        v_text = text_only(x, sigma)
-        with torch.no_grad():
-            v_neg = guided_velocity(transformer, x, sigma, cond.negative, 1.0)
-        return v_text + (guidance_scale - 1) * ((v_text.detach() if gradient == "none" else v_text) - v_neg)
+    def get(self, step: int, micro: int) -> torch.Tensor | None:
+        """Return the start of this batch's rollout, or None if the rollout is yet to be sampled."""
+        rollout, start = self.starts.get(micro, (None, None))
+        return start if rollout == self.rollout_of(step, micro) else None
 
-    if gradient == "distill":
-        return text_only
-    return whole if gradient == "full" or guidance_scale <= 1 else one_sided
-
-
-class Visited:
-    """A velocity field that keeps the state of its call number `keep` (from 0; None: of none), without gradient."""
-
-    def __init__(self, velocity: Velocity, keep: int | None):
-        self.velocity, self.keep, self.calls = velocity, keep, 0
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        if self.calls == self.keep:
-            self.state = x.detach(), sigma
-        self.calls += 1
-        return self.velocity(x, sigma)
+    def put(self, step: int, micro: int, start: torch.Tensor) -> None:
+        """Keep the start for the next steps of this micro batch, in place of the start before."""
+        if self.reuse > 1:
+            self.starts[micro] = self.rollout_of(step, micro), start
 
 
 def draw_noise(shape_CTHW: tuple[int, int, int, int], seed: int, purpose: str, samples: list[tuple]) -> torch.Tensor:
-    """Unit normal noise (B, C, T, H, W), float32 on the CPU; sample i's comes from (purpose, seed, *samples[i]) alone.
+    """Draw unit normal noise (B, C, T, H, W), float32 on the CPU.
 
-    So a sample's noise is the same on every device, in every batch and on every number of processes.
+    Sample i's noise depends on (purpose, seed, *samples[i]) alone, so it is the same on every
+    device, in every batch and for every number of processes.
     """
     draws = (torch.randn(shape_CTHW, generator=generator(purpose, seed, *key)) for key in samples)
     return torch.stack(list(draws))

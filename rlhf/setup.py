@@ -1,4 +1,4 @@
-"""What a trainer starts from: arguments checked before anything heavy is loaded, prompts, rewards, frozen models."""
+"""Setup of a trainer: arguments checked before anything is loaded; prompts, rewards, models."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -8,15 +8,20 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 
-from rewards import RewardMix, load_reward, probe, reward_name
+from rewards import RewardMix, frames_needed, load_reward, probe, reward_name
 from rlhf.adapter.masters import Masters
+from rlhf.batches import Batches
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.contentv.files import model_sizes
 from rlhf.contentv.loading import TEXT_ENCODERS, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import use_channels_last
+from rlhf.decoding import Decoder
 from rlhf.device import local_device
+from rlhf.evaluate import EvalOptions, HeldOut, MakeVideos
+from rlhf.fields import Guidance, VelocityFields
+from rlhf.host_memory import HostMemory
 from rlhf.layout import Layout
 from rlhf.lora import ATTENTION, add_adapter, lora_config, settings_of
 from rlhf.prompts import as_prompts, load_prompts
@@ -25,13 +30,15 @@ from rlhf.run_folder import prompt_snapshot
 from rlhf.sampling_copy import require_float8
 from rlhf.speed import Speed, UnsupportedOptionError, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
+from rlhf.trackers import Clip
 
-KEEP_THE_BASE = ("gaussian", "orthogonal")  # of peft's names for an adapter's first weights
+IDENTITY_INITS = ("gaussian", "orthogonal")  # values of init_lora_weights that change nothing
+PER_HOST_SETTINGS = ("model", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir", "output_dir")
 
 
 @dataclasses.dataclass
 class Inputs:
-    """The arguments of `RewardGradientTrainer`, of one form each; None for what args name and is yet to be loaded."""
+    """The trainer's arguments in one form; None for what args name and is not loaded yet."""
 
     args: RewardGradientConfig
     pipe: ContentVPipeline | None
@@ -40,7 +47,7 @@ class Inputs:
     eval_prompts: list[str] | None
 
 
-def checked_inputs(
+def check_inputs(
     model: str | Path | ContentVPipeline | None,
     reward_funcs: str | Callable | list[str | Callable] | None,
     args: RewardGradientConfig | None,
@@ -48,7 +55,7 @@ def checked_inputs(
     eval_dataset: Iterable | None,
     peft_config: PeftConfig | None = None,
 ) -> Inputs:
-    """The trainer's arguments in one form. Raises ConfigError, with everything that is wrong at once."""
+    """Return the trainer's arguments in one form. Raises ConfigError with all problems at once."""
     args = args or RewardGradientConfig()
     if problems := [*_wrong_types(model, reward_funcs, args, peft_config), *_adapter_problems(model, peft_config)]:
         raise ConfigError(problems)
@@ -60,11 +67,11 @@ def checked_inputs(
     args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
     train_prompts = None if train_dataset is None else as_prompts(train_dataset, "train_dataset")
     eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset, "eval_dataset")
-    args = dataclasses.replace(args, **settings_of(peft_config))  # those of the adapter that a checkpoint has to have
+    args = dataclasses.replace(args, **settings_of(peft_config))  # as a checkpoint's must be
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
-    handed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
-    told = {name: prompt_snapshot(args, name) for name, prompts in handed.items() if prompts is not None}
-    args = dataclasses.replace(args, **told)
+    passed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
+    snapshots = {name: prompt_snapshot(args, name) for name, prompts in passed.items() if prompts is not None}
+    args = dataclasses.replace(args, **snapshots)
     return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
 
 
@@ -74,16 +81,16 @@ def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
         "args": (args, RewardGradientConfig, "a RewardGradientConfig; rlhf.config"),
         "peft_config": (peft_config, LoraConfig, "a LoraConfig, whose files diffusers reads; peft"),
     }
-    for name, (given, kind, told) in expected.items():
+    for name, (given, kind, source) in expected.items():
         if given is not None and not isinstance(given, kind):
-            yield f"{name}: got a {type(given).__name__}, expected {told} has it"
+            yield f"{name}: got a {type(given).__name__}, expected {source} has it"
     for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         if isinstance(reward, type):
             yield f"reward_funcs: got the class {reward.__name__}, expected an object; pass {reward.__name__}(...)"
 
 
 def _adapter_problems(model, peft_config) -> Iterator[str]:
-    """Of one that is there, and of one that shall be."""
+    """Yield the problems of an adapter that the model has, and of peft_config's."""
     if there := getattr(getattr(model, "transformer", None), "peft_config", None):
         got = f"got a pipeline with an adapter already, {' and '.join(map(repr, there))}, expected none"
         cure = "take it off (pipe.unload_lora_weights()), after pipe.fuse_lora() to begin with what it does"
@@ -96,16 +103,16 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
     if not peft_config.target_modules:
         yield f"peft_config: got no target_modules, expected names of layers; those of the settings are {ATTENTION}"
     if whole := peft_config.modules_to_save:
-        yield f"peft_config: got modules_to_save={whole}, expected none, since LoRA files hold no modules; leave it out"
+        yield f"peft_config: got modules_to_save={whole}, expected none: a run trains LoRA alone; leave it out"
     if peft_config.bias != "none":
         yield f"peft_config: got bias={peft_config.bias!r}, expected 'none', as LoRA files hold no biases; leave it out"
-    if isinstance(start := peft_config.init_lora_weights, str) and start not in KEEP_THE_BASE:
+    if isinstance(start := peft_config.init_lora_weights, str) and start not in IDENTITY_INITS:
         expected = "expected one that leaves the base's weights as they are, for it is what a run is compared with"
-        yield f"peft_config: got init_lora_weights={start!r}, {expected}; leave it out, or use {KEEP_THE_BASE[0]!r}"
+        yield f"peft_config: got init_lora_weights={start!r}, {expected}; leave it out, or use {IDENTITY_INITS[0]!r}"
 
 
 def load_prompt_sets(inputs: Inputs) -> tuple[list[str], list[str]]:
-    """The prompts to train on and those held out, [] for none, as handed over or as args name them."""
+    """Return training and held-out prompts ([] for none), as passed or as args name them."""
     args = inputs.args
     train = inputs.train_prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
     held_out = inputs.eval_prompts
@@ -115,7 +122,7 @@ def load_prompt_sets(inputs: Inputs) -> tuple[list[str], list[str]]:
 
 
 def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientConfig) -> RewardMix:
-    """The leading `count` of the opened rewards, those that train, as args mix them."""
+    """Return the mix of the leading `count` opened rewards, the trained ones."""
     return RewardMix(
         dict(list(opened.items())[:count]),
         args.reward_weights,
@@ -126,22 +133,28 @@ def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientCon
     )
 
 
-def adapt(
+def require_same_run(layout: Layout, prompts: list[str], args: RewardGradientConfig) -> None:
+    """Raise ConfigError on every process if prompts or settings differ between processes."""
+    settings = [value for name, value in vars(args).items() if name not in PER_HOST_SETTINGS]
+    layout.require_same(prompts=prompts, settings=settings)
+
+
+def prepare_model(
     pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, layout: Layout
 ) -> tuple[Masters, dict[str, str]]:
-    """Transformer and VAE on the layout's device, frozen, for evaluation, run as asked; the masters, what was chosen.
+    """Freeze the models, add the adapter, set up execution; return master weights and choices.
 
-    Chosen, by setting, is what a setting left open, such as the attention kernel.
+    Choices are what settings left open, by setting, such as the attention kernel.
     """
     device = layout.device
-    # The module's own `to`: diffusers' warns of formats that have to be kept, of which this VAE has none.
+    # The module's own `to`: diffusers' warns of formats to keep, of which this VAE has none.
     torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
-    if device.type == "cpu":  # faster there
-        use_channels_last(pipe.vae)
+    if device.type == "cpu":
+        use_channels_last(pipe.vae)  # a fifth faster
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed)
     with _reported_as_setting():
-        chosen = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
-    return Masters(pipe.transformer, args.ema_decay), chosen
+        choices = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
+    return Masters(pipe.transformer, args.ema_decay), choices
 
 
 @contextmanager
@@ -154,7 +167,7 @@ def _reported_as_setting() -> Iterator[None]:
 
 
 def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
-    """The model that args name, on the device; on the CPU where its weights shall never be there all at once."""
+    """Load the model that args name, onto the CPU if its weights are to move one by one later."""
     if args.sampling_weights == "float8":
         require_float8(device)  # before the model is loaded
     with _reported_as_setting():
@@ -163,11 +176,67 @@ def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipel
         if args.compile_blocks:
             require_compiler(device)
     one_by_one = args.stream_weights or args.base_bits or args.shard_base
-    return load_pipeline(args.model, dtype=base_dtype(args.dtype), device="cpu" if one_by_one else device)
+    target = "cpu" if one_by_one else device
+    return load_pipeline(args.model, dtype=base_dtype(args.dtype), device=target)
+
+
+def make_fields(pipe: ContentVPipeline, masters: Masters, args: RewardGradientConfig, layout: Layout) -> VelocityFields:
+    """Return the velocity fields of a run."""
+    return VelocityFields(
+        pipe.transformer,
+        masters,
+        Guidance.of(args),
+        checkpoint_steps=args.stepwise_backward,
+        sampling_weights=args.sampling_weights,
+        guidance_group=layout.guidance_group,
+    )
+
+
+def make_decoder(
+    pipe: ContentVPipeline, rewards: RewardMix, args: RewardGradientConfig, device: torch.device
+) -> Decoder:
+    """Return the decoder of the frames that any reward asks for."""
+    return Decoder(
+        pipe.vae,
+        frames=max(frames_needed(reward, args.num_frames) for reward in rewards.rewards.values()),
+        window=args.decode_window,
+        seed=args.seed,
+        chunk=args.decode_chunk,
+        checkpoint=args.decode_checkpoint,
+        caches=HostMemory(device) if args.decode_caches == "host" else None,
+    )
+
+
+def make_batches(prompts: list[str], pipe: ContentVPipeline, args: RewardGradientConfig, layout: Layout) -> Batches:
+    """Return the batches of a run over its training prompts."""
+    return Batches(
+        prompts,
+        latent_shape(pipe, args),
+        layout,
+        seed=args.seed,
+        size=args.per_device_train_batch_size,
+        per_step=args.gradient_accumulation_steps,
+        reuse=args.rollout_reuse,
+        max_steps=args.max_steps,
+    )
+
+
+def make_held_out(
+    make_videos: MakeVideos,
+    judges: dict[str, Callable],
+    prompts: list[str],
+    pipe: ContentVPipeline,
+    args: RewardGradientConfig,
+    layout: Layout,
+    show: Callable[[int, list[Clip]], None],
+) -> HeldOut:
+    """Return the held-out prompts of a run, evaluated by its settings."""
+    shape, fps, folder = latent_shape(pipe, args), pipe.sampling.fps, Path(args.output_dir)
+    return HeldOut(make_videos, judges, prompts, shape, fps, EvalOptions.of(args), folder, layout, show)
 
 
 def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[int, int, int, int]:
-    """(C, T, H, W) of the latents of one video."""
+    """Return (C, T, H, W) of the latents of one video."""
     frames = (args.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     size = (args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor)
     return pipe.transformer.config.in_channels, frames, *size
@@ -176,9 +245,9 @@ def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[in
 def encode_and_release(
     pipe: ContentVPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
 ) -> PromptCache | None:
-    """The prompts' embeddings, on the CPU; None for no prompts, as of a finished run that is resumed.
+    """Return the prompts' embeddings, on the CPU; None for no prompts, as of a finished run.
 
-    release: the text encoders come to the device for this alone, and are on the CPU afterwards.
+    release: whether the text encoders move to the device for this alone, and to the CPU afterwards.
     """
     text, moved = None, TEXT_ENCODERS if release else ()
     if prompts:
@@ -191,7 +260,7 @@ def encode_and_release(
 
 
 def base_dtype(name: str) -> torch.dtype | None:
-    """None, for "auto", leaves the choice to the loader."""
+    """Return the dtype of a setting; None, for "auto", leaves the choice to the loader."""
     return None if name == "auto" else getattr(torch, name)
 
 

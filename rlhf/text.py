@@ -16,7 +16,13 @@ class PromptCache:
     Shape suffixes: N prompts of the run, L text tokens, D width, P pooled width.
     """
 
-    def __init__(self, prompts: list[str], embeds_NLD: torch.Tensor, pooled_NP: torch.Tensor, negative: Conditioning):
+    def __init__(
+        self,
+        prompts: list[str],
+        embeds_NLD: torch.Tensor,
+        pooled_NP: torch.Tensor,
+        negative: Conditioning,
+    ):
         self.row = {prompt: i for i, prompt in enumerate(prompts)}
         self.embeds_NLD, self.pooled_NP, self.negative = embeds_NLD, pooled_NP, negative
 

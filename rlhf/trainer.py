@@ -1,8 +1,9 @@
-"""The training loop: prompts to videos to scores, and the scores' gradient back into the adapter.
+"""The training loop: prompts to videos to scores, and their gradient back into the adapter.
 
-Read `step` and `_reward_gradient` first, an optimizer step and its gradient of one batch; then `rlhf.sampler.rollout`.
+Read `step` and `_reward_gradient` first, then `rlhf.sampler.rollout`.
 
-Shape legend: B batch, C channels, T frames, H height, W width, S samples of a step, R columns that are logged.
+Shape legend: B batch, C channels, T frames, H height, W width, S samples of a step, R logged
+columns.
 """
 
 import dataclasses
@@ -16,65 +17,66 @@ import torch
 from peft import PeftConfig
 from transformers import TrainerCallback
 
-from rewards import RewardError, frames_needed
-from rlhf.batches import Batches
-from rlhf.calibrate import calibrate, is_calibrated
+from rewards import RewardError
+from rlhf import setup
+from rlhf.calibrate import calibrate, restore_calibration
 from rlhf.callbacks import Callbacks
 from rlhf.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.pipeline import ContentVPipeline
-from rlhf.contentv.wan_decoder import decode_video, saturated_share
-from rlhf.decoding import Decoder
+from rlhf.contentv.wan_decoder import saturated_share
+from rlhf.decoding import VideoSampler
 from rlhf.device import generator
 from rlhf.drift import velocity_distance
-from rlhf.evaluate import HeldOut
-from rlhf.failures import Skips, not_finite, require_gradient, require_new
-from rlhf.fields import Fields
+from rlhf.failures import SkippedSteps, non_finite_error, require_gradient, require_new
 from rlhf.layout import Layout
 from rlhf.lora import save_adapter
 from rlhf.losses import reward_loss, score, score_metrics
 from rlhf.method.options import read_options
-from rlhf.methods import gradient_samples, make_plan
+from rlhf.methods import Plan, gradient_samples, make_plan
 from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
-from rlhf.prefix import PrefixBuffer
 from rlhf.report import reported
 from rlhf.restarts import resume_message
 from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run_folder import start_run_folder
-from rlhf.sampler import Velocity, Visited, rollout
-from rlhf.setup import (
-    adapt,
-    checked_inputs,
-    encode_and_release,
-    latent_shape,
-    load_base,
-    load_prompt_sets,
-    mix_rewards,
-    open_rewards,
-)
+from rlhf.sampler import RolloutCache, rollout, sample_euler
 from rlhf.trackers import show, tracked
 from rlhf.tracking import Cost, RunLog
 from rlhf.types import Conditioning
-from rlhf.watch import Watch
+from rlhf.watch import Guard, HeldOutMonitor
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchResult:
+    """The outcome of a batch, or of a whole step, whose gradient went to the master weights."""
+
+    columns: dict[str, torch.Tensor]  # (B,) each, by the name that is logged
+    suspect: tuple[torch.Tensor, list[str], dict] | None = None  # as in `non_finite_error`
+    error: RewardError | None = None  # raised by a reward on this process
 
 
 class RewardGradientTrainer:
-    """Trains an adapter on a text-to-video model by back-propagating rewards through its last denoising steps.
+    """Trains a video model's adapter by back-propagating rewards through denoising steps.
 
     Args:
-        model: the generator's name ("nano", a local folder, a hub id; default: args.model), or a `ContentVPipeline`
-            without an adapter, which is trained in place; args.model then only says in config.yaml which it was.
-        reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts, **info) -> scores.
-            Default: args.reward_funcs.
+        model: the generator's name ("nano", a local folder, a hub id; default: args.model), or a
+            `ContentVPipeline` without an adapter, which is trained in place; args.model is then
+            only written to config.yaml.
+        reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts,
+            **info) -> scores. Default: args.reward_funcs.
         args: the settings.
-        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that args name.
-        peft_config: another LoRA than the one that args describe, without dropout.
-        opened_rewards: what `rlhf.setup.open_rewards` returned for these args, not to load the rewards twice.
-        callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop, evaluate and save.
+        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that
+            args name.
+        peft_config: a LoRA in place of the one that args describe, without dropout.
+        opened_rewards: the result of `rlhf.setup.open_rewards` for these args, so that rewards
+            load once.
+        callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop,
+            evaluate and save.
 
-    Raises ConfigError, with all that is wrong at once, or RewardError, before any weight of the model is loaded.
+    Raises ConfigError, with all problems at once, or RewardError, before any weight of the model is
+    loaded.
     """
 
     def __init__(
@@ -88,191 +90,158 @@ class RewardGradientTrainer:
         callbacks: list[TrainerCallback] | None = None,
         opened_rewards: dict[str, Callable] | None = None,
     ):
-        inputs = checked_inputs(model, reward_funcs, args, train_dataset, eval_dataset, peft_config)
+        inputs = setup.check_inputs(model, reward_funcs, args, train_dataset, eval_dataset, peft_config)
         self.args = args = inputs.args
         self.options = read_options(args.method, args.method_kwargs)
         self.accelerator = make_accelerator(args)
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
         self.folder = Path(args.output_dir)
-        train_prompts, self.eval_prompts = load_prompt_sets(inputs)
-        judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
-        self.rewards = mix_rewards(judges, len(inputs.rewards), args)
-        self.owns_pipe = inputs.pipe is None
-        self.pipe = inputs.pipe or load_base(args, self.device)
-        self.masters, self.chosen = adapt(self.pipe, peft_config, args, self.layout)
-        self.fields = Fields(self.pipe.transformer, self.masters, args, self.layout)
+        train_prompts, self.eval_prompts = setup.load_prompt_sets(inputs)
+        setup.require_same_run(self.layout, train_prompts, args)
+        judges = opened_rewards or setup.open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
+        self.rewards = setup.mix_rewards(judges, len(inputs.rewards), args)
+
+        self.pipe = inputs.pipe or setup.load_base(args, self.device)
+        self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout)
+        self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
+        self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
+        self.decode = setup.make_decoder(self.pipe, self.rewards, args, self.device)
         self.optimizer = make_optimizer(self.masters.vector, args)
+        self.skipped = SkippedSteps(args.max_skipped_steps)
         self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
         self.state = self.callbacks.state
-        self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
-        frames = max(frames_needed(reward, args.num_frames) for reward in self.rewards.rewards.values())
-        self.decode, self.prefixes = Decoder(self.pipe.vae, frames, args, self.device), PrefixBuffer(args.rollout_reuse)
-        shape, fps = latent_shape(self.pipe, args), self.pipe.sampling.fps
-        self.batches = Batches(args, self.layout, train_prompts, shape, fps)
-        self.watch = None
+
+        self.rollouts = RolloutCache(args.rollout_reuse)
+        self.batches = setup.make_batches(train_prompts, self.pipe, args, self.layout)
+        self.resumed = self._restore()
+        calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args)
+        self.calibration_prompts = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
+        left = self.batches.from_rollout(self.rollouts.rollout_of(self.resumed["step"], 0))
+        prompts = left + self.eval_prompts + self.calibration_prompts
+        self.text = setup.encode_and_release(self.pipe, prompts, args, self.device, release=inputs.pipe is None)
+
+        self.sample_base, self.sample_tuned = (
+            VideoSampler(field, self.text, self.pipe.vae, self.sigmas, args.decode_chunk)
+            for field in (self.fields.base, self.fields.tuned)
+        )
+        self.monitor = None
         if self.eval_prompts:
-            sample, shown = partial(self._sample, self.fields.tuned), partial(show, self.accelerator)
-            held_out = HeldOut(sample, judges, self.eval_prompts, shape, args, self.layout, fps, shown)
-            self.watch = Watch(held_out, self.rewards.weights, self.pipe, self.masters, self.callbacks.tell)
-        self.last_batch, self.skips = None, Skips(args.max_skipped_steps)  # video, prompts, info: `not_finite`
-        self.callbacks.tell("on_init_end")
+            shown = partial(show, self.accelerator)
+            held_out = setup.make_held_out(
+                self.sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout, shown
+            )
+            weights, notify = self.rewards.weights, self.callbacks.notify
+            self.monitor = HeldOutMonitor(
+                held_out, weights, self.pipe, self.masters, notify, Guard.of(args), args.resume_from_checkpoint
+            )
+        self.callbacks.notify("on_init_end")
 
-    # ---------------------------------------------------------------------------------------------- the run
-
-    def train(self) -> dict:
-        """The whole run: evaluate the base, train, evaluate the tuned model. Returns the content of summary.json. Once.
-
-        Raises TrainingInterrupted after a signal, TrainingError or RewardError where training cannot go on; then
-        checkpoints/ holds the last good step.
-        """
-        require_new(self.optimizer)
-        with reported(self.folder, self.accelerator.is_main_process):
-            summary = self._train()
-        self.callbacks.tell("on_train_end")
-        return summary
-
-    def _train(self) -> dict:
-        started = time.perf_counter()
-        first, saved = self._begin()
-        with tracked(self.accelerator, self.args):
-            self.callbacks.tell("on_train_begin")
-            if self.watch:
-                self.watch.begin(partial(self._sample, self.fields.base), first, saved.get("guard"))
-            done = self._train_steps(first)
-            self._save(done)
-            with self.masters.averaged():
-                if self.args.load_best_model_at_end:
-                    self.watch.load_best(done)
-                if self.accelerator.is_main_process:
-                    save_adapter(self.pipe, self.masters, self.folder / "adapter")
-                if self.watch:
-                    return self.watch.finish(done, started)
-        self.accelerator.print(f"Nothing was evaluated. The adapter: {self.folder / 'adapter'}")
-        return {"seconds": time.perf_counter() - started, "steps": done}
-
-    def _begin(self) -> tuple[int, dict]:
-        """Prepare the folder, restore a checkpoint, encode the prompts, calibrate. The first step, and its state."""
-        args, accelerator = self.args, self.accelerator
-        which, quiet = args.resume_from_checkpoint, not accelerator.is_main_process
-        resumed = which and find_checkpoint(which, self.folder, quiet)
-        accelerator.wait_for_everyone()  # all have checked the folder before the first one writes there
-        if accelerator.is_main_process:
-            start_run_folder(args, self.batches.prompts, self.eval_prompts)
-        saved = load_checkpoint(resumed, self.masters, self.optimizer) if resumed else {"step": 0}
-        if resumed:
-            accelerator.print(resume_message(resumed, saved, args))
-        self.fields.refresh()
-        self.state.global_step = first = saved["step"]
-        self.batches.go_on_from(first, saved)
-        calibrated = resumed and is_calibrated(self.rewards, args)
-        sampled = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
-        prompts = self.batches.from_step(self.prefixes.rollout_of(first, 0)) + self.eval_prompts + sampled
-        self.text = encode_and_release(self.pipe, prompts, args, self.device, self.owns_pipe)
-        if args.calibrate_rewards:
-            sample, shape = partial(self._sample, self.fields.base), self.batches.noise_shape
-            calibrate(self.rewards, sample, sampled, shape, args, self.layout, self.batches.info(0))
-        return first, saved
-
-    def _train_steps(self, first: int) -> int:
-        """The loop over optimizer steps; returns how many are done, counted from the start of the first run."""
-        args, log, done = self.args, RunLog(self.accelerator, self.args, first), first
-        with StopRequest() as stop, log:
-            for name, choice in self.chosen.items():
-                log.say(f"{name}: {choice}")
-            for done in range(first + 1, args.max_steps + 1):
-                self.callbacks.step_begins()
-                metrics = None
-                try:
-                    metrics = self.step(done - 1)
-                    self.callbacks.step_ends(done, metrics["epoch"])
-                    metrics |= self.watch.look(done, self.callbacks.asked("evaluate")) if self.watch else {}
-                except Exception:  # together=False: the others may have failed elsewhere, or not at all
-                    self._save(done if metrics else done - 1, together=False)
-                    raise
-                log.step(metrics)
-                self.callbacks.logged(metrics)
-                stopping = any_process(self.accelerator, stop.requested)
-                if stopping or self.callbacks.asked("save") or due(done, args.save_steps):
-                    saved = self._save(done)
-                if stopping:
-                    raise TrainingInterrupted(saved)
-                if stopped := self.watch and self.watch.stop:
-                    log.say(stopped)
-                if stopped or self.callbacks.asked("training_stop"):
-                    break
-        return done
-
-    # --------------------------------------------------------------------------------------------- one step
+    # ------------------------------------------------------------------------------------ one step
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimizer step on `samples_per_step` videos; returns its metrics. step counts from 0."""
-        cost, args = Cost(self.device), self.args
-        self.failure = self.last_batch = None
-        self.plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
-        gradient = self._anchor_gradient if due(step + 1, args.anchor_steps) else self._reward_gradient
-        columns = [gradient(step, micro) for micro in range(args.gradient_accumulation_steps)]
-        local_SR = torch.cat([torch.stack([*of_batch.values()], 1) for of_batch in columns])
-        scores_SR = self.accelerator.gather(local_SR).cpu()
-        self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
-        norm = self.masters.vector.grad.norm().item()
-        place = {"step": step + 1, "epoch": self.batches.samples_before(step + 1) / len(self.batches.prompts)}
-        if error := not_finite(scores_SR, norm, self.failure, self.rewards, self.last_batch, self.accelerator):
+        """Take optimizer step `step`, from 0, on `samples_per_step` videos; return its metrics."""
+        cost, args, masters = Cost(self.device), self.args, self.masters
+        plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
+        is_anchor = due(step + 1, args.anchor_steps)
+        gradient = self._anchor_gradient if is_anchor else self._reward_gradient
+        result = self._accumulate(gradient, step, plan)
+
+        scores_SR = self.accelerator.gather(torch.stack([*result.columns.values()], 1)).cpu()
+        masters.vector.grad = self.accelerator.reduce(masters.vector.grad, "sum")
+        norm = masters.vector.grad.norm().item()
+        samples = self.batches.samples_before(step + 1)
+        progress = {"step": step + 1, "epoch": samples / len(self.batches.prompts)}
+        if error := non_finite_error(scores_SR, norm, result.error, self.rewards, result.suspect, self.accelerator):
             self.optimizer.zero_grad(set_to_none=False)
-            return place | self.skips.add(error) | cost.elapsed()
-        self.skips.in_a_row = 0
-        require_gradient(norm, self.state.global_step, self.rewards, columns[0])
-        clip_gradient(self.masters.vector.grad, norm, args.max_grad_norm)
+            return progress | self.skipped.add(error) | cost.elapsed()
+        self.skipped.in_a_row = 0
+        require_gradient(norm, self.state.global_step, self.rewards, result.columns)
+
+        clip_gradient(masters.vector.grad, norm, args.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        self.masters.write()
-        self.masters.update_average(step)
+        masters.write()
+        masters.update_average(step)
         self.fields.refresh()
-        self.last_batch = None  # a long video is large
         return {
-            **place,
-            **score_metrics(list(columns[0]), scores_SR),
+            **progress,
+            **score_metrics(list(result.columns), scores_SR),
             "grad_norm": norm,
             "learning_rate": learning_rate(step, args),
             **cost.elapsed(),
-            "samples": self.batches.samples_before(step + 1),
+            "samples": samples,
         }
 
-    def _reward_gradient(self, step: int, micro: int) -> dict[str, torch.Tensor]:
-        """One batch, forward and back: its gradient goes to the masters. Its loss, reward and scores, (B,) each."""
-        args, plan = self.args, self.plan
-        batch = self.batches.batch(self.prefixes.rollout_of(step, micro), micro)
+    def _accumulate(self, gradient: Callable[[int, int, Plan], BatchResult], step: int, plan: Plan) -> BatchResult:
+        """Accumulate the gradients of a step's batches; their columns are concatenated.
+
+        The suspect is that of the batch after which the gradient is no longer finite, else of the
+        last.
+        """
+        columns, suspect, error = [], None, None
+        for micro in range(self.args.gradient_accumulation_steps):
+            if self._gradient_is_finite():
+                suspect = None  # at once, for a long video is large
+            batch = gradient(step, micro, plan)
+            columns.append(batch.columns)
+            suspect, error = suspect or batch.suspect, batch.error or error
+            del batch
+        joined = {name: torch.cat([of[name] for of in columns]) for name in columns[0]}
+        return BatchResult(joined, suspect, error)
+
+    def _reward_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
+        """Sample, score and back-propagate one batch: the loss is -R(x_N) + weight * drift."""
+        args, info = self.args, self.reward_info(step)
+        batch = self.batches.batch(self.rollouts.rollout_of(step, micro), micro)
         cond = self.text(batch.prompts, self.device)
-        velocity, losses, logged = Visited(self.fields.rolled_out(cond, plan), plan.drift_step), [], None
-        for sample in gradient_samples(velocity, batch.noise, plan, partial(self.prefixes.start, step, micro)):
+        prefix, window = self.fields.prefix(cond, plan), self.fields.window(cond)
+
+        start = self.rollouts.get(step, micro)
+        noise = batch.noise("train")
+        states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
+        self.rollouts.put(step, micro, states[plan.window_start])
+        x0 = states[-1]
+        drift_state = states[plan.drift_step].detach() if args.drift_weight else None
+        del states  # large, those of a long video
+
+        losses, logged, suspect, error = [], None, None, None
+        for sample in gradient_samples(window, x0, batch.noise, plan):
             video = self.decode(self.layout.agreed(sample.latents), step)
-            # Unless a batch before has broken the gradient, and is the one to look at.
-            if self.last_batch is None or self.masters.vector.grad.sum().isfinite():
-                self.last_batch = video.detach(), batch.prompts, self.batches.info(step)
-            scores_B, raw = self._score(video, batch.prompts, self.batches.info(step), sample.penalty)
+            if suspect is None or self._gradient_is_finite():
+                suspect = video.detach(), batch.prompts, info
+            try:
+                scores_B, raw = self._score(video, batch.prompts, info, sample.penalty)
+            except RewardError as raised:  # `step` tells every process, then all of them stop
+                error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
+                raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())
             loss = reward_loss(scores_B)
             self._back_propagate(loss / plan.num_samples)
             losses.append(loss.detach())
-            scores = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
-            logged = logged or scores | {"saturated": saturated_share(video)}  # of the first sample
+            if logged is None:  # the first sample
+                logged = {"reward": scores_B.detach()}
+                logged |= {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
+                logged["saturated"] = saturated_share(video)
         loss_B = torch.stack(losses).mean().expand(len(batch.prompts))
-        if not args.drift_weight:
-            return {"loss": loss_B} | logged
-        drift_B = self._drift_gradient(cond, *velocity.state, args.drift_weight)
-        return {"loss": loss_B + args.drift_weight * drift_B} | logged | {"drift": drift_B}
+        if args.drift_weight:
+            drift_B = self._drift_gradient(cond, drift_state, plan, args.drift_weight)
+            loss_B, logged["drift"] = loss_B + args.drift_weight * drift_B, drift_B
+        return BatchResult({"loss": loss_B} | logged, suspect, error)
 
-    def _anchor_gradient(self, step: int, micro: int) -> dict[str, torch.Tensor]:
-        """As `_reward_gradient`, without a reward: the drift at a state of the base's own rollout."""
-        batch, sigmas, i = self.batches.batch(step, micro), self.plan.sigmas, self.plan.drift_step
+    def _anchor_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
+        """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""
+        batch = self.batches.batch(step, micro)
         cond = self.text(batch.prompts, self.device)
-        state = rollout(self.fields.base(cond), batch.noise("train"), sigmas[: i + 1], [])
-        drift_B = self._drift_gradient(cond, state, sigmas[i], 1.0)
-        return {"loss": drift_B, "drift": drift_B}
+        sigmas = plan.sigmas[: plan.drift_step + 1]
+        x_BCTHW = sample_euler(self.fields.base(cond), batch.noise("train"), sigmas)[-1]
+        drift_B = self._drift_gradient(cond, x_BCTHW, plan, 1.0)
+        return BatchResult({"loss": drift_B, "drift": drift_B})
 
-    def _drift_gradient(self, cond: Conditioning, x_BCTHW: torch.Tensor, sigma: torch.Tensor, weight: float):
-        """The drift at a state (B,); its gradient, times the weight, goes to the masters."""
-        tuned, base = self.fields.tuned(cond), self.fields.base(cond)
-        drift_B = self.plan.drift_total * velocity_distance(tuned, base, x_BCTHW, sigma)
+    def _drift_gradient(self, cond: Conditioning, x_BCTHW: torch.Tensor, plan: Plan, weight: float) -> torch.Tensor:
+        """Back-propagate the weighted drift at the plan's step; return the drift (B,)."""
+        tuned, base = self.fields.window(cond), self.fields.base(cond)
+        distance_B = velocity_distance(tuned, base, x_BCTHW, plan.sigmas[plan.drift_step])
+        drift_B = plan.drift_total * distance_B
         self._back_propagate(weight * drift_B.mean())
         return drift_B.detach()
 
@@ -280,31 +249,121 @@ class RewardGradientTrainer:
         (loss / (self.args.gradient_accumulation_steps * self.layout.num_processes)).backward()
         self.masters.collect_grad()
 
+    def _gradient_is_finite(self) -> bool:
+        return bool(self.masters.vector.grad.sum().isfinite())
+
     def _score(self, video: torch.Tensor, prompts: list[str], info: dict, penalty: bool):
         words, strength = self.options.relative_words, self.options.relative_strength
-        try:
-            return score(self.rewards, video, prompts, info, words, strength, penalty)
-        except RewardError as error:  # every process hears of it in `step`, then all of them stop
-            self.failure = error
-            broken_B = video.mean((1, 2, 3, 4)) * math.nan
-            return broken_B, dict.fromkeys(self.rewards.rewards, broken_B.detach())
+        return score(self.rewards, video, prompts, info, words, strength, penalty)
 
-    # ------------------------------------------------------------------------------- looking at it and saving
+    def reward_info(self, step: int) -> dict:
+        """Return what rewards are told in a step besides videos and prompts."""
+        return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
 
-    @torch.no_grad()
-    def _sample(self, field: Callable[[Conditioning], Velocity], prompts: list[str], noise: torch.Tensor):
-        """Whole videos (B, 3, T, H, W) in [0, 1], without gradient."""
-        latents = rollout(field(self.text(prompts, self.device)), noise.to(self.device), self.sigmas, [])
-        return decode_video(self.pipe.vae, latents, chunk=self.args.decode_chunk)
+    # ------------------------------------------------------------------------------------- the run
+
+    def train(self) -> dict:
+        """Evaluate the base, train, evaluate again; return the content of summary.json. Once.
+
+        Raises TrainingInterrupted after a signal, TrainingError or RewardError if training cannot
+        go on. checkpoints/ then holds the last good step.
+        """
+        require_new(trained=self.state.global_step > self.resumed["step"])
+        with reported(self.folder, self.accelerator.is_main_process):
+            summary = self._train()
+        self.callbacks.notify("on_train_end")
+        return summary
+
+    def _train(self) -> dict:
+        started, first = time.perf_counter(), self.resumed["step"]
+        self._begin()
+        with tracked(self.accelerator, self.args):
+            self.callbacks.notify("on_train_begin")
+            if self.monitor:
+                self.monitor.begin(self.sample_base, first, self.resumed.get("guard"))
+            done = self._train_steps(first)
+            self._save(done)
+            with self.masters.averaged():
+                if self.args.load_best_model_at_end:
+                    self.monitor.load_best(done)
+                if self.accelerator.is_main_process:
+                    save_adapter(self.pipe, self.masters, self.folder / "adapter")
+                if self.monitor:
+                    return self.monitor.finish(done, started)
+        self.accelerator.print(f"Nothing was evaluated. The adapter: {self.folder / 'adapter'}")
+        return {"seconds": time.perf_counter() - started, "steps": done}
+
+    def _begin(self) -> None:
+        """Start the run's folder; calibrate the rewards on videos of the base if need be."""
+        args, prompts = self.args, self.calibration_prompts
+        self.accelerator.wait_for_everyone()  # all have read the folder before it changes
+        if self.accelerator.is_main_process:
+            start_run_folder(args, self.batches.prompts, self.eval_prompts)
+        if prompts:
+            shape, info = self.batches.noise_shape, self.reward_info(0)
+            calibrate(self.rewards, self.sample_base, prompts, shape, args, self.layout, info)
+
+    def _train_steps(self, first: int) -> int:
+        """Take the optimizer steps from `first` on; return how many the run has then taken."""
+        args, log, done = self.args, RunLog(self.accelerator, self.args, first), first
+        with StopRequest() as stop, log:
+            for name, choice in self.choices.items():
+                log.say(f"{name}: {choice}")
+            for done in range(first + 1, args.max_steps + 1):
+                self.callbacks.step_begins()
+                metrics = None
+                try:
+                    metrics = self.step(done - 1)
+                    self.callbacks.step_ends(done, metrics["epoch"])
+                    metrics |= self._look(done)
+                except Exception:  # not together: other processes may have failed elsewhere
+                    self._save(done if metrics else done - 1, together=False)
+                    raise
+                log.step(metrics)
+                self.callbacks.logged(metrics)
+                stopping = any_process(self.accelerator, stop.requested)
+                if stopping or self.callbacks.requested("save") or due(done, args.save_steps):
+                    saved = self._save(done)
+                if stopping:
+                    raise TrainingInterrupted(saved)
+                if stopped := self.monitor and self.monitor.stop:
+                    log.say(stopped)
+                if stopped or self.callbacks.requested("training_stop"):
+                    break
+        return done
+
+    def _look(self, done: int) -> dict[str, float]:
+        """Evaluate or sample if it is due after `done` steps; return the metrics."""
+        if not self.monitor:
+            return {}
+        args = self.args
+        evaluate = self.callbacks.requested("evaluate") or due(done, args.eval_steps)
+        sample = due(done, args.sample_steps) and done < args.max_steps
+        return self.monitor.look(done, evaluate, sample)
+
+    # --------------------------------------------------------------------------- restore and save
+
+    def _restore(self) -> dict:
+        """Restore what the checkpoint to resume holds; return its state."""
+        which = self.args.resume_from_checkpoint
+        if not which:
+            return {"step": 0}
+        path = find_checkpoint(which, self.folder, quiet=not self.accelerator.is_main_process)
+        saved = load_checkpoint(path, self.masters, self.optimizer)
+        self.accelerator.print(resume_message(path, saved, self.args))
+        self.fields.refresh()
+        self.batches.restore(saved["step"], saved)
+        self.state.global_step = saved["step"]
+        return saved
 
     def _save(self, done: int, together: bool = True) -> Path:
-        """Checkpoint after `done` steps. together: all processes are here, and wait until it is written."""
+        """Save a checkpoint after `done` steps; together: all processes call it and wait for it."""
         folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             state = {"settings": dataclasses.asdict(self.args)} | self.batches.state(done)
-            state |= {"guard": self.watch.saved()} if self.watch else {}
+            state |= {"guard": self.monitor.saved()} if self.monitor else {}
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)
         if together:
             self.accelerator.wait_for_everyone()
-            self.callbacks.tell("on_save")
+            self.callbacks.notify("on_save")
         return folder / f"step-{done}"

@@ -1,4 +1,4 @@
-"""A run looked at while it trains: held-out evaluations, the gains of its judges, the best adapter so far."""
+"""Held-out evaluation during training: gains, reward hacking, early stopping, best adapter."""
 
 import dataclasses
 import shutil
@@ -7,82 +7,139 @@ from pathlib import Path
 
 import torch
 
+from rewards.mix import has_spread
 from rlhf.adapter.masters import Masters
-from rlhf.callbacks import Tell
+from rlhf.callbacks import Notify
 from rlhf.checkpoint import load_vector, save_vector
+from rlhf.config import RewardGradientConfig
 from rlhf.evaluate import Evaluation, HeldOut, MakeVideos
 from rlhf.evaluation.statistics import summarize
 from rlhf.failures import TrainingError
-from rlhf.guards import Guard, gains
 from rlhf.lora import save_adapter
-from rlhf.optimizer import due
 from rlhf.report.summary import write_results
 from rlhf.run_folder import BEST
 
 MASTERS_FILE = "masters.safetensors"
-KEPT = ("best_gain", "best_step", "worse")  # of a guard, in a checkpoint
+GUARD_STATE = ("best_gain", "best_step", "worse")  # of a guard, in a checkpoint
 
 
-class Watch:
-    """The held-out prompts of a run, its guard and its results.
+def gain(name: str, base: Evaluation, tuned: Evaluation) -> float | None:
+    """Return how far a judge's mean rose, in standard deviations of the base's scores over prompts.
 
-    trained: the weight of each reward that is trained on. tell: hears of every evaluation. All of it sees the averaged
-    adapter where there is one.
+    None if these scores differ by no more than the rounding of float32.
+    """
+    before = base.scores[name].double()
+    if not has_spread(before):
+        return None
+    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item()
+
+
+def gains(base: Evaluation, tuned: Evaluation, trained: dict[str, float], held_out: list[str]) -> dict[str, float]:
+    """Return gain_trained, gain_held_out and their difference hacking_gap, as far as defined.
+
+    Args:
+        trained: the weight of each reward that is trained on, for their weighted mean.
+        held_out: the other judges, for their mean.
+    """
+    pairs = [(weight, gain(name, base, tuned)) for name, weight in trained.items() if weight]
+    pairs = [(weight, value) for weight, value in pairs if value is not None]
+    others = [value for name in held_out if (value := gain(name, base, tuned)) is not None]
+    found = {}
+    if pairs:
+        found["gain_trained"] = sum(w * value for w, value in pairs) / sum(abs(w) for w, _ in pairs)
+    if others:
+        found["gain_held_out"] = sum(others) / len(others)
+    if len(found) == 2:
+        found["hacking_gap"] = found["gain_trained"] - found["gain_held_out"]
+    return found
+
+
+@dataclasses.dataclass
+class Guard:
+    """Early stopping by the held-out gain; the base, with gain 0, counts as evaluated first."""
+
+    patience: int  # evaluations without a better gain after which the run stops; 0: never
+    needs_gain: bool = False  # whether the run stops, or chooses its result, by the gain
+    best_gain: float = 0.0
+    best_step: int = 0
+    worse: int = 0  # evaluations since the best
+
+    @classmethod
+    def of(cls, args: RewardGradientConfig) -> "Guard | None":
+        """Return the guard of a run, or None without held-out rewards or evaluations on the way."""
+        if not (args.eval_steps and args.eval_reward_funcs):
+            return None
+        patience = args.early_stopping_patience
+        return cls(patience, bool(patience or args.load_best_model_at_end))
+
+    def update(self, step: int, found: dict[str, float]) -> bool:
+        """Take in the gains after a step; return whether the held-out gain is the best so far."""
+        better = found.get("gain_held_out", 0.0) > self.best_gain
+        if better:
+            self.best_gain, self.best_step = found["gain_held_out"], step
+        self.worse = 0 if better else self.worse + 1
+        return better
+
+    @property
+    def stop(self) -> bool:
+        """Whether the held-out gain has not risen for `patience` evaluations."""
+        return self.patience > 0 and self.worse >= self.patience
+
+
+class HeldOutMonitor:
+    """A run's held-out evaluations, guard and results, of the averaged adapter if there is one.
+
+    Args:
+        trained: the weight of each reward that is trained on.
+        notify: receives every evaluation as the event on_evaluate.
+        guard: None for a run without one.
+        resume_from: the setting resume_from_checkpoint.
     """
 
-    def __init__(self, held_out: HeldOut, trained: dict[str, float], pipe, masters: Masters, tell: Tell):
-        self.held_out, self.trained, self.pipe, self.masters, self.tell = held_out, trained, pipe, masters, tell
-        self.args, self.folder = held_out.args, held_out.folder
-        self.guard = Guard.of(self.args)
+    def __init__(
+        self,
+        held_out: HeldOut,
+        trained: dict[str, float],
+        pipe,
+        masters: Masters,
+        notify: Notify,
+        guard: Guard | None = None,
+        resume_from: str | None = None,
+    ):
+        self.held_out, self.trained, self.pipe, self.masters, self.notify = held_out, trained, pipe, masters, notify
+        self.guard, self.resume_from, self.folder = guard, resume_from, held_out.folder
         self.is_main = held_out.layout.is_main_process
-        self.latest: tuple[int, Evaluation] | None = None  # of the current adapter after so many steps
+        self.latest: tuple[int, Evaluation] | None = None  # steps taken, and the evaluation then
 
     def begin(self, make_base_videos: MakeVideos, first: int, saved: dict | None) -> None:
-        """Evaluate the base, or read its evaluation again for a run that goes on from step `first`, as `saved` then."""
-        self.base = self.held_out.base(bool(self.args.resume_from_checkpoint), make_base_videos)
-        self._metrics(self.base)
+        """Evaluate the base, or read its evaluation in a run resumed at step `first`."""
+        self.base = self.held_out.base(bool(self.resume_from), make_base_videos)
+        self._log(self.base)
+        if self.guard is None:
+            return
         self._require_gain()
-        if self.guard and saved and saved.get("told_in", self._told_in) == self._told_in:
-            self.guard = dataclasses.replace(self.guard, **{name: saved[name] for name in KEPT})
-            self._bring_best()
-        elif self.guard:
-            with self.masters.averaged():
-                if first:  # of a run that had no guard until now, or another: what it has learnt is not the base
-                    self._measure_first(first)
-                self._keep_best()
-
-    def look(self, done: int, asked: bool) -> dict[str, float]:
-        """After `done` steps: evaluate if it is time or asked for, else sample if it is time. What was found."""
-        args = self.args
+        if saved and saved.get("told_in", self._gain_key) == self._gain_key:
+            self.guard = dataclasses.replace(self.guard, **{name: saved[name] for name in GUARD_STATE})
+            self._copy_best()
+            return
         with self.masters.averaged():
-            if asked or due(done, args.eval_steps):
-                evaluation = self.held_out.evaluate(f"step {done}", done)
-                self.latest = done, evaluation
-                found = self._gains(evaluation)
-                if self.guard and self.guard.is_best(done, found):
-                    self._keep_best()
-                return self._metrics(evaluation, found)
-            if due(done, args.sample_steps) and done < args.max_steps:
+            if first:  # resumed without a comparable guard: the adapter so far is not the base
+                evaluation, found = self._evaluate(f"step {first}", first)
+                self.guard.best_step, self.guard.best_gain = first, found.get("gain_held_out", 0.0)
+                self._log(evaluation, found)
+            self._save_best()
+
+    def look(self, done: int, evaluate: bool, sample: bool) -> dict[str, float]:
+        """Evaluate after `done` steps and return the metrics, else write samples, if due."""
+        with self.masters.averaged():
+            if evaluate:
+                evaluation, found = self._evaluate(f"step {done}", done)
+                if self.guard and self.guard.update(done, found):
+                    self._save_best()
+                return self._log(evaluation, found)
+            if sample:
                 self.held_out.sample(done)
             return {}
-
-    def _require_gain(self) -> None:
-        """Raise TrainingError if the run shall go by held-out gains and none can be told, before it stops for that."""
-        if not (self.args.early_stopping_patience or self.args.load_best_model_at_end):
-            return
-        if "gain_held_out" not in self._gains(self.base):
-            raise TrainingError(
-                f"Each held-out reward scores all {len(self.base.prompts)} held-out prompts of the base alike, so that "
-                "there is no spread to tell a gain in, and nothing to stop or to choose the best adapter by. Evaluate "
-                "more prompts, add another of eval_reward_funcs, or leave early_stopping_patience and "
-                "load_best_model_at_end out."
-            )
-
-    def _measure_first(self, first: int) -> None:
-        evaluation = self.held_out.evaluate(f"step {first}", first)
-        self.latest, found = (first, evaluation), self._gains(evaluation)
-        self.guard.best_step, self.guard.best_gain = first, found.get("gain_held_out", 0.0)
-        self._metrics(evaluation, found)
 
     @property
     def stop(self) -> str | None:
@@ -90,36 +147,32 @@ class Watch:
         guard = self.guard
         if guard is None or not guard.stop:
             return None
-        told = f"the best was step {self._told_best}, kept in {self._best}"
-        return f"The held-out rewards did not rise in {guard.worse} evaluations; {told}."
-
-    @property
-    def _told_best(self) -> str:
-        return f"{self.guard.best_step}, {self.guard.best_gain:+.2f} spreads above the base"
+        best = f"the best was step {self._best_summary}, kept in {self._best_folder}"
+        return f"The held-out rewards did not rise in {guard.worse} evaluations; {best}."
 
     def saved(self) -> dict | None:
-        """What `begin` takes when the run goes on."""
+        """Return the guard's state for `begin` of a resumed run."""
         if self.guard is None:
             return None
-        return {name: getattr(self.guard, name) for name in KEPT} | {"told_in": self._told_in}
+        return {name: getattr(self.guard, name) for name in GUARD_STATE} | {"told_in": self._gain_key}
 
     def load_best(self, done: int) -> None:
-        """Make the best adapter so far the current one, on every process; done: steps of the one that is it now."""
+        """Make the best adapter the current one on all processes, after `done` steps."""
         self.held_out.layout.wait_for_everyone()
         vector = torch.empty_like(self.masters.vector, requires_grad=False)
-        load_vector(self._best / MASTERS_FILE, self.masters, vector)
+        load_vector(self._best_folder / MASTERS_FILE, self.masters, vector)
         self.masters.set(vector)
         if done != self.guard.best_step:
             self.latest = None
         if self.is_main:
-            print(f"The result is the adapter of step {self._told_best}.")
+            print(f"The result is the adapter of step {self._best_summary}.")
 
     def finish(self, done: int, started: float) -> dict:
-        """Evaluate the current adapter as the run's result and write what a person looks at. The summary."""
+        """Evaluate the current adapter as the result, write the results and return the summary."""
         known = self.latest is not None and self.latest[0] == done
         tuned = self.latest[1] if known else self.held_out.evaluate("tuned", done)
         found, seconds = self._gains(tuned), time.perf_counter() - started
-        self._metrics(tuned, found)
+        self._log(tuned, found)
         summary = summarize(self.base, tuned, list(self.trained), seconds, done) | found
         if self.guard:
             summary["best"] = {"step": self.guard.best_step, "gain_held_out": self.guard.best_gain}
@@ -128,37 +181,54 @@ class Watch:
             write_results(self.folder, summary, tuned.prompts, self.base.videos_NCTHW, tuned.videos_NCTHW)
         return summary
 
-    def _metrics(self, evaluation: Evaluation, found: dict[str, float] | None = None) -> dict[str, float]:
-        """An evaluation and its gains as they are logged; listeners hear of them."""
+    def _evaluate(self, name: str, done: int) -> tuple[Evaluation, dict[str, float]]:
+        evaluation = self.held_out.evaluate(name, done)
+        self.latest = done, evaluation
+        return evaluation, self._gains(evaluation)
+
+    def _require_gain(self) -> None:
+        """Raise TrainingError if the run depends on held-out gains and none can be computed."""
+        if self.guard.needs_gain and "gain_held_out" not in self._gains(self.base):
+            raise TrainingError(
+                f"Each held-out reward scores all {len(self.base.prompts)} held-out prompts of the base alike, so that "
+                "there is no spread to tell a gain in, and nothing to stop or to choose the best adapter by. Evaluate "
+                "more prompts, add another of eval_reward_funcs, or leave early_stopping_patience and "
+                "load_best_model_at_end out."
+            )
+
+    def _log(self, evaluation: Evaluation, found: dict[str, float] | None = None) -> dict[str, float]:
+        """Return the metrics of an evaluation and its gains; callbacks receive them too."""
         metrics = {f"eval/{name}": value for name, value in (evaluation.means() | (found or {})).items()}
-        self.tell("on_evaluate", metrics=dict(metrics))
+        self.notify("on_evaluate", metrics=dict(metrics))
         return metrics
 
-    def _gains(self, evaluation) -> dict[str, float]:
-        return gains(self.base, evaluation, self.trained, self._others)
+    def _gains(self, evaluation: Evaluation) -> dict[str, float]:
+        return gains(self.base, evaluation, self.trained, self._held_out_judges)
 
     @property
-    def _others(self) -> list[str]:
-        """The judges that are not trained on."""
+    def _held_out_judges(self) -> list[str]:
         return [name for name in self.held_out.judges if name not in self.trained]
 
     @property
-    def _told_in(self) -> list:
-        """What a held-out gain is told in: gains of other prompts, settings or judges do not compare with it."""
-        return [self.base.prompts, self.base.settings, self._others]
+    def _gain_key(self) -> list:
+        """Prompts, settings and judges: only gains with an equal key compare."""
+        return [self.base.prompts, self.base.settings, self._held_out_judges]
 
     @property
-    def _best(self) -> Path:
+    def _best_summary(self) -> str:
+        return f"{self.guard.best_step}, {self.guard.best_gain:+.2f} spreads above the base"
+
+    @property
+    def _best_folder(self) -> Path:
         return self.folder / BEST
 
-    def _bring_best(self) -> None:
-        """Copy the best adapter of the run that is gone on from, where this one has another folder."""
-        which = self.args.resume_from_checkpoint
-        theirs = Path(which).resolve().parent.parent / BEST
-        if self.is_main and which != "latest" and theirs.is_dir() and not self._best.exists():
-            shutil.copytree(theirs, self._best)
+    def _copy_best(self) -> None:
+        """Copy the best adapter of the run that this one resumes from another folder."""
+        theirs = Path(self.resume_from).resolve().parent.parent / BEST
+        if self.is_main and self.resume_from != "latest" and theirs.is_dir() and not self._best_folder.exists():
+            shutil.copytree(theirs, self._best_folder)
 
-    def _keep_best(self) -> None:
+    def _save_best(self) -> None:
         if self.is_main:
-            save_adapter(self.pipe, self.masters, self._best)
-            save_vector(self._best / MASTERS_FILE, self.masters, self.masters.vector)
+            save_adapter(self.pipe, self.masters, self._best_folder)
+            save_vector(self._best_folder / MASTERS_FILE, self.masters, self.masters.vector)

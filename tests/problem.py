@@ -1,4 +1,4 @@
-"""A small problem in float64 on which gradients are proved as numbers."""
+"""A small problem on which gradients are proved as numbers, in float64 unless asked otherwise."""
 
 import torch
 import torch.nn.functional as F
@@ -7,38 +7,45 @@ from diffusers.models.normalization import RMSNorm
 from tiny import tiny_conditioning, tiny_transformer, tiny_vae
 
 from rlhf.adapter.masters import Masters
+from rlhf.adjoint import CheckpointedTransformer
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
+from rlhf.fields import velocity_field
 from rlhf.grad_steps import choose_grad_steps
 from rlhf.lora import add_adapter, lora_config
-from rlhf.sampler import rollout, velocity_field
+from rlhf.sampler import rollout
 
 STEPS, GUIDANCE = 3, 3.0
 SIGMAS = torch.tensor([1.0, 0.7, 0.4, 0.0], dtype=torch.float64)
 
 
 class Problem:
-    """A tiny model in float64 whose adapter has B != 0, and a smooth reward of the decoded video."""
+    """A tiny model whose adapter has B != 0, and a smooth reward of the decoded video."""
 
-    def __init__(self):
-        self.transformer, self.vae = tiny_transformer().double(), tiny_vae().double()
-        self.vae.decoder.conv_out.weight.mul_(
-            0.3
-        )  # no pixel saturates: there the gradient goes straight through instead
+    def __init__(self, dtype=torch.float64, num_layers=2):
+        self.transformer, self.vae = tiny_transformer(num_layers=num_layers).to(dtype), tiny_vae().to(dtype)
+        self.vae.decoder.conv_out.weight.mul_(0.3)  # no saturated pixel: its gradient goes straight through
         add_adapter(self.transformer, lora_config(RewardGradientConfig(lora_rank=2)), seed=0)
         self.masters = Masters(self.transformer)
         generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():  # B starts as zero, where the gradient of A is zero and proves nothing
-            self.masters.vector += 0.1 * torch.randn(
-                self.masters.vector.shape, generator=generator, dtype=torch.float64
-            )
-        self.masters.write()
-        self.cond = tiny_conditioning(batch=2, dtype=torch.float64)
-        self.noise = torch.randn(2, 16, 2, 4, 4, generator=generator, dtype=torch.float64)
-        self.weight = torch.randn(2, 3, 5, 32, 32, generator=generator, dtype=torch.float64)
 
-    def latents(self, noise, sigmas, grad_steps):
-        return rollout(velocity_field(self.transformer, self.cond, GUIDANCE), noise, sigmas, grad_steps)
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        with torch.no_grad():  # B starts as zero, where the gradient of A is zero and proves nothing
+            self.masters.vector += 0.1 * normal(*self.masters.vector.shape)
+        self.masters.write()
+        self.cond = tiny_conditioning(batch=2, dtype=dtype)
+        self.sigmas = SIGMAS.to(dtype)
+        self.noise, self.weight = normal(2, 16, 2, 4, 4), normal(2, 3, 5, 32, 32)
+
+    @property
+    def checkpointed(self) -> CheckpointedTransformer:
+        return CheckpointedTransformer(self.transformer, self.masters.params)
+
+    def latents(self, noise, sigmas, grad_steps, transformer=None, together=False):
+        velocity = velocity_field(transformer or self.transformer, self.cond, GUIDANCE, together=together)
+        return rollout(velocity, velocity, noise, sigmas, grad_steps)[-1]
 
     def loss(self, latents, **decode):
         return self.loss_of_video(decode_video(self.vae, latents, **decode))
@@ -46,9 +53,10 @@ class Problem:
     def loss_of_video(self, video):
         return -((video * self.weight).mean() * 100 + (video**2).mean())
 
-    def gradient(self, num_grad: int, **decode) -> torch.Tensor:
-        """What the trainer computes: the last num_grad steps of the rollout, decoded, scored, back."""
-        self.loss(self.latents(self.noise, SIGMAS, choose_grad_steps("last", STEPS, num_grad)), **decode).backward()
+    def gradient(self, num_grad: int, transformer=None, together=False, **decode) -> torch.Tensor:
+        """Back-propagate through the last num_grad steps, as the trainer does."""
+        steps = choose_grad_steps("last", STEPS, num_grad)
+        self.loss(self.latents(self.noise, self.sigmas, steps, transformer, together), **decode).backward()
         return self.collect()
 
     def collect(self) -> torch.Tensor:

@@ -155,7 +155,6 @@ def test_advantages_are_relative_to_the_group_or_to_the_batch():
 def policy_trainer(make_args, policy, **changes):
     args = make_args(**changes)
     trainer = PolicyGradientTrainer(policy, args, model=tiny_pipeline(), reward_funcs=redness, train_dataset=PROMPTS)
-    trainer._begin()
     return trainer
 
 
@@ -165,7 +164,7 @@ def test_a_group_is_one_prompt_with_different_noise(make_args):
     assert first.prompts[0] == first.prompts[1] != first.prompts[2] == first.prompts[3]
     assert len({*first.prompts, *second.prompts}) == 4
     assert len(first.noise("train").unique(dim=0)) == 4
-    assert {*first.prompts, *second.prompts} <= {*trainer.batches.from_step(0)}
+    assert {*first.prompts, *second.prompts} <= {*trainer.batches.from_rollout(0)}
     assert isinstance(trainer.batches, GroupedBatches)
     with pytest.raises(ValueError, match="expected a multiple of group_size=3"):
         policy_trainer(make_args, Policy(group_size=3), per_device_train_batch_size=4, overwrite_output_dir=True)
@@ -187,7 +186,7 @@ def test_a_first_update_is_the_plain_policy_gradient(make_args):
         trainer.masters.vector += 0.1 * torch.randn(trainer.masters.vector.shape, generator=generator("B"))
     trainer.masters.write()
     batch = trainer.batches.batch(0, 0)
-    field = trainer.fields.tuned(trainer.text(batch.prompts, trainer.device))
+    field = trainer.fields.window(trainer.text(batch.prompts, trainer.device))
     path = baselines.stochastic_rollout(field, batch.noise, trainer.sigmas, trainer.policy)
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5])
     for i, x in enumerate(path.states[:-2]):

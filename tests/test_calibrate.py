@@ -2,21 +2,21 @@
 
 import dataclasses
 import json
-import types
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PROMPTS, brightness, redness, rows_without_cost
+from runs import train
 from tiny import tiny_pipeline
 
 from rewards import RewardError, RewardMix
-from rlhf.calibrate import CALIBRATION, base_scores, is_calibrated
+from rlhf.calibrate import CALIBRATION, base_scores, restore_calibration
 from rlhf.trainer import RewardGradientTrainer
 
 
-def train(args, rewards):
-    RewardGradientTrainer(tiny_pipeline(), rewards, args, PROMPTS).train()
+def rows(args, rewards):
+    train(args, rewards)
     return rows_without_cost(args)
 
 
@@ -46,9 +46,8 @@ def test_processes_share_the_samples_and_each_gets_its_own_noise():
         return redness(video, prompts) + torch.tensor([float(len(prompt)) for prompt in prompts])
 
     def scores(process, size=2, seed=3):
-        args = types.SimpleNamespace(seed=seed, per_device_eval_batch_size=size)
         mix = RewardMix({"judge": judge})
-        found = base_scores(mix, make_videos, PROMPTS[:5], (4, 2, 3, 3), args, process, {"fps": 8})["judge"]
+        found = base_scores(mix, make_videos, PROMPTS[:5], (4, 2, 3, 3), seed, size, process, {"fps": 8})["judge"]
         assert process.has_summed
         return found
 
@@ -63,7 +62,7 @@ def test_a_run_measures_its_base_and_a_resumed_run_reads_that(make_args, tmp_pat
     rewards = [redness, brightness]
     args = make_args(max_steps=2, save_steps=1, calibrate_rewards=4, reward_weights=[1.0, 0.5])
     args.per_device_train_batch_size = len(PROMPTS)  # each run embeds the same prompts in one go
-    whole = train(args, rewards)
+    whole = rows(args, rewards)
     scores = kept(args)
     assert {name: len(values) for name, values in scores.items()} == {"redness": 4, "brightness": 4}
     for row in whole:
@@ -74,7 +73,7 @@ def test_a_run_measures_its_base_and_a_resumed_run_reads_that(make_args, tmp_pat
     train(parts, rewards)
     monkeypatch.setattr("rlhf.calibrate.base_scores", lambda *_: pytest.fail("measured again"))
     parts = dataclasses.replace(parts, max_steps=2, resume_from_checkpoint="latest")
-    assert train(parts, rewards) == whole
+    assert rows(parts, rewards) == whole
 
 
 @pytest.mark.parametrize("changed", [{"reward_weights": [1.0]}, {"calibrate_rewards": 3}])
@@ -95,8 +94,8 @@ def test_scores_of_videos_made_or_judged_otherwise_are_not_taken_for_the_run_s(m
     args = make_args(max_steps=1, calibrate_rewards=2)
     trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
     trainer.train()
-    assert is_calibrated(trainer.rewards, trainer.args)
-    assert not is_calibrated(trainer.rewards, dataclasses.replace(trainer.args, **changed))
+    assert restore_calibration(trainer.rewards, trainer.args)
+    assert not restore_calibration(trainer.rewards, dataclasses.replace(trainer.args, **changed))
 
 
 def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_args):
@@ -107,9 +106,8 @@ def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_ar
     assert (trainer.rewards.caps, trainer.rewards.targets) == ({"redness": -100.0}, {"brightness": 0.9})
     assert trainer.rewards.balance
     capped = make_args(max_steps=2, reward_caps={"redness": -100.0}, overwrite_output_dir=True)
-    rows = train(capped, redness)
-    assert [row["grad_norm"] for row in rows] == [0.0, 0.0]
-    assert [row["reward"] for row in rows] == [-100.0, -100.0]
+    found = rows(capped, redness)
+    assert [(row["grad_norm"], row["reward"]) for row in found] == [(0.0, -100.0)] * 2
 
 
 def test_rewards_are_told_frame_rate_seed_and_step(make_args):

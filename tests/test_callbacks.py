@@ -110,7 +110,7 @@ def test_what_one_process_decides_holds_for_all(make_args, own, other):
 
     callbacks = Callbacks([], make_args(), TwoProcesses())
     callbacks.control.should_save = own
-    assert callbacks.asked("save") == (own or other)
+    assert callbacks.requested("save") == (own or other)
     assert callbacks.state.is_world_process_zero
 
 

@@ -6,17 +6,17 @@ from problem import GUIDANCE, SIGMAS
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
-from rlhf.drift import step_weights, velocity_distance
+from rlhf.drift import drift_step_weights, velocity_distance
+from rlhf.fields import velocity_field
 from rlhf.lora import without_adapter
 from rlhf.method.options import MethodOptions
 from rlhf.methods import make_plan
-from rlhf.sampler import Visited, rollout, velocity_field
 
 
 def test_weights_by_hand():
     sigmas = torch.tensor([1.0, 0.8, 0.0])
-    torch.testing.assert_close(step_weights(sigmas, "even"), torch.tensor([0.2, 0.8]))
-    torch.testing.assert_close(step_weights(sigmas, "kl"), torch.tensor([0.2 * 0.1 / 0.9, 0.8 * 0.6 / 0.4]))
+    torch.testing.assert_close(drift_step_weights(sigmas, "even"), torch.tensor([0.2, 0.8]))
+    torch.testing.assert_close(drift_step_weights(sigmas, "kl"), torch.tensor([0.2 * 0.1 / 0.9, 0.8 * 0.6 / 0.4]))
 
 
 @pytest.mark.parametrize(("spread", "shift"), [(1.0, 0.5), (0.6, 1.0), (2.0, 3.0)])
@@ -34,7 +34,7 @@ def test_weighted_velocities_are_the_kl_divergence_of_gaussian_data(spread, shif
     for sigma in (sigmas[:-1] + sigmas[1:]) / 2:
         tuned, base = (lambda x, s, m=m: velocity(x, s, m) for m in (shift, 0.0))
         distances.append(velocity_distance(tuned, base, x, sigma))
-    divergence = step_weights(sigmas, "kl") @ torch.stack(distances)
+    divergence = drift_step_weights(sigmas, "kl") @ torch.stack(distances)
     assert divergence.tolist() == pytest.approx([shift**2 / (2 * spread**2)] * 3, rel=1e-5)
 
 
@@ -45,8 +45,8 @@ def test_one_drawn_step_stands_for_all_without_bias():
         args = RewardGradientConfig(drift_weight=0.1, drift_weighting=weighting)
         plans = [make_plan(args, MethodOptions(), sigmas, generator("drift", draw)) for draw in range(3000)]
         estimate = sum(p.drift_total * distance[p.drift_step].item() for p in plans) / len(plans)
-        assert estimate == pytest.approx((step_weights(sigmas, weighting) @ distance).item(), rel=0.08)
-    assert make_plan(RewardGradientConfig(), MethodOptions(), sigmas, generator("drift", 0)).drift_step is None
+        assert estimate == pytest.approx((drift_step_weights(sigmas, weighting) @ distance).item(), rel=0.08)
+    assert make_plan(RewardGradientConfig(), sigmas, generator("drift", 0)).drift_step is None
 
 
 def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(problem):
@@ -75,19 +75,3 @@ def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(p
 
     p.masters.set(torch.zeros_like(p.masters.vector))  # A = B = 0
     assert velocity_distance(tuned, base, p.noise, sigma).tolist() == [0, 0]
-
-
-def test_the_state_that_is_kept_is_the_one_asked_for():
-    states, rate = [], torch.tensor(0.5, requires_grad=True)
-
-    def velocity(x, sigma):
-        states.append(x)
-        return rate * x
-
-    visited = Visited(velocity, keep=2)
-    rollout(visited, torch.ones(1, 1, 1, 1, 1), SIGMAS.float(), [1, 2])
-    kept, sigma = visited.state
-    assert torch.equal(kept, states[2])
-    assert sigma == SIGMAS[2].float()
-    assert states[2].requires_grad
-    assert not kept.requires_grad

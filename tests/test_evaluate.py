@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.config import RewardGradientConfig
-from rlhf.evaluate import Evaluation, HeldOut
+from rlhf.evaluate import EvalOptions, Evaluation, HeldOut
 from rlhf.measures import MEASURES
 
 SHAPE = (16, 2, 2, 2)
@@ -32,10 +32,10 @@ def first_pixel(video, prompts, **info):
 @pytest.fixture
 def held_out(tmp_path):
     def make(**changes):
-        settings = {"output_dir": str(tmp_path), "eval_seed": 3, "per_device_eval_batch_size": 2}
+        settings = {"eval_seed": 3, "per_device_eval_batch_size": 2}
         settings |= {"num_sample_prompts": 3, "num_diversity_prompts": 3} | changes
-        args, prompts = RewardGradientConfig(**settings), PROMPTS
-        return HeldOut(make_videos, {"pixel": first_pixel}, prompts, SHAPE, args, OneProcess(), fps=8)
+        options = EvalOptions.of(RewardGradientConfig(**settings))
+        return HeldOut(make_videos, {"pixel": first_pixel}, PROMPTS, SHAPE, 8, options, tmp_path, OneProcess())
 
     return make
 

@@ -1,4 +1,4 @@
-"""What is told of memory that ends, by where it came, and of numbers that are not finite."""
+"""Explanations of memory that ends, by where it came, and of numbers that are not finite."""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from conftest import brightness
 
 from rewards import RewardMix
 from rewards.models.pixels import Flicker
-from rlhf.failures import MEMORY_CURES, TrainingError, broken_rewards, not_finite, out_of_memory
+from rlhf.failures import MEMORY_CURES, TrainingError, broken_rewards, non_finite_error, out_of_memory
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 24 GiB"
 
@@ -82,8 +82,8 @@ def test_what_is_infinite_is_not_finite_and_another_process_may_know_which_rewar
     accelerator = SimpleNamespace(device="cpu", gather=lambda flag: torch.cat([flag, torch.full_like(flag, elsewhere)]))
     mix, fine = RewardMix({"brightness": brightness}), torch.zeros(2)
     batch = torch.rand(2, 3, 1, 4, 4), ["a", "b"], {}
-    assert not_finite(fine, 1.0, None, mix, batch, accelerator) is None
+    assert non_finite_error(fine, 1.0, None, mix, batch, accelerator) is None
     for norm in (math.inf, math.nan):
-        told = str(not_finite(fine, norm, None, mix, batch, accelerator))
+        told = str(non_finite_error(fine, norm, None, mix, batch, accelerator))
         assert f"has norm {norm}, expected a finite number; it comes from {named}" in told
-    assert isinstance(not_finite(fine + math.inf, 1.0, None, mix, batch, accelerator), TrainingError)
+    assert isinstance(non_finite_error(fine + math.inf, 1.0, None, mix, batch, accelerator), TrainingError)

@@ -8,9 +8,10 @@ from rlhf.contentv.wan_decoder import decode_video, unnormalise
 from rlhf.grad_steps import choose_grad_steps
 
 
-@pytest.mark.parametrize("num_grad", [1, 2, 3])
-def test_gradient_equals_central_finite_differences(problem, num_grad):
-    gradient, generator = problem.gradient(num_grad), torch.Generator().manual_seed(num_grad)
+@pytest.mark.parametrize(("num_grad", "checkpointed"), [(1, False), (2, False), (3, False), (2, True)])
+def test_gradient_equals_central_finite_differences(problem, num_grad, checkpointed):
+    gradient = problem.gradient(num_grad, problem.checkpointed if checkpointed else None)
+    generator = torch.Generator().manual_seed(num_grad)
     assert all(
         piece.abs().max() > 0 for name, piece in problem.masters.named(gradient).items() if carries_gradient(name)
     )

@@ -8,10 +8,11 @@ from problem import GUIDANCE, SIGMAS, Problem
 
 from rlhf.config import METHODS, RewardGradientConfig
 from rlhf.device import generator
-from rlhf.drift import step_weights
+from rlhf.drift import drift_step_weights
+from rlhf.fields import velocity_field
 from rlhf.method.options import read_options
 from rlhf.methods import Plan, gradient_samples, make_plan, recover
-from rlhf.sampler import rollout, velocity_field
+from rlhf.sampler import rollout
 
 TEN_STEPS = torch.linspace(1, 0, 11, dtype=torch.float64)
 SETTINGS = {
@@ -29,6 +30,12 @@ SETTINGS = {
 def plan_of(method: str, sigmas=SIGMAS, draw: int = 0, **settings) -> Plan:
     args = RewardGradientConfig(method=method, **(SETTINGS[method] | settings))
     return make_plan(args, read_options(method, args.method_kwargs), sigmas, generator("test", draw))
+
+
+def samples_of(velocity, noise, plan: Plan):
+    """The samples of a rollout by one velocity, in both phases."""
+    states = rollout(velocity, velocity, noise("train"), plan.sigmas, plan.grad_steps, plan.detach_input)
+    return gradient_samples(velocity, states[-1], noise, plan)
 
 
 def test_every_method_is_tested_here():
@@ -106,7 +113,7 @@ def test_a_shortened_prefix_moves_the_window_alone():
     plan = plan_of("draft_k", TEN_STEPS, prefix_steps=2, drift_weight=0.1)
     assert plan.grad_steps == [2, 3, 4]
     assert torch.equal(plan.sigmas[2:], TEN_STEPS[7:])
-    assert plan.drift_total == pytest.approx(step_weights(plan.sigmas, "kl").sum().item())
+    assert plan.drift_total == pytest.approx(drift_step_weights(plan.sigmas, "kl").sum().item())
     for whole in (plan_of("draft_k", TEN_STEPS, prefix_steps=20), plan_of("srpo", TEN_STEPS, prefix_steps=2)):
         assert torch.equal(whole.sigmas, TEN_STEPS)
 
@@ -125,7 +132,7 @@ def toy_gradient(plan: Plan) -> float:
     """d/dtheta of the plan's reward, the sum of x0, of the denoiser v = theta (1 + sigma) x."""
     theta = torch.tensor(THETA, dtype=torch.float64, requires_grad=True)
     noise = {"train": X} | AGAIN
-    samples = gradient_samples(
+    samples = samples_of(
         lambda x, sigma: theta * toy_rate(sigma) * x,
         lambda purpose: torch.tensor([[[[[noise[purpose]]]]]], dtype=torch.float64),
         plan,
@@ -259,7 +266,7 @@ def noise_of(problem: Problem, purpose: str) -> torch.Tensor:
 
 def method_gradient(problem: Problem, plan: Plan) -> torch.Tensor:
     velocity = velocity_field(problem.transformer, problem.cond, GUIDANCE)
-    for sample in gradient_samples(velocity, lambda purpose: noise_of(problem, purpose), plan):
+    for sample in samples_of(velocity, lambda purpose: noise_of(problem, purpose), plan):
         sign = -1 if sample.penalty else 1
         (sign * problem.loss(sample.latents) / plan.num_samples).backward()
     return problem.collect()
@@ -277,7 +284,7 @@ def test_the_models_gradient_is_the_documented_one(problem, method):
 def test_draft_with_all_steps_is_the_exact_gradient_and_the_estimators_are_not(problem):
     """Plain autograd through the whole sampler, without a plan."""
     velocity = velocity_field(problem.transformer, problem.cond, GUIDANCE)
-    problem.loss(rollout(velocity, problem.noise, SIGMAS, [0, 1, 2])).backward()
+    problem.loss(rollout(velocity, velocity, problem.noise, SIGMAS, [0, 1, 2])[-1]).backward()
     exact = problem.collect()
     for method, draw in [*((method, 1) for method in METHODS), ("alignprop", 2)]:
         plan = plan_of(method, draw=draw)
@@ -294,8 +301,8 @@ def test_the_last_step_is_drawn_again_at_its_own_noise_level(problem):
     seen = []
     velocity = lambda x, sigma: seen.append((x.detach(), sigma)) or torch.zeros_like(x)
     sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0], dtype=torch.float64)
-    plan = plan_of("draft_lv", sigmas, method_kwargs={"num_draws": 400})
-    for _ in gradient_samples(velocity, lambda purpose: noise_of(problem, purpose), plan):
+    plan = plan_of("draft_lv", sigmas, num_draws=400)
+    for _ in samples_of(velocity, lambda purpose: noise_of(problem, purpose), plan):
         pass
     again = torch.stack([x for x, sigma in seen[3:]])
     assert len(again) == 400

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scripts import script
 
-from rlhf.calibrate import CALIBRATION, is_calibrated
+from rlhf.calibrate import CALIBRATION, restore_calibration
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import SamplingDefaults, model_config
 from rlhf.contentv.loading import load_pipeline
@@ -72,7 +72,7 @@ def test_an_evaluation_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_calibration_that_is_damaged_is_told(tmp_path, make_args):
     (tmp_path / CALIBRATION).write_bytes(HALF)
     with pytest.raises(DamagedFileError, match=f"{CALIBRATION}: got a damaged file"):
-        is_calibrated(None, make_args(output_dir=str(tmp_path)))
+        restore_calibration(None, make_args(output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]\n", b"null\n", b'{"prompt": "x", "seed": 0}\n', b"\xfc"])

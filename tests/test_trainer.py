@@ -15,12 +15,13 @@ from tiny import tiny_pipeline
 from rlhf.config import ConfigError
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import generator
-from rlhf.drift import step_weights, velocity_distance
+from rlhf.drift import drift_step_weights, velocity_distance
+from rlhf.fields import velocity_field
 from rlhf.lora import without_adapter
 from rlhf.methods import gradient_samples, make_plan
 from rlhf.parse import parse_config
 from rlhf.prompts import load_prompts
-from rlhf.sampler import rollout, velocity_field
+from rlhf.sampler import rollout, sample_euler
 from rlhf.tracking import COST, read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
@@ -83,7 +84,6 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
     """Written out for the second step of an adapter that has learnt something: an anchor's, where there are any."""
     args = make_args(method="srpo", num_inference_steps=4, max_grad_norm=0.0, warmup_steps=4, **settings)
     trainer, found = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS), []
-    trainer._begin()
     masters, sigmas, transformer = trainer.masters, trainer.sigmas, trainer.pipe.transformer
     noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(0))
     masters.set(masters.vector + 0.1 * noise)
@@ -94,11 +94,12 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
     plan = make_plan(args, trainer.options, sigmas, generator("method", args.seed, 1))
     i, loss, rewards = plan.drift_step, 0.0, []
     if not args.anchor_steps:
-        for sample in gradient_samples(tuned, batch.noise, plan):
+        latents = rollout(tuned, tuned, batch.noise("train"), plan.sigmas, plan.grad_steps)[-1]
+        for sample in gradient_samples(tuned, latents, batch.noise, plan):
             rewards.append(redness(decode_video(trainer.pipe.vae, sample.latents), batch.prompts).mean())
             loss = loss + (rewards[-1] if sample.penalty else -rewards[-1]) / 2
-    state = rollout(base if args.anchor_steps else tuned, batch.noise("train"), sigmas[: i + 1], [])
-    drift = step_weights(sigmas, "kl").sum() * velocity_distance(tuned, base, state, sigmas[i]).mean()
+    state = sample_euler(base if args.anchor_steps else tuned, batch.noise("train"), sigmas[: i + 1])[-1]
+    drift = drift_step_weights(sigmas, "kl").sum() * velocity_distance(tuned, base, state, sigmas[i]).mean()
     (loss + (args.drift_weight or 1.0) * drift).backward()
     masters.collect_grad()
     expected = masters.vector.grad.clone()
@@ -163,7 +164,7 @@ def test_accumulated_batches_equal_one_large_batch(make_args, tmp_path):
 
 def test_no_two_samples_of_a_run_share_their_noise(make_args, monkeypatch):
     noises = []
-    monkeypatch.setattr("rlhf.methods.rollout", lambda *args: noises.extend(args[1]) or rollout(*args))
+    monkeypatch.setattr("rlhf.trainer.rollout", lambda *args: noises.extend(args[2]) or rollout(*args))
     train(make_args(max_steps=2, gradient_accumulation_steps=2))
     assert len(noises) == 8
     assert all(not torch.allclose(a, b) for i, a in enumerate(noises) for b in noises[:i])
@@ -251,7 +252,10 @@ def test_a_pipe_with_an_adapter_is_refused_and_trains_on_when_that_is_merged(mak
         ({"reward_funcs": [redness, RewardGradientTrainer]}, r"got the class .*Trainer, expected an object; pass"),
         ({"peft_config": {"r": 4}}, r"peft_config: got a dict, expected a LoraConfig, whose files diffusers reads"),
         ({"peft_config": LoHaConfig(target_modules=["to_q"])}, r"peft_config: got a LoHaConfig, expected a LoraConfig"),
-        ({"peft_config": LoraConfig(target_modules=["to_q"], modules_to_save=["proj_out"])}, r"modules_to_save="),
+        (
+            {"peft_config": LoraConfig(target_modules=["to_q"], modules_to_save=["proj_out"])},
+            r"got modules_to_save=.*expected none",
+        ),
         ({"peft_config": LoraConfig(target_modules=["to_q"], init_lora_weights="pissa")}, r"'pissa', expected one"),
         ({"peft_config": LoraConfig(target_modules=["to_q"], bias="all")}, r"got bias='all', expected 'none'"),
         ({"peft_config": LoraConfig(r=4)}, r"peft_config: got no target_modules, expected names of layers; .*'to_q'"),

@@ -20,7 +20,7 @@ from rlhf.evaluate import HeldOut
 from rlhf.failures import TrainingError
 from rlhf.run.signals import TrainingInterrupted
 from rlhf.tracking import read_metrics
-from rlhf.trainer import RewardGradientTrainer
+from rlhf.trainer import BatchResult, RewardGradientTrainer
 
 # ------------------------------------------------------------------------------------------- it goes on
 
@@ -174,14 +174,13 @@ def test_no_reward_is_blamed_for_an_anchor_step(make_args):
     args = make_args(max_steps=4, anchor_steps=2, max_skipped_steps=1)
     broken = after(0, lambda v: (redness(v, 0) - redness(v, 0)).sqrt())
     trainer = RewardGradientTrainer(tiny_pipeline(), broken, args, PROMPTS)
-    trainer._begin()
     assert "comes from the reward turncoat" in trainer.step(0)["why"]
     assert trainer.step(1)["grad_norm"] == 0, "nothing was trained yet, so nothing has drifted"
     assert "comes from the reward turncoat" in trainer.step(2)["why"]
 
-    def no_number(step, micro):
+    def no_number(step, micro, plan):
         trainer.masters.vector.grad.fill_(math.nan)
-        return {"loss": torch.zeros(2), "drift": torch.zeros(2)}
+        return BatchResult({"loss": torch.zeros(2), "drift": torch.zeros(2)})
 
     trainer._anchor_gradient = no_number
     with pytest.raises(TrainingError, match="comes from no reward"):

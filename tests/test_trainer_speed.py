@@ -15,6 +15,7 @@ from rlhf.batches import Batches
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.decoding import Decoder
 from rlhf.host_memory import HostMemory
+from rlhf.setup import require_same_run
 from rlhf.tracking import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
@@ -79,16 +80,6 @@ def test_other_settings_train_another_adapter(make_args, tmp_path, plain_run, se
     assert all(t.isfinite().all() for t in found.values())
 
 
-@needs_float8
-def test_the_copy_follows_the_adapter_after_each_step_and_a_resume(make_args, tmp_path):
-    settings = {"sampling_weights": "float8", "save_steps": 2}
-    whole, _ = trained(make_args, tmp_path / "whole", **settings)
-    trained(make_args, tmp_path / "parts", max_steps=2, **settings)
-    parts, trainer = trained(make_args, tmp_path / "parts", resume_from_checkpoint="latest", **settings)
-    assert distance(parts, whole) == 0
-    assert not any("lora" in name for name, _ in trainer.fields.copy.model.named_modules())
-
-
 class Calls:
     """Forward passes of the transformer in each step: with gradient and without."""
 
@@ -104,9 +95,7 @@ class Calls:
 
 def stepper(make_args, **settings):
     settings = {"num_inference_steps": 4, "num_grad_steps": 1, "max_steps": 8} | settings
-    trainer = RewardGradientTrainer(tiny_pipeline(), redness, make_args(**settings), PROMPTS)
-    trainer._begin()
-    return Calls(trainer)
+    return Calls(RewardGradientTrainer(tiny_pipeline(), redness, make_args(**settings), PROMPTS))
 
 
 @pytest.mark.parametrize(
@@ -164,11 +153,11 @@ def test_rollouts_take_up_the_prompts_where_they_left_off_with_other_batches(mak
     saved = _batches(args).state(4)
     for settings, size in ((args, 2), (larger, 4)):
         batches = _batches(settings)
-        batches.go_on_from(4, saved)
+        batches.restore(4, saved)
         first = 4 // uses
         found = [batches.batch(rollout, 0).prompts for rollout in (first, first + 1)]
         assert found == [order[2 * first :][:size], order[2 * first + size :][:size]]
-        assert batches.from_step(first)[:size] == found[0]
+        assert batches.from_rollout(first)[:size] == found[0]
         assert batches.state(4) == saved
 
 
@@ -181,53 +170,49 @@ def test_two_processes_share_the_samples_of_one(make_args):
         assert parts[0].prompts + parts[1].prompts == whole.prompts
         assert torch.equal(torch.cat([part.noise("train") for part in parts]), whole.noise("train"))
     assert [batches.samples_before(3) for batches in two] == [one.samples_before(3)] * 2 == [24] * 2
-    assert one.from_step(0) == one.prompts_at(0, 8 * args.max_steps)
+    assert one.from_rollout(0) == one.prompts_at(0, 8 * args.max_steps)
     assert two[0].state(1)["processes"] == 4, "those that share videos count, too"
     other = _batches(dataclasses.replace(args, seed=4)).batch(1, 0).noise("train")
     assert not torch.allclose(other, two[0].batch(1, 0).noise("train"))
 
 
 def test_processes_agree_on_prompts_and_settings_but_for_those_of_a_host(make_args):
-    told = [_batches(make_args(**changes)).told for changes in ({}, {"output_dir": "there"}, {"seed": 9})]
-    assert told[0]["prompts"] == PROMPTS
-    assert told[0] == told[1] != told[2]
+    found = []
+    layout = SimpleNamespace(require_same=lambda **same: found.append(same))
+    for changes in ({}, {"output_dir": "there"}, {"seed": 9}):
+        require_same_run(layout, PROMPTS, make_args(**changes))
+    assert found[0]["prompts"] == PROMPTS
+    assert found[0] == found[1] != found[2]
 
 
 def _batches(args, processes: int = 1, index: int = 0) -> Batches:
-    told = {}
-    layout = SimpleNamespace(num_processes=processes, process_index=index, device="cpu", require_same=told.update)
+    layout = SimpleNamespace(num_processes=processes, process_index=index, device="cpu")
     layout.accelerator = SimpleNamespace(num_processes=2 * processes)
-    batches = Batches(args, layout, PROMPTS, (16, 2, 2, 2), fps=8)
-    batches.told = told
-    return batches
+    size, per_step = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    return Batches(PROMPTS, (16, 2, 2, 2), layout, args.seed, size, per_step, args.rollout_reuse, args.max_steps)
 
 
-def test_the_window_moves_over_the_frames_and_fits(make_args, tmp_path):
-    args = make_args(decode_window=2)
-    decoder = Decoder(None, 5, args, torch.device("cpu"))
-    windows = [decoder.window(step) for step in range(40)]
-    assert {first for first, _ in windows} == {0, 1, 2, 3}
-    assert all(last - first == 2 for first, last in windows)
-    assert windows == [decoder.window(step) for step in range(40)], "the same after a resume"
-    args.seed = 9
-    assert windows != [decoder.window(step) for step in range(40)]
-    args.decode_window = 9
-    assert decoder.window(3) == (0, 5)
-    args.decode_window = None
-    assert decoder.window(3) == (0, 5)
+def test_the_window_moves_over_the_frames_and_fits():
+    def windows(size, seed=0):
+        return [Decoder(None, 5, size, seed).window(step) for step in range(40)]
+
+    assert {first for first, _ in windows(2)} == {0, 1, 2, 3}
+    assert all(last - first == 2 for first, last in windows(2))
+    assert windows(2) == windows(2) != windows(2, seed=9), "the same after a resume"
+    assert {*windows(9), *windows(None)} == {(0, 5)}
 
 
-def test_the_window_is_decoded_in_pieces_as_the_settings_say(make_args, monkeypatch):
-    told = []
-    monkeypatch.setattr("rlhf.decoding.decode_video", lambda *given: told.append(given) or decode_video(*given))
-    args = make_args(decode_window=2, decode_chunk=1, decode_checkpoint=True, decode_caches="host")
-    decoder, latents = Decoder(tiny_vae(), 5, args, torch.device("cpu")), torch.randn(1, 16, 2, 2, 2)
+def test_the_window_is_decoded_in_pieces_as_the_settings_say(monkeypatch):
+    calls, caches = [], HostMemory(torch.device("cpu"))
+    monkeypatch.setattr("rlhf.decoding.decode_video", lambda *given: calls.append(given) or decode_video(*given))
+    decoder = Decoder(tiny_vae(), 5, window=2, chunk=1, checkpoint=True, caches=caches)
+    latents = torch.randn(1, 16, 2, 2, 2)
     for step in range(8):
         first, last = decoder.window(step)
         window = decode_video(decoder.vae, latents)[:, :, first:last]
         torch.testing.assert_close(decoder(latents, step), window, atol=1e-5, rtol=0)
-    assert {given[3:5] for given in told} == {(1, True)}
-    assert all(given[6] is decoder.caches and isinstance(given[6], HostMemory) for given in told)
+    assert {given[3:5] for given in calls} == {(1, True)}
+    assert all(given[6] is caches for given in calls)
 
 
 def test_the_saturated_share_is_logged(make_args, tmp_path):
