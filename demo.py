@@ -20,7 +20,7 @@ from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
-from rlhf.run_folder import settings_in
+from rlhf.run_folder import read_settings
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
 PROMPTS = {
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipe = load_pipeline(args.model_id, device=device)
         if args.lora:
             add_lora(pipe, args.lora)
-            if args.guidance_scale is None and is_distilled(settings_in(Path(args.lora).parent)):
+            if args.guidance_scale is None and is_distilled(read_settings(Path(args.lora).parent)):
                 args.guidance_scale = 1.0
         sampling = override(pipe.sampling, args)
         generator = torch.Generator().manual_seed(args.seed)

@@ -39,17 +39,17 @@ from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of, settings_of_l
 from step import Bench, limit_memory, measure, write
 from step_arms import SIZES, Rig, make_reward
 
-from rlhf.attention import attention_by, time_kernels
+from rlhf.attention import attention_function, time_kernels
 from rlhf.checks import with_sampling
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import CONTENTV_8B, model_sizes
 from rlhf.device import (
     describe,
-    memory_beside,
+    non_pytorch_memory,
     peak_memory,
     pick_device,
     reset_peak_memory,
-    seconds_of,
+    time_call,
 )
 from rlhf.planner import Planner
 from rlhf.time_plan import H200, Rates
@@ -69,7 +69,7 @@ def reserved(device: torch.device) -> dict:
     if device.type == "cpu":
         return {}
     most = torch.get_device_module(device).max_memory_reserved(device)
-    return {"reserved_gib": most / GIB, "beside_gib": memory_beside(device) / GIB}
+    return {"reserved_gib": most / GIB, "beside_gib": non_pytorch_memory(device) / GIB}
 
 
 # ---------------------------------------------------------------------------------- measurements
@@ -107,7 +107,7 @@ def measure_rates(device: torch.device, size: str) -> dict:
         convolve = partial(F.conv3d, video, kernel, padding=1)
         flops[f"conv {name}"] = 2 * 27 * channels * video.numel() / fastest(convolve, device)
         query, kernels = make(1, 38, tokens, 64), {} if device.type == "cpu" else time_kernels(device, dtype, 38, 64)
-        attend = partial(attention_by(next(iter(kernels), None)), query, query, query)
+        attend = partial(attention_function(next(iter(kernels), None)), query, query, query)
         flops[f"attention {name}"] = 4 * 38 * tokens**2 * 64 / fastest(attend, device)
     x, factors = (torch.ones(*shape, 2432, device=device, dtype=torch.bfloat16) for shape in ((copied // 4864,), ()))
     memory = 2 * x.nbytes / fastest(lambda: x * factors, device)
@@ -120,15 +120,15 @@ def measure_rates(device: torch.device, size: str) -> dict:
     if device.type != "cpu" and torch.accelerator.device_count() > 1:
         neighbour = torch.empty_like(there, device=torch.device(device.type, 1))
         peer = copied / fastest(lambda: there.copy_(neighbour, non_blocking=True), device)
-    rates = Rates(flops, memory, host, peer, memory_beside(device))
+    rates = Rates(flops, memory, host, peer, non_pytorch_memory(device))
     return {"device": describe(device)} | dataclasses.asdict(rates)
 
 
 def fastest(work: Callable, device: torch.device) -> float:
     """Return the seconds of one call: the best of three rounds of many calls."""
     work()
-    calls = max(1, round(0.05 / seconds_of(work, device)))
-    rounds = (seconds_of(lambda: [work() for _ in range(calls)], device) for _ in range(3))
+    calls = max(1, round(0.05 / time_call(work, device)))
+    rounds = (time_call(lambda: [work() for _ in range(calls)], device) for _ in range(3))
     return min(rounds) / calls
 
 

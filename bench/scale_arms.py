@@ -70,7 +70,7 @@ class Bench:
 
     def decode(self) -> None:
         latents = self._noise().requires_grad_()
-        video = self.rig.decode(self.layout.agreed(latents), 0)
+        video = self.rig.decode(self.layout.average_grad(latents), 0)
         video.backward(torch.ones_like(video))
 
     def sum(self) -> None:
@@ -99,7 +99,7 @@ class Bench:
                 noise = torch.randn(rig.shape, generator=generator("equality", step, i)).to(self.device)
                 prefix, steps = rig.fields.tuned(rig.cond), [len(rig.sigmas) - 3, len(rig.sigmas) - 2]
                 latents = rollout(prefix, self._velocity(), noise, rig.sigmas, steps)[-1]
-                video = rig.decode(layout.agreed(latents), step)
+                video = rig.decode(layout.average_grad(latents), step)
                 (-reward(video, PROMPT, **INFO).mean() / videos).backward()
                 rig.masters.collect_grad()
             gradient = layout.accelerator.reduce(rig.masters.vector.grad, "sum")

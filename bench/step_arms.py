@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.models.normalization import RMSNorm
 
-from rlhf.adapter.masters import Masters
+from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.flow import flow_sigmas
@@ -22,7 +22,7 @@ from rlhf.host_memory import HostMemory
 from rlhf.layout import Layout
 from rlhf.lora import add_adapter, lora_config
 from rlhf.optimizer import make_optimizer
-from rlhf.speed import Speed, set_up_blocks
+from rlhf.speed import ExecutionOptions, set_up_blocks
 from rlhf.types import Conditioning
 
 PEERS, STOCK = "peers' way", "stock autograd"
@@ -147,7 +147,7 @@ class Rig:
         """(1, C, T, H, W), float32: always the same for the same purpose."""
         return torch.randn(self.shape, generator=generator("bench", purpose)).to(self.device)
 
-    def _adapt(self) -> Masters:
+    def _adapt(self) -> MasterWeights:
         add_adapter(self.transformer, lora_config(self.args), seed=0)
         self.chosen = {}
         if self.by_hand:
@@ -156,9 +156,9 @@ class Rig:
                 self.transformer.enable_gradient_checkpointing()
         else:
             group = self.layout and self.layout.sequence_group
-            self.chosen = set_up_blocks(self.transformer, Speed.of(self.args), self.device, group)
+            self.chosen = set_up_blocks(self.transformer, ExecutionOptions.from_settings(self.args), self.device, group)
             self._use_flash_attention_3("FlashAttention-3" in self.arm)
-        masters = Masters(self.transformer)
+        masters = MasterWeights(self.transformer)
         for name, piece in masters.named(masters.vector).items():
             if "lora_B" in name:  # zero at the start, where A has no gradient
                 piece.copy_(0.02 * torch.randn(piece.shape, generator=generator("bench", name)))

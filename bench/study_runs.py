@@ -24,7 +24,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.device import generator, synchronize
 from rlhf.evaluate import Evaluation
 from rlhf.evaluation.statistics import paired_interval
-from rlhf.measures import DIVERSITY, OF_ONE_VIDEO, distance
+from rlhf.measures import DIVERSITY, SINGLE_VIDEO_MEASURES, distance
 from rlhf.methods import make_plan
 from rlhf.parse import parse_config
 from rlhf.sampler import draw_noise
@@ -227,5 +227,5 @@ def judge(video: torch.Tensor, other: torch.Tensor, prompts: list[str], trainer,
     """(B,) by name: every judge and measure of the videos; `other` are second ones of the same prompts."""
     judges = judges_of(conditions)
     scores = RewardMix(judges, [0.0] * len(judges))(video, prompts, **trainer.reward_info(0))[1]
-    measures = {name: of(video) for name, of in OF_ONE_VIDEO.items()}
+    measures = {name: of(video) for name, of in SINGLE_VIDEO_MEASURES.items()}
     return scores | measures | {DIVERSITY: distance(video, other)}

@@ -18,7 +18,7 @@ from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig, is_distilled
 from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.prompts import load_prompts
-from rlhf.run_folder import settings_in
+from rlhf.run_folder import read_settings
 from rlhf.video_set import Video, merge_manifest, write_manifest
 
 SAMPLING = [field.name for field in fields(SamplingDefaults)]
@@ -61,14 +61,14 @@ def fill_from_run(args: argparse.Namespace) -> None:
     """Fill the flags that were not given from the run."""
     args.base_dir, args.prompt_seed, run = None, 0, {}
     if args.from_run is not None:
-        if not (run := settings_in(args.from_run)):
+        if not (run := read_settings(args.from_run)):
             got = f"{args.from_run / 'config.yaml'}: got no file there"
             raise ValueError(f"{got}, expected the folder of a training run; correct --from_run")
         args.lora = None if args.base else args.lora or args.from_run / "adapter"
     elif args.base:
         expected = "expected the run whose adapter is left out"
         raise ValueError(f"--base: got no --from_run, {expected}; name it, or drop --base")
-    if args.lora and is_distilled(settings_in(args.lora.parent) or run):
+    if args.lora and is_distilled(read_settings(args.lora.parent) or run):
         run["guidance_scale"] = 1.0  # the adapter has learned guidance
     args.model = args.model or run.get("model", "nano")
     for name in SAMPLING:

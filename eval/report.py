@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rewards.cli.flags import file_to_write
 from rlhf.report import MAX_BYTES, write_report
-from rlhf.run_folder import run_in
+from rlhf.run_folder import has_run
 
 
 def parse_report_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return the exit status."""
     args = parse_report_args(argv)
     try:
-        if not run_in(args.run):
+        if not has_run(args.run):
             expected = "expected the folder of a training run"
             raise ValueError(f"{args.run}: got no run there, {expected}; correct the path")
         if bool(args.before) != bool(args.after):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rlhf.recompute import recomputed
+from rlhf.recompute import gradient_checkpoint
 
 
 class CheckpointedTransformer:
@@ -43,4 +43,4 @@ class CheckpointedTransformer:
         def velocity(latents_BCTHW):
             return self.transformer(latents_BCTHW, *conditions, **kwargs | {"return_dict": False})[0]
 
-        return (recomputed(velocity, hidden_states, parameters=self.parameters),)
+        return (gradient_checkpoint(velocity, hidden_states, parameters=self.parameters),)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlhf.device import seconds_of
+from rlhf.device import time_call
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # query, key, value (B, H, N, W)
 
@@ -26,7 +26,7 @@ FLASH_ATTENTION_3 = ("flash_attn_interface", "fa3_fwd_interface")
 REPEATS = 3  # timed calls of a kernel, of which the fastest counts
 
 
-def attention_by(kernel: str | None) -> Attention:
+def attention_function(kernel: str | None) -> Attention:
     """Return `F.scaled_dot_product_attention` by one of `KERNELS`; None: PyTorch's choice."""
     if kernel is None:
         return F.scaled_dot_product_attention
@@ -41,7 +41,7 @@ def attention_by(kernel: str | None) -> Attention:
 def kernel_error(kernel: str, device: torch.device, dtype: torch.dtype, heads: int, width: int) -> str | None:
     """Return PyTorch's error if a kernel cannot run forward and backward, else None."""
     try:
-        _forward_backward(attention_by(kernel), _random_qkv(device, dtype, heads, width, 64, requires_grad=True))
+        _forward_backward(attention_function(kernel), _random_qkv(device, dtype, heads, width, 64, requires_grad=True))
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return None
@@ -80,7 +80,7 @@ def time_kernels(
         tokens: the default is large enough to show the order of kernels, and takes milliseconds.
     """
     qkv = _random_qkv(device, dtype, heads, width, tokens, requires_grad=True)
-    attentions = {name: attention_by(name) for name in KERNELS}
+    attentions = {name: attention_function(name) for name in KERNELS}
     return _benchmark(attentions, lambda attention: _forward_backward(attention, qkv), device)
 
 
@@ -115,7 +115,7 @@ def _benchmark(
     seconds = {}
     for name, attention in attentions.items():
         try:
-            times = [seconds_of(partial(work, attention), device) for _ in range(1 + REPEATS)]
+            times = [time_call(partial(work, attention), device) for _ in range(1 + REPEATS)]
             seconds[name] = min(times[1:])  # the first call loads and plans
         except RuntimeError:  # "no available kernel"; some kernels raise it for a shape or a chip
             continue

@@ -13,7 +13,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.evaluate import SAMPLING_SETTINGS, MakeVideos, fingerprint
 from rlhf.io import read_object
 from rlhf.layout import Layout
-from rlhf.parallel import own_batches
+from rlhf.parallel import local_batches
 from rlhf.sampler import draw_noise
 
 CALIBRATION = "calibration.json"  # {"scores": {name: [score of each sample]}, "settings": {...}}
@@ -79,7 +79,7 @@ def base_scores(
         info: what rewards are told besides video and prompts.
     """
     scores_NR = torch.zeros(len(prompts), len(mix.rewards), device=layout.device)
-    for rows in own_batches(len(prompts), batch_size, layout):
+    for rows in local_batches(len(prompts), batch_size, layout):
         # Without rows, a process of a sharded model still runs it as often as the others.
         batch = [prompts[i] for i in rows or [0]]
         noise = draw_noise(noise_shape_CTHW, seed, "calibration", [(i,) for i in rows or [0]])

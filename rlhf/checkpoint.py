@@ -23,7 +23,7 @@ from rlhf.config import ConfigError
 from rlhf.io import file_errors
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
-    from rlhf.adapter.masters import Masters
+    from rlhf.adapter.masters import MasterWeights
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class SavingError(RuntimeError):
 
 
 def save_checkpoint(
-    folder: Path, step: int, masters: "Masters", optimizer: torch.optim.Optimizer, state: dict, keep: int = 0
+    folder: Path, step: int, masters: "MasterWeights", optimizer: torch.optim.Optimizer, state: dict, keep: int = 0
 ) -> Path:
     """Write folder/step-N, unless it is there undamaged, and return it.
 
@@ -77,7 +77,7 @@ def _why_not_saved(path: Path, error: Exception) -> str:
     return f"The checkpoint {path} could not be written: {why}. Free some space or check the disk, then go on."
 
 
-def _write_files(folder: Path, step: int, masters: "Masters", optimizer, state: dict) -> None:
+def _write_files(folder: Path, step: int, masters: "MasterWeights", optimizer, state: dict) -> None:
     save_vector(folder / "adapter.safetensors", masters, masters.vector)
     if masters.average is not None:
         save_vector(folder / "average.safetensors", masters, masters.average)
@@ -125,12 +125,12 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def save_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
+def save_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> None:
     """Write a flat vector of the masters to a safetensors file, by parameter name."""
     save_file(_cpu(masters.named(vector)), path)
 
 
-def load_vector(path: Path, masters: "Masters", vector: torch.Tensor) -> None:
+def load_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> None:
     """Fill a flat vector of the masters from such a file. Raises DamagedFileError."""
     with file_errors(path):
         tensors = load_file(path)
@@ -150,7 +150,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def load_checkpoint(path: Path, masters: "Masters", optimizer: torch.optim.Optimizer) -> dict:
+def load_checkpoint(path: Path, masters: "MasterWeights", optimizer: torch.optim.Optimizer) -> dict:
     """Fill masters, module and optimizer from a checkpoint; return its state.json."""
     state = read_state(path)
     load_vector(path / "adapter.safetensors", masters, masters.vector)
@@ -163,7 +163,7 @@ def load_checkpoint(path: Path, masters: "Masters", optimizer: torch.optim.Optim
     return state
 
 
-def _load_moments(saved: dict[str, torch.Tensor], masters: "Masters", optimizer, updates: int) -> None:
+def _load_moments(saved: dict[str, torch.Tensor], masters: "MasterWeights", optimizer, updates: int) -> None:
     moments = {key: torch.empty_like(masters.vector, requires_grad=False) for key in MOMENTS}
     for key, vector in moments.items():
         masters.load(vector, {n: saved[f"{key}.{n}"] for n in masters.names})
@@ -182,7 +182,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def last_whole(folder: Path) -> Path | None:
+def newest_undamaged(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint in folder, None if there is none."""
     return next((path for path in reversed(checkpoints(folder)) if not damage(path)), None)
 
@@ -197,7 +197,9 @@ def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> 
     if which == "latest":
         return _newest_whole(folder, quiet)
     if (Path(which) / "checkpoints").is_dir():
-        expected = f"expected one of its checkpoints, such as {last_whole(Path(which) / 'checkpoints')}; name that"
+        expected = (
+            f"expected one of its checkpoints, such as {newest_undamaged(Path(which) / 'checkpoints')}; name that"
+        )
         raise ConfigError([f"resume_from_checkpoint={which!r}: got the folder of a run, {expected}"])
     if not (Path(which) / "state.json").is_file():
         expected = f"expected a folder such as {folder / 'step-50'}, or 'latest'; correct the path"
@@ -209,7 +211,7 @@ def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> 
 
 
 def _newest_whole(folder: Path, quiet: bool) -> Path:
-    every, found = checkpoints(folder), last_whole(folder)
+    every, found = checkpoints(folder), newest_undamaged(folder)
     if found is None:
         got = "; ".join(f"{path}: {damage(path)}" for path in every) or "no checkpoint"
         expected = f"expected folders step-N in {folder}; correct output_dir, or set overwrite_output_dir instead"

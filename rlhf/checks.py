@@ -16,7 +16,7 @@ from rlhf.prompts import load_prompts
 from rlhf.restarts import resolve_resume
 from rlhf.resume_checks import resume_problems
 from rlhf.reward_checks import problems_raised_by, reward_problems
-from rlhf.run_folder import run_in
+from rlhf.run_folder import has_run
 from rlhf.speed_checks import speed_problems
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -122,7 +122,7 @@ def _folder_problems(args, dry: bool) -> Iterator[str]:
         yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
     elif args.resume_from_checkpoint:
         yield from resume_problems(args)
-    elif not args.overwrite_output_dir and run_in(folder):
+    elif not args.overwrite_output_dir and has_run(folder):
         yield (
             f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, "
             "go on with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"

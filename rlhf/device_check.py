@@ -17,12 +17,12 @@ import torch
 from peft import LoraConfig
 
 from rewards import load_reward
-from rlhf.adapter.masters import Masters
+from rlhf.adapter.masters import MasterWeights
 from rlhf.checkpoint import load_checkpoint, save_checkpoint
 from rlhf.contentv.flow import euler_step, flow_sigmas, guided_velocity
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.wan_decoder import decode_video
-from rlhf.device import describe, deterministic, peak_memory, reset_peak_memory, seconds_of
+from rlhf.device import describe, deterministic, peak_memory, reset_peak_memory, time_call
 from rlhf.lora import ATTENTION, add_adapter
 from rlhf.sampler import draw_noise
 from rlhf.text import encode_prompts
@@ -66,7 +66,7 @@ class Training:
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=ATTENTION, init_lora_weights=False)
         add_adapter(self.pipe.transformer, config, SEED)
         _shrink(self.pipe.transformer)
-        self.masters = Masters(self.pipe.transformer)
+        self.masters = MasterWeights(self.pipe.transformer)
         self.optimizer = torch.optim.AdamW([self.masters.vector], lr=LEARNING_RATE, fused=True)
         self.reward = load_reward("nano_preference").to(device).requires_grad_(False).eval()
         text = encode_prompts(self.pipe, PROMPTS, sampling.negative_prompt, sampling.max_sequence_length)
@@ -140,7 +140,7 @@ def _check_dtype(device: torch.device, dtype: str, expected: dict[str, torch.Ten
     def measure(phase: str, work: Callable, reference: torch.Tensor | None = None) -> torch.Tensor:
         """Add a row; without a reference, work returns (result, reference)."""
         results = []
-        seconds = seconds_of(lambda: results.append(work()), device)
+        seconds = time_call(lambda: results.append(work()), device)
         result, reference = results[0] if reference is None else (results[0], reference)
         difference, peak = distance(result, reference), peak_memory(device) / 2**30
         rows.append(Row(dtype, frames, phase, seconds, peak, difference, TOLERANCES[dtype][phase]))

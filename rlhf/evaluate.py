@@ -17,8 +17,8 @@ from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
 from rlhf.io import file_errors, write_whole
 from rlhf.layout import Layout
-from rlhf.measures import DIVERSITY, MEASURES, OF_ONE_VIDEO, distance
-from rlhf.parallel import own_batches
+from rlhf.measures import DIVERSITY, MEASURES, SINGLE_VIDEO_MEASURES, distance
+from rlhf.parallel import local_batches
 from rlhf.run.video import to_uint8, write_samples
 from rlhf.sampler import draw_noise
 from rlhf.trackers import Clip
@@ -136,11 +136,11 @@ class HeldOut:
         """
         make_videos = make_videos or self.make_videos
         mix = RewardMix(self.judges, [0.0] * len(self.judges))  # without gradient
-        scores = {judge: torch.zeros(len(self.prompts)) for judge in [*self.judges, *OF_ONE_VIDEO]}
+        scores = {judge: torch.zeros(len(self.prompts)) for judge in [*self.judges, *SINGLE_VIDEO_MEASURES]}
         scores[DIVERSITY] = torch.zeros(self.diversity_count)
         shown, videos = self.options.num_samples, [torch.zeros(0, dtype=torch.uint8)]
         size = self.options.batch_size
-        batches = own_batches(len(self.prompts), size, self.layout)
+        batches = local_batches(len(self.prompts), size, self.layout)
         info = {"fps": self.fps, "seed": self.options.seed, "step": 0}
         own = [i for rows in batches for i in rows]
         count = len(own) + sum(i < self.diversity_count for i in own)
@@ -154,7 +154,7 @@ class HeldOut:
                     continue
                 for judge, scores_B in mix(video, [self.prompts[i] for i in rows], **info)[1].items():
                     scores[judge][rows] = scores_B.cpu()
-                for measure, of in OF_ONE_VIDEO.items():
+                for measure, of in SINGLE_VIDEO_MEASURES.items():
                     scores[measure][rows] = of(video).cpu()
                 if twice:
                     scores[DIVERSITY][twice] = distance(video[: len(twice)], other).cpu()
@@ -183,7 +183,7 @@ class HeldOut:
         """Write sample videos of the current model; all processes share the work."""
         count = min(self.options.num_samples, len(self.prompts))
         videos = [torch.zeros(0, dtype=torch.uint8)]
-        for rows in own_batches(count, self.options.batch_size, self.layout):
+        for rows in local_batches(count, self.options.batch_size, self.layout):
             videos.append(to_uint8(self._videos(self.make_videos, rows, draw=0)))
         self._write(step, self._leading(torch.cat(videos), count, count))
 

@@ -108,13 +108,3 @@ def _all_reduce(grad: torch.Tensor, group: Group) -> torch.Tensor:
     total = grad.to(torch.promote_types(grad.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
     dist.all_reduce(total, group=group)
     return total
-
-
-# Temporary aliases until the callers are renamed.
-entering, agreed, gathered, gathered_inside, swapped = (
-    copy_to_group,
-    average_grad,
-    all_gather,
-    all_gather_sum_grad,
-    all_to_all,
-)

@@ -29,7 +29,7 @@ from rlhf.hub import check_push, push
 from rlhf.io import file_errors, write_json
 from rlhf.lora_scale import check_scale, fold_scale
 from rlhf.model_card import Export, write_card
-from rlhf.run_folder import settings_in
+from rlhf.run_folder import read_settings
 
 
 def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = None) -> None:
@@ -48,7 +48,7 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
         ValueError: no finished run in `run`, `out` in use, base model absent, adapter not finite.
     """
     adapter = _check_export(run, out, scale)
-    config = settings_in(run)
+    config = read_settings(run)
     base = model_folder(model or config["model"])
     transformer = load_transformer(base)
     load_adapter(transformer, adapter.parent)

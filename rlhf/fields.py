@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from rlhf.adapter.masters import Masters
+from rlhf.adapter.masters import MasterWeights
 from rlhf.adjoint import CheckpointedTransformer
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import guided_velocity
-from rlhf.exchange import Group, entering, gathered
+from rlhf.exchange import Group, all_gather, copy_to_group
 from rlhf.lora import without_adapter
 from rlhf.methods import Plan
 from rlhf.sampler import Velocity
@@ -56,7 +56,7 @@ class VelocityFields:
     def __init__(
         self,
         transformer: torch.nn.Module,
-        masters: Masters,
+        masters: MasterWeights,
         guidance: Guidance,
         checkpoint_steps: bool = False,
         sampling_weights: str = "own",
@@ -181,8 +181,8 @@ def split_velocity(transformer: Callable, cond: Conditioning, guidance_scale: fl
         cond = cond.negative
 
     def velocity(x, sigma):
-        v = guided_velocity(transformer, entering(x, group), sigma, cond, 1.0)
-        v_text, v_neg = gathered(v, group)
+        v = guided_velocity(transformer, copy_to_group(x, group), sigma, cond, 1.0)
+        v_text, v_neg = all_gather(v, group)
         return v_neg + guidance_scale * (v_text - v_neg)
 
     return velocity

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.exchange import Group, agreed
+from rlhf.exchange import Group, average_grad
 
 RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 
@@ -113,9 +113,9 @@ class Layout:
         if wrong:
             raise ConfigError(wrong)
 
-    def agreed(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+    def average_grad(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
         """Latents of which all processes of a data rank hold a copy, before each decodes and scores them by itself."""
-        return latents_BCTHW if self.model_group is None else agreed(latents_BCTHW, self.model_group)
+        return latents_BCTHW if self.model_group is None else average_grad(latents_BCTHW, self.model_group)
 
 
 def _own_group(ranks: torch.Tensor) -> Group | None:

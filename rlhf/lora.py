@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict
 
-from rlhf.adapter.masters import Masters
+from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 
 # The projections of SD3's joint attention: of the video's tokens, and of the text's.
@@ -29,7 +29,7 @@ def lora_config(args: RewardGradientConfig) -> LoraConfig:
     )
 
 
-def settings_of(config: PeftConfig | None) -> dict:
+def lora_settings(config: PeftConfig | None) -> dict:
     """Return the settings that describe a LoRA; {} for None and other adapters."""
     if not isinstance(config, LoraConfig):
         return {}
@@ -76,7 +76,7 @@ def without_adapter(function: Callable, transformer: torch.nn.Module) -> Callabl
     return call_with_base
 
 
-def save_adapter(pipe: DiffusionPipeline, masters: Masters, folder: Path) -> None:
+def save_adapter(pipe: DiffusionPipeline, masters: MasterWeights, folder: Path) -> None:
     """Write folder/pytorch_lora_weights.safetensors, fp32, as `pipe.load_lora_weights` reads it."""
     transformer, trained = pipe.transformer, {n: t.cpu() for n, t in masters.named(masters.vector).items()}
     layers = get_peft_model_state_dict(transformer, state_dict=dict(transformer.state_dict()) | trained)

@@ -30,5 +30,5 @@ def distance(a_BCTHW: torch.Tensor, b_BCTHW: torch.Tensor) -> torch.Tensor:
 
 
 DIVERSITY = "diversity"  # the distance of two videos of one prompt
-OF_ONE_VIDEO = {"motion": motion, "saturation": saturation, "high_frequency": high_frequency}
-MEASURES = (*OF_ONE_VIDEO, DIVERSITY)
+SINGLE_VIDEO_MEASURES = {"motion": motion, "saturation": saturation, "high_frequency": high_frequency}
+MEASURES = (*SINGLE_VIDEO_MEASURES, DIVERSITY)

@@ -30,6 +30,6 @@ def clip_gradient(gradient: torch.Tensor, norm: float, limit: float) -> None:
         gradient *= limit / norm
 
 
-def due(done: int, every: int) -> bool:
+def is_due(done: int, every: int) -> bool:
     """Return whether an event of every `every` steps (0: never) happens after `done` of them."""
     return every > 0 and done % every == 0

@@ -79,7 +79,7 @@ def available_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def own_batches(count: int, size: int, layout: Layout) -> list[list[int]]:
+def local_batches(count: int, size: int, layout: Layout) -> list[list[int]]:
     """Return the indices below `count` of this data rank, in consecutive batches of at most `size`.
 
     Data ranks have equal shares; the last ones may have less, and fewer batches. Where all ranks

@@ -20,7 +20,7 @@ from rlhf.contentv.wan_decoder import decode_video
 from rlhf.layout import Sizes
 from rlhf.lora import add_adapter, lora_config
 from rlhf.method.options import read_options
-from rlhf.speed import Speed
+from rlhf.speed import ExecutionOptions
 from rlhf.trace import MetaOffload, Phase, Trace, fake_process_group, fused_attention, use_fused_norms
 
 BFLOAT16_PARAMETERS = 1e9  # from so many parameters on, dtype "auto" loads bfloat16
@@ -149,7 +149,7 @@ class TracedModel:
         settings = [getattr(args, name) for name in TRANSFORMER_SETTINGS]
 
         def trace(model: SD3Transformer3DModel) -> TracedCall:
-            velocity, x = self._prepare(model, Speed.of(args), batch)
+            velocity, x = self._prepare(model, ExecutionOptions.from_settings(args), batch)
             return trace_call(velocity, x, model, with_gradient=with_gradient, to_input=to_latents)
 
         def trace_all() -> TracedCall:
@@ -163,7 +163,7 @@ class TracedModel:
         return self._trace_once(("transformer", batch, with_gradient, to_latents, *settings), trace_all)
 
     def _prepare(
-        self, model: SD3Transformer3DModel, speed: Speed, batch: int
+        self, model: SD3Transformer3DModel, speed: ExecutionOptions, batch: int
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
         """Return the transformer as a function of latents, and latents."""
         make, config = partial(torch.empty, device="meta", dtype=model.dtype), model.config

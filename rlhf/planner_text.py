@@ -3,7 +3,7 @@
 from rlhf.checks import with_sampling
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.contentv.files import model_sizes
-from rlhf.device import describe, local_device, memory_beside, total_memory
+from rlhf.device import describe, local_device, non_pytorch_memory, total_memory
 from rlhf.encoders import encoder_configs
 from rlhf.layout import Sizes, planned_processes
 from rlhf.memory_plan import ENCODING
@@ -50,7 +50,7 @@ def plan_report(
         device = local_device(args.device)
         device_name, limit = describe(device), limit or total_memory(device)
     rates = RATES.get(device_name, H200)
-    context_bytes = rates.context_bytes if device_name in RATES else memory_beside(device)
+    context_bytes = rates.context_bytes if device_name in RATES else non_pytorch_memory(device)
     planner = Planner(args, card, rates, encoder_configs(args.model), processes)
     estimate = planner.estimate()
     texts = [args.to_yaml(), format_sizes(planner)]

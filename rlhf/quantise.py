@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-def quantise_base(transformer: nn.Module, device: torch.device) -> None:
+def quantize_base(transformer: nn.Module, device: torch.device) -> None:
     """Replace the blocks' frozen linear layers by 4-bit ones on the device, in place.
 
     Call it after `add_adapter`. Layers move to the device and are rounded one by one, so that the

@@ -89,12 +89,3 @@ def gradients(outputs: tuple, inputs: tuple, grads: tuple) -> list[torch.Tensor 
     reached_outputs, reached_grads = zip(*reached, strict=True)
     found = iter(torch.autograd.grad(reached_outputs, wanted, reached_grads, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
-
-
-# Temporary aliases until the callers are renamed.
-kept_in = offload_saved_tensors
-
-
-def recomputed(function, *inputs, parameters=(), place=None):
-    """Call `gradient_checkpoint` under its old name."""
-    return gradient_checkpoint(function, *inputs, parameters=parameters, offload=place)

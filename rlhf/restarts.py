@@ -4,11 +4,11 @@ import dataclasses
 import os
 from pathlib import Path
 
-from rlhf.checkpoint import last_whole
+from rlhf.checkpoint import newest_undamaged
 from rlhf.config import RewardGradientConfig
 from rlhf.layout import RESTART_COUNT
 from rlhf.older_settings import translate
-from rlhf.run_folder import run_in
+from rlhf.run_folder import has_run
 
 # Settings of a single launch, which may differ from launch to launch.
 LAUNCH_SETTINGS = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
@@ -24,11 +24,11 @@ def resolve_resume(args: RewardGradientConfig) -> RewardGradientConfig:
     if not restarted and args.resume_from_checkpoint != "auto":
         return args
     folder = Path(args.output_dir)
-    if last_whole(folder / "checkpoints"):
+    if newest_undamaged(folder / "checkpoints"):
         return dataclasses.replace(args, resume_from_checkpoint="latest", overwrite_output_dir=False)
     if args.resume_from_checkpoint not in (None, "auto"):  # a checkpoint of another folder, still to be read
         return args
-    return dataclasses.replace(args, resume_from_checkpoint=None, overwrite_output_dir=run_in(folder))
+    return dataclasses.replace(args, resume_from_checkpoint=None, overwrite_output_dir=has_run(folder))
 
 
 def resume_message(path: Path, saved: dict, args: RewardGradientConfig) -> str:

@@ -32,12 +32,12 @@ RUN_FILES = (
 )
 
 
-def run_in(folder: Path) -> bool:
+def has_run(folder: Path) -> bool:
     """Return whether a run was started in the folder."""
     return any((folder / name).exists() for name in RUN_FILES[:3])
 
 
-def settings_in(folder: Path) -> dict:
+def read_settings(folder: Path) -> dict:
     """Return the settings in the folder's config.yaml, those of earlier versions translated; {} for no file.
 
     Raises DamagedFileError.

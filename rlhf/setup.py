@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from rewards import RewardMix, frames_needed, load_reward, probe, reward_name
-from rlhf.adapter.masters import Masters
+from rlhf.adapter.masters import MasterWeights
 from rlhf.batches import Batches
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
@@ -23,12 +23,12 @@ from rlhf.evaluate import EvalOptions, HeldOut, MakeVideos
 from rlhf.fields import Guidance, VelocityFields
 from rlhf.host_memory import HostMemory
 from rlhf.layout import Layout
-from rlhf.lora import ATTENTION, add_adapter, lora_config, settings_of
+from rlhf.lora import ATTENTION, add_adapter, lora_config, lora_settings
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.reward_checks import short_name
 from rlhf.run_folder import prompt_snapshot
 from rlhf.sampling_copy import require_float8
-from rlhf.speed import Speed, UnsupportedOptionError, require_compiler, require_kernel, set_up_blocks
+from rlhf.speed import ExecutionOptions, UnsupportedOptionError, require_compiler, require_kernel, set_up_blocks
 from rlhf.text import PromptCache, encode_prompts
 from rlhf.trackers import Clip
 
@@ -67,7 +67,7 @@ def check_inputs(
     args.reward_funcs = [r if isinstance(r, str) else reward_name(r) for r in rewards]
     train_prompts = None if train_dataset is None else as_prompts(train_dataset, "train_dataset")
     eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset, "eval_dataset")
-    args = dataclasses.replace(args, **settings_of(peft_config))  # as a checkpoint's must be
+    args = dataclasses.replace(args, **lora_settings(peft_config))  # as a checkpoint's must be
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     passed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
     snapshots = {name: prompt_snapshot(args, name) for name, prompts in passed.items() if prompts is not None}
@@ -141,7 +141,7 @@ def require_same_run(layout: Layout, prompts: list[str], args: RewardGradientCon
 
 def prepare_model(
     pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, layout: Layout
-) -> tuple[Masters, dict[str, str]]:
+) -> tuple[MasterWeights, dict[str, str]]:
     """Freeze the models, add the adapter, set up execution; return master weights and choices.
 
     Choices are what settings left open, by setting, such as the attention kernel.
@@ -153,8 +153,8 @@ def prepare_model(
         use_channels_last(pipe.vae)  # a fifth faster
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed)
     with _reported_as_setting():
-        choices = set_up_blocks(pipe.transformer, Speed.of(args), device, layout.sequence_group)
-    return Masters(pipe.transformer, args.ema_decay), choices
+        choices = set_up_blocks(pipe.transformer, ExecutionOptions.from_settings(args), device, layout.sequence_group)
+    return MasterWeights(pipe.transformer, args.ema_decay), choices
 
 
 @contextmanager
@@ -180,7 +180,9 @@ def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipel
     return load_pipeline(args.model, dtype=base_dtype(args.dtype), device=target)
 
 
-def make_fields(pipe: ContentVPipeline, masters: Masters, args: RewardGradientConfig, layout: Layout) -> VelocityFields:
+def make_fields(
+    pipe: ContentVPipeline, masters: MasterWeights, args: RewardGradientConfig, layout: Layout
+) -> VelocityFields:
     """Return the velocity fields of a run."""
     return VelocityFields(
         pipe.transformer,

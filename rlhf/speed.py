@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from rlhf.attention import Attention, attention_by, faster_inference_attention, kernel_error, time_kernels
+from rlhf.attention import Attention, attention_function, faster_inference_attention, kernel_error, time_kernels
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.device import has_attention_kernels
 from rlhf.exchange import Group
 from rlhf.host_memory import HostMemory
-from rlhf.quantise import quantise_base
+from rlhf.quantise import quantize_base
 from rlhf.sharding import ShardedRunner, shard_base
 from rlhf.streaming import stream_blocks
 
@@ -36,8 +36,6 @@ class ExecutionOptions:
     def from_settings(cls, settings: Any) -> "ExecutionOptions":
         """Return the options of any object with attributes of these names."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
-
-    of = from_settings  # Temporary alias until the callers are renamed.
 
     @property
     def recompute(self) -> str:
@@ -68,7 +66,7 @@ def set_up_blocks(
     """
     chosen, transformer.sequence_group = {}, sequence_group
     if options.base_bits:
-        quantise_base(transformer, device)
+        quantize_base(transformer, device)
     fetch = stream_blocks(transformer, device).fetch if options.stream_weights else None
     if options.shard_base:
         shard_base(transformer, device)
@@ -83,7 +81,7 @@ def set_up_blocks(
         inference_attention, line = faster
         chosen["attention_kernel"] += f"; {line}"
     runner = BlockRunner(
-        attention=attention_by(kernel),
+        attention=attention_function(kernel),
         inference_attention=inference_attention,
         recompute=options.recompute,
         host=HostMemory(device) if options.offload_activations else None,
@@ -118,7 +116,7 @@ def choose_inference_kernel(
     """Return a faster attention for no-grad steps and a log line; None if there is none."""
     if not has_attention_kernels(device):
         return None
-    return faster_inference_attention(attention_by(kernel), device, transformer.dtype, *_heads(transformer))
+    return faster_inference_attention(attention_function(kernel), device, transformer.dtype, *_heads(transformer))
 
 
 def require_kernel(kernel: str, device: torch.device, dtype: torch.dtype, heads: int = 2, width: int = 64) -> None:
@@ -143,6 +141,3 @@ def require_compiler(device: torch.device) -> None:
 def _heads(transformer: torch.nn.Module) -> tuple[int, int]:
     """Return the number of heads and the width of a head."""
     return transformer.config.num_attention_heads, transformer.config.attention_head_dim
-
-
-Speed = ExecutionOptions  # Temporary alias until the callers are renamed.

@@ -19,7 +19,7 @@ GIF_SIDE, GIF_RATE = 320, 12  # at most, as GIFs are large: pixels of the longer
 
 
 @contextmanager
-def tracked(accelerator: Accelerator, args: RewardGradientConfig) -> Iterator[None]:
+def run_trackers(accelerator: Accelerator, args: RewardGradientConfig) -> Iterator[None]:
     """Start the trackers of `report_to` as `accelerator.trackers`; finish them after the block."""
     if args.report_to:
         accelerator.init_trackers(PROJECT, config=_plain(args))
@@ -64,7 +64,7 @@ class Clip:
         return file.getvalue()
 
 
-def show(accelerator: Accelerator, step: int, clips: list[Clip]) -> None:
+def show_samples(accelerator: Accelerator, step: int, clips: list[Clip]) -> None:
     """Show sample videos in the trackers that can show videos; the others get the metrics only."""
     for tracker in accelerator.trackers:
         if tracker.name in SHOW_VIDEOS and clips:

@@ -59,7 +59,7 @@ def train(args: RewardGradientConfig) -> int:
     except RewardError as error:
         return _fail(f"train_rlhf: {error}", EXIT_FAILED)
 
-    from rlhf.checkpoint import SavingError, last_whole
+    from rlhf.checkpoint import SavingError, newest_undamaged
     from rlhf.failures import TrainingError, out_of_memory
     from rlhf.io import DamagedFileError
     from rlhf.trainer import RewardGradientTrainer
@@ -72,17 +72,17 @@ def train(args: RewardGradientConfig) -> int:
     except ConfigError as error:
         return _fail(f"train_rlhf: {error}", EXIT_SETTINGS)
     except (RewardError, TrainingError, SavingError, DamagedFileError) as error:
-        return _fail(f"train_rlhf: {error}{_resume_hint(args, last_whole)}", EXIT_FAILED)
+        return _fail(f"train_rlhf: {error}{_resume_hint(args, newest_undamaged)}", EXIT_FAILED)
     except (RuntimeError, MemoryError) as error:
         if (explained := out_of_memory(error)) is None:
             raise
-        return _fail(f"train_rlhf: {explained}{_resume_hint(args, last_whole)}", EXIT_FAILED)
+        return _fail(f"train_rlhf: {explained}{_resume_hint(args, newest_undamaged)}", EXIT_FAILED)
     except KeyboardInterrupt:
-        return _fail(f"train_rlhf: interrupted.{_resume_hint(args, last_whole)}", EXIT_INTERRUPTED)
+        return _fail(f"train_rlhf: interrupted.{_resume_hint(args, newest_undamaged)}", EXIT_INTERRUPTED)
 
 
-def _resume_hint(args: RewardGradientConfig, last_whole) -> str:
-    if (saved := last_whole(Path(args.output_dir) / "checkpoints")) is None:
+def _resume_hint(args: RewardGradientConfig, newest_undamaged) -> str:
+    if (saved := newest_undamaged(Path(args.output_dir) / "checkpoints")) is None:
         return ""
     # The last of equal flags counts, so the given ones may stay.
     flags = ["--overwrite_output_dir", "false"] * args.overwrite_output_dir + ["--resume_from_checkpoint", "latest"]

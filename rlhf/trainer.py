@@ -35,14 +35,14 @@ from rlhf.lora import save_adapter
 from rlhf.losses import reward_loss, score, score_metrics
 from rlhf.method.options import read_options
 from rlhf.methods import Plan, gradient_samples, make_plan
-from rlhf.optimizer import clip_gradient, due, learning_rate, make_optimizer
+from rlhf.optimizer import clip_gradient, is_due, learning_rate, make_optimizer
 from rlhf.parallel import any_process, make_accelerator
-from rlhf.report import reported
+from rlhf.report import report_at_end
 from rlhf.restarts import resume_message
 from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run_folder import start_run_folder
 from rlhf.sampler import RolloutCache, rollout, sample_euler
-from rlhf.trackers import show, tracked
+from rlhf.trackers import run_trackers, show_samples
 from rlhf.tracking import Cost, RunLog
 from rlhf.types import Conditioning
 from rlhf.watch import Guard, HeldOutMonitor
@@ -126,7 +126,7 @@ class RewardGradientTrainer:
         )
         self.monitor = None
         if self.eval_prompts:
-            shown = partial(show, self.accelerator)
+            shown = partial(show_samples, self.accelerator)
             held_out = setup.make_held_out(
                 self.sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout, shown
             )
@@ -142,7 +142,7 @@ class RewardGradientTrainer:
         """Take optimizer step `step`, from 0, on `samples_per_step` videos; return its metrics."""
         cost, args, masters = Cost(self.device), self.args, self.masters
         plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
-        is_anchor = due(step + 1, args.anchor_steps)
+        is_anchor = is_due(step + 1, args.anchor_steps)
         gradient = self._anchor_gradient if is_anchor else self._reward_gradient
         result = self._accumulate(gradient, step, plan)
 
@@ -207,7 +207,7 @@ class RewardGradientTrainer:
 
         losses, logged, suspect, error = [], None, None, None
         for sample in gradient_samples(window, x0, batch.noise, plan):
-            video = self.decode(self.layout.agreed(sample.latents), step)
+            video = self.decode(self.layout.average_grad(sample.latents), step)
             if suspect is None or self._gradient_is_finite():
                 suspect = video.detach(), batch.prompts, info
             try:
@@ -269,7 +269,7 @@ class RewardGradientTrainer:
         go on. checkpoints/ then holds the last good step.
         """
         require_new(trained=self.state.global_step > self.resumed["step"])
-        with reported(self.folder, self.accelerator.is_main_process):
+        with report_at_end(self.folder, self.accelerator.is_main_process):
             summary = self._train()
         self.callbacks.notify("on_train_end")
         return summary
@@ -277,7 +277,7 @@ class RewardGradientTrainer:
     def _train(self) -> dict:
         started, first = time.perf_counter(), self.resumed["step"]
         self._begin()
-        with tracked(self.accelerator, self.args):
+        with run_trackers(self.accelerator, self.args):
             self.callbacks.notify("on_train_begin")
             if self.monitor:
                 self.monitor.begin(self.sample_base, first, self.resumed.get("guard"))
@@ -322,7 +322,7 @@ class RewardGradientTrainer:
                 log.step(metrics)
                 self.callbacks.logged(metrics)
                 stopping = any_process(self.accelerator, stop.requested)
-                if stopping or self.callbacks.requested("save") or due(done, args.save_steps):
+                if stopping or self.callbacks.requested("save") or is_due(done, args.save_steps):
                     saved = self._save(done)
                 if stopping:
                     raise TrainingInterrupted(saved)
@@ -337,8 +337,8 @@ class RewardGradientTrainer:
         if not self.monitor:
             return {}
         args = self.args
-        evaluate = self.callbacks.requested("evaluate") or due(done, args.eval_steps)
-        sample = due(done, args.sample_steps) and done < args.max_steps
+        evaluate = self.callbacks.requested("evaluate") or is_due(done, args.eval_steps)
+        sample = is_due(done, args.sample_steps) and done < args.max_steps
         return self.monitor.look(done, evaluate, sample)
 
     # --------------------------------------------------------------------------- restore and save

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rewards.mix import has_spread
-from rlhf.adapter.masters import Masters
+from rlhf.adapter.masters import MasterWeights
 from rlhf.callbacks import Notify
 from rlhf.checkpoint import load_vector, save_vector
 from rlhf.config import RewardGradientConfig
@@ -101,7 +101,7 @@ class HeldOutMonitor:
         held_out: HeldOut,
         trained: dict[str, float],
         pipe,
-        masters: Masters,
+        masters: MasterWeights,
         notify: Notify,
         guard: Guard | None = None,
         resume_from: str | None = None,

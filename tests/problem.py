@@ -6,7 +6,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from diffusers.models.normalization import RMSNorm
 from tiny import tiny_conditioning, tiny_transformer, tiny_vae
 
-from rlhf.adapter.masters import Masters
+from rlhf.adapter.masters import MasterWeights
 from rlhf.adjoint import CheckpointedTransformer
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
@@ -26,7 +26,7 @@ class Problem:
         self.transformer, self.vae = tiny_transformer(num_layers=num_layers).to(dtype), tiny_vae().to(dtype)
         self.vae.decoder.conv_out.weight.mul_(0.3)  # no saturated pixel: its gradient goes straight through
         add_adapter(self.transformer, lora_config(RewardGradientConfig(lora_rank=2)), seed=0)
-        self.masters = Masters(self.transformer)
+        self.masters = MasterWeights(self.transformer)
         generator = torch.Generator().manual_seed(5)
 
         def normal(*shape):

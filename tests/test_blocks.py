@@ -13,7 +13,7 @@ from adapted_model import arguments, assert_equal, gradients, model_with_adapter
 from kept import KeptBytes
 
 from rlhf import attention as attention_module
-from rlhf.attention import KERNELS, attention_by, faster_inference_attention, load_flash_attention_3, time_kernels
+from rlhf.attention import KERNELS, attention_function, faster_inference_attention, load_flash_attention_3, time_kernels
 from rlhf.contentv.blocks import RECOMPUTE, BlockRunner
 from rlhf.host_memory import HostMemory
 
@@ -180,9 +180,9 @@ def test_kernels_are_timed_and_those_that_do_not_work_left_out():
     query, key, value = torch.randn(3, 1, 2, 8, 16)
     expected = F.scaled_dot_product_attention(query, key, value)
     for kernel in [None, *seconds]:
-        torch.testing.assert_close(attention_by(kernel)(query, key, value), expected)
+        torch.testing.assert_close(attention_function(kernel)(query, key, value), expected)
     with pytest.raises(RuntimeError):
-        attention_by("cudnn")(query, key, value)
+        attention_function("cudnn")(query, key, value)
 
 
 def test_flash_attention_3_is_used_without_gradient_where_it_is_installed_and_faster(monkeypatch):

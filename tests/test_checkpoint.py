@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny import tiny_transformer
 
-from rlhf.adapter.masters import Masters
+from rlhf.adapter.masters import MasterWeights
 from rlhf.checkpoint import (
     SavingError,
     checkpoints,
     damage,
     find_checkpoint,
-    last_whole,
     load_checkpoint,
     load_vector,
+    newest_undamaged,
     save_checkpoint,
 )
 from rlhf.config import ConfigError, RewardGradientConfig
@@ -28,10 +28,10 @@ from rlhf.run.signals import StopRequest, signals_interrupt
 
 
 def trained(updates: int, seed: int = 0):
-    """Masters and an optimizer after some steps on gradients that depend on the step alone."""
+    """MasterWeights and an optimizer after some steps on gradients that depend on the step alone."""
     transformer = tiny_transformer()
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=2)), seed)
-    masters = Masters(transformer)
+    masters = MasterWeights(transformer)
     optimizer = torch.optim.AdamW([masters.vector], lr=1e-2, weight_decay=0.1, fused=True)
     update(masters, optimizer, range(updates))
     return masters, optimizer
@@ -62,11 +62,11 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, updates):
 def test_the_average_goes_on_and_begins_at_the_weights_where_none_was_kept(tmp_path):
     transformer = tiny_transformer()
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=2)), 0)
-    masters = Masters(transformer, average_decay=0.9)
+    masters = MasterWeights(transformer, average_decay=0.9)
     optimizer = torch.optim.AdamW([masters.vector], lr=1e-2, fused=True)
     masters.average += 1
     path = save_checkpoint(tmp_path, 1, masters, optimizer, {})
-    other = Masters(transformer, average_decay=0.5)
+    other = MasterWeights(transformer, average_decay=0.5)
     load_checkpoint(path, other, optimizer)
     assert torch.equal(other.average, masters.average)
     (path / "average.safetensors").unlink()
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, harm, t
     assert damage(folder / "step-10") is None
     harm(folder / "step-10")
     assert told in damage(folder / "step-10")
-    assert find_checkpoint("latest", tmp_path, quiet=True) == last_whole(folder) == folder / "step-9"
+    assert find_checkpoint("latest", tmp_path, quiet=True) == newest_undamaged(folder) == folder / "step-9"
     assert not caplog.text
     assert find_checkpoint("latest", tmp_path) == folder / "step-9"
     assert f"{folder / 'step-10'}: {told}" in caplog.text

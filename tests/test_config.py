@@ -10,7 +10,7 @@ from rlhf.config import ConfigError, RewardGradientConfig, field_names
 from rlhf.method.options import METHOD_OPTIONS
 from rlhf.older_settings import translate
 from rlhf.parse import parse_command, parse_config
-from rlhf.run_folder import settings_in
+from rlhf.run_folder import read_settings
 
 
 @pytest.fixture
@@ -210,6 +210,6 @@ def test_settings_of_today_are_left_as_they_are():
 def test_a_run_of_an_earlier_version_is_read_with_todays_names(run):
     text = (run / "config.yaml").read_text().replace("rollout_reuse: 1", "rollout_uses: 3\nnum_draws: 2")
     (run / "config.yaml").write_text(text)
-    assert settings_in(run)["rollout_reuse"] == 3
-    assert not {"rollout_uses", "num_draws"} & settings_in(run).keys()
+    assert read_settings(run)["rollout_reuse"] == 3
+    assert not {"rollout_uses", "num_draws"} & read_settings(run).keys()
     assert parse_config(["--resume_from_checkpoint", str(run / "checkpoints" / "step-3")], run).rollout_reuse == 3

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
-from rlhf.adapter.masters import Masters
+from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
 from rlhf.export import export_merged
@@ -23,10 +23,10 @@ def velocity(transformer) -> torch.Tensor:
         )[0]
 
 
-def shaken(transformer, config=None, amount=0.3) -> Masters:
+def shaken(transformer, config=None, amount=0.3) -> MasterWeights:
     """An adapter that does something."""
     add_adapter(transformer, config or lora_config(RewardGradientConfig(lora_rank=4)), seed=0)
-    masters = Masters(transformer)
+    masters = MasterWeights(transformer)
     with torch.no_grad():
         noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
         masters.vector += amount * noise
@@ -42,14 +42,14 @@ def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed():
         add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), seed)
         assert torch.equal(torch.get_rng_state(), before), "nor does it hear of the seed"
     assert torch.equal(velocity(base), velocity(adapted))
-    assert torch.equal(Masters(adapted).vector, Masters(again).vector)
-    assert not torch.allclose(Masters(adapted).vector, Masters(other).vector)
+    assert torch.equal(MasterWeights(adapted).vector, MasterWeights(again).vector)
+    assert not torch.allclose(MasterWeights(adapted).vector, MasterWeights(other).vector)
 
 
 def test_only_the_adapter_is_trainable_and_all_eight_projections_have_one():
     transformer = tiny_transformer().requires_grad_(True)
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4, lora_alpha=8)), 0)
-    names = Masters(transformer).names
+    names = MasterWeights(transformer).names
     assert all("lora_" in name for name in names)
     assert len(names) == 2 * (8 + 7)  # the last block has no output for the text
     assert transformer.peft_config["default"].lora_alpha == 8
@@ -69,7 +69,7 @@ def test_adapter_off_is_the_base_and_on_again_afterwards():
 def test_masters_of_a_bfloat16_base_keep_steps_that_bfloat16_would_lose():
     transformer = tiny_transformer().to(torch.bfloat16)
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), 0)
-    masters = Masters(transformer)
+    masters = MasterWeights(transformer)
     assert masters.vector.dtype == torch.float32
     assert {p.dtype for p in masters.params} == {torch.bfloat16}
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_a_saved_adapter_loads_in_a_fresh_pipeline(tmp_path, alpha):
 
 def test_a_transformer_without_an_adapter_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter, expected an adapter"):
-        Masters(tiny_transformer())
+        MasterWeights(tiny_transformer())
 
 
 @pytest.mark.parametrize("rank", [1, 8])
@@ -133,7 +133,7 @@ def with_dora():
     """A pipeline with everything that can be trained, shaken, and its masters."""
     pipe = tiny_pipeline()
     add_adapter(pipe.transformer, lora_config(RewardGradientConfig(**EVERYTHING)), 0)
-    masters = Masters(pipe.transformer)
+    masters = MasterWeights(pipe.transformer)
     with torch.no_grad():
         noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
         masters.set(masters.vector + 0.05 * noise)
@@ -176,14 +176,14 @@ def test_what_was_trained_is_merged_into_a_plain_checkpoint(tmp_path):
 def test_the_layers_that_settings_name_are_adapted():
     transformer = tiny_transformer()
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_target_modules=["to_q", "ff.net.2"])), 0)
-    adapted = {name.split(".lora_")[0] for name in Masters(transformer).names}
+    adapted = {name.split(".lora_")[0] for name in MasterWeights(transformer).names}
     assert {name.split(".", 2)[2] for name in adapted} == {"attn.to_q", "ff.net.2"}
 
 
 def test_the_average_follows_the_vector_and_stands_in_for_it():
     transformer = tiny_transformer()
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), 0)
-    masters = Masters(transformer, average_decay=0.9)
+    masters = MasterWeights(transformer, average_decay=0.9)
     expected, values = masters.vector.detach().clone(), []
     for update in range(200):
         with torch.no_grad():

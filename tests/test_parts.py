@@ -17,10 +17,10 @@ from rlhf.contentv.files import model_sizes
 from rlhf.contentv.transformer import QueryKeyNorm
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.host_memory import HostMemory
-from rlhf.lora import Masters, add_adapter, lora_config
+from rlhf.lora import MasterWeights, add_adapter, lora_config
 from rlhf.parts import TracedModel
 from rlhf.setup import latent_shape
-from rlhf.speed import Speed, set_up_blocks
+from rlhf.speed import ExecutionOptions, set_up_blocks
 from rlhf.time_plan import H200, phase_seconds
 from rlhf.trace import MetaOffload, Phase, Trace, fake_process_group, fused_attention
 
@@ -42,7 +42,7 @@ def test_counts_are_those_of_the_real_modules():
     assert sum(p.numel() for p in pipe.transformer.parameters()) == traced.frozen.blocks + traced.frozen.rest
     assert traced.latent_shape == latent_shape(pipe, args)
     add_adapter(pipe.transformer, lora_config(args), 0)
-    assert traced.num_trained == Masters(pipe.transformer).vector.numel()
+    assert traced.num_trained == MasterWeights(pipe.transformer).vector.numel()
     assert traced.adapter_bytes == 4 * traced.num_trained
 
 
@@ -53,7 +53,7 @@ def test_a_transformer_call_keeps_what_autograd_holds(settings):
     pipe, args, card = tiny(**settings)
     model, call = pipe.transformer, TracedModel(args, card).transformer_call(args, 2)
     add_adapter(model, lora_config(args), 0)
-    set_up_blocks(model, Speed.of(args), torch.device("cpu"))
+    set_up_blocks(model, ExecutionOptions.from_settings(args), torch.device("cpu"))
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
     cond = tiny_conditioning(2, card["tokenizer"]["model_max_length"] + args.max_sequence_length)
     with KeptBytes(model) as kept:
@@ -77,7 +77,7 @@ def test_a_share_of_the_tokens_keeps_what_autograd_holds(settings):
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
     cond = tiny_conditioning(2, card["tokenizer"]["model_max_length"] + args.max_sequence_length)
     with fake_process_group(3) as group:
-        set_up_blocks(model, Speed.of(args), torch.device("cpu"), group)
+        set_up_blocks(model, ExecutionOptions.from_settings(args), torch.device("cpu"), group)
         with KeptBytes(model) as kept:
             (v,) = model(latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.ones(2), return_dict=False)
             held = kept.now

@@ -9,7 +9,7 @@ from adapted_model import arguments, gradients, model_with_adapter
 
 from rlhf import quantise as module
 from rlhf.contentv.blocks import BlockRunner
-from rlhf.quantise import missing_library, quantise_base
+from rlhf.quantise import missing_library, quantize_base
 
 
 def flat(grads):
@@ -35,7 +35,7 @@ def test_the_gradient_stays_near_the_exact_one():
     pytest.importorskip("bitsandbytes")
     model, inputs = model_with_adapter(torch.float32, attention_head_dim=64), arguments(torch.float32)
     exact, before = gradients(model, inputs), held_bytes(model.transformer_blocks)
-    quantise_base(model, torch.device("cpu"))
+    quantize_base(model, torch.device("cpu"))
     assert held_bytes(model.transformer_blocks) < 0.25 * before
     found = gradients(model, inputs)
     assert found.keys() == exact.keys()
@@ -53,7 +53,7 @@ def test_a_missing_library_is_named_with_its_pip_line(monkeypatch):
     before = [type(m) for m in model.modules()]
     told = "base_bits=4 needs bitsandbytes, .*; pip install bitsandbytes, or leave it out"
     with pytest.raises(ValueError, match=told):
-        quantise_base(model, torch.device("cpu"))
+        quantize_base(model, torch.device("cpu"))
     assert [type(m) for m in model.modules()] == before
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name == "bitsandbytes" or None)
     assert missing_library() is None

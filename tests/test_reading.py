@@ -16,13 +16,13 @@ from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
 from rlhf.io import DamagedFileError
 from rlhf.report.data import Run
-from rlhf.run_folder import settings_in
+from rlhf.run_folder import read_settings
 from rlhf.tracking import read_metrics
 from rlhf.video_set import read_set
 
 HALF = b'{"a": [1, "b'
 READERS = {  # by file: what reads it in the folder, and what does not belong there
-    "config.yaml": (settings_in, (b"a: [1", b"", b"- 1\n", b"a: \xfc\n")),
+    "config.yaml": (read_settings, (b"a: [1", b"", b"- 1\n", b"a: \xfc\n")),
     "summary.json": (lambda folder: Run(folder).summary, (HALF, b"", b"[1]", b'"\xfc"')),
     "environment.jsonl": (read_environment, (b'{"a": "\xfc"}\n',)),
     "metrics.jsonl": (read_metrics, (b'{"a": "\xfc"}\n',)),

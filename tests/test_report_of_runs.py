@@ -83,16 +83,16 @@ def test_a_report_that_fails_does_not_hide_what_ended_the_run(started, monkeypat
         raise another
 
     monkeypatch.setattr(report, "finish_report", fail)
-    with pytest.raises(RuntimeError, match="the first"), report.reported(started, True):
+    with pytest.raises(RuntimeError, match="the first"), report.report_at_end(started, True):
         raise RuntimeError("the first")
     assert f"no report of the run in {started} could be written: {type(another).__name__}" in caplog.text
 
 
 def test_settings_with_which_no_run_began_leave_no_report(tmp_path, started, monkeypatch):
     monkeypatch.setattr(report, "finish_report", lambda *_: pytest.fail("written"))
-    with pytest.raises(ConfigError), report.reported(started, True):
+    with pytest.raises(ConfigError), report.report_at_end(started, True):
         raise ConfigError(["wrong"])
-    with pytest.raises(RuntimeError), report.reported(tmp_path / "nowhere", True):
+    with pytest.raises(RuntimeError), report.report_at_end(tmp_path / "nowhere", True):
         raise RuntimeError
-    with pytest.raises(RuntimeError), report.reported(started, wanted=False):
+    with pytest.raises(RuntimeError), report.report_at_end(started, wanted=False):
         raise RuntimeError

@@ -7,7 +7,7 @@ from tiny import tiny_conditioning, tiny_transformer
 
 from rlhf.contentv.flow import flow_sigmas, guided_velocity
 from rlhf.fields import Guidance, VelocityFields, velocity_field
-from rlhf.lora import Masters
+from rlhf.lora import MasterWeights
 from rlhf.methods import Plan
 from rlhf.sampler import RolloutCache, draw_noise, fewer_steps, rollout, sample_euler
 from rlhf.text import encode_prompts
@@ -175,7 +175,7 @@ class Guided:
         self.noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def latents(self, grad_steps=(), **guidance):
-        masters = Masters(self.model)
+        masters = MasterWeights(self.model)
         fields, plan = VelocityFields(self.model, masters, Guidance(**guidance)), Plan(SIX_STEPS, list(grad_steps))
         prefix, window = fields.prefix(self.cond, plan), fields.window(self.cond)
         return rollout(prefix, window, self.noise, plan.sigmas, plan.grad_steps)[-1]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.checkpoint import SavingError, last_whole
+from rlhf.checkpoint import SavingError, newest_undamaged
 from rlhf.config import RewardGradientConfig
 from rlhf.failures import TrainingError
 from rlhf.run.signals import TrainingInterrupted
@@ -46,7 +46,7 @@ def settings(make_args, tmp_path):
 
 def go_on(args: RewardGradientConfig) -> RewardGradientConfig:
     """As a user would: from the latest checkpoint, or from the start where the first one was not finished."""
-    saved = last_whole(Path(args.output_dir) / "checkpoints")
+    saved = newest_undamaged(Path(args.output_dir) / "checkpoints")
     return dataclasses.replace(
         args, **({"resume_from_checkpoint": "latest"} if saved else {"overwrite_output_dir": True})
     )

@@ -8,9 +8,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rlhf.contentv.transformer import QueryKeyNorm
-from rlhf.exchange import entering, gathered, swapped
+from rlhf.exchange import all_gather, all_to_all, copy_to_group
 from rlhf.host_memory import HostMemory
-from rlhf.recompute import recomputed
+from rlhf.recompute import gradient_checkpoint
 from rlhf.trace import MetaOffload, Operation, Trace, fake_process_group, fused_attention, use_fused_norms
 
 META = torch.device("meta")
@@ -38,7 +38,7 @@ def test_the_peak_is_that_of_real_tensors(checkpointing):
             ]
             x = torch.zeros(512, 64)
         for layer in layers:
-            y = recomputed(layer, x, parameters=layer.parameters()) if checkpointing else layer(x)
+            y = gradient_checkpoint(layer, x, parameters=layer.parameters()) if checkpointing else layer(x)
             x = x + y.sin()
         x.sum().backward()
 
@@ -81,9 +81,9 @@ def test_attention_keeps_and_computes_what_a_fused_kernel_does():
 def test_collectives_are_counted_by_what_a_rank_sends():
     x = torch.empty(4, 8, device=META)
     with fake_process_group(4) as group, Trace() as trace, trace.phase() as phase:
-        swapped(x, group)
-        gathered(x, group)
-        entering(x.requires_grad_(), group).backward(x.detach())
+        all_to_all(x, group)
+        all_gather(x, group)
+        copy_to_group(x.requires_grad_(), group).backward(x.detach())
     sent = {op.bytes: count for op, count in phase.work.items() if op.kind == "collective"}
     assert sent == {4 * 32 * 3 // 4: 1, 4 * 32 * 3: 1, 2 * 4 * 32 * 3 // 4: 1}, "all-to-all, all-gather, all-reduce"
     assert not dist.is_initialized()
@@ -110,7 +110,7 @@ def test_offloaded_tensors_leave_the_device_and_come_back_one_group_ahead():
             trace.ignore(x)
             y = x
             for _ in range(4):
-                y = recomputed(lambda t: t.sin() * t, y, place=host.group())
+                y = gradient_checkpoint(lambda t: t.sin() * t, y, offload=host.group())
             with trace.phase() as backward:
                 y.sum().backward()
         sizes[name] = trace.live_bytes, x.grad.shape

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import tiny_pipeline
 
 from rlhf.run.video import write_samples
-from rlhf.trackers import Clip, show, tracked
+from rlhf.trackers import Clip, run_trackers, show_samples
 from rlhf.trainer import RewardGradientTrainer
 
 
@@ -97,8 +97,8 @@ def test_videos_reach_libraries_that_run_on_a_server(library, make_args, tmp_pat
     name = library.__name__
     accelerator = Accelerator(cpu=True, log_with=name)
     clips = write_samples(tmp_path, 7, ["a", "b"], torch.zeros(2, 3, 5, 32, 32, dtype=torch.uint8), fps=8)
-    with tracked(accelerator, make_args(report_to=[name])):
-        show(accelerator, 7, clips)
+    with run_trackers(accelerator, make_args(report_to=[name])):
+        show_samples(accelerator, 7, clips)
     ((step, values),) = library.run.logged
     assert (step, list(values)) == (7, ["samples/00", "samples/01"])
     assert [shown.caption for shown in values.values()] == ["a", "b"]
@@ -116,5 +116,5 @@ def test_a_tracker_that_shows_no_videos_is_left_alone(library):
     logged = []
     trackers = [types.SimpleNamespace(name="mlflow", log=pytest.fail)]
     trackers += [types.SimpleNamespace(name=library.__name__, log=lambda *_, **__: logged.append(1))]
-    show(types.SimpleNamespace(trackers=trackers), 1, [video()])
+    show_samples(types.SimpleNamespace(trackers=trackers), 1, [video()])
     assert logged == [1]

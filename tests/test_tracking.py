@@ -6,8 +6,8 @@ import imageio.v3 as imageio
 import torch
 
 from rlhf.run.video import to_uint8, write_samples
-from rlhf.run_folder import RUN_FILES, run_in, start_run_folder
-from rlhf.trackers import tracked
+from rlhf.run_folder import RUN_FILES, has_run, start_run_folder
+from rlhf.trackers import run_trackers
 from rlhf.tracking import RunLog, drop_rows_after, read_metrics
 
 
@@ -29,7 +29,7 @@ class Accelerator:
 def test_metrics_go_to_the_file_and_the_trackers_step_by_step(make_args, tmp_path):
     args = make_args(output_dir=str(tmp_path))
     accelerator = Accelerator()
-    with tracked(accelerator, args), RunLog(accelerator, args, 0) as log:
+    with run_trackers(accelerator, args), RunLog(accelerator, args, 0) as log:
         for step in (1, 2):
             log.step({"step": step, "reward": 0.5 * step})
             assert read_metrics(tmp_path)[-1] == {"step": step, "reward": 0.5 * step}  # at once, not at the end
@@ -50,7 +50,7 @@ def test_overwriting_removes_the_files_of_a_run_and_nothing_else(make_args, tmp_
     (tmp_path / "mine.txt").touch()
     start_run_folder(make_args(output_dir=str(tmp_path), overwrite_output_dir=True), ["not written"], [])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "environment.jsonl", "mine", "mine.txt"]
-    assert run_in(tmp_path)
+    assert has_run(tmp_path)
 
 
 def test_eight_bits_are_rounded():

@@ -14,7 +14,7 @@ from tiny import tiny_pipeline
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.checkpoint import last_whole
+from rlhf.checkpoint import newest_undamaged
 from rlhf.config import ConfigError
 from rlhf.evaluate import HeldOut
 from rlhf.failures import TrainingError
@@ -94,7 +94,7 @@ def test_a_step_is_saved_where_its_evaluation_fails(make_args, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         train(args, evaluate=True)
     monkeypatch.setattr(HeldOut, "evaluate", evaluate)
-    assert last_whole(Path(args.output_dir) / "checkpoints").name == "step-3"
+    assert newest_undamaged(Path(args.output_dir) / "checkpoints").name == "step-3"
     again = train(dataclasses.replace(args, resume_from_checkpoint="latest"), evaluate=True)
     whole = dataclasses.replace(args, output_dir=args.output_dir + "_whole")
     assert again["trained"] == train(whole, evaluate=True)["trained"]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Masters:
+class MasterWeights:
     """An adapter's fp32 master weights, one flat vector with its gradient; fp64 for fp64 models.
 
     The modules keep a copy in the base's format for the forward pass. `write` refreshes that copy

@@ -21,7 +21,7 @@ from torch import nn
 
 from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.shards import SequenceShards
-from rlhf.device import is_plugged_in
+from rlhf.device import is_plugin_device
 from rlhf.exchange import Group, copy_to_group
 
 SPATIAL_INTERPOLATION_SCALE = 0.5
@@ -79,7 +79,7 @@ class QueryKeyNorm(RMSNorm):
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if is_plugged_in(hidden_states.device):
+        if is_plugin_device(hidden_states.device):
             return super().forward(hidden_states)
         weight = self.weight.to(hidden_states.dtype)
         return F.rms_norm(hidden_states, weight.shape, weight, self.eps).to(self.weight.dtype)

@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T
 
 from rlhf.contentv.frozen import conv, norm_silu
 from rlhf.host_memory import HostMemory
-from rlhf.recompute import recomputed
+from rlhf.recompute import gradient_checkpoint
 
 
 def decode_video(
@@ -111,7 +111,7 @@ def decode_unclamped(
         decode = partial(_decode_chunk, vae.decoder, is_last=i == len(pieces) - 1)
         if checkpoint:
             place = caches.group() if caches else None
-            decode = partial(recomputed, decode, parameters=trained, place=place)
+            decode = partial(gradient_checkpoint, decode, parameters=trained, offload=place)
         y, *last_caches = decode(piece, *last_caches)
         frames.append(y)
     return frames[0] if len(frames) == 1 else torch.cat(frames, 2)

@@ -96,7 +96,7 @@ def has_attention_kernels(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def is_plugged_in(device: torch.device) -> bool:
+def is_plugin_device(device: torch.device) -> bool:
     """Return whether a plug-in adds the device to PyTorch, with the plug-in's own kernels."""
     return device.type == "npu"
 
@@ -144,7 +144,7 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+def time_call(work: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of one call, the device's work included."""
     synchronize(device)
     start = time.perf_counter()
@@ -173,7 +173,7 @@ def total_memory(device: torch.device) -> int | None:
     return None
 
 
-def memory_beside(device: torch.device) -> int:
+def non_pytorch_memory(device: torch.device) -> int:
     """Return the device's bytes in use outside of PyTorch's allocator.
 
     They are the context, loaded kernels and other processes; 0 if the device does not report it.

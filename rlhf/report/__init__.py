@@ -15,7 +15,7 @@ from rlhf.evaluation.statistics import INTERVAL
 from rlhf.report.data import Run, Sample, cost, training_table
 from rlhf.report.plots import draw, panels
 from rlhf.run.signals import signals_interrupt
-from rlhf.run_folder import run_in
+from rlhf.run_folder import has_run
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Card:
 
 
 @contextmanager
-def reported(folder: Path, wanted: bool) -> Iterator[None]:
+def report_at_end(folder: Path, wanted: bool) -> Iterator[None]:
     """Write the report of the run in this block, if wanted, however it ends, also by SIGTERM.
 
     The error that ended the run is raised, also if the report cannot be written.
@@ -46,7 +46,7 @@ def reported(folder: Path, wanted: bool) -> Iterator[None]:
     except ConfigError:  # no run began
         raise
     except BaseException as error:  # an interruption, too
-        if wanted and run_in(folder):
+        if wanted and has_run(folder):
             _report_failure(folder, error)
         raise
     if wanted:

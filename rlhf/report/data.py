@@ -11,7 +11,7 @@ from rlhf.environment import read_environment
 from rlhf.evaluate import Evaluation
 from rlhf.evaluation.statistics import paired_test
 from rlhf.io import read_object
-from rlhf.run_folder import settings_in
+from rlhf.run_folder import read_settings
 from rlhf.tracking import read_metrics
 from rlhf.video_set import PROMPTS, SCORES, Key, Video, pair_keys, read_set, single_line
 
@@ -48,7 +48,7 @@ class Run:
     @cached_property
     def config(self) -> dict:
         """Return the resolved settings, {} without config.yaml."""
-        return settings_in(self.folder)
+        return read_settings(self.folder)
 
     @cached_property
     def metrics(self) -> list[dict]:
