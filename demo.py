@@ -20,7 +20,7 @@ from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
-from rlhf.run_folder import read_settings
+from rlhf.run.folder import read_settings
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
 PROMPTS = {

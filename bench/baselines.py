@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf.batches import Batch, Batches
+from rlhf.adapter.optimizer import clip_gradient, learning_rate
 from rlhf.contentv.flow import euler_step
 from rlhf.device import generator
-from rlhf.optimizer import clip_gradient, learning_rate
-from rlhf.sampler import Velocity
+from rlhf.method.rollout import Velocity
 from rlhf.trainer import RewardGradientTrainer
+from rlhf.training.batches import Batch, Batches
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ RESULT = Path(__file__).parent / "results" / "cpu_step.json"
 STEPS = 6
 STEP = """
 import sys, torch
-import rlhf.parallel
+import rlhf.distributed.accelerator
 from rlhf.config import RewardGradientConfig
 from rlhf.trainer import RewardGradientTrainer
 if sys.argv[2] == "returned":
-    rlhf.parallel.keep_freed_memory = lambda: None
+    rlhf.distributed.accelerator.keep_freed_memory = lambda: None
 settings = dict(num_grad_steps=4, per_device_train_batch_size=8, num_eval_prompts=1, num_sample_prompts=0)
 args = RewardGradientConfig(output_dir=sys.argv[1], max_steps=100, report_to=["none"], device="cpu", **settings)
 trainer = RewardGradientTrainer(args=args)

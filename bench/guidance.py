@@ -23,10 +23,10 @@ from environment import environment
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import generator, synchronize
-from rlhf.fields import velocity_field
-from rlhf.grad_steps import choose_grad_steps
-from rlhf.losses import reward_loss
-from rlhf.sampler import rollout
+from rlhf.method.grad_steps import choose_grad_steps
+from rlhf.method.losses import reward_loss
+from rlhf.method.rollout import rollout
+from rlhf.method.velocity import velocity_field
 from rlhf.trainer import RewardGradientTrainer
 
 RESULT = Path(__file__).parent / "results" / "guidance.json"

@@ -27,8 +27,8 @@ from study_arms import cost_key
 from study_runs import Conditions
 
 from rlhf.device import pick_device
+from rlhf.distributed.accelerator import available_cores
 from rlhf.io import write_json
-from rlhf.parallel import available_cores
 
 EVAL_SEED = 11  # prompts on which no recipe was chosen
 

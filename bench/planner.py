@@ -6,7 +6,7 @@
 Rows go to bench/results/planner.json one by one; the same command goes on with what is missing. The
 table goes to bench/results/planner.md.
 
-Four kinds of rows: what a device does in a second, for `rlhf.time_plan.RATES`; nano in the real
+Four kinds of rows: what a device does in a second, for `rlhf.planner.time.RATES`; nano in the real
 trainer; ContentV-8B with random weights, by bench/step.py; and the rows of bench/results/step.json
 and scale.json, as they are. In rows that say "extrapolated", one denoising step was measured and
 counted for all.
@@ -39,9 +39,7 @@ from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of, settings_of_l
 from step import Bench, limit_memory, measure, write
 from step_arms import SIZES, Rig, make_reward
 
-from rlhf.attention import attention_function, time_kernels
-from rlhf.checks import with_sampling
-from rlhf.config import RewardGradientConfig
+from rlhf.config import RewardGradientConfig, with_sampling
 from rlhf.contentv.files import CONTENTV_8B, model_sizes
 from rlhf.device import (
     describe,
@@ -51,8 +49,9 @@ from rlhf.device import (
     reset_peak_memory,
     time_call,
 )
-from rlhf.planner import Planner
-from rlhf.time_plan import H200, Rates
+from rlhf.execution.attention import attention_function, time_kernels
+from rlhf.planner.search import Planner
+from rlhf.planner.time import H200, Rates
 from rlhf.trainer import RewardGradientTrainer
 
 RESULT = Path(__file__).parent / "results" / "planner.json"

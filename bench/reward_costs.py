@@ -29,9 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rewards import RewardError, load_reward
 from rewards.catalogue import CATALOGUE
-from rewards.costs import __file__ as COSTS_FILE
 from rewards.load import built_in
 from rlhf.device import peak_memory, pick_device, reset_peak_memory, synchronize
+from rlhf.planner.reward_costs import __file__ as COSTS_FILE
 
 RESULT = Path(__file__).parent / "results" / "rewards.json"
 FRAMES, GIB = (1, 8), 2**30
@@ -107,7 +107,7 @@ def rows_of(name: str, device: torch.device, size: tuple[int, int], repeats: int
 
 
 def package(result: dict) -> str:
-    """Return the lines of `rewards.costs` below its marker, with the measured costs."""
+    """Return the lines of `rlhf.planner.reward_costs` below its marker, with the measured costs."""
     about, rows = result["environment"], {}
     for row in result["rows"]:
         if row["phase"] == "forward and backward" and "seconds" in row:
@@ -141,7 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(432, 768), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--package", action="store_true", help="measure nothing; write the results into rewards.costs")
+    parser.add_argument(
+        "--package", action="store_true", help="measure nothing; write the results into rlhf.planner.reward_costs"
+    )
     arguments = parser.parse_args(argv)
     if arguments.package:
         module = Path(COSTS_FILE)

@@ -43,8 +43,8 @@ from step_arms import SIZES
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import peak_memory, reset_peak_memory, synchronize
-from rlhf.layout import Sizes
-from rlhf.parallel import make_accelerator
+from rlhf.distributed.accelerator import make_accelerator
+from rlhf.distributed.layout import Sizes
 
 RESULT = Path(__file__).parent / "results" / "scale.json"
 GIB = 2**30

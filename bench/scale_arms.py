@@ -8,8 +8,8 @@ from step_arms import SIZES, Rig, Size, make_reward
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import deterministic, generator
-from rlhf.layout import Layout
-from rlhf.sampler import rollout
+from rlhf.distributed.layout import Layout
+from rlhf.method.rollout import rollout
 
 PROMPT = ["a red fox runs through deep snow, slow motion"]
 INFO = {"fps": 24, "seed": 0, "step": 0}

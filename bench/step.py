@@ -33,15 +33,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which 
 from environment import environment
 from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
 
+from rlhf.adapter.optimizer import clip_gradient
 from rlhf.contentv.flow import euler_step
 from rlhf.contentv.wan_decoder import saturated_share, unnormalise
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
-from rlhf.fields import velocity_field
 from rlhf.io import write_json
 from rlhf.method.options import MethodOptions
-from rlhf.methods import gradient_samples, make_plan
-from rlhf.optimizer import clip_gradient
-from rlhf.sampler import RolloutCache, Velocity, rollout
+from rlhf.method.plan import gradient_samples, make_plan
+from rlhf.method.rollout import RolloutCache, Velocity, rollout
+from rlhf.method.velocity import velocity_field
 
 RESULT = Path(__file__).parent / "results" / "step.json"
 GIB, PROMPT = 2**30, ["a red fox runs through deep snow, slow motion"]

@@ -9,20 +9,20 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.models.normalization import RMSNorm
 
+from rlhf.adapter.lora import add_adapter, lora_config
 from rlhf.adapter.masters import MasterWeights
+from rlhf.adapter.optimizer import make_optimizer
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.blocks import BlockRunner
 from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.transformer import QueryKeyNorm, SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise
-from rlhf.decoding import Decoder
 from rlhf.device import generator
-from rlhf.fields import Guidance, VelocityFields
-from rlhf.host_memory import HostMemory
-from rlhf.layout import Layout
-from rlhf.lora import add_adapter, lora_config
-from rlhf.optimizer import make_optimizer
-from rlhf.speed import ExecutionOptions, set_up_blocks
+from rlhf.distributed.layout import Layout
+from rlhf.execution.apply import ExecutionOptions, set_up_blocks
+from rlhf.execution.blocks import BlockRunner
+from rlhf.execution.offload import HostMemory
+from rlhf.method.decode import Decoder
+from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.types import Conditioning
 
 PEERS, STOCK = "peers' way", "stock autograd"

@@ -21,16 +21,16 @@ from study_arms import BEST_OF, DEFAULT, ROOT, settings_of, split
 from rewards import RewardMix
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig
+from rlhf.config.parse import parse_config
 from rlhf.device import generator, synchronize
-from rlhf.evaluate import Evaluation
+from rlhf.evaluation.held_out import Evaluation
+from rlhf.evaluation.measures import DIVERSITY, SINGLE_VIDEO_MEASURES, distance
 from rlhf.evaluation.statistics import paired_interval
-from rlhf.measures import DIVERSITY, SINGLE_VIDEO_MEASURES, distance
-from rlhf.methods import make_plan
-from rlhf.parse import parse_config
-from rlhf.sampler import draw_noise
-from rlhf.setup import open_rewards
+from rlhf.method.plan import make_plan
+from rlhf.method.rollout import draw_noise
 from rlhf.trainer import RewardGradientTrainer
-from rlhf.watch import gains
+from rlhf.training.monitor import gains
+from rlhf.training.setup import open_rewards
 
 TRAINED, WARM_UP = "nano_preference", 3
 SHARED = {  # with configs/nano.yaml: no pictures, no checkpoints; guidance in one batch is the same and faster

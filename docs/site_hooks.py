@@ -8,8 +8,8 @@ import typing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mkdocs takes back what a hook does at its start
-from rlhf.coerce import type_name
 from rlhf.config import RewardGradientConfig, range_text
+from rlhf.config.coerce import type_name
 from rlhf.method.options import METHOD_OPTIONS
 
 SETTINGS, OPTIONS = "<!-- settings -->", "<!-- options -->"

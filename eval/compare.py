@@ -16,10 +16,10 @@ from pathlib import Path
 
 from rewards.cli.flags import file_to_write
 from rewards.cli.table import format_table
-from rlhf.compare_sets import ALL, compare, read_pairs
+from rlhf.evaluation.paired_sets import ALL, compare, read_pairs
 from rlhf.evaluation.statistics import INTERVAL
+from rlhf.evaluation.video_set import MANIFEST, read_set
 from rlhf.io import write_json
-from rlhf.video_set import MANIFEST, read_set
 
 HEADS = ("prompts", "base", "tuned", "difference", INTERVAL, "better", "p (Holm)", "")
 NANO_ATTRIBUTES = ("color", "shape", "motion", "count")

@@ -17,9 +17,9 @@ from pathlib import Path
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig, is_distilled
 from rlhf.contentv.files import SamplingDefaults, model_sizes
+from rlhf.evaluation.video_set import Video, merge_manifest, write_manifest
 from rlhf.prompts import load_prompts
-from rlhf.run_folder import read_settings
-from rlhf.video_set import Video, merge_manifest, write_manifest
+from rlhf.run.folder import read_settings
 
 SAMPLING = [field.name for field in fields(SamplingDefaults)]
 
@@ -109,8 +109,8 @@ def make_videos(
     args: argparse.Namespace, sampling: SamplingDefaults, videos: list[Video], manifest: bool = True
 ) -> None:
     """Make the videos on all processes; manifest: also write videos.jsonl."""
-    from rlhf.generate import Variant, check_settings, generate, write_settings
-    from rlhf.parallel import make_accelerator
+    from rlhf.distributed.accelerator import make_accelerator
+    from rlhf.evaluation.generate import Variant, check_settings, generate, write_settings
 
     variant = Variant(args.model, args.lora, args.merge, args.scale)
     variant.check()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rewards.cli.flags import file_to_write
 from rlhf.report import MAX_BYTES, write_report
-from rlhf.run_folder import has_run
+from rlhf.run.folder import has_run
 
 
 def parse_report_args(argv: list[str] | None = None) -> argparse.Namespace:

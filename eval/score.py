@@ -18,8 +18,8 @@ from rewards.cli.flags import frame_count, mapping
 from rewards.cli.table import format_table
 from rewards.score import prompts_of
 from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
+from rlhf.evaluation.video_set import SCORES, Video, read_set, relative_name, require_files
 from rlhf.io import file_errors, read_rows, write_rows
-from rlhf.video_set import SCORES, Video, read_set, relative_name, require_files
 
 
 def parse_score_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +44,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
 
 def score_all(videos: list[Video], scorer: Scorer, accelerator) -> list[dict[str, float]]:
     """Return the scores of each video; all processes share the work through the cache."""
-    from rlhf.tracking import progress_bar
+    from rlhf.run.metrics import progress_bar
 
     own = videos[accelerator.process_index :: accelerator.num_processes]
     with progress_bar("score", "video", len(own), accelerator.is_main_process) as bar:
@@ -87,7 +87,7 @@ def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float
 def open_processes(args: argparse.Namespace):
     """Return the accelerator of the processes that share the work."""
     from rlhf.config import RewardGradientConfig
-    from rlhf.parallel import make_accelerator
+    from rlhf.distributed.accelerator import make_accelerator
 
     return make_accelerator(RewardGradientConfig(device=args.device, report_to=[]))
 

@@ -22,8 +22,8 @@ from score import add_scoring_flags, open_processes, open_scorer, score_all
 
 from rewards.cli.flags import file_to_write
 from rewards.cli.table import format_table
+from rlhf.evaluation.video_set import Video, require_files
 from rlhf.io import write_json
-from rlhf.video_set import Video, require_files
 
 # VBench's dimensions -> the suite of prompts, and folder, of each (its dimension_to_folder.json).
 SUITES = {

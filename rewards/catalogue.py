@@ -164,7 +164,7 @@ CATALOGUE = {
         parameters=1_104_614_913,
     ),
     "nano_clip": Entry(
-        home="rewards.nano:NanoClip",
+        home="rlhf.nano.rewards:NanoClip",
         input="image + prompt",
         frames="3 of all",
         range="-1 to 1",
@@ -172,7 +172,7 @@ CATALOGUE = {
         parameters=995_137,
     ),
     "nano_preference": Entry(
-        home="rewards.nano:NanoPreference",
+        home="rlhf.nano.rewards:NanoPreference",
         input="video + prompt",
         frames="all",
         range="-1 to 1",
@@ -180,7 +180,7 @@ CATALOGUE = {
         parameters=1_193_665,
     ),
     "nano_verifier": Entry(
-        home="rewards.nano:NanoVerifier",
+        home="rlhf.nano.rewards:NanoVerifier",
         input="video + prompt",
         frames="all",
         range="0 or 1; no gradient",

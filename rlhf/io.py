@@ -96,3 +96,8 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
     with write_whole(path) as unfinished:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         unfinished.write_text(lines, encoding="utf-8")
+
+
+def single_line(prompt: str) -> str:
+    """Return the prompt without line breaks, as prompts.txt has it."""
+    return " ".join(prompt.splitlines())

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.parse import CONFIGS, CommandFlags, parse_command
+from rlhf.config.parse import CONFIGS, CommandFlags, parse_command
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130  # 130: a shell's status of Ctrl-C
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, flags = parse_command(sys.argv[1:] if argv is None else argv, CONFIGS / "nano.yaml")
         from rlhf.checks import check_config
-        from rlhf.layout import planned_processes
+        from rlhf.distributed.layout import planned_processes
 
         processes = planned_processes(args, flags.plan_processes) if flags.dry_run else None
         # Before importing the trainer, which takes seconds.
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> int:
     """Print the resolved settings and what a run on these processes needs; return the exit status."""
-    from rlhf.planner_text import plan_report
+    from rlhf.planner.text import plan_report
 
     text = plan_report(args, flags.memory_limit_gib, flags.plan_device, processes)
     if os.environ.get("RANK", "0") == "0":  # one of those that were started is enough
@@ -52,17 +52,17 @@ def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> 
 def train(args: RewardGradientConfig) -> int:
     """Train with checked settings, explain an error in a paragraph and return the exit status."""
     from rewards import RewardError
-    from rlhf.setup import open_rewards
+    from rlhf.training.setup import open_rewards
 
     try:
         rewards = open_rewards(args)  # before importing the trainer, too
     except RewardError as error:
         return _fail(f"train_rlhf: {error}", EXIT_FAILED)
 
-    from rlhf.checkpoint import SavingError, newest_undamaged
-    from rlhf.failures import TrainingError, out_of_memory
     from rlhf.io import DamagedFileError
+    from rlhf.run.checkpoint import SavingError, newest_undamaged
     from rlhf.trainer import RewardGradientTrainer
+    from rlhf.training.failures import TrainingError, out_of_memory
 
     try:
         trainer = RewardGradientTrainer(args=args, opened_rewards=rewards)

@@ -1,6 +1,6 @@
 """The training loop: prompts to videos to scores, and their gradient back into the adapter.
 
-Read `step` and `_reward_gradient` first, then `rlhf.sampler.rollout`.
+Read `step` and `_reward_gradient` first, then `rlhf.method.rollout.rollout`.
 
 Shape legend: B batch, C channels, T frames, H height, W width, S samples of a step, R logged
 columns.
@@ -18,34 +18,34 @@ from peft import PeftConfig
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf import setup
-from rlhf.calibrate import calibrate, restore_calibration
-from rlhf.callbacks import Callbacks
-from rlhf.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from rlhf.adapter.lora import save_adapter
+from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import saturated_share
-from rlhf.decoding import VideoSampler
 from rlhf.device import generator
-from rlhf.drift import velocity_distance
-from rlhf.failures import SkippedSteps, non_finite_error, require_gradient, require_new
-from rlhf.layout import Layout
-from rlhf.lora import save_adapter
-from rlhf.losses import reward_loss, score, score_metrics
+from rlhf.distributed.accelerator import any_process, make_accelerator
+from rlhf.distributed.layout import Layout
+from rlhf.method.decode import VideoSampler
+from rlhf.method.drift import velocity_distance
+from rlhf.method.losses import reward_loss, score, score_metrics
 from rlhf.method.options import read_options
-from rlhf.methods import Plan, gradient_samples, make_plan
-from rlhf.optimizer import clip_gradient, is_due, learning_rate, make_optimizer
-from rlhf.parallel import any_process, make_accelerator
+from rlhf.method.plan import Plan, gradient_samples, make_plan
+from rlhf.method.rollout import RolloutCache, rollout, sample_euler
 from rlhf.report import report_at_end
-from rlhf.restarts import resume_message
+from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from rlhf.run.folder import start_run_folder
+from rlhf.run.metrics import Cost, RunLog
+from rlhf.run.resume import resume_message
 from rlhf.run.signals import StopRequest, TrainingInterrupted
-from rlhf.run_folder import start_run_folder
-from rlhf.sampler import RolloutCache, rollout, sample_euler
-from rlhf.trackers import run_trackers, show_samples
-from rlhf.tracking import Cost, RunLog
+from rlhf.run.trackers import run_trackers, show_samples
+from rlhf.training import setup
+from rlhf.training.calibrate import calibrate, restore_calibration
+from rlhf.training.callbacks import Callbacks
+from rlhf.training.failures import SkippedSteps, non_finite_error, require_gradient, require_new
+from rlhf.training.monitor import Guard, HeldOutMonitor
 from rlhf.types import Conditioning
-from rlhf.watch import Guard, HeldOutMonitor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class RewardGradientTrainer:
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that
             args name.
         peft_config: a LoRA in place of the one that args describe, without dropout.
-        opened_rewards: the result of `rlhf.setup.open_rewards` for these args, so that rewards
+        opened_rewards: the result of `rlhf.training.setup.open_rewards` for these args, so that rewards
             load once.
         callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop,
             evaluate and save.

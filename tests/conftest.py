@@ -13,9 +13,8 @@ from tiny import tiny_pipeline, tiny_transformer, tiny_vae
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory
-from rlhf.tracking import COST, read_metrics
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))  # whose files find each other; last: it has a rewards.py
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # whose files import each other
 torch.set_num_threads(1)  # tiny models are slower on more
 keep_freed_memory()
 
@@ -52,23 +51,6 @@ def problem(monkeypatch):
     """The adapter's gradient of a tiny model, in float64 throughout."""
     keep_float64(monkeypatch)
     return Problem()
-
-
-def redness(video, prompts, **info):
-    """A reward with an opinion: red up, blue down, over all frames."""
-    return (video[:, 0] - video[:, 2]).mean((1, 2, 3)) * 10
-
-
-def brightness(video, prompts, **info):
-    return video.mean((1, 2, 3, 4))
-
-
-def rows_without_cost(args: RewardGradientConfig) -> list[dict]:
-    """The metrics of a run without what differs between equal runs."""
-    return [{k: v for k, v in row.items() if k not in COST} for row in read_metrics(Path(args.output_dir))]
-
-
-PROMPTS = ["a red fox", "two blue birds", "rain", "a town at night", "the sea", "one leaf falls"]
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
+from rlhf.adapter.scale import scaled
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.io import file_errors
-from rlhf.lora_scale import scaled
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 EXPECTED = "expected an adapter of this model, as a run or pipe.save_lora_weights writes it; name the right one"

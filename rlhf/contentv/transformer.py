@@ -19,10 +19,10 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
-from rlhf.contentv.blocks import BlockRunner
-from rlhf.contentv.shards import SequenceShards
 from rlhf.device import is_plugin_device
-from rlhf.exchange import Group, copy_to_group
+from rlhf.execution.blocks import BlockRunner
+from rlhf.execution.collectives import Group, copy_to_group
+from rlhf.execution.ulysses import SequenceShards
 
 SPATIAL_INTERPOLATION_SCALE = 0.5
 FIXED_BY_ARCHITECTURE = {"qk_norm": "rms_norm", "dual_attention_layers": []}

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T
 
-from rlhf.contentv.frozen import conv, norm_silu
-from rlhf.host_memory import HostMemory
-from rlhf.recompute import gradient_checkpoint
+from rlhf.contentv.frozen_layers import conv, norm_silu
+from rlhf.execution.offload import HostMemory
+from rlhf.execution.recompute import gradient_checkpoint
 
 
 def decode_video(

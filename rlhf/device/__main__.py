@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     if not args.check:
         return 0
     # The one import of a higher room: the check trains, and nothing else of this package needs it.
-    from rlhf.device_check import check_device, table, write_rows
+    from rlhf.training.device_check import check_device, table, write_rows
 
     rows = check_device(device, args.dtype)
     print(table(rows))

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf.measures import MEASURES
+from rlhf.evaluation.measures import MEASURES
 
 if TYPE_CHECKING:  # imports diffusers, which a comparison of scores does without
-    from rlhf.evaluate import Evaluation
+    from rlhf.evaluation.held_out import Evaluation
 
 INTERVAL = "95 % confidence interval, paired t"
 LEVEL = 0.05  # of false findings

@@ -8,8 +8,8 @@ import difflib
 import typing
 from dataclasses import dataclass
 
-from rlhf.coerce import coerce_all
 from rlhf.config import METHODS, ConfigError, range_problems, setting
+from rlhf.config.coerce import coerce_all
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import decode_unclamped
 from rlhf.device import generator, pick_device
 from rlhf.io import write_json
-from rlhf.nano import parts, world
+from rlhf.nano import models as parts
+from rlhf.nano import world
 from rlhf.nano.judges import Preference, Verifier
-from rlhf.nano.loop import log, seconds, train
 from rlhf.nano.pretrain_judges import (
     JUDGE_POOL,
     ClipPool,
@@ -38,6 +38,7 @@ from rlhf.nano.pretrain_judges import (
     train_verifier,
 )
 from rlhf.nano.pretrain_vae import encode_whole, latent_scale, measure_latents, reconstruct, train_vae
+from rlhf.nano.train_loop import log, seconds, train
 
 STEPS = {"vae_image": 1050, "vae_video": 1950, "verifier": 3050}
 STEPS |= {"clip": 3900, "preference": 3500, "transformer": 11_500}

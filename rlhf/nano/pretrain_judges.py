@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-from rlhf.nano import judges, parts, world
-from rlhf.nano.loop import log, train
+from rlhf.nano import judges, world
+from rlhf.nano import models as parts
 from rlhf.nano.pretrain_vae import reconstruct
+from rlhf.nano.train_loop import log, train
 
 JUDGE_POOL = 24_576  # clips, 0.2 MB each
 

@@ -5,7 +5,7 @@ from diffusers import AutoencoderKLWan
 
 from rlhf.contentv.wan_decoder import decode_unclamped
 from rlhf.nano import world
-from rlhf.nano.loop import train
+from rlhf.nano.train_loop import train
 
 
 def encode_whole(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.environment import record_end
 from rlhf.evaluation.statistics import INTERVAL
 from rlhf.report.data import Run, Sample, cost, training_table
 from rlhf.report.plots import draw, panels
+from rlhf.run.environment import record_end
+from rlhf.run.folder import has_run
 from rlhf.run.signals import signals_interrupt
-from rlhf.run_folder import has_run
 
 logger = logging.getLogger(__name__)
 

@@ -6,14 +6,14 @@ from functools import cached_property
 from pathlib import Path
 
 from rewards.load import name_in
-from rlhf.compare_sets import read_pairs, read_scores
-from rlhf.environment import read_environment
-from rlhf.evaluate import Evaluation
+from rlhf.evaluation.held_out import Evaluation
+from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.statistics import paired_test
-from rlhf.io import read_object
-from rlhf.run_folder import read_settings
-from rlhf.tracking import read_metrics
-from rlhf.video_set import PROMPTS, SCORES, Key, Video, pair_keys, read_set, single_line
+from rlhf.evaluation.video_set import SCORES, Key, Video, pair_keys, read_set
+from rlhf.io import read_object, single_line
+from rlhf.run.environment import read_environment
+from rlhf.run.folder import PROMPTS, read_settings
+from rlhf.run.metrics import read_metrics
 
 GROUPS = {"trained": "trained on", "held_out": "held out"}
 MEASURED = "measured"

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from rlhf.trackers import Clip
-from rlhf.video_set import PROMPTS, single_line
+from rlhf.io import single_line
+from rlhf.run.folder import PROMPTS
+from rlhf.run.trackers import Clip
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:

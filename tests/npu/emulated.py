@@ -21,9 +21,9 @@ from rewards.catalogue import CATALOGUE
 from rewards.common import preprocess
 from rlhf.config import METHODS, RewardGradientConfig
 from rlhf.device import describe, deterministic, peak_memory, pick_device, reset_peak_memory, synchronize
-from rlhf.device_check import check_device, distance
 from rlhf.export import export_merged
 from rlhf.trainer import RewardGradientTrainer
+from rlhf.training.device_check import check_device, distance
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import demo

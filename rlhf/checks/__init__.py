@@ -1,0 +1,140 @@
+"""Check settings against each other and the model: all problems at once, before weights load."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.checks.execution import speed_problems
+from rlhf.checks.method import adapter_problems, method_problems
+from rlhf.checks.parallel import parallel_problems
+from rlhf.checks.resume import resume_problems
+from rlhf.checks.rewards import problems_raised_by, reward_problems
+from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig, range_problems
+from rlhf.contentv.files import SamplingDefaults, model_sizes
+from rlhf.device import pick_device
+from rlhf.prompts import load_prompts
+from rlhf.run.folder import has_run
+from rlhf.run.resume import resolve_resume
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from rlhf.contentv.pipeline import ContentVPipeline
+
+# Accelerate's; each is the name of its package, too.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+
+
+def check_config(
+    args: RewardGradientConfig,
+    pipe: "ContentVPipeline | None" = None,
+    rewards: list[str | Callable] | None = None,
+    train_prompts: list[str] | None = None,
+    eval_prompts: list[str] | None = None,
+    planned_processes: int | None = None,
+) -> RewardGradientConfig:
+    """Return the settings with the model's own sampling where none was set.
+
+    Args:
+        args: the settings.
+        pipe: the pipeline, in place of the model that args name; so are the next three.
+        rewards: the rewards.
+        train_prompts: the prompts to train on.
+        eval_prompts: the held-out prompts.
+        planned_processes: for a dry run, how many processes it plans for. Default: those started.
+
+    Raises ConfigError with every problem of the settings.
+    """
+    args = resolve_resume(args)
+    problems = [*range_problems(args), *_folder_problems(args, dry=planned_processes is not None)]
+    problems += [*reward_problems(args, rewards), *_tracker_problems(args)]
+    problems += [*_device_problems(args), *_guard_problems(args, eval_prompts)]
+    for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):
+        if given is None and name is not None:
+            problems += problems_raised_by(load_prompts, name, args.base_dir, 1)
+    try:
+        sizes = model_sizes(args.model, pipe)
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        args = with_sampling(args, sizes["sampling"])
+        problems += _size_problems(args, sizes)
+        problems += [*method_problems(args), *adapter_problems(args, sizes["transformer"])]
+        problems += [*speed_problems(args), *parallel_problems(args, planned_processes)]
+    if problems:
+        raise ConfigError(problems)
+    return args
+
+
+def _device_problems(args) -> list[str]:
+    if args.device is not None and ":" in args.device:
+        kind = args.device.split(":")[0]
+        return [f"device: got {args.device!r}, expected a kind; use {kind} and hide the other devices from the process"]
+    return problems_raised_by(pick_device, args.device)
+
+
+def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
+    """Yield problems of the video's size for a model of these sizes."""
+    stride = 2 ** len(sizes["vae"]["temperal_downsample"]) * sizes["transformer"]["patch_size"]
+    stride_t = 2 ** sum(sizes["vae"]["temperal_downsample"])
+    for name in ("height", "width"):
+        size = getattr(args, name)
+        if size < stride or size % stride:
+            near = max(stride, round(size / stride) * stride)
+            yield f"{name}={size} is not divisible by {stride} (VAE times patch of {args.model}); use {near}"
+    if args.num_frames < 1 or args.num_frames % stride_t != 1 % stride_t:
+        near = max(1, round((args.num_frames - 1) / stride_t) * stride_t + 1)
+        yield f"num_frames={args.num_frames} is not {stride_t}k+1, as the VAE of {args.model} needs; use {near}"
+
+
+def _guard_problems(args, eval_prompts) -> Iterator[str]:
+    asked = [n for n in ("early_stopping_patience", "load_best_model_at_end") if getattr(args, n)]
+    missing = [n for n in ("eval_steps", "eval_reward_funcs") if not getattr(args, n)]
+    if args.eval_prompts is None and eval_prompts is None:
+        missing.append("eval_prompts")
+    if asked and missing:
+        yield (
+            f"{' and '.join(asked)}: got no {' and no '.join(missing)}, expected evaluations during the training by a "
+            "reward that is not trained on; set them"
+        )
+    if asked and 1 in (args.num_eval_prompts, len(eval_prompts or [])):
+        got = "got one held-out prompt, expected two or more: gains are in spreads over prompts"
+        yield f"{' and '.join(asked)}: {got}; raise num_eval_prompts"
+
+
+def _folder_problems(args, dry: bool) -> Iterator[str]:
+    folder = Path(args.output_dir)
+    if not args.output_dir:
+        yield "output_dir: got an empty path, expected a folder; name one, such as . for where you are"
+    elif folder.exists() and not folder.is_dir():
+        yield f"output_dir={args.output_dir} is a file, expected a folder or a new path; choose another"
+    elif not dry and not _may_write(here := _nearest_existing(folder)):
+        yield f"output_dir={args.output_dir}: got no right to write in {here}, expected one; choose another"
+    elif args.resume_from_checkpoint and args.overwrite_output_dir:
+        yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
+    elif args.resume_from_checkpoint:
+        yield from resume_problems(args)
+    elif not args.overwrite_output_dir and has_run(folder):
+        yield (
+            f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, "
+            "go on with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+        )
+
+
+def _nearest_existing(path: Path) -> Path:
+    """Return the path, or the nearest folder or file above it."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def _may_write(place: Path) -> bool:
+    """Return whether this process can write there, or need not: only the first one writes."""
+    return os.environ.get("RANK", "0") != "0" or (place.is_dir() and os.access(place, os.W_OK))
+
+
+def _tracker_problems(args) -> Iterator[str]:
+    for name in args.report_to:
+        if name not in TRACKERS:
+            yield f"report_to: got {name!r}, expected some of {', '.join(TRACKERS)}, or none; correct it"
+        elif importlib.util.find_spec(name) is None:
+            yield f"report_to: got {name!r}, which is not installed; pip install {name}, or set report_to to none"

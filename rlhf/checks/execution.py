@@ -1,0 +1,74 @@
+"""Check the settings of speed and memory against each other."""
+
+from collections.abc import Iterator
+
+from rlhf.config import RewardGradientConfig
+from rlhf.execution.quantize import missing_library
+
+NEED_CHECKPOINTING = ("keep_attention", "offload_activations", "stream_weights")
+# Methods whose window is the end of the rollout, without gaps; and those whose window is fixed.
+ENDING, FIXED = ("draft_k", "draft_lv", "alignprop", "refl"), ("draft_k", "draft_lv")
+
+
+def speed_problems(args: RewardGradientConfig) -> Iterator[str]:
+    """Yield problems; args has all sampling keys set."""
+    if args.decode_window is not None and args.decode_window >= args.num_frames:
+        yield (
+            f"decode_window={args.decode_window} is all of num_frames={args.num_frames}, expected fewer; lower it, or "
+            "leave it out"
+        )
+    for name in NEED_CHECKPOINTING:
+        if getattr(args, name) and not args.gradient_checkpointing:
+            yield f"{name}: got it without gradient_checkpointing, on which it builds, expected both; set that, too"
+    if args.decode_checkpoint and args.decode_chunk is None:
+        yield "decode_checkpoint: got no decode_chunk, expected one, since a single chunk saves nothing; set it to 1"
+    if args.decode_caches != "keep" and not args.decode_checkpoint:
+        yield f"decode_caches: got {args.decode_caches} without decode_checkpoint, expected both; set that, too"
+    yield from _weight_problems(args)
+    yield from _prefix_problems(args)
+
+
+def _weight_problems(args) -> Iterator[str]:
+    if args.stream_weights and args.base_bits:
+        yield "stream_weights and base_bits: got both, expected one: weights of few bits fit; leave one out"
+    for name in ("stream_weights", "base_bits", "lora_use_dora"):
+        if getattr(args, name) and args.sampling_weights != "own":
+            yield f"sampling_weights: got {args.sampling_weights} with {name}, expected own; change one of the two"
+    if args.base_bits and (missing := missing_library()):
+        yield missing
+
+
+def _prefix_problems(args) -> Iterator[str]:
+    """Yield problems of cheaper no-grad steps before the window."""
+    for name, methods in (("prefix_steps", ENDING), ("rollout_reuse", FIXED)):
+        if getattr(args, name) not in (None, RewardGradientConfig.rollout_reuse) and args.method not in methods:
+            yield f"{name}: got it with method {args.method}, expected {', '.join(methods)}; change one of the two"
+    before = args.num_inference_steps - args.num_grad_steps
+    if args.method == "draft_k" and args.prefix_steps is not None and args.prefix_steps >= before:
+        yield (
+            f"prefix_steps={args.prefix_steps}, but only {before} of num_inference_steps={args.num_inference_steps} "
+            "come before the window; lower it"
+        )
+    if args.method == "draft_k":
+        yield from _effect_problems(args, before)
+    if args.rollout_reuse > 1 and args.drift_weight:
+        yield "rollout_reuse: got drift_weight, which needs the states of every rollout, expected 0; leave one out"
+    if args.guidance_every > 1 and (args.guidance_scale <= 1 or args.guidance_gradient == "distill"):
+        yield f"guidance_every: got {args.guidance_every}, but nothing is guided here, expected 1; leave it out"
+    if args.guidance_together and args.guidance_scale <= 1:
+        yield f"guidance_together: got it with guidance_scale {args.guidance_scale}, which has one branch; leave it out"
+
+
+def _effect_problems(args, before: int) -> Iterator[str]:
+    """Yield settings of no-grad steps without effect, for too few come before the window."""
+    needed = {
+        "guidance_every": (args.guidance_every > 1, 2),
+        "sampling_weights": (args.sampling_weights != "own", 1),
+        "rollout_reuse": (args.rollout_reuse > 1, 1),
+    }
+    for name, (is_set, least) in needed.items():
+        if is_set and before < least:
+            yield (
+                f"{name}: got it with {before} of num_inference_steps={args.num_inference_steps} before the window, "
+                f"expected at least {least}; lower num_grad_steps, or leave it out"
+            )

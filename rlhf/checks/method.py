@@ -1,0 +1,118 @@
+"""Check the settings of the method and the adapter against the others and the model."""
+
+import difflib
+import re
+from collections.abc import Iterator
+
+import torch
+
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.method.options import MethodOptions, read_options
+
+# Elsewhere num_grad_steps keeps its default, so that it is never silently without effect.
+WITH_NUM_GRAD_STEPS = ("draft_k", "alignprop", "uniform", "drtune")
+
+
+def method_problems(args: RewardGradientConfig) -> Iterator[str]:
+    """Yield problems of method, guidance and drift; args has all sampling keys set."""
+    if args.num_grad_steps != 1 and args.method not in WITH_NUM_GRAD_STEPS:
+        yield (
+            f"num_grad_steps: got {args.num_grad_steps} with method {args.method}, which does not read it; expected 1, "
+            f"or method {' or '.join(WITH_NUM_GRAD_STEPS)}; change one of the two"
+        )
+    try:
+        options = read_options(args.method, args.method_kwargs)
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        yield from _step_problems(args, options)
+    yield from _drift_problems(args)
+
+
+def _step_problems(args, options: MethodOptions) -> Iterator[str]:
+    steps, early = args.num_inference_steps, getattr(options, "jump_steps", None) or 1
+    if args.num_grad_steps > steps:
+        yield (
+            f"num_grad_steps={args.num_grad_steps} exceeds num_inference_steps={steps}: only a step "
+            "that is taken can carry a gradient; lower num_grad_steps"
+        )
+    elif args.method == "alignprop" and args.num_grad_steps == 1:
+        yield (
+            "num_grad_steps: got 1 with method alignprop, which draws a number from 1 to it, expected at least 2; "
+            f"raise it, to num_inference_steps={steps} for the published method"
+        )
+    if early > steps:
+        yield f"method_kwargs: jump_steps={early} exceeds num_inference_steps={steps}, expected at most that; lower it"
+    elif args.method == "drtune" and args.num_grad_steps > steps - early + 1:
+        yield (
+            f"num_grad_steps={args.num_grad_steps} and jump_steps={early} leave too few steps: a rollout may jump to "
+            f"x0 after {steps - early + 1} of num_inference_steps={steps}; lower one of the first two"
+        )
+    if args.method == "listed":
+        listed = options.steps or []
+        if not listed or len(set(listed)) < len(listed) or not all(0 <= i < steps for i in listed):
+            expected = f"expected different steps of 0 to {steps - 1}, at least one"
+            yield f"method_kwargs: steps: got {options.steps} with method listed, {expected}; correct them"
+
+
+def _drift_problems(args) -> Iterator[str]:
+    if args.drift_weighting != "kl" and not (args.drift_weight or args.anchor_steps):
+        got = f"got {args.drift_weighting} without drift_weight or anchor_steps, on which it builds"
+        yield f"drift_weighting: {got}, expected kl; set one of these, or leave it out"
+    if args.guidance_gradient == "distill" and not args.drift_weight:
+        yield (
+            "guidance_gradient: got distill with drift_weight 0, which would teach the adapter no guidance; set "
+            "drift_weight above 0, with drift_weighting even"
+        )
+    if args.guidance_gradient == "distill" and args.guidance_scale <= 1:
+        yield f"guidance_scale: got {args.guidance_scale} with distill, expected above 1: there is no guidance to teach"
+    if args.anchor_steps == 1:
+        yield "anchor_steps: got 1, which leaves no step for the reward, expected 0 or at least 2; raise it"
+
+
+def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[str]:
+    """Yield problems of the adapter. transformer: the model's config."""
+    if args.weight_decay and args.lora_use_dora:
+        yield (
+            f"weight_decay: got {args.weight_decay} with lora_use_dora, expected 0: it would pull the model's own "
+            "magnitudes to 0; hold them with drift_weight instead"
+        )
+    if args.lora_target_modules or args.lora_rank_pattern or args.lora_alpha_pattern:
+        yield from _target_problems(args, _linear_layers(transformer))
+
+
+def _linear_layers(transformer: dict) -> list[str]:
+    """Return the names of the linear layers of a transformer with this config."""
+    from rlhf.contentv.transformer import SD3Transformer3DModel  # takes seconds to import
+
+    with torch.device("meta"):
+        model = SD3Transformer3DModel.from_config(transformer)
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _target_problems(args, layers: list[str]) -> Iterator[str]:
+    """Yield a problem for each name or pattern that fits no linear layer."""
+    from rlhf.adapter.lora import ATTENTION
+
+    ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
+    ends |= {end.split(".", 1)[-1] for end in ends}
+    for target in args.lora_target_modules or []:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
+            cure = f"did you mean {near[0]!r}?" if near else "correct it"
+            yield f"lora_target_modules: got {target!r}, expected the end of a linear layer's name such as to_q; {cure}"
+    targets = tuple(f".{name}" for name in args.lora_target_modules or ATTENTION)
+    adapted = [name for name in layers if f".{name}".endswith(targets)]
+    for setting in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for pattern in getattr(args, setting) or {}:
+            if not _matches(pattern, adapted):
+                expected = "expected the end of an adapted layer's name such as to_q, or a regular expression of it"
+                yield f"{setting}: got {pattern!r}, {expected}; correct it"
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    """Return whether peft finds one of the names by the pattern."""
+    try:
+        return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+    except re.error:
+        return False

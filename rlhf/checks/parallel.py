@@ -1,0 +1,35 @@
+"""Check the settings of several processes against the others."""
+
+from collections.abc import Iterator
+
+from rlhf.checks.rewards import problems_raised_by
+from rlhf.config import RewardGradientConfig
+from rlhf.distributed.layout import Sizes, started_processes
+
+
+def parallel_problems(args: RewardGradientConfig, processes: int | None = None) -> Iterator[str]:
+    """Yield problems; args has all sampling keys set. processes: Default: those started."""
+    processes = processes or started_processes()
+    if args.sequence_parallel >= 1:
+        yield from problems_raised_by(Sizes.of, args, processes)
+    if args.guidance_parallel == 2:
+        yield from _guidance_problems(args)
+    if args.shard_base:
+        yield from _shard_problems(args, processes)
+
+
+def _guidance_problems(args) -> Iterator[str]:
+    needed = {"guidance_gradient": "full", "guidance_together": False, "guidance_every": 1}
+    for name, value in needed.items():
+        if (got := getattr(args, name)) != value:
+            yield f"{name}: got {got} with guidance_parallel 2, expected {value}: both branches are run; change one"
+    if args.guidance_scale <= 1:
+        yield f"guidance_parallel: got 2 with guidance_scale {args.guidance_scale}, which has one branch; set it to 1"
+
+
+def _shard_problems(args, processes: int) -> Iterator[str]:
+    for name, plain in (("stream_weights", False), ("base_bits", None), ("sampling_weights", "own")):
+        if (got := getattr(args, name)) != plain:
+            yield f"shard_base: got {name}={got}, expected {plain}: it needs whole weights; leave one out"
+    if processes == 1:
+        yield "shard_base: got one process, expected at least 2 to divide the base over; start more, or stream_weights"

@@ -1,0 +1,46 @@
+"""Check a run that is to be resumed: checkpoint, folder and settings, also of earlier versions."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.config.older import translate
+from rlhf.run.checkpoint import checkpoints, find_checkpoint, newest_undamaged, read_state
+from rlhf.run.folder import BEST
+
+FIXED_ON_RESUME = (
+    *("model", "lora_rank", "lora_alpha", "lora_target_modules"),
+    *("lora_use_dora", "lora_rank_pattern", "lora_alpha_pattern"),
+)
+
+
+def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
+    """Yield what is wrong with the checkpoint that args resume from."""
+    try:
+        path = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)  # the run will say more
+    except ConfigError as error:
+        yield from error.problems
+        return
+    own = Path(args.output_dir) / "checkpoints"
+    if path.resolve().parent != own.resolve() and checkpoints(own):
+        expected = f"expected a new folder, or that of {path}"
+        yield f"output_dir={args.output_dir}: got a run with checkpoints of its own, {expected}; choose another"
+    elif path.resolve().parent == own.resolve() and (newest := newest_undamaged(own)) and newest.name != path.name:
+        expected = f"expected the newest, since {newest} would stay and count as this run's"
+        yield f"resume_from_checkpoint={path}: got an older one, {expected}; choose another output_dir, or 'latest'"
+    state = read_state(path)
+    best = path.resolve().parent.parent / BEST
+    if args.load_best_model_at_end and state.get("guard") and not best.is_dir():
+        yield (
+            f"load_best_model_at_end: got no {best}, expected the best adapter of the run that {path} is of; copy it "
+            "there, or leave the setting out"
+        )
+    settings, _, gone = translate(state["settings"])
+    yield from (f"{path}: {problem}" for problem in gone)
+    saved = vars(RewardGradientConfig()) | settings  # the default of settings that are newer than the checkpoint
+    for name in FIXED_ON_RESUME:
+        if saved[name] != getattr(args, name):
+            yield (
+                f"{name}: got {getattr(args, name)!r}, expected {saved[name]!r} as in {path}: a resumed run "
+                "continues the same adapter and optimizer; set it back, or start another output_dir"
+            )

@@ -1,0 +1,75 @@
+"""Check the settings of rewards against each other."""
+
+import difflib
+from collections.abc import Callable, Iterator
+
+from rewards import check_spec, reward_name
+from rewards.catalogue import CATALOGUE
+from rewards.contract import check_frames
+from rewards.load import name_in
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.evaluation.measures import MEASURES
+
+
+def short_name(reward: str | Callable) -> str:
+    """Return a reward's name in metrics: a built-in's name, else that of the class or function."""
+    return name_in(reward) if isinstance(reward, str) else reward_name(reward)
+
+
+def problems_raised_by(check: Callable, *arguments) -> list[str]:
+    """Return the problems that a check raises as ConfigError or ValueError, [] for none."""
+    try:
+        check(*arguments)
+    except ConfigError as error:
+        return error.problems
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | None) -> Iterator[str]:
+    """Yield problems of the rewards and of their mix. rewards: in place of those that args name."""
+    trained = args.reward_funcs if rewards is None else rewards
+    names = [short_name(reward) for reward in [*trained, *args.eval_reward_funcs]]
+    for spec in [*trained, *args.eval_reward_funcs]:
+        if isinstance(spec, str):
+            kwargs = (args.reward_kwargs or {}).get(short_name(spec), {})
+            yield from problems_raised_by(check_spec, spec, args.base_dir, kwargs)
+            if spec in CATALOGUE and "frames" in kwargs:
+                yield from problems_raised_by(check_frames, spec, kwargs["frames"])
+    if not trained:
+        yield "reward_funcs: got none, expected at least one reward; name one"
+    for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+        cure = "leave one out (--eval_reward_funcs names other judges), or give one of two callables a `name`"
+        yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; {cure}"
+    for name in dict.fromkeys(n for n in names if n in MEASURES):
+        expected = f"expected another name than those of the measures of every evaluation ({', '.join(MEASURES)})"
+        yield f"reward_funcs and eval_reward_funcs: got {name!r}, {expected}; rename the class or function"
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(trained):
+        yield f"reward_weights: got {len(weights)}, expected {len(trained)}, one for each of reward_funcs; correct them"
+    elif weights is not None and not any(weights):
+        yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
+    yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
+    yield from _mix_problems(args, [short_name(reward) for reward in trained])
+
+
+def _mix_problems(args, trained: list[str]) -> Iterator[str]:
+    caps, targets = args.reward_caps or {}, args.reward_targets or {}
+    yield from _unknown_rewards("reward_caps", caps, trained)
+    yield from _unknown_rewards("reward_targets", targets, trained)
+    for name in caps.keys() & targets.keys():
+        yield f"reward_caps and reward_targets: got {name!r} in both, expected one of them; leave one out"
+    if args.calibrate_rewards == 1:
+        yield "calibrate_rewards: got 1, expected 0 or at least 2, since one video has no spread; raise it"
+    if args.calibrate_rewards and not args.normalise_rewards:
+        yield "calibrate_rewards: got no normalise_rewards, which uses what is measured; set it, or calibrate none"
+
+
+def _unknown_rewards(key: str, given: dict | None, names: list[str]) -> Iterator[str]:
+    """Yield names among the given that are no reward of this run."""
+    for name in given or {}:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the rewards are {', '.join(names)}"
+            yield f"{key}: got {name!r}, expected a reward of this run; {hint}"

@@ -1,0 +1,35 @@
+"""The settings of a run: one dataclass, read from YAML and flags."""
+
+from rlhf.config.settings import (
+    GUIDANCE_GRADIENTS,
+    METHODS,
+    RANGE_WORDS,
+    SAMPLING_KEYS,
+    ConfigError,
+    GuidanceGradient,
+    Method,
+    RewardGradientConfig,
+    field_names,
+    is_distilled,
+    range_problems,
+    range_text,
+    setting,
+    with_sampling,
+)
+
+__all__ = [
+    "GUIDANCE_GRADIENTS",
+    "METHODS",
+    "RANGE_WORDS",
+    "SAMPLING_KEYS",
+    "ConfigError",
+    "GuidanceGradient",
+    "Method",
+    "RewardGradientConfig",
+    "field_names",
+    "is_distilled",
+    "range_problems",
+    "range_text",
+    "setting",
+    "with_sampling",
+]

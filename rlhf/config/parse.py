@@ -1,0 +1,193 @@
+"""Read settings from a YAML file and flags."""
+
+import argparse
+import copy
+import difflib
+import logging
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from rlhf.config.coerce import coerce_all
+from rlhf.config.older import hint, translate
+from rlhf.config.settings import ConfigError, RewardGradientConfig, field_names, range_problems, range_text, setting
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent / "recipes"  # in a clone a link to configs/
+
+
+@dataclass
+class CommandFlags:
+    """Flags of the train command that are no settings of a run."""
+
+    dry_run: bool = setting(False, "Check and print the settings and what they need; load no weights.")
+    memory_limit_gib: float | None = setting(
+        None, "Memory in GiB that the dry run plans for. Default: what this machine's device has.", above=0
+    )
+    plan_device: str | None = setting(
+        None, "Device that the dry run predicts time for, such as 'NVIDIA H200'. Default: this machine's."
+    )
+    plan_processes: int | None = setting(
+        None, "Processes that the dry run plans for, one a device. Default: those that were started.", least=1
+    )
+
+    def __post_init__(self):
+        values, problems = coerce_all(vars(self), typing.get_type_hints(type(self)))
+        vars(self).update(values)
+        if problems := problems or list(range_problems(self)):
+            raise ConfigError(problems)
+
+
+def parse_config(argv: list[str], default_config: str | Path | None = None) -> RewardGradientConfig:
+    """Return the settings of `parse_command`, for commands that have no use for its other flags."""
+    return parse_command(argv, default_config)[0]
+
+
+def parse_command(
+    argv: list[str], default_config: str | Path | None = None
+) -> tuple[RewardGradientConfig, CommandFlags]:
+    """Read `--config FILE` and flags: a flag beats the file, the file the default.
+
+    FILE may be the name of a shipped recipe, such as contentv_8b_hps, where there is no file of
+    that name; without --config it is default_config. With resume_from_checkpoint and no --config,
+    the run's own config.yaml is read. Settings of an earlier version are translated, and a warning
+    says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
+    neighbour.
+    """
+    argv, resumed = _split_equals(argv), False
+    if "--config" not in argv and default_config is not None:
+        own = _config_of_run(argv, Path(default_config))
+        argv, resumed = own or ["--config", str(default_config), *argv], own is not None
+    argv, path = _take_config(argv)
+    values, problems = _read_file(path, quiet=resumed) if path else ({}, [])
+    os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
+    try:
+        args, flags, unknown = _parse(argv, {} if problems else values)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems := problems + [_unknown_word(word) for word in unknown]:
+        raise ConfigError(problems)
+    if args.base_dir is None and path is not None:
+        args.base_dir = str(path.parent)
+    args.base_dir = args.base_dir and str(Path(args.base_dir).resolve())  # config.yaml is read elsewhere, too
+    return args, flags
+
+
+def _parse(argv: list[str], values: dict) -> tuple[RewardGradientConfig, CommandFlags, list[str]]:
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message):  # argparse would print the whole usage and exit
+            raise ConfigError([f"{message}; correct the flag, `train_rlhf.py --help` says what each takes"])
+
+        @staticmethod
+        def _parse_dataclass_field(parser, field):
+            field, limits = copy.copy(field), range_text(field)
+            field.metadata = {"help": field.metadata["help"] + (f" Range: {limits}." if limits else "")}
+            TrlParser._parse_dataclass_field(parser, field)
+
+    parser = Parser([RewardGradientConfig, CommandFlags], prog="train_rlhf.py", allow_abbrev=False)
+    parser.set_defaults_with_config(**values)
+    args, flags, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    return args, flags, [word for word in rest if word.startswith("--")] or rest  # a value follows its flag
+
+
+def _config_of_run(argv: list[str], default_config: Path) -> list[str] | None:
+    """Return argv with the config.yaml of the run that it resumes; None if it resumes none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("output_dir", "resume_from_checkpoint"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
+    given, _ = parser.parse_known_args(argv)
+    checkpoint = given.resume_from_checkpoint
+    if checkpoint in (None, "none", "auto"):  # auto is for commands that may start a run, too
+        return None
+    if checkpoint == "latest":
+        run = Path(given.output_dir or yaml.safe_load(default_config.read_text(encoding="utf-8"))["output_dir"])
+    else:
+        run = Path(checkpoint).resolve().parent.parent
+    path = run / "config.yaml"
+    return ["--config", str(path), "--overwrite_output_dir", "false", *argv] if path.is_file() else None
+
+
+def _split_equals(argv: list[str]) -> list[str]:
+    """Return argv with --config=FILE as two words."""
+    return [word for text in argv for word in (text.split("=", 1) if text.startswith("--config=") else [text])]
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
+    """Return argv without --config FILE, and the path of that file."""
+    if "--config" not in argv:
+        return argv, None
+    at = argv.index("--config")
+    path = Path(argv[at + 1]) if at + 1 < len(argv) else None
+    if path is not None and not path.exists() and (shipped := CONFIGS / f"{path}.yaml").is_file():
+        path = shipped
+    if path is None or not path.is_file():
+        got = "no path" if path is None else f"{path}, which is not a file"
+        expected = "expected a YAML file such as configs/nano.yaml, or the name of a shipped one"
+        raise ConfigError([f"--config: got {got}; {expected}; correct the path"])
+    return argv[:at] + argv[at + 2 :], path
+
+
+def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
+    """Return the values of a config file, in today's form, and what is wrong with them.
+
+    quiet: do not warn of settings of an earlier version, for the resumed run will name them.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: got {error.reason}, expected UTF-8; save it as UTF-8"]) from None
+    try:
+        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([f"{path} is not YAML: {reason}; correct that line"]) from None
+    if not isinstance(values, dict):
+        got = "an empty file" if values is None else type(values).__name__
+        raise ConfigError([f"{path}: got {got}, expected lines of the form 'key: value'; correct the file"])
+    values, moved, gone = translate(values)
+    if moved and not gone and not quiet and os.environ.get("RANK", "0") == "0":
+        logger.warning(f"{path}: {moved}")
+    known = {key: value for key, value in values.items() if key in field_names()}
+    problems = [_unknown_key(key, value, path) for key, value in values.items() if key not in {*known, "env"}]
+    wrong = gone or coerce_all(known, typing.get_type_hints(RewardGradientConfig))[1]
+    return values, problems + [f"{path.name}: {problem}" for problem in wrong] + _repeated_keys(path, tree)
+
+
+def _unknown_key(key, value, path: Path) -> str:
+    if isinstance(value, dict):
+        cure = "write what is in it at the left margin"
+        return f"{path.name}: key {key}: got a section, expected settings without sections; {cure}"
+    return _unknown(str(key), f"{path.name}: key ")
+
+
+def _repeated_keys(path: Path, tree: yaml.MappingNode) -> list[str]:
+    """Return a problem for each repeated key, of which YAML would take the last."""
+    lines = {}
+    for key, _ in tree.value:
+        lines.setdefault(key.value, []).append(str(key.start_mark.line + 1))
+    places = {key: " and ".join(at) for key, at in lines.items() if len(at) > 1}
+    return [
+        f"{path.name}: key {key}: got it in lines {at}, expected it once; leave one out" for key, at in places.items()
+    ]
+
+
+def _unknown_word(word: str) -> str:
+    if word.startswith("--"):
+        return _unknown(word[2:], "flag --")
+    cure = f"did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else "name the setting before its value"
+    return f"got {word!r} without a flag, expected --KEY VALUE; {cure}"
+
+
+def _unknown(word: str, where: str) -> str:
+    name = word.split("=")[0].replace("-", "_")
+    if moved := hint(name):
+        return f"{where}{word}: no longer a setting; {moved}"
+    near = difflib.get_close_matches(name, field_names(), n=1, cutoff=0.5)
+    cure = f"did you mean {near[0]!r}?" if near else "`train_rlhf.py --help` lists the settings"
+    return f"{where}{word}: no such setting; {cure}"

@@ -1,0 +1,357 @@
+"""The settings of a run: one dataclass, read from a YAML file with flat keys, each also a flag.
+
+Names follow TRL and transformers where these have a word for a thing. Type, choices and range of a
+setting stand beside its field and nowhere else. `rlhf.checks` holds the checks between settings.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rlhf.config.coerce import coerce_all
+
+SAMPLING_KEYS = (
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "guidance_scale",
+    "negative_prompt",
+    "max_sequence_length",
+)
+Method = Literal["draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo"]
+GuidanceGradient = Literal["full", "text", "none", "distill"]
+METHODS, GUIDANCE_GRADIENTS = typing.get_args(Method), typing.get_args(GuidanceGradient)
+RANGE_WORDS = {"least": "at least", "above": "more than", "below": "less than"}
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with the settings, found at once."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        noun = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"The settings have {noun}:\n{lines}")
+
+
+def setting(default: Any, help: str, **limits: float):
+    """Return a dataclass field with all that is known of a setting.
+
+    Args:
+        default: the default; a list is copied.
+        help: what the setting does, its unit, and the meaning of None.
+        limits: the range: `least` (inclusive), `above` and `below` (exclusive). None is always in
+            it; of a mapping, each value has to be.
+    """
+    metadata = {"help": help, "limits": limits}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def range_text(f: dataclasses.Field) -> str:
+    """Return the range of a setting in words, such as "at least 0, less than 1"; "" for none."""
+    return ", ".join(f"{RANGE_WORDS[name]} {_number(limit)}" for name, limit in f.metadata["limits"].items())
+
+
+def _number(value: float) -> str:
+    return {2**64: "2**64", -(2**63): "-2**63"}.get(value, f"{value:g}")
+
+
+def range_problems(values: Any, where: str = "") -> Iterator[str]:
+    """Yield what is out of range in a dataclass instance whose fields `setting` made."""
+    for f in dataclasses.fields(values):
+        given = getattr(values, f.name)
+        for key, value in given.items() if isinstance(given, dict) else [("", given)]:
+            if value is None or not f.metadata["limits"] or _in_range(value, **f.metadata["limits"]):
+                continue
+            got = f"got {value}" + (f" for {key!r}" if key else "")
+            yield f"{where}{f.name}: {got}, expected {range_text(f)}; correct its value"
+
+
+def _in_range(value, least=None, above=None, below=None) -> bool:
+    if (least is not None and not value >= least) or (above is not None and not value > above):
+        return False
+    return below is None or value < below
+
+
+@dataclass
+class RewardGradientConfig:
+    """Settings of `RewardGradientTrainer`. The help of each field gives its unit and its source."""
+
+    # Model and prompts
+    model: str = setting("nano", "The generator: nano (embedded), a folder in diffusers layout, or a hub id.")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto",
+        "Number format of the frozen transformer and text encoders. auto: bfloat16 for a transformer "
+        "of more than 2 GiB, else float32. Latents, scores and trained weights are always float32.",
+    )
+    device: str | None = setting(None, "Kind of device, such as cpu. Default: the accelerator.")
+    cpu_threads: int | None = setting(
+        None, "Threads of a process on a CPU. Default: OMP_NUM_THREADS, else its cores.", least=1
+    )
+    prompts: str = setting(
+        "nano_train",
+        "Training prompts: a text file of one prompt a line (# is a comment), a .jsonl file of rows "
+        "with a prompt, or the built-in set nano_train. Paths are relative to the config file.",
+    )
+    eval_prompts: str | None = setting(
+        "nano_held_out",
+        "Held-out prompts, in the forms of `prompts`; built-in set: nano_held_out. none: no "
+        "evaluation and no sample videos.",
+    )
+    num_train_prompts: int = setting(4096, "Prompts drawn of a built-in set. A file is used whole.", least=1)
+    base_dir: str | None = setting(None, "Folder of relative paths of prompts and rewards. Default: the config file's.")
+
+    # Rewards
+    reward_funcs: list[str] = setting(
+        ["nano_preference"],
+        "Rewards to train on: built-in names, package.module:Class or file.py:Class (which is run).",
+    )
+    reward_weights: list[float] | None = setting(None, "Weights of reward_funcs. Default: 1 each.")
+    reward_kwargs: dict[str, dict] | str | None = setting(
+        None, "Arguments of rewards, {name: {argument: value}}; as a flag, in quotes."
+    )
+    normalise_rewards: bool = setting(
+        True,
+        "Weigh (score - mean) / std of each reward whose typical mean and spread are stated or "
+        "measured, instead of the raw score.",
+    )
+    calibrate_rewards: int = setting(
+        0,
+        "Videos of the base model on which each reward's mean and spread are measured before the "
+        "first step. 0: use those that the reward states.",
+        least=0,
+    )
+    reward_caps: dict[str, float] | str | None = setting(None, "Scores above which nothing is learnt, {name: cap}.")
+    reward_targets: dict[str, float] | str | None = setting(
+        None, "Raw scores to aim at from both sides, {name: target}."
+    )
+    balance_reward_gradients: bool = setting(
+        False, "Scale each reward's pixel gradient to length 1 before it is weighted."
+    )
+    eval_reward_funcs: list[str] = setting([], "Rewards that only evaluate; they need no gradient.")
+
+    # Sampling. Each setting defaults to the model's own value.
+    height: int | None = setting(None, "Video height in pixels.")
+    width: int | None = setting(None, "Video width in pixels.")
+    num_frames: int | None = setting(None, "Frames of a video, 4k+1 for the Wan VAE.")
+    num_inference_steps: int | None = setting(None, "Denoising steps N.", least=1)
+    guidance_scale: float | None = setting(
+        None, "Classifier-free guidance g in v_neg + g (v_text - v_neg). 1 or less: no guidance."
+    )
+    negative_prompt: str | None = setting(None, "Prompt of the negative branch of guidance.")
+    max_sequence_length: int | None = setting(None, "Tokens of the T5 text encoder.", least=1)
+
+    # The gradient. docs/methods.md compares the methods.
+    method: Method = setting("draft_k", "Which denoising steps carry the reward's gradient.")
+    num_grad_steps: int = setting(
+        1,
+        "K: draft_k (arXiv 2309.17400) takes the gradient through the last K of N denoising steps, "
+        "alignprop through the last k drawn from 1 to K, uniform and drtune through K evenly "
+        "spaced ones. The others do not read it.",
+        least=1,
+    )
+    method_kwargs: dict[str, Any] | str | None = setting(
+        None,
+        "Options of the method, {option: value}; as a flag, the same in quotes. docs/settings.md "
+        "lists the options of each method.",
+    )
+    guidance_gradient: GuidanceGradient = setting(
+        "full",
+        "Part of guidance with gradient: full (exact), text (the text branch), none (the "
+        "unguided velocity), or distill (sample without guidance; drift_weight teaches it to the "
+        "adapter).",
+    )
+    drift_weight: float = setting(
+        0.0, "Weight of the drift from the base, in nats per element of the latents.", least=0
+    )
+    drift_weighting: Literal["kl", "even"] = setting(
+        "kl", "Weight of a step in the drift: kl (a KL divergence) or even (all alike)."
+    )
+    anchor_steps: int = setting(
+        0,
+        "Every n-th optimizer step uses no reward and minimises the drift on samples of the base: "
+        "KL(base || tuned). 0: none.",
+        least=0,
+    )
+
+    # Speed and memory at the same gradient. docs/performance.md has the cost of each.
+    gradient_checkpointing: bool = setting(False, "Recompute blocks in the backward pass.")
+    keep_attention: bool = setting(
+        False, "With gradient_checkpointing: store the output of attention, recompute the rest."
+    )
+    stepwise_backward: bool = setting(
+        False,
+        "Back-propagate one denoising step and guidance branch at a time: memory of one, for "
+        "one more forward pass of each.",
+    )
+    guidance_together: bool = setting(False, "Run both branches of guidance as one batch.")
+    attention_kernel: Literal["auto", "default", "cudnn", "flash", "efficient"] = setting(
+        "auto", "auto: on a CUDA device the fastest, by benchmark. default: PyTorch's choice."
+    )
+    compile_blocks: bool = setting(False, "Compile parts of a block, once for all blocks.")
+    offload_activations: bool = setting(
+        False, "With gradient_checkpointing: keep the stored inputs of blocks in host memory."
+    )
+    stream_weights: bool = setting(
+        False, "With gradient_checkpointing: keep frozen blocks on the host, copied in singly."
+    )
+    decode_chunk: int | None = setting(
+        None, "Latent frames decoded at a time; same video. Default: all at once.", least=1
+    )
+    decode_checkpoint: bool = setting(False, "Recompute each decoded chunk in the backward pass.")
+    decode_caches: Literal["keep", "host"] = setting(
+        "keep", "With decode_checkpoint, place of the caches between chunks: keep (device) or host."
+    )
+
+    # Several devices. The rest is data parallel. docs/scaling.md says which layout when.
+    guidance_parallel: Literal[1, 2] = setting(1, "2: each branch of guidance has its own process.")
+    sequence_parallel: int = setting(
+        1, "Processes over which a video's tokens are divided (arXiv 2309.14509).", least=1
+    )
+    shard_base: bool = setting(False, "Divide the frozen transformer over all processes (FSDP2).")
+    ddp_timeout: int = setting(1800, "Seconds that a process waits for the others.", least=1)
+
+    # Cheaper, but not exact. docs/performance.md has cost and effect of each.
+    base_bits: Literal[4] | None = setting(
+        None, "4: round the frozen base to 4 bits (bitsandbytes). Default: not rounded."
+    )
+    vae_dtype: Literal["float32", "bfloat16"] = setting("float32", "Number format of the VAE.")
+    decode_window: int | None = setting(
+        None,
+        "Consecutive frames scored, from a drawn one on; earlier latents get no gradient. Default: all.",
+        least=1,
+    )
+    prefix_steps: int | None = setting(
+        None, "Most no-grad steps before the window, while training. Default: all.", least=1
+    )
+    guidance_every: int = setting(1, "Compute the negative branch at every n-th of the no-grad steps only.", least=1)
+    sampling_weights: Literal["own", "float8"] = setting(
+        "own", "Weights of no-grad steps: own (the trained model) or float8 (a rounded copy)."
+    )
+    rollout_reuse: int = setting(
+        1, "Consecutive optimizer steps that start their window from the same rollout.", least=1
+    )
+
+    # The adapter, by peft
+    lora_rank: int = setting(16, "Rank r of the LoRA adapters (arXiv 2106.09685).", least=1)
+    lora_alpha: int | None = setting(
+        None, "LoRA alpha: the adapter is scaled by alpha / r. Default: the rank.", least=1
+    )
+    lora_target_modules: list[str] | None = setting(
+        None, "Ends of names of the adapted layers. Default: the eight attention projections."
+    )
+    lora_use_dora: bool = setting(False, "Train the magnitudes, too (DoRA, arXiv 2402.09353).")
+    lora_rank_pattern: dict[str, int] | str | None = setting(
+        None,
+        "Ranks other than lora_rank, by name or regular expression of the layer; as a flag, in quotes.",
+        least=1,
+    )
+    lora_alpha_pattern: dict[str, int] | str | None = setting(
+        None, "Alphas other than lora_alpha, by name or regular expression of the layer.", least=1
+    )
+    ema_decay: float = setting(
+        0.0,
+        "Decay of an average of the trained weights, evaluated and saved in their place. 0: none.",
+        least=0,
+        below=1,
+    )
+
+    # The optimizer, AdamW
+    learning_rate: float = setting(1e-4, "Peak learning rate.", least=0)
+    lr_scheduler_type: Literal["constant", "linear"] = setting(
+        "constant", "After the warm-up: constant, or linear down to 0 at max_steps."
+    )
+    warmup_steps: int = setting(0, "Optimizer steps of the linear warm-up from 0.", least=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay, towards an adapter of 0.", least=0)
+    adam_beta1: float = setting(0.9, "Decay of the averaged gradient.", least=0, below=1)
+    adam_beta2: float = setting(0.999, "Decay of the averaged squared gradient.", least=0, below=1)
+    adam_epsilon: float = setting(
+        1e-8,
+        "Added to the root of the averaged squared gradient. Not 0: a new adapter's A has no "
+        "gradient, and 0 / 0 is no number.",
+        above=0,
+    )
+    max_grad_norm: float = setting(
+        1.0, "Largest norm of the gradient; a longer one is scaled down. 0: no limit.", least=0
+    )
+    per_device_train_batch_size: int = setting(1, "Videos sampled at a time.", least=1)
+    gradient_accumulation_steps: int = setting(1, "Batches per optimizer step.", least=1)
+    max_steps: int = setting(100, "Optimizer steps of the whole run, resumed parts too.", least=1)
+    seed: int = setting(0, "Seed of prompt order, noise and the adapter's first weights.", least=-(2**63), below=2**64)
+
+    # The run: checkpoints, evaluation, sample videos
+    output_dir: str = setting("runs/run", "Folder of the run, relative to the working directory.")
+    overwrite_output_dir: bool = setting(False, "Delete an earlier run in output_dir.")
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "latest, or the path of a checkpoints/step-N folder, to resume; without --config, with the "
+        "settings of that run. auto: the latest checkpoint if there is one, else a new start, over "
+        "the files there. A process that torchrun restarts resumes as with auto.",
+    )
+    max_skipped_steps: int = setting(
+        0, "Consecutive steps that may be skipped for a score that is not finite.", least=0
+    )
+    save_steps: int = setting(50, "Steps between checkpoints. 0: at the end only.", least=0)
+    save_total_limit: int = setting(3, "Newest checkpoints that are kept. 0: all.", least=0)
+    eval_steps: int = setting(0, "Optimizer steps between evaluations. 0: before and after only.", least=0)
+    early_stopping_patience: int = setting(
+        0, "Stop after so many evaluations without a new best gain. 0: never.", least=0
+    )
+    load_best_model_at_end: bool = setting(
+        False, "Finish with the adapter that eval_reward_funcs rate best, of best_adapter/."
+    )
+    num_eval_prompts: int = setting(64, "Held-out prompts of an evaluation, from the first on.", least=1)
+    per_device_eval_batch_size: int = setting(8, "Videos sampled at a time, evaluating.", least=1)
+    eval_seed: int = setting(0, "Seed of the evaluation's noise.", least=-(2**63), below=2**64)
+    num_diversity_prompts: int = setting(
+        4, "Held-out prompts sampled a second time, to measure how far samples differ.", least=0
+    )
+    sample_steps: int = setting(0, "Steps between sample videos. 0: before and after.", least=0)
+    num_sample_prompts: int = setting(
+        10, "Held-out prompts shown as sample videos; six of them in the contact sheet.", least=0
+    )
+    report_to: list[str] = setting(
+        ["tensorboard"], "Trackers of accelerate: tensorboard, wandb, trackio, swanlab...; or none."
+    )
+
+    def __post_init__(self):
+        values, problems = coerce_all(vars(self), typing.get_type_hints(type(self)))
+        if problems:
+            raise ConfigError(problems)
+        vars(self).update(values)
+        if self.report_to == ["none"]:
+            self.report_to = []
+        if self.model != "nano" and Path(self.model).is_dir():  # config.yaml is read elsewhere, too
+            self.model = str(Path(self.model).resolve())
+
+    def to_yaml(self) -> str:
+        """Return the settings as the YAML text that `--config` reads."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
+
+
+def with_sampling(args: RewardGradientConfig, defaults: Any) -> RewardGradientConfig:
+    """Return the settings with the model's own values where none was set.
+
+    defaults: a dict, or an object with these attributes, such as `contentv.files.SamplingDefaults`.
+    """
+    defaults = defaults if isinstance(defaults, dict) else vars(defaults)
+    unset = {key: defaults[key] for key in SAMPLING_KEYS if getattr(args, key) is None}
+    return dataclasses.replace(args, **unset)
+
+
+def field_names() -> list[str]:
+    """Return the names of all settings."""
+    return [f.name for f in dataclasses.fields(RewardGradientConfig)]
+
+
+def is_distilled(settings: dict) -> bool:
+    """Return whether the adapter of a run with these settings is sampled without guidance."""
+    return settings.get("guidance_gradient") == "distill"

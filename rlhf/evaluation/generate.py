@@ -1,0 +1,133 @@
+"""Videos of a model for prompts and seeds: a file each, whole or absent, so that a job can resume.
+
+The noise of a video depends on its seed and prompt only. It is the same for every model, batch size
+and number of devices, so models can be compared pair by pair.
+
+Shape legend: B batch, C channels, T frames, H height, W width.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged
+from rlhf.adapter.scale import check_scale, scaled
+from rlhf.contentv.files import SamplingDefaults
+from rlhf.contentv.loading import load_pipeline
+from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.device import generator
+from rlhf.evaluation.video_set import Video
+from rlhf.io import read_object, write_json, write_whole
+from rlhf.run.metrics import progress_bar
+from rlhf.run.video import to_uint8, write_video
+
+SETTINGS_FILE = "generate.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model that makes the videos.
+
+    Args:
+        model: "nano", a folder in diffusers layout (such as a merged export) or a hub id.
+        lora: folder of an adapter, such as RUN/adapter; None for the model alone.
+        merge: add the adapter to the weights first, as an export does.
+        scale: factor of the adapter.
+    """
+
+    model: str = "nano"
+    lora: Path | None = None
+    merge: bool = False
+    scale: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for an absent adapter, or a scale without one; load nothing."""
+        check_scale(self.scale)
+        if self.lora is None:
+            if self.merge or self.scale != 1:
+                got = "merge" if self.merge else f"scale={self.scale}"
+                raise ValueError(f"{got}: got no adapter, expected one to apply it to; name its folder")
+            return
+        if not (self.lora / ADAPTER_FILE).is_file():
+            expected = "expected an adapter such as RUN/adapter"
+            raise ValueError(f"{self.lora}: got no {ADAPTER_FILE}, {expected}; correct it")
+
+    @contextmanager
+    def open(self, device: torch.device) -> Iterator[ContentVPipeline]:
+        """Yield the pipeline, on the device."""
+        pipe = load_pipeline(self.model, device=device)
+        pipe.set_progress_bar_config(disable=True)
+        if self.lora:
+            load_adapter(pipe.transformer, self.lora)
+        if self.merge:
+            with merged(pipe.transformer, self.scale) as plain:
+                pipe.transformer = plain
+                yield pipe
+            return
+        with scaled(pipe.transformer, self.scale):
+            yield pipe
+
+    def identity(self) -> dict:
+        """Return what identifies this variant; the adapter by its content."""
+        content = (self.lora / ADAPTER_FILE).read_bytes() if self.lora else None
+        digest = content and hashlib.sha256(content).hexdigest()
+        settings = {"merge": self.merge, "scale": self.scale}
+        return {"model": str(self.model), "adapter_sha256": digest} | settings
+
+
+def generate(
+    variant: Variant, videos: list[Video], sampling: SamplingDefaults, accelerator: Accelerator, batch_size: int
+) -> int:
+    """Make the videos whose files are absent, on all processes; return how many this one made."""
+    own = videos[accelerator.process_index :: accelerator.num_processes]
+    todo = [video for video in own if not video.path.exists()]
+    if todo:
+        done, shown = len(own) - len(todo), accelerator.is_main_process
+        bar = progress_bar("generate", "video", len(own), shown, done)
+        with variant.open(accelerator.device) as pipe, bar:
+            for batch in (todo[i : i + batch_size] for i in range(0, len(todo), batch_size)):
+                for video, pixels_TCHW in zip(batch, sample(pipe, batch, sampling), strict=True):
+                    save_video(video.path, pixels_TCHW, sampling.fps)
+                bar.update(len(batch))
+    accelerator.wait_for_everyone()
+    return len(todo)
+
+
+def sample(pipe: ContentVPipeline, videos: list[Video], sampling: SamplingDefaults) -> torch.Tensor:
+    """Return the videos as uint8 (B, T, 3, H, W) on the CPU."""
+    noise = [generator("video", video.seed, video.prompt) for video in videos]
+    prompts = [video.prompt for video in videos]
+    frames = pipe(prompts, generator=noise, output_type="pt", **sampling.call_arguments()).frames
+    return to_uint8(frames)
+
+
+def save_video(path: Path, video_TCHW: torch.Tensor, fps: int) -> None:
+    """Write a uint8 video, whole or not at all."""
+    with write_whole(path) as unfinished:
+        write_video(unfinished, video_TCHW.transpose(0, 1), fps)
+
+
+def check_settings(folder: Path, variant: Variant, sampling: SamplingDefaults) -> None:
+    """Raise ValueError if the videos in the folder were made with other settings."""
+    path, wanted = folder / SETTINGS_FILE, _settings(variant, sampling)
+    found = read_object(path) if path.is_file() else wanted
+    for key in wanted:
+        if found.get(key) != wanted[key]:
+            raise ValueError(
+                f"{path}: got videos made with {key}={found.get(key)!r}, expected {wanted[key]!r} to "
+                "continue; choose another output folder, or set it back"
+            )
+
+
+def write_settings(folder: Path, variant: Variant, sampling: SamplingDefaults) -> None:
+    """Write generate.json: the settings that the videos of a folder are made with."""
+    write_json(folder / SETTINGS_FILE, _settings(variant, sampling))
+
+
+def _settings(variant: Variant, sampling: SamplingDefaults) -> dict:
+    return variant.identity() | asdict(sampling)

@@ -1,0 +1,147 @@
+"""Sets of videos on disk with their prompts, which `eval/` makes, scores and compares.
+
+A set is a folder. Its prompts are in videos.jsonl, an object a line: {"file", "prompt"} and, where
+known, "seed" and "category". Or they are in the prompts.txt of a run's samples, or in file names of
+VBench: `PROMPT-0.mp4`.
+"""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewards.cli.files import VIDEOS
+from rlhf.io import file_errors, write_rows
+from rlhf.run.folder import PROMPTS
+
+MANIFEST, SCORES = "videos.jsonl", "scores.jsonl"
+NUMBER_ENDING = re.compile(r"-(\d+)$")
+Key = tuple[str, int, int]  # prompt, seed, position among the videos of both
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video that exists or is to be made."""
+
+    path: Path
+    prompt: str
+    seed: int = 0
+    category: str | None = None
+
+
+def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
+    """Return the videos of a folder, in the order of its list or of their names.
+
+    Args:
+        names_are_prompts: read the prompts off the file names if there is no list.
+
+    Raises:
+        ValueError: the folder is absent, empty or without prompts, or its list is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: got no folder there, expected one with videos; correct the path")
+    if (folder / MANIFEST).is_file():
+        videos = [_parse_row(folder, number, line) for number, line in _lines(folder / MANIFEST)]
+    elif (folder / PROMPTS).is_file():
+        rows = [line.split("\t", 1) for _, line in _lines(folder / PROMPTS)]
+        with file_errors(folder / PROMPTS):
+            videos = [Video(folder / f"{name}.mp4", prompt) for name, prompt in rows]
+    elif names_are_prompts:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS)
+        videos = [Video(path, prompt_from_name(path), _number(path)) for path in paths]
+    else:
+        raise ValueError(
+            f"{folder}: got neither {MANIFEST} nor {PROMPTS}, expected one of them with the prompt of "
+            'each video; write one ({"file": "a.mp4", "prompt": ".."} a line), or say that the file '
+            "names are the prompts"
+        )
+    if not videos:
+        kinds = ", ".join(VIDEOS)
+        raise ValueError(f"{folder}: got no videos, expected one or more ({kinds}); correct the path")
+    return videos
+
+
+def pair_keys(prompts_and_seeds: Iterable[tuple[str, int]]) -> list[Key]:
+    """Return the key that pairs each video with that of another model.
+
+    Videos that repeat prompt and seed are paired in their order.
+    """
+    seen: Counter[tuple[str, int]] = Counter()
+    keys = []
+    for prompt, seed in prompts_and_seeds:
+        keys.append((prompt, seed, seen[prompt, seed]))
+        seen[prompt, seed] += 1
+    return keys
+
+
+def require_files(videos: list[Video]) -> None:
+    """Raise ValueError if the file of a video is absent."""
+    absent = [video.path for video in videos if not video.path.is_file()]
+    if absent:
+        got = f"{len(absent)} of {len(videos)} videos missing"
+        raise ValueError(f"{absent[0]}: got {got}, expected all of them; finish making them")
+
+
+def merge_manifest(folder: Path, videos: list[Video]) -> list[Video]:
+    """Return the videos that the folder lists, and these.
+
+    Raises ValueError if the list has another prompt for one of them.
+    """
+    path = folder / MANIFEST
+    old = {video.path: video for video in read_set(folder)} if path.is_file() else {}
+    for video in videos:
+        if video.path in old and old[video.path].prompt != video.prompt:
+            raise ValueError(
+                f"{path}: got the prompt {old[video.path].prompt!r} for {video.path.name}, expected "
+                f"{video.prompt!r}: the prompts have changed; choose another output folder"
+            )
+    return list((old | {video.path: video for video in videos}).values())
+
+
+def write_manifest(folder: Path, videos: list[Video]) -> None:
+    """Write videos.jsonl."""
+    write_rows(folder / MANIFEST, [_row(folder, video) for video in videos])
+
+
+def relative_name(folder: Path, path: Path) -> str:
+    """Return the path relative to the folder; that of a file elsewhere as given."""
+    return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
+
+
+def prompt_from_name(path: Path) -> str:
+    """Return the prompt in a file name: all before "-NUMBER" and the ending, as VBench reads it."""
+    return NUMBER_ENDING.sub("", path.stem)
+
+
+def _number(path: Path) -> int:
+    ending = NUMBER_ENDING.search(path.stem)
+    return int(ending[1]) if ending else 0
+
+
+def _row(folder: Path, video: Video) -> dict:
+    row = dataclasses.asdict(video)
+    row = {"file": relative_name(folder, row.pop("path"))} | row
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Return the lines that are not blank, with their numbers from 1."""
+    with file_errors(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse_row(folder: Path, number: int, line: str) -> Video:
+    try:
+        row = json.loads(line)
+        path, seed = folder / row["file"], int(row.get("seed", 0))
+        return Video(path, str(row["prompt"]), seed, row.get("category"))
+    except (ValueError, KeyError, TypeError) as error:
+        expected = 'an object with "file" and "prompt"'
+        raise ValueError(
+            f"{folder / MANIFEST}, line {number}: got {line!r}, expected {expected}; correct it"
+        ) from error

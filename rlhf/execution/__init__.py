@@ -1,0 +1,1 @@
+"""How transformer blocks run: kernel, recomputation, offloading, quantization, sharding."""

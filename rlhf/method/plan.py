@@ -1,0 +1,154 @@
+"""The published ways to send a reward's gradient into a denoiser, as plans for one sampler.
+
+Written for the flow x_sigma = (1 - sigma) x_0 + sigma noise with velocity v = dx/dsigma. A model's
+estimate of x_0 is x - sigma v, an Euler step straight to sigma 0. docs/methods.md compares the
+methods.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.flow import euler_step
+from rlhf.method.drift import drift_step_weights
+from rlhf.method.grad_steps import choose_grad_steps, draw_below
+from rlhf.method.options import MethodOptions, SRPOOptions
+from rlhf.method.rollout import Velocity, fewer_steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The course of all rollouts of one optimizer step, the same on all processes."""
+
+    sigmas: torch.Tensor  # (M+1,) from 1 to 0; M is below the sampler's N where the last step jumps
+    grad_steps: list[int]  # as in `rollout`
+    detach_input: bool = False  # as in `rollout`
+    last_step_again: int = 0  # repeats of the last step from fresh noise, each with a gradient
+    recoveries: list[tuple[float, float]] = field(default_factory=list)  # Direct-Align's (sigma, step)
+    drift_step: int | None = None  # the step at whose state the drift from the base is measured
+    drift_total: float = 0.0  # the sum of all steps' drift weights, for which drift_step stands
+
+    @property
+    def window_start(self) -> int:
+        """Index of the state at which the window starts: M if no step carries the gradient."""
+        return self.grad_steps[0] if self.grad_steps else len(self.sigmas) - 1
+
+    @property
+    def num_samples(self) -> int:
+        """Number of gradients taken of each rollout."""
+        return len(self.recoveries) or 1 + self.last_step_again
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Latents (B, C, T, H, W) with their graph, to decode, score and back-propagate."""
+
+    latents: torch.Tensor
+    penalty: bool = False  # whether the opposite of the reward is to be maximised
+
+
+def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.Tensor, rng: torch.Generator) -> Plan:
+    """Return the plan of `args.method` for one optimizer step.
+
+    options: those of `args.method`, as `read_options` returns them. rng: of seed and step; draws what
+    the method leaves open.
+    """
+    num_steps, num_grad = len(sigmas) - 1, args.num_grad_steps
+    match args.method:
+        case "draft_k":
+            plan = Plan(sigmas, choose_grad_steps("last", num_steps, num_grad))
+        case "draft_lv":
+            plan = Plan(sigmas, [num_steps - 1], last_step_again=options.num_draws)
+        case "alignprop":
+            plan = Plan(sigmas, choose_grad_steps("random_last", num_steps, num_grad, rng))
+        case "uniform":
+            plan = Plan(sigmas, choose_grad_steps("uniform", num_steps, num_grad, rng))
+        case "listed":
+            plan = Plan(sigmas, choose_grad_steps("listed", num_steps, 0, listed=options.steps))
+        case "drtune":
+            cut = jump_early(sigmas, options.jump_steps, rng)
+            plan = Plan(cut, choose_grad_steps("uniform", len(cut) - 1, num_grad, rng), detach_input=True)
+        case "refl":
+            cut = jump_early(sigmas, options.jump_steps or -(-num_steps // 4), rng)
+            plan = Plan(cut, [len(cut) - 2])
+        case "srpo":
+            plan = Plan(sigmas, [], recoveries=draw_recoveries(options, rng))
+    return with_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
+
+
+def shorten_prefix(plan: Plan, steps: int | None) -> Plan:
+    """Return the plan with at most `steps` steps before its window; None keeps all. Not exact."""
+    if not plan.grad_steps or steps is None or steps >= plan.window_start:
+        return plan
+    shifted = [step - plan.window_start + steps for step in plan.grad_steps]
+    sigmas = fewer_steps(plan.sigmas, plan.window_start, steps)
+    return replace(plan, sigmas=sigmas, grad_steps=shifted)
+
+
+def jump_early(sigmas: torch.Tensor, of_last: int, rng: torch.Generator) -> torch.Tensor:
+    """Return noise levels that jump to 0 from one of the `of_last` last steps, drawn evenly."""
+    last = len(sigmas) - 2 - draw_below(of_last, rng)
+    return torch.cat([sigmas[: last + 1], sigmas[-1:]])
+
+
+def draw_recoveries(options: SRPOOptions, rng: torch.Generator) -> list[tuple[float, float]]:
+    """Draw noise levels evenly from align_sigmas, each reached from above (a denoising step) and below (inversion)."""
+    low, high = options.align_sigmas
+    levels = torch.rand(-(-options.num_draws // 2), generator=rng, dtype=torch.float64) * (high - low) + low
+    both_ways = [(sigma, step) for sigma in levels.tolist() for step in (-options.align_delta, options.align_delta)]
+    return both_ways[: options.num_draws]
+
+
+def with_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> Plan:
+    """Return the plan with a step drawn by its drift weight if the drift is to be measured."""
+    if not (args.drift_weight or args.anchor_steps):
+        return plan
+    weights = drift_step_weights(plan.sigmas, args.drift_weighting).cpu()
+    step = int(torch.multinomial(weights, 1, generator=rng))
+    return replace(plan, drift_step=step, drift_total=weights.sum().item())
+
+
+def gradient_samples(
+    window: Velocity, x0_BCTHW: torch.Tensor, noise: Callable[[str], torch.Tensor], plan: Plan
+) -> Iterator[Sample]:
+    """Yield the samples of one rollout, each with its own graph; back-propagate each at once.
+
+    Args:
+        window: the velocity of steps that carry the gradient.
+        x0_BCTHW: the last state of the rollout, with its graph.
+        noise: purpose -> unit normal noise (B, C, T, H, W), the same at every call; "train" is the
+            rollout's.
+    """
+    for sigma, step in plan.recoveries:
+        level = plan.sigmas.new_tensor(sigma)
+        recovered = recover(window, x0_BCTHW, noise("train"), level, step)
+        yield Sample(recovered, penalty=step > 0)
+    if plan.recoveries:
+        return
+    yield Sample(x0_BCTHW)
+    for draw in range(plan.last_step_again):
+        fresh = noise(f"draw {draw}")
+        yield Sample(last_step_again(window, x0_BCTHW.detach(), fresh, plan.sigmas[-2]))
+
+
+def last_step_again(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Return x_0 noised and denoised by the last step (DRaFT-LV, arXiv 2309.17400, alg. 1)."""
+    x = (1 - sigma) * x0 + sigma * noise
+    return euler_step(x, velocity(x, sigma), sigma, torch.zeros_like(sigma))
+
+
+def recover(
+    velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, step: float
+) -> torch.Tensor:
+    """Return x_0 from one Euler step onto sigma (Direct-Align, arXiv 2509.06942, eq. 4 and 5).
+
+    With step < 0 the step denoises from sigma - step; with step > 0 it inverts, up from there (eq.
+    12 and 13). The velocity noise - x_0 returns x_0 exactly. Another velocity moves it by step / (1
+    - sigma) times the difference.
+    """
+    start = sigma - step
+    x = (1 - start) * x0 + start * noise
+    x = euler_step(x, velocity(x, start), start, sigma)
+    return (x - sigma * noise) / (1 - sigma)

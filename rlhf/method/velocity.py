@@ -1,0 +1,188 @@
+"""The velocity fields of a run: base, tuned without and with gradient, and cheaper ones.
+
+Guidance is v = v_neg + g (v_text - v_neg) (arXiv 2207.12598).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from rlhf.adapter.lora import without_adapter
+from rlhf.adapter.masters import MasterWeights
+from rlhf.adapter.sampling_copy import SamplingCopy
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.flow import guided_velocity
+from rlhf.execution.collectives import Group, all_gather, copy_to_group
+from rlhf.method.adjoint import CheckpointedTransformer
+from rlhf.method.plan import Plan
+from rlhf.method.rollout import Velocity
+from rlhf.types import Conditioning
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How velocities are guided."""
+
+    scale: float  # g; at 1 or less there is no guidance
+    gradient: str = "full"  # as in `velocity_field`
+    every: int = 1  # no-grad steps between two evaluations of the guidance direction, in training
+    together: bool = False  # both branches in one batch
+
+    @classmethod
+    def of(cls, args: RewardGradientConfig) -> "Guidance":
+        """Return the guidance of a run's settings."""
+        return cls(
+            args.guidance_scale,
+            args.guidance_gradient,
+            args.guidance_every,
+            args.guidance_together,
+        )
+
+
+class VelocityFields:
+    """A run's velocity fields, each a function from a batch's conditioning to a velocity.
+
+    Args:
+        transformer: the model with its adapter, whose trained numbers are those of `masters`.
+        guidance: how all fields are guided.
+        checkpoint_steps: whether the backward pass runs each velocity again; see `rlhf.method.adjoint`.
+        sampling_weights: "own", or the format of a second model for the prefix; see
+            `rlhf.adapter.sampling_copy`.
+        guidance_group: two processes that run one branch of guidance each; None for one process.
+    """
+
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        masters: MasterWeights,
+        guidance: Guidance,
+        checkpoint_steps: bool = False,
+        sampling_weights: str = "own",
+        guidance_group: Group | None = None,
+    ):
+        self.transformer, self.masters, self.guidance = transformer, masters, guidance
+        self.guidance_group = guidance_group
+        self.trained = transformer
+        if checkpoint_steps:
+            self.trained = CheckpointedTransformer(transformer, masters.params)
+        self.copy = None
+        if sampling_weights != "own":
+            self.copy = SamplingCopy(transformer)
+
+    def base(self, cond: Conditioning) -> Velocity:
+        """Return the velocity of the model before training, without gradient."""
+        return without_adapter(self._field(self.transformer, cond), self.transformer)
+
+    def tuned(self, cond: Conditioning) -> Velocity:
+        """Return the velocity of the current model for sampling without gradient."""
+        return self._field(self.transformer, cond, self._sampling_gradient)
+
+    def prefix(self, cond: Conditioning, plan: Plan) -> Velocity:
+        """Return the velocity of one rollout's no-grad steps: `tuned` or a cheaper one."""
+        model, guidance = self.transformer if self.copy is None else self.copy.model, self.guidance
+        if guidance.every == 1:
+            return self._field(model, cond, self._sampling_gradient)
+        sigmas = plan.sigmas[:-1].tolist()
+        no_grad = [sigma for i, sigma in enumerate(sigmas) if i not in plan.grad_steps]
+        return CachedGuidance(model, cond, guidance.scale, no_grad[:: guidance.every])
+
+    def window(self, cond: Conditioning) -> Velocity:
+        """Return the velocity of the current model for steps that carry the gradient."""
+        return self._field(self.trained, cond, self.guidance.gradient)
+
+    def refresh(self) -> None:
+        """Bring the sampling copy up to date after an optimizer step."""
+        if self.copy is not None:
+            self.copy.refresh()
+
+    @property
+    def _sampling_gradient(self) -> str:
+        """The mode without gradient: only "distill" changes the velocity itself."""
+        return "distill" if self.guidance.gradient == "distill" else "full"
+
+    def _field(self, transformer: Callable, cond: Conditioning, gradient: str = "full") -> Velocity:
+        if self.guidance_group is not None:
+            return split_velocity(transformer, cond, self.guidance.scale, self.guidance_group)
+        guidance = self.guidance
+        return velocity_field(transformer, cond, guidance.scale, gradient, guidance.together)
+
+
+def velocity_field(
+    transformer: Callable,
+    cond: Conditioning,
+    guidance_scale: float,
+    gradient: str = "full",
+    together: bool = False,
+) -> Velocity:
+    """Return the guided velocity of a batch, which carries the gradient that a mode names.
+
+    Args:
+        gradient: the mode.
+            "full": both branches. Exact.
+            "text": g times v_text; v_neg is a constant. Not exact: g J_text + (1 - g) J_neg loses a
+                part.
+            "none": v_text once; guidance is an added constant. Not exact.
+            "distill": v_text alone, without guidance. Exact for an adapter that is taught guidance.
+        together: whether both branches of "full" run as one batch.
+    """
+
+    def full(x, sigma):
+        return guided_velocity(transformer, x, sigma, cond, guidance_scale, together=together)
+
+    def text_only(x, sigma):
+        return guided_velocity(transformer, x, sigma, cond, 1.0)
+
+    def one_sided(x, sigma):
+        v_text = text_only(x, sigma)
+        with torch.no_grad():
+            v_neg = guided_velocity(transformer, x, sigma, cond.negative, 1.0)
+        direction = (v_text.detach() if gradient == "none" else v_text) - v_neg
+        return v_text + (guidance_scale - 1) * direction
+
+    if gradient == "distill":
+        return text_only
+    return full if gradient == "full" or guidance_scale <= 1 else one_sided
+
+
+class CachedGuidance:
+    """The velocity of one rollout's no-grad steps with v_text - v_neg kept over steps. Not exact.
+
+    v = v_text + (g - 1) (v_text - v_neg)', where ()' is the value at the last of `refresh_sigmas`:
+    the negative branch runs at these noise levels alone. Make one for each rollout.
+    """
+
+    def __init__(
+        self,
+        transformer: Callable,
+        cond: Conditioning,
+        guidance_scale: float,
+        refresh_sigmas: Iterable[float],
+    ):
+        self.transformer, self.cond, self.guidance_scale = transformer, cond, guidance_scale
+        self.refresh_sigmas, self.direction = frozenset(refresh_sigmas), None
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        v_text = guided_velocity(self.transformer, x, sigma, self.cond, 1.0)
+        if sigma.item() in self.refresh_sigmas:
+            v_neg = guided_velocity(self.transformer, x, sigma, self.cond.negative, 1.0)
+            self.direction = v_text - v_neg
+        return v_text + (self.guidance_scale - 1) * self.direction
+
+
+def split_velocity(transformer: Callable, cond: Conditioning, guidance_scale: float, group: Group) -> Velocity:
+    """Return the guided velocity of two processes: the first runs v_text, the second v_neg.
+
+    Gradients are exact: the adapter receives that of the process's own branch, x the sum over both
+    branches.
+    """
+    if dist.get_rank(group) == 1:
+        cond = cond.negative
+
+    def velocity(x, sigma):
+        v = guided_velocity(transformer, copy_to_group(x, group), sigma, cond, 1.0)
+        v_text, v_neg = all_gather(v, group)
+        return v_neg + guidance_scale * (v_text - v_neg)
+
+    return velocity

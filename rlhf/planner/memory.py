@@ -1,0 +1,191 @@
+"""Peak memory of one rank, by phase: the traced calls put together in the order in which the
+trainer makes them.
+
+The bytes are those that PyTorch counts as allocated. Rewards are taken as measured
+(`rlhf.planner.reward_costs`). A process takes more of a device: the vendor's context and kernels
+(`Rates.context_bytes`), and blocks that PyTorch's allocator caches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from rewards.catalogue import CATALOGUE
+from rlhf.config import RewardGradientConfig
+from rlhf.planner.reward_costs import decoded_frames, reward_cost, scored_frames
+from rlhf.planner.traced import TracedCall, TracedModel, max_grad_steps
+
+ENCODING = "encoding prompts"
+# Bytes of one trained parameter.
+MASTER_BYTES = 8  # float32 master weight and gradient
+MOMENT_BYTES = 8  # AdamW's two float32 moments
+EMA_BYTES = 4
+NOT_FLOAT8 = (".norm", "lora_", "base_layer")  # parts of names of linear layers
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device. held: all the time. phases: peak of each phase above what is held."""
+
+    held: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are held all the time."""
+        return sum(self.held.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak bytes of the run."""
+        return self.held_bytes + self.phases[self.peak_phase]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase of the peak."""
+        return max(self.phases, key=self.phases.get)
+
+
+@dataclass(frozen=True)
+class RewardNeeds:
+    """What the training rewards and the judges need."""
+
+    decoded_frames: int  # leading frames of a video
+    weight_bytes: int  # of rewards and judges
+    peak_bytes: int  # of the reward that takes most, above the weights
+    seconds: float  # of all measured rewards, forward and backward, on `rlhf.planner.reward_costs.DEVICE`
+    traced: tuple[TracedCall, ...] = ()  # of rewards that are traced instead
+    unknown: tuple[str, ...] = ()  # rewards that are left out, since their cost is not known
+
+
+def plan_rewards(model: TracedModel, args: RewardGradientConfig) -> RewardNeeds:
+    """Return what the rewards need for one batch, and the weights of the judges."""
+    fps, batch, kwargs = model.card["sampling"]["fps"], args.per_device_train_batch_size, args.reward_kwargs or {}
+    settings = {name: kwargs.get(name, {}) for name in args.reward_funcs if name in CATALOGUE}
+    unknown = [name for name in args.reward_funcs if name not in CATALOGUE]
+    decoded = {name: decoded_frames(name, settings[name], args.num_frames) for name in settings}
+    frames = args.num_frames if unknown else max(decoded.values())
+    window = args.decode_window or frames
+    costs, traced = {}, []
+    for name in settings:
+        scored = scored_frames(name, settings[name], min(decoded[name], window), fps)
+        if found := reward_cost(name, settings[name], batch * scored):
+            costs[name] = found
+        elif name == "nano_preference":
+            traced.append(model.nano_preference_call(batch, min(frames, window)))
+        else:
+            unknown.append(name)
+    judges = [name for name in args.eval_reward_funcs if name in CATALOGUE]
+    weights = [cost.weight_bytes for cost in costs.values()]
+    weights += [_catalogue_bytes(name) for name in (*settings, *judges) if name not in costs]
+    peaks = [cost.peak_bytes for cost in costs.values()] + [call.peak_bytes for call in traced]
+    seconds = sum(cost.seconds for cost in costs.values())
+    return RewardNeeds(frames, sum(weights), max(peaks, default=0), seconds, tuple(traced), tuple(unknown))
+
+
+def _catalogue_bytes(name: str) -> int:
+    return CATALOGUE[name].parameters * CATALOGUE[name].bytes_each
+
+
+def plan_memory(
+    model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds, encoder_bytes: int = 0
+) -> MemoryPlan:
+    """Return what one rank holds all the time, and the peak of each phase above it.
+
+    args: those of model, but for settings about speed and memory. rewards: `plan_rewards` of the
+    same args.
+    encoder_bytes: what encoding the prompts takes before the first step.
+    """
+    batch = args.per_device_train_batch_size
+    branch = model.transformer_call(args, batch * branches_per_batch(args))
+    decoder = model.decoder_call(args, batch, rewards.decoded_frames)
+    num_graphs = _num_graphs(args)
+    # With `stepwise_backward` each graph is built when its backward pass begins.
+    waiting_graphs = 0 if args.stepwise_backward else num_graphs * branch.saved_bytes
+    other_graphs = 0 if args.stepwise_backward else (num_graphs - 1) * branch.saved_bytes
+    adapter_gradient = model.adapter_bytes if num_graphs > 1 else 0  # of the graphs before
+    video = 4 * batch * 3 * rewards.decoded_frames * args.height * args.width  # float32, kept for the log
+    held, gathered = _held(model, args, rewards), _gathered_bytes(model, args)
+    # While prompts are encoded, neither the moments nor the position table exist.
+    not_yet_held = MOMENT_BYTES * model.num_trained + held["position table"]
+    phases = {
+        ENCODING: max(0, encoder_bytes - not_yet_held),
+        "sampling": gathered + branch.no_grad.added_bytes,
+        "gradient window": gathered + other_graphs + adapter_gradient + branch.peak_bytes + video,
+        "decode": waiting_graphs + decoder.peak_bytes,
+        "reward": waiting_graphs + decoder.saved_bytes + rewards.peak_bytes,
+        "optimizer": 4 * model.num_trained if model.processes > 1 else 0,  # a copy is all-reduced
+    }
+    if args.eval_prompts:
+        phases["evaluation"] = gathered + _evaluation_bytes(model, args)
+    return MemoryPlan(held, phases)
+
+
+def branches_per_batch(args: RewardGradientConfig) -> int:
+    """Return how many guidance branches run as one batch."""
+    return 2 if args.guidance_together and args.guidance_scale > 1 else 1
+
+
+def branches_per_rank(args: RewardGradientConfig) -> int:
+    """Return how many guidance branches one rank runs."""
+    return 2 // args.guidance_parallel if args.guidance_scale > 1 else 1
+
+
+def grad_branches_per_rank(args: RewardGradientConfig) -> int:
+    """Return how many guidance branches of one rank carry the gradient."""
+    return branches_per_rank(args) if args.guidance_gradient == "full" else 1
+
+
+def _num_graphs(args: RewardGradientConfig) -> int:
+    """Return how many graphs of transformer calls exist at once without `stepwise_backward`."""
+    return max(1, max_grad_steps(args)) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
+
+
+def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
+    """Return the peak of sampling and decoding held-out videos, without that of the judges."""
+    batch = args.per_device_eval_batch_size
+    sampling = model.transformer_call(args, batch * branches_per_batch(args), with_gradient=False)
+    decoding = model.decoder_call(args, batch, args.num_frames, with_gradient=False)
+    return max(sampling.no_grad.added_bytes, decoding.no_grad.added_bytes)
+
+
+def _held(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
+    itemsize = model.transformer.dtype.itemsize
+    trained_bytes = MASTER_BYTES + MOMENT_BYTES + (EMA_BYTES if args.ema_decay else 0)
+    held = {
+        "transformer": _base_bytes(model, args),
+        "adapter and optimizer": model.adapter_bytes + model.num_trained * trained_bytes,
+        "VAE": sum(p.numel() for p in model.vae.parameters()) * getattr(torch, args.vae_dtype).itemsize,
+        "rewards": rewards.weight_bytes,
+        "position table": model.num_tokens * model.transformer.inner_dim * itemsize,
+    }
+    return held | ({"float8 copy": _float8_bytes(model)} if args.sampling_weights == "float8" else {})
+
+
+def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
+    """Return the bytes of the frozen transformer that are always on the device."""
+    frozen, itemsize = model.frozen, model.transformer.dtype.itemsize
+    if args.stream_weights:
+        return itemsize * (2 * frozen.largest_block + frozen.rest)
+    if args.shard_base:
+        return itemsize * (frozen.blocks + frozen.rest) // model.processes
+    return itemsize * frozen.rest + frozen.blocks * (args.base_bits or 8 * itemsize) // 8
+
+
+def _gathered_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
+    """Return the bytes that the transformer gathers of a sharded base: two blocks and the rest."""
+    whole = 2 * model.frozen.largest_block + model.frozen.rest
+    return model.transformer.dtype.itemsize * whole if args.shard_base else 0
+
+
+def _float8_bytes(model: TracedModel) -> int:
+    """Return the bytes of the float8 copy of the blocks' linear layers: one a weight."""
+    total = 0
+    for name, module in model.transformer.transformer_blocks.named_modules():
+        if isinstance(module, LoraLayer):
+            total += module.base_layer.weight.numel()
+        elif isinstance(module, nn.Linear) and not any(part in name for part in NOT_FLOAT8):
+            total += module.weight.numel()
+    return total

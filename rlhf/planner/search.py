@@ -1,0 +1,129 @@
+"""Search for the settings with which a run fits a device, before any weight is loaded.
+
+docs/planner.md explains the estimates and states their accuracy.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from rlhf.config import RewardGradientConfig
+from rlhf.execution.quantize import missing_library
+from rlhf.planner.memory import MemoryPlan, plan_memory, plan_rewards
+from rlhf.planner.text_encoders import encoding_bytes
+from rlhf.planner.time import H200, Rates, TimePlan, plan_time
+from rlhf.planner.traced import TracedModel
+
+CHECKPOINTING = {"gradient_checkpointing": True}
+CHUNKED_DECODE = {"decode_chunk": 1, "decode_checkpoint": True}
+# Settings that lower memory and leave the gradient as it is: one choice of each row, on top of the
+# run's settings.
+EXACT_CHOICES = (
+    (
+        {},
+        CHECKPOINTING | {"keep_attention": True},
+        CHECKPOINTING,
+        CHECKPOINTING | {"keep_attention": True, "offload_activations": True},
+        CHECKPOINTING | {"offload_activations": True},
+    ),
+    ({}, {"stepwise_backward": True}),
+    ({}, CHUNKED_DECODE, CHUNKED_DECODE | {"decode_caches": "host"}),
+    ({}, CHECKPOINTING | {"stream_weights": True}, {"shard_base": True}),
+)
+# Settings that change the gradient, tried in this order if no exact choice fits.
+INEXACT_CHOICES = (
+    {"vae_dtype": "bfloat16"},
+    {"vae_dtype": "bfloat16", "decode_window": 5},
+    {"vae_dtype": "bfloat16", "decode_window": 5, "base_bits": 4},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The memory and the time of a run after some changes of its settings."""
+
+    changes: dict
+    memory: MemoryPlan
+    time: TimePlan
+
+    def extends(self, other: "Estimate") -> bool:
+        """Return whether this estimate has all changes of the other."""
+        return other.changes.items() <= self.changes.items()
+
+
+class Planner:
+    """Estimates for one of `processes` ranks of a run.
+
+    args: the run's settings, with all sampling keys set.
+    card: the model's sizes, as `rlhf.contentv.files.model_sizes` returns them.
+    encoders: configurations of the text encoders, as `rlhf.planner.text_encoders.encoder_configs` returns them.
+    Without them, encoding the prompts takes no memory.
+    """
+
+    def __init__(
+        self,
+        args: RewardGradientConfig,
+        card: dict[str, dict],
+        rates: Rates = H200,
+        encoders: dict[str, dict] | None = None,
+        processes: int = 1,
+    ):
+        self.args, self.rates, self.model = args, rates, TracedModel(args, card, processes)
+        clip, t5 = card["tokenizer"]["model_max_length"], args.max_sequence_length
+        tokens = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
+        self.encoder_bytes = encoding_bytes(encoders or {}, tokens, self.model.transformer.dtype)
+        self.rewards = plan_rewards(self.model, args)
+
+    def estimate(self, changes: dict | None = None) -> Estimate:
+        """Return the memory and the time after these changes."""
+        args = dataclasses.replace(self.args, **changes or {})
+        rewards = plan_rewards(self.model, args)
+        memory = plan_memory(self.model, args, rewards, self.encoder_bytes)
+        return Estimate(changes or {}, memory, plan_time(self.model, args, rewards, self.rates))
+
+    def find_fitting(self, limit: int) -> list[Estimate]:
+        """Return estimates that need at most `limit` bytes, the fastest first. [] if there is none.
+
+        The first choice of `INEXACT_CHOICES` that helps is taken, and only if no exact choice fits.
+        An estimate that extends a faster one is left out.
+        """
+        for inexact in self._inexact_choices():
+            estimates = map(self.estimate, self._combinations(inexact))
+            found = [estimate for estimate in estimates if estimate.memory.peak_bytes <= limit]
+            found.sort(key=lambda estimate: (estimate.time.total, len(estimate.changes)))
+            if found:
+                return [e for i, e in enumerate(found) if not any(map(e.extends, found[:i]))]
+        return []
+
+    def smallest_memory(self) -> MemoryPlan:
+        """Return the memory with the settings that need least."""
+        changes = (c for inexact in self._inexact_choices() for c in self._combinations(inexact))
+        return min((self.estimate(c).memory for c in changes), key=lambda memory: memory.peak_bytes)
+
+    def _inexact_choices(self) -> Iterator[dict]:
+        """Yield no change, then the inexact choices that are possible and not made already."""
+        yield {}
+        for choice in INEXACT_CHOICES:
+            if choice.get("decode_window", 0) >= self.args.num_frames:  # all frames
+                choice = {name: value for name, value in choice.items() if name != "decode_window"}
+            settings, bits = vars(self.args) | choice, choice.get("base_bits")
+            is_possible = not bits or (_is_valid(settings, self.model) and not missing_library(bits))
+            if is_possible and settings != vars(self.args):
+                yield choice
+
+    def _combinations(self, inexact: dict) -> list[dict]:
+        """Return the valid combinations of exact choices with an inexact one, as changes."""
+        own, found = vars(self.args), []
+        for choices in itertools.product(*EXACT_CHOICES):
+            wanted = {name: value for choice in (*choices, inexact) for name, value in choice.items()}
+            changes = {name: value for name, value in wanted.items() if own[name] != value}
+            if changes not in found and _is_valid(own | changes, self.model):
+                found.append(changes)
+        return found
+
+
+def _is_valid(settings: dict, model: TracedModel) -> bool:
+    """Return whether at most one setting is about the base's weights, and sharding is possible."""
+    has_copy = settings["base_bits"] or settings["sampling_weights"] != "own"
+    about_weights = bool(has_copy) + settings["stream_weights"] + settings["shard_base"]
+    return about_weights <= 1 and not (settings["shard_base"] and model.processes == 1)

@@ -1,0 +1,295 @@
+"""The transformer, the decoder and the nano reward of a run, traced on tensors without storage.
+
+Shape legend: B batch, C channels, T latent frames, H W latent height and width.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+
+from rlhf.adapter.lora import add_adapter, lora_config
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.contentv.wan_decoder import decode_video
+from rlhf.distributed.layout import Sizes
+from rlhf.execution.apply import ExecutionOptions
+from rlhf.execution.blocks import BlockRunner
+from rlhf.method.options import read_options
+from rlhf.planner.tracer import MetaOffload, Phase, Trace, fake_process_group, fused_attention, use_fused_norms
+
+BFLOAT16_PARAMETERS = 1e9  # from so many parameters on, dtype "auto" loads bfloat16
+# Equal blocks and equal chunks are not all traced: two short traces are extrapolated.
+TRACED_BLOCKS = 4
+TRACED_CHUNKS = 6  # the first and the last differ
+# Settings that change a trace; calls with equal settings are traced once.
+TRANSFORMER_SETTINGS = ("gradient_checkpointing", "keep_attention", "offload_activations")
+DECODER_SETTINGS = ("vae_dtype", "decode_chunk", "decode_checkpoint", "decode_caches", "decode_window")
+
+
+@dataclass(frozen=True)
+class TracedCall:
+    """One call traced without gradient, with gradient, and backward."""
+
+    no_grad: Phase
+    forward: Phase
+    backward: Phase
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes held between the forward and the backward pass, the result included."""
+        return self.forward.bytes_after - self.forward.bytes_before
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak bytes of the forward and backward pass above the bytes held before."""
+        return max(self.forward.peak_bytes, self.backward.peak_bytes) - self.forward.bytes_before
+
+
+class FrozenCounts(NamedTuple):
+    """Numbers of the transformer's frozen parameters. rest: outside of the blocks."""
+
+    blocks: int
+    largest_block: int
+    rest: int
+
+
+class TracedModel:
+    """A run's transformer and decoder on "meta", for one of `processes` ranks.
+
+    args: the run's settings, with all sampling keys set. Methods take the same settings with other
+    values for speed and memory. Each distinct call is traced once.
+    card: the model's sizes, as `rlhf.contentv.files.model_sizes` returns them.
+    """
+
+    def __init__(self, args: RewardGradientConfig, card: dict[str, dict], processes: int = 1):
+        self.args, self.card, self.processes = args, card, processes
+        self.layout = Sizes.of(args, processes)
+        self.traces: dict[tuple, TracedCall] = {}
+
+    @cached_property
+    def transformer(self) -> SD3Transformer3DModel:
+        """The transformer with its adapter."""
+        return self._build_transformer(self.card["transformer"])
+
+    def _build_transformer(self, config: dict, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
+        with torch.device("meta"):
+            model = SD3Transformer3DModel.from_config(config)
+            dtype = dtype or self._base_dtype(model)
+            add_adapter(model, lora_config(self.args), self.args.seed)
+        return nn.Module.to(model, dtype)  # on "meta" peft leaves adapters in float32
+
+    @cached_property
+    def _short_transformers(self) -> list[SD3Transformer3DModel]:
+        """Transformers of three and four blocks; the whole one if blocks differ."""
+        args, num_blocks = self.args, self.transformer.config.num_layers
+        blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
+        if blocks_differ or num_blocks <= TRACED_BLOCKS:
+            return [self.transformer]
+        config, dtype = self.card["transformer"], self.transformer.dtype
+        lengths = (TRACED_BLOCKS - 1, TRACED_BLOCKS)
+        return [self._build_transformer(config | {"num_layers": length}, dtype) for length in lengths]
+
+    @cached_property
+    def vae(self) -> AutoencoderKLWan:
+        """The frozen VAE."""
+        with torch.device("meta"):
+            return AutoencoderKLWan.from_config(self.card["vae"]).requires_grad_(False).eval()
+
+    def _base_dtype(self, model: nn.Module) -> torch.dtype:
+        """Return the base's number format, as the loader chooses it."""
+        if self.args.dtype == "auto":
+            return torch.bfloat16 if _count(model.parameters()) > BFLOAT16_PARAMETERS else torch.float32
+        return getattr(torch, self.args.dtype)
+
+    @cached_property
+    def frozen(self) -> FrozenCounts:
+        """Frozen parameters of the transformer."""
+        blocks = [_count_frozen(block) for block in self.transformer.transformer_blocks]
+        return FrozenCounts(sum(blocks), max(blocks), _count_frozen(self.transformer) - sum(blocks))
+
+    @cached_property
+    def num_trained(self) -> int:
+        """The number of trained parameters."""
+        return _count(self._trained)
+
+    @cached_property
+    def adapter_bytes(self) -> int:
+        """Bytes of the trained parameters in the format that the forward pass reads."""
+        return sum(p.nbytes for p in self._trained)
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.transformer.parameters() if p.requires_grad]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of one video's latents."""
+        args, halves_time = self.args, self.card["vae"]["temperal_downsample"]
+        scale = 2 ** len(halves_time)
+        frames = 1 + (args.num_frames - 1) // 2 ** sum(halves_time)
+        return self.card["transformer"]["in_channels"], frames, args.height // scale, args.width // scale
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of one video's tokens."""
+        (_, T, H, W), patch = self.latent_shape, self.card["transformer"]["patch_size"]
+        return T * (H // patch) * (W // patch)
+
+    def transformer_call(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> TracedCall:
+        """Trace one call of the transformer on a batch."""
+        # All but the first step of a window pass a gradient on to the step before; DRTune detaches
+        # it.
+        to_latents = max_grad_steps(args) > 1 and args.method != "drtune"
+        settings = [getattr(args, name) for name in TRANSFORMER_SETTINGS]
+
+        def trace(model: SD3Transformer3DModel) -> TracedCall:
+            velocity, x = self._prepare(model, ExecutionOptions.from_settings(args), batch)
+            return trace_call(velocity, x, model, with_gradient=with_gradient, to_input=to_latents)
+
+        def trace_all() -> TracedCall:
+            with fake_process_group(self.layout.sequence) as group:
+                for model in self._short_transformers:
+                    model.sequence_group = group
+                calls = [trace(model) for model in self._short_transformers]
+            left_out = self.transformer.config.num_layers - TRACED_BLOCKS
+            return extrapolate(*calls, left_out) if len(calls) > 1 else calls[0]
+
+        return self._trace_once(("transformer", batch, with_gradient, to_latents, *settings), trace_all)
+
+    def _prepare(
+        self, model: SD3Transformer3DModel, speed: ExecutionOptions, batch: int
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+        """Return the transformer as a function of latents, and latents."""
+        make, config = partial(torch.empty, device="meta", dtype=model.dtype), model.config
+        _, T, H, W = self.latent_shape
+        grid = (T, H // config.patch_size, W // config.patch_size)
+        model.pos_embed._tables.clear()
+        position_table = make(self.num_tokens, model.inner_dim)
+        model.pos_embed._tables[grid, torch.device("meta"), model.dtype] = position_table
+        clip_tokens, t5_tokens = self.card["tokenizer"]["model_max_length"], self.args.max_sequence_length
+        text = make(batch, clip_tokens + t5_tokens, config.joint_attention_dim)
+        pooled = make(batch, config.pooled_projection_dim)
+        time_B = torch.empty(batch, device="meta")
+        use_fused_norms(model)
+
+        def velocity(x):
+            host = MetaOffload() if speed.offload_activations else None
+            model.run_block = BlockRunner(fused_attention, speed.recompute, host)
+            return model(x, text, pooled, time_B, return_dict=False)[0]
+
+        return velocity, make(batch, *self.latent_shape)
+
+    def decoder_call(
+        self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True
+    ) -> TracedCall:
+        """Trace decoding the leading frames. A `decode_window` lies in their middle."""
+        settings = [getattr(args, name) for name in DECODER_SETTINGS]
+        vae, chunk = nn.Module.to(self.vae, getattr(torch, args.vae_dtype)), args.decode_chunk
+        C, _, *size = self.latent_shape
+        frames_per_latent = 2 ** sum(vae.config.temperal_downsample)
+
+        def trace(latents: int) -> TracedCall:
+            wanted = min(frames, 1 + frames_per_latent * (latents - 1))
+            window = min(args.decode_window or wanted, wanted) if with_gradient else wanted
+            first = (wanted - window) // 2  # training draws it for each step
+            options = chunk, args.decode_checkpoint, first
+            caches = MetaOffload() if args.decode_caches == "host" else None
+            decode = lambda z: decode_video(vae, z, first + window, *options, caches)
+            z = torch.empty(batch, C, latents, *size, device="meta")
+            return trace_call(decode, z, vae, with_gradient=with_gradient, skip_no_grad=True)
+
+        def trace_all() -> TracedCall:
+            latents = 1 + -(-(frames - 1) // frames_per_latent)
+            chunks = 1 if chunk is None or args.decode_window else -(-latents // chunk)
+            left_out = chunks - TRACED_CHUNKS
+            if left_out <= 0:
+                return trace(latents)
+            longer = latents - chunk * left_out
+            return extrapolate(trace(longer - chunk), trace(longer), left_out)
+
+        return self._trace_once(("decoder", batch, frames, with_gradient, *settings), trace_all)
+
+    def nano_preference_call(self, batch: int, frames: int) -> TracedCall:
+        """Trace the embedded reward of nano, whose cost was not measured at full size."""
+        from rlhf.nano.judges import MAX_WORDS, Preference
+
+        with torch.device("meta"):
+            model = Preference().requires_grad_(False).eval()
+        ids = torch.empty(batch, MAX_WORDS, dtype=torch.long, device="meta")
+        video = torch.empty(batch, 3, frames, self.args.height, self.args.width, device="meta")
+        return trace_call(lambda x: model(x, ids), video, model)
+
+    def _trace_once(self, key: tuple, trace: Callable[[], TracedCall]) -> TracedCall:
+        if key not in self.traces:
+            self.traces[key] = trace()
+        return self.traces[key]
+
+
+def max_grad_steps(args: RewardGradientConfig) -> int:
+    """Return the largest number of rollout steps that carry the gradient."""
+    options = read_options(args.method, args.method_kwargs)
+    listed = getattr(options, "steps", None) or []
+    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1, "srpo": 0}
+    return by_method.get(args.method, args.num_grad_steps)
+
+
+def trace_call(
+    function: Callable,
+    x: torch.Tensor,
+    *modules: nn.Module,
+    with_gradient: bool = True,
+    to_input: bool = True,
+    skip_no_grad: bool = False,
+) -> TracedCall:
+    """Trace function(x) without gradient, then with gradient, then its backward pass.
+
+    modules: their own tensors are not counted. to_input: x needs a gradient. skip_no_grad: leave
+    out the call without gradient if there is one with it.
+    """
+    with Trace(*modules) as trace:
+        trace.ignore(x)
+        with torch.no_grad(), trace.phase() as no_grad:
+            if not (with_gradient and skip_no_grad):
+                function(x)
+        if not with_gradient:
+            return TracedCall(no_grad, Phase(0), Phase(0))
+        for p in (p for module in modules for p in module.parameters()):
+            p.grad = None
+        x.requires_grad_(to_input)
+        with trace.phase() as forward:
+            y = function(x)
+        gradient = torch.empty_like(y)
+        with trace.phase() as backward:
+            y.backward(gradient)
+    return TracedCall(no_grad, forward, backward)
+
+
+def extrapolate(shorter: TracedCall, longer: TracedCall, extra: int) -> TracedCall:
+    """Return `longer` with `extra` more repetitions of what it has more than `shorter`."""
+    phases = zip(vars(shorter).values(), vars(longer).values(), strict=True)
+    return TracedCall(*(_extrapolate_phase(a, b, extra) for a, b in phases))
+
+
+def _extrapolate_phase(shorter: Phase, longer: Phase, extra: int) -> Phase:
+    line = lambda a, b: b + extra * (b - a)
+    operations = {*shorter.work, *longer.work}
+    return Phase(
+        bytes_before=line(shorter.bytes_before, longer.bytes_before),
+        bytes_after=line(shorter.bytes_after, longer.bytes_after),
+        peak_bytes=line(shorter.peak_bytes, longer.peak_bytes),
+        work=Counter({op: line(shorter.work[op], longer.work[op]) for op in operations}),
+    )
+
+
+def _count(parameters) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _count_frozen(module: nn.Module) -> int:
+    return _count(p for p in module.parameters() if not p.requires_grad)

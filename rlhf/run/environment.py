@@ -1,0 +1,78 @@
+"""A run's hardware, versions and cost: environment.jsonl, one object for each start."""
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from rlhf.device import energy_joules, peak_memory, pick_device
+from rlhf.distributed.accelerator import available_cores
+from rlhf.io import read_log
+
+ENVIRONMENT = "environment.jsonl"
+PACKAGES = ("contentv-rlhf", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def record_start(folder: Path, device: str | None) -> None:
+    """Append a line for a start: machine, versions, world size. device: as in the settings."""
+    found = pick_device(device)
+    row = {
+        "started": time.time(),
+        "device": _device_name(found),
+        "device_type": found.type,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "cores": available_cores(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "energy_counter_joules": energy_joules(found),
+    }
+    with (folder / ENVIRONMENT).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def record_end(folder: Path, ended_by: str | None = None) -> None:
+    """Complete the last line with seconds, peak memory in bytes, and joules if counted.
+
+    Energy is that of all devices visible to this machine's processes, idle power included. Peak
+    memory is counted since the last optimizer step began; metrics.jsonl has earlier peaks.
+
+    Args:
+        ended_by: the error of a run that failed.
+    """
+    rows = read_environment(folder)
+    if not rows:
+        return
+    last = rows[-1]
+    device = pick_device(last["device_type"])
+    last |= {"seconds": time.time() - last["started"], "peak_memory_bytes": peak_memory(device)}
+    before, after = last["energy_counter_joules"], energy_joules(device)
+    last |= {"ended_by": ended_by} if ended_by else {}
+    last["energy_joules"] = None if before is None or after is None else after - before
+    (folder / ENVIRONMENT).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_environment(folder: Path) -> list[dict]:
+    """Return one object for each start of the run, [] if none was recorded."""
+    return read_log(folder / ENVIRONMENT)
+
+
+def _device_name(device: torch.device) -> str:
+    """Return the device's name; for a CPU that in /proc/cpuinfo, if there is one."""
+    if device.type != "cpu":
+        return getattr(torch.get_device_module(device), "get_device_name", lambda: device.type)()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

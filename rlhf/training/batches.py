@@ -1,0 +1,84 @@
+"""The prompts and the noise of each step: a pure function of seed and place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.distributed.layout import Layout
+from rlhf.method.rollout import draw_noise
+from rlhf.prompts import prompt_positions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The B prompts that a process samples at a time and, by purpose, noise (B, C, T, H, W)."""
+
+    prompts: list[str]
+    noise: Callable[[str], torch.Tensor]
+
+
+class Batches:
+    """The batches of a run.
+
+    Args:
+        noise_shape_CTHW: latents of one video.
+        size: videos of a batch.
+        per_step: batches of a process in one optimizer step.
+        reuse: optimizer steps that share a rollout. There are then fewer rollouts than steps.
+        max_steps: optimizer steps of the run.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        noise_shape_CTHW: tuple[int, int, int, int],
+        layout: Layout,
+        seed: int,
+        size: int,
+        per_step: int = 1,
+        reuse: int = 1,
+        max_steps: int = 1,
+    ):
+        self.prompts, self.noise_shape, self.layout, self.seed = prompts, noise_shape_CTHW, layout, seed
+        self.size, self.reuse, self.max_steps = size, reuse, max_steps
+        self.samples_per_step = size * per_step * layout.num_processes  # over all processes
+        self.origin = 0, 0  # a step, and the samples that the run had taken before it
+        self.start = 0, 0  # a rollout, and the place of its first prompt in the run's order
+
+    def batch(self, rollout: int, micro: int) -> Batch:
+        """Return this process's batch `micro` of a rollout; noise has the key (rollout, place)."""
+        start = (micro * self.layout.num_processes + self.layout.process_index) * self.size
+        keys = [(rollout, start + i) for i in range(self.size)]
+
+        def noise(purpose: str) -> torch.Tensor:
+            return draw_noise(self.noise_shape, self.seed, purpose, keys).to(self.layout.device)
+
+        return Batch(self.prompts_at(self._place(rollout) + start, self.size), noise)
+
+    def state(self, step: int) -> dict:
+        """Return the position in the order of samples after `step` steps, for a checkpoint."""
+        place = self._place(step // self.reuse)
+        processes = self.layout.accelerator.num_processes
+        return {"samples": self.samples_before(step), "place": place, "processes": processes}
+
+    def restore(self, step: int, saved: dict) -> None:
+        """Count on from a checkpoint's step and `state`, saved by any number of processes."""
+        rollout = step // self.reuse
+        self.origin = step, saved.get("samples", self.samples_before(step))
+        self.start = rollout, saved.get("place", self.samples_before(rollout))
+
+    def samples_before(self, step: int) -> int:
+        """Return the number of samples that all processes take before a step."""
+        return self.origin[1] + (step - self.origin[0]) * self.samples_per_step
+
+    def _place(self, rollout: int) -> int:
+        return self.start[1] + (rollout - self.start[0]) * self.samples_per_step
+
+    def from_rollout(self, rollout: int) -> list[str]:
+        """Return the prompts of all rollouts from this one on, to the end of the run."""
+        return self.prompts_at(self._place(rollout), (self.max_steps - rollout) * self.samples_per_step)
+
+    def prompts_at(self, start: int, count: int) -> list[str]:
+        """Return the prompts at places start .. start+count-1 of the run's endless order."""
+        return [self.prompts[i] for i in prompt_positions(len(self.prompts), self.seed, start, count)]

@@ -1,0 +1,211 @@
+"""The adapter: deterministic, without effect at first, in float32 whatever the base, and read back by diffusers."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
+
+from rlhf.adapter.lora import adapter_off, add_adapter, lora_config, save_adapter, without_adapter
+from rlhf.adapter.masters import MasterWeights
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.loading import load_pipeline
+from rlhf.export import export_merged
+
+LATENTS = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def velocity(transformer) -> torch.Tensor:
+    cond = tiny_conditioning()
+    with torch.no_grad():
+        return transformer(
+            LATENTS, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.tensor([500.0]), return_dict=False
+        )[0]
+
+
+def shaken(transformer, config=None, amount=0.3) -> MasterWeights:
+    """An adapter that does something."""
+    add_adapter(transformer, config or lora_config(RewardGradientConfig(lora_rank=4)), seed=0)
+    masters = MasterWeights(transformer)
+    with torch.no_grad():
+        noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
+        masters.vector += amount * noise
+    masters.write()
+    return masters
+
+
+def test_a_fresh_adapter_changes_nothing_and_comes_from_its_seed():
+    base, adapted, again, other = (tiny_transformer() for _ in range(4))
+    for transformer, seed in ((adapted, 0), (again, 0), (other, 1)):
+        torch.rand(3)  # the global generator has no say
+        before = torch.get_rng_state()
+        add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), seed)
+        assert torch.equal(torch.get_rng_state(), before), "nor does it hear of the seed"
+    assert torch.equal(velocity(base), velocity(adapted))
+    assert torch.equal(MasterWeights(adapted).vector, MasterWeights(again).vector)
+    assert not torch.allclose(MasterWeights(adapted).vector, MasterWeights(other).vector)
+
+
+def test_only_the_adapter_is_trainable_and_all_eight_projections_have_one():
+    transformer = tiny_transformer().requires_grad_(True)
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4, lora_alpha=8)), 0)
+    names = MasterWeights(transformer).names
+    assert all("lora_" in name for name in names)
+    assert len(names) == 2 * (8 + 7)  # the last block has no output for the text
+    assert transformer.peft_config["default"].lora_alpha == 8
+
+
+def test_adapter_off_is_the_base_and_on_again_afterwards():
+    base, transformer = tiny_transformer(), tiny_transformer()
+    shaken(transformer)
+    tuned = velocity(transformer)
+    with adapter_off(transformer):
+        assert torch.equal(velocity(transformer), velocity(base))
+    assert torch.equal(velocity(transformer), tuned)
+    assert not torch.allclose(tuned, velocity(base), atol=1e-3)
+    assert all(p.requires_grad for n, p in transformer.named_parameters() if "lora_" in n)
+
+
+def test_masters_of_a_bfloat16_base_keep_steps_that_bfloat16_would_lose():
+    transformer = tiny_transformer().to(torch.bfloat16)
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), 0)
+    masters = MasterWeights(transformer)
+    assert masters.vector.dtype == torch.float32
+    assert {p.dtype for p in masters.params} == {torch.bfloat16}
+    with torch.no_grad():
+        masters.vector.fill_(1.0)
+        for _ in range(4):
+            masters.vector += 1e-3  # bfloat16 has no number between 1 and 1.0078
+    masters.write()
+    assert masters.params[0].unique().item() == pytest.approx(1.0078125)
+
+
+def test_gradients_of_several_passes_add_up_in_the_masters():
+    transformer = tiny_transformer()
+    masters = shaken(transformer)
+    for factor in (1.0, 2.0):
+        for p in masters.params[:2]:
+            p.grad = torch.full_like(p, factor)
+        assert masters.collect_grad() == 2
+    pieces = list(masters.named(masters.vector.grad).values())
+    assert pieces[0].unique().item() == pieces[1].unique().item() == 3.0
+    assert pieces[2].abs().max() == 0
+    assert masters.params[0].grad is None
+
+
+@pytest.mark.parametrize("alpha", [4, 2])
+def test_a_saved_adapter_loads_in_a_fresh_pipeline(tmp_path, alpha):
+    tuned, fresh = tiny_pipeline(), tiny_pipeline()
+    masters = shaken(tuned.transformer, lora_config(RewardGradientConfig(lora_rank=4, lora_alpha=alpha)))
+    save_adapter(tuned, masters, tmp_path)
+    fresh.load_lora_weights(tmp_path)
+    torch.testing.assert_close(velocity(fresh.transformer), velocity(tuned.transformer), rtol=1e-5, atol=1e-6)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith("transformer.") and tensor.dtype == torch.float32 for name, tensor in saved.items())
+
+
+def test_a_transformer_without_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="no trainable parameter, expected an adapter"):
+        MasterWeights(tiny_transformer())
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_an_adapter_of_another_rank_is_not_loaded(rank):
+    """Not even one of rank 1, which would fit any other by repetition."""
+    saved, masters = (shaken(tiny_transformer(), lora_config(RewardGradientConfig(lora_rank=r))) for r in (rank, 4))
+    before = masters.vector.detach().clone()
+    with pytest.raises(ValueError, match=r"lora_A.*: got .* expected \(4, .*go on with the adapter that was saved"):
+        masters.load(masters.vector, saved.named(saved.vector))
+    assert torch.equal(masters.vector, before)
+
+
+# -------------------------------------------------------------------------- DoRA, patterns, the average
+
+EVERYTHING = {
+    "lora_rank": 4,
+    "lora_use_dora": True,
+    "lora_rank_pattern": {"to_q": 2},
+    "lora_alpha_pattern": {"to_q": 6},
+}
+
+
+def with_dora():
+    """A pipeline with everything that can be trained, shaken, and its masters."""
+    pipe = tiny_pipeline()
+    add_adapter(pipe.transformer, lora_config(RewardGradientConfig(**EVERYTHING)), 0)
+    masters = MasterWeights(pipe.transformer)
+    with torch.no_grad():
+        noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
+        masters.set(masters.vector + 0.05 * noise)
+    return pipe, masters
+
+
+def test_rank_and_alpha_patterns_and_magnitudes_are_as_asked():
+    pipe, masters = with_dora()
+    shapes = {name: tensor.shape for name, tensor in masters.named(masters.vector).items()}
+    again = torch.zeros_like(masters.vector, requires_grad=False)
+    masters.load(again, masters.named(masters.vector))
+    assert torch.equal(again, masters.vector)
+    assert shapes["transformer_blocks.0.attn.to_q.lora_A.default.weight"][0] == 2
+    assert shapes["transformer_blocks.0.attn.to_k.lora_A.default.weight"][0] == 4
+    attention = pipe.transformer.transformer_blocks[0].attn
+    assert (attention.to_q.scaling["default"], attention.to_k.scaling["default"]) == (3.0, 1.0)
+    assert shapes["transformer_blocks.0.attn.to_q.lora_magnitude_vector.default.weight"] == (32,)
+
+
+def test_adapter_off_is_the_base_with_dora_too():
+    pipe, masters = with_dora()
+    tuned, base = velocity(pipe.transformer), velocity(tiny_transformer())
+    assert not torch.allclose(tuned, base, atol=1e-2)
+    with adapter_off(pipe.transformer):
+        assert torch.equal(velocity(pipe.transformer), base)
+    assert torch.equal(velocity(pipe.transformer), tuned)
+    assert torch.equal(without_adapter(velocity, pipe.transformer)(pipe.transformer), base)
+
+
+def test_what_was_trained_is_merged_into_a_plain_checkpoint(tmp_path):
+    pipe, masters = with_dora()
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    save_adapter(pipe, masters, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "config.yaml").write_text(f"model: {tmp_path / 'base'}")
+    export_merged(tmp_path / "run", tmp_path / "out")
+    merged = load_pipeline(str(tmp_path / "out"))
+    torch.testing.assert_close(velocity(merged.transformer), velocity(pipe.transformer), rtol=1e-4, atol=1e-5)
+
+
+def test_the_layers_that_settings_name_are_adapted():
+    transformer = tiny_transformer()
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_target_modules=["to_q", "ff.net.2"])), 0)
+    adapted = {name.split(".lora_")[0] for name in MasterWeights(transformer).names}
+    assert {name.split(".", 2)[2] for name in adapted} == {"attn.to_q", "ff.net.2"}
+
+
+def test_the_average_follows_the_vector_and_stands_in_for_it():
+    transformer = tiny_transformer()
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=4)), 0)
+    masters = MasterWeights(transformer, average_decay=0.9)
+    expected, values = masters.vector.detach().clone(), []
+    for update in range(200):
+        with torch.no_grad():
+            masters.vector += 0.01
+        masters.update_average(update)
+        decay = min(0.9, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * masters.vector.detach()
+        values.append((masters.vector - masters.average).mean().item())
+        torch.testing.assert_close(masters.average, expected)
+    assert values[-1] == pytest.approx(0.01 * 0.9 / 0.1, rel=1e-3)  # the lag behind a steady drift
+    masters.write()
+    current = masters.vector.detach().clone()
+    with masters.averaged():
+        assert torch.equal(masters.vector.detach(), masters.average)
+        assert torch.equal(masters.params[0].flatten(), masters.average[: masters.params[0].numel()])
+    assert torch.equal(masters.vector.detach(), current)
+    assert torch.equal(masters.params[0].flatten(), current[: masters.params[0].numel()])
+
+
+def test_an_adapters_description_stays_as_it_was_written(tiny_transformer):
+    """The next run of a notebook is given the same object."""
+    config = LoraConfig(r=2, target_modules="all-linear")
+    add_adapter(tiny_transformer, config, seed=0)
+    assert config.target_modules == "all-linear"
+    assert len(tiny_transformer.peft_config["default"].target_modules) > 5

@@ -1,0 +1,150 @@
+"""The benchmark of a whole step, tiny and on a CPU: arms agree where they should, the tables say what was measured."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scripts import script
+
+from rlhf.contentv.transformer import SD3Transformer3DModel
+
+bench, tables = script("bench/step.py"), script("bench/tables.py")
+ARMS = ["stock autograd", "peers' way", "exact", "exact, nothing twice", "24 GiB", "rollouts used 4 times"]
+
+
+def run(folder: Path, *flags: str) -> list[dict]:
+    common = ["--size", "tiny", "--device", "cpu", "--frames", "5", "--repeats", "1", "--output", f"{folder}/step.json"]
+    bench.main([*common, "--gradients", str(folder), "--scored", "all", "--steps", "4", *flags])
+    return json.loads((folder / "step.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Of all phases, with compiled arms run as they are."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch, "compile", lambda function: function)
+    found = run(tmp_path_factory.mktemp("bench"), "--arms", *ARMS)
+    patch.undo()
+    return {(row["arm"], row["phase"]): row for row in found}
+
+
+def test_every_arm_and_phase_has_a_row(rows):
+    assert set(rows) == {(arm, phase) for arm in ARMS for phase in bench.PHASES}
+    for row in rows.values():
+        assert row["seconds"] > 0
+        assert (row["frames"], row["scored"], len(row["all"])) == (5, 5, 1)
+        assert row["settings"] == bench.SETTINGS[row["arm"]]
+
+
+def test_the_gradients_agree_and_no_pixel_is_clamped(rows):
+    """All decode in bfloat16; the exact proofs are in float64, in the tests of each part."""
+    for arm in ("peers' way", "exact", "exact, nothing twice"):
+        against = rows[arm, "window"]["against stock autograd"]
+        assert against["cosine"] > 0.995
+        assert against["length"] == pytest.approx(1, abs=0.05)
+    assert rows["exact", "window"]["against peers' way"]["cosine"] > 0.995
+    assert all(row["saturated"] == 0 for (_, phase), row in rows.items() if phase == "window")
+
+
+def test_a_rollout_used_again_counts_for_each_use(rows):
+    row = rows["rollouts used 4 times", "step"]
+    assert row["seconds_per_gradient"] == pytest.approx(row["seconds"] / 4)
+
+
+def test_the_adapter_has_a_gradient_everywhere_but_where_nothing_reads(rows, tmp_path):
+    rig = bench.Rig("exact", bench.SIZES["tiny"], 5, 4, 5, torch.device("cpu"))
+    told = bench.Bench(rig, bench.make_reward("tiny", 5, torch.device("cpu")), 5).window()
+    assert rig.masters.vector.grad.abs().max() == 0, "ready for the next"
+    empty = [name for name, piece in rig.masters.named(told["gradient"]).items() if piece.abs().max() == 0]
+    assert all("add_q_proj" in name for name in empty)
+
+
+def test_rows_that_are_there_are_not_measured_again(tmp_path, capsys):
+    flags = ("--arms", "exact, nothing twice", "--phases", "sampling")
+    first = run(tmp_path, *flags)
+    capsys.readouterr()
+    assert run(tmp_path, *flags) == first
+    assert capsys.readouterr().out == ""
+    both = run(tmp_path, "--arms", "exact, nothing twice", "--phases", "sampling", "decode")
+    assert both[0] == first[0]
+    assert [row["phase"] for row in both] == ["sampling", "decode"]
+    assert run(tmp_path, *flags, "--again")[0]["all"] != first[0]["all"]
+    assert run(tmp_path, "--arms", "exact", "--limit", "0") == run(tmp_path, *flags), "nothing begins too late"
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_an_arm_whose_library_is_missing_says_so(tmp_path, monkeypatch):
+    for name in ("bitsandbytes", "bitsandbytes.nn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("rlhf.execution.quantize.importlib.util.find_spec", lambda name: None)
+    (base,) = run(tmp_path, "--arms", "4-bit base", "--phases", "sampling")
+    assert base["skipped"].startswith("base_bits=4 needs bitsandbytes")
+
+
+def test_what_does_not_fit_is_said():
+    def too_large():
+        raise torch.OutOfMemoryError("no room")
+
+    assert bench.measure(too_large, torch.device("cpu"), 2, warm=False) == {"skipped": "out of memory"}
+
+
+def test_the_floor_is_that_of_the_published_sizes():
+    """The figures of ContentV-8B at 33 and 125 frames, worked out by hand: tera operations and seconds."""
+    arms = sys.modules["step_arms"]
+    with torch.device("meta"):
+        model = SD3Transformer3DModel()
+    for frames, forward, segment in ((33, 0.189, 0.64), (125, 1.59, 5.58)):
+        shape = (1, 16, 1 + (frames - 1) // 4, 54, 96)
+        rig = SimpleNamespace(transformer=model, shape=shape, size=arms.SIZES["full"])
+        assert arms.floor_seconds(rig, "sampling") == pytest.approx(2 * forward, rel=0.011)
+        assert arms.floor_seconds(rig, "segment") == pytest.approx(segment, rel=0.011)
+        assert arms.floor_seconds(rig, "decode") is None
+
+
+def row(arm, phase, seconds, **more):
+    return {"arm": arm, "frames": 33, "scored": 1, "phase": phase, "seconds": seconds, "peak_gib": 30.0} | more
+
+
+def test_the_tables_by_hand():
+    against = {"against stock autograd": {"cosine": 0.99912, "length": 1.0021}}
+    measured = [
+        row("peers' way", "sampling", 0.86, floor_seconds=0.378),
+        row("peers' way", "step", 24.0, seconds_per_gradient=24.0),
+        row("exact, nothing twice", "window", 2.0, peak_gib=61.26, **against),
+        row("exact, nothing twice", "step", 18.0, seconds_per_gradient=18.0, first_seconds=18.0),
+        row("exact, nothing twice, compiled", "step", 16.0, seconds_per_gradient=16.0, first_seconds=75.0),
+        row("rollouts used 4 times", "step", 24.0, seconds_per_gradient=6.0),
+        row("4-bit base", "sampling", 0.7, cores=8),
+        row("exact", "update", 0.005),
+        {"arm": "stock autograd", "frames": 33, "scored": 1, "phase": "step", "skipped": "out of memory"},
+    ]
+    result = {"environment": {"device": "Chip", "cores": 4, "torch": "9.9"}, "rows": measured}
+    exact = tables.TABLES["step.json#exact"](result)
+    assert exact.startswith("Measured on Chip (4 cores), torch 9.9.\n\n33 frames, of them decoded and scored: 1\n")
+    assert "| `VideoX-Fun's step` | 0.86 (44 % floor) | - | 24.00 | 30.0 | - | - |" in exact
+    assert "| `exact, no recomputation` | - | 2.00 | 18.00 | 61.3 | 0.99912, length 1.002 | - |" in exact
+    assert "| `stock autograd` | - | - | out of memory | - | - | - |" in exact
+    assert "rollouts" not in exact
+    cheaper = tables.TABLES["step.json#cheaper"](result)
+    assert "| `rollouts used 4 times` | 6.00 | 600 |" in cheaper
+    assert "| `VideoX-Fun's step` | 24.00 | 150 |" in cheaper, "of the references what the others have"
+    assert "base" not in exact + cheaper
+    less = tables.TABLES["step.json#memory"](result)
+    assert less.startswith("Measured on Chip (4 or 8 cores)")
+    assert less.splitlines()[-2:] == [
+        "| `exact` | - | - | 5.0 ms, 30.0 GiB |",
+        "| `4-bit base` | 0.70 s, 30.0 GiB | - | - |",
+    ]
+    compiled = tables.TABLES["step.json#compile"](result)
+    assert compiled.splitlines()[2:] == ["| `exact, no recomputation, compiled` | 33 | 59 | 2.00 | 30 |"]
+
+
+def test_a_part_of_a_result_has_its_own_place(tmp_path):
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    result = {"environment": {"device": "Chip", "cores": 4, "torch": "9.9"}, "rows": [row("exact", "step", 1.0)]}
+    (tmp_path / "bench" / "results" / "step.json").write_text(json.dumps(result))
+    text = "<!-- table: bench/results/step.json#exact -->\n<!-- end of table -->\n"
+    assert "| `exact` | 1.00 |" in tables.fill(text, tmp_path)

@@ -1,0 +1,74 @@
+"""Settings are checked all together; tests/helpers/config_mistakes.py has a row for each mistake."""
+
+import pytest
+
+from rlhf.checks import TRACKERS, check_config
+from rlhf.checks.rewards import problems_raised_by
+from rlhf.config import ConfigError, RewardGradientConfig, with_sampling
+
+MODEL = {  # as ContentV-8B's; needs neither weights nor network
+    "model": "ByteDance/ContentV-8B",
+    "prompts": "nano_train",
+    "reward_funcs": ["clip_score"],
+}
+
+
+@pytest.fixture
+def problems(tmp_path):
+    def find(**settings) -> str:
+        settings = MODEL | {"output_dir": str(tmp_path / "run")} | settings
+        try:
+            check_config(RewardGradientConfig(**settings))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    return find
+
+
+def test_good_settings_pass(problems):
+    assert problems() == ""
+
+
+def test_all_problems_are_told_at_once(problems):
+    told = problems(num_frames=16, height=431, num_grad_steps=99, reward_funcs=["x"], prompts="absent.txt")
+    assert told.startswith("The settings have 5 problems:")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints"])
+def test_a_folder_with_a_run_is_refused_unless_it_may_be_overwritten(problems, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    assert "holds a run already" in problems()
+    assert problems(overwrite_output_dir=True) == ""
+
+
+def test_a_folder_with_other_files_is_fine_and_a_file_is_not(problems, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    assert problems() == ""
+    assert "is a file, expected a folder" in problems(output_dir=str(tmp_path / "run" / "notes.txt"))
+
+
+def test_sampling_settings_default_to_the_models_own():
+    defaults = {"height": 1, "width": 2, "num_frames": 3, "num_inference_steps": 4, "guidance_scale": 5.0}
+    defaults |= {"negative_prompt": "bad", "max_sequence_length": 6, "fps": 7}
+    args = with_sampling(RewardGradientConfig(width=64, guidance_scale=0.0), defaults)
+    assert (args.height, args.width, args.guidance_scale, args.negative_prompt) == (1, 64, 0.0, "bad")
+
+
+def test_the_trackers_are_those_of_accelerate():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert sorted(LOGGER_TYPE_TO_CLASS) == list(TRACKERS)
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", 1), ("1", 0)])
+def test_the_first_process_has_to_be_able_to_write(tmp_path, monkeypatch, rank, told):
+    monkeypatch.setattr("rlhf.checks.os.access", lambda *_: False)
+    monkeypatch.setenv("RANK", rank)
+    settings = {"output_dir": str(tmp_path / "new"), "report_to": []}
+    told_problems = problems_raised_by(check_config, RewardGradientConfig(**settings))
+    assert [p.partition(": ")[2] for p in told_problems] == [
+        f"got no right to write in {tmp_path}, expected one; choose another"
+    ] * told
+    assert check_config(RewardGradientConfig(**settings), planned_processes=1), "a dry run writes nothing"

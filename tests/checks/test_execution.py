@@ -1,0 +1,45 @@
+"""Settings about speed that do not go together are said before any weight is loaded."""
+
+import typing
+
+import pytest
+
+from rlhf.checks.execution import speed_problems
+from rlhf.config import RewardGradientConfig, with_sampling
+from rlhf.contentv.files import SamplingDefaults
+from rlhf.execution.attention import KERNELS
+
+CHECKPOINTED = {"gradient_checkpointing": True}
+
+
+def problems(**settings):
+    return list(speed_problems(with_sampling(RewardGradientConfig(**settings), SamplingDefaults())))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        CHECKPOINTED | {"keep_attention": True, "offload_activations": True, "stream_weights": True},
+        {"decode_chunk": 1, "decode_checkpoint": True, "decode_caches": "host", "decode_window": 5},
+        {"sampling_weights": "float8", "rollout_reuse": 2, "num_grad_steps": 49},
+        {"guidance_every": 2, "num_grad_steps": 48},
+        {"prefix_steps": 10, "guidance_every": 2, "rollout_reuse": 4},
+        {"sampling_weights": "float8", "method": "srpo", "guidance_every": 2},
+        {"prefix_steps": 10, "method": "alignprop", "num_grad_steps": 4},
+    ],
+)
+def test_good_settings_pass(settings):
+    assert problems(**settings) == []
+
+
+def test_a_missing_library_is_said(monkeypatch):
+    monkeypatch.setattr("rlhf.execution.quantize.importlib.util.find_spec", lambda name: None)
+    assert problems(base_bits=4) == [
+        "base_bits=4 needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out"
+    ]
+
+
+def test_the_kernels_that_may_be_chosen_are_those_there_are():
+    choices = typing.get_args(typing.get_type_hints(RewardGradientConfig)["attention_kernel"])
+    assert choices == ("auto", "default", *KERNELS)

@@ -1,0 +1,215 @@
+"""Settings from YAML and flags; what is misspelt or of the wrong kind is named with its cure."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf.config import ConfigError, RewardGradientConfig, field_names
+from rlhf.config.older import translate
+from rlhf.config.parse import parse_command, parse_config
+from rlhf.method.options import METHOD_OPTIONS
+from rlhf.run.folder import read_settings
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "settings.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_a_flag_beats_the_file_and_the_file_the_default(yaml_file):
+    path = yaml_file("learning_rate: 1e-5\nmax_steps: 7\nreward_funcs: [a, b]\n")
+    args = parse_config(["--config", path, "--max_steps", "9", "--reward_weights", "1", "0.5"])
+    assert (args.learning_rate, args.max_steps, args.seed) == (1e-5, 9, 0)
+    assert args.reward_funcs == ["a", "b"]
+    assert args.reward_weights == [1.0, 0.5]
+    assert args.gradient_checkpointing is False
+
+
+def test_the_default_file_holds_without_config_and_config_may_have_an_equals_sign(yaml_file):
+    path = yaml_file("max_steps: 7")
+    assert parse_config(["--seed", "3"], default_config=path).max_steps == 7
+    assert parse_config([f"--config={path}"]).max_steps == 7
+
+
+def test_a_seed_may_be_any_number_of_64_bits(yaml_file):
+    """Longer than what a float can hold."""
+    for seed in (2**53 + 1, 2**64 - 1, -(2**63)):
+        path = yaml_file(f"seed: {seed}\n")
+        assert parse_config(["--config", str(path)]).seed == seed == parse_config(["--seed", str(seed)]).seed
+
+
+def test_paths_are_relative_to_the_config_file(yaml_file, tmp_path):
+    assert parse_config(["--config", yaml_file("seed: 1")]).base_dir == str(tmp_path)
+    assert parse_config([]).base_dir is None
+
+
+def test_reward_kwargs_come_as_a_mapping_or_as_json(yaml_file):
+    path = yaml_file("reward_kwargs:\n  clip_score: {model: ViT-B-32, frames: 2}")
+    expected = {"clip_score": {"model": "ViT-B-32", "frames": 2}}
+    assert parse_config(["--config", path]).reward_kwargs == expected
+    flag = '{"clip_score": {"model": "ViT-B-32", "frames": 2}}'
+    assert parse_config(["--reward_kwargs", flag]).reward_kwargs == expected
+
+
+def test_caps_and_targets_come_as_a_mapping_or_as_json(yaml_file):
+    path = yaml_file("reward_caps: {aesthetic: 7, clip_score: 3e-1}")
+    args = parse_config(["--config", path, "--reward_targets", '{"flicker": 0.9}'])
+    assert args.reward_caps == {"aesthetic": 7.0, "clip_score": 0.3}
+    assert args.reward_targets == {"flicker": 0.9}
+    assert parse_config(["--config", yaml_file(args.to_yaml())]).reward_targets == {"flicker": 0.9}
+
+
+def test_a_flag_may_be_a_mapping_as_yaml_writes_it():
+    assert parse_config(["--reward_caps", "{nano_preference: 0.3}"]).reward_caps == {"nano_preference": 0.3}
+    inner = parse_config(["--reward_kwargs", '{"a": {"eps": 1e-5}}']).reward_kwargs["a"]["eps"]
+    assert inner == 1e-5, "YAML would take this number for text"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Make a run's folder as a start by `--config mine.yaml --overwrite_output_dir` leaves it."""
+    folder = tmp_path / "runs" / "mine"
+    (folder / "checkpoints" / "step-3").mkdir(parents=True)
+    args = RewardGradientConfig(
+        output_dir=str(folder), learning_rate=5e-4, reward_funcs=["mine.py:Left"], overwrite_output_dir=True
+    )
+    (folder / "config.yaml").write_text(args.to_yaml())
+    return folder
+
+
+@pytest.mark.parametrize("which", ["latest", "{run}/checkpoints/step-3"])
+def test_a_run_goes_on_by_its_own_settings_and_a_flag_changes_them(yaml_file, run, which):
+    """Not by those of the default recipe, which would go on training for another reward."""
+    default = yaml_file("learning_rate: 1\noutput_dir: runs/other")
+    flags = ["--resume_from_checkpoint", which.format(run=run), "--max_steps", "9"]
+    args = parse_config([*flags, f"--output-dir={run}"], default)
+    assert (args.learning_rate, args.reward_funcs, args.max_steps) == (5e-4, ["mine.py:Left"], 9)
+    assert (args.output_dir, args.resume_from_checkpoint) == (str(run), which.format(run=run))
+    assert not args.overwrite_output_dir, "it held for the start"
+
+
+def test_a_checkpoint_alone_names_its_run_and_latest_means_the_default_recipes(yaml_file, run):
+    default = yaml_file(f"learning_rate: 1\noutput_dir: {run}")
+    for which in ("latest", str(run / "checkpoints" / "step-3")):
+        args = parse_config(["--resume_from_checkpoint", which], default)
+        assert (args.learning_rate, args.output_dir) == (5e-4, str(run))
+
+
+@pytest.mark.parametrize("flags", [["--resume_from_checkpoint", "auto"], ["--seed", "1"], ["--config", "{default}"]])
+def test_only_what_is_gone_on_with_brings_its_settings(yaml_file, run, flags):
+    default = yaml_file("learning_rate: 1")
+    flags = [flag.format(default=default) for flag in flags]
+    assert parse_config([*flags, "--output_dir", str(run)], default).learning_rate == 1.0
+
+
+def test_paths_and_numpys_numbers_are_taken_as_text_and_numbers(tmp_path):
+    args = RewardGradientConfig(output_dir=tmp_path / "run", prompts=Path("p.txt"), learning_rate=np.float32(0.5))
+    assert (args.output_dir, args.prompts, args.learning_rate) == (str(tmp_path / "run"), "p.txt", 0.5)
+    assert type(args.learning_rate) is float
+    assert RewardGradientConfig(max_steps=np.int64(3)).max_steps == 3
+
+
+def test_what_is_written_is_what_is_read(yaml_file):
+    args = parse_config(
+        ["--config", yaml_file("prompts: x.txt\nheight: 64"), "--report_to", "none", "--weight_decay", "3e-2"]
+    )
+    again = parse_config(["--config", yaml_file(args.to_yaml())])
+    assert dataclasses.asdict(again) == dataclasses.asdict(args)
+    assert again.report_to == []
+
+
+def test_no_setting_may_be_abbreviated():
+    with pytest.raises(ConfigError, match="'learning_rate'"):
+        parse_config(["--learning", "1"])
+
+
+def test_every_setting_has_a_help_text_that_ends_in_a_full_stop():
+    for f in [f for kind in (RewardGradientConfig, *METHOD_OPTIONS.values()) for f in dataclasses.fields(kind)]:
+        assert f.metadata["help"].endswith((".", "none.")), f.name
+    assert len(field_names()) == len(set(field_names())) <= 88
+
+
+def test_help_gives_choices_and_ranges(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "{draft_k,draft_lv,alignprop,uniform,listed,drtune,refl,srpo}" in text
+    assert "Range: at least 0, less than 1." in text
+    assert "--memory_limit_gib" in text, "a flag of the command"
+
+
+def test_flags_of_the_command_are_no_settings(yaml_file):
+    args, flags = parse_command(["--config", yaml_file("seed: 1"), "--dry_run", "--plan_processes", "4"])
+    assert (flags.dry_run, flags.plan_processes, flags.memory_limit_gib) == (True, 4, None)
+    assert not vars(flags).keys() & vars(args).keys()
+
+
+# --------------------------------------------------------------------- settings of earlier versions
+
+OLD = """
+method: srpo
+rollout_uses: 2
+grad_steps: null
+num_draws: 4
+align_sigmas: [0.75, 0.96]
+relative_words: [sharp, dull]
+optim: adamw_torch_fused
+train_blocks: null
+decode_channels_last: true
+dry_run: false
+memory_limit_gib: null
+"""
+
+
+def test_a_file_of_an_earlier_version_is_translated_and_one_paragraph_says_how(yaml_file, caplog):
+    args = parse_config(["--config", yaml_file(OLD)])
+    assert (args.method, args.rollout_reuse) == ("srpo", 2)
+    assert args.method_kwargs == {"num_draws": 4, "relative_words": ["sharp", "dull"]}
+    (record,) = caplog.records
+    for words in (
+        "settings.yaml: These settings are of an earlier version. rollout_uses is now rollout_reuse; grad_steps, ",
+        "num_draws, align_sigmas, relative_words: now in method_kwargs, here {'num_draws': 4, 'relative_words': [",
+        "dry_run, memory_limit_gib: now only flags of the train command; ",
+        "optim, train_blocks, decode_channels_last: gone, without effect here.",
+    ):
+        assert words in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("settings", "cure"),
+    [
+        ({"train_blocks": ["transformer_blocks.2"]}, "adapt more layers by lora_target_modules"),
+        ({"second_order_prefix": True}, "prefix_steps alone"),
+        ({"optim": "adamw_bnb_8bit"}, "moments are float32"),
+        ({"early_stopping_threshold": 0.1}, "any rise counts"),
+        ({"base_bits": 8}, "choose 4"),
+        ({"sampling_weights": "merged"}, "choose own or float8"),
+        ({"decode_caches": "recompute"}, "choose host"),
+    ],
+)
+def test_what_was_in_use_and_is_gone_is_refused_with_its_cure(settings, cure):
+    kept, _, (problem,) = translate(settings)
+    ((name, value),) = settings.items()
+    assert problem.startswith(f"{name}: got {value!r}, which this version no longer has")
+    assert cure in problem
+
+
+def test_settings_of_today_are_left_as_they_are():
+    now = dataclasses.asdict(RewardGradientConfig(method="draft_lv", method_kwargs={"num_draws": 3}))
+    assert translate(now) == (now, "", [])
+
+
+def test_a_run_of_an_earlier_version_is_read_with_todays_names(run):
+    text = (run / "config.yaml").read_text().replace("rollout_reuse: 1", "rollout_uses: 3\nnum_draws: 2")
+    (run / "config.yaml").write_text(text)
+    assert read_settings(run)["rollout_reuse"] == 3
+    assert not {"rollout_uses", "num_draws"} & read_settings(run).keys()
+    assert parse_config(["--resume_from_checkpoint", str(run / "checkpoints" / "step-3")], run).rollout_reuse == 3

@@ -1,0 +1,38 @@
+"""The cache gives what the pipeline's own encoding gives, prompt by prompt."""
+
+import pytest
+import torch
+
+from rlhf.contentv.files import NANO_PATH
+from rlhf.contentv.loading import load_pipeline
+from rlhf.contentv.text import ENCODE_BATCH, encode_prompts
+
+
+def test_cached_conditioning_equals_encoding_the_batch(tiny_pipe):
+    prompts = ["a red fox", "rain", "a red fox"]
+    cache = encode_prompts(tiny_pipe, ["rain", "a red fox", "rain"], "ugly", 24)
+    cond = cache(prompts, "cpu")
+    embeds, negative, pooled, negative_pooled = tiny_pipe.encode_prompt(
+        prompts, None, None, device="cpu", negative_prompt="ugly", max_sequence_length=24
+    )
+    expected = (embeds, pooled, negative, negative_pooled)
+    for got, want in zip(vars(cond).values(), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_each_prompt_is_encoded_once_and_without_graph(tiny_pipe, monkeypatch):
+    tiny_pipe.text_encoder_3.requires_grad_(True)  # as one is that was just read
+    seen, encode = [], tiny_pipe.encode_prompt
+    monkeypatch.setattr(tiny_pipe, "encode_prompt", lambda **kw: seen.extend(kw["prompt"]) or encode(**kw))
+    cache = encode_prompts(tiny_pipe, ["b", "a", "b"] * 20, "", 24)
+    assert seen == ["b", *["a"] * (ENCODE_BATCH - 1), ""], "one full batch, and the negative prompt"
+    assert not cache(["a"], "cpu").prompt_embeds_BLD.requires_grad
+
+
+@pytest.mark.skipif(not NANO_PATH.is_dir(), reason="the nano weights are not in this checkout")
+def test_an_embedding_is_the_same_to_the_bit_whatever_is_encoded_with_it():
+    """A resumed run encodes only the remaining prompts."""
+    pipe, prompts = load_pipeline("nano"), ["one red star", "two small blue circles", "a star falling", "a ring"]
+    whole, rest = (encode_prompts(pipe, some, "", 16)(prompts[3:], "cpu") for some in (prompts, prompts[3:]))
+    assert torch.equal(whole.prompt_embeds_BLD, rest.prompt_embeds_BLD)
+    assert torch.equal(whole.pooled_embeds_BP, rest.pooled_embeds_BP)

@@ -1,0 +1,83 @@
+"""How many threads a process takes, how processes meet, and what happens when one of them is lost."""
+
+import time
+from datetime import timedelta
+
+import many_runs
+import pytest
+import torch.distributed as dist
+from processes import start
+from toy_rewards import PROMPTS
+
+from rlhf.distributed import accelerator as parallel
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Eight cores and an empty environment."""
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", parallel.LAUNCHER_MARK):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(parallel, "CGROUP_LIMIT", tmp_path / "cpu.max")
+    return monkeypatch
+
+
+def test_all_cores_are_used_and_shared_between_processes(machine):
+    assert parallel.cpu_threads(None) == 8
+    machine.setenv("LOCAL_WORLD_SIZE", "4")
+    assert parallel.cpu_threads(None) == 2
+
+
+def test_what_the_user_says_holds(machine):
+    machine.setenv("OMP_NUM_THREADS", "3")
+    assert parallel.cpu_threads(None) is None  # torch has obeyed it already
+    assert parallel.cpu_threads(5) == 5
+
+
+def test_the_one_thread_of_accelerate_launch_does_not_hold(machine):
+    machine.setenv("OMP_NUM_THREADS", "1")
+    assert parallel.cpu_threads(None) is None
+    machine.setenv(parallel.LAUNCHER_MARK, "no")
+    assert parallel.cpu_threads(None) == 8
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("200000 100000", 2), ("max 100000", 8), ("50000 100000", 1)])
+def test_a_containers_quota_counts(machine, tmp_path, quota, cores):
+    (tmp_path / "cpu.max").write_text(quota)
+    assert parallel.available_cores() == cores
+
+
+def test_a_start_has_its_own_keys_on_one_host(monkeypatch):
+    """torchrun's store may outlive a restart; hosts that count restarts differently have to meet all the same."""
+
+    def keys(restarts: int, local: int) -> list[str]:
+        for name, value in {"LOCAL_WORLD_SIZE": local, "WORLD_SIZE": 2, parallel.RESTART_COUNT: restarts}.items():
+            monkeypatch.setenv(name, str(value))
+        store = dist.HashStore()
+        monkeypatch.setattr(parallel, "rendezvous", lambda url, timeout: iter([(store, 1, 2)]))
+        ((found, rank, processes),) = parallel._rendezvous("restart://", timedelta(seconds=1))
+        assert (rank, processes) == (1, 2)
+        found.set("address", "here")
+        return store.list_keys()
+
+    assert keys(0, 2) != keys(1, 2)
+    assert keys(0, 1) == keys(1, 1)
+
+
+def test_a_killed_process_ends_the_other_one_with_an_error_in_time(tmp_path):
+    own = {"max_steps": 1000, "per_device_train_batch_size": 1, "ddp_timeout": 20, "save_steps": 1}
+    first, second = start(many_runs.train, tmp_path / "run", own)
+    while not list(tmp_path.glob("run/checkpoints/step-?/manifest.json")):
+        assert first.process.is_alive(), first.output.read_text()
+        time.sleep(0.05)
+    second.process.kill()
+    first.finish(codes=(1,), timeout=20 + 10)
+    assert list(tmp_path.glob("run/checkpoints/step-*")), "the last good state is kept"
+
+
+@pytest.mark.slow
+def test_a_stuck_process_ends_the_other_one_with_an_error_in_time(tmp_path):
+    own = {"reward": "stuck", "prompts": PROMPTS, "per_device_train_batch_size": 1, "ddp_timeout": 6}
+    first, second = start(many_runs.train, tmp_path / "run", own)
+    first.finish(codes=(1,), timeout=90)
+    second.process.kill()

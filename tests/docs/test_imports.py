@@ -1,0 +1,66 @@
+"""Rewards and checks of settings are light to import; packages that would drag in outdated pins are never needed."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+UNWANTED = {"hpsv2", "hpsv3", "ImageReward", "image-reward", "imscore", "aesthetic_predictor_v2_5"}
+
+
+def modules_after(code):
+    """Names of the modules that are loaded once a fresh interpreter has run `code`; seconds that it took."""
+    code = f"import sys, time\nstart = time.perf_counter()\n{code}\nprint(time.perf_counter() - start, *sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    seconds, *modules = out.split()
+    return float(seconds), set(modules)
+
+
+def test_import_rewards_is_quick_and_loads_no_framework():
+    seconds, modules = modules_after("import rewards")
+    assert seconds < 1
+    assert "rewards" in modules
+    assert not modules & {"torch", "torchvision", "transformers", "open_clip", "huggingface_hub"}
+
+
+def test_import_rlhf_loads_no_framework_and_its_public_names_load_on_first_use():
+    _, modules = modules_after("import rlhf")
+    assert not modules & {"torch", "diffusers", "transformers", "rlhf.trainer"}
+    names = "RewardGradientConfig, RewardGradientTrainer, load_pipeline"
+    check = f"assert sorted(rlhf.__all__) == [x.__name__ for x in ({names})] and not hasattr(rlhf, 'torch')"
+    _, modules = modules_after(f"import rlhf\nfrom rlhf import {names}\n{check}")
+    assert {"rlhf.trainer", "rlhf.config", "rlhf.contentv.loading"} <= modules
+
+
+def test_settings_are_checked_before_the_libraries_that_take_seconds_are_imported():
+    _, modules = modules_after("import rlhf.checks")
+    assert "rlhf.checks" in modules
+    assert not modules & {"diffusers", "transformers", "peft", "accelerate", "open_clip"}
+
+
+def test_scores_are_compared_without_the_libraries_of_models():
+    _, modules = modules_after("import rlhf.evaluation.paired_sets")
+    assert "rlhf.evaluation.statistics" in modules
+    assert not modules & {"diffusers", "transformers", "peft", "accelerate"}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_nothing_imports_or_requires_the_published_reward_packages():
+    files = [path for room in ("rewards", "rlhf", "bench", "tests") for path in (ROOT / room).rglob("*.py")]
+    assert len(files) > 50
+    assert not {path: name for path in files for name in imported(path) if name in UNWANTED}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [
+        *project["dependencies"],
+        *(spec for specs in project["optional-dependencies"].values() for spec in specs),
+    ]
+    assert not [spec for spec in required if spec.lower().startswith(tuple(name.lower() for name in UNWANTED))]

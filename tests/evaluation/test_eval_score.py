@@ -1,0 +1,236 @@
+"""Scores of any videos by any rewards, kept by content: what is known is not scored again."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rewards import score_cache
+from rewards.cli.files import read_video
+from rewards.score_cache import ScoreCache, Scorer, reward_identity
+from rlhf.evaluation.video_set import prompt_from_name, read_set
+from rlhf.run.video import write_video
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "score.py"))
+REWARD = "def length(video, prompts, **info):\n    return video.mean((1, 2, 3, 4)) * 0 + {factor} * len(prompts[0])\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Three different videos of five frames."""
+    folder = tmp_path_factory.mktemp("made")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(3):
+        coarse = torch.randint(0, 255, (3, 5, 2, 2), generator=generator, dtype=torch.uint8)
+        write_video(folder / f"{i}.mp4", coarse.repeat_interleave(16, 2).repeat_interleave(16, 3), fps=8)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """The same with a list: what eval/generate.py leaves."""
+    target = tmp_path / "videos"
+    shutil.copytree(made, target)
+    rows = [{"file": f"{i}.mp4", "prompt": f"prompt {i}", "seed": i, "category": "abc"[i]} for i in range(3)]
+    (target / "videos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return target
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """The script with a cache of the test's own; returns (status, what it printed, what it complained of)."""
+
+    def call(*arguments):
+        status = SCRIPT["main"]([*map(str, arguments), "--device", "cpu", "--cache", str(tmp_path / "cache")])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Names of the rewards that were loaded."""
+    names = []
+    load = score_cache.load_rewards
+    monkeypatch.setattr(
+        score_cache, "load_rewards", lambda specs, kwargs: (names.extend(specs), load(specs, kwargs))[1]
+    )
+    return names
+
+
+def scores(folder) -> list[dict]:
+    return [json.loads(line)["scores"] for line in (folder / "scores.jsonl").read_text().splitlines()]
+
+
+def test_scores_are_those_of_the_pixels(folder, run):
+    status, told, _ = run(folder, "--reward", "flicker", "--reward", "frame_difference")
+    assert status == 0
+    for i, row in enumerate(scores(folder)):
+        video, _ = read_video(folder / f"{i}.mp4")
+        change = video.diff(dim=2).abs().mean().item()
+        assert row == {
+            "flicker": pytest.approx(1 - change, abs=1e-6),
+            "frame_difference": pytest.approx(change, abs=1e-6),
+        }
+    mean = sum(row["flicker"] for row in scores(folder)) / 3
+    assert f"{mean:.5g}" in told
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["prompt"], row["seed"], row["category"]) for row in rows] == [
+        (f"{i}.mp4", f"prompt {i}", i, "abc"[i]) for i in range(3)
+    ]
+
+
+def test_what_is_known_is_not_scored_again_under_another_name(folder, run, loads, tmp_path):
+    run(folder, "--reward", "flicker")
+    assert loads == ["flicker"]
+    run(folder, "--reward", "flicker")
+    other = tmp_path / "renamed"
+    other.mkdir()
+    for i in range(3):
+        shutil.copy(folder / f"{i}.mp4", other / f"prompt {i}-7.mp4")
+    run(other, "--reward", "flicker", "--names_are_prompts")
+    assert loads == ["flicker"]
+    assert scores(other) == scores(folder)
+
+
+def test_other_content_prompts_settings_and_rewards_are_scored(folder, run, loads, tmp_path):
+    reward = tmp_path / "own.py"
+    reward.write_text(REWARD.format(factor=1))
+    own = f"{reward}:length"
+    run(folder, "--reward", own, "--reward", "flicker")
+    assert [row["length"] for row in scores(folder)] == [8, 8, 8]
+    before = scores(folder)
+
+    manifest = (folder / "videos.jsonl").read_text()
+    (folder / "videos.jsonl").write_text(manifest.replace("prompt 1", "another prompt 1"))
+    shutil.copy(folder / "0.mp4", folder / "2.mp4")
+    reward.write_text(REWARD.format(factor=2))
+    loads.clear()
+    run(folder, "--reward", own)
+    assert [row["length"] for row in scores(folder)] == [16, 32, 16]
+    assert loads == [own]
+    assert scores(folder)[0]["flicker"] == before[0]["flicker"], "other rewards' scores of the same file stay"
+    assert "flicker" not in scores(folder)[1], "its prompt is another"
+    assert "flicker" not in scores(folder)[2], "its content is another"
+
+    run(folder, "--reward", "flicker", "--kwargs", '{"flicker": {"frames": 3}}')
+    assert scores(folder)[0]["flicker"] != before[0]["flicker"]
+    run(folder, "--reward", "flicker", "--max_frames", "2")
+    assert scores(folder)[0]["flicker"] != before[0]["flicker"]
+
+
+def test_weights_that_are_named_in_settings_count(tmp_path):
+    weights = tmp_path / "head.pt"
+    weights.write_bytes(b"one")
+    first = reward_identity("aesthetic", {"head": str(weights)})
+    assert first == reward_identity("aesthetic", {"head": str(weights)})
+    weights.write_bytes(b"other")
+    assert first != reward_identity("aesthetic", {"head": str(weights)})
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_the_files_of_a_folder_that_is_named_in_settings_count(tmp_path, prefix):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"one")
+    settings = {"model": f"{prefix}{tmp_path / 'model'}"}
+    first = reward_identity("clip_score", settings)
+    assert first == reward_identity("clip_score", settings)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
+    assert first != reward_identity("clip_score", settings)
+
+
+def test_a_path_from_home_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "head.pt").write_bytes(b"one")
+    first = reward_identity("aesthetic", {"head": "~/head.pt"})
+    (tmp_path / "head.pt").write_bytes(b"other")
+    assert first != reward_identity("aesthetic", {"head": "~/head.pt"})
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--reward: got 'Mine' twice, expected each name once"):
+        Scorer(["a.py:Mine", "b.py:Mine"], {}, ScoreCache(tmp_path), "cpu")
+
+
+def test_an_interrupted_job_goes_on(folder, tmp_path, monkeypatch):
+    """Ended at its third video, it scores only that one when started again."""
+    videos = read_set(folder)
+    scorer = Scorer(["flicker"], {}, ScoreCache(tmp_path / "cache"), "cpu")
+    for video in videos[:2]:
+        scorer(video.path, video.prompt)
+    seen, score = [], score_cache.score
+    monkeypatch.setattr(
+        score_cache, "score", lambda rewards, path, *rest: (seen.append(path), score(rewards, path, *rest))[1]
+    )
+    again = Scorer(["flicker"], {}, ScoreCache(tmp_path / "cache"), "cpu")
+    for video in videos:
+        again(video.path, video.prompt)
+    assert seen == [videos[2].path]
+
+
+def test_a_damaged_entry_is_scored_anew(folder, run, tmp_path):
+    run(folder, "--reward", "flicker")
+    before = scores(folder)
+    for path in (tmp_path / "cache").rglob("*.json"):
+        path.write_text('{"sco')
+    run(folder, "--reward", "flicker")
+    assert scores(folder) == before
+
+
+def test_samples_of_a_run_and_names_say_the_prompts(made, tmp_path):
+    shutil.copytree(made, tmp_path / "step-000080")
+    (tmp_path / "step-000080" / "prompts.txt").write_text("0\ta red fox\n2\train, at night\n")
+    assert [(v.path.name, v.prompt) for v in read_set(tmp_path / "step-000080")] == [
+        ("0.mp4", "a red fox"),
+        ("2.mp4", "rain, at night"),
+    ]
+    assert prompt_from_name(Path("x/a red kite-0.mp4")) == "a red kite"
+    assert prompt_from_name(Path("a t-shirt.mp4")) == "a t-shirt"
+
+
+def test_videos_may_lie_elsewhere(made, run, tmp_path):
+    target = tmp_path / "list"
+    target.mkdir()
+    rows = [{"file": str(made / "0.mp4"), "prompt": "one"}, {"file": "../near/1.mp4", "prompt": "two"}]
+    (tmp_path / "near").symlink_to(made)
+    (target / "videos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(target, "--reward", "jpeg_size")[0] == 0
+    written = [json.loads(line) for line in (target / "scores.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in written] == [row["file"] for row in rows]
+
+
+def test_a_kill_while_scores_are_written_leaves_those_that_were_there(folder, run, monkeypatch):
+    assert run(folder, "--reward", "jpeg_size")[0] == 0
+    before, write = scores(folder), Path.write_text
+
+    def killed(path, text, **how):
+        write(path, text[: len(text) // 2], **how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "--reward", "jpeg_size")
+    assert scores(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "told"),
+    [
+        (lambda f: (f / "1.mp4").unlink(), [], "got 1 of 3 videos missing, expected all of them"),
+        (lambda f: (f / "videos.jsonl").unlink(), [], "got neither videos.jsonl nor prompts.txt"),
+        (lambda f: (f / "videos.jsonl").write_text('{"file": "0.mp4"}'), [], "line 1: got"),
+        (lambda f: shutil.rmtree(f), [], "got no folder there, expected one with videos"),
+        (lambda f: None, ["--reward", "flickr"], "The nearest name is 'flicker'"),
+        (lambda f: (f / "0.mp4").rename(f / "0.mp4.txt"), [], "videos missing"),
+    ],
+)
+def test_mistakes_are_told_before_a_reward_is_loaded(folder, run, change, arguments, told, monkeypatch):
+    monkeypatch.setattr("rewards.score_cache.load_rewards", None)
+    change(folder)
+    status, out, error = run(folder, "--reward", "jpeg_size", *arguments)
+    assert (status, out) == (2, "")
+    assert error.startswith("eval/score.py: ")
+    assert told in error

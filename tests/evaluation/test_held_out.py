@@ -1,0 +1,144 @@
+"""Held-out evaluation: the same noise for each prompt whatever the batch, judges without gradient, measures by hand."""
+
+import pytest
+import torch
+
+from rlhf.config import RewardGradientConfig
+from rlhf.evaluation.held_out import EvalOptions, Evaluation, HeldOut
+from rlhf.evaluation.measures import MEASURES
+
+SHAPE = (16, 2, 2, 2)
+PROMPTS = [f"prompt {i}" for i in range(5)]
+
+
+class OneProcess:
+    num_processes, process_index, is_main_process, in_step = 1, 0, True, False
+    device = torch.device("cpu")
+
+    def reduce(self, tensor, how):
+        return tensor
+
+
+def make_videos(prompts, noise):
+    """The noise as a video: three channels, five frames."""
+    return (noise[:, :3] + 0.5).clamp(0, 1).repeat(1, 1, 3, 8, 8)[:, :, :5]
+
+
+def first_pixel(video, prompts, **info):
+    assert not torch.is_grad_enabled()
+    return video[:, 0, 0, 0, 0] * 100 + torch.tensor([float(p[-1]) for p in prompts])
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    def make(**changes):
+        settings = {"eval_seed": 3, "per_device_eval_batch_size": 2}
+        settings |= {"num_sample_prompts": 3, "num_diversity_prompts": 3} | changes
+        options = EvalOptions.of(RewardGradientConfig(**settings))
+        return HeldOut(make_videos, {"pixel": first_pixel}, PROMPTS, SHAPE, 8, options, tmp_path, OneProcess())
+
+    return make
+
+
+def test_scores_do_not_depend_on_the_batch_and_videos_are_the_leading_ones(held_out):
+    in_twos, in_fives = (held_out(per_device_eval_batch_size=n).evaluate("x", 0) for n in (2, 5))
+    for name in ("pixel", *MEASURES):
+        assert torch.equal(in_twos.scores[name], in_fives.scores[name])
+        assert in_twos.scores[name].unique().numel() > 1
+    assert len(in_twos.scores["pixel"]) == 5
+    assert len(in_twos.scores["diversity"]) == 3
+    assert len(held_out(num_diversity_prompts=9).evaluate("x", 0).scores["diversity"]) == 5, "there are no more"
+    assert in_twos.videos_NCTHW.shape == (3, 3, 5, 16, 16)
+    assert torch.equal(in_twos.videos_NCTHW, in_fives.videos_NCTHW)
+
+
+def test_another_seed_gives_other_noise(held_out):
+    a, b = (held_out(eval_seed=seed).evaluate("x", 0).scores["pixel"] for seed in (0, 1))
+    assert not torch.allclose(a, b)
+
+
+def test_base_is_made_once_and_read_again_only_by_a_resumed_run(held_out, monkeypatch):
+    still = held_out().base(resumed=False, make_videos=lambda prompts, noise: make_videos(prompts, 0 * noise))
+    assert still.scores["motion"].tolist() == [0.0] * 5, "of the model that is handed over"
+    first = held_out().base(resumed=False)
+    assert first.scores["motion"].min() > 0
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    again = held_out().base(resumed=True)
+    assert again.prompts == first.prompts
+    assert all(torch.equal(again.scores[name], first.scores[name]) for name in first.scores)
+    assert torch.equal(again.videos_NCTHW, first.videos_NCTHW)
+    with pytest.raises(pytest.fail.Exception):
+        held_out().base(resumed=False)
+
+
+@pytest.mark.parametrize("change", [{"eval_seed": 4}, {"num_inference_steps": 6}, {"num_diversity_prompts": 2}])
+def test_a_base_that_was_made_otherwise_is_made_anew(held_out, change):
+    held_out().base(resumed=False)
+    again, expected = held_out(**change).base(resumed=True), held_out(**change).evaluate("x", 0)
+    assert again.settings == expected.settings
+    assert all(torch.equal(again.scores[name], expected.scores[name]) for name in expected.scores)
+
+
+def test_every_setting_that_makes_another_video_or_score_makes_the_base_anew(held_out, monkeypatch):
+    held_out(num_sample_prompts=0).base(resumed=False)
+    anew = Evaluation([], {}, torch.zeros(0))
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_, **__: anew)
+    monkeypatch.setattr(Evaluation, "save", lambda *_: None)  # the base that is there stays
+    assert held_out(num_sample_prompts=0).base(resumed=True) is not anew
+    changes = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.5}
+    changes |= {"negative_prompt": "dark", "max_sequence_length": 9, "reward_kwargs": {"pixel": {"a": 1}}}
+    changes |= {"dtype": "bfloat16", "base_bits": 4, "vae_dtype": "bfloat16", "guidance_every": 2}
+    changes |= {"sampling_weights": "float8", "eval_seed": 4, "num_diversity_prompts": 2}
+    for name, value in changes.items():
+        assert held_out(num_sample_prompts=0, **{name: value}).base(resumed=True) is anew, name
+    others, judged = held_out(num_sample_prompts=0), held_out(num_sample_prompts=0)
+    others.prompts, judged.judges = PROMPTS[:4], {"pixel": first_pixel, "other": first_pixel}
+    assert others.base(resumed=True) is judged.base(resumed=True) is anew
+
+
+def test_two_processes_share_the_prompts(held_out):
+    class Second(OneProcess):
+        num_processes, process_index, is_main_process = 2, 1, False
+
+        def gather(self, tensor):
+            return torch.cat([tensor, tensor])
+
+    both = held_out()
+    second = held_out(num_sample_prompts=5, num_frames=5, height=16, width=16)
+    second.layout = Second()
+    scores, whole = second.evaluate("x", 0).scores["pixel"], both.evaluate("x", 0).scores["pixel"]
+    assert scores[:3].tolist() == [0, 0, 0]  # summed with the first process's
+    assert torch.equal(scores[3:], whole[3:])
+    assert len(second.evaluate("x", 0).videos_NCTHW) == 0
+
+
+def test_processes_that_share_a_base_run_it_equally_often(held_out):
+    """Five prompts in twos: the second process has none left when the first makes its second batch."""
+    made = {0: [], 1: []}
+    for index, calls in made.items():
+        one = held_out(num_sample_prompts=0)
+        one.layout = type("Layout", (OneProcess,), {"num_processes": 2, "process_index": index, "in_step": True})()
+        one.evaluate("x", 0, lambda prompts, noise, calls=calls: calls.append(prompts) or make_videos(prompts, noise))
+    assert len(made[0]) == len(made[1]) == 4
+
+
+def test_samples_are_videos_with_their_prompts_made_in_batches(held_out, tmp_path):
+    made, sampler = [], held_out()
+    sampler.make_videos = lambda prompts, noise: made.append(len(prompts)) or make_videos(prompts, noise)
+    sampler.sample(7)
+    assert made == [2, 1]
+    folder = tmp_path / "samples" / "step-000007"
+    assert sorted(p.name for p in folder.iterdir()) == ["00.mp4", "01.mp4", "02.mp4", "prompts.txt"]
+    assert (folder / "prompts.txt").read_text().splitlines()[1] == "01\tprompt 1"
+
+
+def test_no_samples_are_made_where_none_are_asked_for(held_out, tmp_path):
+    held_out(num_sample_prompts=0).sample(7)
+    held_out(num_sample_prompts=9).sample(8)
+    assert len(list((tmp_path / "samples" / "step-000008").glob("*.mp4"))) == 5, "there are no more"
+    assert not (tmp_path / "samples" / "step-000007").exists()
+
+
+def test_means_leave_out_what_was_not_measured():
+    evaluation = Evaluation(["a"], {"x": torch.tensor([2.0]), "diversity": torch.zeros(0)}, torch.zeros(0))
+    assert evaluation.means() == {"x": 2.0}

@@ -1,0 +1,139 @@
+"""The demo writes a video that plays, with the prompt and the sampling it was given."""
+
+import runpy
+from pathlib import Path
+
+import imageio.v3 as imageio
+import pytest
+import torch
+import yaml
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from tiny import SAMPLING, tiny_pipeline
+
+from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
+
+DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))
+main, parse, override = DEMO["main"], DEMO["parse_demo_args"], DEMO["override"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def demo(saved, output, *more) -> torch.Tensor:
+    main(["--model_id", str(saved), "--prompt", "a star", "--device", "cpu", "--output", str(output), *more])
+    return torch.from_numpy(imageio.imread(output))
+
+
+def test_writes_a_video_of_the_recommended_size(saved, tmp_path, capsys):
+    video = demo(saved, tmp_path / "video.mp4")
+    assert video.shape == (9, 32, 48, 3)
+    assert video.float().std() > 5
+    assert "9 frames of 48x32 at 8 fps" in capsys.readouterr().out
+    assert imageio.immeta(tmp_path / "video.mp4")["fps"] == 8
+
+
+def test_flags_override_the_checkpoint(saved, tmp_path):
+    flags = ["--height", "16", "--width", "32", "--num_frames", "5", "--num_inference_steps", "1", "--fps", "12"]
+    video = demo(saved, tmp_path / "video.mp4", *flags)
+    assert video.shape == (5, 16, 32, 3)
+    assert imageio.immeta(tmp_path / "video.mp4")["fps"] == 12
+
+
+def test_the_seed_decides(saved, tmp_path):
+    first, again, other = (demo(saved, tmp_path / f"{i}.mp4", "--seed", seed) for i, seed in enumerate("778"))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_an_adapter_changes_the_video(saved, tmp_path):
+    pipe = tiny_pipeline()
+    config = LoraConfig(r=4, lora_alpha=40, init_lora_weights=False, target_modules=["to_q", "to_v", "to_out.0"])
+    pipe.transformer.add_adapter(config)
+    pipe.save_lora_weights(
+        tmp_path / "adapter",
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )
+    flags = ["--lora", str(tmp_path / "adapter")]
+    (tmp_path / "other").mkdir()
+    save_file({"other.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(SystemExit, match="got no layer of this transformer, expected an adapter of this model"):
+        demo(saved, tmp_path / "x.mp4", "--lora", str(tmp_path / "other"))
+    plain, tuned = demo(saved, tmp_path / "0.mp4"), demo(saved, tmp_path / "1.mp4", *flags)
+    assert not torch.equal(plain, tuned)
+
+
+def test_an_adapter_that_was_taught_guidance_is_sampled_without(saved, tmp_path, monkeypatch):
+    seen, run = [], tmp_path / "run"
+    monkeypatch.setitem(main.__globals__, "add_lora", lambda *_: None)
+    monkeypatch.setitem(main.__globals__, "override", lambda *given: seen.append(override(*given)) or seen[-1])
+    for settings in ({}, {"guidance_gradient": "distill"}):
+        run.mkdir(exist_ok=True)
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        demo(saved, tmp_path / "video.mp4", "--lora", str(run / "adapter"), "--num_inference_steps", "1")
+    demo(saved, tmp_path / "video.mp4", "--lora", str(run / "adapter"), "--guidance_scale", "2")
+    assert [sampling.guidance_scale for sampling in seen] == [SAMPLING.guidance_scale, 1.0, 2.0]
+
+
+def test_nano_and_contentv_8b_have_prompts_of_their_own():
+    nano, large = parse([]), parse(["--model_id", CONTENTV_8B])
+    assert (nano.model_id, nano.prompt) == ("nano", "a large red circle moving left on a white background")
+    assert large.prompt.startswith("A young musician sits on a rustic wooden stool")
+    assert large.negative_prompt.startswith("overexposed, low quality, deformation")
+    assert (nano.negative_prompt, nano.seed, nano.output) == (None, 42, Path("video.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("no_such_folder/x.mp4", "got no folder no_such_folder, expected a file in a folder that exists"),
+        ("x.foo", "got 'x.foo', expected .mp4 or .mov or .mkv or .avi"),
+        ("locked/x.mp4", "got no right to write locked/x.mp4, expected one"),
+    ],
+)
+def test_a_video_that_cannot_be_written_is_told_before_it_is_sampled(output, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")  # root may everything
+    with pytest.raises(SystemExit):
+        parse(["--output", output])
+    assert told in capsys.readouterr().err
+
+
+def test_another_model_needs_a_prompt(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--model_id", "some/where"])
+    assert "--prompt: got none, expected one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_id", "./nowhere", "--prompt", "x"], "is no folder here, expected nano"),
+        (["--device", "abacus"], "device='abacus', expected one of"),
+        (["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"], "--lora: got './nowhere'"),
+        (["--device", "cpu", "--height", "30", "--model_id", "TINY", "--prompt", "x"], "divisible by 16"),
+        (["--device", "cpu", "--fps", "0", "--model_id", "TINY", "--prompt", "x"], "fps: got 0, expected at least 1"),
+        (
+            ["--device", "cpu", "--num_inference_steps", "0", "--model_id", "TINY", "--prompt", "x"],
+            "expected at least 1",
+        ),
+    ],
+)
+def test_mistakes_are_one_paragraph(saved, flags, message):
+    with pytest.raises(SystemExit) as error:
+        main([str(saved) if flag == "TINY" else flag for flag in flags])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not NANO_PATH.is_dir(), reason="the nano weights are not in this checkout")
+def test_nano_by_default(tmp_path):
+    main(["--output", str(tmp_path / "video.mp4"), "--num_inference_steps", "2"])
+    assert imageio.imread(tmp_path / "video.mp4").shape == (17, 64, 64, 3)

@@ -1,0 +1,18 @@
+"""Scripts as modules: those of bench/, docs/ and the root are no packages."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(path: str) -> ModuleType:
+    """The file, by its path from the root, run as a module of its own; what it does to sys.path is taken back."""
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module

@@ -1,0 +1,23 @@
+"""Rewards of one line, prompts for them, and the metrics of a run that two equal runs share."""
+
+from pathlib import Path
+
+from rlhf.config import RewardGradientConfig
+from rlhf.run.metrics import COST, read_metrics
+
+
+def redness(video, prompts, **info):
+    """A reward with an opinion: red up, blue down, over all frames."""
+    return (video[:, 0] - video[:, 2]).mean((1, 2, 3)) * 10
+
+
+def brightness(video, prompts, **info):
+    return video.mean((1, 2, 3, 4))
+
+
+def rows_without_cost(args: RewardGradientConfig) -> list[dict]:
+    """The metrics of a run without what differs between equal runs."""
+    return [{k: v for k, v in row.items() if k not in COST} for row in read_metrics(Path(args.output_dir))]
+
+
+PROMPTS = ["a red fox", "two blue birds", "rain", "a town at night", "the sea", "one leaf falls"]

@@ -1,0 +1,57 @@
+"""The loss is minus the score; a score is the reward's, the opposite, or relative to words."""
+
+import math
+
+import pytest
+import torch
+
+from rewards import RewardMix
+from rlhf.method.losses import reward_loss, score, score_metrics
+
+
+def length(video, prompts, **info):
+    """A reward that depends on both: brightness times the length of the prompt."""
+    return video.mean((1, 2, 3, 4)) * torch.tensor([float(len(p)) for p in prompts])
+
+
+VIDEO, PROMPTS = torch.full((2, 3, 1, 4, 4), 0.5), ["rain", "a red fox"]
+
+
+def test_descending_the_loss_ascends_the_mean_score():
+    scores = torch.tensor([1.0, 4.0], requires_grad=True)
+    loss = reward_loss(scores)
+    loss.backward()
+    assert loss.item() == -2.5
+    assert scores.grad.tolist() == [-0.5, -0.5]
+
+
+def test_a_score_is_the_rewards_and_a_penalty_its_opposite():
+    mix = RewardMix({"length": length})
+    scores, raw = score(mix, VIDEO, PROMPTS)
+    assert scores.tolist() == raw["length"].tolist() == [2.0, 4.5]
+    assert score(mix, VIDEO, PROMPTS, penalty=True)[0].tolist() == [-2.0, -4.5]
+
+
+def test_rewards_are_told_what_else_is_known():
+    told = []
+    mix = RewardMix({"curious": lambda video, prompts, **info: told.append(info) or video.mean((1, 2, 3, 4))})
+    score(mix, VIDEO, PROMPTS, {"step": 3})
+    score(mix, VIDEO, PROMPTS, {"step": 4}, ["a", "b"])
+    assert told == [{"step": 3}, {"step": 4}, {"step": 4}]
+
+
+def test_relative_words_take_the_difference_and_a_penalty_exchanges_them():
+    mix, words = RewardMix({"length": length}), ["sharp", "out of focus"]  # "sharp. " has 7 letters, the other 14
+    liked, disliked = [5.5, 8.0], [9.0, 11.5]
+    scores, raw = score(mix, VIDEO, PROMPTS, {}, words, 0.2)
+    assert scores.tolist() == pytest.approx([1.2 * a - b for a, b in zip(liked, disliked, strict=True)])
+    assert raw["length"].tolist() == liked
+    scores, raw = score(mix, VIDEO, PROMPTS, {}, words, 0.2, penalty=True)
+    assert scores.tolist() == pytest.approx([1.2 * b - a for a, b in zip(liked, disliked, strict=True)])
+    assert raw["length"].tolist() == disliked
+
+
+def test_metrics_are_means_and_spreads_of_single_rewards():
+    metrics = score_metrics(["loss", "rewards/a"], torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    assert metrics == {"loss": 2.0, "rewards/a": 4.0, "rewards/a_std": 2.0}
+    assert math.isnan(score_metrics(["loss"], torch.tensor([[math.nan]]))["loss"])

@@ -1,0 +1,311 @@
+"""Every method's gradient as a number: in closed form on a toy denoiser, by a written-out adjoint on the tiny model."""
+
+import math
+
+import pytest
+import torch
+from problem import GUIDANCE, SIGMAS, Problem
+
+from rlhf.config import METHODS, RewardGradientConfig
+from rlhf.device import generator
+from rlhf.method.drift import drift_step_weights
+from rlhf.method.options import read_options
+from rlhf.method.plan import Plan, gradient_samples, make_plan, recover
+from rlhf.method.rollout import rollout
+from rlhf.method.velocity import velocity_field
+
+TEN_STEPS = torch.linspace(1, 0, 11, dtype=torch.float64)
+SETTINGS = {
+    "draft_k": {"num_grad_steps": 3},
+    "draft_lv": {"method_kwargs": {"num_draws": 2}},
+    "alignprop": {"num_grad_steps": 3},
+    "uniform": {"num_grad_steps": 2},
+    "listed": {"method_kwargs": {"steps": [0, 2]}},
+    "drtune": {"num_grad_steps": 2, "method_kwargs": {"jump_steps": 2}},
+    "refl": {"method_kwargs": {"jump_steps": 2}},
+    "srpo": {"method_kwargs": {"num_draws": 4, "align_sigmas": [0.4, 0.6], "align_delta": 0.1}},
+}
+
+
+def plan_of(method: str, sigmas=SIGMAS, draw: int = 0, **settings) -> Plan:
+    args = RewardGradientConfig(method=method, **(SETTINGS[method] | settings))
+    return make_plan(args, read_options(method, args.method_kwargs), sigmas, generator("test", draw))
+
+
+def samples_of(velocity, noise, plan: Plan):
+    """The samples of a rollout by one velocity, in both phases."""
+    states = rollout(velocity, velocity, noise("train"), plan.sigmas, plan.grad_steps, plan.detach_input)
+    return gradient_samples(velocity, states[-1], noise, plan)
+
+
+def test_every_method_is_tested_here():
+    assert set(SETTINGS) == set(METHODS)
+
+
+# ------------------------------------------------------------------------------ the plans, and what they promise
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_comes_from_its_draw_alone(method):
+    plans = [plan_of(method, TEN_STEPS, draw) for draw in (3, 3, *range(40))]
+    described = [(p.grad_steps, p.sigmas.tolist(), p.recoveries, p.drift_step) for p in plans]
+    assert described[0] == described[1]
+    random = method in ("alignprop", "uniform", "drtune", "refl", "srpo")
+    assert any(d != described[0] for d in described) == random
+    for plan in plans:
+        assert plan.sigmas[0] == 1
+        assert plan.sigmas[-1] == 0
+        assert (plan.sigmas.diff() < 0).all()
+
+
+def test_the_truncation_of_alignprop_is_even_over_all_lengths():
+    lengths = torch.tensor([len(plan_of("alignprop", draw=draw).grad_steps) for draw in range(600)])
+    counts = torch.bincount(lengths, minlength=4)[1:]
+    assert counts.sum() == 600
+    assert counts.min() > 160
+
+
+def test_refl_jumps_from_any_of_the_last_steps_and_no_other():
+    plans = [plan_of("refl", TEN_STEPS, draw, method_kwargs={"jump_steps": 3}) for draw in range(100)]
+    assert {len(p.sigmas) - 2 for p in plans} == {7, 8, 9}
+    assert all(p.grad_steps == [len(p.sigmas) - 2] for p in plans)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "last"), [("refl", 40, set(range(30, 40))), ("refl", 3, {2}), ("drtune", 40, {39})]
+)
+def test_without_jump_steps_refl_jumps_from_the_last_quarter_and_drtune_not(method, steps, last):
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    plans = [plan_of(method, sigmas, draw, method_kwargs=None) for draw in range(200)]
+    assert {len(plan.sigmas) - 2 for plan in plans} == last
+
+
+def test_drtune_trains_its_steps_before_the_jump():
+    for draw in range(100):
+        plan = plan_of("drtune", TEN_STEPS, draw, num_grad_steps=3, method_kwargs={"jump_steps": 4})
+        assert len(plan.grad_steps) == 3
+        assert plan.grad_steps[-1] <= len(plan.sigmas) - 2
+        assert 7 <= len(plan.sigmas) - 1 <= 10
+        assert plan.detach_input
+
+
+def test_srpo_recovers_each_level_from_both_sides():
+    plan = plan_of("srpo", TEN_STEPS)
+    (a, b, c, d), levels = plan.recoveries, [s for i in range(9) for s, _ in plan_of("srpo", draw=i).recoveries]
+    assert (a[1], b[1], c[1], d[1]) == (-0.1, 0.1, -0.1, 0.1)
+    assert a[0] == b[0] != c[0] == d[0]
+    assert all(0.4 <= level <= 0.6 for level in levels)
+    assert [
+        s
+        for _, s in plan_of(
+            "srpo", TEN_STEPS, method_kwargs={"num_draws": 1, "align_delta": 0.1, "align_sigmas": [0.4, 0.6]}
+        ).recoveries
+    ] == [-0.1], "no inversion: a reward alone"
+    assert plan.num_samples == 4
+
+
+def test_the_last_step_is_the_one_that_draft_lv_takes_again():
+    plan = plan_of("draft_lv", TEN_STEPS)
+    assert (plan.grad_steps, plan.num_samples) == ([9], 3)
+
+
+def test_a_shortened_prefix_moves_the_window_alone():
+    plan = plan_of("draft_k", TEN_STEPS, prefix_steps=2, drift_weight=0.1)
+    assert plan.grad_steps == [2, 3, 4]
+    assert torch.equal(plan.sigmas[2:], TEN_STEPS[7:])
+    assert plan.drift_total == pytest.approx(drift_step_weights(plan.sigmas, "kl").sum().item())
+    for whole in (plan_of("draft_k", TEN_STEPS, prefix_steps=20), plan_of("srpo", TEN_STEPS, prefix_steps=2)):
+        assert torch.equal(whole.sigmas, TEN_STEPS)
+
+
+# ------------------------------------------------------------------------------------- the toy, in closed form
+
+THETA, X, AGAIN = 0.7, 1.3, {"draw 0": 0.4, "draw 1": -1.1}
+TOY_SIGMAS = [1.0, 0.9, 0.7, 0.4, 0.0]
+
+
+def toy_rate(sigma: float) -> float:
+    return 1 + sigma
+
+
+def toy_gradient(plan: Plan) -> float:
+    """d/dtheta of the plan's reward, the sum of x0, of the denoiser v = theta (1 + sigma) x."""
+    theta = torch.tensor(THETA, dtype=torch.float64, requires_grad=True)
+    noise = {"train": X} | AGAIN
+    samples = samples_of(
+        lambda x, sigma: theta * toy_rate(sigma) * x,
+        lambda purpose: torch.tensor([[[[[noise[purpose]]]]]], dtype=torch.float64),
+        plan,
+    )
+    for sample in samples:
+        ((-1 if sample.penalty else 1) * sample.latents.sum() / plan.num_samples).backward()
+    return theta.grad.item()
+
+
+def toy_states(sigmas: list[float]) -> list[float]:
+    states = [X]
+    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+        states.append(states[-1] * (1 + (after - sigma) * THETA * toy_rate(sigma)))
+    return states
+
+
+def toy_closed_form(plan: Plan) -> float:
+    """The sum over the steps with gradient of (sigma' - sigma) dv/dtheta, each times the gain of the later ones."""
+    sigmas = plan.sigmas.tolist()
+    states, steps = toy_states(sigmas), [after - sigma for sigma, after in zip(sigmas, sigmas[1:], strict=False)]
+    gains = {i: 1 + steps[i] * THETA * toy_rate(sigmas[i]) for i in plan.grad_steps}
+    total = 0.0
+    for i in plan.grad_steps:
+        later = math.prod(gains[j] for j in plan.grad_steps if j > i and not plan.detach_input)
+        total += steps[i] * toy_rate(sigmas[i]) * states[i] * later
+    last = sigmas[-2]
+    for noise in list(AGAIN.values())[: plan.last_step_again]:
+        total -= last * toy_rate(last) * ((1 - last) * states[-1] + last * noise)
+    for sigma, step in plan.recoveries:
+        start = sigma - step
+        state = (1 - start) * states[-1] + start * X
+        total += (-1 if step > 0 else 1) * step * toy_rate(start) * state / (1 - sigma)
+    return total / plan.num_samples
+
+
+@pytest.mark.parametrize("draw", range(4))
+@pytest.mark.parametrize("method", METHODS)
+def test_the_toys_gradient_is_the_closed_form(method, draw):
+    plan = plan_of(method, torch.tensor(TOY_SIGMAS, dtype=torch.float64), draw)
+    assert toy_gradient(plan) == pytest.approx(toy_closed_form(plan), rel=1e-12)
+
+
+def test_methods_agree_where_they_are_the_same_and_differ_elsewhere():
+    sigmas = torch.tensor(TOY_SIGMAS, dtype=torch.float64)
+    last = toy_gradient(plan_of("draft_k", sigmas, num_grad_steps=1))
+    assert toy_gradient(plan_of("listed", sigmas, method_kwargs={"steps": [3]})) == last
+    assert toy_gradient(plan_of("refl", sigmas, method_kwargs={"jump_steps": 1})) == last
+    full = toy_gradient(plan_of("draft_k", sigmas, num_grad_steps=4))
+    assert toy_gradient(plan_of("listed", sigmas, method_kwargs={"steps": [0, 1, 2, 3]})) == full
+    assert abs(toy_gradient(plan_of("drtune", sigmas, num_grad_steps=4, method_kwargs=None)) - full) > 0.1 * abs(full)
+
+
+def test_a_known_noise_recovers_the_video_exactly_and_another_velocity_moves_it_as_told():
+    shape, sigma = (1, 16, 2, 4, 4), torch.tensor(0.8, dtype=torch.float64)
+    x0, noise, wrong = torch.randn(3, *shape, generator=generator("recover"), dtype=torch.float64)
+    for step in (-0.1, 0.1):
+        assert torch.allclose(recover(lambda x, s: noise - x0, x0, noise, sigma, step), x0, atol=1e-12)
+        moved = recover(lambda x, s: noise - x0 + wrong, x0, noise, sigma, step)
+        torch.testing.assert_close(moved - x0, step / (1 - sigma) * wrong)
+
+
+# -------------------------------------------------------------------- the tiny model, by an adjoint written out
+
+
+class Adjoint:
+    """Vector-Jacobian products of the guided velocity, one denoising step and one branch of guidance at a time."""
+
+    def __init__(self, problem: Problem):
+        self.p = problem
+
+    def branches(self):
+        text, pooled, negative, negative_pooled = vars(self.p.cond).values()
+        return (GUIDANCE, text, pooled), (1 - GUIDANCE, negative, negative_pooled)
+
+    def velocity(self, x, sigma, weight, text, pooled):
+        return weight * self.p.transformer(x, text, pooled, (sigma * 1000).expand(len(x))).sample
+
+    @torch.no_grad()
+    def states(self, sigmas) -> list[torch.Tensor]:
+        states = [self.p.noise]
+        for i in range(len(sigmas) - 1):
+            v = sum(self.velocity(states[-1], sigmas[i], *branch) for branch in self.branches())
+            states.append(states[-1] + (sigmas[i + 1] - sigmas[i]) * v)
+        return states
+
+    def pull(self, x, sigma, cotangent) -> torch.Tensor:
+        """Adds cotangent dv/dtheta to the parameters' gradients; cotangent dv/dx."""
+        total = torch.zeros_like(x)
+        for branch in self.branches():
+            x = x.detach().requires_grad_()
+            self.velocity(x, sigma, *branch).backward(cotangent)
+            total += x.grad
+        return total
+
+    def of_loss(self, latents) -> torch.Tensor:
+        latents = latents.detach().requires_grad_()
+        return torch.autograd.grad(self.p.loss(latents), latents)[0]
+
+    def gradient(self, plan: Plan) -> torch.Tensor:
+        """What the plan documents, from products alone: no graph is longer than one velocity."""
+        sigmas, states = plan.sigmas, self.states(plan.sigmas)
+        if plan.grad_steps:
+            adjoint = self.of_loss(states[-1])
+            for i in reversed(range(plan.grad_steps[0], len(sigmas) - 1)):
+                if i in plan.grad_steps:
+                    pulled = self.pull(states[i], sigmas[i], (sigmas[i + 1] - sigmas[i]) * adjoint)
+                    adjoint = adjoint if plan.detach_input else adjoint + pulled
+        for draw in range(plan.last_step_again):
+            x = (1 - sigmas[-2]) * states[-1] + sigmas[-2] * noise_of(self.p, f"draw {draw}")
+            self.recovered(x, sigmas[-2], torch.zeros_like(sigmas[-2]), lambda x: x, 1.0)
+        for level, step in plan.recoveries:
+            sigma, start = sigmas.new_tensor(level), sigmas.new_tensor(level - step)
+            x = (1 - start) * states[-1] + start * self.p.noise
+            back = lambda x, sigma=sigma: (x - sigma * self.p.noise) / (1 - sigma)
+            self.recovered(x, start, sigma, back, (-1 if step > 0 else 1) / (1 - sigma))
+        return self.p.collect() / plan.num_samples
+
+    def recovered(self, x, sigma, sigma_next, back, scale) -> None:
+        """One Euler step from x, brought back to a video by `back`, whose derivative is `scale` up to the sign."""
+        with torch.no_grad():
+            v = sum(self.velocity(x, sigma, *branch) for branch in self.branches())
+        adjoint = self.of_loss(back(x + (sigma_next - sigma) * v))
+        self.pull(x, sigma, (sigma_next - sigma) * scale * adjoint)
+
+
+def noise_of(problem: Problem, purpose: str) -> torch.Tensor:
+    if purpose == "train":
+        return problem.noise
+    return torch.randn(problem.noise.shape, generator=generator(purpose), dtype=torch.float64)
+
+
+def method_gradient(problem: Problem, plan: Plan) -> torch.Tensor:
+    velocity = velocity_field(problem.transformer, problem.cond, GUIDANCE)
+    for sample in samples_of(velocity, lambda purpose: noise_of(problem, purpose), plan):
+        sign = -1 if sample.penalty else 1
+        (sign * problem.loss(sample.latents) / plan.num_samples).backward()
+    return problem.collect()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_models_gradient_is_the_documented_one(problem, method):
+    plan = plan_of(method, draw=1)
+    gradient = method_gradient(problem, plan)
+    assert gradient.norm() > 0
+    expected = Adjoint(problem).gradient(plan)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9 * expected.abs().max().item())
+
+
+def test_draft_with_all_steps_is_the_exact_gradient_and_the_estimators_are_not(problem):
+    """Plain autograd through the whole sampler, without a plan."""
+    velocity = velocity_field(problem.transformer, problem.cond, GUIDANCE)
+    problem.loss(rollout(velocity, velocity, problem.noise, SIGMAS, [0, 1, 2])[-1]).backward()
+    exact = problem.collect()
+    for method, draw in [*((method, 1) for method in METHODS), ("alignprop", 2)]:
+        plan = plan_of(method, draw=draw)
+        off = ((method_gradient(problem, plan) - exact).norm() / exact.norm()).item()
+        if plan.grad_steps == [0, 1, 2] and not plan.detach_input:
+            assert method in ("draft_k", "alignprop")
+            assert off < 1e-12
+        else:
+            assert off > 1e-2, (method, off)
+
+
+def test_the_last_step_is_drawn_again_at_its_own_noise_level(problem):
+    """DRaFT-LV's extra states have the mean and the spread of the last step's, around the video that was made."""
+    seen = []
+    velocity = lambda x, sigma: seen.append((x.detach(), sigma)) or torch.zeros_like(x)
+    sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0], dtype=torch.float64)
+    plan = plan_of("draft_lv", sigmas, num_draws=400)
+    for _ in samples_of(velocity, lambda purpose: noise_of(problem, purpose), plan):
+        pass
+    again = torch.stack([x for x, sigma in seen[3:]])
+    assert len(again) == 400
+    assert {sigma.item() for _, sigma in seen[2:]} == {0.3}
+    torch.testing.assert_close(again.mean(0), 0.7 * problem.noise, atol=0.08, rtol=0)
+    assert again.std(0).mean().item() == pytest.approx(0.3, rel=0.01)

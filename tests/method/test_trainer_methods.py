@@ -1,0 +1,107 @@
+"""Methods and drift through the whole loop, on a tiny random pipeline: what is exact stays exact."""
+
+import pytest
+import torch
+from runs import adapter, train
+from tiny import tiny_pipeline
+from toy_rewards import PROMPTS, redness, rows_without_cost
+
+from rlhf.contentv.flow import guided_velocity
+from rlhf.method.rollout import draw_noise
+from rlhf.trainer import RewardGradientTrainer
+
+ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "draft_lv"},
+        {
+            "method": "drtune",
+            "num_grad_steps": 2,
+            "method_kwargs": {"jump_steps": 2},
+            "drift_weight": 0.1,
+            "anchor_steps": 2,
+        },
+        {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}, "guidance_gradient": "text"},
+    ],
+)
+def test_accumulated_batches_equal_one_large_batch_with_every_method(make_args, tmp_path, settings):
+    """Choices belong to the step and noise to the sample, so that neither batches nor processes change them."""
+    settings |= {"adam_epsilon": 1e-4}  # else AdamW makes whole steps of what is rounding
+    many = make_args(output_dir=str(tmp_path / "a"), gradient_accumulation_steps=2, **settings)
+    one = make_args(output_dir=str(tmp_path / "b"), per_device_train_batch_size=4, **settings)
+    for args in (many, one):
+        train(args)
+    for row, other in zip(rows_without_cost(many), rows_without_cost(one), strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    torch.testing.assert_close(adapter(many), adapter(one), rtol=1e-3, atol=3e-5)
+
+
+def test_drift_is_logged_and_held_down_by_its_weight(make_args, tmp_path):
+    drifts = []
+    for weight in (1e-6, 30.0):
+        args = make_args(output_dir=str(tmp_path / str(weight)), max_steps=8, drift_weight=weight, learning_rate=3e-2)
+        train(args)
+        rows = rows_without_cost(args)
+        found = [row["drift"] for row in rows]
+        assert found[0] == 0
+        assert rows[3]["loss"] == pytest.approx(weight * found[3] - rows[3]["reward"], rel=1e-5)
+        drifts.append(sum(found[-3:]))
+    assert drifts[1] < 0.5 * drifts[0]
+
+
+def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_args):
+    asked = []
+
+    def counted(video, prompts, **info):
+        asked.append("probe" not in info)
+        return redness(video, prompts)
+
+    args = make_args(max_steps=6, anchor_steps=3, learning_rate=3e-2)
+    trainer = RewardGradientTrainer(tiny_pipeline(), counted, args, PROMPTS)
+    trainer.train()
+    assert sum(asked) == 4
+    of_anchors = [row for row in rows_without_cost(args) if "reward" not in row]
+    assert [row["step"] for row in of_anchors] == [3, 6]
+    assert all(row["loss"] == row["drift"] > 0 for row in of_anchors)
+
+    # Descending the anchor's gradient brings the tuned model nearer to the base.
+    before = trainer.step(8)["drift"]
+    for _ in range(20):
+        after = trainer.step(8)["drift"]
+    assert after < 0.5 * before
+
+
+def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
+    args = make_args(
+        guidance_gradient="distill",
+        drift_weight=10.0,
+        drift_weighting="even",
+        max_steps=25,
+        learning_rate=1e-2,
+        num_sample_prompts=0,
+    )
+    trainer = RewardGradientTrainer(tiny_pipeline(), lambda v, p, **info: redness(v, p) * 1e-3, args, PROMPTS, PROMPTS)
+    base = trainer.pipe.transformer
+    trainer.train()
+    found = [row["drift"] for row in rows_without_cost(args)]
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+
+    # The base is sampled with guidance, the tuned model without.
+    noise = draw_noise(trainer.batches.noise_shape, 0, "test", [(0,)])
+    cond = trainer.text(PROMPTS[:1], "cpu")
+    sigma = trainer.sigmas[0]
+    with torch.no_grad():
+        assert torch.equal(trainer.fields.tuned(cond)(noise, sigma), guided_velocity(base, noise, sigma, cond, 1.0))
+        guided = trainer.fields.base(cond)(noise, sigma)
+        base.disable_adapters()
+        assert torch.equal(guided, guided_velocity(base, noise, sigma, cond, args.guidance_scale or 3.0))
+
+
+def test_dora_trains_in_the_loop(make_args):
+    args = make_args(lora_use_dora=True, max_steps=2, drift_weight=0.1)
+    train(args)
+    assert rows_without_cost(args)[1]["drift"] > 0
+    assert adapter(args).isfinite().all()

@@ -1,0 +1,149 @@
+"""The report says what the run's files say, also of a run that did not get far, and asks for nothing else."""
+
+import dataclasses
+import json
+import re
+import shutil
+from importlib.metadata import version
+
+import pytest
+from report_runs import GAINS, NASTY, PROMPTS, UNFINISHED, Page, killed, metrics, read
+from scripts import script
+
+from rlhf.evaluation.held_out import Evaluation
+from rlhf.evaluation.statistics import summarize
+from rlhf.report import finish_report, write_report
+from rlhf.report.data import Run, cost
+from rlhf.run.environment import record_end, record_start
+
+
+def test_its_numbers_are_those_of_the_files(finished):
+    page, rows = read(finished), metrics(6)
+    summary = json.loads((finished / "summary.json").read_text())
+    summary["held_out"]["nano_verifier"] = summary["held_out"].pop("verifier")  # its name in every other table
+    for name, row in {**summary["trained"], **summary["held_out"], "motion": summary["motion"]}.items():
+        assert page.cells[name] == [row["base"], row["tuned"], row["diff"]]
+    for name in ("reward", "grad_norm", "drift", "memory_gib", "eval/hacking_gap"):
+        values = [row[name] for row in rows if name in row]
+        mean = sum(values[-10:]) / len(values[-10:])
+        assert page.cells[name] == pytest.approx([values[0], values[-1], mean, min(values), max(values)])
+    assert set(page.cells) >= set(rows[-1]) - {"step"}
+
+
+def test_all_of_the_prompts_count_in_the_share_that_rose(finished):
+    row = next(row for row in Run(finished).headline() if row["name"] == "redness")
+    assert (row["better"], row["equal"], row["worse"]) == ((GAINS > 0).sum(), (GAINS == 0).sum(), (GAINS < 0).sum())
+    assert f"{round(100 * row['win_rate'])} % of 12" in read(finished).text
+
+
+def test_worst_ten_come_first_and_the_others_are_a_click_away(finished):
+    cards = read(finished).cards
+    assert [gains["redness"] for gains, _ in cards] == pytest.approx(sorted(GAINS.tolist()))
+    assert [hidden for _, hidden in cards] == [False] * 10 + [True] * 2
+
+
+def test_prompts_without_videos_are_told(finished):
+    assert "other held-out prompts" not in read(finished).text
+    for folder in (finished / "samples").iterdir():
+        lines = (folder / "prompts.txt").read_text().splitlines(keepends=True)
+        (folder / "prompts.txt").write_text("".join(lines[:7]))
+    text = read(finished).text
+    assert "7 pairs, worst first. 5 other held-out prompts have scores alone" in text
+
+
+def test_a_prompt_is_text_whatever_is_in_it(finished):
+    page = read(finished)
+    assert NASTY in page.text
+    assert "<script>bad" not in (finished / "report.html").read_text()
+
+
+def test_it_asks_for_nothing_else(finished):
+    page = read(finished)
+    assert len([a for a in page.addresses if a.startswith("data:video/mp4;base64,")]) == 24
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"@import|url\((?!#)", (finished / "report.html").read_text())
+
+
+def test_videos_beyond_the_size_stay_beside_it(finished, tmp_path):
+    whole = write_report(finished).stat().st_size
+    output = tmp_path / "elsewhere" / "r.html"
+    size = write_report(finished, output, max_bytes=whole - 20_000).stat().st_size
+    assert size < whole - 20_000
+    page = Page(output.read_text())
+    beside = [address for address in page.addresses if not address.startswith(("data:", "#"))]
+    assert 0 < len(beside) < 24
+    assert all((output.parent / address.replace("%20", " ")).is_file() for address in beside)
+    assert "not in this file but beside it" in page.text
+    assert script("eval/report.py").main([str(finished), "--output", str(output), "--max_mb", "inf"]) == 0
+    assert output.stat().st_size == whole
+
+
+def test_what_was_set_and_what_it_cost(finished):
+    finish_report(finished)
+    text = Page((finished / "report.html").read_text()).text
+    assert "eval_reward_funcs nano_verifier Judges that only evaluate" in text
+    assert "time in steps 12.0 s" in text
+    assert "whole run 30.0 s" in text
+    assert f"torch {version('torch')}" in text
+    assert "GiB of the main process" in text
+    assert cost(Run(finished))["device_hours"] == pytest.approx(30 / 3600)
+
+
+def test_it_can_show_other_videos(finished, encoded, tmp_path):
+    for name, step, shift in (("a", 0, 0.0), ("b", 6, 0.5)):
+        shutil.copytree(encoded / "samples" / f"step-{step:06d}", tmp_path / name)
+        rows = [
+            {"file": f"{i:02d}.mp4", "prompt": prompt, "seed": 0, "scores": {"sharp": i / 10 + shift}}
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        (tmp_path / name / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report(finished, tmp_path / "r.html", tmp_path / "a", tmp_path / "b").read_text()
+    page = Page(text)
+    assert page.cells["sharp"][2] == pytest.approx(0.5)
+    assert [gains["sharp"] for gains, _ in page.cards] == pytest.approx([0.5] * 12)
+
+
+@pytest.mark.parametrize("leave", UNFINISHED)
+def test_a_run_that_ended_early_has_a_report(started, leave):
+    status = leave(started)
+    page = read(started)
+    assert status in page.text
+    assert "There is no evaluation before and after" in page.text
+    assert "There are no videos" in page.text
+    if leave is killed:
+        assert page.cells["reward"][:2] == [0.51, 0.54]
+
+
+def test_a_run_that_went_on_and_was_killed_or_failed_is_not_finished(finished):
+    """Although the adapter of its first end is still there."""
+    assert "finished: 6 of 6 steps" in Run(finished).status
+    record_start(finished, "cpu")
+    assert Run(finished).status.startswith("not finished"), "killed, or still running"
+    record_end(finished, "RewardError: broken")
+    assert Run(finished).status.startswith("not finished")
+    record_start(finished, "cpu")
+    record_end(finished)
+    assert Run(finished).status == "finished: 6 of 6 steps"
+
+
+def test_one_prompt_makes_no_verdict(finished):
+    evaluations = [Evaluation.load(finished / "evaluation" / f"{name}.safetensors") for name in ("base", "tuned")]
+    for name, whole in zip(("base", "tuned"), evaluations, strict=True):
+        scores = {judge: values[:1] for judge, values in whole.scores.items()}
+        one = dataclasses.replace(whole, prompts=whole.prompts[:1], scores=scores)
+        one.save(finished / "evaluation" / f"{name}.safetensors")
+    base, tuned = (Evaluation.load(finished / "evaluation" / f"{name}.safetensors") for name in ("base", "tuned"))
+    (finished / "summary.json").write_text(json.dumps(summarize(base, tuned, ["redness"], 30.0, 6)))
+    page = read(finished)
+    assert page.cells["redness"][2] != 0
+    assert page.text.count("one prompt is not enough") > 2
+    assert "no clear change" not in page.text
+    assert "lower" not in page.text
+
+
+def test_a_killed_run_shows_its_last_samples_without_scores(started, encoded):
+    shutil.copytree(encoded / "samples", started / "samples")
+    killed(started)
+    page = read(started)
+    assert page.cards == [({}, i >= 10) for i in range(12)]
+    assert "12 pairs, without scores" in page.text

@@ -1,0 +1,201 @@
+"""The command: its defaults, its errors as plain paragraphs, and a run that is interrupted and goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from scripts import script
+from tiny import tiny_pipeline
+
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.files import NANO_PATH
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "train_rlhf.py"
+
+REWARD = """
+def redness(video, prompts, **info):
+    return (video[:, 0] - video[:, 2]).mean((1, 2, 3)) * 10
+"""
+
+
+@pytest.fixture(scope="module")
+def main():
+    return script("train_rlhf.py").main
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A user's folder: a model, prompts, a reward of their own and a config that names them."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "train.txt").write_text("a red fox\nrain\nthe sea\n")
+    (tmp_path / "held_out.txt").write_text("a town\na leaf\n")
+    (tmp_path / "reward.py").write_text(REWARD)
+    settings = {
+        "model": str(tmp_path / "model"),
+        "prompts": "train.txt",
+        "eval_prompts": "held_out.txt",
+        "reward_funcs": ["reward.py:redness"],
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 3,
+        "num_frames": 5,
+        "report_to": "none",
+        "cpu_threads": 1,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def test_the_command_stays_short():
+    assert len((ROOT / "rlhf" / "train.py").read_text().splitlines()) < 100
+    assert len(SCRIPT.read_text().splitlines()) < 20
+
+
+def test_a_shipped_config_goes_by_its_name(main, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config", "nano", "--dry_run"]) == 0
+    assert "prompts: nano_train" in capsys.readouterr().out
+    (tmp_path / "nano").mkdir()
+    assert main(["--config", "nano", "--dry_run"]) == 2, "a folder of that name is no longer the shipped one"
+    assert "--config: got nano, which is not a file" in capsys.readouterr().err
+
+
+def test_a_resume_hint_names_a_command_that_can_be_launched(monkeypatch):
+    from rlhf import train
+
+    args, saved = RewardGradientConfig(output_dir="runs/x"), lambda folder: folder / "step-3"
+    for started, launched in ((train.__file__, "-m rlhf.train"), ("train_rlhf.py", "train_rlhf.py")):
+        monkeypatch.setattr(sys, "argv", [started, "--seed", "1"])
+        hint = train._resume_hint(args, saved)
+        assert f"accelerate launch {launched} --seed 1 --resume_from_checkpoint latest" in hint
+
+
+def test_a_users_own_model_prompts_and_reward(main, project, capsys):
+    assert main(["--config", str(project / "config.yaml"), "--max_steps", "2"]) == 0
+    summary = json.loads((project / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert set(summary["trained"]) == {"redness"}
+    assert "2 held-out prompts" in capsys.readouterr().out
+    assert main(["--config", str(project / "config.yaml")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_the_resolved_config_repeats_the_run(main, project, monkeypatch):
+    assert main(["--config", str(project / "config.yaml")]) == 0
+    resolved = project / "run" / "config.yaml"
+    assert yaml.safe_load(resolved.read_text())["height"] == 32, "the model's own size"
+    monkeypatch.chdir("/")
+    assert main(["--config", str(resolved), "--output_dir", str(project / "again")]) == 0
+    first, again = (json.loads((project / name / "summary.json").read_text()) for name in ("run", "again"))
+    assert first["trained"] == again["trained"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--learing_rate", "1"], "did you mean 'learning_rate'?"),
+        (["--num_grad_steps", "5"], "num_grad_steps=5 exceeds num_inference_steps=4"),
+        (["--num_frames", "6"], "num_frames=6 is not 4k+1"),
+        (["--height", "33"], "height=33 is not divisible by 16"),
+        (["--model", "nowhere/at/all"], "model='nowhere/at/all' is no folder here"),
+        (["--prompts", "absent.txt"], "got no file at"),
+        (["--prompts", "empty.txt"], "got no prompts"),
+        (["--reward_funcs", "reward.py:blueness"], "no 'blueness' in"),
+        (["--max_steps", "few"], "invalid int value"),
+        (["--config", "absent.yaml"], "expected a YAML file"),
+    ],
+)
+def test_errors_are_one_paragraph_and_exit_2(main, project, capsys, flags, told, monkeypatch):
+    (project / "empty.txt").touch()
+    monkeypatch.setattr("rlhf.contentv.loading.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    arguments = flags if "--config" in flags else ["--config", str(project / "config.yaml"), *flags]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("train_rlhf: The settings have 1 problem:")
+    assert told in captured.err
+    assert "Traceback" not in captured.err + captured.out
+    assert not (project / "run").exists()
+
+
+def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, capsys):
+    """Which the system refuses in words of its own, and which a resumed run finds after it has been loaded."""
+    config = ["--config", str(project / "config.yaml")]
+    assert main([*config, "--prompts", "a red fox in the snow, " * 20]) == 2
+    assert "expected a path that can be read; correct the setting" in capsys.readouterr().err
+    assert main([*config, "--max_steps", "1"]) == 0
+    (project / "run" / "evaluation" / "base.safetensors").write_bytes(b"half")
+    assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 1
+    told = capsys.readouterr().err
+    assert "train_rlhf: " in told
+    assert "base.safetensors: got a damaged file" in told
+    (project / "run" / "evaluation" / "base.safetensors").unlink()
+    assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 0, "the cure"
+
+
+def test_a_reward_that_breaks_ends_with_1_and_its_name(main, project, capsys):
+    (project / "reward.py").write_text(REWARD.replace("* 10", "* float('nan')"))
+    assert main(["--config", str(project / "config.yaml")]) == 1
+    assert "train_rlhf: reward 'redness': got the score nan" in capsys.readouterr().err
+
+
+def test_a_misspelt_key_is_told_before_anything_heavy_is_imported():
+    code = "import sys; from rlhf.train import main; main(['--learing_rate', '1'])"
+    code += "; print('diffusers' in sys.modules, 'peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_ctrl_c_saves_and_a_second_run_goes_on(main, project):
+    config = str(project / "config.yaml")
+    command = [sys.executable, str(SCRIPT), "--config", config, "--max_steps", "100000", "--eval_prompts", "none"]
+    command.append("--overwrite_output_dir")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for(project / "run" / "metrics.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    saved = sorted((project / "run" / "checkpoints").iterdir())
+    assert len(saved) == 1
+    done = int(saved[0].name.removeprefix("step-"))
+    assert f"{saved[0]}; go on with" in errors
+    told = errors.rstrip().splitlines()[-1].split()
+    assert told[:3] == ["accelerate", "launch", str(SCRIPT)]
+    assert main([*told[3:], "--max_steps", str(done + 2)]) == 0  # with --overwrite_output_dir still among the flags
+    steps = [json.loads(line)["step"] for line in (project / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, done + 3))
+
+
+def wait_for(path: Path, process, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_dry_run_of_a_recipe_for_contentv_8b_prints_settings_and_needs(main, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["--config", str(ROOT / "configs" / "contentv_8b_24gib.yaml"), "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    for line in ("learning_rate: 1.0e-05", "lora_rank: 32", "stream_weights: true", "8,056,627,520 parameters"):
+        assert line in text
+    assert re.search(r"transformer calls of one process, per video +50$", text, re.MULTILINE)
+    assert not (ROOT / "runs" / "contentv_8b_24gib").exists()
+
+
+@pytest.mark.skipif(not NANO_PATH.exists(), reason="the weights of nano are not trained yet")
+def test_the_main_job_in_small(main, tmp_path):
+    flags = ["--max_steps", "1", "--warmup_steps", "0", "--num_eval_prompts", "2", "--per_device_train_batch_size", "1"]
+    flags += ["--num_diversity_prompts", "0", "--num_sample_prompts", "2", "--output_dir", str(tmp_path / "run")]
+    assert main(flags) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 <= summary["held_out"]["verifier"]["base"] <= 1
