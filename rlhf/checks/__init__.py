@@ -1,6 +1,5 @@
 """Check settings against each other and the model: all problems at once, before weights load."""
 
-import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -12,8 +11,8 @@ from rlhf.checks.method import adapter_problems, method_problems
 from rlhf.checks.parallel import parallel_problems
 from rlhf.checks.resume import resume_problems
 from rlhf.checks.rewards import problems_raised_by, reward_problems
-from rlhf.config import SAMPLING_KEYS, ConfigError, RewardGradientConfig, range_problems
-from rlhf.contentv.files import SamplingDefaults, model_sizes
+from rlhf.config import ConfigError, RewardGradientConfig, range_problems, with_sampling
+from rlhf.contentv.files import model_sizes
 from rlhf.device import pick_device
 from rlhf.prompts import load_prompts
 from rlhf.run.folder import has_run

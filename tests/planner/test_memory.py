@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_parts import CHECKPOINTED, DECODED, tiny
+from plans import CHECKPOINTED, DECODED, tiny
 
 from rlhf.config import RewardGradientConfig, with_sampling
 from rlhf.contentv.files import model_sizes

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 import pytest
-from test_parts import tiny
+from plans import tiny
 
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig

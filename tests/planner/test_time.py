@@ -5,8 +5,8 @@ import json
 from collections import Counter
 
 import pytest
+from plans import CHECKPOINTED, tiny
 from scripts import ROOT
-from test_parts import CHECKPOINTED, tiny
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
 from kept import KeptBytes
-from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
+from plans import CHECKPOINTED, DECODED, tiny
+from tiny import tiny_conditioning
 
 from rlhf.adapter.lora import MasterWeights, add_adapter, lora_config
-from rlhf.config import RewardGradientConfig, with_sampling
+from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import model_sizes
 from rlhf.contentv.transformer import QueryKeyNorm
 from rlhf.contentv.wan_decoder import decode_video
@@ -22,17 +23,6 @@ from rlhf.planner.time import H200, phase_seconds
 from rlhf.planner.traced import TracedModel
 from rlhf.planner.tracer import MetaOffload, Phase, Trace, fake_process_group, fused_attention
 from rlhf.training.setup import latent_shape
-
-CHECKPOINTED = {"gradient_checkpointing": True}
-DECODED = {"decode_chunk": 1, "decode_checkpoint": True}
-
-
-def tiny(**settings):
-    pipe = tiny_pipeline()
-    pipe.register_modules(transformer=tiny_transformer(num_layers=6))  # the text that enters the first has no gradient
-    common = {"lora_rank": 4, "num_frames": 33, "per_device_train_batch_size": 2, "num_grad_steps": 2}
-    card = model_sizes("", pipe)
-    return pipe, with_sampling(RewardGradientConfig(**common | settings), card["sampling"]), card
 
 
 def test_counts_are_those_of_the_real_modules():

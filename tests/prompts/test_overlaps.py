@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from rlhf.prompts import NEAR, close_pairs, load_prompts, main, words
+from rlhf.prompts import load_prompts
+from rlhf.prompts.__main__ import NEAR, close_pairs, main, words
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
 
