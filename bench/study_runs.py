@@ -30,7 +30,7 @@ from rlhf.method.plan import make_plan
 from rlhf.method.rollout import draw_noise
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.monitor import gains
-from rlhf.training.setup import open_rewards
+from rlhf.training.rewards import open_rewards
 
 TRAINED, WARM_UP = "nano_preference", 3
 SHARED = {  # with configs/nano.yaml: no pictures, no checkpoints; guidance in one batch is the same and faster

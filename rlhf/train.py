@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> int:
-    """Print the resolved settings and what a run on these processes needs; return the exit status."""
+    """Print the resolved settings and what a run on these processes needs; return 0."""
     from rlhf.planner.text import plan_report
 
     text = plan_report(args, flags.memory_limit_gib, flags.plan_device, processes)
@@ -52,7 +52,7 @@ def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> 
 def train(args: RewardGradientConfig) -> int:
     """Train with checked settings, explain an error in a paragraph and return the exit status."""
     from rewards import RewardError
-    from rlhf.training.setup import open_rewards
+    from rlhf.training.rewards import open_rewards
 
     try:
         rewards = open_rewards(args)  # before importing the trainer, too
@@ -60,7 +60,7 @@ def train(args: RewardGradientConfig) -> int:
         return _fail(f"train_rlhf: {error}", EXIT_FAILED)
 
     from rlhf.io import DamagedFileError
-    from rlhf.run.checkpoint import SavingError, newest_undamaged
+    from rlhf.run.checkpoint import SavingError
     from rlhf.trainer import RewardGradientTrainer
     from rlhf.training.failures import TrainingError, out_of_memory
 
@@ -72,16 +72,20 @@ def train(args: RewardGradientConfig) -> int:
     except ConfigError as error:
         return _fail(f"train_rlhf: {error}", EXIT_SETTINGS)
     except (RewardError, TrainingError, SavingError, DamagedFileError) as error:
-        return _fail(f"train_rlhf: {error}{_resume_hint(args, newest_undamaged)}", EXIT_FAILED)
+        explained, status = str(error), EXIT_FAILED
     except (RuntimeError, MemoryError) as error:
-        if (explained := out_of_memory(error)) is None:
+        if not (explained := out_of_memory(error)):
             raise
-        return _fail(f"train_rlhf: {explained}{_resume_hint(args, newest_undamaged)}", EXIT_FAILED)
+        status = EXIT_FAILED
     except KeyboardInterrupt:
-        return _fail(f"train_rlhf: interrupted.{_resume_hint(args, newest_undamaged)}", EXIT_INTERRUPTED)
+        explained, status = "interrupted.", EXIT_INTERRUPTED
+    return _fail(f"train_rlhf: {explained}{resume_hint(args)}", status)
 
 
-def _resume_hint(args: RewardGradientConfig, newest_undamaged) -> str:
+def resume_hint(args: RewardGradientConfig) -> str:
+    """Return where the run's last good state is, and the command that resumes; "" for none."""
+    from rlhf.run.checkpoint import newest_undamaged
+
     if (saved := newest_undamaged(Path(args.output_dir) / "checkpoints")) is None:
         return ""
     # The last of equal flags counts, so the given ones may stay.

@@ -1,6 +1,6 @@
 """The training loop: prompts to videos to scores, and their gradient back into the adapter.
 
-Read `step` and `_reward_gradient` first, then `rlhf.method.rollout.rollout`.
+Read `step`, `_reward_gradient` and `_sample_gradient` first, then `rlhf.method.rollout.rollout`.
 
 Shape legend: B batch, C channels, T frames, H height, W width, S samples of a step, R logged
 columns.
@@ -10,7 +10,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,30 +30,23 @@ from rlhf.method.decode import VideoSampler
 from rlhf.method.drift import velocity_distance
 from rlhf.method.losses import reward_loss, score, score_metrics
 from rlhf.method.options import read_options
-from rlhf.method.plan import Plan, gradient_samples, make_plan
-from rlhf.method.rollout import RolloutCache, rollout, sample_euler
+from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
+from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
 from rlhf.report import report_at_end
 from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.run.folder import start_run_folder
 from rlhf.run.metrics import Cost, RunLog
 from rlhf.run.resume import resume_message
 from rlhf.run.signals import StopRequest, TrainingInterrupted
-from rlhf.run.trackers import run_trackers, show_samples
+from rlhf.run.trackers import run_trackers
 from rlhf.training import setup
+from rlhf.training.batches import BatchResult, first_failure
 from rlhf.training.calibrate import calibrate, restore_calibration
 from rlhf.training.callbacks import Callbacks
 from rlhf.training.failures import SkippedSteps, non_finite_error, require_gradient, require_new
 from rlhf.training.monitor import Guard, HeldOutMonitor
+from rlhf.training.rewards import mix_rewards, open_rewards
 from rlhf.types import Conditioning
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchResult:
-    """The outcome of a batch, or of a whole step, whose gradient went to the master weights."""
-
-    columns: dict[str, torch.Tensor]  # (B,) each, by the name that is logged
-    suspect: tuple[torch.Tensor, list[str], dict] | None = None  # as in `non_finite_error`
-    error: RewardError | None = None  # raised by a reward on this process
 
 
 class RewardGradientTrainer:
@@ -70,8 +62,8 @@ class RewardGradientTrainer:
         train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that
             args name.
         peft_config: a LoRA in place of the one that args describe, without dropout.
-        opened_rewards: the result of `rlhf.training.setup.open_rewards` for these args, so that rewards
-            load once.
+        opened_rewards: the result of `rlhf.training.rewards.open_rewards` for these args, so that
+            rewards load once.
         callbacks: `transformers.TrainerCallback`s, as docs/watching.md describes; they may stop,
             evaluate and save.
 
@@ -92,141 +84,110 @@ class RewardGradientTrainer:
     ):
         inputs = setup.check_inputs(model, reward_funcs, args, train_dataset, eval_dataset, peft_config)
         self.args = args = inputs.args
-        self.options = read_options(args.method, args.method_kwargs)
+        self.folder, self.options = Path(args.output_dir), read_options(args.method, args.method_kwargs)
         self.accelerator = make_accelerator(args)
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
-        self.folder = Path(args.output_dir)
-        train_prompts, self.eval_prompts = setup.load_prompt_sets(inputs)
+        train_prompts, self.eval_prompts = inputs.train_prompts, inputs.eval_prompts
         setup.require_same_run(self.layout, train_prompts, args)
-        judges = opened_rewards or setup.open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
-        self.rewards = setup.mix_rewards(judges, len(inputs.rewards), args)
+        judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
+        self.rewards = mix_rewards(judges, len(inputs.rewards), args)
 
         self.pipe = inputs.pipe or setup.load_base(args, self.device)
         self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout)
+        self.optimizer = make_optimizer(self.masters.vector, args)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
         self.decode = setup.make_decoder(self.pipe, self.rewards, args, self.device)
-        self.optimizer = make_optimizer(self.masters.vector, args)
-        self.skipped = SkippedSteps(args.max_skipped_steps)
+        self.batches = setup.make_batches(train_prompts, self.pipe, args, self.layout)
+        self.rollouts, self.skipped = RolloutCache(args.rollout_reuse), SkippedSteps(args.max_skipped_steps)
         self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
         self.state = self.callbacks.state
 
-        self.rollouts = RolloutCache(args.rollout_reuse)
-        self.batches = setup.make_batches(train_prompts, self.pipe, args, self.layout)
         self.resumed = self._restore()
         calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args)
         self.calibration_prompts = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
         left = self.batches.from_rollout(self.rollouts.rollout_of(self.resumed["step"], 0))
         prompts = left + self.eval_prompts + self.calibration_prompts
         self.text = setup.encode_and_release(self.pipe, prompts, args, self.device, release=inputs.pipe is None)
-
-        self.sample_base, self.sample_tuned = (
-            VideoSampler(field, self.text, self.pipe.vae, self.sigmas, args.decode_chunk)
-            for field in (self.fields.base, self.fields.tuned)
-        )
+        self.sample_base = self._video_sampler(self.fields.base)
         self.monitor = None
         if self.eval_prompts:
-            shown = partial(show_samples, self.accelerator)
-            held_out = setup.make_held_out(
-                self.sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout, shown
-            )
-            weights, notify = self.rewards.weights, self.callbacks.notify
-            self.monitor = HeldOutMonitor(
-                held_out, weights, self.pipe, self.masters, notify, Guard.of(args), args.resume_from_checkpoint
-            )
+            sample_tuned, weights = self._video_sampler(self.fields.tuned), self.rewards.weights
+            held_out = setup.make_held_out(sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout)
+            guard, resume_from, notify = Guard.of(args), args.resume_from_checkpoint, self.callbacks.notify
+            self.monitor = HeldOutMonitor(held_out, weights, self.pipe, self.masters, notify, guard, resume_from)
         self.callbacks.notify("on_init_end")
 
     # ------------------------------------------------------------------------------------ one step
 
     def step(self, step: int) -> dict[str, float]:
         """Take optimizer step `step`, from 0, on `samples_per_step` videos; return its metrics."""
-        cost, args, masters = Cost(self.device), self.args, self.masters
+        cost, args = Cost(self.device), self.args
         plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
-        is_anchor = is_due(step + 1, args.anchor_steps)
-        gradient = self._anchor_gradient if is_anchor else self._reward_gradient
-        result = self._accumulate(gradient, step, plan)
+        gradient = self._anchor_gradient if is_due(step + 1, args.anchor_steps) else self._reward_gradient
+        results = [gradient(step, micro, plan) for micro in range(args.gradient_accumulation_steps)]
 
-        scores_SR = self.accelerator.gather(torch.stack([*result.columns.values()], 1)).cpu()
-        masters.vector.grad = self.accelerator.reduce(masters.vector.grad, "sum")
-        norm = masters.vector.grad.norm().item()
+        names = list(results[0].columns)
+        scores_SR = torch.cat([torch.stack([*result.columns.values()], 1) for result in results])
+        scores_SR = self.accelerator.gather(scores_SR).cpu()
+        grad = self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
+        norm = grad.norm().item()
         samples = self.batches.samples_before(step + 1)
         progress = {"step": step + 1, "epoch": samples / len(self.batches.prompts)}
-        if error := non_finite_error(scores_SR, norm, result.error, self.rewards, result.suspect, self.accelerator):
+        suspect, error = first_failure(results)
+        if error := non_finite_error(scores_SR, norm, error, self.rewards, suspect, self.accelerator):
             self.optimizer.zero_grad(set_to_none=False)
             return progress | self.skipped.add(error) | cost.elapsed()
         self.skipped.in_a_row = 0
-        require_gradient(norm, self.state.global_step, self.rewards, result.columns)
+        require_gradient(norm, self.state.global_step, self.rewards, names)
 
-        clip_gradient(masters.vector.grad, norm, args.max_grad_norm)
-        self.optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        masters.write()
-        masters.update_average(step)
-        self.fields.refresh()
+        self._update(step, norm)
         return {
             **progress,
-            **score_metrics(list(result.columns), scores_SR),
+            **score_metrics(names, scores_SR),
             "grad_norm": norm,
             "learning_rate": learning_rate(step, args),
             **cost.elapsed(),
             "samples": samples,
         }
 
-    def _accumulate(self, gradient: Callable[[int, int, Plan], BatchResult], step: int, plan: Plan) -> BatchResult:
-        """Accumulate the gradients of a step's batches; their columns are concatenated.
-
-        The suspect is that of the batch after which the gradient is no longer finite, else of the
-        last.
-        """
-        columns, suspect, error = [], None, None
-        for micro in range(self.args.gradient_accumulation_steps):
-            if self._gradient_is_finite():
-                suspect = None  # at once, for a long video is large
-            batch = gradient(step, micro, plan)
-            columns.append(batch.columns)
-            suspect, error = suspect or batch.suspect, batch.error or error
-            del batch
-        joined = {name: torch.cat([of[name] for of in columns]) for name in columns[0]}
-        return BatchResult(joined, suspect, error)
-
     def _reward_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Sample, score and back-propagate one batch: the loss is -R(x_N) + weight * drift."""
-        args, info = self.args, self.reward_info(step)
         batch = self.batches.batch(self.rollouts.rollout_of(step, micro), micro)
         cond = self.text(batch.prompts, self.device)
         prefix, window = self.fields.prefix(cond, plan), self.fields.window(cond)
 
-        start = self.rollouts.get(step, micro)
-        noise = batch.noise("train")
+        noise, start = batch.noise("train"), self.rollouts.get(step, micro)
         states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
         self.rollouts.put(step, micro, states[plan.window_start])
         x0 = states[-1]
-        drift_state = states[plan.drift_step].detach() if args.drift_weight else None
+        drift_state = states[plan.drift_step].detach() if self.args.drift_weight else None
         del states  # large, those of a long video
 
-        losses, logged, suspect, error = [], None, None, None
-        for sample in gradient_samples(window, x0, batch.noise, plan):
-            video = self.decode(self.layout.average_grad(sample.latents), step)
-            if suspect is None or self._gradient_is_finite():
-                suspect = video.detach(), batch.prompts, info
-            try:
-                scores_B, raw = self._score(video, batch.prompts, info, sample.penalty)
-            except RewardError as raised:  # `step` tells every process, then all of them stop
-                error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
-                raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())
-            loss = reward_loss(scores_B)
-            self._back_propagate(loss / plan.num_samples)
-            losses.append(loss.detach())
-            if logged is None:  # the first sample
-                logged = {"reward": scores_B.detach()}
-                logged |= {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
-                logged["saturated"] = saturated_share(video)
-        loss_B = torch.stack(losses).mean().expand(len(batch.prompts))
-        if args.drift_weight:
-            drift_B = self._drift_gradient(cond, drift_state, plan, args.drift_weight)
-            loss_B, logged["drift"] = loss_B + args.drift_weight * drift_B, drift_B
-        return BatchResult({"loss": loss_B} | logged, suspect, error)
+        samples = gradient_samples(window, x0, batch.noise, plan)
+        results = [self._sample_gradient(sample, batch.prompts, step, plan.num_samples) for sample in samples]
+        columns = results[0].columns | {"loss": torch.stack([result.columns["loss"] for result in results]).mean(0)}
+        if weight := self.args.drift_weight:
+            drift_B = self._drift_gradient(cond, drift_state, plan, weight)
+            columns |= {"loss": columns["loss"] + weight * drift_B, "drift": drift_B}
+        return BatchResult(columns, *first_failure(results))
+
+    def _sample_gradient(self, sample: Sample, prompts: list[str], step: int, num_samples: int) -> BatchResult:
+        """Decode, score and back-propagate one of a rollout's samples: the loss is -R(x_N)."""
+        words, strength = self.options.relative_words, self.options.relative_strength
+        info, error = self.reward_info(step), None
+        video = self.decode(self.layout.average_grad(sample.latents), step)
+        try:
+            scores_B, raw = score(self.rewards, video, prompts, info, words, strength, sample.penalty)
+        except RewardError as raised:  # `step` tells every process, then all of them stop
+            error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
+            raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())
+        loss = reward_loss(scores_B)
+        self._back_propagate(loss / num_samples)
+        suspect = None if self.masters.vector.grad.sum().isfinite() else (video.detach(), prompts, info)
+        columns = {"loss": loss.detach().expand(len(prompts)), "reward": scores_B.detach()}
+        columns |= {f"rewards/{name}": raw_B for name, raw_B in raw.items()} | {"saturated": saturated_share(video)}
+        return BatchResult(columns, suspect, error)
 
     def _anchor_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""
@@ -249,16 +210,23 @@ class RewardGradientTrainer:
         (loss / (self.args.gradient_accumulation_steps * self.layout.num_processes)).backward()
         self.masters.collect_grad()
 
-    def _gradient_is_finite(self) -> bool:
-        return bool(self.masters.vector.grad.sum().isfinite())
-
-    def _score(self, video: torch.Tensor, prompts: list[str], info: dict, penalty: bool):
-        words, strength = self.options.relative_words, self.options.relative_strength
-        return score(self.rewards, video, prompts, info, words, strength, penalty)
+    def _update(self, step: int, norm: float) -> None:
+        """Take an optimizer step on the gradient, whose norm is given, and write the adapter."""
+        masters, args = self.masters, self.args
+        clip_gradient(masters.vector.grad, norm, args.max_grad_norm)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        masters.write()
+        masters.update_average(step)
+        self.fields.refresh()
 
     def reward_info(self, step: int) -> dict:
         """Return what rewards are told in a step besides videos and prompts."""
         return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
+
+    def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> VideoSampler:
+        return VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)
 
     # ------------------------------------------------------------------------------------- the run
 

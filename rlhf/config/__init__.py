@@ -3,11 +3,7 @@
 from rlhf.config.settings import (
     GUIDANCE_GRADIENTS,
     METHODS,
-    RANGE_WORDS,
-    SAMPLING_KEYS,
     ConfigError,
-    GuidanceGradient,
-    Method,
     RewardGradientConfig,
     field_names,
     is_distilled,
@@ -20,11 +16,7 @@ from rlhf.config.settings import (
 __all__ = [
     "GUIDANCE_GRADIENTS",
     "METHODS",
-    "RANGE_WORDS",
-    "SAMPLING_KEYS",
     "ConfigError",
-    "GuidanceGradient",
-    "Method",
     "RewardGradientConfig",
     "field_names",
     "is_distilled",

@@ -58,12 +58,13 @@ def parse_command(
     says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
     neighbour.
     """
-    argv, resumed = _split_equals(argv), False
-    if "--config" not in argv and default_config is not None:
+    given, argv = _take_flags(argv, "config")
+    source, own = given.config, None
+    if source is None and default_config is not None:
         own = _config_of_run(argv, Path(default_config))
-        argv, resumed = own or ["--config", str(default_config), *argv], own is not None
-    argv, path = _take_config(argv)
-    values, problems = _read_file(path, quiet=resumed) if path else ({}, [])
+        source, argv = own or default_config, ["--overwrite_output_dir", "false"] * bool(own) + argv
+    path = None if source is None else _find_config(source)
+    values, problems = _read_file(path, quiet=own is not None) if path else ({}, [])
     os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
     try:
         args, flags, unknown = _parse(argv, {} if problems else values)
@@ -96,41 +97,37 @@ def _parse(argv: list[str], values: dict) -> tuple[RewardGradientConfig, Command
     return args, flags, [word for word in rest if word.startswith("--")] or rest  # a value follows its flag
 
 
-def _config_of_run(argv: list[str], default_config: Path) -> list[str] | None:
-    """Return argv with the config.yaml of the run that it resumes; None if it resumes none."""
+def _take_flags(argv: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """Return the values of these flags, "" for a flag without one; and the other words of argv."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("output_dir", "resume_from_checkpoint"):
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
-    given, _ = parser.parse_known_args(argv)
+    for name in names:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="")
+    return parser.parse_known_args(argv)
+
+
+def _config_of_run(argv: list[str], default_config: Path) -> Path | None:
+    """Return the config.yaml of the run that argv resumes; None if it resumes none."""
+    given, _ = _take_flags(argv, "output_dir", "resume_from_checkpoint")
     checkpoint = given.resume_from_checkpoint
-    if checkpoint in (None, "none", "auto"):  # auto is for commands that may start a run, too
+    if not checkpoint or checkpoint in ("none", "auto"):  # auto is for commands that may start a run, too
         return None
     if checkpoint == "latest":
         run = Path(given.output_dir or yaml.safe_load(default_config.read_text(encoding="utf-8"))["output_dir"])
     else:
         run = Path(checkpoint).resolve().parent.parent
-    path = run / "config.yaml"
-    return ["--config", str(path), "--overwrite_output_dir", "false", *argv] if path.is_file() else None
+    return run / "config.yaml" if (run / "config.yaml").is_file() else None
 
 
-def _split_equals(argv: list[str]) -> list[str]:
-    """Return argv with --config=FILE as two words."""
-    return [word for text in argv for word in (text.split("=", 1) if text.startswith("--config=") else [text])]
-
-
-def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
-    """Return argv without --config FILE, and the path of that file."""
-    if "--config" not in argv:
-        return argv, None
-    at = argv.index("--config")
-    path = Path(argv[at + 1]) if at + 1 < len(argv) else None
-    if path is not None and not path.exists() and (shipped := CONFIGS / f"{path}.yaml").is_file():
-        path = shipped
-    if path is None or not path.is_file():
-        got = "no path" if path is None else f"{path}, which is not a file"
+def _find_config(source: str | Path) -> Path:
+    """Return the path of a config file, or of the shipped recipe of this name."""
+    path, shipped = Path(source), CONFIGS / f"{source}.yaml"
+    if source and not path.exists() and shipped.is_file():
+        return shipped
+    if not path.is_file():
+        got = f"{path}, which is not a file" if source else "no path"
         expected = "expected a YAML file such as configs/nano.yaml, or the name of a shipped one"
         raise ConfigError([f"--config: got {got}; {expected}; correct the path"])
-    return argv[:at] + argv[at + 2 :], path
+    return path
 
 
 def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:

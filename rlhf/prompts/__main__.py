@@ -40,8 +40,8 @@ def words(prompt: str) -> frozenset[str]:
 def close_pairs(sets: list[list[str]], near: float = NEAR) -> list[Pair]:
     """Return all pairs of prompts whose words have a Jaccard similarity of at least near.
 
-    The search is exact, and quick for large sets: two sets of words that overlap so far share one of
-    their rarest few (prefix filtering; Bayardo, Ma and Srikant 2007, "Scaling up all pairs
+    The search is exact, and quick for large sets: two sets of words that overlap so far share one
+    of their rarest few (prefix filtering; Bayardo, Ma and Srikant 2007, "Scaling up all pairs
     similarity search"). Pairs are in the order of their second prompt.
     """
     prompts = [(number, prompt, words(prompt)) for number, prompts in enumerate(sets) for prompt in prompts]

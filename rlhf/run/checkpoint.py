@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
-from rlhf.io import file_errors
+from rlhf.io import file_errors, write_json
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
     from rlhf.adapter.masters import MasterWeights
@@ -84,34 +84,26 @@ def _write_files(folder: Path, step: int, masters: "MasterWeights", optimizer, s
     moments = optimizer.state.get(masters.vector, {})
     named = {f"{key}.{n}": t for key in MOMENTS if moments for n, t in masters.named(moments[key]).items()}
     save_file(_cpu(named), folder / "optimizer.safetensors")
-    updates = int(moments.get("step", 0))
-    (folder / "state.json").write_text(
-        json.dumps({"step": step, "optimizer_updates": updates} | state, indent=2) + "\n"
-    )
-    manifest = {"files": {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}}
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"processes": state.get("processes", 1)}, indent=2) + "\n")
+    progress = {"step": step, "optimizer_updates": int(moments.get("step", 0))}
+    write_json(folder / "state.json", progress | state)
+    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {"files": files, "processes": state.get("processes", 1)})
 
 
 def _fingerprint(path: Path) -> dict:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _known_fingerprint(path: Path) -> dict:
+    """Return a file's size and hash. A process hashes each version of a file once."""
     status = path.stat()
-    return _fingerprint_of_version(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ino)
+    return _hash(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 @lru_cache
-def _fingerprint_of_version(path: Path, *_version: int) -> dict:
-    return _fingerprint(path)
+def _hash(path: Path, size: int, *_version: int) -> dict:
+    with path.open("rb") as file:
+        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, by its manifest; None if nothing is.
-
-    A process hashes each file once, and again only when it has changed on disk.
-    """
+    """Return what is wrong with a checkpoint's files, by its manifest; None if nothing is."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -119,9 +111,8 @@ def damage(path: Path) -> str | None:
     for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if (found := _known_fingerprint(path / name)) != expected:
-            sizes = f"{found['bytes']} bytes, {expected['bytes']} were written"
-            return f"{name} is damaged ({sizes})"
+        if (found := _fingerprint(path / name)) != expected:
+            return f"{name} is damaged ({found['bytes']} bytes, {expected['bytes']} were written)"
     return None
 
 
@@ -197,9 +188,8 @@ def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> 
     if which == "latest":
         return _newest_whole(folder, quiet)
     if (Path(which) / "checkpoints").is_dir():
-        expected = (
-            f"expected one of its checkpoints, such as {newest_undamaged(Path(which) / 'checkpoints')}; name that"
-        )
+        newest = newest_undamaged(Path(which) / "checkpoints")
+        expected = f"expected one of its checkpoints, such as {newest}; name that"
         raise ConfigError([f"resume_from_checkpoint={which!r}: got the folder of a run, {expected}"])
     if not (Path(which) / "state.json").is_file():
         expected = f"expected a folder such as {folder / 'step-50'}, or 'latest'; correct the path"

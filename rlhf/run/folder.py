@@ -39,7 +39,7 @@ def has_run(folder: Path) -> bool:
 
 
 def read_settings(folder: Path) -> dict:
-    """Return the settings in the folder's config.yaml, those of earlier versions translated; {} for no file.
+    """Return the settings in the folder's config.yaml in today's form; {} for no file.
 
     Raises DamagedFileError.
     """

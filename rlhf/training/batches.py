@@ -1,10 +1,11 @@
-"""The prompts and the noise of each step: a pure function of seed and place."""
+"""The prompts and noise of each step, a pure function of seed and place; and its outcome."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from rewards import RewardError
 from rlhf.distributed.layout import Layout
 from rlhf.method.rollout import draw_noise
 from rlhf.prompts import prompt_positions
@@ -16,6 +17,21 @@ class Batch:
 
     prompts: list[str]
     noise: Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """The outcome of a batch or of one of its samples; its gradient went to the master weights."""
+
+    columns: dict[str, torch.Tensor]  # (B,) each, by the name that is logged
+    suspect: tuple[torch.Tensor, list[str], dict] | None = None  # as in `non_finite_error`
+    error: RewardError | None = None  # raised by a reward on this process
+
+
+def first_failure(results: list[BatchResult]) -> tuple:
+    """Return the first suspect and the first error among the results, None for none."""
+    suspects, errors = [r.suspect for r in results if r.suspect], [r.error for r in results if r.error]
+    return next(iter(suspects), None), next(iter(errors), None)
 
 
 class Batches:

@@ -3,7 +3,6 @@
 Shape legend: C channels, T frames, H height, W width, N base samples, R rewards.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.distributed.accelerator import local_batches
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import SAMPLING_SETTINGS, MakeVideos, fingerprint
-from rlhf.io import read_object
+from rlhf.io import read_object, write_json
 from rlhf.method.rollout import draw_noise
 
 CALIBRATION = "calibration.json"  # {"scores": {name: [score of each sample]}, "settings": {...}}
@@ -29,7 +28,7 @@ def calibrate(
     layout: Layout,
     info: dict,
 ) -> None:
-    """Normalise the mix by `base_scores`, which are written to the run's folder with their settings.
+    """Normalise the mix by `base_scores`; write these to the run's folder with their settings.
 
     Raises RewardError for a reward whose scores are all equal.
     """
@@ -38,7 +37,7 @@ def calibrate(
     if layout.is_main_process:
         values = {name: scores_N.tolist() for name, scores_N in scores.items()}
         kept = {"scores": values, "settings": fingerprint(args, CALIBRATION_FINGERPRINT)}
-        (Path(args.output_dir) / CALIBRATION).write_text(json.dumps(kept) + "\n")
+        write_json(Path(args.output_dir) / CALIBRATION, kept, indent=None)
     mix.calibrate(scores)
 
 
@@ -51,12 +50,10 @@ def restore_calibration(mix: RewardMix, args: RewardGradientConfig) -> bool:
     kept = read_object(path) if path.is_file() else {}
     scores = {name: torch.tensor(values) for name, values in kept.get("scores", {}).items()}
     counts = {name: len(scores_N) for name, scores_N in scores.items()}
-    if counts != dict.fromkeys(mix.rewards, args.calibrate_rewards):
-        return False
-    if kept["settings"] != fingerprint(args, CALIBRATION_FINGERPRINT):
-        return False
-    mix.calibrate(scores)
-    return True
+    fits = counts == dict.fromkeys(mix.rewards, args.calibrate_rewards)
+    if fits := fits and kept["settings"] == fingerprint(args, CALIBRATION_FINGERPRINT):
+        mix.calibrate(scores)
+    return fits
 
 
 @torch.no_grad()

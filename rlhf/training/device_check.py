@@ -5,7 +5,6 @@ optimizer step, and saves and restores the state. The reference is float32 on th
 B batch, C channels, T latent frames, H W latent height and width.
 """
 
-import json
 import os
 import platform
 import tempfile
@@ -17,6 +16,7 @@ import torch
 from peft import LoraConfig
 
 from rewards import load_reward
+from rewards.cli.table import format_table
 from rlhf.adapter.lora import ATTENTION, add_adapter
 from rlhf.adapter.masters import MasterWeights
 from rlhf.contentv.flow import euler_step, flow_sigmas, guided_velocity
@@ -24,8 +24,10 @@ from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.text import encode_prompts
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import describe, deterministic, peak_memory, reset_peak_memory, time_call
+from rlhf.io import write_json
 from rlhf.method.rollout import draw_noise
 from rlhf.run.checkpoint import load_checkpoint, save_checkpoint
+from rlhf.training.setup import latent_shape
 
 PROMPTS = ["a large red circle moving left on a white background", "two small blue stars growing on a black background"]
 SEED, RANK, LEARNING_RATE = 0, 8, 1e-3
@@ -71,10 +73,8 @@ class Training:
         self.reward = load_reward("nano_preference").to(device).requires_grad_(False).eval()
         text = encode_prompts(self.pipe, PROMPTS, sampling.negative_prompt, sampling.max_sequence_length)
         self.cond = text(PROMPTS, device)
-        vae, factor = self.pipe.vae, self.pipe.vae_scale_factor
-        latent_frames = (sampling.num_frames - 1) // self.pipe.vae_scale_factor_temporal + 1
-        shape = (vae.config.z_dim, latent_frames, sampling.height // factor, sampling.width // factor)
-        self.noise = draw_noise(shape, SEED, "check", [(i,) for i in range(len(PROMPTS))]).to(device)
+        keys = [(i,) for i in range(len(PROMPTS))]
+        self.noise = draw_noise(latent_shape(self.pipe, sampling), SEED, "check", keys).to(device)
         self.sigmas = flow_sigmas(self.pipe.scheduler, sampling.num_inference_steps, device)
 
     def latents(self) -> torch.Tensor:
@@ -164,11 +164,11 @@ def distance(result: torch.Tensor, reference: torch.Tensor) -> float:
 
 def table(rows: list[Row]) -> str:
     """Format the rows as a text table."""
-    lines = [f"{'format':<10}{'phase':<10}{'seconds':>9}{'GiB':>7}{'difference':>12}{'tolerance':>11}"]
+    cells = [("format", "phase", "seconds", "GiB", "difference", "tolerance", "")]
     for row in rows:
-        numbers = f"{row.seconds:>9.3f}{row.peak_gib:>7.2f}{row.difference:>12.1e}{row.tolerance:>11.0e}"
-        lines.append(f"{row.arm:<10}{row.phase:<10}{numbers}  {'ok' if row.passed else 'FAILED'}")
-    return "\n".join(lines)
+        numbers = f"{row.seconds:.3f}", f"{row.peak_gib:.2f}", f"{row.difference:.1e}", f"{row.tolerance:.0e}"
+        cells.append((row.arm, row.phase, *numbers, "ok" if row.passed else "FAILED"))
+    return format_table(cells)
 
 
 def write_rows(path: Path, device: torch.device, rows: list[Row]) -> None:
@@ -183,5 +183,4 @@ def write_rows(path: Path, device: torch.device, rows: list[Row]) -> None:
         "reference": "float32 on the CPU",
     }
     listed = [asdict(row) | {"passed": row.passed} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment, "rows": listed}, indent=2) + "\n")
+    write_json(path, {"environment": environment, "rows": listed})

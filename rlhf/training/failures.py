@@ -57,15 +57,16 @@ def non_finite_error(
         scores: of all processes.
         norm: of the gradient, summed over processes.
         error: raised by a reward on this process.
-        suspect: video, prompts and info of the batch after which this process's gradient was no
-            longer finite, else of the last batch; None for a step without reward.
+        suspect: video, prompts and info of the sample after which this process's gradient was no
+            longer finite; None if it is.
     """
     if not torch.isfinite(scores).all():
         return error or TrainingError("A reward failed on another process; its message says which and why.")
     if math.isfinite(norm):
         return None
     broken = broken_rewards(rewards, *suspect) if suspect else {}
-    guilty = [name for name, bad in broken.items() if any_process(accelerator, bad)]
+    trained = [name for name, weight in rewards.weights.items() if weight]
+    guilty = [name for name in trained if any_process(accelerator, broken.get(name, False))]
     source = f"the reward {', '.join(guilty)}" if guilty else "no reward, so the decoder or the transformer"
     return TrainingError(
         f"The gradient at the adapter has norm {norm}, expected a finite number; it comes from {source}. Look for "
@@ -98,8 +99,8 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 MEMORY_CURES = {  # folder or file of the failed allocation -> settings to change, in this order
     "rewards": "fewer num_frames, a smaller chunk or dtype bfloat16 in reward_kwargs",
     "wan_decoder.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
-    "frozen.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
-    "evaluate.py": "per_device_eval_batch_size 1 and decode_chunk 1",
+    "frozen_layers.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
+    "held_out.py": "per_device_eval_batch_size 1 and decode_chunk 1",
     "loading.py": "stream_weights, or base_bits 4",
     "": "gradient_checkpointing, stepwise_backward, decode_chunk 1 with decode_checkpoint, smaller batches or videos",
 }

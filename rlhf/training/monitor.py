@@ -108,7 +108,8 @@ class HeldOutMonitor:
     ):
         self.held_out, self.trained, self.pipe, self.masters, self.notify = held_out, trained, pipe, masters, notify
         self.guard, self.resume_from, self.folder = guard, resume_from, held_out.folder
-        self.is_main = held_out.layout.is_main_process
+        self.best_folder, self.is_main = self.folder / BEST, held_out.layout.is_main_process
+        self.held_out_judges = [name for name in held_out.judges if name not in trained]
         self.latest: tuple[int, Evaluation] | None = None  # steps taken, and the evaluation then
 
     def begin(self, make_base_videos: MakeVideos, first: int, saved: dict | None) -> None:
@@ -147,7 +148,7 @@ class HeldOutMonitor:
         guard = self.guard
         if guard is None or not guard.stop:
             return None
-        best = f"the best was step {self._best_summary}, kept in {self._best_folder}"
+        best = f"the best was step {self._best_summary}, kept in {self.best_folder}"
         return f"The held-out rewards did not rise in {guard.worse} evaluations; {best}."
 
     def saved(self) -> dict | None:
@@ -160,7 +161,7 @@ class HeldOutMonitor:
         """Make the best adapter the current one on all processes, after `done` steps."""
         self.held_out.layout.wait_for_everyone()
         vector = torch.empty_like(self.masters.vector, requires_grad=False)
-        load_vector(self._best_folder / MASTERS_FILE, self.masters, vector)
+        load_vector(self.best_folder / MASTERS_FILE, self.masters, vector)
         self.masters.set(vector)
         if done != self.guard.best_step:
             self.latest = None
@@ -203,32 +204,24 @@ class HeldOutMonitor:
         return metrics
 
     def _gains(self, evaluation: Evaluation) -> dict[str, float]:
-        return gains(self.base, evaluation, self.trained, self._held_out_judges)
-
-    @property
-    def _held_out_judges(self) -> list[str]:
-        return [name for name in self.held_out.judges if name not in self.trained]
+        return gains(self.base, evaluation, self.trained, self.held_out_judges)
 
     @property
     def _gain_key(self) -> list:
         """Prompts, settings and judges: only gains with an equal key compare."""
-        return [self.base.prompts, self.base.settings, self._held_out_judges]
+        return [self.base.prompts, self.base.settings, self.held_out_judges]
 
     @property
     def _best_summary(self) -> str:
         return f"{self.guard.best_step}, {self.guard.best_gain:+.2f} spreads above the base"
 
-    @property
-    def _best_folder(self) -> Path:
-        return self.folder / BEST
-
     def _copy_best(self) -> None:
         """Copy the best adapter of the run that this one resumes from another folder."""
         theirs = Path(self.resume_from).resolve().parent.parent / BEST
-        if self.is_main and self.resume_from != "latest" and theirs.is_dir() and not self._best_folder.exists():
-            shutil.copytree(theirs, self._best_folder)
+        if self.is_main and self.resume_from != "latest" and theirs.is_dir() and not self.best_folder.exists():
+            shutil.copytree(theirs, self.best_folder)
 
     def _save_best(self) -> None:
         if self.is_main:
-            save_adapter(self.pipe, self.masters, self._best_folder)
-            save_vector(self._best_folder / MASTERS_FILE, self.masters, self.masters.vector)
+            save_adapter(self.pipe, self.masters, self.best_folder)
+            save_vector(self.best_folder / MASTERS_FILE, self.masters, self.masters.vector)

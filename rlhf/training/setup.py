@@ -1,4 +1,4 @@
-"""Setup of a trainer: arguments checked before anything is loaded; prompts, rewards, models."""
+"""Setup of a trainer: arguments checked before anything is loaded; prompts, models, components."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -8,19 +8,17 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 
-from rewards import RewardMix, frames_needed, load_reward, probe, reward_name
+from rewards import RewardMix, frames_needed, reward_name
 from rlhf.adapter.lora import ATTENTION, add_adapter, lora_config, lora_settings
 from rlhf.adapter.masters import MasterWeights
 from rlhf.adapter.sampling_copy import require_float8
 from rlhf.checks import check_config
-from rlhf.checks.rewards import short_name
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.contentv.files import model_sizes
+from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.loading import TEXT_ENCODERS, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.text import PromptCache, encode_prompts
 from rlhf.contentv.wan_decoder import use_channels_last
-from rlhf.device import local_device
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import EvalOptions, HeldOut, MakeVideos
 from rlhf.execution.apply import (
@@ -35,7 +33,7 @@ from rlhf.method.decode import Decoder
 from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.run.folder import prompt_snapshot
-from rlhf.run.trackers import Clip
+from rlhf.run.trackers import Clip, show_samples
 from rlhf.training.batches import Batches
 
 IDENTITY_INITS = ("gaussian", "orthogonal")  # values of init_lora_weights that change nothing
@@ -44,13 +42,13 @@ PER_HOST_SETTINGS = ("model", "device", "cpu_threads", "prompts", "eval_prompts"
 
 @dataclasses.dataclass
 class Inputs:
-    """The trainer's arguments in one form; None for what args name and is not loaded yet."""
+    """The trainer's arguments in one form, with the prompts that args name."""
 
     args: RewardGradientConfig
-    pipe: ContentVPipeline | None
+    pipe: ContentVPipeline | None  # None for the model that args name
     rewards: list[str | Callable]
-    train_prompts: list[str] | None
-    eval_prompts: list[str] | None
+    train_prompts: list[str]
+    eval_prompts: list[str]
 
 
 def check_inputs(
@@ -75,10 +73,15 @@ def check_inputs(
     eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset, "eval_dataset")
     args = dataclasses.replace(args, **lora_settings(peft_config))  # as a checkpoint's must be
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
-    passed = {"prompts": train_prompts, "eval_prompts": eval_prompts}
-    snapshots = {name: prompt_snapshot(args, name) for name, prompts in passed.items() if prompts is not None}
-    args = dataclasses.replace(args, **snapshots)
-    return Inputs(args, pipe, rewards, train_prompts, eval_prompts)
+    if train_prompts is None:
+        train_prompts = load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    else:
+        args.prompts = prompt_snapshot(args, "prompts")
+    if eval_prompts is not None:
+        args.eval_prompts = prompt_snapshot(args, "eval_prompts")
+    elif args.eval_prompts:
+        eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
+    return Inputs(args, pipe, rewards, train_prompts, (eval_prompts or [])[: args.num_eval_prompts])
 
 
 def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
@@ -117,28 +120,6 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
         yield f"peft_config: got init_lora_weights={start!r}, {expected}; leave it out, or use {IDENTITY_INITS[0]!r}"
 
 
-def load_prompt_sets(inputs: Inputs) -> tuple[list[str], list[str]]:
-    """Return training and held-out prompts ([] for none), as passed or as args name them."""
-    args = inputs.args
-    train = inputs.train_prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
-    held_out = inputs.eval_prompts
-    if held_out is None and args.eval_prompts:
-        held_out = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
-    return train, (held_out or [])[: args.num_eval_prompts]
-
-
-def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientConfig) -> RewardMix:
-    """Return the mix of the leading `count` opened rewards, the trained ones."""
-    return RewardMix(
-        dict(list(opened.items())[:count]),
-        args.reward_weights,
-        args.normalise_rewards,
-        args.reward_caps,
-        args.reward_targets,
-        args.balance_reward_gradients,
-    )
-
-
 def require_same_run(layout: Layout, prompts: list[str], args: RewardGradientConfig) -> None:
     """Raise ConfigError on every process if prompts or settings differ between processes."""
     settings = [value for name, value in vars(args).items() if name not in PER_HOST_SETTINGS]
@@ -158,13 +139,13 @@ def prepare_model(
     if device.type == "cpu":
         use_channels_last(pipe.vae)  # a fifth faster
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed)
-    with _reported_as_setting():
+    with _as_config_error():
         choices = set_up_blocks(pipe.transformer, ExecutionOptions.from_settings(args), device, layout.sequence_group)
     return MasterWeights(pipe.transformer, args.ema_decay), choices
 
 
 @contextmanager
-def _reported_as_setting() -> Iterator[None]:
+def _as_config_error() -> Iterator[None]:
     """Raise ConfigError where the device cannot run an option."""
     try:
         yield
@@ -176,7 +157,7 @@ def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipel
     """Load the model that args name, onto the CPU if its weights are to move one by one later."""
     if args.sampling_weights == "float8":
         require_float8(device)  # before the model is loaded
-    with _reported_as_setting():
+    with _as_config_error():
         if args.attention_kernel not in ("auto", "default"):
             require_kernel(args.attention_kernel, device, base_dtype(args.dtype) or torch.bfloat16)
         if args.compile_blocks:
@@ -190,14 +171,8 @@ def make_fields(
     pipe: ContentVPipeline, masters: MasterWeights, args: RewardGradientConfig, layout: Layout
 ) -> VelocityFields:
     """Return the velocity fields of a run."""
-    return VelocityFields(
-        pipe.transformer,
-        masters,
-        Guidance.of(args),
-        checkpoint_steps=args.stepwise_backward,
-        sampling_weights=args.sampling_weights,
-        guidance_group=layout.guidance_group,
-    )
+    cheaper = args.stepwise_backward, args.sampling_weights
+    return VelocityFields(pipe.transformer, masters, Guidance.of(args), *cheaper, layout.guidance_group)
 
 
 def make_decoder(
@@ -236,17 +211,20 @@ def make_held_out(
     pipe: ContentVPipeline,
     args: RewardGradientConfig,
     layout: Layout,
-    show: Callable[[int, list[Clip]], None],
 ) -> HeldOut:
-    """Return the held-out prompts of a run, evaluated by its settings."""
+    """Return the held-out prompts of a run, evaluated by its settings and shown in its trackers."""
+
+    def show(step: int, clips: list[Clip]) -> None:
+        show_samples(layout.accelerator, step, clips)
+
     shape, fps, folder = latent_shape(pipe, args), pipe.sampling.fps, Path(args.output_dir)
     return HeldOut(make_videos, judges, prompts, shape, fps, EvalOptions.of(args), folder, layout, show)
 
 
-def latent_shape(pipe: ContentVPipeline, args: RewardGradientConfig) -> tuple[int, int, int, int]:
+def latent_shape(pipe: ContentVPipeline, video: RewardGradientConfig | SamplingDefaults) -> tuple[int, int, int, int]:
     """Return (C, T, H, W) of the latents of one video."""
-    frames = (args.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-    size = (args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor)
+    frames = (video.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+    size = (video.height // pipe.vae_scale_factor, video.width // pipe.vae_scale_factor)
     return pipe.transformer.config.in_channels, frames, *size
 
 
@@ -270,43 +248,3 @@ def encode_and_release(
 def base_dtype(name: str) -> torch.dtype | None:
     """Return the dtype of a setting; None, for "auto", leaves the choice to the loader."""
     return None if name == "auto" else getattr(torch, name)
-
-
-def open_rewards(
-    args: RewardGradientConfig,
-    rewards: list[str | Callable] | None = None,
-    prompts: list[str] | None = None,
-    device: torch.device | None = None,
-    pipe: ContentVPipeline | None = None,
-) -> dict[str, Callable]:
-    """Load the rewards, then the judges, frozen, on the device; probe those that train with three prompts.
-
-    Args:
-        args: settings as `check_config` returns them.
-        rewards, prompts, pipe: objects in place of what args name.
-        device: Default: that of args.
-
-    Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train,
-    before the generator's weights are loaded.
-    """
-    device = device or local_device(args.device)
-    prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
-    trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
-    shape = (3, args.num_frames, args.height, args.width)
-    info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
-    for name, reward in trained.items():
-        probe(reward, shape, prompts[:3], device, name=name, info=info)
-    return trained | _load_rewards(args.eval_reward_funcs, args, device)
-
-
-def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> dict[str, Callable]:
-    """Return rewards by short name, frozen: specs are loaded with their reward_kwargs, callables taken as they are."""
-    loaded, kwargs = {}, args.reward_kwargs or {}
-    for reward in rewards:
-        name = short_name(reward)
-        if isinstance(reward, str):
-            reward = load_reward(reward, args.base_dir, **kwargs.get(name, {}))
-        if isinstance(reward, torch.nn.Module):
-            reward.to(device).requires_grad_(False).eval()
-        loaded[name] = reward
-    return loaded

@@ -33,13 +33,6 @@ def test_good_settings_pass(settings):
     assert problems(**settings) == []
 
 
-def test_a_missing_library_is_said(monkeypatch):
-    monkeypatch.setattr("rlhf.execution.quantize.importlib.util.find_spec", lambda name: None)
-    assert problems(base_bits=4) == [
-        "base_bits=4 needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out"
-    ]
-
-
 def test_the_kernels_that_may_be_chosen_are_those_there_are():
     choices = typing.get_args(typing.get_type_hints(RewardGradientConfig)["attention_kernel"])
     assert choices == ("auto", "default", *KERNELS)

@@ -50,26 +50,23 @@ def test_paths_are_relative_to_the_config_file(yaml_file, tmp_path):
     assert parse_config([]).base_dir is None
 
 
-def test_reward_kwargs_come_as_a_mapping_or_as_json(yaml_file):
-    path = yaml_file("reward_kwargs:\n  clip_score: {model: ViT-B-32, frames: 2}")
-    expected = {"clip_score": {"model": "ViT-B-32", "frames": 2}}
-    assert parse_config(["--config", path]).reward_kwargs == expected
-    flag = '{"clip_score": {"model": "ViT-B-32", "frames": 2}}'
-    assert parse_config(["--reward_kwargs", flag]).reward_kwargs == expected
+@pytest.mark.parametrize(
+    ("name", "text", "flag", "expected"),
+    [
+        ("reward_kwargs", "{a: {b: x, eps: 2}}", '{"a": {"b": "x", "eps": 2}}', {"a": {"b": "x", "eps": 2}}),
+        ("reward_caps", "{aesthetic: 7, clip_score: 3e-1}", "{aesthetic: 7, clip_score: 3e-1}", None),
+        ("reward_targets", "{flicker: 0.9}", '{"flicker": 0.9}', {"flicker": 0.9}),
+    ],
+)
+def test_a_mapping_is_taken_from_a_file_and_from_a_flag_as_json_or_yaml(yaml_file, name, text, flag, expected):
+    expected = expected or {"aesthetic": 7.0, "clip_score": 0.3}
+    args = parse_config(["--config", yaml_file(f"{name}: {text}")])
+    assert getattr(args, name) == getattr(parse_config([f"--{name}", flag]), name) == expected
+    assert getattr(parse_config(["--config", yaml_file(args.to_yaml())]), name) == expected
 
 
-def test_caps_and_targets_come_as_a_mapping_or_as_json(yaml_file):
-    path = yaml_file("reward_caps: {aesthetic: 7, clip_score: 3e-1}")
-    args = parse_config(["--config", path, "--reward_targets", '{"flicker": 0.9}'])
-    assert args.reward_caps == {"aesthetic": 7.0, "clip_score": 0.3}
-    assert args.reward_targets == {"flicker": 0.9}
-    assert parse_config(["--config", yaml_file(args.to_yaml())]).reward_targets == {"flicker": 0.9}
-
-
-def test_a_flag_may_be_a_mapping_as_yaml_writes_it():
-    assert parse_config(["--reward_caps", "{nano_preference: 0.3}"]).reward_caps == {"nano_preference": 0.3}
-    inner = parse_config(["--reward_kwargs", '{"a": {"eps": 1e-5}}']).reward_kwargs["a"]["eps"]
-    assert inner == 1e-5, "YAML would take this number for text"
+def test_a_small_number_in_json_is_no_text():
+    assert parse_config(["--reward_kwargs", '{"a": {"eps": 1e-5}}']).reward_kwargs["a"]["eps"] == 1e-5
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.parse import parse_config
 
 PACKAGE = Path(__file__).parents[2] / "rlhf"
-CHECKED = ("checks", "coerce", "config", "method_checks", "parallel_checks", "parse", "prompts", "restarts")
-CHECKED += ("reward_checks", "speed_checks", "resume_checks", "older_settings", "method/options")
-NO_DATASET = {"prompts.as_prompts"}  # rows that are handed over, not settings: tests/prompts/test_prompts.py
+CHECKED = [path for room in ("checks", "config") for path in (PACKAGE / room).glob("*.py")]
+CHECKED += [PACKAGE / "method" / "options.py", PACKAGE / "prompts" / "__init__.py"]
+NO_DATASET = "as_prompts"  # rows that are handed over, not settings: tests/prompts/test_prompts.py
 
 
 # ---------------------------------------------------------------------------------- making mistakes
@@ -112,14 +112,13 @@ def says_something(node: ast.AST) -> bool:
 def places() -> dict[tuple[str, int], str]:
     """(file, line) -> file.function:line, for each line of a statement that says something."""
     found = {}
-    for name in CHECKED:
-        path = PACKAGE / f"{name}.py"
+    for path in CHECKED:
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(function, ast.FunctionDef) or f"{name}.{function.name}" in NO_DATASET:
+            if not isinstance(function, ast.FunctionDef) or function.name == NO_DATASET:
                 continue
             for node in filter(says_something, ast.walk(function)):
                 for line in range(node.lineno, node.end_lineno + 1):
-                    found[str(path), line] = f"{name}.{function.name}:{node.lineno}"
+                    found[str(path), line] = f"{path.parent.name}/{path.stem}.{function.name}:{node.lineno}"
     return found
 
 

@@ -1,4 +1,6 @@
-"""Runs of a tiny model in one or several processes, one after the other: what test_layout and others look at."""
+"""Runs of a tiny model in one or several processes, one after the other: what test_layout and
+others look at.
+"""
 
 import os
 import sys
@@ -78,7 +80,7 @@ REWARDS = {"redness": redness, "broken": broken_on_the_second, "stuck": stuck_on
 def run(output: Path, own: dict) -> dict:
     """One run: the adapter and its gradient over all processes in each step, and more.
 
-    own: settings, and besides: "omit" of `OMISSIONS`, "reward" of `REWARDS`, "prompts" and "eval" prompts.
+    own: settings; "omit" of `OMISSIONS`, "reward" of `REWARDS`, "prompts" and "eval" prompts.
     """
     own = dict(own)
     omit, reward = own.pop("omit", None), REWARDS[own.pop("reward", "redness")]
@@ -127,7 +129,9 @@ def train(output: Path, own: dict) -> None:
 
 
 def slowly_saved(config: Path) -> None:
-    """A run by a file of settings, as a program that ends as the command does; saving takes a while."""
+    """A run by a file of settings, as a program that ends as the command does; saving takes a
+    while.
+    """
     flush = rlhf.run.checkpoint._flush
     rlhf.run.checkpoint._flush = lambda path: (time.sleep(0.05), flush(path))
     try:

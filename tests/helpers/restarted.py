@@ -1,4 +1,6 @@
-"""A run under torchrun whose process 1 is killed in its third step, once. Arguments: its folder, its settings."""
+"""A run under torchrun whose process 1 is killed in its third step, once. Arguments: its folder,
+its settings.
+"""
 
 import json
 import os

@@ -21,20 +21,9 @@ def test_a_file_is_looked_for_beside_the_config_then_in_the_working_directory(tm
     assert load_prompts("p.txt", tmp_path / "here", 1) == ["near"]
 
 
-def test_an_absent_file_and_an_empty_one_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="got no file at .*absent.txt"):
-        load_prompts("absent.txt", tmp_path, 1)
-    (tmp_path / "empty.txt").write_text("\n# nothing\n")
-    with pytest.raises(ConfigError, match="got no prompts, expected one a line"):
-        load_prompts("empty.txt", tmp_path, 1)
-
-
-def test_a_file_of_windows_reads_as_any_other_and_one_of_another_encoding_is_refused(tmp_path):
+def test_a_file_of_windows_reads_as_any_other(tmp_path):
     (tmp_path / "p.txt").write_text("# mine\r\na cat\r\n", encoding="utf-8-sig")
     assert load_prompts("p.txt", tmp_path, count=1) == ["a cat"]
-    (tmp_path / "p.txt").write_text("zwölf", encoding="latin-1")
-    with pytest.raises(ConfigError, match="p.txt: got invalid.*, expected UTF-8; save it"):
-        load_prompts("p.txt", tmp_path, count=1)
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
@@ -49,17 +38,9 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     assert load_prompts("p.jsonl", tmp_path, count=1) == ["a cat", "a dog"]
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ('"a"\na dog', "p.jsonl, line 2: got .*, expected a row such as .*; correct it"),
-        ('{"text": "a"}', "p.jsonl: got the row .*'text'.*, expected strings or rows"),
-        ("\n", "p.jsonl: got no rows, expected strings or rows"),
-    ],
-)
-def test_wrong_rows_are_refused(text, told, tmp_path):
-    (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(ConfigError, match=told):
+def test_a_file_without_rows_is_refused(tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match=r"p.jsonl: got no rows, expected strings or rows"):
         load_prompts("p.jsonl", tmp_path, count=1)
 
 

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import resource
-import signal
 
 import pytest
 import torch
@@ -24,14 +23,13 @@ from rlhf.run.checkpoint import (
     newest_undamaged,
     save_checkpoint,
 )
-from rlhf.run.signals import StopRequest, signals_interrupt
 
 
-def trained(updates: int, seed: int = 0):
+def trained(updates: int, seed: int = 0, **average):
     """MasterWeights and an optimizer after some steps on gradients that depend on the step alone."""
     transformer = tiny_transformer()
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=2)), seed)
-    masters = MasterWeights(transformer)
+    masters = MasterWeights(transformer, **average)
     optimizer = torch.optim.AdamW([masters.vector], lr=1e-2, weight_decay=0.1, fused=True)
     update(masters, optimizer, range(updates))
     return masters, optimizer
@@ -50,9 +48,7 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, updates):
     path = save_checkpoint(tmp_path, updates, masters, optimizer, {"note": 1})
     update(masters, optimizer, range(updates, 6))
 
-    other, other_optimizer = trained(updates=2, seed=9)  # with wrong numbers and moments to be replaced
-    if updates == 0:
-        other, other_optimizer = trained(updates=0, seed=9)
+    other, other_optimizer = trained(min(updates, 2), seed=9)  # with wrong numbers and moments to be replaced
     assert load_checkpoint(path, other, other_optimizer) == {"step": updates, "optimizer_updates": updates, "note": 1}
     assert all(torch.equal(p, piece) for p, piece in zip(other.params, other.named(other.vector).values(), strict=True))
     update(other, other_optimizer, range(updates, 6))
@@ -60,13 +56,10 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, updates):
 
 
 def test_the_average_goes_on_and_begins_at_the_weights_where_none_was_kept(tmp_path):
-    transformer = tiny_transformer()
-    add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=2)), 0)
-    masters = MasterWeights(transformer, average_decay=0.9)
-    optimizer = torch.optim.AdamW([masters.vector], lr=1e-2, fused=True)
+    masters, optimizer = trained(0, average_decay=0.9)
     masters.average += 1
     path = save_checkpoint(tmp_path, 1, masters, optimizer, {})
-    other = MasterWeights(transformer, average_decay=0.5)
+    other, _ = trained(0, average_decay=0.5)
     load_checkpoint(path, other, optimizer)
     assert torch.equal(other.average, masters.average)
     (path / "average.safetensors").unlink()
@@ -187,41 +180,3 @@ def test_latest_is_the_newest_whole_one(tmp_path):
     assert json.loads((folder / "step-9" / "state.json").read_text())["step"] == 9
     with pytest.raises(ConfigError, match="got no checkpoint there"):
         find_checkpoint(str(folder / "step-12"), tmp_path)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_acts(number):
-    # So that the second one does not end the tests, and does act where they were started with SIGINT ignored.
-    old = signal.signal(number, signal.default_int_handler)
-    before = signal.getsignal(signal.SIGINT)
-    with StopRequest() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), number)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-    assert signal.getsignal(signal.SIGINT) is before
-    signal.signal(number, old)
-
-
-def test_signals_interrupt_unless_they_do_something_already():
-    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
-    own = lambda *_: None
-    signal.signal(signal.SIGUSR1, own)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with signals_interrupt():
-        assert signal.getsignal(signal.SIGUSR1) is own
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_a_batch_systems_warning_may_come_often():
-    before = [signal.getsignal(number) for number in StopRequest.SIGNALS]
-    with StopRequest() as stop:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.requested
-    assert [signal.getsignal(number) for number in StopRequest.SIGNALS] == before

@@ -1,4 +1,6 @@
-"""A run and a merged export of the version before settings moved, in tests/data/older_run: both are still of use."""
+"""A run and a merged export of the version before settings moved, in tests/data/older_run: both are
+still of use.
+"""
 
 import shutil
 from pathlib import Path

@@ -103,7 +103,7 @@ def test_a_process_hashes_the_checkpoint_that_it_resumes_from_once(make_args, mo
     train(args)
     hashed, digest = [], hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: hashed.append(file.name) or digest(file, kind))
-    checkpoint._fingerprint_of_version.cache_clear()  # as in a new process
+    checkpoint._hash.cache_clear()  # as in a new process
     train(dataclasses.replace(args, resume_from_checkpoint="auto"))
     own = [name for name in hashed if "/step-1/" in name]
     assert len(own) == len(set(own)) == 3

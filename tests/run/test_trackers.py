@@ -1,4 +1,6 @@
-"""Trackers get the numbers of each step and the sample videos, in the form that each of them can show."""
+"""Trackers get the numbers of each step and the sample videos, in the form that each of them can
+show.
+"""
 
 import io
 import sys
@@ -79,7 +81,9 @@ class Video:
 
 @pytest.fixture(params=["wandb", "trackio", "swanlab"])
 def library(request, monkeypatch):
-    """A stand-in for the library of this name, which need not be installed; accelerate's tracker of it is real."""
+    """A stand-in for the library of this name, which need not be installed; accelerate's tracker of
+    it is real.
+    """
     run, module = Run(), types.ModuleType(request.param)
     module.init, module.Video, module.run, module.config = lambda project: run, Video, run, Settings()
     monkeypatch.setitem(sys.modules, request.param, module)

@@ -24,7 +24,9 @@ def find(name: str):
 
 
 def own_members(thing, shown: str) -> dict:
-    """Public functions, classes and properties that a module or class defines itself, or those that are shown."""
+    """Public functions, classes and properties that a module or class defines itself, or those that
+    are shown.
+    """
     names = shown.split(", ") if shown else [name for name in vars(thing) if not name.startswith("_")]
     found = {name: inspect.getattr_static(thing, name) for name in names}
     here = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__

@@ -1,4 +1,6 @@
-"""Callbacks as transformers has them: its own ones work, decisions hold for all processes, events come in order."""
+"""Callbacks as transformers has them: its own ones work, decisions hold for all processes, events
+come in order.
+"""
 
 import types
 from pathlib import Path
@@ -100,25 +102,13 @@ def test_a_control_that_is_returned_takes_the_place_of_the_one_before(make_args)
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("other", [True, False])
-def test_what_one_process_decides_holds_for_all(make_args, own, other):
-    class TwoProcesses:
-        is_main_process = is_local_main_process = True
-        device = "cpu"
-
-        def gather(self, flag):
-            return torch.cat([flag, torch.tensor([other], dtype=flag.dtype)])
-
-    callbacks = Callbacks([], make_args(), TwoProcesses())
-    callbacks.control.should_save = own
-    assert callbacks.requested("save") == (own or other)
-    assert callbacks.state.is_world_process_zero
-
-
-def test_decisions_are_forgotten_when_a_step_begins(make_args):
-    accelerator = types.SimpleNamespace(is_main_process=False, is_local_main_process=True)
-    callbacks = Callbacks(None, make_args(), accelerator)
-    callbacks.control.should_save = callbacks.control.should_evaluate = callbacks.control.should_training_stop = True
-    callbacks.step_begins()
+def test_what_one_process_decides_holds_for_all_until_the_next_step(make_args, own, other):
+    gather = lambda flag: torch.cat([flag, torch.tensor([other], dtype=flag.dtype)])
+    process = types.SimpleNamespace(is_main_process=False, is_local_main_process=True, device="cpu", gather=gather)
+    callbacks = Callbacks(None, make_args(), process)
     control = callbacks.control
-    assert (control.should_save, control.should_evaluate, control.should_training_stop) == (False, False, True)
-    assert not callbacks.state.is_world_process_zero
+    control.should_save = control.should_evaluate = control.should_training_stop = own
+    assert callbacks.requested("save") == (own or other)
+    callbacks.step_begins()
+    assert (control.should_save, control.should_evaluate, control.should_training_stop) == (False, False, own)
+    assert (callbacks.state.is_world_process_zero, callbacks.state.is_local_process_zero) == (False, True)

@@ -1,12 +1,14 @@
 """Explanations of memory that ends, by where it came, and of numbers that are not finite."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from toy_rewards import brightness
 
+import rlhf
 from rewards import RewardMix
 from rewards.models.pixels import Flicker
 from rlhf.training.failures import MEMORY_CURES, TrainingError, broken_rewards, non_finite_error, out_of_memory
@@ -26,15 +28,19 @@ def fail(*_, **__):
     raise torch.OutOfMemoryError(FULL)
 
 
-def test_a_machine_without_memory_is_recognised():
+def test_a_machine_without_memory_is_recognised_and_other_errors_are_left_alone():
     told = out_of_memory(caught(lambda: torch.empty(2**60)))
     assert told.startswith("Out of memory: ")
     assert "gradient_checkpointing, stepwise_backward" in told
+    for words in ("NPU out of memory. Tried to allocate", "not enough memory: you tried to allocate"):
+        assert words in out_of_memory(RuntimeError(words))
+    assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
-@pytest.mark.parametrize("words", ["NPU out of memory. Tried to allocate", "not enough memory: you tried to allocate"])
-def test_every_device_has_words_of_its_own(words):
-    assert words in out_of_memory(RuntimeError(words))
+def test_cures_are_those_of_files_and_folders_that_there_are():
+    root = Path(rlhf.__file__).parents[1]
+    names = {path.name for path in (root / "rlhf").rglob("*.py")} | {"rewards", ""}
+    assert set(MEMORY_CURES) <= names
 
 
 def test_a_reward_is_named_with_its_own_cures(monkeypatch):
@@ -54,10 +60,6 @@ def test_the_decoder_is_named_with_its_own_cures(tiny_pipe, monkeypatch):
     told = out_of_memory(caught(lambda: decode_video(tiny_pipe.vae, torch.zeros(1, 16, 2, 2, 4))))
     assert told.startswith("Out of memory in ")
     assert MEMORY_CURES["wan_decoder.py"] in told
-
-
-def test_other_errors_are_left_alone():
-    assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 def test_the_reward_behind_a_gradient_is_named_beside_rewards_that_have_none():

@@ -1,4 +1,6 @@
-"""Held-out monitoring: gains by hand, when a run stops, and averages and best adapters through the whole loop."""
+"""Held-out monitoring: gains by hand, when a run stops, and averages and best adapters through the
+whole loop.
+"""
 
 import contextlib
 import dataclasses
@@ -25,7 +27,7 @@ from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.failures import TrainingError
 from rlhf.training.monitor import Guard, HeldOutMonitor, gain, gains
 
-# ------------------------------------------------------------------------------------------------ gains and guards
+# --------------------------------------------------------------------------------- gains and guards
 
 
 def evaluation(**scores):
@@ -37,13 +39,10 @@ TUNED = evaluation(taught=[3.0, 5.0], other=[0.0, 0.0], judge=[10.0, 20.0], cons
 SPREAD = 2**0.5  # of 1 and 3
 
 
-def test_a_gain_is_in_spreads_of_the_base():
+def test_a_gain_is_in_spreads_of_the_base_and_rounding_is_no_spread():
     assert gain("taught", BASE, TUNED) == pytest.approx(2 / SPREAD)
     assert gain("judge", BASE, TUNED) == pytest.approx(-5 / (10 * SPREAD))
     assert gain("constant", BASE, TUNED) is None, "without a spread there is no unit"
-
-
-def test_rounding_is_no_spread():
     saturated, lower = evaluation(judge=[1.0, 1.0 - 2**-24]), evaluation(judge=[0.99, 0.99])
     assert gain("judge", saturated, lower) is None, "else one hundredth would count as -200,000 spreads"
 
@@ -64,20 +63,16 @@ def test_trained_gains_are_weighted_and_a_negative_weight_wants_less():
     assert gains(BASE, TUNED, {"constant": 1.0, "judge": 0.0}, ["constant"]) == {}
 
 
-def test_a_guard_stops_after_its_patience_and_remembers_the_best():
+def test_a_guard_stops_after_its_patience_and_remembers_the_best_of_which_the_base_is_the_first():
     guard = Guard(patience=2)
     seen = []
     for step, value in enumerate([0.5, 0.45, 0.9, 0.9, 0.2], start=1):
         seen.append((guard.update(step, {"gain_held_out": value}), guard.stop))
     assert seen == [(True, False), (False, False), (True, False), (False, False), (False, True)]
     assert (guard.best_step, guard.best_gain) == (3, 0.9)
-
-
-def test_the_base_is_the_first_best():
     guard = Guard(patience=1)
     assert not guard.update(10, {"gain_held_out": 0.0}), "an adapter that has learnt nothing is no better"
-    assert guard.stop
-    assert (guard.best_step, guard.best_gain) == (0, 0.0)
+    assert (guard.stop, guard.best_step, guard.best_gain) == (True, 0, 0.0)
 
 
 def test_a_guard_needs_a_held_out_reward_and_evaluations_and_stops_only_if_asked():
@@ -93,7 +88,9 @@ def test_a_guard_needs_a_held_out_reward_and_evaluations_and_stops_only_if_asked
 
 @pytest.fixture
 def watch(tmp_path):
-    """What looks at a run, on a process that writes nothing; `asked` is what it had evaluated, and whether averaged."""
+    """What looks at a run, on a process that writes nothing; `asked` is what it had evaluated, and
+    whether averaged.
+    """
 
     def make(judge="judge", **settings):
         settings = {"eval_steps": 1, "eval_reward_funcs": [judge], "resume_from_checkpoint": "latest"} | settings
@@ -184,7 +181,7 @@ def test_what_was_before_and_what_came_after_are_kept_and_shown(watch, monkeypat
 
 def test_the_best_adapter_of_another_run_does_not_replace_the_own_one(watch, tmp_path):
     watching, _ = watch(resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoints" / "step-3"))
-    watching.is_main, watching.folder = True, tmp_path / "ours"
+    watching.is_main, watching.best_folder = True, tmp_path / "ours" / BEST
     for run in ("theirs", "ours"):
         (tmp_path / run / BEST).mkdir(parents=True)
         (tmp_path / run / BEST / "whose").write_text(run)
@@ -203,7 +200,7 @@ def test_a_run_that_goes_by_gains_needs_some(watch, asked, tmp_path):
         check_config(args)
 
 
-# ----------------------------------------------------------------------------------------------------- the whole loop
+# ----------------------------------------------------------------------------------- the whole loop
 
 JUDGE = '''
 def paleness(video, prompts, **info):
@@ -244,7 +241,7 @@ def test_what_is_evaluated_and_kept_is_the_average(make_args):
     assert rows_without_cost(args)[-1]["eval/redness"] == pytest.approx(summary["trained"]["redness"]["tuned"])
 
 
-# --------------------------------------------------------------------------------------------------- the guard
+# ---------------------------------------------------------------------------------------- the guard
 
 
 def test_a_cheated_reward_stops_the_run_and_the_best_adapter_is_the_result(guarded, capsys):
@@ -271,17 +268,6 @@ def test_a_reward_that_judges_agree_with_runs_to_its_end_and_its_best_is_late(gu
     assert summary["best"]["step"] == 4
     assert summary["best"]["gain_held_out"] == pytest.approx(summary["gain_held_out"])
     assert summary["hacking_gap"] == pytest.approx(summary["gain_trained"] - summary["gain_held_out"])
-    assert torch.equal(adapter(args), adapter(args, "best_adapter"))
-
-
-def test_a_best_adapter_that_is_the_last_is_not_evaluated_twice(guarded, monkeypatch):
-    evaluate, names = HeldOut.evaluate, []
-    monkeypatch.setattr(HeldOut, "evaluate", lambda self, name, *of: names.append(name) or evaluate(self, name, *of))
-    args = guarded("rosiness", max_steps=2, learning_rate=3e-2, load_best_model_at_end=True)
-    summary = run(args)
-    assert names == ["base", "step 1", "step 2"]
-    assert summary["best"]["step"] == 2
-    assert summary["best"]["gain_held_out"] == summary["gain_held_out"]
     assert torch.equal(adapter(args), adapter(args, "best_adapter"))
 
 
@@ -317,16 +303,21 @@ def test_a_run_that_goes_on_with_fewer_judges_reads_the_base_and_lists_them_in_t
     assert list(run(fewer)["held_out"]) == ["rosiness", "paleness"]
 
 
-@pytest.mark.parametrize("best", [False, True])
-def test_the_last_adapter_is_evaluated_once_unless_another_is_the_result(guarded, monkeypatch, best):
+@pytest.mark.parametrize(
+    ("judge", "best", "result"),
+    [("paleness", False, "step 4"), ("paleness", True, "tuned"), ("rosiness", True, "step 4")],
+)
+def test_the_last_adapter_is_evaluated_once_unless_another_is_the_result(guarded, monkeypatch, judge, best, result):
     made, evaluate = [], HeldOut.evaluate
     monkeypatch.setattr(HeldOut, "evaluate", lambda self, name, *rest: made.append(name) or evaluate(self, name, *rest))
-    args = guarded(max_steps=4, eval_steps=2, load_best_model_at_end=best)
+    args = guarded(judge, max_steps=4, eval_steps=2, learning_rate=3e-2, load_best_model_at_end=best)
     summary = run(args)
-    assert made == ["base", "step 2", "step 4", *["tuned"] * best]
-    if not best:
-        last = read_metrics(Path(args.output_dir))[-1]
+    assert list(dict.fromkeys(["base", "step 2", "step 4", result])) == made
+    last = read_metrics(Path(args.output_dir))[-1]
+    if result == "step 4":
         assert summary["trained"]["redness"]["tuned"] == pytest.approx(last["eval/redness"], abs=1e-6)
+    assert summary["best"]["step"] == (4 if judge == "rosiness" else 0)
+    assert torch.equal(adapter(args), adapter(args, "best_adapter")) == best
 
 
 def test_the_base_of_an_older_run_is_made_anew_for_measures_that_it_lacks(guarded):
@@ -360,27 +351,13 @@ grain.frames = "first"
 
 @pytest.mark.slow
 def test_nano_cheats_a_reward_and_is_caught_while_an_unguarded_run_breaks(make_args, tmp_path):
-    common = {
-        "height": None,
-        "width": None,
-        "num_frames": None,
-        "num_inference_steps": None,
-        "max_steps": 8,
-        "per_device_train_batch_size": 1,
-        "num_eval_prompts": 4,
-        "num_sample_prompts": 0,
-        "num_diversity_prompts": 1,
-        "eval_reward_funcs": ["nano_preference", "nano_verifier"],
-        "eval_prompts": "nano_held_out",
-    }
+    common = dict.fromkeys(("height", "width", "num_frames", "num_inference_steps"))
+    common |= {"max_steps": 8, "per_device_train_batch_size": 1, "num_eval_prompts": 4, "num_sample_prompts": 0}
+    common |= {"num_diversity_prompts": 1, "eval_prompts": "nano_held_out"}
+    common |= {"eval_reward_funcs": ["nano_preference", "nano_verifier"]}
+    guard = {"eval_steps": 2, "early_stopping_patience": 2, "load_best_model_at_end": True}
     unguarded = make_args(output_dir=str(tmp_path / "unguarded"), **common)
-    guarded = make_args(
-        output_dir=str(tmp_path / "guarded"),
-        eval_steps=2,
-        early_stopping_patience=2,
-        load_best_model_at_end=True,
-        **common,
-    )
+    guarded = make_args(output_dir=str(tmp_path / "guarded"), **common, **guard)
     broken, kept = (RewardGradientTrainer(None, grain, args).train() for args in (unguarded, guarded))
 
     assert broken["steps"] == 8

@@ -1,7 +1,8 @@
-"""Settings about speed in whole runs: the exact ones train the same adapter, the others do what they say."""
+"""Settings about speed in whole runs: the exact ones train the same adapter, the others do what
+they say.
+"""
 
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,6 @@ from toy_rewards import PROMPTS, redness
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.execution.offload import HostMemory
 from rlhf.method.decode import Decoder
-from rlhf.run.metrics import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.batches import Batches
 from rlhf.training.setup import require_same_run
@@ -31,16 +31,15 @@ def trained(make_args, folder, **settings):
     return saved_adapter(args), trainer
 
 
-@pytest.fixture(scope="module")
-def plain_run(tmp_path_factory):
-    """Of default settings; made once."""
-    return {"folder": tmp_path_factory.mktemp("plain") / "run"}
+PLAIN = {}
 
 
-def plain(plain_run, make_args):
-    if "adapter" not in plain_run:
-        plain_run["adapter"], _ = trained(make_args, plain_run["folder"])
-    return plain_run["adapter"]
+@pytest.fixture
+def plain(make_args, tmp_path):
+    """The adapter of a run with default settings, which is made once."""
+    if not PLAIN:
+        PLAIN.update(trained(make_args, tmp_path / "plain")[0])
+    return PLAIN
 
 
 def distance(found, expected):
@@ -56,11 +55,10 @@ def distance(found, expected):
         DECODED | {"guidance_together": True},
     ],
 )
-def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain_run, settings):
+def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain, settings):
     found, _ = trained(make_args, tmp_path / "run", **settings)
-    expected = plain(plain_run, make_args)
-    assert max(t.abs().max() for t in expected.values()) > 1e-2
-    assert distance(found, expected) < 2e-4  # AdamW turns rounding into steps where a gradient is nearly zero
+    assert max(t.abs().max() for t in plain.values()) > 1e-2
+    assert distance(found, plain) < 2e-4  # AdamW turns rounding into steps where a gradient is nearly zero
 
 
 @pytest.mark.parametrize(
@@ -74,9 +72,9 @@ def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain_run, s
         {"vae_dtype": "bfloat16"},
     ],
 )
-def test_other_settings_train_another_adapter(make_args, tmp_path, plain_run, settings):
+def test_other_settings_train_another_adapter(make_args, tmp_path, plain, settings):
     found, _ = trained(make_args, tmp_path / "run", **settings)
-    assert distance(found, plain(plain_run, make_args)) > 1e-3
+    assert distance(found, plain) > 1e-3
     assert all(t.isfinite().all() for t in found.values())
 
 
@@ -127,13 +125,11 @@ def test_a_copy_of_a_distilled_model_samples_without_guidance(make_args):
 
 
 def test_a_rollout_that_is_used_again_keeps_its_prompts_and_noise(make_args):
-    calls = stepper(make_args, rollout_reuse=2)
-    prompts = []
+    trainer, prompts = stepper(make_args, rollout_reuse=2).trainer, []
+    text = trainer.text
+    trainer.text = lambda given, device: prompts.append(given) or text(given, device)
     for step in range(4):
-        text = calls.trainer.text
-        calls.trainer.text = lambda given, device, text=text: prompts.append(given) or text(given, device)
-        calls.trainer.step(step)
-        calls.trainer.text = text
+        trainer.step(step)
     assert prompts[0] == prompts[1] != prompts[2] == prompts[3]
 
 
@@ -146,7 +142,9 @@ def test_a_resumed_run_has_the_prompts_of_the_rollout_in_use(make_args, tmp_path
 
 @pytest.mark.parametrize("uses", [1, 2])
 def test_rollouts_take_up_the_prompts_where_they_left_off_with_other_batches(make_args, uses):
-    """Steps that share a rollout take no prompts: 4 steps of 2 videos used the first 8 or 4 places of the order."""
+    """Steps that share a rollout take no prompts: 4 steps of 2 videos used the first 8 or 4 places
+    of the order.
+    """
     args = make_args(per_device_train_batch_size=2, rollout_reuse=uses, max_steps=9)
     larger = dataclasses.replace(args, per_device_train_batch_size=4)
     order = _batches(args).prompts_at(0, 40)
@@ -213,12 +211,6 @@ def test_the_window_is_decoded_in_pieces_as_the_settings_say(monkeypatch):
         torch.testing.assert_close(decoder(latents, step), window, atol=1e-5, rtol=0)
     assert {given[3:5] for given in calls} == {(1, True)}
     assert all(given[6] is caches for given in calls)
-
-
-def test_the_saturated_share_is_logged(make_args, tmp_path):
-    _, trainer = trained(make_args, tmp_path / "run")
-    rows = read_metrics(Path(trainer.args.output_dir))
-    assert all(0 <= row["saturated"] <= 1 for row in rows)
 
 
 def test_what_was_chosen_is_told(make_args, tmp_path, monkeypatch):

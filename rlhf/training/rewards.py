@@ -1,0 +1,68 @@
+"""A run's rewards and judges: loaded, probed and mixed, without importing diffusers."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from rewards import RewardMix, load_reward, probe
+from rlhf.checks.rewards import short_name
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.files import model_sizes
+from rlhf.device import local_device
+from rlhf.prompts import load_prompts
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from rlhf.contentv.pipeline import ContentVPipeline
+
+
+def open_rewards(
+    args: RewardGradientConfig,
+    rewards: list[str | Callable] | None = None,
+    prompts: list[str] | None = None,
+    device: torch.device | None = None,
+    pipe: "ContentVPipeline | None" = None,
+) -> dict[str, Callable]:
+    """Load rewards and judges, frozen, on the device; probe the rewards with three prompts.
+
+    Args:
+        args: settings as `check_config` returns them.
+        rewards, prompts, pipe: objects in place of what args name.
+        device: Default: that of args.
+
+    Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train,
+    before the generator's weights are loaded.
+    """
+    device = device or local_device(args.device)
+    prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
+    shape = (3, args.num_frames, args.height, args.width)
+    info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
+    for name, reward in trained.items():
+        probe(reward, shape, prompts[:3], device, name=name, info=info)
+    return trained | _load_rewards(args.eval_reward_funcs, args, device)
+
+
+def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> dict[str, Callable]:
+    """Return frozen rewards by short name: specs loaded, callables taken as they are."""
+    loaded, kwargs = {}, args.reward_kwargs or {}
+    for reward in rewards:
+        name = short_name(reward)
+        if isinstance(reward, str):
+            reward = load_reward(reward, args.base_dir, **kwargs.get(name, {}))
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device).requires_grad_(False).eval()
+        loaded[name] = reward
+    return loaded
+
+
+def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientConfig) -> RewardMix:
+    """Return the mix of the leading `count` opened rewards, the trained ones."""
+    return RewardMix(
+        dict(list(opened.items())[:count]),
+        args.reward_weights,
+        args.normalise_rewards,
+        args.reward_caps,
+        args.reward_targets,
+        args.balance_reward_gradients,
+    )
