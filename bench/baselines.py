@@ -148,7 +148,7 @@ class GroupedBatches(Batches):
         noise = super().batch(step, micro).noise
         return Batch([prompt for prompt in prompts for _ in range(self.group_size)], noise)
 
-    def from_rollout(self, step: int) -> list[str]:
+    def prompts_from_rollout(self, step: int) -> list[str]:
         left = self.max_steps - step
         return self.prompts_at(step * self.prompts_per_step, left * self.prompts_per_step)
 

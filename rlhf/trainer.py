@@ -106,7 +106,7 @@ class RewardGradientTrainer:
         self.resumed = self._restore()
         calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args)
         self.calibration_prompts = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
-        left = self.batches.from_rollout(self.rollouts.rollout_of(self.resumed["step"], 0))
+        left = self.batches.prompts_from_rollout(self.rollouts.rollout_of(self.resumed["step"], 0))
         prompts = left + self.eval_prompts + self.calibration_prompts
         self.text = setup.encode_and_release(self.pipe, prompts, args, self.device, release=inputs.pipe is None)
         self.sample_base = self._video_sampler(self.fields.base)
@@ -278,36 +278,36 @@ class RewardGradientTrainer:
             for name, choice in self.choices.items():
                 log.say(f"{name}: {choice}")
             for done in range(first + 1, args.max_steps + 1):
-                self.callbacks.step_begins()
+                self.callbacks.begin_step()
                 metrics = None
                 try:
                     metrics = self.step(done - 1)
-                    self.callbacks.step_ends(done, metrics["epoch"])
-                    metrics |= self._look(done)
+                    self.callbacks.end_step(done, metrics["epoch"])
+                    metrics |= self._evaluate_or_sample(done)
                 except Exception:  # not together: other processes may have failed elsewhere
                     self._save(done if metrics else done - 1, together=False)
                     raise
                 log.step(metrics)
-                self.callbacks.logged(metrics)
+                self.callbacks.log(metrics)
                 stopping = any_process(self.accelerator, stop.requested)
-                if stopping or self.callbacks.requested("save") or is_due(done, args.save_steps):
+                if stopping or self.callbacks.is_requested("save") or is_due(done, args.save_steps):
                     saved = self._save(done)
                 if stopping:
                     raise TrainingInterrupted(saved)
                 if stopped := self.monitor and self.monitor.stop:
                     log.say(stopped)
-                if stopped or self.callbacks.requested("training_stop"):
+                if stopped or self.callbacks.is_requested("training_stop"):
                     break
         return done
 
-    def _look(self, done: int) -> dict[str, float]:
+    def _evaluate_or_sample(self, done: int) -> dict[str, float]:
         """Evaluate or sample if it is due after `done` steps; return the metrics."""
         if not self.monitor:
             return {}
         args = self.args
-        evaluate = self.callbacks.requested("evaluate") or is_due(done, args.eval_steps)
+        evaluate = self.callbacks.is_requested("evaluate") or is_due(done, args.eval_steps)
         sample = is_due(done, args.sample_steps) and done < args.max_steps
-        return self.monitor.look(done, evaluate, sample)
+        return self.monitor.evaluate_or_sample(done, evaluate, sample)
 
     # --------------------------------------------------------------------------- restore and save
 
@@ -329,7 +329,7 @@ class RewardGradientTrainer:
         folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             state = {"settings": dataclasses.asdict(self.args)} | self.batches.state(done)
-            state |= {"guard": self.monitor.saved()} if self.monitor else {}
+            state |= {"guard": self.monitor.state()} if self.monitor else {}
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)
         if together:
             self.accelerator.wait_for_everyone()

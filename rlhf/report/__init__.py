@@ -15,7 +15,7 @@ from rlhf.report.data import Run, Sample, cost, training_table
 from rlhf.report.plots import draw, panels
 from rlhf.run.environment import record_end
 from rlhf.run.folder import has_run
-from rlhf.run.signals import signals_interrupt
+from rlhf.run.signals import interrupt_on_signals
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def report_at_end(folder: Path, wanted: bool) -> Iterator[None]:
     The error that ended the run is raised, also if the report cannot be written.
     """
     try:
-        with signals_interrupt():
+        with interrupt_on_signals():
             yield
     except ConfigError:  # no run began
         raise

@@ -43,7 +43,7 @@ class StopRequest:
 
 
 @contextmanager
-def signals_interrupt() -> Iterator[None]:
+def interrupt_on_signals() -> Iterator[None]:
     """Have SIGTERM and SIGUSR1 raise KeyboardInterrupt while inside, unless they have handlers."""
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -91,7 +91,7 @@ class Batches:
     def _place(self, rollout: int) -> int:
         return self.start[1] + (rollout - self.start[0]) * self.samples_per_step
 
-    def from_rollout(self, rollout: int) -> list[str]:
+    def prompts_from_rollout(self, rollout: int) -> list[str]:
         """Return the prompts of all rollouts from this one on, to the end of the run."""
         return self.prompts_at(self._place(rollout), (self.max_steps - rollout) * self.samples_per_step)
 

@@ -48,22 +48,22 @@ class Callbacks:
             method, kwargs = getattr(listener, event), self.event_kwargs | more
             self.control = method(self.args, self.state, self.control, **kwargs) or self.control
 
-    def step_begins(self) -> None:
+    def begin_step(self) -> None:
         """Begin an optimizer step, with the requests of the step before cleared."""
         control = self.control
         control.should_log = control.should_evaluate = control.should_save = False
         self.notify("on_step_begin")
 
-    def step_ends(self, done: int, epoch: float) -> None:
+    def end_step(self, done: int, epoch: float) -> None:
         """End optimizer step number `done`, from 1, at this epoch."""
         self.state.global_step, self.state.epoch = done, epoch
         self.notify("on_step_end")
 
-    def logged(self, metrics: dict) -> None:
+    def log(self, metrics: dict) -> None:
         """Pass on the metrics of a step, which were logged."""
         self.state.log_history.append(metrics)
         self.notify("on_log", logs=dict(metrics))  # a copy: transformers' callbacks remove entries
 
-    def requested(self, what: str) -> bool:
+    def is_requested(self, what: str) -> bool:
         """Return whether any process requested "evaluate", "save" or "training_stop"."""
         return any_process(self.accelerator, getattr(self.control, f"should_{what}"))

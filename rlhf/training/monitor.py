@@ -130,7 +130,7 @@ class HeldOutMonitor:
                 self._log(evaluation, found)
             self._save_best()
 
-    def look(self, done: int, evaluate: bool, sample: bool) -> dict[str, float]:
+    def evaluate_or_sample(self, done: int, evaluate: bool, sample: bool) -> dict[str, float]:
         """Evaluate after `done` steps and return the metrics, else write samples, if due."""
         with self.masters.averaged():
             if evaluate:
@@ -151,7 +151,7 @@ class HeldOutMonitor:
         best = f"the best was step {self._best_summary}, kept in {self.best_folder}"
         return f"The held-out rewards did not rise in {guard.worse} evaluations; {best}."
 
-    def saved(self) -> dict | None:
+    def state(self) -> dict | None:
         """Return the guard's state for `begin` of a resumed run."""
         if self.guard is None:
             return None

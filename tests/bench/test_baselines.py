@@ -164,7 +164,7 @@ def test_a_group_is_one_prompt_with_different_noise(make_args):
     assert first.prompts[0] == first.prompts[1] != first.prompts[2] == first.prompts[3]
     assert len({*first.prompts, *second.prompts}) == 4
     assert len(first.noise("train").unique(dim=0)) == 4
-    assert {*first.prompts, *second.prompts} <= {*trainer.batches.from_rollout(0)}
+    assert {*first.prompts, *second.prompts} <= {*trainer.batches.prompts_from_rollout(0)}
     assert isinstance(trainer.batches, GroupedBatches)
     with pytest.raises(ValueError, match="expected a multiple of group_size=3"):
         policy_trainer(make_args, Policy(group_size=3), per_device_train_batch_size=4, overwrite_output_dir=True)

@@ -1,4 +1,4 @@
-"""Settings are checked all together; tests/helpers/config_mistakes.py has a row for each mistake."""
+"""Settings are checked all together; tests/helpers/config_mistakes.py has a row for each one."""
 
 import pytest
 

@@ -26,7 +26,7 @@ from rlhf.run.checkpoint import (
 
 
 def trained(updates: int, seed: int = 0, **average):
-    """MasterWeights and an optimizer after some steps on gradients that depend on the step alone."""
+    """MasterWeights and an optimizer after steps on gradients that depend on the step alone."""
     transformer = tiny_transformer()
     add_adapter(transformer, lora_config(RewardGradientConfig(lora_rank=2)), seed)
     masters = MasterWeights(transformer, **average)
@@ -48,7 +48,7 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, updates):
     path = save_checkpoint(tmp_path, updates, masters, optimizer, {"note": 1})
     update(masters, optimizer, range(updates, 6))
 
-    other, other_optimizer = trained(min(updates, 2), seed=9)  # with wrong numbers and moments to be replaced
+    other, other_optimizer = trained(min(updates, 2), seed=9)  # wrong numbers, to be replaced
     assert load_checkpoint(path, other, other_optimizer) == {"step": updates, "optimizer_updates": updates, "note": 1}
     assert all(torch.equal(p, piece) for p, piece in zip(other.params, other.named(other.vector).values(), strict=True))
     update(other, other_optimizer, range(updates, 6))

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from rlhf.run.signals import StopRequest, signals_interrupt
+from rlhf.run.signals import StopRequest, interrupt_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -29,7 +29,7 @@ def test_signals_interrupt_unless_they_do_something_already():
     own = lambda *_: None
     signal.signal(signal.SIGUSR1, own)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with signals_interrupt():
+    with interrupt_on_signals():
         assert signal.getsignal(signal.SIGUSR1) is own
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)

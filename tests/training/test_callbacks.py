@@ -24,7 +24,7 @@ def train(args, callbacks, evaluate=False):
 
 
 class Recorder(TrainerCallback):
-    """What each event was told: step, metrics or logs, and whether model and optimizer came along."""
+    """What each event was told: step, metrics or logs; model and optimizer have to come along."""
 
     def __init__(self):
         self.seen = []
@@ -108,7 +108,7 @@ def test_what_one_process_decides_holds_for_all_until_the_next_step(make_args, o
     callbacks = Callbacks(None, make_args(), process)
     control = callbacks.control
     control.should_save = control.should_evaluate = control.should_training_stop = own
-    assert callbacks.requested("save") == (own or other)
-    callbacks.step_begins()
+    assert callbacks.is_requested("save") == (own or other)
+    callbacks.begin_step()
     assert (control.should_save, control.should_evaluate, control.should_training_stop) == (False, False, own)
     assert (callbacks.state.is_world_process_zero, callbacks.state.is_local_process_zero) == (False, True)

@@ -132,8 +132,8 @@ def test_a_guard_that_is_new_with_its_run_or_came_along_asks_for_no_evaluation(w
     watching, asked = watch()
     watching.begin(None, first, saved)
     assert asked == []
-    assert watching.saved().items() >= (saved or {"best_gain": 0.0, "best_step": 0, "worse": 0}).items()
-    watching.look(first + 1, evaluate=True, sample=False)
+    assert watching.state().items() >= (saved or {"best_gain": 0.0, "best_step": 0, "worse": 0}).items()
+    watching.evaluate_or_sample(first + 1, evaluate=True, sample=False)
     assert asked == [(f"step {first + 1}", first + 1, True)], "of the average"
     watching.finish(first + 1, 0.0)
     assert len(asked) == 1, "it is known"
@@ -152,7 +152,7 @@ def test_a_best_gain_by_another_measure_is_none_of_the_run_that_goes_on(watch):
     before = watch()[0]
     before.begin(None, 0, None)
     before.guard.best_gain, before.guard.best_step = 9.0, 30
-    saved = json.loads(json.dumps(before.saved()))
+    saved = json.loads(json.dumps(before.state()))
     watching, asked = watch()
     watching.begin(None, 40, saved)
     assert (watching.guard.best_gain, asked) == (9.0, [])

@@ -155,7 +155,7 @@ def test_rollouts_take_up_the_prompts_where_they_left_off_with_other_batches(mak
         first = 4 // uses
         found = [batches.batch(rollout, 0).prompts for rollout in (first, first + 1)]
         assert found == [order[2 * first :][:size], order[2 * first + size :][:size]]
-        assert batches.from_rollout(first)[:size] == found[0]
+        assert batches.prompts_from_rollout(first)[:size] == found[0]
         assert batches.state(4) == saved
 
 
@@ -168,7 +168,7 @@ def test_two_processes_share_the_samples_of_one(make_args):
         assert parts[0].prompts + parts[1].prompts == whole.prompts
         assert torch.equal(torch.cat([part.noise("train") for part in parts]), whole.noise("train"))
     assert [batches.samples_before(3) for batches in two] == [one.samples_before(3)] * 2 == [24] * 2
-    assert one.from_rollout(0) == one.prompts_at(0, 8 * args.max_steps)
+    assert one.prompts_from_rollout(0) == one.prompts_at(0, 8 * args.max_steps)
     assert two[0].state(1)["processes"] == 4, "those that share videos count, too"
     other = _batches(dataclasses.replace(args, seed=4)).batch(1, 0).noise("train")
     assert not torch.allclose(other, two[0].batch(1, 0).noise("train"))
