@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from rlhf.device.host import keep_freed_memory as keep_freed_memory
 from rlhf.device.host import process_peak_memory
 
 KNOWN_DEVICES = ("cuda", "npu", "mps", "cpu")
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -102,10 +104,12 @@ def is_plugin_device(device: torch.device) -> bool:
 
 
 def describe(device: torch.device) -> str:
-    """Return the product name, such as "NVIDIA H200"; for a CPU its architecture and cores."""
+    """Return the product name, such as "NVIDIA H200"; its architecture where none is known."""
     if device.type in ("cuda", "npu"):
         return torch.get_device_module(device).get_device_name(device)
-    return f"{platform.machine()}, {os.cpu_count()} cores"
+    lines = CPU_INFO.read_text().splitlines() if device.type == "cpu" and CPU_INFO.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 @contextmanager
