@@ -55,11 +55,11 @@ class RunLog:
         if self.is_main:
             with (self.folder / METRICS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-        is_number = lambda key: key != "step" and isinstance(metrics[key], int | float)
-        numbers = {key: metrics[key] for key in filter(is_number, metrics)}
-        self.accelerator.log(numbers, step=metrics["step"])
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        step = numbers.pop("step")
+        self.accelerator.log(numbers, step=step)
         if "skipped" in metrics:
-            self.say(f"Step {metrics['step']} was skipped: {metrics['why']}")
+            self.say(f"Step {step} was skipped: {metrics['why']}")
         if "reward" in metrics:
             self.bar.set_postfix_str(f"reward {metrics['reward']:.4f}", refresh=False)
         self.bar.update()

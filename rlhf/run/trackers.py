@@ -3,7 +3,7 @@
 import importlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image
 from rlhf.config import RewardGradientConfig
 
 PROJECT = "contentv-rlhf"
+VIDEO_LIBRARIES = ("wandb", "trackio", "swanlab")
 GIF_SIDE, GIF_RATE = 320, 12  # at most, as GIFs are large: pixels of the longer side, frames a second
 
 
@@ -66,9 +67,11 @@ class Clip:
 
 def show_samples(accelerator: Accelerator, step: int, clips: list[Clip]) -> None:
     """Show sample videos in the trackers that can show videos; the others get the metrics only."""
-    for tracker in accelerator.trackers:
-        if tracker.name in SHOW_VIDEOS and clips:
-            SHOW_VIDEOS[tracker.name](tracker, step, clips)
+    for tracker in accelerator.trackers if clips else []:
+        if tracker.name == "tensorboard":
+            _show_in_tensorboard(tracker, step, clips)
+        elif tracker.name in VIDEO_LIBRARIES:
+            _show_in_library(tracker, step, clips)
 
 
 def _show_in_tensorboard(tracker, step: int, clips: list[Clip]) -> None:
@@ -84,21 +87,11 @@ def _show_in_tensorboard(tracker, step: int, clips: list[Clip]) -> None:
     tracker.log({clip.tag: clip.prompt for clip in clips}, step=step)  # as text
 
 
-def _show_in(library: str, as_gif: bool = False) -> Callable:
-    """Return a function that logs videos with the library's `Video` class, as files or GIFs."""
+def _show_in_library(tracker, step: int, clips: list[Clip]) -> None:
+    """Log videos with the library's `Video` class: files, or GIFs for swanlab.
 
-    def show_videos(tracker, step: int, clips: list[Clip]) -> None:
-        make = importlib.import_module(library).Video
-        data = lambda clip: io.BytesIO(clip.gif()) if as_gif else str(clip.path)
-        videos = {clip.tag: make(data(clip), caption=clip.prompt) for clip in clips}
-        tracker.log(videos, step=step)
-
-    return show_videos
-
-
-SHOW_VIDEOS: dict[str, Callable] = {
-    "tensorboard": _show_in_tensorboard,
-    "wandb": _show_in("wandb"),
-    "trackio": _show_in("trackio"),
-    "swanlab": _show_in("swanlab", as_gif=True),  # it takes no other kind, docs.swanlab.cn/en/api/py-video.html
-}
+    It takes no other kind, docs.swanlab.cn/en/api/py-video.html.
+    """
+    make = importlib.import_module(tracker.name).Video
+    data = lambda clip: io.BytesIO(clip.gif()) if tracker.name == "swanlab" else str(clip.path)
+    tracker.log({clip.tag: make(data(clip), caption=clip.prompt) for clip in clips}, step=step)
