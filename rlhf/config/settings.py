@@ -337,12 +337,8 @@ class RewardGradientConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
 
 
-def with_sampling(args: RewardGradientConfig, defaults: Any) -> RewardGradientConfig:
-    """Return the settings with the model's own values where none was set.
-
-    defaults: a dict, or an object with these attributes, such as `contentv.files.SamplingDefaults`.
-    """
-    defaults = defaults if isinstance(defaults, dict) else vars(defaults)
+def with_sampling(args: RewardGradientConfig, defaults: dict[str, Any]) -> RewardGradientConfig:
+    """Return the settings with the model's own values, of `SAMPLING_KEYS`, where none was set."""
     unset = {key: defaults[key] for key in SAMPLING_KEYS if getattr(args, key) is None}
     return dataclasses.replace(args, **unset)
 

@@ -13,7 +13,7 @@ CHECKPOINTED = {"gradient_checkpointing": True}
 
 
 def problems(**settings):
-    return list(speed_problems(with_sampling(RewardGradientConfig(**settings), SamplingDefaults())))
+    return list(speed_problems(with_sampling(RewardGradientConfig(**settings), vars(SamplingDefaults()))))
 
 
 @pytest.mark.parametrize(
