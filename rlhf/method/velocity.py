@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from rlhf.adapter.lora import without_adapter
 from rlhf.adapter.masters import MasterWeights
-from rlhf.adapter.sampling_copy import SamplingCopy
+from rlhf.adapter.float8 import Float8Copy
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import guided_velocity
 from rlhf.execution.collectives import Group, all_gather, copy_to_group
@@ -49,7 +49,7 @@ class VelocityFields:
         guidance: how all fields are guided.
         checkpoint_steps: whether the backward pass runs each velocity again; see `rlhf.method.adjoint`.
         sampling_weights: "own", or the format of a second model for the prefix; see
-            `rlhf.adapter.sampling_copy`.
+            `rlhf.adapter.float8`.
         guidance_group: two processes that run one branch of guidance each; None for one process.
     """
 
@@ -69,7 +69,7 @@ class VelocityFields:
             self.trained = CheckpointedTransformer(transformer, masters.params)
         self.copy = None
         if sampling_weights != "own":
-            self.copy = SamplingCopy(transformer)
+            self.copy = Float8Copy(transformer)
 
     def base(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the model before training, without gradient."""

@@ -142,7 +142,7 @@ def test_in_float32_the_gradient_is_as_near_to_the_exact_one_as_that_of_stock_au
     exact = gradient(stock_decode, torch.float64)
     of_stock = (gradient(stock_decode, torch.float32) - exact).norm()
     ours = (gradient(lambda vae, z: decode_video(vae, z, **how), torch.float32) - exact).norm()
-    assert ours < 1.5 * of_stock < 5e-5 * exact.norm()
+    assert ours < 2 * of_stock < 5e-5 * exact.norm()
 
 
 def kept_bytes(vae, frames, **how):

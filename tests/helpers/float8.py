@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf.adapter.sampling_copy import require_float8
+from rlhf.adapter.float8 import require_float8
 
 
 def _reason() -> str:
