@@ -266,7 +266,7 @@ def test_video_is_float32_whatever_the_vae():
 @pytest.mark.parametrize("num_frames", [0, 6, -1])
 def test_frames_that_are_not_there_are_refused(num_frames):
     with pytest.raises(
-        ValueError, match=rf"num_frames={num_frames}, expected 1 to 5 for 2 latent frames; ask for fewer"
+        ValueError, match=rf"num_frames={num_frames}, expected 1 to 5, .*; ask for fewer"
     ):
         decode_video(tiny_vae(), latents(2), num_frames=num_frames)
 
