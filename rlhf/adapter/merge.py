@@ -32,7 +32,7 @@ def load_adapter(transformer: SD3Transformer3DModel, folder: Path) -> None:
 
 
 def refuse_trained_blocks(folder: str | Path) -> None:
-    """Raise ValueError for a run that trained whole blocks, too, which this version does not load."""
+    """Raise ValueError for a run that trained whole blocks, too: those are not loaded."""
     if (Path(folder) / OLDER_BLOCKS_FILE).exists():
         got = f"{folder}: got {OLDER_BLOCKS_FILE} of an older version, which trained blocks without an adapter, too"
         raise ValueError(f"{got}, expected an adapter alone; use that version, or train again without train_blocks")

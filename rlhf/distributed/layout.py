@@ -105,7 +105,7 @@ class Layout:
             raise ConfigError(wrong)
 
     def average_grad(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return the latents, which each process of a data rank then decodes and scores by itself."""
+        """Return the latents, which each process of a data rank decodes and scores by itself."""
         return latents_BCTHW if self.model_group is None else average_grad(latents_BCTHW, self.model_group)
 
 

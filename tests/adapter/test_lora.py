@@ -1,4 +1,4 @@
-"""The adapter: deterministic, without effect at first, in float32 whatever the base, and read back by diffusers."""
+"""The adapter: deterministic, no effect at first, float32 whatever the base, read by diffusers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
-from rlhf.adapter.lora import adapter_off, add_adapter, lora_config, save_adapter, without_adapter
+from rlhf.adapter.lora import adapter_off, add_adapter, lora_config, save_adapter
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
@@ -119,7 +119,7 @@ def test_an_adapter_of_another_rank_is_not_loaded(rank):
     assert torch.equal(masters.vector, before)
 
 
-# -------------------------------------------------------------------------- DoRA, patterns, the average
+# ---------------------------------------- DoRA, patterns, the average
 
 EVERYTHING = {
     "lora_rank": 4,
@@ -160,7 +160,7 @@ def test_adapter_off_is_the_base_with_dora_too():
     with adapter_off(pipe.transformer):
         assert torch.equal(velocity(pipe.transformer), base)
     assert torch.equal(velocity(pipe.transformer), tuned)
-    assert torch.equal(without_adapter(velocity, pipe.transformer)(pipe.transformer), base)
+    assert torch.equal(adapter_off(pipe.transformer)(velocity)(pipe.transformer), base)
 
 
 def test_what_was_trained_is_merged_into_a_plain_checkpoint(tmp_path):

@@ -146,7 +146,7 @@ def test_in_float32_the_gradient_is_as_near_to_the_exact_one_as_that_of_stock_au
 
 
 def kept_bytes(vae, frames, **how):
-    """Kept after the decode, and at most at any time of the backward pass, with latents of batch 1."""
+    """Bytes kept after the decode, and at most during the backward pass, of batch 1."""
     z = latents(frames, batch=1).requires_grad_()
     with KeptBytes(vae) as kept:
         video = decode_video(vae, z, **how)

@@ -1,4 +1,4 @@
-"""How many threads a process takes, how processes meet, and what happens when one of them is lost."""
+"""Threads of a process, the rendezvous, and what happens when a process is lost."""
 
 import time
 from datetime import timedelta
@@ -48,7 +48,7 @@ def test_a_containers_quota_counts(machine, tmp_path, quota, cores):
 
 
 def test_a_start_has_its_own_keys_on_one_host(monkeypatch):
-    """torchrun's store may outlive a restart; hosts that count restarts differently have to meet all the same."""
+    """A store may outlive a restart; hosts that count restarts differently still have to meet."""
 
     def keys(restarts: int, local: int) -> list[str]:
         for name, value in {"LOCAL_WORLD_SIZE": local, "WORLD_SIZE": 2, parallel.RESTART_COUNT: restarts}.items():

@@ -173,7 +173,7 @@ def test_a_process_with_other_prompts_is_named(of_two):
         assert "prompts: got others on process 1 than on process 0" in one["error"]
 
 
-# --------------------------------------------------------------------------------------------- settings
+# ---------------------------------------- settings
 
 
 def test_places_in_a_layout():

@@ -1,4 +1,4 @@
-"""Whether this PyTorch multiplies in float8 on a CPU, rows scaled on their own: older ones may not."""
+"""Skip tests where PyTorch has no float8 products on a CPU with a scale for each row."""
 
 import pytest
 import torch

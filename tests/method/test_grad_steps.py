@@ -1,4 +1,4 @@
-"""The choice of gradient steps is a pure function with few promises, all of them checked for every size."""
+"""The choice of gradient steps is a pure function, whose promises are checked for every size."""
 
 import pytest
 

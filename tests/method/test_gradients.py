@@ -1,4 +1,4 @@
-"""The loss gradient at the adapter, proved as a number: against finite differences and independent back-propagation."""
+"""The gradient at the adapter against finite differences and independent back-propagation."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_all_steps_in_the_window_equal_full_back_propagation_written_out(problem
 
 @pytest.mark.parametrize("num_grad", [1, 2])
 def test_steps_before_the_window_contribute_nothing(problem, num_grad):
-    """The gradient is that of a rollout which starts at the window, and no earlier forward has a graph."""
+    """It is the gradient of a rollout from the window on; no earlier forward has a graph."""
     p = problem
     with_grad = []
     hook = p.transformer.register_forward_pre_hook(lambda *_: with_grad.append(torch.is_grad_enabled()))
@@ -70,7 +70,7 @@ def test_checkpointing_changes_no_gradient(problem, num_grad):
 
 
 def test_both_guidance_branches_carry_gradient(problem):
-    """For one step the gradient is the sum of what each branch alone would give, and neither is zero."""
+    """For one step the gradient is the sum over branches, and neither part is zero."""
     p = problem
     full = p.gradient(1)
     x = p.latents(p.noise, SIGMAS[:STEPS], []).detach()

@@ -1,4 +1,4 @@
-"""Rollouts: what the pipeline samples, states, guidance under the gradient, cheaper prefixes, noise of a sample."""
+"""Rollouts: states, guidance under the gradient, cheaper prefixes, noise of a sample."""
 
 import pytest
 import torch
@@ -78,11 +78,11 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
     assert abs(many.std().item() - 1) < 0.02
 
 
-# --------------------------------------------------------------------------------- guidance under the gradient
+# ---------------------------------------- guidance under the gradient
 
 
 def branch_gradient(problem, text_weight: float, negative_weight: float) -> torch.Tensor:
-    """Of one last step from the same guided state: the text's and the negative branch's gradient, weighted."""
+    """The text and the negative branch's gradient of one last step, weighted."""
     p = problem
     x = p.latents(p.noise, SIGMAS[:STEPS], []).detach()
     time, step = (SIGMAS[-2] * 1000).expand(2), SIGMAS[-1] - SIGMAS[-2]
@@ -132,7 +132,7 @@ def test_a_distilled_velocity_is_the_text_branch_alone(problem):
 
 
 def test_a_detached_input_leaves_the_direct_path(problem):
-    """What is left is the sum over steps of one step's own gradient at the state that the rollout met."""
+    """The gradient is the sum over steps of one step's gradient at the rollout's state."""
     p, velocity = problem, velocity_field(problem.transformer, problem.cond, GUIDANCE)
     p.loss(rollout(velocity, velocity, p.noise, SIGMAS, [0, 2], detach_input=True)[-1]).backward()
     gradient = p.collect()
@@ -144,7 +144,7 @@ def test_a_detached_input_leaves_the_direct_path(problem):
     torch.testing.assert_close(gradient, p.collect(), rtol=1e-9, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------- cheaper prefixes
+# ---------------------------------------- cheaper prefixes
 
 SIX_STEPS = torch.tensor([1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0], dtype=torch.float64)
 
