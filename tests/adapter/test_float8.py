@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapted_model import arguments, gradients, model_with_adapter
+from adapted_model import arguments, gradients, model_with_adapter, velocity
 from peft import LoraConfig
 from tiny import tiny_transformer
 
@@ -22,11 +22,6 @@ def rounding(request, monkeypatch):
     monkeypatch.setattr(float8, "FLOAT8", request.param)
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     return {torch.float8_e4m3fn: 0.1, torch.float16: 1e-3}[request.param]
-
-
-def velocity(model, inputs):
-    with torch.no_grad():
-        return model(*inputs).sample
 
 
 def distance(found, expected):
