@@ -30,11 +30,6 @@ def test_uniform_steps_are_evenly_apart_and_reach_every_step(num_steps, num_grad
     assert reached == set(range(num_steps))
 
 
-def test_the_random_truncation_takes_every_length():
-    steps = [choose_grad_steps("random_last", 6, 6, generator("steps", draw)) for draw in range(200)]
-    assert {len(s) for s in steps} == {1, 2, 3, 4, 5, 6}
-
-
 def test_listed_steps_are_taken_as_they_are_or_refused():
     assert choose_grad_steps("listed", 5, 0, listed=[4, 0, 2]) == [0, 2, 4]
     for wrong in (None, [], [5], [-1], [1, 1]):

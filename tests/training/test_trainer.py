@@ -107,7 +107,7 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
 
     monkeypatch.setattr(trainer.optimizer, "step", lambda: found.append(masters.vector.grad.clone()))
     shared = []
-    monkeypatch.setattr(trainer.layout, "agreed", lambda latents: shared.append(True) or latents)
+    monkeypatch.setattr(trainer.layout, "average_grad", lambda latents: shared.append(True) or latents)
     row = trainer.step(1)
     assert len(shared) == len(rewards), "processes that hold a copy agree on each gradient"
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
