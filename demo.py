@@ -14,7 +14,7 @@ import torch
 from diffusers.utils import export_to_video
 
 from rewards.cli.flags import file_to_write
-from rlhf.adapter.merge import require_adapter
+from rlhf.adapter.merge import refuse_trained_blocks, require_adapter
 from rlhf.config import is_distilled
 from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline
@@ -80,6 +80,7 @@ def parse_demo_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def add_lora(pipe: ContentVPipeline, name: str) -> None:
     """Add an adapter from a folder, a file, or a hub id. Raise ValueError if there is none."""
+    refuse_trained_blocks(name)
     try:
         pipe.load_lora_weights(name)
         require_adapter(pipe.transformer, name)

@@ -1,7 +1,7 @@
 """The LoRA adapter, by peft: describe it, add it to the transformer, switch it off, save it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def add_adapter(transformer: torch.nn.Module, config: PeftConfig, seed: int) -> 
 
 @contextmanager
 def adapter_off(transformer: torch.nn.Module) -> Iterator[None]:
-    """Make the transformer the base model while inside."""
+    """Make the transformer the base model while inside; also a decorator of a function."""
     transformer.disable_adapters()
     try:
         yield
@@ -66,23 +66,12 @@ def adapter_off(transformer: torch.nn.Module) -> Iterator[None]:
         transformer.enable_adapters()
 
 
-def without_adapter(function: Callable, transformer: torch.nn.Module) -> Callable:
-    """Return the function, called with the transformer as the base model."""
-
-    def call_with_base(*args):
-        with adapter_off(transformer):
-            return function(*args)
-
-    return call_with_base
-
-
 def save_adapter(pipe: DiffusionPipeline, masters: MasterWeights, folder: Path) -> None:
     """Write folder/pytorch_lora_weights.safetensors, fp32, as `pipe.load_lora_weights` reads it."""
     transformer, trained = pipe.transformer, {n: t.cpu() for n, t in masters.named(masters.vector).items()}
     layers = get_peft_model_state_dict(transformer, state_dict=dict(transformer.state_dict()) | trained)
-    config = {
-        k: sorted(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()
-    }
+    config = transformer.peft_config["default"].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     type(pipe).save_lora_weights(
         folder,
         transformer_lora_layers={name: tensor.contiguous() for name, tensor in layers.items()},

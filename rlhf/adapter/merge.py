@@ -13,6 +13,7 @@ from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.io import file_errors
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+OLDER_BLOCKS_FILE = "trained_blocks.safetensors"  # beside the adapter in runs of older versions
 EXPECTED = "expected an adapter of this model, as a run or pipe.save_lora_weights writes it; name the right one"
 
 
@@ -28,6 +29,13 @@ def load_adapter(transformer: SD3Transformer3DModel, folder: Path) -> None:
     except RuntimeError as error:  # of other shapes
         raise ValueError(f"{path}: got another model's adapter ({str(error)[:200]}), {EXPECTED}") from error
     require_adapter(transformer, path)
+
+
+def refuse_trained_blocks(folder: str | Path) -> None:
+    """Raise ValueError for a run that trained whole blocks, too: those are not loaded."""
+    if (Path(folder) / OLDER_BLOCKS_FILE).exists():
+        got = f"{folder}: got {OLDER_BLOCKS_FILE} of an older version, which trained blocks without an adapter, too"
+        raise ValueError(f"{got}, expected an adapter alone; use that version, or train again without train_blocks")
 
 
 def require_adapter(transformer: SD3Transformer3DModel, name: str | Path) -> None:

@@ -64,22 +64,13 @@ def fold_scale(
     config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
     if config.get(f"{PREFIX}use_dora"):
         raise ValueError("got an adapter with magnitudes (lora_use_dora), expected plain LoRA; use --merged")
-    folded = {}
-    for key, value in tensors.items():
-        layer, _, kind = key.partition(".lora_")
+    alphas = config.get(f"{PREFIX}alpha_pattern") or {}
+    folded = dict(tensors)
+    for key in (key for key in tensors if ".lora_B" in key):
+        layer = key.partition(".lora_")[0]
         rank = tensors[f"{layer}.lora_A.weight"].shape[0]
-        folded[key] = (
-            value * (_alpha(layer.removeprefix(PREFIX), config) / _divisor(rank, config)) if kind[0] == "B" else value
-        )
+        alpha = alphas.get(get_pattern_key(alphas, layer.removeprefix(PREFIX)), config[f"{PREFIX}lora_alpha"])
+        folded[key] = tensors[key] * (alpha / (rank**0.5 if config.get(f"{PREFIX}use_rslora") else rank))
     config |= {f"{PREFIX}lora_alpha": config[f"{PREFIX}r"], f"{PREFIX}use_rslora": False}
     config[f"{PREFIX}alpha_pattern"] = config.get(f"{PREFIX}rank_pattern") or {}
     return folded, metadata | {LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
-
-
-def _alpha(layer: str, config: dict) -> float:
-    pattern = config.get(f"{PREFIX}alpha_pattern") or {}
-    return pattern.get(get_pattern_key(pattern, layer), config[f"{PREFIX}lora_alpha"])
-
-
-def _divisor(rank: int, config: dict) -> float:
-    return rank**0.5 if config.get(f"{PREFIX}use_rslora") else rank

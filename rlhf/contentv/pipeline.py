@@ -204,8 +204,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
     def _round_num_frames(self, num_frames: int) -> int:
         """Return a number 4k + 1, with a warning if it is another."""
         factor = self.vae_scale_factor_temporal
-        rounded = num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
-        rounded = max(rounded, 1)
+        rounded = max(num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1, 1)
         if rounded != num_frames:
             logger.warning(f"num_frames={num_frames} is not {factor}k + 1; {rounded} frames will be made")
         return rounded
@@ -219,10 +218,9 @@ class ContentVPipeline(StableDiffusion3Pipeline):
                 if self.interrupt:
                     break
                 text, negative, pooled, negative_pooled = (tensors[name] for name in EMBEDS)
-                cond, latents = Conditioning(text, pooled, negative, negative_pooled), tensors["latents"]
-                how = self.guidance_scale, self.joint_attention_kwargs
-                v = guided_velocity(self.transformer, latents, sigma, cond, *how)
-                tensors["latents"] = euler_step(latents, v, sigma, sigma_next)
+                cond, x = Conditioning(text, pooled, negative, negative_pooled), tensors["latents"]
+                v = guided_velocity(self.transformer, x, sigma, cond, self.guidance_scale, self.joint_attention_kwargs)
+                tensors["latents"] = euler_step(x, v, sigma, sigma_next)
                 if callback is not None:
                     asked = {key: tensors[key] for key in callback_inputs}
                     tensors |= callback(self, i, sigma * NUM_TRAIN_TIMESTEPS, asked) or {}

@@ -40,6 +40,7 @@ class PatchEmbed3D(nn.Module):
         self._tables: OrderedDict = OrderedDict()  # not a buffer: the checkpoint has no such key
 
     def forward(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of latents."""
         B, _, T, H, W = latents_BCTHW.shape
         frames = self.proj(latents_BCTHW.transpose(1, 2).flatten(0, 1))
         tokens = frames.flatten(2).unflatten(0, (B, T)).transpose(2, 3).flatten(1, 2).contiguous()
@@ -79,6 +80,7 @@ class QueryKeyNorm(RMSNorm):
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the normalised queries or keys, in the weight's dtype."""
         if is_plugin_device(hidden_states.device):
             return super().forward(hidden_states)
         weight = self.weight.to(hidden_states.dtype)
@@ -118,22 +120,11 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
                 f"num_attention_heads={num_attention_heads} times attention_head_dim={attention_head_dim} is {width}, "
                 "expected a multiple of 16 for the 3-D position table; change one of the two"
             )
+        sizes = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        table = {"sample_size": patch_size, "pos_embed_max_size": 1}  # a 1x1 2-D table, replaced below
+        fixed = {"caption_projection_dim": width, "qk_norm": "rms_norm"}
         # The undecorated parent, because its config would list keys other than the sizes above.
-        SD3Transformer2DModel.__init__.__wrapped__(
-            self,
-            sample_size=patch_size,  # with pos_embed_max_size=1: a 1x1 2-D table, replaced below
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_layers=num_layers,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            caption_projection_dim=width,
-            pooled_projection_dim=pooled_projection_dim,
-            out_channels=out_channels,
-            pos_embed_max_size=1,
-            qk_norm="rms_norm",
-        )
+        SD3Transformer2DModel.__init__.__wrapped__(self, **sizes, **table, **fixed)
         self.pos_embed = PatchEmbed3D(patch_size, in_channels, width)
         self.run_block: BlockRunner | None = None  # None: blocks run as in diffusers
         self.sequence_group: Group | None = None  # ranks that share the tokens; needs a run_block
@@ -193,32 +184,24 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _velocity(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B, attention_kwargs):
-        if self.sequence_group is not None:
-            return self._sharded_velocity(latents_BCTHW, text_BLD, pooled_BP, timestep_B)
-        video = self.pos_embed(latents_BCTHW)
+        group, run_block, shards = self.sequence_group, self.run_block, None
+        if group is None:
+            video = self.pos_embed(latents_BCTHW)
+        else:  # each rank of the group computes with a part of the tokens
+            video = self.pos_embed(copy_to_group(latents_BCTHW, group))
+            shards = SequenceShards(group, video.shape[1], self.config.num_attention_heads)
+            video, run_block = shards.split(video), run_block.with_shards(shards)
         temb = self.time_text_embed(timestep_B, pooled_BP)
         text = self.context_embedder(text_BLD)
         for block in self.transformer_blocks:
-            if self.run_block is not None:
-                text, video = self.run_block(block, video, text, temb)
+            if run_block is not None:
+                text, video = run_block(block, video, text, temb)
             elif torch.is_grad_enabled() and self.gradient_checkpointing:
                 text, video = self._gradient_checkpointing_func(block, video, text, temb, attention_kwargs)
             else:
                 text, video = block(video, text, temb, attention_kwargs)
         patches = self.proj_out(self.norm_out(video, temb))
-        return self._unpatchify(patches, latents_BCTHW.shape)
-
-    def _sharded_velocity(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B):
-        """Return the velocity; each rank of the group computes with a part of the tokens."""
-        video = self.pos_embed(copy_to_group(latents_BCTHW, self.sequence_group))
-        shards = SequenceShards(self.sequence_group, video.shape[1], self.config.num_attention_heads)
-        video, run_block = shards.split(video), self.run_block.with_shards(shards)
-        temb = self.time_text_embed(timestep_B, pooled_BP)
-        text = self.context_embedder(text_BLD)
-        for block in self.transformer_blocks:
-            text, video = run_block(block, video, text, temb)
-        patches = shards.join(self.proj_out(self.norm_out(video, temb)))
-        return self._unpatchify(patches, latents_BCTHW.shape)
+        return self._unpatchify(patches if shards is None else shards.join(patches), latents_BCTHW.shape)
 
     def _unpatchify(self, patches_BNK: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Return latents (B, C, T, H, W) of patches (B, N, p*p*C), whose channels come last."""

@@ -53,8 +53,9 @@ def decode_video(
     """
     _check_vae(vae)
     per_latent = 2 ** sum(vae.config.temperal_downsample)
-    num_frames = _check_num_frames(num_frames, latents_BCTHW.shape[2], per_latent)
-    _check_first_frame(first_frame, num_frames)
+    available = per_latent * (latents_BCTHW.shape[2] - 1) + 1
+    num_frames = available if num_frames is None else num_frames
+    _check_frames(first_frame, num_frames, available)
     first, last = (-(-frame // per_latent) for frame in (first_frame, num_frames - 1))  # their latents
     latents = unnormalise(vae, latents_BCTHW[:, :, : last + 1]).to(vae.dtype)
     video = decode_unclamped(vae, latents, first, chunk, checkpoint, caches)
@@ -203,19 +204,12 @@ def _check_vae(vae) -> None:
         )
 
 
-def _check_num_frames(num_frames: int | None, num_latents: int, frames_per_latent: int) -> int:
-    available = frames_per_latent * (num_latents - 1) + 1
-    if num_frames is None:
-        return available
+def _check_frames(first_frame: int, num_frames: int, available: int) -> None:
     if not 1 <= num_frames <= available:
         raise ValueError(
-            f"num_frames={num_frames}, expected 1 to {available} for {num_latents} latent frames; ask for fewer frames "
+            f"num_frames={num_frames}, expected 1 to {available}, as many as the latents have; ask for fewer frames "
             "or sample a longer video"
         )
-    return num_frames
-
-
-def _check_first_frame(first_frame: int, num_frames: int) -> None:
     if not 0 <= first_frame < num_frames:
         raise ValueError(
             f"first_frame={first_frame}, expected 0 to {num_frames - 1} for num_frames={num_frames}; correct one of "

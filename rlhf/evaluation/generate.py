@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged
+from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged, refuse_trained_blocks
 from rlhf.adapter.scale import check_scale, scaled
 from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.loading import load_pipeline
@@ -56,6 +56,7 @@ class Variant:
         if not (self.lora / ADAPTER_FILE).is_file():
             expected = "expected an adapter such as RUN/adapter"
             raise ValueError(f"{self.lora}: got no {ADAPTER_FILE}, {expected}; correct it")
+        refuse_trained_blocks(self.lora)
 
     @contextmanager
     def open(self, device: torch.device) -> Iterator[ContentVPipeline]:

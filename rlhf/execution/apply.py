@@ -59,16 +59,11 @@ def set_up_blocks(
 ) -> dict[str, Any]:
     """Move a transformer with its adapter to the device and have its blocks run by the options.
 
-    With the default options on a CPU, blocks run as in diffusers.
+    With the default options on a CPU, blocks run as in diffusers. Returns the choices that were
+    made, by the option's name, for the log. Raises UnsupportedOptionError if the attention kernel
+    does not run on the device.
 
-    Args:
-        sequence_group: ranks that share the tokens of one video.
-
-    Returns:
-        The choices that were made, by the option's name, for the log.
-
-    Raises:
-        UnsupportedOptionError: the attention kernel does not run on the device.
+    sequence_group: ranks that share the tokens of one video.
     """
     chosen, transformer.sequence_group = {}, sequence_group
     if options.base_bits:

@@ -73,11 +73,7 @@ def time_kernels(
 ) -> dict[str, float]:
     """Return seconds of forward and backward by kernel name, the fastest first.
 
-    Kernels that do not work on the device are left out.
-
-    Args:
-        width: of a head.
-        tokens: the default is large enough to show the order of kernels, and takes milliseconds.
+    Kernels that do not work on the device are left out. width: of a head.
     """
     qkv = _random_qkv(device, dtype, heads, width, tokens, requires_grad=True)
     attentions = {name: attention_function(name) for name in KERNELS}

@@ -47,8 +47,7 @@ class BlockRunner:
         fetch: Callable[[torch.nn.Module], None] | None = None,
         inference_attention: Attention | None = None,
     ):
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute={recompute!r}, expected one of {', '.join(RECOMPUTE)}; choose one of these")
+        assert recompute in RECOMPUTE, recompute
         self.attention, self.recompute, self.host, self.fetch = attention, recompute, host, fetch
         self.inference_attention = inference_attention or attention
         self.shards: SequenceShards | None = None  # tokens divided over ranks; each attends with some of the heads
@@ -62,8 +61,9 @@ class BlockRunner:
         return runner
 
     def __call__(self, block, video, text, temb):
-        # Read from torch, not an argument: whether a graph is recorded is torch's to say, and a
-        # flag that disagreed would put a kernel without a backward pass into a graph.
+        """Run a block; the backward pass recomputes its part."""
+        # Read from torch, not an argument: a flag that disagreed would put a kernel without a
+        # backward pass into a graph.
         if not torch.is_grad_enabled():
             return self.run(block, video, text, temb, self.inference_attention)
         if self.recompute == "nothing":
@@ -221,11 +221,9 @@ class _AttentionGraph:
         return result.detach()
 
     def gradients(self, restored: tuple[torch.Tensor, ...], grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the gradients of query, key and value.
+        """Return the gradients of query, key and value, given that of the result.
 
-        Args:
-            restored: query, key and value, recomputed, and the result.
-            grad: the gradient of the result.
+        restored: query, key and value, recomputed, and the result.
         """
         self.restored += [x.detach() for x in restored]
         return torch.autograd.grad(self.edge, self.inputs, grad)

@@ -34,7 +34,7 @@ def shard_base(transformer: torch.nn.Module, device: torch.device) -> None:
 
 
 def _run_by(block, runner, *inputs):
-    """Run a block by a runner. FSDP only gathers weights around methods of the block itself."""
+    """Run a block by a runner."""
     return runner(block, *inputs)
 
 
@@ -49,4 +49,5 @@ class ShardedRunner:
         return ShardedRunner(self.runner.with_shards(shards))
 
     def __call__(self, block, *inputs):
+        """Run a block by a method of its own, around which FSDP gathers its weights."""
         return block.run_by(self.runner, *inputs)

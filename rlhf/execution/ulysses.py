@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from rlhf.execution.collectives import Group, all_gather, all_gather_sum_grad, all_to_all
 
 
-@dataclass(frozen=True)
+@dataclass
 class SequenceShards:
     """The division of one forward pass's tokens and heads over the ranks of a group."""
 
@@ -26,25 +26,10 @@ class SequenceShards:
     tokens: int  # N
     heads: int  # H
 
-    @property
-    def size(self) -> int:
-        """Return S, the number of ranks."""
-        return dist.get_world_size(self.group)
-
-    @property
-    def rank(self) -> int:
-        """Return this process's rank in the group."""
-        return dist.get_rank(self.group)
-
-    @property
-    def local_tokens(self) -> int:
-        """Return n, with padding."""
-        return -(-self.tokens // self.size)
-
-    @property
-    def local_heads(self) -> int:
-        """Return h, with padding."""
-        return -(-self.heads // self.size)
+    def __post_init__(self):
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)  # S
+        self.local_tokens = -(-self.tokens // self.size)  # n, with padding
+        self.local_heads = -(-self.heads // self.size)  # h, with padding
 
     def split(self, video_BND: torch.Tensor) -> torch.Tensor:
         """Return this rank's tokens (B, n, D)."""

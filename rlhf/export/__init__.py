@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged
+from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged, refuse_trained_blocks
 from rlhf.adapter.scale import check_scale, fold_scale
 from rlhf.config import is_distilled
 from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, one_line
@@ -117,6 +117,7 @@ def _check_export(run: Path, out: Path, scale: float) -> Path:
         if not file.is_file():
             expected = "expected the folder of a finished training run"
             raise ValueError(f"{file} is not there, {expected}; correct {run}")
+    refuse_trained_blocks(adapter.parent)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty, expected a new folder; choose another or remove it")
     return adapter

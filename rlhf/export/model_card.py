@@ -72,7 +72,7 @@ def write_card(export: Export, out: Path) -> Path:
     picture, rows = export.run / CONTACT_SHEET, run.headline()
     if picture.is_file():
         shutil.copyfile(picture, out / PICTURE)
-    loader = jinja2.FileSystemLoader(Path(report.__file__).parent)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
     shown = [
         (name, value)

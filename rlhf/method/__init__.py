@@ -1,0 +1,1 @@
+"""Reward gradients by the published methods: noise, prefix, window, score, gradient."""

@@ -39,6 +39,7 @@ class Decoder:
         self.chunk, self.checkpoint, self.caches = chunk, checkpoint, caches
 
     def __call__(self, latents_BCTHW: torch.Tensor, step: int) -> torch.Tensor:
+        """Return the frames that are scored in this step."""
         first, last = self.window(step)
         return decode_video(self.vae, latents_BCTHW, last, self.chunk, self.checkpoint, first, self.caches)
 
@@ -61,6 +62,7 @@ class VideoSampler:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], noise_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Return the videos."""
         device = self.sigmas.device
         latents = sample_euler(self.field(self.embed(prompts, device)), noise_BCTHW.to(device), self.sigmas)[-1]
         return decode_video(self.vae, latents, chunk=self.decode_chunk)

@@ -25,12 +25,12 @@ class MethodOptions:
 
     def problems(self) -> list[str]:
         """Return what does not fit together in these options; ranges are checked elsewhere."""
-        if self.relative_words is not None and len(self.relative_words) != 2:
-            got = f"relative_words: got {self.relative_words}"
-            return [f"{got}, expected two phrases, positive and negative; give both"]
-        if self.relative_words is None and self.relative_strength != MethodOptions.relative_strength:
-            got = f"relative_strength: got {self.relative_strength} without relative_words"
-            return [f"{got}, on which it builds, expected {MethodOptions.relative_strength}; set both or none"]
+        words, strength, default = self.relative_words, self.relative_strength, MethodOptions.relative_strength
+        if words is not None and len(words) != 2:
+            return [f"relative_words: got {words}, expected two phrases, positive and negative; give both"]
+        if words is None and strength != default:
+            got = f"relative_strength: got {strength} without relative_words"
+            return [f"{got}, on which it builds, expected {default}; set both or none"]
         return []
 
 

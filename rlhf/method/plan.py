@@ -52,8 +52,7 @@ class Sample:
 def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.Tensor, rng: torch.Generator) -> Plan:
     """Return the plan of `args.method` for one optimizer step.
 
-    options: those of `args.method`, as `read_options` returns them. rng: of seed and step; draws what
-    the method leaves open.
+    rng: of seed and step; draws what the method leaves open.
     """
     num_steps, num_grad = len(sigmas) - 1, args.num_grad_steps
     match args.method:
@@ -94,7 +93,10 @@ def jump_early(sigmas: torch.Tensor, of_last: int, rng: torch.Generator) -> torc
 
 
 def draw_recoveries(options: SRPOOptions, rng: torch.Generator) -> list[tuple[float, float]]:
-    """Draw noise levels evenly from align_sigmas, each reached from above (a denoising step) and below (inversion)."""
+    """Draw noise levels evenly from align_sigmas, each reached from above and then from below.
+
+    From above is a denoising step (negative), from below an inversion (positive).
+    """
     low, high = options.align_sigmas
     levels = torch.rand(-(-options.num_draws // 2), generator=rng, dtype=torch.float64) * (high - low) + low
     both_ways = [(sigma, step) for sigma in levels.tolist() for step in (-options.align_delta, options.align_delta)]
@@ -118,19 +120,17 @@ def gradient_samples(
     Args:
         window: the velocity of steps that carry the gradient.
         x0_BCTHW: the last state of the rollout, with its graph.
-        noise: purpose -> unit normal noise (B, C, T, H, W), the same at every call; "train" is the
-            rollout's.
+        noise: purpose -> unit normal noise (B, C, T, H, W); "train" is the rollout's.
+        plan: that of the rollout.
     """
+    if not plan.recoveries:
+        yield Sample(x0_BCTHW)
     for sigma, step in plan.recoveries:
-        level = plan.sigmas.new_tensor(sigma)
-        recovered = recover(window, x0_BCTHW, noise("train"), level, step)
+        recovered = recover(window, x0_BCTHW, noise("train"), plan.sigmas.new_tensor(sigma), step)
         yield Sample(recovered, penalty=step > 0)
-    if plan.recoveries:
-        return
-    yield Sample(x0_BCTHW)
     for draw in range(plan.last_step_again):
-        fresh = noise(f"draw {draw}")
-        yield Sample(last_step_again(window, x0_BCTHW.detach(), fresh, plan.sigmas[-2]))
+        again = last_step_again(window, x0_BCTHW.detach(), noise(f"draw {draw}"), plan.sigmas[-2])
+        yield Sample(again)
 
 
 def last_step_again(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -145,8 +145,8 @@ def recover(
     """Return x_0 from one Euler step onto sigma (Direct-Align, arXiv 2509.06942, eq. 4 and 5).
 
     With step < 0 the step denoises from sigma - step; with step > 0 it inverts, up from there (eq.
-    12 and 13). The velocity noise - x_0 returns x_0 exactly. Another velocity moves it by step / (1
-    - sigma) times the difference.
+    12 and 13). The velocity noise - x_0 returns x_0 exactly; another velocity moves it by
+    step / (1 - sigma) times the difference.
     """
     start = sigma - step
     x = (1 - start) * x0 + start * noise

@@ -114,5 +114,4 @@ def draw_noise(shape_CTHW: tuple[int, int, int, int], seed: int, purpose: str, s
     Sample i's noise depends on (purpose, seed, *samples[i]) alone, so it is the same on every
     device, in every batch and for every number of processes.
     """
-    draws = (torch.randn(shape_CTHW, generator=generator(purpose, seed, *key)) for key in samples)
-    return torch.stack(list(draws))
+    return torch.stack([torch.randn(shape_CTHW, generator=generator(purpose, seed, *key)) for key in samples])

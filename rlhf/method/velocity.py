@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from rlhf.adapter.lora import without_adapter
+from rlhf.adapter.float8 import Float8Copy
+from rlhf.adapter.lora import adapter_off
 from rlhf.adapter.masters import MasterWeights
-from rlhf.adapter.sampling_copy import SamplingCopy
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import guided_velocity
 from rlhf.execution.collectives import Group, all_gather, copy_to_group
@@ -33,12 +33,7 @@ class Guidance:
     @classmethod
     def of(cls, args: RewardGradientConfig) -> "Guidance":
         """Return the guidance of a run's settings."""
-        return cls(
-            args.guidance_scale,
-            args.guidance_gradient,
-            args.guidance_every,
-            args.guidance_together,
-        )
+        return cls(args.guidance_scale, args.guidance_gradient, args.guidance_every, args.guidance_together)
 
 
 class VelocityFields:
@@ -46,10 +41,8 @@ class VelocityFields:
 
     Args:
         transformer: the model with its adapter, whose trained numbers are those of `masters`.
-        guidance: how all fields are guided.
-        checkpoint_steps: whether the backward pass runs each velocity again; see `rlhf.method.adjoint`.
-        sampling_weights: "own", or the format of a second model for the prefix; see
-            `rlhf.adapter.sampling_copy`.
+        checkpoint_steps: run each velocity again in the backward pass (`rlhf.method.adjoint`).
+        sampling_weights: "own", or "float8": a rounded copy for the prefix (`rlhf.adapter.float8`).
         guidance_group: two processes that run one branch of guidance each; None for one process.
     """
 
@@ -64,16 +57,12 @@ class VelocityFields:
     ):
         self.transformer, self.masters, self.guidance = transformer, masters, guidance
         self.guidance_group = guidance_group
-        self.trained = transformer
-        if checkpoint_steps:
-            self.trained = CheckpointedTransformer(transformer, masters.params)
-        self.copy = None
-        if sampling_weights != "own":
-            self.copy = SamplingCopy(transformer)
+        self.trained = CheckpointedTransformer(transformer, masters.params) if checkpoint_steps else transformer
+        self.copy = Float8Copy(transformer) if sampling_weights == "float8" else None
 
     def base(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the model before training, without gradient."""
-        return without_adapter(self._field(self.transformer, cond), self.transformer)
+        return adapter_off(self.transformer)(self._field(self.transformer, cond))
 
     def tuned(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the current model for sampling without gradient."""
@@ -127,23 +116,19 @@ def velocity_field(
             "distill": v_text alone, without guidance. Exact for an adapter that is taught guidance.
         together: whether both branches of "full" run as one batch.
     """
+    scale = 1.0 if gradient == "distill" else guidance_scale
 
     def full(x, sigma):
-        return guided_velocity(transformer, x, sigma, cond, guidance_scale, together=together)
-
-    def text_only(x, sigma):
-        return guided_velocity(transformer, x, sigma, cond, 1.0)
+        return guided_velocity(transformer, x, sigma, cond, scale, together=together)
 
     def one_sided(x, sigma):
-        v_text = text_only(x, sigma)
+        v_text = guided_velocity(transformer, x, sigma, cond, 1.0)
         with torch.no_grad():
             v_neg = guided_velocity(transformer, x, sigma, cond.negative, 1.0)
         direction = (v_text.detach() if gradient == "none" else v_text) - v_neg
-        return v_text + (guidance_scale - 1) * direction
+        return v_text + (scale - 1) * direction
 
-    if gradient == "distill":
-        return text_only
-    return full if gradient == "full" or guidance_scale <= 1 else one_sided
+    return full if gradient == "full" or scale <= 1 else one_sided
 
 
 class CachedGuidance:
@@ -154,16 +139,13 @@ class CachedGuidance:
     """
 
     def __init__(
-        self,
-        transformer: Callable,
-        cond: Conditioning,
-        guidance_scale: float,
-        refresh_sigmas: Iterable[float],
+        self, transformer: Callable, cond: Conditioning, guidance_scale: float, refresh_sigmas: Iterable[float]
     ):
         self.transformer, self.cond, self.guidance_scale = transformer, cond, guidance_scale
         self.refresh_sigmas, self.direction = frozenset(refresh_sigmas), None
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the velocity at a state (B, C, T, H, W)."""
         v_text = guided_velocity(self.transformer, x, sigma, self.cond, 1.0)
         if sigma.item() in self.refresh_sigmas:
             v_neg = guided_velocity(self.transformer, x, sigma, self.cond.negative, 1.0)
@@ -174,8 +156,7 @@ class CachedGuidance:
 def split_velocity(transformer: Callable, cond: Conditioning, guidance_scale: float, group: Group) -> Velocity:
     """Return the guided velocity of two processes: the first runs v_text, the second v_neg.
 
-    Gradients are exact: the adapter receives that of the process's own branch, x the sum over both
-    branches.
+    Gradients are exact: x receives the sum over both branches, the adapter that of its process's.
     """
     if dist.get_rank(group) == 1:
         cond = cond.negative

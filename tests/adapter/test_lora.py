@@ -1,36 +1,32 @@
-"""The adapter: deterministic, without effect at first, in float32 whatever the base, and read back by diffusers."""
+"""The adapter: deterministic, no effect at first, float32 whatever the base, read by diffusers."""
 
+import adapted_model
 import pytest
 import torch
+from adapted_model import arguments
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
+from tiny import tiny_pipeline, tiny_transformer
 
-from rlhf.adapter.lora import adapter_off, add_adapter, lora_config, save_adapter, without_adapter
+from rlhf.adapter.lora import adapter_off, add_adapter, lora_config, save_adapter
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
 from rlhf.export import export_merged
 
-LATENTS = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+INPUTS = arguments(torch.float32, batch=1)
 
 
 def velocity(transformer) -> torch.Tensor:
-    cond = tiny_conditioning()
-    with torch.no_grad():
-        return transformer(
-            LATENTS, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.tensor([500.0]), return_dict=False
-        )[0]
+    return adapted_model.velocity(transformer, INPUTS)
 
 
-def shaken(transformer, config=None, amount=0.3) -> MasterWeights:
-    """An adapter that does something."""
-    add_adapter(transformer, config or lora_config(RewardGradientConfig(lora_rank=4)), seed=0)
+def shaken(transformer, amount=0.3, **settings) -> MasterWeights:
+    """Add an adapter that does something."""
+    add_adapter(transformer, lora_config(RewardGradientConfig(**{"lora_rank": 4} | settings)), seed=0)
     masters = MasterWeights(transformer)
-    with torch.no_grad():
-        noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
-        masters.vector += amount * noise
-    masters.write()
+    noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
+    masters.set(masters.vector.detach() + amount * noise)
     return masters
 
 
@@ -96,7 +92,7 @@ def test_gradients_of_several_passes_add_up_in_the_masters():
 @pytest.mark.parametrize("alpha", [4, 2])
 def test_a_saved_adapter_loads_in_a_fresh_pipeline(tmp_path, alpha):
     tuned, fresh = tiny_pipeline(), tiny_pipeline()
-    masters = shaken(tuned.transformer, lora_config(RewardGradientConfig(lora_rank=4, lora_alpha=alpha)))
+    masters = shaken(tuned.transformer, lora_alpha=alpha)
     save_adapter(tuned, masters, tmp_path)
     fresh.load_lora_weights(tmp_path)
     torch.testing.assert_close(velocity(fresh.transformer), velocity(tuned.transformer), rtol=1e-5, atol=1e-6)
@@ -112,14 +108,14 @@ def test_a_transformer_without_an_adapter_is_refused():
 @pytest.mark.parametrize("rank", [1, 8])
 def test_an_adapter_of_another_rank_is_not_loaded(rank):
     """Not even one of rank 1, which would fit any other by repetition."""
-    saved, masters = (shaken(tiny_transformer(), lora_config(RewardGradientConfig(lora_rank=r))) for r in (rank, 4))
+    saved, masters = (shaken(tiny_transformer(), lora_rank=r) for r in (rank, 4))
     before = masters.vector.detach().clone()
     with pytest.raises(ValueError, match=r"lora_A.*: got .* expected \(4, .*go on with the adapter that was saved"):
         masters.load(masters.vector, saved.named(saved.vector))
     assert torch.equal(masters.vector, before)
 
 
-# -------------------------------------------------------------------------- DoRA, patterns, the average
+# ---------------------------------------- DoRA, patterns, the average
 
 EVERYTHING = {
     "lora_rank": 4,
@@ -130,14 +126,9 @@ EVERYTHING = {
 
 
 def with_dora():
-    """A pipeline with everything that can be trained, shaken, and its masters."""
+    """Return a pipeline with everything that can be trained, and its masters."""
     pipe = tiny_pipeline()
-    add_adapter(pipe.transformer, lora_config(RewardGradientConfig(**EVERYTHING)), 0)
-    masters = MasterWeights(pipe.transformer)
-    with torch.no_grad():
-        noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
-        masters.set(masters.vector + 0.05 * noise)
-    return pipe, masters
+    return pipe, shaken(pipe.transformer, 0.05, **EVERYTHING)
 
 
 def test_rank_and_alpha_patterns_and_magnitudes_are_as_asked():
@@ -160,7 +151,7 @@ def test_adapter_off_is_the_base_with_dora_too():
     with adapter_off(pipe.transformer):
         assert torch.equal(velocity(pipe.transformer), base)
     assert torch.equal(velocity(pipe.transformer), tuned)
-    assert torch.equal(without_adapter(velocity, pipe.transformer)(pipe.transformer), base)
+    assert torch.equal(adapter_off(pipe.transformer)(velocity)(pipe.transformer), base)
 
 
 def test_what_was_trained_is_merged_into_a_plain_checkpoint(tmp_path):

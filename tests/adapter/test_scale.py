@@ -1,4 +1,4 @@
-"""An adapter by ComfyUI's convention counts what it counts here, in ComfyUI's reader and in diffusers' own."""
+"""An adapter by ComfyUI's convention has the same effect in ComfyUI's reader and in diffusers'."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ CONFIGS = {
     ),
     "rank stabilised": LoraConfig(r=4, lora_alpha=3, target_modules=ATTENTION, use_rslora=True),
 }
-# What ComfyUI maps from diffusers' names to its own, in a block (mmdit_to_diffusers in its comfy/utils.py) and outside.
+# Layers that ComfyUI maps from diffusers' names, in a block and outside (its comfy/utils.py).
 IN_A_BLOCK = {*(f"attn.{name}" for name in ATTENTION), "norm1.linear", "norm1_context.linear"}
 IN_A_BLOCK |= {f"{part}.net.{layer}" for part in ("ff", "ff_context") for layer in ("0.proj", "2")}
 OUTSIDE = {"context_embedder", "pos_embed.proj", "norm_out.linear", "proj_out"}
@@ -51,7 +51,7 @@ def deltas(transformer, adapter="default"):
 
 
 def as_comfyui_reads(file) -> dict[str, torch.Tensor]:
-    """By layer: up times down, times alpha / rank where there is an alpha (comfy/weight_adapter/lora.py)."""
+    """By layer: up times down, times alpha / rank if given (comfy/weight_adapter/lora.py)."""
     tensors = load_file(file)
     names = {key.partition(".lora_")[0] for key in tensors}
     found = {}
@@ -82,7 +82,7 @@ def test_comfyui_reads_what_was_trained(make_args, tmp_path, kind):
     ("convention", "kind"), [("diffusers", "patterns"), ("comfyui", "patterns"), ("comfyui", "rank stabilised")]
 )
 def test_diffusers_own_loader_and_class_read_either(make_args, tmp_path, convention, kind):
-    """Its Stable Diffusion 3 transformer, not ours; they differ in what is no layer of the adapter."""
+    """Its Stable Diffusion 3 transformer, which differs from ours outside of the adapter."""
     expected = trained(make_args, tmp_path / "run", CONFIGS[kind])
     main([str(tmp_path / "run"), "--adapter", str(tmp_path / "out"), "--convention", convention])
     tensors, metadata = SD3LoraLoaderMixin.lora_state_dict(tmp_path / "out", return_lora_metadata=True)
@@ -106,7 +106,7 @@ def test_magnitudes_are_not_dropped_silently(make_args, tmp_path):
 
 
 def test_magnitudes_are_scaled_from_those_of_the_base():
-    """None of DoRA is the base; half of it is half of the way from its norms to the magnitudes, along half of BA."""
+    """Scale 0 is the base; 0.5 is half way from its norms to the magnitudes, along half of BA."""
     transformer = tiny_pipeline().transformer
     base = transformer.proj_out.weight.detach().clone()
     transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["proj_out"], use_dora=True))

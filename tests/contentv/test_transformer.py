@@ -1,12 +1,15 @@
 """The transformer equals a straight-line implementation and has the published keys."""
 
+from functools import partial
+
+import adapted_model
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models import normalization
 from peft import LoraConfig
 from straight_line import expected_shapes, position_table, transformer_forward
-from tiny import tiny_conditioning, tiny_transformer
+from tiny import tiny_transformer
 
 from rlhf.contentv import transformer as module
 from rlhf.contentv.transformer import MAX_CACHED_TABLES, QueryKeyNorm, SD3Transformer3DModel
@@ -14,18 +17,14 @@ from rlhf.contentv.transformer import MAX_CACHED_TABLES, QueryKeyNorm, SD3Transf
 LORA = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "add_k_proj", "to_out.0"])
 
 
-def arguments(model, batch=1, frames=2, height=4, width=6, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch, model.config.in_channels, frames, height, width, generator=generator, dtype=dtype)
-    cond = tiny_conditioning(batch, dtype=dtype)
-    return latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.tensor([900.0, 3.5])[:batch]
+arguments = partial(adapted_model.arguments, dtype=torch.float32, batch=1)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 4, 6), (9, 4, 6), (1, 8, 2), (3, 2, 8)])
 def test_forward_equals_straight_line(batch, frames, height, width):
     model = tiny_transformer()
-    inputs = arguments(model, batch, frames, height, width)
+    inputs = arguments(batch=batch, frames=frames, height=height, width=width)
     expected = transformer_forward(model.state_dict(), model.config, *inputs)
     torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.1
@@ -35,7 +34,7 @@ def test_forward_equals_straight_line_with_other_sizes():
     model = tiny_transformer(
         in_channels=4, out_channels=3, patch_size=1, num_layers=3, num_attention_heads=3, joint_attention_dim=32
     )
-    inputs = arguments(model)
+    inputs = arguments(channels=4)
     expected = transformer_forward(model.state_dict(), model.config, *inputs)
     torch.testing.assert_close(model(*inputs, return_dict=False)[0], expected, atol=1e-5, rtol=1e-5)
 
@@ -88,12 +87,12 @@ def test_position_table_is_built_once_per_grid_and_dtype(monkeypatch):
     monkeypatch.setattr(module, "_sincos_table", lambda *a: built.append(a) or original(*a))
     model = tiny_transformer()
     for _ in range(3):
-        model(*arguments(model))
+        model(*arguments())
     assert len(built) == 1
-    model.double()(*arguments(model, dtype=torch.float64))
+    model.double()(*arguments(dtype=torch.float64))
     assert len(built) == 2
     for frames in range(1, 6):
-        model(*arguments(model, frames=frames, dtype=torch.float64))
+        model(*arguments(dtype=torch.float64, frames=frames))
     assert len(model.pos_embed._tables) == MAX_CACHED_TABLES
 
 
@@ -107,14 +106,14 @@ def test_position_table_is_exact_and_not_part_of_the_checkpoint():
 def test_position_table_built_while_sampling_serves_training():
     model = tiny_transformer().requires_grad_(True)
     with torch.inference_mode():
-        model(*arguments(model))
-    model(*arguments(model)).sample.sum().backward()
+        model(*arguments())
+    model(*arguments()).sample.sum().backward()
     assert model.pos_embed.proj.weight.grad.abs().sum() > 0
 
 
 def gradients(model):
     model.zero_grad()
-    model(*arguments(model, batch=2)).sample.square().mean().backward()
+    model(*arguments(batch=2)).sample.square().mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -136,13 +135,13 @@ def test_checkpointing_gives_the_same_gradients():
 
 def test_lora_scale_is_applied_and_undone():
     model = tiny_transformer()
-    base = model(*arguments(model)).sample
+    base = model(*arguments()).sample
     model.add_adapter(LORA)
-    full = model(*arguments(model)).sample
-    none = model(*arguments(model), joint_attention_kwargs={"scale": 0.0}).sample
+    full = model(*arguments()).sample
+    none = model(*arguments(), joint_attention_kwargs={"scale": 0.0}).sample
     assert (full - base).abs().max() > 1e-2
     torch.testing.assert_close(none, base, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(model(*arguments(model)).sample, full, atol=0, rtol=0)
+    torch.testing.assert_close(model(*arguments()).sample, full, atol=0, rtol=0)
 
 
 def test_lora_scale_with_checkpointing_is_refused_only_for_gradients():
@@ -150,25 +149,25 @@ def test_lora_scale_with_checkpointing_is_refused_only_for_gradients():
     model.add_adapter(LORA)
     model.enable_gradient_checkpointing()
     with pytest.raises(ValueError, match=r"scale=0.5 .* expected no scale: .* disable gradient checkpointing"):
-        model(*arguments(model), joint_attention_kwargs={"scale": 0.5})
+        model(*arguments(), joint_attention_kwargs={"scale": 0.5})
     with torch.no_grad():
-        model(*arguments(model), joint_attention_kwargs={"scale": 0.5})
-    model(*arguments(model), joint_attention_kwargs={"scale": 1.0})
+        model(*arguments(), joint_attention_kwargs={"scale": 0.5})
+    model(*arguments(), joint_attention_kwargs={"scale": 1.0})
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 4, 6), (1, 16, 2, 5, 6), (1, 16, 2, 4, 3)])
 def test_latents_of_another_size_are_refused(shape):
     model = tiny_transformer()
-    _, *rest = arguments(model)
+    _, *rest = arguments()
     with pytest.raises(ValueError, match=r"expected \(batch, channels, frames, height, width\).*divisible by 16"):
         model(torch.zeros(shape), *rest)
 
 
 def test_the_repeated_block_can_be_compiled_alone():
     model = tiny_transformer()
-    expected = model(*arguments(model)).sample
+    expected = model(*arguments()).sample
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
-    torch.testing.assert_close(model(*arguments(model)).sample, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(*arguments()).sample, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -203,4 +202,4 @@ def test_on_the_cpu_no_plug_in_is_asked_for_the_norm(monkeypatch):
     """The stock class calls an installed plug-in, which has no kernel for CPU tensors."""
     monkeypatch.setattr(normalization, "is_torch_npu_available", lambda: True)
     model = tiny_transformer()
-    assert model(*arguments(model)).sample.isfinite().all()
+    assert model(*arguments()).sample.isfinite().all()

@@ -48,16 +48,19 @@ def test_equals_stock_decode(frames, chunk):
     assert 0.7 < video.max() <= 1
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 2, 3, 7])
-def test_equals_stock_decode_to_the_last_digits_in_float64(chunk):
-    vae, z = tiny_vae().double(), latents(5, dtype=torch.float64)
-    torch.testing.assert_close(decode_video(vae, z, chunk=chunk), stock_decode(vae, z), atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("sizes", [{"temperal_downsample": [True, False, True]}, {"num_res_blocks": 2, "base_dim": 8}])
-def test_equals_stock_decode_for_other_sizes(sizes):
-    vae, z = tiny_vae(**sizes).double(), latents(3, dtype=torch.float64)
-    torch.testing.assert_close(decode_video(vae, z, chunk=2), stock_decode(vae, z), atol=1e-12, rtol=0)
+@pytest.mark.parametrize(
+    ("sizes", "chunks"),
+    [
+        ({}, [None, 1, 2, 3, 7]),
+        ({"temperal_downsample": [True, False, True]}, [2]),
+        ({"num_res_blocks": 2, "base_dim": 8}, [2]),
+    ],
+)
+def test_equals_stock_decode_to_the_last_digits_in_float64(sizes, chunks):
+    vae, z = tiny_vae(**sizes).double(), latents(5, dtype=torch.float64)
+    expected = stock_decode(vae, z)
+    for chunk in chunks:
+        torch.testing.assert_close(decode_video(vae, z, chunk=chunk), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 5, 6, 13])
@@ -142,11 +145,11 @@ def test_in_float32_the_gradient_is_as_near_to_the_exact_one_as_that_of_stock_au
     exact = gradient(stock_decode, torch.float64)
     of_stock = (gradient(stock_decode, torch.float32) - exact).norm()
     ours = (gradient(lambda vae, z: decode_video(vae, z, **how), torch.float32) - exact).norm()
-    assert ours < 1.5 * of_stock < 5e-5 * exact.norm()
+    assert ours < 2 * of_stock < 5e-5 * exact.norm()
 
 
 def kept_bytes(vae, frames, **how):
-    """Kept after the decode, and at most at any time of the backward pass, with latents of batch 1."""
+    """Bytes kept after the decode, and at most during the backward pass, of batch 1."""
     z = latents(frames, batch=1).requires_grad_()
     with KeptBytes(vae) as kept:
         video = decode_video(vae, z, **how)
@@ -263,14 +266,6 @@ def test_video_is_float32_whatever_the_vae():
     torch.testing.assert_close(video, decode_video(vae.float(), z), atol=0.1, rtol=0)
 
 
-@pytest.mark.parametrize("num_frames", [0, 6, -1])
-def test_frames_that_are_not_there_are_refused(num_frames):
-    with pytest.raises(
-        ValueError, match=rf"num_frames={num_frames}, expected 1 to 5 for 2 latent frames; ask for fewer"
-    ):
-        decode_video(tiny_vae(), latents(2), num_frames=num_frames)
-
-
 def test_the_decoder_of_wan_2_2_is_refused():
     vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True)
     with pytest.raises(ValueError, match="is_residual=True.*expected the Wan2.1 decoder"):
@@ -281,12 +276,12 @@ def test_the_decoder_of_wan_2_2_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("name", "value", "expected"),
     [
-        ({"first_frame": 5}, "first_frame=5, expected 0 to 4 for num_frames=5; correct"),
-        ({"first_frame": -1}, "first_frame=-1, expected 0 to 4"),
+        *(("num_frames", value, "1 to 5, .*; ask for fewer") for value in (0, 6, -1)),
+        *(("first_frame", value, "0 to 4 for num_frames=5; correct") for value in (5, -1)),
     ],
 )
-def test_wrong_choices_are_refused(how, message):
-    with pytest.raises(ValueError, match=message):
-        decode_video(tiny_vae(), latents(2), **how)
+def test_frames_that_are_not_there_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=f"{name}={value}, expected {expected}"):
+        decode_video(tiny_vae(), latents(2), **{name: value})

@@ -39,17 +39,13 @@ def test_the_name_wins(monkeypatch):
     assert pick_device("cpu") == CPU
 
 
+@pytest.mark.parametrize("switch", [None, "", "0"])
 @pytest.mark.parametrize("present", [None, torch.device("cuda")])
-def test_without_a_name_it_is_what_the_machine_has(monkeypatch, present):
+def test_without_a_name_it_is_what_the_machine_has(monkeypatch, present, switch):
+    if switch is not None:
+        monkeypatch.setenv("USE_ASCEND_NPU", switch)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: present)
     assert pick_device() == (present or CPU)
-
-
-@pytest.mark.parametrize("value", ["", "0"])
-def test_an_unset_npu_switch_is_no_wish(monkeypatch, value):
-    monkeypatch.setenv("USE_ASCEND_NPU", value)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    assert pick_device() == CPU
 
 
 @pytest.mark.parametrize(

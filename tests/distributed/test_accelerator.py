@@ -1,4 +1,4 @@
-"""How many threads a process takes, how processes meet, and what happens when one of them is lost."""
+"""Threads of a process, the rendezvous, and what happens when a process is lost."""
 
 import time
 from datetime import timedelta
@@ -22,23 +22,21 @@ def machine(monkeypatch, tmp_path):
     return monkeypatch
 
 
-def test_all_cores_are_used_and_shared_between_processes(machine):
-    assert parallel.cpu_threads(None) == 8
-    machine.setenv("LOCAL_WORLD_SIZE", "4")
-    assert parallel.cpu_threads(None) == 2
-
-
-def test_what_the_user_says_holds(machine):
-    machine.setenv("OMP_NUM_THREADS", "3")
-    assert parallel.cpu_threads(None) is None  # torch has obeyed it already
-    assert parallel.cpu_threads(5) == 5
-
-
-def test_the_one_thread_of_accelerate_launch_does_not_hold(machine):
-    machine.setenv("OMP_NUM_THREADS", "1")
-    assert parallel.cpu_threads(None) is None
-    machine.setenv(parallel.LAUNCHER_MARK, "no")
-    assert parallel.cpu_threads(None) == 8
+@pytest.mark.parametrize(
+    ("environment", "requested", "threads"),
+    [
+        ({}, None, 8),
+        ({"LOCAL_WORLD_SIZE": "4"}, None, 2),
+        ({"OMP_NUM_THREADS": "3"}, None, None),  # PyTorch has obeyed it already
+        ({"OMP_NUM_THREADS": "3"}, 5, 5),
+        ({"OMP_NUM_THREADS": "1"}, None, None),
+        ({"OMP_NUM_THREADS": "1", parallel.LAUNCHER_MARK: "no"}, None, 8),  # of `accelerate launch`
+    ],
+)
+def test_threads_are_those_asked_for_or_a_share_of_the_cores(machine, environment, requested, threads):
+    for name, value in environment.items():
+        machine.setenv(name, value)
+    assert parallel.cpu_threads(requested) == threads
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("200000 100000", 2), ("max 100000", 8), ("50000 100000", 1)])
@@ -48,7 +46,7 @@ def test_a_containers_quota_counts(machine, tmp_path, quota, cores):
 
 
 def test_a_start_has_its_own_keys_on_one_host(monkeypatch):
-    """torchrun's store may outlive a restart; hosts that count restarts differently have to meet all the same."""
+    """A store may outlive a restart; hosts that count restarts differently still have to meet."""
 
     def keys(restarts: int, local: int) -> list[str]:
         for name, value in {"LOCAL_WORLD_SIZE": local, "WORLD_SIZE": 2, parallel.RESTART_COUNT: restarts}.items():

@@ -173,7 +173,7 @@ def test_a_process_with_other_prompts_is_named(of_two):
         assert "prompts: got others on process 1 than on process 0" in one["error"]
 
 
-# --------------------------------------------------------------------------------------------- settings
+# ---------------------------------------- settings
 
 
 def test_places_in_a_layout():
@@ -191,7 +191,6 @@ def test_a_layout_that_does_not_fit_names_those_that_do():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"sequence_parallel": 3}, "use one of 1 x 1, 1 x 2, 1 x 4, 2 x 1, 2 x 2"),
         ({"guidance_parallel": 2, "guidance_gradient": "text"}, "guidance_gradient: got text with guidance_parallel 2"),
         ({"guidance_parallel": 2, "guidance_every": 2}, "guidance_every: got 2 with guidance_parallel 2"),
         ({"shard_base": True, "sampling_weights": "float8"}, "shard_base: got sampling_weights=float8"),

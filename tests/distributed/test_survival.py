@@ -1,4 +1,4 @@
-"""A run that is stopped in any way goes on as if it had not been: the same metrics and adapter, to the bit."""
+"""A run that is stopped in any way resumes with the same metrics and adapter, to the bit."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from rlhf.run.signals import TrainingInterrupted
 from rlhf.train import EXIT_INTERRUPTED
 from rlhf.training.failures import TrainingError
 
-# Of everything that has a state: the optimizer, its rate, the average, random choices, drift, held-out noise.
+# Of everything with a state: optimizer, learning rate, average, random choices, drift.
 EVERYTHING = {
     "max_steps": 12,
     "method": "drtune",
@@ -45,7 +45,7 @@ def settings(make_args, tmp_path):
 
 
 def go_on(args: RewardGradientConfig) -> RewardGradientConfig:
-    """As a user would: from the latest checkpoint, or from the start where the first one was not finished."""
+    """As a user would: from the latest checkpoint, or anew if none was finished."""
     saved = newest_undamaged(Path(args.output_dir) / "checkpoints")
     return dataclasses.replace(
         args, **({"resume_from_checkpoint": "latest"} if saved else {"overwrite_output_dir": True})
@@ -140,7 +140,7 @@ def _fail(error, calls) -> None:
         raise error
 
 
-# ------------------------------------------------------------------------------------ steps that cannot be taken
+# ---------------------------------------- steps that cannot be taken
 
 
 def broken_at(steps, bad):
@@ -198,7 +198,7 @@ def test_too_many_in_a_row_end_the_run_with_its_last_good_state(settings, bad, e
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-# ------------------------------------------------------------------------------------------------- real kills
+# ---------------------------------------- real kills
 
 
 def running(args, processes: int) -> list[Started]:

@@ -1,4 +1,4 @@
-"""A base in few bits: adapters still get a gradient near the exact one, and a missing library is named."""
+"""A base in 4 bits: adapters get a gradient near the exact one; a missing library is named."""
 
 import sys
 

@@ -16,12 +16,18 @@ def model_with_adapter(dtype=torch.float64, **sizes):
     return model
 
 
-def arguments(dtype=torch.float64, batch=2, frames=2):
-    """Return latents, text, pooled text and timesteps for `model_with_adapter`."""
+def arguments(dtype=torch.float64, batch=2, frames=2, height=4, width=6, channels=16):
+    """Return latents, text, pooled text and timesteps for a tiny transformer."""
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch, 16, frames, 4, 6, generator=generator).to(dtype)
+    latents = torch.randn(batch, channels, frames, height, width, generator=generator).to(dtype)
     cond = tiny_conditioning(batch).to(dtype)
     return latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.tensor([900.0, 3.5])[:batch]
+
+
+def velocity(model, inputs):
+    """Return the model's velocity, without gradient."""
+    with torch.no_grad():
+        return model(*inputs).sample
 
 
 def gradients(model, inputs):

@@ -1,7 +1,7 @@
-"""Twenty steps of nano by every method, as curves to compare with: `python tests/helpers/curves.py [NAMES] [--device cpu]`.
+"""Twenty steps of nano by every method, as curves to compare with.
 
-Without arguments it writes tests/curves/NAME.cpu.json anew for all of CURVES: look at the difference before keeping it.
-NAME.cuda.json are of an NVIDIA H200 (torch 2.11).
+`python tests/helpers/curves.py [NAMES]` writes tests/curves/NAME.cpu.json anew; look at the
+difference before keeping it. NAME.cuda.json are of an NVIDIA H200 (torch 2.11).
 """
 
 import argparse
@@ -41,7 +41,7 @@ CURVES = {
     "refl": {"method": "refl", "method_kwargs": {"jump_steps": 2}},
     "srpo": {"method": "srpo"},
     "guidance_text": {"num_grad_steps": 2, "guidance_gradient": "text"},
-    # At 1e-3 it meets a kink of the reward, where rounding alone moves the norm of a gradient by a tenth.
+    # At 1e-3 it meets a kink of the reward, where rounding moves a gradient by a tenth.
     "guidance_none": {"num_grad_steps": 2, "guidance_gradient": "none", "learning_rate": 5e-4},
     "distill": {"guidance_gradient": "distill", "drift_weight": 1.0, "drift_weighting": "even"},
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},

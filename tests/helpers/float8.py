@@ -1,9 +1,9 @@
-"""Whether this PyTorch multiplies in float8 on a CPU, rows scaled on their own: older ones may not."""
+"""Skip tests where PyTorch has no float8 products on a CPU with a scale for each row."""
 
 import pytest
 import torch
 
-from rlhf.adapter.sampling_copy import require_float8
+from rlhf.adapter.float8 import require_float8
 
 
 def _reason() -> str:

@@ -67,7 +67,7 @@ class Problem:
 
     @torch.no_grad()
     def loss_at(self, shift: torch.Tensor, num_grad: int) -> float:
-        """The loss if only the window of the last num_grad steps ran with the adapter moved by `shift`."""
+        """The loss if only the last num_grad steps ran with the adapter moved by `shift`."""
         prefix = self.latents(self.noise, SIGMAS[: STEPS - num_grad + 1], [])
         self.masters.vector += shift
         self.masters.write()

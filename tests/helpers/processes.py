@@ -1,4 +1,4 @@
-"""Several processes on one machine, as a launcher starts them: children of a server that has imported all once."""
+"""Several processes on one machine, as by a launcher: forks of a server with all imports."""
 
 import multiprocessing
 import os

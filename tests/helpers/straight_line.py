@@ -1,7 +1,7 @@
-"""ContentV's transformer and sampler once more, in plain torch and in the order of the arithmetic, to compare against.
+"""ContentV's transformer and sampler in plain torch, in the order of the arithmetic.
 
-Written from the geometry of the published model. Nothing is shared with the package or with diffusers: weights come as
-a state dict, sizes as a plain dict of the transformer's config.
+Written from the geometry of the published model. Nothing is shared with the package or diffusers.
+Weights come as a state dict, sizes as a dict of the transformer's config.
 """
 
 import math
@@ -49,7 +49,7 @@ def transformer_forward(w: dict, sizes: dict, latents, text, pooled, timestep):
     p, c_out = sizes["patch_size"], sizes["out_channels"]
     rows, columns = H // p, W // p
 
-    # Patches of p x p pixels of all channels, through the convolution seen as one matrix; plus the position table.
+    # Patches of p x p pixels of all channels, through the convolution as a matrix; plus positions.
     patches = latents.reshape(B, C, T, rows, p, columns, p).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, -1, C * p * p)
     kernel = w["pos_embed.proj.weight"].reshape(-1, C * p * p)
     video = patches @ kernel.T + w["pos_embed.proj.bias"] + position_table(T, rows, columns, len(kernel)).to(latents)
@@ -65,7 +65,7 @@ def transformer_forward(w: dict, sizes: dict, latents, text, pooled, timestep):
 
 
 def condition_vector(w, pooled, timestep):
-    """256 cosines and sines of the timestep, and the pooled text, each through a two-layer network."""
+    """256 cosines and sines of the timestep, and the pooled text, each through two layers."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
     angles = timestep[:, None].float() * frequencies
     time = torch.cat([angles.cos(), angles.sin()], -1).to(pooled)
@@ -130,7 +130,7 @@ def normalise(x):
 
 
 def position_table(frames: int, rows: int, columns: int, width: int) -> torch.Tensor:
-    """(frames * rows * columns, width) in float64: a quarter for time, three eighths each for column and row.
+    """(frames * rows * columns, width) in float64: 1/4 for time, 3/8 each for column and row.
 
     Rows and columns are counted in half patches (interpolation scale 0.5).
     """
@@ -145,7 +145,7 @@ def position_table(frames: int, rows: int, columns: int, width: int) -> torch.Te
 
 
 def guided_sample(w, sizes, noise, cond, num_steps: int, guidance: float, shift: float):
-    """Euler steps of the guided flow from `noise` to data. `cond` is (text, pooled, negative text, negative pooled)."""
+    """Euler steps from `noise` to data. `cond`: text, pooled, negative text, negative pooled."""
     text, pooled, negative_text, negative_pooled = cond
     x = noise
     sigmas = [1 - i / num_steps for i in range(num_steps + 1)]

@@ -1,4 +1,4 @@
-"""Random, seeded, tiny parts of the real classes: a whole pipeline is made in 0.1 s and holds 0.3 million weights."""
+"""Random, seeded, tiny parts of the real classes: 0.1 s and 0.3 million weights a pipeline."""
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
@@ -30,7 +30,7 @@ SAMPLING = SamplingDefaults(
 
 
 def tiny_transformer(seed: int = 0, **sizes) -> SD3Transformer3DModel:
-    """Two blocks, two heads of 16. The biases and modulations are drawn too: zero ones would hide mistakes."""
+    """Two blocks, two heads of 16. Biases and modulations are random: zeros would hide mistakes."""
     sizes = {
         "num_layers": 2,
         "num_attention_heads": 2,
@@ -50,7 +50,7 @@ def tiny_vae(seed: int = 0, **sizes) -> AutoencoderKLWan:
 
 
 def tiny_pipeline(seed: int = 0) -> ContentVPipeline:
-    """Everything that ContentV has, on the CPU, in float32 and evaluation mode, with a vocabulary of letters."""
+    """All of ContentV on the CPU, in float32 and evaluation mode, with a vocabulary of letters."""
     clip, clip_2, t5 = _clip_tokenizer(), _clip_tokenizer(), _t5_tokenizer()
     pipe = ContentVPipeline(
         transformer=tiny_transformer(seed),

@@ -1,4 +1,4 @@
-"""The backward pass one step and one branch at a time: the gradient of plain autograd, in the memory of one branch."""
+"""The backward pass branch by branch: the gradient of plain autograd, the memory of one branch."""
 
 import pytest
 import torch

@@ -6,11 +6,11 @@ from curves import CURVES, KEYS, STEPS, draw, stored
 
 from rlhf.config import METHODS
 
-# How far single points and the mean of a curve may be off, as a share of what its values span. With PyTorch's kernels
-# for lesser processors (ATEN_CPU_CAPABILITY=avx2 and default) it was 8e-4 and 4e-5 at most.
+# Limits of single residuals and of their mean, as shares of the span of a curve. With PyTorch's
+# kernels for lesser processors (ATEN_CPU_CAPABILITY) they were 8e-4 and 4e-5 at most.
 POINT, MEAN = 0.01, 0.002
-# On CUDA two runs differ themselves, most where a gradient meets a kink of the reward: on two H200 in 4 points of 20 at
-# most, and in the middle one by 9e-4 at most; from the curves of a CPU by 1.1e-3.
+# On CUDA two runs differ, most where a gradient meets a kink of the reward: in 4 points of 20 at
+# most; the median residual was 1.1e-3 at most.
 MIDDLE, KINKS = 0.002, 5
 
 

@@ -1,10 +1,10 @@
-"""The drift is the KL divergence that it says it is, without bias, and its gradient moves the tuned model alone."""
+"""The drift is the KL divergence, without bias; its gradient moves the tuned model alone."""
 
 import pytest
 import torch
 from problem import GUIDANCE, SIGMAS
 
-from rlhf.adapter.lora import without_adapter
+from rlhf.adapter.lora import adapter_off
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
 from rlhf.method.drift import drift_step_weights, velocity_distance
@@ -21,7 +21,7 @@ def test_weights_by_hand():
 
 @pytest.mark.parametrize(("spread", "shift"), [(1.0, 0.5), (0.6, 1.0), (2.0, 3.0)])
 def test_weighted_velocities_are_the_kl_divergence_of_gaussian_data(spread, shift):
-    """Data N(0, s^2) and N(m, s^2) have the flows E[noise - x0 | x]; their divergence is m^2 / (2 s^2)."""
+    """N(0, s^2) and N(m, s^2) have flows E[noise - x0 | x]; their divergence is m^2 / (2 s^2)."""
 
     def velocity(x, sigma, mean):
         variance = (1 - sigma) ** 2 * spread**2 + sigma**2
@@ -39,20 +39,20 @@ def test_weighted_velocities_are_the_kl_divergence_of_gaussian_data(spread, shif
 
 
 def test_one_drawn_step_stands_for_all_without_bias():
-    """The mean over draws of (total weight) x (distance at the drawn step) is the weighted sum of distances."""
+    """The mean over draws of total weight times distance is the weighted sum of distances."""
     sigmas, distance = torch.tensor([1.0, 0.9, 0.6, 0.0]), torch.tensor([1.0, 20.0, 3.0])
     for weighting in ("kl", "even"):
         args = RewardGradientConfig(drift_weight=0.1, drift_weighting=weighting)
         plans = [make_plan(args, MethodOptions(), sigmas, generator("drift", draw)) for draw in range(3000)]
         estimate = sum(p.drift_total * distance[p.drift_step].item() for p in plans) / len(plans)
         assert estimate == pytest.approx((drift_step_weights(sigmas, weighting) @ distance).item(), rel=0.08)
-    assert make_plan(RewardGradientConfig(), sigmas, generator("drift", 0)).drift_step is None
+    assert make_plan(RewardGradientConfig(), MethodOptions(), sigmas, generator("drift", 0)).drift_step is None
 
 
 def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(problem):
     p, sigma = problem, SIGMAS[1]
     tuned = velocity_field(p.transformer, p.cond, GUIDANCE)
-    base = without_adapter(velocity_field(p.transformer, p.cond, GUIDANCE), p.transformer)
+    base = adapter_off(p.transformer)(tuned)
     drift_B = velocity_distance(tuned, base, p.noise, sigma)
     assert drift_B.shape == (2,)
     assert (drift_B > 0).all()

@@ -1,4 +1,4 @@
-"""Every method's gradient as a number: in closed form on a toy denoiser, by a written-out adjoint on the tiny model."""
+"""Every method's gradient: in closed form on a toy, by a written-out adjoint on the tiny model."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_every_method_is_tested_here():
     assert set(SETTINGS) == set(METHODS)
 
 
-# ------------------------------------------------------------------------------ the plans, and what they promise
+# ---------------------------------------- the plans, and what they promise
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,7 +118,7 @@ def test_a_shortened_prefix_moves_the_window_alone():
         assert torch.equal(whole.sigmas, TEN_STEPS)
 
 
-# ------------------------------------------------------------------------------------- the toy, in closed form
+# ---------------------------------------- the toy, in closed form
 
 THETA, X, AGAIN = 0.7, 1.3, {"draw 0": 0.4, "draw 1": -1.1}
 TOY_SIGMAS = [1.0, 0.9, 0.7, 0.4, 0.0]
@@ -150,7 +150,7 @@ def toy_states(sigmas: list[float]) -> list[float]:
 
 
 def toy_closed_form(plan: Plan) -> float:
-    """The sum over the steps with gradient of (sigma' - sigma) dv/dtheta, each times the gain of the later ones."""
+    """The sum over grad_steps of (sigma' - sigma) dv/dtheta, times the gain of later ones."""
     sigmas = plan.sigmas.tolist()
     states, steps = toy_states(sigmas), [after - sigma for sigma, after in zip(sigmas, sigmas[1:], strict=False)]
     gains = {i: 1 + steps[i] * THETA * toy_rate(sigmas[i]) for i in plan.grad_steps}
@@ -194,11 +194,11 @@ def test_a_known_noise_recovers_the_video_exactly_and_another_velocity_moves_it_
         torch.testing.assert_close(moved - x0, step / (1 - sigma) * wrong)
 
 
-# -------------------------------------------------------------------- the tiny model, by an adjoint written out
+# ---------------------------------------- the tiny model, by an adjoint written out
 
 
 class Adjoint:
-    """Vector-Jacobian products of the guided velocity, one denoising step and one branch of guidance at a time."""
+    """Vector-Jacobian products of the guided velocity, one step and one branch at a time."""
 
     def __init__(self, problem: Problem):
         self.p = problem
@@ -251,7 +251,7 @@ class Adjoint:
         return self.p.collect() / plan.num_samples
 
     def recovered(self, x, sigma, sigma_next, back, scale) -> None:
-        """One Euler step from x, brought back to a video by `back`, whose derivative is `scale` up to the sign."""
+        """One Euler step from x, made a video by `back` of derivative `scale` up to the sign."""
         with torch.no_grad():
             v = sum(self.velocity(x, sigma, *branch) for branch in self.branches())
         adjoint = self.of_loss(back(x + (sigma_next - sigma) * v))
@@ -297,11 +297,11 @@ def test_draft_with_all_steps_is_the_exact_gradient_and_the_estimators_are_not(p
 
 
 def test_the_last_step_is_drawn_again_at_its_own_noise_level(problem):
-    """DRaFT-LV's extra states have the mean and the spread of the last step's, around the video that was made."""
+    """DRaFT-LV's extra states have the mean and spread of the last step's, around the video."""
     seen = []
     velocity = lambda x, sigma: seen.append((x.detach(), sigma)) or torch.zeros_like(x)
     sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0], dtype=torch.float64)
-    plan = plan_of("draft_lv", sigmas, num_draws=400)
+    plan = plan_of("draft_lv", sigmas, method_kwargs={"num_draws": 400})
     for _ in samples_of(velocity, lambda purpose: noise_of(problem, purpose), plan):
         pass
     again = torch.stack([x for x, sigma in seen[3:]])

@@ -1,4 +1,4 @@
-"""Methods and drift through the whole loop, on a tiny random pipeline: what is exact stays exact."""
+"""Methods and drift through the whole loop on a tiny pipeline: what is exact stays exact."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
     ],
 )
 def test_accumulated_batches_equal_one_large_batch_with_every_method(make_args, tmp_path, settings):
-    """Choices belong to the step and noise to the sample, so that neither batches nor processes change them."""
+    """Choices belong to the step and noise to the sample: neither batches nor processes matter."""
     settings |= {"adam_epsilon": 1e-4}  # else AdamW makes whole steps of what is rounding
     many = make_args(output_dir=str(tmp_path / "a"), gradient_accumulation_steps=2, **settings)
     one = make_args(output_dir=str(tmp_path / "b"), per_device_train_batch_size=4, **settings)

@@ -1,7 +1,7 @@
-"""A second transformer for no-grad steps: float8 products, adapter merged into the weights.
+"""A float8 copy of the adapted transformer for no-grad steps.
 
-It shares all other weights with the trained transformer, whose base stays as it was loaded. Not
-exact: float8 keeps three bits of the mantissa.
+It shares all weights but those of the rounded layers with the trained transformer, whose base stays
+as it was loaded. Not exact: float8 keeps three bits of the mantissa.
 """
 
 import copy
@@ -10,40 +10,31 @@ from itertools import chain
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn.functional import linear
 
 from rlhf.config import ConfigError
 
 FLOAT8 = torch.float8_e4m3fn
 
 
-class SamplingCopy:
-    """A float8 copy of a transformer, to sample from without gradient.
+class Float8Copy:
+    """A float8 copy of a transformer, to sample from without gradient. `model` is the copy.
 
-    Call `refresh` after each optimizer step. The blocks' attention and feed-forward layers multiply
-    in float8, with a scale for each token and each output. Adapted layers of other shapes than
-    float8 takes are merged in the base's format.
+    Layers with an adapter, and the blocks' attention and feed-forward layers, multiply in float8,
+    with a scale for each token and each output. Layers of sizes that float8 does not take stay as
+    they are. Call `refresh` after each optimizer step.
 
-    Args:
-        transformer: with the adapter, on its device; frozen but for the adapter.
-
-    Raises:
-        ConfigError: the device has no float8 products.
-        ValueError: the adapter is no plain LoRA.
+    Raises ConfigError if the device has no float8 products, and for another adapter than plain
+    LoRA.
     """
 
     def __init__(self, transformer: nn.Module):
         require_float8(transformer.device)
         self.model = _sharing_copy(transformer)
-        self.layers: list[tuple[nn.Module, nn.Linear | LoraLayer]] = []  # copied layer, source of its weight
-        sources = dict(transformer.named_modules())
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, LoraLayer):
-                self._replace(name, sources[name])
-        for name, module in list(self.model.transformer_blocks.named_modules(prefix="transformer_blocks")):
-            modulation = ".norm" in name  # of one row: nothing to gain
-            if isinstance(module, nn.Linear) and _fits(module) and not modulation:
-                self._replace(name, sources[name])
+        self.layers: list[tuple[Float8Linear, nn.Linear | LoraLayer]] = []  # with the source of the weight
+        for name, source in transformer.named_modules():
+            if _is_rounded(name, source):
+                self.layers.append((Float8Linear(getattr(source, "base_layer", source)), source))
+                self.model.set_submodule(name, self.layers[-1][0])
         self.refresh()
 
     @torch.no_grad()
@@ -52,28 +43,17 @@ class SamplingCopy:
         for layer, source in self.layers:
             layer.set_weight(merged_weight(source))
 
-    def _replace(self, name: str, source: nn.Module) -> None:
-        base = source.base_layer if isinstance(source, LoraLayer) else source
-        layer, (parent, _, child) = (Float8Linear if _fits(base) else MergedLinear)(base), name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, layer)
-        self.layers.append((layer, source))
+
+def _is_rounded(name: str, module: nn.Module) -> bool:
+    if isinstance(module, LoraLayer):
+        return _fits(module.base_layer)
+    is_product = isinstance(module, nn.Linear) and name.startswith("transformer_blocks.")
+    # Modulation (".norm") has one row: nothing to gain. The other two are inside a LoraLayer.
+    return is_product and _fits(module) and not any(part in name for part in (".norm", ".base_layer", ".lora_"))
 
 
-class MergedLinear(nn.Module):
-    """A linear layer with its own weight and a shared bias."""
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.bias = base.bias
-        self.register_buffer("weight", torch.empty_like(base.weight))
-
-    def set_weight(self, weight: torch.Tensor) -> None:
-        """Store a float32 weight in the base's format."""
-        self.weight.copy_(weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x W^T + b."""
-        return linear(x, self.weight, self.bias)
+def _fits(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and layer.in_features % 16 == 0 and layer.out_features % 16 == 0
 
 
 class Float8Linear(nn.Module):
@@ -115,26 +95,21 @@ def require_float8(device: torch.device) -> None:
         raise ConfigError([f"{got}; use a device that has them, or sampling_weights own"]) from error
 
 
-def merged_weight(layer: nn.Module) -> torch.Tensor:
+def merged_weight(layer: nn.Linear | LoraLayer) -> torch.Tensor:
     """Return the float32 weight of a layer, with its adapter if there is one: W + B A alpha / r."""
     if not isinstance(layer, LoraLayer):
         return layer.weight.float()
     weight = layer.base_layer.weight.float()
     for adapter in layer.active_adapters:
-        if layer.use_dora.get(adapter):
-            raise ValueError("a sampling copy of a DoRA adapter, expected plain LoRA; set lora_use_dora to false")
-        if layer.lora_bias.get(adapter):
-            raise ValueError("a sampling copy of an adapter with biases, expected plain LoRA; set lora_bias to false")
+        if layer.use_dora.get(adapter) or layer.lora_bias.get(adapter):
+            got = "sampling_weights: got float8 with an adapter that has magnitudes (DoRA) or biases"
+            raise ConfigError([f"{got}, expected plain LoRA; use sampling_weights own"])
         a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
         weight = torch.addmm(weight, b, a, alpha=layer.scaling[adapter])
     return weight
 
 
-def _fits(layer: nn.Linear) -> bool:
-    return layer.in_features % 16 == 0 and layer.out_features % 16 == 0
-
-
-def _sharing_copy(transformer):
+def _sharing_copy(transformer: nn.Module) -> nn.Module:
     """Return a copy of the modules that shares tensors, block runner and sequence group."""
     shared = chain(transformer.parameters(), transformer.buffers(), [transformer.pos_embed._tables])
     memo = {id(x): x for x in shared}
