@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -102,10 +103,13 @@ def is_plugin_device(device: torch.device) -> bool:
 
 
 def describe(device: torch.device) -> str:
-    """Return the product name, such as "NVIDIA H200"; for a CPU its architecture and cores."""
+    """Return the product name, such as "NVIDIA H200"; for a CPU without one its architecture."""
     if device.type in ("cuda", "npu"):
         return torch.get_device_module(device).get_device_name(device)
-    return f"{platform.machine()}, {os.cpu_count()} cores"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 @contextmanager

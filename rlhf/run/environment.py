@@ -7,9 +7,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
-from rlhf.device import energy_joules, peak_memory, pick_device
+from rlhf.device import describe, energy_joules, peak_memory, pick_device
 from rlhf.distributed.accelerator import available_cores
 from rlhf.io import read_log
 
@@ -22,7 +20,7 @@ def record_start(folder: Path, device: str | None) -> None:
     found = pick_device(device)
     row = {
         "started": time.time(),
-        "device": _device_name(found),
+        "device": describe(found),
         "device_type": found.type,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "cores": available_cores(),
@@ -59,16 +57,6 @@ def record_end(folder: Path, ended_by: str | None = None) -> None:
 def read_environment(folder: Path) -> list[dict]:
     """Return one object for each start of the run, [] if none was recorded."""
     return read_log(folder / ENVIRONMENT)
-
-
-def _device_name(device: torch.device) -> str:
-    """Return the device's name; for a CPU that in /proc/cpuinfo, if there is one."""
-    if device.type != "cpu":
-        return getattr(torch.get_device_module(device), "get_device_name", lambda: device.type)()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _version(package: str) -> str | None:
