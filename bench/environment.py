@@ -10,7 +10,7 @@ from rlhf.device import describe
 
 
 def environment(device: torch.device) -> dict:
-    """What a benchmark's result says about the machine."""
+    """Return what a benchmark's result says about the machine."""
     return {
         "device": describe(device),
         "cores": os.cpu_count(),

@@ -107,10 +107,10 @@ def format_time(planner: Planner, estimate: Estimate, device_name: str) -> str:
     if device_name not in RATES:
         known = " or ".join(f'"{name}"' for name in RATES)
         return f"Time of a step: not estimated for {device_name}; --plan_device takes {known}."
-    total = estimate.time.total
+    total = estimate.step_seconds
     rows = [
         (f"Time on {device_name}, within {ACCURACY:.0%}", ""),
-        *((name, _seconds(value)) for name, value in estimate.time.phases.items()),
+        *((name, _seconds(value)) for name, value in estimate.time.items()),
         ("one optimizer step", _seconds(total)),
         (f"all {planner.args.max_steps:,} steps", _seconds(total * planner.args.max_steps)),
     ]
@@ -141,7 +141,7 @@ def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes:
     rows = [("memory", "one step" if is_known else "", "add to the command")]
     for found in fitting[:NUM_SHOWN]:
         needed = _size(found.memory.peak_bytes + context_bytes)
-        rows.append((needed, _seconds(found.time.total) if is_known else "", _flags(found.changes)))
+        rows.append((needed, _seconds(found.step_seconds) if is_known else "", _flags(found.changes)))
     return f"{verdict}\nSettings that fit, {gradient}, {order}:\n\n{format_table(rows)}"
 
 

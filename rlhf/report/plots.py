@@ -4,6 +4,7 @@ import html
 import io
 import re
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from rlhf.report.contact_sheet import new_figure
 from rlhf.report.data import GROUPS, Run
@@ -106,11 +107,7 @@ def _set_values(series: Series, values: dict[int, float]) -> None:
 
 def running_mean(values: list[float], span: int = 10) -> list[float]:
     """Return the mean of each value and the `span` - 1 before it."""
-    means = []
-    for end in range(1, len(values) + 1):
-        window = values[max(0, end - span) : end]
-        means.append(sum(window) / len(window))
-    return means
+    return [fmean(values[max(0, end - span) : end]) for end in range(1, len(values) + 1)]
 
 
 def draw(panel: Panel, number: int) -> str:

@@ -10,8 +10,7 @@ import imageio.v3 as imageio
 import pytest
 import torch
 import yaml
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from adapted_model import adapt, save_adapter
 from tiny import SAMPLING, tiny_pipeline
 
 import rlhf.evaluation.generate
@@ -31,15 +30,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     pipe = tiny_pipeline()
     pipe.save_pretrained(folder / "base")
-    config = LoraConfig(r=4, lora_alpha=40, init_lora_weights=False, target_modules=["to_q", "to_v", "to_out.0"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipe.transformer.add_adapter(config)
-    pipe.save_lora_weights(
-        folder / "run" / "adapter",
-        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
-        transformer_lora_adapter_metadata=config.to_dict(),
-    )
+    save_adapter(adapt(pipe, alpha=40), folder / "run" / "adapter")
     (folder / "held_out.txt").write_text("\n".join(PROMPTS))
     settings = {"model": str(folder / "base"), "eval_prompts": "held_out.txt", "base_dir": str(folder)}
     settings |= {"num_eval_prompts": 2, "height": 16, "width": 32, "num_frames": 5, "num_inference_steps": 2}

@@ -129,17 +129,9 @@ def test_the_official_code_finds_every_video_of_every_prompt(tmp_path, capsys):
 def test_videos_are_made_where_they_are_looked_for_and_go_on(full_info, tmp_path, capsys, monkeypatch):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     (tmp_path / "few.json").write_text(json.dumps(json.loads(full_info.read_text())[:1]))
-    arguments = [
-        "make",
-        "--full_info",
-        tmp_path / "few.json",
-        "--output",
-        tmp_path / "out",
-        "--dimension",
-        "human_action",
-    ]
-    arguments += ["--model", tmp_path / "model", "--device", "cpu", "--height", 16, "--width", 32, "--num_frames", 5]
-    arguments = [*map(str, arguments), "--num_inference_steps", "1", "--batch_size", "5"]
+    flags = "--full_info few.json --output out --dimension human_action --model model --device cpu --height 16"
+    arguments = ["make", *flags.split(), *"--width 32 --num_frames 5 --num_inference_steps 1 --batch_size 5".split()]
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 0
     folder = tmp_path / "out" / "human_action"
     assert sorted(os.listdir(folder)) == [f"{PROMPTS[0]}-{i}.mp4" for i in range(5)]

@@ -42,7 +42,7 @@ def test_tables_name_what_is_held_and_what_is_not_known(planner):
     assert "(16, 3, 4, 6)" in format_sizes(planner)
     estimate = planner.estimate()
     text = format_memory(planner, estimate, CONTEXT) + format_time(planner, estimate, DEVICE)
-    for name in (*estimate.memory.held, *estimate.time.phases, "peak", DEVICE):
+    for name in (*estimate.memory.held, *estimate.time, "peak", DEVICE):
         assert name in text
     assert "Left out, as its memory is not known: mine.py:Mine" in text
 
@@ -97,7 +97,7 @@ def test_proposals_fit_and_the_fastest_comes_first(planner):
     found = planner.find_fitting(limit)
     assert len(found) > 1
     assert all(estimate.memory.peak_bytes <= limit for estimate in found)
-    seconds = [estimate.time.total for estimate in found]
+    seconds = [estimate.step_seconds for estimate in found]
     assert seconds == sorted(seconds)
     for i, estimate in enumerate(found):
         assert not any(estimate.extends(other) for other in found[:i])
