@@ -48,7 +48,7 @@ class Evaluation:
         return {name: scores.mean().item() for name, scores in self.scores.items() if len(scores)}
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all; its metadata has prompts and settings."""
+        """Write one safetensors file, whole or not at all; its metadata: prompts and settings."""
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
         told = {"prompts": json.dumps(self.prompts), "settings": json.dumps(self.settings)}
         with write_whole(path) as unfinished:

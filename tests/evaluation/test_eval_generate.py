@@ -1,4 +1,4 @@
-"""Videos for prompts and seeds: the noise is the pair's own, a job goes on where it ended, mistakes are told first."""
+"""Videos for prompts and seeds: noise by the pair, resumed jobs, errors before any work."""
 
 import json
 import runpy

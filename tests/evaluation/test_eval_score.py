@@ -41,7 +41,7 @@ def folder(made, tmp_path):
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """The script with a cache of the test's own; returns (status, what it printed, what it complained of)."""
+    """Run the script with the test's own cache; return its status, output and errors."""
 
     def call(*arguments):
         status = SCRIPT["main"]([*map(str, arguments), "--device", "cpu", "--cache", str(tmp_path / "cache")])

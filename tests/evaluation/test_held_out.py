@@ -1,4 +1,4 @@
-"""Held-out evaluation: the same noise for each prompt whatever the batch, judges without gradient, measures by hand."""
+"""Held-out evaluation: equal noise whatever the batch, judges without gradient."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_two_processes_share_the_prompts(held_out):
 
 
 def test_processes_that_share_a_base_run_it_equally_often(held_out):
-    """Five prompts in twos: the second process has none left when the first makes its second batch."""
+    """The second process has no prompt left when the first makes its second batch."""
     made = {0: [], 1: []}
     for index, calls in made.items():
         one = held_out(num_sample_prompts=0)

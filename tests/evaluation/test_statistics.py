@@ -1,4 +1,4 @@
-"""The paired t interval and test against tables and numbers by hand, and the exact form of the summary."""
+"""The paired t interval and test against tables and by hand; the form of the summary."""
 
 import math
 

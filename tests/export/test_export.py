@@ -1,4 +1,4 @@
-"""A merged checkpoint computes what the adapter does; a merge and un-merge leaves no trace; an adapter file loads."""
+"""A merged export computes what the adapter does; merging leaves no trace; adapters load."""
 
 import dataclasses
 import errno

@@ -17,7 +17,7 @@ class Refused(Exception):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands for the Hub; `calls` is what it was asked, `user` what it says of the token, or what it raises."""
+    """Stand for the Hub; `calls` are its requests, `user` its answer on the token, or the error."""
     state = types.SimpleNamespace(calls=[], user=USER, upload=None, public=False)
 
     class HfApi:

@@ -1,4 +1,4 @@
-"""The report says what the run's files say, also of a run that did not get far, and asks for nothing else."""
+"""The report has the numbers of the run's files, also for an unfinished run."""
 
 import dataclasses
 import json
