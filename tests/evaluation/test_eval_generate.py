@@ -126,14 +126,8 @@ def test_it_goes_on_where_it_ended(run, tmp_path, monkeypatch):
     for path, (content, time) in before.items():
         assert path.read_bytes() == content
         assert path == first[2].path or path.stat().st_mtime_ns == time
-
-
-def test_nothing_is_made_or_loaded_for_a_job_that_is_done(run, tmp_path, monkeypatch):
-    videos = make(tmp_path, "--from_run", run)
-    written = [video.path.stat().st_mtime_ns for video in videos]
     monkeypatch.setattr("rlhf.evaluation.generate.load_pipeline", None)
-    assert make(tmp_path, "--from_run", run) == videos
-    assert [video.path.stat().st_mtime_ns for video in videos] == written
+    assert make(tmp_path, "--from_run", run, "--seeds", 0, 1, "--num_prompts", 3) == again, "all is there"
 
 
 def test_an_interrupted_video_is_absent(tmp_path, monkeypatch):

@@ -112,10 +112,7 @@ def test_another_model_needs_a_prompt(capsys):
         (["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"], "--lora: got './nowhere'"),
         (["--device", "cpu", "--height", "30", "--model_id", "TINY", "--prompt", "x"], "divisible by 16"),
         (["--device", "cpu", "--fps", "0", "--model_id", "TINY", "--prompt", "x"], "fps: got 0, expected at least 1"),
-        (
-            ["--device", "cpu", "--num_inference_steps", "0", "--model_id", "TINY", "--prompt", "x"],
-            "expected at least 1",
-        ),
+        (["--device", "cpu", "--num_inference_steps", "0", "--model_id", "TINY", "--prompt", "x"], "at least 1"),
     ],
 )
 def test_mistakes_are_one_paragraph(saved, flags, message):

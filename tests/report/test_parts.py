@@ -80,8 +80,8 @@ def test_cost_of_a_run_that_was_resumed_on_two_devices(started, monkeypatch):
     assert found["device_hours"] == pytest.approx(2 * 12 / 3600)
 
 
-@pytest.mark.parametrize("template", [report.TEMPLATE, model_card.TEMPLATE])
-def test_templates_are_installed_with_the_package(template):
-    assert (Path(report.__file__).parent / template).is_file()
+@pytest.mark.parametrize(("room", "template"), [("report", report.TEMPLATE), ("export", model_card.TEMPLATE)])
+def test_templates_are_installed_with_the_package(room, template):
+    assert (Path(report.__file__).parents[1] / room / template).is_file()
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert template in project["tool"]["setuptools"]["package-data"]["rlhf.report"]
+    assert template in project["tool"]["setuptools"]["package-data"][f"rlhf.{room}"]

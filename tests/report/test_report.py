@@ -127,13 +127,13 @@ def test_a_run_that_went_on_and_was_killed_or_failed_is_not_finished(finished):
 
 
 def test_one_prompt_makes_no_verdict(finished):
-    evaluations = [Evaluation.load(finished / "evaluation" / f"{name}.safetensors") for name in ("base", "tuned")]
-    for name, whole in zip(("base", "tuned"), evaluations, strict=True):
+    ones = []
+    for path in (finished / "evaluation" / f"{name}.safetensors" for name in ("base", "tuned")):
+        whole = Evaluation.load(path)
         scores = {judge: values[:1] for judge, values in whole.scores.items()}
-        one = dataclasses.replace(whole, prompts=whole.prompts[:1], scores=scores)
-        one.save(finished / "evaluation" / f"{name}.safetensors")
-    base, tuned = (Evaluation.load(finished / "evaluation" / f"{name}.safetensors") for name in ("base", "tuned"))
-    (finished / "summary.json").write_text(json.dumps(summarize(base, tuned, ["redness"], 30.0, 6)))
+        ones.append(dataclasses.replace(whole, prompts=whole.prompts[:1], scores=scores))
+        ones[-1].save(path)
+    (finished / "summary.json").write_text(json.dumps(summarize(*ones, ["redness"], 30.0, 6)))
     page = read(finished)
     assert page.cells["redness"][2] != 0
     assert page.text.count("one prompt is not enough") > 2
