@@ -30,7 +30,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     pipe = tiny_pipeline()
     pipe.save_pretrained(folder / "base")
-    save_adapter(adapt(pipe, alpha=40), folder / "run" / "adapter")
+    save_adapter(adapt(pipe), folder / "run" / "adapter")
     (folder / "held_out.txt").write_text("\n".join(PROMPTS))
     settings = {"model": str(folder / "base"), "eval_prompts": "held_out.txt", "base_dir": str(folder)}
     settings |= {"num_eval_prompts": 2, "height": 16, "width": 32, "num_frames": 5, "num_inference_steps": 2}

@@ -51,7 +51,7 @@ def test_the_seed_decides(saved, tmp_path):
 
 
 def test_an_adapter_changes_the_video(saved, tmp_path):
-    save_adapter(adapt(tiny_pipeline(), alpha=40), tmp_path / "adapter")
+    save_adapter(adapt(tiny_pipeline()), tmp_path / "adapter")
     flags = ["--lora", str(tmp_path / "adapter")]
     (tmp_path / "other").mkdir()
     save_file({"other.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")

@@ -17,9 +17,9 @@ def model_with_adapter(dtype=torch.float64, **sizes):
     return model
 
 
-def adapt(pipe, alpha=12):
+def adapt(pipe):
     """Add a strong random adapter to the pipeline's transformer, always the same one."""
-    config = LoraConfig(r=4, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe.transformer.add_adapter(config)
