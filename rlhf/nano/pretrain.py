@@ -150,6 +150,7 @@ def build_pipeline(vae: AutoencoderKLWan, denoiser: Denoiser, tokenizers: dict) 
     models = {"transformer": denoiser.transformer, "vae": vae, **denoiser.encoders}
     pipe = ContentVPipeline(scheduler=parts.build_scheduler(), **models, **tokenizers)
     pipe.sampling = SamplingDefaults(**parts.SAMPLING)
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

@@ -10,6 +10,7 @@ import pytest
 from report_runs import GAINS, NASTY, PROMPTS, UNFINISHED, Page, killed, metrics, read
 from scripts import script
 
+from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.statistics import summarize
 from rlhf.report import finish_report, write_report
@@ -81,7 +82,8 @@ def test_videos_beyond_the_size_stay_beside_it(finished, tmp_path):
 def test_what_was_set_and_what_it_cost(finished):
     finish_report(finished)
     text = Page((finished / "report.html").read_text()).text
-    assert "eval_reward_funcs nano_verifier Judges that only evaluate" in text
+    explained = {field.name: field.metadata["help"] for field in dataclasses.fields(RewardGradientConfig)}
+    assert f"eval_reward_funcs nano_verifier {explained['eval_reward_funcs']}" in text
     assert "time in steps 12.0 s" in text
     assert "whole run 30.0 s" in text
     assert f"torch {version('torch')}" in text
