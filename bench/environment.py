@@ -6,14 +6,13 @@ import platform
 import diffusers
 import torch
 
+from rlhf.device import describe
+
 
 def environment(device: torch.device) -> dict:
-    """What a benchmark's result says about the machine."""
-    name = platform.processor() or platform.machine()
-    if device.type != "cpu":
-        name = torch.get_device_module(device).get_device_name()
+    """Return what a benchmark's result says about the machine."""
     return {
-        "device": name,
+        "device": describe(device),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

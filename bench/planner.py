@@ -173,7 +173,7 @@ def compare_steps(rows: list[dict]) -> list[dict]:
         if row["phase"] == "step" and (settings := settings_of_step(row)) is not None:
             estimate = planner_of(settings, CONTENTV_8B).estimate()
             measured = {"peak_gib": row["peak_gib"], "seconds": row["seconds_per_gradient"]}
-            prediction = {"peak_gib": estimate.memory.peak_bytes / GIB, "seconds": estimate.time.total}
+            prediction = {"peak_gib": estimate.memory.peak_bytes / GIB, "seconds": estimate.step_seconds}
             found.append(compare({"arm": f"step.py: {row['arm']}", "measured": measured}, prediction))
     return found
 
@@ -182,7 +182,7 @@ def predict_layout(row: dict, about: dict) -> dict[str, dict]:
     """Return {phase: {"peak_gib", "seconds"}} for a row of bench/results/scale.json."""
     planner = planner_of(settings_of_layout(row, about), CONTENTV_8B, processes=row["devices"])
     estimate = planner.estimate()
-    memory, seconds = estimate.memory, estimate.time.phases
+    memory, seconds = estimate.memory, estimate.time
     held = memory.held_bytes - memory.held["rewards"]
     names = {"sampling": "sampling", "segment": "gradient window", "sum": "optimizer"}
     found = {phase: {"peak_gib": (held + memory.phases[name]) / GIB} for phase, name in names.items()}

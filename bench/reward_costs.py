@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rewards import RewardError, load_reward
 from rewards.catalogue import CATALOGUE
 from rewards.load import built_in
-from rlhf.device import peak_memory, pick_device, reset_peak_memory, synchronize
+from rlhf.device import describe, peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.planner.reward_costs import __file__ as COSTS_FILE
 
 RESULT = Path(__file__).parent / "results" / "rewards.json"
@@ -123,9 +123,8 @@ def package(result: dict) -> str:
 
 def environment(device: torch.device, size: tuple[int, int], repeats: int) -> dict:
     """Return what the result file says about the machine and the video."""
-    name = platform.machine() if device.type == "cpu" else torch.get_device_module(device).get_device_name()
     return {
-        "device": name,
+        "device": describe(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "height": size[0],

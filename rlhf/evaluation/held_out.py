@@ -48,7 +48,7 @@ class Evaluation:
         return {name: scores.mean().item() for name, scores in self.scores.items() if len(scores)}
 
     def save(self, path: Path) -> None:
-        """Write it as one safetensors file, whole or not at all; prompts and settings are in its metadata."""
+        """Write one safetensors file, whole or not at all; its metadata: prompts and settings."""
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
         told = {"prompts": json.dumps(self.prompts), "settings": json.dumps(self.settings)}
         with write_whole(path) as unfinished:
@@ -126,13 +126,11 @@ class HeldOut:
     def evaluate(self, name: str, step: int, make_videos: MakeVideos | None = None) -> Evaluation:
         """Sample and judge a video of every prompt and write the leading ones.
 
-        All processes share the work and the scores. Measures are those of `rlhf.evaluation.measures`, all in
-        [0, 1]. Diversity is the distance of two videos of one prompt, for the leading prompts.
+        All processes share the work and the scores. All measures are in [0, 1]. Diversity is the
+        distance of two videos of one prompt, for the leading prompts.
 
-        Args:
-            name: shown by the progress bar.
-            step: optimizer steps taken, for the samples' folder.
-            make_videos: the sampler of another model than the current one.
+        name: for the progress bar. step: optimizer steps taken, for the samples' folder.
+        make_videos: the sampler of another model than the current one.
         """
         make_videos = make_videos or self.make_videos
         mix = RewardMix(self.judges, [0.0] * len(self.judges))  # without gradient

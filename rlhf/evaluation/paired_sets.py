@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -108,5 +109,4 @@ def _prompt_means(prompts: list[str], values: list[tuple[str, float]]) -> torch.
     by_prompt: dict[str, list[float]] = {}
     for prompt, value in values:
         by_prompt.setdefault(prompt, []).append(value)
-    means = [sum(by_prompt[p]) / len(by_prompt[p]) for p in prompts]
-    return torch.tensor(means, dtype=torch.float64)
+    return torch.tensor([fmean(by_prompt[prompt]) for prompt in prompts], dtype=torch.float64)

@@ -21,17 +21,12 @@ LEVEL = 0.05  # of false findings
 
 
 def summarize(base: "Evaluation", tuned: "Evaluation", trained: list[str], seconds: float, steps: int) -> dict:
-    """Return the content of summary.json.
+    """Return the content of summary.json, from two evaluations of the same prompts.
 
-    Args:
-        base, tuned: evaluations of the same prompts.
-        trained: names of the rewards that were trained on; all others are held out.
-        seconds, steps: what the run took.
-
-    Returns:
-        {"seconds", "steps", "trained": {name: row}, "held_out": {name: row}, "motion": row,
-        "saturation": row, "high_frequency": row, "diversity": row}, with rows as of
-        `paired_interval`. A held-out judge has its name without the prefix "nano_".
+    {"seconds", "steps", "trained": {name: row}, "held_out": {name: row}, "motion": row,
+    "saturation": row, "high_frequency": row, "diversity": row}, with rows as of `paired_interval`.
+    trained: the rewards that were trained on; all others are held out, and have their name without
+    the prefix "nano_".
     """
     # In the order of the settings: a base that is read from a file may have more judges.
     rows = {n: paired_interval(base.scores[n], tuned_N) for n, tuned_N in tuned.scores.items() if len(tuned_N)}

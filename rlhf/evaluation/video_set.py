@@ -5,7 +5,6 @@ known, "seed" and "category". Or they are in the prompts.txt of a run's samples,
 VBench: `PROMPT-0.mp4`.
 """
 
-import dataclasses
 import json
 import re
 from collections import Counter
@@ -35,11 +34,8 @@ class Video:
 def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
     """Return the videos of a folder, in the order of its list or of their names.
 
-    Args:
-        names_are_prompts: read the prompts off the file names if there is no list.
-
-    Raises:
-        ValueError: the folder is absent, empty or without prompts, or its list is damaged.
+    names_are_prompts: read the prompts off the file names if there is no list. Raises ValueError if
+    the folder is absent, empty or without prompts, or its list is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -104,7 +100,11 @@ def merge_manifest(folder: Path, videos: list[Video]) -> list[Video]:
 
 def write_manifest(folder: Path, videos: list[Video]) -> None:
     """Write videos.jsonl."""
-    write_rows(folder / MANIFEST, [_row(folder, video) for video in videos])
+    rows = []
+    for video in videos:
+        row = {"file": relative_name(folder, video.path), "prompt": video.prompt, "seed": video.seed}
+        rows.append(row | ({} if video.category is None else {"category": video.category}))
+    write_rows(folder / MANIFEST, rows)
 
 
 def relative_name(folder: Path, path: Path) -> str:
@@ -120,12 +120,6 @@ def prompt_from_name(path: Path) -> str:
 def _number(path: Path) -> int:
     ending = NUMBER_ENDING.search(path.stem)
     return int(ending[1]) if ending else 0
-
-
-def _row(folder: Path, video: Video) -> dict:
-    row = dataclasses.asdict(video)
-    row = {"file": relative_name(folder, row.pop("path"))} | row
-    return {key: value for key, value in row.items() if value is not None}
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

@@ -38,14 +38,10 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     All parts but the transformer are copied file by file. The transformer is written in the dtype
     of loading: bfloat16 for ContentV-8B, which rounds the sum of weight and adapter once.
 
-    Args:
-        run: folder of a finished training run.
-        out: new or empty folder.
-        scale: factor of the adapter.
-        model: name or path of the base model, if it is no longer where config.yaml says.
-
-    Raises:
-        ValueError: no finished run in `run`, `out` in use, base model absent, adapter not finite.
+    run: folder of a finished training run. out: new or empty folder. scale: factor of the adapter.
+    model: name or path of the base model, if it is no longer where config.yaml says. Raises
+    ValueError without a finished run, for `out` in use, an absent base model and an adapter that is
+    not finite.
     """
     adapter = _check_export(run, out, scale)
     config = read_settings(run)
@@ -69,12 +65,9 @@ def export_adapter(
 ) -> None:
     """Write the run's adapter to `out`/pytorch_lora_weights.safetensors, B multiplied by `scale`.
 
-    Args:
-        run, out, scale, model: as for `export_merged`.
-        convention: "diffusers", or "comfyui" with lora_alpha / r in B as well (`rlhf.adapter.scale`).
-
-    Raises:
-        ValueError: as `export_merged`, and for DoRA with "comfyui" or another scale than 1.
+    Arguments and errors are those of `export_merged`. convention: "diffusers", or "comfyui" with
+    lora_alpha / r in B as well (`rlhf.adapter.scale`). Raises ValueError also for DoRA with
+    "comfyui" or another scale than 1.
     """
     adapter = _check_export(run, out, scale)
     with file_errors(adapter), safe_open(adapter, "pt") as file:

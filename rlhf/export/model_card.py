@@ -10,10 +10,10 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from rewards.catalogue import CATALOGUE
-from rlhf import report
 from rlhf.config import is_distilled
 from rlhf.contentv.files import CONTENTV_8B, HUB_ID
 from rlhf.evaluation.statistics import INTERVAL
+from rlhf.report import settings_rows
 from rlhf.report.contact_sheet import CONTACT_SHEET
 from rlhf.report.data import Run
 
@@ -76,7 +76,7 @@ def write_card(export: Export, out: Path) -> Path:
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
     shown = [
         (name, value)
-        for name, value, _, changed in report.settings_rows(run.config)
+        for name, value, _, changed in settings_rows(run.config)
         if name in ALWAYS_SHOWN or (changed and name not in NEVER_SHOWN)
     ]
     content = environment.get_template(TEMPLATE).render(

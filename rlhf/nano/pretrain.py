@@ -22,7 +22,6 @@ from torchvision.utils import save_image
 
 from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.pipeline import ContentVPipeline
-from rlhf.contentv.wan_decoder import decode_unclamped
 from rlhf.device import generator, pick_device
 from rlhf.io import write_json
 from rlhf.nano import models as parts
@@ -83,12 +82,6 @@ def miscaption(scenes: world.Scenes, generator: torch.Generator, chance: float) 
     return {k: torch.where(held, scenes[k], seen[k]) for k in seen}
 
 
-def token_tables(tokenizers: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return CLIP and T5 token ids of every caption; the last row is the empty prompt."""
-    sentences = [*parts.all_captions(), ""]
-    return tuple(token_table(tokenizers[k], sentences, device) for k in ("tokenizer", "tokenizer_3"))
-
-
 def train_transformer(
     ema_model: Denoiser, vae: AutoencoderKLWan, tokenizers: dict, generator: torch.Generator, steps: dict[str, int]
 ) -> None:
@@ -97,7 +90,8 @@ def train_transformer(
     ema_model gets the exponential moving average of the weights.
     """
     device, model = generator.device, copy.deepcopy(ema_model)
-    clip_table, t5_table = token_tables(tokenizers, device)
+    sentences = [*parts.all_captions(), ""]  # the last is the empty prompt
+    clip_table, t5_table = (token_table(tokenizers[k], sentences, device) for k in ("tokenizer", "tokenizer_3"))
     mean, std = latent_scale(vae, device)
     pool, scenes = _latent_pool(vae, mean, std, generator)
     shift = parts.build_scheduler().config.shift
@@ -137,35 +131,6 @@ def _latent_pool(
 
 
 @torch.no_grad()
-def sample(
-    model: Denoiser,
-    vae: AutoencoderKLWan,
-    prompts: list[str],
-    tokenizers: dict,
-    device: torch.device,
-    guidance: float,
-) -> torch.Tensor:
-    """Return videos (B, 3, T, H, W) in [0, 1] by the pipeline's Euler steps, in one batch."""
-    steps = parts.SAMPLING["num_inference_steps"]
-    ids = [token_table(tokenizers[k], [*prompts, ""], device) for k in ("tokenizer", "tokenizer_3")]
-    text, pooled = model.embed(*ids)
-    count = len(prompts)
-    empty, empty_pooled = text[-1:].expand(count, -1, -1), pooled[-1:].expand(count, -1)
-    x = torch.randn(count, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
-    scheduler = parts.build_scheduler()
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist(), device=device)
-    for sigma, following in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
-        t = (sigma * 1000).expand(count)
-        v = model.transformer(x, text[:-1], pooled[:-1], t).sample
-        if guidance > 1:
-            base = model.transformer(x, empty, empty_pooled, t).sample
-            v = base + guidance * (v - base)
-        x = x + (following - sigma) * v
-    mean, std = latent_scale(vae, device)
-    return (decode_unclamped(vae, x * std + mean) / 2 + 0.5).clamp(0, 1)
-
-
-@torch.no_grad()
 def accuracy(verifier: Verifier, video: torch.Tensor, wanted: world.Scenes) -> dict[str, float]:
     """Return the share of clips with the wanted attributes, each and all, by the verifier."""
     right = torch.stack([verifier(video)[k].argmax(1) == wanted[k] for k in world.JUDGED], 1)
@@ -174,49 +139,38 @@ def accuracy(verifier: Verifier, video: torch.Tensor, wanted: world.Scenes) -> d
     return {k: round(v, 4) for k, v in values.items()}
 
 
-def wanted_attributes(prompts: list[str], device: torch.device) -> world.Scenes:
-    """Return the indices of the judged attributes that the prompts name, (B,) each."""
-    read = [world.read_caption(p) for p in prompts]
-    return {k: torch.tensor([r[k] for r in read], device=device) for k in world.JUDGED}
-
-
-def save_pipeline(folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, tokenizers: dict) -> None:
-    """Write a float16 checkpoint in diffusers layout, for `load_pipeline`."""
-    models = {"transformer": denoiser.transformer, "vae": vae, **denoiser.encoders}
-    pipe = ContentVPipeline(scheduler=parts.build_scheduler(), **models, **tokenizers)
-    pipe.sampling = SamplingDefaults(**parts.SAMPLING)
-    pipe.to(torch.float16).save_pretrained(folder)
-
-
-def save_judges(folder: Path, verifier, clip, clip_tokenizer, preference) -> None:
-    """Write verifier and preference model as float16 safetensors, CLIP in open_clip's layout."""
-    parts.save_clip(clip, clip_tokenizer, folder / "clip")
-    parts.save_half(verifier, folder / "verifier.safetensors")
-    parts.save_half(preference, folder / "preference.safetensors")
-
-
 def save_sheet(path: Path, video: torch.Tensor) -> None:
     """Write every fourth frame of each clip as a PNG, four clips in a row."""
     frames = video[:, :, ::4].transpose(1, 2).flatten(0, 1).cpu()
     save_image(frames, path, nrow=4 * len(range(0, video.shape[2], 4)))
 
 
+def build_pipeline(vae: AutoencoderKLWan, denoiser: Denoiser, tokenizers: dict) -> ContentVPipeline:
+    """Return the trained models as a pipeline."""
+    models = {"transformer": denoiser.transformer, "vae": vae, **denoiser.encoders}
+    pipe = ContentVPipeline(scheduler=parts.build_scheduler(), **models, **tokenizers)
+    pipe.sampling = SamplingDefaults(**parts.SAMPLING)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @torch.no_grad()
-def report(
-    folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, tokenizers: dict, verifier: Verifier, device: torch.device
-) -> dict:
+def report(folder: Path, pipe: ContentVPipeline, verifier: Verifier, device: torch.device) -> dict:
     """Return the accuracy of renders, reconstructions and samples; write sample sheets."""
     scenes = world.sample_scenes(512, torch.Generator(device).manual_seed(1), held_out=True)
     real = world.render(scenes)
-    rebuilt = torch.cat([reconstruct(vae, clips) for clips in real.split(128)])
+    rebuilt = torch.cat([reconstruct(pipe.vae, clips) for clips in real.split(128)])
     results = {"renders": accuracy(verifier, real, scenes), "reconstructions": accuracy(verifier, rebuilt, scenes)}
     save_sheet(folder / "reconstructions.png", torch.cat([real[:12], rebuilt[:12]]))
-    default = parts.SAMPLING["guidance_scale"]
+    default = pipe.sampling.guidance_scale
     sets = {"held_out": world.held_out_prompts(512), "train": world.train_prompts(512)}
     for guidance in (1.0, default, 4.5):
         for name, prompts in sets.items():
-            video = sample(denoiser, vae, prompts, tokenizers, device, guidance)
-            wanted = wanted_attributes(prompts, device)
+            sampling = pipe.sampling.call_arguments() | {"guidance_scale": guidance}
+            noise = torch.Generator().manual_seed(0)
+            video = pipe(prompts, generator=noise, output_type="pt", **sampling).frames.transpose(1, 2)
+            read = [world.read_caption(prompt) for prompt in prompts]
+            wanted = {k: torch.tensor([r[k] for r in read], device=device) for k in world.JUDGED}
             results[f"samples, {name}, guidance {guidance}"] = accuracy(verifier, video, wanted)
             if guidance == default and name == "held_out":
                 save_sheet(folder / "samples.png", video[:24])
@@ -282,14 +236,16 @@ def main() -> None:
     args = parse_pretrain_args()
     device = pick_device(args.device)
     steps = {name: max(1, int(n * args.steps_scale)) for name, n in STEPS.items()}
-    vae, denoiser, tokenizers, *judges = train_all(Stages(args.output / "stages", device, args.seed), steps)
-    verifier = judges[0]
-    results = report(args.output, vae, denoiser, tokenizers, verifier, device)
-    results |= {"steps": steps, "seconds_of_last_start": seconds()}
+    models = train_all(Stages(args.output / "stages", device, args.seed), steps)
+    vae, denoiser, tokenizers, verifier, clip, clip_tokenizer, preference = models
+    pipe = build_pipeline(vae, denoiser, tokenizers)
+    results = report(args.output, pipe, verifier, device) | {"steps": steps, "seconds_of_last_start": seconds()}
     write_json(args.output / "report.json", results)
     log(**results)
-    save_pipeline(args.output / "contentv-nano", vae, denoiser, tokenizers)
-    save_judges(args.output, *judges)
+    pipe.to(torch.float16).save_pretrained(args.output / "contentv-nano")
+    parts.save_clip(clip, clip_tokenizer, args.output / "clip")
+    parts.save_half(verifier, args.output / "verifier.safetensors")
+    parts.save_half(preference, args.output / "preference.safetensors")
 
 
 if __name__ == "__main__":

@@ -62,14 +62,10 @@ class NanoVerifier(Frozen):
         self.freeze()
 
     @torch.no_grad()
-    def read(self, video_BCTHW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return predicted value indices (B,) by attribute (`rlhf.nano.world.JUDGED`)."""
-        return {key: logits.argmax(1) for key, logits in self.model(video_BCTHW.float()).items()}
-
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         """Return scores (B,)."""
-        seen, wanted = self.read(video_BCTHW), [world.read_caption(prompt) for prompt in prompts]
+        wanted = [world.read_caption(prompt) for prompt in prompts]
         right = torch.ones(len(prompts), dtype=torch.bool, device=video_BCTHW.device)
-        for key, values in seen.items():
-            right &= values == torch.tensor([w[key] for w in wanted], device=values.device)
+        for key, logits in self.model(video_BCTHW.float()).items():
+            right &= logits.argmax(1) == torch.tensor([w[key] for w in wanted], device=logits.device)
         return right.float()

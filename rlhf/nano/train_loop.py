@@ -36,16 +36,11 @@ def train(
     loss_fn: Callable[..., torch.Tensor],
     ema: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
 ) -> None:
-    """Train by AdamW with warm-up and linear decay.
+    """Train by AdamW with warm-up over 200 steps and linear decay.
 
-    Args:
-        name: of the stage, for the log.
-        steps: number of optimizer steps.
-        params: the trained parameters.
-        learning_rate: the peak, after 200 steps.
-        batch: () -> tensors of fixed shapes.
-        loss_fn: (*batch) -> scalar loss; must not read values back to the host.
-        ema: (averaged parameters, live parameters), with decay 0.997 a step.
+    name: of the stage, for the log. batch: returns tensors of fixed shapes. loss_fn: (*batch) ->
+    scalar loss; must not read values back to the host. ema: (averaged parameters, live parameters),
+    with decay 0.997 a step.
     """
     device = params[0].device
     rate = torch.zeros((), device=device)

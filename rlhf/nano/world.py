@@ -69,15 +69,10 @@ def is_held_out(scenes: Scenes) -> torch.Tensor:
 
 
 def sample_scenes(count: int, generator: torch.Generator, held_out: bool | None = False) -> Scenes:
-    """Draw scenes on the generator's device.
+    """Draw B = count scenes on the generator's device.
 
-    Args:
-        count: number of scenes, B.
-        generator: source of all randomness.
-        held_out: False for training combinations, True for held-out ones, None for both.
-
-    Returns:
-        Indices (B,) int64 of `VALUES`, and centres x, y (B,) float32 in [-0.25, 0.25].
+    held_out: False for training combinations, True for held-out ones, None for both.
+    Returns indices (B,) int64 of `VALUES`, and centres x, y (B,) float32 in [-0.25, 0.25].
     """
     device, surplus = generator.device, count if held_out is None else 12 * count + 64
     draw = {k: torch.randint(n, (surplus,), generator=generator, device=device) for k, n in NUM_VALUES.items()}

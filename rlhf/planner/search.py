@@ -11,7 +11,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.execution.quantize import missing_library
 from rlhf.planner.memory import MemoryPlan, plan_memory, plan_rewards
 from rlhf.planner.text_encoders import encoding_bytes
-from rlhf.planner.time import H200, Rates, TimePlan, plan_time
+from rlhf.planner.time import H200, Rates, plan_time
 from rlhf.planner.traced import TracedModel
 
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -44,7 +44,12 @@ class Estimate:
 
     changes: dict
     memory: MemoryPlan
-    time: TimePlan
+    time: dict[str, float]  # seconds of one optimizer step, by phase
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of one optimizer step."""
+        return sum(self.time.values())
 
     def extends(self, other: "Estimate") -> bool:
         """Return whether this estimate has all changes of the other."""
@@ -54,10 +59,8 @@ class Estimate:
 class Planner:
     """Estimates for one of `processes` ranks of a run.
 
-    args: the run's settings, with all sampling keys set.
-    card: the model's sizes, as `rlhf.contentv.files.model_sizes` returns them.
-    encoders: configurations of the text encoders, as `rlhf.planner.text_encoders.encoder_configs` returns them.
-    Without them, encoding the prompts takes no memory.
+    args: the run's settings, with all sampling keys set. card: of `model_sizes`. encoders: of
+    `encoder_configs`; without them, encoding the prompts takes no memory.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class Planner:
         for inexact in self._inexact_choices():
             estimates = map(self.estimate, self._combinations(inexact))
             found = [estimate for estimate in estimates if estimate.memory.peak_bytes <= limit]
-            found.sort(key=lambda estimate: (estimate.time.total, len(estimate.changes)))
+            found.sort(key=lambda estimate: (estimate.step_seconds, len(estimate.changes)))
             if found:
                 return [e for i, e in enumerate(found) if not any(map(e.extends, found[:i]))]
         return []
@@ -107,7 +110,7 @@ class Planner:
             if choice.get("decode_window", 0) >= self.args.num_frames:  # all frames
                 choice = {name: value for name, value in choice.items() if name != "decode_window"}
             settings, bits = vars(self.args) | choice, choice.get("base_bits")
-            is_possible = not bits or (_is_valid(settings, self.model) and not missing_library(bits))
+            is_possible = not bits or (_is_valid(settings, self.model) and not missing_library())
             if is_possible and settings != vars(self.args):
                 yield choice
 

@@ -1,5 +1,6 @@
 """The text that `--dry_run` prints: settings, sizes, memory, time, and settings that fit."""
 
+from rewards.cli.table import format_table
 from rlhf.config import ConfigError, RewardGradientConfig, with_sampling
 from rlhf.contentv.files import model_sizes
 from rlhf.device import describe, local_device, non_pytorch_memory, total_memory
@@ -52,12 +53,11 @@ def plan_report(
     context_bytes = rates.context_bytes if device_name in RATES else non_pytorch_memory(device)
     planner = Planner(args, card, rates, encoder_configs(args.model), processes)
     estimate = planner.estimate()
-    texts = [args.to_yaml(), format_sizes(planner)]
-    texts += [format_memory(planner, estimate, context_bytes)]
-    texts += [format_time(planner, estimate, device_name)]
+    texts = [args.to_yaml(), format_sizes(planner), format_memory(planner, estimate, context_bytes)]
+    texts.append(format_time(planner, estimate, device_name))
     if limit is not None:
         texts.append(format_fit(planner, estimate, limit, context_bytes, device_name))
-    return "\n".join(texts)
+    return "\n\n".join(text.rstrip() for text in texts)
 
 
 def format_sizes(planner: Planner) -> str:
@@ -70,6 +70,7 @@ def format_sizes(planner: Planner) -> str:
     forwards = calls.prefix + calls.constant + calls.with_gradient
     layout = f" ({model.layout})" if model.processes > 1 else ""
     rows = [
+        ("Sizes", ""),
         ("processes, one a device", f"{model.processes}{layout}"),
         ("videos of an optimizer step, all processes", f"{videos}"),
         ("latents (channels, frames, height, width)", f"{model.latent_shape}"),
@@ -81,30 +82,39 @@ def format_sizes(planner: Planner) -> str:
         ("transformer calls of one process, per video", f"{forwards:g}"),
         ("of these with gradient, at most", f"{calls.with_gradient:g}"),
     ]
-    return _table("Sizes:", rows)
+    return format_table(rows)
 
 
 def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> str:
-    """Return the table of memory. A row with + is the peak of a phase above what is held."""
+    """Return the tables of what is always in use, and of each phase's peak above the same."""
     memory, unknown = estimate.memory, ", ".join(planner.rewards.unknown)
-    rows = [(name, _size(size)) for name, size in memory.held.items()]
-    rows += [(f"+ peak of {name}", _size(size)) for name, size in memory.phases.items() if size]
-    rows += [("peak", _size(memory.peak_bytes))]
-    rows += [("outside of PyTorch: context, kernels", _size(context_bytes))]
-    left_out = f" Left out, since not known: {unknown}." if unknown else ""
-    return _table(f"Memory of one device, estimated (docs/planner.md).{left_out}", rows)
+    always = memory.held_bytes + context_bytes
+    held = memory.held | {"context and kernels, outside of PyTorch": context_bytes, "together": always}
+    phases = {name + " (the highest)" * (name == memory.peak_phase): size for name, size in memory.phases.items()}
+    in_use = [(name, _size(size)) for name, size in held.items() if size]
+    peaks = [(name, _size(always + size)) for name, size in phases.items() if size]
+    left_out = f"\nLeft out, as its memory is not known: {unknown}" if unknown else ""
+    return "\n\n".join(
+        (
+            format_table([("Always in use on one device, estimated", ""), *in_use], numbers=True),
+            format_table([("Peak memory of each phase, with that", ""), *peaks], numbers=True) + left_out,
+        )
+    )
 
 
 def format_time(planner: Planner, estimate: Estimate, device_name: str) -> str:
     """Return the table of seconds by phase, or a line that says why there is none."""
     if device_name not in RATES:
-        known = " or ".join(RATES)
+        known = " or ".join(f'"{name}"' for name in RATES)
         return f"Time of a step: not estimated for {device_name}; --plan_device takes {known}."
-    rows = [(name, _seconds(value)) for name, value in estimate.time.phases.items()]
-    total = estimate.time.total
-    rows += [("one step", _seconds(total)), ("all steps", _seconds(total * planner.args.max_steps))]
-    title = f"Time of an optimizer step on {device_name}: about, within {ACCURACY:.0%}."
-    return _table(title, rows)
+    total = estimate.step_seconds
+    rows = [
+        (f"Time on {device_name}, within {ACCURACY:.0%}", ""),
+        *((name, _seconds(value)) for name, value in estimate.time.items()),
+        ("one optimizer step", _seconds(total)),
+        (f"all {planner.args.max_steps:,} steps", _seconds(total * planner.args.max_steps)),
+    ]
+    return format_table(rows, numbers=True)
 
 
 def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes: int, device_name: str) -> str:
@@ -113,35 +123,30 @@ def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes:
     if estimate.memory.peak_bytes <= limit:
         return f"It fits into {_size(memory)}."
     missing, phase = _size(estimate.memory.peak_bytes - limit), estimate.memory.peak_phase
-    verdict = f"It does not fit into {_size(memory)}: {missing} are missing ({phase})."
+    verdict = f"It does not fit into {_size(memory)}: {missing} more are needed for {phase}."
     fitting = planner.find_fitting(limit)
     if not fitting:
         least = planner.smallest_memory()
-        lower = "lower num_frames, height and width or the batch size, "
+        lower = "" if least.peak_phase == ENCODING else "lower num_frames, height and width or the batch size, "
         return (
             f"{verdict} No memory setting is enough: with all of them, "
-            f"{_size(least.peak_bytes)} are needed ({least.peak_phase}). "
-            f"To fit, {'' if least.peak_phase == ENCODING else lower}"
-            "use rewards with fewer weights, or a device with more memory."
+            f"{_size(least.peak_bytes + context_bytes)} are needed for {least.peak_phase}. "
+            f"To fit, {lower}use rewards with fewer weights, or a device with more memory."
         )
     changed = {name for estimate in fitting for name in estimate.changes}
     inexact = sorted(changed & {name for choice in INEXACT_CHOICES for name in choice})
     gradient = f"with another gradient ({', '.join(inexact)})" if inexact else "with the same gradient"
-    order = "fastest first" + ("" if device_name in RATES else ", as on an NVIDIA H200")
-    lines = [f"{verdict} Settings that fit, {gradient}, {order}:"]
+    is_known = device_name in RATES
+    order = "fastest first" if is_known else "fastest first, as on an NVIDIA H200"
+    rows = [("memory", "one step" if is_known else "", "add to the command")]
     for found in fitting[:NUM_SHOWN]:
-        pace = f", {_seconds(found.time.total)} a step" if device_name in RATES else ""
-        lines.append(f"  {_flags(found.changes)}: {_size(found.memory.peak_bytes)}{pace}")
-    return "\n".join(lines)
+        needed = _size(found.memory.peak_bytes + context_bytes)
+        rows.append((needed, _seconds(found.step_seconds) if is_known else "", _flags(found.changes)))
+    return f"{verdict}\nSettings that fit, {gradient}, {order}:\n\n{format_table(rows)}"
 
 
 def _flags(changes: dict) -> str:
     return " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
-
-
-def _table(title: str, rows: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
 
 
 def _size(size: float) -> str:

@@ -69,18 +69,6 @@ class CallCounts:
     with_gradient: float
 
 
-@dataclass(frozen=True)
-class TimePlan:
-    """Seconds of one optimizer step, by phase."""
-
-    phases: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        """Seconds of the whole step."""
-        return sum(self.phases.values())
-
-
 def count_calls(args: RewardGradientConfig) -> CallCounts:
     """Return how often a step calls the transformer; the maximum, where the method draws steps."""
     draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
@@ -94,7 +82,7 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
     return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps)
 
 
-def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds, rates: Rates) -> TimePlan:
+def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds, rates: Rates) -> dict[str, float]:
     """Return the seconds of an optimizer step, by phase."""
     batch, calls = args.per_device_train_batch_size * branches_per_batch(args), count_calls(args)
     branch = model.transformer_call(args, batch)
@@ -119,7 +107,7 @@ def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNee
     gradient_bytes = 2 * 4 * model.num_trained  # all-reduced in float32, in two passes of a ring
     sending = _share_of_others(gradient_bytes, model.processes) / rates.peer_bandwidth
     update = model.num_trained * ADAM_BYTES / rates.memory_bandwidth
-    return TimePlan(phases | {"optimizer": sending + update})
+    return phases | {"optimizer": sending + update}
 
 
 def phase_seconds(phase: Phase, rates: Rates) -> float:

@@ -76,11 +76,9 @@ def write_report(
 ) -> Path:
     """Write the report of a run, finished or not; return its path.
 
-    Args:
-        folder: of the run.
-        output: file to write (default: folder/report.html).
-        before, after: folders of `eval/generate.py` to show and compare, not the run's own samples.
-        max_bytes: size of the file. Videos that exceed it stay beside it, as relative paths.
+    output: file to write (default: folder/report.html). before, after: folders of
+    `eval/generate.py` to show and compare, not the run's own samples. max_bytes: size of the file;
+    videos that exceed it stay beside it, as relative paths.
     """
     import jinja2
 

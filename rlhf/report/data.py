@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 from rewards.load import name_in
 from rlhf.evaluation.held_out import Evaluation
@@ -217,8 +218,7 @@ def training_table(metrics: list[dict]) -> list[dict]:
     rows = []
     for name in names:
         values = [row[name] for row in metrics if name in row]
-        recent = math.fsum(values[-10:]) / len(values[-10:])
-        row = {"name": name, "first": values[0], "last": values[-1], "recent": recent}
+        row = {"name": name, "first": values[0], "last": values[-1], "recent": fmean(values[-10:])}
         rows.append(row | {"lowest": min(values), "highest": max(values), "rows": len(values)})
     return rows
 

@@ -3,7 +3,9 @@
 import html
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from rlhf.report.contact_sheet import new_figure
 from rlhf.report.data import GROUPS, Run
@@ -23,8 +25,7 @@ class Series:
     """
 
     label: str
-    steps: list[int]
-    values: list[float]
+    points: dict[int, float]
     dots: bool = False
     smooth: bool = True
     color: str = FIRST
@@ -63,7 +64,7 @@ def panels(run: Run) -> list[Panel]:
     logged = dict.fromkeys(key for row in run.metrics for key in row if key.startswith("eval/"))
     found += [Panel(key.removeprefix("eval/"), [_eval_series(run, key)]) for key in logged if key not in shown]
     for panel in found:
-        panel.series = [series for series in panel.series if series.values]
+        panel.series = [series for series in panel.series if series.points]
     return [panel for panel in found if panel.series]
 
 
@@ -74,15 +75,14 @@ def _reward_panel(run: Run, name: str) -> Panel:
     row = rows.get(name) or rows.get(name.removeprefix("nano_")) or {}
     held_out = _eval_series(run, f"eval/{name}", "held-out prompts", color=SECOND)
     if row:
-        _set_values(held_out, {0: row["base"], run.result_step: row["tuned"]})
+        held_out.points |= {0: row["base"], run.result_step: row["tuned"]}
     interval = [row["base"] + end for end in row["ci95"]] if row else None
     series = [_line(run, f"rewards/{name}", "training prompts"), held_out]
     return Panel(f"{name} ({GROUPS[group]})", series, interval, run.result_step)
 
 
 def _line(run: Run, key: str, label: str = "", **style) -> Series:
-    rows = [(row["step"], row[key]) for row in run.metrics if key in row]
-    return Series(label, [step for step, _ in rows], [value for _, value in rows], **style)
+    return Series(label, {row["step"]: row[key] for row in run.metrics if key in row}, **style)
 
 
 def _eval_series(run: Run, key: str, label: str = "", final: str = "", color: str = FIRST) -> Series:
@@ -92,25 +92,15 @@ def _eval_series(run: Run, key: str, label: str = "", final: str = "", color: st
     """
     series = _line(run, key, label, dots=True, color=color)
     if final in run.summary:
-        _set_values(series, {0: 0.0, run.result_step: run.summary[final]})
-    elif final and series.values:
-        _set_values(series, {0: 0.0})
+        series.points |= {0: 0.0, run.result_step: run.summary[final]}
+    elif final and series.points:
+        series.points[0] = 0.0
     return series
 
 
-def _set_values(series: Series, values: dict[int, float]) -> None:
-    """Set the values of some steps."""
-    at = dict(zip(series.steps, series.values, strict=True)) | values
-    series.steps, series.values = sorted(at), [at[step] for step in sorted(at)]
-
-
-def running_mean(values: list[float], span: int = 10) -> list[float]:
+def running_mean(values: Sequence[float], span: int = 10) -> list[float]:
     """Return the mean of each value and the `span` - 1 before it."""
-    means = []
-    for end in range(1, len(values) + 1):
-        window = values[max(0, end - span) : end]
-        means.append(sum(window) / len(window))
-    return means
+    return [fmean(values[max(0, end - span) : end]) for end in range(1, len(values) + 1)]
 
 
 def draw(panel: Panel, number: int) -> str:
@@ -143,16 +133,16 @@ def draw(panel: Panel, number: int) -> str:
 
 def _draw_series(axis, series: Series) -> None:
     style = {"color": series.color, "label": series.label}
+    steps, values = zip(*sorted(series.points.items()), strict=True)
     if series.dots:
-        axis.plot(series.steps, series.values, linewidth=1.2, marker="o", ms=4, **style)
+        axis.plot(steps, values, linewidth=1.2, marker="o", ms=4, **style)
         return
-    every, strong = -(-len(series.steps) // MAX_POINTS), series.values
-    steps = series.steps[::every]
+    every, strong = -(-len(steps) // MAX_POINTS), values
     if series.smooth:
-        strong = running_mean(series.values)
-        axis.plot(steps, series.values[::every], color=series.color, linewidth=0.8, alpha=0.35)
+        strong = running_mean(values)
+        axis.plot(steps[::every], values[::every], color=series.color, linewidth=0.8, alpha=0.35)
     marker = "o" if len(strong) == 1 else ""
-    axis.plot(steps, strong[::every], linewidth=1.8, marker=marker, **style)
+    axis.plot(steps[::every], strong[::every], linewidth=1.8, marker=marker, **style)
 
 
 def _for_page(svg: str, number: int, title: str) -> str:

@@ -39,8 +39,7 @@ def record_end(folder: Path, ended_by: str | None = None) -> None:
     Energy is that of all devices visible to this machine's processes, idle power included. Peak
     memory is counted since the last optimizer step began; metrics.jsonl has earlier peaks.
 
-    Args:
-        ended_by: the error of a run that failed.
+    ended_by: the error of a run that failed.
     """
     rows = read_environment(folder)
     if not rows:

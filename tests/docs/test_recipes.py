@@ -107,7 +107,7 @@ def test_settings_pass_every_check_without_weights_or_network(path, monkeypatch,
 def test_the_dry_run_passes(path, tmp_path):
     settings = {key: value for key, value in vars(resolved(path, tmp_path)).items() if key not in UNSIZED}
     text = needs(json.dumps(settings, sort_keys=True))
-    for line in ("8,056,627,520 parameters", "  peak  "):
+    for line in ("8,056,627,520 parameters", "(the highest)"):
         assert line in text
 
 

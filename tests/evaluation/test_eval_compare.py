@@ -1,5 +1,4 @@
-"""Two models, pair by pair: equal ones are not found different, a known shift is, and what is paired is what belongs
-together."""
+"""Two models are compared pair by pair: equal ones are no finding, a known shift is one."""
 
 import json
 import runpy
@@ -16,7 +15,7 @@ CATEGORIES = "abcd"
 
 
 def draw(seed: int, shift: float = 0.0, only: str = CATEGORIES) -> Pairs:
-    """Three rewards of 48 prompts, one of them right or wrong; tuned is base with new noise, shifted in `only`."""
+    """Return three rewards of 48 prompts; tuned is base with new noise, shifted in `only`."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [f"{CATEGORIES[i % 4]} prompt {i}" for i in range(48)]
     shifted = torch.tensor([prompt[0] in only for prompt in prompts]) * shift
@@ -53,12 +52,6 @@ def test_a_known_shift_is_found_where_it_is():
         assert rows["smooth"]["finding"]
         assert rows["smooth"]["ci95"][0] > 0
         assert not rows["right"]["finding"]
-
-
-def test_intervals_cover_the_shift():
-    rows = [{row["reward"]: row["ci95"] for row in compare(draw(seed, shift=0.4))} for seed in range(200)]
-    covered = sum(row["smooth"][0] <= 0.4 <= row["smooth"][1] for row in rows) / 200
-    assert 0.91 <= covered <= 0.985
 
 
 def test_a_shift_in_one_category_is_found_in_that_one():

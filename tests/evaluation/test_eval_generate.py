@@ -1,4 +1,4 @@
-"""Videos for prompts and seeds: the noise is the pair's own, a job goes on where it ended, mistakes are told first."""
+"""Videos for prompts and seeds: noise by the pair, resumed jobs, errors before any work."""
 
 import json
 import runpy
@@ -10,8 +10,7 @@ import imageio.v3 as imageio
 import pytest
 import torch
 import yaml
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from adapted_model import adapt, save_adapter
 from tiny import SAMPLING, tiny_pipeline
 
 import rlhf.evaluation.generate
@@ -31,15 +30,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     pipe = tiny_pipeline()
     pipe.save_pretrained(folder / "base")
-    config = LoraConfig(r=4, lora_alpha=40, init_lora_weights=False, target_modules=["to_q", "to_v", "to_out.0"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipe.transformer.add_adapter(config)
-    pipe.save_lora_weights(
-        folder / "run" / "adapter",
-        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
-        transformer_lora_adapter_metadata=config.to_dict(),
-    )
+    save_adapter(adapt(pipe), folder / "run" / "adapter")
     (folder / "held_out.txt").write_text("\n".join(PROMPTS))
     settings = {"model": str(folder / "base"), "eval_prompts": "held_out.txt", "base_dir": str(folder)}
     settings |= {"num_eval_prompts": 2, "height": 16, "width": 32, "num_frames": 5, "num_inference_steps": 2}
@@ -135,14 +126,8 @@ def test_it_goes_on_where_it_ended(run, tmp_path, monkeypatch):
     for path, (content, time) in before.items():
         assert path.read_bytes() == content
         assert path == first[2].path or path.stat().st_mtime_ns == time
-
-
-def test_nothing_is_made_or_loaded_for_a_job_that_is_done(run, tmp_path, monkeypatch):
-    videos = make(tmp_path, "--from_run", run)
-    written = [video.path.stat().st_mtime_ns for video in videos]
     monkeypatch.setattr("rlhf.evaluation.generate.load_pipeline", None)
-    assert make(tmp_path, "--from_run", run) == videos
-    assert [video.path.stat().st_mtime_ns for video in videos] == written
+    assert make(tmp_path, "--from_run", run, "--seeds", 0, 1, "--num_prompts", 3) == again, "all is there"
 
 
 def test_an_interrupted_video_is_absent(tmp_path, monkeypatch):

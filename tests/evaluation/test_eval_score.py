@@ -41,7 +41,7 @@ def folder(made, tmp_path):
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """The script with a cache of the test's own; returns (status, what it printed, what it complained of)."""
+    """Run the script with the test's own cache; return its status, output and errors."""
 
     def call(*arguments):
         status = SCRIPT["main"]([*map(str, arguments), "--device", "cpu", "--cache", str(tmp_path / "cache")])
@@ -122,32 +122,24 @@ def test_other_content_prompts_settings_and_rewards_are_scored(folder, run, load
     assert scores(folder)[0]["flicker"] != before[0]["flicker"]
 
 
-def test_weights_that_are_named_in_settings_count(tmp_path):
-    weights = tmp_path / "head.pt"
-    weights.write_bytes(b"one")
-    first = reward_identity("aesthetic", {"head": str(weights)})
-    assert first == reward_identity("aesthetic", {"head": str(weights)})
-    weights.write_bytes(b"other")
-    assert first != reward_identity("aesthetic", {"head": str(weights)})
-
-
-@pytest.mark.parametrize("prefix", ["", "local-dir:"])
-def test_the_files_of_a_folder_that_is_named_in_settings_count(tmp_path, prefix):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"one")
-    settings = {"model": f"{prefix}{tmp_path / 'model'}"}
-    first = reward_identity("clip_score", settings)
-    assert first == reward_identity("clip_score", settings)
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
-    assert first != reward_identity("clip_score", settings)
-
-
-def test_a_path_from_home_counts(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("reward", "settings", "file"),
+    [
+        ("aesthetic", {"head": "{}/head.pt"}, "head.pt"),
+        ("aesthetic", {"head": "~/head.pt"}, "head.pt"),
+        ("clip_score", {"model": "{}/model"}, "model/model.safetensors"),
+        ("clip_score", {"model": "local-dir:{}/model"}, "model/model.safetensors"),
+    ],
+)
+def test_the_content_of_weights_that_settings_name_counts(reward, settings, file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "head.pt").write_bytes(b"one")
-    first = reward_identity("aesthetic", {"head": "~/head.pt"})
-    (tmp_path / "head.pt").write_bytes(b"other")
-    assert first != reward_identity("aesthetic", {"head": "~/head.pt"})
+    settings = {name: value.format(tmp_path) for name, value in settings.items()}
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"one")
+    first = reward_identity(reward, settings)
+    assert first == reward_identity(reward, settings)
+    (tmp_path / file).write_bytes(b"other")
+    assert first != reward_identity(reward, settings)
 
 
 def test_two_rewards_of_one_name_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""The layout is what VBench's own tool looks for, dimension by dimension; our values are its formulas."""
+"""The folder layout is what VBench's own tool looks for; our values are its formulas."""
 
 import ast
 import json
@@ -17,7 +17,7 @@ from rlhf.run.video import write_video
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "vbench.py"))
 vbench_videos, read_suites, main = SCRIPT["vbench_videos"], SCRIPT["read_suites"], SCRIPT["main"]
 
-# What VBench_full_info.json says of which prompts are for which dimensions: eleven kinds, each a suite of its own.
+# Dimensions of a prompt in VBench_full_info.json: eleven kinds, each a suite of its own.
 KINDS = [
     ["human_action"],
     ["temporal_style"],
@@ -48,7 +48,7 @@ def full_info(tmp_path_factory):
 
 
 def found_by_vbench(folder: Path, full_info: Path, dimension: str) -> tuple[int, int]:
-    """Videos found and looked for, by the rule of VBench's __init__.py, build_full_info_json, mode vbench_standard."""
+    """Return videos found and wanted, by VBench's build_full_info_json, mode vbench_standard."""
     names = os.listdir(folder)
     ending = Path(names[0]).suffix
     prompts = [row["prompt_en"] for row in json.loads(full_info.read_text()) if dimension in row["dimension"]]
@@ -102,7 +102,7 @@ def test_dimensions_of_one_suite_share_its_videos(full_info, tmp_path):
     "VBENCH" not in os.environ, reason="$VBENCH names no checkout of VBench, whose own code it would run"
 )
 def test_the_official_code_finds_every_video_of_every_prompt(tmp_path, capsys):
-    """The real prompts, and the tool's own method, lifted out of its module, which wants packages of its own."""
+    """The real prompts, and the tool's own method, lifted out of its module."""
     checkout = Path(os.environ["VBENCH"])
     full_info = checkout / "vbench" / "VBench_full_info.json"
     videos = vbench_videos(tmp_path / "videos", read_suites(full_info, None))
@@ -129,17 +129,10 @@ def test_the_official_code_finds_every_video_of_every_prompt(tmp_path, capsys):
 def test_videos_are_made_where_they_are_looked_for_and_go_on(full_info, tmp_path, capsys, monkeypatch):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     (tmp_path / "few.json").write_text(json.dumps(json.loads(full_info.read_text())[:1]))
-    arguments = [
-        "make",
-        "--full_info",
-        tmp_path / "few.json",
-        "--output",
-        tmp_path / "out",
-        "--dimension",
-        "human_action",
-    ]
-    arguments += ["--model", tmp_path / "model", "--device", "cpu", "--height", 16, "--width", 32, "--num_frames", 5]
-    arguments = [*map(str, arguments), "--num_inference_steps", "1", "--batch_size", "5"]
+    flags = "--full_info few.json --output out --dimension human_action --model model --device cpu --height 16"
+    flags += " --width 32 --num_frames 5 --num_inference_steps 1 --batch_size 5"
+    arguments = ["make", *flags.split()]
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 0
     folder = tmp_path / "out" / "human_action"
     assert sorted(os.listdir(folder)) == [f"{PROMPTS[0]}-{i}.mp4" for i in range(5)]

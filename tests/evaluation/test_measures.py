@@ -39,7 +39,7 @@ def test_high_frequency_sees_a_grid_and_no_slope():
     grid, slope = 0.5 + 0.1 * (-1) ** (x + y), 0.2 + 0.01 * x
     frames = torch.stack([grid, slope])[:, None, None].expand(2, 3, 4, 32, 32)
     of_grid, of_slope = high_frequency(frames).tolist()
-    # Of a checkerboard of amplitude a, nine pixels leave a mean of a/9 of the middle's sign; a little more at the rim.
+    # Of a checkerboard of amplitude a, nine pixels leave a mean of a/9; a little more at the rim.
     assert of_grid == pytest.approx(0.1 * 8 / 9, rel=0.05)
     assert of_slope < 0.002 < of_grid / 20
     assert math.isclose(high_frequency(frames[:1]).item(), of_grid, rel_tol=1e-6)

@@ -1,4 +1,4 @@
-"""The paired t interval and test against tables and numbers by hand, and the exact form of the summary."""
+"""The paired t interval and test against tables and by hand; the form of the summary."""
 
 import math
 
@@ -67,14 +67,6 @@ def test_the_test_and_the_interval_are_one():
     for _ in range(100):
         row = paired_test(torch.zeros(12), 0.6 + torch.randn(12, generator=generator))
         assert (row["p"] < LEVEL) == (row["ci95"][0] > 0 or row["ci95"][1] < 0)
-
-
-def test_a_shift_is_found():
-    base = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    row = paired_test(base, base + 0.5 + 0.5 * torch.randn(64, generator=torch.Generator().manual_seed(1)))
-    assert row["p"] < 0.001
-    assert 0 < row["ci95"][0] < 0.5 < row["ci95"][1]
-    assert row["better"] + row["equal"] + row["worse"] == 64
 
 
 def test_a_row_by_hand():

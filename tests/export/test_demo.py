@@ -7,8 +7,7 @@ import imageio.v3 as imageio
 import pytest
 import torch
 import yaml
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from adapted_model import adapt, save_adapter
 from safetensors.torch import save_file
 from tiny import SAMPLING, tiny_pipeline
 
@@ -52,14 +51,7 @@ def test_the_seed_decides(saved, tmp_path):
 
 
 def test_an_adapter_changes_the_video(saved, tmp_path):
-    pipe = tiny_pipeline()
-    config = LoraConfig(r=4, lora_alpha=40, init_lora_weights=False, target_modules=["to_q", "to_v", "to_out.0"])
-    pipe.transformer.add_adapter(config)
-    pipe.save_lora_weights(
-        tmp_path / "adapter",
-        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
-        transformer_lora_adapter_metadata=config.to_dict(),
-    )
+    save_adapter(adapt(tiny_pipeline()), tmp_path / "adapter")
     flags = ["--lora", str(tmp_path / "adapter")]
     (tmp_path / "other").mkdir()
     save_file({"other.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")
@@ -120,10 +112,7 @@ def test_another_model_needs_a_prompt(capsys):
         (["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"], "--lora: got './nowhere'"),
         (["--device", "cpu", "--height", "30", "--model_id", "TINY", "--prompt", "x"], "divisible by 16"),
         (["--device", "cpu", "--fps", "0", "--model_id", "TINY", "--prompt", "x"], "fps: got 0, expected at least 1"),
-        (
-            ["--device", "cpu", "--num_inference_steps", "0", "--model_id", "TINY", "--prompt", "x"],
-            "expected at least 1",
-        ),
+        (["--device", "cpu", "--num_inference_steps", "0", "--model_id", "TINY", "--prompt", "x"], "at least 1"),
     ],
 )
 def test_mistakes_are_one_paragraph(saved, flags, message):

@@ -1,4 +1,4 @@
-"""A merged checkpoint computes what the adapter does; a merge and un-merge leaves no trace; an adapter file loads."""
+"""A merged export computes what the adapter does; merging leaves no trace; adapters load."""
 
 import dataclasses
 import errno
@@ -11,8 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from adapted_model import adapt, save_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
@@ -21,29 +20,12 @@ from rlhf.adapter.merge import ADAPTER_FILE, merged
 from rlhf.contentv.loading import load_pipeline
 from rlhf.export import main
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
-
-def add_adapter(pipe):
-    """Rank 4, alpha 12, both matrices random: a strong adapter."""
-    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS))
-    generator = torch.Generator().manual_seed(7)
-    for name, weight in pipe.transformer.named_parameters():
-        if "lora_" in name:
-            weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
-    return pipe
-
 
 def make_run(folder: Path) -> Path:
     """What a training run leaves behind, and its base model beside it."""
     pipe = tiny_pipeline()
     pipe.save_pretrained(folder / "base")
-    add_adapter(pipe)
-    pipe.save_lora_weights(
-        folder / "run" / "adapter",
-        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
-        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
-    )
+    save_adapter(adapt(pipe), folder / "run" / "adapter")
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump({"model": str(folder / "base"), "seed": 0}))
     return folder / "run"
 
@@ -51,6 +33,13 @@ def make_run(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("export"))
+
+
+def rewrite(path: Path, change) -> None:
+    """Apply `change` to each key and value of an adapter file."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(dict(change(key, value) for key, value in load_file(path).items()), path, metadata)
 
 
 def velocity(pipe, **kwargs):
@@ -74,7 +63,7 @@ def test_merged_output_equals_adapter_on(run, tmp_path, scale):
     assert fingerprint(run.parent / "base") == before
 
     base, exported = load_pipeline(run.parent / "base"), load_pipeline(tmp_path / "out")
-    off, on = velocity(base), velocity(add_adapter(base), joint_attention_kwargs={"scale": scale})
+    off, on = velocity(base), velocity(adapt(base), joint_attention_kwargs={"scale": scale})
     torch.testing.assert_close(velocity(exported), on, atol=1e-5, rtol=1e-5)
     assert (on - off).abs().max() > 0.02
     assert exported.transformer.state_dict().keys() == tiny_pipeline().transformer.state_dict().keys()
@@ -129,7 +118,7 @@ def test_an_export_that_breaks_off_leaves_nothing_in_the_way_of_the_next(run, ki
 
 
 def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():
-    transformer = add_adapter(tiny_pipeline()).transformer
+    transformer = adapt(tiny_pipeline()).transformer
     before = {key: value.clone() for key, value in transformer.state_dict().items()}
     with merged(transformer, 0.7) as plain:
         key = "transformer_blocks.0.attn.to_q"
@@ -140,7 +129,7 @@ def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():
 
 
 def test_unmerging_happens_even_after_an_error():
-    pipe = add_adapter(tiny_pipeline())
+    pipe = adapt(tiny_pipeline())
     expected = velocity(pipe)
     with pytest.raises(RuntimeError, match="stop"), merged(pipe.transformer, 0.3):
         raise RuntimeError("stop")
@@ -151,7 +140,7 @@ def test_unmerging_happens_even_after_an_error():
 def test_exported_adapter_is_read_by_load_lora_weights(run, tmp_path, scale):
     main([str(run), "--adapter", str(tmp_path / "out"), "--scale", str(scale)])
     pipe = load_pipeline(run.parent / "base")
-    expected = velocity(add_adapter(load_pipeline(run.parent / "base")), joint_attention_kwargs={"scale": scale})
+    expected = velocity(adapt(load_pipeline(run.parent / "base")), joint_attention_kwargs={"scale": scale})
     pipe.load_lora_weights(tmp_path / "out")
     torch.testing.assert_close(velocity(pipe), expected, atol=1e-5, rtol=1e-5)
     assert all(key.startswith("transformer.") for key in load_file(tmp_path / "out" / ADAPTER_FILE))
@@ -189,18 +178,8 @@ def test_a_moved_base_model_can_be_named(tmp_path):
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
-def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
-    run = make_run(tmp_path)
-    path = run / "adapter" / ADAPTER_FILE
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    next(value for key, value in tensors.items() if "lora_B" in key)[0, 0] = torch.nan
-    save_file(tensors, path, metadata)
-    for kind in ("--merged", "--adapter"):
-        with pytest.raises(SystemExit, match="NaN"):
-            main([str(run), kind, str(tmp_path / "out")])
-        assert not (tmp_path / "out").exists()
+def spoil(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+    return key, value.fill_(torch.nan) if "lora_B" in key else value
 
 
 @pytest.mark.parametrize(
@@ -208,10 +187,11 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:500]), "weights.safetensors: got a damaged file"),
         (lambda path: (path.parents[1] / "config.yaml").write_text(""), "config.yaml: got a damaged file"),
+        (lambda path: rewrite(path, spoil), "NaN"),
     ],
 )
 @pytest.mark.parametrize("kind", ["--merged", "--adapter"])
-def test_a_damaged_run_is_told(tmp_path, kind, change, told):
+def test_a_damaged_run_and_an_adapter_that_is_not_finite_are_told(tmp_path, kind, change, told):
     run = make_run(tmp_path)
     change(run / "adapter" / ADAPTER_FILE)
     with pytest.raises(SystemExit, match=told):
@@ -227,10 +207,7 @@ def test_a_damaged_run_is_told(tmp_path, kind, change, told):
     ],
 )
 def test_an_adapter_of_another_model_is_not_merged_as_nothing(tmp_path, change, told):
-    path = make_run(tmp_path) / "adapter" / ADAPTER_FILE
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    save_file(dict(change(key, value) for key, value in load_file(path).items()), path, metadata)
+    rewrite(make_run(tmp_path) / "adapter" / ADAPTER_FILE, change)
     with pytest.raises(SystemExit, match=f"(?s){told}.*expected an adapter of this model"):
         main([str(tmp_path / "run"), "--merged", str(tmp_path / "out")])
 
@@ -241,7 +218,6 @@ def test_a_scale_that_is_no_number_and_a_place_that_cannot_be_written_are_told(r
         with pytest.raises(SystemExit, match=f"scale: got {scale}, expected a finite number"):
             main([str(run), kind, str(tmp_path / "out"), "--scale", scale])
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(
-        SystemExit, match="got NotADirectoryError.*expected to read .* and to write .*file/out; check paths"
-    ):
+    told = "got NotADirectoryError.*expected to read .* and to write .*file/out; check paths"
+    with pytest.raises(SystemExit, match=told):
         main([str(run), kind, str(tmp_path / "file" / "out")])

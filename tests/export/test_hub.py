@@ -17,7 +17,7 @@ class Refused(Exception):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands for the Hub; `calls` is what it was asked, `user` what it says of the token, or what it raises."""
+    """Stand for the Hub; `calls` are its requests, `user` its answer on the token, or the error."""
     state = types.SimpleNamespace(calls=[], user=USER, upload=None, public=False)
 
     class HfApi:
@@ -48,18 +48,10 @@ def hub(monkeypatch):
     ("repo", "user", "told"),
     [
         ("not a name", USER, "got 'not a name', expected USER/NAME or NAME"),
-        (
-            "me/x",
-            LocalTokenNotFoundError("no token"),
-            "got no token, expected one of the Hugging Face Hub; log in",
-        ),
+        ("me/x", LocalTokenNotFoundError("none"), "got no token, expected one of the Hugging Face Hub; log in"),
         ("me/x", Refused("401"), "got a token that the Hub refuses, expected a valid one; log in with `hf auth login`"),
         ("me/x", OfflineModeIsEnabled("offline"), r"got no answer from the Hub \(OfflineModeIsEnabled: offline\)"),
-        (
-            "me/x",
-            ConnectionError("unreachable"),
-            ".* a network; export without it, then `hf upload me/x OUT`",
-        ),
+        ("me/x", ConnectionError("down"), ".* a network; export without it, then `hf upload me/x OUT`"),
         ("me/x", USER | {"auth": {"accessToken": {"role": "read"}}}, "got a token that may only read"),
         ("them/x", USER, "got 'them/x', expected a repository of me, team; correct the name"),
     ],
@@ -95,9 +87,8 @@ def test_what_shall_be_private_is_not_uploaded_where_all_can_see_it(hub, monkeyp
     monkeypatch.setattr(export, "export_merged", written)
     hub.public = True
     flags = [str(tmp_path), "--merged", str(tmp_path / "out"), "--push_to_hub", "me/x"]
-    with pytest.raises(
-        SystemExit, match="got me/x, which is public already, expected a private one; .* complete: make it"
-    ):
+    told = "got me/x, which is public already, expected a private one; .* complete: make it"
+    with pytest.raises(SystemExit, match=told):
         export.main([*flags, "--private"])
     assert [call[0] for call in hub.calls] == ["create"]
 
@@ -105,9 +96,8 @@ def test_what_shall_be_private_is_not_uploaded_where_all_can_see_it(hub, monkeyp
 def test_a_broken_upload_says_how_to_go_on_and_the_export_stays(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "export_adapter", written)
     hub.upload, out = ConnectionResetError("reset by peer"), tmp_path / "out"
-    with pytest.raises(
-        SystemExit, match=f"got ConnectionResetError: reset by peer.*`hf upload me/x {out}` tries again"
-    ):
+    told = f"got ConnectionResetError: reset by peer.*`hf upload me/x {out}` tries again"
+    with pytest.raises(SystemExit, match=told):
         export.main([str(tmp_path), "--adapter", str(out), "--push_to_hub", "me/x"])
     assert (out / "README.md").read_text() == "card"
     hub.upload = None

@@ -1,4 +1,4 @@
-"""An export's card says what the run's files say, names every licence, and is one that the Hub can read."""
+"""An export's card has the run's numbers, names every licence, and the Hub can read it."""
 
 import ast
 import dataclasses
@@ -23,7 +23,7 @@ GAINS = torch.linspace(-1, 2, 12)
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run of nano: a reward of the user's own and one that is built in, both evaluated."""
+    """A finished run of nano with a reward of the user's own and a built-in judge."""
     folder = tmp_path / "run"
     folder.mkdir()
     args = RewardGradientConfig(

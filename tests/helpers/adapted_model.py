@@ -2,6 +2,7 @@
 
 import torch
 from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from tiny import tiny_conditioning, tiny_transformer
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -14,6 +15,24 @@ def model_with_adapter(dtype=torch.float64, **sizes):
         torch.manual_seed(0)
         model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False))
     return model
+
+
+def adapt(pipe):
+    """Add a strong random adapter to the pipeline's transformer, always the same one."""
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(config)
+    return pipe
+
+
+def save_adapter(pipe, folder):
+    """Write the adapter of `adapt` as a training run does."""
+    pipe.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+    )
 
 
 def arguments(dtype=torch.float64, batch=2, frames=2, height=4, width=6, channels=16):

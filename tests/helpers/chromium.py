@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, spoken to over a pipe in its DevTools protocol: no driver has to be installed.
+"""A headless Chromium for tests, by its DevTools protocol over a pipe, without a driver.
 
 $CHROMIUM names the program; else chromium or google-chrome is looked for.
 """
@@ -31,7 +31,7 @@ def find() -> str | None:
 
 
 class Chromium:
-    """One page at a time. `problems` collects what the page says on its console, throws, or fails to load."""
+    """One page at a time; `problems` are its console messages, exceptions and failed requests."""
 
     def __init__(self, profile: Path):
         to_read, self.send_end = os.pipe()

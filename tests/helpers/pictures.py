@@ -28,9 +28,9 @@ def to_float(image):
 
 
 def by_pil(image, size, fit):
-    """The published pipelines: torchvision's transforms on PIL images, as OpenAI's CLIP and open_clip use them.
+    """Preprocess as published: torchvision's transforms on PIL images, as in CLIP and open_clip.
 
-    The resize is made width first, in two calls: up to version 12, PIL always went that way, and newer ones go height
+    The resize is made width first, in two calls, as PIL did up to version 12. Newer ones go height
     first where that is cheaper, which moves single pixels of some tall images by up to 8/255.
     """
     target = Resize(size if fit == "shortest" else (size, size))(image).size

@@ -1,4 +1,4 @@
-"""Runs as the trainer leaves them, finished or not, written in no time; and their reports, read back."""
+"""Runs as the trainer leaves them, finished or not, written in no time; their reports."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ GAINS = torch.tensor([((5 * i) % 12 - 4) / 10 for i in range(len(PROMPTS))])
 
 @pytest.fixture(scope="session")
 def encoded(tmp_path_factory):
-    """samples/ of step 0 and 6: a bar that moves, red before and blue after; all prompts share the two files."""
+    """samples/ of steps 0 and 6: a moving bar, red before, blue after, equal for all prompts."""
     folder = tmp_path_factory.mktemp("encoded")
     for step, channel in ((0, 0), (6, 2)):
         video = torch.zeros(1, 3, 17, 64, 96, dtype=torch.uint8)
@@ -134,7 +134,7 @@ def single_step(folder):
 
 
 def failed_reward(folder):
-    """Failed in its first step: the file of metrics is there and empty; before, the base was evaluated."""
+    """Failed in its first step, after the base was evaluated: the file of metrics is empty."""
     (folder / "metrics.jsonl").touch()
     evaluations()[0].save(folder / "evaluation" / "base.safetensors")
     return "not finished: 0 of 6 steps were done"

@@ -19,8 +19,15 @@ def verifier():
     return load_reward("nano_verifier")
 
 
-def held_out_scenes(count):
-    return world.sample_scenes(count, torch.Generator().manual_seed(11), held_out=True)
+@pytest.fixture(scope="module")
+def drawn():
+    return world.sample_scenes(64, torch.Generator().manual_seed(11), held_out=True)
+
+
+@pytest.fixture(scope="module")
+def wrong(drawn):
+    """Captions of the scenes with one wrong attribute each."""
+    return world.captions(pretrain_judges.corrupt_one_attribute(drawn, torch.Generator().manual_seed(0)))
 
 
 def test_all_weights_together_stay_under_32_megabytes():
@@ -36,30 +43,22 @@ def test_the_verifier_reads_renders_and_reconstructions(pipe, verifier):
     assert min(shown[k] for k in world.JUDGED) >= 0.97, shown
 
 
-def test_the_verifier_is_not_fooled_by_a_wrong_caption(verifier):
-    drawn = held_out_scenes(64)
-    right, wrong = (
-        world.captions(s)
-        for s in (drawn, pretrain_judges.corrupt_one_attribute(drawn, torch.Generator().manual_seed(0)))
-    )
+def test_the_verifier_is_not_fooled_by_a_wrong_caption(verifier, drawn, wrong):
     video = world.render(drawn)
-    assert verifier(video, right).mean() > 0.98
+    assert verifier(video, world.captions(drawn)).mean() > 0.98
     assert verifier(video, wrong).mean() < 0.02
 
 
 @pytest.mark.parametrize("name", ["nano_preference", "nano_clip"])
-def test_rewards_prefer_right_captions_and_have_a_gradient(name):
-    reward, drawn = load_reward(name), held_out_scenes(64)
-    video, right = world.render(drawn), world.captions(drawn)
-    wrong = world.captions(pretrain_judges.corrupt_one_attribute(drawn, torch.Generator().manual_seed(0)))
+def test_rewards_prefer_right_captions_and_have_a_gradient(name, drawn, wrong):
+    reward, video, right = load_reward(name), world.render(drawn), world.captions(drawn)
     better = (reward(video, right) > reward(video, wrong)).float().mean()
     assert better > (0.95 if name == "nano_preference" else 0.75)  # a frame does not show which way a shape moves
     assert min(probe(reward, video_shape=(3, 17, 64, 64), prompts=right[:3]).grad_norms) > 0
 
 
-def test_the_preference_model_prefers_clean_clips():
-    reward, drawn = load_reward("nano_preference"), held_out_scenes(64)
-    video, prompts = world.render(drawn), world.captions(drawn)
+def test_the_preference_model_prefers_clean_clips(drawn):
+    reward, video, prompts = load_reward("nano_preference"), world.render(drawn), world.captions(drawn)
     other = (drawn["shape"] + 1) % len(world.SHAPES)
     for name, worse in {
         "grainy": (video + 0.35 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1),

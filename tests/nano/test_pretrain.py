@@ -54,13 +54,12 @@ def test_the_trained_text_path_is_the_pipelines_own():
     denoiser = pretrain.Denoiser({k: getattr(pipe, k) for k in ("tokenizer", "tokenizer_2", "tokenizer_3")})
     for name, encoder in denoiser.encoders.items():
         encoder.load_state_dict(getattr(pipe, name).state_dict())
-    prompts, length = world.train_prompts(3), parts.MAX_TOKENS
+    prompts = world.train_prompts(3)
     tokens = [pretrain_judges.token_table(getattr(pipe, k), prompts, "cpu") for k in ("tokenizer", "tokenizer_3")]
     with torch.no_grad():
         text, pooled = denoiser.eval().embed(*tokens)
-        expected = pipe.encode_prompt(
-            prompts, None, None, max_sequence_length=length, do_classifier_free_guidance=False
-        )
+        flags = {"max_sequence_length": parts.MAX_TOKENS, "do_classifier_free_guidance": False}
+        expected = pipe.encode_prompt(prompts, None, None, **flags)
     torch.testing.assert_close(text, expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pooled, expected[2], atol=1e-5, rtol=1e-5)
 
@@ -82,10 +81,9 @@ def test_the_stages_run_on_a_cpu(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     pool = pretrain_judges.ClipPool(parts.build_vae().eval(), 16, generator)
     rendered = world.render(pool.scenes)
-    assert (pool.video[1::2].float() / 255 - rendered[1::2]).abs().max() < 0.01  # odd clips are untouched
-    assert (
-        pool.video[::2].float() / 255 - rendered[::2]
-    ).abs().mean() > 0.05  # even ones went through an untrained VAE
+    change = (pool.video.float() / 255 - rendered).abs()
+    assert change[1::2].max() < 0.01, "odd clips are untouched"
+    assert change[::2].mean() > 0.05, "even ones went through an untrained VAE"
     pick, _, video = pool.draw(16, generator)
     assert pretrain_judges.degrade(pool, pick, video, generator).shape == video.shape
     tokenizers = parts.build_tokenizers()

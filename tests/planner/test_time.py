@@ -87,7 +87,7 @@ def test_settings_cost_what_they_do():
 
     def plan(**settings):
         args = dataclasses.replace(given, **settings)
-        return plan_time(model, args, plan_rewards(model, args), rates).phases
+        return plan_time(model, args, plan_rewards(model, args), rates)
 
     plain, window = plan(), "gradient window"
     assert plan(gradient_accumulation_steps=2)["sampling"] == pytest.approx(2 * plain["sampling"])
@@ -106,7 +106,7 @@ def test_streamed_weights_take_the_time_of_their_copies():
     _, args, card = tiny(**CHECKPOINTED, stream_weights=True)
     model = TracedModel(args, card)
     rates = dataclasses.replace(SLOW, host_bandwidth=1.0)
-    seconds = plan_time(model, args, plan_rewards(model, args), rates).phases["sampling"]
+    seconds = plan_time(model, args, plan_rewards(model, args), rates)["sampling"]
     assert seconds == pytest.approx(4 * 4 * model.frozen.blocks), "four calls before the window, in float32"
 
 
@@ -119,7 +119,7 @@ def test_communication_takes_time():
     def plan(processes, **settings):
         changed = dataclasses.replace(args, **settings)
         model = TracedModel(changed, card, processes)
-        return model, plan_time(model, changed, plan_rewards(model, changed), rates).phases
+        return model, plan_time(model, changed, plan_rewards(model, changed), rates)
 
     model, seconds = plan(4)
     assert seconds["optimizer"] == pytest.approx(2 * 4 * model.num_trained * 3 / 4)

@@ -35,45 +35,27 @@ def test_counts_are_those_of_the_real_modules():
     assert traced.adapter_bytes == 4 * traced.num_trained
 
 
-@pytest.mark.parametrize(
-    "settings", [{"attention_kernel": "flash"}, CHECKPOINTED, CHECKPOINTED | {"keep_attention": True}]
-)
-def test_a_transformer_call_keeps_what_autograd_holds(settings):
-    pipe, args, card = tiny(**settings)
-    model, call = pipe.transformer, TracedModel(args, card).transformer_call(args, 2)
-    add_adapter(model, lora_config(args), 0)
-    set_up_blocks(model, ExecutionOptions.from_settings(args), torch.device("cpu"))
-    latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
-    cond = tiny_conditioning(2, card["tokenizer"]["model_max_length"] + args.max_sequence_length)
-    with KeptBytes(model) as kept:
-        (v,) = model(latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.ones(2), return_dict=False)
-        held = kept.now
-        v.sum().backward()
-    # On a CPU the norms of queries and keys keep more than one kernel's; the result and what is
-    # alive come on top.
-    assert call.saved_bytes == pytest.approx(held + v.nbytes, rel=0.1)
-    assert call.backward.peak_bytes > call.saved_bytes
-    assert call.backward.peak_bytes >= 0.9 * kept.most
-
-
+@pytest.mark.parametrize("ranks", [1, 3])  # the two heads have to be padded for three
 @pytest.mark.parametrize("settings", [{}, CHECKPOINTED, CHECKPOINTED | {"keep_attention": True}])
-def test_a_share_of_the_tokens_keeps_what_autograd_holds(settings):
-    """Of three processes, which the two heads have to be padded for."""
-    pipe, args, card = tiny(**settings, sequence_parallel=3)
-    model, call = pipe.transformer, TracedModel(args, card, 3).transformer_call(args, 2)
+def test_a_transformer_call_keeps_what_autograd_holds(settings, ranks):
+    pipe, args, card = tiny(attention_kernel="flash", sequence_parallel=ranks, **settings)
+    model, call = pipe.transformer, TracedModel(args, card, ranks).transformer_call(args, 2)
     alone = TracedModel(dataclasses.replace(args, sequence_parallel=1), card).transformer_call(args, 2)
     add_adapter(model, lora_config(args), 0)
     latents = torch.randn(2, *latent_shape(pipe, args)).requires_grad_()
     cond = tiny_conditioning(2, card["tokenizer"]["model_max_length"] + args.max_sequence_length)
-    with fake_process_group(3) as group:
+    with fake_process_group(ranks) as group:
         set_up_blocks(model, ExecutionOptions.from_settings(args), torch.device("cpu"), group)
         with KeptBytes(model) as kept:
             (v,) = model(latents, cond.prompt_embeds_BLD, cond.pooled_embeds_BP, torch.ones(2), return_dict=False)
             held = kept.now
             v.sum().backward()
+    # On a CPU the norms of queries and keys keep more than one kernel's; the result and what is
+    # alive come on top.
     assert call.saved_bytes == pytest.approx(held + v.nbytes, rel=0.1)
+    assert call.backward.peak_bytes > call.saved_bytes
     assert call.backward.peak_bytes >= 0.9 * kept.most
-    assert call.saved_bytes < 0.8 * alone.saved_bytes, "all of the text, and a third of the video"
+    assert ranks == 1 or call.saved_bytes < 0.8 * alone.saved_bytes, "all of the text, and a third of the video"
 
 
 @pytest.mark.parametrize("keep_attention", [False, True])

@@ -1,4 +1,4 @@
-"""The report in a browser: it opens without a network or complaints, plays in step, sorts, and everybody can use it."""
+"""The report in a browser: no network, no complaints, videos in step, sorting, keyboard."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""What the report is made of: curves, tables, costs, and templates that are installed with the package."""
+"""Parts of the report: curves, tables, costs, and templates installed with the package."""
 
 import json
 import re
@@ -30,8 +30,7 @@ def test_curves_of_everything_that_was_logged(finished):
         "motion",
     ]
     gap = panels(Run(finished))[3].series[0]
-    assert gap.steps == [0, 2, 4, 6]
-    assert gap.values == [0, 0.2, 0.4, 1.75]  # the summary's, of the adapter that was kept, at the end
+    assert gap.points == {0: 0, 2: 0.2, 4: 0.4, 6: 1.75}  # the last is of the adapter that was kept
 
 
 def test_a_best_adapter_that_was_loaded_stands_where_it_was_made(finished):
@@ -46,10 +45,8 @@ def test_a_best_adapter_that_was_loaded_stands_where_it_was_made(finished):
     redness, gain = found["redness (trained on)"], found["gain over the base, in spreads"].series[0]
     assert redness.result_step == 2
     tuned = summary["trained"]["redness"]["tuned"]
-    assert dict(zip(redness.series[1].steps, redness.series[1].values, strict=True)) | {0: 0} == pytest.approx(
-        {0: 0, 2: tuned, 4: 0.54, 6: 0.56}
-    )
-    assert dict(zip(gain.steps, gain.values, strict=True)) == pytest.approx({0: 0, 2: 1.5, 4: 0.4, 6: 0.6})
+    assert redness.series[1].points | {0: 0} == pytest.approx({0: 0, 2: tuned, 4: 0.54, 6: 0.56})
+    assert gain.points == pytest.approx({0: 0, 2: 1.5, 4: 0.4, 6: 0.6})
 
 
 def test_curves_are_in_the_colours_of_the_page_and_have_ids_of_their_own(finished):
@@ -83,8 +80,8 @@ def test_cost_of_a_run_that_was_resumed_on_two_devices(started, monkeypatch):
     assert found["device_hours"] == pytest.approx(2 * 12 / 3600)
 
 
-@pytest.mark.parametrize("template", [report.TEMPLATE, model_card.TEMPLATE])
-def test_templates_are_installed_with_the_package(template):
-    assert (Path(report.__file__).parent / template).is_file()
+@pytest.mark.parametrize(("room", "template"), [("report", report.TEMPLATE), ("export", model_card.TEMPLATE)])
+def test_templates_are_installed_with_the_package(room, template):
+    assert (Path(report.__file__).parents[1] / room / template).is_file()
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert template in project["tool"]["setuptools"]["package-data"]["rlhf.report"]
+    assert template in project["tool"]["setuptools"]["package-data"][f"rlhf.{room}"]

@@ -1,4 +1,4 @@
-"""The report says what the run's files say, also of a run that did not get far, and asks for nothing else."""
+"""The report has the numbers of the run's files, also for an unfinished run."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import pytest
 from report_runs import GAINS, NASTY, PROMPTS, UNFINISHED, Page, killed, metrics, read
 from scripts import script
 
+from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.statistics import summarize
 from rlhf.report import finish_report, write_report
@@ -81,7 +82,8 @@ def test_videos_beyond_the_size_stay_beside_it(finished, tmp_path):
 def test_what_was_set_and_what_it_cost(finished):
     finish_report(finished)
     text = Page((finished / "report.html").read_text()).text
-    assert "eval_reward_funcs nano_verifier Judges that only evaluate" in text
+    explained = {field.name: field.metadata["help"] for field in dataclasses.fields(RewardGradientConfig)}
+    assert f"eval_reward_funcs nano_verifier {explained['eval_reward_funcs']}" in text
     assert "time in steps 12.0 s" in text
     assert "whole run 30.0 s" in text
     assert f"torch {version('torch')}" in text
@@ -127,13 +129,13 @@ def test_a_run_that_went_on_and_was_killed_or_failed_is_not_finished(finished):
 
 
 def test_one_prompt_makes_no_verdict(finished):
-    evaluations = [Evaluation.load(finished / "evaluation" / f"{name}.safetensors") for name in ("base", "tuned")]
-    for name, whole in zip(("base", "tuned"), evaluations, strict=True):
+    ones = []
+    for path in (finished / "evaluation" / f"{name}.safetensors" for name in ("base", "tuned")):
+        whole = Evaluation.load(path)
         scores = {judge: values[:1] for judge, values in whole.scores.items()}
-        one = dataclasses.replace(whole, prompts=whole.prompts[:1], scores=scores)
-        one.save(finished / "evaluation" / f"{name}.safetensors")
-    base, tuned = (Evaluation.load(finished / "evaluation" / f"{name}.safetensors") for name in ("base", "tuned"))
-    (finished / "summary.json").write_text(json.dumps(summarize(base, tuned, ["redness"], 30.0, 6)))
+        ones.append(dataclasses.replace(whole, prompts=whole.prompts[:1], scores=scores))
+        ones[-1].save(path)
+    (finished / "summary.json").write_text(json.dumps(summarize(*ones, ["redness"], 30.0, 6)))
     page = read(finished)
     assert page.cells["redness"][2] != 0
     assert page.text.count("one prompt is not enough") > 2
