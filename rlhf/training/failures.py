@@ -98,8 +98,8 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 MEMORY_CURES = {  # folder or file of the failed allocation -> settings to change, in this order
     "rewards": "fewer num_frames, a smaller chunk or dtype bfloat16 in reward_kwargs",
     "wan_decoder.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
-    "frozen.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
-    "evaluate.py": "per_device_eval_batch_size 1 and decode_chunk 1",
+    "frozen_layers.py": "decode_chunk 1 with decode_checkpoint and decode_caches host, vae_dtype bfloat16",
+    "held_out.py": "per_device_eval_batch_size 1 and decode_chunk 1",
     "loading.py": "stream_weights, or base_bits 4",
     "": "gradient_checkpointing, stepwise_backward, decode_chunk 1 with decode_checkpoint, smaller batches or videos",
 }

@@ -46,7 +46,6 @@ GONE = {  # settings that the project no longer has; only the changelog and raw 
     "rollout_uses",
 }
 OF_THE_COMMAND = {"memory_limit_gib", "plan_device", "plan_processes", "dry_run"}
-ROOMS_EXIST = (ROOT / "rlhf" / "method" / "rollout.py").exists()  # guides name files in their rooms
 SETTINGS = set(field_names())
 
 
@@ -213,9 +212,8 @@ def test_every_method_and_guidance_mode_has_its_row():
 @PAGE
 def test_files_that_are_named_exist(page):
     for path in re.findall(r"`([\w.]+/[\w/.]+\.(?:py|yaml|md|json))`", page.read_text(encoding="utf-8")):
-        room = path.split("/")[0]
-        known = {"configs", "docs", "eval", "tests"} | ({"rlhf", "rewards", "bench"} if ROOMS_EXIST else set())
-        assert room not in known or (ROOT / path).exists(), path
+        known = {"configs", "docs", "eval", "tests", "rlhf", "rewards", "bench"}
+        assert path.split("/")[0] not in known or (ROOT / path).exists(), path
 
 
 def test_recipes_of_the_guides_exist():
@@ -295,7 +293,6 @@ def test_a_setting_is_in_a_recipe_or_a_row_says_when_to_change_it():
     assert told == [name for name in field_names() if name not in recipes]
 
 
-@pytest.mark.skipif(not ROOMS_EXIST, reason="docs/api.md names the rooms")
 @pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="mkdocs is not installed: pip install -e '.[docs]'")
 def test_the_site_builds_and_no_link_is_dead(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
