@@ -1,0 +1,1 @@
+"""From noise to a reward's gradient: rollout, window, decoding, loss, drift."""

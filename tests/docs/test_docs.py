@@ -246,7 +246,7 @@ def test_the_file_tree_is_of_today_and_every_file_has_a_caption(tmp_path):
     tree = script("docs/file_tree.py")
     text = tree.PAGE.read_text(encoding="utf-8")
     assert tree.drawn(text) == text, "run `python docs/file_tree.py`"
-    assert not re.findall(r"^ *\w+\.py$", tree.tree(), re.MULTILINE), "a docstring is missing"
+    assert not re.findall(r"^ *\w+(?:\.py|/)$", tree.tree(), re.MULTILINE), "a docstring is missing"
 
 
 def test_the_file_tree_follows_the_folders(tmp_path):
