@@ -1,8 +1,9 @@
-"""Gradient-free baselines on the same model, adapter, reward and prompts: policy gradients, and the best of n samples.
+"""Gradient-free baselines with the same model and reward: policy gradients, and best of n.
 
-Flow-GRPO (arXiv 2505.05470) makes the sampler of a flow stochastic, so that a step has a probability, and ascends
-advantage times log-probability with PPO's clipped ratio; advantages are relative to a group of videos of one prompt.
-Relative to the batch it is DDPO (arXiv 2305.13301) for flows. Neither asks the reward for a gradient.
+Flow-GRPO (arXiv 2505.05470) makes the sampler of a flow stochastic, so that a step has a
+probability, and ascends advantage times log-probability with PPO's clipped ratio; advantages are
+relative to a group of videos of one prompt. Relative to the batch it is DDPO (arXiv 2305.13301) for
+flows. Neither asks the reward for a gradient.
 
 Shape legend: B batch, C channels, T latent frames, H W latent height and width, N denoising steps.
 """
@@ -42,8 +43,9 @@ class Policy:
 def sde_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
     """Mean and standard deviation of step i by Euler-Maruyama (Flow-GRPO, arXiv 2505.05470, eq. 9).
 
-    x' = x + [v + s^2 / (2 t) (x + (1 - t) v)] dt + s sqrt(|dt|) noise at t = sigma_i, with s = level sqrt(t / (1 - t)).
-    At t = 1, where s has no bound, the next level stands in its denominator, as in the published code.
+    x' = x + [v + s^2 / (2 t) (x + (1 - t) v)] dt + s sqrt(|dt|) noise at t = sigma_i, with s =
+    level sqrt(t / (1 - t)). At t = 1, where s has no bound, the next level stands in its
+    denominator, as in the published code.
     """
     t, dt = sigmas[i], sigmas[i + 1] - sigmas[i]
     diffusion = level * (t / (1 - (sigmas[1] if t == 1 else t))).sqrt()
@@ -52,10 +54,10 @@ def sde_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, 
 
 
 def cps_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
-    """The same by coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): noise is exchanged, not added.
+    """Return the same for coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952).
 
-    Of the noise at level t' = sigma_i+1 a part t' sin(level pi / 2) is fresh, the rest is what the model sees in x: the
-    sum is as noisy as the flow at t', whatever the length of the step.
+    Of the noise at level t' = sigma_i+1 a part t' sin(level pi / 2) is fresh, the rest is what the
+    model sees in x: the sum is as noisy as the flow at t', whatever the length of the step.
     """
     t, after = sigmas[i], sigmas[i + 1]
     std = after * math.sin(level * math.pi / 2)
@@ -82,6 +84,7 @@ class Trajectory:
     log_probs: list[torch.Tensor]  # (B,) of each stochastic step
 
     def rows(self, rows: torch.Tensor) -> "Trajectory":
+        """Return the trajectory of some rows."""
         return Trajectory([x[rows] for x in self.states], [p[rows] for p in self.log_probs])
 
 
@@ -107,7 +110,8 @@ def stochastic_rollout(velocity: Velocity, noise: Callable[[str], torch.Tensor],
 def advantages(scores_B: torch.Tensor, group_size: int) -> torch.Tensor:
     """(B,) scores less the mean of their group, over its spread; neighbours are a group.
 
-    group_size 1 is one group of all: DDPO's rule for prompts that it has not seen 16 times, which here none is.
+    group_size 1 is one group of all: DDPO's rule for prompts that it has not seen 16 times, which
+    here none is.
     """
     groups = scores_B.view(-1, group_size if group_size > 1 else len(scores_B))
     spread = groups.std(1, keepdim=True, correction=0) + 1e-4
@@ -123,7 +127,7 @@ def clipped_loss(new_B: torch.Tensor, old_B: torch.Tensor, advantages_B: torch.T
 def step_losses(
     velocity: Velocity, base: Velocity, path: Trajectory, advantages_B: torch.Tensor, sigmas, policy: Policy
 ) -> Iterator[torch.Tensor]:
-    """The loss of each stochastic step with its graph, one after the other; their mean is the loss of an update."""
+    """Yield the loss of each stochastic step; their mean is the loss of an update."""
     moments = NOISES[policy.noise]
     for i, old_B in enumerate(path.log_probs):
         x, after = path.states[i], path.states[i + 1]
@@ -144,11 +148,13 @@ class GroupedBatches(Batches):
         self.group_size, self.prompts_per_step = group_size, self.size // group_size
 
     def batch(self, step: int, micro: int) -> Batch:
+        """Return the batch, each prompt `group_size` times."""
         prompts = self.prompts_at(step * self.prompts_per_step, self.prompts_per_step)
         noise = super().batch(step, micro).noise
         return Batch([prompt for prompt in prompts for _ in range(self.group_size)], noise)
 
     def from_rollout(self, step: int) -> list[str]:
+        """Return the prompts from a step on."""
         left = self.max_steps - step
         return self.prompts_at(step * self.prompts_per_step, left * self.prompts_per_step)
 
@@ -156,7 +162,8 @@ class GroupedBatches(Batches):
 class PolicyGradientTrainer(RewardGradientTrainer):
     """The trainer of reward gradients with another step: everything else - adapter, prompts, rewards - is the same.
 
-    For one process, and per_device_train_batch_size a multiple of group_size. ValueError for another.
+    For one process, and per_device_train_batch_size a multiple of group_size. ValueError for
+    another.
     """
 
     def __init__(self, policy: Policy, args, **inputs):
@@ -221,7 +228,8 @@ def best_of(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Sample number after number of a batch of prompts; for each n of report_at, (n, the best videos of the first n).
 
-    make: number of the sample -> videos (B, 3, T, H, W); reward: videos -> scores (B,), by which the best is kept.
+    make: number of the sample -> videos (B, 3, T, H, W); reward: videos -> scores (B,), by which
+    the best is kept.
     """
     for number in range(count):
         video = make(number)

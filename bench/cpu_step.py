@@ -2,8 +2,8 @@
 
     python bench/cpu_step.py        writes bench/results/cpu_step.json
 
-Prediction: page faults take two fifths of a step. Beside a second busy program of as many threads a step can stall for
-minutes, since threads wait for one another; such an arm has no seconds.
+Prediction: page faults take two fifths of a step. Beside a second busy program of as many threads a
+step can stall for minutes, since threads wait for one another; such an arm has no seconds.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def measure(memory: str, limit: float = 120) -> list[float]:
 
 
 def main() -> None:
+    """Run the command."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
 

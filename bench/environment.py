@@ -8,7 +8,7 @@ import torch
 
 
 def environment(device: torch.device) -> dict:
-    """What a benchmark's result says about the machine."""
+    """Return what a benchmark's result says about the machine."""
     name = platform.processor() or platform.machine()
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name()

@@ -243,6 +243,7 @@ def _cells(row: dict, key: str) -> str:
 
 
 def clean(device: torch.device) -> None:
+    """Free the device's memory and reset its peak."""
     gc.collect()
     if device.type != "cpu":
         torch.accelerator.empty_cache()
@@ -263,6 +264,7 @@ def measured_row(arm: str, size: str, device: torch.device, reward: Callable | N
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arms, stages = ["rates", *NANO, *FULL], ["measure", "predict", "table"]
     parser.add_argument("--only", nargs="+", choices=arms, default=arms, metavar="ARM")
@@ -276,6 +278,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure_arms(arguments: argparse.Namespace) -> None:
+    """Measure the arms that the result lacks."""
     began, device, output = time.perf_counter(), pick_device(arguments.device), arguments.output
     about = environment(device) | {"size": arguments.size, "steps": STEPS}
     old = json.loads(output.read_text()) if output.exists() else {}
@@ -297,6 +300,7 @@ def measure_arms(arguments: argparse.Namespace) -> None:
 
 
 def predict(arguments: argparse.Namespace) -> None:
+    """Write the estimates of all arms beside their measurements."""
     result = json.loads(arguments.output.read_text())
     about, rows = result["environment"], {row["arm"]: row for row in result["rows"]}
     rates = {name: value for name, value in rows["rates"]["rates"].items() if name != "device"}
@@ -312,6 +316,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     arguments = parse_arguments(argv)
     if "measure" in arguments.stages:
         measure_arms(arguments)

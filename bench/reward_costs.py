@@ -135,6 +135,7 @@ def environment(device: torch.device, size: tuple[int, int], repeats: int) -> di
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
     parser.add_argument("--device", help="default: the accelerator of this machine")

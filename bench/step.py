@@ -1,19 +1,24 @@
 """One reward-gradient step of a full-size ContentV-8B with random weights: the peers' way and ours, arm by arm.
 
-    python bench/step.py --arms "peers' way" exact --frames 33 --phases step --limit 550
-    python bench/tables.py                                                    puts the results into docs/performance.md
+    python bench/step.py --arms "peers' way" exact --frames 33 --phases step --limit 550 python
+    bench/tables.py                                                    puts the results into
+    docs/performance.md
 
-Rows go to bench/results/step.json arm by arm; a row replaces that of the same arm, frames, scored frames and phase.
-The run stops before a phase that would begin after --limit seconds; the same command then goes on with what is missing.
+Rows go to bench/results/step.json arm by arm; a row replaces that of the same arm, frames, scored
+frames and phase. The run stops before a phase that would begin after --limit seconds; the same
+command then goes on with what is missing.
 
-The peers' way is that of VideoX-Fun's train_reward_lora.py (main branch, November 2026) with the same model and
-adapter: both branches of guidance in one batch, checkpointing by block, a graph in every step that is detached where no
-gradient is wanted, latents and VAE in bfloat16, the VAE's own decode, of the first latent only. Ours keeps latents in
-float32. The position table is cached for both. Time and memory do not depend on the weights.
+The peers' way is that of VideoX-Fun's train_reward_lora.py (main branch, November 2026) with the
+same model and
+adapter: both branches of guidance in one batch, checkpointing by block, a graph in every step that
+is detached where no gradient is wanted, latents and VAE in bfloat16, the VAE's own decode, of the
+first latent only. Ours keeps latents in float32. The position table is cached for both. Time and
+memory do not depend on the weights.
 
-Prediction: exact at 125 frames 7.0 s for a branch forward and backward (peers 9.3) and 2.05 s forward (2.46), the whole
-gradient of 125 frames below 40 GiB; the full step at 33 frames 1.4 times as fast where nothing is computed twice and
-blocks are compiled; each use of a rollout after the first at a seventh of the first one's time.
+Prediction: exact at 125 frames 7.0 s for a branch forward and backward (peers 9.3) and 2.05 s
+forward (2.46), the whole gradient of 125 frames below 40 GiB; the full step at 33 frames 1.4 times
+as fast where nothing is computed twice and blocks are compiled; each use of a rollout after the
+first at a seventh of the first one's time.
 """
 
 import argparse
@@ -79,16 +84,18 @@ class Bench:
         rig.masters.vector.grad.zero_()
 
     def decode(self) -> None:
+        """Decode the scored frames."""
         with torch.no_grad():
             self._video(self.rig.noise("train"))
 
     def decode_and_back(self) -> None:
+        """Decode and score forward and backward."""
         z = self.rig.noise("train").requires_grad_()
         video = self._video(z)
         video.backward(torch.ones_like(video))
 
     def window(self) -> dict:
-        """The last step, decoded, scored and back: the gradient at the adapter from the same state in every arm."""
+        """Decode, score and back-propagate the last step, from the same state in every arm."""
         rig, sigmas = self.rig, self.rig.sigmas
         x, last = 0.3 * rig.noise("state"), len(sigmas) - 2
         if rig.arm == PEERS:
@@ -107,7 +114,7 @@ class Bench:
         return told
 
     def step(self) -> None:
-        """A whole optimizer step; where rollouts are used again, as many steps as one serves."""
+        """Take a whole optimizer step; with reused rollouts, as many steps as one serves."""
         rig, rollouts = self.rig, RolloutCache(self.rig.args.rollout_reuse)
         for number in range(rig.args.rollout_reuse):
             for latents in self._rollouts(rollouts, number):
@@ -175,7 +182,7 @@ class Bench:
 
 
 def guided(rig: Rig, together: bool = False) -> Velocity:
-    """The stock transformer's guided velocity."""
+    """Return the stock transformer's guided velocity."""
     return velocity_field(rig.transformer, rig.cond, rig.args.guidance_scale, together=together)
 
 
@@ -217,7 +224,7 @@ def compare(row: dict, gradients: Path, frames: int, scored: int) -> dict:
 
 
 def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device, out_of_time: Callable) -> list[dict]:
-    """The rows of the phases that begin in time."""
+    """Yield the rows of the phases that begin in time."""
     frames, rows = arguments.frames, []
     told = {"arm": arm, "frames": frames, "scored": scored, "settings": SETTINGS[arm]}
     try:
@@ -258,10 +265,12 @@ def write(path: Path, about: dict, rows: list[dict]) -> None:
 
 
 def key(row: dict) -> tuple:
+    """Return what identifies a row."""
     return row["arm"], row["frames"], row["scored"], row["phase"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="ARM")
     parser.add_argument("--frames", type=int, default=33)
@@ -279,6 +288,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     began, arguments = time.perf_counter(), parse(argv)
     device = pick_device(arguments.device)
     size = SIZES[arguments.size]

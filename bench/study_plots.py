@@ -36,8 +36,8 @@ def plot_gains(result: dict, path: Path) -> None:
 def plot_costs(result: dict, path: Path) -> None:
     """Draw the held-out gain against the trained gain (left) and against reward queries (right).
 
-    An arm that cheats is low on the right of the left plot. A line leads from an arm to the one with drift control,
-    which is a ring without a name.
+    An arm that cheats is low on the right of the left plot. A line leads from an arm to the one
+    with drift control, which is a ring without a name.
     """
     arms = by_arm(result)
     figure, axes = _two_axes(9, 4.5)

@@ -2,8 +2,9 @@
 
     python bench/symptoms.py [--only memory ...]
 
-Each command of the page runs in a process of its own. Its last lines and a line for each step of metrics.jsonl go
-between `<!-- said: NAME -->` and `<!-- end -->`. The page is written after each command.
+Each command of the page runs in a process of its own. Its last lines and a line for each step of
+metrics.jsonl go between `<!-- said: NAME -->` and `<!-- end -->`. The page is written after each
+command.
 """
 
 import argparse
@@ -73,6 +74,7 @@ def fill(text: str, name: str, said: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(commands(PAGE.read_text())), metavar="NAME")
     chosen = parser.parse_args(argv).only or list(commands(PAGE.read_text()))

@@ -1,9 +1,9 @@
 """Write the tables of measured results into pages: `python bench/tables.py`.
 
-The pages are bench/results/*.md, the guides in docs/ and README.md. What stands between
-`<!-- table: bench/results/NAME.json -->` and `<!-- end of table -->` is replaced by that file's table, or by nothing
-while there is no such file; NAME.json#PART is one of several tables. A single result of bench/methods.py stands
-between `<!-- nano: ARM -->` and `<!-- / -->`.
+The pages are bench/results/*.md, the guides in docs/ and README.md. What stands between `<!--
+table: bench/results/NAME.json -->` and `<!-- end of table -->` is replaced by that file's table, or
+by nothing while there is no such file; NAME.json#PART is one of several tables. A single result of
+bench/methods.py stands between `<!-- nano: ARM -->` and `<!-- / -->`.
 """
 
 import json
@@ -184,6 +184,7 @@ TABLES = {
 
 
 def main() -> None:
+    """Run the command."""
     for page in pages():
         text = page.read_text(encoding="utf-8")
         if (filled := fill_cells(fill(text), json.loads(METHODS.read_text()))) != text:

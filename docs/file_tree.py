@@ -1,6 +1,7 @@
 """Write the tree of source files into docs/architecture.md: `python docs/file_tree.py`.
 
-A file's caption is the first sentence of its docstring. A folder's caption is that of its `__init__.py`.
+A file's caption is the first sentence of its docstring. A folder's caption is that of its
+`__init__.py`.
 """
 
 import ast

@@ -1,8 +1,8 @@
 """Fenced code blocks of the guides, with what stands above them in a comment that a reader does not see.
 
-<!-- needs: minutes -->     not run by the tests: minutes, network, weights, gpu, npu, or several of them
-<!-- theirs -->             another project's code
-<!-- file: NAME -->         saved under this name, for what comes after
+<!-- needs: minutes -->     not run by the tests: minutes, network, weights, gpu, npu, or several of
+them <!-- theirs -->             another project's code <!-- file: NAME -->         saved under this
+name, for what comes after
 """
 
 import re
