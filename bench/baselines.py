@@ -25,7 +25,7 @@ from rlhf.training.batches import Batch, Batches
 
 @dataclass(frozen=True)
 class Policy:
-    """Settings of a policy gradient, beside those of a run; per_device_train_batch_size is videos per rollout."""
+    """Settings of a policy gradient; per_device_train_batch_size is the videos of a rollout."""
 
     group_size: int = 8  # videos of one prompt that are compared with each other; 1: all of the batch are
     noise: str = "cps"  # how a step is made stochastic: a key of NOISES
@@ -37,7 +37,7 @@ class Policy:
     kl_weight: float = 0.0  # of the KL divergence of a step from the base's
 
 
-# ------------------------------------------------------------------------------------------- stochastic sampling
+# ------------------------------------------------------------------------------ stochastic sampling
 
 
 def sde_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
@@ -68,7 +68,7 @@ NOISES = {"sde": sde_moments, "cps": cps_moments}
 
 
 def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(B,) log-density of x under N(mean, std^2), the mean over its elements, as the published code takes it.
+    """Return the (B,) log-density of x under N(mean, std^2), the mean over its elements.
 
     So a clip range means the same for videos of any size.
     """
@@ -104,7 +104,7 @@ def stochastic_rollout(velocity: Velocity, noise: Callable[[str], torch.Tensor],
     return Trajectory([*states, euler_step(x, velocity(x, sigmas[-2]), sigmas[-2], sigmas[-1])], log_probs)
 
 
-# ------------------------------------------------------------------------------------------------ policy gradient
+# ---------------------------------------------------------------------------------- policy gradient
 
 
 def advantages(scores_B: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ def advantages(scores_B: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def clipped_loss(new_B: torch.Tensor, old_B: torch.Tensor, advantages_B: torch.Tensor, clip: float) -> torch.Tensor:
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), to be descended; its gradient at new = old is the policy's."""
+    """Return PPO's clipped surrogate (arXiv 1707.06347, eq. 7), to be minimised."""
     ratio_B = (new_B - old_B).exp()
     return -torch.minimum(advantages_B * ratio_B, advantages_B * ratio_B.clamp(1 - clip, 1 + clip)).mean()
 
@@ -141,7 +141,7 @@ def step_losses(
 
 
 class GroupedBatches(Batches):
-    """Batches in which each prompt stands `group_size` times in a row, every time with noise of its own."""
+    """Batches in which each prompt comes `group_size` times, each time with its own noise."""
 
     def __init__(self, of: Batches, group_size: int):
         vars(self).update(vars(of))
@@ -160,7 +160,7 @@ class GroupedBatches(Batches):
 
 
 class PolicyGradientTrainer(RewardGradientTrainer):
-    """The trainer of reward gradients with another step: everything else - adapter, prompts, rewards - is the same.
+    """The trainer of reward gradients with another step; all else is the same.
 
     For one process, and per_device_train_batch_size a multiple of group_size. ValueError for
     another.
@@ -216,7 +216,7 @@ class PolicyGradientTrainer(RewardGradientTrainer):
         return norm
 
 
-# ------------------------------------------------------------------------------------------------- best of n
+# ---------------------------------------------------------------------------------------- best of n
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def best_of(
     reward: Callable[[torch.Tensor], torch.Tensor],
     report_at: list[int],
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Sample number after number of a batch of prompts; for each n of report_at, (n, the best videos of the first n).
+    """Yield (n, the best videos of the first n samples) for each n of report_at.
 
     make: number of the sample -> videos (B, 3, T, H, W); reward: videos -> scores (B,), by which
     the best is kept.

@@ -1,4 +1,4 @@
-"""What a nano training step takes on a CPU: as shipped and without kept memory, alone and beside another program.
+"""Time of a nano step on a CPU: with and without kept memory, and beside another program.
 
     python bench/cpu_step.py        writes bench/results/cpu_step.json
 

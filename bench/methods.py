@@ -1,4 +1,4 @@
-"""Every method on nano, over seeds: what each gains on the trained reward and on judges that it never saw.
+"""Gains of every method on nano, on the trained reward and on held-out judges.
 
     python bench/methods.py [--seeds 0 1 2] [--only "draft_k, K = 1" drtune] [--device cuda]
     [--devices 0 1] [--jobs 6]

@@ -1,4 +1,4 @@
-"""Studies on nano: every arm timed alone on a device, then trained with every seed and judged on held-out prompts.
+"""Studies on nano: each arm is timed alone on a device, then trained with every seed.
 
 bench/study.py, bench/methods.py and bench/cheaper.py each have arms, settings of runs by name, and
 a result file. After
@@ -80,7 +80,7 @@ class Study:
         self.costs = self.about.setdefault("seconds_per_step", {})
 
     def calibrate(self, all_settings: list[dict], with_samples: bool = False) -> None:
-        """Time what is not timed yet, one after the other on each device; then the budget is known."""
+        """Time the arms that have no time yet, one after the other on each device."""
         alone, timers = replace(self.conditions, threads=None), self.pools.timers()
         self.about["base"] = timers[0].submit(study_runs.evaluate_base, alone).result()
         todo = {cost_key(settings): settings for settings in [self.default, *all_settings]}

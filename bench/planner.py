@@ -71,7 +71,7 @@ def reserved(device: torch.device) -> dict:
     return {"reserved_gib": most / GIB, "beside_gib": non_pytorch_memory(device) / GIB}
 
 
-# ---------------------------------------------------------------------------------- measurements
+# ------------------------------------------------------------------------------------- measurements
 
 
 def measure_nano(arm: str, size: str, device: torch.device) -> dict:
@@ -131,7 +131,7 @@ def fastest(work: Callable, device: torch.device) -> float:
     return min(rounds) / calls
 
 
-# ------------------------------------------------------------------------------------- estimates
+# ---------------------------------------------------------------------------------------- estimates
 
 
 def planner_of(settings: dict, model: str, rates: Rates = H200, size: str = "full", processes: int = 1) -> Planner:
@@ -239,7 +239,7 @@ def _cells(row: dict, key: str) -> str:
     return " | ".join([*("-" if value is None else f"{value:.2f}" for value in values), ratio])
 
 
-# ----------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def clean(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Write what was measured into the heads of the recipes and into docs/contentv_8b.md: `python bench/recipes.py`.
+"""Write measured costs into the recipes' heads and docs/contentv_8b.md.
 
 The line `# Measured: ...` of each recipe that an arm of bench/step.py is like gets that arm's time
 and memory from bench/results/step.json; the others, and those not measured, say that they are not
@@ -38,7 +38,7 @@ def measured(name: str, result: dict) -> str:
 
 
 def cost(result: dict, arm: str, frames: int, scored: int, steps: int) -> tuple[float, float, str] | None:
-    """Seconds of a video's whole step, the most memory in GiB, and how that is known; None if it is not.
+    """Return a video's seconds, peak GiB, and how they are known; None if they are not.
 
     Measured whole, or worked out of its measured parts: steps without gradient, then the last one
     with decoder, reward and the way back.

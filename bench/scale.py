@@ -1,4 +1,4 @@
-"""A full-size step on several devices: every layout of them, against one device of the same machine.
+"""A full-size step in every layout of several devices, against one device.
 
     torchrun --nproc_per_node 2 bench/scale.py                                   all arms that so
     many devices allow torchrun --nproc_per_node 2 bench/scale.py --only sequence --frames 33
@@ -55,7 +55,7 @@ GIB = 2**30
 PHASES, WORKED_OUT = ("sampling", "segment", "decode", "sum"), "step"
 
 
-# ------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def measure(work: Callable[[], None], accelerator, repeats: int, alone: bool) -> dict:

@@ -1,4 +1,4 @@
-"""What bench/scale.py measures: layouts, as settings of a run, and a model with random weights in any of them."""
+"""The layouts that bench/scale.py measures, and a model with random weights in any of them."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ class Bench:
         rig.transformer.sequence_group = self.layout.sequence_group
         rig.fields = rig.make_fields(self.layout)
 
-    # ------------------------------------------------------------------------------------------- the phases
+    # ----------------------------------------------------------------------------------- the phases
 
     def sampling(self) -> None:
         """Take a denoising step without gradient."""
@@ -92,7 +92,7 @@ class Bench:
     def _velocity(self):
         return self.rig.fields.window(self.rig.cond)
 
-    # ------------------------------------------------------------------------------------------- equality
+    # ------------------------------------------------------------------------------------- equality
 
     def train(self, videos: int, reward, steps: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the adapter's first gradient, and the adapter after the steps."""
@@ -129,7 +129,7 @@ def one_process(device: torch.device):
 
 
 def equality(settings: dict, accelerator) -> dict:
-    """Largest difference of the first gradient, over its largest number, and of the weights after five steps."""
+    """Return the largest relative difference of the first gradient, and that of the weights."""
     device, processes = accelerator.device, accelerator.num_processes
     reward, own = make_reward("tiny", 1, device), {"vae_dtype": "float32", "attention_kernel": "default"}
     with deterministic(device):

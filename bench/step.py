@@ -1,4 +1,4 @@
-"""One reward-gradient step of a full-size ContentV-8B with random weights: the peers' way and ours, arm by arm.
+"""A full-size reward-gradient step of ContentV-8B with random weights, arm by arm.
 
     python bench/step.py --arms "peers' way" exact --frames 33 --phases step --limit 550 python
     bench/tables.py                                                    puts the results into
@@ -62,7 +62,7 @@ class Bench:
     reward: torch.nn.Module
     scored: int  # leading frames that the reward is given
 
-    # ------------------------------------------------------------------------------------------- the phases
+    # ----------------------------------------------------------------------------------- the phases
 
     def sampling(self) -> None:
         """One guided step before the window."""
@@ -133,7 +133,7 @@ class Bench:
         if rig.fields:
             rig.fields.refresh()
 
-    # ------------------------------------------------------------------------------------- what they are made of
+    # ------------------------------------------------------------------------ what they are made of
 
     def _rollouts(self, rollouts: RolloutCache, number: int):
         rig, last = self.rig, len(self.rig.sigmas) - 2
@@ -161,7 +161,7 @@ class Bench:
         return rig.fields.prefix(rig.cond, self._plan()), rig.fields.window(rig.cond)
 
     def _peers_step(self, x: torch.Tensor, i: int, with_gradient: bool) -> torch.Tensor:
-        """As VideoX-Fun takes it, x in bfloat16: a graph in any case, thrown away without gradient."""
+        """Return VideoX-Fun's velocity: x in bfloat16, and a graph also where none is needed."""
         rig, sigmas = self.rig, self.rig.sigmas
         v = guided(rig, together=True)(x, sigmas[i])
         v = v if with_gradient else v.detach()
@@ -186,11 +186,11 @@ def guided(rig: Rig, together: bool = False) -> Velocity:
     return velocity_field(rig.transformer, rig.cond, rig.args.guidance_scale, together=together)
 
 
-# ------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def measure(work: Callable[[], dict | None], device: torch.device, repeats: int, warm: bool) -> dict:
-    """Median time and most memory of the repeats. Not warm: after one call more, apart, which loads and compiles."""
+    """Return median time and peak memory; not warm: after a separate first call."""
     seconds, peaks, told = [], [], None
     try:
         for _ in range(repeats if warm else 1 + repeats):
@@ -209,7 +209,7 @@ def measure(work: Callable[[], dict | None], device: torch.device, repeats: int,
 
 
 def compare(row: dict, gradients: Path, frames: int, scored: int) -> dict:
-    """Cosine and length against the references that have been run; a reference leaves its gradient for the others."""
+    """Return cosine and length against the references, and keep a reference's gradient."""
     found = row.pop("gradient")
     for reference in (STOCK, PEERS):
         path = gradients / f"{'stock' if reference == STOCK else 'peers'}-{len(found)}-{frames}-{scored}.pt"

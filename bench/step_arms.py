@@ -1,4 +1,4 @@
-"""What bench/step.py compares: arms, as settings of a run, and the model with random weights that they run on.
+"""The arms that bench/step.py compares, and the model with random weights that they run on.
 
 Shape legend: B batch, C channels, T latent frames or frames, H W height and width, N video tokens,
 L text tokens.
@@ -230,7 +230,7 @@ class TinyReward(torch.nn.Module):
 
 
 def make_reward(size_name: str, scored: int, device: torch.device):
-    """HPS v2.1 of full size with random weights, on 8 of the scored frames or as many as there are."""
+    """HPS v2.1 of full size with random weights, on at most 8 of the scored frames."""
     if size_name == "tiny":
         return TinyReward().to(device)
     from rewards.models.hps import HpsV21

@@ -1,4 +1,4 @@
-"""Which method earns its compute: reward gradients against gradient-free baselines on nano, at equal device time.
+"""Reward gradients against gradient-free baselines on nano, at equal device time.
 
     python bench/study.py [--sweep] [--only DRaFT-K Flow-GRPO] [--seeds 0 1 2 3 4] [--device cuda]
     [--devices 0 1]

@@ -1,4 +1,4 @@
-"""The arms of bench/study.py, the variants among which its sweep chooses, and how both become settings of a run."""
+"""The arms of bench/study.py, and the variants among which its sweep chooses."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def settings_of(arm: str, chosen: dict[str, dict]) -> dict:
 
 
 def chosen_by_sweep(path: Path = SWEEP) -> dict[str, dict]:
-    """By arm the variant whose runs gained most trained reward, the mean over seeds; {} where there was no sweep.
+    """Return by arm the variant with the highest mean trained reward; {} without a sweep.
 
     Held-out judges have no say in it. Only variants with as many seeds as the arm's most are
     compared.

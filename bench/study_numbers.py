@@ -37,7 +37,7 @@ def gains(rows: list[dict], measure: str) -> list[float]:
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t, as for five seeds it has to be; a single one has none."""
+    """Return the mean and half of its 95 % interval by Student's t; NaN for one value."""
     if len(values) < 2:
         return values[0], math.nan
     return statistics.mean(values), student_t_975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))

@@ -18,7 +18,7 @@ NEAR = 1.5  # points of the verifier: less than a name is high
 
 
 def plot_gains(result: dict, path: Path) -> None:
-    """Draw each arm's gains with their intervals, side by side for the trained reward and the verifier."""
+    """Draw each arm's gains with intervals, for the trained reward and the verifier."""
     arms = by_arm(result)
     figure, axes = _two_axes(9, 0.3 * len(arms) + 1.1)
     names = [named(arm, rows).strip("*") for arm, rows in arms.items()]
@@ -70,7 +70,7 @@ def color_of(arm: str) -> str:
 
 
 def _two_axes(width: float, height: float) -> tuple[Figure, list]:
-    """Return a figure of that size in inches, drawn without a display, and its axes side by side."""
+    """Return a figure of a size in inches, and its axes side by side; no display is needed."""
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, 2, sharey=True)
 

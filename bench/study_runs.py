@@ -1,4 +1,4 @@
-"""One run of a study on nano: an arm trained for so many steps, or n samples to choose from, and what came of it.
+"""One run of a study on nano: an arm trained for some steps, or the best of n samples.
 
 A worker process makes many of them: it imports and loads the judges once.
 """
@@ -106,7 +106,7 @@ def start(settings: dict, seed: int, steps: int, conditions: Conditions) -> Rewa
     return trainer
 
 
-# ---------------------------------------------------------------------------------------------------- how long
+# ----------------------------------------------------------------------------------------- how long
 
 
 def seconds_per_step(settings: dict, timed: int, conditions: Conditions) -> float:
@@ -118,7 +118,7 @@ def seconds_per_step(settings: dict, timed: int, conditions: Conditions) -> floa
 
 
 def seconds_per_sample(timed: int, conditions: Conditions) -> float:
-    """Seconds of one video of the base: sampled, decoded and scored by the trained reward, in evaluation's batches."""
+    """Return the seconds to sample, decode and score one video of the base."""
     trainer = start_base(0, conditions)
     prompts = trainer.eval_prompts[: conditions.eval_batch]
     score = trained_score(trainer, prompts)
@@ -142,7 +142,7 @@ def not_timed() -> list[dict]:
     raise RuntimeError("a step could not be timed, so no number of steps takes the budget; see the log")
 
 
-# ------------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def base_path(conditions: Conditions) -> Path:
@@ -177,7 +177,7 @@ def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list
 
 
 def queries_per_step(trainer: RewardGradientTrainer) -> int:
-    """Videos that the trained reward scores in a step; a gradient of it counts as one more look at the same video."""
+    """Return the videos that the trained reward scores in a step, once for each gradient."""
     if isinstance(trainer, PolicyGradientTrainer):
         return trainer.batches.size
     plan = make_plan(trainer.args, trainer.options, trainer.sigmas, generator("queries"))
@@ -230,7 +230,7 @@ def best_of_n(seed: int, count: int, report_at: list[int], seconds: float, condi
 
 
 def judge(video: torch.Tensor, other: torch.Tensor, prompts: list[str], trainer, conditions) -> dict[str, torch.Tensor]:
-    """(B,) by name: every judge and measure of the videos; `other` are second ones of the same prompts."""
+    """Return (B,) by judge and measure; `other` has second videos of the same prompts."""
     judges = judges_of(conditions)
     scores = RewardMix(judges, [0.0] * len(judges))(video, prompts, **trainer.reward_info(0))[1]
     measures = {name: of(video) for name, of in SINGLE_VIDEO_MEASURES.items()}

@@ -1,4 +1,4 @@
-"""Reproduce on nano the symptoms of docs/troubleshooting.md, and quote the output in bench/results/symptoms.md.
+"""Reproduce on nano the symptoms of docs/troubleshooting.md, and quote the output.
 
     python bench/symptoms.py [--only memory ...]
 
@@ -30,7 +30,7 @@ def commands(text: str) -> dict[str, str]:
 
 
 def said_by(command: str, folder: Path) -> str:
-    """Run a command of the page in its own folder; return its last lines and its metrics as a table."""
+    """Run a command of the page; return its last lines and its metrics as a table."""
     run = folder / "run"
     words = command.replace("accelerate launch train_rlhf.py", f"{shlex.quote(sys.executable)} train_rlhf.py")
     words = f"{words} --output_dir {shlex.quote(str(run))}"

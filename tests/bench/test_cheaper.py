@@ -1,4 +1,4 @@
-"""The studies of methods and of cheaper prefixes: settings that are accepted, the time that arms get, their tables."""
+"""The studies of methods and of cheaper prefixes: settings, equal time, tables."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_the_settings_of_every_arm_are_accepted(module, flags, tmp_path):
 
 @pytest.fixture
 def made(monkeypatch, tmp_path):
-    """Runs that take no time; a step takes as many seconds as its rollout is used less than 5 times."""
+    """Runs that take no time; a step takes 5 s less one for each use of its rollout."""
     made = []
 
     def train(settings, seed, steps, conditions):

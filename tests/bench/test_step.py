@@ -1,4 +1,4 @@
-"""The benchmark of a whole step, tiny and on a CPU: arms agree where they should, the tables say what was measured."""
+"""The benchmark of a whole step, tiny and on a CPU: arms agree, tables are right."""
 
 import json
 import sys
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_said():
 
 
 def test_the_floor_is_that_of_the_published_sizes():
-    """The figures of ContentV-8B at 33 and 125 frames, worked out by hand: tera operations and seconds."""
+    """ContentV-8B at 33 and 125 frames, worked out by hand in seconds."""
     arms = sys.modules["step_arms"]
     with torch.device("meta"):
         model = SD3Transformer3DModel()

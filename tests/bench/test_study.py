@@ -1,4 +1,4 @@
-"""The study of methods: settings that are accepted, equal device time, choice by the sweep, failures told."""
+"""The study of methods: settings, equal device time, choice by the sweep, failures."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def test_the_sweep_chooses_by_the_trained_reward_alone(tmp_path):
 
 @pytest.fixture
 def fake_runs(monkeypatch, tmp_path):
-    """Steps of known cost, and runs that take no time; DRTune fails as long as it is told to, ReFL can't be timed."""
+    """Steps of known cost, and runs that take no time; DRTune fails, ReFL can't be timed."""
     monkeypatch.setattr(study, "SWEEP", tmp_path / "no_sweep.json")
     calls = {"trained": [], "timed": 0, "broken": True}
     gain = {"base": 0.5, "tuned": 0.6, "diff": 0.1}

@@ -1,4 +1,4 @@
-"""The guides: every code block runs, or says what it needs; what is named exists; tables are those of the results."""
+"""The guides: code blocks run, what is named exists, tables are those of the results."""
 
 import importlib.util
 import os
@@ -59,7 +59,7 @@ def sandbox(tmp_path, monkeypatch):
     return tmp_path
 
 
-# ----------------------------------------------------------------------------------------------- what is run
+# -------------------------------------------------------------------------------------- what is run
 
 
 @PAGE
@@ -74,7 +74,7 @@ def test_blocks_say_their_language_and_what_they_need(page):
 
 @PAGE
 def test_blocks_run(page, sandbox, monkeypatch):
-    """In order, the page's Python in one namespace, and commands in this process: they share what is imported."""
+    """In order, the page's Python in one namespace, commands in this process."""
     namespace, found = {}, blocks(page)
     assert bool(found) == ("```" in page.read_text(encoding="utf-8")), "nothing that is shown is passed over"
     for block in found:
@@ -162,7 +162,7 @@ def understood(script: str, *arguments: str) -> None:
         runpy.run_path(script)[f"parse_{Path(script).stem}_args"](list(arguments))  # argparse would end the test
 
 
-# ------------------------------------------------------------------------------------- what is named and linked
+# ------------------------------------------------------------------------- what is named and linked
 
 
 def headings(page: Path) -> set[str]:
@@ -227,7 +227,7 @@ def test_recipes_of_the_guides_exist():
         assert f"`{family}`" in text, f"{path.name} has no row in docs/recipes.md"
 
 
-# ------------------------------------------------------------------------------------------------ what is made
+# ------------------------------------------------------------------------------------- what is made
 
 
 def test_tables_are_those_of_the_results():
@@ -266,7 +266,7 @@ def test_the_file_tree_follows_the_folders(tmp_path):
     assert lines[3:7] == ["rlhf/ A package", "b.py The loop: it runs", "room/", "a.py A file"]
 
 
-# -------------------------------------------------------------------------------------------------- the site
+# ----------------------------------------------------------------------------------------- the site
 
 
 def test_every_page_is_in_the_navigation():

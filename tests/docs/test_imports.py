@@ -1,4 +1,4 @@
-"""Rewards and checks of settings are light to import; packages that would drag in outdated pins are never needed."""
+"""Imports are light, and no package with outdated pins is needed."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ UNWANTED = {"hpsv2", "hpsv3", "ImageReward", "image-reward", "imscore", "aesthet
 
 
 def modules_after(code):
-    """Names of the modules that are loaded once a fresh interpreter has run `code`; seconds that it took."""
+    """Return the modules loaded after `code` in a fresh interpreter, and its seconds."""
     code = f"import sys, time\nstart = time.perf_counter()\n{code}\nprint(time.perf_counter() - start, *sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     seconds, *modules = out.split()
