@@ -1,7 +1,7 @@
 """What cheaper prefixes do to training: held-out gain on nano at equal device time, over seeds.
 
     python bench/cheaper.py [--seeds 0 1 2] [--only plain ...] [--steps 40] [--device cuda]
-    [--devices 0 1] [--jobs 6]
+        [--devices 0 1] [--jobs 6]
 
 Every arm samples with 12 steps, the last two with gradient, so that there is a prefix to save; 64
 videos a step and the learning rate that the study chose for such late windows, since with the 16
@@ -21,8 +21,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from nano_study import arguments, opened, run_of
 from study_arms import ROOT
 from study_numbers import AT_FULL_SIZE

@@ -1,7 +1,6 @@
 """By how much the cheaper gradients of guidance turn the exact one, on nano.
 
-    python bench/guidance.py [--device cpu]     writes bench/results/guidance.json; under a minute
-    on two cores
+    python bench/guidance.py [--device cpu]     writes bench/results/guidance.json in a minute
 
 Prediction: for one step, "none" points where "text" does and is guidance_scale times shorter; over
 more steps the text branch alone turns further away, since it leaves (g - 1) J_neg out of every
@@ -10,7 +9,6 @@ factor; "distill", the exact gradient of another sampler, is no nearer.
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -18,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
-from environment import environment
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, write_rows
 
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
@@ -45,8 +43,7 @@ def make_trainer(device: str | None) -> RewardGradientTrainer:
         per_device_train_batch_size=BATCH,
         max_steps=BATCHES,
     )
-    trainer = RewardGradientTrainer(args=args)
-    return trainer
+    return RewardGradientTrainer(args=args)
 
 
 def shake(trainer: RewardGradientTrainer, spread: float) -> None:
@@ -105,8 +102,7 @@ def main() -> None:
             print({k: v for k, v in row.items() if k != "all"}, flush=True)
         rows += found
     about = environment(trainer.device) | {"model": "nano", "batch": BATCH, "batches": BATCHES}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
+    write_rows(RESULT, about, rows)
 
 
 if __name__ == "__main__":

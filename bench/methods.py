@@ -1,7 +1,7 @@
 """Gains of every method on nano, on the trained reward and on held-out judges.
 
     python bench/methods.py [--seeds 0 1 2] [--only "draft_k, K = 1" drtune] [--device cuda]
-    [--devices 0 1] [--jobs 6]
+        [--devices 0 1] [--jobs 6]
 
 Each arm trains configs/nano.yaml with its settings for --steps optimizer steps, all the same
 number; what a step costs is timed alone on a device. `python bench/tables.py` then fills
@@ -15,8 +15,7 @@ hardly; what holds the adapter to its base gains less and has the smaller hackin
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from nano_study import arguments, opened, run_of
 from study_arms import ROOT
 

@@ -1,9 +1,8 @@
 """Studies on nano: each arm is timed alone on a device, then trained with every seed.
 
-bench/study.py, bench/methods.py and bench/cheaper.py each have arms, settings of runs by name, and
-a result file. After
-each run the file is written anew, whole or not at all: a stopped study goes on with the same
-command, and a run that failed says why and is made again next time.
+bench/study.py, methods.py and cheaper.py each have arms, settings of runs by name, and a result
+file. After each run the file is written anew, whole or not at all: a stopped study goes on with the
+same command, and a run that failed says why and is made again next time.
 """
 
 import argparse
@@ -20,8 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_runs
 from environment import environment
 from study_arms import cost_key

@@ -19,7 +19,6 @@ Prediction: memory within 15 %, time within 35 %.
 
 import argparse
 import dataclasses
-import gc
 import json
 import statistics
 import sys
@@ -32,11 +31,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import environment
+from environment import environment, free_memory, read_rows, write_rows
 from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of, settings_of_layout, settings_of_step
-from step import Bench, limit_memory, measure, write
+from step import Bench, limit_memory, measure
 from step_arms import SIZES, Rig, make_reward
 
 from rlhf.config import RewardGradientConfig, with_sampling
@@ -244,10 +242,8 @@ def _cells(row: dict, key: str) -> str:
 
 def clean(device: torch.device) -> None:
     """Free the device's memory and reset its peak."""
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
-        reset_peak_memory(device)
+    free_memory(device)
+    reset_peak_memory(device)
 
 
 def measured_row(arm: str, size: str, device: torch.device, reward: Callable | None) -> dict:
@@ -281,8 +277,7 @@ def measure_arms(arguments: argparse.Namespace) -> None:
     """Measure the arms that the result lacks."""
     began, device, output = time.perf_counter(), pick_device(arguments.device), arguments.output
     about = environment(device) | {"size": arguments.size, "steps": STEPS}
-    old = json.loads(output.read_text()) if output.exists() else {}
-    rows = {row["arm"]: row for row in old.get("rows", [])} if old.get("environment") == about else {}
+    rows = read_rows(output, about, lambda row: row["arm"])
     reward = None
     for arm in arguments.only:
         done = arm in rows and "error" not in rows[arm] and not arguments.again
@@ -295,7 +290,7 @@ def measure_arms(arguments: argparse.Namespace) -> None:
             clean(device)
         else:
             rows[arm] = measured_row(arm, arguments.size, device, reward)
-        write(output, about, list(rows.values()))
+        write_rows(output, about, rows.values())
         print(f"{arm}: {rows[arm].get('error', 'measured')}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -312,7 +307,7 @@ def predict(arguments: argparse.Namespace) -> None:
         read = lambda name: json.loads((RESULT.parent / name).read_text())
         others = compare_steps(read("step.json")["rows"]) + compare_layouts(read("scale.json"))
         rows |= {row["arm"]: row for row in others}
-    write(arguments.output, about, list(rows.values()))
+    write_rows(arguments.output, about, rows.values())
 
 
 def main(argv: list[str] | None = None) -> None:

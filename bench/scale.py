@@ -1,10 +1,9 @@
 """A full-size step in every layout of several devices, against one device.
 
-    torchrun --nproc_per_node 2 bench/scale.py                                   all arms that so
-    many devices allow torchrun --nproc_per_node 2 bench/scale.py --only sequence --frames 33
-    --limit 300 torchrun --nproc_per_node 4 bench/scale.py --tiny --output /tmp/scale.json   on CPUs
-    python bench/tables.py                                                       puts the results
-    into docs/scaling.md
+    torchrun --nproc_per_node 2 bench/scale.py          all layouts of two devices
+    torchrun --nproc_per_node 2 bench/scale.py --only sequence --frames 33 --limit 300
+    torchrun --nproc_per_node 4 bench/scale.py --tiny --output /tmp/scale.json      on CPUs
+    python bench/tables.py                              writes the tables
 
 Any number of devices: also 1, and over several hosts as torchrun starts them. Rows go to
 bench/results/scale.json one by one; a row that is there is not measured again, and nothing begins
@@ -24,8 +23,6 @@ smaller and at most a tenth slower.
 """
 
 import argparse
-import gc
-import json
 import os
 import statistics
 import sys
@@ -38,11 +35,9 @@ os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
-from environment import environment
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, free_memory, read_rows, write_rows
 from scale_arms import ONE, Bench, arms, equality
-from step import write
 from step_arms import SIZES
 
 from rlhf.config import RewardGradientConfig
@@ -115,10 +110,7 @@ class Run:
             "repeats": arguments.repeats,
             "size": "tiny" if arguments.tiny else "full",
         }
-        path = arguments.output
-        old = json.loads(path.read_text()) if path.exists() else {}
-        same = old.get("environment") == self.about
-        self.rows = {key(row): row for row in (old["rows"] if same else [])}
+        self.rows = read_rows(arguments.output, self.about, key)
         self.bench: Bench | None = None
         self.accelerator.wait_for_everyone()  # all have read
 
@@ -139,7 +131,7 @@ class Run:
         sharded = "shard_base" in settings
         if self.bench is None or sharded != self.bench.rig.args.shard_base:
             self.bench = None  # the one before goes before the next one comes
-            gc.collect()
+            free_memory(self.accelerator.device)
             arguments = self.arguments
             own = settings if sharded else {}
             self.bench = Bench(self.size, arguments.frames, arguments.steps, self.scored, self.accelerator, own)
@@ -165,7 +157,7 @@ class Run:
         row = with_efficiency(row, self.rows)
         self.rows[key(row)] = row
         if self.accelerator.is_main_process:
-            write(self.arguments.output, self.about, list(self.rows.values()))
+            write_rows(self.arguments.output, self.about, self.rows.values())
             print({name: value for name, value in row.items() if name != "all"}, flush=True)
 
 

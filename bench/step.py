@@ -1,19 +1,17 @@
 """A full-size reward-gradient step of ContentV-8B with random weights, arm by arm.
 
-    python bench/step.py --arms "peers' way" exact --frames 33 --phases step --limit 550 python
-    bench/tables.py                                                    puts the results into
-    docs/performance.md
+    python bench/step.py --arms "peers' way" exact --frames 33 --phases step --limit 550
+    python bench/tables.py          writes the tables
 
 Rows go to bench/results/step.json arm by arm; a row replaces that of the same arm, frames, scored
 frames and phase. The run stops before a phase that would begin after --limit seconds; the same
 command then goes on with what is missing.
 
 The peers' way is that of VideoX-Fun's train_reward_lora.py (main branch, November 2026) with the
-same model and
-adapter: both branches of guidance in one batch, checkpointing by block, a graph in every step that
-is detached where no gradient is wanted, latents and VAE in bfloat16, the VAE's own decode, of the
-first latent only. Ours keeps latents in float32. The position table is cached for both. Time and
-memory do not depend on the weights.
+same model and adapter: both branches of guidance in one batch, checkpointing by block, a graph in
+every step that is detached where no gradient is wanted, latents and VAE in bfloat16, the VAE's own
+decode, of the first latent only. Ours keeps latents in float32. The position table is cached for
+both. Time and memory do not depend on the weights.
 
 Prediction: exact at 125 frames 7.0 s for a branch forward and backward (peers 9.3) and 2.05 s
 forward (2.46), the whole gradient of 125 frames below 40 GiB; the full step at 33 frames 1.4 times
@@ -22,8 +20,6 @@ first at a seventh of the first one's time.
 """
 
 import argparse
-import gc
-import json
 import statistics
 import sys
 import time
@@ -33,16 +29,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
-from environment import environment
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, free_memory, read_rows, write_rows
 from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
 
 from rlhf.adapter.optimizer import clip_gradient
 from rlhf.contentv.flow import euler_step
 from rlhf.contentv.wan_decoder import saturated_share, unnormalise
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
-from rlhf.io import write_json
 from rlhf.method.options import MethodOptions
 from rlhf.method.plan import gradient_samples, make_plan
 from rlhf.method.rollout import RolloutCache, Velocity, rollout
@@ -259,11 +253,6 @@ def limit_memory(device: torch.device, gib: float | None) -> None:
     torch.get_device_module(device).set_per_process_memory_fraction(fraction)
 
 
-def write(path: Path, about: dict, rows: list[dict]) -> None:
-    """Whole or not at all: a run that is killed leaves the rows of before."""
-    write_json(path, {"environment": about, "rows": rows})
-
-
 def key(row: dict) -> tuple:
     """Return what identifies a row."""
     return row["arm"], row["frames"], row["scored"], row["phase"]
@@ -293,8 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(arguments.device)
     size = SIZES[arguments.size]
     about = environment(device) | {"size": arguments.size, "height": size.height, "width": size.width}
-    old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    rows = {key(row): row for row in (old.get("rows", []) if old.get("environment") == about else [])}
+    rows = read_rows(arguments.output, about, key)
     scored = {"first": 1, "all": arguments.frames}.get(arguments.scored) or int(arguments.scored)
     reward, late = make_reward(arguments.size, scored, device), lambda: time.perf_counter() - began > arguments.limit
     for arm in arguments.arms:
@@ -303,10 +291,8 @@ def main(argv: list[str] | None = None) -> None:
         if not missing or late():
             continue
         rows |= {key(row): row for row in run_arm(arm, missing, scored, reward, arguments, device, late)}
-        write(arguments.output, about, list(rows.values()))
-        gc.collect()
-        if device.type != "cpu":
-            torch.accelerator.empty_cache()
+        write_rows(arguments.output, about, rows.values())
+        free_memory(device)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Reward gradients against gradient-free baselines on nano, at equal device time.
 
-    python bench/study.py [--sweep] [--only DRaFT-K Flow-GRPO] [--seeds 0 1 2 3 4] [--device cuda]
-    [--devices 0 1]
-        [--jobs 6] [--steps 80] [--output FILE] [--flags ...]
+    python bench/study.py [--sweep] [--only DRaFT-K Flow-GRPO] [--seeds 0 1 2 3 4]
+        [--device cuda] [--devices 0 1] [--jobs 6] [--steps 80] [--output FILE] [--flags ...]
 
 1. Every arm's optimizer step is timed alone on a device, twice, and the faster time counts: what
    disturbs only adds, and the first steps of a process are slow. The budget is the time of --steps
    steps of the default recipe; each arm trains for as many steps as fit into it, whatever else then
    runs beside it, and its learning rate falls to 0 over these.
 2. Every arm is trained with every seed, --jobs of them at a time on each device, and judged on
-held-out prompts.
+   held-out prompts.
 
 A stopped study goes on. --sweep tries each arm's variants on other seeds and prompts instead and
 writes study_sweep.json; the study takes the variants that gained most trained reward there. Then
@@ -27,8 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_runs
 from nano_study import EVAL_SEED, Study, arguments, opened, run_of
 from study_arms import ARMS, BEST_OF, DEFAULT, ROOT, SWEEP, VARIANTS, chosen_by_sweep, settings_of

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_report
 from md_table import GONE, label, made_on, table
 from step_tables import compile_table, less_memory_table, phase_cell, step_table

@@ -179,29 +179,6 @@ def test_policy_gradients_raise_the_reward(make_args):
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.05
 
 
-def test_a_first_update_is_the_plain_policy_gradient(make_args):
-    """The ratio is 1: the gradient is that of the advantage-weighted log-density."""
-    trainer = policy_trainer(make_args, Policy(group_size=2, updates=1), per_device_train_batch_size=4)
-    with torch.no_grad():
-        trainer.masters.vector += 0.1 * torch.randn(trainer.masters.vector.shape, generator=generator("B"))
-    trainer.masters.write()
-    batch = trainer.batches.batch(0, 0)
-    field = trainer.fields.window(trainer.text(batch.prompts, trainer.device))
-    path = baselines.stochastic_rollout(field, batch.noise, trainer.sigmas, trainer.policy)
-    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    for i, x in enumerate(path.states[:-2]):
-        mean, std = baselines.cps_moments(x, field(x, trainer.sigmas[i]), trainer.sigmas, i, 0.7)
-        density = torch.distributions.Normal(mean, std).log_prob(path.states[i + 1]).flatten(1).mean(1)
-        (-(advantage * density).mean() / 2).backward()
-    trainer.masters.collect_grad()
-    expected = trainer.masters.vector.grad.clone()
-    trainer.masters.vector.grad.zero_()
-    for loss in baselines.step_losses(field, field, path, advantage, trainer.sigmas, trainer.policy):
-        trainer._back_propagate(loss)
-    assert expected.norm() > 0
-    assert (trainer.masters.vector.grad - expected).norm() < 1e-3 * expected.norm()
-
-
 def test_rows_of_a_trajectory_stay_together():
     path = Trajectory([normal(4, 2), normal(4, 2, seed=1)], [normal(4, seed=2)])
     part = path.rows(torch.tensor([3, 1]))

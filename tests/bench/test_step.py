@@ -140,11 +140,3 @@ def test_the_tables_by_hand():
     ]
     compiled = tables.TABLES["step.json#compile"](result)
     assert compiled.splitlines()[2:] == ["| `exact, no recomputation, compiled` | 33 | 59 | 2.00 | 30 |"]
-
-
-def test_a_part_of_a_result_has_its_own_place(tmp_path):
-    (tmp_path / "bench" / "results").mkdir(parents=True)
-    result = {"environment": {"device": "Chip", "cores": 4, "torch": "9.9"}, "rows": [row("exact", "step", 1.0)]}
-    (tmp_path / "bench" / "results" / "step.json").write_text(json.dumps(result))
-    text = "<!-- table: bench/results/step.json#exact -->\n<!-- end of table -->\n"
-    assert "| `exact` | 1.00 |" in tables.fill(text, tmp_path)
