@@ -54,14 +54,6 @@ def test_a_rollout_used_again_counts_for_each_use(rows):
     assert row["seconds_per_gradient"] == pytest.approx(row["seconds"] / 4)
 
 
-def test_the_adapter_has_a_gradient_everywhere_but_where_nothing_reads(rows, tmp_path):
-    rig = bench.Rig("exact", bench.SIZES["tiny"], 5, 4, 5, torch.device("cpu"))
-    told = bench.Bench(rig, bench.make_reward("tiny", 5, torch.device("cpu")), 5).window()
-    assert rig.masters.vector.grad.abs().max() == 0, "ready for the next"
-    empty = [name for name, piece in rig.masters.named(told["gradient"]).items() if piece.abs().max() == 0]
-    assert all("add_q_proj" in name for name in empty)
-
-
 def test_rows_that_are_there_are_not_measured_again(tmp_path, capsys):
     flags = ("--arms", "exact, nothing twice", "--phases", "sampling")
     first = run(tmp_path, *flags)
