@@ -22,6 +22,8 @@ from rlhf.method.rollout import Velocity
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.batches import Batch, Batches
 
+MAX_ADVANTAGE = 5.0  # as published
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -31,7 +33,6 @@ class Policy:
     noise: str = "cps"  # how a step is made stochastic: a key of NOISES
     noise_level: float = 0.7
     clip_range: float = 1e-3  # of the ratio; that of the published configuration for video
-    max_advantage: float = 5.0
     updates: int = 2  # optimizer updates of a pass, each on its share of the videos
     passes: int = 1  # over the videos of a rollout
     kl_weight: float = 0.0  # of the KL divergence of a step from the base's
@@ -185,7 +186,7 @@ class PolicyGradientTrainer(RewardGradientTrainer):
         )
         with torch.no_grad():
             scores_B, _ = self.rewards(self.decode(path.states[-1], step), batch.prompts, **self.reward_info(step))
-        advantages_B = advantages(scores_B, policy.group_size).clamp(-policy.max_advantage, policy.max_advantage)
+        advantages_B = advantages(scores_B, policy.group_size).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
         rng = generator("updates", self.args.seed, step)
         for _ in range(policy.passes):
             for rows in torch.randperm(len(scores_B), generator=rng).chunk(policy.updates):

@@ -1,4 +1,4 @@
-"""What cheaper prefixes do to training: held-out gain on nano at equal device time, over seeds.
+"""Held-out gains of cheaper prefixes on nano at equal device time, over seeds.
 
     python bench/cheaper.py [--seeds 0 1 2] [--only plain ...] [--steps 40] [--device cuda]
         [--devices 0 1] [--jobs 6]

@@ -1,4 +1,4 @@
-"""By how much the cheaper gradients of guidance turn the exact one, on nano.
+"""Angle and length of guidance's cheaper gradients against the exact one, on nano.
 
     python bench/guidance.py [--device cpu]     writes bench/results/guidance.json in a minute
 

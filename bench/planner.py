@@ -11,8 +11,7 @@ trainer; ContentV-8B with random weights, by bench/step.py; and the rows of benc
 and scale.json, as they are. In rows that say "extrapolated", one denoising step was measured and
 counted for all.
 
-Memory is what PyTorch calls allocated. Rows also have its reserved memory, and that of the context
-and the kernels.
+Memory is what PyTorch calls allocated.
 
 Prediction: memory within 15 %, time within 35 %.
 """
@@ -61,14 +60,6 @@ def peak(device: torch.device) -> float | None:
     return None if device.type == "cpu" else peak_memory(device) / GIB
 
 
-def reserved(device: torch.device) -> dict:
-    """Return the peak GiB of PyTorch's blocks, and the GiB of context and kernels."""
-    if device.type == "cpu":
-        return {}
-    most = torch.get_device_module(device).max_memory_reserved(device)
-    return {"reserved_gib": most / GIB, "beside_gib": non_pytorch_memory(device) / GIB}
-
-
 # ------------------------------------------------------------------------------------- measurements
 
 
@@ -80,7 +71,7 @@ def measure_nano(arm: str, size: str, device: torch.device) -> dict:
         trainer.step(0)
         clean(device)
         seconds = [trainer.step(number)["seconds"] for number in (1, 2, 3)]  # each ends with a number read back
-        return {"seconds": sorted(seconds)[1], "all": seconds, "peak_gib": peak(device)} | reserved(device)
+        return {"seconds": sorted(seconds)[1], "all": seconds, "peak_gib": peak(device)}
 
 
 def measure_full(arm: str, size: str, device: torch.device, reward: Callable) -> dict:
@@ -88,7 +79,7 @@ def measure_full(arm: str, size: str, device: torch.device, reward: Callable) ->
     frames, scored, _ = FULL[arm]
     rig = Rig(arm, SIZES[size], frames, STEPS, scored, device, settings=settings_of(arm, size))
     limit_memory(device, CAPS_GIB.get(arm))
-    return measure(Bench(rig, reward, scored).step, device, repeats=1, warm=False) | reserved(device)
+    return measure(Bench(rig, reward, scored).step, device, repeats=1, warm=False)
 
 
 def measure_rates(device: torch.device, size: str) -> dict:

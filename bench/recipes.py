@@ -1,4 +1,4 @@
-"""Write measured costs into the recipes' heads and docs/contentv_8b.md.
+"""Write measured costs into recipes and docs/contentv_8b.md: `python bench/recipes.py`.
 
 The line `# Measured: ...` of each recipe that an arm of bench/step.py is like gets that arm's time
 and memory from bench/results/step.json; the others, and those not measured, say that they are not

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
-PACKAGES = ("rlhf", "rewards", "eval")
+PACKAGES = ("rlhf", "rewards", "eval", "bench")
 SCRIPTS = ("train_rlhf.py", "demo.py")
 CAPTIONS = {  # of folders that are no packages
     "eval": "Commands that generate, score and compare videos of any model",
@@ -51,17 +51,17 @@ def line(name: str, words: str, depth: int) -> str:
     return f"{'  ' * depth + name:<{COLUMN}}{words}".rstrip()
 
 
-def tree(root: Path = ROOT) -> str:
+def tree() -> str:
     """Return the whole tree as a block of text."""
-    lines = [line(name, caption(root / name), 0) for name in SCRIPTS]
-    lines += [found for name in PACKAGES for found in lines_of(root / name)]
+    lines = [line(name, caption(ROOT / name), 0) for name in SCRIPTS]
+    lines += [found for name in PACKAGES for found in lines_of(ROOT / name)]
     lines += [line(f"{name}/", words, 0) for name, words in CAPTIONS.items() if name not in PACKAGES]
     return "\n".join(["```text", *lines, "```", ""])
 
 
-def drawn(text: str, root: Path = ROOT) -> str:
+def drawn(text: str) -> str:
     """Return the text of the page with its tree made anew."""
-    return PLACE.sub(lambda place: f"{place[1]}{tree(root)}{place[2]}", text)
+    return PLACE.sub(lambda place: f"{place[1]}{tree()}{place[2]}", text)
 
 
 if __name__ == "__main__":
