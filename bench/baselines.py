@@ -1,8 +1,9 @@
-"""Gradient-free baselines on the same model, adapter, reward and prompts: policy gradients, and the best of n samples.
+"""Gradient-free baselines with the same model and reward: policy gradients, and best of n.
 
-Flow-GRPO (arXiv 2505.05470) makes the sampler of a flow stochastic, so that a step has a probability, and ascends
-advantage times log-probability with PPO's clipped ratio; advantages are relative to a group of videos of one prompt.
-Relative to the batch it is DDPO (arXiv 2305.13301) for flows. Neither asks the reward for a gradient.
+Flow-GRPO (arXiv 2505.05470) makes the sampler of a flow stochastic, so that a step has a
+probability, and ascends advantage times log-probability with PPO's clipped ratio; advantages are
+relative to a group of videos of one prompt. Relative to the batch it is DDPO (arXiv 2305.13301) for
+flows. Neither asks the reward for a gradient.
 
 Shape legend: B batch, C channels, T latent frames, H W latent height and width, N denoising steps.
 """
@@ -21,29 +22,31 @@ from rlhf.method.rollout import Velocity
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.batches import Batch, Batches
 
+MAX_ADVANTAGE = 5.0  # as published
+
 
 @dataclass(frozen=True)
 class Policy:
-    """Settings of a policy gradient, beside those of a run; per_device_train_batch_size is videos per rollout."""
+    """Settings of a policy gradient; per_device_train_batch_size is the videos of a rollout."""
 
     group_size: int = 8  # videos of one prompt that are compared with each other; 1: all of the batch are
     noise: str = "cps"  # how a step is made stochastic: a key of NOISES
     noise_level: float = 0.7
     clip_range: float = 1e-3  # of the ratio; that of the published configuration for video
-    max_advantage: float = 5.0
     updates: int = 2  # optimizer updates of a pass, each on its share of the videos
     passes: int = 1  # over the videos of a rollout
     kl_weight: float = 0.0  # of the KL divergence of a step from the base's
 
 
-# ------------------------------------------------------------------------------------------- stochastic sampling
+# ------------------------------------------------------------------------------ stochastic sampling
 
 
 def sde_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
     """Mean and standard deviation of step i by Euler-Maruyama (Flow-GRPO, arXiv 2505.05470, eq. 9).
 
-    x' = x + [v + s^2 / (2 t) (x + (1 - t) v)] dt + s sqrt(|dt|) noise at t = sigma_i, with s = level sqrt(t / (1 - t)).
-    At t = 1, where s has no bound, the next level stands in its denominator, as in the published code.
+    x' = x + [v + s^2 / (2 t) (x + (1 - t) v)] dt + s sqrt(|dt|) noise at t = sigma_i, with s =
+    level sqrt(t / (1 - t)). At t = 1, where s has no bound, the next level stands in its
+    denominator, as in the published code.
     """
     t, dt = sigmas[i], sigmas[i + 1] - sigmas[i]
     diffusion = level * (t / (1 - (sigmas[1] if t == 1 else t))).sqrt()
@@ -52,10 +55,10 @@ def sde_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, 
 
 
 def cps_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
-    """The same by coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): noise is exchanged, not added.
+    """Return the same for coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952).
 
-    Of the noise at level t' = sigma_i+1 a part t' sin(level pi / 2) is fresh, the rest is what the model sees in x: the
-    sum is as noisy as the flow at t', whatever the length of the step.
+    Of the noise at level t' = sigma_i+1 a part t' sin(level pi / 2) is fresh, the rest is what the
+    model sees in x: the sum is as noisy as the flow at t', whatever the length of the step.
     """
     t, after = sigmas[i], sigmas[i + 1]
     std = after * math.sin(level * math.pi / 2)
@@ -66,7 +69,7 @@ NOISES = {"sde": sde_moments, "cps": cps_moments}
 
 
 def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(B,) log-density of x under N(mean, std^2), the mean over its elements, as the published code takes it.
+    """Return the (B,) log-density of x under N(mean, std^2), the mean over its elements.
 
     So a clip range means the same for videos of any size.
     """
@@ -82,6 +85,7 @@ class Trajectory:
     log_probs: list[torch.Tensor]  # (B,) of each stochastic step
 
     def rows(self, rows: torch.Tensor) -> "Trajectory":
+        """Return the trajectory of some rows."""
         return Trajectory([x[rows] for x in self.states], [p[rows] for p in self.log_probs])
 
 
@@ -101,13 +105,14 @@ def stochastic_rollout(velocity: Velocity, noise: Callable[[str], torch.Tensor],
     return Trajectory([*states, euler_step(x, velocity(x, sigmas[-2]), sigmas[-2], sigmas[-1])], log_probs)
 
 
-# ------------------------------------------------------------------------------------------------ policy gradient
+# ---------------------------------------------------------------------------------- policy gradient
 
 
 def advantages(scores_B: torch.Tensor, group_size: int) -> torch.Tensor:
     """(B,) scores less the mean of their group, over its spread; neighbours are a group.
 
-    group_size 1 is one group of all: DDPO's rule for prompts that it has not seen 16 times, which here none is.
+    group_size 1 is one group of all: DDPO's rule for prompts that it has not seen 16 times, which
+    here none is.
     """
     groups = scores_B.view(-1, group_size if group_size > 1 else len(scores_B))
     spread = groups.std(1, keepdim=True, correction=0) + 1e-4
@@ -115,7 +120,7 @@ def advantages(scores_B: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def clipped_loss(new_B: torch.Tensor, old_B: torch.Tensor, advantages_B: torch.Tensor, clip: float) -> torch.Tensor:
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), to be descended; its gradient at new = old is the policy's."""
+    """Return PPO's clipped surrogate (arXiv 1707.06347, eq. 7), to be minimised."""
     ratio_B = (new_B - old_B).exp()
     return -torch.minimum(advantages_B * ratio_B, advantages_B * ratio_B.clamp(1 - clip, 1 + clip)).mean()
 
@@ -123,7 +128,7 @@ def clipped_loss(new_B: torch.Tensor, old_B: torch.Tensor, advantages_B: torch.T
 def step_losses(
     velocity: Velocity, base: Velocity, path: Trajectory, advantages_B: torch.Tensor, sigmas, policy: Policy
 ) -> Iterator[torch.Tensor]:
-    """The loss of each stochastic step with its graph, one after the other; their mean is the loss of an update."""
+    """Yield the loss of each stochastic step; their mean is the loss of an update."""
     moments = NOISES[policy.noise]
     for i, old_B in enumerate(path.log_probs):
         x, after = path.states[i], path.states[i + 1]
@@ -137,26 +142,29 @@ def step_losses(
 
 
 class GroupedBatches(Batches):
-    """Batches in which each prompt stands `group_size` times in a row, every time with noise of its own."""
+    """Batches in which each prompt comes `group_size` times, each time with its own noise."""
 
     def __init__(self, of: Batches, group_size: int):
         vars(self).update(vars(of))
         self.group_size, self.prompts_per_step = group_size, self.size // group_size
 
     def batch(self, step: int, micro: int) -> Batch:
+        """Return the batch, each prompt `group_size` times."""
         prompts = self.prompts_at(step * self.prompts_per_step, self.prompts_per_step)
         noise = super().batch(step, micro).noise
         return Batch([prompt for prompt in prompts for _ in range(self.group_size)], noise)
 
     def prompts_from_rollout(self, step: int) -> list[str]:
+        """Return the prompts from a step on."""
         left = self.max_steps - step
         return self.prompts_at(step * self.prompts_per_step, left * self.prompts_per_step)
 
 
 class PolicyGradientTrainer(RewardGradientTrainer):
-    """The trainer of reward gradients with another step: everything else - adapter, prompts, rewards - is the same.
+    """The trainer of reward gradients with another step; all else is the same.
 
-    For one process, and per_device_train_batch_size a multiple of group_size. ValueError for another.
+    For one process, and per_device_train_batch_size a multiple of group_size. ValueError for
+    another.
     """
 
     def __init__(self, policy: Policy, args, **inputs):
@@ -178,7 +186,7 @@ class PolicyGradientTrainer(RewardGradientTrainer):
         )
         with torch.no_grad():
             scores_B, _ = self.rewards(self.decode(path.states[-1], step), batch.prompts, **self.reward_info(step))
-        advantages_B = advantages(scores_B, policy.group_size).clamp(-policy.max_advantage, policy.max_advantage)
+        advantages_B = advantages(scores_B, policy.group_size).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
         rng = generator("updates", self.args.seed, step)
         for _ in range(policy.passes):
             for rows in torch.randperm(len(scores_B), generator=rng).chunk(policy.updates):
@@ -209,7 +217,7 @@ class PolicyGradientTrainer(RewardGradientTrainer):
         return norm
 
 
-# ------------------------------------------------------------------------------------------------- best of n
+# ---------------------------------------------------------------------------------------- best of n
 
 
 @torch.no_grad()
@@ -219,9 +227,10 @@ def best_of(
     reward: Callable[[torch.Tensor], torch.Tensor],
     report_at: list[int],
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Sample number after number of a batch of prompts; for each n of report_at, (n, the best videos of the first n).
+    """Yield (n, the best videos of the first n samples) for each n of report_at.
 
-    make: number of the sample -> videos (B, 3, T, H, W); reward: videos -> scores (B,), by which the best is kept.
+    make: number of the sample -> videos (B, 3, T, H, W); reward: videos -> scores (B,), by which
+    the best is kept.
     """
     for number in range(count):
         video = make(number)

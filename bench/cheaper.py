@@ -1,24 +1,27 @@
-"""What cheaper prefixes do to training: held-out gain on nano at equal device time, over seeds.
+"""Held-out gains of cheaper prefixes on nano at equal device time, over seeds.
 
-    python bench/cheaper.py [--seeds 0 1 2] [--only plain ...] [--steps 40] [--device cuda] [--devices 0 1] [--jobs 6]
+    python bench/cheaper.py [--seeds 0 1 2] [--only plain ...] [--steps 40] [--device cuda]
+        [--devices 0 1] [--jobs 6]
 
-Every arm samples with 12 steps, the last two with gradient, so that there is a prefix to save; 64 videos a step and the
-learning rate that the study chose for such late windows, since with the 16 and 1e-3 of configs/nano.yaml plain gains
-too little to tell another arm from it. It trains for as many optimizer steps as fit into the time of --steps steps of
-"plain", each arm's step timed alone on a device, and is judged on videos of all 12 steps. nano is so small that calling
-operators takes most of its time; arms whose name ends with "at full size's prices" have as many steps as the seconds of
-a gradient in bench/results/step.json allow (33 frames, 25 steps). `python bench/tables.py` fills docs/performance.md.
+Every arm samples with 12 steps, the last two with gradient, so that there is a prefix to save; 64
+videos a step and the learning rate that the study chose for such late windows, since with the 16
+and 1e-3 of configs/nano.yaml plain gains too little to tell another arm from it. It trains for as
+many optimizer steps as fit into the time of --steps steps of "plain", each arm's step timed alone
+on a device, and is judged on videos of all 12 steps. nano is so small that calling operators takes
+most of its time; arms whose name ends with "at full size's prices" have as many steps as the
+seconds of a gradient in bench/results/step.json allow (33 frames, 25 steps). `python
+bench/tables.py` fills docs/performance.md.
 
-Prediction: rollouts that are used again give the most gradients for their time, and lose little of the gain at 4 uses;
-fewer steps change the videos most; kept guidance and a float8 copy are hard to tell from plain.
+Prediction: rollouts that are used again give the most gradients for their time, and lose little of
+the gain at 4 uses; fewer steps change the videos most; kept guidance and a float8 copy are hard to
+tell from plain.
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from nano_study import arguments, opened, run_of
 from study_arms import ROOT
 from study_numbers import AT_FULL_SIZE
@@ -49,6 +52,7 @@ def full_size_prices() -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     prices = {arm + AT_FULL_SIZE: price for arm, price in full_size_prices().items()}
     given = arguments(__doc__.splitlines()[0], [*ARMS, *prices], 40).parse_args(argv)
     settings = {arm: ARMS[arm.removesuffix(AT_FULL_SIZE)] for arm in given.only}

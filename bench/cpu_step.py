@@ -1,20 +1,22 @@
-"""What a nano training step takes on a CPU: as shipped and without kept memory, alone and beside another program.
+"""Time of a nano step on a CPU: with and without kept memory, and beside another program.
 
     python bench/cpu_step.py        writes bench/results/cpu_step.json
 
-Prediction: page faults take two fifths of a step. Beside a second busy program of as many threads a step can stall for
-minutes, since threads wait for one another; such an arm has no seconds.
+Prediction: page faults take two fifths of a step. Beside a second busy program of as many threads a
+step can stall for minutes, since threads wait for one another; such an arm has no seconds.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, write_rows
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"
 STEPS = 6
@@ -32,10 +34,7 @@ for step in range(int(sys.argv[3])):
     print("seconds", trainer.step(step)["seconds"], flush=True)
 """
 BUSY = "import torch\nx = torch.randn(700, 700)\nwhile True: x = (x @ x).tanh()"
-ARMS = {
-    "as shipped": "kept",
-    "freed memory returned": "returned",
-}
+ARMS = {"as shipped": "kept", "freed memory returned": "returned"}
 
 
 def measure(memory: str, limit: float = 120) -> list[float]:
@@ -50,9 +49,8 @@ def measure(memory: str, limit: float = 120) -> list[float]:
 
 
 def main() -> None:
+    """Run the command."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    import torch
-
     rows = []
     for phase in ("alone", "beside a busy program"):
         company = subprocess.Popen([sys.executable, "-c", BUSY]) if phase != "alone" else None
@@ -63,16 +61,7 @@ def main() -> None:
             print(rows[-1], flush=True)
         if company:
             company.kill()
-    environment = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "batch": 8,
-        "steps": STEPS,
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
+    write_rows(RESULT, environment(torch.device("cpu")) | {"batch": 8, "steps": STEPS}, rows)
 
 
 if __name__ == "__main__":

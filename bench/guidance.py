@@ -1,15 +1,14 @@
-"""By how much the cheaper gradients of guidance turn the exact one, on nano.
+"""Angle and length of guidance's cheaper gradients against the exact one, on nano.
 
-    python bench/guidance.py [--device cpu]     writes bench/results/guidance.json; under a minute on two cores
+    python bench/guidance.py [--device cpu]     writes bench/results/guidance.json in a minute
 
-Prediction: for one step, "none" points where "text" does and is guidance_scale times shorter; over more steps the text
-branch alone turns further away, since it leaves (g - 1) J_neg out of every factor; "distill", the exact gradient of
-another sampler, is no nearer.
+Prediction: for one step, "none" points where "text" does and is guidance_scale times shorter; over
+more steps the text branch alone turns further away, since it leaves (g - 1) J_neg out of every
+factor; "distill", the exact gradient of another sampler, is no nearer.
 """
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -17,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
-from environment import environment
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, write_rows
 
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
@@ -35,6 +34,7 @@ ADAPTERS = {"at the start (B = 0)": 0.0, "trained (B drawn, spread 0.02)": 0.02}
 
 
 def make_trainer(device: str | None) -> RewardGradientTrainer:
+    """Return a trainer of nano."""
     args = RewardGradientConfig(
         output_dir=f"{tempfile.mkdtemp()}/run",
         device=device,
@@ -43,12 +43,11 @@ def make_trainer(device: str | None) -> RewardGradientTrainer:
         per_device_train_batch_size=BATCH,
         max_steps=BATCHES,
     )
-    trainer = RewardGradientTrainer(args=args)
-    return trainer
+    return RewardGradientTrainer(args=args)
 
 
 def shake(trainer: RewardGradientTrainer, spread: float) -> None:
-    """The adapter with its B matrices drawn, as if it had been trained."""
+    """Draw the adapter's B matrices, as if it had been trained."""
     masters = trainer.masters
     for name, piece in masters.named(masters.vector).items():
         if "lora_B" in name:
@@ -57,7 +56,7 @@ def shake(trainer: RewardGradientTrainer, spread: float) -> None:
 
 
 def gradient(trainer: RewardGradientTrainer, mode: str, num_grad: int, batch_number: int) -> torch.Tensor:
-    """The loss's gradient at the adapter, in float64 on the CPU."""
+    """Return the loss's gradient at the adapter, in float64 on the CPU."""
     args, batch = trainer.args, trainer.batches.batch(batch_number, 0)
     cond = trainer.text(batch.prompts, trainer.device)
     prefix, window = (velocity_field(trainer.pipe.transformer, cond, args.guidance_scale, m) for m in ("full", mode))
@@ -72,6 +71,7 @@ def gradient(trainer: RewardGradientTrainer, mode: str, num_grad: int, batch_num
 
 
 def compare(trainer: RewardGradientTrainer, num_grad: int) -> list[dict]:
+    """Return a row for each mode of guidance_gradient, against "full"."""
     rows = {mode: {"cosine": [], "norm_ratio": [], "seconds": []} for mode in ("full", *MODES)}
     for batch in range(BATCHES):
         exact = None
@@ -90,6 +90,7 @@ def compare(trainer: RewardGradientTrainer, num_grad: int) -> list[dict]:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="kind of device; default: the accelerator of this machine")
     trainer = make_trainer(parser.parse_args().device)
@@ -101,8 +102,7 @@ def main() -> None:
             print({k: v for k, v in row.items() if k != "all"}, flush=True)
         rows += found
     about = environment(trainer.device) | {"model": "nano", "batch": BATCH, "batches": BATCHES}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
+    write_rows(RESULT, about, rows)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def label(arm: str) -> str:
 
 
 def made_on(result: dict) -> str:
-    """Return the sentence that names the device and the cores of its host; rows may have other cores."""
+    """Return the sentence that names the device and the cores of its host."""
     about = result["environment"]
     cores = sorted({row.get("cores", about["cores"]) for row in result["rows"]})
     return f"Measured on {about['device']} ({' or '.join(map(str, cores))} cores), torch {about['torch']}."

@@ -1,20 +1,21 @@
-"""Every method on nano, over seeds: what each gains on the trained reward and on judges that it never saw.
+"""Gains of every method on nano, on the trained reward and on held-out judges.
 
-    python bench/methods.py [--seeds 0 1 2] [--only "draft_k, K = 1" drtune] [--device cuda] [--devices 0 1] [--jobs 6]
+    python bench/methods.py [--seeds 0 1 2] [--only "draft_k, K = 1" drtune] [--device cuda]
+        [--devices 0 1] [--jobs 6]
 
-Each arm trains configs/nano.yaml with its settings for --steps optimizer steps, all the same number; what a step costs
-is timed alone on a device. `python bench/tables.py` then fills docs/methods.md. What follows --flags goes to every run.
+Each arm trains configs/nano.yaml with its settings for --steps optimizer steps, all the same
+number; what a step costs is timed alone on a device. `python bench/tables.py` then fills
+docs/methods.md. What follows --flags goes to every run.
 
-Prediction: all four steps in the window gain most, since nano settles shape and motion in its first steps; one late
-step (draft_k 1, refl, draft_lv) moves the trained reward less and the verifier hardly; what holds the adapter to its
-base gains less and has the smaller hacking gap.
+Prediction: all four steps in the window gain most, since nano settles shape and motion in its first
+steps; one late step (draft_k 1, refl, draft_lv) moves the trained reward less and the verifier
+hardly; what holds the adapter to its base gains less and has the smaller hacking gap.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from nano_study import arguments, opened, run_of
 from study_arms import ROOT
 
@@ -46,6 +47,7 @@ ARMS = {
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     given = arguments(__doc__.splitlines()[0], list(ARMS), 80).parse_args(argv)
     with opened(given, RESULT, ARMS[DEFAULT]) as study:
         study.calibrate([ARMS[arm] for arm in given.only])

@@ -1,8 +1,8 @@
-"""Studies on nano: every arm timed alone on a device, then trained with every seed and judged on held-out prompts.
+"""Studies on nano: each arm is timed alone on a device, then trained with every seed.
 
-bench/study.py, bench/methods.py and bench/cheaper.py each have arms, settings of runs by name, and a result file. After
-each run the file is written anew, whole or not at all: a stopped study goes on with the same command, and a run that
-failed says why and is made again next time.
+bench/study.py, methods.py and cheaper.py each have arms, settings of runs by name, and a result
+file. After each run the file is written anew, whole or not at all: a stopped study goes on with the
+same command, and a run that failed says why and is made again next time.
 """
 
 import argparse
@@ -19,8 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_runs
 from environment import environment
 from study_arms import cost_key
@@ -45,6 +44,7 @@ class Pools:
         return [self._open(1, [device], len(self.devices)) for device in self.devices] or [self._open(1, [], 1)]
 
     def workers(self) -> ProcessPoolExecutor:
+        """Return the pool of processes."""
         count = self.jobs * max(1, len(self.devices))
         return self._open(count, self.devices, count)
 
@@ -78,7 +78,7 @@ class Study:
         self.costs = self.about.setdefault("seconds_per_step", {})
 
     def calibrate(self, all_settings: list[dict], with_samples: bool = False) -> None:
-        """Time what is not timed yet, one after the other on each device; then the budget is known."""
+        """Time the arms that have no time yet, one after the other on each device."""
         alone, timers = replace(self.conditions, threads=None), self.pools.timers()
         self.about["base"] = timers[0].submit(study_runs.evaluate_base, alone).result()
         todo = {cost_key(settings): settings for settings in [self.default, *all_settings]}
@@ -105,9 +105,11 @@ class Study:
         self.write()
 
     def steps_of(self, settings: dict) -> int:
+        """Return the steps that the budget allows."""
         return max(1, round(self.about["budget_seconds"] / self.costs[cost_key(settings)]))
 
     def is_done(self, about: dict) -> bool:
+        """Return whether the result has the row, without an error."""
         same = [row for row in self.rows if all(row.get(key) == value for key, value in about.items())]
         return any("error" not in row for row in same)
 
@@ -134,11 +136,13 @@ class Study:
         self.write()
 
     def write(self) -> None:
+        """Write the result file."""
         self.about["wall_seconds"] = self.took + time.perf_counter() - self.began
         write_json(self.path, {"environment": self.about, "rows": self.rows}, indent=1)
 
 
 def told(row: dict) -> str:
+    """Return a line about a row."""
     if "error" in row:
         return row["error"]
     gains = ", ".join(f"{name} {row[name]['diff']:+.3f}" for name in ("trained", "verifier") if name in row)
@@ -146,7 +150,7 @@ def told(row: dict) -> str:
 
 
 def run_of(study: Study, about: dict, settings: dict, steps: int | None = None) -> tuple[dict, Callable]:
-    """A training of the arm, for so many steps or as many as the budget allows. The study is calibrated."""
+    """Return the task that trains an arm for `steps`, or as many as the budget allows."""
     if cost_key(settings) not in study.costs:
         return about, study_runs.not_timed
     seconds, steps = study.costs[cost_key(settings)], steps or study.steps_of(settings)
@@ -158,7 +162,7 @@ def run_of(study: Study, about: dict, settings: dict, steps: int | None = None) 
 def opened(
     given: argparse.Namespace, path: Path, default: dict, eval_seed: int = EVAL_SEED, diversity: bool = True, flags=()
 ) -> Iterator[Study]:
-    """The study of a result file, as the command says. flags: of train_rlhf.py, for all runs."""
+    """Return the study of a result file, as the command says. flags: of train_rlhf.py."""
     device = pick_device(given.device)
     on_cpu = device.type == "cpu"
     pools = Pools([] if on_cpu else given.devices, given.jobs or (1 if on_cpu else 6))
@@ -177,7 +181,7 @@ def opened(
 
 
 def arguments(about: str, arms: list[str], steps: int) -> argparse.ArgumentParser:
-    """What the commands of all studies take."""
+    """Return a parser with the flags of every study."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--only", nargs="+", default=arms, choices=arms, metavar="ARM", help=f"of {', '.join(arms)}")
     parser.add_argument("--seeds", type=int, nargs="+")

@@ -11,15 +11,13 @@ trainer; ContentV-8B with random weights, by bench/step.py; and the rows of benc
 and scale.json, as they are. In rows that say "extrapolated", one denoising step was measured and
 counted for all.
 
-Memory is what PyTorch calls allocated. Rows also have its reserved memory, and that of the context
-and the kernels.
+Memory is what PyTorch calls allocated.
 
 Prediction: memory within 15 %, time within 35 %.
 """
 
 import argparse
 import dataclasses
-import gc
 import json
 import statistics
 import sys
@@ -32,11 +30,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import environment
+from environment import environment, free_memory, read_rows, write_rows
 from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of, settings_of_layout, settings_of_step
-from step import Bench, limit_memory, measure, write
+from step import Bench, limit_memory, measure
 from step_arms import SIZES, Rig, make_reward
 
 from rlhf.config import RewardGradientConfig, with_sampling
@@ -63,15 +60,7 @@ def peak(device: torch.device) -> float | None:
     return None if device.type == "cpu" else peak_memory(device) / GIB
 
 
-def reserved(device: torch.device) -> dict:
-    """Return the peak GiB of PyTorch's blocks, and the GiB of context and kernels."""
-    if device.type == "cpu":
-        return {}
-    most = torch.get_device_module(device).max_memory_reserved(device)
-    return {"reserved_gib": most / GIB, "beside_gib": non_pytorch_memory(device) / GIB}
-
-
-# ---------------------------------------------------------------------------------- measurements
+# ------------------------------------------------------------------------------------- measurements
 
 
 def measure_nano(arm: str, size: str, device: torch.device) -> dict:
@@ -82,7 +71,7 @@ def measure_nano(arm: str, size: str, device: torch.device) -> dict:
         trainer.step(0)
         clean(device)
         seconds = [trainer.step(number)["seconds"] for number in (1, 2, 3)]  # each ends with a number read back
-        return {"seconds": sorted(seconds)[1], "all": seconds, "peak_gib": peak(device)} | reserved(device)
+        return {"seconds": sorted(seconds)[1], "all": seconds, "peak_gib": peak(device)}
 
 
 def measure_full(arm: str, size: str, device: torch.device, reward: Callable) -> dict:
@@ -90,7 +79,7 @@ def measure_full(arm: str, size: str, device: torch.device, reward: Callable) ->
     frames, scored, _ = FULL[arm]
     rig = Rig(arm, SIZES[size], frames, STEPS, scored, device, settings=settings_of(arm, size))
     limit_memory(device, CAPS_GIB.get(arm))
-    return measure(Bench(rig, reward, scored).step, device, repeats=1, warm=False) | reserved(device)
+    return measure(Bench(rig, reward, scored).step, device, repeats=1, warm=False)
 
 
 def measure_rates(device: torch.device, size: str) -> dict:
@@ -131,7 +120,7 @@ def fastest(work: Callable, device: torch.device) -> float:
     return min(rounds) / calls
 
 
-# ------------------------------------------------------------------------------------- estimates
+# ---------------------------------------------------------------------------------------- estimates
 
 
 def planner_of(settings: dict, model: str, rates: Rates = H200, size: str = "full", processes: int = 1) -> Planner:
@@ -239,14 +228,13 @@ def _cells(row: dict, key: str) -> str:
     return " | ".join([*("-" if value is None else f"{value:.2f}" for value in values), ratio])
 
 
-# ----------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def clean(device: torch.device) -> None:
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
-        reset_peak_memory(device)
+    """Free the device's memory and reset its peak."""
+    free_memory(device)
+    reset_peak_memory(device)
 
 
 def measured_row(arm: str, size: str, device: torch.device, reward: Callable | None) -> dict:
@@ -263,6 +251,7 @@ def measured_row(arm: str, size: str, device: torch.device, reward: Callable | N
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arms, stages = ["rates", *NANO, *FULL], ["measure", "predict", "table"]
     parser.add_argument("--only", nargs="+", choices=arms, default=arms, metavar="ARM")
@@ -276,10 +265,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure_arms(arguments: argparse.Namespace) -> None:
+    """Measure the arms that the result lacks."""
     began, device, output = time.perf_counter(), pick_device(arguments.device), arguments.output
     about = environment(device) | {"size": arguments.size, "steps": STEPS}
-    old = json.loads(output.read_text()) if output.exists() else {}
-    rows = {row["arm"]: row for row in old.get("rows", [])} if old.get("environment") == about else {}
+    rows = read_rows(output, about, lambda row: row["arm"])
     reward = None
     for arm in arguments.only:
         done = arm in rows and "error" not in rows[arm] and not arguments.again
@@ -292,11 +281,12 @@ def measure_arms(arguments: argparse.Namespace) -> None:
             clean(device)
         else:
             rows[arm] = measured_row(arm, arguments.size, device, reward)
-        write(output, about, list(rows.values()))
+        write_rows(output, about, rows.values())
         print(f"{arm}: {rows[arm].get('error', 'measured')}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def predict(arguments: argparse.Namespace) -> None:
+    """Write the estimates of all arms beside their measurements."""
     result = json.loads(arguments.output.read_text())
     about, rows = result["environment"], {row["arm"]: row for row in result["rows"]}
     rates = {name: value for name, value in rows["rates"]["rates"].items() if name != "device"}
@@ -308,10 +298,11 @@ def predict(arguments: argparse.Namespace) -> None:
         read = lambda name: json.loads((RESULT.parent / name).read_text())
         others = compare_steps(read("step.json")["rows"]) + compare_layouts(read("scale.json"))
         rows |= {row["arm"]: row for row in others}
-    write(arguments.output, about, list(rows.values()))
+    write_rows(arguments.output, about, rows.values())
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     arguments = parse_arguments(argv)
     if "measure" in arguments.stages:
         measure_arms(arguments)

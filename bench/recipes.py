@@ -1,7 +1,8 @@
-"""Write what was measured into the heads of the recipes and into docs/contentv_8b.md: `python bench/recipes.py`.
+"""Write measured costs into recipes and docs/contentv_8b.md: `python bench/recipes.py`.
 
-The line `# Measured: ...` of each recipe that an arm of bench/step.py is like gets that arm's time and memory from
-bench/results/step.json; the others, and those not measured, say that they are not measured.
+The line `# Measured: ...` of each recipe that an arm of bench/step.py is like gets that arm's time
+and memory from bench/results/step.json; the others, and those not measured, say that they are not
+measured.
 """
 
 import json
@@ -27,7 +28,7 @@ LINE = re.compile(r"^# Measured: .*$", re.MULTILINE)
 
 
 def measured(name: str, result: dict) -> str:
-    """What the head of a recipe says, of whole steps by an arm with its settings and random weights."""
+    """Return what a recipe's head says of whole steps of its arm, with random weights."""
     found = cost(result, *ARMS[name]) if name in ARMS else None
     if found is None:
         return "not measured."
@@ -37,10 +38,10 @@ def measured(name: str, result: dict) -> str:
 
 
 def cost(result: dict, arm: str, frames: int, scored: int, steps: int) -> tuple[float, float, str] | None:
-    """Seconds of a video's whole step, the most memory in GiB, and how that is known; None if it is not.
+    """Return a video's seconds, peak GiB, and how they are known; None if they are not.
 
-    Measured whole, or worked out of its measured parts: steps without gradient, then the last one with decoder, reward
-    and the way back.
+    Measured whole, or worked out of its measured parts: steps without gradient, then the last one
+    with decoder, reward and the way back.
     """
     of_arm = [r for r in result.get("rows", []) if (r["arm"], r["frames"], r["scored"]) == (arm, frames, scored)]
     rows = {row["phase"]: row for row in of_arm if "seconds" in row and row.get("steps", steps) == steps}
@@ -53,11 +54,12 @@ def cost(result: dict, arm: str, frames: int, scored: int, steps: int) -> tuple[
 
 
 def read(result: Path) -> dict:
+    """Return a result file's content; {} without the file."""
     return json.loads(result.read_text()) if result.exists() else {}
 
 
 def costs_table(result: dict) -> str:
-    """What whole trainings take by the arms of COSTS, worked out for one device."""
+    """Return the table of what trainings of COSTS take on one device."""
     device = result.get("environment", {}).get("device")
     lines = [f"One {device}, 8 videos an optimizer step:\n", "| | a video, s | GiB | 500 steps, h |"]
     lines.append("|---" * 4 + "|")
@@ -69,7 +71,7 @@ def costs_table(result: dict) -> str:
 
 
 def layouts_told(result: dict) -> str:
-    """What a step takes on two devices, by how they share the work; "" where that was not measured."""
+    """Return a paragraph about a step on two devices; "" where it was not measured."""
     rows = {row["arm"]: row for row in result.get("rows", []) if row["phase"] == "step" and "seconds" in row}
     if not {"one device", "data", "guidance", "sequence"} <= rows.keys():
         return ""
@@ -83,6 +85,7 @@ def layouts_told(result: dict) -> str:
 
 
 def main(folder: Path = ROOT / "configs", result: Path = RESULT, guide: Path = GUIDE) -> None:
+    """Run the command."""
     found, scale = read(result), read(result.with_name("scale.json"))
     table = costs_table(found) + layouts_told(scale)
     guide.write_text(PLACE.sub(lambda place: f"{place[1]}{table}{place[2]}", guide.read_text()))

@@ -1,5 +1,4 @@
-"""Seconds and peak memory of each built-in reward, forward and backward, at full size with random
-weights.
+"""Seconds and peak memory of each built-in reward at full size with random weights.
 
     python bench/reward_costs.py [--rewards clip_score hps_v2_1] [--device cuda]
     python bench/reward_costs.py --package     # writes the results into the planner's module
@@ -14,10 +13,8 @@ are frozen. Memory above the weights grows with frames times layers.
 """
 
 import argparse
-import gc
 import inspect
 import json
-import platform
 import statistics
 import sys
 import time
@@ -27,10 +24,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, free_memory, read_rows, write_rows
+
 from rewards import RewardError, load_reward
 from rewards.catalogue import CATALOGUE
 from rewards.load import built_in
-from rlhf.device import describe, peak_memory, pick_device, reset_peak_memory, synchronize
+from rlhf.device import peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.planner.reward_costs import __file__ as COSTS_FILE
 
 RESULT = Path(__file__).parent / "results" / "rewards.json"
@@ -100,10 +99,13 @@ def rows_of(name: str, device: torch.device, size: tuple[int, int], repeats: int
                 rows.append(told | measure(reward, video_BCTHW, backward, repeats))
                 print(rows[-1], flush=True)
         del reward, weights
-        gc.collect()
-        if device.type != "cpu":
-            torch.accelerator.empty_cache()
+        free_memory(device)
     return rows
+
+
+def key(row: dict) -> tuple:
+    """Return what identifies a row."""
+    return row["arm"], row["dtype"], row["frames"], row["phase"]
 
 
 def package(result: dict) -> str:
@@ -121,19 +123,8 @@ def package(result: dict) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def environment(device: torch.device, size: tuple[int, int], repeats: int) -> dict:
-    """Return what the result file says about the machine and the video."""
-    return {
-        "device": describe(device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "height": size[0],
-        "width": size[1],
-        "repeats": repeats,
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
     parser.add_argument("--device", help="default: the accelerator of this machine")
@@ -150,15 +141,12 @@ def main(argv: list[str] | None = None) -> None:
         module.write_text(code + marker + package(json.loads(arguments.output.read_text())))
         return
     device, size = pick_device(arguments.device), tuple(arguments.size)
-    where = environment(device, size, arguments.repeats)
-    old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    kept = old.get("rows", []) if old.get("environment") == where else []
-    rows = {name: [row for row in kept if row["arm"] == name] for name in MEASURED}
+    about = environment(device) | {"height": size[0], "width": size[1], "repeats": arguments.repeats}
+    rows = read_rows(arguments.output, about, key)
     for name in arguments.rewards:
-        rows[name] = rows_of(name, device, size, arguments.repeats)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"environment": where, "rows": [row for some in rows.values() for row in some]}
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        rows |= {key(row): row for row in rows_of(name, device, size, arguments.repeats)}
+        ordered = sorted(rows.values(), key=lambda row: MEASURED.index(row["arm"]))
+        write_rows(arguments.output, about, ordered)
 
 
 if __name__ == "__main__":

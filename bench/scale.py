@@ -1,27 +1,28 @@
-"""A full-size step on several devices: every layout of them, against one device of the same machine.
+"""A full-size step in every layout of several devices, against one device.
 
-    torchrun --nproc_per_node 2 bench/scale.py                                   all arms that so many devices allow
+    torchrun --nproc_per_node 2 bench/scale.py          all layouts of two devices
     torchrun --nproc_per_node 2 bench/scale.py --only sequence --frames 33 --limit 300
-    torchrun --nproc_per_node 4 bench/scale.py --tiny --output /tmp/scale.json   on CPUs
-    python bench/tables.py                                                       puts the results into docs/scaling.md
+    torchrun --nproc_per_node 4 bench/scale.py --tiny --output /tmp/scale.json      on CPUs
+    python bench/tables.py                              writes the tables
 
-Any number of devices: also 1, and over several hosts as torchrun starts them. Rows go to bench/results/scale.json one
-by one; a row that is there is not measured again, and nothing begins after --limit seconds. ContentV-8B and the Wan2.1
-VAE with random weights, on which time and memory do not depend.
+Any number of devices: also 1, and over several hosts as torchrun starts them. Rows go to
+bench/results/scale.json one by one; a row that is there is not measured again, and nothing begins
+after --limit seconds. ContentV-8B and the Wan2.1 VAE with random weights, on which time and memory
+do not depend.
 
-Phases, for one video of each data rank: sampling, a guided denoising step without gradient; segment, one with
-gradient, both branches forward and backward; decode, the scored frames likewise; sum, adding up the adapters' gradients
-and taking the optimizer's step; step, a whole step worked out of these: (N - 1) sampling + segment + decode + sum.
-Efficiency is videos per second and device, against one device. Equality: the adapter's first gradient and its weights
-after five steps of a small model, against one device on the same videos.
+Phases, for one video of each data rank: sampling, a guided denoising step without gradient;
+segment, one with gradient, both branches forward and backward; decode, the scored frames likewise;
+sum, adding up the adapters' gradients and taking the optimizer's step; step, a whole step worked
+out of these: (N - 1) sampling + segment + decode + sum.
+Efficiency is videos per second and device, against one device. Equality: the adapter's first
+gradient and its weights after five steps of a small model, against one device on the same videos.
 
-Prediction for 2 devices at 125 frames: data and guidance above 0.97, sequence above 0.93 on the segment, since a
-block's exchanges move 0.4 GB in about 2 ms of its 90; the sharded base 8 GiB smaller and at most a tenth slower.
+Prediction for 2 devices at 125 frames: data and guidance above 0.97, sequence above 0.93 on the
+segment, since a block's exchanges move 0.4 GB in about 2 ms of its 90; the sharded base 8 GiB
+smaller and at most a tenth slower.
 """
 
 import argparse
-import gc
-import json
 import os
 import statistics
 import sys
@@ -34,11 +35,9 @@ os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
-from environment import environment
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, free_memory, read_rows, write_rows
 from scale_arms import ONE, Bench, arms, equality
-from step import write
 from step_arms import SIZES
 
 from rlhf.config import RewardGradientConfig
@@ -51,11 +50,11 @@ GIB = 2**30
 PHASES, WORKED_OUT = ("sampling", "segment", "decode", "sum"), "step"
 
 
-# ------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def measure(work: Callable[[], None], accelerator, repeats: int, alone: bool) -> dict:
-    """The slowest device's time, the median of the repeats after one run for warming up, and the most memory of any."""
+    """Return the slowest device's median seconds, after a warm-up, and the highest peak of any."""
     device, seconds, peaks = accelerator.device, [], []
     for _ in range(1 + repeats):
         accelerator.wait_for_everyone()
@@ -73,11 +72,12 @@ def measure(work: Callable[[], None], accelerator, repeats: int, alone: bool) ->
 
 
 def key(row: dict) -> tuple:
+    """Return what identifies a row."""
     return row["arm"], row["devices"], row["frames"], row["phase"]
 
 
 def with_efficiency(row: dict, rows: dict[tuple, dict]) -> dict:
-    """The row, and its videos per second and device over those of one device."""
+    """Return the row with its videos per second and device over those of one device."""
     alone = rows.get((ONE, 1, row["frames"], row["phase"]))
     if alone is None or "seconds" not in alone or "seconds" not in row:
         return row
@@ -85,7 +85,7 @@ def with_efficiency(row: dict, rows: dict[tuple, dict]) -> dict:
 
 
 def worked_out(told: dict, rows: dict[tuple, dict], steps: int) -> dict | None:
-    """The row of a whole step, once all of its phases are measured."""
+    """Return the row of a whole step; None until all of its phases are measured."""
     of_phases = [rows.get(key(told | {"phase": phase})) for phase in PHASES]
     if any(row is None or "seconds" not in row for row in of_phases):
         return None
@@ -110,10 +110,7 @@ class Run:
             "repeats": arguments.repeats,
             "size": "tiny" if arguments.tiny else "full",
         }
-        path = arguments.output
-        old = json.loads(path.read_text()) if path.exists() else {}
-        same = old.get("environment") == self.about
-        self.rows = {key(row): row for row in (old["rows"] if same else [])}
+        self.rows = read_rows(arguments.output, self.about, key)
         self.bench: Bench | None = None
         self.accelerator.wait_for_everyone()  # all have read
 
@@ -134,7 +131,7 @@ class Run:
         sharded = "shard_base" in settings
         if self.bench is None or sharded != self.bench.rig.args.shard_base:
             self.bench = None  # the one before goes before the next one comes
-            gc.collect()
+            free_memory(self.accelerator.device)
             arguments = self.arguments
             own = settings if sharded else {}
             self.bench = Bench(self.size, arguments.frames, arguments.steps, self.scored, self.accelerator, own)
@@ -160,11 +157,12 @@ class Run:
         row = with_efficiency(row, self.rows)
         self.rows[key(row)] = row
         if self.accelerator.is_main_process:
-            write(self.arguments.output, self.about, list(self.rows.values()))
+            write_rows(self.arguments.output, self.about, self.rows.values())
             print({name: value for name, value in row.items() if name != "all"}, flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="ARM", help="some of: " + ", ".join(arms(4)))
     parser.add_argument("--frames", type=int, default=125)
@@ -179,6 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     arguments = parse(argv)
     settings = {"device": "cpu"} if arguments.tiny else {}
     accelerator = make_accelerator(RewardGradientConfig(report_to=[], **settings))

@@ -1,4 +1,4 @@
-"""What bench/scale.py measures: layouts, as settings of a run, and a model with random weights in any of them."""
+"""The layouts that bench/scale.py measures, and a model with random weights in any of them."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ SMALL = Size(SIZES["tiny"].transformer | {"num_attention_heads": 3}, SIZES["tiny
 
 
 def arms(devices: int) -> dict[str, dict]:
-    """The layouts of so many devices, as settings; heads and tokens need not be divisible."""
+    """Return the layouts of so many devices, as settings; heads and tokens may be padded."""
     if devices == 1:
         return {ONE: {}}
     found = {ONE: {}, "data": {}, "sequence": {"sequence_parallel": devices}}
@@ -57,23 +57,27 @@ class Bench:
         rig.transformer.sequence_group = self.layout.sequence_group
         rig.fields = rig.make_fields(self.layout)
 
-    # ------------------------------------------------------------------------------------------- the phases
+    # ----------------------------------------------------------------------------------- the phases
 
     def sampling(self) -> None:
+        """Take a denoising step without gradient."""
         with torch.no_grad():
             self._velocity()(self._noise(), self.rig.sigmas[0])
 
     def segment(self) -> None:
+        """Take a denoising step forward and backward."""
         v = self._velocity()(self._noise().requires_grad_(), self.rig.sigmas[-2])
         v.backward(self.rig.noise("gradient"))
         self.rig.masters.collect_grad()
 
     def decode(self) -> None:
+        """Decode and score forward and backward."""
         latents = self._noise().requires_grad_()
         video = self.rig.decode(self.layout.average_grad(latents), 0)
         video.backward(torch.ones_like(video))
 
     def sum(self) -> None:
+        """Sum the gradient over processes and update the adapter."""
         rig, masters = self.rig, self.rig.masters
         masters.vector.grad = self.layout.accelerator.reduce(masters.vector.grad, "sum")
         masters.vector.grad.norm().item()
@@ -88,10 +92,10 @@ class Bench:
     def _velocity(self):
         return self.rig.fields.window(self.rig.cond)
 
-    # ------------------------------------------------------------------------------------------- equality
+    # ------------------------------------------------------------------------------------- equality
 
     def train(self, videos: int, reward, steps: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-        """The adapter's first gradient, and the adapter after the steps, on so many videos a step."""
+        """Return the adapter's first gradient, and the adapter after the steps."""
         rig, layout, first = self.rig, self.layout, None
         share = videos // layout.num_processes
         for step in range(steps):
@@ -112,7 +116,7 @@ class Bench:
 
 
 def one_process(device: torch.device):
-    """What `Layout` asks of an accelerator, for a process that works without the others."""
+    """Return a stand-in for the accelerator of a process that works alone."""
     return SimpleNamespace(
         device=device,
         num_processes=1,
@@ -125,7 +129,7 @@ def one_process(device: torch.device):
 
 
 def equality(settings: dict, accelerator) -> dict:
-    """Largest difference of the first gradient, over its largest number, and of the weights after five steps."""
+    """Return the largest relative difference of the first gradient, and that of the weights."""
     device, processes = accelerator.device, accelerator.num_processes
     reward, own = make_reward("tiny", 1, device), {"vae_dtype": "float32", "attention_kernel": "default"}
     with deterministic(device):

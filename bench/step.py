@@ -1,24 +1,25 @@
-"""One reward-gradient step of a full-size ContentV-8B with random weights: the peers' way and ours, arm by arm.
+"""A full-size reward-gradient step of ContentV-8B with random weights, arm by arm.
 
     python bench/step.py --arms "peers' way" exact --frames 33 --phases step --limit 550
-    python bench/tables.py                                                    puts the results into docs/performance.md
+    python bench/tables.py          writes the tables
 
-Rows go to bench/results/step.json arm by arm; a row replaces that of the same arm, frames, scored frames and phase.
-The run stops before a phase that would begin after --limit seconds; the same command then goes on with what is missing.
+Rows go to bench/results/step.json arm by arm; a row replaces that of the same arm, frames, scored
+frames and phase. The run stops before a phase that would begin after --limit seconds; the same
+command then goes on with what is missing.
 
-The peers' way is that of VideoX-Fun's train_reward_lora.py (main branch, November 2026) with the same model and
-adapter: both branches of guidance in one batch, checkpointing by block, a graph in every step that is detached where no
-gradient is wanted, latents and VAE in bfloat16, the VAE's own decode, of the first latent only. Ours keeps latents in
-float32. The position table is cached for both. Time and memory do not depend on the weights.
+The peers' way is that of VideoX-Fun's train_reward_lora.py (main branch, November 2026) with the
+same model and adapter: both branches of guidance in one batch, checkpointing by block, a graph in
+every step that is detached where no gradient is wanted, latents and VAE in bfloat16, the VAE's own
+decode, of the first latent only. Ours keeps latents in float32. The position table is cached for
+both. Time and memory do not depend on the weights.
 
-Prediction: exact at 125 frames 7.0 s for a branch forward and backward (peers 9.3) and 2.05 s forward (2.46), the whole
-gradient of 125 frames below 40 GiB; the full step at 33 frames 1.4 times as fast where nothing is computed twice and
-blocks are compiled; each use of a rollout after the first at a seventh of the first one's time.
+Prediction: exact at 125 frames 7.0 s for a branch forward and backward (peers 9.3) and 2.05 s
+forward (2.46), the whole gradient of 125 frames below 40 GiB; the full step at 33 frames 1.4 times
+as fast where nothing is computed twice and blocks are compiled; each use of a rollout after the
+first at a seventh of the first one's time.
 """
 
 import argparse
-import gc
-import json
 import statistics
 import sys
 import time
@@ -28,16 +29,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
-from environment import environment
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, free_memory, read_rows, write_rows
 from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
 
 from rlhf.adapter.optimizer import clip_gradient
 from rlhf.contentv.flow import euler_step
 from rlhf.contentv.wan_decoder import saturated_share, unnormalise
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
-from rlhf.io import write_json
 from rlhf.method.options import MethodOptions
 from rlhf.method.plan import gradient_samples, make_plan
 from rlhf.method.rollout import RolloutCache, Velocity, rollout
@@ -57,7 +56,7 @@ class Bench:
     reward: torch.nn.Module
     scored: int  # leading frames that the reward is given
 
-    # ------------------------------------------------------------------------------------------- the phases
+    # ----------------------------------------------------------------------------------- the phases
 
     def sampling(self) -> None:
         """One guided step before the window."""
@@ -79,16 +78,18 @@ class Bench:
         rig.masters.vector.grad.zero_()
 
     def decode(self) -> None:
+        """Decode the scored frames."""
         with torch.no_grad():
             self._video(self.rig.noise("train"))
 
     def decode_and_back(self) -> None:
+        """Decode and score forward and backward."""
         z = self.rig.noise("train").requires_grad_()
         video = self._video(z)
         video.backward(torch.ones_like(video))
 
     def window(self) -> dict:
-        """The last step, decoded, scored and back: the gradient at the adapter from the same state in every arm."""
+        """Decode, score and back-propagate the last step, from the same state in every arm."""
         rig, sigmas = self.rig, self.rig.sigmas
         x, last = 0.3 * rig.noise("state"), len(sigmas) - 2
         if rig.arm == PEERS:
@@ -107,7 +108,7 @@ class Bench:
         return told
 
     def step(self) -> None:
-        """A whole optimizer step; where rollouts are used again, as many steps as one serves."""
+        """Take a whole optimizer step; with reused rollouts, as many steps as one serves."""
         rig, rollouts = self.rig, RolloutCache(self.rig.args.rollout_reuse)
         for number in range(rig.args.rollout_reuse):
             for latents in self._rollouts(rollouts, number):
@@ -126,7 +127,7 @@ class Bench:
         if rig.fields:
             rig.fields.refresh()
 
-    # ------------------------------------------------------------------------------------- what they are made of
+    # ------------------------------------------------------------------------ what they are made of
 
     def _rollouts(self, rollouts: RolloutCache, number: int):
         rig, last = self.rig, len(self.rig.sigmas) - 2
@@ -154,7 +155,7 @@ class Bench:
         return rig.fields.prefix(rig.cond, self._plan()), rig.fields.window(rig.cond)
 
     def _peers_step(self, x: torch.Tensor, i: int, with_gradient: bool) -> torch.Tensor:
-        """As VideoX-Fun takes it, x in bfloat16: a graph in any case, thrown away without gradient."""
+        """Return VideoX-Fun's velocity: x in bfloat16, and a graph also where none is needed."""
         rig, sigmas = self.rig, self.rig.sigmas
         v = guided(rig, together=True)(x, sigmas[i])
         v = v if with_gradient else v.detach()
@@ -175,15 +176,15 @@ class Bench:
 
 
 def guided(rig: Rig, together: bool = False) -> Velocity:
-    """The stock transformer's guided velocity."""
+    """Return the stock transformer's guided velocity."""
     return velocity_field(rig.transformer, rig.cond, rig.args.guidance_scale, together=together)
 
 
-# ------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def measure(work: Callable[[], dict | None], device: torch.device, repeats: int, warm: bool) -> dict:
-    """Median time and most memory of the repeats. Not warm: after one call more, apart, which loads and compiles."""
+    """Return median time and peak memory; not warm: after a separate first call."""
     seconds, peaks, told = [], [], None
     try:
         for _ in range(repeats if warm else 1 + repeats):
@@ -202,7 +203,7 @@ def measure(work: Callable[[], dict | None], device: torch.device, repeats: int,
 
 
 def compare(row: dict, gradients: Path, frames: int, scored: int) -> dict:
-    """Cosine and length against the references that have been run; a reference leaves its gradient for the others."""
+    """Return cosine and length against the references, and keep a reference's gradient."""
     found = row.pop("gradient")
     for reference in (STOCK, PEERS):
         path = gradients / f"{'stock' if reference == STOCK else 'peers'}-{len(found)}-{frames}-{scored}.pt"
@@ -217,7 +218,7 @@ def compare(row: dict, gradients: Path, frames: int, scored: int) -> dict:
 
 
 def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device, out_of_time: Callable) -> list[dict]:
-    """The rows of the phases that begin in time."""
+    """Yield the rows of the phases that begin in time."""
     frames, rows = arguments.frames, []
     told = {"arm": arm, "frames": frames, "scored": scored, "settings": SETTINGS[arm]}
     try:
@@ -252,16 +253,13 @@ def limit_memory(device: torch.device, gib: float | None) -> None:
     torch.get_device_module(device).set_per_process_memory_fraction(fraction)
 
 
-def write(path: Path, about: dict, rows: list[dict]) -> None:
-    """Whole or not at all: a run that is killed leaves the rows of before."""
-    write_json(path, {"environment": about, "rows": rows})
-
-
 def key(row: dict) -> tuple:
+    """Return what identifies a row."""
     return row["arm"], row["frames"], row["scored"], row["phase"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="ARM")
     parser.add_argument("--frames", type=int, default=33)
@@ -279,12 +277,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     began, arguments = time.perf_counter(), parse(argv)
     device = pick_device(arguments.device)
     size = SIZES[arguments.size]
     about = environment(device) | {"size": arguments.size, "height": size.height, "width": size.width}
-    old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    rows = {key(row): row for row in (old.get("rows", []) if old.get("environment") == about else [])}
+    rows = read_rows(arguments.output, about, key)
     scored = {"first": 1, "all": arguments.frames}.get(arguments.scored) or int(arguments.scored)
     reward, late = make_reward(arguments.size, scored, device), lambda: time.perf_counter() - began > arguments.limit
     for arm in arguments.arms:
@@ -293,10 +291,8 @@ def main(argv: list[str] | None = None) -> None:
         if not missing or late():
             continue
         rows |= {key(row): row for row in run_arm(arm, missing, scored, reward, arguments, device, late)}
-        write(arguments.output, about, list(rows.values()))
-        gc.collect()
-        if device.type != "cpu":
-            torch.accelerator.empty_cache()
+        write_rows(arguments.output, about, rows.values())
+        free_memory(device)
 
 
 if __name__ == "__main__":

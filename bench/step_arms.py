@@ -1,6 +1,7 @@
-"""What bench/step.py compares: arms, as settings of a run, and the model with random weights that they run on.
+"""The arms that bench/step.py compares, and the model with random weights that they run on.
 
-Shape legend: B batch, C channels, T latent frames or frames, H W height and width, N video tokens, L text tokens.
+Shape legend: B batch, C channels, T latent frames or frames, H W height and width, N video tokens,
+L text tokens.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ EXACT = ROOMY | {
 }
 FAST = ROOMY | {"compile_blocks": True}
 SMALL = EXACT | {"keep_attention": False, "offload_activations": True, "stream_weights": True}
-# TFLOP/s on an H200: bf16 products, measured; attention with heads of 64, as published for FlashAttention-3.
+# TFLOP/s on an H200: bf16 products, measured; attention with heads of 64, as published for
+# FlashAttention-3.
 MATRIX, ATTENTION_FORWARD, ATTENTION_BACKWARD = 790e12, 497e12, 474e12
 SETTINGS = {
     PEERS: ROOMY | {"gradient_checkpointing": True},
@@ -104,8 +106,8 @@ SIZES = {
 class Rig:
     """A model with random weights, set up as one arm's settings say, and what it is given.
 
-    The weights depend on the device and the size alone: equal for all arms. layout: of several processes. settings:
-    instead of the arm's own.
+    The weights depend on the device and the size alone: equal for all arms. layout: of several
+    processes. settings: instead of the arm's own.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class Rig:
         self.cond = self._conditioning()
 
     def make_fields(self, layout: Layout | None) -> VelocityFields:
-        """The velocity fields of the current settings."""
+        """Return the velocity fields of the current settings."""
         args, group = self.args, layout and layout.guidance_group
         step, weights = args.stepwise_backward, args.sampling_weights
         return VelocityFields(self.transformer, self.masters, Guidance.of(args), step, weights, group)
@@ -181,6 +183,7 @@ class Rig:
 
 
 def random_transformer(size: Size, device: torch.device) -> SD3Transformer3DModel:
+    """Return a transformer of a size with random weights."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(size.dtype)
@@ -206,7 +209,7 @@ def random_vae(size: Size, device: torch.device) -> AutoencoderKLWan:
 
 
 def use_stock_norms(transformer: SD3Transformer3DModel) -> None:
-    """The norms of queries and keys as the published transformer has them."""
+    """Set the norms of queries and keys as the published transformer has them."""
     for module in transformer.modules():
         if isinstance(module, QueryKeyNorm):
             module.__class__ = RMSNorm
@@ -221,12 +224,13 @@ class TinyReward(torch.nn.Module):
         self.conv = torch.nn.Conv2d(3, 8, 5, stride=2).requires_grad_(False)
 
     def forward(self, video_BCTHW, prompts, **info):
+        """Return one score a video."""
         frames = video_BCTHW.transpose(1, 2).flatten(0, 1)
         return torch.tanh(self.conv(frames)).square().unflatten(0, (len(video_BCTHW), -1)).mean((1, 2, 3, 4))
 
 
 def make_reward(size_name: str, scored: int, device: torch.device):
-    """HPS v2.1 of full size with random weights, on 8 of the scored frames or as many as there are."""
+    """HPS v2.1 of full size with random weights, on at most 8 of the scored frames."""
     if size_name == "tiny":
         return TinyReward().to(device)
     from rewards.models.hps import HpsV21
@@ -237,9 +241,12 @@ def make_reward(size_name: str, scored: int, device: torch.device):
 
 
 def floor_seconds(rig: Rig, phase: str) -> float | None:
-    """The least time of a phase's products and attention on an H200, attention kept and the rest of a block recomputed.
+    """Return the least seconds of a phase's matrix products and attention on an H200.
 
-    Linear layers of the blocks and attention; a frozen layer's backward pass costs as much as its forward pass.
+    Attention is kept, the rest of a block recomputed.
+
+    Linear layers of the blocks and attention; a frozen layer's backward pass costs as much as its
+    forward pass.
     """
     config, (_, _, T, H, W) = rig.transformer.config, rig.shape
     width, blocks = config.num_attention_heads * config.attention_head_dim, config.num_layers

@@ -25,7 +25,7 @@ LESS_MEMORY = (  # options of one step, from the one that they are added to
 
 
 def step_table(result: dict, exact: bool) -> str:
-    """Return a table for each number of frames: the exact arms, or the others with their gradients an hour."""
+    """Return a table for each number of frames, of the exact arms or of the others."""
     shown = [arm for arm in {row["arm"] for row in result["rows"]} if _is_exact(arm) == exact or arm in REFERENCES]
     shown = {*shown} - GONE - {arm for arm in LESS_MEMORY if not _is_exact(arm)}
     cells = _cells([row for row in result["rows"] if row["phase"] in STEP_PHASES and row["arm"] in shown])
@@ -86,7 +86,7 @@ def _gradients_an_hour(rows: dict[str, dict]) -> str:
 
 
 def less_memory_table(result: dict) -> str:
-    """Return seconds and peak memory of each phase, for the frames at which a rounded arm was measured."""
+    """Return seconds and peak memory of each phase, at the frames of a rounded arm."""
     cells = _cells([row for row in result["rows"] if row["arm"] in LESS_MEMORY and row["phase"] in MEMORY_PHASES])
 
     def table_of(arms: dict) -> str:
@@ -106,7 +106,7 @@ def _seconds_and_gib(row: dict | None) -> str:
 
 
 def compile_table(result: dict) -> str:
-    """Return after how many whole steps compiling has paid for itself, wherever both arms were measured."""
+    """Return the number of whole steps after which compiling has paid for itself."""
     cells, end, lines = _cells([row for row in result["rows"] if "seconds" in row]), ", compiled", []
     for (frames, scored), arm in ((where, arm) for where, arms in cells.items() for arm in arms):
         compiled = cells[frames, scored][arm]

@@ -1,22 +1,24 @@
-"""Which method earns its compute: reward gradients against gradient-free baselines on nano, at equal device time.
+"""Reward gradients against gradient-free baselines on nano, at equal device time.
 
-    python bench/study.py [--sweep] [--only DRaFT-K Flow-GRPO] [--seeds 0 1 2 3 4] [--device cuda] [--devices 0 1]
-        [--jobs 6] [--steps 80] [--output FILE] [--flags ...]
+    python bench/study.py [--sweep] [--only DRaFT-K Flow-GRPO] [--seeds 0 1 2 3 4]
+        [--device cuda] [--devices 0 1] [--jobs 6] [--steps 80] [--output FILE] [--flags ...]
 
-1. Every arm's optimizer step is timed alone on a device, twice, and the faster time counts: what disturbs only adds,
-   and the first steps of a process are slow. The budget is the time of --steps steps of the default
-   recipe; each arm trains for as many steps as fit into it, whatever else then runs beside it, and its learning rate
-   falls to 0 over these.
-2. Every arm is trained with every seed, --jobs of them at a time on each device, and judged on held-out prompts.
+1. Every arm's optimizer step is timed alone on a device, twice, and the faster time counts: what
+   disturbs only adds, and the first steps of a process are slow. The budget is the time of --steps
+   steps of the default recipe; each arm trains for as many steps as fit into it, whatever else then
+   runs beside it, and its learning rate falls to 0 over these.
+2. Every arm is trained with every seed, --jobs of them at a time on each device, and judged on
+   held-out prompts.
 
-A stopped study goes on. --sweep tries each arm's variants on other seeds and prompts instead and writes
-study_sweep.json; the study takes the variants that gained most trained reward there. Then
-`python bench/tables.py` writes the tables, `python bench/study_plots.py` the plots. What follows --flags goes to every
-run.
+A stopped study goes on. --sweep tries each arm's variants on other seeds and prompts instead and
+writes study_sweep.json; the study takes the variants that gained most trained reward there. Then
+`python bench/tables.py` writes the tables, `python bench/study_plots.py` the plots. What follows
+--flags goes to every run.
 
-Prediction: gradients of the reward gain more for their time than policy gradients, and far more for each query; all
-four steps in the window gain most on the verifier; drift control costs steps and trained reward, and narrows the
-distance of trained to held-out gain; the best of n is hard to beat while few videos are wanted.
+Prediction: gradients of the reward gain more for their time than policy gradients, and far more for
+each query; all four steps in the window gain most on the verifier; drift control costs steps and
+trained reward, and narrows the distance of trained to held-out gain; the best of n is hard to beat
+while few videos are wanted.
 """
 
 import sys
@@ -24,8 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_runs
 from nano_study import EVAL_SEED, Study, arguments, opened, run_of
 from study_arms import ARMS, BEST_OF, DEFAULT, ROOT, SWEEP, VARIANTS, chosen_by_sweep, settings_of
@@ -37,7 +38,7 @@ REPORT_AT, MOST_SAMPLES = [4, 16], 128
 
 
 def train_tasks(study: Study, arms: list[str], seeds: list[int], chosen: dict) -> list[tuple[dict, Callable]]:
-    """The study itself: every arm with its chosen settings, seed after seed."""
+    """Return the tasks of the study: every arm with its chosen settings, seed after seed."""
     settings = {arm: settings_of(arm, chosen) for arm in arms if arm != BEST_OF}
     study.calibrate(list(settings.values()), BEST_OF in arms)
     tasks = []
@@ -62,12 +63,13 @@ def sweep_tasks(study: Study, arms: list[str], seeds: list[int]) -> list[tuple[d
 
 
 def samples(study: Study) -> int:
-    """n for which best-of-n of all held-out prompts takes as long as a training and one video of each prompt."""
+    """Return the n whose best-of-n takes as long as a training and one video a prompt."""
     of_all = study.conditions.eval_prompts * study.about["seconds_per_sample"]
     return min(MOST_SAMPLES, 1 + round(study.about["budget_seconds"] / of_all))
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = arguments(__doc__.splitlines()[0], [*ARMS, BEST_OF], 80)
     parser.add_argument("--sweep", action="store_true", help="choose settings, on other seeds and prompts")
     parser.add_argument("--chosen_by", type=Path, default=SWEEP, help="a sweep's result (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""The arms of bench/study.py, the variants among which its sweep chooses, and how both become settings of a run."""
+"""The arms of bench/study.py, and the variants among which its sweep chooses."""
 
 import dataclasses
 import json
@@ -58,14 +58,15 @@ VARIANTS = {  # the first of equal ones is kept; an arm with drift control takes
 
 
 def settings_of(arm: str, chosen: dict[str, dict]) -> dict:
-    """What an arm changes in configs/nano.yaml, `chosen` by the sweep included."""
+    """Return what an arm changes in configs/nano.yaml, `chosen` by the sweep included."""
     return ARMS[arm] | chosen.get(arm.removesuffix(CONTROL), {})
 
 
 def chosen_by_sweep(path: Path = SWEEP) -> dict[str, dict]:
-    """By arm the variant whose runs gained most trained reward, the mean over seeds; {} where there was no sweep.
+    """Return by arm the variant with the highest mean trained reward; {} without a sweep.
 
-    Held-out judges have no say in it. Only variants with as many seeds as the arm's most are compared.
+    Held-out judges have no say in it. Only variants with as many seeds as the arm's most are
+    compared.
     """
     if not path.exists():
         return {}
@@ -84,12 +85,12 @@ def _best(gains: dict[str, list[float]]) -> str:
 
 
 def split(settings: dict) -> tuple[dict, Policy | None]:
-    """Settings of the run, and of the policy gradient if the arm is one."""
+    """Split an arm's settings into those of the run and of the policy gradient, if any."""
     policy = {key: value for key, value in settings.items() if key in POLICY_KEYS}
     return {k: v for k, v in settings.items() if k not in policy}, Policy(**policy) if policy else None
 
 
 def cost_key(settings: dict) -> str:
-    """The same for settings that take the same time a step."""
+    """Return a key that is equal for settings with the same time a step."""
     free = {"learning_rate", "noise_level", "clip_range", "noise"}
     return json.dumps({key: value for key, value in settings.items() if key not in free}, sort_keys=True)

@@ -17,7 +17,7 @@ MEASURES = {  # heading, and whether the difference is in hundredths, relative t
 
 
 def by_arm(result: dict) -> dict[str, list[dict]]:
-    """The rows of runs that ended well, by arm, the arm with the highest verifier first."""
+    """Return the rows of runs that ended well by arm, the highest verifier first."""
     arms: dict[str, list[dict]] = {}
     for row in result["rows"]:
         if "error" not in row:
@@ -26,7 +26,7 @@ def by_arm(result: dict) -> dict[str, list[dict]]:
 
 
 def gains(rows: list[dict], measure: str) -> list[float]:
-    """The difference to the base of each seed, in the measure's unit."""
+    """Return each seed's difference to the base, in the measure's unit."""
     kind = MEASURES[measure][1]
     return [
         100 * (row[measure]["tuned"] / row[measure]["base"] - 1)
@@ -37,14 +37,17 @@ def gains(rows: list[dict], measure: str) -> list[float]:
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t, as for five seeds it has to be; a single one has none."""
+    """Return the mean and half of its 95 % interval by Student's t; NaN for one value."""
     if len(values) < 2:
         return values[0], math.nan
     return statistics.mean(values), student_t_975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def against_default(arms: dict[str, list[dict]], arm: str, measure: str) -> tuple[float, float] | None:
-    """The same of the differences to the default recipe, seed by seed; None with fewer than two seeds in common."""
+    """Return `mean_interval` of the differences to the default recipe, seed by seed.
+
+    Return None with fewer than two seeds in common.
+    """
     ours = dict(zip((row["seed"] for row in arms[DEFAULT]), gains(arms[DEFAULT], measure), strict=True))
     pairs = [
         value - ours[row["seed"]]
@@ -55,6 +58,7 @@ def against_default(arms: dict[str, list[dict]], arm: str, measure: str) -> tupl
 
 
 def named(arm: str, rows: list[dict]) -> str:
+    """Return the arm's name for tables."""
     n = rows[0]["settings"].get("n")
     name = f"{arm}, n = {n}" if arm == "best-of-n" else arm
     return f"**{name}**" if arm == DEFAULT else name

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from study_arms import CONTROL
 from study_numbers import MEASURES, by_arm, gains, mean_interval, named
 
@@ -18,7 +17,7 @@ NEAR = 1.5  # points of the verifier: less than a name is high
 
 
 def plot_gains(result: dict, path: Path) -> None:
-    """Draw each arm's gains with their intervals, side by side for the trained reward and the verifier."""
+    """Draw each arm's gains with intervals, for the trained reward and the verifier."""
     arms = by_arm(result)
     figure, axes = _two_axes(9, 0.3 * len(arms) + 1.1)
     names = [named(arm, rows).strip("*") for arm, rows in arms.items()]
@@ -36,8 +35,8 @@ def plot_gains(result: dict, path: Path) -> None:
 def plot_costs(result: dict, path: Path) -> None:
     """Draw the held-out gain against the trained gain (left) and against reward queries (right).
 
-    An arm that cheats is low on the right of the left plot. A line leads from an arm to the one with drift control,
-    which is a ring without a name.
+    An arm that cheats is low on the right of the left plot. A line leads from an arm to the one
+    with drift control, which is a ring without a name.
     """
     arms = by_arm(result)
     figure, axes = _two_axes(9, 4.5)
@@ -70,7 +69,7 @@ def color_of(arm: str) -> str:
 
 
 def _two_axes(width: float, height: float) -> tuple[Figure, list]:
-    """Return a figure of that size in inches, drawn without a display, and its axes side by side."""
+    """Return a figure of a size in inches, and its axes side by side; no display is needed."""
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, 2, sharey=True)
 

@@ -1,4 +1,4 @@
-"""Tables and sentences of bench/results/study.json and study_sweep.json; bench/tables.py writes them into pages.
+"""Tables and sentences of bench/results/study.json and study_sweep.json.
 
 Means and confidence intervals are over seeds.
 """
@@ -28,7 +28,7 @@ def form_of(measure: str) -> str:
 def gains_table(
     result: dict, measures: tuple[str, ...] = tuple(MEASURES), shown: Callable[[str], bool] = lambda arm: True
 ) -> str:
-    """Return a row for each arm that is shown: difference to the base with the interval over seeds."""
+    """Return a row for each arm: the difference to the base with the interval over seeds."""
     headings = [MEASURES[m][0] + (" (evaluation only)" if m in HELD_OUT else "") for m in measures]
     lines = []
     for arm, rows in ((arm, rows) for arm, rows in by_arm(result).items() if shown(arm)):
@@ -39,7 +39,7 @@ def gains_table(
 
 
 def cost_table(result: dict, unit: str = "device-seconds") -> str:
-    """Return what each arm spent, and its gains for a minute of a device or for 1,000 reward queries."""
+    """Return each arm's cost, and its gains a device minute or 1,000 reward queries."""
     key, per, form = {"device-seconds": ("device_seconds", 60, ",.1f"), "reward queries": ("queries", 1000, ",")}[unit]
     measures, lines = ("trained", "verifier", "motion", "diversity"), []
     for arm, rows in by_arm(result).items():

@@ -1,4 +1,4 @@
-"""One run of a study on nano: an arm trained for so many steps, or n samples to choose from, and what came of it.
+"""One run of a study on nano: an arm trained for some steps, or the best of n samples.
 
 A worker process makes many of them: it imports and loads the judges once.
 """
@@ -57,7 +57,7 @@ class Conditions:
     flags: tuple[str, ...] = ()  # further flags of train_rlhf.py
 
     def args(self, settings: dict, seed: int, steps: int) -> RewardGradientConfig:
-        """Settings of a run, checked."""
+        """Return the checked settings of a run."""
         words = SHARED | {"device": self.device, "eval_seed": self.eval_seed, "num_eval_prompts": self.eval_prompts}
         words |= {"num_diversity_prompts": self.diversity_prompts, "per_device_eval_batch_size": self.eval_batch}
         words |= {"seed": seed, "max_steps": steps, "output_dir": self.work / f"run-{os.getpid()}"}
@@ -79,7 +79,7 @@ def start_worker(counter, devices: list[int], threads: int) -> None:
 
 
 def guarded(task: Callable[[], list[dict]], about: dict) -> list[dict]:
-    """The rows of a task; if it fails, one that says why, so that the others go on."""
+    """Return the rows of a task; if it fails, one row that says why."""
     try:
         return task()
     except Exception as error:
@@ -90,11 +90,12 @@ def guarded(task: Callable[[], list[dict]], about: dict) -> list[dict]:
 @lru_cache(maxsize=1)
 @torch.enable_grad()  # for their probe, wherever they are asked for first
 def judges_of(conditions: Conditions) -> dict[str, Callable]:
+    """Return the judges of the held-out videos."""
     return open_rewards(conditions.args({}, 0, 1))
 
 
 def start(settings: dict, seed: int, steps: int, conditions: Conditions) -> RewardGradientTrainer:
-    """A trainer of the arm, ready to step."""
+    """Return a trainer of the arm, ready to step."""
     settings, policy = split(settings)
     args, judges = conditions.args(settings, seed, steps), judges_of(conditions)
     if policy:
@@ -105,7 +106,7 @@ def start(settings: dict, seed: int, steps: int, conditions: Conditions) -> Rewa
     return trainer
 
 
-# ---------------------------------------------------------------------------------------------------- how long
+# ----------------------------------------------------------------------------------------- how long
 
 
 def seconds_per_step(settings: dict, timed: int, conditions: Conditions) -> float:
@@ -117,7 +118,7 @@ def seconds_per_step(settings: dict, timed: int, conditions: Conditions) -> floa
 
 
 def seconds_per_sample(timed: int, conditions: Conditions) -> float:
-    """Seconds of one video of the base: sampled, decoded and scored by the trained reward, in evaluation's batches."""
+    """Return the seconds to sample, decode and score one video of the base."""
     trainer = start_base(0, conditions)
     prompts = trainer.eval_prompts[: conditions.eval_batch]
     score = trained_score(trainer, prompts)
@@ -127,6 +128,7 @@ def seconds_per_sample(timed: int, conditions: Conditions) -> float:
 
 
 def timed_mean(once: Callable[[int], object], count: int, device: torch.device) -> float:
+    """Return the mean seconds of `count` calls."""
     synchronize(device)
     began = time.perf_counter()
     for number in range(count):
@@ -136,13 +138,15 @@ def timed_mean(once: Callable[[int], object], count: int, device: torch.device) 
 
 
 def not_timed() -> list[dict]:
+    """Raise for an arm that could not be timed."""
     raise RuntimeError("a step could not be timed, so no number of steps takes the budget; see the log")
 
 
-# ------------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def base_path(conditions: Conditions) -> Path:
+    """Return the file of the base's evaluation."""
     return conditions.work / f"base-{conditions.eval_seed}.safetensors"
 
 
@@ -154,14 +158,14 @@ def evaluate_base(conditions: Conditions) -> dict[str, float]:
 
 
 def start_base(seed: int, conditions: Conditions) -> RewardGradientTrainer:
-    """A trainer whose model is the base, without what an adapter costs."""
+    """Return a trainer whose model is the base, without the cost of an adapter."""
     trainer = start(settings_of(DEFAULT, {}), seed, 1, conditions)
     trainer.pipe.transformer.disable_adapters()
     return trainer
 
 
 def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list[dict]:
-    """The row of an arm that is trained, without its names."""
+    """Train an arm; return its row without arm and seed."""
     trainer = start(settings, seed, steps, conditions)
     began = time.perf_counter()
     rows = [trainer.step(step) for step in range(steps)]
@@ -173,7 +177,7 @@ def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list
 
 
 def queries_per_step(trainer: RewardGradientTrainer) -> int:
-    """Videos that the trained reward scores in a step; a gradient of it counts as one more look at the same video."""
+    """Return the videos that the trained reward scores in a step, once for each gradient."""
     if isinstance(trainer, PolicyGradientTrainer):
         return trainer.batches.size
     plan = make_plan(trainer.args, trainer.options, trainer.sigmas, generator("queries"))
@@ -198,14 +202,16 @@ def sample(trainer: RewardGradientTrainer, seed: int, rows: list[int], number: i
 
 
 def trained_score(trainer: RewardGradientTrainer, prompts: list[str]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from a video to its trained score."""
     return lambda video: trainer.rewards(video, prompts, **trainer.reward_info(0))[0]
 
 
 @torch.no_grad()
 def best_of_n(seed: int, count: int, report_at: list[int], seconds: float, conditions: Conditions) -> list[dict]:
-    """A row for each n of report_at, and for `count`, the n that takes the time of a training.
+    """Return a row for each n of report_at, and for `count`, the n of a training's time.
 
-    seconds: of one sample. Everything is sampled in two chains, so that two videos of a prompt can be compared.
+    seconds: of one sample. Everything is sampled in two chains, so that two videos of a prompt can
+    be compared.
     """
     trainer, found = start_base(seed, conditions), {}
     prompts, size = trainer.eval_prompts, conditions.eval_batch
@@ -224,7 +230,7 @@ def best_of_n(seed: int, count: int, report_at: list[int], seconds: float, condi
 
 
 def judge(video: torch.Tensor, other: torch.Tensor, prompts: list[str], trainer, conditions) -> dict[str, torch.Tensor]:
-    """(B,) by name: every judge and measure of the videos; `other` are second ones of the same prompts."""
+    """Return (B,) by judge and measure; `other` has second videos of the same prompts."""
     judges = judges_of(conditions)
     scores = RewardMix(judges, [0.0] * len(judges))(video, prompts, **trainer.reward_info(0))[1]
     measures = {name: of(video) for name, of in SINGLE_VIDEO_MEASURES.items()}

@@ -1,9 +1,10 @@
-"""Reproduce on nano the symptoms of docs/troubleshooting.md, and quote the output in bench/results/symptoms.md.
+"""Reproduce on nano the symptoms of docs/troubleshooting.md, and quote the output.
 
     python bench/symptoms.py [--only memory ...]
 
-Each command of the page runs in a process of its own. Its last lines and a line for each step of metrics.jsonl go
-between `<!-- said: NAME -->` and `<!-- end -->`. The page is written after each command.
+Each command of the page runs in a process of its own. Its last lines and a line for each step of
+metrics.jsonl go between `<!-- said: NAME -->` and `<!-- end -->`. The page is written after each
+command.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def commands(text: str) -> dict[str, str]:
 
 
 def said_by(command: str, folder: Path) -> str:
-    """Run a command of the page in its own folder; return its last lines and its metrics as a table."""
+    """Run a command of the page; return its last lines and its metrics as a table."""
     run = folder / "run"
     words = command.replace("accelerate launch train_rlhf.py", f"{shlex.quote(sys.executable)} train_rlhf.py")
     words = f"{words} --output_dir {shlex.quote(str(run))}"
@@ -73,6 +74,7 @@ def fill(text: str, name: str, said: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(commands(PAGE.read_text())), metavar="NAME")
     chosen = parser.parse_args(argv).only or list(commands(PAGE.read_text()))

@@ -1,9 +1,9 @@
 """Write the tables of measured results into pages: `python bench/tables.py`.
 
-The pages are bench/results/*.md, the guides in docs/ and README.md. What stands between
-`<!-- table: bench/results/NAME.json -->` and `<!-- end of table -->` is replaced by that file's table, or by nothing
-while there is no such file; NAME.json#PART is one of several tables. A single result of bench/methods.py stands
-between `<!-- nano: ARM -->` and `<!-- / -->`.
+The pages are bench/results/*.md, the guides in docs/ and README.md. What stands between `<!--
+table: bench/results/NAME.json -->` and `<!-- end of table -->` is replaced by that file's table, or
+by nothing while there is no such file; NAME.json#PART is one of several tables. A single result of
+bench/methods.py stands between `<!-- nano: ARM -->` and `<!-- / -->`.
 """
 
 import json
@@ -13,8 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, which has a rewards.py
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_report
 from md_table import GONE, label, made_on, table
 from step_tables import compile_table, less_memory_table, phase_cell, step_table
@@ -79,13 +78,13 @@ def guidance_table(result: dict) -> str:
 
 
 def methods_table(result: dict) -> str:
-    """Return means over seeds with the range of each arm; last, the seconds of a step alone on a device."""
+    """Return means over seeds with each arm's range; last, the seconds of a step."""
     last = "s a step", lambda row: f"{row['device_seconds'] / row['steps']:.3f}"
     return f"{made_on(result)}\n\n{_arms_table(result, ('trained', 'verifier', 'clip', GAP, 'motion'), last)}"
 
 
 def cheaper_table(result: dict, at_full_size: bool) -> str:
-    """Return means of arms that had one device time, here or at full size; last, the steps that it allowed."""
+    """Return means of arms with equal device time, here or at full size; last, their steps."""
     about = result["environment"]
     arms = [arm for arm in about["arms"] if arm.endswith(AT_FULL_SIZE) == at_full_size or arm == "plain"]
     shown = {"environment": about | {"arms": arms}, "rows": [row for row in result["rows"] if row["arm"] in arms]}
@@ -105,7 +104,7 @@ def _arms_table(result: dict, measures: tuple[str, ...], last: tuple[str, Callab
 
 
 def fill_cells(text: str, result: dict) -> str:
-    """Return the text with every single result replaced: mean gain of trained reward and verifier."""
+    """Return the text with every single result replaced: mean gains of reward and verifier."""
     for arm, rows in _by_arm(result).items():
         trained, verifier = (statistics.mean(gains(rows, measure)) for measure in ("trained", "verifier"))
         cell = re.compile(f"(<!-- nano: {re.escape(arm)} -->).*?(<!-- / -->)")
@@ -137,7 +136,7 @@ SCALE_PHASES = {  # of bench/scale.py: column by phase
 
 
 def scale_table(result: dict) -> str:
-    """Return a table for each number of frames, with a row for each layout and number of devices."""
+    """Return a table for each number of frames, a row for each layout and number of devices."""
     cells, text = {}, f"{made_on(result)}\n"
     for row in result["rows"]:
         cells.setdefault(row["frames"], {}).setdefault((row["devices"], row["arm"]), {})[row["phase"]] = row
@@ -184,6 +183,7 @@ TABLES = {
 
 
 def main() -> None:
+    """Run the command."""
     for page in pages():
         text = page.read_text(encoding="utf-8")
         if (filled := fill_cells(fill(text), json.loads(METHODS.read_text()))) != text:

@@ -1,4 +1,4 @@
-"""The reward contract.
+"""The reward contract: any callable from videos and prompts to one score a video.
 
 A reward is a plain callable; it needs to import nothing from here:
 

@@ -1,8 +1,8 @@
-"""Rewards that break a run, each in the way that docs/troubleshooting.md tells of."""
+"""Rewards that break a run, each with a symptom of docs/troubleshooting.md."""
 
 
 def grain(video, prompts, **info):
-    """Loves detail, and so is cheated by a grid of dots."""
+    """Score detail: a grid of dots hacks it."""
     return video.diff(dim=-1).abs().mean((1, 2, 3, 4)) * 10
 
 
@@ -10,7 +10,7 @@ grain.frames = "first"
 
 
 def unburnt(video, prompts, **info):
-    """Likes what is bright but not white; of a white or black pixel the slope is infinity times zero."""
+    """Score bright pixels that are not white: at black and white the slope is not finite."""
     inside = (video > 0.005) & (video < 0.995)
     return (video * inside).sqrt().mean((1, 2, 3, 4))
 
@@ -19,7 +19,7 @@ unburnt.frames = "first"
 
 
 def rounded(video, prompts, **info):
-    """Counts colours, and so has no slope at all."""
+    """Score rounded colours: the gradient is zero."""
     return (video * 10).round().mean((1, 2, 3, 4))
 
 

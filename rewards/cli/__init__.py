@@ -1,1 +1,1 @@
-"""Flags, files and tables of the commands."""
+"""What the commands share: flags, files and tables."""

@@ -1,1 +1,1 @@
-"""The trained part of the transformer."""
+"""The trained part of the transformer: LoRA, fp32 master weights, optimizer."""

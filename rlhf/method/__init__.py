@@ -1,1 +1,1 @@
-"""Reward gradients by the published methods: noise, prefix, window, score, gradient."""
+"""From noise to a reward's gradient: rollout, window, decoding, loss, drift."""

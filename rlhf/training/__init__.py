@@ -1,1 +1,1 @@
-"""What the training loop is made of."""
+"""Parts of the training loop: setup, batches, calibration, callbacks, monitor, failures."""

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from rewards import RewardMix, frames_needed, reward_name
+from rlhf.adapter.float8 import require_float8
 from rlhf.adapter.lora import ATTENTION, add_adapter, lora_config, lora_settings
 from rlhf.adapter.masters import MasterWeights
-from rlhf.adapter.float8 import require_float8
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.contentv.files import SamplingDefaults

@@ -1,4 +1,4 @@
-"""The study's baselines proved as numbers: stochastic sampling, the policy gradient, the best of n."""
+"""The study's baselines as numbers: stochastic sampling, policy gradient, best of n."""
 
 import math
 
@@ -18,7 +18,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# --------------------------------------------------------------------------------------- stochastic sampling
+# ------------------------------------------------------------------------------ stochastic sampling
 
 
 @pytest.mark.parametrize("name", baselines.NOISES)
@@ -74,7 +74,7 @@ def test_samples_of_many_stochastic_steps_have_the_datas_distribution(name, leve
     assert len(path.states) == 201
 
 
-# -------------------------------------------------------------------------------------------- policy gradient
+# ---------------------------------------------------------------------------------- policy gradient
 
 
 def linear(theta):
@@ -83,7 +83,7 @@ def linear(theta):
 
 
 def expected_reward(theta, last, moments, level) -> float:
-    """Of -(x - 1)^2 at the end, exactly: a linear flow keeps states normal. `last` steps without noise."""
+    """Return E[-(x - 1)^2] at the end, exactly: a linear flow keeps states normal."""
     mean, variance = torch.zeros(1, dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for i in range(len(SIGMAS) - 2):
         offset, std = moments(mean, linear(theta)(mean, None), SIGMAS, i, level)
@@ -96,7 +96,7 @@ def expected_reward(theta, last, moments, level) -> float:
 
 @pytest.mark.parametrize("name", baselines.NOISES)
 def test_the_policy_gradient_is_that_of_the_expected_reward(name):
-    """Against finite differences; the last step, which has no noise, learns nothing and is held fixed in them."""
+    """Against finite differences; the noiseless last step learns nothing and is held fixed."""
     policy, theta = Policy(noise=name, noise_level=0.6), torch.tensor([0.3, -0.4], dtype=torch.float64)
     count, trained = 400_000, theta.clone().requires_grad_()
 
@@ -177,29 +177,6 @@ def test_policy_gradients_raise_the_reward(make_args):
     )
     rewards = [trainer.step(step)["reward"] for step in range(20)]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.05
-
-
-def test_a_first_update_is_the_plain_policy_gradient(make_args):
-    """With nothing reused the ratio is 1: the adapter's gradient is that of the advantage-weighted log-density."""
-    trainer = policy_trainer(make_args, Policy(group_size=2, updates=1), per_device_train_batch_size=4)
-    with torch.no_grad():
-        trainer.masters.vector += 0.1 * torch.randn(trainer.masters.vector.shape, generator=generator("B"))
-    trainer.masters.write()
-    batch = trainer.batches.batch(0, 0)
-    field = trainer.fields.window(trainer.text(batch.prompts, trainer.device))
-    path = baselines.stochastic_rollout(field, batch.noise, trainer.sigmas, trainer.policy)
-    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    for i, x in enumerate(path.states[:-2]):
-        mean, std = baselines.cps_moments(x, field(x, trainer.sigmas[i]), trainer.sigmas, i, 0.7)
-        density = torch.distributions.Normal(mean, std).log_prob(path.states[i + 1]).flatten(1).mean(1)
-        (-(advantage * density).mean() / 2).backward()
-    trainer.masters.collect_grad()
-    expected = trainer.masters.vector.grad.clone()
-    trainer.masters.vector.grad.zero_()
-    for loss in baselines.step_losses(field, field, path, advantage, trainer.sigmas, trainer.policy):
-        trainer._back_propagate(loss)
-    assert expected.norm() > 0
-    assert (trainer.masters.vector.grad - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_rows_of_a_trajectory_stay_together():

@@ -73,16 +73,3 @@ def test_the_table_by_hand():
         "| `mps` | float32 | 1 | out of memory | out of memory | out of memory | 4.00 |",
         "| `clip_score` | bfloat16 | 8 | 12.3 | 34.6 | 2.35 | 0.80 |",
     ]
-
-
-def test_a_table_replaces_what_stands_in_its_place(result, tmp_path):
-    (tmp_path / "bench" / "results").mkdir(parents=True)
-    text = "before\n<!-- table: bench/results/rewards.json -->\nold\n<!-- end of table -->\nafter\n"
-    assert tables.fill(text, tmp_path) == text.replace("old\n", ""), "nothing measured, nothing shown"
-    (tmp_path / "bench" / "results" / "rewards.json").write_text(json.dumps(result))
-    filled = tables.fill(text, tmp_path)
-    assert filled.startswith("before\n<!-- table")
-    assert filled.endswith("<!-- end of table -->\nafter\n")
-    assert tables.rewards_table(result) in filled
-    assert "old" not in filled
-    assert tables.fill(filled, tmp_path) == filled

@@ -1,4 +1,4 @@
-"""The benchmark of several devices: tiny, in two processes on a CPU; what is worked out of its rows, by hand."""
+"""The benchmark of several devices, tiny, on two CPU processes; its tables by hand."""
 
 import json
 

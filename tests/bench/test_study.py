@@ -1,8 +1,10 @@
-"""The study of methods: settings that are accepted, equal device time, choice by the sweep, failures told."""
+"""The study of methods: settings, equal device time, choice by the sweep, failures."""
 
 import json
 import math
 
+import cheaper
+import methods
 import pytest
 import study
 import study_arms
@@ -16,13 +18,23 @@ def conditions(tmp_path, **changes):
     return study_runs.Conditions("cpu", tmp_path, 11, **{"eval_prompts": 4, "diversity_prompts": 2} | changes)
 
 
-def test_the_settings_of_every_arm_and_variant_are_accepted(tmp_path):
-    every = [*study_arms.ARMS.values()]
-    every += [study_arms.ARMS[arm] | variant for arm, variants in study_arms.VARIANTS.items() for variant in variants]
-    for settings in {json.dumps(one) for one in every}:
+VARIANTS = [study_arms.ARMS[arm] | one for arm, found in study_arms.VARIANTS.items() for one in found]
+
+
+@pytest.mark.parametrize(
+    ("arms", "flags"),
+    [
+        ([*study_arms.ARMS.values(), *VARIANTS], ()),
+        ([*methods.ARMS.values()], ()),
+        ([*cheaper.ARMS.values()], cheaper.FLAGS),
+    ],
+)
+def test_the_settings_of_every_arm_and_variant_are_accepted(arms, flags, tmp_path):
+    for settings in {json.dumps(one) for one in arms}:
         run, policy = study_arms.split(json.loads(settings))
-        args = conditions(tmp_path).args(run, 3, 8)
+        args = conditions(tmp_path, flags=flags).args(run, 3, 8)
         assert (args.seed, args.max_steps, args.num_eval_prompts) == (3, 8, 4)
+        assert args.num_inference_steps == (12 if flags else 4)
         assert all(getattr(args, name) == value for name, value in run.items())
         assert policy is None or args.per_device_train_batch_size % (policy.group_size * policy.updates) == 0
 
@@ -46,7 +58,7 @@ def test_the_sweep_chooses_by_the_trained_reward_alone(tmp_path):
 
 @pytest.fixture
 def fake_runs(monkeypatch, tmp_path):
-    """Steps of known cost, and runs that take no time; DRTune fails as long as it is told to, ReFL can't be timed."""
+    """Steps of known cost, and runs that take no time; DRTune fails, ReFL can't be timed."""
     monkeypatch.setattr(study, "SWEEP", tmp_path / "no_sweep.json")
     calls = {"trained": [], "timed": 0, "broken": True}
     gain = {"base": 0.5, "tuned": 0.6, "diff": 0.1}

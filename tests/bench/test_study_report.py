@@ -68,18 +68,24 @@ def test_plots_are_drawn(tmp_path):
         assert 5_000 < (tmp_path / "plot.png").stat().st_size < 200_000
 
 
-def test_tables_are_filled_and_filled_again(tmp_path):
-    path = tmp_path / "bench" / "results" / "methods.json"
-    path.parent.mkdir(parents=True)
-    text = "<!-- table: bench/results/methods.json -->\n<!-- end of table -->\n<!-- nano: DRaFT-K --><!-- / -->"
+def test_tables_replace_what_stands_in_their_places(tmp_path):
+    """A whole file, a part of one, single results; nothing where nothing was measured."""
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    text = "before\n<!-- table: bench/results/methods.json -->\nold\n<!-- end of table -->\n"
+    text += "<!-- table: bench/results/study.json#conditions -->\n<!-- end of table -->\n"
+    text += "<!-- nano: DRaFT-K --><!-- / -->"
+    assert tables.fill(text, tmp_path) == text.replace("old\n", "")
     for values in ([0.1, 0.3], [0.5]):
         result = result_of({"DRaFT-K": values})
         result["environment"]["arms"] = ["DRaFT-K"]
         result["rows"] = [row | {"hacking_gap": 0.25} for row in result["rows"]]
-        path.write_text(json.dumps(result))
+        for name in ("methods", "study"):
+            (tmp_path / "bench" / "results" / f"{name}.json").write_text(json.dumps(result))
         text = tables.fill_cells(tables.fill(text, tmp_path), result)
-    assert "<!-- nano: DRaFT-K -->+0.500, +50.0<!-- / -->" in text
-    assert text.count("Measured on a chip (2 cores), torch 2.15.") == 1
+    assert text.startswith("before\n<!-- table")
+    assert text.endswith("<!-- nano: DRaFT-K -->+0.500, +50.0<!-- / -->")
+    assert text.count("Measured on a chip (2 cores), torch 2.15.") == 2
+    assert text.count("Budget of each arm: 12.0 device-seconds") == 1
     assert "| `DRaFT-K` | 1 | +0.500 | +50.0 | +0.500 | +0.250 | +100.0 | 0.375 |" in text
 
 

@@ -1,4 +1,4 @@
-"""What bench/results/symptoms.md quotes was printed by the commands that it shows, and is printed again."""
+"""bench/results/symptoms.md quotes what its commands print."""
 
 import re
 from pathlib import Path

@@ -50,7 +50,8 @@ def installed(wheel):
 def test_the_wheel_has_every_module_and_data_file(wheel):
     packed = set(zipfile.ZipFile(wheel).namelist())
     kept = {p.relative_to(ROOT).as_posix() for room in ("rlhf", "rewards") for p in (ROOT / room).rglob("*.py")}
-    kept |= {f"rlhf/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*") if p.is_file()}
+    recipes = (p for p in (ROOT / "configs").rglob("*") if p.is_file())
+    kept |= {f"rlhf/config/recipes/{p.relative_to(ROOT / 'configs').as_posix()}" for p in recipes}
     data = (p for p in (ROOT / "rlhf").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc"))
     kept |= {p.relative_to(ROOT).as_posix() for p in data}
     assert kept - packed == set()

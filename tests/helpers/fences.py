@@ -1,8 +1,8 @@
-"""Fenced code blocks of the guides, with what stands above them in a comment that a reader does not see.
+"""Fenced code blocks of the guides, and the invisible comments above them.
 
-<!-- needs: minutes -->     not run by the tests: minutes, network, weights, gpu, npu, or several of them
-<!-- theirs -->             another project's code
-<!-- file: NAME -->         saved under this name, for what comes after
+<!-- needs: minutes -->     not run by the tests: minutes, network, weights, gpu, npu, or several of
+them <!-- theirs -->             another project's code <!-- file: NAME -->         saved under this
+name, for what comes after
 """
 
 import re
@@ -46,7 +46,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The commands of a bash block as words, without comments, those of one line apart, \\ at its end respected."""
+    """Return the commands of a bash block as words, without comments."""
     found = []
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars=";&")
@@ -63,7 +63,7 @@ def commands(code: str) -> list[list[str]]:
 
 
 def python_words(command: list[str]) -> list[str] | None:
-    """What python is given in a command: ["-m", "rlhf.device", ...] or ["demo.py", ...]; None for other programs."""
+    """Return the arguments of python in a command; None for other programs."""
     words = command[1:] if re.match(r"[A-Z_]+=", command[0]) else command  # a variable for this command alone
     if words[:1] == ["contentv-rlhf"]:
         return ["-m", "rlhf.train", *words[1:]]

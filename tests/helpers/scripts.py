@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def script(path: str) -> ModuleType:
-    """The file, by its path from the root, run as a module of its own; what it does to sys.path is taken back."""
+    """Return a file as a module, by its path from the root; undo its changes of sys.path."""
     before = list(sys.path)
     spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
     module = importlib.util.module_from_spec(spec)
