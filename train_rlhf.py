@@ -1,6 +1,7 @@
-"""Train ContentV by reward gradient: `accelerate launch train_rlhf.py [--config FILE] [--any_key value]`.
+"""Train ContentV by reward gradient: `accelerate launch train_rlhf.py [--config FILE]`.
 
-Without --config it runs configs/nano.yaml, the main job. It is rlhf/train.py, and `contentv-rlhf` once installed.
+Without --config it runs configs/nano.yaml, the main job. Any setting is also a flag. The command
+is rlhf/train.py; an installed package has it as `contentv-rlhf`.
 """
 
 import sys

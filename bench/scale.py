@@ -117,7 +117,7 @@ class Run:
     def arm(self, name: str, settings: dict) -> None:
         """All phases of an arm that are missing."""
         alone, devices = name == ONE, 1 if name == ONE else self.accelerator.num_processes
-        sizes = Sizes.of(RewardGradientConfig(**settings), devices)
+        sizes = Sizes.from_settings(RewardGradientConfig(**settings), devices)
         told = {"arm": name, "devices": devices, "frames": self.arguments.frames, "layout": str(sizes)}
         told |= {"data": sizes.data}
         if not alone:

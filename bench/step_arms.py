@@ -143,7 +143,7 @@ class Rig:
         """Return the velocity fields of the current settings."""
         args, group = self.args, layout and layout.guidance_group
         step, weights = args.stepwise_backward, args.sampling_weights
-        return VelocityFields(self.transformer, self.masters, Guidance.of(args), step, weights, group)
+        return VelocityFields(self.transformer, self.masters, Guidance.from_settings(args), step, weights, group)
 
     def noise(self, purpose: str) -> torch.Tensor:
         """(1, C, T, H, W), float32: always the same for the same purpose."""

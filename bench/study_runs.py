@@ -169,7 +169,7 @@ def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list
     trainer = start(settings, seed, steps, conditions)
     began = time.perf_counter()
     rows = [trainer.step(step) for step in range(steps)]
-    with trainer.masters.averaged():
+    with trainer.masters.use_average():
         tuned = trainer.monitor.held_out.evaluate("tuned", steps)
     found = {"steps": steps, "queries": steps * queries_per_step(trainer), "wall_seconds": time.perf_counter() - began}
     spreads = gains(Evaluation.load(base_path(conditions)), tuned, {TRAINED: 1.0}, trainer.args.eval_reward_funcs)

@@ -20,7 +20,7 @@ class DamagedFileError(ValueError):
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Raise DamagedFileError, which names the path, where reading its content inside fails."""
+    """Turn errors of reading the file inside the block into DamagedFileError with the path."""
     try:
         yield
     except DamagedFileError:

@@ -84,9 +84,9 @@ def train(args: RewardGradientConfig) -> int:
 
 def resume_hint(args: RewardGradientConfig) -> str:
     """Return where the run's last good state is, and the command that resumes; "" for none."""
-    from rlhf.run.checkpoint import newest_undamaged
+    from rlhf.run.checkpoint import newest_undamaged_checkpoint
 
-    if (saved := newest_undamaged(Path(args.output_dir) / "checkpoints")) is None:
+    if (saved := newest_undamaged_checkpoint(Path(args.output_dir) / "checkpoints")) is None:
         return ""
     # The last of equal flags counts, so the given ones may stay.
     flags = ["--overwrite_output_dir", "false"] * args.overwrite_output_dir + ["--resume_from_checkpoint", "latest"]

@@ -43,7 +43,7 @@ from rlhf.training import setup
 from rlhf.training.batches import BatchResult, first_failure
 from rlhf.training.calibrate import calibrate, restore_calibration
 from rlhf.training.callbacks import Callbacks
-from rlhf.training.failures import SkippedSteps, non_finite_error, require_gradient, require_new
+from rlhf.training.failures import SkippedSteps, non_finite_error, require_gradient, require_untrained
 from rlhf.training.monitor import Guard, HeldOutMonitor
 from rlhf.training.rewards import mix_rewards, open_rewards
 from rlhf.types import Conditioning
@@ -106,7 +106,7 @@ class RewardGradientTrainer:
         self.resumed = self._restore()
         calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args)
         self.calibration_prompts = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
-        left = self.batches.prompts_from_rollout(self.rollouts.rollout_of(self.resumed["step"], 0))
+        left = self.batches.prompts_from_rollout(self.rollouts.rollout_index(self.resumed["step"], 0))
         prompts = left + self.eval_prompts + self.calibration_prompts
         self.text = setup.encode_and_release(self.pipe, prompts, args, self.device, release=inputs.pipe is None)
         self.sample_base = self._video_sampler(self.fields.base)
@@ -114,7 +114,7 @@ class RewardGradientTrainer:
         if self.eval_prompts:
             sample_tuned, weights = self._video_sampler(self.fields.tuned), self.rewards.weights
             held_out = setup.make_held_out(sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout)
-            guard, resume_from, notify = Guard.of(args), args.resume_from_checkpoint, self.callbacks.notify
+            guard, resume_from, notify = Guard.from_settings(args), args.resume_from_checkpoint, self.callbacks.notify
             self.monitor = HeldOutMonitor(held_out, weights, self.pipe, self.masters, notify, guard, resume_from)
         self.callbacks.notify("on_init_end")
 
@@ -153,7 +153,7 @@ class RewardGradientTrainer:
 
     def _reward_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Sample, score and back-propagate one batch: the loss is -R(x_N) + weight * drift."""
-        batch = self.batches.batch(self.rollouts.rollout_of(step, micro), micro)
+        batch = self.batches.batch(self.rollouts.rollout_index(step, micro), micro)
         cond = self.text(batch.prompts, self.device)
         prefix, window = self.fields.prefix(cond, plan), self.fields.window(cond)
 
@@ -222,7 +222,7 @@ class RewardGradientTrainer:
         self.fields.refresh()
 
     def reward_info(self, step: int) -> dict:
-        """Return what rewards are told in a step besides videos and prompts."""
+        """Return the `info` keyword arguments of rewards in a step: fps, seed and step."""
         return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
 
     def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> VideoSampler:
@@ -231,18 +231,19 @@ class RewardGradientTrainer:
     # ------------------------------------------------------------------------------------- the run
 
     def train(self) -> dict:
-        """Evaluate the base, train, evaluate again; return the content of summary.json. Once.
+        """Train once, with evaluations before and after; return the content of summary.json.
 
         Raises TrainingInterrupted after a signal, TrainingError or RewardError if training cannot
         go on. checkpoints/ then holds the last good step.
         """
-        require_new(trained=self.state.global_step > self.resumed["step"])
+        require_untrained(trained=self.state.global_step > self.resumed["step"])
         with report_at_end(self.folder, self.accelerator.is_main_process):
             summary = self._train()
         self.callbacks.notify("on_train_end")
         return summary
 
     def _train(self) -> dict:
+        """Run training and evaluations, save the adapter; return the content of summary.json."""
         started, first = time.perf_counter(), self.resumed["step"]
         self._begin()
         with run_trackers(self.accelerator, self.args):
@@ -251,7 +252,7 @@ class RewardGradientTrainer:
                 self.monitor.begin(self.sample_base, first, self.resumed.get("guard"))
             done = self._train_steps(first)
             self._save(done)
-            with self.masters.averaged():
+            with self.masters.use_average():
                 if self.args.load_best_model_at_end:
                     self.monitor.load_best(done)
                 if self.accelerator.is_main_process:

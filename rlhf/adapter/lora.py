@@ -57,7 +57,7 @@ def add_adapter(transformer: torch.nn.Module, config: PeftConfig, seed: int) -> 
 
 
 @contextmanager
-def adapter_off(transformer: torch.nn.Module) -> Iterator[None]:
+def disable_adapter(transformer: torch.nn.Module) -> Iterator[None]:
     """Make the transformer the base model while inside; also a decorator of a function."""
     transformer.disable_adapters()
     try:

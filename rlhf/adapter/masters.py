@@ -33,7 +33,7 @@ class MasterWeights:
         self.average_decay, self.average = average_decay, self.vector.detach().clone() if average_decay else None
 
     def collect_grad(self) -> int:
-        """Move the parameters' gradients into the vector's; return how many parameters had one."""
+        """Add the parameters' gradients to the flat gradient, clear them, return their number."""
         pieces = self._split(self.vector.grad)
         received = [(piece, p) for piece, p in zip(pieces, self.params, strict=True) if p.grad is not None]
         for piece, p in received:
@@ -48,7 +48,7 @@ class MasterWeights:
             p.copy_(piece)
 
     def update_average(self, update: int) -> None:
-        """Move the running average towards the vector after optimizer step `update`, from 0.
+        """Update the exponential moving average after optimizer step `update`, counted from 0.
 
         The decay rises from 0.1 to `average_decay`, as in diffusers' EMAModel.
         """
@@ -57,8 +57,8 @@ class MasterWeights:
             self.average.lerp_(self.vector.detach(), 1 - decay)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Hold the running average in vector and module while inside, if one is kept."""
+    def use_average(self) -> Iterator[None]:
+        """Put the EMA into the vector and the module while inside; do nothing without an EMA."""
         if self.average is None:
             yield
             return

@@ -18,7 +18,7 @@ EXPECTED = "expected an adapter of this model, as a run or pipe.save_lora_weight
 
 
 def load_adapter(transformer: SD3Transformer3DModel, folder: Path) -> None:
-    """Add the adapter in a folder such as RUN/adapter; raise ValueError for another model's."""
+    """Add the adapter of a folder such as RUN/adapter; raise ValueError if it does not fit."""
     path = folder / ADAPTER_FILE
     with file_errors(path), safe_open(path, "pt") as file:
         file.keys()
@@ -39,14 +39,14 @@ def refuse_trained_blocks(folder: str | Path) -> None:
 
 
 def require_adapter(transformer: SD3Transformer3DModel, name: str | Path) -> None:
-    """Raise ValueError if no layer of the adapter `name` was added, of which peft only warns."""
+    """Raise ValueError if the adapter `name` has added no layer, of which peft only warns."""
     if not getattr(transformer, "peft_config", None):
         raise ValueError(f"{name}: got no layer of this transformer, {EXPECTED}")
 
 
 @contextmanager
 def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[SD3Transformer3DModel]:
-    """Yield a plain transformer with the adapter, times `scale`, in its weights.
+    """Yield a plain transformer whose weights include `scale` times the adapter.
 
     Afterwards the weights are restored, bit for bit. The plain transformer shares its weights with
     the given one, so it is of use inside only.
@@ -57,7 +57,7 @@ def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[S
         with scaled(transformer, scale):
             try:
                 transformer.fuse_lora(safe_fusing=True)
-                yield _plain(transformer)
+                yield _strip_adapter(transformer)
             finally:
                 for layer in (layer for layer in layers if layer.merged):
                     layer.unmerge()  # subtracts what was added, up to rounding
@@ -66,7 +66,7 @@ def merged(transformer: SD3Transformer3DModel, scale: float = 1.0) -> Iterator[S
             parameter.data.copy_(original)
 
 
-def _plain(transformer: SD3Transformer3DModel) -> SD3Transformer3DModel:
+def _strip_adapter(transformer: SD3Transformer3DModel) -> SD3Transformer3DModel:
     """Return a transformer without adapter layers that shares the base layers' weights."""
     weights = {k.replace(".base_layer.", "."): v for k, v in transformer.state_dict().items() if ".lora_" not in k}
     with torch.device("meta"):

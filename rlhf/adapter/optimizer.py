@@ -31,5 +31,5 @@ def clip_gradient(gradient: torch.Tensor, norm: float, limit: float) -> None:
 
 
 def is_due(done: int, every: int) -> bool:
-    """Return whether an event of every `every` steps (0: never) happens after `done` of them."""
+    """Return whether an event of every `every` steps is due after step `done`; 0: never."""
     return every > 0 and done % every == 0

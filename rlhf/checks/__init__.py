@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.checks.execution import speed_problems
+from rlhf.checks.execution import execution_problems
 from rlhf.checks.method import adapter_problems, method_problems
 from rlhf.checks.parallel import parallel_problems
 from rlhf.checks.resume import resume_problems
@@ -33,7 +33,7 @@ def check_config(
     eval_prompts: list[str] | None = None,
     planned_processes: int | None = None,
 ) -> RewardGradientConfig:
-    """Return the settings with the model's own sampling where none was set.
+    """Check all settings and return them with the model's sampling defaults filled in.
 
     Args:
         args: the settings.
@@ -60,7 +60,7 @@ def check_config(
         args = with_sampling(args, sizes["sampling"])
         problems += _size_problems(args, sizes)
         problems += [*method_problems(args), *adapter_problems(args, sizes["transformer"])]
-        problems += [*speed_problems(args), *parallel_problems(args, planned_processes)]
+        problems += [*execution_problems(args), *parallel_problems(args, planned_processes)]
     if problems:
         raise ConfigError(problems)
     return args
@@ -74,7 +74,7 @@ def _device_problems(args) -> list[str]:
 
 
 def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
-    """Yield problems of the video's size for a model of these sizes."""
+    """Yield problems of height, width and num_frames, given the model's config files."""
     stride = 2 ** len(sizes["vae"]["temperal_downsample"]) * sizes["transformer"]["patch_size"]
     stride_t = 2 ** sum(sizes["vae"]["temperal_downsample"])
     for name in ("height", "width"):
@@ -88,6 +88,7 @@ def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
 
 
 def _guard_problems(args, eval_prompts) -> Iterator[str]:
+    """Yield problems of early stopping and of loading the best adapter, which need evaluations."""
     asked = [n for n in ("early_stopping_patience", "load_best_model_at_end") if getattr(args, n)]
     missing = [n for n in ("eval_steps", "eval_reward_funcs") if not getattr(args, n)]
     if args.eval_prompts is None and eval_prompts is None:
@@ -103,6 +104,7 @@ def _guard_problems(args, eval_prompts) -> Iterator[str]:
 
 
 def _folder_problems(args, dry: bool) -> Iterator[str]:
+    """Yield problems of output_dir, resuming and overwriting; dry: without write access."""
     folder = Path(args.output_dir)
     if not args.output_dir:
         yield "output_dir: got an empty path, expected a folder; name one, such as . for where you are"
@@ -127,7 +129,7 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def _may_write(place: Path) -> bool:
-    """Return whether this process can write there, or need not: only the first one writes."""
+    """Return whether rank 0 can write to `place`; always True on other ranks, which never write."""
     return os.environ.get("RANK", "0") != "0" or (place.is_dir() and os.access(place, os.W_OK))
 
 

@@ -10,8 +10,8 @@ NEED_CHECKPOINTING = ("keep_attention", "offload_activations", "stream_weights")
 ENDING, FIXED = ("draft_k", "draft_lv", "alignprop", "refl"), ("draft_k", "draft_lv")
 
 
-def speed_problems(args: RewardGradientConfig) -> Iterator[str]:
-    """Yield problems; args has all sampling keys set."""
+def execution_problems(args: RewardGradientConfig) -> Iterator[str]:
+    """Yield problems of the execution options; args has all sampling keys set."""
     if args.decode_window is not None and args.decode_window >= args.num_frames:
         yield (
             f"decode_window={args.decode_window} is all of num_frames={args.num_frames}, expected fewer; lower it, or "
@@ -29,6 +29,7 @@ def speed_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 
 def _weight_problems(args) -> Iterator[str]:
+    """Yield conflicts between streamed, quantized, DoRA and sampling weights."""
     if args.stream_weights and args.base_bits:
         yield "stream_weights and base_bits: got both, expected one: weights of few bits fit; leave one out"
     for name in ("stream_weights", "base_bits", "lora_use_dora"):
@@ -60,7 +61,7 @@ def _prefix_problems(args) -> Iterator[str]:
 
 
 def _effect_problems(args, before: int) -> Iterator[str]:
-    """Yield settings of no-grad steps without effect, for too few come before the window."""
+    """Yield no-grad settings without effect because too few steps precede the window."""
     needed = {
         "guidance_every": (args.guidance_every > 1, 2),
         "sampling_weights": (args.sampling_weights != "own", 1),

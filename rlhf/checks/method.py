@@ -30,6 +30,7 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 
 def _step_problems(args, options: MethodOptions) -> Iterator[str]:
+    """Yield problems of the numbers of sampling, gradient, jump and listed steps."""
     steps, early = args.num_inference_steps, getattr(options, "jump_steps", None) or 1
     if args.num_grad_steps > steps:
         yield (
@@ -56,6 +57,7 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
 
 
 def _drift_problems(args) -> Iterator[str]:
+    """Yield problems of drift, anchor steps and guidance distillation."""
     if args.drift_weighting != "kl" and not (args.drift_weight or args.anchor_steps):
         got = f"got {args.drift_weighting} without drift_weight or anchor_steps, on which it builds"
         yield f"drift_weighting: {got}, expected kl; set one of these, or leave it out"

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 from rlhf.checks.rewards import problems_raised_by
 from rlhf.config import RewardGradientConfig
-from rlhf.distributed.layout import Sizes, started_processes
+from rlhf.distributed.layout import Sizes, launcher_world_size
 
 
 def parallel_problems(args: RewardGradientConfig, processes: int | None = None) -> Iterator[str]:
-    """Yield problems; args has all sampling keys set. processes: Default: those started."""
-    processes = processes or started_processes()
+    """Yield problems of parallelism and sharding on `processes` processes; None: those started."""
+    processes = processes or launcher_world_size()
     if args.sequence_parallel >= 1:
-        yield from problems_raised_by(Sizes.of, args, processes)
+        yield from problems_raised_by(Sizes.from_settings, args, processes)
     if args.guidance_parallel == 2:
         yield from _guidance_problems(args)
     if args.shard_base:
@@ -19,6 +19,7 @@ def parallel_problems(args: RewardGradientConfig, processes: int | None = None) 
 
 
 def _guidance_problems(args) -> Iterator[str]:
+    """Yield settings that conflict with guidance_parallel=2."""
     needed = {"guidance_gradient": "full", "guidance_together": False, "guidance_every": 1}
     for name, value in needed.items():
         if (got := getattr(args, name)) != value:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.older import translate
-from rlhf.run.checkpoint import checkpoints, find_checkpoint, newest_undamaged, read_state
+from rlhf.run.checkpoint import checkpoints, find_checkpoint, newest_undamaged_checkpoint, read_state
 from rlhf.run.folder import BEST
 
 FIXED_ON_RESUME = (
@@ -25,7 +25,11 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     if path.resolve().parent != own.resolve() and checkpoints(own):
         expected = f"expected a new folder, or that of {path}"
         yield f"output_dir={args.output_dir}: got a run with checkpoints of its own, {expected}; choose another"
-    elif path.resolve().parent == own.resolve() and (newest := newest_undamaged(own)) and newest.name != path.name:
+    elif (
+        path.resolve().parent == own.resolve()
+        and (newest := newest_undamaged_checkpoint(own))
+        and newest.name != path.name
+    ):
         expected = f"expected the newest, since {newest} would stay and count as this run's"
         yield f"resume_from_checkpoint={path}: got an older one, {expected}; choose another output_dir, or 'latest'"
     state = read_state(path)

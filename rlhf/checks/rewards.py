@@ -55,6 +55,7 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
 
 
 def _mix_problems(args, trained: list[str]) -> Iterator[str]:
+    """Yield problems of reward caps, targets and calibration."""
     caps, targets = args.reward_caps or {}, args.reward_targets or {}
     yield from _unknown_rewards("reward_caps", caps, trained)
     yield from _unknown_rewards("reward_targets", targets, trained)
@@ -67,7 +68,7 @@ def _mix_problems(args, trained: list[str]) -> Iterator[str]:
 
 
 def _unknown_rewards(key: str, given: dict | None, names: list[str]) -> Iterator[str]:
-    """Yield names among the given that are no reward of this run."""
+    """Yield a problem for each key of `given` that is no reward of this run."""
     for name in given or {}:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)

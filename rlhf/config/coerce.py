@@ -11,7 +11,7 @@ import yaml
 
 
 def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
-    """Return values as their annotated types, and a problem for each that cannot be read so."""
+    """Return values as their annotated types, and a problem for each one that cannot be cast."""
     right, problems = {}, []
     for name, value in values.items():
         try:
@@ -36,20 +36,21 @@ def coerce(value: Any, annotation: Any) -> Any:
         return [coerce(item, inner[0]) for item in (value if isinstance(value, list | tuple) else [value])]
     if origin is dict:
         value = _parse_mapping(value) if isinstance(value, str) else value
-        items = _exactly(value, dict).items()
-        return {_exactly(name, str): coerce(item, inner[1]) for name, item in items} if inner else value
+        items = _require_type(value, dict).items()
+        return {_require_type(name, str): coerce(item, inner[1]) for name, item in items} if inner else value
     if kind in (int, float):
         return _coerce_number(value, kind)
-    return value if kind is Any else _exactly(os.fspath(value) if isinstance(value, os.PathLike) else value, kind)
+    return value if kind is Any else _require_type(os.fspath(value) if isinstance(value, os.PathLike) else value, kind)
 
 
 def _kinds(annotation) -> tuple:
-    """Return the types of a union; the first counts, even if a flag gives a mapping as text."""
+    """Return the members of a union annotation, main type first; of others the type alone."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _coerce_number(value, kind):
+    """Return the value as an int or float; raise if it is not finite or would change."""
     value = value.item() if hasattr(value, "item") else value  # numpy's, of a sweep
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
@@ -61,7 +62,7 @@ def _coerce_number(value, kind):
 
 
 def _parse_mapping(text: str) -> Any:
-    """Return what JSON, or a shell user's YAML such as {nano_preference: 0.3}, says."""
+    """Parse JSON, or YAML as typed in a shell, such as {nano_preference: 0.3}."""
     try:
         return json.loads(text)  # first, for YAML takes 1e-5 for text
     except json.JSONDecodeError:
@@ -72,7 +73,8 @@ def _parse_mapping(text: str) -> Any:
         raise ValueError(text) from error
 
 
-def _exactly(value, kind):
+def _require_type(value, kind):
+    """Return the value; raise TypeError unless it is of this type."""
     if not isinstance(value, kind):
         raise TypeError(value)
     return value

@@ -30,7 +30,7 @@ REMOVED_VALUES = {
 
 
 def translate(settings: dict[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
-    """Return settings of any version in today's form.
+    """Translate settings of an earlier version; return them, a notice and the problems.
 
     Returns:
         The settings; a paragraph that says which of them moved where, "" if none did; and a
@@ -49,6 +49,8 @@ _GONE = {*MOVED, *COMMAND_FLAGS, *REMOVED}
 
 
 def _paragraph(settings: dict, options: dict) -> str:
+    """Return a paragraph on the settings that were renamed, moved or removed; "" for none."""
+
     def among(names) -> str:
         return ", ".join(name for name in names if name in settings)
 
@@ -63,6 +65,7 @@ def _paragraph(settings: dict, options: dict) -> str:
 
 
 def _problems(settings: dict):
+    """Yield a problem for each removed setting or value that is in use."""
     if settings.get("dry_run"):
         yield "dry_run: got it among the settings, expected the flag --dry_run of the command; leave it out"
     for name, (unused, cure) in REMOVED.items():

@@ -43,7 +43,7 @@ class CommandFlags:
 
 
 def parse_config(argv: list[str], default_config: str | Path | None = None) -> RewardGradientConfig:
-    """Return the settings of `parse_command`, for commands that have no use for its other flags."""
+    """Parse arguments as `parse_command` does and return only the settings."""
     return parse_command(argv, default_config)[0]
 
 
@@ -79,6 +79,7 @@ def parse_command(
 
 
 def _parse(argv: list[str], values: dict) -> tuple[RewardGradientConfig, CommandFlags, list[str]]:
+    """Parse flags with config values as defaults; return settings, flags and unknown words."""
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -160,7 +161,7 @@ def _unknown_key(key, value, path: Path) -> str:
     if isinstance(value, dict):
         cure = "write what is in it at the left margin"
         return f"{path.name}: key {key}: got a section, expected settings without sections; {cure}"
-    return _unknown(str(key), f"{path.name}: key ")
+    return _unknown_setting(str(key), f"{path.name}: key ")
 
 
 def _repeated_keys(path: Path, tree: yaml.MappingNode) -> list[str]:
@@ -176,12 +177,13 @@ def _repeated_keys(path: Path, tree: yaml.MappingNode) -> list[str]:
 
 def _unknown_word(word: str) -> str:
     if word.startswith("--"):
-        return _unknown(word[2:], "flag --")
+        return _unknown_setting(word[2:], "flag --")
     cure = f"did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else "name the setting before its value"
     return f"got {word!r} without a flag, expected --KEY VALUE; {cure}"
 
 
-def _unknown(word: str, where: str) -> str:
+def _unknown_setting(word: str, where: str) -> str:
+    """Return the problem of an unknown setting; suggest its successor or the nearest name."""
     name = word.split("=")[0].replace("-", "_")
     if moved := hint(name):
         return f"{where}{word}: no longer a setting; {moved}"

@@ -41,7 +41,7 @@ class ConfigError(ValueError):
 
 
 def setting(default: Any, help: str, **limits: float):
-    """Return a dataclass field with all that is known of a setting.
+    """Return a dataclass field with a setting's default, help text and limits.
 
     Args:
         default: the default; a list is copied.

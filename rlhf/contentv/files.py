@@ -65,7 +65,7 @@ class SamplingDefaults:
         (Path(folder) / SAMPLING_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def call_arguments(self) -> dict[str, Any]:
-        """Return them as keyword arguments of `ContentVPipeline.__call__`."""
+        """Return the defaults as keyword arguments of `ContentVPipeline.__call__`."""
         return {key: value for key, value in asdict(self).items() if key != "fps"}
 
 

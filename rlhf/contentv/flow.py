@@ -37,7 +37,7 @@ def guided_velocity(
     joint_attention_kwargs: dict[str, Any] | None = None,
     together: bool = False,
 ) -> torch.Tensor:
-    """Return v = v_neg + g (v_text - v_neg), as the latents in shape and dtype (arXiv 2207.12598).
+    """Return v_neg + g (v_text - v_neg) in the latents' shape and dtype (arXiv 2207.12598).
 
     Args:
         latents_BCTHW: float32, for any dtype of the transformer.

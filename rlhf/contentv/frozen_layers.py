@@ -16,7 +16,7 @@ SMALLEST_NORM = 1e-12  # of F.normalize
 
 
 def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: tuple[int, ...]) -> torch.Tensor:
-    """Return `F.conv2d` or `F.conv3d` of x with stride 1; autograd's if the layer is trained."""
+    """Return F.conv2d or F.conv3d at stride 1; a frozen layer saves no input for backward."""
     if weight.requires_grad or bias.requires_grad or not torch.is_grad_enabled():
         return CONV[x.ndim](x, weight, bias, padding=padding)
     return _FrozenConv.apply(x, weight, bias, padding)

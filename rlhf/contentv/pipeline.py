@@ -202,7 +202,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         return dict(zip(EMBEDS, embeds, strict=True))
 
     def _round_num_frames(self, num_frames: int) -> int:
-        """Return a number 4k + 1, with a warning if it is another."""
+        """Return num_frames rounded to 4k + 1, with a warning if that changes the number."""
         factor = self.vae_scale_factor_temporal
         rounded = max(num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1, 1)
         if rounded != num_frames:

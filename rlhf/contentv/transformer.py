@@ -47,7 +47,7 @@ class PatchEmbed3D(nn.Module):
         return tokens + self.position_table((T, H // self.patch_size, W // self.patch_size), tokens)
 
     def position_table(self, grid: tuple[int, int, int], like: torch.Tensor) -> torch.Tensor:
-        """Return the table (N, width) of a token grid (frames, rows, columns).
+        """Return the position embeddings (N, width) of a token grid (frames, rows, columns).
 
         It has the device and dtype of `like`. It is built in float64 on the CPU, which accelerators
         lack, and cached for the last few grids.
@@ -62,6 +62,7 @@ class PatchEmbed3D(nn.Module):
 
 
 def _sincos_table(grid: tuple[int, int, int], width: int) -> torch.Tensor:
+    """Return the 3-D sin-cos position embeddings (N, width) of a token grid, on the CPU."""
     frames, rows, columns = grid
     table = get_3d_sincos_pos_embed(
         embed_dim=width,
@@ -184,6 +185,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _velocity(self, latents_BCTHW, text_BLD, pooled_BP, timestep_B, attention_kwargs):
+        """Return the velocity (B, C, T, H, W); `run_block`, if set, runs each block."""
         group, run_block, shards = self.sequence_group, self.run_block, None
         if group is None:
             video = self.pos_embed(latents_BCTHW)
@@ -211,6 +213,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         return torch.einsum("bthwpqc->bcthpwq", patches).reshape(B, self.out_channels, T, H, W)
 
     def _check_latents(self, latents: torch.Tensor) -> None:
+        """Raise ValueError unless latents are 5-d with sides divisible by the patch size."""
         p = self.config.patch_size
         if latents.ndim != 5 or latents.shape[-2] % p or latents.shape[-1] % p:
             raise ValueError(
@@ -219,6 +222,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
             )
 
     def _check_lora_scale(self, scale: float) -> None:
+        """Raise ValueError for a LoRA scale other than 1 if blocks are recomputed."""
         recomputes = self.gradient_checkpointing or (self.run_block and self.run_block.recompute != "nothing")
         if scale != 1.0 and recomputes and torch.is_grad_enabled():
             raise ValueError(

@@ -168,6 +168,7 @@ def _point_conv(layer, x):
 
 
 def _upsample(resample, x, causal):
+    """Upsample frames by 2 in space and, for mode upsample3d, in time."""
     if resample.mode == "upsample3d":
         x = _double_frames(resample.time_conv, x, causal)
     B, _, T = x.shape[:3]
@@ -177,7 +178,7 @@ def _upsample(resample, x, causal):
 
 
 def _double_frames(time_conv, x, causal):
-    """Double every frame but the video's first, for which the convolution sees zeros."""
+    """Double all frames but the video's first, which the convolution sees as zeros."""
     first, rest = (x[:, :, :1], x[:, :, 1:]) if causal.is_start else (None, x)
     pairs = causal(time_conv, rest).unflatten(1, (2, -1))
     doubled = torch.stack((pairs[:, 0], pairs[:, 1]), 3).flatten(2, 3)

@@ -122,15 +122,15 @@ def deterministic(device: torch.device) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True), _no_hf32(device):
+        with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True), _disable_hf32(device):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextmanager
-def _no_hf32(device: torch.device) -> Iterator[None]:
-    """Turn HF32 off, the Ascend NPU's short float32."""
+def _disable_hf32(device: torch.device) -> Iterator[None]:
+    """Disable HF32, the Ascend NPU's reduced-precision float32, while inside."""
     operators = [torch.npu.conv, torch.npu.matmul] if device.type == "npu" else []
     before = [operator.allow_hf32 for operator in operators]
     for operator in operators:

@@ -21,7 +21,7 @@ RENDEZVOUS_SCHEME = "restart"  # our own, next to env:// and tcp://
 
 
 def _rendezvous(url: str, timeout: timedelta, **kwargs):
-    """Yield what env:// yields, on one host with keys of this restart alone.
+    """Yield the results of env://; on one host, prefix store keys with the restart count.
 
     With a fixed port, as `accelerate launch` sets one, torchrun's store outlives a restart and
     still holds the addresses of ended processes. Several hosts share their keys, since each counts

@@ -27,7 +27,7 @@ class Sizes:
     sequence: int = 1
 
     @classmethod
-    def of(cls, args: RewardGradientConfig, processes: int) -> "Sizes":
+    def from_settings(cls, args: RewardGradientConfig, processes: int) -> "Sizes":
         """Return the layout of the settings; raise ValueError if it does not fit the processes."""
         together = args.guidance_parallel * args.sequence_parallel
         if processes % together:
@@ -40,7 +40,7 @@ class Sizes:
             )
         return cls(processes // together, args.guidance_parallel, args.sequence_parallel)
 
-    def place(self, rank: int) -> tuple[int, int, int]:
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
         """Return the data, guidance and sequence rank of a process."""
         rank, sequence = divmod(rank, self.sequence)
         return *divmod(rank, self.guidance), sequence
@@ -49,14 +49,14 @@ class Sizes:
         return f"data {self.data} x guidance {self.guidance} x sequence {self.sequence}"
 
 
-def started_processes() -> int:
+def launcher_world_size() -> int:
     """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def planned_processes(args: RewardGradientConfig, asked: int | None = None) -> int:
     """Return the processes of a dry run: as asked or started; if one, the fewest that work."""
-    count = asked or started_processes()
+    count = asked or launcher_world_size()
     return count if count > 1 else max(args.guidance_parallel * args.sequence_parallel, 1 + args.shard_base)
 
 
@@ -69,9 +69,9 @@ class Layout:
 
     def __init__(self, args: RewardGradientConfig, accelerator):
         self.accelerator, self.device = accelerator, accelerator.device
-        self.sizes = Sizes.of(args, accelerator.num_processes)
+        self.sizes = Sizes.from_settings(args, accelerator.num_processes)
         self.num_processes = self.sizes.data
-        self.process_index, *self._place = self.sizes.place(accelerator.process_index)
+        self.process_index, *self._place = self.sizes.coordinates(accelerator.process_index)
         self.is_main_process, self.wait_for_everyone = accelerator.is_main_process, accelerator.wait_for_everyone
         self.in_step = args.shard_base  # all run the transformer equally often: each holds a part
         # Processes that share a velocity's branches, a branch's tokens, or either; None if alone.

@@ -81,7 +81,7 @@ class EvalOptions:
     fingerprint: dict  # the settings of EVAL_FINGERPRINT
 
     @classmethod
-    def of(cls, args: RewardGradientConfig) -> "EvalOptions":
+    def from_settings(cls, args: RewardGradientConfig) -> "EvalOptions":
         """Return the options of a run's settings."""
         return cls(
             args.eval_seed,
@@ -159,7 +159,7 @@ class HeldOut:
                 videos.append(to_uint8(video[: max(0, shown - rows[0])]))
                 bar.update(len(rows) + len(twice))
         scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
-        videos_NCTHW = self._leading(torch.cat(videos), len(self.prompts), shown)
+        videos_NCTHW = self._gather_leading(torch.cat(videos), len(self.prompts), shown)
         evaluation = Evaluation(self.prompts, scores, videos_NCTHW, self.options.fingerprint)
         self._write(step, videos_NCTHW)
         return evaluation
@@ -183,15 +183,15 @@ class HeldOut:
         videos = [torch.zeros(0, dtype=torch.uint8)]
         for rows in local_batches(count, self.options.batch_size, self.layout):
             videos.append(to_uint8(self._videos(self.make_videos, rows, draw=0)))
-        self._write(step, self._leading(torch.cat(videos), count, count))
+        self._write(step, self._gather_leading(torch.cat(videos), count, count))
 
     def _videos(self, make_videos: MakeVideos, rows: list[int], draw: int) -> torch.Tensor:
-        """Return video number `draw` of the rows' prompts; without rows one is made and dropped."""
+        """Return video number `draw` of each row's prompt; without rows, sample one and drop it."""
         asked = rows or [0]
         noise = draw_noise(self.noise_shape, self.options.seed, "evaluation", [(i, draw) for i in asked])
         return make_videos([self.prompts[i] for i in asked], noise)[: len(rows)]
 
-    def _leading(self, own_NCTHW: torch.Tensor, count: int, shown: int) -> torch.Tensor:
+    def _gather_leading(self, own_NCTHW: torch.Tensor, count: int, shown: int) -> torch.Tensor:
         """Return the first `shown` of all `count` videos on the main process, none on others."""
         share = math.ceil(count / self.layout.num_processes)
         if shown > share:

@@ -79,6 +79,7 @@ def _with_holm(rows: list[dict]) -> list[dict]:
 
 
 def _read_finite_scores(folder: Path) -> dict[Key, dict[str, float]]:
+    """Return a folder's scores by video; raise ValueError if absent, empty or not finite."""
     path = Path(folder) / SCORES
     if not path.is_file():
         raise ValueError(f"{path}: got no file there, expected the scores of a folder; run eval/score.py on it")

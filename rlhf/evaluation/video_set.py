@@ -83,7 +83,7 @@ def require_files(videos: list[Video]) -> None:
 
 
 def merge_manifest(folder: Path, videos: list[Video]) -> list[Video]:
-    """Return the videos that the folder lists, and these.
+    """Return the videos in the folder's manifest, extended by `videos`.
 
     Raises ValueError if the list has another prompt for one of them.
     """
@@ -108,7 +108,7 @@ def write_manifest(folder: Path, videos: list[Video]) -> None:
 
 
 def relative_name(folder: Path, path: Path) -> str:
-    """Return the path relative to the folder; that of a file elsewhere as given."""
+    """Return the path relative to the folder, or unchanged if it lies elsewhere."""
     return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
 
@@ -130,6 +130,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _parse_row(folder: Path, number: int, line: str) -> Video:
+    """Parse line `number` of a manifest; raise ValueError for a malformed row."""
     try:
         row = json.loads(line)
         path, seed = folder / row["file"], int(row.get("seed", 0))

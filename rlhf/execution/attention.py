@@ -27,7 +27,7 @@ REPEATS = 3  # timed calls of a kernel, of which the fastest counts
 
 
 def attention_function(kernel: str | None) -> Attention:
-    """Return `F.scaled_dot_product_attention` by one of `KERNELS`; None: PyTorch's choice."""
+    """Return F.scaled_dot_product_attention restricted to one of `KERNELS`; None: unrestricted."""
     if kernel is None:
         return F.scaled_dot_product_attention
 

@@ -85,14 +85,14 @@ class BlockRunner:
         return self.text_and_video(block, attended, video, text, *gates)
 
     def qkv_and_gates(self, block, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return `before_attention`; of divided tokens, all of them with this rank's heads."""
+        """Return `before_attention` of all tokens, for this rank's heads if tokens are split."""
         if self.fetch:
             self.fetch(block)
         results = (before_attention if block.context_pre_only else self._before)(block, *inputs)
         return results if self.shards is None else (*self.shards.to_heads(*results[:3]), *results[3:])
 
     def text_and_video(self, block, attended: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return `after_attention`, given the attention over the result of `qkv_and_gates`."""
+        """Return `after_attention`; for divided tokens, of this rank's tokens and all heads."""
         if self.fetch:
             self.fetch(block)
         attended = attended if self.shards is None else self.shards.to_tokens(attended)
@@ -154,6 +154,7 @@ class _KeepAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, runner, block, offload, video, text, temb, *parameters):
+        """Run the block; keep only its inputs, its gates and the attention's result and graph."""
         ctx.set_materialize_grads(False)
         ctx.runner, ctx.block, ctx.parameters = runner, block, parameters
         query, key, value, *gates = runner.qkv_and_gates(block, video, text, temb)
@@ -166,6 +167,7 @@ class _KeepAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
+        """Recompute the block before and after the attention, and return the gradients."""
         runner, block, parameters = ctx.runner, ctx.block, ctx.parameters
         video, text, temb, attended, *gates = ctx.saved_tensors
         attention, ctx.attention = ctx.attention, None  # its tensors are freed now, not with the whole graph

@@ -13,7 +13,7 @@ Group = dist.ProcessGroup
 
 
 def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return x, the same on every rank, for a different computation on each rank.
+    """Return x for a different computation on each rank; sum its gradient in backward.
 
     The backward pass sums the gradients over the ranks.
     """
@@ -21,7 +21,7 @@ def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def average_grad(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return x, the same on every rank, for the same computation on every rank.
+    """Return x for the same computation on every rank; average its gradient in backward.
 
     The backward pass averages the gradients over the ranks. The ranks then continue with one
     gradient, even if a reward or a kernel is not quite deterministic.
@@ -30,7 +30,7 @@ def average_grad(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return every rank's x, (size, ...), for the same computation on every rank.
+    """Return every rank's x, (size, ...); in backward, take this rank's part of the gradient.
 
     The backward pass takes this rank's part of the gradient.
     """
@@ -38,7 +38,7 @@ def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def all_gather_sum_grad(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return every rank's x, (size, ...), for a different computation on each rank.
+    """Return every rank's x, (size, ...); in backward, sum gradients and take this rank's part.
 
     The backward pass sums the gradients over the ranks and takes this rank's part.
     """

@@ -34,7 +34,7 @@ class HostMemory:
         self.in_flight: deque = deque()  # events, one for each group that is being copied
 
     def group(self) -> "OffloadGroup":
-        """Return a new group, the last one of the stack."""
+        """Return a new group on top of the stack; wait first if too many are being copied."""
         self.throttle()
         group = OffloadGroup(self, self.last)
         self.last = weakref.ref(group)
@@ -124,7 +124,7 @@ class _Offloaded:
         self.on_host().copy_(tensor, non_blocking=True)
 
     def on_host(self) -> torch.Tensor:
-        """Return the buffer as a tensor of this form."""
+        """Return the buffer as a tensor with the original shape, strides and dtype."""
         return self.buffer.view(self.form.dtype).as_strided(self.form.shape, self.form.stride())
 
     def restore(self, host: HostMemory) -> torch.Tensor:

@@ -21,7 +21,7 @@ def gradient_checkpoint(
     parameters: Iterable[torch.Tensor] = (),
     offload: OffloadGroup | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
-    """Return function(*inputs), tensors or None in and out, and call it again in the backward pass.
+    """Return function(*inputs) and recompute it in backward; tensors may be None.
 
     The gradient is exact if the function is deterministic.
 
@@ -55,6 +55,7 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
+        """Call the function again; return the gradients of its inputs and parameters."""
         inputs = as_leaves(ctx.saved_tensors, ctx.needs_input_grad[2:])
         for x in inputs:
             if x is not None and x.requires_grad:
@@ -66,7 +67,7 @@ class _Checkpoint(torch.autograd.Function):
 
 
 def _detach_from_storage(grad: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a copy of a slice of a larger tensor, which would keep all of that tensor alive.
+    """Copy a gradient that is a slice of a larger tensor, which it would keep alive.
 
     `cat` sends such slices to its inputs. None comes from a nested checkpoint to an input that its
     result does not depend on.

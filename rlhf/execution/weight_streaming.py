@@ -12,7 +12,7 @@ import torch
 
 
 def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "WeightStream":
-    """Return a stream of the transformer's blocks.
+    """Move the blocks' frozen weights to host memory; return the stream that fetches them.
 
     Everything else and all trained weights are moved to the device. Afterwards the transformer must
     not be moved.
@@ -109,7 +109,7 @@ class _HostBlock:
         self.point_at(self.buffer)
 
     def _views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """Return the parameters' parts of a buffer."""
+        """Return a view of the buffer for each parameter."""
         pairs = zip(self.parameters, self.offsets, strict=True)
         return [buffer[start:][: p.numel() * p.element_size()].view(p.dtype).view(p.shape) for p, start in pairs]
 

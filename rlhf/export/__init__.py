@@ -89,7 +89,7 @@ def export_adapter(
 
 @contextmanager
 def empty_folder_on_error(out: Path) -> Iterator[None]:
-    """Make the folder, new or empty; restore that state if the block fails, for another try."""
+    """Make the folder or use an empty one; delete what the block wrote if it fails."""
     existed = out.is_dir()
     out.mkdir(parents=True, exist_ok=True)
     try:

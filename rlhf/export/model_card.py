@@ -104,7 +104,7 @@ def write_card(export: Export, out: Path) -> Path:
 
 
 def resolve_base(model: str) -> Base:
-    """Return name and licence of the model of a setting; for a folder those of its own card."""
+    """Return a base model's name and licence; for a folder, those in its model card."""
     if model in LICENCES:
         return Base(model, LICENCES[model])
     card = Path(model) / "README.md"
@@ -142,5 +142,5 @@ def _reward_licence_row(name: str) -> tuple[str, str]:
 
 
 def _file_name(setting: str | None) -> str | None:
-    """Return the name of a prompt set, without the folders of a file, which are private."""
+    """Return a prompt setting's file name without its folders, which are private."""
     return setting and Path(setting).name

@@ -46,6 +46,7 @@ def choose_grad_steps(
 
 
 def _check_listed(listed: list[int] | None, num_steps: int) -> list[int]:
+    """Return the listed steps sorted; raise ValueError if none, repeated or out of range."""
     if not listed or len(set(listed)) < len(listed) or not all(0 <= i < num_steps for i in listed):
         raise ValueError(
             f"steps={listed}, expected different steps of 0 to {num_steps - 1} (num_inference_steps={num_steps}), "

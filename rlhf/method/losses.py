@@ -19,7 +19,7 @@ def score(
     strength: float = 0.0,
     penalty: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the scores (B,) to ascend, and each reward's raw score (B,) by name.
+    """Return the scores (B,) to maximise, and each reward's raw score (B,) by name.
 
     Args:
         info: what rewards are told besides video and prompts.
@@ -40,7 +40,7 @@ def score(
 
 
 def score_metrics(names: list[str], scores_SR: torch.Tensor) -> dict[str, float]:
-    """Return the mean of each of R columns over S samples; of rewards/NAME the spread, too."""
+    """Return each column's mean over S samples, and the std of columns named rewards/NAME."""
     means, stds = scores_SR.mean(0).tolist(), scores_SR.std(0, correction=0).tolist()
     metrics = {}
     for name, mean, std in zip(names, means, stds, strict=True):

@@ -120,6 +120,7 @@ def read_options(method: str, kwargs: dict | None) -> MethodOptions:
 
 
 def _unknown_option(name: str, method: str) -> str:
+    """Return the problem of an option that a method lacks; suggest its method or nearest name."""
     if owners := [other for other in METHODS if name in option_names(other)]:
         cure = f"leave it out, or choose method {' or '.join(owners)}, which has it"
         return f"got {name} with method {method}, expected {', '.join(option_names(method))}; {cure}"

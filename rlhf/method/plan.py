@@ -15,7 +15,7 @@ from rlhf.contentv.flow import euler_step
 from rlhf.method.drift import drift_step_weights
 from rlhf.method.grad_steps import choose_grad_steps, draw_below
 from rlhf.method.options import MethodOptions, SRPOOptions
-from rlhf.method.rollout import Velocity, fewer_steps
+from rlhf.method.rollout import Velocity, coarsen_prefix
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Plan:
     sigmas: torch.Tensor  # (M+1,) from 1 to 0; M is below the sampler's N where the last step jumps
     grad_steps: list[int]  # as in `rollout`
     detach_input: bool = False  # as in `rollout`
-    last_step_again: int = 0  # repeats of the last step from fresh noise, each with a gradient
+    repeat_last_step: int = 0  # repeats of the last step from fresh noise, each with a gradient
     recoveries: list[tuple[float, float]] = field(default_factory=list)  # Direct-Align's (sigma, step)
     drift_step: int | None = None  # the step at whose state the drift from the base is measured
     drift_total: float = 0.0  # the sum of all steps' drift weights, for which drift_step stands
 
     @property
     def window_start(self) -> int:
-        """Index of the state at which the window starts: M if no step carries the gradient."""
+        """Index of the state at which the window starts; the last state if no step has gradient."""
         return self.grad_steps[0] if self.grad_steps else len(self.sigmas) - 1
 
     @property
     def num_samples(self) -> int:
-        """Number of gradients taken of each rollout."""
-        return len(self.recoveries) or 1 + self.last_step_again
+        """Number of samples from each rollout, each with its own backward pass."""
+        return len(self.recoveries) or 1 + self.repeat_last_step
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
         case "draft_k":
             plan = Plan(sigmas, choose_grad_steps("last", num_steps, num_grad))
         case "draft_lv":
-            plan = Plan(sigmas, [num_steps - 1], last_step_again=options.num_draws)
+            plan = Plan(sigmas, [num_steps - 1], repeat_last_step=options.num_draws)
         case "alignprop":
             plan = Plan(sigmas, choose_grad_steps("random_last", num_steps, num_grad, rng))
         case "uniform":
@@ -82,12 +82,12 @@ def shorten_prefix(plan: Plan, steps: int | None) -> Plan:
     if not plan.grad_steps or steps is None or steps >= plan.window_start:
         return plan
     shifted = [step - plan.window_start + steps for step in plan.grad_steps]
-    sigmas = fewer_steps(plan.sigmas, plan.window_start, steps)
+    sigmas = coarsen_prefix(plan.sigmas, plan.window_start, steps)
     return replace(plan, sigmas=sigmas, grad_steps=shifted)
 
 
 def jump_early(sigmas: torch.Tensor, of_last: int, rng: torch.Generator) -> torch.Tensor:
-    """Return noise levels that jump to 0 from one of the `of_last` last steps, drawn evenly."""
+    """Return sigmas that jump to 0 from one of the last `of_last` steps, drawn uniformly."""
     last = len(sigmas) - 2 - draw_below(of_last, rng)
     return torch.cat([sigmas[: last + 1], sigmas[-1:]])
 
@@ -128,13 +128,13 @@ def gradient_samples(
     for sigma, step in plan.recoveries:
         recovered = recover(window, x0_BCTHW, noise("train"), plan.sigmas.new_tensor(sigma), step)
         yield Sample(recovered, penalty=step > 0)
-    for draw in range(plan.last_step_again):
-        again = last_step_again(window, x0_BCTHW.detach(), noise(f"draw {draw}"), plan.sigmas[-2])
+    for draw in range(plan.repeat_last_step):
+        again = repeat_last_step(window, x0_BCTHW.detach(), noise(f"draw {draw}"), plan.sigmas[-2])
         yield Sample(again)
 
 
-def last_step_again(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Return x_0 noised and denoised by the last step (DRaFT-LV, arXiv 2309.17400, alg. 1)."""
+def repeat_last_step(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Noise x_0 and denoise it by the last step (DRaFT-LV, arXiv 2309.17400, alg. 1)."""
     x = (1 - sigma) * x0 + sigma * noise
     return euler_step(x, velocity(x, sigma), sigma, torch.zeros_like(sigma))
 

@@ -67,8 +67,8 @@ def rollout(
     return states
 
 
-def fewer_steps(sigmas: torch.Tensor, window: int, steps: int) -> torch.Tensor:
-    """Return sigmas (N+1,) whose first `window` steps are replaced by `steps` steps. Not exact.
+def coarsen_prefix(sigmas: torch.Tensor, window: int, steps: int) -> torch.Tensor:
+    """Return sigmas whose first `window` steps are thinned out to `steps` steps. Not exact.
 
     The levels kept are evenly spaced by index. The window itself is unchanged and starts at step
     `steps`. Raises ValueError unless 1 <= steps <= window.
@@ -93,19 +93,19 @@ class RolloutCache:
         self.reuse = reuse
         self.starts: dict[int, tuple[int, torch.Tensor]] = {}  # micro batch -> (rollout, start)
 
-    def rollout_of(self, step: int, micro: int) -> int:
-        """Return the rollout that batch `micro` of a step uses; batches change in turn."""
+    def rollout_index(self, step: int, micro: int) -> int:
+        """Return the rollout that batch `micro` uses; batches resample at staggered steps."""
         return (step + micro % self.reuse) // self.reuse
 
     def get(self, step: int, micro: int) -> torch.Tensor | None:
-        """Return the start of this batch's rollout, or None if the rollout is yet to be sampled."""
+        """Return the cached window start of batch `micro`, or None if it has to be sampled."""
         rollout, start = self.starts.get(micro, (None, None))
-        return start if rollout == self.rollout_of(step, micro) else None
+        return start if rollout == self.rollout_index(step, micro) else None
 
     def put(self, step: int, micro: int, start: torch.Tensor) -> None:
-        """Keep the start for the next steps of this micro batch, in place of the start before."""
+        """Cache the window start of batch `micro` for the steps that reuse it."""
         if self.reuse > 1:
-            self.starts[micro] = self.rollout_of(step, micro), start
+            self.starts[micro] = self.rollout_index(step, micro), start
 
 
 def draw_noise(shape_CTHW: tuple[int, int, int, int], seed: int, purpose: str, samples: list[tuple]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf.adapter.float8 import Float8Copy
-from rlhf.adapter.lora import adapter_off
+from rlhf.adapter.lora import disable_adapter
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import guided_velocity
@@ -31,7 +31,7 @@ class Guidance:
     together: bool = False  # both branches in one batch
 
     @classmethod
-    def of(cls, args: RewardGradientConfig) -> "Guidance":
+    def from_settings(cls, args: RewardGradientConfig) -> "Guidance":
         """Return the guidance of a run's settings."""
         return cls(args.guidance_scale, args.guidance_gradient, args.guidance_every, args.guidance_together)
 
@@ -62,7 +62,7 @@ class VelocityFields:
 
     def base(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the model before training, without gradient."""
-        return adapter_off(self.transformer)(self._field(self.transformer, cond))
+        return disable_adapter(self.transformer)(self._field(self.transformer, cond))
 
     def tuned(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the current model for sampling without gradient."""
@@ -88,7 +88,7 @@ class VelocityFields:
 
     @property
     def _sampling_gradient(self) -> str:
-        """The mode without gradient: only "distill" changes the velocity itself."""
+        """Mode of no-grad steps: "distill", which samples without guidance, else "full"."""
         return "distill" if self.guidance.gradient == "distill" else "full"
 
     def _field(self, transformer: Callable, cond: Conditioning, gradient: str = "full") -> Velocity:
@@ -105,7 +105,7 @@ def velocity_field(
     gradient: str = "full",
     together: bool = False,
 ) -> Velocity:
-    """Return the guided velocity of a batch, which carries the gradient that a mode names.
+    """Return a batch's guided velocity; `gradient` selects the branches that carry the gradient.
 
     Args:
         gradient: the mode.

@@ -132,7 +132,7 @@ def _latent_pool(
 
 @torch.no_grad()
 def accuracy(verifier: Verifier, video: torch.Tensor, wanted: world.Scenes) -> dict[str, float]:
-    """Return the share of clips with the wanted attributes, each and all, by the verifier."""
+    """Return the verifier's accuracy for the wanted attributes, one by one and all together."""
     right = torch.stack([verifier(video)[k].argmax(1) == wanted[k] for k in world.JUDGED], 1)
     values = dict(zip(world.JUDGED, right.float().mean(0).tolist(), strict=True))
     values["all"] = right.all(1).float().mean().item()

@@ -121,7 +121,7 @@ def train_verifier(
 
 
 def contrastive(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return CLIP's symmetric loss of the pairs (B, D); scale: factor of the cosines."""
+    """Return CLIP's symmetric cross-entropy of pairs (B, D); scale multiplies the cosines."""
     logits, target = a @ b.T * scale, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 

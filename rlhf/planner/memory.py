@@ -107,7 +107,7 @@ def plan_memory(
     other_graphs = 0 if args.stepwise_backward else (num_graphs - 1) * branch.saved_bytes
     adapter_gradient = model.adapter_bytes if num_graphs > 1 else 0  # of the graphs before
     video = 4 * batch * 3 * rewards.decoded_frames * args.height * args.width  # float32, kept for the log
-    held, gathered = _held(model, args, rewards), _gathered_bytes(model, args)
+    held, gathered = _resident_bytes(model, args, rewards), _gathered_bytes(model, args)
     # While prompts are encoded, neither the moments nor the position table exist.
     not_yet_held = MOMENT_BYTES * model.num_trained + held["position table"]
     phases = {
@@ -151,7 +151,8 @@ def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
     return max(sampling.no_grad.added_bytes, decoding.no_grad.added_bytes)
 
 
-def _held(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
+def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
+    """Return the bytes that one rank holds all the time, by part."""
     itemsize = model.transformer.dtype.itemsize
     trained_bytes = MASTER_BYTES + MOMENT_BYTES + (EMA_BYTES if args.ema_decay else 0)
     held = {
@@ -181,7 +182,7 @@ def _gathered_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 
 
 def _float8_bytes(model: TracedModel) -> int:
-    """Return the bytes of the float8 copy of the blocks' linear layers: one a weight."""
+    """Return the bytes of the float8 copy of the blocks' linear layers: one byte per weight."""
     total = 0
     for name, module in model.transformer.transformer_blocks.named_modules():
         if isinstance(module, LoraLayer):

@@ -37,7 +37,7 @@ def scored_frames(name: str, settings: dict, decoded: int, fps: float) -> int:
 
 
 def reward_cost(name: str, settings: dict, frames: int) -> RewardCost | None:
-    """Return the cost of a batch with `frames` scored frames in all. None for a reward that was not
+    """Return the cost of a batch with `frames` scored frames; None for an unmeasured reward.
     measured.
 
     Costs are linear in the frames, through the measurements of 1 and 8 frames. Where 1 frame was

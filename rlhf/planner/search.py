@@ -99,12 +99,12 @@ class Planner:
         return []
 
     def smallest_memory(self) -> MemoryPlan:
-        """Return the memory with the settings that need least."""
+        """Return the memory plan of the settings that need the least memory."""
         changes = (c for inexact in self._inexact_choices() for c in self._combinations(inexact))
         return min((self.estimate(c).memory for c in changes), key=lambda memory: memory.peak_bytes)
 
     def _inexact_choices(self) -> Iterator[dict]:
-        """Yield no change, then the inexact choices that are possible and not made already."""
+        """Yield {}, then each possible inexact choice that is not set already."""
         yield {}
         for choice in INEXACT_CHOICES:
             if choice.get("decode_window", 0) >= self.args.num_frames:  # all frames

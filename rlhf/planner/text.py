@@ -39,7 +39,7 @@ def plan_report(
         raise ConfigError([f"plan_device: got {device_name!r}, {expected}; choose one, or leave it out"])
     processes = planned_processes(args, processes)
     try:
-        Sizes.of(args, processes)
+        Sizes.from_settings(args, processes)
     except ValueError as error:
         raise ConfigError([str(error)]) from None
 

@@ -69,7 +69,7 @@ class TracedModel:
 
     def __init__(self, args: RewardGradientConfig, card: dict[str, dict], processes: int = 1):
         self.args, self.card, self.processes = args, card, processes
-        self.layout = Sizes.of(args, processes)
+        self.layout = Sizes.from_settings(args, processes)
         self.traces: dict[tuple, TracedCall] = {}
 
     @cached_property
@@ -216,7 +216,7 @@ class TracedModel:
         return self._trace_once(("decoder", batch, frames, with_gradient, *settings), trace_all)
 
     def nano_preference_call(self, batch: int, frames: int) -> TracedCall:
-        """Trace the embedded reward of nano, whose cost was not measured at full size."""
+        """Trace the reward nano_preference, whose cost was not measured at full size."""
         from rlhf.nano.judges import MAX_WORDS, Preference
 
         with torch.device("meta"):
@@ -271,12 +271,13 @@ def trace_call(
 
 
 def extrapolate(shorter: TracedCall, longer: TracedCall, extra: int) -> TracedCall:
-    """Return `longer` with `extra` more repetitions of what it has more than `shorter`."""
+    """Return `longer` plus `extra` times its difference from `shorter`."""
     phases = zip(vars(shorter).values(), vars(longer).values(), strict=True)
     return TracedCall(*(_extrapolate_phase(a, b, extra) for a, b in phases))
 
 
 def _extrapolate_phase(shorter: Phase, longer: Phase, extra: int) -> Phase:
+    """Return `longer` plus `extra` times its difference from `shorter`, field by field."""
     line = lambda a, b: b + extra * (b - a)
     operations = {*shorter.work, *longer.work}
     return Phase(

@@ -85,7 +85,7 @@ class Trace(TorchDispatchMode):
 
     @contextmanager
     def phase(self) -> Iterator[Phase]:
-        """Count what runs inside in a new phase, and in those around it."""
+        """Count what runs inside the block in a new phase and in all enclosing phases."""
         phase = Phase(self.live_bytes, peak_bytes=self.live_bytes)
         self.phases.append(phase)
         try:
@@ -132,6 +132,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _operation(func, args, kwargs, out, inputs, outputs) -> Operation:
+    """Return an operator call's kind, dtype, FLOPs and moved bytes."""
     name = func.overloadpacket.__name__
     if func.namespace == "c10d":
         return Operation("collective", _name(inputs[0].dtype), 0, _sent_bytes(name, inputs))
@@ -194,6 +195,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Count attention's backward pass and return empty gradients."""
         query, key, value, *_ = ctx.saved_tensors
         query_gradient = query.new_empty(query.shape, dtype=torch.float32)  # accumulated over blocks of keys
         _count_attention(query, products=5)
@@ -263,6 +265,7 @@ class _MetaGroup:
         return self.offloaded[-1]
 
     def unpack(self, saved):
+        """Return the saved tensor; prefetch this group and the group before it."""
         if isinstance(saved, torch.Tensor):
             return saved
         self.prefetch()

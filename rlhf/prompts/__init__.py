@@ -39,6 +39,7 @@ def load_prompts(name: str, base_dir: str | Path | None, count: int, seed: int =
 
 
 def _parse_rows(lines: list[str], path: Path) -> list[str]:
+    """Parse JSON lines into prompts; raise ConfigError with the number of a malformed line."""
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -50,7 +51,7 @@ def _parse_rows(lines: list[str], path: Path) -> list[str]:
 
 
 def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
-    """Return the file's path, in base_dir or else where we are. Raises ConfigError for none."""
+    """Return the file's path in base_dir, else in the working directory. Raises ConfigError."""
     places = list(dict.fromkeys([(Path(base_dir or ".") / name).resolve(), Path(name).resolve()]))
     found = next((path for path in places if path.is_file()), None)
     if found is None:
@@ -82,7 +83,7 @@ def as_prompts(dataset: Iterable, name: str = "dataset") -> list[str]:
     return prompts
 
 
-def prompt_positions(num_prompts: int, seed: int, start: int, count: int) -> list[int]:
+def shuffled_indices(num_prompts: int, seed: int, start: int, count: int) -> list[int]:
     """Return prompt indices at positions start .. start+count-1 of endless shuffled epochs.
 
     A pure function of its arguments: a resumed run, on any number of processes, keeps the order.

@@ -36,7 +36,7 @@ class Card:
 
 @contextmanager
 def report_at_end(folder: Path, wanted: bool) -> Iterator[None]:
-    """Write the report of the run in this block, if wanted, however it ends, also by SIGTERM.
+    """Write the run's report after the block, if wanted, even after an error or SIGTERM.
 
     The error that ended the run is raised, also if the report cannot be written.
     """
@@ -125,7 +125,7 @@ def cards(run: Run, page_folder: Path, room: float) -> Iterator[Card]:
 
 
 def settings_rows(config: dict) -> Iterator[tuple[str, str, str, bool]]:
-    """Yield name, value, help and whether the value is no default, for each setting of a run."""
+    """Yield each setting's name, value, help and whether the value differs from the default."""
     known = {field.name: field for field in fields(RewardGradientConfig)}
     defaults = vars(RewardGradientConfig())
     for name, value in config.items():
@@ -135,12 +135,12 @@ def settings_rows(config: dict) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def number(value: float | None) -> str:
-    """Return a number with five digits."""
+    """Format a number to five significant digits, None as a dash."""
     return "–" if value is None else f"{value:.5g}"
 
 
 def signed(value: float) -> str:
-    """Return a difference with its sign and four decimals."""
+    """Format a difference with its sign and four decimals."""
     return f"{value:+.4f}".replace("-", "−")
 
 

@@ -83,7 +83,7 @@ class Run:
         """Return in words whether the run finished, and how many steps it did."""
         planned = self.config.get("max_steps")
         done = f"{self.steps} of {planned} steps" if planned else f"{self.steps} steps"
-        if not self._finished:
+        if not self._is_finished:
             return f"not finished: {done} were done"
         is_best = self.result_step != self.summary.get("steps")
         return f"finished: {done}" + f", the result is the adapter of step {self.result_step}" * is_best
@@ -95,8 +95,8 @@ class Run:
         return best["step"] if best else self.summary.get("steps")
 
     @property
-    def _finished(self) -> bool:
-        """Return whether the last start came to its end; files of an earlier end may exist."""
+    def _is_finished(self) -> bool:
+        """Return whether the last start ended without an error and the adapter was written."""
         starts = self.environment
         ended = len(starts) < 2 or "seconds" in starts[-1]
         return (self.folder / "adapter").is_dir() and ended and self.ended_by is None
@@ -136,6 +136,7 @@ class Run:
         return rows
 
     def _headline_row(self, name: str, group: str, row: dict) -> dict:
+        """Return a row of the result table, with a paired test if per-prompt scores are known."""
         more = {}
         if self.evaluations:
             base, tuned = (evaluation.scores for evaluation in self.evaluations)
@@ -148,6 +149,7 @@ class Run:
         return {"name": name, "group": group} | row | more
 
     def _headline_of_sets(self) -> list[dict]:
+        """Return the rows of the result table for two scored video sets."""
         pairs, rows = read_pairs(self.before, self.after), []
         for name in pairs.base:
             group = GROUPS["trained" if name in self.trained else "held_out"]
@@ -187,6 +189,7 @@ class Run:
         return len(self.evaluations[0].prompts) - len(self.samples()) if own else 0
 
     def _samples_of_sets(self) -> list[Sample]:
+        """Return the pairs of videos that both sets have, with the scores in both."""
         scores = [_set_scores(folder) for folder in (self.before, self.after)]
         first, after = (_by_key(read_set(folder)) for folder in (self.before, self.after))
         samples = []

@@ -10,7 +10,7 @@ from statistics import fmean
 from rlhf.report.contact_sheet import new_figure
 from rlhf.report.data import GROUPS, Run
 
-# Placeholders, which `_for_page` replaces by the page's own colours.
+# Placeholders, which `_inline_svg` replaces by the page's own colours.
 INK, LINE, FIRST, SECOND = "#010203", "#010204", "#010205", "#010206"
 PAGE_COLORS = {INK: "var(--muted)", LINE: "var(--line)", FIRST: "var(--after)", SECOND: "var(--second)"}
 MAX_POINTS = 400  # of a line: more cannot be seen at this size
@@ -128,10 +128,11 @@ def draw(panel: Panel, number: int) -> str:
             axis.legend(frameon=False, fontsize=8, loc="best")
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_page(text.getvalue(), number, panel.title)
+    return _inline_svg(text.getvalue(), number, panel.title)
 
 
 def _draw_series(axis, series: Series) -> None:
+    """Draw a series as dots, or as a line with its running mean if it is smoothed."""
     style = {"color": series.color, "label": series.label}
     steps, values = zip(*sorted(series.points.items()), strict=True)
     if series.dots:
@@ -145,7 +146,7 @@ def _draw_series(axis, series: Series) -> None:
     axis.plot(steps[::every], strong[::every], linewidth=1.8, marker=marker, **style)
 
 
-def _for_page(svg: str, number: int, title: str) -> str:
+def _inline_svg(svg: str, number: int, title: str) -> str:
     """Turn an SVG file into an element with unique ids and the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="p{number}-', svg)

@@ -62,7 +62,7 @@ def save_checkpoint(
                 _flush(path)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise SavingError(_why_not_saved(final, error)) from error
+            raise SavingError(_write_error(final, error)) from error
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         _flush(folder)
@@ -71,13 +71,15 @@ def save_checkpoint(
     return final
 
 
-def _why_not_saved(path: Path, error: Exception) -> str:
+def _write_error(path: Path, error: Exception) -> str:
+    """Return the message for a checkpoint that could not be written."""
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     why = "the disk is full" if full else str(error)
     return f"The checkpoint {path} could not be written: {why}. Free some space or check the disk, then go on."
 
 
 def _write_files(folder: Path, step: int, masters: "MasterWeights", optimizer, state: dict) -> None:
+    """Write a checkpoint's masters, average, moments, state.json and manifest."""
     save_vector(folder / "adapter.safetensors", masters, masters.vector)
     if masters.average is not None:
         save_vector(folder / "average.safetensors", masters, masters.average)
@@ -122,7 +124,7 @@ def save_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> N
 
 
 def load_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> None:
-    """Fill a flat vector of the masters from such a file. Raises DamagedFileError."""
+    """Fill a flat vector of the masters from a file of `save_vector`. Raises DamagedFileError."""
     with file_errors(path):
         tensors = load_file(path)
     masters.load(vector, tensors)
@@ -173,7 +175,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def newest_undamaged(folder: Path) -> Path | None:
+def newest_undamaged_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint in folder, None if there is none."""
     return next((path for path in reversed(checkpoints(folder)) if not damage(path)), None)
 
@@ -186,9 +188,9 @@ def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> 
     """
     folder = Path(output_dir) / "checkpoints"
     if which == "latest":
-        return _newest_whole(folder, quiet)
+        return _require_newest_undamaged(folder, quiet)
     if (Path(which) / "checkpoints").is_dir():
-        newest = newest_undamaged(Path(which) / "checkpoints")
+        newest = newest_undamaged_checkpoint(Path(which) / "checkpoints")
         expected = f"expected one of its checkpoints, such as {newest}; name that"
         raise ConfigError([f"resume_from_checkpoint={which!r}: got the folder of a run, {expected}"])
     if not (Path(which) / "state.json").is_file():
@@ -200,8 +202,9 @@ def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> 
     return Path(which)
 
 
-def _newest_whole(folder: Path, quiet: bool) -> Path:
-    every, found = checkpoints(folder), newest_undamaged(folder)
+def _require_newest_undamaged(folder: Path, quiet: bool) -> Path:
+    """Return the newest undamaged checkpoint; warn of newer ones, raise ConfigError for none."""
+    every, found = checkpoints(folder), newest_undamaged_checkpoint(folder)
     if found is None:
         got = "; ".join(f"{path}: {damage(path)}" for path in every) or "no checkpoint"
         expected = f"expected folders step-N in {folder}; correct output_dir, or set overwrite_output_dir instead"

@@ -7,7 +7,7 @@ from pathlib import Path
 from rlhf.config import RewardGradientConfig
 from rlhf.config.older import translate
 from rlhf.distributed.layout import RESTART_COUNT
-from rlhf.run.checkpoint import newest_undamaged
+from rlhf.run.checkpoint import newest_undamaged_checkpoint
 from rlhf.run.folder import has_run
 
 # Settings of a single launch, which may differ from launch to launch.
@@ -24,7 +24,7 @@ def resolve_resume(args: RewardGradientConfig) -> RewardGradientConfig:
     if not restarted and args.resume_from_checkpoint != "auto":
         return args
     folder = Path(args.output_dir)
-    if newest_undamaged(folder / "checkpoints"):
+    if newest_undamaged_checkpoint(folder / "checkpoints"):
         return dataclasses.replace(args, resume_from_checkpoint="latest", overwrite_output_dir=False)
     if args.resume_from_checkpoint not in (None, "auto"):  # a checkpoint of another folder, still to be read
         return args

@@ -23,7 +23,7 @@ GIF_SIDE, GIF_RATE = 320, 12  # at most, as GIFs are large: pixels of the longer
 def run_trackers(accelerator: Accelerator, args: RewardGradientConfig) -> Iterator[None]:
     """Start the trackers of `report_to` as `accelerator.trackers`; finish them after the block."""
     if args.report_to:
-        accelerator.init_trackers(PROJECT, config=_plain(args))
+        accelerator.init_trackers(PROJECT, config=_tracker_config(args))
     try:
         yield
     finally:
@@ -32,8 +32,8 @@ def run_trackers(accelerator: Accelerator, args: RewardGradientConfig) -> Iterat
         accelerator.trackers = []  # so that end_training does not finish them twice
 
 
-def _plain(args: RewardGradientConfig) -> dict:
-    """Return the settings as trackers take them: numbers and strings."""
+def _tracker_config(args: RewardGradientConfig) -> dict:
+    """Return the settings as numbers and strings, which all trackers accept."""
     plain = lambda value: value if isinstance(value, int | float | str | bool) else json.dumps(value)
     return {name: plain(value) for name, value in vars(args).items()}
 

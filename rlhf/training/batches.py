@@ -8,7 +8,7 @@ import torch
 from rewards import RewardError
 from rlhf.distributed.layout import Layout
 from rlhf.method.rollout import draw_noise
-from rlhf.prompts import prompt_positions
+from rlhf.prompts import shuffled_indices
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Batches:
         self.start = 0, 0  # a rollout, and the place of its first prompt in the run's order
 
     def batch(self, rollout: int, micro: int) -> Batch:
-        """Return this process's batch `micro` of a rollout; noise has the key (rollout, place)."""
+        """Return this process's batch `micro` of a rollout: prompts and a noise function."""
         start = (micro * self.layout.num_processes + self.layout.process_index) * self.size
         keys = [(rollout, start + i) for i in range(self.size)]
 
@@ -79,7 +79,7 @@ class Batches:
         return {"samples": self.samples_before(step), "place": place, "processes": processes}
 
     def restore(self, step: int, saved: dict) -> None:
-        """Count on from a checkpoint's step and `state`, saved by any number of processes."""
+        """Continue from a checkpoint's step and `state`, saved by any number of processes."""
         rollout = step // self.reuse
         self.origin = step, saved.get("samples", self.samples_before(step))
         self.start = rollout, saved.get("place", self.samples_before(rollout))
@@ -97,4 +97,4 @@ class Batches:
 
     def prompts_at(self, start: int, count: int) -> list[str]:
         """Return the prompts at places start .. start+count-1 of the run's endless order."""
-        return [self.prompts[i] for i in prompt_positions(len(self.prompts), self.seed, start, count)]
+        return [self.prompts[i] for i in shuffled_indices(len(self.prompts), self.seed, start, count)]

@@ -43,7 +43,7 @@ class Callbacks:
         )
 
     def notify(self, event: str, **more) -> None:
-        """Call the method `event` of each listener; a control that it returns replaces ours."""
+        """Call the method `event` of each listener; a returned control replaces `self.control`."""
         for listener in self.listeners:
             method, kwargs = getattr(listener, event), self.event_kwargs | more
             self.control = method(self.args, self.state, self.control, **kwargs) or self.control

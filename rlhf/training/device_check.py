@@ -67,7 +67,7 @@ class Training:
         sampling = self.sampling = self.pipe.sampling
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=ATTENTION, init_lora_weights=False)
         add_adapter(self.pipe.transformer, config, SEED)
-        _shrink(self.pipe.transformer)
+        _shrink_lora_b(self.pipe.transformer)
         self.masters = MasterWeights(self.pipe.transformer)
         self.optimizer = torch.optim.AdamW([self.masters.vector], lr=LEARNING_RATE, fused=True)
         self.reward = load_reward("nano_preference").to(device).requires_grad_(False).eval()
@@ -102,7 +102,7 @@ class Training:
         return self.masters.vector.detach() - before
 
     def restore(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the masters after a step from a restored state, and after the step itself."""
+        """Return the masters after a step from a restored checkpoint, and after the original."""
         with tempfile.TemporaryDirectory() as folder:
             saved = save_checkpoint(Path(folder), 1, self.masters, self.optimizer, {})
             self.step(gradient)
@@ -113,7 +113,7 @@ class Training:
 
 
 @torch.no_grad()
-def _shrink(transformer) -> None:
+def _shrink_lora_b(transformer) -> None:
     """Make the random B matrices small, so that A has a gradient and the model is near its base."""
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:

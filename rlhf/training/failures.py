@@ -31,8 +31,8 @@ class SkippedSteps:
         return {"skipped": self.in_a_row, "why": str(error)}
 
 
-def require_new(trained: bool) -> None:
-    """Raise TrainingError for a trainer that has trained: its run would start from that adapter."""
+def require_untrained(trained: bool) -> None:
+    """Raise TrainingError if the trainer has trained before: its adapter is no longer new."""
     if trained:
         raise TrainingError(
             "train() was called again, expected one call a trainer. Make a new one: with "
@@ -85,7 +85,7 @@ def require_gradient(norm: float, step: int, rewards: RewardMix, logged: Collect
 
 
 def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str], info: dict) -> dict[str, bool]:
-    """Return by trained reward whether its gradient at the video is not finite."""
+    """Return {trained reward: whether its gradient at the video has NaN or infinity}."""
     broken = {}
     for name in (name for name, weight in rewards.weights.items() if weight):
         pixels = video_BCTHW.clone().requires_grad_()

@@ -65,8 +65,8 @@ class Guard:
     worse: int = 0  # evaluations since the best
 
     @classmethod
-    def of(cls, args: RewardGradientConfig) -> "Guard | None":
-        """Return the guard of a run, or None without held-out rewards or evaluations on the way."""
+    def from_settings(cls, args: RewardGradientConfig) -> "Guard | None":
+        """Return a run's guard; None without held-out rewards or evaluations during training."""
         if not (args.eval_steps and args.eval_reward_funcs):
             return None
         patience = args.early_stopping_patience
@@ -82,7 +82,7 @@ class Guard:
 
     @property
     def stop(self) -> bool:
-        """Whether the held-out gain has not risen for `patience` evaluations."""
+        """Return whether the held-out gain has not risen for `patience` evaluations."""
         return self.patience > 0 and self.worse >= self.patience
 
 
@@ -123,7 +123,7 @@ class HeldOutMonitor:
             self.guard = dataclasses.replace(self.guard, **{name: saved[name] for name in GUARD_STATE})
             self._copy_best()
             return
-        with self.masters.averaged():
+        with self.masters.use_average():
             if first:  # resumed without a comparable guard: the adapter so far is not the base
                 evaluation, found = self._evaluate(f"step {first}", first)
                 self.guard.best_step, self.guard.best_gain = first, found.get("gain_held_out", 0.0)
@@ -132,7 +132,7 @@ class HeldOutMonitor:
 
     def evaluate_or_sample(self, done: int, evaluate: bool, sample: bool) -> dict[str, float]:
         """Evaluate after `done` steps and return the metrics, else write samples, if due."""
-        with self.masters.averaged():
+        with self.masters.use_average():
             if evaluate:
                 evaluation, found = self._evaluate(f"step {done}", done)
                 if self.guard and self.guard.update(done, found):
@@ -144,7 +144,7 @@ class HeldOutMonitor:
 
     @property
     def stop(self) -> str | None:
-        """Why the run should stop now, if it should."""
+        """Return the reason why the run should stop now, or None."""
         guard = self.guard
         if guard is None or not guard.stop:
             return None
@@ -208,7 +208,7 @@ class HeldOutMonitor:
 
     @property
     def _gain_key(self) -> list:
-        """Prompts, settings and judges: only gains with an equal key compare."""
+        """Prompts, settings and judges, which must be equal for gains to be comparable."""
         return [self.base.prompts, self.base.settings, self.held_out_judges]
 
     @property
@@ -216,7 +216,7 @@ class HeldOutMonitor:
         return f"{self.guard.best_step}, {self.guard.best_gain:+.2f} spreads above the base"
 
     def _copy_best(self) -> None:
-        """Copy the best adapter of the run that this one resumes from another folder."""
+        """Copy the best adapter from the resumed run's folder, if it is another folder."""
         theirs = Path(self.resume_from).resolve().parent.parent / BEST
         if self.is_main and self.resume_from != "latest" and theirs.is_dir() and not self.best_folder.exists():
             shutil.copytree(theirs, self.best_folder)

@@ -59,7 +59,7 @@ def check_inputs(
     eval_dataset: Iterable | None,
     peft_config: PeftConfig | None = None,
 ) -> Inputs:
-    """Return the trainer's arguments in one form. Raises ConfigError with all problems at once."""
+    """Check the trainer's arguments and return them as `Inputs`. Raises one ConfigError for all."""
     args = args or RewardGradientConfig()
     if problems := [*_wrong_types(model, reward_funcs, args, peft_config), *_adapter_problems(model, peft_config)]:
         raise ConfigError(problems)
@@ -85,6 +85,7 @@ def check_inputs(
 
 
 def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
+    """Yield a problem for each trainer argument of a wrong type."""
     expected = {
         "model": (model, str | Path | ContentVPipeline, "a name, a path or a ContentVPipeline; rlhf.contentv.loading"),
         "args": (args, RewardGradientConfig, "a RewardGradientConfig; rlhf.config"),
@@ -172,7 +173,7 @@ def make_fields(
 ) -> VelocityFields:
     """Return the velocity fields of a run."""
     cheaper = args.stepwise_backward, args.sampling_weights
-    return VelocityFields(pipe.transformer, masters, Guidance.of(args), *cheaper, layout.guidance_group)
+    return VelocityFields(pipe.transformer, masters, Guidance.from_settings(args), *cheaper, layout.guidance_group)
 
 
 def make_decoder(
@@ -218,7 +219,7 @@ def make_held_out(
         show_samples(layout.accelerator, step, clips)
 
     shape, fps, folder = latent_shape(pipe, args), pipe.sampling.fps, Path(args.output_dir)
-    return HeldOut(make_videos, judges, prompts, shape, fps, EvalOptions.of(args), folder, layout, show)
+    return HeldOut(make_videos, judges, prompts, shape, fps, EvalOptions.from_settings(args), folder, layout, show)
 
 
 def latent_shape(pipe: ContentVPipeline, video: RewardGradientConfig | SamplingDefaults) -> tuple[int, int, int, int]:
@@ -231,7 +232,7 @@ def latent_shape(pipe: ContentVPipeline, video: RewardGradientConfig | SamplingD
 def encode_and_release(
     pipe: ContentVPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
 ) -> PromptCache | None:
-    """Return the prompts' embeddings, on the CPU; None for no prompts, as of a finished run.
+    """Encode the prompts, then move the encoders to the CPU if `release`; None for no prompts.
 
     release: whether the text encoders move to the device for this alone, and to the CPU afterwards.
     """

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_transformer
 
-from rlhf.adapter.lora import adapter_off, add_adapter, lora_config, save_adapter
+from rlhf.adapter.lora import add_adapter, disable_adapter, lora_config, save_adapter
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline
@@ -55,7 +55,7 @@ def test_adapter_off_is_the_base_and_on_again_afterwards():
     base, transformer = tiny_transformer(), tiny_transformer()
     shaken(transformer)
     tuned = velocity(transformer)
-    with adapter_off(transformer):
+    with disable_adapter(transformer):
         assert torch.equal(velocity(transformer), velocity(base))
     assert torch.equal(velocity(transformer), tuned)
     assert not torch.allclose(tuned, velocity(base), atol=1e-3)
@@ -148,10 +148,10 @@ def test_adapter_off_is_the_base_with_dora_too():
     pipe, masters = with_dora()
     tuned, base = velocity(pipe.transformer), velocity(tiny_transformer())
     assert not torch.allclose(tuned, base, atol=1e-2)
-    with adapter_off(pipe.transformer):
+    with disable_adapter(pipe.transformer):
         assert torch.equal(velocity(pipe.transformer), base)
     assert torch.equal(velocity(pipe.transformer), tuned)
-    assert torch.equal(adapter_off(pipe.transformer)(velocity)(pipe.transformer), base)
+    assert torch.equal(disable_adapter(pipe.transformer)(velocity)(pipe.transformer), base)
 
 
 def test_what_was_trained_is_merged_into_a_plain_checkpoint(tmp_path):
@@ -187,7 +187,7 @@ def test_the_average_follows_the_vector_and_stands_in_for_it():
     assert values[-1] == pytest.approx(0.01 * 0.9 / 0.1, rel=1e-3)  # the lag behind a steady drift
     masters.write()
     current = masters.vector.detach().clone()
-    with masters.averaged():
+    with masters.use_average():
         assert torch.equal(masters.vector.detach(), masters.average)
         assert torch.equal(masters.params[0].flatten(), masters.average[: masters.params[0].numel()])
     assert torch.equal(masters.vector.detach(), current)

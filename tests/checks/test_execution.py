@@ -4,7 +4,7 @@ import typing
 
 import pytest
 
-from rlhf.checks.execution import speed_problems
+from rlhf.checks.execution import execution_problems
 from rlhf.config import RewardGradientConfig, with_sampling
 from rlhf.contentv.files import SamplingDefaults
 from rlhf.execution.attention import KERNELS
@@ -13,7 +13,7 @@ CHECKPOINTED = {"gradient_checkpointing": True}
 
 
 def problems(**settings):
-    return list(speed_problems(with_sampling(RewardGradientConfig(**settings), vars(SamplingDefaults()))))
+    return list(execution_problems(with_sampling(RewardGradientConfig(**settings), vars(SamplingDefaults()))))
 
 
 @pytest.mark.parametrize(

@@ -178,14 +178,16 @@ def test_a_process_with_other_prompts_is_named(of_two):
 
 def test_places_in_a_layout():
     sizes = Sizes(data=2, guidance=2, sequence=3)
-    assert [sizes.place(rank) for rank in range(12)] == [(d, g, s) for d in (0, 1) for g in (0, 1) for s in (0, 1, 2)]
+    assert [sizes.coordinates(rank) for rank in range(12)] == [
+        (d, g, s) for d in (0, 1) for g in (0, 1) for s in (0, 1, 2)
+    ]
 
 
 def test_a_layout_that_does_not_fit_names_those_that_do():
     args = SimpleNamespace(guidance_parallel=2, sequence_parallel=3)
     with pytest.raises(ValueError, match=r"are 6 processes, which do not divide the 4 .* 1 x 1, .* 2 x 2, .* start 6"):
-        Sizes.of(args, 4)
-    assert str(Sizes.of(args, 12)) == "data 2 x guidance 2 x sequence 3"
+        Sizes.from_settings(args, 4)
+    assert str(Sizes.from_settings(args, 12)) == "data 2 x guidance 2 x sequence 3"
 
 
 @pytest.mark.parametrize(

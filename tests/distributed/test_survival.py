@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from rewards import RewardError
 from rlhf.config import RewardGradientConfig
-from rlhf.run.checkpoint import SavingError, newest_undamaged
+from rlhf.run.checkpoint import SavingError, newest_undamaged_checkpoint
 from rlhf.run.signals import TrainingInterrupted
 from rlhf.train import EXIT_INTERRUPTED
 from rlhf.training.failures import TrainingError
@@ -46,7 +46,7 @@ def settings(make_args, tmp_path):
 
 def go_on(args: RewardGradientConfig) -> RewardGradientConfig:
     """As a user would: from the latest checkpoint, or anew if none was finished."""
-    saved = newest_undamaged(Path(args.output_dir) / "checkpoints")
+    saved = newest_undamaged_checkpoint(Path(args.output_dir) / "checkpoints")
     return dataclasses.replace(
         args, **({"resume_from_checkpoint": "latest"} if saved else {"overwrite_output_dir": True})
     )

@@ -34,7 +34,7 @@ def held_out(tmp_path):
     def make(**changes):
         settings = {"eval_seed": 3, "per_device_eval_batch_size": 2}
         settings |= {"num_sample_prompts": 3, "num_diversity_prompts": 3} | changes
-        options = EvalOptions.of(RewardGradientConfig(**settings))
+        options = EvalOptions.from_settings(RewardGradientConfig(**settings))
         return HeldOut(make_videos, {"pixel": first_pixel}, PROMPTS, SHAPE, 8, options, tmp_path, OneProcess())
 
     return make

@@ -4,7 +4,7 @@ import pytest
 import torch
 from problem import GUIDANCE, SIGMAS
 
-from rlhf.adapter.lora import adapter_off
+from rlhf.adapter.lora import disable_adapter
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
 from rlhf.method.drift import drift_step_weights, velocity_distance
@@ -52,7 +52,7 @@ def test_one_drawn_step_stands_for_all_without_bias():
 def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(problem):
     p, sigma = problem, SIGMAS[1]
     tuned = velocity_field(p.transformer, p.cond, GUIDANCE)
-    base = adapter_off(p.transformer)(tuned)
+    base = disable_adapter(p.transformer)(tuned)
     drift_B = velocity_distance(tuned, base, p.noise, sigma)
     assert drift_B.shape == (2,)
     assert (drift_B > 0).all()

@@ -159,7 +159,7 @@ def toy_closed_form(plan: Plan) -> float:
         later = math.prod(gains[j] for j in plan.grad_steps if j > i and not plan.detach_input)
         total += steps[i] * toy_rate(sigmas[i]) * states[i] * later
     last = sigmas[-2]
-    for noise in list(AGAIN.values())[: plan.last_step_again]:
+    for noise in list(AGAIN.values())[: plan.repeat_last_step]:
         total -= last * toy_rate(last) * ((1 - last) * states[-1] + last * noise)
     for sigma, step in plan.recoveries:
         start = sigma - step
@@ -240,7 +240,7 @@ class Adjoint:
                 if i in plan.grad_steps:
                     pulled = self.pull(states[i], sigmas[i], (sigmas[i + 1] - sigmas[i]) * adjoint)
                     adjoint = adjoint if plan.detach_input else adjoint + pulled
-        for draw in range(plan.last_step_again):
+        for draw in range(plan.repeat_last_step):
             x = (1 - sigmas[-2]) * states[-1] + sigmas[-2] * noise_of(self.p, f"draw {draw}")
             self.recovered(x, sigmas[-2], torch.zeros_like(sigmas[-2]), lambda x: x, 1.0)
         for level, step in plan.recoveries:

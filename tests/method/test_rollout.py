@@ -11,7 +11,7 @@ from rlhf.adapter.masters import MasterWeights
 from rlhf.contentv.flow import flow_sigmas, guided_velocity
 from rlhf.contentv.text import encode_prompts
 from rlhf.method.plan import Plan
-from rlhf.method.rollout import RolloutCache, draw_noise, fewer_steps, rollout, sample_euler
+from rlhf.method.rollout import RolloutCache, coarsen_prefix, draw_noise, rollout, sample_euler
 from rlhf.method.velocity import Guidance, VelocityFields, velocity_field
 
 
@@ -149,13 +149,13 @@ SIX_STEPS = torch.tensor([1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0], dtype=torch.float
     [(4, 2, [0, 2, 4, 5, 6]), (5, 5, range(7)), (3, 1, [0, 3, 4, 5, 6]), (5, 3, [0, 2, 3, 5, 6])],
 )
 def test_fewer_steps_keep_the_window(window, steps, expected):
-    assert torch.equal(fewer_steps(SIX_STEPS, window, steps), SIX_STEPS[list(expected)])
+    assert torch.equal(coarsen_prefix(SIX_STEPS, window, steps), SIX_STEPS[list(expected)])
 
 
 @pytest.mark.parametrize("steps", [0, 5])
 def test_fewer_steps_are_checked(steps):
     with pytest.raises(ValueError, match=f"prefix_steps={steps}, expected 1 to 4"):
-        fewer_steps(SIX_STEPS, 4, steps)
+        coarsen_prefix(SIX_STEPS, 4, steps)
 
 
 class Guided:
@@ -199,7 +199,7 @@ def test_a_rollout_is_sampled_once_and_reused_as_often_as_asked():
     cache, made = RolloutCache(3), []
     for step in range(7):
         for micro in range(2):
-            number = cache.rollout_of(step, micro)
+            number = cache.rollout_index(step, micro)
             if (start := cache.get(step, micro)) is None:
                 made.append((number, micro, step))
                 start = torch.tensor(made[-1])
@@ -208,12 +208,12 @@ def test_a_rollout_is_sampled_once_and_reused_as_often_as_asked():
             assert step - start[2] <= 2, "staleness is bounded"
     assert made == [(0, 0, 0), (0, 1, 0), (1, 1, 2), (1, 0, 3), (2, 1, 5), (2, 0, 6)]
     assert len(cache.starts) == 2, "one for each batch of a step"
-    assert [cache.rollout_of(0, micro) for micro in range(5)] == [0] * 5, "none is left out"
+    assert [cache.rollout_index(0, micro) for micro in range(5)] == [0] * 5, "none is left out"
 
 
 def test_a_rollout_for_one_step_is_not_kept():
     cache = RolloutCache(1)
-    assert [cache.rollout_of(step, 0) for step in range(3)] == [0, 1, 2]
+    assert [cache.rollout_index(step, 0) for step in range(3)] == [0, 1, 2]
     cache.put(0, 0, torch.zeros(1))
     assert cache.get(0, 0) is None
     assert cache.starts == {}

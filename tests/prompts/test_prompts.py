@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf.config import ConfigError
-from rlhf.prompts import as_prompts, load_prompts, prompt_positions
+from rlhf.prompts import as_prompts, load_prompts, shuffled_indices
 from rlhf.run.folder import write_prompts
 
 
@@ -80,9 +80,9 @@ def test_what_yields_names_instead_of_rows_is_no_dataset():
 
 
 def test_order_visits_every_prompt_once_an_epoch_and_starts_anywhere():
-    whole = prompt_positions(7, seed=3, start=0, count=21)
+    whole = shuffled_indices(7, seed=3, start=0, count=21)
     epochs = [whole[i : i + 7] for i in (0, 7, 14)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert prompt_positions(7, seed=3, start=5, count=9) == whole[5:14]
-    assert prompt_positions(7, seed=4, start=0, count=7) != epochs[0]
+    assert shuffled_indices(7, seed=3, start=5, count=9) == whole[5:14]
+    assert shuffled_indices(7, seed=4, start=0, count=7) != epochs[0]

@@ -20,7 +20,7 @@ from rlhf.run.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_vector,
-    newest_undamaged,
+    newest_undamaged_checkpoint,
     save_checkpoint,
 )
 
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, harm, t
     assert damage(folder / "step-10") is None
     harm(folder / "step-10")
     assert told in damage(folder / "step-10")
-    assert find_checkpoint("latest", tmp_path, quiet=True) == newest_undamaged(folder) == folder / "step-9"
+    assert find_checkpoint("latest", tmp_path, quiet=True) == newest_undamaged_checkpoint(folder) == folder / "step-9"
     assert not caplog.text
     assert find_checkpoint("latest", tmp_path) == folder / "step-9"
     assert f"{folder / 'step-10'}: {told}" in caplog.text

@@ -76,10 +76,10 @@ def test_a_guard_stops_after_its_patience_and_remembers_the_best_of_which_the_ba
 
 
 def test_a_guard_needs_a_held_out_reward_and_evaluations_and_stops_only_if_asked():
-    assert Guard.of(RewardGradientConfig(eval_steps=5)) is None
-    assert Guard.of(RewardGradientConfig(eval_reward_funcs=["nano_clip"])) is None
+    assert Guard.from_settings(RewardGradientConfig(eval_steps=5)) is None
+    assert Guard.from_settings(RewardGradientConfig(eval_reward_funcs=["nano_clip"])) is None
     watched = RewardGradientConfig(eval_steps=5, eval_reward_funcs=["nano_clip"])
-    guard = Guard.of(watched)
+    guard = Guard.from_settings(watched)
     assert guard.patience == 0
     for step in range(50):
         guard.update(step, {})
@@ -111,7 +111,7 @@ def watch(tmp_path):
             evaluate=lambda name, step: asked.append((name, step, averaged[0])) or TUNED,
         )
         masters = types.SimpleNamespace(averaged=average)
-        notify, guard = lambda event, **more: None, Guard.of(args)
+        notify, guard = lambda event, **more: None, Guard.from_settings(args)
         trained, resume_from = {"taught": 1.0}, args.resume_from_checkpoint
         return HeldOutMonitor(held_out, trained, None, masters, notify, guard, resume_from), asked
 

@@ -67,7 +67,7 @@ def test_a_shipped_config_goes_by_its_name(main, capsys, tmp_path, monkeypatch):
 def test_a_resume_hint_names_a_command_that_can_be_launched(monkeypatch):
     from rlhf import train
 
-    monkeypatch.setattr("rlhf.run.checkpoint.newest_undamaged", lambda folder: folder / "step-3")
+    monkeypatch.setattr("rlhf.run.checkpoint.newest_undamaged_checkpoint", lambda folder: folder / "step-3")
     for started, launched in ((train.__file__, "-m rlhf.train"), ("train_rlhf.py", "train_rlhf.py")):
         monkeypatch.setattr(sys, "argv", [started, "--seed", "1"])
         hint = train.resume_hint(RewardGradientConfig(output_dir="runs/x"))

@@ -13,7 +13,7 @@ from runs import assert_same_training, saved_adapter, train
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, brightness, redness
 
-from rlhf.adapter.lora import adapter_off
+from rlhf.adapter.lora import disable_adapter
 from rlhf.config import ConfigError
 from rlhf.config.parse import parse_config
 from rlhf.contentv.wan_decoder import decode_video
@@ -92,7 +92,7 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
     masters.set(masters.vector + 0.1 * noise)
     batch = trainer.batches.batch(1, 0)
     tuned = velocity_field(transformer, trainer.text(batch.prompts, "cpu"), trainer.args.guidance_scale)
-    base = adapter_off(transformer)(tuned)
+    base = disable_adapter(transformer)(tuned)
 
     plan = make_plan(args, trainer.options, sigmas, generator("method", args.seed, 1))
     i, loss, rewards = plan.drift_step, 0.0, []

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from rewards import RewardError
 from rlhf.config import ConfigError
 from rlhf.evaluation.held_out import HeldOut
-from rlhf.run.checkpoint import newest_undamaged
+from rlhf.run.checkpoint import newest_undamaged_checkpoint
 from rlhf.run.metrics import read_metrics
 from rlhf.run.signals import TrainingInterrupted
 from rlhf.trainer import RewardGradientTrainer
@@ -92,7 +92,7 @@ def test_a_step_is_saved_where_its_evaluation_fails(make_args, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         train(args, evaluate=True)
     monkeypatch.setattr(HeldOut, "evaluate", evaluate)
-    assert newest_undamaged(Path(args.output_dir) / "checkpoints").name == "step-3"
+    assert newest_undamaged_checkpoint(Path(args.output_dir) / "checkpoints").name == "step-3"
     again = train(dataclasses.replace(args, resume_from_checkpoint="latest"), evaluate=True)
     whole = dataclasses.replace(args, output_dir=args.output_dir + "_whole")
     assert again["trained"] == train(whole, evaluate=True)["trained"]
