@@ -74,24 +74,21 @@ def test_a_resume_hint_names_a_command_that_can_be_launched(monkeypatch):
         assert f"accelerate launch {launched} --seed 1 --resume_from_checkpoint latest" in hint
 
 
-def test_a_users_own_model_prompts_and_reward(main, project, capsys):
+def test_a_users_own_model_prompts_and_reward_and_a_resolved_config_that_repeats_the_run(
+    main, project, capsys, monkeypatch
+):
     assert main(["--config", str(project / "config.yaml"), "--max_steps", "2"]) == 0
-    summary = json.loads((project / "run" / "summary.json").read_text())
-    assert summary["steps"] == 2
-    assert set(summary["trained"]) == {"redness"}
+    first = json.loads((project / "run" / "summary.json").read_text())
+    assert (first["steps"], set(first["trained"])) == (2, {"redness"})
     assert "2 held-out prompts" in capsys.readouterr().out
     assert main(["--config", str(project / "config.yaml")]) == 2
     assert "holds a run already" in capsys.readouterr().err
 
-
-def test_the_resolved_config_repeats_the_run(main, project, monkeypatch):
-    assert main(["--config", str(project / "config.yaml")]) == 0
     resolved = project / "run" / "config.yaml"
     assert yaml.safe_load(resolved.read_text())["height"] == 32, "the model's own size"
     monkeypatch.chdir("/")
     assert main(["--config", str(resolved), "--output_dir", str(project / "again")]) == 0
-    first, again = (json.loads((project / name / "summary.json").read_text()) for name in ("run", "again"))
-    assert first["trained"] == again["trained"]
+    assert json.loads((project / "again" / "summary.json").read_text())["trained"] == first["trained"]
 
 
 @pytest.mark.parametrize(
