@@ -13,9 +13,9 @@ import torch
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import euler_step
 from rlhf.method.drift import drift_step_weights
-from rlhf.method.grad_steps import choose_grad_steps, draw_below
+from rlhf.method.grad_steps import choose_grad_steps, draw_below, listed_grad_steps
 from rlhf.method.options import MethodOptions, SRPOOptions
-from rlhf.method.rollout import Velocity, coarsen_prefix
+from rlhf.method.rollout import Velocity
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
         case "uniform":
             plan = Plan(sigmas, choose_grad_steps("uniform", num_steps, num_grad, rng))
         case "listed":
-            plan = Plan(sigmas, choose_grad_steps("listed", num_steps, 0, listed=options.steps))
+            plan = Plan(sigmas, listed_grad_steps(options.steps, num_steps))
         case "drtune":
             cut = jump_early(sigmas, options.jump_steps, rng)
             plan = Plan(cut, choose_grad_steps("uniform", len(cut) - 1, num_grad, rng), detach_input=True)
@@ -78,12 +78,16 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
 
 
 def shorten_prefix(plan: Plan, steps: int | None) -> Plan:
-    """Return the plan with at most `steps` steps before its window; None keeps all. Not exact."""
-    if not plan.grad_steps or steps is None or steps >= plan.window_start:
+    """Return the plan with at most `steps` steps before its window; None keeps all. Not exact.
+
+    The noise levels kept are evenly spaced by index; those of the window are unchanged.
+    """
+    window, sigmas = plan.window_start, plan.sigmas
+    if not plan.grad_steps or steps is None or steps >= window:
         return plan
-    shifted = [step - plan.window_start + steps for step in plan.grad_steps]
-    sigmas = coarsen_prefix(plan.sigmas, plan.window_start, steps)
-    return replace(plan, sigmas=sigmas, grad_steps=shifted)
+    kept = torch.linspace(0, window, steps + 1).round().long().to(sigmas.device)
+    shortened = torch.cat([sigmas[kept], sigmas[window + 1 :]])
+    return replace(plan, sigmas=shortened, grad_steps=[step - window + steps for step in plan.grad_steps])
 
 
 def jump_early(sigmas: torch.Tensor, of_last: int, rng: torch.Generator) -> torch.Tensor:

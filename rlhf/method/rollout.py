@@ -67,19 +67,6 @@ def rollout(
     return states
 
 
-def coarsen_prefix(sigmas: torch.Tensor, window: int, steps: int) -> torch.Tensor:
-    """Return sigmas whose first `window` steps are thinned out to `steps` steps. Not exact.
-
-    The levels kept are evenly spaced by index. The window itself is unchanged and starts at step
-    `steps`. Raises ValueError unless 1 <= steps <= window.
-    """
-    if not 1 <= steps <= window:
-        expected = f"expected 1 to {window}, the steps before the window"
-        raise ValueError(f"prefix_steps={steps}, {expected}; correct it")
-    kept = torch.linspace(0, window, steps + 1).round().long()
-    return torch.cat([sigmas[kept.to(sigmas.device)], sigmas[window + 1 :]])
-
-
 class RolloutCache:
     """Window starts (B, C, T, H, W), each used in `reuse` optimizer steps. Exact for reuse 1.
 
@@ -88,8 +75,6 @@ class RolloutCache:
     """
 
     def __init__(self, reuse: int):
-        if reuse < 1:
-            raise ValueError(f"rollout_reuse={reuse}, expected at least 1; raise it")
         self.reuse = reuse
         self.starts: dict[int, tuple[int, torch.Tensor]] = {}  # micro batch -> (rollout, start)
 

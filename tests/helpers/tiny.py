@@ -1,15 +1,8 @@
 """Random, seeded, tiny parts of the real classes: 0.1 s and 0.3 million weights a pipeline."""
 
 import torch
+import transformers
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
 from rlhf.contentv.pipeline import ContentVPipeline, SamplingDefaults
 from rlhf.contentv.transformer import SD3Transformer3DModel
@@ -56,11 +49,11 @@ def tiny_pipeline(seed: int = 0) -> ContentVPipeline:
         transformer=tiny_transformer(seed),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_vae(seed),
-        text_encoder=_draw(CLIPTextModelWithProjection(_clip_config(clip)), seed + 1),
+        text_encoder=_draw(transformers.CLIPTextModelWithProjection(_clip_config(clip)), seed + 1),
         tokenizer=clip,
-        text_encoder_2=_draw(CLIPTextModelWithProjection(_clip_config(clip_2)), seed + 2),
+        text_encoder_2=_draw(transformers.CLIPTextModelWithProjection(_clip_config(clip_2)), seed + 2),
         tokenizer_2=clip_2,
-        text_encoder_3=_draw(T5EncoderModel(_t5_config(t5)), seed + 3),
+        text_encoder_3=_draw(transformers.T5EncoderModel(_t5_config(t5)), seed + 3),
         tokenizer_3=t5,
     )
     pipe.sampling = SAMPLING
@@ -84,20 +77,20 @@ def _draw(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def _clip_tokenizer() -> transformers.CLIPTokenizer:
     words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     vocab = {word: number for number, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_TOKENS)
 
 
-def _t5_tokenizer() -> T5TokenizerFast:
+def _t5_tokenizer() -> transformers.T5TokenizerFast:
     pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS]
     vocab = [(piece, 0.0 if piece.startswith("<") else -2.0) for piece in pieces]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
+    return transformers.T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
-def _clip_config(tokenizer) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def _clip_config(tokenizer) -> transformers.CLIPTextConfig:
+    return transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH // 2,
         intermediate_size=TEXT_WIDTH,
@@ -111,8 +104,8 @@ def _clip_config(tokenizer) -> CLIPTextConfig:
     )
 
 
-def _t5_config(tokenizer) -> T5Config:
-    return T5Config(
+def _t5_config(tokenizer) -> transformers.T5Config:
+    return transformers.T5Config(
         vocab_size=len(tokenizer),
         d_model=TEXT_WIDTH,
         d_kv=8,

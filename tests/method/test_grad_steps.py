@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf.device import generator
-from rlhf.method.grad_steps import choose_grad_steps
+from rlhf.method.grad_steps import choose_grad_steps, listed_grad_steps
 
 
 @pytest.mark.parametrize("strategy", ["last", "random_last", "uniform"])
@@ -31,18 +31,13 @@ def test_uniform_steps_are_evenly_apart_and_reach_every_step(num_steps, num_grad
 
 
 def test_listed_steps_are_taken_as_they_are_or_refused():
-    assert choose_grad_steps("listed", 5, 0, listed=[4, 0, 2]) == [0, 2, 4]
+    assert listed_grad_steps([4, 0, 2], 5) == [0, 2, 4]
     for wrong in (None, [], [5], [-1], [1, 1]):
         with pytest.raises(ValueError, match="expected different steps of 0 to 4"):
-            choose_grad_steps("listed", 5, 0, listed=wrong)
+            listed_grad_steps(wrong, 5)
 
 
 @pytest.mark.parametrize("num_grad", [0, -1, 11])
 def test_impossible_counts_are_refused(num_grad):
     with pytest.raises(ValueError, match=f"num_grad_steps={num_grad}, expected 1 to num_inference_steps=10"):
         choose_grad_steps("last", 10, num_grad)
-
-
-def test_unknown_strategy_is_refused():
-    with pytest.raises(ValueError, match="expected one of last, random_last"):
-        choose_grad_steps("first", 10, 1)

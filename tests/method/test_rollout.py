@@ -10,8 +10,8 @@ from tiny import SAMPLING, tiny_conditioning, tiny_transformer
 from rlhf.adapter.masters import MasterWeights
 from rlhf.contentv.flow import flow_sigmas, guided_velocity
 from rlhf.contentv.text import encode_prompts
-from rlhf.method.plan import Plan
-from rlhf.method.rollout import RolloutCache, coarsen_prefix, draw_noise, rollout, sample_euler
+from rlhf.method.plan import Plan, shorten_prefix
+from rlhf.method.rollout import RolloutCache, draw_noise, rollout, sample_euler
 from rlhf.method.velocity import Guidance, VelocityFields, velocity_field
 
 
@@ -149,13 +149,9 @@ SIX_STEPS = torch.tensor([1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0], dtype=torch.float
     [(4, 2, [0, 2, 4, 5, 6]), (5, 5, range(7)), (3, 1, [0, 3, 4, 5, 6]), (5, 3, [0, 2, 3, 5, 6])],
 )
 def test_fewer_steps_keep_the_window(window, steps, expected):
-    assert torch.equal(coarsen_prefix(SIX_STEPS, window, steps), SIX_STEPS[list(expected)])
-
-
-@pytest.mark.parametrize("steps", [0, 5])
-def test_fewer_steps_are_checked(steps):
-    with pytest.raises(ValueError, match=f"prefix_steps={steps}, expected 1 to 4"):
-        coarsen_prefix(SIX_STEPS, 4, steps)
+    plan = shorten_prefix(Plan(SIX_STEPS, [window, 5]), steps)
+    assert torch.equal(plan.sigmas, SIX_STEPS[list(expected)])
+    assert plan.grad_steps == [steps, 5 - window + steps]
 
 
 class Guided:
@@ -217,5 +213,3 @@ def test_a_rollout_for_one_step_is_not_kept():
     cache.put(0, 0, torch.zeros(1))
     assert cache.get(0, 0) is None
     assert cache.starts == {}
-    with pytest.raises(ValueError, match="rollout_reuse=0, expected at least 1"):
-        RolloutCache(0)
