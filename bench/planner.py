@@ -141,8 +141,8 @@ def predicted(arm: str, size: str, rates: Rates) -> dict:
         "peak_gib": memory.peak_bytes / GIB,
         "held_gib": {name: value / GIB for name, value in memory.held.items()},
         "phases_gib": {name: value / GIB for name, value in memory.phases.items()},
-        "seconds": seconds.total,
-        "phases_seconds": seconds.phases,
+        "seconds": sum(seconds.values()),
+        "phases_seconds": seconds,
     }
 
 
