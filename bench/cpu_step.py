@@ -6,7 +6,6 @@ Prediction: page faults take two fifths of a step. Beside a second busy program 
 step can stall for minutes, since threads wait for one another; such an arm has no seconds.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import environment, write_rows
+from environment import environment, make_parser, write_rows
 
 RESULT = Path(__file__).parent / "results" / "cpu_step.json"
 STEPS = 6
@@ -50,7 +49,7 @@ def measure(memory: str, limit: float = 120) -> list[float]:
 
 def main() -> None:
     """Run the command."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    make_parser(__doc__).parse_args()
     rows = []
     for phase in ("alone", "beside a busy program"):
         company = subprocess.Popen([sys.executable, "-c", BUSY]) if phase != "alone" else None

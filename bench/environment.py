@@ -1,5 +1,6 @@
-"""Where a measurement was made, and the rows of its result file."""
+"""What all benchmarks share: flags, the machine, the rows of a result file."""
 
+import argparse
 import gc
 import json
 import os
@@ -12,6 +13,12 @@ import torch
 
 from rlhf.device import describe
 from rlhf.io import write_json
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser whose help has the script's docstring as it is."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter)
 
 
 def environment(device: torch.device) -> dict:
@@ -34,6 +41,16 @@ def read_rows(path: Path, about: dict, key: Callable[[dict], object]) -> dict:
 def write_rows(path: Path, about: dict, rows: Iterable[dict]) -> None:
     """Write a result file, whole or not at all: a run that is killed leaves the rows of before."""
     write_json(path, {"environment": about, "rows": list(rows)})
+
+
+def show_row(row: dict) -> None:
+    """Print a row without its single measurements and settings."""
+    print({key: value for key, value in row.items() if key not in ("settings", "all")}, flush=True)
+
+
+def scored_frames(scored: str, frames: int) -> int:
+    """Return the number of frames that "first", "all" or a number means."""
+    return {"first": 1, "all": frames}.get(scored) or int(scored)
 
 
 def free_memory(device: torch.device) -> None:

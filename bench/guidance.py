@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import environment, write_rows
+from environment import environment, show_row, write_rows
 
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.wan_decoder import decode_video
@@ -99,7 +99,7 @@ def main() -> None:
         shake(trainer, spread)
         found = [{"adapter": adapter} | row for row in compare(trainer, num_grad)]
         for row in found:
-            print({k: v for k, v in row.items() if k != "all"}, flush=True)
+            show_row(row)
         rows += found
     about = environment(trainer.device) | {"model": "nano", "batch": BATCH, "batches": BATCHES}
     write_rows(RESULT, about, rows)

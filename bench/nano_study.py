@@ -41,7 +41,9 @@ class Pools:
 
     def timers(self) -> list[ProcessPoolExecutor]:
         """For each device one process, alone on it."""
-        return [self._open(1, [device], len(self.devices)) for device in self.devices] or [self._open(1, [], 1)]
+        if not self.devices:
+            return [self._open(1, [], 1)]
+        return [self._open(1, [device], len(self.devices)) for device in self.devices]
 
     def workers(self) -> ProcessPoolExecutor:
         """Return the pool of processes."""
@@ -49,18 +51,18 @@ class Pools:
         return self._open(count, self.devices, count)
 
     def _open(self, count: int, devices: list[int], at_once: int) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")  # a fork can't use an accelerator that its parent has looked at
+        context = multiprocessing.get_context("spawn")  # a fork can't use an opened accelerator
         threads = max(1, available_cores() // at_once)
-        return ProcessPoolExecutor(
-            count, context, partial(study_runs.start_worker, context.Value("i", 0), devices, threads)
-        )
+        start = partial(study_runs.start_worker, context.Value("i", 0), devices, threads)
+        return ProcessPoolExecutor(count, context, start)
 
 
 class Study:
     """A result file, and the processes that fill it."""
 
     def __init__(self, path: Path, conditions: Conditions, steps: int, timed: int, pools: Pools, default: dict):
-        self.path, self.conditions, self.steps, self.timed, self.pools = path, conditions, steps, timed, pools
+        self.path, self.conditions, self.pools = path, conditions, pools
+        self.steps, self.timed = steps, timed
         self.default = default  # settings of the arm whose steps are the budget
         device, self.began = pick_device(conditions.device), time.perf_counter()
         kept = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
@@ -95,7 +97,8 @@ class Study:
 
     def _time(self, some: list[tuple[str, dict]], timers: list[ProcessPoolExecutor], alone: Conditions) -> None:
         task = study_runs.seconds_per_step
-        jobs = [timer.submit(task, pair[1], self.timed, alone) for pair, timer in zip(some, timers, strict=False)]
+        pairs = zip(some, timers, strict=False)
+        jobs = [timer.submit(task, settings, self.timed, alone) for (_, settings), timer in pairs]
         for (key, _), job in zip(some, jobs, strict=True):
             try:
                 self.costs[key] = min(job.result(), self.costs.get(key, math.inf))
@@ -110,15 +113,17 @@ class Study:
 
     def is_done(self, about: dict) -> bool:
         """Return whether the result has the row, without an error."""
-        same = [row for row in self.rows if all(row.get(key) == value for key, value in about.items())]
-        return any("error" not in row for row in same)
+        same = lambda row: all(row.get(key) == value for key, value in about.items())
+        return any(same(row) and "error" not in row for row in self.rows)
 
     def run(self, tasks: list[tuple[dict, Callable]]) -> None:
         """All tasks that are not done, each (what tells its row from others, what makes it)."""
         todo = [(about, task) for about, task in tasks if not self.is_done(about)]
-        self.about["arms"] = [*dict.fromkeys([*self.about.get("arms", []), *(about["arm"] for about, _ in tasks)])]
+        arms = [*self.about.get("arms", []), *(about["arm"] for about, _ in tasks)]
+        self.about["arms"] = [*dict.fromkeys(arms)]
         minutes = len(todo) * self.about["budget_seconds"] / 60
-        print(f"{len(todo)} runs to make, {minutes:.0f} minutes one by one; {len(tasks) - len(todo)} done", flush=True)
+        done = len(tasks) - len(todo)
+        print(f"{len(todo)} runs to make, {minutes:.0f} minutes one by one; {done} done", flush=True)
         with self.pools.workers() as pool:
             running = {pool.submit(study_runs.guarded, task, about): about for about, task in todo}
             for number, job in enumerate(as_completed(running), 1):
@@ -131,7 +136,8 @@ class Study:
 
     def put(self, row: dict) -> None:
         """Add a row, in place of an earlier one of the same arm, seed and variant."""
-        same = lambda other: all(other.get(key) == row.get(key) for key in ("arm", "seed", "variant"))
+        keys = "arm", "seed", "variant"
+        same = lambda other: all(other.get(key) == row.get(key) for key in keys)
         self.rows = [other for other in self.rows if not same(other)] + [row]
         self.write()
 

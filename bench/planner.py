@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import environment, free_memory, read_rows, write_rows
+from environment import environment, free_memory, make_parser, read_rows, write_rows
 from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of, settings_of_layout, settings_of_step
 from step import Bench, limit_memory, measure
 from step_arms import SIZES, Rig, make_reward
@@ -66,11 +66,12 @@ def peak(device: torch.device) -> float | None:
 def measure_nano(arm: str, size: str, device: torch.device) -> dict:
     """Measure whole steps of the real trainer."""
     with tempfile.TemporaryDirectory() as folder:
-        common = {"output_dir": f"{folder}/run", "report_to": ["none"], "device": device.type, "max_steps": 5}
-        trainer = RewardGradientTrainer(args=RewardGradientConfig(**common, **settings_of(arm, size)))
+        common = {"output_dir": f"{folder}/run", "report_to": ["none"], "max_steps": 5}
+        settings = common | {"device": device.type} | settings_of(arm, size)
+        trainer = RewardGradientTrainer(args=RewardGradientConfig(**settings))
         trainer.step(0)
         clean(device)
-        seconds = [trainer.step(number)["seconds"] for number in (1, 2, 3)]  # each ends with a number read back
+        seconds = [trainer.step(number)["seconds"] for number in (1, 2, 3)]
         return {"seconds": sorted(seconds)[1], "all": seconds, "peak_gib": peak(device)}
 
 
@@ -88,16 +89,19 @@ def measure_rates(device: torch.device, size: str) -> dict:
     rows, channels, tokens, copied = 8192 // small, 192 // small, 8192 // small, 2**28 // small
     flops = {}
     for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16):
-        name, make = str(dtype).removeprefix("torch."), partial(torch.randn, device=device, dtype=dtype)
+        name = str(dtype).removeprefix("torch.")
+        make = partial(torch.randn, device=device, dtype=dtype)
         multiply = partial(torch.matmul, make(rows, 2432), make(2432, 9728))
         flops[f"matrix {name}"] = 2 * rows * 2432 * 9728 / fastest(multiply, device)
         video, kernel = make(1, channels, 4, 216, 384 // small), make(channels, channels, 3, 3, 3)
         convolve = partial(F.conv3d, video, kernel, padding=1)
         flops[f"conv {name}"] = 2 * 27 * channels * video.numel() / fastest(convolve, device)
-        query, kernels = make(1, 38, tokens, 64), {} if device.type == "cpu" else time_kernels(device, dtype, 38, 64)
+        query = make(1, 38, tokens, 64)
+        kernels = {} if device.type == "cpu" else time_kernels(device, dtype, 38, 64)
         attend = partial(attention_function(next(iter(kernels), None)), query, query, query)
         flops[f"attention {name}"] = 4 * 38 * tokens**2 * 64 / fastest(attend, device)
-    x, factors = (torch.ones(*shape, 2432, device=device, dtype=torch.bfloat16) for shape in ((copied // 4864,), ()))
+    ones = partial(torch.ones, device=device, dtype=torch.bfloat16)
+    x, factors = ones(copied // 4864, 2432), ones(2432)
     memory = 2 * x.nbytes / fastest(lambda: x * factors, device)
     host = peer = memory
     there = torch.empty(copied, dtype=torch.uint8, device=device)
@@ -127,7 +131,8 @@ def planner_of(settings: dict, model: str, rates: Rates = H200, size: str = "ful
     """Return the planner of a run with random weights."""
     card = model_sizes(model)
     if model == CONTENTV_8B:
-        card = card | {name: card[name] | getattr(SIZES[size], name) for name in ("transformer", "vae")}
+        for name in ("transformer", "vae"):
+            card = card | {name: card[name] | getattr(SIZES[size], name)}
         card["sampling"] = card["sampling"] | {"fps": FPS}
     args = with_sampling(RewardGradientConfig(**settings), card["sampling"])
     return Planner(args, card, rates, processes=processes)
@@ -135,7 +140,8 @@ def planner_of(settings: dict, model: str, rates: Rates = H200, size: str = "ful
 
 def predicted(arm: str, size: str, rates: Rates) -> dict:
     """Return the planner's estimate of an arm, from its settings alone."""
-    estimate = planner_of(settings_of(arm, size), "nano" if arm in NANO else CONTENTV_8B, rates, size).estimate()
+    model = "nano" if arm in NANO else CONTENTV_8B
+    estimate = planner_of(settings_of(arm, size), model, rates, size).estimate()
     memory, seconds = estimate.memory, estimate.time
     return {
         "peak_gib": memory.peak_bytes / GIB,
@@ -176,7 +182,8 @@ def predict_layout(row: dict, about: dict) -> dict[str, dict]:
     names = {"sampling": "sampling", "segment": "gradient window", "sum": "optimizer"}
     found = {phase: {"peak_gib": (held + memory.phases[name]) / GIB} for phase, name in names.items()}
     peak_gib = max(phase["peak_gib"] for phase in found.values())
-    return found | {"step": {"peak_gib": peak_gib, "seconds": sum(seconds.values()) - seconds["reward"]}}
+    whole = sum(seconds.values()) - seconds["reward"]
+    return found | {"step": {"peak_gib": peak_gib, "seconds": whole}}
 
 
 def compare_layouts(result: dict) -> list[dict]:
@@ -186,9 +193,8 @@ def compare_layouts(result: dict) -> list[dict]:
         if row["phase"] == "step" and "seconds" in row:
             arm = f"scale.py: {row['arm']}, {row['devices']} device(s), {row['frames']} frames"
             measured = {key: row[key] for key in ("peak_gib", "seconds")}
-            found.append(
-                compare({"arm": arm, "measured": measured}, predict_layout(row, result["environment"])["step"])
-            )
+            prediction = predict_layout(row, result["environment"])["step"]
+            found.append(compare({"arm": arm, "measured": measured}, prediction))
     return found
 
 
@@ -197,7 +203,9 @@ def accuracy(rows: list[dict]) -> dict[str, tuple[float, float, int]]:
     found = {}
     for key in ("peak_gib", "seconds"):
         errors = [abs(row[f"{key}_ratio"] - 1) for row in rows if f"{key}_ratio" in row]
-        found[key] = (max(errors), statistics.mean(errors), len(errors)) if errors else (0.0, 0.0, 0)
+        found[key] = (0.0, 0.0, 0)
+        if errors:
+            found[key] = max(errors), statistics.mean(errors), len(errors)
     return found
 
 
@@ -214,7 +222,8 @@ def table(result: dict) -> str:
     """Return bench/results/planner.md: a row for each setting, then the errors."""
     about, lines = result["environment"], ["# Estimates of the planner beside measurements", ""]
     lines += [f"Measured on {about['device']} ({about['cores']} cores), torch {about['torch']}.", ""]
-    lines += ["| setting | GiB measured | estimated | | seconds a step measured | estimated | |", "|---" * 7 + "|"]
+    headings = "| setting | GiB measured | estimated | | seconds a step measured | estimated | |"
+    lines += [headings, "|---" * 7 + "|"]
     for row in result["rows"]:
         if "predicted" in row:
             cells = [_cells(row, key) for key in ("peak_gib", "seconds")]
@@ -252,7 +261,7 @@ def measured_row(arm: str, size: str, device: torch.device, reward: Callable | N
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the command's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     arms, stages = ["rates", *NANO, *FULL], ["measure", "predict", "table"]
     parser.add_argument("--only", nargs="+", choices=arms, default=arms, metavar="ARM")
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages)
@@ -282,7 +291,8 @@ def measure_arms(arguments: argparse.Namespace) -> None:
         else:
             rows[arm] = measured_row(arm, arguments.size, device, reward)
         write_rows(output, about, rows.values())
-        print(f"{arm}: {rows[arm].get('error', 'measured')}, {time.perf_counter() - began:.0f} s", flush=True)
+        seconds, outcome = time.perf_counter() - began, rows[arm].get("error", "measured")
+        print(f"{arm}: {outcome}, {seconds:.0f} s", flush=True)
 
 
 def predict(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ Prediction: forward and backward take two to three times as long as the forward 
 are frozen. Memory above the weights grows with frames times layers.
 """
 
-import argparse
 import inspect
 import json
 import statistics
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import environment, free_memory, read_rows, write_rows
+from environment import environment, free_memory, make_parser, read_rows, write_rows
 
 from rewards import RewardError, load_reward
 from rewards.catalogue import CATALOGUE
@@ -125,7 +124,7 @@ def package(result: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rewards", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
     parser.add_argument("--device", help="default: the accelerator of this machine")
     parser.add_argument("--size", type=int, nargs=2, default=(432, 768), metavar=("HEIGHT", "WIDTH"))

@@ -36,7 +36,15 @@ os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import environment, free_memory, read_rows, write_rows
+from environment import (
+    environment,
+    free_memory,
+    make_parser,
+    read_rows,
+    scored_frames,
+    show_row,
+    write_rows,
+)
 from scale_arms import ONE, Bench, arms, equality
 from step_arms import SIZES
 
@@ -61,14 +69,15 @@ def measure(work: Callable[[], None], accelerator, repeats: int, alone: bool) ->
         reset_peak_memory(device)
         synchronize(device)
         began = time.perf_counter()
-        if not alone or accelerator.is_main_process:  # others wait: one device has the machine to itself
+        if not alone or accelerator.is_main_process:  # others wait
             work()
         synchronize(device)
         told = torch.tensor([time.perf_counter() - began, peak_memory(device) / GIB], device=device)
         slowest, most = accelerator.gather(told).view(-1, 2).amax(0).tolist()
         seconds.append(slowest)
         peaks.append(most)
-    return {"seconds": statistics.median(seconds[1:]), "all": seconds[1:], "peak_gib": max(peaks[1:])}
+    seconds, peaks = seconds[1:], peaks[1:]
+    return {"seconds": statistics.median(seconds), "all": seconds, "peak_gib": max(peaks)}
 
 
 def key(row: dict) -> tuple:
@@ -89,7 +98,8 @@ def worked_out(told: dict, rows: dict[tuple, dict], steps: int) -> dict | None:
     of_phases = [rows.get(key(told | {"phase": phase})) for phase in PHASES]
     if any(row is None or "seconds" not in row for row in of_phases):
         return None
-    seconds = sum(row["seconds"] * (steps - 1 if row["phase"] == "sampling" else 1) for row in of_phases)
+    times = {"sampling": steps - 1}
+    seconds = sum(row["seconds"] * times.get(row["phase"], 1) for row in of_phases)
     return (
         told
         | {"phase": WORKED_OUT, "steps": steps, "seconds": seconds}
@@ -103,9 +113,10 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, accelerator):
         self.arguments, self.accelerator, self.began = arguments, accelerator, time.perf_counter()
         self.size = SIZES["tiny" if arguments.tiny else "full"]
-        self.scored = {"first": 1, "all": arguments.frames}.get(arguments.scored) or int(arguments.scored)
-        about = environment(accelerator.device) | {"height": self.size.height, "width": self.size.width}
-        self.about = about | {
+        self.scored = scored_frames(arguments.scored, arguments.frames)
+        self.about = environment(accelerator.device) | {
+            "height": self.size.height,
+            "width": self.size.width,
             "scored": self.scored,
             "repeats": arguments.repeats,
             "size": "tiny" if arguments.tiny else "full",
@@ -142,7 +153,8 @@ class Run:
         row = told | {"phase": phase}
         if key(row) in self.rows and not self.arguments.again:
             return
-        late = torch.tensor([time.perf_counter() - self.began > self.arguments.limit], device=self.accelerator.device)
+        late = time.perf_counter() - self.began > self.arguments.limit
+        late = torch.tensor([late], device=self.accelerator.device)
         if self.accelerator.gather(late).any():  # all processes stop together
             return
         try:
@@ -158,12 +170,12 @@ class Run:
         self.rows[key(row)] = row
         if self.accelerator.is_main_process:
             write_rows(self.arguments.output, self.about, self.rows.values())
-            print({name: value for name, value in row.items() if name != "all"}, flush=True)
+            show_row(row)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="ARM", help="some of: " + ", ".join(arms(4)))
     parser.add_argument("--frames", type=int, default=125)
     parser.add_argument("--scored", default="first", help="frames that are decoded: first, all or a number")

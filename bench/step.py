@@ -30,7 +30,15 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import environment, free_memory, read_rows, write_rows
+from environment import (
+    environment,
+    free_memory,
+    make_parser,
+    read_rows,
+    scored_frames,
+    show_row,
+    write_rows,
+)
 from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
 
 from rlhf.adapter.optimizer import clip_gradient
@@ -72,7 +80,8 @@ class Bench:
         rig = self.rig
         x = rig.noise("train").to(rig.size.dtype)
         time_B = torch.full((1,), 500.0, device=rig.device)
-        (v,) = rig.transformer(x, rig.cond.prompt_embeds_BLD, rig.cond.pooled_embeds_BP, time_B, return_dict=False)
+        text = rig.cond.prompt_embeds_BLD, rig.cond.pooled_embeds_BP
+        (v,) = rig.transformer(x, *text, time_B, return_dict=False)
         v.backward(rig.noise("gradient").to(v.dtype))
         rig.masters.collect_grad()
         rig.masters.vector.grad.zero_()
@@ -132,8 +141,9 @@ class Bench:
     def _rollouts(self, rollouts: RolloutCache, number: int):
         rig, last = self.rig, len(self.rig.sigmas) - 2
         if not rig.by_hand:
-            (prefix, window), plan, start = self._velocities(), self._plan(), rollouts.get(number, 0)
-            states = rollout(prefix, window, rig.noise("train"), plan.sigmas, plan.grad_steps, plan.detach_input, start)
+            (prefix, window), plan = self._velocities(), self._plan()
+            noise, start = rig.noise("train"), rollouts.get(number, 0)
+            states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
             rollouts.put(number, 0, states[plan.window_start])
             latents = states[-1]
             del states
@@ -172,7 +182,8 @@ class Bench:
         return (video.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
 
     def _plan(self):
-        return make_plan(self.rig.args, MethodOptions(), self.rig.sigmas, generator("bench", "plan"))
+        rng = generator("bench", "plan")
+        return make_plan(self.rig.args, MethodOptions(), self.rig.sigmas, rng)
 
 
 def guided(rig: Rig, together: bool = False) -> Velocity:
@@ -199,21 +210,24 @@ def measure(work: Callable[[], dict | None], device: torch.device, repeats: int,
         return {"skipped": "out of memory"}
     first = {} if warm else {"first_seconds": seconds[0]}
     timed, peaks = seconds[-repeats:], peaks[-repeats:]
-    return {"seconds": statistics.median(timed), "all": timed, "peak_gib": max(peaks)} | first | (told or {})
+    found = {"seconds": statistics.median(timed), "all": timed, "peak_gib": max(peaks)}
+    return found | first | (told or {})
 
 
 def compare(row: dict, gradients: Path, frames: int, scored: int) -> dict:
     """Return cosine and length against the references, and keep a reference's gradient."""
     found = row.pop("gradient")
     for reference in (STOCK, PEERS):
-        path = gradients / f"{'stock' if reference == STOCK else 'peers'}-{len(found)}-{frames}-{scored}.pt"
+        name = "stock" if reference == STOCK else "peers"
+        path = gradients / f"{name}-{len(found)}-{frames}-{scored}.pt"
         if row["arm"] == reference:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(found, path)
         elif path.exists():
             expected = torch.load(path, weights_only=True).double()
             cosine = torch.cosine_similarity(found.double(), expected, dim=0).item()
-            row[f"against {reference}"] = {"cosine": cosine, "length": (found.norm() / expected.norm()).item()}
+            length = (found.norm() / expected.norm()).item()
+            row[f"against {reference}"] = {"cosine": cosine, "length": length}
     return row
 
 
@@ -223,7 +237,7 @@ def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device,
     told = {"arm": arm, "frames": frames, "scored": scored, "settings": SETTINGS[arm]}
     try:
         rig = Rig(arm, SIZES[arguments.size], frames, arguments.steps, scored, device)
-    except (ImportError, ValueError) as error:  # a library or a device that an option needs is not here
+    except (ImportError, ValueError) as error:  # an option needs a library or device
         return [told | {"phase": phase, "skipped": str(error)} for phase in phases]
     bench = Bench(rig, reward, scored)
     limit_memory(device, CAPS_GIB.get(arm))
@@ -232,14 +246,14 @@ def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device,
             break
         row = told | {"phase": phase} | rig.chosen
         row |= {"steps": arguments.steps} if phase == "step" else {}
-        warm = phase == "step" and {"sampling", "window"} <= set(phases)  # a long one, of which all was run before
+        warm = phase == "step" and {"sampling", "window"} <= set(phases)  # all of it was run before
         row |= measure(getattr(bench, phase.replace(" ", "_")), device, arguments.repeats, warm)
         if phase == "step" and "seconds" in row:
             row["seconds_per_gradient"] = row["seconds"] / rig.args.rollout_reuse
         if arguments.size == "full" and (least := floor_seconds(rig, phase)):
             row["floor_seconds"] = least
         rows.append(compare(row, arguments.gradients, frames, scored) if "gradient" in row else row)
-        print({key: value for key, value in row.items() if key not in ("settings", "all")}, flush=True)
+        show_row(row)
     limit_memory(device, None)
     return rows
 
@@ -260,7 +274,7 @@ def key(row: dict) -> tuple:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--arms", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="ARM")
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--scored", default="first", help="frames the reward is given: first, all or a number")
@@ -283,14 +297,16 @@ def main(argv: list[str] | None = None) -> None:
     size = SIZES[arguments.size]
     about = environment(device) | {"size": arguments.size, "height": size.height, "width": size.width}
     rows = read_rows(arguments.output, about, key)
-    scored = {"first": 1, "all": arguments.frames}.get(arguments.scored) or int(arguments.scored)
-    reward, late = make_reward(arguments.size, scored, device), lambda: time.perf_counter() - began > arguments.limit
+    scored = scored_frames(arguments.scored, arguments.frames)
+    reward = make_reward(arguments.size, scored, device)
+    late = lambda: time.perf_counter() - began > arguments.limit
     for arm in arguments.arms:
-        done = [] if arguments.again else [p for p in arguments.phases if (arm, arguments.frames, scored, p) in rows]
-        missing = [phase for phase in arguments.phases if phase not in done]
+        done = {phase for *place, phase in rows if place == [arm, arguments.frames, scored]}
+        missing = [phase for phase in arguments.phases if arguments.again or phase not in done]
         if not missing or late():
             continue
-        rows |= {key(row): row for row in run_arm(arm, missing, scored, reward, arguments, device, late)}
+        found = run_arm(arm, missing, scored, reward, arguments, device, late)
+        rows |= {key(row): row for row in found}
         write_rows(arguments.output, about, rows.values())
         free_memory(device)
 

@@ -40,11 +40,14 @@ def gains_table(
 
 def cost_table(result: dict, unit: str = "device-seconds") -> str:
     """Return each arm's cost, and its gains a device minute or 1,000 reward queries."""
-    key, per, form = {"device-seconds": ("device_seconds", 60, ",.1f"), "reward queries": ("queries", 1000, ",")}[unit]
+    key, per, form = "device_seconds", 60, ",.1f"
+    if unit == "reward queries":
+        key, per, form = "queries", 1000, ","
     measures, lines = ("trained", "verifier", "motion", "diversity"), []
     for arm, rows in by_arm(result).items():
         spent = rows[0][key]
-        cells = [cell(*mean_interval([per * gain / spent for gain in gains(rows, m)]), form_of(m)) for m in measures]
+        rates = {m: [per * gain / spent for gain in gains(rows, m)] for m in measures}
+        cells = [cell(*mean_interval(values), form_of(m)) for m, values in rates.items()]
         lines.append([named(arm, rows), format(spent, form), *cells])
     return table(["arm", unit, *(MEASURES[m][0] for m in measures)], lines)
 
@@ -72,13 +75,15 @@ def sweep_table(result: dict) -> str:
     """Return the means over the sweep's seeds of each variant of each arm."""
     found: dict[tuple[str, str], list[dict]] = {}
     for row in result["rows"]:
-        found.setdefault((row["arm"], ", ".join(f"{k} {v}" for k, v in row["variant"].items())), []).append(row)
+        variant = ", ".join(f"{k} {v}" for k, v in row["variant"].items())
+        found.setdefault((row["arm"], variant), []).append(row)
     lines = []
     for (arm, variant), rows in found.items():
         whole = [row for row in rows if "error" not in row]
         means = [f"{statistics.mean(gains(whole, m)):{form_of(m)}}" for m in ("trained", "verifier") if whole]
         lines.append([arm, variant, str(len(rows)), *(means or ["failed"] * 2)])
-    return table(["arm", "variant", "seeds", "trained reward", "verifier, points (not used to choose)"], lines)
+    headings = ["arm", "variant", "seeds", "trained reward", "verifier, points (not used to choose)"]
+    return table(headings, lines)
 
 
 def conditions(result: dict) -> str:

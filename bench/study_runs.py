@@ -33,7 +33,7 @@ from rlhf.training.monitor import gains
 from rlhf.training.rewards import open_rewards
 
 TRAINED, WARM_UP = "nano_preference", 3
-SHARED = {  # with configs/nano.yaml: no pictures, no checkpoints; guidance in one batch is the same and faster
+SHARED = {  # no pictures, no checkpoints; guidance in one batch is the same and faster
     "report_to": "none",
     "save_steps": 0,
     "sample_steps": 0,
@@ -62,10 +62,11 @@ class Conditions:
         words |= {"num_diversity_prompts": self.diversity_prompts, "per_device_eval_batch_size": self.eval_batch}
         words |= {"seed": seed, "max_steps": steps, "output_dir": self.work / f"run-{os.getpid()}"}
         words |= ({"cpu_threads": self.threads} if self.threads else {}) | settings
-        words = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in words.items()}
-        several = lambda value: value if isinstance(value, list) else [value]
+        word = lambda value: json.dumps(value) if isinstance(value, dict) else value
+        several = lambda value: value if isinstance(value, list) else [word(value)]
         given = [str(word) for key, value in words.items() for word in (f"--{key}", *several(value))]
-        return check_config(parse_config(["--config", str(ROOT / "configs" / "nano.yaml"), *given, *self.flags]))
+        recipe = str(ROOT / "configs" / "nano.yaml")
+        return check_config(parse_config(["--config", recipe, *given, *self.flags]))
 
 
 def start_worker(counter, devices: list[int], threads: int) -> None:
@@ -171,9 +172,11 @@ def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list
     rows = [trainer.step(step) for step in range(steps)]
     with trainer.masters.use_average():
         tuned = trainer.monitor.held_out.evaluate("tuned", steps)
-    found = {"steps": steps, "queries": steps * queries_per_step(trainer), "wall_seconds": time.perf_counter() - began}
-    spreads = gains(Evaluation.load(base_path(conditions)), tuned, {TRAINED: 1.0}, trainer.args.eval_reward_funcs)
-    return [found | {"last_reward": rows[-1].get("reward")} | spreads | judged(tuned.scores, conditions)]
+    found = {"steps": steps, "queries": steps * queries_per_step(trainer)}
+    found |= {"wall_seconds": time.perf_counter() - began, "last_reward": rows[-1].get("reward")}
+    base = Evaluation.load(base_path(conditions))
+    spreads = gains(base, tuned, {TRAINED: 1.0}, trainer.args.eval_reward_funcs)
+    return [found | spreads | judged(tuned.scores, conditions)]
 
 
 def queries_per_step(trainer: RewardGradientTrainer) -> int:
@@ -192,12 +195,14 @@ def judged(scores: dict[str, torch.Tensor], conditions: Conditions) -> dict:
     unknown = [name for name, row in found.items() if not torch.tensor(row["tuned"]).isfinite()]
     if unknown:
         raise ValueError(f"the run ended with {', '.join(unknown)} not finite; lower its learning rate")
-    return {"trained" if name == TRAINED else name.removeprefix("nano_"): row for name, row in found.items()}
+    short = lambda name: "trained" if name == TRAINED else name.removeprefix("nano_")
+    return {short(name): row for name, row in found.items()}
 
 
 def sample(trainer: RewardGradientTrainer, seed: int, rows: list[int], number: int, chain: int) -> torch.Tensor:
     """Videos of held-out prompts by the trainer's current model, from noise of their own."""
-    noise = draw_noise(trainer.batches.noise_shape, seed, "best of n", [(i, number, chain) for i in rows])
+    places = [(i, number, chain) for i in rows]
+    noise = draw_noise(trainer.batches.noise_shape, seed, "best of n", places)
     return trainer.monitor.held_out.make_videos([trainer.eval_prompts[i] for i in rows], noise)
 
 
@@ -216,11 +221,13 @@ def best_of_n(seed: int, count: int, report_at: list[int], seconds: float, condi
     trainer, found = start_base(seed, conditions), {}
     prompts, size = trainer.eval_prompts, conditions.eval_batch
     report_at = sorted({*(n for n in report_at if n < count), count})
-    for rows in (list(range(len(prompts)))[first : first + size] for first in range(0, len(prompts), size)):
+    for rows in map(torch.Tensor.tolist, torch.arange(len(prompts)).split(size)):
         score = trained_score(trainer, [prompts[i] for i in rows])
         make = [partial(sample, trainer, seed, rows, chain=chain) for chain in (0, 1)]
-        for (n, video), (_, other) in zip(*(best_of(count, one, score, report_at) for one in make), strict=True):
-            found.setdefault(n, []).append(judge(video, other, [prompts[i] for i in rows], trainer, conditions))
+        chains = [best_of(count, one, score, report_at) for one in make]
+        for (n, video), (_, other) in zip(*chains, strict=True):
+            scores = judge(video, other, [prompts[i] for i in rows], trainer, conditions)
+            found.setdefault(n, []).append(scores)
     return [
         {"arm": BEST_OF if n == count else f"best-of-{n}", "settings": {"n": n}, "steps": 0}
         | {"queries": n * len(prompts), "device_seconds": n * len(prompts) * seconds}

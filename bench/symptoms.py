@@ -7,7 +7,6 @@ metrics.jsonl go between `<!-- said: NAME -->` and `<!-- end -->`. The page is w
 command.
 """
 
-import argparse
 import json
 import re
 import shlex
@@ -15,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import make_parser
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "bench" / "results" / "symptoms.md"
@@ -75,7 +77,7 @@ def fill(text: str, name: str, said: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=list(commands(PAGE.read_text())), metavar="NAME")
     chosen = parser.parse_args(argv).only or list(commands(PAGE.read_text()))
     for name in chosen:

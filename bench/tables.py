@@ -28,7 +28,8 @@ GAP = "hacking_gap"
 
 def pages() -> list[Path]:
     """Return every page that may have tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "bench/results").glob("*.md"))]
+    folders = ROOT / "docs", ROOT / "bench" / "results"
+    return [ROOT / "README.md", *(page for folder in folders for page in sorted(folder.glob("*.md")))]
 
 
 def fill(text: str, root: Path = ROOT) -> str:
@@ -36,7 +37,8 @@ def fill(text: str, root: Path = ROOT) -> str:
 
     def made(place: re.Match) -> str:
         path, named = root / place[2].partition("#")[0], Path(place[2]).name
-        return f"{place[1]}{TABLES[named](json.loads(path.read_text())) if path.exists() else ''}{place[3]}"
+        text = TABLES[named](json.loads(path.read_text())) if path.exists() else ""
+        return f"{place[1]}{text}{place[3]}"
 
     return PLACE.sub(made, text)
 
@@ -48,12 +50,12 @@ def rewards_table(result: dict) -> str:
         cells.setdefault((row["arm"], row["dtype"], row["frames"]), {})[row["phase"]] = row
     for (name, dtype, frames), phases in cells.items():
         forward, both = phases["forward"], phases["forward and backward"]
-        if both.get("skipped", OUT_OF_MEMORY) != OUT_OF_MEMORY:  # a change between frames has no value for one
+        if both.get("skipped", OUT_OF_MEMORY) != OUT_OF_MEMORY:  # it needs two frames
             continue
         times = [_cell(phase, "seconds", 1e3, ".1f") for phase in (forward, both)]
         weights = both["weights_gib"]
-        row = [f"`{name}`", dtype if weights else "-", str(frames), *times, _cell(both, "peak_gib", 1, ".2f")]
-        lines.append([*row, f"{weights:.2f}"])
+        gib = [_cell(both, "peak_gib", 1, ".2f"), f"{weights:.2f}"]
+        lines.append([f"`{name}`", dtype if weights else "-", str(frames), *times, *gib])
     headings = ["reward", "model", "frames", "forward, ms", "forward and backward, ms"]
     headings += ["peak, GiB", "of it weights, GiB"]
     return (
@@ -80,23 +82,32 @@ def guidance_table(result: dict) -> str:
 def methods_table(result: dict) -> str:
     """Return means over seeds with each arm's range; last, the seconds of a step."""
     last = "s a step", lambda row: f"{row['device_seconds'] / row['steps']:.3f}"
-    return f"{made_on(result)}\n\n{_arms_table(result, ('trained', 'verifier', 'clip', GAP, 'motion'), last)}"
+    measures = "trained", "verifier", "clip", GAP, "motion"
+    return f"{made_on(result)}\n\n{_arms_table(result, measures, last)}"
 
 
 def cheaper_table(result: dict, at_full_size: bool) -> str:
     """Return means of arms with equal device time, here or at full size; last, their steps."""
     about = result["environment"]
-    arms = [arm for arm in about["arms"] if arm.endswith(AT_FULL_SIZE) == at_full_size or arm == "plain"]
-    shown = {"environment": about | {"arms": arms}, "rows": [row for row in result["rows"] if row["arm"] in arms]}
+    is_shown = lambda arm: arm.endswith(AT_FULL_SIZE) == at_full_size or arm == "plain"
+    arms = [arm for arm in about["arms"] if is_shown(arm)]
+    rows = [row for row in result["rows"] if row["arm"] in arms]
+    shown = {"environment": about | {"arms": arms}, "rows": rows}
     time = "" if at_full_size else f" {about['budget_seconds']:.0f} device-seconds of training each."
-    lines = _arms_table(shown, ("trained", "verifier", "clip", GAP), ("optimizer steps", lambda row: row["steps"]))
+    last = "optimizer steps", lambda row: row["steps"]
+    lines = _arms_table(shown, ("trained", "verifier", "clip", GAP), last)
     return f"{made_on(shown)}{time}\n\n{lines.replace(AT_FULL_SIZE, '')}"
 
 
 def _arms_table(result: dict, measures: tuple[str, ...], last: tuple[str, Callable[[dict], object]]) -> str:
     headings = ["run", "seeds", *("gap" if m == GAP else MEASURES[m][0] for m in measures), last[0]]
     lines = [
-        [f"`{label(arm)}`", str(len(rows)), *(_over_seeds(rows, m) for m in measures), str(last[1](rows[0]))]
+        [
+            f"`{label(arm)}`",
+            str(len(rows)),
+            *(_over_seeds(rows, m) for m in measures),
+            str(last[1](rows[0])),
+        ]
         for arm, rows in _by_arm(result).items()
         if arm not in GONE
     ]
@@ -122,7 +133,8 @@ def _by_arm(result: dict) -> dict[str, list[dict]]:
 def _over_seeds(rows: list[dict], measure: str) -> str:
     values = [row[GAP] for row in rows] if measure == GAP else gains(rows, measure)
     form = "+.3f" if measure == GAP or not MEASURES[measure][1] else "+.1f"
-    mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    found = statistics.mean(values), min(values), max(values)
+    mean, low, high = (format(value, form) for value in found)
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
@@ -139,7 +151,8 @@ def scale_table(result: dict) -> str:
     """Return a table for each number of frames, a row for each layout and number of devices."""
     cells, text = {}, f"{made_on(result)}\n"
     for row in result["rows"]:
-        cells.setdefault(row["frames"], {}).setdefault((row["devices"], row["arm"]), {})[row["phase"]] = row
+        arms = cells.setdefault(row["frames"], {})
+        arms.setdefault((row["devices"], row["arm"]), {})[row["phase"]] = row
     headings = ["devices", "layout", *SCALE_PHASES.values(), "efficiency: segment", "whole step", "peak, GiB"]
     for frames, arms in cells.items():
         lines = []
@@ -148,7 +161,8 @@ def scale_table(result: dict) -> str:
             shares = [_percent(rows.get(phase, {}).get("efficiency")) for phase in ("segment", "step")]
             peaks = [row["peak_gib"] for row in rows.values() if "peak_gib" in row]
             lines.append([str(devices), arm, *values, *shares, f"{max(peaks):.1f}" if peaks else "-"])
-        text += f"\n{frames} frames, of them decoded: {result['environment']['scored']}\n\n{table(headings, lines)}"
+        scored = result["environment"]["scored"]
+        text += f"\n{frames} frames, of them decoded: {scored}\n\n{table(headings, lines)}"
     return text
 
 
@@ -161,9 +175,11 @@ def equality_table(result: dict) -> str:
     lines = []
     for row in result["rows"]:
         if row["phase"] == "equality":
-            found = [f"{row[key]:.1e}" if key in row else row["skipped"] for key in ("gradient", "weights")]
+            number = lambda key, row=row: f"{row[key]:.1e}" if key in row else row["skipped"]
+            found = [number("gradient"), number("weights")]
             lines.append([str(row["devices"]), row["layout"], *found])
-    return table(["devices", "layout", "first gradient, of its largest number", "weights after 5 steps"], lines)
+    headings = ["first gradient, of its largest number", "weights after 5 steps"]
+    return table(["devices", "layout", *headings], lines)
 
 
 TABLES = {

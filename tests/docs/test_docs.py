@@ -47,7 +47,7 @@ def sandbox(tmp_path, monkeypatch):
 
 @PAGE
 def test_blocks_say_their_language_and_what_they_need(page):
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text()
     assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(blocks(page)), "a fence that is not understood"
     for block in blocks(page):
         assert block.language in LANGUAGES, f"line {block.line}"
@@ -59,7 +59,7 @@ def test_blocks_say_their_language_and_what_they_need(page):
 def test_blocks_run(page, sandbox, monkeypatch):
     """In order, the page's Python in one namespace, commands in this process."""
     namespace, found = {}, blocks(page)
-    assert bool(found) == ("```" in page.read_text(encoding="utf-8")), "nothing that is shown is passed over"
+    assert bool(found) == ("```" in page.read_text()), "nothing that is shown is passed over"
     for block in found:
         if name := block.marks.get("file"):
             (sandbox / name).write_text(block.code)
@@ -150,13 +150,13 @@ def understood(script: str, *arguments: str) -> None:
 
 def headings(page: Path) -> set[str]:
     """The places of a page as links name them."""
-    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in lines}
 
 
 @PAGE
 def test_links_lead_somewhere(page):
-    for link, place in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+    for link, place in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
         target = page.parent / link if link else page
         assert target.exists(), link
         assert not place or place in headings(target), f"{link}#{place}"
@@ -174,31 +174,31 @@ def test_settings_of_a_migration_page_exist(page):
 def test_settings_that_a_guide_names_exist(page):
     if page.name.startswith(("migrate_", "architecture", "evaluation", "rewards", "CONTRIBUTING")):
         return  # which name others' settings, files, flags or rewards
-    named = set(re.findall(r"`(?:--)?([a-z]+_[a-z_]+)(?:: [^`]*)?`", page.read_text(encoding="utf-8")))
+    named = set(re.findall(r"`(?:--)?([a-z]+_[a-z_]+)(?:: [^`]*)?`", page.read_text()))
     known = {*SETTINGS, *METHODS, *METHOD_KWARGS, *OF_THE_COMMAND, *NO_SETTINGS}
     assert not {name for name in named - known if not name.startswith("on_")}
 
 
 def test_every_method_and_guidance_mode_has_its_row():
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "methods.md").read_text()
     for name in (*METHODS, *GUIDANCE_GRADIENTS):
         assert re.search(rf"^\| `{name}`", text, re.MULTILINE), name
 
 
 @PAGE
 def test_files_that_are_named_exist(page):
-    for path in re.findall(r"`([\w.]+/[\w/.]+\.(?:py|yaml|md|json))`", page.read_text(encoding="utf-8")):
+    for path in re.findall(r"`([\w.]+/[\w/.]+\.(?:py|yaml|md|json))`", page.read_text()):
         known = {"configs", "docs", "eval", "tests", "rlhf", "rewards", "bench"}
         assert path.split("/")[0] not in known or (ROOT / path).exists(), path
 
 
 def test_recipes_of_the_guides_exist():
     for name in ("recipes", "contentv_8b", "troubleshooting", "performance"):
-        text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        text = (ROOT / "docs" / f"{name}.md").read_text()
         for recipe in re.findall(r"`(?:configs/)?((?:contentv_8b|nano)\w*\.yaml)`", text):
             assert (ROOT / "configs" / recipe).is_file(), recipe
     for path in (ROOT / "configs").glob("*.yaml"):
-        text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+        text = (ROOT / "docs" / "recipes.md").read_text()
         family = re.sub(r"_\d_devices", "_2_devices", path.name)
         assert f"`{family}`" in text, f"{path.name} has no row in docs/recipes.md"
 
@@ -208,19 +208,19 @@ def test_recipes_of_the_guides_exist():
 
 def test_tables_are_those_of_the_results():
     tables = script("bench/tables.py")
-    made = [page for page in tables.pages() if tables.PLACE.search(page.read_text(encoding="utf-8"))]
+    made = [page for page in tables.pages() if tables.PLACE.search(page.read_text())]
     assert {"README.md", "study.md", "step.md"} <= {page.name for page in made}
     for page in made:
-        text = page.read_text(encoding="utf-8")
+        text = page.read_text()
         assert tables.fill(text) == text, f"{page.name}: run `python bench/tables.py`"
-    cells = re.findall(r"<!-- nano: (.*?) -->", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"))
+    cells = re.findall(r"<!-- nano: (.*?) -->", (ROOT / "docs" / "methods.md").read_text())
     assert len(cells) >= len(METHODS)
-    assert all(f'"{arm}":' in (ROOT / "bench" / "methods.py").read_text(encoding="utf-8") for arm in cells)
+    assert all(f'"{arm}":' in (ROOT / "bench" / "methods.py").read_text() for arm in cells)
 
 
 def test_the_file_tree_is_of_today_and_every_file_has_a_caption():
     tree = script("docs/file_tree.py")
-    text = tree.PAGE.read_text(encoding="utf-8")
+    text = tree.PAGE.read_text()
     assert tree.drawn(text) == text, "run `python docs/file_tree.py`"
     assert not re.findall(r"^ *\w+(?:\.py|/)$", tree.tree(), re.MULTILINE), "a docstring is missing"
 

@@ -9,7 +9,7 @@ from scripts import script
 from rewards import RewardError, load_reward, probe
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "bench" / "results" / "symptoms.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "bench" / "results" / "symptoms.md").read_text()
 EXPECTED = {  # symptom: what its command says, as regular expressions
     "memory": [r"can't allocate memory"],
     "memory_cured": [r"^ +1 +0\.72"],
