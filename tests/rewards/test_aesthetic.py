@@ -14,7 +14,7 @@ from tiny_judges import SIZE, as_open_clip, clip, siglip
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from rewards import RewardError, load_reward
-from rewards.common.heads import LinearLayers
+from rewards.common.heads import LinearLayers, load_head
 from rewards.models.aesthetic import Aesthetic, AestheticV1, AestheticV25
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -51,7 +51,7 @@ def test_as_any_reward_of_frames(check, name):
 def on_published_head(name, file, embeds):
     if not (DATA / file).exists():
         pytest.skip(f"no {file} in ../shared/data")
-    return KINDS[name].load_head(KINDS[name], str(DATA / file))(embeds).flatten()
+    return load_head(name, str(DATA / file), KINDS[name].head_prefix, KINDS[name].build_head)(embeds).flatten()
 
 
 def ratings():
