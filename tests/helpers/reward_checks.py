@@ -6,6 +6,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from rewards import RewardError, probe
 
@@ -23,6 +24,11 @@ def make_video(frames=3, height=40, width=36, batch=2, dtype=torch.float32):
 def as_is(size, batch=2):
     """One frame each, of the model's own size and of levels of 1/255, so that preprocessing only normalises."""
     return (make_video(1, size, size, batch) * 255).round() / 255
+
+
+def to_pil(frames_NCHW):
+    """Frames in [0, 1] as pictures."""
+    return [Image.fromarray(x) for x in (frames_NCHW * 255).round().byte().permute(0, 2, 3, 1).numpy()]
 
 
 def same(result, wanted, tolerance=1e-5):

@@ -1,6 +1,7 @@
 """Tiny random models of image rewards in memory, and tokenizers made in code."""
 
 import torch
+from reward_checks import to_pil
 from tiny_clip import letter_tokenizer
 
 from rewards.common.clip_models import OpenClip, Siglip, TransformersClip
@@ -63,6 +64,14 @@ def clip(size=SIZE, **both):
 
     config = CLIPConfig(**clip_settings(size, **both))
     return TransformersClip(random_model(lambda: CLIPModel(config)), letter_tokenizer())
+
+
+def clip_pixels(frames):
+    """First frames, (B, 3, T, SIZE, SIZE), as the processor published with CLIP prepares them."""
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    return processor(to_pil(frames[:, :, 0]), return_tensors="pt").pixel_values
 
 
 def siglip(size=SIZE):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reward_checks import PROMPTS, as_is, every_check, make_video, same
+from reward_checks import PROMPTS, as_is, every_check, make_video, same, to_pil
 from safetensors.torch import save_file
 from straight_line_vit import affine, attention, clip_layers, norm, patches, unit
 from tiny_clip import save_transformers_clip
-from tiny_judges import SIZE, as_open_clip, clip, siglip
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from tiny_judges import SIZE, as_open_clip, clip, clip_pixels, siglip
+from transformers import SiglipImageProcessorPil
 
 from rewards import RewardError, load_reward
 from rewards.common.heads import LinearLayers, load_head
@@ -87,10 +87,6 @@ def test_v2_is_linear_and_so_has_no_ceiling():
 # ---------------------------------------------------------------- from pixels to score by another route
 
 
-def to_images(frames):
-    return [(image[:, 0] * 255).round().permute(1, 2, 0).numpy().astype(np.uint8) for image in frames]
-
-
 def by_hand(name, embeds):
     state = {key: value for key, value in head(name).state_dict().items()}
     if name == "aesthetic_v1":
@@ -104,10 +100,8 @@ def by_hand(name, embeds):
 def test_it_is_the_head_on_unit_embeddings(name):
     """The same weights in open_clip, the published processor, and the head written out."""
     frames, model = as_is(SIZE), as_open_clip(clip().model, quick_gelu=True)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
-    pixels = processor(to_images(frames), return_tensors="pt").pixel_values
     with torch.no_grad():
-        embeds = model.encode_image(pixels)
+        embeds = model.encode_image(clip_pixels(frames))
     scores = make(name)(frames, PROMPTS)
     same(scores, by_hand(name, unit(embeds)))
     assert scores.diff().abs() > 1e-3
@@ -130,18 +124,13 @@ def siglip_by_hand(w, pixels, heads=4):
 def test_v2_5_is_the_head_on_the_unit_pooled_embedding():
     frames = as_is(SIZE)
     processor = SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
-    pixels = processor(to_images(frames), return_tensors="pt").pixel_values
+    pixels = processor(to_pil(frames[:, :, 0]), return_tensors="pt").pixel_values
     scores = make("aesthetic_v2_5")(frames, PROMPTS)
     same(scores, by_hand("aesthetic_v2_5", unit(siglip_by_hand(siglip().model.state_dict(), pixels))))
     assert scores.diff().abs() > 1e-3
 
 
 # ---------------------------------------------------------------- files
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def said(name="aesthetic", **kwargs):

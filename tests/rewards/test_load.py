@@ -277,14 +277,13 @@ def test_a_pickled_module_is_refused(tmp_path, name):
         ("vjepa2", "model", ["facebook/vjepa2-vitl-fpc64-256: 1.3 GB, MIT"]),
     ],
 )
-def test_missing_weights_are_named(name, setting, parts, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_missing_weights_are_named(name, setting, parts):
     needs_tokenizer = name in ("image_reward", "mps") and setting == "checkpoint"
-    said = message(name, load=load_reward, **({"tokenizer": bert_tokenizer()} if needs_tokenizer else {}))
+    settings = {"tokenizer": bert_tokenizer()} if needs_tokenizer else {}
+    said = message(name, load=load_reward, **settings)
     for part in [*parts, f"`{setting}` in reward_kwargs.{name}"]:
         assert part in said
     if setting == "checkpoint":
-        settings = {"tokenizer": bert_tokenizer()} if needs_tokenizer else {}
         assert "no file at /nowhere/x.pt" in message(name, load=load_reward, checkpoint="/nowhere/x.pt", **settings)
 
 
