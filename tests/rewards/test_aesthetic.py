@@ -1,4 +1,4 @@
-"""The aesthetic predictors: published values of their heads, their path from pixels, and files missing or unsafe."""
+"""Aesthetic predictors: published values of their heads, the path from pixels, and files."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_as_any_reward_of_frames(check, name):
         check(lambda **options: make(name, **options))
 
 
-# ---------------------------------------------------------------- published values of the heads
+# ---------------------------------------- published values of the heads
 
 
 def on_published_head(name, file, embeds):
@@ -84,7 +84,7 @@ def test_v2_is_linear_and_so_has_no_ceiling():
     torch.testing.assert_close(weights(3 * x[:1] - 2 * x[1:]), 3 * weights(x[:1]) - 2 * weights(x[1:]))
 
 
-# ---------------------------------------------------------------- from pixels to score by another route
+# ---------------------------------------- from pixels to score by another route
 
 
 def by_hand(name, embeds):
@@ -108,7 +108,7 @@ def test_it_is_the_head_on_unit_embeddings(name):
 
 
 def siglip_by_hand(w, pixels, heads=4):
-    """SigLIP's pooling: a learned probe attends to all patches, then a residual feed-forward (arXiv 2303.15343)."""
+    """SigLIP's pooling: a probe attends to all patches, then a feed-forward (arXiv 2303.15343)."""
     x = patches(w, "embeddings.patch_embedding", pixels) + w["embeddings.position_embedding.weight"]
     gelu = lambda x: F.gelu(x, approximate="tanh")
     x = norm(w, "post_layernorm", clip_layers(w, x, heads, 1e-6, activation=gelu), 1e-6)
@@ -130,7 +130,7 @@ def test_v2_5_is_the_head_on_the_unit_pooled_embedding():
     assert scores.diff().abs() > 1e-3
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------- files
 
 
 def said(name="aesthetic", **kwargs):
@@ -165,7 +165,7 @@ def test_the_clip_comes_from_a_folder(tmp_path):
 
 
 def test_siglip_comes_from_a_folder_in_the_published_names(tmp_path):
-    """The hub has both halves under `vision_model.` and `text_model.`; older versions of transformers wrote them."""
+    """The hub has both halves under `vision_model.` and `text_model.`, as older transformers."""
     from transformers import SiglipConfig, SiglipTextConfig
 
     model = siglip().model

@@ -1,4 +1,4 @@
-"""CLIP score: both backends against their own library's route, gradient, chunks, dtypes, and missing weights."""
+"""CLIP score: both backends against their library's route, and missing weights."""
 
 import json
 import shutil
@@ -105,7 +105,7 @@ def test_in_a_mix_only_the_first_frame_counts(model):
     assert frames_needed(reward, 17) == 1
 
 
-# ---------------------------------------------------------------- choosing and missing
+# ---------------------------------------- choosing and missing
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_the_folder_need_not_name_its_schema(folders):
     assert torch.equal(ClipScore(plain)(video, PROMPTS), ClipScore(schema)(video, PROMPTS))
 
 
-# ---------------------------------------------------------------- the hub
+# ---------------------------------------- the hub
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_local_folder_asks_no_hub(model, online, monkeypatch):
     assert asked == []
 
 
-# ---------------------------------------------------------------- without weights
+# ---------------------------------------- without weights
 
 
 def test_random_weights_still_tell_prompts_and_pictures_apart(monkeypatch):

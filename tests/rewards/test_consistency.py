@@ -1,4 +1,4 @@
-"""Subject and background consistency: scores by another route, gradients, layouts, and weights that are missing."""
+"""Subject and background consistency: scores by another route, layouts, missing weights."""
 
 import json
 
@@ -76,11 +76,11 @@ def make_video(frames=4, height=40, width=52, batch=2):
     return (F.interpolate(coarse, size=(frames, height, width), mode="trilinear") * 255).round() / 255
 
 
-# ---------------------------------------------------------------- the measure
+# ---------------------------------------- the measure
 
 
 def test_the_measure_by_hand():
-    """Angles of 0, 60, 90 and 180 degrees: cosines to the previous .5, .866, 0 and to the first .5, 0, -1 -> 0."""
+    """Angles 0, 60, 90, 180: cosines to the previous .5, .866, 0; to the first .5, 0, 0."""
     angles = torch.tensor([0.0, 60, 90, 180]).deg2rad()
     embeds = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
     by_frame = [(0.5 + 0.5) / 2, (3**0.5 / 2 + 0) / 2, 0.0]
@@ -97,7 +97,7 @@ def vbench(embeds_NP):
     return total / (len(embeds_NP) - 1)
 
 
-# ---------------------------------------------------------------- DINO by another route
+# ---------------------------------------- DINO by another route
 
 
 NAMES = {"norm1": "layernorm_before", "norm2": "layernorm_after", "out": "attention.output.dense"}
@@ -162,7 +162,7 @@ def test_background_consistency_equals_the_library_route(clip):
     assert scores.diff().abs() > 1e-4
 
 
-# ---------------------------------------------------------------- the contract
+# ---------------------------------------- the contract
 
 
 @every_video_check
@@ -182,7 +182,7 @@ def test_an_image_is_refused(reward):
         reward()(make_video(1), PROMPTS)
 
 
-# ---------------------------------------------------------------- weights
+# ---------------------------------------- weights
 
 
 def test_incomplete_weights_are_refused(tmp_path, state, dino):

@@ -1,4 +1,4 @@
-"""The reward contract: defaults, error messages, and a probe that catches each way of breaking it."""
+"""The reward contract: defaults, error messages, and a probe that catches each breach."""
 
 import subprocess
 import sys

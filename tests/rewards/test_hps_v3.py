@@ -1,4 +1,4 @@
-"""HPSv3: text and score against transformers' own route; gradient; batch; frames; what is refused."""
+"""HPSv3: text and score against transformers' own route; frames; what is refused."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def few_pixels(monkeypatch):
 
 
 def test_the_score_equals_transformers(published, make):
-    """The published processor on PIL images, the model's own placeholders, padding and mask, the head by hand."""
+    """The published processor, the model's own placeholders, padding and mask, the head by hand."""
     model, tokenizer, head = published
     video = (make_video(1, 448, 448) * 255).round() / 255  # as large as the model takes it, so nothing is resized
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 256 * 784, "longest_edge": 256 * 784})

@@ -1,4 +1,4 @@
-"""ImageReward: the score against BLIP written out in the published names, the tokenizer, and files."""
+"""ImageReward: the score against BLIP written out, the tokenizer, and files."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_as_any_reward_of_frames(check):
     check(make)
 
 
-# ---------------------------------------------------------------- the formula, in the published names
+# ---------------------------------------- the formula, in the published names
 
 VISION_NAMES = {"norm1": "norm1", "norm2": "norm2", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 VISION_NAMES |= {letter: letter for letter in "qkv"}
@@ -102,7 +102,7 @@ def test_prompts_are_padded_or_cut_to_35_tokens():
     assert ids[0, 3:].eq(0).all()
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------- files
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""State dicts at full size, on the meta device, against the published layouts in data/layouts; published texts.
+"""State dicts at full size, on the meta device, against the published layouts; published texts.
 
 Each list there says how it was obtained, and what the published file weighs.
 """
@@ -97,7 +97,7 @@ def test_the_image_half_of_siglip():
     assert ours(lambda: random_siglip().model) == wanted
 
 
-# ---------------------------------------------------------------- video and vision-language models
+# ---------------------------------------- video and vision-language models
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def published_state(name):
     ],
 )
 def test_qwen_vl_rewards_load_the_published_layout(module, build, layout, size, meta):
-    """Through the merge of the adapter, if there is one, and the renaming, to what the full-size model holds."""
+    """Through the merge of the adapter, if any, and the renaming, to the full-size model."""
     published = published_state(layout)
     assert sum(tensor.numel() for tensor in published.values()) * 2 / 1e9 == pytest.approx(size, abs=0.05)
     merged = merge_lora(published, 128, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Specs: built-in names, modules, files beside the config, entry points - and what is said of a wrong one."""
+"""Specs: built-in names, modules, files beside the config, entry points; errors."""
 
 import functools
 import importlib
@@ -222,7 +222,7 @@ def test_what_the_constructor_of_a_built_in_raises_names_it_and_its_arguments():
         load_reward("clip_score", model=3)
 
 
-# ---------------------------------------------------------------- weights
+# ---------------------------------------- weights
 
 NOT_WEIGHTS = {"tensors": {"a": torch.zeros(2)}, "nested": {"weights": {"a": torch.zeros(2)}}, "list": [torch.zeros(2)]}
 FILES = {

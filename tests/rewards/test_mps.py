@@ -1,4 +1,4 @@
-"""MPS: the score against the published formulas written out, its mask, and files that are missing or unsafe."""
+"""MPS: the score against the published formulas written out, its mask, and files."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_the_scale_is_not_rounded_with_the_model():
     assert hundredfold.tolist() == pytest.approx((100 * once).tolist(), rel=1e-5)
 
 
-# ---------------------------------------------------------------- the formulas, in the published names
+# ---------------------------------------- the formulas, in the published names
 
 
 def published(prefix=""):
@@ -117,7 +117,7 @@ def test_the_threshold_matters_and_is_that_of_training_by_default():
 
 
 def test_the_largest_product_is_taken_per_prompt():
-    """Not over the batch, as in the published code: a prompt with large products would silence its neighbour."""
+    """Not over the batch, as in the published code, where one prompt would silence another."""
     generator = torch.Generator().manual_seed(0)
     text, condition = torch.randn(2, 5, 8, generator=generator), torch.randn(7, 8, generator=generator)
     alone = tokens_to_keep(text[:1], condition, 0.6)
@@ -138,7 +138,7 @@ def test_rotary_positions_turn_the_product_by_the_distance():
     assert products[0].std() > 0.1
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------- files
 
 
 @pytest.fixture

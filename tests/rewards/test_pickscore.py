@@ -1,4 +1,4 @@
-"""PickScore: the score against the same weights in open_clip, one prompt a frame, and missing weights."""
+"""PickScore: the score against the same weights in open_clip, one prompt a frame."""
 
 import math
 
@@ -22,7 +22,7 @@ def test_as_any_reward_of_frames(check):
 
 
 def by_open_clip(frames, prompts):
-    """exp(logit_scale) * cosine by open_clip, the pixels by the processor that the model was published with."""
+    """exp(logit_scale) * cosine by open_clip, the pixels by the published processor."""
     model = as_open_clip(make().clip.model)
     tokens = letter_tokenizer()(prompts, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_the_score_is_that_of_open_clip():
 
 
 def test_each_frame_is_scored_against_its_own_prompt():
-    """The published code takes row 0 of the products: right for many pictures of one prompt, wrong for many prompts."""
+    """The published code takes row 0 of the products, which is wrong for many prompts."""
     frames, reward = as_is(SIZE), make()
     both = reward(frames, PROMPTS)
     same(both[1:], reward(frames[1:], PROMPTS[1:]))

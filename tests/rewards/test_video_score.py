@@ -1,4 +1,4 @@
-"""VideoScore: frames, sizes, text and score against transformers' own processor and model; gradient; refusals."""
+"""VideoScore: frames, sizes, text and score against transformers' processor and model."""
 
 import json
 
@@ -75,7 +75,7 @@ def make(folder):
 
 
 def test_the_score_equals_transformers(folder, make):
-    """Its processor on PIL images, its placeholders, padding and attention mask, its model; the head by hand."""
+    """Its processor, placeholders, padding and mask, its model; the head by hand."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     images = Idefics2ImageProcessorPil.from_pretrained(folder)
     processor = Idefics2Processor(images, tokenizer, image_seq_len=LATENTS)
