@@ -4,6 +4,8 @@ import re
 
 import torch
 
+from rewards.common.qwen_vl import AFTER, BEFORE
+
 WIDTH = 32
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
@@ -33,9 +35,9 @@ def tokenizer_for(*texts):
     return tokenizer
 
 
-def save_base(folder, *texts):
+def save_base(folder, text):
     """config.json and tokenizer, as a Qwen2-VL has them on the hub; no weights."""
-    tokenizer = tokenizer_for(*texts)
+    tokenizer = tokenizer_for(BEFORE, AFTER, text)
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
     sizes(ids, len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

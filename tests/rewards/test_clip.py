@@ -10,7 +10,7 @@ from reward_checks import PROMPTS, as_is, every_check, make_video, same, to_pil
 from tiny_clip import SIZE, save_open_clip, save_transformers_clip
 from tiny_judges import as_open_clip, clip, clip_pixels
 
-from rewards import RewardError, RewardMix, frames_needed, load_reward
+from rewards import RewardError, load_reward
 from rewards.common.clip_models import SIZES, guess_backend
 from rewards.models.clip import ClipScore
 
@@ -95,14 +95,6 @@ def test_other_preprocessing_is_refused(tmp_path, preprocess):
     folder = save_open_clip(tmp_path / "other", preprocess=preprocess)
     with pytest.raises(RewardError, match="'shortest' or 'squash' with bicubic"):
         ClipScore(str(folder))
-
-
-def test_in_a_mix_only_the_first_frame_counts(model):
-    video = make_video(5)
-    reward = ClipScore(model)
-    total, _ = RewardMix({"clip_score": reward})(video, PROMPTS)
-    torch.testing.assert_close(total, reward(video[:, :, :1], PROMPTS))
-    assert frames_needed(reward, 17) == 1
 
 
 # ---------------------------------------- choosing and missing

@@ -15,14 +15,12 @@ from tiny_qwen import WIDTH, hidden_states, in_float64, name_in_445, random_mode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rewards import load_reward
-from rewards.common.qwen_vl import AFTER, BEFORE
 from rewards.models.hps_v3 import PROMPT, TOKENS, HpsV3
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    words = PROMPT.replace("{text_prompt}", " ".join(PROMPTS))
-    return save_base(tmp_path_factory.mktemp("qwen"), BEFORE, AFTER, words)
+    return save_base(tmp_path_factory.mktemp("qwen"), PROMPT.format(text_prompt=" ".join(PROMPTS)))
 
 
 @pytest.fixture(scope="module")

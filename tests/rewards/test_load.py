@@ -128,13 +128,6 @@ def test_an_entry_point(folder, monkeypatch):
     assert "'shiny'" in message("shni")
 
 
-@pytest.mark.parametrize("name", built_in_names())
-def test_the_built_in_table_names_things_that_exist(name):
-    check_spec(name)
-    check_spec(load_module.CATALOGUE[name].home)
-    assert load_module.built_in(name).name == name
-
-
 def test_an_unknown_name_gets_its_nearest_neighbour_and_the_list():
     said = message("clip_scor")
     assert "nearest name is 'clip_score'" in said

@@ -30,7 +30,7 @@ TEXT = "Rate it: <|a|> and <|b|>"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("qwen"), BEFORE, AFTER, TEXT)
+    return save_base(tmp_path_factory.mktemp("qwen"), TEXT)
 
 
 @pytest.fixture(scope="module")

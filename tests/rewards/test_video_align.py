@@ -9,14 +9,12 @@ from tiny_qwen import WIDTH, hidden_states, in_float64, name_in_445, random_mode
 from transformers import Qwen2VLVideoProcessor
 
 from rewards import RewardError, load_reward
-from rewards.common.qwen_vl import AFTER, BEFORE
 from rewards.models.video_align import PROMPT, TOKENS, VideoAlign, frames_at_rate
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    words = PROMPT.replace("{text_prompt}", " ".join(PROMPTS))
-    return save_base(tmp_path_factory.mktemp("qwen"), BEFORE, AFTER, words)
+    return save_base(tmp_path_factory.mktemp("qwen"), PROMPT.format(text_prompt=" ".join(PROMPTS)))
 
 
 @pytest.fixture(scope="module")
