@@ -17,7 +17,8 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -132,8 +133,18 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def describe_exception(error: Exception, given: str) -> str:
-    """Return an exception's type and text, its input, and the deepest line of user code."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
-    places = [f" ({frame.filename}, line {frame.lineno})" for frame in frames if "site-packages" not in frame.filename]
-    return f"{type(error).__name__}: {error}".rstrip(".") + f" for {given}" + "".join(places[-1:])
+@contextmanager
+def name_reward_in_errors(name: str, given: str, expected: str, cure: str) -> Iterator[None]:
+    """Turn an exception into a RewardError with its text, input and deepest line of user code.
+
+    RewardError and OutOfMemoryError, which have cures of their own, pass.
+    """
+    try:
+        yield
+    except (RewardError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[2:]  # after this function and its caller
+        places = [f" ({x.filename}, line {x.lineno})" for x in frames if "site-packages" not in x.filename]
+        got = f"{type(error).__name__}: {error}".rstrip(".") + f" for {given}" + "".join(places[-1:])
+        raise RewardError(name, got=got, expected=expected, cure=cure) from error

@@ -11,7 +11,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from rewards.contract import RewardError, check_scores, describe_exception, frames_needed, reward_attribute, reward_name
+from rewards.contract import (
+    RewardError,
+    check_scores,
+    frames_needed,
+    name_reward_in_errors,
+    reward_attribute,
+    reward_name,
+)
 
 PROBE_PROMPTS = ["a red circle moves to the right", "two dogs run along a beach at sunset", "rain on a window"]
 PROBE_INFO = {"fps": 24, "seed": 0, "step": 0}
@@ -113,15 +120,10 @@ def _score_one(name, call, video_BCTHW, prompts, index, differentiable):
 
 def _call(name, reward, info, video_BCTHW, prompts) -> torch.Tensor:
     """Return the scores; an exception of the reward becomes a RewardError."""
-    try:
+    given, expected = f"a video of shape {tuple(video_BCTHW.shape)}", "reward(video, prompts, **info) to return scores"
+    cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords (**info)"
+    with name_reward_in_errors(name, given, expected, cure):
         return reward(video_BCTHW, list(prompts), **info)
-    except (RewardError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        got = describe_exception(error, f"a video of shape {tuple(video_BCTHW.shape)}")
-        expected = "reward(video, prompts, **info) to return scores"
-        cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords (**info)"
-        raise RewardError(name, got=got, expected=expected, cure=cure) from error
 
 
 def _pixel_gradient(name, score, video_BCTHW) -> torch.Tensor:

@@ -13,10 +13,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
-from rewards.contract import RewardError, describe_exception
+from rewards.contract import RewardError, name_reward_in_errors
 
 
 def built_in_names() -> list[str]:
@@ -206,19 +204,15 @@ def _run_file(path: Path):
 
 def _construct(spec: str, target: type, kwargs: dict) -> Callable:
     """Instantiate the class; an exception becomes a RewardError with the line that raised it."""
-    try:
+    expected = f"{target.__name__}(...) to return a reward"
+    cure = "correct the code, or the reward's entry in reward_kwargs"
+    with name_reward_in_errors(spec, f"the arguments {kwargs}", expected, cure):
         signature = inspect.signature(target)
         try:
             signature.bind(**kwargs)
         except TypeError as error:
             _raise_kwargs(spec, kwargs, signature, error)
         return target(**kwargs)
-    except (RewardError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        got = describe_exception(error, f"the arguments {kwargs}")
-        cure = "correct the code, or the reward's entry in reward_kwargs"
-        raise RewardError(spec, got=got, expected=f"{target.__name__}(...) to return a reward", cure=cure) from error
 
 
 def _bind(spec: str, reward: Callable, kwargs: dict) -> Callable:

@@ -12,8 +12,8 @@ from rewards.contract import (
     RewardError,
     at_least_float32,
     check_scores,
-    describe_exception,
     frames_needed,
+    name_reward_in_errors,
     reward_attribute,
 )
 
@@ -126,8 +126,10 @@ class RewardMix:
             cure = "move it to eval_reward_funcs, or give it the weight 0 to log it only"
             raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
         frames = frames_needed(reward, video_BCTHW.shape[2])
-        with torch.set_grad_enabled(with_gradient):
-            scores_B = _call_reward(name, reward, video_BCTHW[:, :, :frames], prompts, info)
+        given, cure = f"the prompts {prompts}", "correct the reward where it failed"
+        named = name_reward_in_errors(name, given, "scores of these videos", cure)
+        with torch.set_grad_enabled(with_gradient), named:
+            scores_B = reward(video_BCTHW[:, :, :frames], prompts, **info)
         check_scores(name, scores_B, prompts, video_BCTHW)
         return at_least_float32(scores_B)
 
@@ -160,18 +162,6 @@ def _check_limits(caps: dict[str, float], targets: dict[str, float], names: list
 def _stated_statistics(reward) -> tuple[float, float] | None:
     mean, std = reward_attribute(reward, "mean"), reward_attribute(reward, "std")
     return None if std is None else (mean or 0.0, std)
-
-
-def _call_reward(name, reward, video_BCTHW, prompts, info) -> torch.Tensor:
-    """Return the reward's scores; an exception becomes a RewardError with the prompts."""
-    try:
-        return reward(video_BCTHW, prompts, **info)
-    except (RewardError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        got = describe_exception(error, f"the prompts {prompts}")
-        expected = "scores of these videos"
-        raise RewardError(name, got=got, expected=expected, cure="correct the reward where it failed") from error
 
 
 def _max_frames(rewards) -> str | int:

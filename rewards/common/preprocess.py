@@ -66,11 +66,6 @@ def resize_shorter_and_crop(x_NCHW: torch.Tensor, size: int, mode: str = "bicubi
     return x_NCHW[..., top : top + size, left : left + size]
 
 
-def squash(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
-    """Resize both sides to `size`; the aspect ratio changes."""
-    return resize(x_NCHW, size, size, mode)
-
-
 def resize_longer_and_pad(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
     """Resize the longer side to `size` and pad to a centred black square."""
     height, width = x_NCHW.shape[-2:]
@@ -84,7 +79,7 @@ def resize_longer_and_pad(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic"
 _FITS = {
     "shortest": resize_shorter_and_crop,
     "whole": resize_shorter,
-    "squash": squash,
+    "squash": lambda x_NCHW, size, mode: resize(x_NCHW, size, size, mode),
     "pad": resize_longer_and_pad,
 }
 

@@ -233,12 +233,7 @@ def stand_in_encoder(ids: dict[str, int]) -> Callable[[str], list[int]]:
 
     def encode(text: str) -> list[int]:
         pieces = special.split(text)
-        return [
-            i for piece in pieces for i in ([ids[piece]] if piece in ids else _wrapped_ids(tokenizer, piece, limit))
-        ]
+        rows = ([ids[piece]] if piece in ids else [i % limit for i in tokenizer.encode(piece)] for piece in pieces)
+        return [i for row in rows for i in row]
 
     return encode
-
-
-def _wrapped_ids(tokenizer, text: str, limit: int) -> list[int]:
-    return [token % limit for token in tokenizer.encode(text)]

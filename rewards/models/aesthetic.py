@@ -8,6 +8,9 @@ Shape legend: N frames of all videos that are scored, C channels, H height, W wi
 embedding.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from rewards.common.base import FrameReward
@@ -28,18 +31,23 @@ from rewards.contract import RewardError
 
 
 class HeadScore(FrameReward):
-    """A linear head on the unit embedding of a frame; the prompt is ignored."""
+    """A linear head on the unit embedding of a frame; the prompt is ignored.
+
+    A subclass states how to build the head for an embedding width, the prefix of its keys in the
+    published file, and that file's place on the hub, if it is there.
+    """
 
     encoder: ImageEncoder
+    build_head: Callable[[int], torch.nn.Module]
+    head_prefix: str
+    hub_head: tuple[str, str]
 
-    def __init__(self, head: str | torch.nn.Module | None = None, **options):
+    def __init__(self, head: str | torch.nn.Module | None, **options):
         super().__init__(**options)
-        head = head if isinstance(head, torch.nn.Module) else self.load_head(head)
+        if not isinstance(head, torch.nn.Module):
+            path = head or hub_file(self.name, *self.hub_head, "head")
+            head = load_head(self.name, path, self.head_prefix, self.build_head)
         self.head = head.to(torch.promote_types(self.dtype, torch.float32))
-
-    def load_head(self, path: str | None) -> torch.nn.Module:
-        """Load the float32 head from a weights file; None: the default file."""
-        raise NotImplementedError
 
     def score_frames(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
         """Return scores (N,) of frames in [0, 1]."""
@@ -67,6 +75,8 @@ class Aesthetic(HeadScore):
     """
 
     name = "aesthetic"
+    build_head, head_prefix = LinearLayers, "layers."
+    hub_head = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 
     def __init__(
         self,
@@ -80,15 +90,10 @@ class Aesthetic(HeadScore):
         self.encoder = load_clip(self.name, model, backend, pretrained).to(self.dtype)
         self.freeze()
 
-    def load_head(self, path: str | None) -> torch.nn.Module:
-        """Load the float32 head."""
-        path = path or hub_file(self.name, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "head")
-        return load_head(self.name, path, "layers.", LinearLayers)
-
     @classmethod
     def random_init(cls, **options) -> "Aesthetic":
         """Build it at full size with random weights on torch's default device."""
-        return cls(LinearLayers(768), random_clip(CLIP_L14), **options)
+        return cls(cls.build_head(768), model=random_clip(CLIP_L14), **options)
 
 
 class AestheticV1(Aesthetic):
@@ -99,18 +104,10 @@ class AestheticV1(Aesthetic):
     """
 
     name = "aesthetic_v1"
+    build_head, head_prefix = staticmethod(partial(torch.nn.Linear, out_features=1)), ""
 
     def __init__(self, head: str | torch.nn.Module, **options):
         super().__init__(head, **options)
-
-    def load_head(self, path: str) -> torch.nn.Module:
-        """Load the float32 head."""
-        return load_head(self.name, path, "", lambda width: torch.nn.Linear(width, 1))
-
-    @classmethod
-    def random_init(cls, **options) -> "AestheticV1":
-        """Build it at full size with random weights on torch's default device."""
-        return cls(torch.nn.Linear(768, 1), model=random_clip(CLIP_L14), **options)
 
 
 class AestheticV25(HeadScore):
@@ -123,17 +120,15 @@ class AestheticV25(HeadScore):
     """
 
     name = "aesthetic_v2_5"
+    build_head = staticmethod(partial(LinearLayers, dropout_before_last=True))
+    head_prefix = "scoring_head."
 
     def __init__(self, head: str | torch.nn.Module, model: str | Siglip = SIGLIP_384, **options):
         super().__init__(head, **options)
         self.encoder = load_siglip(self.name, model).to(self.dtype)
         self.freeze()
 
-    def load_head(self, path: str) -> torch.nn.Module:
-        """Load the float32 head."""
-        return load_head(self.name, path, "scoring_head.", lambda width: LinearLayers(width, dropout_before_last=True))
-
     @classmethod
     def random_init(cls, **options) -> "AestheticV25":
         """Build it at full size with random weights on torch's default device."""
-        return cls(LinearLayers(1152, dropout_before_last=True), random_siglip(), **options)
+        return cls(cls.build_head(1152), random_siglip(), **options)

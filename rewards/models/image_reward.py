@@ -1,7 +1,7 @@
 """ImageReward: human preference for an image given its prompt, by BLIP (arXiv 2304.05977).
 
 Source: THUDM/ImageReward, ImageReward/ImageReward.py. Both towers are transformers models;
-`rename_published_keys` maps the keys.
+`RENAMED` maps the published keys.
 
 Shape legend: N frames of all videos that are scored, C channels, H height, W width, L text tokens.
 """
@@ -69,10 +69,14 @@ class ImageReward(FrameReward):
         loaded = isinstance(checkpoint, ImageRewardModel)
         self.tokenizer = load_tokenizer(self.name, tokenizer)
         self.tokenizer.add_special_tokens(ADDED_TOKENS)
-        self.model = (checkpoint if loaded else load_model(self.name, checkpoint)).to(self.dtype)
+        self.model = (checkpoint if loaded else self._load(checkpoint)).to(self.dtype)
         self.model.head.to(torch.promote_types(self.dtype, torch.float32))
         self.size = self.model.vision.config.image_size
         self.freeze()
+
+    def _load(self, path: str | None) -> ImageRewardModel:
+        state = rename_keys(load_published(self.name, path, REPOSITORY, FILE), RENAMED, UNUSED)
+        return build_from_state_dict(self.name, path or FILE, ImageRewardModel, state)
 
     @classmethod
     def random_init(cls, **options) -> "ImageReward":
@@ -94,12 +98,6 @@ class ImageReward(FrameReward):
         return self.model(preprocess(frames_NCHW, self.size).to(self.dtype), ids_NL, mask_NL)
 
 
-def load_model(name: str, path: str | None) -> ImageRewardModel:
-    """Load the published model from its file. Raises RewardError."""
-    state = rename_published_keys(load_published(name, path, REPOSITORY, FILE))
-    return build_from_state_dict(name, path or FILE, ImageRewardModel, state)
-
-
 RENAMED = {
     "blip.text_encoder.": "text.",
     "mlp.layers.": "head.",
@@ -116,8 +114,3 @@ RENAMED = {
 }
 # Projections of BLIP's contrastive loss, and position indices.
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "position_ids")
-
-
-def rename_published_keys(state: dict) -> dict:
-    """Return the state dict of ImageReward.pt with the keys of ImageRewardModel."""
-    return rename_keys(state, RENAMED, UNUSED)

@@ -83,11 +83,16 @@ class Mps(FrameReward):
         self.tokenizer = load_tokenizer(self.name, tokenizer)
         self.mask_threshold = mask_threshold
         loaded = isinstance(checkpoint, MpsModel)
-        self.mps = checkpoint if loaded else load_model(self.name, checkpoint)
+        self.mps = checkpoint if loaded else self._load(checkpoint)
         self.scale = learned_scale(self.mps.model)
         self.mps.to(self.dtype)
         self.size = self.mps.model.config.vision_config.image_size
         self.freeze()
+
+    def _load(self, path: str | None) -> MpsModel:
+        cure = f"use {FILE} of {REPOSITORY}, or MPS_overall.pth, the state dict of the same weights"
+        state = rename_keys(load_published(self.name, path, REPOSITORY, FILE, cure), RENAMED, UNUSED)
+        return build_from_state_dict(self.name, path or FILE, MpsModel, state)
 
     @classmethod
     def random_init(cls, **options) -> "Mps":
@@ -207,18 +212,6 @@ def rotate(x_NIKD: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- loading
 
 
-def load_model(name: str, path: str | None) -> MpsModel:
-    """Load the published model from either of its files. Raises RewardError."""
-    cure = f"use {FILE} of {REPOSITORY}, or MPS_overall.pth, the state dict of the same weights"
-    state = rename_published_keys(load_published(name, path, REPOSITORY, FILE, cure))
-    return build_from_state_dict(name, path or FILE, MpsModel, state)
-
-
 # RE-N-Y/mpsv1 prefixes every key with "mps.". Positions and rotary frequencies are computed here.
 RENAMED = {"mps.": "", ".0.fn.": ".cross.", ".1.fn.": ".block."}
 UNUSED = ("position_ids", "inv_freq")
-
-
-def rename_published_keys(state: dict) -> dict:
-    """Return the state dict of either published file with the keys of MpsModel."""
-    return rename_keys(state, RENAMED, UNUSED)

@@ -31,19 +31,13 @@ AROUND, IMAGE = "<fake_token_around_image>", "<image>"
 PROMPT = Path(__file__).with_name("prompts").joinpath("video_score.txt").read_text(encoding="utf-8")
 
 # Sizes of HuggingFaceM4/idefics2-8b, which Mantis kept, as in its config.json, and the five
-# aspects.
+# aspects; the rest are defaults of MistralConfig.
 SIZES = {
     "text_config": {
         "model_type": "mistral",
         "vocab_size": 32003,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 32768,
-        "sliding_window": 4096,
     },
     "vision_config": {
         "hidden_size": 1152,

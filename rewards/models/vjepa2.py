@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rewards.common.base import FrozenReward
 from rewards.common.checkpointing import recompute_in_backward
 from rewards.common.frames import check_positive, in_chunks, require_frames
-from rewards.common.preprocess import IMAGENET_MEAN, IMAGENET_STD, resize_shorter
+from rewards.common.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.common.weights import load_pretrained
 from rewards.contract import RewardError, at_least_float32
 
@@ -104,11 +104,10 @@ class VJepa2(FrozenReward):
     def pixels(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
         """Return normalised pixels (B, N, C, crop, crop): shorter side 256/224 crop, centre."""
         crop = self.model.config.crop_size
-        frames_NCHW = resize_shorter(video_BCNHW.transpose(1, 2).flatten(0, 1), int(crop * 256 / 224), "bilinear")
-        top, left = ((side - crop) // 2 for side in frames_NCHW.shape[-2:])  # the offsets of transformers' processor
-        frames_NCHW = frames_NCHW[..., top : top + crop, left : left + crop]
-        mean, std = (frames_NCHW.new_tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
-        return ((frames_NCHW - mean) / std).unflatten(0, (len(video_BCNHW), -1))
+        frames_NCHW, size = video_BCNHW.transpose(1, 2).flatten(0, 1), int(crop * 256 / 224)
+        pixels_NCHW = preprocess(frames_NCHW, size, IMAGENET_MEAN, IMAGENET_STD, "whole", "bilinear")
+        top, left = ((side - crop) // 2 for side in pixels_NCHW.shape[-2:])  # the offsets of transformers' processor
+        return pixels_NCHW[..., top : top + crop, left : left + crop].unflatten(0, (len(video_BCNHW), -1))
 
 
 def clip_frames(total: int, fps: float) -> list[int]:

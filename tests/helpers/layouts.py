@@ -1,4 +1,4 @@
-"""Published layouts of weights, tests/data/layouts/*.json: {"source": where from, "keys": {name: shape}}.
+"""Published layouts, tests/data/layouts/*.json: {"source": where from, "keys": {name: shape}}.
 
 A name with {0..27} in it stands for 28 names.
 """

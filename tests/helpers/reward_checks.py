@@ -1,11 +1,12 @@
-"""Checks that hold for every reward model, as functions of `make(**options)`, which builds a small one.
+"""Checks that hold for every reward model, as functions of `make(**options)`.
 
-`every_check` is for rewards that score frames, `every_video_check` for those that score a video as a whole.
+`every_check` is for rewards that score frames, `every_video_check` for those of whole videos.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from rewards import RewardError, probe
 
@@ -21,8 +22,13 @@ def make_video(frames=3, height=40, width=36, batch=2, dtype=torch.float32):
 
 
 def as_is(size, batch=2):
-    """One frame each, of the model's own size and of levels of 1/255, so that preprocessing only normalises."""
+    """One frame each, of the model's size and levels of 1/255: preprocessing only normalises."""
     return (make_video(1, size, size, batch) * 255).round() / 255
+
+
+def to_pil(frames_NCHW):
+    """Frames in [0, 1] as pictures."""
+    return [Image.fromarray(x) for x in (frames_NCHW * 255).round().byte().permute(0, 2, 3, 1).numpy()]
 
 
 def same(result, wanted, tolerance=1e-5):
@@ -47,7 +53,7 @@ def assert_grey_levels(difference):
 
 
 def assert_gradient(reward, video, step, rtol, least, **info):
-    """The directional derivative by autograd equals a central difference in float64, from pixels to score."""
+    """The directional derivative by autograd equals a central difference in float64."""
     video = video.double().requires_grad_()
     direction = torch.randn(video.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weight = torch.tensor([1.0, -0.7], dtype=torch.float64)  # scores that both go up could cancel an error

@@ -1,7 +1,7 @@
-"""The transformers of image rewards once more, in plain torch and in the order of the arithmetic, to compare against.
+"""The transformers of image rewards once more, in plain torch, to compare against.
 
-Written from the papers and the published layouts. Nothing is shared with the package or with transformers: weights come
-as a dict, in the names of the published file, and `part` takes those under one prefix.
+Written from the papers and the published layouts; nothing is shared with the package or with
+transformers. Weights are a dict with the published names; `part` takes those under one prefix.
 """
 
 import torch
@@ -23,7 +23,7 @@ def norm(w: dict, name: str, x, eps):
 
 
 def attention(q, k, v, heads, keep=None):
-    """(B, N, heads * D) queries; keys and values of as many heads or of one; keep: bools, (B, N or 1, M) or (N, M)."""
+    """Queries (B, N, heads * D); keys, values of as many heads or one; keep: (.., N or 1, M)."""
     out = []
     for i in range(heads):
         mine = slice(i * q.shape[-1] // heads, (i + 1) * q.shape[-1] // heads)
@@ -44,7 +44,7 @@ def patches(w: dict, name: str, pixels):
 
 
 def layer(w: dict, x, heads, names: dict, eps, keep=None, activation=F.gelu):
-    """Pre-norm attention and feed-forward. names: q, k, v, out, norm1, norm2, fc1, fc2 in the published file."""
+    """Pre-norm attention and feed-forward; names maps q, .., fc2 to the published names."""
     h = norm(w, names["norm1"], x, eps)
     q, k, v = (affine(w, names[part], h) for part in "qkv")
     x = x + affine(w, names["out"], attention(q, k, v, heads, keep))
@@ -58,7 +58,7 @@ CLIP_NAMES |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 
 
 def clip_layers(w: dict, x, heads, eps=1e-5, keep=None, activation=F.gelu):
-    """The layers of a CLIP or SigLIP tower in the layout of transformers; `w` begins at the tower."""
+    """The layers of a CLIP or SigLIP tower, named as in transformers; `w` begins at the tower."""
     count = 1 + max(int(key.split(".")[2]) for key in w if key.startswith("encoder.layers."))
     for i in range(count):
         x = layer(part(w, f"encoder.layers.{i}."), x, heads, CLIP_NAMES, eps, keep, activation)

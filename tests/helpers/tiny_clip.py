@@ -1,4 +1,4 @@
-"""Tiny random CLIP models on disk, in the layouts of transformers and open_clip, for the tests of rewards."""
+"""Tiny random CLIP models on disk, in the layouts of transformers and open_clip."""
 
 import json
 
@@ -26,7 +26,7 @@ def save_transformers_clip(folder, size=SIZE):
 
 
 def save_open_clip(folder, size=SIZE, own_tokenizer=True, preprocess=None):
-    """open_clip's "local-dir" layout, with a small vocabulary of its own or with open_clip's built-in tokenizer."""
+    """open_clip's "local-dir" layout, with a small vocabulary of its own or the built-in one."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -63,7 +63,7 @@ def letter_tokenizer():
 
 
 def _spread(model):
-    """Larger weights than the initialisation gives, so that scores differ visibly between images."""
+    """Larger weights than at initialisation: scores differ visibly between images."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

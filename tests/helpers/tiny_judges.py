@@ -1,6 +1,7 @@
 """Tiny random models of image rewards in memory, and tokenizers made in code."""
 
 import torch
+from reward_checks import to_pil
 from tiny_clip import letter_tokenizer
 
 from rewards.common.clip_models import OpenClip, Siglip, TransformersClip
@@ -15,7 +16,7 @@ CROSS = {"layers": 2, "width": 24, "heads": 3, "head_width": 8}
 
 
 def random_model(build):
-    """Lively: matrices that keep the size of what passes, and norms and biases that are not all the same."""
+    """Lively: matrices that keep the size of their input; norms and biases that differ."""
     torch.manual_seed(0)
     model = build()
     with torch.no_grad():
@@ -48,7 +49,7 @@ def image_reward_model(size=SIZE):
 
 
 def clip_settings(size=SIZE, **both):
-    """For transformers' CLIPConfig, with the tokenizer of tiny_clip: it pads with the end of the text."""
+    """For transformers' CLIPConfig, with the tokenizer of tiny_clip, which pads with the end."""
     text = TEXT | {"vocab_size": len(letter_tokenizer()), "max_position_embeddings": 24}
     text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1} | both
     return {"vision_config": vision(size) | both, "text_config": text, "projection_dim": 24}
@@ -65,6 +66,14 @@ def clip(size=SIZE, **both):
     return TransformersClip(random_model(lambda: CLIPModel(config)), letter_tokenizer())
 
 
+def clip_pixels(frames):
+    """First frames, (B, 3, T, SIZE, SIZE), as the processor published with CLIP prepares them."""
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    return processor(to_pil(frames[:, :, 0]), return_tensors="pt").pixel_values
+
+
 def siglip(size=SIZE):
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -73,7 +82,7 @@ def siglip(size=SIZE):
 
 
 def open_clip_of(twin):
-    """An OpenClip with the weights of a TransformersClip that has hidden_act="gelu", and its tokens."""
+    """An OpenClip with weights and tokens of a TransformersClip that has hidden_act="gelu"."""
     from dataclasses import asdict
 
     from open_clip.transform import PreprocessCfg
@@ -85,7 +94,7 @@ def open_clip_of(twin):
 
 
 def as_open_clip(model, quick_gelu=False, heads=4):
-    """The weights of a CLIPModel of transformers in open_clip's own classes: another implementation of the same."""
+    """The weights of a CLIPModel of transformers in open_clip's own classes."""
     import open_clip
 
     vision, text = model.config.vision_config, model.config.text_config

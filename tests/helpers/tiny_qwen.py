@@ -1,13 +1,15 @@
-"""A tiny random Qwen2-VL on disk, with a tokenizer that knows the words of the rewards' texts, for their tests."""
+"""A tiny random Qwen2-VL on disk, with a tokenizer that knows the words of the rewards' texts."""
 
 import re
 
 import torch
 
+from rewards.common.qwen_vl import AFTER, BEFORE
+
 WIDTH = 32
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
-# The chat template in Qwen/Qwen2-VL-2B-Instruct, tokenizer_config.json, without its counting of images.
+# The chat template of Qwen/Qwen2-VL-2B-Instruct, without its counting of images.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
@@ -33,9 +35,9 @@ def tokenizer_for(*texts):
     return tokenizer
 
 
-def save_base(folder, *texts):
+def save_base(folder, text):
     """config.json and tokenizer, as a Qwen2-VL has them on the hub; no weights."""
-    tokenizer = tokenizer_for(*texts)
+    tokenizer = tokenizer_for(BEFORE, AFTER, text)
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
     sizes(ids, len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -67,7 +69,7 @@ def sizes(ids, vocabulary):
 
 
 def random_model(folder, tokens):
-    """Qwen2VLForConditionalGeneration of transformers with room for the reward tokens, and its tokenizer."""
+    """Qwen2VLForConditionalGeneration with room for the reward tokens, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -87,9 +89,9 @@ def name_in_445(key):
 
 
 def hidden_states(model, tokenizer, media, pixels, grid, texts):
-    """(N, L, D) and token ids by transformers' own route: its chat template, placeholders, padding and attention mask.
+    """(N, L, D) and token ids by transformers' chat template, placeholders, padding and mask.
 
-    media: "image" or "video"; pixels and grid: what its processor makes of them. Positions 0, 1, 2, ... on all axes.
+    media: "image" or "video"; pixels, grid: from its processor. Positions 0, 1, .. on all axes.
     """
     chats = [[{"role": "user", "content": [{"type": media}, {"type": "text", "text": text}]}] for text in texts]
     each = int(grid[0].prod()) // model.config.vision_config.spatial_merge_size**2
@@ -107,7 +109,7 @@ def hidden_states(model, tokenizer, media, pixels, grid, texts):
 
 
 def in_float64(monkeypatch):
-    """Keep float64 where transformers computes in float32 at least, which would hide the digits of a difference."""
+    """Keep float64 where transformers computes in float32, which would hide a difference."""
     from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
 
     def norm(self, x):

@@ -1,4 +1,4 @@
-"""The aesthetic predictors: published values of their heads, their path from pixels, and files missing or unsafe."""
+"""Aesthetic predictors: published values of their heads, the path from pixels, and files."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reward_checks import PROMPTS, as_is, every_check, make_video, same
+from reward_checks import PROMPTS, as_is, every_check, make_video, same, to_pil
 from safetensors.torch import save_file
 from straight_line_vit import affine, attention, clip_layers, norm, patches, unit
 from tiny_clip import save_transformers_clip
-from tiny_judges import SIZE, as_open_clip, clip, siglip
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from tiny_judges import SIZE, as_open_clip, clip, clip_pixels, siglip
+from transformers import SiglipImageProcessorPil
 
 from rewards import RewardError, load_reward
-from rewards.common.heads import LinearLayers
+from rewards.common.heads import LinearLayers, load_head
 from rewards.models.aesthetic import Aesthetic, AestheticV1, AestheticV25
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -45,13 +45,13 @@ def test_as_any_reward_of_frames(check, name):
         check(lambda **options: make(name, **options))
 
 
-# ---------------------------------------------------------------- published values of the heads
+# ---------------------------------------- published values of the heads
 
 
 def on_published_head(name, file, embeds):
     if not (DATA / file).exists():
         pytest.skip(f"no {file} in ../shared/data")
-    return KINDS[name].load_head(KINDS[name], str(DATA / file))(embeds).flatten()
+    return load_head(name, str(DATA / file), KINDS[name].head_prefix, KINDS[name].build_head)(embeds).flatten()
 
 
 def ratings():
@@ -84,11 +84,7 @@ def test_v2_is_linear_and_so_has_no_ceiling():
     torch.testing.assert_close(weights(3 * x[:1] - 2 * x[1:]), 3 * weights(x[:1]) - 2 * weights(x[1:]))
 
 
-# ---------------------------------------------------------------- from pixels to score by another route
-
-
-def to_images(frames):
-    return [(image[:, 0] * 255).round().permute(1, 2, 0).numpy().astype(np.uint8) for image in frames]
+# ---------------------------------------- from pixels to score by another route
 
 
 def by_hand(name, embeds):
@@ -104,17 +100,15 @@ def by_hand(name, embeds):
 def test_it_is_the_head_on_unit_embeddings(name):
     """The same weights in open_clip, the published processor, and the head written out."""
     frames, model = as_is(SIZE), as_open_clip(clip().model, quick_gelu=True)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
-    pixels = processor(to_images(frames), return_tensors="pt").pixel_values
     with torch.no_grad():
-        embeds = model.encode_image(pixels)
+        embeds = model.encode_image(clip_pixels(frames))
     scores = make(name)(frames, PROMPTS)
     same(scores, by_hand(name, unit(embeds)))
     assert scores.diff().abs() > 1e-3
 
 
 def siglip_by_hand(w, pixels, heads=4):
-    """SigLIP's pooling: a learned probe attends to all patches, then a residual feed-forward (arXiv 2303.15343)."""
+    """SigLIP's pooling: a probe attends to all patches, then a feed-forward (arXiv 2303.15343)."""
     x = patches(w, "embeddings.patch_embedding", pixels) + w["embeddings.position_embedding.weight"]
     gelu = lambda x: F.gelu(x, approximate="tanh")
     x = norm(w, "post_layernorm", clip_layers(w, x, heads, 1e-6, activation=gelu), 1e-6)
@@ -130,18 +124,13 @@ def siglip_by_hand(w, pixels, heads=4):
 def test_v2_5_is_the_head_on_the_unit_pooled_embedding():
     frames = as_is(SIZE)
     processor = SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
-    pixels = processor(to_images(frames), return_tensors="pt").pixel_values
+    pixels = processor(to_pil(frames[:, :, 0]), return_tensors="pt").pixel_values
     scores = make("aesthetic_v2_5")(frames, PROMPTS)
     same(scores, by_hand("aesthetic_v2_5", unit(siglip_by_hand(siglip().model.state_dict(), pixels))))
     assert scores.diff().abs() > 1e-3
 
 
-# ---------------------------------------------------------------- files
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+# ---------------------------------------- files
 
 
 def said(name="aesthetic", **kwargs):
@@ -176,7 +165,7 @@ def test_the_clip_comes_from_a_folder(tmp_path):
 
 
 def test_siglip_comes_from_a_folder_in_the_published_names(tmp_path):
-    """The hub has both halves under `vision_model.` and `text_model.`; older versions of transformers wrote them."""
+    """The hub has both halves under `vision_model.` and `text_model.`, as older transformers."""
     from transformers import SiglipConfig, SiglipTextConfig
 
     model = siglip().model

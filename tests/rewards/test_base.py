@@ -1,4 +1,4 @@
-"""The base of rewards that score frames: what it gives a subclass, its cache of prompts, and its signature."""
+"""The base of rewards that score frames: its settings, cache of prompts, and signature."""
 
 import inspect
 
@@ -16,7 +16,7 @@ from rewards.models.pickscore import PickScore
 
 
 class Tint(FrameReward):
-    """How much a frame is of the colour that its prompt's letters add up to: a reward with weights and text."""
+    """The share of a colour that the prompt's letters add up to: a reward with weights and text."""
 
     name = "tint"
 

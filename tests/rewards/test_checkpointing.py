@@ -1,4 +1,4 @@
-"""Recomputed layers: the same values and gradients, only inputs kept, and nothing done without gradients."""
+"""Recomputed layers: same values and gradients, only inputs kept, nothing without gradients."""
 
 import pytest
 import torch

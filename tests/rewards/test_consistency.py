@@ -1,14 +1,12 @@
-"""Subject and background consistency: scores by another route, gradients, layouts, and weights that are missing."""
+"""Subject and background consistency: scores by another route, layouts, missing weights."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from layouts import layout_of, published_layout
-from PIL import Image
-from reward_checks import PROMPTS, every_video_check
+from reward_checks import PROMPTS, every_video_check, to_pil
 from safetensors.torch import save_file
 from straight_line_vit import layer, norm, part, patches
 from tiny_clip import save_transformers_clip
@@ -27,12 +25,6 @@ SETTINGS = {
     "patch_size": PATCH,
     "image_size": SIZE,
 }
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def published_shape(key, shape):
@@ -84,11 +76,11 @@ def make_video(frames=4, height=40, width=52, batch=2):
     return (F.interpolate(coarse, size=(frames, height, width), mode="trilinear") * 255).round() / 255
 
 
-# ---------------------------------------------------------------- the measure
+# ---------------------------------------- the measure
 
 
 def test_the_measure_by_hand():
-    """Angles of 0, 60, 90 and 180 degrees: cosines to the previous .5, .866, 0 and to the first .5, 0, -1 -> 0."""
+    """Angles 0, 60, 90, 180: cosines to the previous .5, .866, 0; to the first .5, 0, 0."""
     angles = torch.tensor([0.0, 60, 90, 180]).deg2rad()
     embeds = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
     by_frame = [(0.5 + 0.5) / 2, (3**0.5 / 2 + 0) / 2, 0.0]
@@ -105,7 +97,7 @@ def vbench(embeds_NP):
     return total / (len(embeds_NP) - 1)
 
 
-# ---------------------------------------------------------------- DINO by another route
+# ---------------------------------------- DINO by another route
 
 
 NAMES = {"norm1": "layernorm_before", "norm2": "layernorm_after", "out": "attention.output.dense"}
@@ -163,15 +155,14 @@ def test_background_consistency_equals_the_library_route(clip):
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPImageProcessorPil(do_resize=False, crop_size=32)
     expected = []
     for sample in video:
-        images = [(frame * 255).round().permute(1, 2, 0).numpy().astype(np.uint8) for frame in sample.transpose(0, 1)]
-        pixels = processor([Image.fromarray(image) for image in images], return_tensors="pt").pixel_values
+        pixels = processor(to_pil(sample.transpose(0, 1)), return_tensors="pt").pixel_values
         expected.append(vbench(model.get_image_features(pixel_values=pixels).pooler_output))
     scores = BackgroundConsistency(clip)(video, PROMPTS)
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
     assert scores.diff().abs() > 1e-4
 
 
-# ---------------------------------------------------------------- the contract
+# ---------------------------------------- the contract
 
 
 @every_video_check
@@ -191,7 +182,7 @@ def test_an_image_is_refused(reward):
         reward()(make_video(1), PROMPTS)
 
 
-# ---------------------------------------------------------------- weights
+# ---------------------------------------- weights
 
 
 def test_incomplete_weights_are_refused(tmp_path, state, dino):

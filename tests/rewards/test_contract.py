@@ -1,4 +1,4 @@
-"""The reward contract: defaults, error messages, and a probe that catches each way of breaking it."""
+"""The reward contract: defaults, error messages, and a probe that catches each breach."""
 
 import subprocess
 import sys
@@ -182,17 +182,19 @@ def test_the_name_in_the_message_can_be_given():
         probe(detached, SHAPE, name="my_reward")
 
 
-def heavy_modules_after(statement):
-    code = f"""import sys
-{statement}
-print([name for name in ("torch", "torchvision", "open_clip", "transformers") if name in sys.modules])"""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-
-
 @pytest.mark.skipif(bool(entry_points(group=GROUP)), reason="an accelerator's plug-in brings torch with it")
-def test_import_is_light():
-    assert heavy_modules_after("import rewards") == "[]"
-    assert heavy_modules_after("from rewards import RewardMix, load_reward, probe") == "['torch']"
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        ("import rewards.list; rewards.list.main()", ""),
+        ("from rewards import RewardMix, load_reward, probe; load_reward('flicker')", "numpy torch"),
+    ],
+)
+def test_import_is_light(statement, heavy):
+    names = ("numpy", "torch", "torchvision", "open_clip", "transformers")
+    code = f"import sys; {statement}; print('heavy', *[name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].split()[1:] == heavy.split(), done.stderr
 
 
 def test_unknown_names_of_the_package_are_attribute_errors():

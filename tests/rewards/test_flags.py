@@ -1,4 +1,4 @@
-"""What flags have in common is understood alike, and refused in a line before anything is loaded."""
+"""Flags of the commands are understood alike, and refused before anything is loaded."""
 
 import pytest
 import torch

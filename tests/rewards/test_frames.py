@@ -1,4 +1,4 @@
-"""Which frames are scored: each form by hand, what holds for all of them, and what is missing or misspelt."""
+"""Which frames are scored: each form by hand, invariants, and what is missing or misspelt."""
 
 import pytest
 import torch

@@ -1,22 +1,26 @@
-"""HPSv3: text and score against transformers' own route; gradient; batch; frames; what is refused."""
+"""HPSv3: text and score against transformers' own route; frames; what is refused."""
 
 import pytest
 import torch
-from PIL import Image
-from reward_checks import PROMPTS, assert_contract, every_video_check, make_video, the_gradient_equals_finite_difference
+from reward_checks import (
+    PROMPTS,
+    assert_contract,
+    every_video_check,
+    make_video,
+    the_gradient_equals_finite_difference,
+    to_pil,
+)
 from safetensors.torch import save_file
 from tiny_qwen import WIDTH, hidden_states, in_float64, name_in_445, random_model, save_base
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rewards import load_reward
-from rewards.common.qwen_vl import AFTER, BEFORE
 from rewards.models.hps_v3 import PROMPT, TOKENS, HpsV3
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    words = PROMPT.replace("{text_prompt}", " ".join(PROMPTS))
-    return save_base(tmp_path_factory.mktemp("qwen"), BEFORE, AFTER, words)
+    return save_base(tmp_path_factory.mktemp("qwen"), PROMPT.format(text_prompt=" ".join(PROMPTS)))
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +51,11 @@ def few_pixels(monkeypatch):
 
 
 def test_the_score_equals_transformers(published, make):
-    """The published processor on PIL images, the model's own placeholders, padding and mask, the head by hand."""
+    """The published processor, the model's own placeholders, padding and mask, the head by hand."""
     model, tokenizer, head = published
     video = (make_video(1, 448, 448) * 255).round() / 255  # as large as the model takes it, so nothing is resized
-    images = [Image.fromarray((frame * 255).to(torch.uint8).permute(1, 2, 0).numpy()) for frame in video[:, :, 0]]
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 256 * 784, "longest_edge": 256 * 784})
-    pixels = processor(images, return_tensors="pt")
+    pixels = processor(to_pil(video[:, :, 0]), return_tensors="pt")
     texts = [PROMPT.format(text_prompt=prompt) for prompt in PROMPTS]
     hidden, ids = hidden_states(model, tokenizer, "image", pixels.pixel_values, pixels.image_grid_thw, texts)
     at_token = hidden[ids == tokenizer.convert_tokens_to_ids("<|Reward|>")]

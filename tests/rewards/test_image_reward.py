@@ -1,18 +1,19 @@
-"""ImageReward: the score against BLIP written out in the published names, the tokenizer, and files."""
+"""ImageReward: the score against BLIP written out, the tokenizer, and files."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reward_checks import PROMPTS, as_is, every_check, make_video, same
+from reward_checks import PROMPTS, as_is, every_check, make_video, same, to_pil
 from straight_line_vit import affine, attention, layer, norm, part, patches
 from tiny_judges import SIZE, bert_tokenizer, image_reward_model
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
 from rewards import RewardError, load_reward
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD
+from rewards.common.weights import rename_keys
 from rewards.models import image_reward
-from rewards.models.image_reward import RENAMED, ImageReward, rename_published_keys
+from rewards.models.image_reward import RENAMED, ImageReward
 
 
 def make(**options):
@@ -24,7 +25,7 @@ def test_as_any_reward_of_frames(check):
     check(make)
 
 
-# ---------------------------------------------------------------- the formula, in the published names
+# ---------------------------------------- the formula, in the published names
 
 VISION_NAMES = {"norm1": "norm1", "norm2": "norm2", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 VISION_NAMES |= {letter: letter for letter in "qkv"}
@@ -88,8 +89,7 @@ def straight_line(w, pixels, prompts):
 def test_the_score_is_the_published_formula():
     frames = as_is(SIZE)
     transform = Compose([Resize(SIZE, Image.BICUBIC), CenterCrop(SIZE), ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)])
-    images = [(image[:, 0] * 255).round().byte().permute(1, 2, 0).numpy() for image in frames]
-    pixels = torch.stack([transform(Image.fromarray(image)) for image in images])
+    pixels = torch.stack([transform(image) for image in to_pil(frames[:, :, 0])])
     scores = make()(frames, PROMPTS)
     same(scores, straight_line(published(), pixels, PROMPTS))
     assert scores.diff().abs() > 1e-3
@@ -102,7 +102,7 @@ def test_prompts_are_padded_or_cut_to_35_tokens():
     assert ids[0, 3:].eq(0).all()
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------- files
 
 
 @pytest.fixture
@@ -130,4 +130,4 @@ def test_another_layout_is_refused(tiny, tmp_path):
     torch.save(published() | {"mlp.layers.9.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(RewardError, match=r"head\.9\.weight: no such key"):
         load_reward("image_reward", checkpoint=str(tmp_path / "other.pt"), tokenizer=bert_tokenizer())
-    assert rename_published_keys(published()).keys() == image_reward_model().state_dict().keys()
+    assert rename_keys(published(), RENAMED, image_reward.UNUSED).keys() == image_reward_model().state_dict().keys()

@@ -1,4 +1,4 @@
-"""State dicts at full size, on the meta device, against the published layouts in data/layouts; published texts.
+"""State dicts at full size, on the meta device, against the published layouts; published texts.
 
 Each list there says how it was obtained, and what the published file weighs.
 """
@@ -15,7 +15,7 @@ from transformers import Idefics2Config, Qwen2VLConfig, Qwen2VLModel
 from rewards.common.clip_models import CLIP_H14, CLIP_L14, random_clip, random_siglip
 from rewards.common.heads import LinearLayers
 from rewards.common.qwen_vl import merge_lora, split_backbone_and_head
-from rewards.common.weights import build_from_state_dict, shapes
+from rewards.common.weights import build_from_state_dict, rename_keys, shapes
 from rewards.models import hps, hps_v3, image_reward, mps, viclip, video_align, video_score, vjepa2
 
 IMAGE_MODELS = [
@@ -71,17 +71,19 @@ def test_clips_of_transformers(name, model):
 
 def test_image_reward_under_its_new_names():
     published = published_layout("image_reward")
-    assert ours(image_reward.ImageRewardModel) == image_reward.rename_published_keys(published)
+    renamed = rename_keys(published, image_reward.RENAMED, image_reward.UNUSED)
+    assert ours(image_reward.ImageRewardModel) == renamed
     unused = {key for key in published if any(part in key for part in image_reward.UNUSED)}
     assert len(unused) == 5
-    assert len(image_reward.rename_published_keys(published)) == len(published) - len(unused)  # no two keys became one
+    assert len(renamed) == len(published) - len(unused)  # no two keys became one
 
 
 @pytest.mark.parametrize("prefix", ["", "mps."], ids=["MPS_overall.pth", "mpsv1"])
 def test_mps_under_its_new_names(prefix):
     published = {prefix + key: shape for key, shape in published_layout("mps").items()}
-    assert ours(mps.MpsModel) == mps.rename_published_keys(published)
-    assert len(mps.rename_published_keys(published)) == len(published) - 4  # four layers of rotary frequencies
+    renamed = rename_keys(published, mps.RENAMED, mps.UNUSED)
+    assert ours(mps.MpsModel) == renamed
+    assert len(renamed) == len(published) - 4  # four layers of rotary frequencies
 
 
 def test_the_cross_model_of_mps_has_about_118_million_parameters():
@@ -95,7 +97,7 @@ def test_the_image_half_of_siglip():
     assert ours(lambda: random_siglip().model) == wanted
 
 
-# ---------------------------------------------------------------- video and vision-language models
+# ---------------------------------------- video and vision-language models
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def published_state(name):
     ],
 )
 def test_qwen_vl_rewards_load_the_published_layout(module, build, layout, size, meta):
-    """Through the merge of the adapter, if there is one, and the renaming, to what the full-size model holds."""
+    """Through the merge of the adapter, if any, and the renaming, to the full-size model."""
     published = published_state(layout)
     assert sum(tensor.numel() for tensor in published.values()) * 2 / 1e9 == pytest.approx(size, abs=0.05)
     merged = merge_lora(published, 128, torch.bfloat16)

@@ -49,7 +49,7 @@ def test_normalisation_by_stated_mean_and_std(video):
     torch.testing.assert_close(total, 4 * mean)
 
 
-# ---------------------------------------------------------------- caps and targets
+# ---------------------------------------- caps and targets
 
 
 def gradient(mix, video):
@@ -86,7 +86,7 @@ def test_caps_and_targets_are_in_raw_units_and_normalised_after(two_levels, sett
     torch.testing.assert_close(mix(two_levels, PROMPTS)[0], torch.tensor(expected))
 
 
-# ---------------------------------------------------------------- calibration
+# ---------------------------------------- calibration
 
 
 def test_measured_statistics_replace_the_stated_ones(two_levels):
@@ -119,7 +119,7 @@ def test_a_reward_that_is_constant_on_the_samples_is_named():
     mix.calibrate({"fine": rounded - 1})
 
 
-# ---------------------------------------------------------------- balanced gradients
+# ---------------------------------------- balanced gradients
 
 
 class Steep(Mean):
@@ -188,7 +188,7 @@ def test_scores_that_do_not_depend_on_the_pixels_are_added_to_balanced_ones(vide
 
 
 def test_balancing_goes_through_what_made_the_video():
-    """The gradient arrives at the weights behind the video, scaled by the loss that is made of the total."""
+    """The gradient reaches the weights behind the video, scaled by the loss of the total."""
     weight = torch.tensor(0.3, requires_grad=True)
     pattern = torch.rand(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     total, _ = RewardMix({"a": Mean()}, balance=True)(weight * pattern, PROMPTS)
@@ -197,7 +197,7 @@ def test_balancing_goes_through_what_made_the_video():
     torch.testing.assert_close(weight.grad, 5 / 2 * (unit * pattern).sum())
 
 
-# ---------------------------------------------------------------- frames, info, precision
+# ---------------------------------------- frames, info, precision
 
 
 def test_each_reward_sees_only_the_frames_it_asked_for(video):

@@ -1,4 +1,4 @@
-"""Motion degree: torchvision's own forward, VBench's measure, the whole gradient, layout and missing weights."""
+"""Motion degree: torchvision's forward, VBench's measure, the whole gradient, and weights."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ INFO = {"fps": 8}
 
 
 def tiny_raft():
-    """torchvision's builder with few channels and two levels of correlation, so that 32 pixels are enough."""
+    """torchvision's builder with few channels and two levels of correlation, for 32 pixels."""
     torch.manual_seed(0)
     model = raft._raft(
         feature_encoder_layers=(8, 8, 8, 8, 16),
@@ -53,7 +53,7 @@ def make_video(frames=4, height=40, width=56, dtype=torch.float32):
     return F.interpolate(coarse, size=(frames, height, width), mode="trilinear")
 
 
-# ---------------------------------------------------------------- the score by another route
+# ---------------------------------------- the score by another route
 
 
 def vbench_measure(flow_2HW):
@@ -111,7 +111,7 @@ def test_preprocessing_matches_pil_and_torchvisions_preset(width, height):
         assert difference.max() <= 4
 
 
-# ---------------------------------------------------------------- the gradient
+# ---------------------------------------- the gradient
 
 
 def directional(function, video):
@@ -149,7 +149,7 @@ def test_a_video_that_stands_still_has_a_finite_gradient(reward):
     assert torch.autograd.grad(longest_flow(flow).sum(), flow)[0].isfinite().all()
 
 
-# ---------------------------------------------------------------- the contract
+# ---------------------------------------- the contract
 
 
 def test_the_probe_passes(reward):
@@ -188,7 +188,7 @@ def test_an_image_and_sizes_that_do_not_fit_are_refused(reward):
         MotionDegree.random_init(size=64)
 
 
-# ---------------------------------------------------------------- weights
+# ---------------------------------------- weights
 
 
 def test_full_size_has_the_published_layout():

@@ -1,4 +1,4 @@
-"""MPS: the score against the published formulas written out, its mask, and files that are missing or unsafe."""
+"""MPS: the score against the published formulas written out, its mask, and files."""
 
 import math
 
@@ -7,12 +7,12 @@ import torch
 from reward_checks import PROMPTS, as_is, every_check, make_video, same
 from straight_line_vit import affine, attention, clip_image_tokens, clip_text_tokens, norm, part, unit
 from tiny_clip import letter_tokenizer
-from tiny_judges import CROSS, SIZE, clip_settings, mps_model
-from transformers import CLIPImageProcessorPil
+from tiny_judges import CROSS, SIZE, clip_pixels, clip_settings, mps_model
 
 from rewards import RewardError, load_reward
+from rewards.common.weights import rename_keys
 from rewards.models import mps
-from rewards.models.mps import CONDITION, Mps, rename_published_keys, rotate, tokens_to_keep
+from rewards.models.mps import CONDITION, Mps, rotate, tokens_to_keep
 
 CLIP_HEADS = 4
 
@@ -35,7 +35,7 @@ def test_the_scale_is_not_rounded_with_the_model():
     assert hundredfold.tolist() == pytest.approx((100 * once).tolist(), rel=1e-5)
 
 
-# ---------------------------------------------------------------- the formulas, in the published names
+# ---------------------------------------- the formulas, in the published names
 
 
 def published(prefix=""):
@@ -104,11 +104,8 @@ def straight_line(w, pixels, prompts, threshold):
 @pytest.mark.parametrize("threshold", [0.01, 0.3, 0.95])
 def test_the_score_is_the_published_formula(threshold):
     frames = as_is(SIZE)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
-    images = [(image[:, 0] * 255).round().byte().permute(1, 2, 0).numpy() for image in frames]
-    pixels = processor(images, return_tensors="pt").pixel_values
     scores = make(mask_threshold=threshold)(frames, PROMPTS)
-    same(scores, straight_line(published(), pixels, PROMPTS, threshold))
+    same(scores, straight_line(published(), clip_pixels(frames), PROMPTS, threshold))
     assert scores.diff().abs() > 0.01
 
 
@@ -120,7 +117,7 @@ def test_the_threshold_matters_and_is_that_of_training_by_default():
 
 
 def test_the_largest_product_is_taken_per_prompt():
-    """Not over the batch, as in the published code: a prompt with large products would silence its neighbour."""
+    """Not over the batch, as in the published code, where one prompt would silence another."""
     generator = torch.Generator().manual_seed(0)
     text, condition = torch.randn(2, 5, 8, generator=generator), torch.randn(7, 8, generator=generator)
     alone = tokens_to_keep(text[:1], condition, 0.6)
@@ -141,7 +138,7 @@ def test_rotary_positions_turn_the_product_by_the_distance():
     assert products[0].std() > 0.1
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------- files
 
 
 @pytest.fixture
@@ -168,4 +165,4 @@ def test_another_layout_is_refused(tiny, tmp_path):
     torch.save(state, tmp_path / "partial.pth")
     with pytest.raises(RewardError, match=r"model\.visual_projection\.weight is missing"):
         load_reward("mps", checkpoint=str(tmp_path / "partial.pth"), tokenizer=letter_tokenizer())
-    assert rename_published_keys(state).keys() < mps_model().state_dict().keys()
+    assert rename_keys(state, mps.RENAMED, mps.UNUSED).keys() < mps_model().state_dict().keys()

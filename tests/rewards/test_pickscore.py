@@ -1,14 +1,12 @@
-"""PickScore: the score against the same weights in open_clip, one prompt a frame, and missing weights."""
+"""PickScore: the score against the same weights in open_clip, one prompt a frame."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from reward_checks import PROMPTS, as_is, every_check, make_video, same
 from tiny_clip import letter_tokenizer, save_transformers_clip
-from tiny_judges import SIZE, as_open_clip, clip
-from transformers import CLIPImageProcessorPil
+from tiny_judges import SIZE, as_open_clip, clip, clip_pixels
 
 from rewards import load_reward
 from rewards.models.pickscore import PickScore
@@ -24,13 +22,11 @@ def test_as_any_reward_of_frames(check):
 
 
 def by_open_clip(frames, prompts):
-    """exp(logit_scale) * cosine by open_clip, the pixels by the processor that the model was published with."""
+    """exp(logit_scale) * cosine by open_clip, the pixels by the published processor."""
     model = as_open_clip(make().clip.model)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
-    images = [(image[:, 0] * 255).round().permute(1, 2, 0).numpy().astype(np.uint8) for image in frames]
     tokens = letter_tokenizer()(prompts, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
     with torch.no_grad():
-        image = model.encode_image(processor(images, return_tensors="pt").pixel_values, normalize=True)
+        image = model.encode_image(clip_pixels(frames), normalize=True)
         text = model.encode_text(tokens.input_ids, normalize=True)
         return model.logit_scale.exp() * (image * text).sum(1)
 
@@ -43,7 +39,7 @@ def test_the_score_is_that_of_open_clip():
 
 
 def test_each_frame_is_scored_against_its_own_prompt():
-    """The published code takes row 0 of the products: right for many pictures of one prompt, wrong for many prompts."""
+    """The published code takes row 0 of the products, which is wrong for many prompts."""
     frames, reward = as_is(SIZE), make()
     both = reward(frames, PROMPTS)
     same(both[1:], reward(frames[1:], PROMPTS[1:]))

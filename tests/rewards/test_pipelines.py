@@ -1,4 +1,4 @@
-"""The pixels that reach each network against the published PIL pipeline of its model, at the published size."""
+"""The pixels that reach each network against its published PIL pipeline, at full size."""
 
 import numpy as np
 import open_clip
@@ -75,7 +75,7 @@ REWARDS = {  # each with a small network of the published input size; the deviat
 
 @pytest.fixture(scope="module", params=REWARDS)
 def network(request):
-    """pixels(image): what the first convolution of the reward's network gets for that picture; and the rest."""
+    """pixels(image): input of the network's first convolution for that picture; and the rest."""
     make, pipeline, std = REWARDS[request.param]
     reward, seen = make(), []
     first = next(module for module in reward.modules() if isinstance(module, torch.nn.Conv2d))

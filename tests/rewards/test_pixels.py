@@ -126,7 +126,7 @@ def test_jpeg_coefficients_are_those_of_the_cosine_transform(channel, share):
 
 
 def test_jpeg_size_equals_its_definition_written_out():
-    """Over the 63 coefficients of two blocks, by the double sum of ITU-T T.81, A.3.3; Q read off its table K.1."""
+    """63 coefficients of two blocks by the double sum of ITU-T T.81, A.3.3; Q of table K.1."""
     video = torch.rand(1, 3, 1, 8, 16, generator=torch.Generator().manual_seed(0))
     y = 255 * np.einsum("c,chw->hw", [0.299, 0.587, 0.114], video[0, :, 0].double().numpy())
     table = """

@@ -52,7 +52,7 @@ def test_it_matches_pil(picture, width, height, size, fit):
 
 
 def test_simpler_resizes_do_not_match_pil():
-    """The bounds above can fail: plain bicubic is far outside, and so is a clamp at the end only."""
+    """The bounds above can fail: for plain bicubic, and for a clamp at the end only."""
     image, size = noise(97, 64), (224, 224)
     target = by_pil(image, 224, "squash")
     plain = F.interpolate(to_float(noise(832, 480)), size=size, mode="bicubic").clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Qwen2-VL: resizing, patches, chat, names and adapters against transformers and peft; positions; what is refused."""
+"""Qwen2-VL against transformers and peft: resizing, patches, chat, names, adapters, positions."""
 
 import numpy as np
 import pytest
@@ -30,12 +30,12 @@ TEXT = "Rate it: <|a|> and <|b|>"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("qwen"), BEFORE, AFTER, TEXT)
+    return save_base(tmp_path_factory.mktemp("qwen"), TEXT)
 
 
 @pytest.fixture(scope="module")
 def published(base):
-    """transformers' model, and its weights under the names of transformers 4.45 with a head beside them."""
+    """transformers' model, and its weights named as in 4.45, with a head beside them."""
     model, tokenizer = random_model(base, ["<|a|>", "<|b|>"])
     state = {name_in_445(key): tensor for key, tensor in model.state_dict().items()}
     return model, tokenizer, state | {"rm_head.weight": torch.eye(WIDTH)}
@@ -109,7 +109,7 @@ def test_hidden_states_at_the_reward_tokens(vlm, published):
 
 
 def test_positions_count_tokens(vlm, published):
-    """Not the ones in space and time that today's transformers makes of the same input: those score differently."""
+    """Not the ones in space and time of today's transformers, which score differently."""
     model, tokenizer, _ = published
     video = make_video(4, 84, 84, batch=1)
     tokens = vlm.tokens("test", [TEXT])

@@ -1,4 +1,4 @@
-"""`python -m rewards.score` on real files: what is read from each kind, the table, the JSON, and what is missing."""
+"""`python -m rewards.score` on real files: each kind of file, the table, the JSON, errors."""
 
 import json
 import re
@@ -23,7 +23,7 @@ SQUARES = np.kron(np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3)), np.on
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Five frames of 64x96 coloured squares as mp4 and gif at 5 frames a second; the first also as png and jpg."""
+    """Five frames of coloured squares as mp4 and gif at 5 fps; the first also as png and jpg."""
     folder = tmp_path_factory.mktemp("files")
     images = [Image.fromarray(frame) for frame in SQUARES]
     export_to_video(images, str(folder / "clip.mp4"), fps=5, quality=10)
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------- reading
+# ---------------------------------------- reading
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_files_that_can_not_be_read(folder, name, told):
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------- scoring
+# ---------------------------------------- scoring
 
 
 def test_several_rewards_on_several_files(folder, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""ViCLIP: frames, pixels and score against a straight-line computation and torchvision; gradient; what is refused."""
+"""ViCLIP: frames, pixels and score against a straight-line computation and torchvision."""
 
 import numpy as np
 import open_clip
@@ -67,7 +67,7 @@ def blocks(x, weights, heads, keep=None):
 
 
 def straight_line(state, pixels, ids):
-    """Cosines of videos (B, 8, 3, 32, 32), normalised, and token ids (B, 8), as the published forward has it."""
+    """Cosines of normalised videos (B, 8, 3, 32, 32) and token ids (B, 8), as published."""
     vision, text = part(state, "vision_encoder."), part(state, "text_encoder.")
     batch = len(pixels)
     x = F.conv2d(pixels.flatten(0, 1), vision["conv1.weight"][:, :, 0], stride=8).flatten(2).transpose(1, 2)

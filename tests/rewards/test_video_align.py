@@ -1,4 +1,4 @@
-"""VideoAlign: frames, text and score against transformers' and peft's own route; gradient; batch; what is refused."""
+"""VideoAlign: frames, text and score against transformers' and peft's own route."""
 
 import math
 
@@ -9,19 +9,17 @@ from tiny_qwen import WIDTH, hidden_states, in_float64, name_in_445, random_mode
 from transformers import Qwen2VLVideoProcessor
 
 from rewards import RewardError, load_reward
-from rewards.common.qwen_vl import AFTER, BEFORE
 from rewards.models.video_align import PROMPT, TOKENS, VideoAlign, frames_at_rate
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    words = PROMPT.replace("{text_prompt}", " ".join(PROMPTS))
-    return save_base(tmp_path_factory.mktemp("qwen"), BEFORE, AFTER, words)
+    return save_base(tmp_path_factory.mktemp("qwen"), PROMPT.format(text_prompt=" ".join(PROMPTS)))
 
 
 @pytest.fixture(scope="module")
 def tuned(base):
-    """transformers' model with a LoRA of peft on its language model, its tokenizer, and the head."""
+    """transformers' model with a LoRA of peft, its tokenizer, and the head."""
     from peft import LoraConfig, get_peft_model
 
     model, tokenizer = random_model(base, TOKENS)
@@ -43,7 +41,7 @@ def tuned(base):
 
 @pytest.fixture(scope="module")
 def checkpoint(base, tuned):
-    """In the layout of the published file: a whole PEFT state dict, by the names of transformers 4.45."""
+    """In the published layout: a whole PEFT state dict, named as in transformers 4.45."""
     model, _, head = tuned
     state = {f"base_model.model.{name_in_445(k[17:])}": v for k, v in model.state_dict().items()}
     torch.save(state | {"base_model.model.rm_head.weight": head}, f"{base}/model.pth")
@@ -65,7 +63,7 @@ def few_pixels(monkeypatch):
 
 
 def test_the_score_equals_transformers_and_pefts(tuned, make):
-    """The adapter not merged, the published processor on uint8 frames, placeholders, padding and attention mask."""
+    """The adapter not merged, the published processor, placeholders, padding and mask."""
     model, tokenizer, head = tuned
     video = (make_video(24, 308, 364) * 255).round() / 255  # whole tokens, so nothing is resized
     frames = (video[:, :, [0, 8, 15, 23]] * 255).to(torch.uint8).transpose(1, 2)  # 2 fps out of 12, at least 4 frames

@@ -1,4 +1,4 @@
-"""VideoScore: frames, sizes, text and score against transformers' own processor and model; gradient; refusals."""
+"""VideoScore: frames, sizes, text and score against transformers' processor and model."""
 
 import json
 
@@ -15,6 +15,7 @@ from reward_checks import (
     make_video,
     photograph_and_noise,
     the_gradient_equals_finite_difference,
+    to_pil,
 )
 from tiny_qwen import tokenizer_for
 from transformers import AutoTokenizer, Idefics2Config, Idefics2Processor
@@ -74,7 +75,7 @@ def make(folder):
 
 
 def test_the_score_equals_transformers(folder, make):
-    """Its processor on PIL images, its placeholders, padding and attention mask, its model; the head by hand."""
+    """Its processor, placeholders, padding and mask, its model; the head by hand."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     images = Idefics2ImageProcessorPil.from_pretrained(folder)
     processor = Idefics2Processor(images, tokenizer, image_seq_len=LATENTS)
@@ -85,9 +86,8 @@ def test_the_score_equals_transformers(folder, make):
     video = (make_video(3, 56, 84) * 255).round() / 255  # no side outside the edges, so nothing is resized
     scores = []
     for sample, prompt in zip(video, PROMPTS, strict=True):
-        frames = [Image.fromarray((x * 255).to(torch.uint8).permute(1, 2, 0).numpy()) for x in sample.unbind(1)]
         text = PROMPT.format(text_prompt=prompt) + "<image> " * 3
-        inputs = processor(text=text, images=frames, return_tensors="pt")
+        inputs = processor(text=text, images=to_pil(sample.transpose(0, 1)), return_tensors="pt")
         with torch.no_grad():
             scores.append(model.score(model.model(**inputs).last_hidden_state[0, -1]))
     got = make().aspects(video, PROMPTS)

@@ -1,4 +1,4 @@
-"""V-JEPA 2: pixels against transformers' processor, the score against a straight-line computation; gradient; frames."""
+"""V-JEPA 2: pixels against transformers' processor, the score against a straight line; frames."""
 
 import pytest
 import torch
@@ -55,11 +55,11 @@ def make(folder):
     return make
 
 
-# ---------------------------------------------------------------- the reference, written from its description
+# ---------------------------------------- the reference, written from its description
 
 
 def rotate(x, positions):
-    """(B, heads, L, d) turned in pairs by positions (L,): the angles of the first half stand for the second too."""
+    """(B, heads, L, d) turned in pairs by positions (L,); both halves share the angles."""
     omega = 1 / 10000 ** (torch.arange(x.shape[-1] // 2) / (x.shape[-1] / 2))
     angles = (positions[:, None] * omega).repeat(1, 2)
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
@@ -74,7 +74,7 @@ def rope(x, ids):
 
 
 def transformer(x, weights, prefix, ids):
-    """The blocks of encoder or predictor over tokens (B, L, D) that stand at the places `ids` (L,)."""
+    """The blocks of encoder or predictor over tokens (B, L, D) at the places `ids` (L,)."""
     for i in range(LAYERS):
         w = part(weights, f"{prefix}.{i}.")
         y = norm(w, "norm1", x, 1e-6)
@@ -89,14 +89,14 @@ def transformer(x, weights, prefix, ids):
 
 
 def encode(pixels, weights, ids):
-    """Tokens at the places `ids` only, chosen before the first block: what is masked is not seen by any other."""
+    """Tokens at the places `ids` only, chosen before the first block: the masked are not seen."""
     x = F.conv3d(pixels.transpose(1, 2), weights["encoder.embeddings.patch_embeddings.proj.weight"], stride=(2, 8, 8))
     x = x.flatten(2).transpose(1, 2) + weights["encoder.embeddings.patch_embeddings.proj.bias"]
     return norm(weights, "encoder.layernorm", transformer(x[:, ids], weights, "encoder.layer", ids), 1e-6)
 
 
 def training_loss(pixels, weights, shown):
-    """Of app/vjepa/train.py with loss_exp 1, a video at a time; the first `shown` tokens are the context."""
+    """Of app/vjepa/train.py with loss_exp 1; the first `shown` tokens are the context."""
     every = torch.arange(pixels.shape[1] // 2 * GRID**2)
     early, late = every[:shown], every[shown:]
     truth = encode(pixels, weights, every)
@@ -121,7 +121,7 @@ def test_the_score_is_minus_the_training_loss(folder, make, context, shown):
 
 
 def test_it_is_not_what_transformers_own_forward_would_give(folder, make):
-    """That one shows the future to the context, keeps the target's scale and takes another mask token."""
+    """It shows the future to the context, keeps the target's scale, takes another mask token."""
     reward, video = make(fps=4), make_video(8)
     ids = torch.arange(4 * GRID**2)[None].expand(2, -1)
     masks = {"context_mask": [ids[:, : 2 * GRID**2]], "target_mask": [ids[:, 2 * GRID**2 :]]}
