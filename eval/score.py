@@ -16,8 +16,8 @@ from pathlib import Path
 from rewards.cli.files import check_file
 from rewards.cli.flags import frame_count, mapping
 from rewards.cli.table import format_table
-from rewards.score import prompts_of
-from rewards.score_cache import ScoreCache, Scorer, content_of, default_cache
+from rewards.score import resolve_prompts
+from rewards.score_cache import ScoreCache, Scorer, default_cache_folder, file_sha256
 from rlhf.evaluation.video_set import SCORES, Video, read_set, relative_name, require_files
 from rlhf.io import file_errors, read_rows, write_rows
 
@@ -61,7 +61,7 @@ def checked_set(folder: Path, args: argparse.Namespace) -> list[Video]:
     require_files(videos)
     for video in videos:
         check_file(video.path)
-        prompts_of([video.path], [video.prompt] if video.prompt else None, args.rewards)
+        resolve_prompts([video.path], [video.prompt] if video.prompt else None, args.rewards)
     return videos
 
 
@@ -77,7 +77,7 @@ def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float
             old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in known}
     rows = []
     for video, new in zip(videos, scores, strict=True):
-        name, content = relative_name(folder, video.path), content_of(video.path)
+        name, content = relative_name(folder, video.path), file_sha256(video.path)
         row = {"file": name, "sha256": content, "prompt": video.prompt}
         row |= {"seed": video.seed, "category": video.category}
         rows.append(row | {"scores": old.get((name, content, video.prompt), {}) | new})
@@ -94,7 +94,7 @@ def open_processes(args: argparse.Namespace):
 
 def open_scorer(args: argparse.Namespace, accelerator, rewards: list[str], kwargs: dict, max_frames=None) -> Scorer:
     """Return the scorer of the rewards on this process's device, with its cache."""
-    cache = ScoreCache(args.cache or default_cache())
+    cache = ScoreCache(args.cache or default_cache_folder())
     return Scorer(rewards, kwargs, cache, str(accelerator.device), max_frames)
 
 

@@ -50,7 +50,7 @@ def probe(
     info: dict | None = None,
     on_pass: Callable[[str], None] = lambda line: None,
 ) -> ProbeReport:
-    """Check a reward against the contract on three smooth random videos, in two batches of two.
+    """Check a reward against the contract on three random videos, in batches (0, 1) and (0, 2).
 
     video_shape  (C, T, H, W) of one video; the reward gets the leading frames that it asks for
     prompts      up to three, repeated if fewer; default `PROBE_PROMPTS`
@@ -139,7 +139,7 @@ def _pixel_gradient(name, score, video_BCTHW) -> torch.Tensor:
 
 
 def _check_gradient(name, grad_BCTHW, index) -> float:
-    """Return the gradient norm of the scored sample.
+    """Check the gradient and return its norm at the scored sample.
 
     Raises RewardError for a gradient that is zero, not finite, or not zero at the neighbour.
     """

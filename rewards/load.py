@@ -30,7 +30,7 @@ def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Call
     """
     check_spec(spec, base_dir)
     if spec in CATALOGUE:
-        _check_own_path(spec, kwargs)
+        _require_weights_path(spec, kwargs)
         return _construct(spec, built_in(spec), kwargs)
     target = _import_attribute(spec, spec, base_dir) if ":" in spec else _load_entry_point(spec)
     if inspect.isclass(target):
@@ -46,7 +46,7 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
     """
     if spec in CATALOGUE:
         if kwargs is not None:
-            _check_own_path(spec, kwargs)
+            _require_weights_path(spec, kwargs)
         return
     if ":" not in spec:
         if _entry_point(spec) is None:
@@ -68,7 +68,7 @@ def built_in(name: str) -> Callable:
     return _import_attribute(name, CATALOGUE[name].home)
 
 
-def _check_own_path(name: str, kwargs: dict) -> None:
+def _require_weights_path(name: str, kwargs: dict) -> None:
     """Raise RewardError if kwargs lack the path of weights that the user must supply."""
     entry = CATALOGUE[name]
     if entry.own_path and not kwargs.get(entry.own_path):
@@ -84,6 +84,7 @@ def _entry_point(name: str):
 
 
 def _raise_unknown(spec: str, base_dir) -> NoReturn:
+    """Raise RewardError for a spec that names no known reward; suggest the nearest name."""
     if spec.endswith(".py"):
         _raise_unnamed(spec, _find_file(spec, spec, base_dir))
     plugins = [e.name for e in entry_points(group=ENTRY_POINT_GROUP)]
@@ -167,6 +168,7 @@ def _public_names(tree: ast.AST) -> set[str]:
 
 
 def _import_attribute(spec: str, target: str, base_dir=None):
+    """Import the module or file before the colon and return the attribute named after it."""
     where, attribute = target.rsplit(":", 1)
     try:
         is_file = where.endswith(".py")
@@ -211,7 +213,7 @@ def _construct(spec: str, target: type, kwargs: dict) -> Callable:
         try:
             signature.bind(**kwargs)
         except TypeError as error:
-            _raise_kwargs(spec, kwargs, signature, error)
+            _raise_bad_kwargs(spec, kwargs, signature, error)
         return target(**kwargs)
 
 
@@ -225,11 +227,14 @@ def _bind(spec: str, reward: Callable, kwargs: dict) -> Callable:
     signature = inspect.signature(reward)
     named = [p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not set(kwargs) <= set(named[2:]):  # after video and prompts; **info is not for settings
-        _raise_kwargs(spec, kwargs, signature)
+        _raise_bad_kwargs(spec, kwargs, signature)
     return functools.update_wrapper(functools.partial(reward, **kwargs), reward)
 
 
-def _raise_kwargs(spec: str, kwargs: dict, signature: inspect.Signature, error: Exception | None = None) -> NoReturn:
+def _raise_bad_kwargs(
+    spec: str, kwargs: dict, signature: inspect.Signature, error: Exception | None = None
+) -> NoReturn:
+    """Raise RewardError for arguments that the reward does not take; suggest the nearest name."""
     wrong = [name for name in kwargs if name not in signature.parameters]
     near = difflib.get_close_matches(wrong[0], signature.parameters, n=1) if wrong else []
     cure = f"the nearest name is {near[0]!r}" if near else "correct the reward's entry in reward_kwargs"

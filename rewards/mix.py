@@ -85,26 +85,26 @@ class RewardMix:
         total_B, breakdown = torch.zeros(len(prompts), device=video_BCTHW.device), {}
         for name in self.rewards:
             trained = torch.is_grad_enabled() and video_BCTHW.requires_grad and self.weights[name] != 0
-            term = self._balanced if self.balance and trained else self._plain
+            term = self._score_balanced if self.balance and trained else self._score_and_transform
             breakdown[name], term_B = term(name, video_BCTHW, prompts, info)
             if self.weights[name] != 0:
                 total_B = total_B + self.weights[name] * term_B
         return total_B, breakdown
 
-    def _plain(self, name, video_BCTHW, prompts, info):
+    def _score_and_transform(self, name, video_BCTHW, prompts, info):
         """Return the raw scores (B,), detached, and the transformed scores (B,)."""
         scores_B = self._score(name, video_BCTHW, prompts, info)
         return scores_B.detach(), self._transform(name, scores_B)
 
-    def _balanced(self, name, video_BCTHW, prompts, info):
-        """Return the result of `_plain` with pixel gradients of unit length, or zero.
+    def _score_balanced(self, name, video_BCTHW, prompts, info):
+        """Return raw and transformed scores (B,), with pixel gradients of unit length, or zero.
 
         The gradient is computed here, which frees the reward's graph. A term of value zero passes
         it on. Raises RewardError for a gradient that is not finite, since scaling would make the
         total not finite either.
         """
         pixels_BCTHW = video_BCTHW.detach().requires_grad_()
-        scores_B, term_B = self._plain(name, pixels_BCTHW, prompts, info)
+        scores_B, term_B = self._score_and_transform(name, pixels_BCTHW, prompts, info)
         if not term_B.requires_grad:  # the scores do not depend on these pixels
             return scores_B, term_B
         (grad_BCTHW,) = torch.autograd.grad(term_B.sum(), pixels_BCTHW)  # scores know nothing of their neighbours

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_score_args(argv)
     try:
         files = [check_file(path) for path in arguments.files]
-        prompts = prompts_of(files, arguments.prompts, arguments.rewards)
+        prompts = resolve_prompts(files, arguments.prompts, arguments.rewards)
         rewards = load_rewards(arguments.rewards, arguments.kwargs)
         rows = [score(rewards, *pair, arguments) for pair in zip(files, prompts, strict=True)]
     except (ValueError, OSError) as error:  # RewardError is a ValueError
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_rewards(specs: list[str], kwargs: dict) -> dict[str, Callable]:
-    """Load rewards by short name. Raises ValueError for kwargs of others and repeated names."""
+    """Load rewards by short name. Raises ValueError for repeated names and kwargs of no reward."""
     specs = by_name(specs)
     for name, given in kwargs.items():
         if name not in specs or not isinstance(given, dict):
@@ -71,7 +71,7 @@ def by_name(specs: list[str]) -> dict[str, str]:
     return dict(zip(names, specs, strict=True))
 
 
-def prompts_of(files: list[Path], prompts: list[str] | None, specs: list[str]) -> list[str]:
+def resolve_prompts(files: list[Path], prompts: list[str] | None, specs: list[str]) -> list[str]:
     """Return a prompt for each file.
 
     Raises ValueError unless there are one or as many prompts as files; RewardError if a reward

@@ -17,8 +17,8 @@ from rlhf.io import write_whole
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
 
 
-def default_cache() -> Path:
-    """Return $CONTENTV_RLHF_CACHE/scores, or that folder in the user's cache."""
+def default_cache_folder() -> Path:
+    """Return $CONTENTV_RLHF_CACHE/scores, by default ~/.cache/contentv-rlhf/scores."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "contentv-rlhf") / "scores"
 
 
@@ -63,7 +63,7 @@ class Scorer:
 
     def __call__(self, path: Path, prompt: str) -> dict[str, float]:
         """Return {name: score} of a file."""
-        keys = {name: digest(content_of(path), prompt, identity) for name, identity in self.identities.items()}
+        keys = {name: digest(file_sha256(path), prompt, identity) for name, identity in self.identities.items()}
         known = {name: self.cache.get(key) for name, key in keys.items()}
         missing = [name for name, value in known.items() if value is None]
         if missing:
@@ -88,13 +88,13 @@ def reward_identity(spec: str, kwargs: dict, max_frames: int | None = None) -> s
     large. Code that a reward imports does not count.
     """
     where = Path(spec.rsplit(":", 1)[0])
-    source = content_of(where) if where.suffix == ".py" else ""
+    source = file_sha256(where) if where.suffix == ".py" else ""
     named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in map(str, kwargs.values())}
     files = {value: _stamp(path) for value, path in named.items() if path.exists()}
     return json.dumps([spec, kwargs, max_frames, source, files], sort_keys=True)
 
 
-def content_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with Path(path).expanduser().open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -48,6 +48,7 @@ def _image(path: Path) -> tuple[Iterator[torch.Tensor], None]:
 
 
 def _video(path: Path) -> tuple[Iterator[torch.Tensor], float]:
+    """Return the frames, (H, W, 3) uint8 each, of a video or GIF, and the frame rate."""
     import imageio.v3 as iio
 
     if path.suffix.lower() == ".gif":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from rewards.common.frames import check_num_frames, check_positive, in_chunks, pick_frames
+from rewards.common.frames import apply_in_chunks, check_num_frames, check_positive, pick_frames
 from rewards.common.weights import Frozen, torch_dtype
 from rewards.contract import at_least_float32
 
@@ -103,7 +103,7 @@ class FrameReward(ModelReward):
         batch, count = video_BTCHW.shape[:2]
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             text = [rows.repeat_interleave(count, 0) for rows in self.text_features(prompts)]
-            scores_N = in_chunks(self.score_frames, self.chunk, video_BTCHW.flatten(0, 1), *text)
+            scores_N = apply_in_chunks(self.score_frames, self.chunk, video_BTCHW.flatten(0, 1), *text)
             return at_least_float32(scores_N).unflatten(0, (batch, count)).mean(1)
 
     @torch.no_grad()

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from rewards.common.weights import Frozen, load_pretrained, load_tokenizer, missing_weights_error, quick_hub
+from rewards.common.weights import (
+    Frozen,
+    load_pretrained,
+    load_tokenizer,
+    missing_weights_error,
+    offline_if_unreachable,
+)
 from rewards.contract import RewardError, at_least_float32
 
 CLIP_B32, CLIP_L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
@@ -46,7 +52,7 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 
 
 def learned_scale(model: torch.nn.Module) -> torch.Tensor:
-    """Return exp(logit_scale) of a CLIP in at least float32; in bfloat16, 100 would become 98.9."""
+    """Return exp(logit_scale) of a CLIP in at least float32; bfloat16 would round 100 to 98.9."""
     return at_least_float32(model.logit_scale.detach()).exp()
 
 
@@ -208,6 +214,7 @@ def _load_transformers(name: str, model: str) -> TransformersClip:
 
 
 def _load_open_clip(name: str, model: str, pretrained: str | None) -> OpenClip:
+    """Load an open_clip model and its tokenizer. Raises RewardError for missing weights."""
     import open_clip
 
     if _is_open_clip_folder(model):
@@ -218,7 +225,7 @@ def _load_open_clip(name: str, model: str, pretrained: str | None) -> OpenClip:
         cure = "set pretrained; without it open_clip would score with random weights"
         raise RewardError(name, got="pretrained=None", expected=expected, cure=cure)
     try:
-        with quick_hub(local=model.startswith("local-dir:")):
+        with offline_if_unreachable(local=model.startswith("local-dir:")):
             clip = open_clip.create_model(model, pretrained, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:  # open_clip and the hub raise many types for missing files

@@ -28,7 +28,7 @@ _CURE = "pass it to the reward as a keyword, as the trainer does: reward(video, 
 
 
 def pick_frames(reward: Callable, video_BCTHW: torch.Tensor, info: dict) -> torch.Tensor:
-    """Return the frames (B, C, N, H, W) that `reward.num_frames` selects; info is the call's."""
+    """Return the frames (B, C, N, H, W) that `reward.num_frames` selects, by the call's `info`."""
     chosen = choose_frames(reward.name, reward.num_frames, video_BCTHW.shape[2], info)
     return video_BCTHW if len(chosen) == video_BCTHW.shape[2] else video_BCTHW[:, :, chosen]
 
@@ -41,24 +41,24 @@ def choose_frames(name: str, num_frames: int | str | None, total: int, info: dic
     """
     kind, amount = _parse_num_frames(name, num_frames)
     if kind == "fps":
-        return _at_rate(amount, total, _require_info(name, num_frames, info, "fps")) if total > 1 else [0]
+        return _indices_at_rate(amount, total, _require_info(name, num_frames, info, "fps")) if total > 1 else [0]
     if kind == "all" or amount >= total:
         return list(range(total))
     if kind == "even":
-        return evenly_spaced(total, amount)
+        return evenly_spaced_indices(total, amount)
     seed, step = _require_info(name, num_frames, info, "seed"), _require_info(name, num_frames, info, "step")
     return sorted(random.Random(f"{name} {seed} {step}").sample(range(total), amount))
 
 
-def evenly_spaced(total: int, count: int | None) -> list[int]:
-    """Return `count` evenly spaced indices, with first and last; all for None or too few."""
+def evenly_spaced_indices(total: int, count: int | None) -> list[int]:
+    """Return `count` evenly spaced indices from first to last; all if count is None or >= total."""
     if count is None or count >= total:
         return list(range(total))
     return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def check_num_frames(name: str, frames: str | int, num_frames: int | str | None) -> None:
-    """Raise RewardError if either is malformed, or if frames is smaller than num_frames."""
+    """Raise RewardError if frames or num_frames is malformed, or if frames < num_frames."""
     check_frames(name, frames)
     kind, amount = _parse_num_frames(name, num_frames)
     decoded = {"first": 1, "all": float("inf")}.get(frames, frames)
@@ -84,8 +84,8 @@ def require_frames(name: str, got: int, least: int) -> None:
         raise RewardError(name, got=f"{got} frame(s)", expected=f"at least {least}", cure=cure)
 
 
-def in_chunks(function: Callable, chunk: int | None, *frames_NCHW: torch.Tensor) -> torch.Tensor:
-    """Return function(*frames_NCHW), by `chunk` rows that are recomputed in backward."""
+def apply_in_chunks(function: Callable, chunk: int | None, *frames_NCHW: torch.Tensor) -> torch.Tensor:
+    """Apply the function to chunks of `chunk` rows, recomputed in backward; None: all at once."""
     if chunk is None:
         return function(*frames_NCHW)
     parts = zip(*(frames.split(chunk) for frames in frames_NCHW), strict=True)
@@ -111,7 +111,7 @@ def _require_info(name: str, num_frames: str, info: dict, key: str):
     return info[key]
 
 
-def _at_rate(rate: float, total: int, fps: float) -> list[int]:
+def _indices_at_rate(rate: float, total: int, fps: float) -> list[int]:
     """Return the frames nearest to 0, 1 / rate, ... seconds; all if fps is below the rate."""
     stride = max(fps / rate, 1)
     return [index for i in range(total) if (index := round(i * stride)) < total]

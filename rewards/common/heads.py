@@ -25,7 +25,7 @@ class LinearLayers(torch.nn.Sequential):
 
 
 def load_head(name: str, path: str, prefix: str, build: Callable[[int], torch.nn.Module]) -> torch.nn.Module:
-    """Return build(width) with the float32 weights of a file whose keys begin with `prefix`.
+    """Return build(width) with a file's float32 weights, `prefix` stripped from their keys.
 
     The width of the embedding is read from the first matrix of the file. Raises RewardError.
     """
@@ -38,7 +38,7 @@ def load_head(name: str, path: str, prefix: str, build: Callable[[int], torch.nn
 def dimension_weights(
     name: str, dimension: str | dict[str, float], known: Sequence[str], whole: str, each: float
 ) -> list[float]:
-    """Return the weight of each known dimension, for a name, {name: weight} or `whole`.
+    """Return each known dimension's weight; dimension: a name, {name: weight} or `whole`.
 
     `whole` names the sum of all dimensions with the weight `each`. Raises RewardError for unknown
     names and weights that are not finite.

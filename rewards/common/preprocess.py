@@ -25,7 +25,7 @@ def preprocess(
     fit: str = "shortest",
     mode: str = "bicubic",
 ) -> torch.Tensor:
-    """Return normalised pixels (N, C, size, size); for fit "whole" the longer side stays longer.
+    """Resize by `fit` and normalise, to (N, C, size, size); "whole" keeps the aspect ratio.
 
     fit   "shortest" (resize the shorter side, crop the centre), "whole" (the same without the
           crop), "squash" (resize both sides) or "pad" (resize the longer side, add black bars)

@@ -47,12 +47,12 @@ class QwenVl(Frozen):
         self.freeze()
 
     def fit(self, video_NCTHW: torch.Tensor, min_pixels: int, max_pixels: int) -> torch.Tensor:
-        """Resize frames (bicubic) to whole tokens and min_pixels to max_pixels."""
+        """Resize frames (bicubic) to whole visual tokens, within min_pixels and max_pixels."""
         height, width = target_size(*video_NCTHW.shape[-2:], self.patch * self.merge, min_pixels, max_pixels)
         return resize(video_NCTHW.flatten(1, 2), height, width).unflatten(1, video_NCTHW.shape[1:3])
 
     def tokens(self, name: str, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return right-padded ids (N, L) of the text and positions (N, R) of reward tokens."""
+        """Return right-padded token ids (N, L) and the positions (N, R) of reward tokens."""
         rows = [torch.tensor(self.encode(AFTER.format(text=text))) for text in texts]
         where = [
             [_token_position(name, row, token, number) for token, number in self.reward_tokens.items()] for row in rows
@@ -61,7 +61,7 @@ class QwenVl(Frozen):
         return ids_NL.to(self.device), torch.tensor(where, device=self.device)
 
     def forward(self, video_NCTHW: torch.Tensor, ids_NL: torch.Tensor, where_NR: torch.Tensor) -> torch.Tensor:
-        """Return scores (N, R, K), in at least float32, of fitted frames and `tokens`."""
+        """Return scores (N, R, K), at least float32, of resized frames, token ids and positions."""
         text, embed = self.model.language_model, self.model.language_model.embed_tokens
         before_1L = torch.tensor([self.encode(BEFORE)], device=self.device)
         visual_NVD = self.visual_tokens(video_NCTHW)
@@ -86,7 +86,7 @@ class QwenVl(Frozen):
 
 
 def _token_position(name: str, ids_L: torch.Tensor, token: str, number: int) -> int:
-    """Return the position of a reward token. Raises RewardError if the prompt has it too."""
+    """Return the position of a reward token. Raises RewardError unless it occurs exactly once."""
     places = (ids_L == number).nonzero().flatten().tolist()
     if len(places) != 1:
         got, expected = f"a prompt with {token} in it", "a prompt without the tokens that the score is read at"
@@ -217,11 +217,11 @@ def random_qwen_vl(sizes: dict, head: torch.nn.Module, tokens: list[str], dtype:
     config = Qwen2VLConfig(**sizes)
     first = config.text_config.vocab_size - len(tokens)
     ids = {token: first + i for i, token in enumerate(tokens)}
-    return QwenVl(Qwen2VLModel._from_config(config, dtype=dtype), head, stand_in_encoder(ids), ids)
+    return QwenVl(Qwen2VLModel._from_config(config, dtype=dtype), head, fake_tokenizer(ids), ids)
 
 
-def stand_in_encoder(ids: dict[str, int]) -> Callable[[str], list[int]]:
-    """Return a text -> ids function for random models, whose tokenizer is not at hand.
+def fake_tokenizer(ids: dict[str, int]) -> Callable[[str], list[int]]:
+    """Return a text -> ids function that replaces the tokenizer for random models.
 
     Special tokens get their `ids`. Other text is encoded with OpenAI's vocabulary of open_clip,
     wrapped to smaller ids.

@@ -59,8 +59,8 @@ def missing_weights_error(
 
 
 @contextmanager
-def quick_hub(local: bool = False) -> Iterator[None]:
-    """Go offline inside if the hub can't be reached; its client would retry for a minute.
+def offline_if_unreachable(local: bool = False) -> Iterator[None]:
+    """Go offline while inside if the hub can't be reached, whose client would retry for a minute.
 
     local: nothing inside needs the hub, so its reachability is not tested.
     """
@@ -76,6 +76,7 @@ def quick_hub(local: bool = False) -> Iterator[None]:
 
 @lru_cache
 def _hub_answers(endpoint: str) -> bool:
+    """Return whether the server answers within five seconds; the result is cached."""
     from huggingface_hub.utils import get_session
 
     try:
@@ -86,10 +87,10 @@ def _hub_answers(endpoint: str) -> bool:
 
 
 def from_pretrained(name: str, cls: type, model: str, key: str = "model", **kwargs) -> Any:
-    """Return cls.from_pretrained(model), from hub or folder. Raises RewardError with `key`."""
+    """Return cls.from_pretrained(model). Raises RewardError that names the setting `key`."""
     path = str(Path(model).expanduser()) if model.startswith("~") else model
     try:
-        with quick_hub(local=Path(path).is_dir()):
+        with offline_if_unreachable(local=Path(path).is_dir()):
             return cls.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         raise missing_weights_error(name, model, key, error, tokenizer=cls.__name__ == "AutoTokenizer") from error
@@ -115,7 +116,7 @@ def load_tokenizer(name: str, tokenizer: Any, key: str = "tokenizer") -> Any:
 
 
 def load_from_torch_hub(name: str, url: str, key: str) -> dict[str, torch.Tensor]:
-    """Load or download a torchvision state dict. Raises RewardError with the setting `key`."""
+    """Load or download a torchvision state dict. Raises RewardError that names setting `key`."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     try:
         if not cached.is_file() and not _hub_answers(url.rsplit("/", 1)[0]):
@@ -167,18 +168,18 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def hub_file(name: str, repository: str, file: str, key: str) -> str:
-    """Return the path of a hub file. Raises RewardError with the setting `key`."""
+    """Return the path of a hub file. Raises RewardError that names the setting `key`."""
     from huggingface_hub import hf_hub_download
 
     try:
-        with quick_hub():
+        with offline_if_unreachable():
             return hf_hub_download(repository, file)
     except Exception as error:  # offline, gated and broken connections have different types
         raise missing_weights_error(name, repository, key, error, file) from error
 
 
-def load_published(name: str, path: str | None, repository: str, file: str, instead: str | None = None) -> dict:
-    """Load the state dict at `path`, by default of the hub file. Raises RewardError."""
+def load_published_weights(name: str, path: str | None, repository: str, file: str, instead: str | None = None) -> dict:
+    """Load the state dict at `path`, or of the published hub file for None. Raises RewardError."""
     return load_state_dict(name, path or hub_file(name, repository, file, "checkpoint"), instead)
 
 

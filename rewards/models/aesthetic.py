@@ -92,7 +92,7 @@ class Aesthetic(HeadScore):
 
     @classmethod
     def random_init(cls, **options) -> "Aesthetic":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         return cls(cls.build_head(768), model=random_clip(CLIP_L14), **options)
 
 
@@ -130,5 +130,5 @@ class AestheticV25(HeadScore):
 
     @classmethod
     def random_init(cls, **options) -> "AestheticV25":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         return cls(cls.build_head(1152), random_siglip(), **options)

@@ -47,5 +47,5 @@ class ClipScore(CosineScore):
 
     @classmethod
     def random_init(cls, model: str = CLIP_L14, **options) -> "ClipScore":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         return cls(random_clip(model), **options)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from rewards.common.base import ModelReward
 from rewards.common.clip_models import CLIP_B32, load_clip, random_clip, unit
-from rewards.common.frames import in_chunks, pick_frames, require_frames
+from rewards.common.frames import apply_in_chunks, pick_frames, require_frames
 from rewards.common.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.common.weights import Frozen, load_pretrained
 from rewards.contract import at_least_float32
@@ -51,7 +51,7 @@ class Consistency(ModelReward):
 def embed_frames(embedder: Frozen, video_BCNHW: torch.Tensor, chunk: int | None) -> torch.Tensor:
     """Return unit float32 embeddings (B, N, P) of all N frames, computed in chunks of frames."""
     frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
-    return in_chunks(embedder.embed, chunk, frames_NCHW).unflatten(0, (video_BCNHW.shape[0], -1))
+    return apply_in_chunks(embedder.embed, chunk, frames_NCHW).unflatten(0, (video_BCNHW.shape[0], -1))
 
 
 def consistency(embeds_BNP: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ class SubjectConsistency(Consistency):
 
     @classmethod
     def random_init(cls, **settings) -> "SubjectConsistency":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         from transformers import ViTConfig, ViTModel
 
         return cls(Dino(ViTModel(ViTConfig(), add_pooling_layer=False)), **settings)  # the config's defaults are DINO's
@@ -95,7 +95,7 @@ class BackgroundConsistency(Consistency):
 
     @classmethod
     def random_init(cls, **settings) -> "BackgroundConsistency":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         return cls(random_clip(CLIP_B32), **settings)
 
 

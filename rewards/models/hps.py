@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 
 from rewards.common.clip_models import Clip, OpenClip
-from rewards.common.weights import build_from_state_dict, load_published
+from rewards.common.weights import build_from_state_dict, load_published_weights
 from rewards.models.clip import CosineScore
 
 REPOSITORY = "xswu/HPSv2"
@@ -38,15 +38,16 @@ class HpsV21(CosineScore):
 
     @classmethod
     def random_init(cls, **options) -> "HpsV21":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         import open_clip
 
         return cls(OpenClip(random_open_clip(), open_clip.get_tokenizer("ViT-H-14")), **options)
 
     def _load(self, checkpoint: str | None, architecture: str) -> Clip:
+        """Load the CLIP from a checkpoint; None: the published file."""
         import open_clip
 
-        state = load_published(self.name, checkpoint, REPOSITORY, self.file)
+        state = load_published_weights(self.name, checkpoint, REPOSITORY, self.file)
         source = checkpoint or self.file
         model = build_from_state_dict(
             self.name, source, lambda: random_open_clip(architecture), state.get("state_dict", state)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from rewards.common.base import ModelReward
-from rewards.common.frames import in_chunks, pick_frames
+from rewards.common.frames import apply_in_chunks, pick_frames
 from rewards.common.qwen_vl import QwenVl, load_qwen_vl, qwen2_vl_sizes, random_qwen_vl
-from rewards.common.weights import load_published, require_tensor, torch_dtype
+from rewards.common.weights import load_published_weights, require_tensor, torch_dtype
 
 REPOSITORY, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -49,13 +49,13 @@ class HpsV3(ModelReward):
         self.freeze()
 
     def _load(self, checkpoint: str | None, model: str) -> QwenVl:
-        state = load_published(self.name, checkpoint, REPOSITORY, FILE)
+        state = load_published_weights(self.name, checkpoint, REPOSITORY, FILE)
         width = require_tensor(self.name, state, "rm_head.0.weight").shape[1]
         return load_qwen_vl(self.name, model, state, preference_head(width), TOKENS, self.dtype)
 
     @classmethod
     def random_init(cls, dtype: str = "bfloat16", **settings) -> "HpsV3":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         head = preference_head(SIZES["text_config"]["hidden_size"])
         vlm = random_qwen_vl(SIZES, head, TOKENS, torch_dtype(cls.name, dtype))
         return cls(vlm, dtype=dtype, **settings)
@@ -68,7 +68,7 @@ class HpsV3(ModelReward):
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             images_NCTHW = video_BCNHW.transpose(1, 2).flatten(0, 1).unsqueeze(2)
             tokens = [rows.repeat_interleave(count, 0) for rows in self.vlm.tokens(self.name, texts)]
-            logits_N12 = in_chunks(self._logits, self.chunk, images_NCTHW, *tokens)
+            logits_N12 = apply_in_chunks(self._logits, self.chunk, images_NCTHW, *tokens)
             return logits_N12[:, 0, 0].unflatten(0, (len(prompts), count)).mean(1)
 
     def _logits(self, images_NCTHW, ids_NL, where_NR) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from rewards.common.base import FrameReward
 from rewards.common.heads import LinearLayers
 from rewards.common.preprocess import preprocess
-from rewards.common.weights import build_from_state_dict, load_published, load_tokenizer, rename_keys
+from rewards.common.weights import build_from_state_dict, load_published_weights, load_tokenizer, rename_keys
 from rewards.contract import at_least_float32
 
 REPOSITORY, FILE, TOKENIZER = "THUDM/ImageReward", "ImageReward.pt", "bert-base-uncased"
@@ -75,12 +75,12 @@ class ImageReward(FrameReward):
         self.freeze()
 
     def _load(self, path: str | None) -> ImageRewardModel:
-        state = rename_keys(load_published(self.name, path, REPOSITORY, FILE), RENAMED, UNUSED)
+        state = rename_keys(load_published_weights(self.name, path, REPOSITORY, FILE), RENAMED, UNUSED)
         return build_from_state_dict(self.name, path or FILE, ImageRewardModel, state)
 
     @classmethod
     def random_init(cls, **options) -> "ImageReward":
-        """Build it at full size with random weights; the tokenizer knows no words."""
+        """Build the reward at full size with random weights; its tokenizer has no vocabulary."""
         from transformers import BertTokenizer
 
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

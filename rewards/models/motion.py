@@ -7,7 +7,7 @@ W width.
 import torch
 from torchvision.models.optical_flow import RAFT, raft, raft_large
 
-from rewards.common.frames import check_num_frames, check_positive, in_chunks, pick_frames, require_frames
+from rewards.common.frames import apply_in_chunks, check_num_frames, check_positive, pick_frames, require_frames
 from rewards.common.preprocess import resize
 from rewards.common.weights import Frozen, load_from_torch_hub, load_state_dict
 from rewards.contract import RewardError, at_least_float32
@@ -61,7 +61,7 @@ class MotionDegree(Frozen):
 
     @classmethod
     def random_init(cls, **settings) -> "MotionDegree":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         return cls(raft_large(), **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
@@ -71,7 +71,7 @@ class MotionDegree(Frozen):
         frames_BNCHW = video_BCNHW.transpose(1, 2)
         before_MCHW, after_MCHW = frames_BNCHW[:, :-1].flatten(0, 1), frames_BNCHW[:, 1:].flatten(0, 1)
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            motion_M = in_chunks(self.motion, self.chunk, before_MCHW, after_MCHW)
+            motion_M = apply_in_chunks(self.motion, self.chunk, before_MCHW, after_MCHW)
         return motion_M.unflatten(0, (video_BCTHW.shape[0], -1)).mean(1)
 
     def motion(self, before_MCHW: torch.Tensor, after_MCHW: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rewards.common.base import FrameReward
 from rewards.common.clip_models import CLIP_H14, SIZES, learned_scale, openai_tokenizer, unit
 from rewards.common.preprocess import preprocess
-from rewards.common.weights import build_from_state_dict, load_published, load_tokenizer, rename_keys
+from rewards.common.weights import build_from_state_dict, load_published_weights, load_tokenizer, rename_keys
 
 REPOSITORY, FILE = "RE-N-Y/mpsv1", "model.safetensors"
 CONDITION = (
@@ -91,12 +91,12 @@ class Mps(FrameReward):
 
     def _load(self, path: str | None) -> MpsModel:
         cure = f"use {FILE} of {REPOSITORY}, or MPS_overall.pth, the state dict of the same weights"
-        state = rename_keys(load_published(self.name, path, REPOSITORY, FILE, cure), RENAMED, UNUSED)
+        state = rename_keys(load_published_weights(self.name, path, REPOSITORY, FILE, cure), RENAMED, UNUSED)
         return build_from_state_dict(self.name, path or FILE, MpsModel, state)
 
     @classmethod
     def random_init(cls, **options) -> "Mps":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         return cls(MpsModel(), openai_tokenizer, **options)
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -117,7 +117,7 @@ class Mps(FrameReward):
 
 
 def tokens_to_keep(text_NLP: torch.Tensor, condition_LP: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return a mask (N, L): product with the condition above threshold * its maximum."""
+    """Return a mask (N, L): tokens whose condition product exceeds threshold * the maximum."""
     s_NL = (text_NLP @ condition_LP.T).amax(-1)
     return s_NL / s_NL.amax(1, keepdim=True) > threshold
 
@@ -183,7 +183,7 @@ class SwiGlu(torch.nn.Module):
     """The activation a * SiLU(b) of two halves a, b."""
 
     def forward(self, x):
-        """Return a * SiLU(b)."""
+        """Return a * SiLU(b), where a and b are the halves of x."""
         x, gate = x.chunk(2, dim=-1)
         return F.silu(gate) * x
 
@@ -199,7 +199,7 @@ def attend(
 
 
 def rotate(x_NIKD: torch.Tensor) -> torch.Tensor:
-    """Rotate (d, d + D/2) at position i by i * 10000^(-2d / D) (arXiv 2104.09864)."""
+    """Apply rotary position embedding over the second axis (RoPE, arXiv 2104.09864)."""
     length, half = x_NIKD.shape[1], x_NIKD.shape[3] // 2
     exact = torch.promote_types(x_NIKD.dtype, torch.float32)
     place, pair = (torch.arange(n, dtype=exact, device=x_NIKD.device) for n in (length, half))

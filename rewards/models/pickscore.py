@@ -28,7 +28,7 @@ class PickScore(ClipScore):
 
     @classmethod
     def random_init(cls, **options) -> "PickScore":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         return cls(random_clip(CLIP_H14), **options)
 
     def score_frames(self, frames_NCHW: torch.Tensor, text_NP: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ class PixelReward:
         raise NotImplementedError
 
     def mean_difference(self, video_BCTHW: torch.Tensor, order: int) -> torch.Tensor:
-        """Return the mean absolute difference (B,) of this order, in [0, 2^(order - 1)]."""
+        """Return the mean absolute temporal difference (B,) of an order, in [0, 2^(order - 1)]."""
         require_frames(self.name, video_BCTHW.shape[2], order + 1)
         return video_BCTHW.diff(n=order, dim=2).abs().mean(dim=(1, 2, 3, 4))
 

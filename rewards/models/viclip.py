@@ -13,9 +13,9 @@ import torch
 from rewards.common.base import FrozenReward, encode_with_cache
 from rewards.common.checkpointing import recompute_in_backward
 from rewards.common.clip_models import unit
-from rewards.common.frames import in_chunks
+from rewards.common.frames import apply_in_chunks
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
-from rewards.common.weights import build_from_state_dict, load_published
+from rewards.common.weights import build_from_state_dict, load_published_weights
 from rewards.contract import RewardError
 
 REPOSITORY, FILE = "OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth"
@@ -69,24 +69,25 @@ class ViClip(FrozenReward):
         self.freeze()
 
     def _load(self, checkpoint: str | None) -> "ViClipModel":
-        state = load_published(self.name, checkpoint, REPOSITORY, FILE)
+        """Load the model from a checkpoint; None: the published file."""
+        state = load_published_weights(self.name, checkpoint, REPOSITORY, FILE)
         state = {
             key: tensor for key, tensor in state.get("model", state).items() if key != "temp"
         }  # used in training only
         return build_from_state_dict(
-            self.name, checkpoint or FILE, lambda: ViClipModel(sizes_in(self.name, state)), state
+            self.name, checkpoint or FILE, lambda: ViClipModel(infer_sizes(self.name, state)), state
         )
 
     @classmethod
     def random_init(cls, **settings) -> "ViClip":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         return cls(ViClipModel(SIZES), **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         """Return scores (B,), in at least float32."""
         chosen = middle_frames(self.model.vision_encoder.num_frames, video_BCTHW.shape[2])
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            video_BP = unit(in_chunks(self._embed, self.chunk, video_BCTHW[:, :, chosen]))
+            video_BP = unit(apply_in_chunks(self._embed, self.chunk, video_BCTHW[:, :, chosen]))
             return (video_BP * self.text_features(prompts).to(video_BP)).sum(1)
 
     def _embed(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,7 @@ class VideoTransformer(torch.nn.Module):
         self.proj = torch.nn.Parameter(scale * torch.randn(width, output))
 
     def forward(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
-        """Return embeddings (B, P) of normalised frames; the class token has no time."""
+        """Return embeddings (B, P) of normalised frames; the class token has no time embedding."""
         patches_BNLD = self.conv1(video_BCNHW).flatten(3).permute(0, 2, 3, 1)
         patches_BNLD = patches_BNLD + self.positional_embedding[1:] + self.temporal_positional_embedding[:, :, None]
         class_D = self.class_embedding + self.positional_embedding[0]
@@ -165,8 +166,8 @@ def middle_frames(count: int, total: int) -> list[int]:
     return middles + [middles[-1]] * (count - parts)
 
 
-def sizes_in(name: str, state: dict[str, torch.Tensor]) -> dict:
-    """Return `SIZES` of a checkpoint from its shapes. Raises RewardError for another layout."""
+def infer_sizes(name: str, state: dict[str, torch.Tensor]) -> dict:
+    """Return a checkpoint's sizes, keyed as `SIZES`. Raises RewardError for another layout."""
     vision, text = "vision_encoder.", "text_encoder."
     try:
         width, _, _, _, patch = state[f"{vision}conv1.weight"].shape

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from rewards.common.base import FrozenReward
-from rewards.common.frames import check_positive, in_chunks, require_frames
+from rewards.common.frames import apply_in_chunks, check_positive, require_frames
 from rewards.common.heads import dimension_weights
 from rewards.common.qwen_vl import QwenVl, load_qwen_vl, merge_lora, qwen2_vl_sizes, random_qwen_vl
-from rewards.common.weights import load_published, require_tensor, torch_dtype
+from rewards.common.weights import load_published_weights, require_tensor, torch_dtype
 
 REPOSITORY, FILE = "KwaiVGI/VideoReward", "checkpoint-11352/model.pth"
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
@@ -73,13 +73,13 @@ class VideoAlign(FrozenReward):
         self.freeze()
 
     def _load(self, checkpoint: str | None, model: str) -> QwenVl:
-        state = merge_lora(load_published(self.name, checkpoint, REPOSITORY, FILE), LORA_ALPHA, self.dtype)
+        state = merge_lora(load_published_weights(self.name, checkpoint, REPOSITORY, FILE), LORA_ALPHA, self.dtype)
         head = torch.nn.Linear(require_tensor(self.name, state, "rm_head.weight").shape[1], 1, bias=False)
         return load_qwen_vl(self.name, model, state, head, TOKENS, self.dtype)
 
     @classmethod
     def random_init(cls, dtype: str = "bfloat16", **settings) -> "VideoAlign":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         head = torch.nn.Linear(SIZES["text_config"]["hidden_size"], 1, bias=False)
         vlm = random_qwen_vl(SIZES, head, TOKENS, torch_dtype(cls.name, dtype))
         return cls(checkpoint=vlm, dtype=dtype, **settings)
@@ -96,7 +96,7 @@ class VideoAlign(FrozenReward):
         texts = [PROMPT.format(text_prompt=prompt) for prompt in prompts]
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             tokens = self.vlm.tokens(self.name, texts)
-            logits_B31 = in_chunks(self._logits, self.chunk, video_BCTHW[:, :, chosen], *tokens)
+            logits_B31 = apply_in_chunks(self._logits, self.chunk, video_BCTHW[:, :, chosen], *tokens)
             mean_3, std_3 = logits_B31.new_tensor([figures for _, *figures in DIMENSIONS.values()]).T
             return (logits_B31[..., 0] - mean_3) / std_3
 

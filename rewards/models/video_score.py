@@ -15,10 +15,10 @@ import torch
 
 from rewards.common.base import FrozenReward
 from rewards.common.checkpointing import recompute_in_backward
-from rewards.common.frames import check_positive, in_chunks
+from rewards.common.frames import apply_in_chunks, check_positive
 from rewards.common.heads import dimension_weights
 from rewards.common.preprocess import resize
-from rewards.common.qwen_vl import stand_in_encoder
+from rewards.common.qwen_vl import fake_tokenizer
 from rewards.common.weights import Frozen, from_pretrained, load_pretrained, torch_dtype
 from rewards.contract import RewardError, at_least_float32
 
@@ -89,7 +89,7 @@ class VideoScore(FrozenReward):
 
     @classmethod
     def random_init(cls, dtype: str = "bfloat16", **settings) -> "VideoScore":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         return cls(model=random_scorer(SIZES, torch_dtype(cls.name, dtype)), dtype=dtype, **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
@@ -99,10 +99,10 @@ class VideoScore(FrozenReward):
 
     def aspects(self, video_BCTHW: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Return scores (B, 5) in the order of `ASPECTS`."""
-        video_BCNHW = video_BCTHW[:, :, frames_up_to(self.max_frames, video_BCTHW.shape[2])]
+        video_BCNHW = video_BCTHW[:, :, subsample_indices(self.max_frames, video_BCTHW.shape[2])]
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
-            visual_NVD = in_chunks(self.scorer.visual_tokens, self.chunk, frames_NCHW)
+            visual_NVD = apply_in_chunks(self.scorer.visual_tokens, self.chunk, frames_NCHW)
             return self.scorer(visual_NVD.unflatten(0, (len(prompts), -1)).flatten(1, 2), self._texts(prompts))
 
     def _texts(self, prompts: list[str]) -> list[str]:
@@ -167,8 +167,8 @@ def target_size(height: int, width: int, shortest: int, longest: int) -> tuple[i
     return max(height, shortest), max(width, shortest)
 
 
-def frames_up_to(limit: int, total: int) -> list[int]:
-    """Return all indices, or `limit` of them at equal steps from the first."""
+def subsample_indices(limit: int, total: int) -> list[int]:
+    """Return all indices if total <= limit, else `limit` of them at equal steps from the first."""
     if total <= limit:
         return list(range(total))
     step = total / limit
@@ -220,5 +220,5 @@ def random_scorer(sizes: dict, dtype: torch.dtype) -> Idefics2Scorer:
     config = Idefics2Config(**sizes)
     tuned = model_class()._from_config(config, dtype=dtype)
     ids = {AROUND: config.image_token_id - 1, IMAGE: config.image_token_id}
-    encode = stand_in_encoder(ids)
+    encode = fake_tokenizer(ids)
     return Idefics2Scorer(tuned.model, tuned.score.float(), encode, config.image_token_id)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from rewards.common.base import FrozenReward
 from rewards.common.checkpointing import recompute_in_backward
-from rewards.common.frames import check_positive, in_chunks, require_frames
+from rewards.common.frames import apply_in_chunks, check_positive, require_frames
 from rewards.common.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.common.weights import load_pretrained
 from rewards.contract import RewardError, at_least_float32
@@ -71,7 +71,7 @@ class VJepa2(FrozenReward):
 
     @classmethod
     def random_init(cls, **settings) -> "VJepa2":
-        """Build it at full size with random weights on torch's default device."""
+        """Build the reward at full size with random weights on torch's default device."""
         from transformers import VJEPA2Config, VJEPA2Model
 
         return cls(VJEPA2Model(VJEPA2Config()), **settings)  # the configuration's defaults are those of ViT-L
@@ -81,7 +81,7 @@ class VJepa2(FrozenReward):
         require_frames(self.name, video_BCTHW.shape[2], MIN_FRAMES)
         chosen = clip_frames(video_BCTHW.shape[2], info.get("fps") or self.fps)
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            return -in_chunks(self.surprise, self.chunk, video_BCTHW[:, :, chosen])
+            return -apply_in_chunks(self.surprise, self.chunk, video_BCTHW[:, :, chosen])
 
     def surprise(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
         """Return mean |prediction - truth| (B,) over tokens and features of the later frames."""
@@ -102,7 +102,7 @@ class VJepa2(FrozenReward):
         return self.model.encoder(pixel_values_videos=pixels_BNCHW).last_hidden_state
 
     def pixels(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
-        """Return normalised pixels (B, N, C, crop, crop): shorter side 256/224 crop, centre."""
+        """Return pixels (B, N, C, crop, crop): short side to crop * 256/224, cropped, normalised."""
         crop = self.model.config.crop_size
         frames_NCHW, size = video_BCNHW.transpose(1, 2).flatten(0, 1), int(crop * 256 / 224)
         pixels_NCHW = preprocess(frames_NCHW, size, IMAGENET_MEAN, IMAGENET_STD, "whole", "bilinear")

@@ -9,7 +9,7 @@ from reward_checks import PROMPTS, every_check, make_video
 from rewards import RewardError, load_reward
 from rewards.common import base
 from rewards.common.base import FrameReward
-from rewards.common.frames import in_chunks
+from rewards.common.frames import apply_in_chunks
 from rewards.models.clip import ClipScore
 from rewards.models.hps import HpsV2
 from rewards.models.pickscore import PickScore
@@ -86,7 +86,7 @@ def test_chunks_split_every_input_alike_and_are_recomputed():
         calls.append((x.tolist(), y.tolist()))
         return x * y
 
-    result = in_chunks(score, 2, rows, torch.arange(5) + 10)
+    result = apply_in_chunks(score, 2, rows, torch.arange(5) + 10)
     result.sum().backward()
     assert calls[:3] == [([0, 1], [10, 11]), ([2, 3], [12, 13]), ([4], [14])]
     assert len(calls) == 6

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rewards import RewardError
-from rewards.common.frames import check_num_frames, choose_frames, evenly_spaced, pick_frames
+from rewards.common.frames import check_num_frames, choose_frames, evenly_spaced_indices, pick_frames
 
 INFO = {"fps": 24, "seed": 0, "step": 0}
 
@@ -22,7 +22,7 @@ INFO = {"fps": 24, "seed": 0, "step": 0}
     ],
 )
 def test_evenly_spaced(total, count, chosen):
-    assert evenly_spaced(total, count) == choose_frames("mine", count, total, {}) == chosen
+    assert evenly_spaced_indices(total, count) == choose_frames("mine", count, total, {}) == chosen
 
 
 @pytest.mark.parametrize(

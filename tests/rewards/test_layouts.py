@@ -139,7 +139,7 @@ def test_video_score_has_the_published_layout(meta):
 def test_viclip_has_the_published_layout(meta):
     published = published_state("opengvlab_viclip")
     assert published.pop("temp").shape == ()
-    assert viclip.sizes_in("viclip", published) == viclip.SIZES
+    assert viclip.infer_sizes("viclip", published) == viclip.SIZES
     assert layout_of(viclip.ViClip.random_init().model) == shapes(published)
 
 

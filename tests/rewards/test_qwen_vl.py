@@ -17,10 +17,10 @@ from rewards.common.qwen_vl import (
     BEFORE,
     QwenVl,
     current_key_name,
+    fake_tokenizer,
     load_qwen_vl,
     merge_lora,
     patchify,
-    stand_in_encoder,
     target_size,
 )
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_layout_is_refused(base, published, change, mess
 
 
 def test_the_stand_in_tokenizer_keeps_special_tokens_whole():
-    encode = stand_in_encoder({"<|a|>": 7, "<|b|>": 8})
+    encode = fake_tokenizer({"<|a|>": 7, "<|b|>": 8})
     ids = encode(TEXT)
     assert (ids.count(7), ids.count(8)) == (1, 1)
     assert 5 <= len(ids) <= len(tokenizer_for(TEXT).encode(TEXT)) + 6

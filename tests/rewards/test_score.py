@@ -15,7 +15,7 @@ from PIL import Image
 
 from rewards import check_spec, load_reward
 from rewards.cli.files import read_video
-from rewards.score import main, parse_score_args, prompts_of
+from rewards.score import main, parse_score_args, resolve_prompts
 
 ROOT = Path(__file__).parents[2]
 SQUARES = np.kron(np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3)), np.ones((1, 16, 16, 1))).astype(np.uint8)
@@ -161,7 +161,7 @@ def test_the_command_of_the_guide_is_understood():
     assert [str(path) for path in arguments.files] == ["video.mp4", "other.gif"]
     for name in arguments.rewards:
         check_spec(name)
-    assert prompts_of(arguments.files, arguments.prompts, arguments.rewards) == ["a red kite"] * 2
+    assert resolve_prompts(arguments.files, arguments.prompts, arguments.rewards) == ["a red kite"] * 2
 
 
 def test_it_runs_as_a_module(folder):

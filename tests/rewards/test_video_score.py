@@ -26,7 +26,7 @@ from transformers.models.mistral import modeling_mistral
 
 from rewards import RewardError, load_reward
 from rewards.common.preprocess import resize
-from rewards.models.video_score import ASPECTS, PROMPT, VideoScore, frames_up_to, model_class, target_size
+from rewards.models.video_score import ASPECTS, PROMPT, VideoScore, model_class, subsample_indices, target_size
 
 WIDTH, LATENTS = 32, 3
 SPECIAL = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
@@ -136,7 +136,7 @@ def test_an_even_grey_frame_is_a_frame(make):
 def test_frames_are_the_published_ones():
     for total in range(1, 1001):
         every = np.arange(total) if total <= 48 else np.arange(0, total, total / 48).astype(int)
-        assert frames_up_to(48, total) == every.tolist()
+        assert subsample_indices(48, total) == every.tolist()
 
 
 def test_max_frames(make):
