@@ -91,7 +91,7 @@ def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> s
     always = memory.held_bytes + context_bytes
     held = memory.held | {"context and kernels, outside of PyTorch": context_bytes, "together": always}
     phases = {name + " (the highest)" * (name == memory.peak_phase): size for name, size in memory.phases.items()}
-    in_use = [(name, _size(size)) for name, size in held.items() if size]
+    in_use = [(name, _size(size)) for name, size in held.items()]
     peaks = [(name, _size(always + size)) for name, size in phases.items() if size]
     left_out = f"\nLeft out, as its memory is not known: {unknown}" if unknown else ""
     return "\n\n".join(
