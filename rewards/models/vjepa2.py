@@ -102,7 +102,7 @@ class VJepa2(FrozenReward):
         return self.model.encoder(pixel_values_videos=pixels_BNCHW).last_hidden_state
 
     def pixels(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
-        """Return pixels (B, N, C, crop, crop): short side to crop * 256/224, cropped, normalised."""
+        """Return pixels (B, N, C, crop, crop): short side at crop * 256/224, normalised."""
         crop = self.model.config.crop_size
         frames_NCHW, size = video_BCNHW.transpose(1, 2).flatten(0, 1), int(crop * 256 / 224)
         pixels_NCHW = preprocess(frames_NCHW, size, IMAGENET_MEAN, IMAGENET_STD, "whole", "bilinear")
