@@ -38,7 +38,7 @@ def test_the_rates_are_those_that_were_measured():
         {"method": "listed", "method_kwargs": {"steps": [0, 2]}, "guidance_gradient": "text"},
         {"method": "drtune", "num_grad_steps": 2, "guidance_gradient": "none"},
         {"num_grad_steps": 2, "guidance_gradient": "distill", "drift_weight": 1.0},
-        {"method": "refl", "jump_steps": 1, "guidance_scale": 1.0},
+        {"method": "refl", "method_kwargs": {"jump_steps": 1}, "guidance_scale": 1.0},
         {"num_inference_steps": 6, "prefix_steps": 3},
         {"num_inference_steps": 6, "guidance_every": 2},
     ],
@@ -96,7 +96,7 @@ def test_settings_cost_what_they_do():
     assert plan(num_inference_steps=22)["sampling"] == pytest.approx(10 * plain["sampling"])  # two steps are the window
     assert plan(decode_chunk=1, decode_checkpoint=True)["decode"] > plain["decode"]
     assert plan(decode_window=5)["decode"] < plain["decode"]
-    assert plan(relative_words=["good", "bad"])["reward"] == 2 * plain["reward"]
+    assert plan(method_kwargs={"relative_words": ["good", "bad"]})["reward"] == 2 * plain["reward"]
     assert plan(method="drtune")[window] < plain[window], "its latents are detached"
     listed = plan(method="listed", method_kwargs={"steps": [20, 21]}, num_inference_steps=22)
     assert listed[window] == plain[window]
