@@ -6,7 +6,9 @@ from scripts import script
 
 from rewards import check, score
 
-COMPARE, REPORT, VBENCH = (script(f"eval/{name}.py").parse for name in ("compare", "report", "vbench"))
+COMPARE, REPORT, VBENCH = (
+    getattr(script(f"eval/{name}.py"), f"parse_{name}_args") for name in ("compare", "report", "vbench")
+)
 SCORE = ["score", "--full_info", "x.json", "--output", "x", "--json"]
 
 
