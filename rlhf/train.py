@@ -96,6 +96,7 @@ def resume_hint(args: RewardGradientConfig) -> str:
 
 
 def _fail(text: str, code: int) -> int:
+    """Print an error to stderr; return the exit status."""
     print(text, file=sys.stderr)
     return code
 

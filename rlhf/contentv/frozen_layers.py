@@ -66,7 +66,7 @@ class _FrozenNormSilu(torch.autograd.Function):
 
 
 def _unit_vectors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x / |x| in at least float32, and 1 / |x|."""
+    """Return x / |x| over channels (dim 1), in at least float32, and 1 / |x|."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     # Not vector_norm: over channels, which are not innermost, it is thirty times slower on a CPU.
     inverse = x.square().sum(1, keepdim=True).clamp_min_(SMALLEST_NORM**2).rsqrt_()

@@ -157,6 +157,7 @@ class _CausalConvs:
 
 
 def _residual_block(block, x, causal):
+    """Apply a Wan resnet. causal(layer, x) is a convolution with the cache of earlier chunks."""
     h = causal(block.conv1, norm_silu(block.norm1, x))
     h = causal(block.conv2, block.dropout(norm_silu(block.norm2, h)))
     return h + (x if isinstance(block.conv_shortcut, torch.nn.Identity) else _point_conv(block.conv_shortcut, x))
@@ -190,6 +191,7 @@ class _ClampStraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
+        """Clamp to [-1, 1]."""
         return x.clamp(-1, 1)
 
     @staticmethod

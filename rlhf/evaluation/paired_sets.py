@@ -27,7 +27,7 @@ class Pairs:
 
 
 def read_pairs(base: Path, tuned: Path) -> Pairs:
-    """Pair the rows of two scores.jsonl.
+    """Pair the scores of two scores.jsonl by prompt, averaged over the prompt's seeds.
 
     Raises ValueError if a file is absent, or if the two share no pair or no reward.
     """

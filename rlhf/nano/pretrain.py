@@ -68,7 +68,7 @@ class Denoiser(nn.Module):
 
 
 def miscaption(scenes: world.Scenes, generator: torch.Generator, chance: float) -> world.Scenes:
-    """Return scenes in which each judged attribute is wrong with this probability.
+    """Return scenes whose judged attributes are redrawn, each with this probability.
 
     A scene that would become a held-out combination stays as it is.
     """
