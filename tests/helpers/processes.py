@@ -10,7 +10,7 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["many_runs"])
-FOLDER = Path(__file__).parents[1]
+FOLDER = Path(__file__).parent
 
 
 @dataclass
