@@ -32,7 +32,7 @@ def test_a_launch_file_starts_the_command_on_several_processes(tmp_path, layout)
     flags += f" --eval_prompts none --output_dir {tmp_path / 'run'}"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
     command += ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu_2.yaml"), str(ROOT / "train_rlhf.py")]
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}
     ended = subprocess.run([*command, *flags.split()], env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert len(read_metrics(tmp_path / "run")) == 2
