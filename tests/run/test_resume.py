@@ -137,7 +137,11 @@ def test_torchrun_starts_a_run_again_which_goes_on_by_itself(tmp_path):
     own = {"per_device_train_batch_size": 1, "save_steps": 1}
     flags = ["--nproc_per_node=2", "--max_restarts=1", f"--master_port={free_port()}"]
     arguments = [str(FOLDER / "restarted.py"), str(tmp_path), json.dumps(own | {"reward": "killing"})]
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parents[1]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(FOLDER.parents[1]),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", *flags, *arguments]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
