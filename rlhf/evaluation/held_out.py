@@ -71,7 +71,7 @@ def fingerprint(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How held-out videos are made, judged and shown."""
+    """Options of an evaluation: sampling, judging and showing held-out videos."""
 
     seed: int  # of their noise
     batch_size: int  # videos on one process at a time

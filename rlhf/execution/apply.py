@@ -27,7 +27,7 @@ class UnsupportedOptionError(ValueError):
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """How the transformer's blocks run. Only `base_bits` changes the gradient."""
+    """Options of running the transformer's blocks. Only `base_bits` changes the gradient."""
 
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass
     keep_attention: bool = False  # except for their attention

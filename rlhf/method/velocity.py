@@ -23,7 +23,7 @@ from rlhf.types import Conditioning
 
 @dataclass(frozen=True)
 class Guidance:
-    """How velocities are guided."""
+    """Options of classifier-free guidance."""
 
     scale: float  # g; at 1 or less there is no guidance
     gradient: str = "full"  # as in `velocity_field`

@@ -50,7 +50,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class RewardNeeds:
-    """What the training rewards and the judges need."""
+    """Memory and time of the training rewards and of the judges."""
 
     decoded_frames: int  # leading frames of a video
     weight_bytes: int  # of rewards and judges
