@@ -15,6 +15,7 @@ and layout tests use it.
 Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
+import copy
 import math
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
+
+from rewards.isolation import keep_process_state
 
 # Optional attributes of a reward, with their defaults.
 ATTRIBUTE_DEFAULTS = {
@@ -94,6 +97,14 @@ def check_frames(name: str, frames: Any) -> None:
         raise RewardError(name, got=f"frames={frames!r}", expected=expected, cure=cure)
 
 
+def require_differentiable(name: str, reward: Callable) -> None:
+    """Raise RewardError for a reward that says differentiable=False."""
+    if not reward_attribute(reward, "differentiable"):
+        cure = "move it to eval_reward_funcs, or give it the weight 0 to log it only"
+        expected = "a reward with a gradient, for training"
+        raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
+
+
 def frames_needed(reward: Callable, total: int) -> int:
     """Return the number of leading frames that the reward needs, from 1 to total."""
     frames = reward_attribute(reward, "frames")
@@ -128,6 +139,44 @@ def check_scores(name: str, scores: Any, prompts: list[str], video_BCTHW: torch.
         raise RewardError(name, got=got, expected="a finite number", cure=cure)
 
 
+def call_reward(
+    name: str,
+    reward: Callable,
+    video_BCTHW: torch.Tensor,
+    prompts: list[str],
+    info: dict,
+    given: str,
+    expected: str,
+    cure: str,
+    whole: bool = False,
+) -> Any:
+    """Return reward(video, prompts, **info) of the frames that it needs, and change nothing else.
+
+    The process keeps its state, prompts and info are copies. Raises RewardError, with `given`,
+    `expected` and `cure`, for an exception, and for a video that the reward changed: found by the
+    version counter and by a sample of pixels; whole: by all pixels.
+    """
+    frames = frames_needed(reward, video_BCTHW.shape[2])
+    before = _fingerprint(video_BCTHW, whole)
+    with keep_process_state(), name_reward_in_errors(name, given, expected, cure):
+        scores = reward(video_BCTHW[:, :, :frames], list(prompts), **copy.deepcopy(info))
+    after = _fingerprint(video_BCTHW, whole)
+    if before[0] != after[0] or not torch.equal(before[1], after[1]):
+        got, cure = "a video that the reward changed in place", "begin with video = video.clone()"
+        raise RewardError(name, got=got, expected="the video as it was, since others score it too", cure=cure)
+    return scores
+
+
+def _fingerprint(video_BCTHW: torch.Tensor, whole: bool) -> tuple[int, torch.Tensor]:
+    """Return the version of a video and a copy of its pixels: of about 16 x 16 a frame, or of all.
+
+    Inference tensors count no versions. NaN becomes a number, which is equal to itself.
+    """
+    version = 0 if video_BCTHW.is_inference() else video_BCTHW._version
+    rows, columns = (1 if whole else max(1, side // 16) for side in video_BCTHW.shape[-2:])
+    return version, video_BCTHW.detach()[..., ::rows, ::columns].nan_to_num()
+
+
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Cast half precision to float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -137,13 +186,13 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 def name_reward_in_errors(name: str, given: str, expected: str, cure: str) -> Iterator[None]:
     """Turn an exception into a RewardError with its text, input and deepest line of user code.
 
-    RewardError and OutOfMemoryError, which have cures of their own, pass.
+    So is SystemExit. RewardError and OutOfMemoryError, which have cures of their own, pass.
     """
     try:
         yield
     except (RewardError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)[2:]  # after this function and its caller
         places = [f" ({x.filename}, line {x.lineno})" for x in frames if "site-packages" not in x.filename]
         got = f"{type(error).__name__}: {error}".rstrip(".") + f" for {given}" + "".join(places[-1:])

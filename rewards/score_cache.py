@@ -10,11 +10,12 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rewards.load import check_spec
+from rewards.load import check_spec, split_spec
 from rewards.score import by_name, load_rewards, score
 from rlhf.io import write_whole
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
+SCORES_VERSION = 2  # to be raised with every change of a built-in's score
 
 
 def default_cache_folder() -> Path:
@@ -87,11 +88,12 @@ def reward_identity(spec: str, kwargs: dict, max_frames: int | None = None) -> s
     Files and folders named in settings count by size and modification time, since weights are
     large. Code that a reward imports does not count.
     """
+    spec = split_spec(spec)[1]
     where = Path(spec.rsplit(":", 1)[0])
     source = file_sha256(where) if where.suffix == ".py" else ""
     named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in map(str, kwargs.values())}
     files = {value: _stamp(path) for value, path in named.items() if path.exists()}
-    return json.dumps([spec, kwargs, max_frames, source, files], sort_keys=True)
+    return json.dumps([SCORES_VERSION, spec, kwargs, max_frames, source, files], sort_keys=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -89,7 +89,8 @@ class RewardGradientTrainer:
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
         train_prompts, self.eval_prompts = inputs.train_prompts, inputs.eval_prompts
         setup.require_same_run(self.layout, train_prompts, args)
-        judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
+        given = inputs.rewards, train_prompts, self.device, inputs.pipe, self.eval_prompts
+        judges = opened_rewards or open_rewards(args, *given)
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
 
         self.pipe = inputs.pipe or setup.load_base(args, self.device)
@@ -112,7 +113,8 @@ class RewardGradientTrainer:
         self.sample_base = self._video_sampler(self.fields.base)
         self.monitor = None
         if self.eval_prompts:
-            sample_tuned, weights = self._video_sampler(self.fields.tuned), self.rewards.weights
+            sample_tuned = self._video_sampler(self.fields.tuned)
+            weights = {name: weight for name, weight in self.rewards.weights.items() if weight}
             held_out = setup.make_held_out(sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout)
             guard, resume_from, notify = Guard.from_settings(args), args.resume_from_checkpoint, self.callbacks.notify
             self.monitor = HeldOutMonitor(held_out, weights, self.pipe, self.masters, notify, guard, resume_from)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rewards import RewardMix, load_reward, probe
+from rewards.contract import require_differentiable
 from rlhf.checks.rewards import short_name
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import model_sizes
@@ -22,25 +23,35 @@ def open_rewards(
     prompts: list[str] | None = None,
     device: torch.device | None = None,
     pipe: "ContentVPipeline | None" = None,
+    eval_prompts: list[str] | None = None,
 ) -> dict[str, Callable]:
-    """Load rewards and judges, frozen, on the device; probe the rewards with three prompts.
+    """Load rewards and judges, frozen, on the device; probe each with three of its prompts.
 
     Args:
         args: settings as `check_config` returns them.
-        rewards, prompts, pipe: objects in place of what args name.
+        rewards, prompts, pipe, eval_prompts: objects in place of what args name.
         device: Default: that of args.
 
-    Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train,
-    before the generator's weights are loaded.
+    Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train
+    or a judge that cannot evaluate, before the generator's weights are loaded.
     """
     device = device or local_device(args.device)
     prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    if eval_prompts is None and args.eval_prompts:
+        eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
     trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
+    weights = dict(zip(trained, args.reward_weights or [1.0] * len(trained), strict=True))
+    for name in trained:
+        if weights[name]:
+            require_differentiable(name, trained[name])
+    judges = _load_rewards(args.eval_reward_funcs, args, device)
     shape = (3, args.num_frames, args.height, args.width)
     info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
     for name, reward in trained.items():
-        probe(reward, shape, prompts[:3], device, name=name, info=info)
-    return trained | _load_rewards(args.eval_reward_funcs, args, device)
+        probe(reward, shape, prompts[:3], device, name=name, info=info, gradient=bool(weights[name]))
+    for name, reward in judges.items() if eval_prompts else ():  # without prompts they judge nothing
+        probe(reward, shape, eval_prompts[:3], device, name=name, info=info, gradient=False)
+    return trained | judges
 
 
 def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> dict[str, Callable]:
@@ -49,7 +60,7 @@ def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> 
     for reward in rewards:
         name = short_name(reward)
         if isinstance(reward, str):
-            reward = load_reward(reward, args.base_dir, **kwargs.get(name, {}))
+            reward = load_reward(reward, args.base_dir, reward_timeout=args.reward_timeout, **kwargs.get(name, {}))
         if isinstance(reward, torch.nn.Module):
             reward.to(device).requires_grad_(False).eval()
         loaded[name] = reward

@@ -2,10 +2,13 @@
 
 import functools
 import importlib
+import os
+import random
 import sys
 import time
 from importlib.metadata import EntryPoint
 
+import numpy
 import pytest
 import torch
 from tiny_judges import bert_tokenizer
@@ -175,6 +178,83 @@ def test_checking_runs_nothing_and_is_quick(tmp_path):
 def test_an_error_while_importing_names_the_reward(tmp_path):
     (tmp_path / "needs.py").write_text("import a_package_not_there\nclass Reward: pass\n")
     assert "a_package_not_there" in message("needs.py:Reward", tmp_path, load=load_reward)
+
+
+MEAN = "\ndef reward(video, prompts, **info):\n    return video.mean(dim=(1, 2, 3, 4))\n"
+AT_IMPORT = {  # what a file does when it is imported, and what the error says
+    "exits": ("import sys\nsys.exit(3)", "SystemExit while importing it: 3; .* Move what it does as a program below"),
+    "parses": (
+        "import argparse\np = argparse.ArgumentParser()\np.add_argument('--foo', required=True)\np.parse_args()",
+        "SystemExit while importing it: 2; .*__main__",
+    ),
+    "waits": ("import time\ntime.sleep(60)", r"no end of importing it after 0.05 s; .* raise reward_timeout"),
+    "tries again": (
+        "while True:\n    try:\n        1 / 0\n    except Exception:\n        pass",
+        "no end of importing it",
+    ),
+}
+
+
+@pytest.mark.parametrize("does", AT_IMPORT)
+def test_an_import_that_does_not_come_back_names_the_reward(tmp_path, does):
+    source, got = AT_IMPORT[does]
+    (tmp_path / "late.py").write_text(source + MEAN)
+    with pytest.raises(RewardError, match=f"^reward 'late.py:reward': got {got}"):
+        load_reward("late.py:reward", tmp_path, reward_timeout=0.05)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("import torch; torch.set_grad_enabled(False)", torch.is_grad_enabled),
+        ("import torch; torch.set_default_dtype(torch.float64)", torch.get_default_dtype),
+        ("import torch; torch.set_default_device('meta')", torch.get_default_device),
+        ("import os, tempfile; os.chdir(tempfile.gettempdir())", os.getcwd),
+        ("import sys; sys.argv = ['other']", lambda: list(sys.argv)),
+        ("import argparse; argparse.ArgumentParser().parse_args()", lambda: list(sys.argv)),
+        ("import torch; torch.manual_seed(0)", lambda: torch.get_rng_state().tolist()),
+        ("import random; random.seed(0)", random.getstate),
+        ("import numpy; numpy.random.seed(0)", lambda: numpy.random.get_state()[1].tolist()),
+    ],
+)
+@pytest.mark.parametrize("at", ["import", "construction"])
+def test_the_code_of_a_reward_leaves_the_process_as_it_was(tmp_path, monkeypatch, before, now, at):
+    monkeypatch.setattr(sys, "argv", ["train", "--max_steps", "3"])
+    inside = f"class Reward:\n    def __init__(self):\n        {before}\n    __call__ = staticmethod(reward)\n"
+    (tmp_path / "mine.py").write_text(before + MEAN if at == "import" else MEAN + inside)
+    was = now()
+    if at == "construction" and "argparse" in before:
+        with pytest.raises(RewardError, match="SystemExit: 2 for the arguments"):
+            load_reward("mine.py:Reward", tmp_path)
+    else:
+        load_reward("mine.py:reward" if at == "import" else "mine.py:Reward", tmp_path)
+    assert now() == was
+
+
+def test_a_reward_under_another_name(folder):
+    assert load_module.name_in("gain3=mine.py:Bright") == "gain3"
+    assert load_module.name_in("./a=b.py:Bright") == "Bright"
+    assert load_reward("gain3=mine.py:Bright", folder, gain=3.0)(VIDEO, PROMPTS).tolist() == [1.5, 1.5]
+    with pytest.raises(RewardError, match="^reward 'large': .*`model` in reward_kwargs.large to a local path"):
+        load_reward("large=clip_score")
+    with pytest.raises(RewardError, match="^reward 'mine.py:Brihgt': .*nearest name is 'Bright'"):
+        check_spec("b=mine.py:Brihgt", folder)
+
+
+def test_paths_in_arguments_are_relative_to_base_dir(folder, monkeypatch):
+    """Texts that are no path, or of no file there, stay."""
+    monkeypatch.chdir(folder.parent)
+    (folder / "sub").mkdir()
+    for name in ("sub/head.pt", "head.pt", "quality"):
+        (folder / name).touch()
+    source = "class Keep:\n    def __init__(self, **given):\n        self.given = given\n    def __call__(self): pass\n"
+    (folder / "keep.py").write_text(source)
+    given = {"a": "sub/head.pt", "b": ["head.pt", {"c": "./head.pt"}], "d": "quality", "e": "org/model", "f": 3}
+    found = load_reward("keep.py:Keep", folder, **given).given
+    head = str(folder / "head.pt")
+    assert found == given | {"a": str(folder / "sub" / "head.pt"), "b": [head, {"c": head}]}
+    long = {"prompt": "a/" * 5000}
+    assert load_reward("keep.py:Keep", folder, **long).given == long
 
 
 def test_a_file_may_name_its_encoding(tmp_path):
