@@ -7,14 +7,17 @@ import random
 import sys
 import time
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from huggingface_hub import errors
 from tiny_judges import bert_tokenizer
 
 from rewards import RewardError, built_in_names, check_spec, frames_needed, load_reward
 from rewards import load as load_module
+from rewards.catalogue import CATALOGUE
 
 SOURCE = """
 import math
@@ -344,9 +347,13 @@ def test_a_pickled_module_is_refused(tmp_path, name):
         ("mps", "checkpoint", ["RE-N-Y/mpsv1, model.safetensors: 4.4 GB, MIT"]),
         ("pickscore", "model", ["yuvalkirstain/PickScore_v1: 3.9 GB, MIT"]),
         ("subject_consistency", "model", ["facebook/dino-vitb16", "343 MB", "Apache-2.0"]),
-        ("viclip", "checkpoint", ["OpenGVLab/ViCLIP, ViClip-InternVid-10M-FLT.pth: 1.7 GB"]),
+        (
+            "viclip",
+            "checkpoint",
+            ["OpenGVLab/ViCLIP, ViClip-InternVid-10M-FLT.pth: 1.7 GB, MIT, gated"],
+        ),
         ("video_align", "checkpoint", ["KwaiVGI/VideoReward, checkpoint-11352/model.pth: 5.0 GB, MIT"]),
-        ("video_score", "model", ["TIGER-Lab/VideoScore-v1.1", "16.5 GB, Apache-2.0"]),
+        ("video_score", "model", ["TIGER-Lab/VideoScore-v1.1: 16.5 GB, MIT"]),
         ("vjepa2", "model", ["facebook/vjepa2-vitl-fpc64-256: 1.3 GB, MIT"]),
     ],
 )
@@ -358,6 +365,30 @@ def test_missing_weights_are_named(name, setting, parts):
         assert part in said
     if setting == "checkpoint":
         assert "no file at /nowhere/x.pt" in message(name, load=load_reward, checkpoint="/nowhere/x.pt", **settings)
+
+
+@pytest.mark.parametrize(("name", "from_transformers"), [("viclip", False), ("pickscore", True)])
+@pytest.mark.parametrize("kind", ["gated", "absent", "offline"])
+def test_a_hub_that_refuses_is_told_from_none(monkeypatch, name, kind, from_transformers):
+    response = SimpleNamespace(headers={}, request=None)
+    gated, absent = errors.GatedRepoError("403 Client Error", response=response), errors.RepositoryNotFoundError
+    raised = {"gated": gated, "absent": absent("404 Client Error", response=response)}
+    raised["offline"] = errors.LocalEntryNotFoundError("no connection")
+
+    def download(*_, **__):
+        if not from_transformers:
+            raise raised[kind]
+        raise OSError("as transformers says it") from raised[kind]
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("transformers.CLIPModel.from_pretrained", download)
+    said = message(name, load=load_reward)
+    assert ("it is gated" in said) == (kind == "gated")
+    assert ("none of this name" in said) == (kind == "absent")
+    assert ("o online once" in said) == (kind == "offline")
+    page = f"ccept its terms at https://huggingface.co/{CATALOGUE[name].weights[0]}"
+    assert (page in said) == (kind == "gated" or (kind == "offline" and name == "viclip"))
+    assert f"in reward_kwargs.{name} to a local path" in said
 
 
 @pytest.mark.parametrize("value", [0, -1, "4", float("nan")])
