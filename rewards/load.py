@@ -76,7 +76,7 @@ def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Ite
         got = f"{type(error).__name__} while importing it: {error}".rstrip(".")
         cure = "correct the code, or install what it imports"
         if isinstance(error, SystemExit):
-            cure = 'move what it does as a program below if __name__ == "__main__":'
+            cure = 'move what it does as a program below a test of __name__ == "__main__"'
         raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
     except TimeLimitError as error:
         got, cure = f"no end of importing it after {seconds:g} s", "look for what it waits for, or raise reward_timeout"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf.config.coerce import coerce, coerce_all
+from rlhf.config.coerce import coerce_all
 
 SAMPLING_KEYS = (
     "height",
@@ -326,8 +326,7 @@ class RewardGradientConfig:
     )
 
     def __post_init__(self):
-        named = _list_named_rewards(vars(self))
-        values, problems = coerce_all(named, typing.get_type_hints(type(self)))
+        values, problems = coerce_all(vars(self), typing.get_type_hints(type(self)))
         if problems:
             raise ConfigError(problems)
         vars(self).update(values)
@@ -339,26 +338,6 @@ class RewardGradientConfig:
     def to_yaml(self) -> str:
         """Return the settings as the YAML text that `--config` reads."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _list_named_rewards(values: dict[str, Any]) -> dict[str, Any]:
-    """Return settings whose mappings {name: spec or {spec, arguments}} of rewards are lists.
-
-    The arguments go to reward_kwargs. A mapping of another form stays for the check of its type.
-    """
-    values = dict(values)
-    for setting_name in ("reward_funcs", "eval_reward_funcs"):
-        if not isinstance(given := values[setting_name], dict):
-            continue
-        entries = {name: dict(entry) if isinstance(entry, dict) else {"spec": entry} for name, entry in given.items()}
-        specs = {name: entry.pop("spec", None) for name, entry in entries.items()}
-        if not all(isinstance(spec, str) for spec in specs.values()):
-            continue
-        values[setting_name] = [f"{name}={spec}" for name, spec in specs.items()]
-        if arguments := {name: entry for name, entry in entries.items() if entry}:
-            kwargs = coerce(values["reward_kwargs"] or {}, dict[str, dict])
-            values["reward_kwargs"] = kwargs | {name: kwargs.get(name, {}) | arguments[name] for name in arguments}
-    return values
 
 
 def with_sampling(args: RewardGradientConfig, defaults: dict[str, Any]) -> RewardGradientConfig:
