@@ -148,32 +148,36 @@ def call_reward(
     given: str,
     expected: str,
     cure: str,
-    whole: bool = False,
 ) -> Any:
     """Return reward(video, prompts, **info) of the frames that it needs, and change nothing else.
 
     The process keeps its state, prompts and info are copies. Raises RewardError, with `given`,
-    `expected` and `cure`, for an exception, and for a video that the reward changed: found by the
-    version counter and by a sample of pixels; whole: by all pixels.
+    `expected` and `cure`, for an exception, and for a video that the reward changed: found by its
+    version counter and by a sample of its pixels.
     """
     frames = frames_needed(reward, video_BCTHW.shape[2])
-    before = _fingerprint(video_BCTHW, whole)
+    before = _fingerprint(video_BCTHW)
     with keep_process_state(), name_reward_in_errors(name, given, expected, cure):
         scores = reward(video_BCTHW[:, :, :frames], list(prompts), **copy.deepcopy(info))
-    after = _fingerprint(video_BCTHW, whole)
-    if before[0] != after[0] or not torch.equal(before[1], after[1]):
-        got, cure = "a video that the reward changed in place", "begin with video = video.clone()"
-        raise RewardError(name, got=got, expected="the video as it was, since others score it too", cure=cure)
+    after = _fingerprint(video_BCTHW)
+    require_unchanged(name, before[0] == after[0] and torch.equal(before[1], after[1]))
     return scores
 
 
-def _fingerprint(video_BCTHW: torch.Tensor, whole: bool) -> tuple[int, torch.Tensor]:
-    """Return the version of a video and a copy of its pixels: of about 16 x 16 a frame, or of all.
+def require_unchanged(name: str, unchanged: bool) -> None:
+    """Raise RewardError unless the video of a reward is as it was."""
+    if not unchanged:
+        got, cure = "a video that the reward changed in place", "begin with video = video.clone()"
+        raise RewardError(name, got=got, expected="the video as it was, since others score it too", cure=cure)
+
+
+def _fingerprint(video_BCTHW: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Return the version of a video and a copy of about 16 x 16 pixels of each frame.
 
     Inference tensors count no versions. NaN becomes a number, which is equal to itself.
     """
     version = 0 if video_BCTHW.is_inference() else video_BCTHW._version
-    rows, columns = (1 if whole else max(1, side // 16) for side in video_BCTHW.shape[-2:])
+    rows, columns = (max(1, side // 16) for side in video_BCTHW.shape[-2:])
     return version, video_BCTHW.detach()[..., ::rows, ::columns].nan_to_num()
 
 

@@ -13,7 +13,15 @@ import numpy
 import torch
 import torch.nn.functional as F
 
-from rewards.contract import RewardError, call_reward, check_scores, frames_needed, reward_attribute, reward_name
+from rewards.contract import (
+    RewardError,
+    call_reward,
+    check_scores,
+    frames_needed,
+    require_unchanged,
+    reward_attribute,
+    reward_name,
+)
 from rewards.isolation import keep_process_state
 
 PROBE_PROMPTS = ["a red circle moves to the right", "two dogs run along a beach at sunset", "rain on a window"]
@@ -111,7 +119,9 @@ def _score_one(name, call, video_BCTHW, prompts, index, differentiable):
     """Return detached scores (B,) and the gradient (B, C, T, H, W) of scores[index], or None."""
     video_BCTHW = video_BCTHW.clone().requires_grad_(differentiable)
     with torch.set_grad_enabled(differentiable):
-        scores = call(video_BCTHW.clone(), prompts)  # no leaf, as in training
+        given_BCTHW = video_BCTHW.clone()  # no leaf, as in training
+        scores = call(given_BCTHW, prompts)
+    require_unchanged(name, torch.equal(given_BCTHW, video_BCTHW))
     check_scores(name, scores, prompts)
     if scores.dtype != torch.float32:
         cure = "compute or at least return the score as scores.float(); half precision loses the signal"
@@ -130,7 +140,7 @@ def _call(name, reward, info, video_BCTHW, prompts) -> torch.Tensor:
     cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords (**info)"
     for draw in (torch.default_generator.seed, random.seed, numpy.random.seed):
         draw()
-    return call_reward(name, reward, video_BCTHW, prompts, info, given, expected, cure, whole=True)
+    return call_reward(name, reward, video_BCTHW, prompts, info, given, expected, cure)
 
 
 def _pixel_gradient(name, score, video_BCTHW) -> torch.Tensor:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import numpy
 import torch
 
 
@@ -15,31 +16,38 @@ class TimeLimitError(BaseException):
     """The end of `time_limit`: no Exception, so that a loop of retries cannot catch it."""
 
 
+_SWITCHES = (  # of the process: read, write
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    (torch.get_num_threads, torch.set_num_threads),
+    (lambda: _working_folder(), lambda folder: folder and os.chdir(folder)),
+)
+_RANDOM = (
+    (random.getstate, random.setstate),
+    (numpy.random.get_state, numpy.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+)
+
+
 @contextmanager
 def keep_process_state() -> Iterator[None]:
-    """Restore gradient mode, default dtype and device, working folder, sys.argv and random states.
+    """Restore gradient mode, default dtype and device, threads, folder, sys.argv and random states.
 
     Random states are those of random, NumPy and torch's CPU. An accelerator's is left alone: a run
     draws on the CPU. It takes about 0.1 ms.
     """
-    gradient, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
-    folder, argv, arguments = _working_folder(), sys.argv, sys.argv[:]
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
+    switches, states = ([read() for read, _ in pairs] for pairs in (_SWITCHES, _RANDOM))
+    argv, arguments = sys.argv, sys.argv[:]
     try:
         yield
     finally:
-        torch.set_grad_enabled(gradient)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
-        if folder is not None and _working_folder() != folder:
-            os.chdir(folder)
+        for (read, write), value in zip(_SWITCHES, switches, strict=True):
+            if read() != value:
+                write(value)
+        for (_, write), state in zip(_RANDOM, states, strict=True):
+            write(state)
         sys.argv, argv[:] = argv, arguments
-        random.setstate(states[0])
-        torch.set_rng_state(states[1])
-        if numpy:
-            numpy.random.set_state(states[2])
 
 
 def _working_folder() -> str | None:

@@ -20,6 +20,7 @@ from rewards.contract import RewardError, name_reward_in_errors
 from rewards.isolation import TimeLimitError, keep_process_state, time_limit
 
 IMPORT_TIMEOUT = 300.0  # seconds; imports of large packages from network disks take minutes
+LOCAL = "local-dir:"  # open_clip's prefix of folders
 
 
 def built_in_names() -> list[str]:
@@ -93,8 +94,9 @@ def _resolve_paths(value: Any, base_dir: str | Path | None) -> Any:
     if isinstance(value, list):
         return [_resolve_paths(inner, base_dir) for inner in value]
     if isinstance(value, str) and base_dir and ("/" in value or Path(value).suffix):
-        path = Path(base_dir) / Path(value).expanduser()
-        return str(path.resolve()) if os.path.exists(path) else value  # Path.exists raises for long texts
+        scheme = LOCAL * value.startswith(LOCAL)
+        path = Path(base_dir) / Path(value.removeprefix(scheme)).expanduser()
+        return f"{scheme}{path.resolve()}" if os.path.exists(path) else value  # Path.exists raises for long texts
     return value
 
 
