@@ -122,6 +122,9 @@ def _score_one(name, call, video_BCTHW, prompts, index, differentiable):
         given_BCTHW = video_BCTHW.clone()  # no leaf, as in training
         scores = call(given_BCTHW, prompts)
     require_unchanged(name, torch.equal(given_BCTHW, video_BCTHW))
+    if video_BCTHW.grad is not None:  # in training it would reach the adapter, unweighted
+        expected, cure = "scores alone: the run takes their gradient", "return the scores without backward()"
+        raise RewardError(name, got="a backward pass inside the reward", expected=expected, cure=cure)
     check_scores(name, scores, prompts)
     if scores.dtype != torch.float32:
         cure = "compute or at least return the score as scores.float(); half precision loses the signal"

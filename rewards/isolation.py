@@ -35,7 +35,7 @@ def keep_process_state() -> Iterator[None]:
     """Restore gradient mode, default dtype and device, threads, folder, sys.argv and random states.
 
     Random states are those of random, NumPy and torch's CPU. An accelerator's is left alone: a run
-    draws on the CPU. It takes about 0.1 ms.
+    draws on the CPU. It takes less than a millisecond.
     """
     switches, states = ([read() for read, _ in pairs] for pairs in (_SWITCHES, _RANDOM))
     argv, arguments = sys.argv, sys.argv[:]

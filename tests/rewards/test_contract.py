@@ -96,6 +96,11 @@ def nothing_but_gradient(x):
     return x - x.detach()
 
 
+def backward(scores):
+    scores.sum().backward()
+    return scores
+
+
 def no_grad_in_place(video):
     with torch.no_grad():
         return video.clamp_(0.4, 0.6)
@@ -141,6 +146,7 @@ BREACHES = {  # what is wrong: the reward, and what is said of it
     "in place without gradient": (lambda v, p, **_: good(no_grad_in_place(v), p), CHANGED),
     "in place through data": (lambda v, p, **_: good(v.data.mul_(0.1), p) + good(v, p), CHANGED),
     "one pixel": (lambda v, p, **_: good(v, p) + 0 * v.data[0, 1, 2, 7, 9].mul_(2), CHANGED),
+    "a backward pass": (lambda v, p, **_: backward(good(v, p)), "got a backward pass inside the reward"),
     "an exit": (lambda v, p, **_: sys.exit("bye"), "SystemExit: bye for a video"),
 }
 
