@@ -271,10 +271,7 @@ NOISE = torch.rand(2, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     ("scores", "got"),
     [
         (lambda video: video.mean(), r"shape \(\)"),
-        (lambda video: video.mean(dim=(1, 3, 4)), r"shape \(2, 5\)"),
         (lambda video: video.mean(dim=(1, 2, 3, 4)) / torch.tensor([1.0, 0.0]), "inf for prompt 'a blue square'"),
-        (lambda video: video.sum(dim=(1, 2, 3, 4)).long(), "torch.int64"),
-        (lambda video: [0.0, 0.0], "a list"),
     ],
 )
 def test_bad_scores_name_the_reward(scores, got):

@@ -26,17 +26,7 @@ def by_vbench(image, size):
 
 @pytest.mark.parametrize("fit", ["shortest", "squash", "whole"])
 @pytest.mark.parametrize(
-    ("width", "height", "size"),
-    [
-        (832, 480, 224),
-        (480, 832, 224),
-        (768, 432, 224),
-        (300, 451, 224),
-        (512, 512, 224),
-        (64, 64, 224),
-        (97, 64, 224),
-        (60, 101, 32),
-    ],
+    ("width", "height", "size"), [(832, 480, 224), (300, 451, 224), (64, 64, 224), (97, 64, 224), (60, 101, 32)]
 )
 @pytest.mark.parametrize("picture", [photograph, noise])
 def test_it_matches_pil(picture, width, height, size, fit):
