@@ -106,6 +106,7 @@ class VideoScore(FrozenReward):
             return self.scorer(visual_NVD.unflatten(0, (len(prompts), -1)).flatten(1, 2), self._texts(prompts))
 
     def _texts(self, prompts: list[str]) -> list[str]:
+        """Return the filled templates; raise RewardError for a prompt with image tokens."""
         for prompt in prompts:
             if IMAGE in prompt or AROUND in prompt:
                 expected, cure = "a prompt without the tokens that stand for frames", "take it out of the prompt"

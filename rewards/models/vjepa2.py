@@ -65,6 +65,7 @@ class VJepa2(FrozenReward):
         self.freeze()
 
     def _load(self, model: str) -> torch.nn.Module:
+        """Load the model from hub or folder."""
         from transformers import VJEPA2Model
 
         return load_pretrained(self.name, VJEPA2Model, model)
@@ -99,6 +100,7 @@ class VJepa2(FrozenReward):
         return (predicted_BLD - truth_BLD).abs().mean((1, 2))
 
     def _encode(self, pixels_BNCHW: torch.Tensor) -> torch.Tensor:
+        """Return the encoder's features (B, L, D) of normalised pixels."""
         return self.model.encoder(pixel_values_videos=pixels_BNCHW).last_hidden_state
 
     def pixels(self, video_BCNHW: torch.Tensor) -> torch.Tensor:

@@ -228,6 +228,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         return tensors["latents"]
 
     def _decode(self, latents_BCTHW: torch.Tensor, output_type: str):
+        """Return the frames of normalised latents, as `ContentVPipelineOutput` has them."""
         # Stock decode, not decode_video: no gradient is needed, and tiling, slicing and offloading
         # keep working.
         latents = unnormalise(self.vae, latents_BCTHW).to(self.vae.dtype)

@@ -55,7 +55,7 @@ class RewardNeeds:
     decoded_frames: int  # leading frames of a video
     weight_bytes: int  # of rewards and judges
     peak_bytes: int  # of the reward that takes most, above the weights
-    seconds: float  # of all measured rewards, forward and backward, on `rlhf.planner.reward_costs.DEVICE`
+    seconds: float  # of all measured rewards, forward and backward, on the device of `COSTS_FILE`
     traced: tuple[TracedCall, ...] = ()  # of rewards that are traced instead
     unknown: tuple[str, ...] = ()  # rewards that are left out, since their cost is not known
 
@@ -79,14 +79,11 @@ def plan_rewards(model: TracedModel, args: RewardGradientConfig) -> RewardNeeds:
             unknown.append(name)
     judges = [name for name in args.eval_reward_funcs if name in CATALOGUE]
     weights = [cost.weight_bytes for cost in costs.values()]
-    weights += [_catalogue_bytes(name) for name in (*settings, *judges) if name not in costs]
+    unmeasured = [CATALOGUE[name] for name in (*settings, *judges) if name not in costs]
+    weights += [entry.parameters * entry.bytes_each for entry in unmeasured]
     peaks = [cost.peak_bytes for cost in costs.values()] + [call.peak_bytes for call in traced]
     seconds = sum(cost.seconds for cost in costs.values())
     return RewardNeeds(frames, sum(weights), max(peaks, default=0), seconds, tuple(traced), tuple(unknown))
-
-
-def _catalogue_bytes(name: str) -> int:
-    return CATALOGUE[name].parameters * CATALOGUE[name].bytes_each
 
 
 def plan_memory(
@@ -158,7 +155,7 @@ def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: Rew
     held = {
         "transformer": _base_bytes(model, args),
         "adapter and optimizer": model.adapter_bytes + model.num_trained * trained_bytes,
-        "VAE": sum(p.numel() for p in model.vae.parameters()) * getattr(torch, args.vae_dtype).itemsize,
+        "VAE": model.vae.num_parameters() * getattr(torch, args.vae_dtype).itemsize,
         "rewards": rewards.weight_bytes,
         "position table": model.num_tokens * model.transformer.inner_dim * itemsize,
     }

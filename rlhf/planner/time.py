@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rlhf.config import RewardGradientConfig
 from rlhf.method.options import read_options
 from rlhf.planner.memory import RewardNeeds, branches_per_batch, branches_per_rank, grad_branches_per_rank
-from rlhf.planner.traced import TracedModel, max_grad_steps
+from rlhf.planner.traced import TracedCall, TracedModel, max_grad_steps
 from rlhf.planner.tracer import Operation, Phase
 
 ACCURACY = 0.35  # largest relative error of a step's seconds; tests compute it from bench/results
@@ -116,7 +116,8 @@ def phase_seconds(phase: Phase, rates: Rates) -> float:
     return max(on_device, phase.launches * rates.launch_seconds)
 
 
-def _gradient_seconds(call, rates: Rates) -> float:
+def _gradient_seconds(call: TracedCall, rates: Rates) -> float:
+    """Return the seconds of a call's forward and backward pass."""
     return phase_seconds(call.forward, rates) + phase_seconds(call.backward, rates)
 
 
@@ -129,6 +130,7 @@ def _weight_copy_seconds(model: TracedModel, args: RewardGradientConfig, rates: 
 
 
 def _share_of_others(size: float, processes: int) -> float:
+    """Return the part of `size`, divided evenly over processes, that the other processes have."""
     return size * (processes - 1) / processes
 
 

@@ -54,6 +54,7 @@ def report_at_end(folder: Path, wanted: bool) -> Iterator[None]:
 
 
 def _report_failure(folder: Path, error: BaseException) -> None:
+    """Write the report of a failed run; if that fails too, log a warning."""
     try:
         finish_report(folder, f"{type(error).__name__}: {error}".removesuffix(": "))
     except BaseException as another:  # such as a second Ctrl-C, of someone who does not want to wait
@@ -120,7 +121,7 @@ def cards(run: Run, page_folder: Path, room: float) -> Iterator[Card]:
         paths = (sample.before, sample.after)
         room -= sum(4 * -(-path.stat().st_size // 3) for path in paths) + 4096  # in base64, with text
         is_embedded = room >= 0
-        address = _embed if is_embedded else lambda path: _relative_url(path, page_folder)
+        address = _data_url if is_embedded else lambda path: _relative_url(path, page_folder)
         yield Card(sample, *map(address, paths), is_embedded)
 
 
@@ -144,9 +145,11 @@ def signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
-def _embed(path: Path) -> str:
+def _data_url(path: Path) -> str:
+    """Return a video as a data URL."""
     return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _relative_url(path: Path, folder: Path) -> str:
+    """Return a link from a page in the folder to the file."""
     return quote(os.path.relpath(path.resolve(), folder.resolve()))

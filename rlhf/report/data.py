@@ -202,10 +202,12 @@ class Run:
 
 
 def _by_key(videos: list[Video]) -> dict[Key, Video]:
+    """Return the videos by prompt and seed."""
     return dict(zip(pair_keys((video.prompt, video.seed) for video in videos), videos, strict=True))
 
 
 def _set_scores(folder: Path) -> dict[Key, dict[str, float]]:
+    """Return the scores of a video set, {} if it was not scored."""
     path = folder / SCORES
     return read_scores(path) if path.is_file() else {}
 

@@ -58,7 +58,7 @@ def panels(run: Run) -> list[Panel]:
         "memory_gib": "peak memory, GiB",
         "learning_rate": "learning rate",
     }
-    found += [Panel(title, [_line(run, key)]) for key, title in lines.items()]
+    found += [Panel(title, [_metric_series(run, key)]) for key, title in lines.items()]
     found[-1].series[0].smooth = False  # the learning rate has no noise
     shown = {f"eval/{name}" for name in (*run.judges, "gain_trained", "gain_held_out", "hacking_gap")}
     logged = dict.fromkeys(key for row in run.metrics for key in row if key.startswith("eval/"))
@@ -77,11 +77,12 @@ def _reward_panel(run: Run, name: str) -> Panel:
     if row:
         held_out.points |= {0: row["base"], run.result_step: row["tuned"]}
     interval = [row["base"] + end for end in row["ci95"]] if row else None
-    series = [_line(run, f"rewards/{name}", "training prompts"), held_out]
+    series = [_metric_series(run, f"rewards/{name}", "training prompts"), held_out]
     return Panel(f"{name} ({GROUPS[group]})", series, interval, run.result_step)
 
 
-def _line(run: Run, key: str, label: str = "", **style) -> Series:
+def _metric_series(run: Run, key: str, label: str = "", **style) -> Series:
+    """Return a number of metrics.jsonl along the run; style: fields of Series."""
     return Series(label, {row["step"]: row[key] for row in run.metrics if key in row}, **style)
 
 
@@ -90,7 +91,7 @@ def _eval_series(run: Run, key: str, label: str = "", final: str = "", color: st
 
     final: its name in the summary, for a number that is 0 for the base.
     """
-    series = _line(run, key, label, dots=True, color=color)
+    series = _metric_series(run, key, label, dots=True, color=color)
     if final in run.summary:
         series.points |= {0: 0.0, run.result_step: run.summary[final]}
     elif final and series.points:
