@@ -117,7 +117,7 @@ def format_time(planner: Planner, estimate: Estimate, device_name: str) -> str:
 
 
 def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes: int, device_name: str) -> str:
-    """Return whether the run fits into `memory` bytes; if not, settings with which it does."""
+    """Return the verdict whether the run fits into `memory` bytes, and settings that would fit."""
     limit = memory - context_bytes
     if estimate.memory.peak_bytes <= limit:
         return f"It fits into {_format_bytes(memory)}."

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.statistics import INTERVAL
 from rlhf.report.data import Run, Sample, cost, training_table
-from rlhf.report.plots import draw, panels
+from rlhf.report.plots import draw_svg, panels
 from rlhf.run.environment import record_end
 from rlhf.run.folder import has_run
 from rlhf.run.signals import interrupt_on_signals
@@ -86,13 +86,16 @@ def write_report(
     run, output = Run(folder, before, after), Path(output or folder / REPORT)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "signed": signed}
+    environment.filters |= {
+        "number": lambda value: "–" if value is None else f"{value:.5g}",
+        "signed": lambda value: f"{value:+.4f}".replace("-", "−"),
+    }
     content = {
         "run": run,
         "title": folder.resolve().name,
         "headline": run.headline(),
         "interval_name": INTERVAL,
-        "plots": [(panel.title, draw(panel, i)) for i, panel in enumerate(panels(run))],
+        "plots": [(panel.title, draw_svg(panel, i)) for i, panel in enumerate(panels(run))],
         "training": training_table(run.metrics),
         "settings": list(settings_rows(run.config)),
         "cost": cost(run),
@@ -101,7 +104,7 @@ def write_report(
     }
     template = environment.get_template(TEMPLATE)
     room = max_bytes - len(template.render(content | {"cards": []}).encode())
-    text = template.render(content | {"cards": list(cards(run, output.parent, room))})
+    text = template.render(content | {"cards": list(video_cards(run, output.parent, room))})
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
     return output
@@ -114,7 +117,7 @@ def sort_keys(run: Run) -> list[str]:
     return judges + [name for name in seen if name not in run.judges]
 
 
-def cards(run: Run, page_folder: Path, room: float) -> Iterator[Card]:
+def video_cards(run: Run, page_folder: Path, room: float) -> Iterator[Card]:
     """Yield the pairs of videos, worst first; embedded while `room`, in bytes, lasts."""
     first = (sort_keys(run) or [""])[0]
     for sample in sorted(run.samples(), key=lambda sample: sample.gains.get(first, 0.0)):
@@ -133,16 +136,6 @@ def settings_rows(config: dict) -> Iterator[tuple[str, str, str, bool]]:
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         help_text = known[name].metadata["help"] if name in known else ""
         yield name, text, help_text, value != defaults.get(name)
-
-
-def number(value: float | None) -> str:
-    """Format a number to five significant digits, None as a dash."""
-    return "–" if value is None else f"{value:.5g}"
-
-
-def signed(value: float) -> str:
-    """Format a difference with its sign and four decimals."""
-    return f"{value:+.4f}".replace("-", "−")
 
 
 def _data_url(path: Path) -> str:

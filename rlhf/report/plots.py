@@ -104,7 +104,7 @@ def running_mean(values: Sequence[float], span: int = 10) -> list[float]:
     return [fmean(values[max(0, end - span) : end]) for end in range(1, len(values) + 1)]
 
 
-def draw(panel: Panel, number: int) -> str:
+def draw_svg(panel: Panel, number: int) -> str:
     """Return the panel as an <svg> element; number: of the panel on the page, for unique ids."""
     import matplotlib
 
