@@ -98,7 +98,8 @@ def plan_memory(
     batch = args.per_device_train_batch_size
     branch = model.transformer_call(args, batch * branches_per_batch(args))
     decoder = model.decoder_call(args, batch, rewards.decoded_frames)
-    num_graphs = _num_graphs(args)
+    # Graphs of transformer calls that exist at once without `stepwise_backward`.
+    num_graphs = max(1, max_grad_steps(args)) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
     # With `stepwise_backward` each graph is built when its backward pass begins.
     waiting_graphs = 0 if args.stepwise_backward else num_graphs * branch.saved_bytes
     other_graphs = 0 if args.stepwise_backward else (num_graphs - 1) * branch.saved_bytes
@@ -133,11 +134,6 @@ def branches_per_rank(args: RewardGradientConfig) -> int:
 def grad_branches_per_rank(args: RewardGradientConfig) -> int:
     """Return how many guidance branches of one rank carry the gradient."""
     return branches_per_rank(args) if args.guidance_gradient == "full" else 1
-
-
-def _num_graphs(args: RewardGradientConfig) -> int:
-    """Return how many graphs of transformer calls exist at once without `stepwise_backward`."""
-    return max(1, max_grad_steps(args)) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
 
 
 def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:

@@ -140,13 +140,9 @@ def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes:
     rows = [("memory", "one step" if is_known else "", "add to the command")]
     for found in fitting[:NUM_SHOWN]:
         needed = _format_bytes(found.memory.peak_bytes + context_bytes)
-        rows.append((needed, _format_seconds(found.step_seconds) if is_known else "", _format_flags(found.changes)))
+        flags = " ".join(f"--{name} {str(value).lower()}" for name, value in found.changes.items())
+        rows.append((needed, _format_seconds(found.step_seconds) if is_known else "", flags))
     return f"{verdict}\nSettings that fit, {gradient}, {order}:\n\n{format_table(rows)}"
-
-
-def _format_flags(changes: dict) -> str:
-    """Return settings as command-line flags."""
-    return " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
 
 
 def _format_bytes(size: float) -> str:

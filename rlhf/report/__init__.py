@@ -120,12 +120,12 @@ def sort_keys(run: Run) -> list[str]:
 def video_cards(run: Run, page_folder: Path, room: float) -> Iterator[Card]:
     """Yield the pairs of videos, worst first; embedded while `room`, in bytes, lasts."""
     first = (sort_keys(run) or [""])[0]
+    link = lambda path: quote(os.path.relpath(path.resolve(), page_folder.resolve()))
     for sample in sorted(run.samples(), key=lambda sample: sample.gains.get(first, 0.0)):
         paths = (sample.before, sample.after)
         room -= sum(4 * -(-path.stat().st_size // 3) for path in paths) + 4096  # in base64, with text
         is_embedded = room >= 0
-        address = _data_url if is_embedded else lambda path: _relative_url(path, page_folder)
-        yield Card(sample, *map(address, paths), is_embedded)
+        yield Card(sample, *map(_data_url if is_embedded else link, paths), is_embedded)
 
 
 def settings_rows(config: dict) -> Iterator[tuple[str, str, str, bool]]:
@@ -141,8 +141,3 @@ def settings_rows(config: dict) -> Iterator[tuple[str, str, str, bool]]:
 def _data_url(path: Path) -> str:
     """Return a video as a data URL."""
     return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _relative_url(path: Path, folder: Path) -> str:
-    """Return a link from a page in the folder to the file."""
-    return quote(os.path.relpath(path.resolve(), folder.resolve()))

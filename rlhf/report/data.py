@@ -10,7 +10,7 @@ from rewards.load import name_in
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.statistics import paired_test
-from rlhf.evaluation.video_set import SCORES, Key, Video, pair_keys, read_set
+from rlhf.evaluation.video_set import SCORES, pair_keys, read_set
 from rlhf.io import read_object, single_line
 from rlhf.run.environment import read_environment
 from rlhf.run.folder import PROMPTS, read_settings
@@ -190,26 +190,18 @@ class Run:
 
     def _samples_of_sets(self) -> list[Sample]:
         """Return the pairs of videos that both sets have, with the scores in both."""
-        scores = [_set_scores(folder) for folder in (self.before, self.after)]
-        first, after = (_by_key(read_set(folder)) for folder in (self.before, self.after))
-        samples = []
-        for key, video in first.items():
+        sets, scores, samples = [], [], []
+        for folder in (self.before, self.after):
+            videos, path = read_set(folder), folder / SCORES
+            sets.append(dict(zip(pair_keys((video.prompt, video.seed) for video in videos), videos, strict=True)))
+            scores.append(read_scores(path) if path.is_file() else {})
+        before, after = sets
+        for key, video in before.items():
             if key in after and video.path.is_file() and after[key].path.is_file():
-                left, right = (of.get(key, {}) for of in scores)
+                left, right = (found.get(key, {}) for found in scores)
                 both = {name: (left[name], right[name]) for name in left if name in right}
                 samples.append(Sample(video.prompt, video.path, after[key].path, both))
         return samples
-
-
-def _by_key(videos: list[Video]) -> dict[Key, Video]:
-    """Return the videos by prompt and seed."""
-    return dict(zip(pair_keys((video.prompt, video.seed) for video in videos), videos, strict=True))
-
-
-def _set_scores(folder: Path) -> dict[Key, dict[str, float]]:
-    """Return the scores of a video set, {} if it was not scored."""
-    path = folder / SCORES
-    return read_scores(path) if path.is_file() else {}
 
 
 def training_table(metrics: list[dict]) -> list[dict]:
