@@ -55,7 +55,7 @@ class FrameDifference(PixelReward):
     name = "frame_difference"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (B,)."""
+        """Return the mean of |x[t+1] - x[t]|, (B,)."""
         return self.mean_difference(video_BCTHW, 1)
 
 
@@ -65,7 +65,7 @@ class Flicker(PixelReward):
     name = "flicker"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (B,)."""
+        """Return 1 - the mean of |x[t+1] - x[t]|, (B,)."""
         return 1 - self.mean_difference(video_BCTHW, 1)
 
 
@@ -75,7 +75,7 @@ class Smoothness(PixelReward):
     name = "smoothness"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (B,)."""
+        """Return 1 - the mean of |x[t+2] - 2 x[t+1] + x[t]| / 2, (B,)."""
         return 1 - self.mean_difference(video_BCTHW, 2) / 2
 
 
@@ -90,7 +90,7 @@ class JpegSize(PixelReward):
     name = "jpeg_size"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (B,)."""
+        """Return minus the mean of log(1 + |DCT / Q|), (B,)."""
         red, green, blue = video_BCTHW.unbind(1)
         luma_BTHW = 255 * (0.299 * red + 0.587 * green + 0.114 * blue)  # JPEG's Y
         height, width = luma_BTHW.shape[-2:]
