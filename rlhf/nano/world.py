@@ -114,10 +114,10 @@ def render(
     apart_y = column(torch.where(step_x != 0, 0.5, 0.0)) * column(pair)
 
     def distance_to(u, v):
-        own = _signed_distance(u, v, radius, scenes["shape"])
+        own = _distance(u, v, radius, scenes["shape"])
         if melt is None:
             return own
-        return torch.lerp(own, _signed_distance(u, v, radius, melt[0]), column(melt[1]))
+        return torch.lerp(own, _distance(u, v, radius, melt[0]), column(melt[1]))
 
     distance = distance_to(x - center_x - apart_x, y - center_y - apart_y)
     if bool(pair.any()):
@@ -127,7 +127,7 @@ def render(
     return torch.lerp(rgb(GROUNDS, scenes["ground"]), rgb(COLORS, scenes["color"]), alpha)
 
 
-def _signed_distance(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+def _distance(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     """Return signed distances (B, T, H, W) to shapes of radius r at the origin; negative inside."""
     rho = (x * x + y * y).sqrt()
     fifth = math.pi / 5
