@@ -75,7 +75,7 @@ def resolve_model(model: str | Path) -> Path | str:
     Neither weights nor the network are read. Raises ValueError for anything else.
     """
     if str(model) == "nano":
-        return _check_folder(NANO_PATH, "run `python -m rlhf.nano.pretrain` to train it, or clone the repository again")
+        return _check_folder(NANO_PATH, "clone the repository again, or train it by `python bench/nano/pretrain.py`")
     path = Path(model).expanduser()
     if path.is_dir():
         return _check_folder(path, "pass the folder that holds model_index.json")
