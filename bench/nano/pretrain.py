@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import nano_models as parts
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
@@ -37,7 +38,6 @@ from rlhf.contentv.files import SamplingDefaults
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator, pick_device
 from rlhf.io import write_json
-from rlhf.nano import models as parts
 from rlhf.nano import world
 from rlhf.nano.judges import Preference, Verifier
 

@@ -1,5 +1,6 @@
 """Training of ContentV-nano's judges: verifier, CLIP of frames, preference model."""
 
+import nano_models as parts
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,6 @@ from train_loop import log, train
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from rlhf.nano import judges, world
-from rlhf.nano import models as parts
 
 JUDGE_POOL = 24_576  # clips, 0.2 MB each
 

@@ -1,3 +1,4 @@
+import nano_models as parts
 import pretrain
 import pretrain_judges
 import pretrain_vae
@@ -7,7 +8,6 @@ from train_loop import train
 
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.wan_decoder import decode_unclamped
-from rlhf.nano import models as parts
 from rlhf.nano import world
 
 
