@@ -107,7 +107,7 @@ class VideoAlign(FrozenReward):
 
 
 def frames_at_rate(total: int, fps: float) -> list[int]:
-    """Return an even number of indices, about `RATE` per second, first to last; total >= 2."""
+    """Return an even number of frame indices, about `RATE` a second, first to last; total >= 2."""
     count = min(max(total / fps * RATE, MIN_FRAMES), min(MAX_FRAMES, total) // 2 * 2)
     count = min(round(count / 2) * 2, total)
     return torch.linspace(0, total - 1, count).round().long().tolist()

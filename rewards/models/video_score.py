@@ -159,7 +159,7 @@ class Idefics2Scorer(Frozen):
 
 
 def target_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Return height and width: longer side at most `longest`, both at least `shortest`."""
+    """Return the resized height and width: at most `longest`, then at least `shortest`."""
     ratio = width / height
     if width >= height and width > longest:
         height, width = int(longest / ratio), longest

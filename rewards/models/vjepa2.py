@@ -110,7 +110,7 @@ class VJepa2(FrozenReward):
 
 
 def clip_frames(total: int, fps: float) -> list[int]:
-    """Return an even number of unique indices, about `RATE` per second; total >= 4."""
+    """Return an even number of distinct frame indices, about `RATE` per second; total >= 4."""
     count = min(max(int(total / fps * RATE), MIN_FRAMES), MAX_FRAMES, total) // 2 * 2
     stride = min(max(fps / RATE, 1), (total - 1) / (count - 1))
     return [round(i * stride) for i in range(count)]

@@ -77,7 +77,7 @@ def _load_weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
 
 
 def _load_config(cls, folder: Path):
-    """Return a scheduler or tokenizer."""
+    """Load a scheduler or tokenizer; raise ValueError if its files are not readable."""
     try:
         return cls.from_pretrained(folder)
     except (OSError, ValueError) as error:

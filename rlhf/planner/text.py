@@ -85,7 +85,7 @@ def format_sizes(planner: Planner) -> str:
 
 
 def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> str:
-    """Return the tables of what is always in use, and of each phase's peak above the same."""
+    """Return two tables: the memory that is always in use, and the peak of each phase with it."""
     memory, unknown = estimate.memory, ", ".join(planner.rewards.unknown)
     always = memory.held_bytes + context_bytes
     held = memory.held | {"context and kernels, outside of PyTorch": context_bytes, "together": always}

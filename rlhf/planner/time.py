@@ -31,7 +31,7 @@ class Rates:
     context_bytes: int  # device memory that a process takes besides PyTorch's
     launch_seconds: float = 14e-6  # of one operator, from Python; fitted to nano on an H200
 
-    def time_call(self, operation: Operation) -> float:
+    def operation_seconds(self, operation: Operation) -> float:
         """Return an operation's seconds by the roofline model."""
         bandwidth = self.peer_bandwidth if operation.kind == "collective" else self.memory_bandwidth
         flops = self.flops.get(f"{operation.kind} {operation.dtype}", self.flops["matrix float32"])
@@ -112,7 +112,7 @@ def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNee
 
 def phase_seconds(phase: Phase, rates: Rates) -> float:
     """Return a phase's seconds: of the device, or of launching if that takes longer."""
-    on_device = sum(count * rates.time_call(operation) for operation, count in phase.work.items())
+    on_device = sum(count * rates.operation_seconds(operation) for operation, count in phase.work.items())
     return max(on_device, phase.launches * rates.launch_seconds)
 
 

@@ -110,7 +110,7 @@ class TracedModel:
 
     @cached_property
     def frozen(self) -> FrozenCounts:
-        """Frozen parameters of the transformer."""
+        """Counts of the transformer's frozen parameters."""
         blocks = [_count_frozen(block) for block in self.transformer.transformer_blocks]
         return FrozenCounts(sum(blocks), max(blocks), _count_frozen(self.transformer) - sum(blocks))
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.statistics import INTERVAL
-from rlhf.report.data import Run, Sample, cost, training_table
+from rlhf.report.data import Run, Sample, run_cost, training_table
 from rlhf.report.plots import draw_svg, panels
 from rlhf.run.environment import record_end
 from rlhf.run.folder import has_run
@@ -93,12 +93,12 @@ def write_report(
     content = {
         "run": run,
         "title": folder.resolve().name,
-        "headline": run.headline(),
+        "headline": run.result_rows(),
         "interval_name": INTERVAL,
         "plots": [(panel.title, draw_svg(panel, i)) for i, panel in enumerate(panels(run))],
         "training": training_table(run.metrics),
         "settings": list(settings_rows(run.config)),
-        "cost": cost(run),
+        "cost": run_cost(run),
         "judges": sort_keys(run),
         "shown_first": SHOWN_FIRST,
     }
@@ -113,8 +113,8 @@ def write_report(
 def sort_keys(run: Run) -> list[str]:
     """Return the scores that videos can be sorted by: judges first, then measures."""
     seen = dict.fromkeys(name for sample in run.samples() for name in sample.scores)
-    judges = [name for name in run.judges if name in seen]
-    return judges + [name for name in seen if name not in run.judges]
+    judges = [name for name in run.reward_names if name in seen]
+    return judges + [name for name in seen if name not in run.reward_names]
 
 
 def video_cards(run: Run, page_folder: Path, room: float) -> Iterator[Card]:

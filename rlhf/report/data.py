@@ -107,18 +107,18 @@ class Run:
         return self.environment[-1].get("ended_by") if self.environment else None
 
     @property
-    def trained(self) -> list[str]:
+    def trained_names(self) -> list[str]:
         """Return the names of the rewards that are trained on."""
         specs = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
         return [name_in(spec) for spec in specs]
 
     @property
-    def judges(self) -> list[str]:
+    def reward_names(self) -> list[str]:
         """Return the names of all rewards, those trained on first."""
         others = [name_in(spec) for spec in self.config.get("eval_reward_funcs") or []]
-        return [*self.trained, *(name for name in others if name not in self.trained)]
+        return [*self.trained_names, *(name for name in others if name not in self.trained_names)]
 
-    def headline(self) -> list[dict]:
+    def result_rows(self) -> list[dict]:
         """Return the rows of the result table.
 
         {"name", "group", "base", "tuned", "diff", "ci95"}, and where the scores of each prompt are
@@ -126,16 +126,16 @@ class Run:
         """
         folders = self.before, self.after
         if all(folder and (folder / SCORES).is_file() for folder in folders):
-            return self._headline_of_sets()
+            return self._result_rows_of_sets()
         rows = []
         for key, group in GROUPS.items():
-            rows += [self._headline_row(name, group, row) for name, row in self.summary.get(key, {}).items()]
+            rows += [self._result_row(name, group, row) for name, row in self.summary.get(key, {}).items()]
         for name, row in self.summary.items():
             if name not in GROUPS and isinstance(row, dict) and "ci95" in row:
-                rows.append(self._headline_row(name, MEASURED, row))
+                rows.append(self._result_row(name, MEASURED, row))
         return rows
 
-    def _headline_row(self, name: str, group: str, row: dict) -> dict:
+    def _result_row(self, name: str, group: str, row: dict) -> dict:
         """Return a row of the result table, with a paired test if per-prompt scores are known."""
         more = {}
         if self.evaluations:
@@ -148,11 +148,11 @@ class Run:
                     more |= {key: test[key] for key in ("win_rate", "p", "better", "equal", "worse")}
         return {"name": name, "group": group} | row | more
 
-    def _headline_of_sets(self) -> list[dict]:
+    def _result_rows_of_sets(self) -> list[dict]:
         """Return the rows of the result table for two scored video sets."""
         pairs, rows = read_pairs(self.before, self.after), []
         for name in pairs.base:
-            group = GROUPS["trained" if name in self.trained else "held_out"]
+            group = GROUPS["trained" if name in self.trained_names else "held_out"]
             test = paired_test(pairs.base[name], pairs.tuned[name])
             rows.append({"name": name, "group": group, "prompts": len(pairs.prompts)} | test)
         return rows
@@ -220,7 +220,7 @@ def training_table(metrics: list[dict]) -> list[dict]:
     return rows
 
 
-def cost(run: Run) -> dict:
+def run_cost(run: Run) -> dict:
     """Return the cost of a run, None for values that are unknown.
 
     {"steps_seconds", "total_seconds", "device_hours", "processes", "peak_memory_gib",

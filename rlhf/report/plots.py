@@ -43,7 +43,7 @@ class Panel:
 
 def panels(run: Run) -> list[Panel]:
     """Return the plots of a run: rewards, gains, hacking gap, drift, gradient, cost, measures."""
-    found = [_reward_panel(run, name) for name in run.judges]
+    found = [_reward_panel(run, name) for name in run.reward_names]
     gains = [
         _eval_series(run, "eval/gain_trained", "trained on", "gain_trained"),
         _eval_series(run, "eval/gain_held_out", "held out", "gain_held_out", SECOND),
@@ -60,7 +60,7 @@ def panels(run: Run) -> list[Panel]:
     }
     found += [Panel(title, [_metric_series(run, key)]) for key, title in lines.items()]
     found[-1].series[0].smooth = False  # the learning rate has no noise
-    shown = {f"eval/{name}" for name in (*run.judges, "gain_trained", "gain_held_out", "hacking_gap")}
+    shown = {f"eval/{name}" for name in (*run.reward_names, "gain_trained", "gain_held_out", "hacking_gap")}
     logged = dict.fromkeys(key for row in run.metrics for key in row if key.startswith("eval/"))
     found += [Panel(key.removeprefix("eval/"), [_eval_series(run, key)]) for key in logged if key not in shown]
     for panel in found:
@@ -70,7 +70,7 @@ def panels(run: Run) -> list[Panel]:
 
 def _reward_panel(run: Run, name: str) -> Panel:
     """Return a reward's scores on training prompts, if trained on, and on held-out prompts."""
-    group = "trained" if name in run.trained else "held_out"
+    group = "trained" if name in run.trained_names else "held_out"
     rows = run.summary.get(group, {})
     row = rows.get(name) or rows.get(name.removeprefix("nano_")) or {}
     held_out = _eval_series(run, f"eval/{name}", "held-out prompts", color=SECOND)

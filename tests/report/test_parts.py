@@ -10,7 +10,7 @@ from report_runs import metrics
 
 from rlhf import report
 from rlhf.export import model_card
-from rlhf.report.data import Run, cost, training_table
+from rlhf.report.data import Run, run_cost, training_table
 from rlhf.report.plots import draw_svg, panels
 from rlhf.run.environment import record_end, record_start
 
@@ -75,7 +75,7 @@ def test_cost_of_a_run_that_was_resumed_on_two_devices(started, monkeypatch):
     (started / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics(6)))
     record_start(started, "cpu")
     record_end(started)
-    found = cost(Run(started))
+    found = run_cost(Run(started))
     assert (found["energy_kilojoules"], found["processes"]) == (4.0, 2)
     assert found["device_hours"] == pytest.approx(2 * 12 / 3600)
 

@@ -14,7 +14,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.statistics import summarize
 from rlhf.report import finish_report, write_report
-from rlhf.report.data import Run, cost
+from rlhf.report.data import Run, run_cost
 from rlhf.run.environment import record_end, record_start
 
 
@@ -32,7 +32,7 @@ def test_its_numbers_are_those_of_the_files(finished):
 
 
 def test_all_of_the_prompts_count_in_the_share_that_rose(finished):
-    row = next(row for row in Run(finished).headline() if row["name"] == "redness")
+    row = next(row for row in Run(finished).result_rows() if row["name"] == "redness")
     assert (row["better"], row["equal"], row["worse"]) == ((GAINS > 0).sum(), (GAINS == 0).sum(), (GAINS < 0).sum())
     assert f"{round(100 * row['win_rate'])} % of 12" in read(finished).text
 
@@ -88,7 +88,7 @@ def test_what_was_set_and_what_it_cost(finished):
     assert "whole run 30.0 s" in text
     assert f"torch {version('torch')}" in text
     assert "GiB of the main process" in text
-    assert cost(Run(finished))["device_hours"] == pytest.approx(30 / 3600)
+    assert run_cost(Run(finished))["device_hours"] == pytest.approx(30 / 3600)
 
 
 def test_it_can_show_other_videos(finished, encoded, tmp_path):
