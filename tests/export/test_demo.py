@@ -1,6 +1,7 @@
 """The demo writes a video that plays, with the prompt and the sampling it was given."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -14,7 +15,7 @@ from tiny import SAMPLING, tiny_pipeline
 from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
 
 DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))
-main, parse, override = DEMO["main"], DEMO["parse_demo_args"], DEMO["override"]
+main, parse = DEMO["main"], DEMO["parse_demo_args"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,9 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
 def test_an_adapter_that_was_taught_guidance_is_sampled_without(saved, tmp_path, monkeypatch):
     seen, run = [], tmp_path / "run"
     monkeypatch.setitem(main.__globals__, "add_lora", lambda *_: None)
-    monkeypatch.setitem(main.__globals__, "override", lambda *given: seen.append(override(*given)) or seen[-1])
+    monkeypatch.setitem(
+        main.__globals__, "replace", lambda *base, **given: seen.append(replace(*base, **given)) or seen[-1]
+    )
     for settings in ({}, {"guidance_gradient": "distill"}):
         run.mkdir(exist_ok=True)
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
