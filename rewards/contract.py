@@ -25,6 +25,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+import rlhf.types
 from rlhf.types import rows_of
 
 # Optional attributes of a reward, with their defaults.
@@ -173,6 +174,8 @@ def name_reward_in_errors(name: str, given: str, expected: str, cure: str) -> It
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)[2:]  # after this function and its caller
-        places = [f" ({x.filename}, line {x.lineno})" for x in frames if "site-packages" not in x.filename]
+        ours = (__file__, rlhf.types.__file__)
+        frames = [x for x in frames if "site-packages" not in x.filename and x.filename not in ours]
+        places = [f" ({x.filename}, line {x.lineno})" for x in frames]
         got = f"{type(error).__name__}: {error}".rstrip(".") + f" for {given}" + "".join(places[-1:])
         raise RewardError(name, got=got, expected=expected, cure=cure) from error

@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from rewards.catalogue import CATALOGUE
 from rewards.load import check_spec
 from rewards.score import by_name, load_rewards, score
 from rlhf.io import write_whole
@@ -64,8 +65,9 @@ class Scorer:
 
     def __call__(self, path: Path, prompt: str) -> dict[str, float]:
         """Return {name: score} of a file."""
-        asked = json.dumps(row_of(prompt), sort_keys=True) if fields_of(prompt) else prompt
-        keys = {name: digest(file_sha256(path), asked, identity) for name, identity in self.identities.items()}
+        row = json.dumps(row_of(prompt), sort_keys=True) if fields_of(prompt) else prompt
+        asked = {name: prompt if spec in CATALOGUE else row for name, spec in self.specs.items()}  # ours read no row
+        keys = {name: digest(file_sha256(path), asked[name], identity) for name, identity in self.identities.items()}
         known = {name: self.cache.get(key) for name, key in keys.items()}
         missing = [name for name, value in known.items() if value is None]
         if missing:

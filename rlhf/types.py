@@ -71,6 +71,9 @@ class Row(dict):
         self.read.add(name)
         return super().__getitem__(name)
 
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(f"no field {name!r} in the row of the prompt, only {', '.join(map(str, super().keys()))}")
+
     def __contains__(self, name: object) -> bool:
         self.read.add(name)
         return super().__contains__(name)

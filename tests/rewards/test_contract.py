@@ -10,6 +10,7 @@ import torch
 
 from rewards import RewardError, frames_needed, probe
 from rewards.contract import call_reward
+from rewards.contract_probe import PROBE_PROMPTS
 from rlhf.plugins import GROUP
 
 SHAPE = (3, 5, 16, 16)
@@ -102,8 +103,9 @@ def test_the_probe_tells_frame_rate_seed_and_step():
 
     probe(reward, SHAPE)
     probe(reward, SHAPE, info={"fps": 8})
-    assert seen[0] == {"probe": True, "fps": 24, "seed": 0, "step": 0}
-    assert seen[-1] == {"probe": True, "fps": 8, "seed": 0, "step": 0}
+    assert seen[0].pop("rows") == [{"prompt": prompt} for prompt in PROBE_PROMPTS[:2]]
+    assert seen[0] == {"fps": 24, "seed": 0, "step": 0}
+    assert seen[-1]["fps"] == 8
 
 
 def detached(video, prompts, **info):
@@ -152,7 +154,11 @@ BREACHES = {  # what is wrong: the reward, and what is said of it
         "pixels of another video",
     ),
     "chance": (lambda v, p, **_: good(v, p) + torch.rand(len(p)), "two scores for the same batch"),
-    "no info": (lambda v, p: good(v, p), "TypeError.*probe"),
+    "no prompts": (lambda v: good(v, ["a", "b"]), "TypeError.*positional"),
+    "no field": (
+        lambda v, p, rows: good(v, [row["size"] for row in rows]),
+        "no field 'size' in the row .*, only prompt.*test_contract.py, line",
+    ),
     "in place": (lambda v, p, **_: good(v.mul_(2), p), "RuntimeError"),
 }
 
