@@ -157,7 +157,7 @@ BREACHES = {  # what is wrong: the reward, and what is said of it
     "no prompts": (lambda v: good(v, ["a", "b"]), "TypeError.*positional"),
     "no field": (
         lambda v, p, rows: good(v, [row["size"] for row in rows]),
-        "no field 'size' in the row .*, only prompt.*test_contract.py, line",
+        "no field .size. in the row .*, only prompt.*test_contract",
     ),
     "in place": (lambda v, p, **_: good(v.mul_(2), p), "RuntimeError"),
 }
