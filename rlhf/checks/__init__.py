@@ -66,20 +66,16 @@ def check_config(
     return args
 
 
-def check_sampling(
-    model: str, given: dict[str, Any], seed: int = 0, device: str | None = None, batch_size: int = 1
-) -> SamplingDefaults:
-    """Check how videos are to be sampled, without weights; return all values of sampling.
+def check_sampling(model: str, given: dict[str, Any], seed: int, device: str | None) -> None:
+    """Check how a video is to be sampled, without weights.
 
     given: values of sampling in place of the model's own. Raises ConfigError with every problem.
     """
     sizes = model_sizes(model)
     sampling = SamplingDefaults(**sizes["sampling"] | given)
-    settings = {"model": model, "seed": seed, "device": device, "per_device_eval_batch_size": batch_size}
-    args = RewardGradientConfig(**settings, **sampling.call_arguments())
+    args = RewardGradientConfig(model=model, seed=seed, device=device, **sampling.call_arguments())
     if problems := [*range_problems(args), *_device_problems(args), *_size_problems(args, sizes)]:
         raise ConfigError(problems)
-    return sampling
 
 
 def _device_problems(args) -> list[str]:

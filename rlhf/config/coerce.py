@@ -46,7 +46,7 @@ def coerce(value: Any, annotation: Any) -> Any:
     if kind is bool and isinstance(value, str):  # of a flag
         value = FLAG_VALUES.get(value.lower(), value)
     if kind is Any:
-        return _require_no_nan(value)
+        return require_no_nan(value)
     return _require_type(os.fspath(value) if isinstance(value, os.PathLike) else value, kind)
 
 
@@ -68,12 +68,12 @@ def _coerce_number(value, kind):
     return kind(value)
 
 
-def _require_no_nan(value: Any) -> Any:
+def require_no_nan(value: Any) -> Any:
     """Return the value; raise ValueError if it is NaN or holds it."""
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(value)
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        _require_no_nan(item)
+        require_no_nan(item)
     return value
 
 
