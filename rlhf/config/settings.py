@@ -52,7 +52,9 @@ def setting(default: Any, help: str, **limits: float):
             default `LARGEST` on both sides. None is always in it; of a list or mapping, each number
             has to be.
     """
-    metadata = {"help": help, "limits": limits}
+    bounds = limits | ({} if limits.keys() & {"least", "above"} else {"least": -LARGEST})
+    bounds |= {} if limits.keys() & {"most", "below"} else {"most": LARGEST}
+    metadata = {"help": help, "limits": limits, "bounds": bounds}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -74,16 +76,12 @@ def _number(value: float) -> str:
 def range_problems(values: Any, where: str = "") -> Iterator[str]:
     """Yield what is out of range in a dataclass instance whose fields `setting` made."""
     for f in dataclasses.fields(values):
-        given, own = getattr(values, f.name), f.metadata["limits"]
-        all_limits = ({} if own.keys() & {"least", "above"} else {"least": -LARGEST}) | own
-        all_limits |= {} if own.keys() & {"most", "below"} else {"most": LARGEST}
+        given, bounds = getattr(values, f.name), f.metadata["bounds"]
         pairs = given.items() if isinstance(given, dict) else [("", v) for v in _as_list(given)]
         for key, value in pairs:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_number and not _in_range(value, **all_limits):
+            if type(value) in (int, float) and not _in_range(value, **bounds):
                 got = f"got {value}" + (f" for {key!r}" if key else "")
-                expected = _words(own if own and not _in_range(value, **own) else all_limits)
-                yield f"{where}{f.name}: {got}, expected {expected}; correct its value"
+                yield f"{where}{f.name}: {got}, expected {_words(bounds)}; correct its value"
 
 
 def _as_list(value: Any) -> list:
@@ -91,7 +89,7 @@ def _as_list(value: Any) -> list:
 
 
 def _in_range(value, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf) -> bool:
-    return least <= value <= most and (above < value or above == -math.inf) and (value < below or below == math.inf)
+    return least <= value <= most and above < value < below
 
 
 def coerce_settings(values: Any) -> None:
@@ -166,9 +164,9 @@ class RewardGradientConfig:
     eval_reward_funcs: list[str] = setting([], "Rewards that only evaluate; they need no gradient.")
 
     # Sampling. Each setting defaults to the model's own value.
-    height: int | None = setting(None, "Video height in pixels.", most=16384)
-    width: int | None = setting(None, "Video width in pixels.", most=16384)
-    num_frames: int | None = setting(None, "Frames of a video, 4k+1 for the Wan VAE.", most=10000)
+    height: int | None = setting(None, "Video height in pixels.", least=1, most=16384)
+    width: int | None = setting(None, "Video width in pixels.", least=1, most=16384)
+    num_frames: int | None = setting(None, "Frames of a video, 4k+1 for the Wan VAE.", least=1, most=10000)
     num_inference_steps: int | None = setting(None, "Denoising steps N.", least=1, most=1000)
     guidance_scale: float | None = setting(
         None, "Classifier-free guidance g in v_neg + g (v_text - v_neg). 1 or less: no guidance.", above=0, most=1000
