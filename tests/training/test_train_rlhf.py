@@ -80,23 +80,26 @@ def test_a_resume_hint_names_a_command_that_can_be_launched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("reward", "flag", "place", "told"),
+    ("reward", "flag", "place", "prompt", "told"),
     [
-        ("nano_preference", "prompts", 9, "the prompt 'привет', of which it knows no word"),
-        ("nano_preference", "eval_prompts", 0, "the prompt 'привет', of which it knows no word"),
-        ("nano_verifier", "eval_prompts", 9, "the prompt 'привет', which lacks a colour, a shape or a motion"),
+        ("nano_preference", "prompts", 9, "привет", "of which it knows no word"),
+        ("nano_preference", "eval_prompts", 0, "a dog on the sofa", "of which it knows no word"),
+        ("nano_verifier", "eval_prompts", 9, "a red kite", "which lacks a colour, a shape or a motion"),
     ],
 )
 def test_a_prompt_that_a_reward_cannot_read_is_named_wherever_it_stands(
-    main, tmp_path, capsys, monkeypatch, reward, flag, place, told
+    main, tmp_path, capsys, monkeypatch, reward, flag, place, prompt, told
 ):
     prompts = ["a small red circle moving left"] * 10
-    prompts[place] = "привет"
+    prompts[place] = prompt
     (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
     monkeypatch.setattr("rlhf.contentv.loading.load_pipeline", None)
     flags = [f"--{flag}", str(tmp_path / "p.txt"), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
     assert main([*flags, "--eval_reward_funcs", *["nano_verifier"] * (reward == "nano_verifier"), "flicker"]) == 1
-    assert f"reward {reward!r}: got {told}; expected a sentence of the nano world" in capsys.readouterr().err
+    assert (
+        f"reward {reward!r}: got the prompt {prompt!r}, {told}; expected a sentence of the nano world"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_users_own_model_prompts_and_reward_and_a_resolved_config_that_repeats_the_run(
