@@ -72,7 +72,7 @@ def probe(
     prompts = [((prompts or PROBE_PROMPTS) * 3)[i] for i in range(3)]
     videos = smooth_random_videos(3, (channels, frames, height, width), seed=0).to(device)
     differentiable = reward_attribute(reward, "differentiable")
-    call = partial(_call, name, reward, PROBE_INFO | (info or {}))
+    call = partial(_call, name, reward, {"probe": True} | PROBE_INFO | (info or {}))
     first, second = [0, 1], [0, 2]  # the same sample beside two neighbours
 
     scores, grads = _score_one(name, call, videos[first], [prompts[i] for i in first], 0, differentiable)

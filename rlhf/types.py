@@ -74,10 +74,6 @@ class Row(dict):
     def __missing__(self, name: str) -> Any:
         raise KeyError(f"no field {name!r} in the row of the prompt, only {', '.join(map(str, super().keys()))}")
 
-    def __contains__(self, name: object) -> bool:
-        self.read.add(name)
-        return super().__contains__(name)
-
     def get(self, name: str, default: Any = None) -> Any:
         """Return a field's value, or the default."""
         self.read.add(name)
@@ -90,10 +86,6 @@ class Row(dict):
     def keys(self):
         """Return all names."""
         return dict.fromkeys(self).keys()
-
-    def values(self):
-        """Return all values."""
-        return {name: self[name] for name in self}.values()
 
     def items(self):
         """Return all names with their values."""

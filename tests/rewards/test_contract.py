@@ -104,7 +104,7 @@ def test_the_probe_tells_frame_rate_seed_and_step():
     probe(reward, SHAPE)
     probe(reward, SHAPE, info={"fps": 8})
     assert seen[0].pop("rows") == [{"prompt": prompt} for prompt in PROBE_PROMPTS[:2]]
-    assert seen[0] == {"fps": 24, "seed": 0, "step": 0}
+    assert seen[0] == {"probe": True, "fps": 24, "seed": 0, "step": 0}
     assert seen[-1]["fps"] == 8
 
 
