@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.config.parse import CONFIGS, CommandFlags, parse_command
+from rlhf.config.parse import CONFIGS, CommandFlags, parse_command, take_flags
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130  # 130: a shell's status of Ctrl-C
 
@@ -88,10 +88,10 @@ def resume_hint(args: RewardGradientConfig) -> str:
 
     if (saved := newest_undamaged_checkpoint(Path(args.output_dir) / "checkpoints")) is None:
         return ""
-    # The last of equal flags counts, so the given ones may stay.
+    _, given = take_flags(sys.argv[1:], "overwrite_output_dir", "resume_from_checkpoint")
     flags = ["--overwrite_output_dir", "false"] * args.overwrite_output_dir + ["--resume_from_checkpoint", "latest"]
     script = ["-m", "rlhf.train"] if Path(sys.argv[0]).resolve() == Path(__file__) else sys.argv[:1]
-    command = shlex.join([*script, *sys.argv[1:], *flags])
+    command = shlex.join([*script, *given, *flags])
     return f" The last good state is {saved}; go on with\n  accelerate launch {command}"
 
 

@@ -32,6 +32,7 @@ from rlhf.method.losses import reward_loss, score, score_metrics
 from rlhf.method.options import read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
+from rlhf.prompts import unread_message
 from rlhf.report import report_at_end
 from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.run.folder import start_run_folder
@@ -89,7 +90,8 @@ class RewardGradientTrainer:
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
         train_prompts, self.eval_prompts = inputs.train_prompts, inputs.eval_prompts
         setup.require_same_run(self.layout, train_prompts, args)
-        judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
+        prompts = train_prompts, self.eval_prompts
+        judges = opened_rewards or open_rewards(args, inputs.rewards, *prompts, self.device, inputs.pipe)
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
 
         self.pipe = inputs.pipe or setup.load_base(args, self.device)
@@ -290,6 +292,8 @@ class RewardGradientTrainer:
                     raise
                 log.step(metrics)
                 self.callbacks.log(metrics)
+                if done == 1 and (unread := self._unread_fields()):  # once a run, when all rewards were asked
+                    log.say(unread)
                 stopping = any_process(self.accelerator, stop.requested)
                 if stopping or self.callbacks.is_requested("save") or is_due(done, args.save_steps):
                     saved = self._save(done)
@@ -300,6 +304,9 @@ class RewardGradientTrainer:
                 if stopped or self.callbacks.is_requested("training_stop"):
                     break
         return done
+
+    def _unread_fields(self) -> str | None:
+        return unread_message([*self.batches.prompts, *self.eval_prompts], guided=self.args.guidance_scale > 1)
 
     def _evaluate_or_sample(self, done: int) -> dict[str, float]:
         """Evaluate or sample if it is due after `done` steps; return the metrics."""

@@ -47,8 +47,8 @@ class SamplingDefaults:
     negative_prompt: str = ""
 
     def __post_init__(self):
-        if self.fps < 1:
-            raise ValueError(f"fps: got {self.fps}, expected at least 1 frame per second; raise it")
+        if not 1 <= self.fps <= 1000:
+            raise ValueError(f"fps: got {self.fps}, expected at least 1 and at most 1000 frames per second; correct it")
 
     @classmethod
     def load(cls, folder: Path) -> "SamplingDefaults":

@@ -7,6 +7,7 @@ from pathlib import Path
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.older import translate
 from rlhf.io import read_object
+from rlhf.types import row_of
 
 METRICS = "metrics.jsonl"
 PROMPTS = "prompts.txt"  # beside videos: name, tab, prompt
@@ -78,6 +79,6 @@ def start_run_folder(args: RewardGradientConfig, train_prompts: list[str], eval_
 
 def write_prompts(path: Path, prompts: list[str]) -> None:
     """Write a .jsonl file for `rlhf.prompts`; leave one that begins with these prompts as it is."""
-    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
+    text = "".join(json.dumps(row_of(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
     if not (path.is_file() and path.read_bytes().startswith(text.encode())):
         path.write_bytes(text.encode())

@@ -35,6 +35,7 @@ from rlhf.prompts import as_prompts, load_prompts
 from rlhf.run.folder import prompt_snapshot
 from rlhf.run.trackers import Clip, show_samples
 from rlhf.training.batches import Batches
+from rlhf.types import row_of
 
 IDENTITY_INITS = ("gaussian", "orthogonal")  # values of init_lora_weights that change nothing
 PER_HOST_SETTINGS = ("model", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir", "output_dir")
@@ -124,7 +125,7 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
 def require_same_run(layout: Layout, prompts: list[str], args: RewardGradientConfig) -> None:
     """Raise ConfigError on every process if prompts or settings differ between processes."""
     settings = [value for name, value in vars(args).items() if name not in PER_HOST_SETTINGS]
-    layout.require_same(prompts=prompts, settings=settings)
+    layout.require_same(prompts=[row_of(prompt) for prompt in prompts], settings=settings)
 
 
 def prepare_model(
