@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any, Literal
 
-import yaml
+from rlhf.io import CONTENT_ERRORS, load_yaml
 
 
 def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
@@ -65,11 +65,11 @@ def _parse_mapping(text: str) -> Any:
     """Parse JSON, or YAML as typed in a shell, such as {nano_preference: 0.3}."""
     try:
         return json.loads(text)  # first, for YAML takes 1e-5 for text
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         pass
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return load_yaml(text)
+    except CONTENT_ERRORS as error:
         raise ValueError(text) from error
 
 

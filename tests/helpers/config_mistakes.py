@@ -341,6 +341,24 @@ ROWS = [
         "expected the best adapter of the run",
         "copy it there, or leave the setting out",
     ),
+    Row(
+        {"output_dir": "{tmp}/spoilt", "resume_from_checkpoint": "auto"},
+        "spoilt/checkpoints/step-3: manifest.json is missing",
+        "expected a whole checkpoint, or no run in {tmp}/spoilt. Nothing was removed",
+        "put a checkpoint back, choose another output_dir",
+    ),
+    Row(
+        {"output_dir": "{tmp}/unreadable", "resume_from_checkpoint": "latest"},
+        "state.json: got a damaged file (TypeError: step is None)",
+        "expected it as it was written",
+        "restore it",
+    ),
+    Row(
+        {"output_dir": "{tmp}/busy"},
+        "busy: got a folder in which process 7 on another trains",
+        "expected one run a folder",
+        "choose another",
+    ),
     Row({"resume_from_checkpoint": "absent"}, "got no checkpoint there", "expected a folder such as", "correct the"),
     Row(
         {"output_dir": "{tmp}/run", "resume_from_checkpoint": "latest", "lora_rank": 7},
