@@ -121,8 +121,9 @@ def _explain_os_error(error: OSError) -> str:
 
 
 def _fail(text: str, code: int) -> int:
-    """Print an error to stderr; return the exit status."""
-    print(text, file=sys.stderr)
+    """Print an error to stderr, an interruption on the first process only; return the status."""
+    if code != EXIT_INTERRUPTED or os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
     return code
 
 

@@ -88,9 +88,7 @@ def test_processes_that_do_not_come_are_told(make_args, environment, monkeypatch
         raise dist.DistStoreError("Timed out after 2 seconds waiting for clients. 1/2 clients joined.")
 
     monkeypatch.setattr(accelerator, "Accelerator", wait)
-    with pytest.raises(
-        ConfigError, match=r"WORLD_SIZE=2, RANK=0: got no connection .*1/2 clients joined.*unset W"
-    ):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2, RANK=0: got no connection .*1/2 clients joined.*unset W"):
         accelerator.make_accelerator(make_args(ddp_timeout=2))
 
 

@@ -53,8 +53,18 @@ def turncoat(video, prompts, **info):
 
 
 ENDS = {
-    "a signal before the first step": (redness, Ends("on_evaluate", terminate), "KeyboardInterrupt", 0),
-    "a signal in a step": (redness, Ends("on_step_end", terminate), "stopped by a signal", 1),
+    "a signal before the first step": (
+        redness,
+        Ends("on_evaluate", terminate),
+        "an interruption, by Ctrl-C or a signal. Go on with",
+        0,
+    ),
+    "a signal in a step": (
+        redness,
+        Ends("on_step_end", terminate),
+        "by Ctrl-C or a signal; checkpoints/step-1 holds its state. Go on with",
+        1,
+    ),
     "a reward that fails": (turncoat, TrainerCallback(), "reward 'turncoat': got AssertionError: no more", 1),
     "an error elsewhere": (redness, Ends("on_log", lambda: 1 / 0), "ZeroDivisionError: division by zero", 1),
 }
