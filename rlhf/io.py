@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 CONTENT_ERRORS = (
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, yaml.YAMLError, SafetensorError),
 )
-MAX_YAML_DEPTH, MAX_YAML_VALUES = 32, 20_000  # far above any file of settings
+MAX_YAML_DEPTH, MAX_YAML_VALUES, MAX_YAML_LENGTH = 32, 20_000, 10**6  # far above any file of settings
 
 
 class DamagedFileError(ValueError):
@@ -39,15 +39,20 @@ def file_errors(path: Path) -> Iterator[None]:
 def load_yaml(text: str) -> Any:
     """Return the content of a YAML document. Raises `CONTENT_ERRORS`.
 
-    Raises yaml.YAMLError for one that nests deeper than MAX_YAML_DEPTH, refers to itself, or has
-    more than MAX_YAML_VALUES values once its aliases are expanded, before it is built.
+    Raises yaml.YAMLError, before it is built, for one of more than MAX_YAML_LENGTH characters, one
+    that nests deeper than MAX_YAML_DEPTH or refers to itself, and one that has more than
+    MAX_YAML_VALUES values once its aliases are expanded.
     """
+    if len(text) > MAX_YAML_LENGTH:
+        raise yaml.YAMLError(f"{len(text)} characters, expected settings")
     sizes, opened, total = {}, [], 0  # values below an anchor; anchor and total at each open collection's begin
     for event in yaml.parse(text, yaml.SafeLoader):
         anchor = getattr(event, "anchor", None)
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == name for name, _ in opened):
-                raise yaml.MarkedYAMLError(problem=f"*{anchor} refers to itself", problem_mark=event.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"*{anchor} refers to itself, expected settings", problem_mark=event.start_mark
+                )
             total += sizes.get(anchor, 0)
         elif isinstance(event, yaml.CollectionStartEvent):
             opened.append((anchor, total))
@@ -56,7 +61,7 @@ def load_yaml(text: str) -> Any:
             sizes[anchor] = total - before + 1
         total += isinstance(event, yaml.NodeEvent)
         if len(opened) > MAX_YAML_DEPTH or total > MAX_YAML_VALUES:
-            much = f"more than {MAX_YAML_VALUES} values" if total > MAX_YAML_VALUES else "lists in lists without end"
+            much = f"more than {MAX_YAML_VALUES} values" if total > MAX_YAML_VALUES else f"{len(opened)} nested levels"
             raise yaml.MarkedYAMLError(problem=f"{much}, expected settings", problem_mark=event.start_mark)
     return yaml.safe_load(text)
 

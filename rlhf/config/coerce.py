@@ -17,7 +17,8 @@ def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
         try:
             right[name] = coerce(value, annotations[name])
         except (TypeError, ValueError, OverflowError):
-            problems.append(f"{name}: got {value!r}, expected {type_name(annotations[name])}; correct its value")
+            got = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
+            problems.append(f"{name}: got {got}, expected {type_name(annotations[name])}; correct its value")
     return right, problems
 
 

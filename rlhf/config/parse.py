@@ -144,7 +144,7 @@ def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
     try:
         values, tree = load_yaml(text), yaml.compose(text, yaml.SafeLoader)
     except CONTENT_ERRORS as error:  # such as ValueError, of a date that does not exist
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError([f"{path} is not YAML: {reason}; correct that line"]) from None
     if not isinstance(values, dict):
         got = "an empty file" if values is None else type(values).__name__

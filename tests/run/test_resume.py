@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,24 @@ def test_a_disk_that_does_not_answer_is_not_damage(make_args):
             train(dataclasses.replace(args, resume_from_checkpoint=which))
     manifest.with_name("kept").rename(manifest)
     assert contents(Path(args.output_dir)) == before
+
+
+def test_seconds_of_a_run_are_those_of_all_parts(make_args, capsys, monkeypatch):
+    args = make_args(max_steps=1)
+    RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"1 process on cpu \(.+\), base in float32, adapter in float32", first)
+    path = Path(args.output_dir) / "checkpoints" / "step-1"
+    state = json.loads((path / "state.json").read_text())
+    assert state["seconds"] > 0
+    for seconds, least in ((1000.0, 1000.0), (None, 77.0)):  # earlier versions saved none
+        kept = {name: value for name, value in state.items() if name != "seconds"}
+        (path / "state.json").write_text(json.dumps(kept | ({"seconds": seconds} if seconds else {})))
+        (path.parents[1] / "metrics.jsonl").write_text('{"step": 1, "seconds": 77.0}\n')
+        write_manifest(path)
+        again = dataclasses.replace(args, resume_from_checkpoint="latest")
+        summary = RewardGradientTrainer(tiny_pipeline(), redness, again, PROMPTS).train()
+        assert least < summary["seconds"] < least + 60
 
 
 def test_resolve_resume_says_where_from_and_what_is_no_longer_the_same(make_args, capsys):
