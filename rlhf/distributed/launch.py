@@ -15,15 +15,11 @@ LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for e
 TORCHRUN_MARK = "TORCHELASTIC_RUN_ID"  # set by torchrun, and so by `accelerate launch` for several processes
 RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # the same
 PLACE = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # of a process among others, by any launcher
-# Ways of accelerate to wrap a model, by variable: name, and what a run has instead.
-WRAPPERS = {
-    "ACCELERATE_USE_FSDP": ("FSDP", "shard_base divides the base over processes"),
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "shard_base divides the base over processes"),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "sequence_parallel divides a video's tokens"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (
-        "a parallelism_config",
-        "sequence_parallel divides a video's tokens",
-    ),
+WRAPPERS = {  # accelerate's ways to wrap a model, by variable
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 # Variables of `accelerate launch` that a run does not read: default, flag, what decides instead.
 UNUSED = {
@@ -43,11 +39,11 @@ def launcher_world_size() -> int:
 
 def launch_problems() -> Iterator[str]:
     """Yield what the launcher asked for and cannot work, and variables of another launch."""
-    for variable, (name, ours) in WRAPPERS.items():
+    for variable, name in WRAPPERS.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             yield (
-                f"accelerate's configuration asks for {name}, expected plain processes, since no model is wrapped: "
-                f"{ours}. Start with --config_file configs/accelerate/gpu_2.yaml or another one there, or with torchrun"
+                f"accelerate's configuration asks for {name}, expected plain processes: shard_base divides the weights "
+                "and sequence_parallel the tokens; use a --config_file of configs/accelerate, or torchrun"
             )
     place = {name: os.environ[name] for name in PLACE if name in os.environ}
     if not place or place == {"WORLD_SIZE": "1"}:

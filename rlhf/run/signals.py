@@ -66,7 +66,7 @@ class StopRequest:
             self.requested, self._first = True, time.monotonic()
             outlive_launcher()  # it ends at Ctrl-C, too, and the step is to be finished
             self._say(f"{signal.Signals(number).name}: finishing {self.doing}, then saving; again to stop now")
-            if TORCHRUN_MARK in os.environ:
+            if TORCHRUN_MARK in os.environ and number != signal.SIGUSR1:  # which torchrun neither sends nor hears
                 self._timer = threading.Timer(GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
                 self._timer.daemon = True
                 self._timer.start()
@@ -95,6 +95,9 @@ def interrupt_on_signals() -> Iterator[None]:
         before = {number: signal.signal(number, signal.default_int_handler) for number in free}
     try:
         yield
+    except KeyboardInterrupt:
+        outlive_launcher()  # to write what is left to write
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

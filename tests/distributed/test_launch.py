@@ -48,10 +48,10 @@ def environment(monkeypatch):
         (RANK_0 | {"WORLD_SIZE": "two"}, "got WORLD_SIZE=two, RANK=0, LOCAL_RANK=0 in the environment, expected RANK"),
         (
             {"ACCELERATE_USE_FSDP": "true"},
-            "asks for FSDP, expected plain processes, since no model is wrapped: shard",
+            "asks for FSDP, expected plain processes: shard_base divides the weights",
         ),
         ({"ACCELERATE_USE_DEEPSPEED": "True"}, "asks for DeepSpeed, expected plain processes"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "sequence_parallel divides a video's tokens. Start with"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "use a --config_file of configs/accelerate, or torchrun"),
     ],
 )
 def test_a_launch_that_cannot_work_is_refused(environment, variables, told):

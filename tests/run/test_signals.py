@@ -61,11 +61,13 @@ def test_torchruns_echo_is_not_a_second_signal_and_its_patience_is_short(monkeyp
             time.sleep(5)  # ended before torchrun would end the process
 
 
-def test_the_launchers_end_does_not_count_as_a_second_signal(monkeypatch):
+@pytest.mark.parametrize("training", [True, False])
+def test_the_launchers_end_does_not_count_as_a_second_signal(monkeypatch, training):
+    """Ctrl-C in a shell ends the launcher, too, while a step is finished or a report written."""
     numbers = []
     monkeypatch.setattr(launch, "_set_death_signal", numbers.append)
     launch._ended.clear()  # as `end_with_launcher` leaves it
-    with StopRequest():
+    with StopRequest() if training else pytest.raises(KeyboardInterrupt), interrupt_on_signals():
         send(signal.SIGINT)
     assert numbers == [0]
     assert launch._ended.is_set()
