@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlhf.distributed.launch import TORCHRUN_MARK, outlive_launcher
@@ -23,7 +23,9 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A context in which SIGINT, SIGTERM and SIGUSR1 ask a training to stop.
+    """A context in which SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask a training to stop.
+
+    SIGHUP, of a terminal that is gone, stays ignored under nohup.
 
     The first signal sets `requested`, and a line says at once what follows. A second SIGINT or
     SIGTERM raises KeyboardInterrupt in the current block of `interruptible`, or in the next one.
@@ -33,7 +35,7 @@ class StopRequest:
         speaks: whether this process prints the lines.
     """
 
-    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
     def __init__(self, speaks: bool = True):
         self.speaks, self.requested, self.doing = speaks, False, "the step"  # doing: what will be finished
@@ -41,7 +43,8 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
-            self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+            wanted = [n for n in self.SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._request) for number in wanted}
         return self
 
     def __exit__(self, *_):
@@ -77,13 +80,14 @@ class StopRequest:
         self._insisted = True
         self._say("stopping now, with the last finished step saved")
         for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, self._before[other])
+            signal.signal(other, self._before.get(other, signal.SIG_IGN))
         if self._open:
             raise KeyboardInterrupt
 
     def _say(self, text: str) -> None:
-        if self.speaks:  # print() may be what the signal interrupts
-            os.write(2, f"\n{text}\n".encode())
+        if self.speaks:
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, f"\n{text}\n".encode())  # print() may be what the signal interrupts
 
 
 @contextmanager

@@ -84,9 +84,17 @@ def test_signals_interrupt_unless_they_do_something_already():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_batch_systems_warning_may_come_often():
-    with StopRequest() as stop:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_a_batch_systems_warning_may_come_often_and_a_terminal_may_go(number):
+    with StopRequest() as stop, stop.interruptible():
         for _ in range(3):
-            send(signal.SIGUSR1)
+            send(number)
         assert stop.requested
-    assert signal.getsignal(signal.SIGUSR1) is signal.default_int_handler
+    assert signal.getsignal(number) is signal.default_int_handler
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        send(signal.SIGHUP)
+        assert not stop.requested
