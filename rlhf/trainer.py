@@ -26,6 +26,7 @@ from rlhf.contentv.wan_decoder import saturated_share
 from rlhf.device import generator
 from rlhf.distributed.accelerator import any_process, describe_launch, make_accelerator
 from rlhf.distributed.layout import Layout
+from rlhf.evaluation.held_out import MakeVideos
 from rlhf.method.decode import VideoSampler
 from rlhf.method.drift import velocity_distance
 from rlhf.method.losses import reward_loss, score, score_metrics
@@ -229,8 +230,14 @@ class RewardGradientTrainer:
         """Return the `info` keyword arguments of rewards in a step: fps, seed and step."""
         return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
 
-    def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> VideoSampler:
-        return VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)
+    def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> MakeVideos:
+        sampler = VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)
+
+        def sample(prompts: list[str], noise_BCTHW: torch.Tensor) -> torch.Tensor:
+            with self.stop.interruptible():
+                return sampler(prompts, noise_BCTHW)
+
+        return sample
 
     # ------------------------------------------------------------------------------------- the run
 
@@ -319,9 +326,8 @@ class RewardGradientTrainer:
         args = self.args
         evaluate = self.callbacks.is_requested("evaluate") or is_due(done, args.eval_steps)
         sample = is_due(done, args.sample_steps) and done < args.max_steps
-        self.stop.doing = f"the evaluation of step {done}" if evaluate else f"the samples of step {done}"
-        with self.stop.interruptible():
-            return self.monitor.evaluate_or_sample(done, evaluate, sample)
+        self.stop.doing = f"the evaluation of step {done}" if evaluate else self.stop.doing
+        return self.monitor.evaluate_or_sample(done, evaluate, sample)
 
     # --------------------------------------------------------------------------- restore and save
 

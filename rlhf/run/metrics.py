@@ -89,8 +89,10 @@ def drop_rows_after(folder: Path, last_step: int) -> None:
 
 def seconds_before(saved: dict, folder: Path) -> float:
     """Return the seconds that a run had taken at a checkpoint; saved: `read_state` of it."""
-    steps = (row.get("seconds", 0) for row in read_metrics(folder) if row["step"] <= saved["step"])
-    return saved["seconds"] if "seconds" in saved else math.fsum(steps)  # earlier versions saved none
+    if "seconds" in saved or not saved["step"]:
+        return saved.get("seconds", 0.0)
+    # Earlier versions saved none.
+    return math.fsum(row.get("seconds", 0.0) for row in read_metrics(folder) if row["step"] <= saved["step"])
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -55,6 +55,7 @@ def interrupt(_=None):
 @pytest.mark.parametrize("where", ["a step", "an evaluation"])
 def test_a_second_signal_saves_the_last_finished_step(make_args, tmp_path, capfd, monkeypatch, where):
     settings = {"max_steps": 4, "save_steps": 0, "eval_steps": 3, "num_sample_prompts": 0, "num_diversity_prompts": 0}
+    settings |= {"ema_decay": 0.9}  # an evaluation is of the average, a checkpoint of the weights
     whole, args = (make_args(output_dir=str(tmp_path / name), **settings) for name in ("whole", "parts"))
     train(whole, evaluate=True)
 
