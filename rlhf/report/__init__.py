@@ -3,6 +3,7 @@
 import base64
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -55,6 +56,8 @@ def report_at_end(folder: Path, wanted: bool) -> Iterator[None]:
 
 def _report_failure(folder: Path, error: BaseException) -> None:
     try:
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\nInterrupted: writing {folder / REPORT}; again to go without it", file=sys.stderr)
         finish_report(folder, _describe_end(error))
     except BaseException as another:  # such as a second Ctrl-C, of someone who does not want to wait
         reason = f"{type(another).__name__}: {another}"

@@ -71,13 +71,14 @@ ENDS = {
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_a_run_that_does_not_finish_leaves_its_report_too(tiny_pipe, make_args, real_report, how):
+def test_a_run_that_does_not_finish_leaves_its_report_too(tiny_pipe, make_args, real_report, capsys, how):
     reward, callback, told, steps = ENDS[how]
     args = make_args(max_steps=3, num_eval_prompts=2, num_sample_prompts=0, num_diversity_prompts=0)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises((KeyboardInterrupt, RewardError, ZeroDivisionError)):
         RewardGradientTrainer(tiny_pipe, reward, args, PROMPTS, PROMPTS[:2], callbacks=[callback]).train()
     assert signal.getsignal(signal.SIGTERM) is handler
+    assert ("Interrupted: writing" in capsys.readouterr().err) == ("signal" in how), "said before it takes its time"
     page = Page((Path(args.output_dir) / "report.html").read_text())
     assert f"not finished: {steps} of 3 steps were done" in page.text
     assert "It ended with" in page.text
