@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlhf.config import ConfigError
+from rlhf.distributed.launch import RESTART_COUNT, TORCHRUN_MARK
 from rlhf.io import DamagedFileError, read_object
 
 LOCK = "run.lock"
@@ -24,17 +25,21 @@ class Holder:
     started: str | None
     boot: str = ""  # of the host's kernel
     space: str = ""  # of process numbers: each container has its own
+    launch: str = "none"  # torchrun's name for it
 
     @classmethod
     def current(cls) -> "Holder":
         """Return this process."""
         boot = _read(Path("/proc/sys/kernel/random/boot_id"))
         space = os.readlink("/proc/self/ns/pid") if boot else ""
-        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), boot, space)
+        launch = os.environ.get(TORCHRUN_MARK, "none")
+        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), boot, space, launch)
 
     def is_gone(self) -> bool | None:
         """Return whether the process has ended; None if that cannot be seen from here."""
         here = Holder.current()
+        if here.launch == self.launch != "none" and int(os.environ.get(RESTART_COUNT, 0)) > 0:
+            return True  # torchrun ends all processes, also those of other hosts, before it starts new ones
         if self.host != here.host or (self.boot == here.boot and self.space != here.space):
             return None
         return self.boot != here.boot or _start_of(self.pid) != self.started

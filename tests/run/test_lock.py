@@ -11,6 +11,7 @@ import pytest
 from runs import At, train
 
 from rlhf.config import ConfigError
+from rlhf.distributed.launch import RESTART_COUNT, TORCHRUN_MARK
 from rlhf.run import lock
 from rlhf.run.lock import LOCK, Holder, lock_folder, lock_problem
 
@@ -57,6 +58,16 @@ def test_a_lock_of_a_process_that_ended_is_taken_over(tmp_path, gone, changes):
     assert lock_problem(tmp_path) is None
     with lock_folder(tmp_path, wanted=True):
         assert json.loads((tmp_path / LOCK).read_text())["started"] == Holder.current().started
+
+
+@pytest.mark.parametrize(
+    ("launch", "restarts", "free"), [("a", 1, True), ("a", 0, False), ("b", 1, False), ("none", 1, False)]
+)
+def test_a_restart_by_torchrun_takes_over_from_another_host(tmp_path, monkeypatch, launch, restarts, free):
+    monkeypatch.setenv(RESTART_COUNT, str(restarts))
+    monkeypatch.setenv(TORCHRUN_MARK, "none" if launch == "none" else "a")
+    write(tmp_path, host="node7", launch=launch)
+    assert (lock_problem(tmp_path) is None) == free
 
 
 def test_a_process_that_is_dead_and_not_yet_removed_has_ended(tmp_path):
