@@ -32,14 +32,6 @@ def train(args) -> list[int]:
     return [row["step"] for row in read_metrics(Path(args.output_dir))]
 
 
-def test_a_first_start_does_as_it_is_told(make_args):
-    args = make_args()
-    assert resolve_resume(args) is args
-    assert train(args) == [1, 2, 3]
-    with pytest.raises(ConfigError, match="holds a run already"):
-        train(args)
-
-
 def test_auto_starts_and_goes_on(make_args):
     args = make_args(resume_from_checkpoint="auto", max_steps=2)
     assert train(args) == [1, 2]
