@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from rlhf.checks.execution import execution_problems
 from rlhf.checks.method import adapter_problems, method_problems
 from rlhf.checks.parallel import parallel_problems
-from rlhf.checks.resume import resume_problems
+from rlhf.checks.resume import resume_problems, start_problems
 from rlhf.checks.rewards import problems_raised_by, reward_problems
 from rlhf.config import ConfigError, RewardGradientConfig, range_problems, with_sampling
 from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.device import pick_device
 from rlhf.prompts import load_prompts
 from rlhf.run.folder import has_run
+from rlhf.run.lock import lock_problem
 from rlhf.run.resume import resolve_resume
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -124,8 +125,12 @@ def _folder_problems(args, dry: bool) -> Iterator[str]:
         yield f"output_dir={args.output_dir} is a file, expected a folder or a new path; choose another"
     elif not dry and not _may_write(here := _nearest_existing(folder)):
         yield f"output_dir={args.output_dir}: got no right to write in {here}, expected one; choose another"
+    elif not dry and (problem := lock_problem(folder)):
+        yield problem
     elif args.resume_from_checkpoint and args.overwrite_output_dir:
         yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
+    elif args.resume_from_checkpoint == "auto":
+        yield from start_problems(folder)
     elif args.resume_from_checkpoint:
         yield from resume_problems(args)
     elif not args.overwrite_output_dir and has_run(folder):

@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any, Literal
 
-import yaml
+from rlhf.io import CONTENT_ERRORS, load_yaml
 
 FLAG_VALUES = dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True)
 FLAG_VALUES |= dict.fromkeys(("false", "no", "off", "f", "n", "0"), False)
@@ -20,7 +20,8 @@ def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
         try:
             right[name] = coerce(value, annotations[name])
         except (TypeError, ValueError, OverflowError, RecursionError):
-            problems.append(f"{name}: got {value!r}, expected {type_name(annotations[name])}; correct its value")
+            got = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
+            problems.append(f"{name}: got {got}, expected {type_name(annotations[name])}; correct its value")
     return right, problems
 
 
@@ -81,11 +82,11 @@ def _parse_mapping(text: str) -> Any:
     """Parse JSON, or YAML as typed in a shell, such as {nano_preference: 0.3}."""
     try:
         return json.loads(text)  # first, for YAML takes 1e-5 for text
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         pass
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return load_yaml(text)
+    except CONTENT_ERRORS as error:
         raise ValueError(text) from error
 
 

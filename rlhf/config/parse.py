@@ -23,6 +23,7 @@ from rlhf.config.settings import (
     range_text,
     setting,
 )
+from rlhf.io import CONTENT_ERRORS, load_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +162,9 @@ def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: got {error.reason}, expected UTF-8; save it as UTF-8"]) from None
     try:
-        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        values, tree = load_yaml(text), yaml.compose(text, yaml.SafeLoader)
+    except CONTENT_ERRORS as error:  # such as ValueError, of a date that does not exist
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError([f"{path} is not YAML: {reason}; correct that line"]) from None
     if not isinstance(values, dict):
         got = "an empty file" if values is None else type(values).__name__

@@ -322,8 +322,8 @@ class RewardGradientConfig:
     resume_from_checkpoint: str | None = setting(
         None,
         "latest, or the path of a checkpoints/step-N folder, to resume; without --config, with the "
-        "settings of that run. auto: the latest checkpoint if there is one, else a new start, over "
-        "the files there. A process that torchrun restarts resumes as with auto.",
+        "settings of that run. auto: the latest checkpoint if there is one, else a new start; never over "
+        "the results of a run. A process that torchrun restarts resumes as with auto.",
     )
     max_skipped_steps: int = setting(
         0, "Consecutive steps that may be skipped for a score that is not finite.", least=0

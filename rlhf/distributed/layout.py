@@ -6,16 +6,14 @@ communication; the next ones share branches.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.distributed.launch import launcher_world_size
 from rlhf.execution.collectives import Group, average_grad
-
-RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,6 @@ class Sizes:
 
     def __str__(self) -> str:
         return f"data {self.data} x guidance {self.guidance} x sequence {self.sequence}"
-
-
-def launcher_world_size() -> int:
-    """Return the number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def planned_processes(args: RewardGradientConfig, asked: int | None = None) -> int:

@@ -3,6 +3,7 @@
 import base64
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -56,10 +57,21 @@ def report_at_end(folder: Path, wanted: bool) -> Iterator[None]:
 def _report_failure(folder: Path, error: BaseException) -> None:
     """Write the report of a failed run; if that fails too, log a warning."""
     try:
-        finish_report(folder, f"{type(error).__name__}: {error}".removesuffix(": "))
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\nInterrupted: writing {folder / REPORT}; again to go without it", file=sys.stderr)
+        finish_report(folder, _describe_end(error))
     except BaseException as another:  # such as a second Ctrl-C, of someone who does not want to wait
         reason = f"{type(another).__name__}: {another}"
         logger.warning(f"no report of the run in {folder} could be written: {reason}")
+
+
+def _describe_end(error: BaseException) -> str:
+    """Return what ended a run, to follow "It ended with"."""
+    if not isinstance(error, KeyboardInterrupt):
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
+    saved = getattr(error, "checkpoint", None)
+    state = f"; {saved.parent.name}/{saved.name} holds its state" if saved else ""
+    return f"an interruption, by Ctrl-C or a signal{state}. Go on with --resume_from_checkpoint latest."
 
 
 def finish_report(folder: Path, ended_by: str | None = None) -> Path:

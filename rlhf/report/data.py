@@ -11,7 +11,7 @@ from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.statistics import paired_test
 from rlhf.evaluation.video_set import SCORES, pair_keys, read_set
-from rlhf.io import read_object, single_line
+from rlhf.io import file_errors, read_object, single_line
 from rlhf.run.environment import read_environment
 from rlhf.run.folder import PROMPTS, read_settings
 from rlhf.run.metrics import read_metrics
@@ -60,7 +60,14 @@ class Run:
     def summary(self) -> dict:
         """Return summary.json, {} of a run that did not finish."""
         path = self.folder / "summary.json"
-        return read_object(path) if path.is_file() else {}
+        summary = read_object(path) if path.is_file() else {}
+        with file_errors(path):
+            if summary and not isinstance(summary["steps"], int):
+                raise TypeError(f"steps is {summary['steps']!r}")
+            for group in GROUPS:
+                for row in summary[group].values() if group in summary else []:
+                    tuple(map(float, (row["base"], row["tuned"], row["diff"], *row["ci95"])))
+        return summary
 
     @cached_property
     def environment(self) -> list[dict]:
@@ -105,6 +112,23 @@ class Run:
     def ended_by(self) -> str | None:
         """Return the error that ended the last start, None if there was none or it is unknown."""
         return self.environment[-1].get("ended_by") if self.environment else None
+
+    @property
+    def ending(self) -> str:
+        """Return a sentence on how a run that did not finish ended, "" for one that did."""
+        if self.ended_by:
+            return f"It ended with {self.ended_by}"
+        if self.environment and "seconds" not in self.environment[-1]:
+            return "Its end was not recorded: it was killed, or it still runs."
+        return ""
+
+    @property
+    def seconds(self) -> float | None:
+        """Return the seconds of all parts of the run whose end is known, None if there is none."""
+        if self._is_finished and "seconds" in self.summary:
+            return self.summary["seconds"]
+        parts = [row["seconds"] for row in self.environment if "seconds" in row]
+        return math.fsum(parts) if parts else None
 
     @property
     def trained_names(self) -> list[str]:
@@ -224,20 +248,19 @@ def run_cost(run: Run) -> dict:
     """Return the cost of a run, None for values that are unknown.
 
     {"steps_seconds", "total_seconds", "device_hours", "processes", "peak_memory_gib",
-    "energy_kilojoules"}. Over several starts, seconds of steps and energy are summed, memory is the
-    maximum, and the rest is that of the last start.
+    "energy_kilojoules"}. Over several starts, seconds and energy are summed, memory is the maximum,
+    and the number of processes is that of the last start.
     """
     steps = math.fsum(row.get("seconds", 0.0) for row in run.metrics)
     last = run.environment[-1] if run.environment else {}
     energies = [row.get("energy_joules") for row in run.environment]
-    total = run.summary.get("seconds", last.get("seconds"))
     processes = last.get("processes", 1)
     peaks = [row["memory_gib"] for row in run.metrics if "memory_gib" in row]
     peaks += [last["peak_memory_bytes"] / 2**30] if last.get("peak_memory_bytes") else []
     return {
         "steps_seconds": steps,
-        "total_seconds": total,
-        "device_hours": processes * max(steps, total or 0.0) / 3600,
+        "total_seconds": run.seconds,
+        "device_hours": processes * max(steps, run.seconds or 0.0) / 3600,
         "processes": processes,
         "peak_memory_gib": max(peaks, default=None),
         "energy_kilojoules": None if None in energies or not energies else sum(energies) / 1000,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkpoints import write_manifest
 from config_mistakes import GOOD, ROWS, Row
 
 from rlhf.checks import check_config
@@ -46,10 +47,15 @@ def project(tmp_path_factory):
     for run in ("run/checkpoints/step-3", "another/checkpoints/step-3", "longer/checkpoints/step-3"):
         (tmp / run).mkdir(parents=True)
     (tmp / "longer/checkpoints/step-5").mkdir()
-    state = {"step": 3, "settings": vars(RewardGradientConfig(**GOOD)), "guard": {"best_step": 2}}
+    (tmp / "unreadable/checkpoints/step-3").mkdir(parents=True)
+    guard = {"best_step": 2, "best_gain": 1.0, "worse": 0}
+    state = {"step": 3, "optimizer_updates": 3, "settings": vars(RewardGradientConfig(**GOOD)), "guard": guard}
     for step in tmp.glob("*/checkpoints/step-*"):
-        (step / "state.json").write_text(json.dumps(state))
-        (step / "manifest.json").write_text('{"files": {}}')
+        (step / "state.json").write_text("{}" if "unreadable" in step.parts else json.dumps(state))
+        write_manifest(step)
+    (tmp / "spoilt/checkpoints/step-3").mkdir(parents=True)
+    (tmp / "busy").mkdir()
+    (tmp / "busy" / "run.lock").write_text('{"host": "another", "pid": 7, "started": "1"}')
     return tmp
 
 

@@ -1,9 +1,15 @@
 """A table of all that can be wrong with settings: what was got, what was expected, the cure."""
 
+import itertools
 from typing import NamedTuple
 
 GOOD = {"model": "ByteDance/ContentV-8B", "prompts": "nano_train", "reward_funcs": ["clip_score"], "report_to": "none"}
 RECOMPUTED = {"gradient_checkpointing": True}
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in itertools.pairwise("abcdefg")
+)
 
 
 class Row(NamedTuple):
@@ -31,6 +37,13 @@ ROWS = [
     Row(["--config", "absent.yaml"], "got absent.yaml, which is not a file", "expected a YAML", "correct the path"),
     Row(["--config", "{tmp}/latin.txt"], "latin.txt: got invalid", "expected UTF-8", "save it as UTF-8"),
     Row("a: [1", "config.yaml", "is not YAML", "correct that line"),
+    Row("a: &a\n  b: *a", "config.yaml is not YAML: *a refers to itself", "expected settings in", "correct that line"),
+    Row("a: " + "[" * 10**5, "config.yaml is not YAML: 33 nested levels", "expected settings in", "correct that line"),
+    Row("a: " + "x" * 10**6, "is not YAML: 1000003 characters", "expected settings", "correct that line"),
+    Row(LAUGHS, "is not YAML: more than 20000 values", "expected settings in", "correct that line"),
+    Row("learning_rate: 2024-99-99", "config.yaml is not YAML", "month must be in 1..12", "correct that line"),
+    Row("a: !!timestamp x", "config.yaml", "is not YAML", "correct that line"),
+    Row(["--reward_kwargs", "[" * 10**5], "reward_kwargs: got '[[[", "expected a mapping", "correct its value"),
     Row("# nothing", "got an empty file", "expected lines of the form 'key: value'", "correct the file"),
     Row("seed: 1\nseed: 2", "key seed: got it in lines 1 and 2", "expected it once", "leave one out"),
     Row(
@@ -350,6 +363,24 @@ ROWS = [
         "load_best_model_at_end: got no {tmp}/another/best_adapter",
         "expected the best adapter of the run",
         "copy it there, or leave the setting out",
+    ),
+    Row(
+        {"output_dir": "{tmp}/spoilt", "resume_from_checkpoint": "auto"},
+        "spoilt/checkpoints/step-3: manifest.json is missing",
+        "expected a whole checkpoint, or no run in {tmp}/spoilt. Nothing was removed",
+        "put a checkpoint back, choose another output_dir",
+    ),
+    Row(
+        {"output_dir": "{tmp}/unreadable", "resume_from_checkpoint": "latest"},
+        "state.json: got a damaged file (TypeError: step is None)",
+        "expected it as it was written",
+        "restore it",
+    ),
+    Row(
+        {"output_dir": "{tmp}/busy"},
+        "busy: got a folder in which process 7 on another trains",
+        "expected one run a folder",
+        "choose another",
     ),
     Row({"resume_from_checkpoint": "absent"}, "got no checkpoint there", "expected a folder such as", "correct the"),
     Row(

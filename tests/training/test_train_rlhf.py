@@ -2,6 +2,7 @@
 on.
 """
 
+import errno
 import json
 import os
 import re
@@ -154,6 +155,27 @@ def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, ca
     assert "base.safetensors: got a damaged file" in told
     (project / "run" / "evaluation" / "base.safetensors").unlink()
     assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 0, "the cure"
+
+
+@pytest.mark.parametrize("where", ["rlhf.checks.check_config", "rlhf.training.rewards.open_rewards"])
+def test_ctrl_c_before_the_training_is_one_line(main, project, capsys, monkeypatch, where):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    assert main(["--config", str(project / "config.yaml")]) == 130
+    assert capsys.readouterr().err == "train_rlhf: interrupted before the training began; nothing was lost.\n"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_disk_that_does_not_answer_is_told(main, project, capsys, monkeypatch, late):
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle", "/net/run/state.json")
+
+    monkeypatch.setattr("rlhf.trainer.RewardGradientTrainer" if late else "rlhf.checks.check_config", fail)
+    assert main(["--config", str(project / "config.yaml")]) == (1 if late else 2)
+    told = "Stale file handle: '/net/run/state.json', expected a disk that answers. Nothing was removed; see to it"
+    assert told in capsys.readouterr().err
 
 
 def test_a_reward_that_breaks_ends_with_1_and_its_name(main, project, capsys):
