@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from rewards.contract import (
     RewardError,
-    call_reward,
+    call_guarded,
     check_scores,
     frames_needed,
     require_unchanged,
@@ -140,10 +140,10 @@ def _call(name, reward, info, video_BCTHW, prompts) -> torch.Tensor:
     Raises RewardError for an exception and for a video that the reward changed.
     """
     given, expected = f"a video of shape {tuple(video_BCTHW.shape)}", "reward(video, prompts, **info) to return scores"
-    cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords (**info)"
+    cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and further keywords by **info or by name"
     for draw in (torch.default_generator.seed, random.seed, numpy.random.seed):
         draw()
-    return call_reward(name, reward, video_BCTHW, prompts, info, given, expected, cure)
+    return call_guarded(name, reward, video_BCTHW, prompts, info, given, expected, cure)
 
 
 def _pixel_gradient(name, score, video_BCTHW) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from rewards.contract import (
     RewardError,
     at_least_float32,
-    call_reward,
+    call_guarded,
     check_scores,
     require_differentiable,
     reward_attribute,
@@ -79,8 +79,8 @@ class RewardMix:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the total (B,) float32 and the raw scores {name: (B,) float32, detached}.
 
-        `info` is passed on to every reward. Raises RewardError, with reward and prompt, for scores
-        that are not finite or have the wrong shape.
+        `info` is passed on to every reward, and with it the row of each prompt. Raises RewardError,
+        with reward and prompt, for scores that are not finite or have the wrong shape.
         """
         total_B, breakdown = torch.zeros(len(prompts), device=video_BCTHW.device), {}
         for name in self.rewards:
@@ -125,7 +125,7 @@ class RewardMix:
             require_differentiable(name, reward)
         told = f"the prompts {prompts}", "scores of these videos", "correct the reward where it failed"
         with torch.set_grad_enabled(with_gradient):
-            scores_B = call_reward(name, reward, video_BCTHW, prompts, info, *told)
+            scores_B = call_guarded(name, reward, video_BCTHW, prompts, info, *told)
         check_scores(name, scores_B, prompts, video_BCTHW)
         return at_least_float32(scores_B)
 

@@ -69,7 +69,7 @@ def write_card(export: Export, out: Path) -> Path:
 
     run = Run(export.run)
     base = resolve_base(export.model or run.config["model"])
-    picture, rows = export.run / CONTACT_SHEET, run.headline()
+    picture, rows = export.run / CONTACT_SHEET, run.result_rows()
     if picture.is_file():
         shutil.copyfile(picture, out / PICTURE)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -79,13 +79,13 @@ def write_card(export: Export, out: Path) -> Path:
         for name, value, _, changed in settings_rows(run.config)
         if name in ALWAYS_SHOWN or (changed and name not in NEVER_SHOWN)
     ]
-    licences = [_reward_licence_row(name, run.specs[name]) for name in run.judges]
+    licences = [_reward_licence_row(name, run.specs[name]) for name in run.reward_names]
     content = environment.get_template(TEMPLATE).render(
         card_data=header(base, export.kind).to_yaml(),
         base=base,
         merged=export.kind == "merged",
         convention=export.kind,
-        trained=run.trained,
+        trained=run.trained_names,
         steps=run.steps if run.result_step is None else run.result_step,
         scale=export.scale,
         rows=rows,

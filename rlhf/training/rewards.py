@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rewards import RewardMix, load_reward, probe
-from rewards.contract import require_differentiable
+from rewards.contract import check_prompts, require_differentiable
 from rlhf.checks.rewards import short_name
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import model_sizes
@@ -21,15 +21,17 @@ def open_rewards(
     args: RewardGradientConfig,
     rewards: list[str | Callable] | None = None,
     prompts: list[str] | None = None,
+    eval_prompts: list[str] | None = None,
     device: torch.device | None = None,
     pipe: "ContentVPipeline | None" = None,
-    eval_prompts: list[str] | None = None,
 ) -> dict[str, Callable]:
     """Load rewards and judges, frozen, on the device; probe each with three of its prompts.
 
+    All of them are asked whether they can read the prompts that they will be given.
+
     Args:
         args: settings as `check_config` returns them.
-        rewards, prompts, pipe, eval_prompts: objects in place of what args name.
+        rewards, prompts, eval_prompts, pipe: objects in place of what args name.
         device: Default: that of args.
 
     Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train
@@ -37,9 +39,10 @@ def open_rewards(
     """
     device = device or local_device(args.device)
     prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
     if eval_prompts is None and args.eval_prompts:
         eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
-    trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
+    held_out = (eval_prompts or [])[: args.num_eval_prompts]
     weights = dict(zip(trained, args.reward_weights or [1.0] * len(trained), strict=True))
     for name in trained:
         if weights[name]:
@@ -48,9 +51,11 @@ def open_rewards(
     shape = (3, args.num_frames, args.height, args.width)
     info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
     for name, reward in trained.items():
+        check_prompts(name, reward, [*prompts, *held_out])
         probe(reward, shape, prompts[:3], device, name=name, info=info, gradient=bool(weights[name]))
-    for name, reward in judges.items() if eval_prompts else ():  # without prompts they judge nothing
-        probe(reward, shape, eval_prompts[:3], device, name=name, info=info, gradient=False)
+    for name, judge in judges.items() if held_out else ():  # without prompts they judge nothing
+        check_prompts(name, judge, held_out)
+        probe(judge, shape, held_out[:3], device, name=name, info=info, gradient=False)
     return trained | judges
 
 
