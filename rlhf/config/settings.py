@@ -145,7 +145,9 @@ class RewardGradientConfig:
         None,
         "Arguments of rewards, {name: {argument: value}}; as a flag, in quotes. Paths are relative to the config file.",
     )
-    reward_timeout: float = setting(300.0, "Seconds that importing a reward's file or module may take.", above=0)
+    reward_timeout: float = setting(
+        300.0, "Seconds that importing a reward's file or module may take.", above=0, most=86400
+    )
     normalise_rewards: bool = setting(
         True,
         "Weigh (score - mean) / std of each reward whose typical mean and spread are stated or "
