@@ -62,8 +62,8 @@ class RewardGradientTrainer:
         reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts,
             **info) -> scores. Default: args.reward_funcs.
         args: the settings.
-        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that
-            args name.
+        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt", whose other fields
+            rewards get as info["rows"]. Default: those that args name.
         peft_config: a LoRA in place of the one that args describe, without dropout.
         opened_rewards: the result of `rlhf.training.rewards.open_rewards` for these args, so that
             rewards load once.
