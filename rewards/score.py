@@ -15,7 +15,7 @@ from rewards.cli.files import check_file, read_video
 from rewards.cli.flags import device, file_to_write, frame_count, mapping
 from rewards.cli.table import format_table
 from rewards.contract import RewardError, frames_needed
-from rewards.load import load_reward, name_in
+from rewards.load import load_reward, name_in, split_spec
 from rewards.mix import RewardMix
 from rlhf.types import Prompt
 
@@ -71,7 +71,7 @@ def by_name(specs: list[str]) -> dict[str, str]:
     """Return {short name: spec}. Raises ValueError for a name given twice."""
     names = [name_in(spec) for spec in specs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        cure = "leave one out, or rename the class or function"
+        cure = f"leave one out, or name one: other={twice}"
         raise ValueError(f"--reward: got {twice!r} twice, expected each name once; {cure}")
     return dict(zip(names, specs, strict=True))
 
@@ -82,7 +82,8 @@ def resolve_prompts(files: list[Path], prompts: list[str] | None, specs: list[st
     Raises ValueError unless there are one or as many prompts as files; RewardError if a reward
     needs a missing prompt.
     """
-    reader = next((spec for spec in specs if spec in CATALOGUE and "prompt" in CATALOGUE[spec].input), None)
+    names = [split_spec(spec)[1] for spec in specs]
+    reader = next((name for name in names if name in CATALOGUE and "prompt" in CATALOGUE[name].input), None)
     if not prompts and reader:
         raise RewardError(reader, got="no prompt", expected="a description of the file", cure='add --prompt "..."')
     return one_for_each("--prompt", prompts or [""], len(files))

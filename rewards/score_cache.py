@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rewards.catalogue import CATALOGUE
-from rewards.load import check_spec
+from rewards.load import check_spec, split_spec
 from rewards.score import by_name, load_rewards, score
 from rlhf.io import write_whole
 from rlhf.types import fields_of, row_of
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
+SCORES_VERSION = 2  # to be raised with every change of a built-in's score
 
 
 def default_cache_folder() -> Path:
@@ -66,7 +67,8 @@ class Scorer:
     def __call__(self, path: Path, prompt: str) -> dict[str, float]:
         """Return {name: score} of a file."""
         row = json.dumps(row_of(prompt), sort_keys=True) if fields_of(prompt) else prompt
-        asked = {name: prompt if spec in CATALOGUE else row for name, spec in self.specs.items()}  # ours read no row
+        # Built-ins read no row.
+        asked = {name: prompt if split_spec(spec)[1] in CATALOGUE else row for name, spec in self.specs.items()}
         keys = {name: digest(file_sha256(path), asked[name], identity) for name, identity in self.identities.items()}
         known = {name: self.cache.get(key) for name, key in keys.items()}
         missing = [name for name, value in known.items() if value is None]
@@ -91,11 +93,12 @@ def reward_identity(spec: str, kwargs: dict, max_frames: int | None = None) -> s
     Files and folders named in settings count by size and modification time, since weights are
     large. Code that a reward imports does not count.
     """
+    spec = split_spec(spec)[1]
     where = Path(spec.rsplit(":", 1)[0])
     source = file_sha256(where) if where.suffix == ".py" else ""
     named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in map(str, kwargs.values())}
     files = {value: _stamp(path) for value, path in named.items() if path.exists()}
-    return json.dumps([spec, kwargs, max_frames, source, files], sort_keys=True)
+    return json.dumps([SCORES_VERSION, spec, kwargs, max_frames, source, files], sort_keys=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -118,7 +118,8 @@ class RewardGradientTrainer:
         self.sample_base = self._video_sampler(self.fields.base)
         self.monitor = None
         if self.eval_prompts:
-            sample_tuned, weights = self._video_sampler(self.fields.tuned), self.rewards.weights
+            sample_tuned = self._video_sampler(self.fields.tuned)
+            weights = {name: weight for name, weight in self.rewards.weights.items() if weight}
             held_out = setup.make_held_out(sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout)
             guard, resume_from, notify = Guard.from_settings(args), args.resume_from_checkpoint, self.callbacks.notify
             self.monitor = HeldOutMonitor(held_out, weights, self.pipe, self.masters, notify, guard, resume_from)

@@ -137,12 +137,15 @@ class RewardGradientConfig:
     # Rewards
     reward_funcs: list[str] = setting(
         ["nano_preference"],
-        "Rewards to train on: built-in names, package.module:Class or file.py:Class (which is run).",
+        "Rewards to train on: built-in names, package.module:Class or file.py:Class (which is run). "
+        "name=spec gives one another name; in YAML also {name: {spec: spec, argument: value}}.",
     )
     reward_weights: list[float] | None = setting(None, "Weights of reward_funcs. Default: 1 each.")
     reward_kwargs: dict[str, dict] | str | None = setting(
-        None, "Arguments of rewards, {name: {argument: value}}; as a flag, in quotes."
+        None,
+        "Arguments of rewards, {name: {argument: value}}; as a flag, in quotes. Paths are relative to the config file.",
     )
+    reward_timeout: float = setting(300.0, "Seconds that importing a reward's file or module may take.", above=0)
     normalise_rewards: bool = setting(
         True,
         "Weigh (score - mean) / std of each reward whose typical mean and spread are stated or "

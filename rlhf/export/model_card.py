@@ -79,6 +79,7 @@ def write_card(export: Export, out: Path) -> Path:
         for name, value, _, changed in settings_rows(run.config)
         if name in ALWAYS_SHOWN or (changed and name not in NEVER_SHOWN)
     ]
+    licences = [_reward_licence_row(name, run.specs[name]) for name in run.reward_names]
     content = environment.get_template(TEMPLATE).render(
         card_data=header(base, export.kind).to_yaml(),
         base=base,
@@ -97,7 +98,7 @@ def write_card(export: Export, out: Path) -> Path:
         machine=_machine(run),
         distilled=is_distilled(run.config),
         settings=shown,
-        licences=[(f"base model, {base.name}", base.licence), *map(_reward_licence_row, run.reward_names)],
+        licences=[(f"base model, {base.name}", base.licence), *licences],
     )
     ModelCard(content).save(out / "README.md")
     return out / "README.md"
@@ -133,11 +134,11 @@ def _machine(run: Run) -> str:
     return f"{run.summary['seconds']:.0f} s on {several}{last['device']}, evaluations included."
 
 
-def _reward_licence_row(name: str) -> tuple[str, str]:
+def _reward_licence_row(name: str, spec: str) -> tuple[str, str]:
     """Return the row of a reward in the table of licences."""
-    if name not in CATALOGUE:
+    if spec not in CATALOGUE:
         return f"reward `{name}`", "not built in: ask its author"
-    entry = CATALOGUE[name]
+    entry = CATALOGUE[spec]
     return f"reward `{name}`", entry.licence if entry.weights else "no weights"
 
 

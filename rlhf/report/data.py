@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from rewards.load import name_in
+from rewards.load import name_in, split_spec
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.statistics import paired_test
@@ -131,16 +131,22 @@ class Run:
         return math.fsum(parts) if parts else None
 
     @property
+    def specs(self) -> dict[str, str]:
+        """Return the spec of each reward by name, those of the training first."""
+        trained = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
+        return dict(map(split_spec, [*trained, *(self.config.get("eval_reward_funcs") or [])]))
+
+    @property
     def trained_names(self) -> list[str]:
-        """Return the names of the rewards that are trained on."""
-        specs = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
-        return [name_in(spec) for spec in specs]
+        """Return the names of the rewards that are trained on: not those of weight 0."""
+        names = list(map(name_in, self.config.get("reward_funcs") or self.summary.get("trained", {})))
+        weights = self.config.get("reward_weights") or [1.0] * len(names)
+        return [name for name, weight in zip(names, weights, strict=False) if weight]
 
     @property
     def reward_names(self) -> list[str]:
         """Return the names of all rewards, those trained on first."""
-        others = [name_in(spec) for spec in self.config.get("eval_reward_funcs") or []]
-        return [*self.trained_names, *(name for name in others if name not in self.trained_names)]
+        return [*self.trained_names, *(name for name in self.specs if name not in self.trained_names)]
 
     def result_rows(self) -> list[dict]:
         """Return the rows of the result table.

@@ -97,6 +97,9 @@ def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
     for name, (given, kind, source) in expected.items():
         if given is not None and not isinstance(given, kind):
             yield f"{name}: got a {type(given).__name__}, expected {source} has it"
+    if isinstance(reward_funcs, dict):
+        cure = "give each object a `name`, and each spec one as in 'name=spec'"
+        yield f"reward_funcs: got a dict, expected a list; {cure}"
     for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         if isinstance(reward, type):
             yield f"reward_funcs: got the class {reward.__name__}, expected an object; pass {reward.__name__}(...)"

@@ -65,6 +65,19 @@ def rows(text: str) -> dict[str, list[str]]:
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
+def test_a_reward_of_weight_0_is_not_called_trained_and_a_named_one_has_its_licence(run, tmp_path):
+    path = run / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings |= {"reward_funcs": ["mine.py:redness", "logged=clip_score"], "reward_weights": [1.0, 0.0]}
+    path.write_text(yaml.safe_dump(settings | {"eval_reward_funcs": ["human=hps_v2_1"]}))
+    text = card(run, tmp_path).text
+    assert "tuned on redness\n" in text
+    table = rows(text)
+    assert table["reward `redness`"] == ["not built in: ask its author"]
+    assert table["reward `logged`"] == ["MIT, as OpenAI's CLIP code"]
+    assert table["reward `human`"] == ["Apache-2.0"]
+
+
 def test_the_table_is_that_of_the_run(run, tmp_path):
     text = card(run, tmp_path).text
     summary = json.loads((run / "summary.json").read_text())

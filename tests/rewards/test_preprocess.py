@@ -26,17 +26,7 @@ def by_vbench(image, size):
 
 @pytest.mark.parametrize("fit", ["shortest", "squash", "whole"])
 @pytest.mark.parametrize(
-    ("width", "height", "size"),
-    [
-        (832, 480, 224),
-        (480, 832, 224),
-        (768, 432, 224),
-        (300, 451, 224),
-        (512, 512, 224),
-        (64, 64, 224),
-        (97, 64, 224),
-        (60, 101, 32),
-    ],
+    ("width", "height", "size"), [(832, 480, 224), (300, 451, 224), (64, 64, 224), (97, 64, 224), (60, 101, 32)]
 )
 @pytest.mark.parametrize("picture", [photograph, noise])
 def test_it_matches_pil(picture, width, height, size, fit):
@@ -123,5 +113,5 @@ def test_first_use_under_inference_mode_does_not_spoil_training():
 @pytest.mark.parametrize("shape", [(9, 14), (5, 4)])
 def test_gradient_equals_finite_difference(shape, fit):
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(1, 3, *shape, dtype=torch.float64, generator=generator)
+    x = 0.4 + 0.2 * torch.rand(1, 3, *shape, dtype=torch.float64, generator=generator)  # no overshoot out of range
     assert torch.autograd.gradcheck(lambda x: preprocess(x, 7, fit=fit), x.requires_grad_())
