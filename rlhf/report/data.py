@@ -83,7 +83,7 @@ class Run:
         """Return in words whether the run finished, and how many steps it did."""
         planned = self.config.get("max_steps")
         done = f"{self.steps} of {planned} steps" if planned else f"{self.steps} steps"
-        if not self._is_finished:
+        if not self.is_finished:
             return f"not finished: {done} were done"
         is_best = self.result_step != self.summary.get("steps")
         return f"finished: {done}" + f", the result is the adapter of step {self.result_step}" * is_best
@@ -95,7 +95,7 @@ class Run:
         return best["step"] if best else self.summary.get("steps")
 
     @property
-    def _is_finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Return whether the last start ended without an error and the adapter was written."""
         starts = self.environment
         ended = len(starts) < 2 or "seconds" in starts[-1]

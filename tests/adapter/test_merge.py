@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tiny import tiny_pipeline
 
-from demo import add_lora
-from rlhf.adapter.merge import ADAPTER_FILE
+from rlhf.adapter.lora_file import ADAPTER_FILE, read_lora
 from rlhf.evaluation.generate import Variant
 from rlhf.export import export_adapter, export_merged
 
@@ -17,7 +15,7 @@ from rlhf.export import export_adapter, export_merged
         lambda run: export_merged(run, run / "out"),
         lambda run: export_adapter(run, run / "out"),
         lambda run: Variant(lora=run / "adapter").check(),
-        lambda run: add_lora(tiny_pipeline(), str(run / "adapter")),
+        lambda run: read_lora(run),
     ],
 )
 def test_an_adapter_beside_trained_blocks_of_an_older_version_is_refused(tmp_path: Path, read):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
 
-from rlhf.adapter.merge import ADAPTER_FILE, merged
+from rlhf.adapter.lora_file import ADAPTER_FILE
 from rlhf.contentv.loading import load_pipeline
 from rlhf.export import main
 
@@ -115,25 +115,6 @@ def test_an_export_that_breaks_off_leaves_nothing_in_the_way_of_the_next(run, ki
     assert ([*out.iterdir()] == []) if there else not out.exists()
     main([str(run), f"--{kind}", str(out)])
     assert any(out.iterdir())
-
-
-def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():
-    transformer = adapt(tiny_pipeline()).transformer
-    before = {key: value.clone() for key, value in transformer.state_dict().items()}
-    with merged(transformer, 0.7) as plain:
-        key = "transformer_blocks.0.attn.to_q"
-        assert not torch.equal(plain.state_dict()[f"{key}.weight"], before[f"{key}.base_layer.weight"])
-    after = transformer.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-
-
-def test_unmerging_happens_even_after_an_error():
-    pipe = adapt(tiny_pipeline())
-    expected = velocity(pipe)
-    with pytest.raises(RuntimeError, match="stop"), merged(pipe.transformer, 0.3):
-        raise RuntimeError("stop")
-    torch.testing.assert_close(velocity(pipe), expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
