@@ -281,16 +281,16 @@ def _read_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
         path, config = beside, read_object(beside)
     else:
         return None
+    start, kind = config.get("init_lora_weights"), config.get("peft_type") or "LORA"
+    if kind != "LORA":
+        raise ValueError(f"{path}: {_error(f'an adapter of the kind {kind}', 'LoRA')}")
     with file_errors(path):
-        kind, start = config.get("peft_type") or "LORA", config.get("init_lora_weights")
         values = (config["r"], config["lora_alpha"], *(config.get("rank_pattern") or {}).values())
         values += tuple((config.get("alpha_pattern") or {}).values())
         if not all(isinstance(value, int | float) and value > 0 for value in values):
             raise ValueError(f"ranks and alphas {values}")
         for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
             re.compile(pattern)
-    if kind != "LORA":
-        raise ValueError(f"{path}: {_error(f'an adapter of the kind {kind}', 'LoRA')}")
     if isinstance(start, str) and start.lower() not in (*IDENTITY_INITS, "eva"):
         got = f"init_lora_weights={start!r}, with which the base was changed, too"
         cure = "save it again by peft's save_pretrained(path_initial_model_for_weight_conversion=...)"

@@ -103,8 +103,7 @@ def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None"
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)
         source = checkpoint.resolve().parents[1] / INITIAL_KEY
-    lora = read_lora(source, linear_sizes(transformer))
-    if lora.has_magnitudes or args.lora_use_dora:
+    if args.lora_use_dora or (lora := read_lora(source, linear_sizes(transformer))).has_magnitudes:
         got = "lora_use_dora" if args.lora_use_dora else f"a DoRA, {source}"
         expected = "expected plain LoRA, since no adapter file holds the sum of a DoRA and another adapter"
         raise ValueError(

@@ -7,7 +7,6 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,12 +57,14 @@ class Variant:
         """Return the adapter, read for the model. Raises ValueError."""
         return self.lora and read_lora(self.lora, linear_sizes(model_sizes(self.model)["transformer"]))
 
-    def load(self, device: torch.device, say: Callable[[str], None] = print) -> ContentVPipeline:
-        """Return the pipeline, on the device. say: is told how much the adapter changes."""
+    def load(self, device: torch.device, quiet: bool = False) -> ContentVPipeline:
+        """Return the pipeline, on the device; unless quiet, print how much the adapter changes."""
         pipe = load_pipeline(self.model, device=device)
         pipe.set_progress_bar_config(disable=True)
         if self.adapter:
-            say(apply_lora(pipe.transformer, self.adapter, self.scale, self.merge))
+            line = apply_lora(pipe.transformer, self.adapter, self.scale, self.merge)
+            if not quiet:
+                print(line)
         return pipe
 
     def identity(self) -> dict:
@@ -83,7 +84,7 @@ def generate(
     if todo:
         done, shown = len(own) - len(todo), accelerator.is_main_process
         bar = progress_bar("generate", "video", len(own), shown, done)
-        pipe = variant.load(accelerator.device, accelerator.print)
+        pipe = variant.load(accelerator.device, quiet=not shown)
         with bar:
             for batch in (todo[i : i + batch_size] for i in range(0, len(todo), batch_size)):
                 for video, pixels_TCHW in zip(batch, sample(pipe, batch, sampling), strict=True):

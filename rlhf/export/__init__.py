@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf.adapter.lora_file import ADAPTER_FILE, read_lora
+from rlhf.adapter.lora_file import ADAPTER_FILE, read_lora, refuse_trained_blocks
 from rlhf.adapter.merge import apply_lora, check_scale
 from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, model_sizes, one_line
 from rlhf.contentv.loading import load_transformer
@@ -148,6 +148,7 @@ def _find_trained(path: Path) -> Trained:
         checkpoint = newest_undamaged_checkpoint(run / "checkpoints")
     if checkpoint is not None:
         return Trained(run, checkpoint, read_state(checkpoint)["step"])
+    refuse_trained_blocks(adapter.parent)
     if not adapter.is_file():
         raise ValueError(f"{adapter} is not there, nor a whole checkpoint, expected either; train first")
     return Trained(run, adapter)

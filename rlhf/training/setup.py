@@ -108,7 +108,9 @@ def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
 
 def _adapter_problems(model, args, peft_config) -> Iterator[str]:
     """Yield the problems of an adapter that the model has, and of peft_config's."""
-    if args.initial_adapter and (merged := getattr(getattr(model, "transformer", None), "initial_adapter", None)):
+    if getattr(args, "initial_adapter", None) and (
+        merged := getattr(getattr(model, "transformer", None), "initial_adapter", None)
+    ):
         got = f"got a pipeline into which a run has merged {merged} already, expected one without"
         yield f"initial_adapter: {got}; load the pipeline again, or leave initial_adapter out"
     if there := getattr(getattr(model, "transformer", None), "peft_config", None):

@@ -98,8 +98,8 @@ def test_diffusers_own_loader_and_class_read_either(make_args, tmp_path, convent
 
 def test_magnitudes_are_not_dropped_silently(make_args, tmp_path):
     trained(make_args, tmp_path / "run", LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
-    with pytest.raises(SystemExit, match="got an adapter with magnitudes.*use --merged"):
+    with pytest.raises(SystemExit, match="convention: got comfyui for an adapter with magnitudes.*use --merged"):
         main([str(tmp_path / "run"), "--adapter", str(tmp_path / "out"), "--convention", "comfyui"])
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit, match="scale: got 0.5 for an adapter with lora_use_dora.*use --merged"):
+    with pytest.raises(SystemExit, match="scale: got 0.5 for an adapter with magnitudes.*use --merged"):
         main([str(tmp_path / "run"), "--adapter", str(tmp_path / "out"), "--scale", "0.5"])

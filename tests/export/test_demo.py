@@ -1,6 +1,7 @@
 """The demo writes a video that plays, with the prompt and the sampling it was given."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -11,6 +12,7 @@ from adapted_model import adapt, save_adapter
 from safetensors.torch import save_file
 from tiny import SAMPLING, tiny_pipeline
 
+from rlhf.adapter.lora_file import ADAPTER_FILE, read_lora
 from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
 
 DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))
@@ -55,7 +57,9 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
     flags = ["--lora", str(tmp_path / "adapter")]
     (tmp_path / "other").mkdir()
     save_file({"other.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")
-    with pytest.raises(SystemExit, match="got no layer of this transformer, expected an adapter of this model"):
+    with pytest.raises(
+        SystemExit, match="got layers that this transformer does not have, 1 of them, such as other, expected"
+    ):
         demo(saved, tmp_path / "x.mp4", "--lora", str(tmp_path / "other"))
     plain, tuned = demo(saved, tmp_path / "0.mp4"), demo(saved, tmp_path / "1.mp4", *flags)
     assert not torch.equal(plain, tuned)
@@ -63,14 +67,20 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
 
 def test_an_adapter_that_was_taught_guidance_is_sampled_without(saved, tmp_path, monkeypatch):
     seen, run = [], tmp_path / "run"
-    monkeypatch.setitem(main.__globals__, "add_lora", lambda *_: None)
     monkeypatch.setitem(main.__globals__, "override", lambda *given: seen.append(override(*given)) or seen[-1])
-    for settings in ({}, {"guidance_gradient": "distill"}):
-        run.mkdir(exist_ok=True)
-        (run / "config.yaml").write_text(yaml.safe_dump(settings))
-        demo(saved, tmp_path / "video.mp4", "--lora", str(run / "adapter"), "--num_inference_steps", "1")
-    demo(saved, tmp_path / "video.mp4", "--lora", str(run / "adapter"), "--guidance_scale", "2")
-    assert [sampling.guidance_scale for sampling in seen] == [SAMPLING.guidance_scale, 1.0, 2.0]
+    save_adapter(adapt(tiny_pipeline()), run / "adapter")
+    told, alone = tmp_path / "alone" / "mine.safetensors", read_lora(run)
+    told.parent.mkdir()
+    replace(alone, distilled=True).save(told)
+    flags = ["--num_inference_steps", "1", "--lora"]
+    demo(saved, tmp_path / "video.mp4", *flags, str(run / "adapter"))
+    for lora in (told, told.parent):  # the file says so itself, wherever it lies
+        demo(saved, tmp_path / "video.mp4", *flags, str(lora))
+    (run / "config.yaml").write_text(yaml.safe_dump({"guidance_gradient": "distill"}))
+    for lora in (run, run / "adapter", run / "adapter" / ADAPTER_FILE):  # of a run that only its settings tell of
+        demo(saved, tmp_path / "video.mp4", *flags, str(lora))
+    demo(saved, tmp_path / "video.mp4", *flags, str(told), "--guidance_scale", "2")
+    assert [sampling.guidance_scale for sampling in seen] == [SAMPLING.guidance_scale, *[1.0] * 5, 2.0]
 
 
 def test_nano_and_contentv_8b_have_prompts_of_their_own():
@@ -109,7 +119,10 @@ def test_another_model_needs_a_prompt(capsys):
     [
         (["--model_id", "./nowhere", "--prompt", "x"], "is no folder here, expected nano"),
         (["--device", "abacus"], "device='abacus', expected one of"),
-        (["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"], "--lora: got './nowhere'"),
+        (
+            ["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"],
+            "./nowhere: got nothing there, expected an adapter",
+        ),
         (["--device", "cpu", "--height", "30", "--model_id", "TINY", "--prompt", "x"], "divisible by 16"),
         (["--device", "cpu", "--fps", "0", "--model_id", "TINY", "--prompt", "x"], "fps: got 0, expected at least 1"),
         (["--device", "cpu", "--num_inference_steps", "0", "--model_id", "TINY", "--prompt", "x"], "at least 1"),

@@ -146,7 +146,7 @@ def test_an_output_folder_in_use_is_refused(run, tmp_path, kind):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"config.yaml is not there, expected the folder of a finished training run"):
+    with pytest.raises(SystemExit, match=r"config.yaml is not there, expected the folder of a training run"):
         main([str(tmp_path / "nowhere"), "--merged", str(tmp_path / "out")])
 
 
@@ -183,13 +183,16 @@ def test_a_damaged_run_and_an_adapter_that_is_not_finite_are_told(tmp_path, kind
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda key, value: (f"other.{key}", value), "got no layer of this transformer"),
-        (lambda key, value: (key, torch.zeros(3, 7)), "got another model's adapter"),
+        (
+            lambda key, value: (f"other.{key}", value),
+            "got layers that this transformer does not have, 15 of them",
+        ),
+        (lambda key, value: (key, torch.zeros(3, 7)), "\\(r, in\\) and \\(out, r\\) of one rank"),
     ],
 )
 def test_an_adapter_of_another_model_is_not_merged_as_nothing(tmp_path, change, told):
     rewrite(make_run(tmp_path) / "adapter" / ADAPTER_FILE, change)
-    with pytest.raises(SystemExit, match=f"(?s){told}.*expected an adapter of this model"):
+    with pytest.raises(SystemExit, match=f"weights.safetensors: got .*{told}"):
         main([str(tmp_path / "run"), "--merged", str(tmp_path / "out")])
 
 

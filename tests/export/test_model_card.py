@@ -103,7 +103,7 @@ def test_the_hub_can_read_it(run, tmp_path, kind, relation):
     loaded = card(run, tmp_path, kind, model="ByteDance/ContentV-8B")
     data = loaded.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("ByteDance/ContentV-8B", relation)
-    assert (data["pipeline_tag"], data["library_name"]) == ("text-to-video", "diffusers")
+    assert (data["pipeline_tag"], data["library_name"]) == ("text-to-video", "contentv-rlhf"), "no snippet of diffusers"
     assert (data["license"], data["license_name"]) == ("other", "stabilityai-ai-community")
     assert ("lora" in data["tags"]) == (kind != "merged")
     assert "base_model" not in card(run, tmp_path, kind).data.to_dict(), "nano is not on the Hub"
