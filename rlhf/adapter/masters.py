@@ -99,7 +99,7 @@ class MasterWeights:
         parts = {name: {} for name in self.alphas}
         for name, tensor in self.named(self.vector).items():
             layer, _, rest = name.partition(".lora_")
-            parts[layer][PARTS[f"lora_{rest.partition('.')[0]}"]] = tensor.cpu()
+            parts[layer][PARTS[f"lora_{rest.partition('.')[0]}"]] = tensor.to("cpu", copy=True)
         layers = {name: LoraLayer(**found, alpha=self.alphas[name]) for name, found in parts.items()}
         return Lora(layers, self.distilled)
 

@@ -162,7 +162,7 @@ def test_what_was_trained_is_merged_into_a_plain_checkpoint(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text(f"model: {tmp_path / 'base'}")
     export_merged(tmp_path / "run", tmp_path / "out")
     merged = load_pipeline(str(tmp_path / "out"))
-    torch.testing.assert_close(velocity(merged.transformer), velocity(pipe.transformer), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(velocity(merged.transformer), velocity(pipe.transformer), rtol=1e-3, atol=1e-4)
 
 
 def test_the_layers_that_settings_name_are_adapted():

@@ -162,7 +162,6 @@ def test_what_peft_saves_computes_what_peft_computes(tmp_path, settings):
         apply_lora(ours, read_lora(tmp_path, sizes()), merge=merge)
         ours.fuse_lora() if not merge else None
         found = {name.replace("base_layer.", ""): tensor for name, tensor in ours.state_dict().items()}
-        assert all("to_q" not in name or "lora" in name or name in merged for name in found)
         for name, tensor in merged.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
