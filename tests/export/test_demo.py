@@ -67,20 +67,29 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
 
 def test_an_adapter_that_was_taught_guidance_is_sampled_without(saved, tmp_path, monkeypatch):
     seen, run = [], tmp_path / "run"
-    monkeypatch.setitem(main.__globals__, "override", lambda *given: seen.append(override(*given)) or seen[-1])
-    save_adapter(adapt(tiny_pipeline()), run / "adapter")
-    told, alone = tmp_path / "alone" / "mine.safetensors", read_lora(run)
-    told.parent.mkdir()
-    replace(alone, distilled=True).save(told)
-    flags = ["--num_inference_steps", "1", "--lora"]
-    demo(saved, tmp_path / "video.mp4", *flags, str(run / "adapter"))
-    for lora in (told, told.parent):  # the file says so itself, wherever it lies
-        demo(saved, tmp_path / "video.mp4", *flags, str(lora))
+    pipe = adapt(tiny_pipeline())
+    save_adapter(pipe, run / "adapter")
+    told = tmp_path / "alone" / "mine.safetensors"
+    replace(read_lora(run), distilled=True).save(told)
+    monkeypatch.setitem(main.__globals__, "load_pipeline", lambda *_, **__: pipe)
+    monkeypatch.setitem(main.__globals__, "apply_lora", lambda *_: "")
+
+    def sampled(lora, *more):
+        def stop(*given):
+            seen.append(override(*given).guidance_scale)
+            raise ValueError("enough")
+
+        monkeypatch.setitem(main.__globals__, "override", stop)
+        with pytest.raises(SystemExit, match="enough"):
+            demo(saved, tmp_path / "video.mp4", "--lora", str(lora), *more)
+
+    for lora in (run / "adapter", told, told.parent):  # the file says so itself, wherever it lies
+        sampled(lora)
     (run / "config.yaml").write_text(yaml.safe_dump({"guidance_gradient": "distill"}))
     for lora in (run, run / "adapter", run / "adapter" / ADAPTER_FILE):  # of a run that only its settings tell of
-        demo(saved, tmp_path / "video.mp4", *flags, str(lora))
-    demo(saved, tmp_path / "video.mp4", *flags, str(told), "--guidance_scale", "2")
-    assert [sampling.guidance_scale for sampling in seen] == [SAMPLING.guidance_scale, *[1.0] * 5, 2.0]
+        sampled(lora)
+    sampled(told, "--guidance_scale", "2")
+    assert seen == [SAMPLING.guidance_scale, *[1.0] * 5, 2.0]
 
 
 def test_nano_and_contentv_8b_have_prompts_of_their_own():

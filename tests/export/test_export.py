@@ -192,7 +192,7 @@ def test_a_damaged_run_and_an_adapter_that_is_not_finite_are_told(tmp_path, kind
 )
 def test_an_adapter_of_another_model_is_not_merged_as_nothing(tmp_path, change, told):
     rewrite(make_run(tmp_path) / "adapter" / ADAPTER_FILE, change)
-    with pytest.raises(SystemExit, match=f"weights.safetensors: got .*{told}"):
+    with pytest.raises(SystemExit, match=f"weights.safetensors: .*{told}"):
         main([str(tmp_path / "run"), "--merged", str(tmp_path / "out")])
 
 
