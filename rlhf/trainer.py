@@ -17,7 +17,8 @@ from peft import PeftConfig
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.adapter.lora_file import ADAPTER_FILE, INITIAL_KEY
+from rlhf.adapter.lora_file import INITIAL_KEY
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import flow_sigmas

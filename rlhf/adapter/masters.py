@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from peft.tuners.lora import LoraLayer as PeftLayer
 
-from rlhf.adapter.lora_file import INITIAL_KEY, PARTS, Lora, LoraLayer
+from rlhf.adapter.lora_file import INITIAL_KEY, PARTS
+from rlhf.adapter.lora_weights import Lora, LoraLayer
 
 
 class MasterWeights:

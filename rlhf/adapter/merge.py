@@ -6,7 +6,7 @@ from statistics import median
 
 import torch
 
-from rlhf.adapter.lora_file import Lora
+from rlhf.adapter.lora_weights import Lora
 from rlhf.contentv.transformer import SD3Transformer3DModel
 
 

@@ -10,7 +10,7 @@ from rlhf.method.options import MethodOptions, read_options
 from rlhf.run.checkpoint import find_checkpoint
 
 if TYPE_CHECKING:  # importing it takes seconds
-    from rlhf.adapter.lora_file import Lora
+    from rlhf.adapter.lora_weights import Lora
 
 # Elsewhere num_grad_steps keeps its default, so that it is never silently without effect.
 WITH_NUM_GRAD_STEPS = ("draft_k", "alignprop", "uniform", "drtune")

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rlhf.adapter.lora_file import Lora, find_lora_file, read_lora
+from rlhf.adapter.lora_file import find_lora_file, read_lora
+from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.merge import apply_lora, check_scale
 from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.contentv.loading import load_pipeline

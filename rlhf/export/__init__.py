@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf.adapter.lora_file import ADAPTER_FILE, read_lora, refuse_trained_blocks
+from rlhf.adapter.lora_file import read_lora, refuse_trained_blocks
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.merge import apply_lora, check_scale
 from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, model_sizes, one_line
 from rlhf.contentv.loading import load_transformer
@@ -45,9 +46,9 @@ class Trained:
     @property
     def origin(self) -> str:
         """Return in words what is exported."""
-        if self.step is None:
-            return f"{self.adapter}, the result of the run: step {Run(self.run).result_step}"
-        return f"{self.adapter}, step {self.step} of {read_settings(self.run).get('max_steps')}"
+        run = Run(self.run)
+        step = f"step {run.exported_step if self.step is None else self.step} of {run.config.get('max_steps')}"
+        return f"{self.adapter}, {step}" + ", the result of the run" * (self.step is None)
 
 
 def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = None) -> None:

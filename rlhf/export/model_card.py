@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from rewards.catalogue import CATALOGUE
-from rlhf.adapter.lora_file import ADAPTER_FILE
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.contentv.files import CONTENTV_8B, HUB_ID
 from rlhf.evaluation.statistics import INTERVAL
 from rlhf.report import settings_rows
@@ -90,7 +90,7 @@ def write_card(export: Export, out: Path) -> Path:
         merged=export.kind == "merged",
         convention=export.kind,
         trained=run.trained,
-        steps=run.result_step or run.steps if is_result else export.step,
+        steps=run.exported_step if is_result else export.step,
         is_result=is_result,
         initial=initial,
         version=version("contentv-rlhf"),

@@ -95,6 +95,11 @@ class Run:
         return best["step"] if best else self.summary.get("steps")
 
     @property
+    def exported_step(self) -> int:
+        """Return the step of the run's adapter, as far as its files tell."""
+        return self.steps if self.result_step is None else self.result_step
+
+    @property
     def is_finished(self) -> bool:
         """Return whether the last start ended without an error and the adapter was written."""
         starts = self.environment

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rewards.mix import has_spread
-from rlhf.adapter.lora_file import ADAPTER_FILE
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation, HeldOut, MakeVideos

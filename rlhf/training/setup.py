@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftConfig
 from rewards import RewardMix, frames_needed, reward_name
 from rlhf.adapter.float8 import require_float8
 from rlhf.adapter.lora import ATTENTION, add_adapter, lora_config, lora_settings
-from rlhf.adapter.lora_file import IDENTITY_INITS, Lora, other_fields
+from rlhf.adapter.lora_file import IDENTITY_INITS, other_fields
+from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.masters import MasterWeights
 from rlhf.adapter.merge import apply_lora
 from rlhf.checks import check_config

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_transformer
 
 from rlhf.adapter.lora import add_adapter, disable_adapter, lora_config
-from rlhf.adapter.lora_file import ADAPTER_FILE
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.loading import load_pipeline

@@ -18,7 +18,8 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_transformer
 
-from rlhf.adapter.lora_file import ADAPTER_FILE, PEFT_FILE, Lora, LoraLayer, find_lora_file, read_lora
+from rlhf.adapter.lora_file import PEFT_FILE, find_lora_file, read_lora
+from rlhf.adapter.lora_weights import ADAPTER_FILE, Lora, LoraLayer
 from rlhf.adapter.merge import apply_lora
 from rlhf.contentv.files import SIZES
 from rlhf.contentv.transformer import linear_sizes

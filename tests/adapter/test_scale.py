@@ -11,7 +11,7 @@ from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness
 
 from rlhf.adapter.lora import ATTENTION
-from rlhf.adapter.lora_file import ADAPTER_FILE
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.export import main
 from rlhf.trainer import RewardGradientTrainer
 

@@ -12,7 +12,8 @@ from adapted_model import adapt, save_adapter
 from safetensors.torch import save_file
 from tiny import SAMPLING, tiny_pipeline
 
-from rlhf.adapter.lora_file import ADAPTER_FILE, read_lora
+from rlhf.adapter.lora_file import read_lora
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
 
 DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
 
-from rlhf.adapter.lora_file import ADAPTER_FILE
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.contentv.loading import load_pipeline
 from rlhf.export import main
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from tiny import SAMPLING, tiny_pipeline
 from toy_rewards import PROMPTS, redness, rows_without_cost
 
-from rlhf.adapter.lora_file import ADAPTER_FILE, Lora, LoraLayer, read_lora
+from rlhf.adapter.lora_file import read_lora
+from rlhf.adapter.lora_weights import ADAPTER_FILE, Lora, LoraLayer
 from rlhf.adapter.merge import apply_lora
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.contentv.transformer import linear_sizes
