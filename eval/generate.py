@@ -11,6 +11,7 @@ resumes. With `accelerate launch` all devices share the work.
 
 import argparse
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -72,8 +73,9 @@ def fill_from_run(args: argparse.Namespace) -> None:
     if args.lora:
         from rlhf.adapter.lora_file import is_distilled_adapter  # takes seconds to import
 
-        if is_distilled_adapter(args.lora):
-            run["guidance_scale"] = 1.0  # the adapter has learned guidance
+        with suppress(ValueError):  # of an absent one, which is told with what is wrong with the sampling
+            if is_distilled_adapter(args.lora):
+                run["guidance_scale"] = 1.0  # the adapter has learned guidance
     args.model = args.model or run.get("model", "nano")
     for name in SAMPLING:
         setattr(args, name, run.get(name) if getattr(args, name) is None else getattr(args, name))

@@ -30,7 +30,7 @@ def apply_lora(transformer: SD3Transformer3DModel, lora: Lora, scale: float = 1.
     Raises:
         ValueError: the sum of weight and LoRA is not finite.
     """
-    changes, layers = {}, {}
+    changes, layers, count = {}, {}, sum(isinstance(module, torch.nn.Linear) for module in transformer.modules())
     for name, layer in lora.layers.items():
         weight = transformer.get_submodule(name).weight
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -46,12 +46,11 @@ def apply_lora(transformer: SD3Transformer3DModel, lora: Lora, scale: float = 1.
         scaled = replace(lora, layers=layers)
         metadata = {f"transformer.{key}": value for key, value in scaled.config().items()}
         transformer.load_lora_adapter(scaled.tensors(), prefix="transformer", metadata=metadata)
-    return _describe(transformer, changes, lora.remark)
+    return _describe(count, changes, lora.remark)
 
 
-def _describe(transformer: torch.nn.Module, changes: dict[str, float], remark: str) -> str:
+def _describe(count: int, changes: dict[str, float], remark: str) -> str:
     """Return the line of `apply_lora`. changes: by layer, over the norm of its weight."""
-    count = sum(isinstance(module, torch.nn.Linear) for module in transformer.modules())
     changed = {name: change for name, change in changes.items() if change}
     line = f"LoRA: {len(changed)} of {count} linear layers changed"
     if changed:

@@ -308,7 +308,7 @@ def test_magnitudes_are_scaled_from_those_of_the_base():
         expected = direction / direction.norm(dim=1, keepdim=True) * norms.lerp(learnt, scale)[:, None]
         for merge in (True, False):
             transformer = tiny_transformer()
-            apply_lora(transformer, lora, scale, merge)
+            assert apply_lora(transformer, lora, scale, merge).startswith(f"LoRA: {scale > 0:d} of {len(sizes())} lin")
             transformer.fuse_lora() if not merge else None
             layer = transformer.get_submodule(Q)
             found = layer.weight if merge else layer.base_layer.weight

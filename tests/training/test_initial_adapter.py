@@ -1,5 +1,6 @@
 """A run from a LoRA: base and LoRA are its base; what it saves holds both; it resumes and exports."""
 
+import copy
 import re
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from tiny import SAMPLING, tiny_pipeline
 from toy_rewards import PROMPTS, redness, rows_without_cost
 
+import rlhf.training.setup
 from rlhf.adapter.lora_file import read_lora
 from rlhf.adapter.lora_weights import ADAPTER_FILE, Lora, LoraLayer
 from rlhf.adapter.merge import apply_lora
@@ -171,9 +173,14 @@ def test_what_cannot_be_added_is_refused_before_anything_is_loaded(base, tmp_pat
             trainer(base, tmp_path / "run", **changes)
 
 
-def test_a_pipeline_gets_it_once(base, tmp_path):
-    pipe = tiny_pipeline()
+def test_a_pipeline_gets_it_once_and_before_its_blocks_are_rounded_sharded_or_streamed(base, tmp_path, monkeypatch):
+    pipe, seen, set_up = tiny_pipeline(), {}, rlhf.training.setup.set_up_blocks
+    monkeypatch.setattr(
+        "rlhf.training.setup.set_up_blocks",
+        lambda model, *rest: (seen.update(copy.deepcopy(model.state_dict())), set_up(model, *rest))[1],
+    )
     trainer(base, tmp_path / "a", pipe)
+    assert_close({key.replace(".base_layer", ""): tensor for key, tensor in seen.items()}, weights(style()))
     pipe.unload_lora_weights()
     with pytest.raises(ConfigError, match="initial_adapter: got a pipeline into which a run has merged"):
         trainer(base, tmp_path / "b", pipe)
