@@ -5,7 +5,6 @@ It has the training settings, the result on held-out prompts, and the licences o
 
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -93,7 +92,6 @@ def write_card(export: Export, out: Path) -> Path:
         steps=run.exported_step if is_result else export.step,
         is_result=is_result,
         initial=initial,
-        version=version("contentv-rlhf"),
         scale=export.scale,
         rows=rows,
         interval_name=INTERVAL,

@@ -121,7 +121,8 @@ def test_another_scale_is_not_credited_with_the_figures(run, tmp_path):
 
 def test_how_to_use_each_kind(run, tmp_path):
     assert "load_lora_weights" not in card(run, tmp_path, "merged").text
-    assert "load_lora_weights" in card(run, tmp_path).text
+    assert "load_lora_weights" in (text := card(run, tmp_path).text)
+    assert "`rlhf` is a package of contentv-rlhf" in text
     assert "ComfyUI itself has no\nclass for ContentV's transformer" in card(run, tmp_path, "comfyui").text
 
 
