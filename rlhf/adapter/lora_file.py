@@ -251,9 +251,9 @@ def _read_layer(name: str, parts: dict[str, torch.Tensor], config: dict | None, 
     for part, tensor in parts.items():
         if not tensor.is_floating_point() and part != "alpha":
             raise _error(f"{tensor.dtype} in {part} of {name}", "floating-point numbers")
-        if not tensor.to(torch.promote_types(tensor.dtype, torch.float32)).isfinite().all():
+        if not _wide(tensor).isfinite().all():
             raise _error(f"NaN or infinity in {part} of {name}", "finite weights", "train again, or take another")
-    parts = {part: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for part, tensor in parts.items()}
+    parts = {part: _wide(tensor) for part, tensor in parts.items()}
     a, b, magnitude = parts["a"], parts["b"], parts.get("magnitude")
     shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)} for {name}"
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
@@ -266,6 +266,10 @@ def _read_layer(name: str, parts: dict[str, torch.Tensor], config: dict | None, 
         raise _error(f"use_dora={config.get('use_dora')!r} for {name}", "magnitudes where it is set, and only there")
     alpha = _alpha(name, len(a), parts.get("alpha"), config)
     return LoraLayer(a, b, alpha, None if magnitude is None else magnitude.flatten())
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()  # float8 has no promotion
 
 
 def _alpha(name: str, rank: int, given: torch.Tensor | None, config: dict | None) -> float:

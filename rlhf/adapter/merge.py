@@ -35,8 +35,9 @@ def apply_lora(transformer: SD3Transformer3DModel, lora: Lora, scale: float = 1.
         weight = transformer.get_submodule(name).weight
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         merged = layer.merge(weight, scale)
-        changes[name] = ((merged - wide).norm() / wide.norm()).item()
-        if not math.isfinite(changes[name]):
+        change, norm = (merged - wide).norm().item(), wide.norm().item()
+        changes[name] = change / (norm or 1.0)
+        if not math.isfinite(change):
             raise ValueError(f"{name}: got a product of LoRA weights that is not finite, expected one; take another")
         if merge:
             weight.copy_(merged)
