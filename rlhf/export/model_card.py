@@ -73,7 +73,7 @@ def write_card(export: Export, out: Path) -> Path:
     run = Run(export.run)
     base = resolve_base(export.model or run.config["model"])
     is_result, initial = export.step is None, _adapter_name(run.config.get("initial_adapter"))
-    picture, rows = export.run / CONTACT_SHEET, run.headline() if is_result else []
+    picture, rows = export.run / CONTACT_SHEET, run.result_rows() if is_result else []
     if is_result and picture.is_file():
         shutil.copyfile(picture, out / PICTURE)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -88,7 +88,7 @@ def write_card(export: Export, out: Path) -> Path:
         base=base,
         merged=export.kind == "merged",
         convention=export.kind,
-        trained=run.trained,
+        trained=run.trained_names,
         steps=run.exported_step if is_result else export.step,
         is_result=is_result,
         initial=initial,
@@ -106,7 +106,7 @@ def write_card(export: Export, out: Path) -> Path:
         licences=[
             (f"base model, {base.name}", base.licence),
             *([(f"adapter that training began with, {initial}", "ask its author")] if initial else []),
-            *map(_reward_licence_row, run.judges),
+            *map(_reward_licence_row, run.reward_names),
         ],
     )
     ModelCard(content).save(out / "README.md")
