@@ -130,7 +130,7 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Return the seconds of all parts of the run whose end is known, None if there is none."""
-        if self._is_finished and "seconds" in self.summary:
+        if self.is_finished and "seconds" in self.summary:
             return self.summary["seconds"]
         parts = [row["seconds"] for row in self.environment if "seconds" in row]
         return math.fsum(parts) if parts else None
