@@ -188,7 +188,7 @@ def test_processes_share_the_work_and_make_the_same(run, tmp_path):
         (["--model", "{base}", "--height", "20"], "height=20 is not divisible by 16"),
         (["--model", "{base}", "--num_frames", "6"], "num_frames=6 is not 4k+1"),
         (["--model", "{base}", "--fps", "-1"], "fps: got -1, expected at least 1 and at most 1000"),
-        (["--model", "{base}", "--lora", "absent"], "got no pytorch_lora_weights.safetensors, expected an adapter"),
+        (["--model", "{base}", "--lora", "absent"], "absent: got nothing there, expected an adapter"),
         (["--model", "{base}", "--merge"], "got no adapter, expected one to apply it to"),
         (["--model", "{base}", "--guidance_scale", "nan"], "guidance_scale: got nan, expected a number"),
         (["--model", "{base}", "--num_prompts", str(10**9)], "num_eval_prompts: got 1000000000, expected at least 1"),
