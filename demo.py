@@ -11,7 +11,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from diffusers.utils import export_to_video
 
 from rewards.cli.flags import file_to_write
 from rlhf.adapter.merge import refuse_trained_blocks, require_adapter
@@ -21,6 +20,7 @@ from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
 from rlhf.run.folder import read_settings
+from rlhf.run.video import to_uint8, write_video
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
 PROMPTS = {
@@ -46,10 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
                 args.guidance_scale = 1.0
         sampling = override(pipe.sampling, args)
         generator = torch.Generator().manual_seed(args.seed)
-        video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
+        video = pipe(args.prompt, generator=generator, output_type="pt", **sampling.call_arguments()).frames[0]
     except ValueError as error:
         raise SystemExit(f"demo.py: error: {error}") from error
-    export_to_video(video, str(args.output), fps=sampling.fps)
+    write_video(args.output, to_uint8(video.transpose(0, 1)), sampling.fps)
     size = f"{len(video)} frames of {sampling.width}x{sampling.height}"
     print(f"wrote {args.output}: {size} at {sampling.fps} fps")
 

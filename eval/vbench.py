@@ -138,7 +138,7 @@ def score_dimensions(args: argparse.Namespace) -> tuple[list[dict], bool]:
     for name, videos in sets.items():
         reward, note = REWARDS[name]
         scorer = open_scorer(args, accelerator, [reward], {})
-        values = [scores[reward] for scores in score_all(videos, scorer, accelerator)]
+        values = [row["scores"][reward] for row in score_all(videos, scorer, accelerator)]
         mean = sum(values) / len(values) if values else None  # other processes have none
         rows.append({"dimension": name, "value": mean, "videos": len(videos), "note": note})
     accelerator.end_training()

@@ -6,7 +6,8 @@ A reward is a plain callable; it needs to import nothing from here:
         return scores                    # (B,) float32, higher is better
 
 `info` holds at least `fps` (frame rate of the video), `seed` and `step`. All randomness derives
-from seed and step.
+from seed and step. For a file whose frames are not 1 / fps apart, `info` also holds `times`, the
+seconds of each frame, and `fps` is their mean rate.
 
 A reward with weights may also offer a classmethod `random_init(**settings)`. It returns the reward
 at full size with random weights on torch's default device, without reading hub or disk. Benchmarks
@@ -100,6 +101,14 @@ def frames_needed(reward: Callable, total: int) -> int:
     if frames == "all":
         return total
     return 1 if frames == "first" else min(frames, total)
+
+
+def leading_info(info: dict, frames: int) -> dict:
+    """Return `info` of the leading frames: their `times` and mean `fps`."""
+    times = info.get("times")
+    if times is None or frames >= len(times):
+        return info
+    return info | {"times": times[:frames], "fps": frames / (times[frames] - times[0])}
 
 
 def check_scores(name: str, scores: Any, prompts: list[str], video_BCTHW: torch.Tensor | None = None) -> None:

@@ -13,6 +13,7 @@ from rewards.contract import (
     at_least_float32,
     check_scores,
     frames_needed,
+    leading_info,
     name_reward_in_errors,
     reward_attribute,
 )
@@ -129,7 +130,7 @@ class RewardMix:
         given, cure = f"the prompts {prompts}", "correct the reward where it failed"
         named = name_reward_in_errors(name, given, "scores of these videos", cure)
         with torch.set_grad_enabled(with_gradient), named:
-            scores_B = reward(video_BCTHW[:, :, :frames], prompts, **info)
+            scores_B = reward(video_BCTHW[:, :, :frames], prompts, **leading_info(info, frames))
         check_scores(name, scores_B, prompts, video_BCTHW)
         return at_least_float32(scores_B)
 

@@ -1,0 +1,217 @@
+"""Read video containers with PyAV: all frames upright, in RGB, with their times.
+
+A file that ends before its header says is found by its index or its stated size.
+
+Shape legend: H height, W width.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+HDR = {16: "PQ", 18: "HLG"}  # transfer functions, ITU-T H.273
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # of Matroska and WebM
+CURE = "get the whole file, or score what is there with --allow_truncated"
+
+
+class DamagedFrameError(ValueError):
+    """A frame that the decoder could not restore."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Decoded frames with their times.
+
+    pixels      (H, W, 3) each, uint8 or uint16
+    starts      seconds at which each begins to be shown; none of a picture
+    end         seconds at which the last one ends
+    rates       frame rates that the file states
+    resolution  seconds to which the file rounds times
+    missing     what a file that was cut short lacks, in words
+    """
+
+    pixels: list[np.ndarray]
+    starts: tuple[float, ...] = ()
+    end: float = 0.0
+    rates: tuple = ()
+    resolution: float = 1e-6
+    missing: str | None = None
+
+    def info(self) -> dict:
+        """Return "fps", and "times" unless the frames are 1 / fps apart; {} of a picture."""
+        if not self.starts:
+            return {}
+        times = [start - self.starts[0] for start in self.starts]
+        for rate in filter(None, self.rates):
+            if all(abs(time - i / rate) <= 1.01 * self.resolution for i, time in enumerate(times)):
+                return {"fps": float(rate)}
+        return {"fps": len(times) / (self.end - self.starts[0]), "times": times}
+
+
+def over_white(pixels_HW4: np.ndarray) -> np.ndarray:
+    """Return RGBA pixels (H, W, 4) uint8 over white: (H, W, 3) uint8."""
+    alpha_HW1 = pixels_HW4[..., 3:].astype(np.float32) / 255
+    return (255 - alpha_HW1 * (255 - pixels_HW4[..., :3].astype(np.float32))).round().astype(np.uint8)
+
+
+def read_container(path: Path, max_frames: int | None, allow_truncated: bool) -> Frames:
+    """Read at most the leading max_frames of the first video stream.
+
+    Raises ValueError for a file that is cut short or damaged (unless allowed), or of high dynamic
+    range.
+    """
+    with _open(path) as (container, stream):
+        promised, tick = _promised_frames(container, stream), stream.time_base
+        rates = (stream.average_rate, stream.guessed_rate)
+        packets = [
+            (packet.pts, packet.duration or 0, packet.is_discard, packet.is_corrupt)
+            for packet in container.demux(stream)
+            if packet.size
+        ]
+    whole = sum(not corrupt for *_, corrupt in packets)
+    missing = _missing(path, whole, max(promised, len(packets)))
+    if missing and not allow_truncated:
+        raise ValueError(f"{path}: got {missing}, expected all; {CURE}")
+    decoded = []
+    try:
+        with _open(path) as (container, stream):
+            decoded.extend(islice(_decode(path, container, stream), max_frames))
+    except DamagedFrameError:
+        if not (allow_truncated and decoded):
+            raise
+        missing = f"{len(decoded)} frames, as the next one is damaged"
+    if not decoded:
+        raise ValueError("no frame in it")
+    starts, pixels = zip(*decoded, strict=True)
+    if None in starts:  # as in an AVI: frames without times of their own
+        return Frames(list(pixels), tuple(i / rates[0] for i in range(len(pixels))), 0, rates, missing=missing)
+    later = [pts for pts, _, discard, _ in packets if pts is not None and not discard and pts > starts[-1]]
+    ends = [pts + duration for pts, duration, *_ in packets if pts is not None]
+    end = min(later, default=max(ends, default=0))
+    if end <= starts[-1]:  # no duration is stated
+        end = starts[-1] + (starts[-1] - starts[0]) / max(len(starts) - 1, 1)
+    seconds = tuple(float(start * tick) for start in starts)
+    return Frames(list(pixels), seconds, float(end * tick), rates, float(tick), missing)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple]:
+    """Yield the container and its first video stream; FFmpeg's words become part of errors."""
+    import av
+
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture(local=False), av.open(path) as container:
+            if not (container.streams.video and container.streams.video[0].codec_context):
+                raise ValueError("no video in it that can be read")
+            yield container, container.streams.video[0]
+    except av.FFmpegError as error:
+        said = f": {error.log[2].strip()}" if error.log else ""
+        raise ValueError(f"{error.strerror}{said}") from error
+    finally:
+        av.logging.set_level(level)
+
+
+def _promised_frames(container, stream) -> int:
+    """Return the number of frames in the index, or in the header of an AVI; 0 if unknown."""
+    entries = stream.index_entries
+    empty = sum(not entry.size for entry in entries)  # of an AVI: the last frame stays on
+    return (max(stream.frames, len(entries)) if container.format.name == "avi" else len(entries)) - empty
+
+
+def _missing(path: Path, frames: int, promised: int) -> str | None:
+    """Return what a file of so many undamaged frames lacks, in words; None if it is whole."""
+    stated, there = _stated_bytes(path), path.stat().st_size
+    if frames < promised:
+        return f"{frames} of {promised} frames"
+    return f"{there} of {stated} bytes, with {frames} frames" if there < stated else None
+
+
+def _stated_bytes(path: Path) -> int:
+    """Return the size that a Matroska or WebM file states in its header; 0 if it states none."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if not head.startswith(EBML):
+        return 0
+    size, at = _variable_length(head, 4)
+    if head[at + size : at + size + 4] != SEGMENT:
+        return 0
+    size, at = _variable_length(head, at + size + 4)
+    return 0 if size is None else at + size
+
+
+def _variable_length(data: bytes, at: int) -> tuple[int | None, int]:
+    """Return EBML's number at a place, None for "unknown", and the place after it."""
+    length = 9 - data[at].bit_length()
+    largest = (1 << 7 * length) - 1
+    value = int.from_bytes(data[at : at + length], "big") & largest
+    return None if value == largest else value, at + length
+
+
+def _decode(path: Path, container, stream) -> Iterator[tuple[int | None, np.ndarray]]:
+    """Yield presentation time, in ticks, and pixels of each frame, in the order of display.
+
+    Raises DamagedFrameError at the first damaged frame, since later ones may build on it.
+    """
+    import av
+
+    decoder = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
+        decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
+    for packet in container.demux(stream):
+        last = packet.is_corrupt or not packet.size  # where the file was cut off: what precedes is whole
+        try:
+            for frame in decoder.decode(None if last else packet):
+                if frame.is_corrupt:
+                    raise DamagedFrameError(f"{path}: got a damaged frame at {frame.time} s, expected none; {CURE}")
+                yield frame.pts, _rgb(path, frame, stream.sample_aspect_ratio)
+        except av.FFmpegError as error:
+            raise DamagedFrameError(f"{path}: got a damaged frame ({error.strerror}), expected none; {CURE}") from error
+        if last:
+            return
+
+
+def _rgb(path: Path, frame, aspect) -> np.ndarray:
+    """Return a frame upright, with square pixels, (H, W, 3) uint8, by its own colour tags.
+
+    FFmpeg's direct way from more than 8 bits to RGB makes white 253: 8 bits of the same layout come
+    first.
+    """
+    if frame.color_trc in HDR:
+        got, expected = f"HDR video ({HDR[frame.color_trc]})", "standard dynamic range, which rewards were trained on"
+        raise ValueError(f"{path}: got {got}, expected {expected}; convert it with a tone mapping")
+    transparent = any(component.is_alpha for component in frame.format.components)
+    if max(component.bits for component in frame.format.components) > 8:
+        frame = frame.reformat(format=_eight_bits(frame.format.name))
+    width, height = frame.width, frame.height
+    if aspect and aspect != 1:
+        width, height = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+    pixels_HWC = frame.reformat(width, height, "rgba" if transparent else "rgb24", interpolation="BICUBIC").to_ndarray()
+    return _upright(over_white(pixels_HWC) if transparent else pixels_HWC, frame)
+
+
+def _eight_bits(name: str) -> str:
+    """Return the pixel format of the same layout with 8 bits."""
+    import av
+
+    shorter = re.sub(r"(9|1[0246])(le|be)$", "", name)
+    return shorter if shorter in av.video.format.names else name
+
+
+def _upright(pixels_HWC: np.ndarray, frame) -> np.ndarray:
+    """Turn and mirror by the display matrix, as a player does."""
+    from av.sidedata.sidedata import Type
+
+    if (matrix := frame.side_data.get(Type.DISPLAYMATRIX)) is None:
+        return pixels_HWC
+    (a, b, _), (c, d, _), _ = np.frombuffer(matrix, "<i4").reshape(3, 3).tolist()  # right -> (a, b), down -> (c, d)
+    if abs(b) > abs(a):
+        pixels_HWC, a, d = pixels_HWC.transpose(1, 0, 2), c, b
+    return pixels_HWC[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
