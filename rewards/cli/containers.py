@@ -6,30 +6,27 @@ Shape legend: H height, W width.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 
+from rewards.contract import leading_info
+
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions, ITU-T H.273
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # of Matroska and WebM
-CURE = "get the whole file, or score what is there with --allow_truncated"
-
-
-class DamagedFrameError(ValueError):
-    """A frame that the decoder could not restore."""
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Decoded frames with their times.
+    """Decoded frames with the times of all frames of their file.
 
-    pixels      (H, W, 3) each, uint8 or uint16
-    starts      seconds at which each begins to be shown; none of a picture
+    pixels      (H, W, 3) each, uint8 or uint16; leading ones, if not all are read
+    starts      seconds at which each frame begins to be shown, ascending; none of a picture
     end         seconds at which the last one ends
     rates       frame rates that the file states
     resolution  seconds to which the file rounds times
@@ -37,21 +34,22 @@ class Frames:
     """
 
     pixels: list[np.ndarray]
-    starts: tuple[float, ...] = ()
+    starts: Sequence[float] = ()
     end: float = 0.0
     rates: tuple = ()
     resolution: float = 1e-6
     missing: str | None = None
 
     def info(self) -> dict:
-        """Return "fps", and "times" unless the frames are 1 / fps apart; {} of a picture."""
+        """Return "fps", and "times" unless all frames are 1 / fps apart; {} of a picture."""
         if not self.starts:
             return {}
         times = [start - self.starts[0] for start in self.starts]
         for rate in filter(None, self.rates):
             if all(abs(time - i / rate) <= 1.01 * self.resolution for i, time in enumerate(times)):
                 return {"fps": float(rate)}
-        return {"fps": len(times) / (self.end - self.starts[0]), "times": times}
+        info = {"fps": len(times) / (self.end - self.starts[0]), "times": times}
+        return leading_info(info, len(self.pixels))
 
 
 def over_white(pixels_HW4: np.ndarray) -> np.ndarray:
@@ -63,41 +61,31 @@ def over_white(pixels_HW4: np.ndarray) -> np.ndarray:
 def read_container(path: Path, max_frames: int | None, allow_truncated: bool) -> Frames:
     """Read at most the leading max_frames of the first video stream.
 
-    Raises ValueError for a file that is cut short or damaged (unless allowed), or of high dynamic
+    Raises ValueError for a file that is cut short (unless allowed), damaged, or of high dynamic
     range.
     """
     with _open(path) as (container, stream):
         promised, tick = _promised_frames(container, stream), stream.time_base
+        has_times = container.format.name != "avi"  # it has a rate alone
         rates = (stream.average_rate, stream.guessed_rate)
-        packets = [
-            (packet.pts, packet.duration or 0, packet.is_discard, packet.is_corrupt)
-            for packet in container.demux(stream)
-            if packet.size
-        ]
-    whole = sum(not corrupt for *_, corrupt in packets)
-    missing = _missing(path, whole, max(promised, len(packets)))
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        whole = [(packet.pts, packet.duration or 0, packet.is_discard) for packet in packets if not packet.is_corrupt]
+    missing = _missing(path, len(whole), max(promised, len(packets)))
     if missing and not allow_truncated:
-        raise ValueError(f"{path}: got {missing}, expected all; {CURE}")
-    decoded = []
-    try:
-        with _open(path) as (container, stream):
-            decoded.extend(islice(_decode(path, container, stream), max_frames))
-    except DamagedFrameError:
-        if not (allow_truncated and decoded):
-            raise
-        missing = f"{len(decoded)} frames, as the next one is damaged"
+        cure = "get the whole file, or score what is there with --allow_truncated"
+        raise ValueError(f"{path}: got {missing}, expected all; {cure}")
+    with _open(path) as (container, stream):
+        decoded = list(islice(_decode(path, container, stream), max_frames))
     if not decoded:
         raise ValueError("no frame in it")
-    starts, pixels = zip(*decoded, strict=True)
-    if None in starts:  # as in an AVI: frames without times of their own
-        return Frames(list(pixels), tuple(i / rates[0] for i in range(len(pixels))), 0, rates, missing=missing)
-    later = [pts for pts, _, discard, _ in packets if pts is not None and not discard and pts > starts[-1]]
-    ends = [pts + duration for pts, duration, *_ in packets if pts is not None]
-    end = min(later, default=max(ends, default=0))
-    if end <= starts[-1]:  # no duration is stated
-        end = starts[-1] + (starts[-1] - starts[0]) / max(len(starts) - 1, 1)
-    seconds = tuple(float(start * tick) for start in starts)
-    return Frames(list(pixels), seconds, float(end * tick), rates, float(tick), missing)
+    starts, pixels = map(list, zip(*decoded, strict=True))
+    if not has_times or None in starts or any(after <= before for before, after in pairwise(starts)):
+        return Frames(pixels, [float(i / rates[0]) for i in range(len(pixels))], 0.0, rates, missing=missing)
+    shown = sorted((pts, duration) for pts, duration, discard in whole if pts is not None and not discard)
+    starts += [pts for pts, _ in shown if pts > starts[-1]]
+    usual = (starts[-1] - starts[0]) / max(len(starts) - 1, 1)
+    end = starts[-1] + (shown[-1][1] or usual)
+    return Frames(pixels, [float(pts * tick) for pts in starts], float(end * tick), rates, float(tick), missing)
 
 
 @contextmanager
@@ -156,10 +144,7 @@ def _variable_length(data: bytes, at: int) -> tuple[int | None, int]:
 
 
 def _decode(path: Path, container, stream) -> Iterator[tuple[int | None, np.ndarray]]:
-    """Yield presentation time, in ticks, and pixels of each frame, in the order of display.
-
-    Raises DamagedFrameError at the first damaged frame, since later ones may build on it.
-    """
+    """Yield presentation time, in ticks, and pixels of each frame, in the order of display."""
     import av
 
     decoder = stream.codec_context
@@ -167,13 +152,10 @@ def _decode(path: Path, container, stream) -> Iterator[tuple[int | None, np.ndar
         decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
     for packet in container.demux(stream):
         last = packet.is_corrupt or not packet.size  # where the file was cut off: what precedes is whole
-        try:
-            for frame in decoder.decode(None if last else packet):
-                if frame.is_corrupt:
-                    raise DamagedFrameError(f"{path}: got a damaged frame at {frame.time} s, expected none; {CURE}")
-                yield frame.pts, _rgb(path, frame, stream.sample_aspect_ratio)
-        except av.FFmpegError as error:
-            raise DamagedFrameError(f"{path}: got a damaged frame ({error.strerror}), expected none; {CURE}") from error
+        for frame in decoder.decode(None if last else packet):
+            if frame.is_corrupt:  # others, unmarked, build on it
+                raise ValueError(f"{path}: got a damaged frame at {frame.time} s, expected none; get the file again")
+            yield frame.pts, _rgb(path, frame, stream.sample_aspect_ratio)
         if last:
             return
 
@@ -181,8 +163,8 @@ def _decode(path: Path, container, stream) -> Iterator[tuple[int | None, np.ndar
 def _rgb(path: Path, frame, aspect) -> np.ndarray:
     """Return a frame upright, with square pixels, (H, W, 3) uint8, by its own colour tags.
 
-    FFmpeg's direct way from more than 8 bits to RGB makes white 253: 8 bits of the same layout come
-    first.
+    FFmpeg's direct way from more than 8 bits, or from another size, makes white 253. Therefore
+    there are up to three steps.
     """
     if frame.color_trc in HDR:
         got, expected = f"HDR video ({HDR[frame.color_trc]})", "standard dynamic range, which rewards were trained on"
@@ -190,10 +172,11 @@ def _rgb(path: Path, frame, aspect) -> np.ndarray:
     transparent = any(component.is_alpha for component in frame.format.components)
     if max(component.bits for component in frame.format.components) > 8:
         frame = frame.reformat(format=_eight_bits(frame.format.name))
-    width, height = frame.width, frame.height
+    pixels = frame.reformat(format="rgba" if transparent else "rgb24")
     if aspect and aspect != 1:
-        width, height = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
-    pixels_HWC = frame.reformat(width, height, "rgba" if transparent else "rgb24", interpolation="BICUBIC").to_ndarray()
+        width, height = max(round(frame.width * aspect), frame.width), max(round(frame.height / aspect), frame.height)
+        pixels = pixels.reformat(width, height, interpolation="BICUBIC")
+    pixels_HWC = pixels.to_ndarray()
     return _upright(over_white(pixels_HWC) if transparent else pixels_HWC, frame)
 
 

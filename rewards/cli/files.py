@@ -7,7 +7,7 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 
 import re
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ class DecodedVideo:
     """The frames of a file, each once, however long it is shown.
 
     pixels_BCTHW  (1, 3, T, H, W) float32 RGB in [0, 1]; transparent pixels over white
-    info          keywords for a reward: "fps" is frames over the seconds that they last, "times"
-                  the seconds of each frame, only where they are not 1 / fps apart; {} of a picture
+    info          keywords for a reward: {"fps": rate} of evenly spaced frames; of others "fps" is
+                  frames over seconds, and "times" has the seconds of each; {} of a picture
     missing       what a file that was cut short lacks, in words; None if it is whole
     """
 
@@ -68,15 +68,15 @@ def read_video(
 
 
 def check_file(path: str | Path, fps: float | None = None) -> Path:
-    """Return the path of a file with a known ending, or of a folder of numbered pictures.
+    """Return the path of a file with a known ending, or, with fps, of a folder.
 
-    Raises ValueError for anything else, and for a folder without fps.
+    Raises ValueError for anything else.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        numbered_pictures(path)
         if fps is None:
-            raise ValueError(f"{path}: got a folder of pictures, expected their frame rate, too; add --fps")
+            expected = "a file, or numbered pictures and their frame rate"
+            raise ValueError(f"{path}: got a folder, expected {expected}; name the files, or add --fps")
         return path
     if not path.is_file():
         raise ValueError(f"{path}: got no file there, expected a video or an image; correct the path")
@@ -113,33 +113,34 @@ def numbered_pictures(folder: Path) -> list[Path]:
 
 
 def _read_folder(folder: Path, max_frames: int | None, fps: float) -> Frames:
-    """Read numbered pictures of one size; raise ValueError for another size."""
+    """Read numbered pictures; raise ValueError unless all have one size and depth."""
     pictures = numbered_pictures(folder)[:max_frames]
     pixels = [_read_pictures(path, 1).pixels[0] for path in pictures]
     for path, frame in zip(pictures, pixels, strict=True):
-        if frame.shape != pixels[0].shape:
-            height, width, _ = pixels[0].shape
-            expected = f"{width}x{height} as of {pictures[0].name}"
-            raise ValueError(f"{path}: got {frame.shape[1]}x{frame.shape[0]}, expected {expected}; resize it")
-    return Frames(pixels, [i / fps for i in range(len(pixels))], len(pixels) / fps, rates=(fps,))
+        if (frame.shape, frame.dtype) != (pixels[0].shape, pixels[0].dtype):
+            got, expected = (f"{x.shape[1]}x{x.shape[0]} pixels of {x.dtype}" for x in (frame, pixels[0]))
+            raise ValueError(f"{path}: got {got}, expected {expected}, as {pictures[0].name} has; convert it")
+    return Frames(pixels, [0.0], rates=(fps,))
 
 
 def _read_pictures(path: Path, max_frames: int | None) -> Frames:
     """Read a picture, or all frames of an animation."""
     from PIL import Image
 
-    pixels, starts, end = [], [], 0.0
+    pixels, shown = [], []
     with Image.open(path) as image:
         animated = image.format in ANIMATED and getattr(image, "is_animated", False)
         first = int(getattr(image, "default_image", False))  # an animated PNG's stand-in is no frame
-        frames = range(first, image.n_frames) if animated else range(1)
-        for index in islice(frames, max_frames):
+        for index in range(first, image.n_frames) if animated else range(1):
             image.seek(index)
-            pixels.append(_rgb(image))
-            starts.append(end)
-            end += _shown_seconds(image.info.get("duration", 0))
-    rate = 1 / _shown_seconds(image.info.get("duration", 0))
-    return Frames(pixels, starts, end, rates=(rate,)) if animated else Frames(pixels)
+            image.load()  # only then does WebP know the duration
+            if max_frames is None or len(pixels) < max_frames:
+                pixels.append(_rgb(image))
+            shown.append(_shown_seconds(image.info.get("duration", 0)))
+    if not animated:
+        return Frames(pixels)
+    *starts, end = accumulate(shown, initial=0.0)
+    return Frames(pixels, starts, end, rates=(1 / shown[0],))
 
 
 def _shown_seconds(milliseconds: float) -> float:

@@ -69,7 +69,7 @@ def test_scores_are_those_of_the_pixels(folder, run):
     status, told, _ = run(folder, "--reward", "flicker", "--reward", "frame_difference")
     assert status == 0
     for i, row in enumerate(scores(folder)):
-        video, _ = read_video(folder / f"{i}.mp4")
+        video = read_video(folder / f"{i}.mp4").pixels_BCTHW
         change = video.diff(dim=2).abs().mean().item()
         assert row == {
             "flicker": pytest.approx(1 - change, abs=1e-6),
