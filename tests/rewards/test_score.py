@@ -2,8 +2,8 @@
 
 import json
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -180,8 +180,9 @@ def test_the_command_of_the_guide_is_understood():
     assert resolve_prompts(arguments.files, arguments.prompts, arguments.rewards) == ["a red kite"] * 2
 
 
-def test_it_runs_as_a_module(folder):
-    command = [sys.executable, "-m", "rewards.score", str(folder / "clip.gif"), "--reward", "smoothness"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "smoothness" in done.stdout
+def test_it_runs_as_a_module(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["score", str(folder / "clip.gif"), "--reward", "smoothness"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("rewards.score", run_name="__main__")
+    assert ended.value.code == 0
+    assert "smoothness" in capsys.readouterr().out
