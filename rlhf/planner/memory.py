@@ -153,7 +153,7 @@ def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 
 def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
     """Return the bytes that one rank holds all the time, by part."""
-    itemsize = model.transformer.dtype.itemsize
+    itemsize = model.itemsize
     trained_bytes = MASTER_BYTES + MOMENT_BYTES + (EMA_BYTES if args.ema_decay else 0)
     held = {
         "transformer": _base_bytes(model, args),
@@ -167,7 +167,7 @@ def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: Rew
 
 def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
     """Return the bytes of the frozen transformer that are always on the device."""
-    frozen, itemsize = model.frozen, model.transformer.dtype.itemsize
+    frozen, itemsize = model.frozen, model.itemsize
     if args.stream_weights:
         return itemsize * (2 * frozen.largest_block + frozen.rest)
     if args.shard_base:
@@ -178,7 +178,7 @@ def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 def _gathered_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
     """Return the bytes that the transformer gathers of a sharded base: two blocks and the rest."""
     whole = 2 * model.frozen.largest_block + model.frozen.rest
-    return model.transformer.dtype.itemsize * whole if args.shard_base else 0
+    return model.itemsize * whole if args.shard_base else 0
 
 
 def _float8_bytes(model: TracedModel) -> int:

@@ -65,7 +65,7 @@ def format_sizes(planner: Planner) -> str:
     model, args, calls = planner.model, planner.args, count_calls(planner.args)
     videos = model.layout.data * args.per_device_train_batch_size * args.gradient_accumulation_steps
     frozen = model.frozen.blocks + model.frozen.rest
-    weights = _size(frozen * model.transformer.dtype.itemsize)
+    weights = _size(frozen * model.itemsize)
     vae = sum(p.numel() for p in model.vae.parameters())
     forwards = calls.prefix + calls.constant + calls.with_gradient
     layout = f" ({model.layout})" if model.processes > 1 else ""

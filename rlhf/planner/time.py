@@ -122,7 +122,7 @@ def _gradient_seconds(call, rates: Rates) -> float:
 
 def _weight_copy_seconds(model: TracedModel, args: RewardGradientConfig, rates: Rates) -> float:
     """Return the seconds of bringing all blocks' weights to the device for one pass."""
-    weight_bytes = model.frozen.blocks * model.transformer.dtype.itemsize
+    weight_bytes = model.frozen.blocks * model.itemsize
     if args.stream_weights:
         return weight_bytes / rates.host_bandwidth
     return _share_of_others(weight_bytes, model.processes) / rates.peer_bandwidth if args.shard_base else 0

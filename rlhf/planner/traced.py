@@ -114,6 +114,11 @@ class TracedModel:
         return FrozenCounts(sum(blocks), max(blocks), _count_frozen(self.transformer) - sum(blocks))
 
     @cached_property
+    def itemsize(self) -> int:
+        """Bytes of a number of the transformer's frozen weights."""
+        return self.transformer.dtype.itemsize
+
+    @cached_property
     def num_trained(self) -> int:
         """The number of trained parameters."""
         return _count(self._trained)
@@ -190,7 +195,7 @@ class TracedModel:
     ) -> TracedCall:
         """Trace decoding the leading frames. A `decode_window` lies in their middle."""
         settings = [getattr(args, name) for name in DECODER_SETTINGS]
-        vae, chunk = nn.Module.to(self.vae, getattr(torch, args.vae_dtype)), args.decode_chunk
+        vae, chunk = self.vae, args.decode_chunk
         C, _, *size = self.latent_shape
         frames_per_latent = 2 ** sum(vae.config.temperal_downsample)
 
@@ -205,6 +210,7 @@ class TracedModel:
             return trace_call(decode, z, vae, with_gradient=with_gradient, skip_no_grad=True)
 
         def trace_all() -> TracedCall:
+            nn.Module.to(vae, getattr(torch, args.vae_dtype))
             latents = 1 + -(-(frames - 1) // frames_per_latent)
             chunks = 1 if chunk is None or args.decode_window else -(-latents // chunk)
             left_out = chunks - TRACED_CHUNKS
