@@ -20,6 +20,7 @@ from rewards.common.clip_models import (
     Clip,
     ImageEncoder,
     Siglip,
+    crop_as_openai,
     load_clip,
     load_siglip,
     random_clip,
@@ -87,7 +88,7 @@ class Aesthetic(HeadScore):
         **options,
     ):
         super().__init__(head, **options)
-        self.encoder = load_clip(self.name, model, backend, pretrained).to(self.dtype)
+        self.encoder = crop_as_openai(load_clip(self.name, model, backend, pretrained)).to(self.dtype)
         self.freeze()
 
     @classmethod

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards.common.base import ModelReward
-from rewards.common.clip_models import CLIP_B32, load_clip, random_clip, unit
+from rewards.common.clip_models import CLIP_B32, crop_as_openai, load_clip, random_clip, unit
 from rewards.common.frames import apply_in_chunks, pick_frames, require_frames
 from rewards.common.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.common.weights import Frozen, load_pretrained
@@ -91,7 +91,7 @@ class BackgroundConsistency(Consistency):
 
     def load_embedder(self, model: str | Frozen | None) -> Frozen:
         """Load the image encoder; None: the published one."""
-        return load_clip(self.name, model or CLIP_B32)
+        return crop_as_openai(load_clip(self.name, model or CLIP_B32))
 
     @classmethod
     def random_init(cls, **settings) -> "BackgroundConsistency":
