@@ -18,8 +18,9 @@ import math
 import random
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -83,6 +84,14 @@ def check_positive(name: str, **settings: float | None) -> None:
             raise RewardError(
                 name, got=f"{key}={value!r}", expected="a number above 0, where it is set", cure=f"correct {key}"
             )
+
+
+def require_choice(name: str, setting: str, value: str, choices: Mapping[str, Any]) -> Any:
+    """Return choices[value]. Raise RewardError if it is none of them."""
+    if value not in choices:
+        got, expected = f"{setting}={value!r}", f"one of {', '.join(choices)}"
+        raise RewardError(name, got=got, expected=expected, cure=f"correct {setting}")
+    return choices[value]
 
 
 def require_frames(name: str, got: int, least: int) -> None:

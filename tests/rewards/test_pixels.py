@@ -51,7 +51,7 @@ def test_smoothness_knows_the_times_of_the_frames():
     fade, reward = steps(*(0.2 * time for time in times)), load_reward("smoothness")
     assert reward(fade, PROMPTS, times=times).tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
     assert score("smoothness", fade)[0] == pytest.approx(1 - (0.1 + 0.3) / 4)
-    picked = load_reward("smoothness", num_frames="2 fps")  # 0, 1.5, 2 and 3.5 seconds of these
+    picked = load_reward("smoothness", num_frames="1 fps")  # 0, 1.5, 2 and 3.5 seconds of these
     times = [0.0, 0.1, 1.5, 2.0, 3.5]
     uneven = steps(0.0, 0.9, 0.3, 0.4, 0.7)
     assert picked(uneven, PROMPTS, times=times, fps=5 / 3.6)[0].item() == pytest.approx(1.0, abs=1e-6)
