@@ -45,7 +45,8 @@ class Frames:
         if not self.starts:
             return {}
         times = [start - self.starts[0] for start in self.starts]
-        for rate in filter(None, self.rates):
+        mean = (len(times) - 1) / times[-1] if len(times) > 1 else None
+        for rate in filter(None, (*self.rates, mean)):
             if all(abs(time - i / rate) <= 1.01 * self.resolution for i, time in enumerate(times)):
                 return {"fps": float(rate)}
         info = {"fps": len(times) / (self.end - self.starts[0]), "times": times}
@@ -97,9 +98,11 @@ def _open(path: Path) -> Iterator[tuple]:
     av.logging.set_level(av.logging.ERROR)
     try:
         with av.logging.Capture(local=False), av.open(path) as container:
-            if not (container.streams.video and container.streams.video[0].codec_context):
+            covers = av.stream.Disposition.attached_pic
+            streams = [x for x in container.streams.video if x.codec_context and not x.disposition & covers]
+            if not streams:
                 raise ValueError("no video in it that can be read")
-            yield container, container.streams.video[0]
+            yield container, streams[0]
     except av.FFmpegError as error:
         said = f": {error.log[2].strip()}" if error.log else ""
         raise ValueError(f"{error.strerror}{said}") from error

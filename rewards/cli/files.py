@@ -140,7 +140,7 @@ def _read_pictures(path: Path, max_frames: int | None) -> Frames:
     if not animated:
         return Frames(pixels)
     *starts, end = accumulate(shown, initial=0.0)
-    return Frames(pixels, starts, end, rates=(1 / shown[0],))
+    return Frames(pixels, starts, end, rates=(1 / shown[0],), resolution=0.01)  # a GIF's hundredths
 
 
 def _shown_seconds(milliseconds: float) -> float:
