@@ -99,9 +99,12 @@ def test_stored_frames_at_their_own_times(name, fps, times, mean):
 
 
 def test_rounded_times_are_a_constant_rate(tmp_path):
-    """Matroska rounds to milliseconds: 24 a second become 0, 42, 83, 125 ms and so on."""
+    """Matroska rounds to milliseconds: 0, 42, 83, 125 and so on; GIF to hundredths of a second."""
     write_video(tmp_path / "a.mkv", torch.zeros(3, 17, 16, 16, dtype=torch.uint8), fps=24)
     assert read_video(tmp_path / "a.mkv").info == {"fps": 24.0}
+    images = [Image.fromarray(frame) for frame in SQUARES]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[130, 120, 130, 120, 130])
+    assert read_video(tmp_path / "a.gif").info == {"fps": pytest.approx(8)}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,7 @@ def test_rounded_times_are_a_constant_rate(tmp_path):
         ("bt709.webm", [RED, GREEN, BLUE, WHITE]),
         ("turned.mp4", [WHITE, GREEN, BLUE, RED]),  # a quarter turn, mirrored
         ("wide.mp4", [RED, GREEN, BLUE, WHITE]),
+        ("cover.mp4", [RED, GREEN, BLUE, WHITE]),  # its first stream is a picture
         ("half_clear.webm", [[255, 128, 128]] * 4),
     ],
 )
