@@ -46,8 +46,9 @@ class Frames:
             return {}
         times = [start - self.starts[0] for start in self.starts]
         mean = (len(times) - 1) / times[-1] if len(times) > 1 else None
-        for rate in filter(None, (*self.rates, mean)):
-            if all(abs(time - i / rate) <= 1.01 * self.resolution for i, time in enumerate(times)):
+        for rate in (*self.rates, *([mean] if mean else [])):
+            tolerance = min(1.01 * self.resolution, 0.25 / float(rate))
+            if all(abs(time - i / rate) <= tolerance for i, time in enumerate(times)):
                 return {"fps": float(rate)}
         info = {"fps": len(times) / (self.end - self.starts[0]), "times": times}
         return leading_info(info, len(self.pixels))
@@ -68,17 +69,21 @@ def read_container(path: Path, max_frames: int | None, allow_truncated: bool) ->
     with _open(path) as (container, stream):
         promised, tick = _promised_frames(container, stream), stream.time_base
         has_times = container.format.name != "avi"  # it has a rate alone
-        rates = (stream.average_rate, stream.guessed_rate)
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        whole = [(packet.pts, packet.duration or 0, packet.is_discard) for packet in packets if not packet.is_corrupt]
+        rates = tuple(filter(None, (stream.average_rate, stream.guessed_rate)))
+        packets = [
+            (packet.pts, packet.duration or 0, packet.is_discard, packet.is_corrupt)
+            for packet in container.demux(stream)
+            if packet.size
+        ]
+    whole = [(pts, duration, discard) for pts, duration, discard, corrupt in packets if not corrupt]
     missing = _missing(path, len(whole), max(promised, len(packets)))
     if missing and not allow_truncated:
         cure = "get the whole file, or score what is there with --allow_truncated"
         raise ValueError(f"{path}: got {missing}, expected all; {cure}")
     with _open(path) as (container, stream):
         decoded = list(islice(_decode(path, container, stream), max_frames))
-    if not decoded:
-        raise ValueError("no frame in it")
+    if not (decoded and rates):
+        raise ValueError("no frame in it, or no frame rate")
     starts, pixels = map(list, zip(*decoded, strict=True))
     if not has_times or None in starts or any(after <= before for before, after in pairwise(starts)):
         return Frames(pixels, [float(i / rates[0]) for i in range(len(pixels))], 0.0, rates, missing=missing)
@@ -172,10 +177,10 @@ def _rgb(path: Path, frame, aspect) -> np.ndarray:
     if frame.color_trc in HDR:
         got, expected = f"HDR video ({HDR[frame.color_trc]})", "standard dynamic range, which rewards were trained on"
         raise ValueError(f"{path}: got {got}, expected {expected}; convert it with a tone mapping")
-    transparent = any(component.is_alpha for component in frame.format.components)
+    pixels, transparent = frame, any(component.is_alpha for component in frame.format.components)
     if max(component.bits for component in frame.format.components) > 8:
-        frame = frame.reformat(format=_eight_bits(frame.format.name))
-    pixels = frame.reformat(format="rgba" if transparent else "rgb24")
+        pixels = frame.reformat(format=_eight_bits(frame.format.name))
+    pixels = pixels.reformat(format="rgba" if transparent else "rgb24")
     if aspect and aspect != 1:
         width, height = max(round(frame.width * aspect), frame.width), max(round(frame.height / aspect), frame.height)
         pixels = pixels.reformat(width, height, interpolation="BICUBIC")

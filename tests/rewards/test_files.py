@@ -1,6 +1,7 @@
 """Videos and pictures as people have them: what is read of each, and what is refused."""
 
 import io
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -107,10 +108,24 @@ def test_rounded_times_are_a_constant_rate(tmp_path):
     assert read_video(tmp_path / "a.gif").info == {"fps": pytest.approx(8)}
 
 
+def test_a_skipped_tick_is_no_rounding(tmp_path):
+    """Times of a clock as slow as the frames: 0, 1, 2, 4 and 5 eighths of a second."""
+    with av.open(str(tmp_path / "a.nut"), "w") as container:
+        stream = container.add_stream("ffv1", rate=8, options={"level": "3"})
+        stream.width, stream.height = 16, 16
+        for tick in (0, 1, 2, 4, 5):
+            frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))
+            frame.pts, frame.time_base = tick, Fraction(1, 8)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (tmp_path / "a.nut").rename(tmp_path / "a.mkv")
+    assert read_video(tmp_path / "a.mkv").info["times"] == [0, 0.125, 0.25, 0.5, 0.625]
+
+
 @pytest.mark.parametrize(
     ("name", "colours"),
     [
-        ("hevc_10_bit.mp4", [RED, GREEN, BLUE, WHITE]),
+        ("hevc_10_bit.mp4", [WHITE, BLUE, GREEN, RED]),  # turned upside down
         ("full_range.mp4", [RED, GREEN, BLUE, WHITE]),
         ("bt709.webm", [RED, GREEN, BLUE, WHITE]),
         ("turned.mp4", [WHITE, GREEN, BLUE, RED]),  # a quarter turn, mirrored
