@@ -14,8 +14,8 @@ from rewards.load import check_spec
 from rewards.score import NotScoredError, by_name, load_rewards, score
 from rlhf.io import write_whole
 
-READER = 2  # raise it when the same file is read as other pixels or times
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
+SCORES_VERSION = 2  # to be raised with every change of a built-in's score, or of how files are read
 
 
 def default_cache_folder() -> Path:
@@ -104,7 +104,7 @@ def reward_identity(spec: str, kwargs: dict, reading: dict | None = None) -> str
     source = file_sha256(where) if where.suffix == ".py" else ""
     named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in map(str, kwargs.values())}
     files = {value: _stamp(path) for value, path in named.items() if path.exists()}
-    return json.dumps([READER, spec, kwargs, reading, source, files], sort_keys=True)
+    return json.dumps([SCORES_VERSION, spec, kwargs, reading, source, files], sort_keys=True)
 
 
 def content_sha256(path: Path) -> str:

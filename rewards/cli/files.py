@@ -57,14 +57,15 @@ def read_video(
             frames = _read_pictures(path, max_frames)
         else:
             frames = read_container(path, max_frames, allow_truncated)
-        pixels_THWC = np.stack(frames.pixels)
+        pixels_THWC = np.empty((len(frames.pixels), *frames.pixels[0].shape), np.float32)
+        for frame, out_HWC in zip(frames.pixels, pixels_THWC, strict=True):
+            np.divide(frame, np.iinfo(frame.dtype).max, out=out_HWC, dtype=np.float32)
     except Exception as error:  # each decoder has its own errors
         if str(path) in str(error) and isinstance(error, ValueError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: got a file that can't be decoded ({reason}); create it again") from error
-    video_THWC = torch.from_numpy(pixels_THWC.astype(np.float32) / np.iinfo(pixels_THWC.dtype).max)
-    return DecodedVideo(video_THWC.permute(3, 0, 1, 2)[None], frames.info(), frames.missing)
+    return DecodedVideo(torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2)[None], frames.info(), frames.missing)
 
 
 def check_file(path: str | Path, fps: float | None = None) -> Path:
@@ -113,12 +114,12 @@ def numbered_pictures(folder: Path) -> list[Path]:
 
 
 def _read_folder(folder: Path, max_frames: int | None, fps: float) -> Frames:
-    """Read numbered pictures; raise ValueError unless all have one size and depth."""
+    """Read numbered pictures; raise ValueError unless all have one size."""
     pictures = numbered_pictures(folder)[:max_frames]
     pixels = [_read_pictures(path, 1).pixels[0] for path in pictures]
     for path, frame in zip(pictures, pixels, strict=True):
-        if (frame.shape, frame.dtype) != (pixels[0].shape, pixels[0].dtype):
-            got, expected = (f"{x.shape[1]}x{x.shape[0]} pixels of {x.dtype}" for x in (frame, pixels[0]))
+        if frame.shape != pixels[0].shape:
+            got, expected = (f"{image.shape[1]}x{image.shape[0]} pixels" for image in (frame, pixels[0]))
             raise ValueError(f"{path}: got {got}, expected {expected}, as {pictures[0].name} has; convert it")
     return Frames(pixels, [0.0], rates=(fps,))
 

@@ -31,6 +31,25 @@ def frame_count(text: str) -> int:
     return int(text)
 
 
+def device(text: str) -> torch.device:
+    """Parse the name of a device of this machine."""
+    try:
+        return pick_device(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def file_to_write(text: str) -> Path:
+    """Parse the path of a writable file in an existing folder."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        got = "a folder" if path.is_dir() else f"no folder {path.parent}"
+        raise ArgumentTypeError(f"got {got}, expected a file in a folder that exists; correct it, or create the folder")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ArgumentTypeError(f"got no right to write {path}, expected one; choose another")
+    return path
+
+
 def frame_rate(text: str) -> float:
     """Parse a number of frames a second, above 0."""
     try:
@@ -52,22 +71,3 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="stop at a file that can't be scored; default: score the others"
     )
-
-
-def device(text: str) -> torch.device:
-    """Parse the name of a device of this machine."""
-    try:
-        return pick_device(text)
-    except ValueError as error:
-        raise ArgumentTypeError(str(error)) from error
-
-
-def file_to_write(text: str) -> Path:
-    """Parse the path of a writable file in an existing folder."""
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        got = "a folder" if path.is_dir() else f"no folder {path.parent}"
-        raise ArgumentTypeError(f"got {got}, expected a file in a folder that exists; correct it, or create the folder")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ArgumentTypeError(f"got no right to write {path}, expected one; choose another")
-    return path
