@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -134,21 +134,13 @@ def _stated_bytes(path: Path) -> int:
     """Return the size that a Matroska or WebM file states in its header; 0 if it states none."""
     with path.open("rb") as file:
         head = file.read(4096)
-    if not head.startswith(EBML):
+    at = head.find(SEGMENT) + len(SEGMENT)
+    if not head.startswith(EBML) or at < len(SEGMENT):
         return 0
-    size, at = _variable_length(head, 4)
-    if head[at + size : at + size + 4] != SEGMENT:
-        return 0
-    size, at = _variable_length(head, at + size + 4)
-    return 0 if size is None else at + size
-
-
-def _variable_length(data: bytes, at: int) -> tuple[int | None, int]:
-    """Return EBML's number at a place, None for "unknown", and the place after it."""
-    length = 9 - data[at].bit_length()
-    largest = (1 << 7 * length) - 1
-    value = int.from_bytes(data[at : at + length], "big") & largest
-    return None if value == largest else value, at + length
+    length = 9 - head[at].bit_length()
+    unknown = (1 << 7 * length) - 1  # as a live stream says
+    size = int.from_bytes(head[at : at + length], "big") & unknown
+    return 0 if size == unknown else at + length + size
 
 
 def _decode(path: Path, container, stream) -> Iterator[tuple[int | None, np.ndarray]]:
@@ -158,14 +150,12 @@ def _decode(path: Path, container, stream) -> Iterator[tuple[int | None, np.ndar
     decoder = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
         decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
-    for packet in container.demux(stream):
-        last = packet.is_corrupt or not packet.size  # where the file was cut off: what precedes is whole
-        for frame in decoder.decode(None if last else packet):
+    whole = takewhile(lambda packet: not packet.is_corrupt, container.demux(stream))  # up to where it was cut off
+    for packet in chain((packet for packet in whole if packet.size), [None]):
+        for frame in decoder.decode(packet):
             if frame.is_corrupt:  # others, unmarked, build on it
                 raise ValueError(f"{path}: got a damaged frame at {frame.time} s, expected none; get the file again")
             yield frame.pts, _rgb(path, frame, stream.sample_aspect_ratio)
-        if last:
-            return
 
 
 def _rgb(path: Path, frame, aspect) -> np.ndarray:
@@ -174,26 +164,21 @@ def _rgb(path: Path, frame, aspect) -> np.ndarray:
     FFmpeg's direct way from more than 8 bits, or from another size, makes white 253. Therefore
     there are up to three steps.
     """
+    import av
+
     if frame.color_trc in HDR:
         got, expected = f"HDR video ({HDR[frame.color_trc]})", "standard dynamic range, which rewards were trained on"
         raise ValueError(f"{path}: got {got}, expected {expected}; convert it with a tone mapping")
     pixels, transparent = frame, any(component.is_alpha for component in frame.format.components)
     if max(component.bits for component in frame.format.components) > 8:
-        pixels = frame.reformat(format=_eight_bits(frame.format.name))
+        shorter = re.sub(r"(9|1[0246])(le|be)$", "", frame.format.name)
+        pixels = frame.reformat(format=shorter if shorter in av.video.format.names else None)
     pixels = pixels.reformat(format="rgba" if transparent else "rgb24")
     if aspect and aspect != 1:
         width, height = max(round(frame.width * aspect), frame.width), max(round(frame.height / aspect), frame.height)
         pixels = pixels.reformat(width, height, interpolation="BICUBIC")
     pixels_HWC = pixels.to_ndarray()
     return _upright(over_white(pixels_HWC) if transparent else pixels_HWC, frame)
-
-
-def _eight_bits(name: str) -> str:
-    """Return the pixel format of the same layout with 8 bits."""
-    import av
-
-    shorter = re.sub(r"(9|1[0246])(le|be)$", "", name)
-    return shorter if shorter in av.video.format.names else name
 
 
 def _upright(pixels_HWC: np.ndarray, frame) -> np.ndarray:

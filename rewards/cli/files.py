@@ -137,16 +137,12 @@ def _read_pictures(path: Path, max_frames: int | None) -> Frames:
             image.load()  # only then does WebP know the duration
             if max_frames is None or len(pixels) < max_frames:
                 pixels.append(_rgb(image))
-            shown.append(_shown_seconds(image.info.get("duration", 0)))
+            milliseconds = image.info.get("duration", 0)
+            shown.append(milliseconds / 1000 if milliseconds > 10 else 0.1)  # as in browsers
     if not animated:
         return Frames(pixels)
     *starts, end = accumulate(shown, initial=0.0)
     return Frames(pixels, starts, end, rates=(1 / shown[0],), resolution=0.01)  # a GIF's hundredths
-
-
-def _shown_seconds(milliseconds: float) -> float:
-    """Return how long browsers show a frame: 0 to 10 ms count as 100."""
-    return (milliseconds if milliseconds > 10 else 100) / 1000
 
 
 def _rgb(image) -> np.ndarray:
