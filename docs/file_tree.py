@@ -15,6 +15,7 @@ SCRIPTS = ("train_rlhf.py", "demo.py")
 CAPTIONS = {  # of folders that are no packages
     "eval": "Commands that generate, score and compare videos of any model",
     "bench": "Measurements of speed, memory and methods; their numbers in results/",
+    "bench/nano": "Training of ContentV-nano and its judges from nothing",
     "configs": "Recipes, prompt sets, and launch files of accelerate",
     "docs": "The guides; mkdocs.yml makes a site of them",
     "tests": "Tests, in the same rooms as the source; what they share in helpers/",
@@ -40,7 +41,7 @@ def lines_of(folder: Path, depth: int = 0) -> list[str]:
     """Return a line for a folder and one for everything in it, folders last."""
     inside = [path for path in folder.iterdir() if path.suffix == ".py" and path.name != "__init__.py"]
     folders = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.py"))]
-    words = caption(folder / "__init__.py") or CAPTIONS.get(folder.name, "")
+    words = caption(folder / "__init__.py") or CAPTIONS.get(folder.relative_to(ROOT).as_posix(), "")
     lines = [line(f"{folder.name}/", words, depth)]
     lines += [line(path.name, caption(path), depth + 1) for path in sorted(inside)]
     return lines + [found for path in sorted(folders) for found in lines_of(path, depth + 1)]
@@ -55,7 +56,7 @@ def tree() -> str:
     """Return the whole tree as a block of text."""
     lines = [line(name, caption(ROOT / name), 0) for name in SCRIPTS]
     lines += [found for name in PACKAGES for found in lines_of(ROOT / name)]
-    lines += [line(f"{name}/", words, 0) for name, words in CAPTIONS.items() if name not in PACKAGES]
+    lines += [line(f"{name}/", words, 0) for name, words in CAPTIONS.items() if not name.startswith(PACKAGES)]
     return "\n".join(["```text", *lines, "```", ""])
 
 

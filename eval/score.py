@@ -4,14 +4,15 @@
     python eval/score.py other/videos --names_are_prompts --reward hps_v2_1 --device cuda
 
 The prompts of a folder are in videos.jsonl ({"file", "prompt"} a line, as eval/generate.py writes
-it), in the prompts.txt of a run's samples, or in file names such as `a red kite-0.mp4`. A folder of
-numbered pictures is a video, with --fps. Writes scores.jsonl beside the videos. Scores are cached
-by file content, so nothing is scored twice and a second start resumes. With `accelerate launch` all
-devices share the work. Videos that can't be scored are named at the end, with exit status 1. Any
-other error has status 2.
+it, and further fields, which rewards read), in the prompts.txt of a run's samples, or in file names
+such as `a red kite-0.mp4`. A folder of numbered pictures is a video, with --fps. Writes
+scores.jsonl beside the videos. Scores are cached by file content, so nothing is scored twice and a
+second start resumes. With `accelerate launch` all devices share the work. Videos that can't be
+scored are named at the end, with exit status 1. Any other error has status 2.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from rewards.score import NotScoredError, print_failures, resolve_prompts
 from rewards.score_cache import ScoreCache, Scorer, content_sha256, default_cache_folder
 from rlhf.evaluation.video_set import SCORES, Video, read_set, relative_name, require_files
 from rlhf.io import file_errors, read_rows, write_rows
+from rlhf.types import fields_of
 
 
 def parse_score_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,7 +84,7 @@ def checked_set(folder: Path, args: argparse.Namespace) -> list[Video]:
 
 
 def write_scores(folder: Path, videos: list[Video], scored: list[dict]) -> None:
-    """Write scores.jsonl, {"file", "sha256", "prompt", "seed", "category", "scores"} a line.
+    """Write scores.jsonl, {"file", "sha256", "prompt", "seed", "category", "row", "scores"}.
 
     Scores by other rewards stay, for files that have not changed. A video that was not scored has
     an "error", one that was cut short says what is "missing".
@@ -91,16 +93,21 @@ def write_scores(folder: Path, videos: list[Video], scored: list[dict]) -> None:
     if path.is_file():
         known = read_rows(path)
         with file_errors(path):
-            old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in known}
+            old = {_identity(row): row["scores"] for row in known}
     rows = []
     for video, new in zip(videos, scored, strict=True):
-        name = relative_name(folder, video.path)
-        row = {"file": name, "sha256": None, "prompt": video.prompt, "seed": video.seed, "category": video.category}
+        row = {"file": relative_name(folder, video.path), "sha256": None, "prompt": video.prompt}
+        row |= {"seed": video.seed, "category": video.category, "row": fields_of(video.prompt)}
         if "error" not in new:
             row["sha256"] = content_sha256(video.path)
-            new = new | {"scores": old.get((name, row["sha256"], video.prompt), {}) | new["scores"]}
+            new = new | {"scores": old.get(_identity(row), {}) | new["scores"]}
         rows.append(row | {"scores": {}} | new)
     write_rows(path, rows)
+
+
+def _identity(row: dict) -> tuple:
+    """Return what the scores of a line of scores.jsonl depend on."""
+    return row["file"], row["sha256"], row["prompt"], json.dumps(row.get("row", {}), sort_keys=True)
 
 
 def open_processes(args: argparse.Namespace):

@@ -1,4 +1,4 @@
-"""A cache of scores, keyed by file content, prompt, and the reward with its settings.
+"""A cache of scores, keyed by file content, prompt with its row, and the reward with its settings.
 
 A reward is loaded only if one of its scores is missing.
 """
@@ -10,9 +10,11 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from rewards.catalogue import CATALOGUE
 from rewards.load import check_spec
 from rewards.score import NotScoredError, by_name, load_rewards, score
 from rlhf.io import write_whole
+from rlhf.types import fields_of, row_of
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
 SCORES_VERSION = 2  # to be raised with every change of a built-in's score, or of how files are read
@@ -74,15 +76,17 @@ class Scorer:
             content = content_sha256(path)
         except OSError as error:
             raise NotScoredError(f"{path}: got no right to read it, or no file ({error.strerror})") from error
-        keys = {name: digest(content, prompt, identity) for name, identity in self.identities.items()}
+        row = json.dumps(row_of(prompt), sort_keys=True) if fields_of(prompt) else prompt
+        asked = {name: prompt if spec in CATALOGUE else row for name, spec in self.specs.items()}  # ours read no row
+        keys = {name: digest(content, asked[name], identity) for name, identity in self.identities.items()}
         known = {name: self.cache.get(key) for name, key in keys.items()}
         unknown = [name for name, value in known.items() if value is None]
-        row = score(self._rewards(unknown), path, prompt, self.settings) if unknown else {"scores": {}}
-        if row.get("missing"):
-            return {"scores": known | row["scores"], "missing": row["missing"]}
-        for name, value in row["scores"].items():
+        new = score(self._rewards(unknown), path, prompt, self.settings) if unknown else {"scores": {}}
+        if new.get("missing"):
+            return {"scores": known | new["scores"], "missing": new["missing"]}
+        for name, value in new["scores"].items():
             self.cache.put(keys[name], value)
-        return {"scores": known | row["scores"]}
+        return {"scores": known | new["scores"]}
 
     def _rewards(self, names: Iterable[str]) -> dict[str, Callable]:
         for name in names:

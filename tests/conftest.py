@@ -18,7 +18,8 @@ from tiny import tiny_pipeline, tiny_transformer, tiny_vae
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))  # whose files import each other
+for folder in ("bench", "bench/nano"):
+    sys.path.append(str(Path(__file__).parents[1] / folder))  # whose files import each other
 torch.set_num_threads(1)
 keep_freed_memory()
 

@@ -167,7 +167,7 @@ def load_clip(name: str, model: str | Clip, backend: str | None = None, pretrain
 
 
 def crop_as_openai(clip: Clip) -> Clip:
-    """Crop where OpenAI's transform does, for rewards published with it rather than transformers."""
+    """Crop where OpenAI's transform does, for rewards published with it, not with transformers."""
     clip.fit = "shortest" if clip.fit == TransformersClip.fit else clip.fit
     return clip
 

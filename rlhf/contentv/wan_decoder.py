@@ -188,6 +188,7 @@ def _double_frames(time_conv, x, causal):
 
 
 def _check_vae(vae) -> None:
+    """Raise ValueError for another architecture than Wan2.1's."""
     if vae.config.is_residual or vae.config.patch_size is not None:
         raise ValueError(
             f"VAE config has is_residual={vae.config.is_residual}, patch_size={vae.config.patch_size}, expected the "
@@ -196,6 +197,7 @@ def _check_vae(vae) -> None:
 
 
 def _check_frames(first_frame: int, num_frames: int, available: int) -> None:
+    """Raise ValueError unless 0 <= first_frame < num_frames <= available."""
     if not 1 <= num_frames <= available:
         raise ValueError(
             f"num_frames={num_frames}, expected 1 to {available}, as many as the latents have; ask for fewer frames "

@@ -1,1 +1,1 @@
-"""ContentV-nano, the embedded model: its world, judges, weights and pretraining."""
+"""ContentV-nano, the embedded model: its world, judges and weights."""

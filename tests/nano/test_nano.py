@@ -1,11 +1,14 @@
 """The embedded weights are what the model card says."""
 
+import pretrain
+import pretrain_judges
+import pretrain_vae
 import pytest
 import torch
 
 from rewards import load_reward, probe
 from rlhf.contentv.loading import load_pipeline
-from rlhf.nano import pretrain, pretrain_judges, pretrain_vae, world
+from rlhf.nano import world
 from rlhf.nano.rewards import WEIGHTS
 
 

@@ -1,15 +1,15 @@
 """Training of ContentV-nano's judges: verifier, CLIP of frames, preference model."""
 
+import nano_models as parts
 import open_clip
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from pretrain_vae import reconstruct
+from train_loop import log, train
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from rlhf.nano import judges, world
-from rlhf.nano import models as parts
-from rlhf.nano.pretrain_vae import reconstruct
-from rlhf.nano.train_loop import log, train
 
 JUDGE_POOL = 24_576  # clips, 0.2 MB each
 

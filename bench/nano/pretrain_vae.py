@@ -2,10 +2,10 @@
 
 import torch
 from diffusers import AutoencoderKLWan
+from train_loop import train
 
 from rlhf.contentv.wan_decoder import decode_unclamped
 from rlhf.nano import world
-from rlhf.nano.train_loop import train
 
 
 def encode_whole(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

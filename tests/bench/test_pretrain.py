@@ -1,11 +1,14 @@
+import nano_models as parts
+import pretrain
+import pretrain_judges
+import pretrain_vae
 import pytest
 import torch
+from train_loop import train
 
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.wan_decoder import decode_unclamped
-from rlhf.nano import models as parts
-from rlhf.nano import pretrain, pretrain_judges, pretrain_vae, world
-from rlhf.nano.train_loop import train
+from rlhf.nano import world
 
 
 def test_whole_clips_are_encoded_and_decoded_as_by_the_stock_vae():

@@ -1,4 +1,4 @@
-"""Train ContentV-nano and its judges from scratch: `python -m rlhf.nano.pretrain --output DIR`.
+"""Train ContentV-nano and its judges from scratch: `python bench/nano/pretrain.py --output DIR`.
 
 Stages, in order, on one GPU, with procedural clips (`rlhf.nano.world`):
   vae          AutoencoderKLWan, single frames first, then clips
@@ -10,24 +10,16 @@ A second start on the same folder continues after the last finished stage.
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import nano_models as parts
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_model, save_model
-from torch import nn
-from torchvision.utils import save_image
-
-from rlhf.contentv.files import SamplingDefaults
-from rlhf.contentv.pipeline import ContentVPipeline
-from rlhf.device import generator, pick_device
-from rlhf.io import write_json
-from rlhf.nano import models as parts
-from rlhf.nano import world
-from rlhf.nano.judges import Preference, Verifier
-from rlhf.nano.pretrain_judges import (
+from pretrain_judges import (
     JUDGE_POOL,
     ClipPool,
     random_wording,
@@ -36,8 +28,18 @@ from rlhf.nano.pretrain_judges import (
     train_preference,
     train_verifier,
 )
-from rlhf.nano.pretrain_vae import encode_whole, latent_scale, measure_latents, reconstruct, train_vae
-from rlhf.nano.train_loop import log, seconds, train
+from pretrain_vae import encode_whole, latent_scale, measure_latents, reconstruct, train_vae
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torchvision.utils import save_image
+from train_loop import log, seconds, train
+
+from rlhf.contentv.files import SamplingDefaults
+from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.device import generator, pick_device
+from rlhf.io import write_json
+from rlhf.nano import world
+from rlhf.nano.judges import Preference, Verifier
 
 STEPS = {"vae_image": 1050, "vae_video": 1950, "verifier": 3050}
 STEPS |= {"clip": 3900, "preference": 3500, "transformer": 11_500}
