@@ -10,7 +10,6 @@ import argparse
 from dataclasses import fields, replace
 
 import torch
-from diffusers.utils import export_to_video
 
 from rewards.cli.flags import file_to_write
 from rlhf.adapter.lora_file import read_lora
@@ -20,6 +19,7 @@ from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, model_sizes
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.transformer import linear_sizes
 from rlhf.device import KNOWN_DEVICES, pick_device
+from rlhf.run.video import to_uint8, write_video
 
 SAMPLING = {field.name: field for field in fields(SamplingDefaults)}
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
                 given["guidance_scale"] = 1.0
         sampling = replace(pipe.sampling, **given)
         generator = torch.Generator().manual_seed(args.seed)
-        video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
+        video = pipe(args.prompt, generator=generator, output_type="pt", **sampling.call_arguments()).frames[0]
     except ValueError as error:
         raise SystemExit(f"demo.py: error: {'; '.join(getattr(error, 'problems', [str(error)]))}") from error
-    export_to_video(video, str(args.output), fps=sampling.fps)
+    write_video(args.output, to_uint8(video.transpose(0, 1)), sampling.fps)
     size = f"{len(video)} frames of {sampling.width}x{sampling.height}"
     print(f"wrote {args.output}: {size} at {sampling.fps} fps")
 

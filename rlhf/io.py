@@ -81,10 +81,18 @@ def read_object(path: Path) -> dict:
     return content
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text, with or without a byte order mark.
+
+    Only line feeds (CRLF, CR, too) end a line: JSON may hold U+2028 and U+0085.
+    """
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def read_rows(path: Path) -> list[dict]:
     """Return the objects of a JSON Lines file. Raise DamagedFileError."""
     with file_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
         return [json.loads(line) for line in lines if line.strip()]
 
 
@@ -94,7 +102,7 @@ def read_log(path: Path) -> list[dict]:
     Raises DamagedFileError for a file that is not text.
     """
     with file_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = read_lines(path) if path.is_file() else []
     return [row for row in map(_parse_line, lines) if isinstance(row, dict)]
 
 

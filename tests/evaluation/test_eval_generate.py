@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import imageio.v3 as imageio
 import pytest
 import torch
 import yaml
 from adapted_model import adapt, save_adapter
+from stored import stored_frames, stored_rate
 from tiny import SAMPLING, tiny_pipeline
 
 import rlhf.evaluation.generate
@@ -45,7 +45,7 @@ def make(output, *more) -> list[Video]:
 
 
 def pixels(path) -> torch.Tensor:
-    return torch.from_numpy(imageio.imread(path)).float()
+    return stored_frames(path)
 
 
 def test_a_run_names_model_prompts_sampling_and_adapter(run, tmp_path):
@@ -53,7 +53,7 @@ def test_a_run_names_model_prompts_sampling_and_adapter(run, tmp_path):
     base = make(tmp_path / "base", "--from_run", run, "--base")
     assert [video.prompt for video in tuned] == PROMPTS[:2]
     assert pixels(tuned[0].path).shape == (5, 16, 32, 3)
-    assert imageio.immeta(tuned[0].path)["fps"] == SAMPLING.fps
+    assert stored_rate(tuned[0].path) == SAMPLING.fps
     assert (pixels(tuned[0].path) - pixels(base[0].path)).abs().mean() > 2
 
 

@@ -4,12 +4,12 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-import imageio.v3 as imageio
 import pytest
 import torch
 import yaml
 from adapted_model import adapt, save_adapter
 from safetensors.torch import save_file
+from stored import stored_frames, stored_rate
 from tiny import SAMPLING, tiny_pipeline
 
 from rlhf.adapter.lora_file import read_lora
@@ -29,7 +29,7 @@ def saved(tmp_path_factory):
 
 def demo(saved, output, *more) -> torch.Tensor:
     main(["--model_id", str(saved), "--prompt", "a star", "--device", "cpu", "--output", str(output), *more])
-    return torch.from_numpy(imageio.imread(output))
+    return stored_frames(output)
 
 
 def test_writes_a_video_of_the_recommended_size(saved, tmp_path, capsys):
@@ -37,14 +37,14 @@ def test_writes_a_video_of_the_recommended_size(saved, tmp_path, capsys):
     assert video.shape == (9, 32, 48, 3)
     assert video.float().std() > 5
     assert "9 frames of 48x32 at 8 fps" in capsys.readouterr().out
-    assert imageio.immeta(tmp_path / "video.mp4")["fps"] == 8
+    assert stored_rate(tmp_path / "video.mp4") == 8
 
 
 def test_flags_override_the_checkpoint(saved, tmp_path):
     flags = ["--height", "16", "--width", "32", "--num_frames", "5", "--num_inference_steps", "1", "--fps", "12"]
     video = demo(saved, tmp_path / "video.mp4", *flags)
     assert video.shape == (5, 16, 32, 3)
-    assert imageio.immeta(tmp_path / "video.mp4")["fps"] == 12
+    assert stored_rate(tmp_path / "video.mp4") == 12
 
 
 def test_the_seed_decides(saved, tmp_path):
@@ -172,4 +172,4 @@ def test_mistakes_are_one_paragraph_before_weights_load(saved, flags, message, m
 @pytest.mark.skipif(not NANO_PATH.is_dir(), reason="the nano weights are not in this checkout")
 def test_nano_by_default(tmp_path):
     main(["--output", str(tmp_path / "video.mp4"), "--num_inference_steps", "2"])
-    assert imageio.imread(tmp_path / "video.mp4").shape == (17, 64, 64, 3)
+    assert stored_frames(tmp_path / "video.mp4").shape == (17, 64, 64, 3)
