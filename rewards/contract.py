@@ -6,8 +6,9 @@ A reward is a plain callable; it needs to import nothing from here:
         return scores                    # (B,) float32, higher is better
 
 `info` holds at least `fps` (frame rate of the video), `seed`, `step` and `rows`: for each prompt a
-dict with "prompt" and the further fields of its row. All randomness derives from seed and step. A
-reward without **info is given the keywords that its signature names.
+dict with "prompt" and the further fields of its row. All randomness derives from seed and step. For
+a file whose frames are not 1 / fps apart, `info` also holds `times`, the seconds of each frame, and
+`fps` is their mean rate. A reward without **info is given the keywords that its signature names.
 
 A reward with weights may also offer a classmethod `random_init(**settings)`. It returns the reward
 at full size with random weights on torch's default device, without reading hub or disk. Benchmarks
@@ -144,6 +145,14 @@ def frames_needed(reward: Callable, total: int) -> int:
     return 1 if frames == "first" else min(frames, total)
 
 
+def leading_info(info: dict, frames: int) -> dict:
+    """Return `info` of the leading frames: their `times` and mean `fps`."""
+    times = info.get("times")
+    if times is None or frames >= len(times):
+        return info
+    return info | {"times": times[:frames], "fps": frames / (times[frames] - times[0])}
+
+
 def check_scores(name: str, scores: Any, prompts: list[str], video_BCTHW: torch.Tensor | None = None) -> None:
     """Raise RewardError unless scores is a finite floating tensor of shape (B,), B = len(prompts).
 
@@ -189,7 +198,7 @@ def call_guarded(
     frames = frames_needed(reward, video_BCTHW.shape[2])
     before = _fingerprint(video_BCTHW)
     with keep_process_state(), name_reward_in_errors(name, given, expected, cure):
-        scores = call_reward(reward, video_BCTHW[:, :, :frames], prompts, copy.deepcopy(info))
+        scores = call_reward(reward, video_BCTHW[:, :, :frames], prompts, copy.deepcopy(leading_info(info, frames)))
     after = _fingerprint(video_BCTHW)
     require_unchanged(name, before[0] == after[0] and torch.equal(before[1], after[1]))
     return scores

@@ -37,7 +37,8 @@ def preprocess(
     fit   "shortest" (resize the shorter side, crop the centre as torchvision, OpenAI and open_clip
           do), "shortest_floor" (the same, cropped as transformers does), "whole" (without the
           crop), "squash" (resize both sides) or "pad" (hpsv2's: resize the longer side without a
-          clamp, add black bars)
+          clamp, add black bars); "mp4_whole", "mp4_shortest" and "mp4_shortest_8_bit" are VBench's
+          for mp4 files, without antialiasing, of float and of 8-bit tensors
     mode  "bicubic" or "bilinear"
     """
     with torch.autocast(frames_NCHW.device.type, enabled=False):  # bf16 products would cost half a grey level
@@ -46,36 +47,44 @@ def preprocess(
     return (pixels_NCHW - mean_C11) / std_C11
 
 
-def resize(x_NCHW: torch.Tensor, height: int, width: int, mode: str = "bicubic", clamp: bool = True) -> torch.Tensor:
+def resize(
+    x_NCHW: torch.Tensor, height: int, width: int, mode: str = "bicubic", clamp: bool = True, antialias: bool = True
+) -> torch.Tensor:
     """Resize with antialiasing in two passes, each a matrix product clamped to [0, 1].
 
     The backward of `F.interpolate(antialias=True)` is missing on some accelerators and not
     deterministic on others. PIL also clips after the first pass (width), which changes up to 20/255
     on noise. clamp=False keeps the overshoot of bicubic, as a float tensor's resize does.
+    antialias=False takes the nearest pixels alone and clamps at the end, as for an 8-bit tensor.
     """
     limit = partial(clamp_straight_through, low=0.0, high=1.0) if clamp else lambda x: x
-    W_w = _resize_matrix(x_NCHW.shape[-1], width, mode, x_NCHW.dtype, x_NCHW.device)
-    W_h = _resize_matrix(x_NCHW.shape[-2], height, mode, x_NCHW.dtype, x_NCHW.device)
-    return limit(W_h @ limit(x_NCHW @ W_w.T))
+    W_w = _resize_matrix(x_NCHW.shape[-1], width, mode, antialias, x_NCHW.dtype, x_NCHW.device)
+    W_h = _resize_matrix(x_NCHW.shape[-2], height, mode, antialias, x_NCHW.dtype, x_NCHW.device)
+    x_NCHW = x_NCHW @ W_w.T
+    return limit(W_h @ (limit(x_NCHW) if antialias else x_NCHW))
 
 
-def resize_shorter(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
-    """Resize the shorter side to `size`, the longer to int(size * long / short)."""
+def resize_shorter(x_NCHW: torch.Tensor, size: int, mode: str = "bicubic", **options) -> torch.Tensor:
+    """Resize the shorter side to `size`, the longer to int(size * long / short).
+
+    options are those of `resize`.
+    """
     height, width = x_NCHW.shape[-2:]
     short, long = min(height, width), max(height, width)
     resized_long = int(size * long / short)
     new_height, new_width = (size, resized_long) if height <= width else (resized_long, size)
-    return resize(x_NCHW, new_height, new_width, mode)
+    return resize(x_NCHW, new_height, new_width, mode, **options)
 
 
 def resize_shorter_and_crop(
-    x_NCHW: torch.Tensor, size: int, mode: str = "bicubic", offset: Callable[[float], int] = round
+    x_NCHW: torch.Tensor, size: int, mode: str = "bicubic", offset: Callable[[float], int] = round, **options
 ) -> torch.Tensor:
     """Resize the shorter side to `size` and crop the centre; offset rounds half of what is left.
 
-    torchvision's CenterCrop rounds, transformers' image processors round down.
+    torchvision's CenterCrop rounds, transformers' image processors round down. options are those of
+    `resize`.
     """
-    x_NCHW = resize_shorter(x_NCHW, size, mode)
+    x_NCHW = resize_shorter(x_NCHW, size, mode, **options)
     top, left = (offset((side - size) / 2) for side in x_NCHW.shape[-2:])
     return x_NCHW[..., top : top + size, left : left + size]
 
@@ -96,12 +105,17 @@ _FITS = {
     "whole": resize_shorter,
     "squash": lambda x_NCHW, size, mode: resize(x_NCHW, size, size, mode),
     "pad": resize_longer_and_pad,
+    "mp4_whole": partial(resize_shorter, clamp=False, antialias=False),
+    "mp4_shortest": partial(resize_shorter_and_crop, clamp=False, antialias=False),
+    "mp4_shortest_8_bit": partial(resize_shorter_and_crop, antialias=False),
 }
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a matrix made during evaluation serves training too
-def _resize_matrix(before: int, after: int, mode: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _resize_matrix(
+    before: int, after: int, mode: str, antialias: bool, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """Return the resize matrix (after, before), computed in float64 on the CPU."""
     identity = torch.eye(before, dtype=torch.float64)[None, None]
-    return F.interpolate(identity, size=(after, before), mode=mode, antialias=True)[0, 0].to(dtype).to(device)
+    return F.interpolate(identity, size=(after, before), mode=mode, antialias=antialias)[0, 0].to(dtype).to(device)

@@ -290,6 +290,11 @@ class RewardGradientConfig:
     lora_alpha_pattern: dict[str, int] | str | None = setting(
         None, "Alphas other than lora_alpha, by name or regular expression of the layer.", least=1, most=65536
     )
+    initial_adapter: str | None = setting(
+        None,
+        "LoRA that the run starts from: a file, a folder such as RUN/adapter, or a hub id. It is "
+        "merged into the frozen base, which drift and gains are then measured from.",
+    )
     ema_decay: float = setting(
         0.0,
         "Decay of an average of the trained weights, evaluated and saved in their place. 0: none.",
@@ -362,6 +367,8 @@ class RewardGradientConfig:
             self.report_to = []
         if self.model != "nano" and Path(self.model).is_dir():  # config.yaml is read elsewhere, too
             self.model = str(Path(self.model).resolve())
+        if self.initial_adapter and Path(self.initial_adapter).exists():
+            self.initial_adapter = str(Path(self.initial_adapter).resolve())
 
     def to_yaml(self) -> str:
         """Return the settings as the YAML text that `--config` reads."""

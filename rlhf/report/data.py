@@ -90,7 +90,7 @@ class Run:
         """Return in words whether the run finished, and how many steps it did."""
         planned = self.config.get("max_steps")
         done = f"{self.steps} of {planned} steps" if planned else f"{self.steps} steps"
-        if not self._is_finished:
+        if not self.is_finished:
             return f"not finished: {done} were done"
         is_best = self.result_step != self.summary.get("steps")
         return f"finished: {done}" + f", the result is the adapter of step {self.result_step}" * is_best
@@ -102,7 +102,12 @@ class Run:
         return best["step"] if best else self.summary.get("steps")
 
     @property
-    def _is_finished(self) -> bool:
+    def exported_step(self) -> int:
+        """Return the step of the run's adapter, as far as its files tell."""
+        return self.steps if self.result_step is None else self.result_step
+
+    @property
+    def is_finished(self) -> bool:
         """Return whether the last start ended without an error and the adapter was written."""
         starts = self.environment
         ended = len(starts) < 2 or "seconds" in starts[-1]
@@ -125,7 +130,7 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Return the seconds of all parts of the run whose end is known, None if there is none."""
-        if self._is_finished and "seconds" in self.summary:
+        if self.is_finished and "seconds" in self.summary:
             return self.summary["seconds"]
         parts = [row["seconds"] for row in self.environment if "seconds" in row]
         return math.fsum(parts) if parts else None

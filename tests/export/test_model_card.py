@@ -116,7 +116,7 @@ def test_the_hub_can_read_it(run, tmp_path, kind, relation):
     loaded = card(run, tmp_path, kind, model="ByteDance/ContentV-8B")
     data = loaded.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("ByteDance/ContentV-8B", relation)
-    assert (data["pipeline_tag"], data["library_name"]) == ("text-to-video", "diffusers")
+    assert (data["pipeline_tag"], data["library_name"]) == ("text-to-video", "contentv-rlhf"), "no snippet of diffusers"
     assert (data["license"], data["license_name"]) == ("other", "stabilityai-ai-community")
     assert ("lora" in data["tags"]) == (kind != "merged")
     assert "base_model" not in card(run, tmp_path, kind).data.to_dict(), "nano is not on the Hub"
@@ -134,7 +134,8 @@ def test_another_scale_is_not_credited_with_the_figures(run, tmp_path):
 
 def test_how_to_use_each_kind(run, tmp_path):
     assert "load_lora_weights" not in card(run, tmp_path, "merged").text
-    assert "load_lora_weights" in card(run, tmp_path).text
+    assert "load_lora_weights" in (text := card(run, tmp_path).text)
+    assert "`rlhf` is a package of contentv-rlhf" in text
     assert "ComfyUI itself has no\nclass for ContentV's transformer" in card(run, tmp_path, "comfyui").text
 
 

@@ -41,6 +41,17 @@ def test_it_matches_pil(picture, width, height, size, fit):
     assert difference.max() < 2
 
 
+@pytest.mark.parametrize(("width", "height"), [(832, 480), (480, 848), (704, 1280), (60, 101), (32, 32)])
+def test_mp4_fits_match_vbench_on_float_tensors(width, height):
+    """Its dino_transform and clip_transform: no antialias, and the overshoot of bicubic stays."""
+    pixels = to_float(noise(width, height))
+    bilinear = Resize(32, InterpolationMode.BILINEAR, antialias=False)(pixels * 255) / 255
+    bicubic = CenterCrop(32)(Resize(32, InterpolationMode.BICUBIC, antialias=False)(pixels * 255)) / 255
+    torch.testing.assert_close(preprocess(pixels, 32, *NONE, "mp4_whole", "bilinear"), bilinear, atol=1e-4, rtol=0)
+    torch.testing.assert_close(preprocess(pixels, 32, *NONE, "mp4_shortest"), bicubic, atol=1e-4, rtol=0)
+    assert (width, height) == (32, 32) or bicubic.max() > 1.01
+
+
 def test_simpler_resizes_do_not_match_pil():
     """The bounds above can fail: for plain bicubic, and for a clamp at the end only."""
     image, size = noise(97, 64), (224, 224)

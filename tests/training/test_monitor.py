@@ -113,7 +113,7 @@ def watch(tmp_path):
         masters = types.SimpleNamespace(use_average=average)
         notify, guard = lambda event, **more: None, Guard.from_settings(args)
         trained, resume_from = {"taught": 1.0}, args.resume_from_checkpoint
-        return HeldOutMonitor(held_out, trained, None, masters, notify, guard, resume_from), asked
+        return HeldOutMonitor(held_out, trained, masters, notify, guard, resume_from), asked
 
     return make
 
