@@ -1,7 +1,7 @@
 """Pixels that reach each reward's network, against the published pipelines, in units of 1/255.
 
     python bench/reward_parity.py [--hpsv2 FOLDER]     # writes bench/results/reward_parity.json
-    python bench/tables.py                             # writes the table of docs/rewards.md
+    python bench/tables.py                             # writes the table of docs/reward_parity.md
 
 The pipelines are those of the installed transformers, torchvision and open_clip. FOLDER is a clone
 of github.com/tgxs002/HPSv2, whose own transform is then compared. Both sides get the same 8-bit

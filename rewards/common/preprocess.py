@@ -3,7 +3,7 @@
 Float pixels (N, C, H, W) in [0, 1] -> bicubic or bilinear antialiased resize, clamped to [0, 1] ->
 crop -> normalise; in float32, or in float64 for float64 pixels. PIL rounds to 1/255 after each of
 its two passes. Therefore results differ by 0.3/255 on average and by at most about 1/255.
-docs/rewards.md says which pipeline each reward equals.
+docs/reward_parity.md says which pipeline each reward equals.
 
 The clamp passes gradients straight through, as that of the decoder does: a black or white region
 of a video has a gradient. The gradient of the identity is linear, so that it serves both the
