@@ -1,0 +1,50 @@
+"""The main job, configs/nano.yaml, on prompts on which its settings were not chosen.
+
+    python bench/main_job.py [--seeds 0 1 2] [--device cuda] [--devices 0] [--output FILE]
+
+Writes bench/results/main_job.json; `python bench/tables.py` then fills README.md.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from md_table import table
+from nano_study import arguments, opened, run_of
+from study_arms import ROOT, SHIPPED
+
+RESULT = ROOT / "bench" / "results" / "main_job.json"
+SEEDS = [0, 1, 2]
+((ARM, SETTINGS),) = SHIPPED.items()
+STEPS = 160
+
+
+def main_job_table(result: dict) -> str:
+    """Return a row for each seed: base and tuned, and the difference with its interval."""
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: row["seed"]):
+        low, high = row["verifier"]["ci95"]
+        right = f"{row['verifier']['base']:.1%} → **{row['verifier']['tuned']:.1%}**"
+        cells = [_change(row["trained"]), f"{right}, {row['verifier']['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"]
+        relative = [f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity")]
+        lines.append([str(row["seed"]), *cells, _change(row["clip"]), *relative])
+    headings = ["preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
+    return table(["seed", *headings, "motion", "diversity"], lines)
+
+
+def _change(row: dict) -> str:
+    low, high = row["ci95"]
+    return f"{row['base']:.3f} → {row['tuned']:.3f}, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    given = arguments(__doc__.splitlines()[0], [ARM], STEPS).parse_args(argv)
+    with opened(given, RESULT, SETTINGS) as study:
+        study.calibrate([SETTINGS])
+        seeds = given.seeds or SEEDS
+        study.run([run_of(study, {"arm": ARM, "seed": seed}, SETTINGS, given.steps) for seed in seeds])
+
+
+if __name__ == "__main__":
+    main()
