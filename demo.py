@@ -15,6 +15,7 @@ from diffusers.utils import export_to_video
 
 from rewards.cli.flags import file_to_write
 from rlhf.adapter.merge import refuse_trained_blocks, require_adapter
+from rlhf.checks import check_sampling
 from rlhf.config import is_distilled
 from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
 from rlhf.contentv.loading import load_pipeline
@@ -22,6 +23,7 @@ from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
 from rlhf.run.folder import read_settings
 
+SAMPLING = {field.name: field for field in fields(SamplingDefaults)}
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
 PROMPTS = {
     "nano": "a large red circle moving left on a white background",
@@ -37,18 +39,19 @@ NEGATIVE_PROMPTS = {
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit with a message on an error."""
     args = parse_demo_args(arguments)
+    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
     try:
-        device = pick_device(args.device)
-        pipe = load_pipeline(args.model_id, device=device)
+        check_sampling(args.model_id, given, args.seed, args.device)
+        pipe = load_pipeline(args.model_id, device=pick_device(args.device))
         if args.lora:
             add_lora(pipe, args.lora)
             if args.guidance_scale is None and is_distilled(read_settings(Path(args.lora).parent)):
-                args.guidance_scale = 1.0
-        sampling = override(pipe.sampling, args)
+                given["guidance_scale"] = 1.0
+        sampling = replace(pipe.sampling, **given)
         generator = torch.Generator().manual_seed(args.seed)
         video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
     except ValueError as error:
-        raise SystemExit(f"demo.py: error: {error}") from error
+        raise SystemExit(f"demo.py: error: {'; '.join(getattr(error, 'problems', [str(error)]))}") from error
     export_to_video(video, str(args.output), fps=sampling.fps)
     size = f"{len(video)} frames of {sampling.width}x{sampling.height}"
     print(f"wrote {args.output}: {size} at {sampling.fps} fps")
@@ -65,10 +68,10 @@ def parse_demo_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="seed of the initial noise (default: %(default)s)")
     parser.add_argument("--device", help=f"{', '.join(KNOWN_DEVICES)} (default: what the machine has)")
     parser.add_argument("--lora", help="folder of an adapter, such as RUN/adapter")
-    for field in fields(SamplingDefaults):
-        parser.add_argument(f"--{field.name}", type=field.type, help="default: the checkpoint's recommendation")
+    for name, field in SAMPLING.items():
+        parser.add_argument(f"--{name}", type=field.type, help="default: the checkpoint's recommendation")
     args = parser.parse_args(arguments)
-    args.prompt = args.prompt or PROMPTS.get(args.model_id)
+    args.prompt = PROMPTS.get(args.model_id) if args.prompt is None else args.prompt  # an empty one is one
     if args.output.suffix not in VIDEOS:
         parser.error(f"argument --output: got {args.output.name!r}, expected {' or '.join(VIDEOS)}; correct it")
     if args.prompt is None:
@@ -87,12 +90,6 @@ def add_lora(pipe: ContentVPipeline, name: str) -> None:
     except Exception as error:  # offline, unknown and gated hub ids have types of their own
         expected = "expected the folder of an adapter such as runs/nano/adapter, or a hub id"
         raise ValueError(f"--lora: got {name!r} ({one_line(error)}), {expected}; correct the path") from error
-
-
-def override(sampling: SamplingDefaults, args: argparse.Namespace) -> SamplingDefaults:
-    """Return the checkpoint's sampling defaults with the values of the command line."""
-    given = {field.name: getattr(args, field.name) for field in fields(SamplingDefaults)}
-    return replace(sampling, **{name: value for name, value in given.items() if value is not None})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@ is rlhf/train.py; an installed package has it as `contentv-rlhf`.
 
 import sys
 
-from rlhf.train import main
+try:
+    from rlhf.train import main
+except KeyboardInterrupt:  # `main` explains a later one
+    print("train_rlhf: interrupted before the training began; nothing was lost.", file=sys.stderr)
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
 """Seconds and peak memory of each built-in reward at full size with random weights.
 
     python bench/reward_costs.py [--rewards clip_score hps_v2_1] [--device cuda]
-    python bench/reward_costs.py --package     # writes the results into the planner's module
+    python bench/reward_costs.py --package     # writes the results into the planner's file
     python bench/tables.py                     # writes bench/results/rewards.md
 
 One video of 432x768, 1 and 8 frames, all of them scored at once. Models run in their own format,
@@ -29,14 +29,13 @@ from rewards import RewardError, load_reward
 from rewards.catalogue import CATALOGUE
 from rewards.load import built_in
 from rlhf.device import peak_memory, pick_device, reset_peak_memory, synchronize
-from rlhf.planner.reward_costs import __file__ as COSTS_FILE
+from rlhf.planner.reward_costs import COSTS_FILE
 
 RESULT = Path(__file__).parent / "results" / "rewards.json"
 FRAMES, GIB = (1, 8), 2**30
 PHASES = {"forward": False, "forward and backward": True}
 MEASURED = [name for name, entry in CATALOGUE.items() if "this package" not in entry.weights]
 INFO = {"fps": 8, "seed": 0, "step": 0}  # so that "8 fps" takes every frame
-MARKER = "# Written by `python bench/reward_costs.py --package` from bench/results/rewards.json.\n"
 PROMPT = "a red fox runs through deep snow, slow motion"
 
 
@@ -108,18 +107,15 @@ def key(row: dict) -> tuple:
 
 
 def package(result: dict) -> str:
-    """Return the lines of `rlhf.planner.reward_costs` below its marker, with the measured costs."""
-    about, rows = result["environment"], {}
+    """Return the content of the planner's file of costs, measured forward and backward."""
+    about, costs = {name: result["environment"][name] for name in ("device", "height", "width")}, {}
     for row in result["rows"]:
         if row["phase"] == "forward and backward" and "seconds" in row:
-            weights, by_frames = rows.setdefault((row["arm"], row["dtype"]), (row["weights_gib"], {}))
-            by_frames[row["frames"]] = (round(row["seconds"], 4), round(max(0.0, row["peak_gib"] - weights), 3))
-    lines = [f'DEVICE = "{about["device"]}"', ""]
-    lines += [f"# One video of {about['height']}x{about['width']}: (reward, format) ->"]
-    lines += ["# (GiB of weights, {frames: (seconds, peak GiB above the weights)}).", "COSTS = {"]
-    for (name, dtype), (weights, by_frames) in sorted(rows.items()):
-        lines.append(f'    ("{name}", "{dtype}"): ({round(weights, 3)}, {by_frames}),')
-    return "\n".join([*lines, "}"]) + "\n"
+            empty = {"weights_gib": round(row["weights_gib"], 3), "frames": {}}
+            cost, above = costs.setdefault(f"{row['arm']} {row['dtype']}", empty), row["peak_gib"] - row["weights_gib"]
+            cost["frames"][str(row["frames"])] = round(row["seconds"], 4), round(max(0.0, above), 3)
+    lines = ",\n".join(f'  "{key}": {json.dumps(cost)}' for key, cost in sorted(costs.items()))
+    return f'{{\n "about": {json.dumps(about)},\n "costs": {{\n{lines}\n }}\n}}\n'
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,9 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     if arguments.package:
-        module = Path(COSTS_FILE)
-        code, marker, _ = module.read_text().partition(MARKER)
-        module.write_text(code + marker + package(json.loads(arguments.output.read_text())))
+        COSTS_FILE.write_text(package(json.loads(arguments.output.read_text())))
         return
     device, size = pick_device(arguments.device), tuple(arguments.size)
     about = environment(device) | {"height": size[0], "width": size[1], "repeats": arguments.repeats}

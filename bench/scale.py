@@ -36,15 +36,7 @@ os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import (
-    environment,
-    free_memory,
-    make_parser,
-    read_rows,
-    scored_frames,
-    show_row,
-    write_rows,
-)
+from environment import environment, free_memory, make_parser, read_rows, scored_frames, show_row, write_rows
 from scale_arms import ONE, Bench, arms, equality
 from step_arms import SIZES
 

@@ -30,15 +30,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import (
-    environment,
-    free_memory,
-    make_parser,
-    read_rows,
-    scored_frames,
-    show_row,
-    write_rows,
-)
+from environment import environment, free_memory, make_parser, read_rows, scored_frames, show_row, write_rows
 from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
 
 from rlhf.adapter.optimizer import clip_gradient

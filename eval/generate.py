@@ -20,6 +20,7 @@ from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.evaluation.video_set import Video, merge_manifest, write_manifest
 from rlhf.prompts import load_prompts
 from rlhf.run.folder import read_settings
+from rlhf.types import row_of
 
 SAMPLING = [field.name for field in fields(SamplingDefaults)]
 
@@ -92,6 +93,7 @@ def checked_sampling(args: argparse.Namespace, prompts: str) -> SamplingDefaults
             device=args.device,
             output_dir=str(args.output),
             per_device_eval_batch_size=args.batch_size,
+            num_eval_prompts=getattr(args, "num_prompts", None) or 64,
             report_to=[],
             **settings,
         )
@@ -102,7 +104,8 @@ def checked_sampling(args: argparse.Namespace, prompts: str) -> SamplingDefaults
 def planned_videos(folder: Path, prompts: list[str], seeds: list[int]) -> list[Video]:
     """Return the videos to make: one of each prompt for each seed."""
     numbered = [(i, prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds]
-    return [Video(folder / f"{i:04d}-seed{seed}.mp4", prompt, seed) for i, prompt, seed in numbered]
+    where = lambda i, seed: folder / f"{i:04d}-seed{seed}.mp4"
+    return [Video(where(i, seed), prompt, seed, row_of(prompt).get("category")) for i, prompt, seed in numbered]
 
 
 def make_videos(
@@ -135,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_generate_args(argv)
         sampling = checked_sampling(args, args.prompts)
         drawn = load_prompts(args.prompts, args.base_dir, args.num_prompts or 64, args.prompt_seed)
-        prompts = list(dict.fromkeys(drawn[: args.num_prompts]))  # a built-in set may draw one twice
+        rows = {repr(row_of(prompt)): prompt for prompt in drawn[: args.num_prompts]}  # one may be drawn twice
+        prompts = list(rows.values())
         make_videos(args, sampling, planned_videos(args.output, prompts, args.seeds))
     except (ValueError, OSError) as error:  # ConfigError is a ValueError
         print(f"eval/generate.py: {error}", file=sys.stderr)

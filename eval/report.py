@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rewards.cli.flags import file_to_write
+from rewards.cli.flags import file_to_write, number
 from rlhf.report import MAX_BYTES, write_report
 from rlhf.run.folder import has_run
 
@@ -24,7 +24,7 @@ def parse_report_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--after", type=Path, help="folder of videos of the second model")
     parser.add_argument("--output", type=file_to_write, help="file to write (default: RUN/report.html)")
     default = MAX_BYTES // 10**6
-    parser.add_argument("--max_mb", type=float, default=default, help=f"size of the file, MB (default: {default})")
+    parser.add_argument("--max_mb", type=number, default=default, help=f"size of the file, MB (default: {default})")
     return parser.parse_args(argv)
 
 

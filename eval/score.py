@@ -4,12 +4,14 @@
     python eval/score.py other/videos --names_are_prompts --reward hps_v2_1 --device cuda
 
 The prompts of a folder are in videos.jsonl ({"file", "prompt"} a line, as eval/generate.py writes
-it), in the prompts.txt of a run's samples, or in file names such as `a red kite-0.mp4`. Writes
-scores.jsonl beside the videos. Scores are cached by file content, so nothing is scored twice and a
-second start resumes. With `accelerate launch` all devices share the work.
+it, and further fields, which rewards read), in the prompts.txt of a run's samples, or in file names
+such as `a red kite-0.mp4`. Writes scores.jsonl beside the videos. Scores are cached by file
+content, so nothing is scored twice and a second start resumes. With `accelerate launch` all devices
+share the work.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from rewards.score import resolve_prompts
 from rewards.score_cache import ScoreCache, Scorer, default_cache_folder, file_sha256
 from rlhf.evaluation.video_set import SCORES, Video, read_set, relative_name, require_files
 from rlhf.io import file_errors, read_rows, write_rows
+from rlhf.types import fields_of
 
 
 def parse_score_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +69,7 @@ def checked_set(folder: Path, args: argparse.Namespace) -> list[Video]:
 
 
 def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float]]) -> None:
-    """Write scores.jsonl, {"file", "sha256", "prompt", "seed", "category", "scores"} a line.
+    """Write scores.jsonl, {"file", "sha256", "prompt", "seed", "category", "row", "scores"}.
 
     Scores by other rewards stay, for files that have not changed.
     """
@@ -74,14 +77,19 @@ def write_scores(folder: Path, videos: list[Video], scores: list[dict[str, float
     if path.is_file():
         known = read_rows(path)
         with file_errors(path):
-            old = {(row["file"], row["sha256"], row["prompt"]): row["scores"] for row in known}
+            old = {_identity(row): row["scores"] for row in known}
     rows = []
     for video, new in zip(videos, scores, strict=True):
         name, content = relative_name(folder, video.path), file_sha256(video.path)
         row = {"file": name, "sha256": content, "prompt": video.prompt}
-        row |= {"seed": video.seed, "category": video.category}
-        rows.append(row | {"scores": old.get((name, content, video.prompt), {}) | new})
+        row |= {"seed": video.seed, "category": video.category, "row": fields_of(video.prompt)}
+        rows.append(row | {"scores": old.get(_identity(row), {}) | new})
     write_rows(path, rows)
+
+
+def _identity(row: dict) -> tuple:
+    """Return what the scores of a line of scores.jsonl depend on."""
+    return row["file"], row["sha256"], row["prompt"], json.dumps(row.get("row", {}), sort_keys=True)
 
 
 def open_processes(args: argparse.Namespace):

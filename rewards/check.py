@@ -7,8 +7,9 @@ import torch
 
 from rewards.cli.flags import device, mapping
 from rewards.contract import RewardError
-from rewards.contract_probe import probe
+from rewards.contract_probe import PROBE_PROMPTS, probe
 from rewards.load import load_reward
+from rlhf.types import Prompt
 
 
 def parse_check_args(argv: list[str] | None) -> argparse.Namespace:
@@ -19,6 +20,8 @@ def parse_check_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of the reward, for example '{frames: 8}'")
     parser.add_argument("--device", type=device, default="cpu", help="where the reward runs; default cpu")
     parser.add_argument("--prompt", action="append", dest="prompts", help="a prompt of the test; may be repeated")
+    row = "further fields of the prompts' row: {field: value}"
+    parser.add_argument("--row", type=mapping, default={}, help=row)
     return parser.parse_args(argv)
 
 
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         report = probe(
             reward,
             arguments.shape,
-            arguments.prompts,
+            [Prompt(prompt, arguments.row) for prompt in arguments.prompts or PROBE_PROMPTS],
             arguments.device,
             name=arguments.spec,
             on_pass=lambda line: _print_check("pass", line),

@@ -5,8 +5,9 @@ A reward is a plain callable; it needs to import nothing from here:
     def reward(video, prompts, **info):  # (B, C, T, H, W) float32 in [0, 1]; B strings
         return scores                    # (B,) float32, higher is better
 
-`info` holds at least `fps` (frame rate of the video), `seed` and `step`. All randomness derives
-from seed and step.
+`info` holds at least `fps` (frame rate of the video), `seed`, `step` and `rows`: for each prompt a
+dict with "prompt" and the further fields of its row. All randomness derives from seed and step. A
+reward without **info is given the keywords that its signature names.
 
 A reward with weights may also offer a classmethod `random_init(**settings)`. It returns the reward
 at full size with random weights on torch's default device, without reading hub or disk. Benchmarks
@@ -15,6 +16,7 @@ and layout tests use it.
 Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +24,9 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
+
+import rlhf.types
+from rlhf.types import rows_of
 
 # Optional attributes of a reward, with their defaults.
 ATTRIBUTE_DEFAULTS = {
@@ -34,7 +39,11 @@ ATTRIBUTE_DEFAULTS = {
 
 
 class Reward(Protocol):
-    """The interface of a reward. Attributes are optional, see `ATTRIBUTE_DEFAULTS`."""
+    """The interface of a reward. Attributes are optional, see `ATTRIBUTE_DEFAULTS`.
+
+    So is a method `check_prompts(prompts)`. A run calls it once, before the first step, with all
+    prompts that the reward will be given. It raises an error for one that the reward cannot read.
+    """
 
     frames: Literal["first", "all"] | int
     space: str
@@ -83,6 +92,26 @@ def _is_statistic(value: Any, positive: bool) -> bool:
     except (TypeError, ValueError):
         return False
     return math.isfinite(number) and (number > 0 or not positive)
+
+
+def call_reward(reward: Callable, video_BCTHW: torch.Tensor, prompts: list[str], info: dict) -> Any:
+    """Return what the reward returns for videos and prompts, with `rows` added to its info."""
+    function = reward.forward if isinstance(reward, torch.nn.Module) else reward
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of compiled functions
+        parameters = []
+    known = {parameter.name for parameter in parameters if parameter.kind != parameter.POSITIONAL_ONLY}
+    info = {"rows": rows_of(prompts)} | info
+    if parameters and not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        info = {name: value for name, value in info.items() if name in known}
+    return reward(video_BCTHW, list(prompts), **info)
+
+
+def check_prompts(name: str, reward: Callable, prompts: list[str]) -> None:
+    """Call the reward's `check_prompts`, if it has one. Raises RewardError for a refused prompt."""
+    with name_reward_in_errors(name, "the run's prompts", "prompts that it can read", "correct the prompt"):
+        getattr(reward, "check_prompts", list)(prompts)
 
 
 def check_frames(name: str, frames: Any) -> None:
@@ -145,6 +174,8 @@ def name_reward_in_errors(name: str, given: str, expected: str, cure: str) -> It
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)[2:]  # after this function and its caller
-        places = [f" ({x.filename}, line {x.lineno})" for x in frames if "site-packages" not in x.filename]
+        ours = (__file__, rlhf.types.__file__)
+        frames = [x for x in frames if "site-packages" not in x.filename and x.filename not in ours]
+        places = [f" ({x.filename}, line {x.lineno})" for x in frames]
         got = f"{type(error).__name__}: {error}".rstrip(".") + f" for {given}" + "".join(places[-1:])
         raise RewardError(name, got=got, expected=expected, cure=cure) from error

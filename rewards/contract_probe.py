@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from rewards.contract import (
     RewardError,
+    call_reward,
     check_scores,
     frames_needed,
     name_reward_in_errors,
@@ -121,9 +122,9 @@ def _score_one(name, call, video_BCTHW, prompts, index, differentiable):
 def _call(name, reward, info, video_BCTHW, prompts) -> torch.Tensor:
     """Return the scores; an exception of the reward becomes a RewardError."""
     given, expected = f"a video of shape {tuple(video_BCTHW.shape)}", "reward(video, prompts, **info) to return scores"
-    cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and any further keywords (**info)"
+    cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and further keywords by **info or by name"
     with name_reward_in_errors(name, given, expected, cure):
-        return reward(video_BCTHW, list(prompts), **info)
+        return call_reward(reward, video_BCTHW, prompts, info)
 
 
 def _pixel_gradient(name, score, video_BCTHW) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from rewards.contract import (
     RewardError,
     at_least_float32,
+    call_reward,
     check_scores,
     frames_needed,
     name_reward_in_errors,
@@ -79,8 +80,8 @@ class RewardMix:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the total (B,) float32 and the raw scores {name: (B,) float32, detached}.
 
-        `info` is passed on to every reward. Raises RewardError, with reward and prompt, for scores
-        that are not finite or have the wrong shape.
+        `info` is passed on to every reward, and with it the row of each prompt. Raises RewardError,
+        with reward and prompt, for scores that are not finite or have the wrong shape.
         """
         total_B, breakdown = torch.zeros(len(prompts), device=video_BCTHW.device), {}
         for name in self.rewards:
@@ -129,7 +130,7 @@ class RewardMix:
         given, cure = f"the prompts {prompts}", "correct the reward where it failed"
         named = name_reward_in_errors(name, given, "scores of these videos", cure)
         with torch.set_grad_enabled(with_gradient), named:
-            scores_B = reward(video_BCTHW[:, :, :frames], prompts, **info)
+            scores_B = call_reward(reward, video_BCTHW[:, :, :frames], prompts, info)
         check_scores(name, scores_B, prompts, video_BCTHW)
         return at_least_float32(scores_B)
 

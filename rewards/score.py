@@ -17,6 +17,7 @@ from rewards.cli.table import format_table
 from rewards.contract import RewardError, frames_needed
 from rewards.load import load_reward, name_in
 from rewards.mix import RewardMix
+from rlhf.types import Prompt
 
 
 def parse_score_args(argv: list[str] | None) -> argparse.Namespace:
@@ -28,6 +29,8 @@ def parse_score_args(argv: list[str] | None) -> argparse.Namespace:
         "--reward", action="append", required=True, dest="rewards", help="name or spec; may be repeated"
     )
     parser.add_argument("--prompt", action="append", dest="prompts", help="one for all files, or one for each")
+    rows = "further fields of the prompt's row: {field: value}; one for all files, or one for each"
+    parser.add_argument("--row", type=mapping, action="append", dest="rows", help=rows)
     parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: value}}")
     parser.add_argument("--device", type=device, default="cpu", help="where the rewards run; default cpu")
     parser.add_argument("--max_frames", type=frame_count, help="leading frames to score; default: all")
@@ -41,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         files = [check_file(path) for path in arguments.files]
         prompts = resolve_prompts(files, arguments.prompts, arguments.rewards)
+        fields = one_for_each("--row", arguments.rows or [{}], len(files))
+        prompts = [Prompt(*pair) for pair in zip(prompts, fields, strict=True)]
         rewards = load_rewards(arguments.rewards, arguments.kwargs)
         rows = [score(rewards, *pair, arguments) for pair in zip(files, prompts, strict=True)]
     except (ValueError, OSError) as error:  # RewardError is a ValueError
@@ -80,9 +85,14 @@ def resolve_prompts(files: list[Path], prompts: list[str] | None, specs: list[st
     reader = next((spec for spec in specs if spec in CATALOGUE and "prompt" in CATALOGUE[spec].input), None)
     if not prompts and reader:
         raise RewardError(reader, got="no prompt", expected="a description of the file", cure='add --prompt "..."')
-    if prompts and len(prompts) not in (1, len(files)):
-        raise ValueError(f"--prompt: got {len(prompts)}, expected 1 or {len(files)}, as many as files; correct them")
-    return (prompts or [""]) * (len(files) if not prompts or len(prompts) == 1 else 1)
+    return one_for_each("--prompt", prompts or [""], len(files))
+
+
+def one_for_each(flag: str, values: list, count: int) -> list:
+    """Return a value of the flag for each of `count` files; raise ValueError for another number."""
+    if len(values) not in (1, count):
+        raise ValueError(f"{flag}: got {len(values)}, expected 1 or {count}, as many as files; correct them")
+    return values * count if len(values) == 1 else values
 
 
 def score(rewards: dict, path: Path, prompt: str, arguments: argparse.Namespace) -> dict:

@@ -1,4 +1,4 @@
-"""A cache of scores, keyed by file content, prompt, and the reward with its settings.
+"""A cache of scores, keyed by file content, prompt with its row, and the reward with its settings.
 
 A reward is loaded only if one of its scores is missing.
 """
@@ -10,9 +10,11 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from rewards.catalogue import CATALOGUE
 from rewards.load import check_spec
 from rewards.score import by_name, load_rewards, score
 from rlhf.io import write_whole
+from rlhf.types import fields_of, row_of
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
 
@@ -63,7 +65,9 @@ class Scorer:
 
     def __call__(self, path: Path, prompt: str) -> dict[str, float]:
         """Return {name: score} of a file."""
-        keys = {name: digest(file_sha256(path), prompt, identity) for name, identity in self.identities.items()}
+        row = json.dumps(row_of(prompt), sort_keys=True) if fields_of(prompt) else prompt
+        asked = {name: prompt if spec in CATALOGUE else row for name, spec in self.specs.items()}  # ours read no row
+        keys = {name: digest(file_sha256(path), asked[name], identity) for name, identity in self.identities.items()}
         known = {name: self.cache.get(key) for name, key in keys.items()}
         missing = [name for name, value in known.items() if value is None]
         if missing:

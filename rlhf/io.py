@@ -11,7 +11,10 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-CONTENT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, SafetensorError)
+CONTENT_ERRORS = (
+    *(ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, yaml.YAMLError, SafetensorError),
+)
+MAX_YAML_DEPTH, MAX_YAML_VALUES, MAX_YAML_LENGTH = 32, 20_000, 10**6  # far above any file of settings
 
 
 class DamagedFileError(ValueError):
@@ -33,11 +36,41 @@ def file_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def load_yaml(text: str) -> Any:
+    """Return the content of a YAML document. Raises `CONTENT_ERRORS`.
+
+    Raises yaml.YAMLError, before it is built, for one of more than MAX_YAML_LENGTH characters, one
+    that nests deeper than MAX_YAML_DEPTH or refers to itself, and one that has more than
+    MAX_YAML_VALUES values once its aliases are expanded.
+    """
+    if len(text) > MAX_YAML_LENGTH:
+        raise yaml.YAMLError(f"{len(text)} characters, expected settings")
+    sizes, opened, total = {}, [], 0  # values below an anchor; anchor and total at each open collection's begin
+    for event in yaml.parse(text, yaml.SafeLoader):
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            if any(anchor == name for name, _ in opened):
+                raise yaml.MarkedYAMLError(
+                    problem=f"*{anchor} refers to itself, expected settings", problem_mark=event.start_mark
+                )
+            total += sizes.get(anchor, 0)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            opened.append((anchor, total))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            sizes[anchor] = total - before + 1
+        total += isinstance(event, yaml.NodeEvent)
+        if len(opened) > MAX_YAML_DEPTH or total > MAX_YAML_VALUES:
+            much = f"more than {MAX_YAML_VALUES} values" if total > MAX_YAML_VALUES else f"{len(opened)} nested levels"
+            raise yaml.MarkedYAMLError(problem=f"{much}, expected settings", problem_mark=event.start_mark)
+    return yaml.safe_load(text)
+
+
 def read_object(path: Path) -> dict:
     """Return the object of a JSON file or the mapping of a YAML file. Raise DamagedFileError."""
     with file_errors(path):
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        content = load_yaml(text) if path.suffix == ".yaml" else json.loads(text)
         if not isinstance(content, dict):
             raise TypeError(f"{type(content).__name__} in place of keys and values")
     return content
@@ -63,7 +96,7 @@ def read_log(path: Path) -> list[dict]:
 def _parse_line(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -8,19 +8,30 @@ work, 1 if training cannot go on and 130 after Ctrl-C or SIGTERM, each with one 
 what to do.
 """
 
+import errno
 import os
 import shlex
 import sys
 from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.config.parse import CONFIGS, CommandFlags, parse_command
+from rlhf.config.parse import CONFIGS, CommandFlags, parse_command, take_flags
+from rlhf.distributed.launch import end_with_launcher
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130  # 130: a shell's status of Ctrl-C
+WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status. argv: default: the process's."""
+    end_with_launcher()
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return _fail("train_rlhf: interrupted before the training began; nothing was lost.", EXIT_INTERRUPTED)
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         args, flags = parse_command(sys.argv[1:] if argv is None else argv, CONFIGS / "nano.yaml")
         from rlhf.checks import check_config
@@ -34,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(f"train_rlhf: {error}", EXIT_SETTINGS)
     except OSError as error:  # missing rights, or a prompt in place of a path
-        cure = "correct the setting that names it, or the rights"
-        return _fail(f"train_rlhf: got {error}, expected a path that can be read; {cure}", EXIT_SETTINGS)
+        return _fail(f"train_rlhf: {_explain_os_error(error)}", EXIT_SETTINGS)
     return train(args)
 
 
@@ -73,6 +83,10 @@ def train(args: RewardGradientConfig) -> int:
         return _fail(f"train_rlhf: {error}", EXIT_SETTINGS)
     except (RewardError, TrainingError, SavingError, DamagedFileError) as error:
         explained, status = str(error), EXIT_FAILED
+    except OSError as error:
+        if error.errno in WRONG_PATH or error.filename is None:
+            raise
+        explained, status = _explain_os_error(error), EXIT_FAILED
     except (RuntimeError, MemoryError) as error:
         if not (explained := out_of_memory(error)):
             raise
@@ -86,18 +100,30 @@ def resume_hint(args: RewardGradientConfig) -> str:
     """Return where the run's last good state is, and the command that resumes; "" for none."""
     from rlhf.run.checkpoint import newest_undamaged_checkpoint
 
-    if (saved := newest_undamaged_checkpoint(Path(args.output_dir) / "checkpoints")) is None:
+    try:
+        saved = newest_undamaged_checkpoint(Path(args.output_dir) / "checkpoints")
+    except OSError:
+        saved = None
+    if saved is None:
         return ""
-    # The last of equal flags counts, so the given ones may stay.
+    _, given = take_flags(sys.argv[1:], "overwrite_output_dir", "resume_from_checkpoint")
     flags = ["--overwrite_output_dir", "false"] * args.overwrite_output_dir + ["--resume_from_checkpoint", "latest"]
     script = ["-m", "rlhf.train"] if Path(sys.argv[0]).resolve() == Path(__file__) else sys.argv[:1]
-    command = shlex.join([*script, *sys.argv[1:], *flags])
+    command = shlex.join([*script, *given, *flags])
     return f" The last good state is {saved}; go on with\n  accelerate launch {command}"
 
 
+def _explain_os_error(error: OSError) -> str:
+    """Return got, expected and cure of a path that is wrong, or of a disk that does not answer."""
+    if error.errno in WRONG_PATH:
+        return f"got {error}, expected a path that can be read; correct the setting that names it, or the rights"
+    return f"got {error}, expected a disk that answers. Nothing was removed; see to it, and start the command again"
+
+
 def _fail(text: str, code: int) -> int:
-    """Print an error to stderr; return the exit status."""
-    print(text, file=sys.stderr)
+    """Print an error to stderr, an interruption on the first process only; return the status."""
+    if code != EXIT_INTERRUPTED or os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
     return code
 
 

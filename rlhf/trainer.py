@@ -24,19 +24,22 @@ from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.wan_decoder import saturated_share
 from rlhf.device import generator
-from rlhf.distributed.accelerator import any_process, make_accelerator
+from rlhf.distributed.accelerator import any_process, describe_launch, make_accelerator
 from rlhf.distributed.layout import Layout
+from rlhf.evaluation.held_out import MakeVideos
 from rlhf.method.decode import VideoSampler
 from rlhf.method.drift import velocity_distance
 from rlhf.method.losses import reward_loss, score, score_metrics
 from rlhf.method.options import read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
+from rlhf.prompts import unread_message
 from rlhf.report import report_at_end
 from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from rlhf.run.folder import start_run_folder
-from rlhf.run.metrics import Cost, RunLog
-from rlhf.run.resume import resume_message
+from rlhf.run.lock import lock_folder
+from rlhf.run.metrics import Cost, RunLog, seconds_before
+from rlhf.run.resume import restart_message, resume_message
 from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run.trackers import run_trackers
 from rlhf.training import setup
@@ -86,10 +89,12 @@ class RewardGradientTrainer:
         self.args = args = inputs.args
         self.folder, self.options = Path(args.output_dir), read_options(args.method, args.method_kwargs)
         self.accelerator = make_accelerator(args)
+        self.accelerator.print(describe_launch(self.accelerator, setup.describe_precision(args, inputs.pipe)))
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
         train_prompts, self.eval_prompts = inputs.train_prompts, inputs.eval_prompts
         setup.require_same_run(self.layout, train_prompts, args)
-        judges = opened_rewards or open_rewards(args, inputs.rewards, train_prompts, self.device, inputs.pipe)
+        prompts = train_prompts, self.eval_prompts
+        judges = opened_rewards or open_rewards(args, inputs.rewards, *prompts, self.device, inputs.pipe)
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
 
         self.pipe = inputs.pipe or setup.load_base(args, self.device)
@@ -103,6 +108,7 @@ class RewardGradientTrainer:
         self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
         self.state = self.callbacks.state
 
+        self.stop = StopRequest(speaks=self.accelerator.is_main_process)
         self.resumed = self._restore()
         calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args)
         self.calibration_prompts = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
@@ -125,7 +131,8 @@ class RewardGradientTrainer:
         cost, args = Cost(self.device), self.args
         plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
         gradient = self._anchor_gradient if is_due(step + 1, args.anchor_steps) else self._reward_gradient
-        results = [gradient(step, micro, plan) for micro in range(args.gradient_accumulation_steps)]
+        with self.stop.interruptible():
+            results = [gradient(step, micro, plan) for micro in range(args.gradient_accumulation_steps)]
 
         names = list(results[0].columns)
         scores_SR = torch.cat([torch.stack([*result.columns.values()], 1) for result in results])
@@ -225,8 +232,14 @@ class RewardGradientTrainer:
         """Return the `info` keyword arguments of rewards in a step: fps, seed and step."""
         return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
 
-    def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> VideoSampler:
-        return VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)
+    def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> MakeVideos:
+        sampler = VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)
+
+        def sample(prompts: list[str], noise_BCTHW: torch.Tensor) -> torch.Tensor:
+            with self.stop.interruptible():
+                return sampler(prompts, noise_BCTHW)
+
+        return sample
 
     # ------------------------------------------------------------------------------------- the run
 
@@ -237,14 +250,16 @@ class RewardGradientTrainer:
         go on. checkpoints/ then holds the last good step.
         """
         require_untrained(trained=self.state.global_step > self.resumed["step"])
-        with report_at_end(self.folder, self.accelerator.is_main_process):
+        is_main = self.accelerator.is_main_process
+        with lock_folder(self.folder, is_main), report_at_end(self.folder, is_main):
             summary = self._train()
         self.callbacks.notify("on_train_end")
         return summary
 
     def _train(self) -> dict:
         """Run training and evaluations, save the adapter; return the content of summary.json."""
-        started, first = time.perf_counter(), self.resumed["step"]
+        first = self.resumed["step"]
+        self.started = time.perf_counter() - seconds_before(self.resumed, self.folder)  # of all parts of the run
         self._begin()
         with run_trackers(self.accelerator, self.args):
             self.callbacks.notify("on_train_begin")
@@ -258,9 +273,9 @@ class RewardGradientTrainer:
                 if self.accelerator.is_main_process:
                     save_adapter(self.pipe, self.masters, self.folder / "adapter")
                 if self.monitor:
-                    return self.monitor.finish(done, started)
+                    return self.monitor.finish(done, self.started)
         self.accelerator.print(f"Nothing was evaluated. The adapter: {self.folder / 'adapter'}")
-        return {"seconds": time.perf_counter() - started, "steps": done}
+        return {"seconds": time.perf_counter() - self.started, "steps": done}
 
     def _begin(self) -> None:
         """Start the run's folder; calibrate the rewards on videos of the base if need be."""
@@ -275,21 +290,28 @@ class RewardGradientTrainer:
     def _train_steps(self, first: int) -> int:
         """Take the optimizer steps from `first` on; return how many the run has then taken."""
         args, log, done = self.args, RunLog(self.accelerator, self.args, first), first
-        with StopRequest() as stop, log:
+        with self.stop as stop, log:
             for name, choice in self.choices.items():
                 log.say(f"{name}: {choice}")
             for done in range(first + 1, args.max_steps + 1):
                 self.callbacks.begin_step()
-                metrics = None
+                metrics, stop.doing = None, f"step {done}"
                 try:
                     metrics = self.step(done - 1)
                     self.callbacks.end_step(done, metrics["epoch"])
                     metrics |= self._evaluate_or_sample(done)
-                except Exception:  # not together: other processes may have failed elsewhere
-                    self._save(done if metrics else done - 1, together=False)
+                except (Exception, KeyboardInterrupt) as error:
+                    # Not together: other processes may have failed elsewhere.
+                    saved = self._save(done if metrics else done - 1, together=False)
+                    if metrics:
+                        log.step(metrics)
+                    if isinstance(error, KeyboardInterrupt):
+                        raise TrainingInterrupted(saved) from None
                     raise
                 log.step(metrics)
                 self.callbacks.log(metrics)
+                if done == 1 and (unread := self._unread_fields()):  # once a run, when all rewards were asked
+                    log.say(unread)
                 stopping = any_process(self.accelerator, stop.requested)
                 if stopping or self.callbacks.is_requested("save") or is_due(done, args.save_steps):
                     saved = self._save(done)
@@ -301,6 +323,9 @@ class RewardGradientTrainer:
                     break
         return done
 
+    def _unread_fields(self) -> str | None:
+        return unread_message([*self.batches.prompts, *self.eval_prompts], guided=self.args.guidance_scale > 1)
+
     def _evaluate_or_sample(self, done: int) -> dict[str, float]:
         """Evaluate or sample if it is due after `done` steps; return the metrics."""
         if not self.monitor:
@@ -308,6 +333,7 @@ class RewardGradientTrainer:
         args = self.args
         evaluate = self.callbacks.is_requested("evaluate") or is_due(done, args.eval_steps)
         sample = is_due(done, args.sample_steps) and done < args.max_steps
+        self.stop.doing = f"the evaluation of step {done}" if evaluate else self.stop.doing
         return self.monitor.evaluate_or_sample(done, evaluate, sample)
 
     # --------------------------------------------------------------------------- restore and save
@@ -316,6 +342,7 @@ class RewardGradientTrainer:
         """Restore what the checkpoint to resume holds; return its state."""
         which = self.args.resume_from_checkpoint
         if not which:
+            self.accelerator.print(restart_message(self.args), end="")
             return {"step": 0}
         path = find_checkpoint(which, self.folder, quiet=not self.accelerator.is_main_process)
         saved = load_checkpoint(path, self.masters, self.optimizer)
@@ -330,6 +357,7 @@ class RewardGradientTrainer:
         folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             state = {"settings": dataclasses.asdict(self.args)} | self.batches.state(done)
+            state |= {"seconds": time.perf_counter() - self.started}
             state |= {"guard": self.monitor.state()} if self.monitor else {}
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)
         if together:

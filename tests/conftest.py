@@ -1,5 +1,9 @@
 """Shared fixtures: everything random is seeded, tiny and made in code."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on more; processes that tests start, too
+
 import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
 import sys
@@ -16,7 +20,7 @@ from rlhf.device import keep_freed_memory
 
 for folder in ("bench", "bench/nano"):
     sys.path.append(str(Path(__file__).parents[1] / folder))  # whose files import each other
-torch.set_num_threads(1)  # tiny models are slower on more
+torch.set_num_threads(1)
 keep_freed_memory()
 
 

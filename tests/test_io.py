@@ -8,7 +8,7 @@ import torch
 from scripts import script
 
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import SamplingDefaults, model_config
+from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.contentv.loading import load_pipeline
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.video_set import read_set
@@ -91,7 +91,7 @@ def test_scores_that_are_damaged_are_told(tmp_path, content, capsys):
 @pytest.mark.parametrize(
     ("file", "read"),
     [
-        ("transformer/config.json", model_config),
+        ("transformer/config.json", model_sizes),
         ("text_encoder_3/config.json", encoder_configs),
         ("scheduler/scheduler_config.json", load_pipeline),
         ("tokenizer_2/tokenizer.json", load_pipeline),

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import nano_models as parts
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
@@ -39,7 +40,6 @@ from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator, pick_device
 from rlhf.io import write_json
-from rlhf.nano import models as parts
 from rlhf.nano import world
 from rlhf.nano.judges import Preference, Verifier
 

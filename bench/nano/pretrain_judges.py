@@ -3,6 +3,7 @@
 import itertools
 
 import deform
+import nano_models as parts
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from train_loop import log, train
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from rlhf.nano import judges, world
-from rlhf.nano import models as parts
 
 JUDGE_POOL = 16_384  # pairs of clips, 0.4 MB each
 # What spoils a clip: outline and colour, latents, pixels and frames, the number of objects.

@@ -1,5 +1,6 @@
 """Types of command-line flags, checked by argparse before any work starts."""
 
+import math
 import os
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -7,15 +8,16 @@ from pathlib import Path
 import torch
 import yaml
 
+from rlhf.config.coerce import require_no_nan
 from rlhf.device import pick_device
 
 
 def mapping(text: str) -> dict:
-    """Parse a mapping in YAML or JSON."""
+    """Parse a mapping in YAML or JSON, without NaN."""
     expected = "expected a mapping such as '{frames: 8}'"
     try:
-        kwargs = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        kwargs = require_no_nan(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError) as error:
         raise ArgumentTypeError(f"got {text!r}; {expected} ({error})") from error
     if not isinstance(kwargs, dict):
         raise ArgumentTypeError(f"got {text!r}; {expected}")
@@ -27,6 +29,17 @@ def frame_count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise ArgumentTypeError(f"got {text!r}; expected a number of frames, 1 or more")
     return int(text)
+
+
+def number(text: str) -> float:
+    """Parse a number of at least 0, or infinity."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise ArgumentTypeError(f"got {text!r}; expected a number of at least 0")
+    return value
 
 
 def device(text: str) -> torch.device:

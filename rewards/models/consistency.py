@@ -44,14 +44,10 @@ class Consistency(ModelReward):
         """Return scores (B,), in at least float32."""
         video_BCNHW = pick_frames(self, video_BCTHW, info)
         require_frames(self.name, video_BCNHW.shape[2], 2)
+        frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            return consistency(embed_frames(self.embedder, video_BCNHW, self.chunk))
-
-
-def embed_frames(embedder: Frozen, video_BCNHW: torch.Tensor, chunk: int | None) -> torch.Tensor:
-    """Return unit float32 embeddings (B, N, P) of all N frames, computed in chunks of frames."""
-    frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
-    return apply_in_chunks(embedder.embed, chunk, frames_NCHW).unflatten(0, (video_BCNHW.shape[0], -1))
+            embeds_NP = apply_in_chunks(self.embedder.embed, self.chunk, frames_NCHW)
+            return consistency(embeds_NP.unflatten(0, (len(video_BCTHW), -1)))
 
 
 def consistency(embeds_BNP: torch.Tensor) -> torch.Tensor:

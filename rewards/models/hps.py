@@ -6,6 +6,7 @@ the score by 100. Source: tgxs002/HPSv2, hpsv2/img_score.py and hpsv2/src/open_c
 """
 
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -49,9 +50,8 @@ class HpsV21(CosineScore):
 
         state = load_published_weights(self.name, checkpoint, REPOSITORY, self.file)
         source = checkpoint or self.file
-        model = build_from_state_dict(
-            self.name, source, lambda: random_open_clip(architecture), state.get("state_dict", state)
-        )
+        build = partial(random_open_clip, architecture)
+        model = build_from_state_dict(self.name, source, build, state.get("state_dict", state))
         return OpenClip(model, open_clip.get_tokenizer(architecture))
 
 

@@ -49,6 +49,7 @@ class HpsV3(ModelReward):
         self.freeze()
 
     def _load(self, checkpoint: str | None, model: str) -> QwenVl:
+        """Load base model and checkpoint; checkpoint None: the published file."""
         state = load_published_weights(self.name, checkpoint, REPOSITORY, FILE)
         width = require_tensor(self.name, state, "rm_head.0.weight").shape[1]
         return load_qwen_vl(self.name, model, state, preference_head(width), TOKENS, self.dtype)
@@ -72,6 +73,7 @@ class HpsV3(ModelReward):
             return logits_N12[:, 0, 0].unflatten(0, (len(prompts), count)).mean(1)
 
     def _logits(self, images_NCTHW, ids_NL, where_NR) -> torch.Tensor:
+        """Return (N, 1, 2): mean and spread of the preference, read at the reward token."""
         return self.vlm(self.vlm.fit(images_NCTHW, PIXELS, PIXELS), ids_NL, where_NR)
 
 

@@ -75,6 +75,7 @@ class ImageReward(FrameReward):
         self.freeze()
 
     def _load(self, path: str | None) -> ImageRewardModel:
+        """Load the model from a checkpoint; None: the published file."""
         state = rename_keys(load_published_weights(self.name, path, REPOSITORY, FILE), RENAMED, UNUSED)
         return build_from_state_dict(self.name, path or FILE, ImageRewardModel, state)
 

@@ -90,6 +90,7 @@ class Mps(FrameReward):
         self.freeze()
 
     def _load(self, path: str | None) -> MpsModel:
+        """Load the model from a checkpoint; None: the published file."""
         cure = f"use {FILE} of {REPOSITORY}, or MPS_overall.pth, the state dict of the same weights"
         state = rename_keys(load_published_weights(self.name, path, REPOSITORY, FILE, cure), RENAMED, UNUSED)
         return build_from_state_dict(self.name, path or FILE, MpsModel, state)

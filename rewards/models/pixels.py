@@ -55,7 +55,7 @@ class FrameDifference(PixelReward):
     name = "frame_difference"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (B,)."""
+        """Return the mean of |x[t+1] - x[t]|, (B,)."""
         return self.mean_difference(video_BCTHW, 1)
 
 
@@ -65,7 +65,7 @@ class Flicker(PixelReward):
     name = "flicker"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (B,)."""
+        """Return 1 - the mean of |x[t+1] - x[t]|, (B,)."""
         return 1 - self.mean_difference(video_BCTHW, 1)
 
 
@@ -75,7 +75,7 @@ class Smoothness(PixelReward):
     name = "smoothness"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (B,)."""
+        """Return 1 - the mean of |x[t+2] - 2 x[t+1] + x[t]| / 2, (B,)."""
         return 1 - self.mean_difference(video_BCTHW, 2) / 2
 
 
@@ -90,24 +90,15 @@ class JpegSize(PixelReward):
     name = "jpeg_size"
 
     def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (B,)."""
-        blocks = _blocks(_luma(video_BCTHW))
+        """Return minus the mean of log(1 + |DCT / Q|), (B,)."""
+        red, green, blue = video_BCTHW.unbind(1)
+        luma_BTHW = 255 * (0.299 * red + 0.587 * green + 0.114 * blue)  # JPEG's Y
+        height, width = luma_BTHW.shape[-2:]
+        luma_BTHW = F.pad(luma_BTHW, (0, -width % 8, 0, -height % 8), mode="replicate")
+        blocks = luma_BTHW.unfold(2, 8, 8).unfold(3, 8, 8)  # (B, T, rows, columns, 8, 8)
         dct, table = _dct_matrix().to(blocks), torch.tensor(_QUANTISATION).to(blocks)
         coefficients = (dct @ blocks @ dct.T / table).flatten(-2)[..., 1:]
         return -coefficients.abs().log1p().flatten(1).mean(1)
-
-
-def _luma(video_BCTHW: torch.Tensor) -> torch.Tensor:
-    """Return JPEG's Y (B, T, H, W) in [0, 255]."""
-    red, green, blue = video_BCTHW.unbind(1)
-    return 255 * (0.299 * red + 0.587 * green + 0.114 * blue)
-
-
-def _blocks(x_BTHW: torch.Tensor) -> torch.Tensor:
-    """Return blocks (B, T, rows, columns, 8, 8); borders are replicated to a multiple of 8."""
-    height, width = x_BTHW.shape[-2:]
-    x_BTHW = F.pad(x_BTHW, (0, -width % 8, 0, -height % 8), mode="replicate")
-    return x_BTHW.unfold(2, 8, 8).unfold(3, 8, 8)
 
 
 def _dct_matrix() -> torch.Tensor:

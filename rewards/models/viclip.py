@@ -71,12 +71,9 @@ class ViClip(FrozenReward):
     def _load(self, checkpoint: str | None) -> "ViClipModel":
         """Load the model from a checkpoint; None: the published file."""
         state = load_published_weights(self.name, checkpoint, REPOSITORY, FILE)
-        state = {
-            key: tensor for key, tensor in state.get("model", state).items() if key != "temp"
-        }  # used in training only
-        return build_from_state_dict(
-            self.name, checkpoint or FILE, lambda: ViClipModel(infer_sizes(self.name, state)), state
-        )
+        state = {key: tensor for key, tensor in state.get("model", state).items() if key != "temp"}  # of training
+        build = lambda: ViClipModel(infer_sizes(self.name, state))
+        return build_from_state_dict(self.name, checkpoint or FILE, build, state)
 
     @classmethod
     def random_init(cls, **settings) -> "ViClip":
@@ -91,6 +88,7 @@ class ViClip(FrozenReward):
             return (video_BP * self.text_features(prompts).to(video_BP)).sum(1)
 
     def _embed(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
+        """Return embeddings (B, P) of selected frames in [0, 1]."""
         vision, frames_NCHW = self.model.vision_encoder, video_BCNHW.transpose(1, 2).flatten(0, 1)
         pixels_NCHW = preprocess(frames_NCHW, vision.resolution, **PREPROCESSING[self.preprocessing])
         video_BCNHW = pixels_NCHW.unflatten(0, (len(video_BCNHW), -1)).transpose(1, 2)
@@ -103,6 +101,7 @@ class ViClip(FrozenReward):
         return embeds_BP
 
     def _embed_text(self, prompts: list[str]) -> tuple[torch.Tensor]:
+        """Return unit embeddings ((B, P),) of prompts."""
         import open_clip
 
         text = self.model.text_encoder

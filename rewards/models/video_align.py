@@ -73,6 +73,7 @@ class VideoAlign(FrozenReward):
         self.freeze()
 
     def _load(self, checkpoint: str | None, model: str) -> QwenVl:
+        """Load base model and checkpoint, LoRA merged; checkpoint None: the published file."""
         state = merge_lora(load_published_weights(self.name, checkpoint, REPOSITORY, FILE), LORA_ALPHA, self.dtype)
         head = torch.nn.Linear(require_tensor(self.name, state, "rm_head.weight").shape[1], 1, bias=False)
         return load_qwen_vl(self.name, model, state, head, TOKENS, self.dtype)
@@ -101,11 +102,12 @@ class VideoAlign(FrozenReward):
             return (logits_B31[..., 0] - mean_3) / std_3
 
     def _logits(self, video_BCNHW, ids_BL, where_B3) -> torch.Tensor:
+        """Return raw scores (B, 3, 1), read at the three reward tokens."""
         return self.vlm(self.vlm.fit(video_BCNHW, MIN_PIXELS, MAX_PIXELS), ids_BL, where_B3)
 
 
 def frames_at_rate(total: int, fps: float) -> list[int]:
-    """Return an even number of indices, about `RATE` per second, first to last; total >= 2."""
+    """Return an even number of frame indices, about `RATE` a second, first to last; total >= 2."""
     count = min(max(total / fps * RATE, MIN_FRAMES), min(MAX_FRAMES, total) // 2 * 2)
     count = min(round(count / 2) * 2, total)
     return torch.linspace(0, total - 1, count).round().long().tolist()

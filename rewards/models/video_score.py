@@ -106,6 +106,7 @@ class VideoScore(FrozenReward):
             return self.scorer(visual_NVD.unflatten(0, (len(prompts), -1)).flatten(1, 2), self._texts(prompts))
 
     def _texts(self, prompts: list[str]) -> list[str]:
+        """Return the filled templates; raise RewardError for a prompt with image tokens."""
         for prompt in prompts:
             if IMAGE in prompt or AROUND in prompt:
                 expected, cure = "a prompt without the tokens that stand for frames", "take it out of the prompt"
@@ -158,7 +159,7 @@ class Idefics2Scorer(Frozen):
 
 
 def target_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Return height and width: longer side at most `longest`, both at least `shortest`."""
+    """Return the resized height and width: at most `longest`, then at least `shortest`."""
     ratio = width / height
     if width >= height and width > longest:
         height, width = int(longest / ratio), longest

@@ -56,18 +56,16 @@ class VJepa2(FrozenReward):
         if not 0 < context < 1:
             expected, cure = "a share of the time between 0 and 1", "correct context"
             raise RewardError(self.name, got=f"context={context}", expected=expected, cure=cure)
-        made = isinstance(model, torch.nn.Module)
-        self.model = (model if made else self._load(model)).to(self.dtype)
+        if not isinstance(model, torch.nn.Module):
+            from transformers import VJEPA2Model
+
+            model = load_pretrained(self.name, VJEPA2Model, model)
+        self.model = model.to(self.dtype)
         self.context, self.fps = context, fps
         recompute_in_backward([*self.model.encoder.layer, *self.model.predictor.layer])
         mask_tokens = self.model.predictor.embeddings
         mask_tokens.forward = partial(mask_tokens.forward, mask_index=0)  # training used only this one
         self.freeze()
-
-    def _load(self, model: str) -> torch.nn.Module:
-        from transformers import VJEPA2Model
-
-        return load_pretrained(self.name, VJEPA2Model, model)
 
     @classmethod
     def random_init(cls, **settings) -> "VJepa2":
@@ -99,6 +97,7 @@ class VJepa2(FrozenReward):
         return (predicted_BLD - truth_BLD).abs().mean((1, 2))
 
     def _encode(self, pixels_BNCHW: torch.Tensor) -> torch.Tensor:
+        """Return the encoder's features (B, L, D) of normalised pixels."""
         return self.model.encoder(pixel_values_videos=pixels_BNCHW).last_hidden_state
 
     def pixels(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
@@ -111,7 +110,7 @@ class VJepa2(FrozenReward):
 
 
 def clip_frames(total: int, fps: float) -> list[int]:
-    """Return an even number of unique indices, about `RATE` per second; total >= 4."""
+    """Return an even number of distinct frame indices, about `RATE` per second; total >= 4."""
     count = min(max(int(total / fps * RATE), MIN_FRAMES), MAX_FRAMES, total) // 2 * 2
     stride = min(max(fps / RATE, 1), (total - 1) / (count - 1))
     return [round(i * stride) for i in range(count)]

@@ -4,18 +4,19 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.checks.execution import execution_problems
 from rlhf.checks.method import adapter_problems, method_problems
 from rlhf.checks.parallel import parallel_problems
-from rlhf.checks.resume import resume_problems
+from rlhf.checks.resume import resume_problems, start_problems
 from rlhf.checks.rewards import problems_raised_by, reward_problems
 from rlhf.config import ConfigError, RewardGradientConfig, range_problems, with_sampling
-from rlhf.contentv.files import model_sizes
+from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.device import pick_device
 from rlhf.prompts import load_prompts
 from rlhf.run.folder import has_run
+from rlhf.run.lock import lock_problem
 from rlhf.run.resume import resolve_resume
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -46,7 +47,7 @@ def check_config(
     Raises ConfigError with every problem of the settings.
     """
     args = resolve_resume(args)
-    problems = [*range_problems(args), *_folder_problems(args, dry=planned_processes is not None)]
+    problems = [*_folder_problems(args, dry=planned_processes is not None)]
     problems += [*reward_problems(args, rewards), *_tracker_problems(args)]
     problems += [*_device_problems(args), *_guard_problems(args, eval_prompts)]
     for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):
@@ -61,9 +62,21 @@ def check_config(
         problems += _size_problems(args, sizes)
         problems += [*method_problems(args), *adapter_problems(args, sizes["transformer"])]
         problems += [*execution_problems(args), *parallel_problems(args, planned_processes)]
-    if problems:
+    if problems := [*range_problems(args), *problems]:
         raise ConfigError(problems)
     return args
+
+
+def check_sampling(model: str, given: dict[str, Any], seed: int, device: str | None) -> None:
+    """Check how a video is to be sampled, without weights.
+
+    given: values of sampling in place of the model's own. Raises ConfigError with every problem.
+    """
+    sizes = model_sizes(model)
+    sampling = SamplingDefaults(**sizes["sampling"] | given)
+    args = RewardGradientConfig(model=model, seed=seed, device=device, **sampling.call_arguments())
+    if problems := [*range_problems(args), *_device_problems(args), *_size_problems(args, sizes)]:
+        raise ConfigError(problems)
 
 
 def _device_problems(args) -> list[str]:
@@ -112,8 +125,12 @@ def _folder_problems(args, dry: bool) -> Iterator[str]:
         yield f"output_dir={args.output_dir} is a file, expected a folder or a new path; choose another"
     elif not dry and not _may_write(here := _nearest_existing(folder)):
         yield f"output_dir={args.output_dir}: got no right to write in {here}, expected one; choose another"
+    elif not dry and (problem := lock_problem(folder)):
+        yield problem
     elif args.resume_from_checkpoint and args.overwrite_output_dir:
         yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
+    elif args.resume_from_checkpoint == "auto":
+        yield from start_problems(folder)
     elif args.resume_from_checkpoint:
         yield from resume_problems(args)
     elif not args.overwrite_output_dir and has_run(folder):

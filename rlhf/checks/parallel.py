@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 from rlhf.checks.rewards import problems_raised_by
 from rlhf.config import RewardGradientConfig
-from rlhf.distributed.layout import Sizes, launcher_world_size
+from rlhf.distributed.launch import launch_problems, launcher_world_size
+from rlhf.distributed.layout import Sizes
 
 
 def parallel_problems(args: RewardGradientConfig, processes: int | None = None) -> Iterator[str]:
-    """Yield problems of parallelism and sharding on `processes` processes; None: those started."""
+    """Yield problems of launch, parallelism and sharding; processes: default: those started."""
+    yield from launch_problems()
     processes = processes or launcher_world_size()
     if args.sequence_parallel >= 1:
         yield from problems_raised_by(Sizes.from_settings, args, processes)

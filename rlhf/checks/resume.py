@@ -5,13 +5,33 @@ from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.older import translate
-from rlhf.run.checkpoint import checkpoints, find_checkpoint, newest_undamaged_checkpoint, read_state
+from rlhf.io import DamagedFileError
+from rlhf.run.checkpoint import (
+    checkpoints,
+    damage,
+    find_checkpoint,
+    newest_undamaged_checkpoint,
+    read_state,
+    step_folders,
+)
 from rlhf.run.folder import BEST
 
 FIXED_ON_RESUME = (
     *("model", "lora_rank", "lora_alpha", "lora_target_modules"),
     *("lora_use_dora", "lora_rank_pattern", "lora_alpha_pattern"),
 )
+
+
+def start_problems(folder: Path) -> Iterator[str]:
+    """Yield what in a folder without a whole checkpoint would be lost by starting its run anew."""
+    saved = step_folders(folder / "checkpoints")
+    results = [name for name in ("adapter", BEST, "summary.json") if (folder / name).exists()]
+    if saved or results:
+        got = "; ".join(f"{path}: {damage(path)}" for path in saved) or f"{', '.join(results)} and no checkpoint"
+        yield (
+            f"resume_from_checkpoint='auto': got {got}, expected a whole checkpoint, or no run in {folder}. Nothing "
+            "was removed: put a checkpoint back, choose another output_dir, or set overwrite_output_dir instead"
+        )
 
 
 def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
@@ -32,7 +52,11 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     ):
         expected = f"expected the newest, since {newest} would stay and count as this run's"
         yield f"resume_from_checkpoint={path}: got an older one, {expected}; choose another output_dir, or 'latest'"
-    state = read_state(path)
+    try:
+        state = read_state(path)
+    except DamagedFileError as error:
+        yield str(error)
+        return
     best = path.resolve().parent.parent / BEST
     if args.load_best_model_at_end and state.get("guard") and not best.is_dir():
         yield (

@@ -7,7 +7,10 @@ import types
 import typing
 from typing import Any, Literal
 
-import yaml
+from rlhf.io import CONTENT_ERRORS, load_yaml
+
+FLAG_VALUES = dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True)
+FLAG_VALUES |= dict.fromkeys(("false", "no", "off", "f", "n", "0"), False)
 
 
 def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
@@ -16,8 +19,9 @@ def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
     for name, value in values.items():
         try:
             right[name] = coerce(value, annotations[name])
-        except (TypeError, ValueError, OverflowError):
-            problems.append(f"{name}: got {value!r}, expected {type_name(annotations[name])}; correct its value")
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            got = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
+            problems.append(f"{name}: got {got}, expected {type_name(annotations[name])}; correct its value")
     return right, problems
 
 
@@ -37,10 +41,14 @@ def coerce(value: Any, annotation: Any) -> Any:
     if origin is dict:
         value = _parse_mapping(value) if isinstance(value, str) else value
         items = _require_type(value, dict).items()
-        return {_require_type(name, str): coerce(item, inner[1]) for name, item in items} if inner else value
+        return {_require_type(name, str): coerce(item, inner[1] if inner else Any) for name, item in items}
     if kind in (int, float):
         return _coerce_number(value, kind)
-    return value if kind is Any else _require_type(os.fspath(value) if isinstance(value, os.PathLike) else value, kind)
+    if kind is bool and isinstance(value, str):  # of a flag
+        value = FLAG_VALUES.get(value.lower(), value)
+    if kind is Any:
+        return require_no_nan(value)
+    return _require_type(os.fspath(value) if isinstance(value, os.PathLike) else value, kind)
 
 
 def _kinds(annotation) -> tuple:
@@ -54,22 +62,31 @@ def _coerce_number(value, kind):
     value = value.item() if hasattr(value, "item") else value  # numpy's, of a sweep
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
-    if kind is int and isinstance(value, int):  # a long seed is more exact than any float
-        return value
+    if kind is int and isinstance(value, int | str):  # a long seed is more exact than any float
+        return int(value)
     if not math.isfinite(float(value)) or kind(value) != float(value):
         raise ValueError(value)
     return kind(value)
+
+
+def require_no_nan(value: Any) -> Any:
+    """Return the value; raise ValueError if it is NaN or holds it."""
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(value)
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        require_no_nan(item)
+    return value
 
 
 def _parse_mapping(text: str) -> Any:
     """Parse JSON, or YAML as typed in a shell, such as {nano_preference: 0.3}."""
     try:
         return json.loads(text)  # first, for YAML takes 1e-5 for text
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         pass
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return load_yaml(text)
+    except CONTENT_ERRORS as error:
         raise ValueError(text) from error
 
 

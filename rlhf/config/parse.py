@@ -8,12 +8,22 @@ import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from rlhf.config.coerce import coerce_all
 from rlhf.config.older import hint, translate
-from rlhf.config.settings import ConfigError, RewardGradientConfig, field_names, range_problems, range_text, setting
+from rlhf.config.settings import (
+    ConfigError,
+    RewardGradientConfig,
+    coerce_settings,
+    field_names,
+    range_problems,
+    range_text,
+    setting,
+)
+from rlhf.io import CONTENT_ERRORS, load_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +46,8 @@ class CommandFlags:
     )
 
     def __post_init__(self):
-        values, problems = coerce_all(vars(self), typing.get_type_hints(type(self)))
-        vars(self).update(values)
-        if problems := problems or list(range_problems(self)):
+        coerce_settings(self)
+        if problems := list(range_problems(self)):
             raise ConfigError(problems)
 
 
@@ -58,7 +67,7 @@ def parse_command(
     says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
     neighbour.
     """
-    given, argv = _take_flags(argv, "config")
+    given, argv = take_flags(argv, "config")
     source, own = given.config, None
     if source is None and default_config is not None:
         own = _config_of_run(argv, Path(default_config))
@@ -66,20 +75,28 @@ def parse_command(
     path = None if source is None else _find_config(source)
     values, problems = _read_file(path, quiet=own is not None) if path else ({}, [])
     os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
+    parsed: dict[type, Any] = {}
     try:
-        args, flags, unknown = _parse(argv, {} if problems else values)
+        given, unknown = _parse_flags(argv, values)
+        problems += map(_unknown_word, unknown)
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
-    if problems := problems + [_unknown_word(word) for word in unknown]:
-        raise ConfigError(problems)
+    for kind in (RewardGradientConfig, CommandFlags):
+        try:
+            parsed[kind] = kind(**{name: given[name] for name in typing.get_type_hints(kind)})
+        except ConfigError as error:
+            problems += error.problems
+    args, flags = parsed.get(RewardGradientConfig), parsed.get(CommandFlags)
+    if problems:
+        raise ConfigError(problems + (list(range_problems(args)) if args else []))
     if args.base_dir is None and path is not None:
         args.base_dir = str(path.parent)
     args.base_dir = args.base_dir and str(Path(args.base_dir).resolve())  # config.yaml is read elsewhere, too
     return args, flags
 
 
-def _parse(argv: list[str], values: dict) -> tuple[RewardGradientConfig, CommandFlags, list[str]]:
-    """Parse flags with config values as defaults; return settings, flags and unknown words."""
+def _parse_flags(argv: list[str], defaults: dict) -> tuple[dict[str, Any], list[str]]:
+    """Return all settings and flags, as text where argv has them; and the unknown words."""
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -91,14 +108,18 @@ def _parse(argv: list[str], values: dict) -> tuple[RewardGradientConfig, Command
             field, limits = copy.copy(field), range_text(field)
             field.metadata = {"help": field.metadata["help"] + (f" Range: {limits}." if limits else "")}
             TrlParser._parse_dataclass_field(parser, field)
+            action = parser._option_string_actions[f"--{field.name}"]
+            if action.choices:
+                action.metavar = f"{{{','.join(map(str, action.choices))}}}"
+            action.type = action.choices = None  # the dataclass casts, and finds all problems at once
 
     parser = Parser([RewardGradientConfig, CommandFlags], prog="train_rlhf.py", allow_abbrev=False)
-    parser.set_defaults_with_config(**values)
-    args, flags, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    return args, flags, [word for word in rest if word.startswith("--")] or rest  # a value follows its flag
+    parser.set_defaults_with_config(**defaults)
+    given, rest = parser.parse_known_args(argv)
+    return vars(given), [word for word in rest if word.startswith("--")] or rest  # a value follows its flag
 
 
-def _take_flags(argv: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+def take_flags(argv: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
     """Return the values of these flags, "" for a flag without one; and the other words of argv."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
@@ -108,7 +129,7 @@ def _take_flags(argv: list[str], *names: str) -> tuple[argparse.Namespace, list[
 
 def _config_of_run(argv: list[str], default_config: Path) -> Path | None:
     """Return the config.yaml of the run that argv resumes; None if it resumes none."""
-    given, _ = _take_flags(argv, "output_dir", "resume_from_checkpoint")
+    given, _ = take_flags(argv, "output_dir", "resume_from_checkpoint")
     checkpoint = given.resume_from_checkpoint
     if not checkpoint or checkpoint in ("none", "auto"):  # auto is for commands that may start a run, too
         return None
@@ -141,9 +162,9 @@ def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: got {error.reason}, expected UTF-8; save it as UTF-8"]) from None
     try:
-        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        values, tree = load_yaml(text), yaml.compose(text, yaml.SafeLoader)
+    except CONTENT_ERRORS as error:  # such as ValueError, of a date that does not exist
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError([f"{path} is not YAML: {reason}; correct that line"]) from None
     if not isinstance(values, dict):
         got = "an empty file" if values is None else type(values).__name__
@@ -152,9 +173,10 @@ def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
     if moved and not gone and not quiet and os.environ.get("RANK", "0") == "0":
         logger.warning(f"{path}: {moved}")
     known = {key: value for key, value in values.items() if key in field_names()}
+    right, wrong = coerce_all(known, typing.get_type_hints(RewardGradientConfig))
     problems = [_unknown_key(key, value, path) for key, value in values.items() if key not in {*known, "env"}]
-    wrong = gone or coerce_all(known, typing.get_type_hints(RewardGradientConfig))[1]
-    return values, problems + [f"{path.name}: {problem}" for problem in wrong] + _repeated_keys(path, tree)
+    problems += [f"{path.name}: {problem}" for problem in gone or wrong]
+    return right | {"env": values.get("env", {})}, problems + _repeated_keys(path, tree)
 
 
 def _unknown_key(key, value, path: Path) -> str:

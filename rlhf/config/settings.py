@@ -5,6 +5,7 @@ setting stand beside its field and nowhere else. `rlhf.checks` holds the checks 
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ SAMPLING_KEYS = (
 Method = Literal["draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo"]
 GuidanceGradient = Literal["full", "text", "none", "distill"]
 METHODS, GUIDANCE_GRADIENTS = typing.get_args(Method), typing.get_args(GuidanceGradient)
-RANGE_WORDS = {"least": "at least", "above": "more than", "below": "less than"}
+RANGE_WORDS = {"least": "at least", "above": "more than", "most": "at most", "below": "less than"}
+LARGEST = 1e9  # of a number whose setting has no limit of its own
 
 
 class ConfigError(ValueError):
@@ -46,10 +48,13 @@ def setting(default: Any, help: str, **limits: float):
     Args:
         default: the default; a list is copied.
         help: what the setting does, its unit, and the meaning of None.
-        limits: the range: `least` (inclusive), `above` and `below` (exclusive). None is always in
-            it; of a mapping, each value has to be.
+        limits: the range: `least` and `most` (inclusive), `above` and `below` (exclusive), by
+            default `LARGEST` on both sides. None is always in it; of a list or mapping, each number
+            has to be.
     """
-    metadata = {"help": help, "limits": limits}
+    bounds = limits | ({} if limits.keys() & {"least", "above"} else {"least": -LARGEST})
+    bounds |= {} if limits.keys() & {"most", "below"} else {"most": LARGEST}
+    metadata = {"help": help, "limits": limits, "bounds": bounds}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -57,7 +62,11 @@ def setting(default: Any, help: str, **limits: float):
 
 def range_text(f: dataclasses.Field) -> str:
     """Return the range of a setting in words, such as "at least 0, less than 1"; "" for none."""
-    return ", ".join(f"{RANGE_WORDS[name]} {_number(limit)}" for name, limit in f.metadata["limits"].items())
+    return _words(f.metadata["limits"])
+
+
+def _words(limits: dict[str, float]) -> str:
+    return ", ".join(f"{RANGE_WORDS[name]} {_number(limit)}" for name, limit in limits.items())
 
 
 def _number(value: float) -> str:
@@ -67,18 +76,31 @@ def _number(value: float) -> str:
 def range_problems(values: Any, where: str = "") -> Iterator[str]:
     """Yield what is out of range in a dataclass instance whose fields `setting` made."""
     for f in dataclasses.fields(values):
-        given = getattr(values, f.name)
-        for key, value in given.items() if isinstance(given, dict) else [("", given)]:
-            if value is None or not f.metadata["limits"] or _in_range(value, **f.metadata["limits"]):
-                continue
-            got = f"got {value}" + (f" for {key!r}" if key else "")
-            yield f"{where}{f.name}: {got}, expected {range_text(f)}; correct its value"
+        given, bounds = getattr(values, f.name), f.metadata["bounds"]
+        pairs = given.items() if isinstance(given, dict) else [("", v) for v in _as_list(given)]
+        for key, value in pairs:
+            if type(value) in (int, float) and not _in_range(value, **bounds):
+                got = f"got {value}" + (f" for {key!r}" if key else "")
+                yield f"{where}{f.name}: {got}, expected {_words(bounds)}; correct its value"
 
 
-def _in_range(value, least=None, above=None, below=None) -> bool:
-    if (least is not None and not value >= least) or (above is not None and not value > above):
-        return False
-    return below is None or value < below
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _in_range(value, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf) -> bool:
+    return least <= value <= most and above < value < below
+
+
+def coerce_settings(values: Any) -> None:
+    """Cast the fields of a dataclass instance to their types, in place.
+
+    Raises ConfigError for those that cannot be cast, together with those out of range.
+    """
+    right, problems = coerce_all(vars(values), typing.get_type_hints(type(values)))
+    vars(values).update(dict.fromkeys(vars(values)) | right)
+    if problems:
+        raise ConfigError([*problems, *range_problems(values)])
 
 
 @dataclass
@@ -94,19 +116,22 @@ class RewardGradientConfig:
     )
     device: str | None = setting(None, "Kind of device, such as cpu. Default: the accelerator.")
     cpu_threads: int | None = setting(
-        None, "Threads of a process on a CPU. Default: OMP_NUM_THREADS, else its cores.", least=1
+        None, "Threads of a process on a CPU. Default: OMP_NUM_THREADS, else its cores.", least=1, most=1024
     )
     prompts: str = setting(
         "nano_train",
-        "Training prompts: a text file of one prompt a line (# is a comment), a .jsonl file of rows "
-        "with a prompt, or the built-in set nano_train. Paths are relative to the config file.",
+        "Training prompts: a text file of one prompt a line (# is a comment), a .csv, .tsv, .json or "
+        ".jsonl file of rows with a prompt, or the built-in set nano_train. Paths are relative to the "
+        "config file.",
     )
     eval_prompts: str | None = setting(
         "nano_held_out",
         "Held-out prompts, in the forms of `prompts`; built-in set: nano_held_out. none: no "
         "evaluation and no sample videos.",
     )
-    num_train_prompts: int = setting(4096, "Prompts drawn of a built-in set. A file is used whole.", least=1)
+    num_train_prompts: int = setting(
+        4096, "Prompts drawn of a built-in set. A file is used whole.", least=1, most=10**6
+    )
     base_dir: str | None = setting(None, "Folder of relative paths of prompts and rewards. Default: the config file's.")
 
     # Rewards
@@ -139,15 +164,17 @@ class RewardGradientConfig:
     eval_reward_funcs: list[str] = setting([], "Rewards that only evaluate; they need no gradient.")
 
     # Sampling. Each setting defaults to the model's own value.
-    height: int | None = setting(None, "Video height in pixels.")
-    width: int | None = setting(None, "Video width in pixels.")
-    num_frames: int | None = setting(None, "Frames of a video, 4k+1 for the Wan VAE.")
-    num_inference_steps: int | None = setting(None, "Denoising steps N.", least=1)
+    height: int | None = setting(None, "Video height in pixels.", least=1, most=16384)
+    width: int | None = setting(None, "Video width in pixels.", least=1, most=16384)
+    num_frames: int | None = setting(None, "Frames of a video, 4k+1 for the Wan VAE.", least=1, most=10000)
+    num_inference_steps: int | None = setting(None, "Denoising steps N.", least=1, most=1000)
     guidance_scale: float | None = setting(
-        None, "Classifier-free guidance g in v_neg + g (v_text - v_neg). 1 or less: no guidance."
+        None, "Classifier-free guidance g in v_neg + g (v_text - v_neg). 1 or less: no guidance.", above=0, most=1000
     )
-    negative_prompt: str | None = setting(None, "Prompt of the negative branch of guidance.")
-    max_sequence_length: int | None = setting(None, "Tokens of the T5 text encoder.", least=1)
+    negative_prompt: str | None = setting(
+        None, "Prompt of the negative branch of guidance, where a prompt's row has no `negative_prompt` of its own."
+    )
+    max_sequence_length: int | None = setting(None, "Tokens of the T5 text encoder.", least=1, most=512)
 
     # The gradient. docs/methods.md compares the methods.
     method: Method = setting("draft_k", "Which denoising steps carry the reward's gradient.")
@@ -217,7 +244,7 @@ class RewardGradientConfig:
         1, "Processes over which a video's tokens are divided (arXiv 2309.14509).", least=1
     )
     shard_base: bool = setting(False, "Divide the frozen transformer over all processes (FSDP2).")
-    ddp_timeout: int = setting(1800, "Seconds that a process waits for the others.", least=1)
+    ddp_timeout: int = setting(1800, "Seconds that a process waits for the others.", least=1, most=10**7)
 
     # Cheaper, but not exact. docs/performance.md has cost and effect of each.
     base_bits: Literal[4] | None = setting(
@@ -241,9 +268,9 @@ class RewardGradientConfig:
     )
 
     # The adapter, by peft
-    lora_rank: int = setting(16, "Rank r of the LoRA adapters (arXiv 2106.09685).", least=1)
+    lora_rank: int = setting(16, "Rank r of the LoRA adapters (arXiv 2106.09685).", least=1, most=4096)
     lora_alpha: int | None = setting(
-        None, "LoRA alpha: the adapter is scaled by alpha / r. Default: the rank.", least=1
+        None, "LoRA alpha: the adapter is scaled by alpha / r. Default: the rank.", least=1, most=65536
     )
     lora_target_modules: list[str] | None = setting(
         None, "Ends of names of the adapted layers. Default: the eight attention projections."
@@ -253,9 +280,10 @@ class RewardGradientConfig:
         None,
         "Ranks other than lora_rank, by name or regular expression of the layer; as a flag, in quotes.",
         least=1,
+        most=4096,
     )
     lora_alpha_pattern: dict[str, int] | str | None = setting(
-        None, "Alphas other than lora_alpha, by name or regular expression of the layer.", least=1
+        None, "Alphas other than lora_alpha, by name or regular expression of the layer.", least=1, most=65536
     )
     ema_decay: float = setting(
         0.0,
@@ -265,12 +293,12 @@ class RewardGradientConfig:
     )
 
     # The optimizer, AdamW
-    learning_rate: float = setting(1e-4, "Peak learning rate.", least=0)
+    learning_rate: float = setting(1e-4, "Peak learning rate.", least=0, most=10)
     lr_scheduler_type: Literal["constant", "linear"] = setting(
         "constant", "After the warm-up: constant, or linear down to 0 at max_steps."
     )
     warmup_steps: int = setting(0, "Optimizer steps of the linear warm-up from 0.", least=0)
-    weight_decay: float = setting(0.0, "Decoupled weight decay, towards an adapter of 0.", least=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay, towards an adapter of 0.", least=0, most=100)
     adam_beta1: float = setting(0.9, "Decay of the averaged gradient.", least=0, below=1)
     adam_beta2: float = setting(0.999, "Decay of the averaged squared gradient.", least=0, below=1)
     adam_epsilon: float = setting(
@@ -278,11 +306,12 @@ class RewardGradientConfig:
         "Added to the root of the averaged squared gradient. Not 0: a new adapter's A has no "
         "gradient, and 0 / 0 is no number.",
         above=0,
+        most=1,
     )
     max_grad_norm: float = setting(
         1.0, "Largest norm of the gradient; a longer one is scaled down. 0: no limit.", least=0
     )
-    per_device_train_batch_size: int = setting(1, "Videos sampled at a time.", least=1)
+    per_device_train_batch_size: int = setting(1, "Videos sampled at a time.", least=1, most=10000)
     gradient_accumulation_steps: int = setting(1, "Batches per optimizer step.", least=1)
     max_steps: int = setting(100, "Optimizer steps of the whole run, resumed parts too.", least=1)
     seed: int = setting(0, "Seed of prompt order, noise and the adapter's first weights.", least=-(2**63), below=2**64)
@@ -293,8 +322,8 @@ class RewardGradientConfig:
     resume_from_checkpoint: str | None = setting(
         None,
         "latest, or the path of a checkpoints/step-N folder, to resume; without --config, with the "
-        "settings of that run. auto: the latest checkpoint if there is one, else a new start, over "
-        "the files there. A process that torchrun restarts resumes as with auto.",
+        "settings of that run. auto: the latest checkpoint if there is one, else a new start; never over "
+        "the results of a run. A process that torchrun restarts resumes as with auto.",
     )
     max_skipped_steps: int = setting(
         0, "Consecutive steps that may be skipped for a score that is not finite.", least=0
@@ -308,8 +337,8 @@ class RewardGradientConfig:
     load_best_model_at_end: bool = setting(
         False, "Finish with the adapter that eval_reward_funcs rate best, of best_adapter/."
     )
-    num_eval_prompts: int = setting(64, "Held-out prompts of an evaluation, from the first on.", least=1)
-    per_device_eval_batch_size: int = setting(8, "Videos sampled at a time, evaluating.", least=1)
+    num_eval_prompts: int = setting(64, "Held-out prompts of an evaluation, from the first on.", least=1, most=10**6)
+    per_device_eval_batch_size: int = setting(8, "Videos sampled at a time, evaluating.", least=1, most=10000)
     eval_seed: int = setting(0, "Seed of the evaluation's noise.", least=-(2**63), below=2**64)
     num_diversity_prompts: int = setting(
         4, "Held-out prompts sampled a second time, to measure how far samples differ.", least=0
@@ -323,10 +352,7 @@ class RewardGradientConfig:
     )
 
     def __post_init__(self):
-        values, problems = coerce_all(vars(self), typing.get_type_hints(type(self)))
-        if problems:
-            raise ConfigError(problems)
-        vars(self).update(values)
+        coerce_settings(self)
         if self.report_to == ["none"]:
             self.report_to = []
         if self.model != "nano" and Path(self.model).is_dir():  # config.yaml is read elsewhere, too

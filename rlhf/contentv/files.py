@@ -47,8 +47,8 @@ class SamplingDefaults:
     negative_prompt: str = ""
 
     def __post_init__(self):
-        if self.fps < 1:
-            raise ValueError(f"fps: got {self.fps}, expected at least 1 frame per second; raise it")
+        if not 1 <= self.fps <= 1000:
+            raise ValueError(f"fps: got {self.fps}, expected at least 1 and at most 1000 frames per second; correct it")
 
     @classmethod
     def load(cls, folder: Path) -> "SamplingDefaults":
@@ -87,26 +87,21 @@ def resolve_model(model: str | Path) -> Path | str:
     )
 
 
-def model_config(model: str | Path) -> dict[str, dict[str, Any]]:
-    """Return the sizes in a model's config files.
+def model_sizes(model: str | Path, pipe: "ContentVPipeline | None" = None) -> dict[str, dict[str, Any]]:
+    """Return the sizes of a pipeline, else those in the named model's config files.
 
     The keys are "transformer", "vae", "tokenizer" and "sampling"; the values are dicts.
     ContentV-8B's are known here and need neither files nor network. The config files of other hub
     ids are downloaded.
     """
+    if pipe is not None:
+        parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
+        return parts | {"tokenizer": {"model_max_length": pipe.tokenizer_max_length}, "sampling": vars(pipe.sampling)}
     if str(model) == CONTENTV_8B:
         return SIZES | {"sampling": asdict(SamplingDefaults())}
     folder = model_folder(model, [f"{name}/{CONFIG_FILES[name]}" for name in SIZES] + [SAMPLING_FILE])
     configs = {name: known | read_object(folder / name / CONFIG_FILES[name]) for name, known in SIZES.items()}
     return configs | {"sampling": asdict(SamplingDefaults.load(folder))}
-
-
-def model_sizes(model: str | Path, pipe: "ContentVPipeline | None" = None) -> dict[str, dict[str, Any]]:
-    """Return the sizes of a pipeline, else those of the named model, as `model_config` has them."""
-    if pipe is None:
-        return model_config(model)
-    parts = {"transformer": dict(pipe.transformer.config), "vae": dict(pipe.vae.config)}
-    return parts | {"tokenizer": {"model_max_length": pipe.tokenizer_max_length}, "sampling": vars(pipe.sampling)}
 
 
 def _check_folder(folder: Path, cure: str) -> Path:

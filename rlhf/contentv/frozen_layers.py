@@ -34,6 +34,7 @@ class _FrozenConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, padding):
+        """Return the convolution; keep references to the weight and the shape."""
         # Not save_for_backward: hooks that offload activations must not offload the weight.
         ctx.weight, ctx.shape, ctx.padding = weight, x.shape, padding
         return CONV[x.ndim](x, weight, bias, padding=padding)
@@ -41,6 +42,7 @@ class _FrozenConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        """Return the gradient of x, which needs the weight alone."""
         input_gradient = CONV_INPUT_GRADIENT[len(ctx.shape)]
         return input_gradient(ctx.shape, ctx.weight, grad, padding=ctx.padding), None, None, None
 
@@ -50,6 +52,7 @@ class _FrozenNormSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gamma):
+        """Return SiLU(x / |x| * gamma); save x."""
         ctx.save_for_backward(x)
         ctx.gamma = gamma
         unit, _ = _unit_vectors(x)
@@ -58,6 +61,7 @@ class _FrozenNormSilu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        """Return the gradient of x; normalise x again."""
         (x,) = ctx.saved_tensors
         unit, inverse = _unit_vectors(x)
         grad = torch.ops.aten.silu_backward(grad.to(unit.dtype), unit * ctx.gamma).mul_(ctx.gamma)

@@ -41,7 +41,7 @@ def load_pipeline(
         ValueError: the model does not exist, lacks a component, or has other weights.
     """
     folder = model_folder(model)
-    dtype = dtype or _default_dtype(folder)
+    dtype = dtype or default_dtype(folder)
     pipe = ContentVPipeline(
         transformer=load_transformer(folder, dtype),
         vae=_load_weights(AutoencoderKLWan, folder / "vae", dtype=torch.float32),
@@ -55,7 +55,7 @@ def load_pipeline(
 
 def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
     """Return only the transformer of a checkpoint, as `load_pipeline` does, on the CPU."""
-    dtype = dtype or _default_dtype(folder)
+    dtype = dtype or default_dtype(folder)
     return _load_weights(SD3Transformer3DModel, folder / "transformer", dtype=dtype)
 
 
@@ -77,7 +77,7 @@ def _load_weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
 
 
 def _load_config(cls, folder: Path):
-    """Return a scheduler or tokenizer."""
+    """Load a scheduler or tokenizer; raise ValueError if its files are not readable."""
     try:
         return cls.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -86,7 +86,7 @@ def _load_config(cls, folder: Path):
         ) from error
 
 
-def _default_dtype(folder: Path) -> torch.dtype:
+def default_dtype(folder: Path) -> torch.dtype:
     """Return bfloat16 for large transformers, else float32."""
     size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
     return torch.bfloat16 if size > BF16_ABOVE_BYTES else torch.float32

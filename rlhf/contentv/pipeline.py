@@ -5,7 +5,10 @@ Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
 
 import json
+import logging as python_logging
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,11 @@ INDEX_CLASSES = {
     "tokenizer_3": ("transformers", "T5TokenizerFast"),
 }
 
+# Loggers, and the beginnings of their warnings of long prompts, which print a batch with padding.
+PRINT_PADDING = {
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3": "The following part of your input was trunc",
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer",
+}
 # The results of `encode_prompt`, in its order.
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -94,6 +102,28 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         self.sampling.save(save_directory)
         for config in Path(save_directory).glob("tokenizer*/tokenizer_config.json"):
             _write_transformers4_key(config)
+
+    def encode_prompt(self, *args, **kwargs) -> tuple[torch.Tensor | None, ...]:
+        """Return the four embeddings, as the parent does; `warn_of_long` tells of long prompts."""
+        with ExitStack() as stack:
+            for name, beginning in PRINT_PADDING.items():
+                other = python_logging.getLogger(name)
+                keep = lambda record, beginning=beginning: not record.getMessage().startswith(beginning)
+                other.addFilter(keep)
+                stack.callback(other.removeFilter, keep)
+            return super().encode_prompt(*args, **kwargs)
+
+    def warn_of_long(self, prompts: list[str], max_sequence_length: int) -> None:
+        """Log one line if CLIP or T5 reads some of the prompts only in part."""
+        read = (self.tokenizer, self.tokenizer_max_length), (self.tokenizer_3, max_sequence_length)
+        clip, t5 = ([len(ids) - limit for ids in t(prompts, verbose=False).input_ids] for t, limit in read)
+        if max(clip + t5) > 0 and os.environ.get("RANK", "0") == "0":
+            more, prompt = max(zip(t5, prompts, strict=True))
+            logger.warning(
+                f"Of {len(prompts)} texts, {sum(n > 0 for n in clip)} are longer than the {read[0][1]} tokens that "
+                f"CLIP reads, and {sum(n > 0 for n in t5)} than T5's {max_sequence_length} (max_sequence_length). The "
+                f"longest has {more + max_sequence_length} tokens of T5: {prompt[:60]!r}"
+            )
 
     def prepare_latents(
         self,
@@ -191,6 +221,8 @@ class ContentVPipeline(StableDiffusion3Pipeline):
 
     def _encode(self, text: dict[str, Any], num_videos_per_prompt: int | None) -> dict[str, torch.Tensor]:
         """Return the embeddings by name; `text` has arguments of `encode_prompt`."""
+        if prompt := text["prompt"]:
+            self.warn_of_long([prompt] if isinstance(prompt, str) else prompt, text["max_sequence_length"])
         embeds = self.encode_prompt(
             **text,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
@@ -228,6 +260,7 @@ class ContentVPipeline(StableDiffusion3Pipeline):
         return tensors["latents"]
 
     def _decode(self, latents_BCTHW: torch.Tensor, output_type: str):
+        """Return the frames of normalised latents, as `ContentVPipelineOutput` has them."""
         # Stock decode, not decode_video: no gradient is needed, and tiling, slicing and offloading
         # keep working.
         latents = unnormalise(self.vae, latents_BCTHW).to(self.vae.dtype)

@@ -5,35 +5,28 @@ from collections.abc import Iterable
 import torch
 
 from rlhf.contentv.pipeline import ContentVPipeline
-from rlhf.types import Conditioning
+from rlhf.types import Conditioning, negative_of
 
 ENCODE_BATCH = 16
 
 
 class PromptCache:
-    """Embeddings of a run's prompts and of its negative prompt, on the CPU.
+    """Embeddings of a run's prompts and negative prompts, on the CPU.
 
-    Shape suffixes: N prompts of the run, L text tokens, D width, P pooled width.
+    negative_prompt: of prompts whose row has none. Shape suffixes: N texts, L tokens, D width, P
+    pooled width.
     """
 
-    def __init__(
-        self,
-        prompts: list[str],
-        embeds_NLD: torch.Tensor,
-        pooled_NP: torch.Tensor,
-        negative: Conditioning,
-    ):
-        self.row = {prompt: i for i, prompt in enumerate(prompts)}
-        self.embeds_NLD, self.pooled_NP, self.negative = embeds_NLD, pooled_NP, negative
+    def __init__(self, texts: list[str], embeds_NLD: torch.Tensor, pooled_NP: torch.Tensor, negative_prompt: str):
+        self.index = {text: i for i, text in enumerate(texts)}
+        self.embeds_NLD, self.pooled_NP, self.negative_prompt = embeds_NLD, pooled_NP, negative_prompt
 
     def __call__(self, prompts: list[str], device: torch.device | str) -> Conditioning:
         """Return the conditioning of a batch of encoded prompts, on the device."""
-        rows, batch = [self.row[prompt] for prompt in prompts], len(prompts)
+        texts = prompts, [negative_of(prompt, self.negative_prompt) for prompt in prompts]
+        positive, negative = ([self.index[text] for text in batch] for batch in texts)
         return Conditioning(
-            self.embeds_NLD[rows],
-            self.pooled_NP[rows],
-            self.negative.prompt_embeds_BLD.expand(batch, -1, -1),
-            self.negative.pooled_embeds_BP.expand(batch, -1),
+            self.embeds_NLD[positive], self.pooled_NP[positive], self.embeds_NLD[negative], self.pooled_NP[negative]
         ).to(device)
 
 
@@ -41,17 +34,21 @@ class PromptCache:
 def encode_prompts(
     pipe: ContentVPipeline, prompts: Iterable[str], negative_prompt: str, max_sequence_length: int
 ) -> PromptCache:
-    """Encode each distinct prompt once, with `pipe.encode_prompt`, in the dtype of the encoders.
+    """Encode each distinct text once, with `pipe.encode_prompt`, in the dtype of the encoders.
 
-    All batches have one size, because the rounding of products depends on it: a resumed run encodes
+    Texts are the prompts and the negative prompts of their rows, by default negative_prompt. All
+    batches have one size, because the rounding of products depends on it: a resumed run encodes
     only the remaining prompts and needs the same embeddings to the bit.
     """
-    unique = list(dict.fromkeys(prompts))
+    prompts = list(prompts)
+    negatives = [negative_of(prompt, negative_prompt) for prompt in prompts]
+    unique = list(dict.fromkeys(map(str, [*prompts, *negatives])))
+    pipe.warn_of_long(unique, max_sequence_length)
     padded = unique + unique[-1:] * (-len(unique) % ENCODE_BATCH)
     starts = range(0, len(padded), ENCODE_BATCH)
     batches = [_encode(pipe, padded[i : i + ENCODE_BATCH], max_sequence_length) for i in starts]
     embeds, pooled = (torch.cat(parts)[: len(unique)] for parts in zip(*batches, strict=True))
-    return PromptCache(unique, embeds, pooled, Conditioning(*_encode(pipe, [negative_prompt], max_sequence_length)))
+    return PromptCache(unique, embeds, pooled, negative_prompt)
 
 
 def _encode(pipe, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:

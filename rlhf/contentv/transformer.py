@@ -40,7 +40,7 @@ class PatchEmbed3D(nn.Module):
         self._tables: OrderedDict = OrderedDict()  # not a buffer: the checkpoint has no such key
 
     def forward(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of latents."""
+        """Return the tokens (B, N, width) of latents, positions added."""
         B, _, T, H, W = latents_BCTHW.shape
         frames = self.proj(latents_BCTHW.transpose(1, 2).flatten(0, 1))
         tokens = frames.flatten(2).unflatten(0, (B, T)).transpose(2, 3).flatten(1, 2).contiguous()

@@ -191,15 +191,17 @@ class _ClampStraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        """Clamp to [-1, 1]."""
+        """Return x clamped to [-1, 1]."""
         return x.clamp(-1, 1)
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradient unchanged."""
         return grad
 
 
 def _check_vae(vae) -> None:
+    """Raise ValueError for another architecture than Wan2.1's."""
     if vae.config.is_residual or vae.config.patch_size is not None:
         raise ValueError(
             f"VAE config has is_residual={vae.config.is_residual}, patch_size={vae.config.patch_size}, expected the "
@@ -208,6 +210,7 @@ def _check_vae(vae) -> None:
 
 
 def _check_frames(first_frame: int, num_frames: int, available: int) -> None:
+    """Raise ValueError unless 0 <= first_frame < num_frames <= available."""
     if not 1 <= num_frames <= available:
         raise ValueError(
             f"num_frames={num_frames}, expected 1 to {available}, as many as the latents have; ask for fewer frames "

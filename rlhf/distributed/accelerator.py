@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from rlhf.config import RewardGradientConfig
-from rlhf.device import keep_freed_memory, pick_device
-from rlhf.distributed.layout import RESTART_COUNT, Layout
+from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.device import describe, keep_freed_memory, pick_device
+from rlhf.distributed.launch import LAUNCHER_MARK, RESTART_COUNT, end_with_launcher, launch_notes
+from rlhf.distributed.layout import Layout
 
-LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for every process it starts
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 RENDEZVOUS_SCHEME = "restart"  # our own, next to env:// and tcp://
 
@@ -39,8 +39,10 @@ register_rendezvous_handler(RENDEZVOUS_SCHEME, _rendezvous)
 def make_accelerator(args: RewardGradientConfig) -> Accelerator:
     """Return an accelerator with the settings' process group, device and trackers; no autocast.
 
-    A collective that waits longer than `ddp_timeout` seconds ends its process with an error.
+    A collective that waits longer than `ddp_timeout` seconds ends its process with an error. The
+    process ends with its launcher. Raises ConfigError if other processes do not come.
     """
+    end_with_launcher()
     device = pick_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -48,15 +50,30 @@ def make_accelerator(args: RewardGradientConfig) -> Accelerator:
             torch.set_num_threads(threads)
     group = InitProcessGroupKwargs(init_method=f"{RENDEZVOUS_SCHEME}://", timeout=timedelta(seconds=args.ddp_timeout))
     folders = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "trackers"))
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no",
-        log_with=args.report_to or None,
-        project_config=folders,
-        kwargs_handlers=[group],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no",
+            dynamo_backend="no",  # else accelerate's own choice would switch TF32 on
+            log_with=args.report_to or None,
+            project_config=folders,
+            kwargs_handlers=[group],
+        )
+    except dist.DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        got = f"got no connection to the other processes ({reason})"
+        cure = "start all with `accelerate launch` or torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK"
+        place = f"WORLD_SIZE={os.environ.get('WORLD_SIZE')}, RANK={os.environ.get('RANK')}"
+        raise ConfigError([f"{place}: {got}, expected them within ddp_timeout={args.ddp_timeout} s; {cure}"]) from error
     assert accelerator.device.type == device.type, (accelerator.device, device)
     return accelerator
+
+
+def describe_launch(accelerator: Accelerator, precision: str) -> str:
+    """Return a run's first line, with processes, device and precision, and the launch's notes."""
+    count, device = accelerator.num_processes, accelerator.device
+    first = f"{count} process{'es' if count > 1 else ''} on {device.type} ({describe(device)}), {precision}"
+    return "\n".join([first, *launch_notes(count)])
 
 
 def cpu_threads(requested: int | None) -> int | None:

@@ -6,16 +6,14 @@ communication; the next ones share branches.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.distributed.launch import launcher_world_size
 from rlhf.execution.collectives import Group, average_grad
-
-RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun, and so by `accelerate launch`
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,6 @@ class Sizes:
         return f"data {self.data} x guidance {self.guidance} x sequence {self.sequence}"
 
 
-def launcher_world_size() -> int:
-    """Return the number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def planned_processes(args: RewardGradientConfig, asked: int | None = None) -> int:
     """Return the processes of a dry run: as asked or started; if one, the fewest that work."""
     count = asked or launcher_world_size()
@@ -82,7 +75,7 @@ class Layout:
         self.model_group = _own_group(ranks.flatten(1)) if guidance and sequence else guidance or sequence
 
     def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
-        """Return the sum over data ranks, on every process. how: "sum"."""
+        """Return the sum of a tensor over data ranks, on every process; how is always "sum"."""
         return self.accelerator.reduce(torch.zeros_like(tensor) if any(self._place) else tensor, how)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -91,7 +84,7 @@ class Layout:
         return every.unflatten(0, (-1, len(tensor)))[:: self.sizes.guidance * self.sizes.sequence].flatten(0, 1)
 
     def require_same(self, **things) -> None:
-        """Raise ConfigError, on every process, if a named thing differs between processes."""
+        """Raise ConfigError, on every process, if a named value differs between processes."""
         names = list(things)
         digests = [int.from_bytes(hashlib.sha256(repr(things[n]).encode()).digest()[:7]) for n in names]
         every = self.accelerator.gather(torch.tensor([digests], device=self.device)).cpu()
@@ -105,11 +98,11 @@ class Layout:
             raise ConfigError(wrong)
 
     def average_grad(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return the latents, which each process of a data rank decodes and scores by itself."""
+        """Return the latents; average their gradient over the data rank's processes."""
         return latents_BCTHW if self.model_group is None else average_grad(latents_BCTHW, self.model_group)
 
 
 def _own_group(ranks: torch.Tensor) -> Group | None:
-    """Return the group of this process's row of ranks (..., size); None for rows of one."""
+    """Create a group for each row of ranks (..., size); return this process's, None for size 1."""
     rows = ranks.flatten(0, -2).tolist()
     return dist.new_subgroups_by_enumeration(rows)[0] if len(rows[0]) > 1 else None

@@ -25,6 +25,7 @@ from rlhf.evaluation.video_set import Video
 from rlhf.io import read_object, write_json, write_whole
 from rlhf.run.metrics import progress_bar
 from rlhf.run.video import to_uint8, write_video
+from rlhf.types import negative_of
 
 SETTINGS_FILE = "generate.json"
 
@@ -103,7 +104,9 @@ def sample(pipe: ContentVPipeline, videos: list[Video], sampling: SamplingDefaul
     """Return the videos as uint8 (B, T, 3, H, W) on the CPU."""
     noise = [generator("video", video.seed, video.prompt) for video in videos]
     prompts = [video.prompt for video in videos]
-    frames = pipe(prompts, generator=noise, output_type="pt", **sampling.call_arguments()).frames
+    arguments = sampling.call_arguments()
+    arguments["negative_prompt"] = [negative_of(prompt, sampling.negative_prompt) for prompt in prompts]
+    frames = pipe(prompts, generator=noise, output_type="pt", **arguments).frames
     return to_uint8(frames)
 
 

@@ -23,6 +23,7 @@ from rlhf.method.rollout import draw_noise
 from rlhf.run.metrics import progress_bar
 from rlhf.run.trackers import Clip
 from rlhf.run.video import to_uint8, write_samples
+from rlhf.types import Prompt, row_of
 
 # Settings that change the video of a prompt and a noise, or its scores.
 SAMPLING_SETTINGS = (
@@ -38,7 +39,7 @@ MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]  # (prompts, nois
 class Evaluation:
     """The scores and the leading videos of one model on the held-out prompts."""
 
-    prompts: list[str]
+    prompts: list[str]  # with their rows, which rewards and guidance read
     scores: dict[str, torch.Tensor]  # by judge or measure: (N,); DIVERSITY of the leading prompts
     videos_NCTHW: torch.Tensor  # uint8, of the leading prompts; empty on all but the main process
     settings: dict = field(default_factory=dict)  # those of EVAL_FINGERPRINT
@@ -50,7 +51,7 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all; its metadata: prompts and settings."""
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
-        told = {"prompts": json.dumps(self.prompts), "settings": json.dumps(self.settings)}
+        told = {"prompts": json.dumps([*map(row_of, self.prompts)]), "settings": json.dumps(self.settings)}
         with write_whole(path) as unfinished:
             save_file(tensors | {"videos": self.videos_NCTHW}, unfinished, metadata=told)
 
@@ -59,7 +60,8 @@ class Evaluation:
         """Read what `save` wrote. Raises DamagedFileError."""
         with file_errors(path), safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            prompts, settings = (json.loads(file.metadata().get(key, "{}")) for key in ("prompts", "settings"))
+            rows, settings = (json.loads(file.metadata().get(key, "{}")) for key in ("prompts", "settings"))
+            prompts = [row if isinstance(row, str) else Prompt(row["prompt"], row) for row in rows]
         scores = {k[7:]: v for k, v in tensors.items() if k != "videos"}
         return cls(prompts, scores, tensors["videos"], settings)
 
@@ -169,7 +171,8 @@ class HeldOut:
         path = self.folder / "evaluation" / "base.safetensors"
         if resumed and path.is_file():
             kept = Evaluation.load(path)
-            same = (kept.prompts, kept.settings) == (self.prompts, self.options.fingerprint)
+            rows = [[*map(row_of, prompts)] for prompts in (kept.prompts, self.prompts)]
+            same = rows[0] == rows[1] and kept.settings == self.options.fingerprint
             if same and {*self.judges, *MEASURES} <= set(kept.scores):
                 return kept
         base = self.evaluate("base", 0, make_videos)

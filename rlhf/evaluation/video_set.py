@@ -1,7 +1,8 @@
 """Sets of videos on disk with their prompts, which `eval/` makes, scores and compares.
 
 A set is a folder. Its prompts are in videos.jsonl, an object a line: {"file", "prompt"} and, where
-known, "seed" and "category". Or they are in the prompts.txt of a run's samples, or in file names of
+known, "seed" and "category". Further fields, also those of an object "row", are the prompt's row,
+which rewards read. Or they are in the prompts.txt of a run's samples, or in file names of
 VBench: `PROMPT-0.mp4`.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from rewards.cli.files import VIDEOS
 from rlhf.io import file_errors, write_rows
 from rlhf.run.folder import PROMPTS
+from rlhf.types import Prompt, fields_of, row_of
 
 MANIFEST, SCORES = "videos.jsonl", "scores.jsonl"
 NUMBER_ENDING = re.compile(r"-(\d+)$")
@@ -90,7 +92,7 @@ def merge_manifest(folder: Path, videos: list[Video]) -> list[Video]:
     path = folder / MANIFEST
     old = {video.path: video for video in read_set(folder)} if path.is_file() else {}
     for video in videos:
-        if video.path in old and old[video.path].prompt != video.prompt:
+        if video.path in old and _content(old[video.path].prompt) != _content(video.prompt):
             raise ValueError(
                 f"{path}: got the prompt {old[video.path].prompt!r} for {video.path.name}, expected "
                 f"{video.prompt!r}: the prompts have changed; choose another output folder"
@@ -98,12 +100,18 @@ def merge_manifest(folder: Path, videos: list[Video]) -> list[Video]:
     return list((old | {video.path: video for video in videos}).values())
 
 
+def _content(prompt: str) -> tuple[str, str | None]:
+    """Return what the video of a prompt depends on."""
+    return str(prompt), row_of(prompt).get("negative_prompt")
+
+
 def write_manifest(folder: Path, videos: list[Video]) -> None:
     """Write videos.jsonl."""
     rows = []
     for video in videos:
         row = {"file": relative_name(folder, video.path), "prompt": video.prompt, "seed": video.seed}
-        rows.append(row | ({} if video.category is None else {"category": video.category}))
+        row |= {} if video.category is None else {"category": video.category}
+        rows.append(row | ({"row": fields} if (fields := fields_of(video.prompt)) else {}))
     write_rows(folder / MANIFEST, rows)
 
 
@@ -134,7 +142,9 @@ def _parse_row(folder: Path, number: int, line: str) -> Video:
     try:
         row = json.loads(line)
         path, seed = folder / row["file"], int(row.get("seed", 0))
-        return Video(path, str(row["prompt"]), seed, row.get("category"))
+        fields = {name: value for name, value in row.items() if name not in ("file", "seed", "row")}
+        fields |= row.get("row", {})
+        return Video(path, Prompt(str(row["prompt"]), fields), seed, fields.get("category"))
     except (ValueError, KeyError, TypeError) as error:
         expected = 'an object with "file" and "prompt"'
         raise ValueError(

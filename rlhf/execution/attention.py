@@ -101,6 +101,7 @@ def _random_qkv(device, dtype, heads: int, width: int, tokens: int, requires_gra
 
 
 def _forward_backward(attention: Attention, qkv: list[torch.Tensor]) -> None:
+    """Run an attention and its backward pass."""
     attention(*qkv).sum().backward()
 
 

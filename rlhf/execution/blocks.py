@@ -85,14 +85,14 @@ class BlockRunner:
         return self.text_and_video(block, attended, video, text, *gates)
 
     def qkv_and_gates(self, block, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return `before_attention` of all tokens, for this rank's heads if tokens are split."""
+        """Return query, key and value of all tokens and this rank's heads, and the gates."""
         if self.fetch:
             self.fetch(block)
         results = (before_attention if block.context_pre_only else self._before)(block, *inputs)
         return results if self.shards is None else (*self.shards.to_heads(*results[:3]), *results[3:])
 
     def text_and_video(self, block, attended: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return `after_attention`; for divided tokens, of this rank's tokens and all heads."""
+        """Return text and this rank's video tokens, given the attention's result for its heads."""
         if self.fetch:
             self.fetch(block)
         attended = attended if self.shards is None else self.shards.to_tokens(attended)

@@ -13,36 +13,27 @@ Group = dist.ProcessGroup
 
 
 def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return x for a different computation on each rank; sum its gradient in backward.
-
-    The backward pass sums the gradients over the ranks.
-    """
+    """Return x for a different computation on each rank; in backward, sum its gradients."""
     return _SumGradient.apply(x, group, 1.0)
 
 
 def average_grad(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return x for the same computation on every rank; average its gradient in backward.
+    """Return x for the same computation on every rank; in backward, average its gradient.
 
-    The backward pass averages the gradients over the ranks. The ranks then continue with one
-    gradient, even if a reward or a kernel is not quite deterministic.
+    The ranks then continue with one gradient, even if a reward or a kernel is not quite
+    deterministic.
     """
     return _SumGradient.apply(x, group, 1.0 / dist.get_world_size(group))
 
 
 def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return every rank's x, (size, ...); in backward, take this rank's part of the gradient.
-
-    The backward pass takes this rank's part of the gradient.
-    """
-    return _Gather.apply(x, group, False)
+    """Return every rank's x, (size, ...); in backward, take this rank's part of the gradient."""
+    return _AllGather.apply(x, group)
 
 
 def all_gather_sum_grad(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return every rank's x, (size, ...); in backward, sum gradients and take this rank's part.
-
-    The backward pass sums the gradients over the ranks and takes this rank's part.
-    """
-    return _Gather.apply(x, group, True)
+    """Return every rank's x, (size, ...); in backward, sum gradients and take this rank's part."""
+    return copy_to_group(all_gather(x, group), group)
 
 
 def all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -55,21 +46,30 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group, weight):
+        """Return x."""
         ctx.group, ctx.weight = group, weight
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _all_reduce(grad, ctx.group).mul_(ctx.weight).to(grad.dtype), None, None
+        """Return the sum over the group, times `weight`.
+
+        It is summed in at least float32, so that partial sums are not rounded.
+        """
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        dist.all_reduce(total, group=ctx.group)
+        return total.mul_(ctx.weight).to(grad.dtype), None, None
 
 
-class _Gather(torch.autograd.Function):
-    """An all-gather; the gradient is summed over the group first if `sum_grad`."""
+class _AllGather(torch.autograd.Function):
+    """An all-gather, whose gradient is this rank's part."""
 
     @staticmethod
-    def forward(ctx, x, group, sum_grad):
-        ctx.group, ctx.sum_grad = group, sum_grad
+    def forward(ctx, x, group):
+        """Return the x of all ranks."""
+        ctx.group = group
         gathered = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
         dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
         return gathered.unflatten(0, (-1, x.shape[0]))
@@ -77,8 +77,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grad = _all_reduce(grad, ctx.group).to(grad.dtype) if ctx.sum_grad else grad
-        return grad[dist.get_rank(ctx.group)].contiguous(), None, None
+        """Return the gradient of this rank's x."""
+        return grad[dist.get_rank(ctx.group)].contiguous(), None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -86,25 +86,13 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group):
-        ctx.group = group
-        return _swap(x, group)
+        """Return the received pieces."""
+        ctx.group, x = group, x.contiguous()
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=group)
+        return received
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return _swap(grad, ctx.group), None
-
-
-def _swap(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return an all-to-all of x as a new tensor."""
-    x = x.contiguous()
-    received = torch.empty_like(x)
-    dist.all_to_all_single(received, x, group=group)
-    return received
-
-
-def _all_reduce(grad: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return the sum over the group in at least float32, so that partial sums are not rounded."""
-    total = grad.to(torch.promote_types(grad.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
-    dist.all_reduce(total, group=group)
-    return total
+        """Send each piece's gradient back to the rank it came from."""
+        return all_to_all(grad, ctx.group), None

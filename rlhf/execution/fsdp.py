@@ -28,14 +28,9 @@ def shard_base(transformer: torch.nn.Module, device: torch.device) -> None:
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in transformer.transformer_blocks:
         fully_shard(block, mesh=mesh, ignored_params=trained)
-        block.run_by = MethodType(_run_block, block)
+        block.run_by = MethodType(lambda block, runner, *inputs: runner(block, *inputs), block)
         register_fsdp_forward_method(block, "run_by")
     fully_shard(transformer, mesh=mesh, ignored_params=trained)
-
-
-def _run_block(block, runner, *inputs):
-    """Run a block by a runner."""
-    return runner(block, *inputs)
 
 
 class ShardedRunner:

@@ -29,7 +29,7 @@ class HostMemory:
     def __init__(self, device: torch.device, smallest_bytes: int = SMALLEST_BYTES):
         self.device, self.smallest_bytes = torch.device(device), smallest_bytes
         self.stream = None if self.device.type == "cpu" else torch.Stream(device=self.device)
-        self.last = _no_group  # a weak reference: a graph that is dropped frees its groups
+        self.last = lambda: None  # later a weak reference: a graph that is dropped frees its groups
         self.free: dict[int, list[torch.Tensor]] = {}  # buffers by size
         self.in_flight: deque = deque()  # events, one for each group that is being copied
 
@@ -61,10 +61,6 @@ class HostMemory:
             return nullcontext()
         self.stream.wait_stream(torch.accelerator.current_stream(self.device))
         return self.stream
-
-
-def _no_group() -> None:
-    """Stand for a weak reference whose group is gone."""
 
 
 class OffloadGroup:

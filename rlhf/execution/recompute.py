@@ -47,6 +47,7 @@ class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, function, num_inputs, *tensors):
+        """Call the function; save its inputs, which come before the parameters in `tensors`."""
         ctx.set_materialize_grads(False)
         ctx.function, ctx.parameters = function, tensors[num_inputs:]
         ctx.save_for_backward(*tensors[:num_inputs])

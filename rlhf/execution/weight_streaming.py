@@ -74,7 +74,9 @@ class WeightStream:
         if self._slot(index) is not None:
             return
         slot = 1 if self.holds[0] == self.current else 0
-        self._evict(slot)
+        if self.holds[slot] is not None:
+            evicted = self.blocks[self.holds[slot]]
+            evicted.point_at(evicted.buffer)
         block = self.blocks[index]
         target = self.slots[slot][: block.buffer.numel()]
         if self.stream is None:
@@ -86,12 +88,6 @@ class WeightStream:
             self.arrived[slot] = self.stream.record_event()
         block.point_at(target)
         self.holds[slot] = index
-
-    def _evict(self, slot: int) -> None:
-        if self.holds[slot] is not None:
-            block = self.blocks[self.holds[slot]]
-            block.point_at(block.buffer)
-            self.holds[slot] = None
 
 
 class _HostBlock:

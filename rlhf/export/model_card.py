@@ -69,7 +69,7 @@ def write_card(export: Export, out: Path) -> Path:
 
     run = Run(export.run)
     base = resolve_base(export.model or run.config["model"])
-    picture, rows = export.run / CONTACT_SHEET, run.headline()
+    picture, rows = export.run / CONTACT_SHEET, run.result_rows()
     if picture.is_file():
         shutil.copyfile(picture, out / PICTURE)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -84,7 +84,7 @@ def write_card(export: Export, out: Path) -> Path:
         base=base,
         merged=export.kind == "merged",
         convention=export.kind,
-        trained=run.trained,
+        trained=run.trained_names,
         steps=run.steps if run.result_step is None else run.result_step,
         scale=export.scale,
         rows=rows,
@@ -97,7 +97,7 @@ def write_card(export: Export, out: Path) -> Path:
         machine=_machine(run),
         distilled=is_distilled(run.config),
         settings=shown,
-        licences=[(f"base model, {base.name}", base.licence), *map(_reward_licence_row, run.judges)],
+        licences=[(f"base model, {base.name}", base.licence), *map(_reward_licence_row, run.reward_names)],
     )
     ModelCard(content).save(out / "README.md")
     return out / "README.md"

@@ -3,6 +3,7 @@
 import torch
 
 from rewards import RewardMix
+from rlhf.types import Prompt, reworded
 
 
 def reward_loss(scores_B: torch.Tensor) -> torch.Tensor:
@@ -34,9 +35,14 @@ def score(
         scores_B, breakdown = rewards(video_BCTHW, prompts, **info)
         return -scores_B if penalty else scores_B, breakdown
     liked, disliked = reversed(words) if penalty else words
-    liked_B, breakdown = rewards(video_BCTHW, [f"{liked}. {prompt}" for prompt in prompts], **info)
-    disliked_B, _ = rewards(video_BCTHW, [f"{disliked}. {prompt}" for prompt in prompts], **info)
+    liked_B, breakdown = rewards(video_BCTHW, _with_words(liked, prompts), **info)
+    disliked_B, _ = rewards(video_BCTHW, _with_words(disliked, prompts), **info)
     return (1 + strength) * liked_B - disliked_B, breakdown
+
+
+def _with_words(words: str, prompts: list[str]) -> list[Prompt]:
+    """Return the prompts with these words before each; the further fields of their rows stay."""
+    return [reworded(prompt, f"{words}. {prompt}") for prompt in prompts]
 
 
 def score_metrics(names: list[str], scores_SR: torch.Tensor) -> dict[str, float]:

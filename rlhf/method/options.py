@@ -103,7 +103,7 @@ METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOp
 
 def option_names(method: str) -> list[str]:
     """Return the names of a method's options."""
-    return [f.name for f in dataclasses.fields(METHOD_OPTIONS[method])]
+    return [field.name for field in dataclasses.fields(METHOD_OPTIONS[method])]
 
 
 def read_options(method: str, kwargs: dict | None) -> MethodOptions:

@@ -92,6 +92,7 @@ class VelocityFields:
         return "distill" if self.guidance.gradient == "distill" else "full"
 
     def _field(self, transformer: Callable, cond: Conditioning, gradient: str = "full") -> Velocity:
+        """Return a transformer's guided velocity, split over two processes if there are two."""
         if self.guidance_group is not None:
             return split_velocity(transformer, cond, self.guidance.scale, self.guidance_group)
         guidance = self.guidance

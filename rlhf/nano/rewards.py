@@ -3,6 +3,7 @@
 Their scores have no meaning for other videos and prompts.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,9 +11,15 @@ from safetensors.torch import load_file
 
 import rlhf.nano
 from rewards.common.weights import Frozen
+from rewards.contract import RewardError
 from rewards.models.clip import ClipScore
 from rlhf.nano import judges, world
 
+READABLE = {*judges.WORDS} - {"a", "an", "in", "of", "on", "the", "to", "with"}
+CURE = {
+    "expected": "a sentence of the nano world such as 'a small red circle moving left'",
+    "cure": "correct the prompt, or choose another reward",
+}
 WEIGHTS = Path(rlhf.nano.__file__).parent / "weights"
 
 
@@ -40,6 +47,12 @@ class NanoPreference(Frozen):
         self.model.load_state_dict(load_file(WEIGHTS / "preference.safetensors"))
         self.freeze()
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raise RewardError for a prompt that names nothing of the nano world."""
+        for prompt in prompts:
+            if READABLE.isdisjoint(re.findall(r"[a-z]+", prompt.lower())):
+                raise RewardError(self.name, got=f"the prompt {prompt!r}, of which it knows no word", **CURE)
+
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         """Return scores (B,)."""
         ids = judges.word_ids(prompts).to(video_BCTHW.device)
@@ -60,6 +73,15 @@ class NanoVerifier(Frozen):
         self.model = judges.Verifier()
         self.model.load_state_dict(load_file(WEIGHTS / "verifier.safetensors"))
         self.freeze()
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raise RewardError for a prompt without a colour, shape or motion of the nano world."""
+        for prompt in prompts:
+            try:
+                world.read_caption(prompt)
+            except ValueError:
+                got = f"the prompt {prompt!r}, which lacks a colour, a shape or a motion"
+                raise RewardError(self.name, got=got, **CURE) from None
 
     @torch.no_grad()
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:

@@ -209,5 +209,6 @@ def held_out_prompts(count: int, seed: int = 0) -> list[str]:
 
 
 def _prompts(count: int, seed: int, held_out: bool) -> list[str]:
+    """Return captions of random scenes; held_out as in `sample_scenes`."""
     generator = torch.Generator().manual_seed(seed)
     return captions(sample_scenes(count, generator, held_out=held_out), generator)

@@ -55,7 +55,7 @@ class RewardNeeds:
     decoded_frames: int  # leading frames of a video
     weight_bytes: int  # of rewards and judges
     peak_bytes: int  # of the reward that takes most, above the weights
-    seconds: float  # of all measured rewards, forward and backward, on `rlhf.planner.reward_costs.DEVICE`
+    seconds: float  # of all measured rewards, forward and backward, on the device of `COSTS_FILE`
     traced: tuple[TracedCall, ...] = ()  # of rewards that are traced instead
     unknown: tuple[str, ...] = ()  # rewards that are left out, since their cost is not known
 
@@ -79,14 +79,11 @@ def plan_rewards(model: TracedModel, args: RewardGradientConfig) -> RewardNeeds:
             unknown.append(name)
     judges = [name for name in args.eval_reward_funcs if name in CATALOGUE]
     weights = [cost.weight_bytes for cost in costs.values()]
-    weights += [_catalogue_bytes(name) for name in (*settings, *judges) if name not in costs]
+    unmeasured = [CATALOGUE[name] for name in (*settings, *judges) if name not in costs]
+    weights += [entry.parameters * entry.bytes_each for entry in unmeasured]
     peaks = [cost.peak_bytes for cost in costs.values()] + [call.peak_bytes for call in traced]
     seconds = sum(cost.seconds for cost in costs.values())
     return RewardNeeds(frames, sum(weights), max(peaks, default=0), seconds, tuple(traced), tuple(unknown))
-
-
-def _catalogue_bytes(name: str) -> int:
-    return CATALOGUE[name].parameters * CATALOGUE[name].bytes_each
 
 
 def plan_memory(
@@ -101,7 +98,8 @@ def plan_memory(
     batch = args.per_device_train_batch_size
     branch = model.transformer_call(args, batch * branches_per_batch(args))
     decoder = model.decoder_call(args, batch, rewards.decoded_frames)
-    num_graphs = _num_graphs(args)
+    # Graphs of transformer calls that exist at once without `stepwise_backward`.
+    num_graphs = max(1, max_grad_steps(args)) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
     # With `stepwise_backward` each graph is built when its backward pass begins.
     waiting_graphs = 0 if args.stepwise_backward else num_graphs * branch.saved_bytes
     other_graphs = 0 if args.stepwise_backward else (num_graphs - 1) * branch.saved_bytes
@@ -138,11 +136,6 @@ def grad_branches_per_rank(args: RewardGradientConfig) -> int:
     return branches_per_rank(args) if args.guidance_gradient == "full" else 1
 
 
-def _num_graphs(args: RewardGradientConfig) -> int:
-    """Return how many graphs of transformer calls exist at once without `stepwise_backward`."""
-    return max(1, max_grad_steps(args)) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
-
-
 def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
     """Return the peak of sampling and decoding held-out videos, without that of the judges."""
     batch = args.per_device_eval_batch_size
@@ -153,12 +146,12 @@ def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 
 def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
     """Return the bytes that one rank holds all the time, by part."""
-    itemsize = model.transformer.dtype.itemsize
+    itemsize = model.itemsize
     trained_bytes = MASTER_BYTES + MOMENT_BYTES + (EMA_BYTES if args.ema_decay else 0)
     held = {
         "transformer": _base_bytes(model, args),
         "adapter and optimizer": model.adapter_bytes + model.num_trained * trained_bytes,
-        "VAE": sum(p.numel() for p in model.vae.parameters()) * getattr(torch, args.vae_dtype).itemsize,
+        "VAE": model.vae.num_parameters() * getattr(torch, args.vae_dtype).itemsize,
         "rewards": rewards.weight_bytes,
         "position table": model.num_tokens * model.transformer.inner_dim * itemsize,
     }
@@ -167,7 +160,7 @@ def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: Rew
 
 def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
     """Return the bytes of the frozen transformer that are always on the device."""
-    frozen, itemsize = model.frozen, model.transformer.dtype.itemsize
+    frozen, itemsize = model.frozen, model.itemsize
     if args.stream_weights:
         return itemsize * (2 * frozen.largest_block + frozen.rest)
     if args.shard_base:
@@ -178,7 +171,7 @@ def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 def _gathered_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
     """Return the bytes that the transformer gathers of a sharded base: two blocks and the rest."""
     whole = 2 * model.frozen.largest_block + model.frozen.rest
-    return model.transformer.dtype.itemsize * whole if args.shard_base else 0
+    return model.itemsize * whole if args.shard_base else 0
 
 
 def _float8_bytes(model: TracedModel) -> int:

@@ -65,8 +65,7 @@ def format_sizes(planner: Planner) -> str:
     model, args, calls = planner.model, planner.args, count_calls(planner.args)
     videos = model.layout.data * args.per_device_train_batch_size * args.gradient_accumulation_steps
     frozen = model.frozen.blocks + model.frozen.rest
-    weights = _size(frozen * model.transformer.dtype.itemsize)
-    vae = sum(p.numel() for p in model.vae.parameters())
+    weights = _format_bytes(frozen * model.itemsize)
     forwards = calls.prefix + calls.constant + calls.with_gradient
     layout = f" ({model.layout})" if model.processes > 1 else ""
     rows = [
@@ -76,7 +75,7 @@ def format_sizes(planner: Planner) -> str:
         ("latents (channels, frames, height, width)", f"{model.latent_shape}"),
         ("video tokens", f"{model.num_tokens:,}"),
         ("transformer", f"{frozen:,} parameters, {weights}"),
-        ("VAE", f"{vae:,} parameters"),
+        ("VAE", f"{model.vae.num_parameters():,} parameters"),
         ("trained", f"{model.num_trained:,} parameters"),
         ("decoded frames", f"{planner.rewards.decoded_frames}"),
         ("transformer calls of one process, per video", f"{forwards:g}"),
@@ -86,13 +85,13 @@ def format_sizes(planner: Planner) -> str:
 
 
 def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> str:
-    """Return the tables of what is always in use, and of each phase's peak above the same."""
+    """Return two tables: the memory that is always in use, and the peak of each phase with it."""
     memory, unknown = estimate.memory, ", ".join(planner.rewards.unknown)
     always = memory.held_bytes + context_bytes
     held = memory.held | {"context and kernels, outside of PyTorch": context_bytes, "together": always}
     phases = {name + " (the highest)" * (name == memory.peak_phase): size for name, size in memory.phases.items()}
-    in_use = [(name, _size(size)) for name, size in held.items()]
-    peaks = [(name, _size(always + size)) for name, size in phases.items() if size]
+    in_use = [(name, _format_bytes(size)) for name, size in held.items()]
+    peaks = [(name, _format_bytes(always + size)) for name, size in phases.items() if size]
     left_out = f"\nLeft out, as its memory is not known: {unknown}" if unknown else ""
     return "\n\n".join(
         (
@@ -110,27 +109,27 @@ def format_time(planner: Planner, estimate: Estimate, device_name: str) -> str:
     total = estimate.step_seconds
     rows = [
         (f"Time on {device_name}, within {ACCURACY:.0%}", ""),
-        *((name, _seconds(value)) for name, value in estimate.time.items()),
-        ("one optimizer step", _seconds(total)),
-        (f"all {planner.args.max_steps:,} steps", _seconds(total * planner.args.max_steps)),
+        *((name, _format_seconds(value)) for name, value in estimate.time.items()),
+        ("one optimizer step", _format_seconds(total)),
+        (f"all {planner.args.max_steps:,} steps", _format_seconds(total * planner.args.max_steps)),
     ]
     return format_table(rows, numbers=True)
 
 
 def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes: int, device_name: str) -> str:
-    """Return whether the run fits into `memory` bytes; if not, settings with which it does."""
+    """Return the verdict whether the run fits into `memory` bytes, and settings that would fit."""
     limit = memory - context_bytes
     if estimate.memory.peak_bytes <= limit:
-        return f"It fits into {_size(memory)}."
-    missing, phase = _size(estimate.memory.peak_bytes - limit), estimate.memory.peak_phase
-    verdict = f"It does not fit into {_size(memory)}: {missing} more are needed for {phase}."
+        return f"It fits into {_format_bytes(memory)}."
+    missing, phase = _format_bytes(estimate.memory.peak_bytes - limit), estimate.memory.peak_phase
+    verdict = f"It does not fit into {_format_bytes(memory)}: {missing} more are needed for {phase}."
     fitting = planner.find_fitting(limit)
     if not fitting:
         least = planner.smallest_memory()
         lower = "" if least.peak_phase == ENCODING else "lower num_frames, height and width or the batch size, "
         return (
             f"{verdict} No memory setting is enough: with all of them, "
-            f"{_size(least.peak_bytes + context_bytes)} are needed for {least.peak_phase}. "
+            f"{_format_bytes(least.peak_bytes + context_bytes)} are needed for {least.peak_phase}. "
             f"To fit, {lower}use rewards with fewer weights, or a device with more memory."
         )
     changed = {name for estimate in fitting for name in estimate.changes}
@@ -140,20 +139,19 @@ def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes:
     order = "fastest first" if is_known else "fastest first, as on an NVIDIA H200"
     rows = [("memory", "one step" if is_known else "", "add to the command")]
     for found in fitting[:NUM_SHOWN]:
-        needed = _size(found.memory.peak_bytes + context_bytes)
-        rows.append((needed, _seconds(found.step_seconds) if is_known else "", _flags(found.changes)))
+        needed = _format_bytes(found.memory.peak_bytes + context_bytes)
+        flags = " ".join(f"--{name} {str(value).lower()}" for name, value in found.changes.items())
+        rows.append((needed, _format_seconds(found.step_seconds) if is_known else "", flags))
     return f"{verdict}\nSettings that fit, {gradient}, {order}:\n\n{format_table(rows)}"
 
 
-def _flags(changes: dict) -> str:
-    return " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
-
-
-def _size(size: float) -> str:
+def _format_bytes(size: float) -> str:
+    """Return bytes in GiB or MiB."""
     return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def _seconds(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
+    """Return a duration in hours, minutes, seconds or milliseconds."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rlhf.config import RewardGradientConfig
 from rlhf.method.options import read_options
 from rlhf.planner.memory import RewardNeeds, branches_per_batch, branches_per_rank, grad_branches_per_rank
-from rlhf.planner.traced import TracedModel, max_grad_steps
+from rlhf.planner.traced import TracedCall, TracedModel, max_grad_steps
 from rlhf.planner.tracer import Operation, Phase
 
 ACCURACY = 0.35  # largest relative error of a step's seconds; tests compute it from bench/results
@@ -31,7 +31,7 @@ class Rates:
     context_bytes: int  # device memory that a process takes besides PyTorch's
     launch_seconds: float = 14e-6  # of one operator, from Python; fitted to nano on an H200
 
-    def time_call(self, operation: Operation) -> float:
+    def operation_seconds(self, operation: Operation) -> float:
         """Return an operation's seconds by the roofline model."""
         bandwidth = self.peer_bandwidth if operation.kind == "collective" else self.memory_bandwidth
         flops = self.flops.get(f"{operation.kind} {operation.dtype}", self.flops["matrix float32"])
@@ -112,23 +112,25 @@ def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNee
 
 def phase_seconds(phase: Phase, rates: Rates) -> float:
     """Return a phase's seconds: of the device, or of launching if that takes longer."""
-    on_device = sum(count * rates.time_call(operation) for operation, count in phase.work.items())
+    on_device = sum(count * rates.operation_seconds(operation) for operation, count in phase.work.items())
     return max(on_device, phase.launches * rates.launch_seconds)
 
 
-def _gradient_seconds(call, rates: Rates) -> float:
+def _gradient_seconds(call: TracedCall, rates: Rates) -> float:
+    """Return the seconds of a call's forward and backward pass."""
     return phase_seconds(call.forward, rates) + phase_seconds(call.backward, rates)
 
 
 def _weight_copy_seconds(model: TracedModel, args: RewardGradientConfig, rates: Rates) -> float:
     """Return the seconds of bringing all blocks' weights to the device for one pass."""
-    weight_bytes = model.frozen.blocks * model.transformer.dtype.itemsize
+    weight_bytes = model.frozen.blocks * model.itemsize
     if args.stream_weights:
         return weight_bytes / rates.host_bandwidth
     return _share_of_others(weight_bytes, model.processes) / rates.peer_bandwidth if args.shard_base else 0
 
 
 def _share_of_others(size: float, processes: int) -> float:
+    """Return the part of `size`, divided evenly over processes, that the other processes have."""
     return size * (processes - 1) / processes
 
 

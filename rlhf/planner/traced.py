@@ -78,6 +78,7 @@ class TracedModel:
         return self._build_transformer(self.card["transformer"])
 
     def _build_transformer(self, config: dict, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
+        """Return a transformer with its adapter on "meta"; dtype: None for the loader's choice."""
         with torch.device("meta"):
             model = SD3Transformer3DModel.from_config(config)
             dtype = dtype or self._base_dtype(model)
@@ -104,28 +105,29 @@ class TracedModel:
     def _base_dtype(self, model: nn.Module) -> torch.dtype:
         """Return the base's number format, as the loader chooses it."""
         if self.args.dtype == "auto":
-            return torch.bfloat16 if _count(model.parameters()) > BFLOAT16_PARAMETERS else torch.float32
+            return torch.bfloat16 if model.num_parameters() > BFLOAT16_PARAMETERS else torch.float32
         return getattr(torch, self.args.dtype)
 
     @cached_property
     def frozen(self) -> FrozenCounts:
-        """Frozen parameters of the transformer."""
+        """Counts of the transformer's frozen parameters."""
         blocks = [_count_frozen(block) for block in self.transformer.transformer_blocks]
         return FrozenCounts(sum(blocks), max(blocks), _count_frozen(self.transformer) - sum(blocks))
 
     @cached_property
+    def itemsize(self) -> int:
+        """Bytes of a number of the transformer's frozen weights."""
+        return self.transformer.dtype.itemsize
+
+    @cached_property
     def num_trained(self) -> int:
         """The number of trained parameters."""
-        return _count(self._trained)
+        return self.transformer.num_parameters(only_trainable=True)
 
     @cached_property
     def adapter_bytes(self) -> int:
         """Bytes of the trained parameters in the format that the forward pass reads."""
-        return sum(p.nbytes for p in self._trained)
-
-    @property
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self.transformer.parameters() if p.requires_grad]
+        return sum(p.nbytes for p in self.transformer.parameters() if p.requires_grad)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -190,7 +192,7 @@ class TracedModel:
     ) -> TracedCall:
         """Trace decoding the leading frames. A `decode_window` lies in their middle."""
         settings = [getattr(args, name) for name in DECODER_SETTINGS]
-        vae, chunk = nn.Module.to(self.vae, getattr(torch, args.vae_dtype)), args.decode_chunk
+        vae, chunk = self.vae, args.decode_chunk
         C, _, *size = self.latent_shape
         frames_per_latent = 2 ** sum(vae.config.temperal_downsample)
 
@@ -205,6 +207,7 @@ class TracedModel:
             return trace_call(decode, z, vae, with_gradient=with_gradient, skip_no_grad=True)
 
         def trace_all() -> TracedCall:
+            nn.Module.to(vae, getattr(torch, args.vae_dtype))
             latents = 1 + -(-(frames - 1) // frames_per_latent)
             chunks = 1 if chunk is None or args.decode_window else -(-latents // chunk)
             left_out = chunks - TRACED_CHUNKS
@@ -226,6 +229,7 @@ class TracedModel:
         return trace_call(lambda x: model(x, ids), video, model)
 
     def _trace_once(self, key: tuple, trace: Callable[[], TracedCall]) -> TracedCall:
+        """Return the call of this key; trace it if there is none yet."""
         if key not in self.traces:
             self.traces[key] = trace()
         return self.traces[key]
@@ -279,18 +283,12 @@ def extrapolate(shorter: TracedCall, longer: TracedCall, extra: int) -> TracedCa
 def _extrapolate_phase(shorter: Phase, longer: Phase, extra: int) -> Phase:
     """Return `longer` plus `extra` times its difference from `shorter`, field by field."""
     line = lambda a, b: b + extra * (b - a)
+    names = ("bytes_before", "bytes_after", "peak_bytes")
+    sizes = {name: line(getattr(shorter, name), getattr(longer, name)) for name in names}
     operations = {*shorter.work, *longer.work}
-    return Phase(
-        bytes_before=line(shorter.bytes_before, longer.bytes_before),
-        bytes_after=line(shorter.bytes_after, longer.bytes_after),
-        peak_bytes=line(shorter.peak_bytes, longer.peak_bytes),
-        work=Counter({op: line(shorter.work[op], longer.work[op]) for op in operations}),
-    )
-
-
-def _count(parameters) -> int:
-    return sum(p.numel() for p in parameters)
+    return Phase(**sizes, work=Counter({op: line(shorter.work[op], longer.work[op]) for op in operations}))
 
 
 def _count_frozen(module: nn.Module) -> int:
-    return _count(p for p in module.parameters() if not p.requires_grad)
+    """Return the number of frozen parameters."""
+    return sum(p.numel() for p in module.parameters() if not p.requires_grad)

@@ -1,6 +1,5 @@
 """Prompts: read from files, built-in sets or datasets, and their order in training."""
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +8,8 @@ import torch
 
 from rlhf.config import ConfigError
 from rlhf.device import generator
+from rlhf.prompts.files import as_prompt, read_prompt_file
+from rlhf.types import Prompt, row_of
 
 BUILT_IN_SETS = {"nano_train": "train_prompts", "nano_held_out": "held_out_prompts"}
 
@@ -16,38 +17,15 @@ BUILT_IN_SETS = {"nano_train": "train_prompts", "nano_held_out": "held_out_promp
 def load_prompts(name: str, base_dir: str | Path | None, count: int, seed: int = 0) -> list[str]:
     """Return the prompts that a setting names: `count` of a built-in set, or all of a file.
 
-    A text file holds one prompt a line; empty lines and lines that start with # are left out. A
-    .jsonl file holds rows such as {"prompt": "a cat"}, or strings in quotes. seed: of the draw.
-    Raises ConfigError for a file that is absent, empty, not UTF-8 or malformed.
+    `rlhf.prompts.files` says which files can be read. Their prompts are `rlhf.types.Prompt`s, which
+    have the further fields of their rows. seed: of the draw. Raises ConfigError for a file that is
+    absent, or that `read_prompt_file` refuses.
     """
     if name in BUILT_IN_SETS:
         from rlhf.nano import world
 
         return getattr(world, BUILT_IN_SETS[name])(count, seed)
-    path = find_prompt_file(name, base_dir)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows begins a file with
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"prompt file {path}: got {error.reason}, expected UTF-8; save it as UTF-8"]) from error
-    lines = [line.strip() for line in text.split("\n")]
-    if path.suffix == ".jsonl":
-        return _parse_rows(lines, path)
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ConfigError([f"prompt file {path}: got no prompts, expected one a line; write at least one"])
-    return prompts
-
-
-def _parse_rows(lines: list[str], path: Path) -> list[str]:
-    """Parse JSON lines into prompts; raise ConfigError with the number of a malformed line."""
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line else []
-        except ValueError as error:
-            expected = 'expected a row such as {"prompt": "a cat"}'
-            raise ConfigError([f"prompt file {path}, line {number}: got {error}, {expected}; correct it"]) from None
-    return as_prompts(rows, f"prompt file {path}")
+    return read_prompt_file(find_prompt_file(name, base_dir))
 
 
 def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
@@ -63,24 +41,32 @@ def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
     return found
 
 
-def as_prompts(dataset: Iterable, name: str = "dataset") -> list[str]:
+def as_prompts(dataset: Iterable, name: str = "dataset") -> list[Prompt]:
     """Return the prompts of strings, or of rows with a "prompt", such as a `datasets.Dataset`.
 
     name: of the argument, for errors. Raises ConfigError for no rows, other rows, and for tables
     and dicts of sets, which yield mere names.
     """
+    expected = "expected strings or rows with a 'prompt'"
     if isinstance(dataset, Mapping) or getattr(dataset, "ndim", 1) != 1:
         keys = ", ".join(map(repr, list(dataset)[:5]))
-        expected = "expected strings or rows with a 'prompt'; pass one of these"
-        raise ConfigError([f"{name}: got a {type(dataset).__name__} of {keys}, {expected}"])
+        raise ConfigError([f"{name}: got a {type(dataset).__name__} of {keys}, {expected}; pass one of these"])
     rows = [] if isinstance(dataset, str) else list(dataset)
-    prompts = [row.get("prompt") if isinstance(row, Mapping) else row for row in rows]
-    wrong = next((row for row, prompt in zip(rows, prompts, strict=True) if not isinstance(prompt, str)), None)
-    if not prompts or wrong is not None:
-        got = f"the row {wrong!r}" if prompts else f"the string {dataset!r}" if isinstance(dataset, str) else "no rows"
-        expected = "expected strings or rows with a 'prompt'; pass a list of at least one prompt"
-        raise ConfigError([f"{name}: got {got}, {expected}"])
-    return prompts
+    if not rows:
+        got = f"the string {dataset!r}" if isinstance(dataset, str) else "no rows"
+        raise ConfigError([f"{name}: got {got}, {expected}; pass a list of at least one prompt"])
+    return [as_prompt(row, f"{name}, row {i}") for i, row in enumerate(rows)]
+
+
+def unread_message(prompts: Iterable[str], guided: bool) -> str | None:
+    """Return a line about the fields of the prompts' rows that nothing has read; None for none.
+
+    guided: whether guidance reads `negative_prompt`.
+    """
+    rows = [(row_of(prompt), getattr(prompt, "read", ())) for prompt in prompts]
+    read = {"prompt", *["negative_prompt"] * guided, *(name for _, names in rows for name in names)}
+    unread = [name for name in dict.fromkeys(name for row, _ in rows for name in row) if name not in read]
+    return f"Fields of the prompts' rows that nothing has read: {', '.join(unread)}." if unread else None
 
 
 def shuffled_indices(num_prompts: int, seed: int, start: int, count: int) -> list[int]:

@@ -63,7 +63,7 @@ def close_pairs(sets: list[list[str]], near: float = NEAR) -> list[Pair]:
 def main(argv: list[str]) -> int:
     """Run the command; return 0 for no pairs, 1 for some, 2 for files that cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m rlhf.prompts", description=__doc__)
-    parser.add_argument("files", nargs="+", help="prompt files, one prompt a line")
+    parser.add_argument("files", nargs="+", help="prompt files")
     parser.add_argument("--near", type=float, default=NEAR, help=f"share of common words that is too much ({NEAR})")
     args = parser.parse_args(argv)
     if not 0 < args.near < math.inf:

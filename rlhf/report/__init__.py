@@ -3,6 +3,7 @@
 import base64
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -11,8 +12,8 @@ from urllib.parse import quote
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.statistics import INTERVAL
-from rlhf.report.data import Run, Sample, cost, training_table
-from rlhf.report.plots import draw, panels
+from rlhf.report.data import Run, Sample, run_cost, training_table
+from rlhf.report.plots import draw_svg, panels
 from rlhf.run.environment import record_end
 from rlhf.run.folder import has_run
 from rlhf.run.signals import interrupt_on_signals
@@ -54,11 +55,23 @@ def report_at_end(folder: Path, wanted: bool) -> Iterator[None]:
 
 
 def _report_failure(folder: Path, error: BaseException) -> None:
+    """Write the report of a failed run; if that fails too, log a warning."""
     try:
-        finish_report(folder, f"{type(error).__name__}: {error}".removesuffix(": "))
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\nInterrupted: writing {folder / REPORT}; again to go without it", file=sys.stderr)
+        finish_report(folder, _describe_end(error))
     except BaseException as another:  # such as a second Ctrl-C, of someone who does not want to wait
         reason = f"{type(another).__name__}: {another}"
         logger.warning(f"no report of the run in {folder} could be written: {reason}")
+
+
+def _describe_end(error: BaseException) -> str:
+    """Return what ended a run, to follow "It ended with"."""
+    if not isinstance(error, KeyboardInterrupt):
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
+    saved = getattr(error, "checkpoint", None)
+    state = f"; {saved.parent.name}/{saved.name} holds its state" if saved else ""
+    return f"an interruption, by Ctrl-C or a signal{state}. Go on with --resume_from_checkpoint latest."
 
 
 def finish_report(folder: Path, ended_by: str | None = None) -> Path:
@@ -85,22 +98,25 @@ def write_report(
     run, output = Run(folder, before, after), Path(output or folder / REPORT)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "signed": signed}
+    environment.filters |= {
+        "number": lambda value: "–" if value is None else f"{value:.5g}",
+        "signed": lambda value: f"{value:+.4f}".replace("-", "−"),
+    }
     content = {
         "run": run,
         "title": folder.resolve().name,
-        "headline": run.headline(),
+        "headline": run.result_rows(),
         "interval_name": INTERVAL,
-        "plots": [(panel.title, draw(panel, i)) for i, panel in enumerate(panels(run))],
+        "plots": [(panel.title, draw_svg(panel, i)) for i, panel in enumerate(panels(run))],
         "training": training_table(run.metrics),
         "settings": list(settings_rows(run.config)),
-        "cost": cost(run),
+        "cost": run_cost(run),
         "judges": sort_keys(run),
         "shown_first": SHOWN_FIRST,
     }
     template = environment.get_template(TEMPLATE)
     room = max_bytes - len(template.render(content | {"cards": []}).encode())
-    text = template.render(content | {"cards": list(cards(run, output.parent, room))})
+    text = template.render(content | {"cards": list(video_cards(run, output.parent, room))})
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
     return output
@@ -109,19 +125,19 @@ def write_report(
 def sort_keys(run: Run) -> list[str]:
     """Return the scores that videos can be sorted by: judges first, then measures."""
     seen = dict.fromkeys(name for sample in run.samples() for name in sample.scores)
-    judges = [name for name in run.judges if name in seen]
-    return judges + [name for name in seen if name not in run.judges]
+    judges = [name for name in run.reward_names if name in seen]
+    return judges + [name for name in seen if name not in run.reward_names]
 
 
-def cards(run: Run, page_folder: Path, room: float) -> Iterator[Card]:
+def video_cards(run: Run, page_folder: Path, room: float) -> Iterator[Card]:
     """Yield the pairs of videos, worst first; embedded while `room`, in bytes, lasts."""
     first = (sort_keys(run) or [""])[0]
+    link = lambda path: quote(os.path.relpath(path.resolve(), page_folder.resolve()))
     for sample in sorted(run.samples(), key=lambda sample: sample.gains.get(first, 0.0)):
         paths = (sample.before, sample.after)
         room -= sum(4 * -(-path.stat().st_size // 3) for path in paths) + 4096  # in base64, with text
         is_embedded = room >= 0
-        address = _embed if is_embedded else lambda path: _relative_url(path, page_folder)
-        yield Card(sample, *map(address, paths), is_embedded)
+        yield Card(sample, *map(_data_url if is_embedded else link, paths), is_embedded)
 
 
 def settings_rows(config: dict) -> Iterator[tuple[str, str, str, bool]]:
@@ -134,19 +150,6 @@ def settings_rows(config: dict) -> Iterator[tuple[str, str, str, bool]]:
         yield name, text, help_text, value != defaults.get(name)
 
 
-def number(value: float | None) -> str:
-    """Format a number to five significant digits, None as a dash."""
-    return "–" if value is None else f"{value:.5g}"
-
-
-def signed(value: float) -> str:
-    """Format a difference with its sign and four decimals."""
-    return f"{value:+.4f}".replace("-", "−")
-
-
-def _embed(path: Path) -> str:
+def _data_url(path: Path) -> str:
+    """Return a video as a data URL."""
     return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _relative_url(path: Path, folder: Path) -> str:
-    return quote(os.path.relpath(path.resolve(), folder.resolve()))

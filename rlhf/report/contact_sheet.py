@@ -54,8 +54,7 @@ def _strip(video_CTHW: torch.Tensor):
 def new_figure(width: float, height: float):
     """Return a matplotlib figure of this size in inches, made without pyplot.
 
-    It does not use pyplot, whose backend belongs to the program around: a notebook would stop
-    showing its plots.
+    Loading pyplot's backend would stop a notebook from showing its plots.
     """
     from matplotlib.figure import Figure
 

@@ -10,8 +10,8 @@ from rewards.load import name_in
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.statistics import paired_test
-from rlhf.evaluation.video_set import SCORES, Key, Video, pair_keys, read_set
-from rlhf.io import read_object, single_line
+from rlhf.evaluation.video_set import SCORES, pair_keys, read_set
+from rlhf.io import file_errors, read_object, single_line
 from rlhf.run.environment import read_environment
 from rlhf.run.folder import PROMPTS, read_settings
 from rlhf.run.metrics import read_metrics
@@ -60,7 +60,14 @@ class Run:
     def summary(self) -> dict:
         """Return summary.json, {} of a run that did not finish."""
         path = self.folder / "summary.json"
-        return read_object(path) if path.is_file() else {}
+        summary = read_object(path) if path.is_file() else {}
+        with file_errors(path):
+            if summary and not isinstance(summary["steps"], int):
+                raise TypeError(f"steps is {summary['steps']!r}")
+            for group in GROUPS:
+                for row in summary[group].values() if group in summary else []:
+                    tuple(map(float, (row["base"], row["tuned"], row["diff"], *row["ci95"])))
+        return summary
 
     @cached_property
     def environment(self) -> list[dict]:
@@ -107,18 +114,35 @@ class Run:
         return self.environment[-1].get("ended_by") if self.environment else None
 
     @property
-    def trained(self) -> list[str]:
+    def ending(self) -> str:
+        """Return a sentence on how a run that did not finish ended, "" for one that did."""
+        if self.ended_by:
+            return f"It ended with {self.ended_by}"
+        if self.environment and "seconds" not in self.environment[-1]:
+            return "Its end was not recorded: it was killed, or it still runs."
+        return ""
+
+    @property
+    def seconds(self) -> float | None:
+        """Return the seconds of all parts of the run whose end is known, None if there is none."""
+        if self._is_finished and "seconds" in self.summary:
+            return self.summary["seconds"]
+        parts = [row["seconds"] for row in self.environment if "seconds" in row]
+        return math.fsum(parts) if parts else None
+
+    @property
+    def trained_names(self) -> list[str]:
         """Return the names of the rewards that are trained on."""
         specs = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
         return [name_in(spec) for spec in specs]
 
     @property
-    def judges(self) -> list[str]:
+    def reward_names(self) -> list[str]:
         """Return the names of all rewards, those trained on first."""
         others = [name_in(spec) for spec in self.config.get("eval_reward_funcs") or []]
-        return [*self.trained, *(name for name in others if name not in self.trained)]
+        return [*self.trained_names, *(name for name in others if name not in self.trained_names)]
 
-    def headline(self) -> list[dict]:
+    def result_rows(self) -> list[dict]:
         """Return the rows of the result table.
 
         {"name", "group", "base", "tuned", "diff", "ci95"}, and where the scores of each prompt are
@@ -127,16 +151,16 @@ class Run:
         """
         folders = self.before, self.after
         if all(folder and (folder / SCORES).is_file() for folder in folders):
-            return self._headline_of_sets()
+            return self._result_rows_of_sets()
         rows = []
         for key, group in GROUPS.items():
-            rows += [self._headline_row(name, group, row) for name, row in self.summary.get(key, {}).items()]
+            rows += [self._result_row(name, group, row) for name, row in self.summary.get(key, {}).items()]
         for name, row in self.summary.items():
             if name not in GROUPS and isinstance(row, dict) and "ci95" in row:
-                rows.append(self._headline_row(name, MEASURED, row))
+                rows.append(self._result_row(name, MEASURED, row))
         return rows
 
-    def _headline_row(self, name: str, group: str, row: dict) -> dict:
+    def _result_row(self, name: str, group: str, row: dict) -> dict:
         """Return a row of the result table, with a paired test if per-prompt scores are known."""
         more = {}
         if self.evaluations:
@@ -150,11 +174,11 @@ class Run:
                     more |= {key: test[key] for key in ("win_rate", "p", "better", "equal", "worse")}
         return {"name": name, "group": group} | row | more
 
-    def _headline_of_sets(self) -> list[dict]:
+    def _result_rows_of_sets(self) -> list[dict]:
         """Return the rows of the result table for two scored video sets."""
         pairs, rows = read_pairs(self.before, self.after), []
         for name in pairs.base:
-            group = GROUPS["trained" if name in self.trained else "held_out"]
+            group = GROUPS["trained" if name in self.trained_names else "held_out"]
             test = paired_test(pairs.base[name], pairs.tuned[name])
             rows.append({"name": name, "group": group, "prompts": len(pairs.prompts)} | test)
         return rows
@@ -192,24 +216,18 @@ class Run:
 
     def _samples_of_sets(self) -> list[Sample]:
         """Return the pairs of videos that both sets have, with the scores in both."""
-        scores = [_set_scores(folder) for folder in (self.before, self.after)]
-        first, after = (_by_key(read_set(folder)) for folder in (self.before, self.after))
-        samples = []
-        for key, video in first.items():
+        sets, scores, samples = [], [], []
+        for folder in (self.before, self.after):
+            videos, path = read_set(folder), folder / SCORES
+            sets.append(dict(zip(pair_keys((video.prompt, video.seed) for video in videos), videos, strict=True)))
+            scores.append(read_scores(path) if path.is_file() else {})
+        before, after = sets
+        for key, video in before.items():
             if key in after and video.path.is_file() and after[key].path.is_file():
-                left, right = (of.get(key, {}) for of in scores)
+                left, right = (found.get(key, {}) for found in scores)
                 both = {name: (left[name], right[name]) for name in left if name in right}
                 samples.append(Sample(video.prompt, video.path, after[key].path, both))
         return samples
-
-
-def _by_key(videos: list[Video]) -> dict[Key, Video]:
-    return dict(zip(pair_keys((video.prompt, video.seed) for video in videos), videos, strict=True))
-
-
-def _set_scores(folder: Path) -> dict[Key, dict[str, float]]:
-    path = folder / SCORES
-    return read_scores(path) if path.is_file() else {}
 
 
 def training_table(metrics: list[dict]) -> list[dict]:
@@ -228,24 +246,23 @@ def training_table(metrics: list[dict]) -> list[dict]:
     return rows
 
 
-def cost(run: Run) -> dict:
+def run_cost(run: Run) -> dict:
     """Return the cost of a run, None for values that are unknown.
 
     {"steps_seconds", "total_seconds", "device_hours", "processes", "peak_memory_gib",
-    "energy_kilojoules"}. Over several starts, seconds of steps and energy are summed, memory is the
-    maximum, and the rest is that of the last start.
+    "energy_kilojoules"}. Over several starts, seconds and energy are summed, memory is the maximum,
+    and the number of processes is that of the last start.
     """
     steps = math.fsum(row.get("seconds", 0.0) for row in run.metrics)
     last = run.environment[-1] if run.environment else {}
     energies = [row.get("energy_joules") for row in run.environment]
-    total = run.summary.get("seconds", last.get("seconds"))
     processes = last.get("processes", 1)
     peaks = [row["memory_gib"] for row in run.metrics if "memory_gib" in row]
     peaks += [last["peak_memory_bytes"] / 2**30] if last.get("peak_memory_bytes") else []
     return {
         "steps_seconds": steps,
-        "total_seconds": total,
-        "device_hours": processes * max(steps, total or 0.0) / 3600,
+        "total_seconds": run.seconds,
+        "device_hours": processes * max(steps, run.seconds or 0.0) / 3600,
         "processes": processes,
         "peak_memory_gib": max(peaks, default=None),
         "energy_kilojoules": None if None in energies or not energies else sum(energies) / 1000,

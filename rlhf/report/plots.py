@@ -43,7 +43,7 @@ class Panel:
 
 def panels(run: Run) -> list[Panel]:
     """Return the plots of a run: rewards, gains, hacking gap, drift, gradient, cost, measures."""
-    found = [_reward_panel(run, name) for name in run.judges]
+    found = [_reward_panel(run, name) for name in run.reward_names]
     gains = [
         _eval_series(run, "eval/gain_trained", "trained on", "gain_trained"),
         _eval_series(run, "eval/gain_held_out", "held out", "gain_held_out", SECOND),
@@ -58,9 +58,9 @@ def panels(run: Run) -> list[Panel]:
         "memory_gib": "peak memory, GiB",
         "learning_rate": "learning rate",
     }
-    found += [Panel(title, [_line(run, key)]) for key, title in lines.items()]
+    found += [Panel(title, [_metric_series(run, key)]) for key, title in lines.items()]
     found[-1].series[0].smooth = False  # the learning rate has no noise
-    shown = {f"eval/{name}" for name in (*run.judges, "gain_trained", "gain_held_out", "hacking_gap")}
+    shown = {f"eval/{name}" for name in (*run.reward_names, "gain_trained", "gain_held_out", "hacking_gap")}
     logged = dict.fromkeys(key for row in run.metrics for key in row if key.startswith("eval/"))
     found += [Panel(key.removeprefix("eval/"), [_eval_series(run, key)]) for key in logged if key not in shown]
     for panel in found:
@@ -70,18 +70,19 @@ def panels(run: Run) -> list[Panel]:
 
 def _reward_panel(run: Run, name: str) -> Panel:
     """Return a reward's scores on training prompts, if trained on, and on held-out prompts."""
-    group = "trained" if name in run.trained else "held_out"
+    group = "trained" if name in run.trained_names else "held_out"
     rows = run.summary.get(group, {})
     row = rows.get(name) or rows.get(name.removeprefix("nano_")) or {}
     held_out = _eval_series(run, f"eval/{name}", "held-out prompts", color=SECOND)
     if row:
         held_out.points |= {0: row["base"], run.result_step: row["tuned"]}
     interval = [row["base"] + end for end in row["ci95"]] if row else None
-    series = [_line(run, f"rewards/{name}", "training prompts"), held_out]
+    series = [_metric_series(run, f"rewards/{name}", "training prompts"), held_out]
     return Panel(f"{name} ({GROUPS[group]})", series, interval, run.result_step)
 
 
-def _line(run: Run, key: str, label: str = "", **style) -> Series:
+def _metric_series(run: Run, key: str, label: str = "", **style) -> Series:
+    """Return a number of metrics.jsonl along the run; style: fields of Series."""
     return Series(label, {row["step"]: row[key] for row in run.metrics if key in row}, **style)
 
 
@@ -90,7 +91,7 @@ def _eval_series(run: Run, key: str, label: str = "", final: str = "", color: st
 
     final: its name in the summary, for a number that is 0 for the base.
     """
-    series = _line(run, key, label, dots=True, color=color)
+    series = _metric_series(run, key, label, dots=True, color=color)
     if final in run.summary:
         series.points |= {0: 0.0, run.result_step: run.summary[final]}
     elif final and series.points:
@@ -103,7 +104,7 @@ def running_mean(values: Sequence[float], span: int = 10) -> list[float]:
     return [fmean(values[max(0, end - span) : end]) for end in range(1, len(values) + 1)]
 
 
-def draw(panel: Panel, number: int) -> str:
+def draw_svg(panel: Panel, number: int) -> str:
     """Return the panel as an <svg> element; number: of the panel on the page, for unique ids."""
     import matplotlib
 

@@ -7,7 +7,6 @@ with size and hash of each of these. Nothing is pickled. The frozen base is not 
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -20,14 +19,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
-from rlhf.io import file_errors, write_json
+from rlhf.io import DamagedFileError, file_errors, read_object, write_json
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
     from rlhf.adapter.masters import MasterWeights
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+NEEDED = {"adapter.safetensors", "optimizer.safetensors", STATE}  # files of every checkpoint
+GUARD_STATE = {"best_gain", "best_step", "worse"}  # of `rlhf.training.monitor.Guard`
+STATE_TYPES = {  # of state.json: type, and the value where earlier versions have none
+    "step": (int, None),
+    "optimizer_updates": (int, None),
+    "settings": (dict, None),
+    "samples": (int, 0),
+    "place": (int, 0),
+    "processes": (int, 1),
+    "seconds": (int | float, 0),
+    "guard": (dict | None, None),
+}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -51,23 +62,26 @@ def save_checkpoint(
     Raises:
         SavingError: the files cannot be written; step-N is absent.
     """
-    final = folder / f"step-{step}"
-    if not final.exists() or damage(final):
-        unfinished = folder / f"step-{step}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
+    final, unfinished = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    try:
+        if not final.exists() or damage(final):
+            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             _write_files(unfinished, step, masters, optimizer, state)
             for path in [*unfinished.iterdir(), unfinished]:
                 _flush(path)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise SavingError(_write_error(final, error)) from error
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        _flush(folder)
-    for old in checkpoints(folder)[: -keep or None] if keep else []:
-        shutil.rmtree(old)
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+            _flush(folder)
+        old = checkpoints(folder)[: -keep or None] if keep else []
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise SavingError(_write_error(final, error)) from error
+    for path in old:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            logger.warning(f"{path}: this old checkpoint could not be removed ({error}); remove it yourself")
     return final
 
 
@@ -87,7 +101,7 @@ def _write_files(folder: Path, step: int, masters: "MasterWeights", optimizer, s
     named = {f"{key}.{n}": t for key in MOMENTS if moments for n, t in masters.named(moments[key]).items()}
     save_file(_cpu(named), folder / "optimizer.safetensors")
     progress = {"step": step, "optimizer_updates": int(moments.get("step", 0))}
-    write_json(folder / "state.json", progress | state)
+    write_json(folder / STATE, progress | state)
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {"files": files, "processes": state.get("processes", 1)})
 
@@ -105,16 +119,24 @@ def _hash(path: Path, size: int, *_version: int) -> dict:
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, by its manifest; None if nothing is."""
+    """Return what is wrong with a checkpoint's files, by its manifest; None if nothing is.
+
+    Raises OSError if a file is there and cannot be read now, which says nothing about its content.
+    """
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = read_object(path / MANIFEST)["files"]
+    except (FileNotFoundError, NotADirectoryError, KeyError, DamagedFileError):
+        return f"{MANIFEST} is missing or damaged"
+    if not isinstance(files, dict) or NEEDED - files.keys():
         return f"{MANIFEST} is missing or damaged"
     for name, expected in files.items():
-        if not (path / name).is_file():
+        try:
+            found = _fingerprint(path / name)
+        except FileNotFoundError:
             return f"{name} is missing"
-        if (found := _fingerprint(path / name)) != expected:
-            return f"{name} is damaged ({found['bytes']} bytes, {expected['bytes']} were written)"
+        if found != expected:
+            written = expected.get("bytes") if isinstance(expected, dict) else None
+            return f"{name} is damaged ({found['bytes']} bytes, {written} were written)"
     return None
 
 
@@ -126,8 +148,7 @@ def save_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> N
 def load_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> None:
     """Fill a flat vector of the masters from a file of `save_vector`. Raises DamagedFileError."""
     with file_errors(path):
-        tensors = load_file(path)
-    masters.load(vector, tensors)
+        masters.load(vector, load_file(path))
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -152,7 +173,9 @@ def load_checkpoint(path: Path, masters: "MasterWeights", optimizer: torch.optim
         average = path / "average.safetensors"
         load_vector(average if average.exists() else path / "adapter.safetensors", masters, masters.average)
     if state["optimizer_updates"]:
-        _load_moments(load_file(path / "optimizer.safetensors"), masters, optimizer, state["optimizer_updates"])
+        with file_errors(path / "optimizer.safetensors"):
+            saved = load_file(path / "optimizer.safetensors")
+            _load_moments(saved, masters, optimizer, state["optimizer_updates"])
     return state
 
 
@@ -165,14 +188,33 @@ def _load_moments(saved: dict[str, torch.Tensor], masters: "MasterWeights", opti
 
 
 def read_state(path: Path) -> dict:
-    """Return a checkpoint's state.json: step, settings, state of the batches and the guard."""
-    return json.loads((path / "state.json").read_text())
+    """Return a checkpoint's state.json: step, settings, state of the batches and the guard.
+
+    Raises DamagedFileError.
+    """
+    state = read_object(path / STATE)
+    with file_errors(path / STATE):
+        for name, (kind, default) in STATE_TYPES.items():
+            if not isinstance(value := state.get(name, default), kind) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}")
+        if (guard := state.get("guard")) and (missing := GUARD_STATE - guard.keys()):
+            raise KeyError(", ".join(missing))
+    return state
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Return the folders step-N in folder, oldest first, whatever they hold."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    numbers = sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal())
+    return [folder / f"step-{number}" for number in numbers]
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in folder, oldest first, damaged ones included."""
-    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return [path for path in step_folders(folder) if (path / STATE).exists()]
 
 
 def newest_undamaged_checkpoint(folder: Path) -> Path | None:
@@ -193,7 +235,7 @@ def find_checkpoint(which: str, output_dir: str | Path, quiet: bool = False) -> 
         newest = newest_undamaged_checkpoint(Path(which) / "checkpoints")
         expected = f"expected one of its checkpoints, such as {newest}; name that"
         raise ConfigError([f"resume_from_checkpoint={which!r}: got the folder of a run, {expected}"])
-    if not (Path(which) / "state.json").is_file():
+    if not (Path(which) / STATE).is_file():
         expected = f"expected a folder such as {folder / 'step-50'}, or 'latest'; correct the path"
         raise ConfigError([f"resume_from_checkpoint={which!r}: got no checkpoint there, {expected}"])
     if wrong := damage(Path(which)):

@@ -45,17 +45,18 @@ def record_end(folder: Path, ended_by: str | None = None) -> None:
     if not rows:
         return
     last = rows[-1]
-    device = pick_device(last["device_type"])
+    device = pick_device(last.get("device_type"))
     last |= {"seconds": time.time() - last["started"], "peak_memory_bytes": peak_memory(device)}
-    before, after = last["energy_counter_joules"], energy_joules(device)
+    before, after = last.get("energy_counter_joules"), energy_joules(device)
     last |= {"ended_by": ended_by} if ended_by else {}
     last["energy_joules"] = None if before is None or after is None else after - before
     (folder / ENVIRONMENT).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_environment(folder: Path) -> list[dict]:
-    """Return one object for each start of the run, [] if none was recorded."""
-    return read_log(folder / ENVIRONMENT)
+    """Return one object for each start of the run, [] if none was recorded; skip damaged ones."""
+    whole = lambda row: isinstance(row.get("started"), float) and isinstance(row.get("packages"), dict)
+    return [row for row in read_log(folder / ENVIRONMENT) if whole(row)]
 
 
 def _version(package: str) -> str | None:

@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.config import RewardGradientConfig
 from rlhf.config.older import translate
 from rlhf.io import read_object
+from rlhf.types import row_of
 
 METRICS = "metrics.jsonl"
+DROPPED = "metrics.dropped.jsonl"  # rows of steps that a resumed run took again
 PROMPTS = "prompts.txt"  # beside videos: name, tab, prompt
 BEST = "best_adapter"
 # Snapshots of prompts that were passed as objects, by setting.
@@ -18,6 +20,7 @@ RUN_FILES = (
     "config.yaml",
     METRICS,
     "checkpoints",
+    DROPPED,
     "samples",
     "evaluation",
     "adapter",
@@ -53,19 +56,13 @@ def prompt_snapshot(args: RewardGradientConfig, setting: str) -> str:
 
 
 def start_run_folder(args: RewardGradientConfig, train_prompts: list[str], eval_prompts: list[str]) -> None:
-    """Make the folder and write config.yaml, prompt snapshots and a line of environment.jsonl.
+    """Write config.yaml, prompt snapshots and a line of environment.jsonl into the folder.
 
-    With `overwrite_output_dir`, the files of an earlier run are removed first. Raises ConfigError
-    if the folder cannot be made.
+    With `overwrite_output_dir`, the files of an earlier run are removed first.
     """
     from rlhf.run.environment import record_start  # imports accelerate, which looking at a folder does not need
 
     folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # which a check of permissions does not find
-        got = f"got no folder there ({error.strerror}), expected one that can be made"
-        raise ConfigError([f"output_dir={args.output_dir}: {got}; choose another"]) from error
     if args.overwrite_output_dir:
         for path in (folder / name for name in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -78,6 +75,6 @@ def start_run_folder(args: RewardGradientConfig, train_prompts: list[str], eval_
 
 def write_prompts(path: Path, prompts: list[str]) -> None:
     """Write a .jsonl file for `rlhf.prompts`; leave one that begins with these prompts as it is."""
-    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
+    text = "".join(json.dumps(row_of(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
     if not (path.is_file() and path.read_bytes().startswith(text.encode())):
         path.write_bytes(text.encode())

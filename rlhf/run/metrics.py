@@ -4,6 +4,7 @@ Only this module and `rlhf.run.trackers` log; all others return their metrics.
 """
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from rlhf.config import RewardGradientConfig
 from rlhf.device import peak_memory, reset_peak_memory
 from rlhf.io import read_log, write_rows
-from rlhf.run.folder import METRICS
+from rlhf.run.folder import DROPPED, METRICS
 
 COST = ("seconds", "memory_gib")  # metrics in which two equal runs differ
 
@@ -77,11 +78,23 @@ class RunLog:
 
 
 def drop_rows_after(folder: Path, last_step: int) -> None:
-    """Drop the metrics after the step that a run resumes at, and a row that a kill cut short."""
+    """Move the metrics after the step that a run resumes at to another file; drop a cut row."""
     if (path := folder / METRICS).exists():
-        write_rows(path, [row for row in read_metrics(folder) if row["step"] <= last_step])
+        rows = read_metrics(folder)
+        if dropped := [row for row in rows if row["step"] > last_step]:
+            with (folder / DROPPED).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in dropped)
+        write_rows(path, [row for row in rows if row["step"] <= last_step])
+
+
+def seconds_before(saved: dict, folder: Path) -> float:
+    """Return the seconds that a run had taken at a checkpoint; saved: `read_state` of it."""
+    if "seconds" in saved or not saved["step"]:
+        return saved.get("seconds", 0.0)
+    # Earlier versions saved none.
+    return math.fsum(row.get("seconds", 0.0) for row in read_metrics(folder) if row["step"] <= saved["step"])
 
 
 def read_metrics(folder: Path) -> list[dict]:
     """Return the rows of metrics.jsonl, one an optimizer step; [] without the file."""
-    return read_log(Path(folder) / METRICS)
+    return [row for row in read_log(Path(folder) / METRICS) if isinstance(row.get("step"), int)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf.config import RewardGradientConfig
 from rlhf.config.older import translate
-from rlhf.distributed.layout import RESTART_COUNT
+from rlhf.distributed.launch import RESTART_COUNT, launcher_world_size
 from rlhf.run.checkpoint import newest_undamaged_checkpoint
 from rlhf.run.folder import has_run
 
@@ -15,20 +15,26 @@ LAUNCH_SETTINGS = ("output_dir", "base_dir", "overwrite_output_dir", "resume_fro
 
 
 def resolve_resume(args: RewardGradientConfig) -> RewardGradientConfig:
-    """Return the settings with "auto" resolved: the latest checkpoint, else a fresh start.
+    """Return the settings with "auto" as the latest checkpoint, if there is an undamaged one.
 
-    A fresh start overwrites a run without an undamaged checkpoint. A process that torchrun
-    restarted resumes as with "auto", whatever the settings say.
+    "auto" stays where there is none: the run starts, and keeps what is in the folder. A process
+    that torchrun restarted resumes as with "auto", whatever the settings say.
     """
     restarted = int(os.environ.get(RESTART_COUNT, 0)) > 0
-    if not restarted and args.resume_from_checkpoint != "auto":
+    if not restarted and (args.resume_from_checkpoint != "auto" or args.overwrite_output_dir):
         return args
-    folder = Path(args.output_dir)
-    if newest_undamaged_checkpoint(folder / "checkpoints"):
+    if newest_undamaged_checkpoint(Path(args.output_dir) / "checkpoints"):
         return dataclasses.replace(args, resume_from_checkpoint="latest", overwrite_output_dir=False)
     if args.resume_from_checkpoint not in (None, "auto"):  # a checkpoint of another folder, still to be read
         return args
-    return dataclasses.replace(args, resume_from_checkpoint=None, overwrite_output_dir=has_run(folder))
+    return dataclasses.replace(args, resume_from_checkpoint="auto", overwrite_output_dir=False)
+
+
+def restart_message(args: RewardGradientConfig) -> str:
+    """Return a line about starting anew in the folder of a run without a checkpoint; "" if not."""
+    if args.overwrite_output_dir or not has_run(Path(args.output_dir)):
+        return ""
+    return f"{args.output_dir} holds a run without a checkpoint: starting it again, and keeping what is there\n"
 
 
 def resume_message(path: Path, saved: dict, args: RewardGradientConfig) -> str:
@@ -41,4 +47,21 @@ def resume_message(path: Path, saved: dict, args: RewardGradientConfig) -> str:
     before = {name: value for name, value in settings.items() if name in now and name not in LAUNCH_SETTINGS}
     changed = [f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if value != now[name]]
     message += f". Other settings than before: {', '.join(changed)}." if changed else "."
-    return f"{message} {moved}".rstrip()
+    return f"{message}{_batch_message(saved, settings, args)} {moved}".rstrip()
+
+
+def _batch_message(saved: dict, before: dict, args: RewardGradientConfig) -> str:
+    """Return a sentence on processes and samples of a step, if either is another; "" if not."""
+    now = vars(args) | {"processes": launcher_world_size()}
+    before = vars(RewardGradientConfig()) | before | {"processes": saved.get("processes", 1)}
+    old, new = (
+        of["processes"]
+        // (of["guidance_parallel"] * of["sequence_parallel"])
+        * of["per_device_train_batch_size"]
+        * of["gradient_accumulation_steps"]
+        for of in (before, now)
+    )
+    if old == new and before["processes"] == now["processes"]:
+        return ""
+    samples = f"{old} -> {new}" if old != new else f"{new} as before"
+    return f" Processes: {before['processes']} -> {now['processes']}, samples of a step: {samples}."

@@ -92,8 +92,12 @@ class Batches:
         return self.start[1] + (rollout - self.start[0]) * self.samples_per_step
 
     def prompts_from_rollout(self, rollout: int) -> list[str]:
-        """Return the prompts of all rollouts from this one on, to the end of the run."""
-        return self.prompts_at(self._place(rollout), (self.max_steps - rollout) * self.samples_per_step)
+        """Return the prompts of all rollouts from this one on, to the end of the run.
+
+        They are cut off after two epochs, which hold each prompt in the order of its first use.
+        """
+        count = (self.max_steps - rollout) * self.samples_per_step
+        return self.prompts_at(self._place(rollout), min(count, 2 * len(self.prompts)))
 
     def prompts_at(self, start: int, count: int) -> list[str]:
         """Return the prompts at places start .. start+count-1 of the run's endless order."""

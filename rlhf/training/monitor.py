@@ -14,13 +14,12 @@ from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation, HeldOut, MakeVideos
 from rlhf.evaluation.statistics import summarize
 from rlhf.report.summary import write_results
-from rlhf.run.checkpoint import load_vector, save_vector
+from rlhf.run.checkpoint import GUARD_STATE, load_vector, save_vector
 from rlhf.run.folder import BEST
 from rlhf.training.callbacks import Notify
 from rlhf.training.failures import TrainingError
 
 MASTERS_FILE = "masters.safetensors"
-GUARD_STATE = ("best_gain", "best_step", "worse")  # of a guard, in a checkpoint
 
 
 def gain(name: str, base: Evaluation, tuned: Evaluation) -> float | None:

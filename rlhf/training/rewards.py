@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rewards import RewardMix, load_reward, probe
+from rewards.contract import check_prompts
 from rlhf.checks.rewards import short_name
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import model_sizes
@@ -20,14 +21,17 @@ def open_rewards(
     args: RewardGradientConfig,
     rewards: list[str | Callable] | None = None,
     prompts: list[str] | None = None,
+    eval_prompts: list[str] | None = None,
     device: torch.device | None = None,
     pipe: "ContentVPipeline | None" = None,
 ) -> dict[str, Callable]:
     """Load rewards and judges, frozen, on the device; probe the rewards with three prompts.
 
+    All of them are asked whether they can read the prompts that they will be given.
+
     Args:
         args: settings as `check_config` returns them.
-        rewards, prompts, pipe: objects in place of what args name.
+        rewards, prompts, eval_prompts, pipe: objects in place of what args name.
         device: Default: that of args.
 
     Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train,
@@ -36,11 +40,18 @@ def open_rewards(
     device = device or local_device(args.device)
     prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
     trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
+    if eval_prompts is None and args.eval_prompts:
+        eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
+    held_out = (eval_prompts or [])[: args.num_eval_prompts]
     shape = (3, args.num_frames, args.height, args.width)
     info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
     for name, reward in trained.items():
+        check_prompts(name, reward, [*prompts, *held_out])
         probe(reward, shape, prompts[:3], device, name=name, info=info)
-    return trained | _load_rewards(args.eval_reward_funcs, args, device)
+    judges = _load_rewards(args.eval_reward_funcs, args, device)
+    for name, judge in judges.items():
+        check_prompts(name, judge, held_out)
+    return trained | judges
 
 
 def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> dict[str, Callable]:

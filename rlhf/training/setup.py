@@ -14,8 +14,8 @@ from rlhf.adapter.lora import ATTENTION, add_adapter, lora_config, lora_settings
 from rlhf.adapter.masters import MasterWeights
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.contentv.files import SamplingDefaults
-from rlhf.contentv.loading import TEXT_ENCODERS, load_pipeline
+from rlhf.contentv.files import SamplingDefaults, resolve_model
+from rlhf.contentv.loading import TEXT_ENCODERS, default_dtype, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.text import PromptCache, encode_prompts
 from rlhf.contentv.wan_decoder import use_channels_last
@@ -35,6 +35,7 @@ from rlhf.prompts import as_prompts, load_prompts
 from rlhf.run.folder import prompt_snapshot
 from rlhf.run.trackers import Clip, show_samples
 from rlhf.training.batches import Batches
+from rlhf.types import row_of
 
 IDENTITY_INITS = ("gaussian", "orthogonal")  # values of init_lora_weights that change nothing
 PER_HOST_SETTINGS = ("model", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir", "output_dir")
@@ -73,6 +74,8 @@ def check_inputs(
     eval_prompts = None if eval_dataset is None else as_prompts(eval_dataset, "eval_dataset")
     args = dataclasses.replace(args, **lora_settings(peft_config))  # as a checkpoint's must be
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
+    if args.resume_from_checkpoint == "auto":  # there is nothing to go on from
+        args.resume_from_checkpoint = None
     if train_prompts is None:
         train_prompts = load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
     else:
@@ -124,7 +127,7 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
 def require_same_run(layout: Layout, prompts: list[str], args: RewardGradientConfig) -> None:
     """Raise ConfigError on every process if prompts or settings differ between processes."""
     settings = [value for name, value in vars(args).items() if name not in PER_HOST_SETTINGS]
-    layout.require_same(prompts=prompts, settings=settings)
+    layout.require_same(prompts=[row_of(prompt) for prompt in prompts], settings=settings)
 
 
 def prepare_model(
@@ -152,6 +155,15 @@ def _as_config_error() -> Iterator[None]:
         yield
     except UnsupportedOptionError as error:
         raise ConfigError([str(error)]) from None
+
+
+def describe_precision(args: RewardGradientConfig, pipe: ContentVPipeline | None) -> str:
+    """Return the number formats of the base and the adapter, in words."""
+    dtype = args.dtype if pipe is None else pipe.transformer.dtype
+    if dtype == "auto" and isinstance(folder := resolve_model(args.model), Path):
+        dtype = default_dtype(folder)
+    few_bits = f" with weights of {args.base_bits} bits" * bool(args.base_bits)
+    return f"base in {str(dtype).removeprefix('torch.')}{few_bits}, adapter in float32"
 
 
 def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:

@@ -1,4 +1,5 @@
 import deform
+import nano_models as parts
 import pretrain
 import pretrain_judges
 import pretrain_vae
@@ -8,7 +9,6 @@ from train_loop import train
 
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.wan_decoder import decode_unclamped
-from rlhf.nano import models as parts
 from rlhf.nano import world
 
 

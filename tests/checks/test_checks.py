@@ -60,7 +60,8 @@ def test_the_trackers_are_those_of_accelerate():
 @pytest.mark.parametrize(("rank", "told"), [("0", 1), ("1", 0)])
 def test_the_first_process_has_to_be_able_to_write(tmp_path, monkeypatch, rank, told):
     monkeypatch.setattr("rlhf.checks.os.access", lambda *_: False)
-    monkeypatch.setenv("RANK", rank)
+    for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
     settings = {"output_dir": str(tmp_path / "new"), "report_to": []}
     found = problems_raised_by(check_config, RewardGradientConfig(**settings))
     assert len(found) == sum(f"got no right to write in {tmp_path}" in problem for problem in found) == told

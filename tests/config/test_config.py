@@ -122,6 +122,26 @@ def test_what_is_written_is_what_is_read(yaml_file):
     assert again.report_to == []
 
 
+def test_wrong_names_types_and_ranges_are_told_together(yaml_file):
+    path = yaml_file("max_steps: ten\nlora_rank: 0\nlearing_rate: 1\n")
+    with pytest.raises(ConfigError) as error:
+        parse_config(
+            ["--config", path, "--seed", "x", "--adam_beta1", "3", "--lora-rnk", "2", "--memory_limit_gib", "0"]
+        )
+    starts = [
+        "settings.yaml: key learing_rate",
+        "settings.yaml: max_steps: got 'ten'",
+        "flag --lora-rnk",
+        "seed: got 'x'",
+    ]
+    starts += ["adam_beta1: got 3.0", "memory_limit_gib: got 0.0"]
+    assert len(error.value.problems) == len(starts) + 1, error.value.problems
+    for start in [*starts, "lora_rank: got 0"]:
+        assert any(problem.startswith(start) for problem in error.value.problems), start
+    with pytest.raises(ConfigError, match="2 problems.*\n.*max_steps: got 'x'.*\n.*lora_rank: got 0"):
+        RewardGradientConfig(max_steps="x", lora_rank=0)
+
+
 def test_no_setting_may_be_abbreviated():
     with pytest.raises(ConfigError, match="'learning_rate'"):
         parse_config(["--learning", "1"])

@@ -14,7 +14,7 @@ from tiny import LETTERS, SAMPLING, tiny_pipeline
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from rlhf.contentv import loading
-from rlhf.contentv.files import CONTENTV_8B, NANO_PATH, model_config, model_folder, resolve_model
+from rlhf.contentv.files import CONTENTV_8B, NANO_PATH, model_folder, model_sizes, resolve_model
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.transformer import SD3Transformer3DModel
 
@@ -164,7 +164,7 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(monkeypatch, saved):
     assert model_folder("someone/Some-Model") == saved
     assert "transformer/*" in asked["allow_patterns"]
     assert len(asked["allow_patterns"]) == 11
-    assert model_config("someone/Some-Model")["transformer"]["num_layers"] == 2
+    assert model_sizes("someone/Some-Model")["transformer"]["num_layers"] == 2
     configs = ["transformer/config.json", "vae/config.json", "tokenizer/tokenizer_config.json", "sampling.json"]
     assert asked["allow_patterns"] == configs
 
@@ -189,7 +189,7 @@ CONTENTV_SIZES = {
 
 def test_config_of_contentv_8b_needs_nothing(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-    config = model_config(CONTENTV_8B)
+    config = model_sizes(CONTENTV_8B)
     with torch.device("meta"):
         transformer = SD3Transformer3DModel.from_config(config["transformer"])
         vae = AutoencoderKLWan.from_config(config["vae"])
@@ -203,7 +203,7 @@ def test_config_of_a_folder_reads_no_weights(checkpoint):
     for file in checkpoint.rglob("*.safetensors"):
         file.unlink()
     edit_json(checkpoint / "transformer" / "config.json", qk_norm="rms_norm", sample_size=128)
-    config = model_config(checkpoint)
+    config = model_sizes(checkpoint)
     assert config["transformer"]["num_layers"] == 2
     assert config["transformer"]["joint_attention_dim"] == 32
     assert config["vae"]["base_dim"] == 4

@@ -6,14 +6,35 @@ import torch
 from rlhf.contentv.files import NANO_PATH
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.text import ENCODE_BATCH, encode_prompts
+from rlhf.types import Prompt
+
+
+def test_long_prompts_are_told_in_one_line(tiny_pipe, caplog):
+    prompts = ["rain", "a red fox " * 300, "a b c d e f g h i j k l m n o p"]
+    told = "Of {} texts, 1 are longer than the 24 tokens that CLIP reads, and 2 than T5's 24 (max_sequence_length)"
+    with caplog.at_level("WARNING"):
+        encode_prompts(tiny_pipe, prompts, "", 24)
+        tiny_pipe(
+            prompts,
+            num_frames=1,
+            height=16,
+            width=16,
+            num_inference_steps=1,
+            max_sequence_length=24,
+            output_type="latent",
+        )
+    heads = [told.format(4), told.format(3)]
+    assert [record.getMessage().split(". The longest has ")[0] for record in caplog.records] == heads
+    assert all("tokens of T5: 'a red fox a red" in record.getMessage() for record in caplog.records)
+    assert all(len(record.getMessage()) < 300 for record in caplog.records)
 
 
 def test_cached_conditioning_equals_encoding_the_batch(tiny_pipe):
-    prompts = ["a red fox", "rain", "a red fox"]
-    cache = encode_prompts(tiny_pipe, ["rain", "a red fox", "rain"], "ugly", 24)
-    cond = cache(prompts, "cpu")
+    prompts = ["a red fox", Prompt("rain", {"negative_prompt": "dry"}), Prompt("a red fox", {"negative_prompt": None})]
+    cache = encode_prompts(tiny_pipe, [prompts[1], *prompts, "rain"], "ugly", 24)
+    cond, negatives = cache(prompts, "cpu"), ["ugly", "dry", "ugly"]
     embeds, negative, pooled, negative_pooled = tiny_pipe.encode_prompt(
-        prompts, None, None, device="cpu", negative_prompt="ugly", max_sequence_length=24
+        prompts, None, None, device="cpu", negative_prompt=negatives, max_sequence_length=24
     )
     expected = (embeds, pooled, negative, negative_pooled)
     for got, want in zip(vars(cond).values(), expected, strict=True):
@@ -25,7 +46,7 @@ def test_each_prompt_is_encoded_once_and_without_graph(tiny_pipe, monkeypatch):
     seen, encode = [], tiny_pipe.encode_prompt
     monkeypatch.setattr(tiny_pipe, "encode_prompt", lambda **kw: seen.extend(kw["prompt"]) or encode(**kw))
     cache = encode_prompts(tiny_pipe, ["b", "a", "b"] * 20, "", 24)
-    assert seen == ["b", *["a"] * (ENCODE_BATCH - 1), ""], "one full batch, and the negative prompt"
+    assert seen == ["b", "a", *[""] * (ENCODE_BATCH - 2)], "one full batch, with the negative prompt"
     assert not cache(["a"], "cpu").prompt_embeds_BLD.requires_grad
 
 

@@ -110,18 +110,6 @@ def test_a_kill_in_the_middle_of_a_save_leaves_no_trace(settings, monkeypatch, m
     assert_same(whole, parts)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_result_the_same(settings, caplog):
-    whole, parts = settings("whole", max_steps=4), settings("parts", max_steps=4)
-    train(whole)
-    with pytest.raises(TrainingInterrupted):
-        train(parts, callbacks=[SignalAt(3, signal.SIGTERM)])
-    file = Path(parts.output_dir) / "checkpoints" / "step-3" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    train(go_on(parts))
-    assert "step-3: optimizer.safetensors is damaged" in caplog.text
-    assert_same(whole, parts)
-
-
 def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(settings, monkeypatch):
     whole, parts = settings("whole", max_steps=4), settings("parts", max_steps=4)
     train(whole)

@@ -241,7 +241,7 @@ def test_the_tables_of_settings_are_those_of_the_code():
     made = hooks.on_page_markdown((ROOT / "docs" / "settings.md").read_text())
     assert hooks.settings_tables() in made
     assert hooks.options_table() in made
-    assert "| `lora_rank` | a whole number, at least 1 | `16` | Rank r of" in made
+    assert "| `lora_rank` | a whole number, at least 1, at most 4096 | `16` | Rank r of" in made
     assert hooks.on_page_markdown("other") == "other"
 
 

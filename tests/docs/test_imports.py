@@ -12,37 +12,35 @@ UNWANTED = {"hpsv2", "hpsv3", "ImageReward", "image-reward", "imscore", "aesthet
 
 
 def modules_after(code):
-    """Return the modules loaded after `code` in a fresh interpreter, and its seconds."""
-    code = f"import sys, time\nstart = time.perf_counter()\n{code}\nprint(time.perf_counter() - start, *sys.modules)"
+    """Return the modules loaded after `code` in a fresh interpreter."""
+    code = f"import sys\n{code}\nprint(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    seconds, *modules = out.split()
-    return float(seconds), set(modules)
+    return set(out.split())
 
 
-def test_import_rewards_is_quick_and_loads_no_framework():
-    seconds, modules = modules_after("import rewards")
-    assert seconds < 1
+def test_import_rewards_loads_no_framework():
+    modules = modules_after("import rewards")
     assert "rewards" in modules
     assert not modules & {"torch", "torchvision", "transformers", "open_clip", "huggingface_hub"}
 
 
 def test_import_rlhf_loads_no_framework_and_its_public_names_load_on_first_use():
-    _, modules = modules_after("import rlhf")
+    modules = modules_after("import rlhf")
     assert not modules & {"torch", "diffusers", "transformers", "rlhf.trainer"}
     names = "RewardGradientConfig, RewardGradientTrainer, load_pipeline"
     check = f"assert sorted(rlhf.__all__) == [x.__name__ for x in ({names})] and not hasattr(rlhf, 'torch')"
-    _, modules = modules_after(f"import rlhf\nfrom rlhf import {names}\n{check}")
+    modules = modules_after(f"import rlhf\nfrom rlhf import {names}\n{check}")
     assert {"rlhf.trainer", "rlhf.config", "rlhf.contentv.loading"} <= modules
 
 
 def test_settings_are_checked_before_the_libraries_that_take_seconds_are_imported():
-    _, modules = modules_after("import rlhf.checks")
+    modules = modules_after("import rlhf.checks")
     assert "rlhf.checks" in modules
     assert not modules & {"diffusers", "transformers", "peft", "accelerate", "open_clip"}
 
 
 def test_scores_are_compared_without_the_libraries_of_models():
-    _, modules = modules_after("import rlhf.evaluation.paired_sets")
+    modules = modules_after("import rlhf.evaluation.paired_sets")
     assert "rlhf.evaluation.statistics" in modules
     assert not modules & {"diffusers", "transformers", "peft", "accelerate"}
 

@@ -17,6 +17,7 @@ import rlhf.evaluation.generate
 from rlhf.evaluation.generate import Variant, generate
 from rlhf.evaluation.video_set import Video, read_set
 from rlhf.nano.world import held_out_prompts
+from rlhf.types import row_of
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "generate.py"))
 parse = SCRIPT["parse_generate_args"]
@@ -113,6 +114,23 @@ def test_the_noise_is_that_of_seed_and_prompt_whatever_else_is_made(run, tmp_pat
     assert (one["rain", 0] - one["rain", 1]).abs().mean() > 2
 
 
+def test_rows_bring_their_negative_prompts_and_go_into_the_list(run, tmp_path):
+    rows = "prompt,negative_prompt,target\nrain,dry sun,red\nrain,,red\nrain,dry sun,red\n"
+    (tmp_path / "rows.csv").write_text(rows)
+    flags = ["--model", run.parent / "base", *SMALL, "--guidance_scale", 9, "--prompts", tmp_path / "rows.csv"]
+    made = make(tmp_path / "made", *flags)
+    assert [row_of(video.prompt) for video in made] == [
+        {"prompt": "rain", "negative_prompt": negative, "target": "red"} for negative in ("dry sun", None)
+    ], "the third is the first"
+    assert (pixels(made[0].path) - pixels(made[1].path)).abs().mean() > 2
+    alone = make(tmp_path / "alone", *flags, "--negative_prompt", "dry sun", "--num_prompts", 2)
+    assert torch.equal(pixels(alone[0].path), pixels(alone[1].path)), "the default of rows without one"
+    (tmp_path / "rows.csv").write_text(rows.replace("red", "blue"))
+    assert row_of(make(tmp_path / "made", *flags)[0].prompt)["target"] == "blue", "no video depends on it"
+    (tmp_path / "rows.csv").write_text(rows.replace("sun", "sand"))
+    assert SCRIPT["main"](["--output", str(tmp_path / "made"), *map(str, flags)]) == 2
+
+
 def test_it_goes_on_where_it_ended(run, tmp_path, monkeypatch):
     first = make(tmp_path, "--from_run", run, "--seeds", 0, 1)
     before = {video.path: (video.path.read_bytes(), video.path.stat().st_mtime_ns) for video in first}
@@ -169,9 +187,11 @@ def test_processes_share_the_work_and_make_the_same(run, tmp_path):
         (["--model", "{base}", "--prompts", "absent.txt"], "got no file at"),
         (["--model", "{base}", "--height", "20"], "height=20 is not divisible by 16"),
         (["--model", "{base}", "--num_frames", "6"], "num_frames=6 is not 4k+1"),
-        (["--model", "{base}", "--fps", "-1"], "fps: got -1, expected at least 1 frame per second"),
+        (["--model", "{base}", "--fps", "-1"], "fps: got -1, expected at least 1 and at most 1000"),
         (["--model", "{base}", "--lora", "absent"], "got no pytorch_lora_weights.safetensors, expected an adapter"),
         (["--model", "{base}", "--merge"], "got no adapter, expected one to apply it to"),
+        (["--model", "{base}", "--guidance_scale", "nan"], "guidance_scale: got nan, expected a number"),
+        (["--model", "{base}", "--num_prompts", str(10**9)], "num_eval_prompts: got 1000000000, expected at least 1"),
         (["--model", "{base}", "--scale", "2"], "got no adapter, expected one to apply it to"),
         (["--model", "absent/absent/absent"], "is no folder here"),
     ],

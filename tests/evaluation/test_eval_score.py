@@ -122,6 +122,17 @@ def test_other_content_prompts_settings_and_rewards_are_scored(folder, run, load
     assert scores(folder)[0]["flicker"] != before[0]["flicker"]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_rewards_read_the_rows_of_the_list_and_another_row_is_scored_anew(folder, run, tmp_path, nested):
+    (tmp_path / "own.py").write_text("def count(video, prompts, rows):\n    return video.new_tensor([rows[0]['n']])\n")
+    for number in (3.0, 4.0):
+        rows = [{"file": f"{i}.mp4", "prompt": "a", "seed": 5} for i in range(3)]
+        rows = [row | ({"row": {"n": number + i}} if nested else {"n": number + i}) for i, row in enumerate(rows)]
+        (folder / "videos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert run(folder, "--reward", f"{tmp_path / 'own.py'}:count")[0] == 0
+        assert [row["count"] for row in scores(folder)] == [number, number + 1, number + 2]
+
+
 @pytest.mark.parametrize(
     ("reward", "settings", "file"),
     [

@@ -6,6 +6,7 @@ import torch
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import EvalOptions, Evaluation, HeldOut
 from rlhf.evaluation.measures import MEASURES
+from rlhf.types import Prompt, row_of
 
 SHAPE = (16, 2, 2, 2)
 PROMPTS = [f"prompt {i}" for i in range(5)]
@@ -83,9 +84,26 @@ def test_every_setting_that_makes_another_video_or_score_makes_the_base_anew(hel
     changes |= {"sampling_weights": "float8", "eval_seed": 4, "num_diversity_prompts": 2}
     for name, value in changes.items():
         assert held_out(num_sample_prompts=0, **{name: value}).base(resumed=True) is anew, name
-    others, judged = held_out(num_sample_prompts=0), held_out(num_sample_prompts=0)
-    others.prompts, judged.judges = PROMPTS[:4], {"pixel": first_pixel, "other": first_pixel}
-    assert others.base(resumed=True) is judged.base(resumed=True) is anew
+    for changed in (
+        {"prompts": PROMPTS[:4]},
+        {"prompts": [Prompt(prompt, {"target": "red"}) for prompt in PROMPTS]},
+        {"judges": {"pixel": first_pixel, "other": first_pixel}},
+    ):
+        other = held_out(num_sample_prompts=0)
+        vars(other).update(changed)
+        assert other.base(resumed=True) is anew, changed
+
+
+def test_rows_reach_every_judge_and_come_back_from_the_file(held_out, tmp_path):
+    def target(video, prompts, rows):
+        return torch.tensor([row["target"] for row in rows])
+
+    judged = held_out(num_sample_prompts=0)
+    judged.prompts = [Prompt(prompt, {"target": i / 2}) for i, prompt in enumerate(PROMPTS)]
+    judged.judges = {"target": target}
+    assert judged.base(resumed=False).scores["target"].tolist() == [0, 0.5, 1, 1.5, 2]
+    kept = judged.base(resumed=True)
+    assert [row_of(prompt) for prompt in kept.prompts] == [row_of(prompt) for prompt in judged.prompts]
 
 
 def test_two_processes_share_the_prompts(held_out):

@@ -1,6 +1,7 @@
 """The demo writes a video that plays, with the prompt and the sampling it was given."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -14,7 +15,7 @@ from tiny import SAMPLING, tiny_pipeline
 from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
 
 DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))
-main, parse, override = DEMO["main"], DEMO["parse_demo_args"], DEMO["override"]
+main, parse = DEMO["main"], DEMO["parse_demo_args"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,9 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
 def test_an_adapter_that_was_taught_guidance_is_sampled_without(saved, tmp_path, monkeypatch):
     seen, run = [], tmp_path / "run"
     monkeypatch.setitem(main.__globals__, "add_lora", lambda *_: None)
-    monkeypatch.setitem(main.__globals__, "override", lambda *given: seen.append(override(*given)) or seen[-1])
+    monkeypatch.setitem(
+        main.__globals__, "replace", lambda *base, **given: seen.append(replace(*base, **given)) or seen[-1]
+    )
     for settings in ({}, {"guidance_gradient": "distill"}):
         run.mkdir(exist_ok=True)
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -98,6 +101,12 @@ def test_a_video_that_cannot_be_written_is_told_before_it_is_sampled(output, tol
     assert told in capsys.readouterr().err
 
 
+def test_an_empty_prompt_is_a_prompt(saved, tmp_path):
+    empty, default = (demo(saved, tmp_path / f"{len(flags)}.mp4", *flags) for flags in (["--prompt", ""], []))
+    assert not torch.equal(empty, default)
+    assert parse(["--prompt", ""]).prompt == ""
+
+
 def test_another_model_needs_a_prompt(capsys):
     with pytest.raises(SystemExit):
         parse(["--model_id", "some/where"])
@@ -112,10 +121,27 @@ def test_another_model_needs_a_prompt(capsys):
         (["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"], "--lora: got './nowhere'"),
         (["--device", "cpu", "--height", "30", "--model_id", "TINY", "--prompt", "x"], "divisible by 16"),
         (["--device", "cpu", "--fps", "0", "--model_id", "TINY", "--prompt", "x"], "fps: got 0, expected at least 1"),
-        (["--device", "cpu", "--num_inference_steps", "0", "--model_id", "TINY", "--prompt", "x"], "at least 1"),
+    ]
+    + [
+        (["--device", "cpu", "--model_id", "TINY", "--prompt", "x", *flags.split()], told)
+        for flags, told in {
+            "--num_inference_steps 0": "num_inference_steps: got 0, expected at least 1",
+            "--num_frames 6": "num_frames=6 is not 4k+1, as the VAE of",
+            "--num_frames -3": "use 1",
+            "--num_frames 1000001": "num_frames: got 1000001, expected at least 1, at most 10000",
+            "--height 0 --width -16": "height=0 is not divisible by 16 (VAE times patch of",
+            "--width 1000000": "width: got 1000000, expected at least 1, at most 16384",
+            "--seed 18446744073709551616": "seed: got 18446744073709551616, expected at least -2**63, less than 2**64",
+            "--guidance_scale 0": "guidance_scale: got 0.0, expected more than 0",
+            "--guidance_scale nan": "guidance_scale: got nan, expected a number",
+            "--fps 1000000": "fps: got 1000000, expected at least 1 and at most 1000",
+            "--max_sequence_length 513": "max_sequence_length: got 513, expected at least 1, at most 512",
+        }.items()
     ],
 )
-def test_mistakes_are_one_paragraph(saved, flags, message):
+def test_mistakes_are_one_paragraph_before_weights_load(saved, flags, message, monkeypatch):
+    if "--lora" not in flags and "./nowhere" not in flags:
+        monkeypatch.setitem(main.__globals__, "load_pipeline", None)
     with pytest.raises(SystemExit) as error:
         main([str(saved) if flag == "TINY" else flag for flag in flags])
     assert message in str(error.value)

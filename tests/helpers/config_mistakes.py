@@ -1,9 +1,15 @@
 """A table of all that can be wrong with settings: what was got, what was expected, the cure."""
 
+import itertools
 from typing import NamedTuple
 
 GOOD = {"model": "ByteDance/ContentV-8B", "prompts": "nano_train", "reward_funcs": ["clip_score"], "report_to": "none"}
 RECOMPUTED = {"gradient_checkpointing": True}
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in itertools.pairwise("abcdefg")
+)
 
 
 class Row(NamedTuple):
@@ -22,14 +28,22 @@ ROWS = [
     Row(["--lora-rnk", "3"], "flag --lora-rnk", "no such setting", "did you mean 'lora_rank'?"),
     Row(["nano.yaml"], "got 'nano.yaml' without a flag", "expected --KEY VALUE", "did you mean --config nano.yaml?"),
     Row(["fast"], "got 'fast' without a flag", "expected --KEY VALUE", "name the setting before its value"),
-    Row(["--max_steps", "few"], "argument --max_steps/--max-steps", "invalid int value: 'few'", "correct the flag"),
+    Row(["--max_steps", "few"], "max_steps: got 'few'", "expected a whole number", "correct its value"),
     Row(["--max_steps"], "argument --max_steps/--max-steps", "expected one argument", "correct the flag"),
     Row({"learing_rate": 1, "max_steps": 1.5}, "learing_rate", "no such setting", "did you mean 'learning_rate'?"),
-    Row(["--learing_rate", "1", "--seed", "x"], "argument --seed", "int value", "correct the flag"),
+    Row(["--learing_rate", "1", "--seed", "x"], "seed: got 'x'", "expected a whole number", "correct its value"),
+    Row(["--shard_base", "maybe"], "shard_base: got 'maybe'", "expected true or false", "correct its value"),
     Row(["--config"], "--config: got no path", "expected a YAML file such as configs/nano.yaml", "correct the path"),
     Row(["--config", "absent.yaml"], "got absent.yaml, which is not a file", "expected a YAML", "correct the path"),
     Row(["--config", "{tmp}/latin.txt"], "latin.txt: got invalid", "expected UTF-8", "save it as UTF-8"),
     Row("a: [1", "config.yaml", "is not YAML", "correct that line"),
+    Row("a: &a\n  b: *a", "config.yaml is not YAML: *a refers to itself", "expected settings in", "correct that line"),
+    Row("a: " + "[" * 10**5, "config.yaml is not YAML: 33 nested levels", "expected settings in", "correct that line"),
+    Row("a: " + "x" * 10**6, "is not YAML: 1000003 characters", "expected settings", "correct that line"),
+    Row(LAUGHS, "is not YAML: more than 20000 values", "expected settings in", "correct that line"),
+    Row("learning_rate: 2024-99-99", "config.yaml is not YAML", "month must be in 1..12", "correct that line"),
+    Row("a: !!timestamp x", "config.yaml", "is not YAML", "correct that line"),
+    Row(["--reward_kwargs", "[" * 10**5], "reward_kwargs: got '[[[", "expected a mapping", "correct its value"),
     Row("# nothing", "got an empty file", "expected lines of the form 'key: value'", "correct the file"),
     Row("seed: 1\nseed: 2", "key seed: got it in lines 1 and 2", "expected it once", "leave one out"),
     Row(
@@ -69,14 +83,14 @@ ROWS = [
     Row({"prompts": "absent.txt"}, "got no file at", "expected a text file or one of nano_train", "correct the path"),
     Row({"prompts": "{tmp}/latin.txt"}, "prompt file {tmp}/latin.txt: got", "expected UTF-8", "save it as UTF-8"),
     Row({"prompts": "{tmp}/broken.jsonl"}, "broken.jsonl, line 2: got", 'a row such as {"prompt"', "correct it"),
-    Row({"prompts": "{tmp}/text.jsonl"}, "text.jsonl: got the row", "rows with a 'prompt'", "pass a list"),
+    Row({"prompts": "{tmp}/text.jsonl"}, "text.jsonl, line 1: got", 'a row such as {"prompt"', "correct it"),
     Row(
         {"eval_prompts": "absent.txt"},
         "got no file at",
         "expected a text file or one of nano_train",
         "correct the path",
     ),
-    Row({"eval_prompts": "{tmp}/empty.txt"}, "got no prompts", "expected one a line", "write at least one"),
+    Row({"eval_prompts": "{tmp}/empty.txt"}, "got no prompts", "expected a text file of", "write at least one"),
     # -------------------------------------------------------------------------------------- rewards
     Row({"reward_funcs": []}, "reward_funcs: got none", "expected at least one reward", "name one"),
     Row({"reward_funcs": ["clip_scor"]}, "clip_scor", "expected one of aesthetic", "The nearest name is 'clip_score'"),
@@ -129,7 +143,16 @@ ROWS = [
     Row({"lr_scheduler_type": "cosine"}, "got 'cosine'", "expected one of constant, linear", "correct its value"),
     Row({"base_bits": 3}, "config.yaml: base_bits: got 3", "expected 4 or none", "correct its value"),
     Row({"guidance_parallel": 3}, "guidance_parallel: got 3", "expected one of 1, 2", "correct its value"),
-    Row(["--method", "ddpo"], "argument --method", "invalid choice: 'ddpo' (choose from", "correct the flag"),
+    Row(["--method", "ddpo"], "method: got 'ddpo'", "expected one of draft_k", "correct its value"),
+    Row({"guidance_scale": 0}, "guidance_scale: got 0.0", "expected more than 0, at most 1000", "correct its value"),
+    Row(["--guidance_scale", "-3"], "guidance_scale: got -3.0", "expected more than 0", "correct its value"),
+    Row(["--guidance_scale", "nan"], "guidance_scale: got 'nan'", "expected a number or none", "correct its value"),
+    Row({"reward_kwargs": {"clip_score": {"x": [float("nan")]}}}, "reward_kwargs: got", "nan", "correct its value"),
+    Row({"cpu_threads": 100000}, "cpu_threads: got 100000", "expected at least 1, at most 1024", "correct its value"),
+    Row({"lora_alpha": 1e30}, "lora_alpha: got 1000", "expected at least 1, at most 65536", "correct its value"),
+    Row({"lora_alpha_pattern": {"to_q": 1e30}}, "for 'to_q'", "expected at least 1, at most 65536", "correct its"),
+    Row({"reward_weights": [1e30]}, "reward_weights: got 1e+30", "at most 1e+09", "correct its value"),
+    Row({"max_steps": 10**12}, "max_steps: got 1000000000000", "expected at least 1, at most 1e+09", "correct its"),
     # ----------------------------------------------------------------------------- method and drift
     Row({"num_grad_steps": 51}, "num_grad_steps=51", "exceeds num_inference_steps=50", "lower num_grad_steps"),
     Row({"method": "refl", "num_grad_steps": 4}, "got 4 with method refl", "expected 1", "change one of the two"),
@@ -340,6 +363,24 @@ ROWS = [
         "load_best_model_at_end: got no {tmp}/another/best_adapter",
         "expected the best adapter of the run",
         "copy it there, or leave the setting out",
+    ),
+    Row(
+        {"output_dir": "{tmp}/spoilt", "resume_from_checkpoint": "auto"},
+        "spoilt/checkpoints/step-3: manifest.json is missing",
+        "expected a whole checkpoint, or no run in {tmp}/spoilt. Nothing was removed",
+        "put a checkpoint back, choose another output_dir",
+    ),
+    Row(
+        {"output_dir": "{tmp}/unreadable", "resume_from_checkpoint": "latest"},
+        "state.json: got a damaged file (TypeError: step is None)",
+        "expected it as it was written",
+        "restore it",
+    ),
+    Row(
+        {"output_dir": "{tmp}/busy"},
+        "busy: got a folder in which process 7 on another trains",
+        "expected one run a folder",
+        "choose another",
     ),
     Row({"resume_from_checkpoint": "absent"}, "got no checkpoint there", "expected a folder such as", "correct the"),
     Row(

@@ -19,6 +19,7 @@ import rlhf.trainer
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.parse import parse_config
 from rlhf.execution import collectives as exchange
+from rlhf.execution import ulysses
 from rlhf.run.signals import TrainingInterrupted
 from rlhf.train import EXIT_INTERRUPTED
 from rlhf.trainer import RewardGradientTrainer
@@ -44,13 +45,9 @@ def _own_gradient(ctx, grad):
     return grad, None, None
 
 
-def _own_part(ctx, grad):
-    return grad[torch.distributed.get_rank(ctx.group)].contiguous(), None, None
-
-
 OMISSIONS = {  # by what is left out of a run: where, and what stands there instead
     "sum of latents": (exchange._SumGradient, "backward", staticmethod(_own_gradient)),
-    "sum of text": (exchange._Gather, "backward", staticmethod(_own_part)),
+    "sum of text": (ulysses, "all_gather_sum_grad", exchange.all_gather),
     "sum of adapters": (Accelerator, "reduce", lambda self, tensor, how: tensor),
 }
 

@@ -7,6 +7,7 @@ import torch
 
 from rewards import RewardMix
 from rlhf.method.losses import reward_loss, score, score_metrics
+from rlhf.types import Prompt
 
 
 def length(video, prompts, **info):
@@ -37,7 +38,18 @@ def test_rewards_are_told_what_else_is_known():
     mix = RewardMix({"curious": lambda video, prompts, **info: told.append(info) or video.mean((1, 2, 3, 4))})
     score(mix, VIDEO, PROMPTS, {"step": 3})
     score(mix, VIDEO, PROMPTS, {"step": 4}, ["a", "b"])
+    assert [info.pop("rows") for info in told] == [[{"prompt": prompt} for prompt in PROMPTS]] * 3
     assert told == [{"step": 3}, {"step": 4}, {"step": 4}]
+
+
+def test_words_before_a_prompt_leave_its_row_as_it_is():
+    told, prompts = [], [Prompt("rain", {"target": "blue"})]
+    mix = RewardMix(
+        {"curious": lambda video, prompts, rows: told.append((*prompts, *rows)) or video.mean((1, 2, 3, 4))}
+    )
+    score(mix, VIDEO[:1], prompts, words=["a", "b"])
+    assert told == [(f"{word}. rain", {"prompt": "rain", "target": "blue"}) for word in "ab"]
+    assert prompts[0].read == set()
 
 
 def test_relative_words_take_the_difference_and_a_penalty_exchanges_them():

@@ -86,14 +86,19 @@ def test_the_keyboard_reaches_and_works_everything(finished, browser):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_a_phone_and_its_text_is_readable(finished, browser, dark):
-    browser.open(write_report(finished), width=360, height=740, dark=dark)
-    assert browser.evaluate("document.documentElement.scrollWidth") <= 360
+    browser.open(write_report(finished), width=400, height=740, dark=dark)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 400
     wider = browser.evaluate("all('.card *').filter(e => e.getBoundingClientRect().right > innerWidth + 1).length")
     assert wider == 0
     colours = browser.evaluate(
         "['--ink', '--muted', '--after', '--second', '--good', '--bad', '--page', '--panel']"
         ".map(name => getComputedStyle(document.documentElement).getPropertyValue(name).trim())"
     )
+    scrolls = "id('headline').parentElement.classList.contains('more')"
+    box = "id('headline').parentElement"
+    assert browser.evaluate(scrolls), "a table that is wider than the screen says so"
+    browser.evaluate(f"({box}.scrollLeft = {box}.scrollWidth, tellAll())")
+    assert not browser.evaluate(scrolls), "until its last column is seen"
     *texts, page, panel = colours
     assert (luminance(page) < 0.1) == dark
     assert min(contrast(text, ground) for text in texts for ground in (page, panel)) >= 4.5  # WCAG 2.2, AA

@@ -53,21 +53,32 @@ def turncoat(video, prompts, **info):
 
 
 ENDS = {
-    "a signal before the first step": (redness, Ends("on_evaluate", terminate), "KeyboardInterrupt", 0),
-    "a signal in a step": (redness, Ends("on_step_end", terminate), "stopped by a signal", 1),
+    "a signal before the first step": (
+        redness,
+        Ends("on_evaluate", terminate),
+        "an interruption, by Ctrl-C or a signal. Go on with",
+        0,
+    ),
+    "a signal in a step": (
+        redness,
+        Ends("on_step_end", terminate),
+        "by Ctrl-C or a signal; checkpoints/step-1 holds its state. Go on with",
+        1,
+    ),
     "a reward that fails": (turncoat, TrainerCallback(), "reward 'turncoat': got AssertionError: no more", 1),
     "an error elsewhere": (redness, Ends("on_log", lambda: 1 / 0), "ZeroDivisionError: division by zero", 1),
 }
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_a_run_that_does_not_finish_leaves_its_report_too(tiny_pipe, make_args, real_report, how):
+def test_a_run_that_does_not_finish_leaves_its_report_too(tiny_pipe, make_args, real_report, capsys, how):
     reward, callback, told, steps = ENDS[how]
     args = make_args(max_steps=3, num_eval_prompts=2, num_sample_prompts=0, num_diversity_prompts=0)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises((KeyboardInterrupt, RewardError, ZeroDivisionError)):
         RewardGradientTrainer(tiny_pipe, reward, args, PROMPTS, PROMPTS[:2], callbacks=[callback]).train()
     assert signal.getsignal(signal.SIGTERM) is handler
+    assert ("Interrupted: writing" in capsys.readouterr().err) == ("signal" in how), "said before it takes its time"
     page = Page((Path(args.output_dir) / "report.html").read_text())
     assert f"not finished: {steps} of 3 steps were done" in page.text
     assert "It ended with" in page.text

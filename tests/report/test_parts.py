@@ -10,8 +10,8 @@ from report_runs import metrics
 
 from rlhf import report
 from rlhf.export import model_card
-from rlhf.report.data import Run, cost, training_table
-from rlhf.report.plots import draw, panels
+from rlhf.report.data import Run, run_cost, training_table
+from rlhf.report.plots import draw_svg, panels
 from rlhf.run.environment import record_end, record_start
 
 
@@ -50,7 +50,7 @@ def test_a_best_adapter_that_was_loaded_stands_where_it_was_made(finished):
 
 
 def test_curves_are_in_the_colours_of_the_page_and_have_ids_of_their_own(finished):
-    drawn = [draw(panel, i) for i, panel in enumerate(panels(Run(finished))[:3])]
+    drawn = [draw_svg(panel, i) for i, panel in enumerate(panels(Run(finished))[:3])]
     colours = set(re.findall(r"#[0-9a-f]{6}\b", "".join(drawn)))
     assert not colours
     assert "var(--after)" in drawn[0]
@@ -75,7 +75,7 @@ def test_cost_of_a_run_that_was_resumed_on_two_devices(started, monkeypatch):
     (started / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics(6)))
     record_start(started, "cpu")
     record_end(started)
-    found = cost(Run(started))
+    found = run_cost(Run(started))
     assert (found["energy_kilojoules"], found["processes"]) == (4.0, 2)
     assert found["device_hours"] == pytest.approx(2 * 12 / 3600)
 

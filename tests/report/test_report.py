@@ -13,8 +13,9 @@ from scripts import script
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.statistics import summarize
+from rlhf.io import DamagedFileError
 from rlhf.report import finish_report, write_report
-from rlhf.report.data import Run, cost
+from rlhf.report.data import Run, run_cost
 from rlhf.run.environment import record_end, record_start
 
 
@@ -33,7 +34,7 @@ def test_its_numbers_are_those_of_the_files(finished):
 
 
 def test_all_of_the_prompts_count_in_the_share_that_rose(finished):
-    row = next(row for row in Run(finished).headline() if row["name"] == "redness")
+    row = next(row for row in Run(finished).result_rows() if row["name"] == "redness")
     assert (row["better"], row["equal"], row["worse"]) == ((GAINS > 0).sum(), (GAINS == 0).sum(), (GAINS < 0).sum())
     assert f"{round(100 * row['win_rate'])} % of 12" in read(finished).text
 
@@ -89,7 +90,7 @@ def test_what_was_set_and_what_it_cost(finished):
     assert "whole run 30.0 s" in text
     assert f"torch {version('torch')}" in text
     assert "GiB of the main process" in text
-    assert cost(Run(finished))["device_hours"] == pytest.approx(30 / 3600)
+    assert run_cost(Run(finished))["device_hours"] == pytest.approx(30 / 3600)
 
 
 def test_it_can_show_other_videos(finished, encoded, tmp_path):
@@ -127,6 +128,36 @@ def test_a_run_that_went_on_and_was_killed_or_failed_is_not_finished(finished):
     record_start(finished, "cpu")
     record_end(finished)
     assert Run(finished).status == "finished: 6 of 6 steps"
+
+
+def test_seconds_are_those_of_all_parts(started):
+    assert "Its end was not recorded: it was killed, or it still runs." in read(started).text
+    record_end(started, "an interruption")
+    path = started / "environment.jsonl"
+    row = json.loads(path.read_text())
+    killed = {name: value for name, value in row.items() if name != "seconds"}
+    rows = [row | {"seconds": 20.0}, killed, row | {"seconds": 5.5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {}]))
+    text = read(started).text
+    assert "It ended with an interruption" in text
+    assert "whole run 25.5 s, evaluation included, all 3 starts but those that were killed" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "",
+        '{"seconds": 3}',
+        '{"steps": "6"}',
+        '{"steps": 6, "trained": [1]}',
+        '{"steps": 6, "trained": {"a": {}}}',
+    ],
+)
+def test_a_damaged_summary_is_told(finished, text):
+    (finished / "summary.json").write_text(text)
+    with pytest.raises(DamagedFileError, match="summary.json: got a damaged file"):
+        read(finished)
 
 
 def test_one_prompt_makes_no_verdict(finished):

@@ -21,12 +21,12 @@ def test_table_has_a_line_for_each_judge_and_measure():
 def test_pictures_leave_the_notebook_its_way_of_showing_plots(tmp_path):
     from matplotlib import pyplot
 
-    from rlhf.report.plots import Panel, Series, draw
+    from rlhf.report.plots import Panel, Series, draw_svg
 
     pyplot.switch_backend("svg")
     video = torch.zeros(1, 3, 2, 8, 8, dtype=torch.uint8)
     draw_contact_sheet(["a"], video, video, tmp_path / "s.png")
-    draw(Panel("a", [Series("a", {1: 0.1, 2: 0.2, 3: 0.3})]), 1)
+    draw_svg(Panel("a", [Series("a", {1: 0.1, 2: 0.2, 3: 0.3})]), 1)
     assert pyplot.get_backend().lower() == "svg"
     assert not pyplot.get_fignums()
 

@@ -1,5 +1,6 @@
 """The reward contract: defaults, error messages, and a probe that catches each breach."""
 
+import functools
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from rewards import RewardError, frames_needed, probe
+from rewards.contract import call_reward
+from rewards.contract_probe import PROBE_PROMPTS
 from rlhf.plugins import GROUP
 
 SHAPE = (3, 5, 16, 16)
@@ -39,6 +42,28 @@ def test_a_good_reward_passes_and_is_reported():
     assert len(report.scores) == len(report.grad_norms) == 2
     assert report.grad_norms == pytest.approx([(WEIGHTS_HW / 15 / 256).norm().item() * 15**0.5] * 2)
     assert len(passed) == 5
+
+
+class Module(torch.nn.Module):
+    def forward(self, video, prompts, fps):
+        return (video * WEIGHTS_HW).mean(dim=(1, 2, 3, 4)) * fps
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda video, prompts: good(video, prompts),
+        lambda video, prompts, rows, *, seed: good(video, [row["prompt"] for row in rows]),
+        lambda video, prompts, step=None, **info: good(video, [row["prompt"] for row in info["rows"]], **info),
+        lambda *given, **info: good(*given, **info),
+        functools.partial(lambda scale, video, prompts, rows: good(video, prompts) * scale * len(rows), 2.0),
+        Module(),
+        torch.no_grad()(with_attributes(good)),
+    ],
+)
+def test_a_reward_is_given_the_keywords_that_it_takes(reward):
+    scores = call_reward(reward, torch.rand(2, *SHAPE), ["a", "b"], {"fps": 8, "seed": 0, "step": 1})
+    assert scores.shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +103,9 @@ def test_the_probe_tells_frame_rate_seed_and_step():
 
     probe(reward, SHAPE)
     probe(reward, SHAPE, info={"fps": 8})
+    assert seen[0].pop("rows") == [{"prompt": prompt} for prompt in PROBE_PROMPTS[:2]]
     assert seen[0] == {"probe": True, "fps": 24, "seed": 0, "step": 0}
-    assert seen[-1] == {"probe": True, "fps": 8, "seed": 0, "step": 0}
+    assert seen[-1]["fps"] == 8
 
 
 def detached(video, prompts, **info):
@@ -128,7 +154,11 @@ BREACHES = {  # what is wrong: the reward, and what is said of it
         "pixels of another video",
     ),
     "chance": (lambda v, p, **_: good(v, p) + torch.rand(len(p)), "two scores for the same batch"),
-    "no info": (lambda v, p: good(v, p), "TypeError.*probe"),
+    "no prompts": (lambda v: good(v, ["a", "b"]), "TypeError.*positional"),
+    "no field": (
+        lambda v, p, rows: good(v, [row["size"] for row in rows]),
+        "no field .size. in the row .*, only prompt.*test_contract",
+    ),
     "in place": (lambda v, p, **_: good(v.mul_(2), p), "RuntimeError"),
 }
 

@@ -29,6 +29,9 @@ def test_they_are_understood(tmp_path):
         (score.parse_score_args, ["a.mp4", "--reward", "r", "--json", "{nowhere}/a.json"], "got no folder {nowhere}"),
         (COMPARE, ["a", "b", "--json", "{locked}/a.json"], "got no right to write {locked}/a.json, expected one"),
         (score.parse_score_args, ["a.mp4", "--reward", "r", "--device", "cuba"], "device='cuba', expected one of "),
+        (REPORT, ["run", "--max_mb", "nan"], "got 'nan'; expected a number of at least 0"),
+        (check.parse_check_args, ["r", "--kwargs", "{{a: [.nan]}}"], "expected a mapping such as"),
+        (score.parse_score_args, ["a.mp4", "--reward", "r", "--row", "{{n: .nan}}"], "expected a mapping such as"),
         (check.parse_check_args, ["r", "--device", "bogus"], "device='bogus', expected one of "),
     ],
 )

@@ -218,7 +218,7 @@ def test_the_mix_asks_for_the_most_frames(asked, needed):
 def test_info_is_passed_on(video):
     reward = Mean()
     RewardMix({"a": reward})(video, PROMPTS, fps=24, step=3)
-    assert reward.seen[0][3] == {"fps": 24, "step": 3}
+    assert reward.seen[0][3] == {"fps": 24, "step": 3, "rows": [{"prompt": prompt} for prompt in PROMPTS]}
 
 
 def test_weight_zero_is_logged_without_gradient(video):

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import resource
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import tiny_transformer
 
 from rlhf.adapter.lora import add_adapter, lora_config
@@ -21,6 +23,7 @@ from rlhf.run.checkpoint import (
     load_checkpoint,
     load_vector,
     newest_undamaged_checkpoint,
+    read_state,
     save_checkpoint,
 )
 
@@ -45,11 +48,12 @@ def update(masters, optimizer, steps) -> None:
 @pytest.mark.parametrize("updates", [0, 3])
 def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, updates):
     masters, optimizer = trained(updates)
-    path = save_checkpoint(tmp_path, updates, masters, optimizer, {"note": 1})
+    path = save_checkpoint(tmp_path, updates, masters, optimizer, {"note": 1, "settings": {}})
     update(masters, optimizer, range(updates, 6))
 
     other, other_optimizer = trained(min(updates, 2), seed=9)  # wrong numbers, to be replaced
-    assert load_checkpoint(path, other, other_optimizer) == {"step": updates, "optimizer_updates": updates, "note": 1}
+    progress = {"step": updates, "optimizer_updates": updates}
+    assert load_checkpoint(path, other, other_optimizer) == progress | {"note": 1, "settings": {}}
     assert all(torch.equal(p, piece) for p, piece in zip(other.params, other.named(other.vector).values(), strict=True))
     update(other, other_optimizer, range(updates, 6))
     assert torch.equal(masters.vector, other.vector)
@@ -58,7 +62,7 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, updates):
 def test_the_average_goes_on_and_begins_at_the_weights_where_none_was_kept(tmp_path):
     masters, optimizer = trained(0, average_decay=0.9)
     masters.average += 1
-    path = save_checkpoint(tmp_path, 1, masters, optimizer, {})
+    path = save_checkpoint(tmp_path, 1, masters, optimizer, {"settings": {}})
     other, _ = trained(0, average_decay=0.5)
     load_checkpoint(path, other, optimizer)
     assert torch.equal(other.average, masters.average)
@@ -77,6 +81,7 @@ def test_nothing_is_pickled_and_no_unfinished_folder_stays(tmp_path):
     assert path.stat().st_ino == written, "a whole one is never in danger"
 
 
+GOOD = '{"step": 1, "optimizer_updates": 1, "settings": {}}'
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -133,7 +138,10 @@ DAMAGES = [
     (lambda path: (path / "adapter.safetensors").unlink(), "adapter.safetensors is missing"),
     (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing or damaged"),
     (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is missing or damaged"),
-    (lambda path: (path / "manifest.json").write_text("[1]"), "manifest.json is missing or damaged"),
+    *(
+        (lambda path, text=text: (path / "manifest.json").write_text(text), "manifest.json is missing or damaged")
+        for text in ("[1]", "{}", '{"files": {}}', '{"files": [1]}', "null", "[" * 10**5)
+    ),
 ]
 
 
@@ -166,6 +174,53 @@ def test_only_the_newest_are_kept_by_number(tmp_path):
     for step in (2, 9, 10, 11):
         save_checkpoint(tmp_path, step, masters, optimizer, {}, keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-10", "step-11"]
+
+
+def test_an_old_one_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, caplog):
+    masters, optimizer = trained(0)
+    save_checkpoint(tmp_path, 1, masters, optimizer, {})
+    remove = shutil.rmtree
+
+    def refuse(path, **kwargs):
+        if path.name == "step-1":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        remove(path, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert save_checkpoint(tmp_path, 2, masters, optimizer, {}, keep=1) == tmp_path / "step-2"
+    assert f"{tmp_path / 'step-1'}: this old checkpoint could not be removed ([Errno 13] Permission" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "null",
+        "3",
+        "",
+        '"x"',
+        '{"step": 1}',
+        GOOD.replace("1", '"1"'),
+        GOOD.replace("{}", "[]"),
+        "[" * 10**5,
+    ],
+)
+def test_a_state_that_is_none_is_told(tmp_path, text):
+    (tmp_path / "state.json").write_text(GOOD)
+    assert read_state(tmp_path)["step"] == 1
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(DamagedFileError, match=r"state.json: got a damaged file .*, expected it as it"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"exp_avg.x": torch.zeros(1)}])
+def test_moments_of_something_else_are_told(tmp_path, tensors):
+    masters, optimizer = trained(1)
+    path = save_checkpoint(tmp_path, 1, masters, optimizer, {"settings": {}})
+    save_file(tensors, path / "optimizer.safetensors")
+    with pytest.raises(DamagedFileError, match=r"optimizer.safetensors: got a damaged file \(KeyError"):
+        load_checkpoint(path, masters, optimizer)
 
 
 def test_latest_is_the_newest_whole_one(tmp_path):

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import many_runs
 import pytest
 import torch
+from checkpoints import write_manifest
 from processes import FOLDER, free_port, together
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness
@@ -19,7 +22,7 @@ from rlhf.checks import check_config
 from rlhf.config import ConfigError
 from rlhf.run import checkpoint
 from rlhf.run.metrics import read_metrics
-from rlhf.run.resume import RESTART_COUNT, resolve_resume
+from rlhf.run.resume import RESTART_COUNT, resolve_resume, resume_message
 from rlhf.trainer import RewardGradientTrainer
 
 
@@ -29,15 +32,7 @@ def train(args) -> list[int]:
     return [row["step"] for row in read_metrics(Path(args.output_dir))]
 
 
-def test_a_first_start_does_as_it_is_told(make_args):
-    args = make_args()
-    assert resolve_resume(args) is args
-    assert train(args) == [1, 2, 3]
-    with pytest.raises(ConfigError, match="holds a run already"):
-        train(args)
-
-
-def test_auto_starts_goes_on_and_starts_over_where_nothing_was_saved(make_args):
+def test_auto_starts_and_goes_on(make_args):
     args = make_args(resume_from_checkpoint="auto", max_steps=2)
     assert train(args) == [1, 2]
     more = dataclasses.replace(args, max_steps=3)
@@ -45,10 +40,75 @@ def test_auto_starts_goes_on_and_starts_over_where_nothing_was_saved(make_args):
     before = (Path(args.output_dir) / "checkpoints" / "step-2" / "state.json").stat().st_mtime_ns
     assert train(more) == [1, 2, 3]
     assert (Path(args.output_dir) / "checkpoints" / "step-2" / "state.json").stat().st_mtime_ns == before
-    for path in (Path(args.output_dir) / "checkpoints").glob("step-*/manifest.json"):
-        path.unlink()
-    assert resolve_resume(more).overwrite_output_dir
-    assert train(dataclasses.replace(args, max_steps=1)) == [1]
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "adapter"])
+def test_auto_deletes_nothing_where_there_is_no_whole_checkpoint(make_args, left):
+    args = make_args(max_steps=1)
+    train(args)
+    folder = Path(args.output_dir)
+    for name in {"checkpoints", "adapter"} - {left}:
+        shutil.rmtree(folder / name)
+    for manifest in folder.glob("checkpoints/step-*/manifest.json"):
+        manifest.unlink()
+    before = contents(folder)
+    auto = dataclasses.replace(args, resume_from_checkpoint="auto", max_steps=2)
+    told = "step-1: manifest.json is missing" if left == "checkpoints" else "got adapter and no checkpoint"
+    for again in (auto, resolve_resume(auto)):
+        with pytest.raises(ConfigError, match=f"{told}.*Nothing was removed"):
+            train(again)
+    with pytest.raises(ConfigError, match="resume_from_checkpoint and overwrite_output_dir: got both"):
+        train(dataclasses.replace(auto, overwrite_output_dir=True))
+    assert contents(folder) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_auto_starts_again_a_run_that_saved_nothing_and_keeps_what_is_there(make_args, capsys):
+    args = make_args(resume_from_checkpoint="auto", max_steps=1)
+    folder = Path(args.output_dir)
+    (folder / "samples" / "mine").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 9}\n{"reward": 9}\n{"step": 2, "rew')
+    (folder / "config.yaml").write_text("max_steps: 1\n")
+    assert train(args) == [1]
+    assert "holds a run without a checkpoint: starting it again, and keeping what is there" in capsys.readouterr().out
+    assert (folder / "samples" / "mine").is_dir()
+    assert (folder / "metrics.dropped.jsonl").read_text() == '{"step": 1, "reward": 9}\n'
+
+
+def test_a_disk_that_does_not_answer_is_not_damage(make_args):
+    """/proc/self/mem is there and cannot be read, as a file of a network disk that is gone."""
+    args = make_args(max_steps=1)
+    train(args)
+    before = contents(Path(args.output_dir))
+    manifest = Path(args.output_dir) / "checkpoints" / "step-1" / "manifest.json"
+    manifest.rename(manifest.with_name("kept"))
+    manifest.symlink_to("/proc/self/mem")
+    for which in ("auto", "latest", str(manifest.parent)):
+        with pytest.raises(OSError, match="Input/output error"):
+            train(dataclasses.replace(args, resume_from_checkpoint=which))
+    manifest.with_name("kept").rename(manifest)
+    assert contents(Path(args.output_dir)) == before
+
+
+def test_seconds_of_a_run_are_those_of_all_parts(make_args, capsys, monkeypatch):
+    args = make_args(max_steps=1)
+    RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"1 process on cpu \(.+\), base in float32, adapter in float32", first)
+    path = Path(args.output_dir) / "checkpoints" / "step-1"
+    state = json.loads((path / "state.json").read_text())
+    assert state["seconds"] > 0
+    for seconds, least in ((1000.0, 1000.0), (None, 77.0)):  # earlier versions saved none
+        kept = {name: value for name, value in state.items() if name != "seconds"}
+        (path / "state.json").write_text(json.dumps(kept | ({"seconds": seconds} if seconds else {})))
+        (path.parents[1] / "metrics.jsonl").write_text('{"step": 1, "seconds": 77.0}\n')
+        write_manifest(path)
+        again = dataclasses.replace(args, resume_from_checkpoint="latest")
+        summary = RewardGradientTrainer(tiny_pipeline(), redness, again, PROMPTS).train()
+        assert least < summary["seconds"] < least + 60
 
 
 def test_resolve_resume_says_where_from_and_what_is_no_longer_the_same(make_args, capsys):
@@ -63,6 +123,26 @@ def test_resolve_resume_says_where_from_and_what_is_no_longer_the_same(make_args
     train(dataclasses.replace(again, max_steps=2, learning_rate=0.25))
     told = capsys.readouterr().out
     assert "step 1 of 2. Other settings than before: learning_rate 0.5 -> 0.25, max_steps 1 -> 2." in told
+    assert "Processes" not in told
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "told"),
+    [
+        (2, {}, "Processes: 4 -> 2, samples of a step: 8 -> 4."),
+        (2, {"gradient_accumulation_steps": 2}, "Processes: 4 -> 2, samples of a step: 8 as before."),
+        (4, {"guidance_parallel": 2}, "Processes: 4 -> 4, samples of a step: 8 -> 4."),
+        (4, {"learning_rate": 0.1}, None),
+    ],
+)
+def test_another_number_of_processes_is_said_with_what_it_does_to_a_step(
+    make_args, monkeypatch, processes, settings, told
+):
+    before = make_args(per_device_train_batch_size=2)
+    saved = {"step": 1, "settings": vars(before), "processes": 4}
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    message = resume_message(Path("step-1"), saved, dataclasses.replace(before, **settings))
+    assert message.endswith(f" {told}") if told else "Processes" not in message
 
 
 def test_a_checkpoint_whose_blocks_were_trained_whole_is_refused(make_args):
@@ -71,7 +151,7 @@ def test_a_checkpoint_whose_blocks_were_trained_whole_is_refused(make_args):
     path = Path(args.output_dir) / "checkpoints" / "step-1" / "state.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps(state | {"settings": state["settings"] | {"train_blocks": ["transformer_blocks.0"]}}))
-    (path.parent / "manifest.json").write_text('{"files": {}}')
+    write_manifest(path.parent)
     with pytest.raises(ConfigError, match=r"step-1: train_blocks: got \['transformer_blocks.0'\], which this version"):
         train(dataclasses.replace(args, max_steps=2, resume_from_checkpoint="latest"))
 

@@ -42,6 +42,7 @@ def test_processes_share_the_samples_and_each_gets_its_own_noise():
             return tensor
 
     def judge(video, prompts, **info):
+        assert [row["prompt"] for row in info.pop("rows")] == prompts
         assert (info, torch.is_grad_enabled()) == ({"fps": 8}, False)
         return redness(video, prompts) + torch.tensor([float(len(prompt)) for prompt in prompts])
 

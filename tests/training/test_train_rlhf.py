@@ -2,6 +2,7 @@
 on.
 """
 
+import errno
 import json
 import os
 import re
@@ -68,10 +69,38 @@ def test_a_resume_hint_names_a_command_that_can_be_launched(monkeypatch):
     from rlhf import train
 
     monkeypatch.setattr("rlhf.run.checkpoint.newest_undamaged_checkpoint", lambda folder: folder / "step-3")
-    for started, launched in ((train.__file__, "-m rlhf.train"), ("train_rlhf.py", "train_rlhf.py")):
-        monkeypatch.setattr(sys, "argv", [started, "--seed", "1"])
-        hint = train.resume_hint(RewardGradientConfig(output_dir="runs/x"))
-        assert f"accelerate launch {launched} --seed 1 --resume_from_checkpoint latest" in hint
+    resume, replace = "--resume_from_checkpoint latest", "--overwrite_output_dir false"
+    for started, flags, launched in (
+        (train.__file__, "--seed 1", f"-m rlhf.train --seed 1 {resume}"),
+        ("train_rlhf.py", f"{resume} --seed 1", f"train_rlhf.py --seed 1 {resume}"),
+        ("a.py", "--overwrite-output-dir --seed 1 --resume_from_checkpoint=auto", f"a.py --seed 1 {replace} {resume}"),
+    ):
+        monkeypatch.setattr(sys, "argv", [started, *flags.split()])
+        args = RewardGradientConfig(output_dir="runs/x", overwrite_output_dir="overwrite" in flags)
+        assert train.resume_hint(args).endswith(f"accelerate launch {launched}")
+
+
+@pytest.mark.parametrize(
+    ("reward", "flag", "place", "prompt", "told"),
+    [
+        ("nano_preference", "prompts", 9, "привет", "of which it knows no word"),
+        ("nano_preference", "eval_prompts", 0, "a dog on the sofa", "of which it knows no word"),
+        ("nano_verifier", "eval_prompts", 9, "a red kite", "which lacks a colour, a shape or a motion"),
+    ],
+)
+def test_a_prompt_that_a_reward_cannot_read_is_named_wherever_it_stands(
+    main, tmp_path, capsys, monkeypatch, reward, flag, place, prompt, told
+):
+    prompts = ["a small red circle moving left"] * 10
+    prompts[place] = prompt
+    (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
+    monkeypatch.setattr("rlhf.contentv.loading.load_pipeline", None)
+    flags = [f"--{flag}", str(tmp_path / "p.txt"), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*flags, "--eval_reward_funcs", *["nano_verifier"] * (reward == "nano_verifier"), "flicker"]) == 1
+    assert (
+        f"reward {reward!r}: got the prompt {prompt!r}, {told}; expected a sentence of the nano world"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_users_own_model_prompts_and_reward_and_a_resolved_config_that_repeats_the_run(
@@ -126,6 +155,27 @@ def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, ca
     assert "base.safetensors: got a damaged file" in told
     (project / "run" / "evaluation" / "base.safetensors").unlink()
     assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 0, "the cure"
+
+
+@pytest.mark.parametrize("where", ["rlhf.checks.check_config", "rlhf.training.rewards.open_rewards"])
+def test_ctrl_c_before_the_training_is_one_line(main, project, capsys, monkeypatch, where):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    assert main(["--config", str(project / "config.yaml")]) == 130
+    assert capsys.readouterr().err == "train_rlhf: interrupted before the training began; nothing was lost.\n"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_disk_that_does_not_answer_is_told(main, project, capsys, monkeypatch, late):
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle", "/net/run/state.json")
+
+    monkeypatch.setattr("rlhf.trainer.RewardGradientTrainer" if late else "rlhf.checks.check_config", fail)
+    assert main(["--config", str(project / "config.yaml")]) == (1 if late else 2)
+    told = "Stale file handle: '/net/run/state.json', expected a disk that answers. Nothing was removed; see to it"
+    assert told in capsys.readouterr().err
 
 
 def test_a_reward_that_breaks_ends_with_1_and_its_name(main, project, capsys):

@@ -210,6 +210,36 @@ def test_what_was_handed_over_is_in_the_folder_and_named_in_the_settings(make_ar
     assert load_prompts(again.eval_prompts, again.base_dir, 1) == held_out[:2]
 
 
+def test_rows_reach_rewards_and_judges_of_a_run_and_of_the_run_that_resumes_it(make_args, tmp_path, capsys):
+    seen = {}
+
+    def rows_seen(video, prompts, rows, step):  # without **info
+        assert prompts == [row["prompt"] for row in rows]
+        seen.setdefault(step, []).extend((row["prompt"], row["n"], row.get("other")) for row in rows)
+        return redness(video, prompts)
+
+    data = [
+        {"prompt": prompt, "n": [i], "negative_prompt": prompt[::-1], "typo": 0} for i, prompt in enumerate(PROMPTS)
+    ]
+    runs = {}
+    for name, steps in (("whole", [3]), ("parts", [1, 3])):
+        for last in steps:
+            args = make_args(output_dir=str(tmp_path / name), max_steps=last, save_steps=1, num_eval_prompts=2)
+            if last > steps[0]:
+                again = ["--config", str(tmp_path / name / "config.yaml"), "--resume_from_checkpoint", "latest"]
+                args, given = parse_config([*again, "--max_steps", "3"]), ()
+            else:
+                given = data, data[3:]
+            seen.clear() if last == steps[0] else None
+            RewardGradientTrainer(tiny_pipeline(), rows_seen, args, *given).train()
+        runs[name] = {step: rows for step, rows in seen.items() if step}
+        told = capsys.readouterr().out
+        assert told.count("Fields of the prompts' rows that nothing has read: typo.") == 1, told
+        assert set(runs[name]) == {1, 2}
+    assert runs["whole"] == runs["parts"]
+    assert_same_training(*(make_args(output_dir=str(tmp_path / name)) for name in runs))
+
+
 def test_a_pipe_with_an_adapter_is_refused_and_trains_on_when_that_is_merged(make_args, tmp_path):
     """Two adapters would be evaluated as one, and the base without either."""
     pipe, args = tiny_pipeline(), make_args(max_steps=1, output_dir=str(tmp_path / "first"))

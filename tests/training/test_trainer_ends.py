@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import At, saved_adapter, train
+from runs import At, adapter, saved_adapter, train
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, brightness, redness, rows_without_cost
 from transformers import TrainerCallback
@@ -46,6 +46,38 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(make_args, tmp_
     assert rows_without_cost(args) == rows_without_cost(whole)
     for name, tensor in saved_adapter(whole).items():
         assert torch.equal(tensor, saved_adapter(args)[name]), name
+
+
+def interrupt(_=None):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("where", ["a step", "an evaluation"])
+def test_a_second_signal_saves_the_last_finished_step(make_args, tmp_path, capfd, monkeypatch, where):
+    settings = {"max_steps": 4, "save_steps": 0, "eval_steps": 3, "num_sample_prompts": 0, "num_diversity_prompts": 0}
+    settings |= {"ema_decay": 0.9}  # an evaluation is of the average, a checkpoint of the weights
+    whole, args = (make_args(output_dir=str(tmp_path / name), **settings) for name in ("whole", "parts"))
+    train(whole, evaluate=True)
+
+    def twice(self, *place):
+        if place[:2] in ((2, 0), ("step 3", 3)):
+            interrupt()
+            interrupt()
+        return original(self, *place)
+
+    of, name = {"a step": (RewardGradientTrainer, "_reward_gradient"), "an evaluation": (HeldOut, "evaluate")}[where]
+    original = getattr(of, name)
+    monkeypatch.setattr(of, name, twice)
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(args, evaluate=True)
+    monkeypatch.setattr(of, name, original)
+    done = {"a step": 2, "an evaluation": 3}[where]
+    assert caught.value.checkpoint.name == f"step-{done}"
+    told = {"a step": "finishing step 3, then", "an evaluation": "finishing the evaluation of step 3, then saving"}
+    assert told[where] in capfd.readouterr().err
+    assert [row["step"] for row in read_metrics(tmp_path / "parts")] == [*range(1, done + 1)]
+    train(dataclasses.replace(args, resume_from_checkpoint="latest"), evaluate=True)
+    assert torch.equal(adapter(whole), adapter(args))
 
 
 def test_a_folder_that_cannot_be_made_is_told(make_args, tmp_path, monkeypatch):

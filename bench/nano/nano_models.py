@@ -41,7 +41,7 @@ SAMPLING = {
 
 
 def build_transformer() -> SD3Transformer3DModel:
-    """Return an MM-DiT of 6 joint blocks with 4 heads of 40."""
+    """Return an untrained MM-DiT of 6 joint blocks, with 4 heads of width 40."""
     return SD3Transformer3DModel(
         num_layers=6,
         num_attention_heads=4,
@@ -52,7 +52,7 @@ def build_transformer() -> SD3Transformer3DModel:
 
 
 def build_vae() -> AutoencoderKLWan:
-    """Return a Wan VAE, 8x in space and 4x in time, with a light decoder for training steps."""
+    """Return an untrained Wan VAE, 8x in space and 4x in time, with a small, fast decoder."""
     latents = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
     return AutoencoderKLWan(base_dim=24, decoder_base_dim=16, num_res_blocks=1, **latents)
 
@@ -63,7 +63,7 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def build_text_encoders(tokenizers: dict) -> dict[str, torch.nn.Module]:
-    """Return two CLIP encoders of width 64 and a T5 encoder of width 128."""
+    """Return two untrained CLIP encoders of width 64 and a T5 encoder of width 128, by name."""
     encoders = {}
     for name in ("", "_2"):
         tokenizer = tokenizers[f"tokenizer{name}"]
