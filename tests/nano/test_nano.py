@@ -42,7 +42,7 @@ def test_the_verifier_reads_renders_and_reconstructions(pipe, verifier):
     drawn = world.sample_scenes(24, torch.Generator().manual_seed(0), held_out=True)
     real = world.render(drawn)
     rebuilt = torch.cat([pretrain_vae.reconstruct(pipe.vae, clips) for clips in real.split(12)])
-    assert min(pretrain.accuracy(verifier.model, real, drawn).values()) >= 0.95
+    assert min(pretrain.accuracy(verifier.model, real, drawn).values()) >= 0.9
     shown = pretrain.accuracy(verifier.model, rebuilt, drawn)
     assert min(shown[k] for k in ("color", "motion", "count")) >= 0.97, shown
     assert shown["shape"] >= 0.8, shown  # the VAE rounds small shapes
