@@ -8,20 +8,18 @@ import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
 import argparse
 from dataclasses import fields, replace
-from pathlib import Path
 
 import torch
-from diffusers.utils import export_to_video
 
 from rewards.cli.flags import file_to_write
-from rlhf.adapter.merge import refuse_trained_blocks, require_adapter
+from rlhf.adapter.lora_file import read_lora
+from rlhf.adapter.merge import apply_lora
 from rlhf.checks import check_sampling
-from rlhf.config import is_distilled
-from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, one_line
+from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, model_sizes
 from rlhf.contentv.loading import load_pipeline
-from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.contentv.transformer import linear_sizes
 from rlhf.device import KNOWN_DEVICES, pick_device
-from rlhf.run.folder import read_settings
+from rlhf.run.video import to_uint8, write_video
 
 SAMPLING = {field.name: field for field in fields(SamplingDefaults)}
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi")
@@ -42,17 +40,18 @@ def main(arguments: list[str] | None = None) -> None:
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
     try:
         check_sampling(args.model_id, given, args.seed, args.device)
+        lora = args.lora and read_lora(args.lora, linear_sizes(model_sizes(args.model_id)["transformer"]))
         pipe = load_pipeline(args.model_id, device=pick_device(args.device))
-        if args.lora:
-            add_lora(pipe, args.lora)
-            if args.guidance_scale is None and is_distilled(read_settings(Path(args.lora).parent)):
+        if lora:
+            print(apply_lora(pipe.transformer, lora))
+            if args.guidance_scale is None and lora.distilled:
                 given["guidance_scale"] = 1.0
         sampling = replace(pipe.sampling, **given)
         generator = torch.Generator().manual_seed(args.seed)
-        video = pipe(args.prompt, generator=generator, **sampling.call_arguments()).frames[0]
+        video = pipe(args.prompt, generator=generator, output_type="pt", **sampling.call_arguments()).frames[0]
     except ValueError as error:
         raise SystemExit(f"demo.py: error: {'; '.join(getattr(error, 'problems', [str(error)]))}") from error
-    export_to_video(video, str(args.output), fps=sampling.fps)
+    write_video(args.output, to_uint8(video.transpose(0, 1)), sampling.fps)
     size = f"{len(video)} frames of {sampling.width}x{sampling.height}"
     print(f"wrote {args.output}: {size} at {sampling.fps} fps")
 
@@ -67,7 +66,7 @@ def parse_demo_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=42, help="seed of the initial noise (default: %(default)s)")
     parser.add_argument("--device", help=f"{', '.join(KNOWN_DEVICES)} (default: what the machine has)")
-    parser.add_argument("--lora", help="folder of an adapter, such as RUN/adapter")
+    parser.add_argument("--lora", help="adapter: a file, a folder such as RUN/adapter, or a hub id")
     for name, field in SAMPLING.items():
         parser.add_argument(f"--{name}", type=field.type, help="default: the checkpoint's recommendation")
     args = parser.parse_args(arguments)
@@ -79,17 +78,6 @@ def parse_demo_args(arguments: list[str] | None) -> argparse.Namespace:
     if args.negative_prompt is None:
         args.negative_prompt = NEGATIVE_PROMPTS.get(args.model_id)
     return args
-
-
-def add_lora(pipe: ContentVPipeline, name: str) -> None:
-    """Add an adapter from a folder, a file, or a hub id. Raise ValueError if there is none."""
-    refuse_trained_blocks(name)
-    try:
-        pipe.load_lora_weights(name)
-        require_adapter(pipe.transformer, name)
-    except Exception as error:  # offline, unknown and gated hub ids have types of their own
-        expected = "expected the folder of an adapter such as runs/nano/adapter, or a hub id"
-        raise ValueError(f"--lora: got {name!r} ({one_line(error)}), {expected}; correct the path") from error
 
 
 if __name__ == "__main__":

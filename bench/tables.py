@@ -70,6 +70,20 @@ def _cell(row: dict, key: str, scale: float, form: str) -> str:
     return format(row[key] * scale, form) if key in row else row["skipped"]
 
 
+def parity_table(result: dict) -> str:
+    """Return a row for each reward and published pipeline, in units of 1/255."""
+    lines = [
+        [f"`{row['arm'].split(',')[0]}`{''.join(row['arm'].partition(',')[1:])}", row["pipeline"]]
+        + ["under .01" if row[key] < 0.01 else f"{row[key]:.2f}" for key in ("mean", "max")]
+        for row in result["rows"]
+    ]
+    about = result["environment"]
+    libraries = ", ".join(f"{name} {about[name]}" for name in ("transformers", "torchvision", "open_clip", "PIL"))
+    sizes = ", ".join(about["sizes"])
+    headings = ["reward", "published pipeline", "mean difference", "largest"]
+    return f"Units are 1/255, of noise and of soft shapes of {sizes}; {libraries}.\n\n{table(headings, lines)}"
+
+
 def guidance_table(result: dict) -> str:
     """Return a row for each adapter, number of steps and mode but the exact one."""
     headings = ["adapter", "steps with gradient", "`guidance_gradient`", "cosine with full", "length, full = 1"]
@@ -186,6 +200,7 @@ def equality_table(result: dict) -> str:
 
 TABLES = {
     "rewards.json": rewards_table,
+    "reward_parity.json": parity_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,
     "cheaper.json#own": lambda result: cheaper_table(result, at_full_size=False),

@@ -19,7 +19,7 @@ from rewards.cli.table import format_table
 from rlhf.evaluation.paired_sets import ALL, compare, read_pairs
 from rlhf.evaluation.statistics import INTERVAL
 from rlhf.evaluation.video_set import MANIFEST, read_set
-from rlhf.io import write_json
+from rlhf.io import read_lines, write_json
 
 HEADS = ("prompts", "base", "tuned", "difference", INTERVAL, "better", "p (Holm)", "")
 NANO_ATTRIBUTES = ("color", "shape", "motion", "count")
@@ -47,8 +47,7 @@ def categories(by: str | None, folder: Path, prompts: list[str]) -> Callable[[st
     if by == "category":
         known = {video.prompt: video.category for video in read_set(folder) if video.category}
     elif Path(by).is_file():
-        lines = Path(by).read_text(encoding="utf-8").splitlines()
-        known = dict(line.rsplit("\t", 1) for line in lines if "\t" in line)
+        known = dict(line.rsplit("\t", 1) for line in read_lines(Path(by)) if "\t" in line)
     else:
         expected = f"category, one of {', '.join(NANO_ATTRIBUTES)}, or a file"
         raise ValueError(f"--by: got {by!r}, expected {expected}; correct it")

@@ -11,11 +11,12 @@ resumes. With `accelerate launch` all devices share the work.
 
 import argparse
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
 from rlhf.checks import check_config
-from rlhf.config import RewardGradientConfig, is_distilled
+from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.evaluation.video_set import Video, merge_manifest, write_manifest
 from rlhf.prompts import load_prompts
@@ -48,7 +49,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from_run", type=Path, help=from_run)
     parser.add_argument("--base", action="store_true", help="with --from_run: leave its adapter out")
     parser.add_argument("--model", help="nano (default), a folder, or a hub id")
-    parser.add_argument("--lora", type=Path, help="folder of an adapter, such as RUN/adapter")
+    parser.add_argument("--lora", type=Path, help="adapter: a file, or a folder such as RUN/adapter")
     parser.add_argument("--merge", action="store_true", help="add the adapter to the weights first, as an export does")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the adapter (default: 1)")
     parser.add_argument("--batch_size", type=int, default=8, help="videos at a time on a device (default: 8)")
@@ -65,12 +66,17 @@ def fill_from_run(args: argparse.Namespace) -> None:
         if not (run := read_settings(args.from_run)):
             got = f"{args.from_run / 'config.yaml'}: got no file there"
             raise ValueError(f"{got}, expected the folder of a training run; correct --from_run")
-        args.lora = None if args.base else args.lora or args.from_run / "adapter"
+        started = args.from_run / "initial_adapter"  # part of what the run calls its base
+        args.lora = (started if started.is_dir() else None) if args.base else args.lora or args.from_run / "adapter"
     elif args.base:
         expected = "expected the run whose adapter is left out"
         raise ValueError(f"--base: got no --from_run, {expected}; name it, or drop --base")
-    if args.lora and is_distilled(read_settings(args.lora.parent) or run):
-        run["guidance_scale"] = 1.0  # the adapter has learned guidance
+    if args.lora:
+        from rlhf.adapter.lora_file import is_distilled_adapter  # takes seconds to import
+
+        with suppress(ValueError):  # of an absent one, which is told with what is wrong with the sampling
+            if is_distilled_adapter(args.lora):
+                run["guidance_scale"] = 1.0  # the adapter has learned guidance
     args.model = args.model or run.get("model", "nano")
     for name in SAMPLING:
         setattr(args, name, run.get(name) if getattr(args, name) is None else getattr(args, name))

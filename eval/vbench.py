@@ -45,12 +45,13 @@ SUITES = {
     "overall_consistency": "overall_consistency",
 }
 VIDEOS_PER_PROMPT, FLICKERING_VIDEOS = 5, 25  # VBench's prompts/README.md; the 25 are filtered for still ones
-# Dimension -> the reward that computes it, and how it differs from VBench.
+MP4 = {"preprocessing": "vbench_mp4"}
+# Dimension -> the reward that computes it, its arguments, and how it differs from VBench.
 REWARDS = {
-    "subject_consistency": ("subject_consistency", "the same formula; frames are resized with antialiasing"),
-    "background_consistency": ("background_consistency", "the same formula; frames are resized with antialiasing"),
-    "temporal_flickering": ("flicker", "the same formula, of all videos: VBench leaves out those that move"),
-    "dynamic_degree": ("motion_degree", "share of moving pairs of frames, softly; VBench: share of moving videos"),
+    "subject_consistency": ("subject_consistency", MP4, "the same formula, resized as VBench resizes mp4 files"),
+    "background_consistency": ("background_consistency", MP4, "the same formula, resized as VBench resizes mp4 files"),
+    "temporal_flickering": ("flicker", {}, "the same formula, of all videos: VBench leaves out those that move"),
+    "dynamic_degree": ("motion_degree", {}, "share of moving pairs of frames, softly; VBench: share of moving videos"),
 }
 MAX_NAME_BYTES = 255  # on the usual file systems
 
@@ -136,9 +137,9 @@ def score_dimensions(args: argparse.Namespace) -> tuple[list[dict], bool]:
         require_files(videos)
     rows, accelerator = [], open_processes(args)
     for name, videos in sets.items():
-        reward, note = REWARDS[name]
-        scorer = open_scorer(args, accelerator, [reward], {})
-        values = [scores[reward] for scores in score_all(videos, scorer, accelerator)]
+        reward, kwargs, note = REWARDS[name]
+        scorer = open_scorer(args, accelerator, [reward], {reward: kwargs})
+        values = [row["scores"][reward] for row in score_all(videos, scorer, accelerator)]
         mean = sum(values) / len(values) if values else None  # other processes have none
         rows.append({"dimension": name, "value": mean, "videos": len(videos), "note": note})
     accelerator.end_training()

@@ -6,8 +6,9 @@ A reward is a plain callable; it needs to import nothing from here:
         return scores                    # (B,) float32, higher is better
 
 `info` holds at least `fps` (frame rate of the video), `seed`, `step` and `rows`: for each prompt a
-dict with "prompt" and the further fields of its row. All randomness derives from seed and step. A
-reward without **info is given the keywords that its signature names.
+dict with "prompt" and the further fields of its row. All randomness derives from seed and step. For
+a file whose frames are not 1 / fps apart, `info` also holds `times`, the seconds of each frame, and
+`fps` is their mean rate. A reward without **info is given the keywords that its signature names.
 
 A reward with weights may also offer a classmethod `random_init(**settings)`. It returns the reward
 at full size with random weights on torch's default device, without reading hub or disk. Benchmarks
@@ -16,6 +17,7 @@ and layout tests use it.
 Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
+import copy
 import inspect
 import math
 import traceback
@@ -26,6 +28,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 import rlhf.types
+from rewards.isolation import keep_process_state
 from rlhf.types import rows_of
 
 # Optional attributes of a reward, with their defaults.
@@ -110,7 +113,10 @@ def call_reward(reward: Callable, video_BCTHW: torch.Tensor, prompts: list[str],
 
 def check_prompts(name: str, reward: Callable, prompts: list[str]) -> None:
     """Call the reward's `check_prompts`, if it has one. Raises RewardError for a refused prompt."""
-    with name_reward_in_errors(name, "the run's prompts", "prompts that it can read", "correct the prompt"):
+    with (
+        keep_process_state(),
+        name_reward_in_errors(name, "the run's prompts", "prompts that it can read", "correct the prompt"),
+    ):
         getattr(reward, "check_prompts", list)(prompts)
 
 
@@ -123,12 +129,28 @@ def check_frames(name: str, frames: Any) -> None:
         raise RewardError(name, got=f"frames={frames!r}", expected=expected, cure=cure)
 
 
+def require_differentiable(name: str, reward: Callable) -> None:
+    """Raise RewardError for a reward that says differentiable=False."""
+    if not reward_attribute(reward, "differentiable"):
+        cure = "move it to eval_reward_funcs, or give it the weight 0 to log it only"
+        expected = "a reward with a gradient, for training"
+        raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
+
+
 def frames_needed(reward: Callable, total: int) -> int:
     """Return the number of leading frames that the reward needs, from 1 to total."""
     frames = reward_attribute(reward, "frames")
     if frames == "all":
         return total
     return 1 if frames == "first" else min(frames, total)
+
+
+def leading_info(info: dict, frames: int) -> dict:
+    """Return `info` of the leading frames: their `times` and mean `fps`."""
+    times = info.get("times")
+    if times is None or frames >= len(times):
+        return info
+    return info | {"times": times[:frames], "fps": frames / (times[frames] - times[0])}
 
 
 def check_scores(name: str, scores: Any, prompts: list[str], video_BCTHW: torch.Tensor | None = None) -> None:
@@ -157,6 +179,48 @@ def check_scores(name: str, scores: Any, prompts: list[str], video_BCTHW: torch.
         raise RewardError(name, got=got, expected="a finite number", cure=cure)
 
 
+def call_guarded(
+    name: str,
+    reward: Callable,
+    video_BCTHW: torch.Tensor,
+    prompts: list[str],
+    info: dict,
+    given: str,
+    expected: str,
+    cure: str,
+) -> Any:
+    """Return what a reward returns for the frames that it needs, and let it change nothing else.
+
+    The process keeps its state, prompts and info are copies. Raises RewardError, with `given`,
+    `expected` and `cure`, for an exception, and for a video that the reward changed: found by its
+    version counter and by a sample of its pixels.
+    """
+    frames = frames_needed(reward, video_BCTHW.shape[2])
+    before = _fingerprint(video_BCTHW)
+    with keep_process_state(), name_reward_in_errors(name, given, expected, cure):
+        scores = call_reward(reward, video_BCTHW[:, :, :frames], prompts, copy.deepcopy(leading_info(info, frames)))
+    after = _fingerprint(video_BCTHW)
+    require_unchanged(name, before[0] == after[0] and torch.equal(before[1], after[1]))
+    return scores
+
+
+def require_unchanged(name: str, unchanged: bool) -> None:
+    """Raise RewardError unless the video of a reward is as it was."""
+    if not unchanged:
+        got, cure = "a video that the reward changed in place", "begin with video = video.clone()"
+        raise RewardError(name, got=got, expected="the video as it was, since others score it too", cure=cure)
+
+
+def _fingerprint(video_BCTHW: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Return the version of a video and a copy of about 16 x 16 pixels of each frame.
+
+    Inference tensors count no versions. NaN becomes a number, which is equal to itself.
+    """
+    version = 0 if video_BCTHW.is_inference() else video_BCTHW._version
+    rows, columns = (max(1, side // 16) for side in video_BCTHW.shape[-2:])
+    return version, video_BCTHW.detach()[..., ::rows, ::columns].nan_to_num()
+
+
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Cast half precision to float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -166,13 +230,13 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 def name_reward_in_errors(name: str, given: str, expected: str, cure: str) -> Iterator[None]:
     """Turn an exception into a RewardError with its text, input and deepest line of user code.
 
-    RewardError and OutOfMemoryError, which have cures of their own, pass.
+    So is SystemExit. RewardError and OutOfMemoryError, which have cures of their own, pass.
     """
     try:
         yield
     except (RewardError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)[2:]  # after this function and its caller
         ours = (__file__, rlhf.types.__file__)
         frames = [x for x in frames if "site-packages" not in x.filename and x.filename not in ours]

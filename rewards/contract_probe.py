@@ -3,23 +3,26 @@
 Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy
 import torch
 import torch.nn.functional as F
 
 from rewards.contract import (
     RewardError,
-    call_reward,
+    call_guarded,
     check_scores,
     frames_needed,
-    name_reward_in_errors,
+    require_unchanged,
     reward_attribute,
     reward_name,
 )
+from rewards.isolation import keep_process_state
 
 PROBE_PROMPTS = ["a red circle moves to the right", "two dogs run along a beach at sunset", "rain on a window"]
 PROBE_INFO = {"fps": 24, "seed": 0, "step": 0}
@@ -50,6 +53,7 @@ def probe(
     name: str | None = None,
     info: dict | None = None,
     on_pass: Callable[[str], None] = lambda line: None,
+    gradient: bool = True,
 ) -> ProbeReport:
     """Check a reward against the contract on three random videos, in batches (0, 1) and (0, 2).
 
@@ -57,10 +61,16 @@ def probe(
     prompts      up to three, repeated if fewer; default `PROBE_PROMPTS`
     info         further keywords for the reward, added to `PROBE_INFO`
     on_pass      called with a line for each check that passed
+    gradient     False: of a reward that only evaluates
 
-    Rewards with differentiable=False skip the gradient checks. Raises RewardError at the first
+    Rewards with differentiable=False skip the gradient checks, too. Raises RewardError at the first
     check that fails.
     """
+    with keep_process_state():
+        return _probe(reward, video_shape, prompts, device, name, info, on_pass, gradient)
+
+
+def _probe(reward, video_shape, prompts, device, name, info, on_pass, gradient) -> ProbeReport:
     started = time.perf_counter()
     name = name or reward_name(reward)
     channels, total, height, width = video_shape
@@ -71,7 +81,7 @@ def probe(
 
     prompts = [((prompts or PROBE_PROMPTS) * 3)[i] for i in range(3)]
     videos = smooth_random_videos(3, (channels, frames, height, width), seed=0).to(device)
-    differentiable = reward_attribute(reward, "differentiable")
+    differentiable = gradient and reward_attribute(reward, "differentiable")
     call = partial(_call, name, reward, {"probe": True} | PROBE_INFO | (info or {}))
     first, second = [0, 1], [0, 2]  # the same sample beside two neighbours
 
@@ -88,7 +98,7 @@ def probe(
         on_pass(f"gradient: finite and not zero at the pixels: norms {norms[0]:.3g}, {norms[1]:.3g}")
         on_pass("neighbours: a score has no gradient at another video's pixels")
     else:
-        on_pass("gradient: not checked, the reward says differentiable=False (evaluation only)")
+        on_pass("gradient: not checked, the reward is for evaluation only (differentiable=False)")
     return ProbeReport(name, frames, tuple(scores.tolist()), norms, time.perf_counter() - started)
 
 
@@ -109,7 +119,12 @@ def _score_one(name, call, video_BCTHW, prompts, index, differentiable):
     """Return detached scores (B,) and the gradient (B, C, T, H, W) of scores[index], or None."""
     video_BCTHW = video_BCTHW.clone().requires_grad_(differentiable)
     with torch.set_grad_enabled(differentiable):
-        scores = call(video_BCTHW, prompts)
+        given_BCTHW = video_BCTHW.clone()  # no leaf, as in training
+        scores = call(given_BCTHW, prompts)
+    require_unchanged(name, torch.equal(given_BCTHW, video_BCTHW))
+    if video_BCTHW.grad is not None:  # in training it would reach the adapter, unweighted
+        expected, cure = "scores alone: the run takes their gradient", "return the scores without backward()"
+        raise RewardError(name, got="a backward pass inside the reward", expected=expected, cure=cure)
     check_scores(name, scores, prompts)
     if scores.dtype != torch.float32:
         cure = "compute or at least return the score as scores.float(); half precision loses the signal"
@@ -120,11 +135,15 @@ def _score_one(name, call, video_BCTHW, prompts, index, differentiable):
 
 
 def _call(name, reward, info, video_BCTHW, prompts) -> torch.Tensor:
-    """Return the scores; an exception of the reward becomes a RewardError."""
+    """Return the scores, of other random numbers in each call.
+
+    Raises RewardError for an exception and for a video that the reward changed.
+    """
     given, expected = f"a video of shape {tuple(video_BCTHW.shape)}", "reward(video, prompts, **info) to return scores"
     cure = "accept (B, C, T, H, W) float32 in [0, 1], a list of B strings and further keywords by **info or by name"
-    with name_reward_in_errors(name, given, expected, cure):
-        return call_reward(reward, video_BCTHW, prompts, info)
+    for draw in (torch.default_generator.seed, random.seed, numpy.random.seed):
+        draw()
+    return call_guarded(name, reward, video_BCTHW, prompts, info, given, expected, cure)
 
 
 def _pixel_gradient(name, score, video_BCTHW) -> torch.Tensor:

@@ -7,14 +7,20 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
 from rewards.contract import RewardError, name_reward_in_errors
+from rewards.isolation import TimeLimitError, keep_process_state, time_limit
+
+IMPORT_TIMEOUT = 300.0  # seconds; imports of large packages from network disks take minutes
+LOCAL = "local-dir:"  # open_clip's prefix of folders
 
 
 def built_in_names() -> list[str]:
@@ -22,20 +28,76 @@ def built_in_names() -> list[str]:
     return sorted(CATALOGUE)
 
 
-def load_reward(spec: str, base_dir: str | Path | None = None, **kwargs) -> Callable:
-    """Load the reward that `spec` names.
+def load_reward(
+    spec: str, base_dir: str | Path | None = None, *, reward_timeout: float = IMPORT_TIMEOUT, **kwargs
+) -> Callable:
+    """Load the reward that `spec` names, "name=spec" to give it another name.
 
-    A class is instantiated with kwargs; a function gets kwargs bound. A file path is relative to
-    base_dir (the folder of the config file) or else to the working directory. Raises RewardError.
+    A class is instantiated with kwargs; a function gets kwargs bound. The file of the spec and
+    those of kwargs are relative to base_dir (the folder of the config file) or else to the working
+    directory. The process keeps its state, whatever the reward's code does to it. Raises
+    RewardError, also for an import that takes longer than reward_timeout seconds.
     """
+    name, plain = split_spec(spec)
+    try:
+        return _load_reward(plain, base_dir, reward_timeout, kwargs)
+    except RewardError as error:
+        if plain == spec or error.name != plain:
+            raise
+        cure = error.cure.replace(f"reward_kwargs.{plain}", f"reward_kwargs.{name}")
+        raise RewardError(name, got=error.got, expected=error.expected, cure=cure) from error
+
+
+def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float, kwargs: dict) -> Callable:
     check_spec(spec, base_dir)
+    kwargs = {key: _resolve_paths(value, base_dir) for key, value in kwargs.items()}
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
         return _construct(spec, built_in(spec), kwargs)
-    target = _import_attribute(spec, spec, base_dir) if ":" in spec else _load_entry_point(spec)
+    with _import_guard(spec, spec.rsplit(":", 1)[0], reward_timeout):
+        target = _import_attribute(spec, base_dir) if ":" in spec else _entry_point(spec).load()
     if inspect.isclass(target):
         return _construct(spec, target, kwargs)
     return _bind(spec, target, kwargs)
+
+
+@contextmanager
+def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Iterator[None]:
+    """Keep the process's state in an import, and raise RewardError for all that it can come to.
+
+    The import sees no arguments of the command line, which are not its own.
+    """
+    try:
+        with keep_process_state(), time_limit(seconds):
+            sys.argv = [where]
+            yield
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:
+        got = f"{type(error).__name__} while importing it: {error}".rstrip(".")
+        cure = "correct the code, or install what it imports"
+        if isinstance(error, SystemExit):
+            cure = 'move what it does as a program below a test of __name__ == "__main__"'
+        raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
+    except TimeLimitError as error:
+        got, cure = f"no end of importing it after {seconds:g} s", "look for what it waits for, or raise reward_timeout"
+        raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
+
+
+def _resolve_paths(value: Any, base_dir: str | Path | None) -> Any:
+    """Return a value of reward_kwargs with each path that exists below base_dir made absolute.
+
+    A path is a text with a slash or a suffix; others, such as the name of a dimension, stay.
+    """
+    if isinstance(value, dict):
+        return {key: _resolve_paths(inner, base_dir) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_resolve_paths(inner, base_dir) for inner in value]
+    if isinstance(value, str) and base_dir and ("/" in value or Path(value).suffix):
+        scheme = LOCAL * value.startswith(LOCAL)
+        path = Path(base_dir) / Path(value.removeprefix(scheme)).expanduser()
+        return f"{scheme}{path.resolve()}" if os.path.exists(path) else value  # Path.exists raises for long texts
+    return value
 
 
 def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | None = None) -> None:
@@ -44,6 +106,7 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
     Only the parent packages of a module are imported. With kwargs, also raise if a weights file
     that users must supply is missing from them.
     """
+    spec = split_spec(spec)[1]
     if spec in CATALOGUE:
         if kwargs is not None:
             _require_weights_path(spec, kwargs)
@@ -58,14 +121,25 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
         _check_defined(spec, source, attribute)
 
 
+def split_spec(spec: str) -> tuple[str, str]:
+    """Return the short name of a spec's reward, and the spec without a name given to it.
+
+    "large=clip_score" is clip_score, named large. The name is otherwise that of the built-in, class
+    or function.
+    """
+    name, _, rest = spec.partition("=")
+    return (name, rest) if rest and name.replace("-", "_").isidentifier() else (spec.rsplit(":", 1)[-1], spec)
+
+
 def name_in(spec: str) -> str:
-    """Return the short name of a spec's reward: the built-in's name, else class or function."""
-    return spec.rsplit(":", 1)[-1]
+    """Return the short name of a spec's reward."""
+    return split_spec(spec)[0]
 
 
 def built_in(name: str) -> Callable:
     """Import the class of a built-in reward."""
-    return _import_attribute(name, CATALOGUE[name].home)
+    module, attribute = CATALOGUE[name].home.split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _require_weights_path(name: str, kwargs: dict) -> None:
@@ -119,12 +193,11 @@ def _find_file(spec: str, where: str, base_dir) -> Path:
 
 def _module_source(spec: str, where: str) -> Path | None:
     """Return a module's source file, None if it has none. Raises RewardError if not found."""
-    try:
-        found = importlib.util.find_spec(where)
-    except (ImportError, ValueError):
-        found = None
-    except Exception as error:  # raised by a parent package
-        _raise_while_importing(spec, where, error)
+    with _import_guard(spec, where):  # of parent packages
+        try:
+            found = importlib.util.find_spec(where)
+        except (ImportError, ValueError):
+            found = None
     if found is None:
         cure = "install the package or correct the name; a file is named 'path/to/file.py:Class'"
         raise RewardError(spec, got=f"no module {where!r}", expected="an importable module", cure=cure)
@@ -167,32 +240,12 @@ def _public_names(tree: ast.AST) -> set[str]:
     return names
 
 
-def _import_attribute(spec: str, target: str, base_dir=None):
+def _import_attribute(spec: str, base_dir=None):
     """Import the module or file before the colon and return the attribute named after it."""
-    where, attribute = target.rsplit(":", 1)
-    try:
-        is_file = where.endswith(".py")
-        module = _run_file(_find_file(spec, where, base_dir)) if is_file else importlib.import_module(where)
-        return getattr(module, attribute)
-    except RewardError:
-        raise
-    except Exception as error:
-        _raise_while_importing(spec, where, error)
-
-
-def _load_entry_point(name: str):
-    """Import the object of an entry point. Raises RewardError."""
-    plugin = _entry_point(name)
-    try:
-        return plugin.load()
-    except Exception as error:
-        _raise_while_importing(name, plugin.value, error)
-
-
-def _raise_while_importing(spec: str, where: str, error: Exception) -> NoReturn:
-    got = f"{type(error).__name__} while importing it: {error}".rstrip(".")
-    cure = "correct the code, or install what it imports"
-    raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
+    where, attribute = spec.rsplit(":", 1)
+    is_file = where.endswith(".py")
+    module = _run_file(_find_file(spec, where, base_dir)) if is_file else importlib.import_module(where)
+    return getattr(module, attribute)
 
 
 def _run_file(path: Path):
@@ -208,7 +261,7 @@ def _construct(spec: str, target: type, kwargs: dict) -> Callable:
     """Instantiate the class; an exception becomes a RewardError with the line that raised it."""
     expected = f"{target.__name__}(...) to return a reward"
     cure = "correct the code, or the reward's entry in reward_kwargs"
-    with name_reward_in_errors(spec, f"the arguments {kwargs}", expected, cure):
+    with keep_process_state(), name_reward_in_errors(spec, f"the arguments {kwargs}", expected, cure):
         signature = inspect.signature(target)
         try:
             signature.bind(**kwargs)

@@ -11,10 +11,9 @@ import torch
 from rewards.contract import (
     RewardError,
     at_least_float32,
-    call_reward,
+    call_guarded,
     check_scores,
-    frames_needed,
-    name_reward_in_errors,
+    require_differentiable,
     reward_attribute,
 )
 
@@ -122,15 +121,11 @@ class RewardMix:
         """Return checked raw scores (B,), with gradient only if the weight is not 0."""
         reward = self.rewards[name]
         with_gradient = torch.is_grad_enabled() and self.weights[name] != 0
-        if with_gradient and video_BCTHW.requires_grad and not reward_attribute(reward, "differentiable"):
-            expected = "a reward with a gradient, for training"
-            cure = "move it to eval_reward_funcs, or give it the weight 0 to log it only"
-            raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
-        frames = frames_needed(reward, video_BCTHW.shape[2])
-        given, cure = f"the prompts {prompts}", "correct the reward where it failed"
-        named = name_reward_in_errors(name, given, "scores of these videos", cure)
-        with torch.set_grad_enabled(with_gradient), named:
-            scores_B = call_reward(reward, video_BCTHW[:, :, :frames], prompts, info)
+        if with_gradient and video_BCTHW.requires_grad:
+            require_differentiable(name, reward)
+        told = f"the prompts {prompts}", "scores of these videos", "correct the reward where it failed"
+        with torch.set_grad_enabled(with_gradient):
+            scores_B = call_guarded(name, reward, video_BCTHW, prompts, info, *told)
         check_scores(name, scores_B, prompts, video_BCTHW)
         return at_least_float32(scores_B)
 

@@ -1,7 +1,8 @@
 """Score files with rewards: `python -m rewards.score --reward flicker video.mp4`.
 
-Takes any number of rewards (repeat --reward) and of files: mp4, gif, png, jpg and others. Exit
-status 1 on an error.
+Takes any number of rewards (repeat --reward) and of files: mp4, gif, png, jpg and others, or
+folders of numbered pictures with --fps. A file that can't be scored is named at the end, and the
+others are scored. Exit status 1 then, and on any other error.
 """
 
 import argparse
@@ -12,19 +13,23 @@ from pathlib import Path
 
 from rewards.catalogue import CATALOGUE
 from rewards.cli.files import check_file, read_video
-from rewards.cli.flags import device, file_to_write, frame_count, mapping
+from rewards.cli.flags import add_reading_flags, device, file_to_write, mapping
 from rewards.cli.table import format_table
 from rewards.contract import RewardError, frames_needed
-from rewards.load import load_reward, name_in
+from rewards.load import load_reward, name_in, split_spec
 from rewards.mix import RewardMix
 from rlhf.types import Prompt
+
+
+class NotScoredError(ValueError):
+    """A file that can't be scored, while others may."""
 
 
 def parse_score_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m rewards.score", description=__doc__, formatter_class=formatter)
-    parser.add_argument("files", nargs="+", help="videos or images")
+    parser.add_argument("files", nargs="+", help="videos, images, or folders of numbered pictures")
     parser.add_argument(
         "--reward", action="append", required=True, dest="rewards", help="name or spec; may be repeated"
     )
@@ -33,7 +38,7 @@ def parse_score_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--row", type=mapping, action="append", dest="rows", help=rows)
     parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of rewards: {name: {argument: value}}")
     parser.add_argument("--device", type=device, default="cpu", help="where the rewards run; default cpu")
-    parser.add_argument("--max_frames", type=frame_count, help="leading frames to score; default: all")
+    add_reading_flags(parser)
     parser.add_argument("--json", type=file_to_write, help="also write the scores to this file")
     return parser.parse_args(argv)
 
@@ -42,19 +47,33 @@ def main(argv: list[str] | None = None) -> int:
     """Print a table with a row for each file and return the exit status."""
     arguments = parse_score_args(argv)
     try:
-        files = [check_file(path) for path in arguments.files]
+        files = [check_file(path, arguments.fps) for path in arguments.files]
         prompts = resolve_prompts(files, arguments.prompts, arguments.rewards)
         fields = one_for_each("--row", arguments.rows or [{}], len(files))
         prompts = [Prompt(*pair) for pair in zip(prompts, fields, strict=True)]
         rewards = load_rewards(arguments.rewards, arguments.kwargs)
-        rows = [score(rewards, *pair, arguments) for pair in zip(files, prompts, strict=True)]
+        rows = [_try_score(rewards, *pair, arguments) for pair in zip(files, prompts, strict=True)]
     except (ValueError, OSError) as error:  # RewardError is a ValueError
         print(f"rewards.score: {error}", file=sys.stderr)
         return 1
-    print(format_table([("file", "frames", *rewards), *(_cells(row) for row in rows)]))
+    scored, failed = ([row for row in rows if ("error" in row) == bad] for bad in (False, True))
+    if scored:
+        print(format_table([("file", "frames", *rewards), *(_cells(row) for row in scored)]))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    return 0
+    for row in scored:
+        if row["missing"]:
+            print(f"rewards.score: {row['file']}: scored {row['missing']}", file=sys.stderr)
+    print_failures("rewards.score", [row["error"] for row in failed], len(rows))
+    return 1 if failed else 0
+
+
+def print_failures(command: str, errors: list[str], total: int) -> None:
+    """Print why files were not scored, and how many of several."""
+    for error in errors:
+        print(f"{command}: {error}", file=sys.stderr)
+    if errors and total > 1:
+        print(f"{command}: {len(errors)} of {total} files were not scored", file=sys.stderr)
 
 
 def load_rewards(specs: list[str], kwargs: dict) -> dict[str, Callable]:
@@ -71,7 +90,7 @@ def by_name(specs: list[str]) -> dict[str, str]:
     """Return {short name: spec}. Raises ValueError for a name given twice."""
     names = [name_in(spec) for spec in specs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        cure = "leave one out, or rename the class or function"
+        cure = f"leave one out, or name one: other={twice}"
         raise ValueError(f"--reward: got {twice!r} twice, expected each name once; {cure}")
     return dict(zip(names, specs, strict=True))
 
@@ -82,7 +101,8 @@ def resolve_prompts(files: list[Path], prompts: list[str] | None, specs: list[st
     Raises ValueError unless there are one or as many prompts as files; RewardError if a reward
     needs a missing prompt.
     """
-    reader = next((spec for spec in specs if spec in CATALOGUE and "prompt" in CATALOGUE[spec].input), None)
+    names = [split_spec(spec)[1] for spec in specs]
+    reader = next((name for name in names if name in CATALOGUE and "prompt" in CATALOGUE[name].input), None)
     if not prompts and reader:
         raise RewardError(reader, got="no prompt", expected="a description of the file", cure='add --prompt "..."')
     return one_for_each("--prompt", prompts or [""], len(files))
@@ -95,16 +115,34 @@ def one_for_each(flag: str, values: list, count: int) -> list:
     return values * count if len(values) == 1 else values
 
 
+def _try_score(rewards: dict, path: Path, prompt: str, arguments: argparse.Namespace) -> dict:
+    """Return the row of `score`, or {"file", "prompt", "error"}."""
+    try:
+        return score(rewards, path, prompt, arguments)
+    except NotScoredError as error:
+        if arguments.strict:
+            raise
+        return {"file": str(path), "prompt": prompt, "error": str(error)}
+
+
 def score(rewards: dict, path: Path, prompt: str, arguments: argparse.Namespace) -> dict:
-    """Return {"file", "prompt", "frames", "fps", "scores": {name: number}} of one file."""
+    """Return {"file", "prompt", "frames", "fps", "missing", "scores": {name: number}} of one file.
+
+    arguments holds device, max_frames, fps and allow_truncated. Raises NotScoredError, naming the
+    file.
+    """
     mix = RewardMix(rewards, [0.0] * len(rewards)).to(arguments.device)  # weight 0: no gradient
     wanted = None if mix.frames == "all" else frames_needed(mix, sys.maxsize)
     limits = [limit for limit in (wanted, arguments.max_frames) if limit]
-    video_BCTHW, fps = read_video(path, min(limits, default=None))
-    info = {"seed": 0, "step": 0} | ({} if fps is None else {"fps": fps})
-    _, scores = mix(video_BCTHW.to(arguments.device), [prompt], **info)
+    try:
+        video = read_video(path, min(limits, default=None), arguments.fps, arguments.allow_truncated)
+        info = {"seed": 0, "step": 0} | video.info
+        _, scores = mix(video.pixels_BCTHW.to(arguments.device), [prompt], **info)
+    except (ValueError, OSError) as error:
+        raise NotScoredError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     values = {name: scores_B.item() for name, scores_B in scores.items()}
-    return {"file": str(path), "prompt": prompt, "frames": video_BCTHW.shape[2], "fps": fps, "scores": values}
+    row = {"file": str(path), "prompt": prompt, "frames": video.pixels_BCTHW.shape[2]}
+    return row | {"fps": video.info.get("fps"), "missing": video.missing, "scores": values}
 
 
 def _cells(row: dict) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rewards.catalogue import CATALOGUE
-from rewards.load import check_spec
-from rewards.score import by_name, load_rewards, score
+from rewards.load import check_spec, split_spec
+from rewards.score import NotScoredError, by_name, load_rewards, score
 from rlhf.io import write_whole
 from rlhf.types import fields_of, row_of
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
+SCORES_VERSION = 2  # to be raised with every change of a built-in's score, or of how files are read
 
 
 def default_cache_folder() -> Path:
@@ -49,33 +50,44 @@ class ScoreCache:
 class Scorer:
     """Scores files with rewards and a cache.
 
-    specs are names or specs of rewards; kwargs is {name: arguments}. Raises RewardError for a spec
-    that can't name a reward, and ValueError for a name given twice.
+    specs are names or specs of rewards; kwargs is {name: arguments}; reading is max_frames, fps and
+    allow_truncated of `read_video`. Raises RewardError for a spec that can't name a reward, and
+    ValueError for a name given twice.
     """
 
-    def __init__(self, specs: list[str], kwargs: dict, cache: ScoreCache, device: str, max_frames: int | None = None):
+    def __init__(self, specs: list[str], kwargs: dict, cache: ScoreCache, device: str, **reading):
         self.specs, self.kwargs, self.cache = by_name(specs), kwargs, cache
         for spec in specs:
             check_spec(spec)
-        self.settings = Namespace(device=device, max_frames=max_frames)
+        reading = {"max_frames": None, "fps": None, "allow_truncated": False} | reading
+        self.settings = Namespace(device=device, **reading)
         self.identities = {
-            name: reward_identity(spec, kwargs.get(name, {}), max_frames) for name, spec in self.specs.items()
+            name: reward_identity(spec, kwargs.get(name, {}), reading) for name, spec in self.specs.items()
         }
         self._loaded: dict[str, Callable] = {}
 
-    def __call__(self, path: Path, prompt: str) -> dict[str, float]:
-        """Return {name: score} of a file."""
+    def __call__(self, path: Path, prompt: str) -> dict:
+        """Return {"scores": {name: score}} of a file, and "missing" of one that was cut short.
+
+        Raises NotScoredError if the file can't be scored. Scores of files that were cut short are
+        not kept.
+        """
+        try:
+            content = content_sha256(path)
+        except OSError as error:
+            raise NotScoredError(f"{path}: got no right to read it, or no file ({error.strerror})") from error
         row = json.dumps(row_of(prompt), sort_keys=True) if fields_of(prompt) else prompt
-        asked = {name: prompt if spec in CATALOGUE else row for name, spec in self.specs.items()}  # ours read no row
-        keys = {name: digest(file_sha256(path), asked[name], identity) for name, identity in self.identities.items()}
+        # Built-ins read no row.
+        asked = {name: prompt if split_spec(spec)[1] in CATALOGUE else row for name, spec in self.specs.items()}
+        keys = {name: digest(content, asked[name], identity) for name, identity in self.identities.items()}
         known = {name: self.cache.get(key) for name, key in keys.items()}
-        missing = [name for name, value in known.items() if value is None]
-        if missing:
-            new = score(self._rewards(missing), path, prompt, self.settings)["scores"]
-            for name, value in new.items():
-                self.cache.put(keys[name], value)
-            known |= new
-        return known
+        unknown = [name for name, value in known.items() if value is None]
+        new = score(self._rewards(unknown), path, prompt, self.settings) if unknown else {"scores": {}}
+        if new.get("missing"):
+            return {"scores": known | new["scores"], "missing": new["missing"]}
+        for name, value in new["scores"].items():
+            self.cache.put(keys[name], value)
+        return {"scores": known | new["scores"]}
 
     def _rewards(self, names: Iterable[str]) -> dict[str, Callable]:
         for name in names:
@@ -85,17 +97,28 @@ class Scorer:
         return {name: self._loaded[name] for name in names}
 
 
-def reward_identity(spec: str, kwargs: dict, max_frames: int | None = None) -> str:
+def reward_identity(spec: str, kwargs: dict, reading: dict | None = None) -> str:
     """Return a text that changes with a reward's spec, settings, source file or weights files.
+
+    It changes also with how files are read.
 
     Files and folders named in settings count by size and modification time, since weights are
     large. Code that a reward imports does not count.
     """
+    spec = split_spec(spec)[1]
     where = Path(spec.rsplit(":", 1)[0])
     source = file_sha256(where) if where.suffix == ".py" else ""
     named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in map(str, kwargs.values())}
     files = {value: _stamp(path) for value, path in named.items() if path.exists()}
-    return json.dumps([spec, kwargs, max_frames, source, files], sort_keys=True)
+    return json.dumps([SCORES_VERSION, spec, kwargs, reading, source, files], sort_keys=True)
+
+
+def content_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, or of a folder's names and bytes."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return digest(*(text for file in files for text in (file.name, file_sha256(file))))
+    return file_sha256(path)
 
 
 def file_sha256(path: Path) -> str:

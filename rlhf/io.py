@@ -3,16 +3,21 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError
 
+if TYPE_CHECKING:
+    import torch
+
 CONTENT_ERRORS = (
-    *(ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, yaml.YAMLError, SafetensorError),
+    *(ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, re.error),
+    *(yaml.YAMLError, SafetensorError),
 )
 MAX_YAML_DEPTH, MAX_YAML_VALUES, MAX_YAML_LENGTH = 32, 20_000, 10**6  # far above any file of settings
 
@@ -76,10 +81,18 @@ def read_object(path: Path) -> dict:
     return content
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text, with or without a byte order mark.
+
+    Only line feeds (CRLF, CR, too) end a line: JSON may hold U+2028 and U+0085.
+    """
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def read_rows(path: Path) -> list[dict]:
     """Return the objects of a JSON Lines file. Raise DamagedFileError."""
     with file_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
         return [json.loads(line) for line in lines if line.strip()]
 
 
@@ -89,7 +102,7 @@ def read_log(path: Path) -> list[dict]:
     Raises DamagedFileError for a file that is not text.
     """
     with file_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = read_lines(path) if path.is_file() else []
     return [row for row in map(_parse_line, lines) if isinstance(row, dict)]
 
 
@@ -122,6 +135,25 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file, whole or not at all."""
     with write_whole(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all: equal content gives equal bytes.
+
+    safetensors shuffles the metadata, so they are sorted in the header afterwards.
+    """
+    from safetensors.torch import save_file  # torch takes seconds to import
+
+    with write_whole(path) as unfinished:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+        with unfinished.open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+            assert len(text) == size, "both write JSON alike"
+            file.seek(8)
+            file.write(text)
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:

@@ -17,7 +17,8 @@ from peft import PeftConfig
 from transformers import TrainerCallback
 
 from rewards import RewardError
-from rlhf.adapter.lora import save_adapter
+from rlhf.adapter.lora_file import INITIAL_KEY
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import flow_sigmas
@@ -62,8 +63,8 @@ class RewardGradientTrainer:
         reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts,
             **info) -> scores. Default: args.reward_funcs.
         args: the settings.
-        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt". Default: those that
-            args name.
+        train_dataset, eval_dataset: prompts: strings, or rows with a "prompt", whose other fields
+            rewards get as info["rows"]. Default: those that args name.
         peft_config: a LoRA in place of the one that args describe, without dropout.
         opened_rewards: the result of `rlhf.training.rewards.open_rewards` for these args, so that
             rewards load once.
@@ -98,7 +99,7 @@ class RewardGradientTrainer:
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
 
         self.pipe = inputs.pipe or setup.load_base(args, self.device)
-        self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout)
+        self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout, inputs.initial)
         self.optimizer = make_optimizer(self.masters.vector, args)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
@@ -118,10 +119,11 @@ class RewardGradientTrainer:
         self.sample_base = self._video_sampler(self.fields.base)
         self.monitor = None
         if self.eval_prompts:
-            sample_tuned, weights = self._video_sampler(self.fields.tuned), self.rewards.weights
+            sample_tuned = self._video_sampler(self.fields.tuned)
+            weights = {name: weight for name, weight in self.rewards.weights.items() if weight}
             held_out = setup.make_held_out(sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout)
             guard, resume_from, notify = Guard.from_settings(args), args.resume_from_checkpoint, self.callbacks.notify
-            self.monitor = HeldOutMonitor(held_out, weights, self.pipe, self.masters, notify, guard, resume_from)
+            self.monitor = HeldOutMonitor(held_out, weights, self.masters, notify, guard, resume_from)
         self.callbacks.notify("on_init_end")
 
     # ------------------------------------------------------------------------------------ one step
@@ -271,7 +273,7 @@ class RewardGradientTrainer:
                 if self.args.load_best_model_at_end:
                     self.monitor.load_best(done)
                 if self.accelerator.is_main_process:
-                    save_adapter(self.pipe, self.masters, self.folder / "adapter")
+                    self.masters.save_adapter(self.folder / "adapter" / ADAPTER_FILE)
                 if self.monitor:
                     return self.monitor.finish(done, self.started)
         self.accelerator.print(f"Nothing was evaluated. The adapter: {self.folder / 'adapter'}")
@@ -283,6 +285,8 @@ class RewardGradientTrainer:
         self.accelerator.wait_for_everyone()  # all have read the folder before it changes
         if self.accelerator.is_main_process:
             start_run_folder(args, self.batches.prompts, self.eval_prompts)
+            if (initial := self.masters.initial).layers:
+                initial.save(self.folder / INITIAL_KEY / ADAPTER_FILE)
         if prompts:
             shape, info = self.batches.noise_shape, self.reward_info(0)
             calibrate(self.rewards, self.sample_base, prompts, shape, args, self.layout, info)

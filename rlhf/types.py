@@ -37,6 +37,24 @@ class Conditioning:
         return Conditioning(*(None if v is None else v.to(*args, **kwargs) for v in values))
 
 
+class _ClampStraightThrough(torch.autograd.Function):
+    """A clamp whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx, x, low, high):
+        """Clamp to [low, high]."""
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
+def clamp_straight_through(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Clamp x to [low, high] with the gradient of the identity: a saturated value has one."""
+    return _ClampStraightThrough.apply(x, low, high)
+
+
 class Prompt(str):
     """A prompt with the row that it was read from: {"prompt": the text, further fields}.
 

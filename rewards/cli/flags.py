@@ -1,5 +1,6 @@
 """Types of command-line flags, checked by argparse before any work starts."""
 
+import argparse
 import math
 import os
 from argparse import ArgumentTypeError
@@ -59,3 +60,26 @@ def file_to_write(text: str) -> Path:
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise ArgumentTypeError(f"got no right to write {path}, expected one; choose another")
     return path
+
+
+def frame_rate(text: str) -> float:
+    """Parse a number of frames a second, above 0."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise ArgumentTypeError(f"got {text!r}; expected frames a second, above 0")
+    return rate
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the commands that score files."""
+    parser.add_argument("--max_frames", type=frame_count, help="leading frames to score; default: all")
+    parser.add_argument("--fps", type=frame_rate, help="frame rate of folders of numbered pictures")
+    parser.add_argument(
+        "--allow_truncated", action="store_true", help="score what is there of a video that was cut short"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at a file that can't be scored; default: score the others"
+    )

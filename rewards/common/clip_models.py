@@ -95,6 +95,8 @@ class Clip(ImageEncoder):
 class TransformersClip(Clip):
     """A CLIPModel of transformers."""
 
+    fit = "shortest_floor"  # of its image processor
+
     def __init__(self, model: torch.nn.Module, tokenizer):
         super().__init__(model, tokenizer)
         self.size = model.config.vision_config.image_size
@@ -162,6 +164,12 @@ def load_clip(name: str, model: str | Clip, backend: str | None = None, pretrain
         cure = "correct the backend, or leave it out"
         raise RewardError(name, got=f"backend={backend!r}", expected="'transformers' or 'open_clip'", cure=cure)
     return _load_transformers(name, model) if backend == "transformers" else _load_open_clip(name, model, pretrained)
+
+
+def crop_as_openai(clip: Clip) -> Clip:
+    """Crop where OpenAI's transform does, for rewards published with it, not with transformers."""
+    clip.fit = "shortest" if clip.fit == TransformersClip.fit else clip.fit
+    return clip
 
 
 def load_siglip(name: str, model: str | Siglip) -> Siglip:

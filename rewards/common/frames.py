@@ -6,7 +6,8 @@ The contract's `frames` ("first", a number of leading frames, "all") says which 
     None         all
     4            four, evenly spaced, including first and last
     "random 4"   four, drawn in each step from (seed, step)
-    "8 fps"      eight per second of the video, from the first frame on
+    "8 fps"      eight per second of the video, from the first frame on, by the frames' own times
+    "every 8 fps"  every round(fps / 8)-th frame, which may be a little more or less than eight
 
 A video with fewer frames is scored whole.
 
@@ -16,14 +17,17 @@ Shape legend: B batch, C channels, T frames, N scored frames, H height, W width.
 import math
 import random
 import re
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from rewards.contract import RewardError, check_frames
 
-_FORMS = "a number, 'random 4' for random frames, '8 fps' for frames per second, or nothing for every frame"
+_FORMS = "a number, 'random 4', '8 fps' or 'every 8 fps' for frames per second, or nothing for every frame"
 _CURE = "pass it to the reward as a keyword, as the trainer does: reward(video, prompts, fps=24, seed=0, step=0)"
 
 
@@ -40,8 +44,13 @@ def choose_frames(name: str, num_frames: int | str | None, total: int, info: dic
     random frames, and `fps`, the frame rate of the video, for a rate. Raises RewardError.
     """
     kind, amount = _parse_num_frames(name, num_frames)
-    if kind == "fps":
-        return _indices_at_rate(amount, total, _require_info(name, num_frames, info, "fps")) if total > 1 else [0]
+    if kind in ("fps", "every") and total > 1:
+        fps = _require_info(name, num_frames, info, "fps")
+        if kind == "every":
+            return list(range(0, total, max(round(fps / amount), 1)))
+        return _indices_at_rate(amount, total, fps, info.get("times"))
+    if kind in ("fps", "every"):
+        return [0]
     if kind == "all" or amount >= total:
         return list(range(total))
     if kind == "even":
@@ -77,6 +86,14 @@ def check_positive(name: str, **settings: float | None) -> None:
             )
 
 
+def require_choice(name: str, setting: str, value: str, choices: Mapping[str, Any]) -> Any:
+    """Return choices[value]. Raise RewardError if it is none of them."""
+    if value not in choices:
+        got, expected = f"{setting}={value!r}", f"one of {', '.join(choices)}"
+        raise RewardError(name, got=got, expected=expected, cure=f"correct {setting}")
+    return choices[value]
+
+
 def require_frames(name: str, got: int, least: int) -> None:
     """Raise RewardError if a reward got fewer frames than it needs."""
     if got < least:
@@ -100,8 +117,9 @@ def _parse_num_frames(name: str, num_frames: int | str | None) -> tuple[str, flo
         return "even", num_frames
     if isinstance(num_frames, str) and (found := re.fullmatch(r"random (\d+)", num_frames)):
         return "random", int(found[1])
-    if isinstance(num_frames, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?) fps", num_frames)) and float(found[1]):
-        return "fps", float(found[1])
+    found = re.fullmatch(r"(every )?(\d+(?:\.\d+)?) fps", num_frames) if isinstance(num_frames, str) else None
+    if found and float(found[2]):
+        return "every" if found[1] else "fps", float(found[2])
     raise RewardError(name, got=f"num_frames={num_frames!r}", expected=_FORMS, cure="write it in one of these forms")
 
 
@@ -111,7 +129,16 @@ def _require_info(name: str, num_frames: str, info: dict, key: str):
     return info[key]
 
 
-def _indices_at_rate(rate: float, total: int, fps: float) -> list[int]:
-    """Return the frames nearest to 0, 1 / rate, ... seconds; all if fps is below the rate."""
+def _indices_at_rate(rate: float, total: int, fps: float, times: list[float] | None) -> list[int]:
+    """Return the frames nearest to 0, 1 / rate, ... seconds, each once."""
+    if times is not None:
+        ticks = range(math.ceil(total / fps * rate))
+        return sorted(set(nearest_frames((times[0] + i / rate for i in ticks), times)))
     stride = max(fps / rate, 1)
     return [index for i in range(total) if (index := round(i * stride)) < total]
+
+
+def nearest_frames(seconds: Iterable[float], times: list[float]) -> list[int]:
+    """Return the index of the frame nearest to each second, the earlier of two; times ascend."""
+    middles = [(before + after) / 2 for before, after in pairwise(times)]
+    return [bisect_left(middles, second) for second in seconds]

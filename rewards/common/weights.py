@@ -48,14 +48,31 @@ def missing_weights_error(
     size, licence = WEIGHTS.get(repository, ("size unknown", "licence: see its model card"))
     if tokenizer and "tokenizer" not in size:
         size = "the tokenizer, under 20 MB"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    reason, remedy = _hub_refusal(repository, error)
+    if "gated" in licence and reason is None:  # offline: going online alone would not do
+        remedy = f"accept its terms at https://huggingface.co/{repository}, `hf auth login` and go online once"
+    reason = (reason or str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     what = f"{repository}, {file}" if file else repository
     return RewardError(
         name,
         got=f"no {'tokenizer of' if tokenizer else 'weights for'} {repository!r} ({reason})",
         expected=f"{'it' if tokenizer else 'them'} in the local cache, or a download ({what}: {size}, {licence})",
-        cure=f"go online once, or set `{key}` in reward_kwargs.{name} to a local path",
+        cure=f"{remedy}, or set `{key}` in reward_kwargs.{name} to a local path",
     )
+
+
+def _hub_refusal(repository: str, error: Exception) -> tuple[str | None, str]:
+    """Return why the hub refuses a repository, None if it was not reached, and what to do."""
+    from huggingface_hub import errors
+
+    while error is not None and not isinstance(error, errors.RepositoryNotFoundError):
+        error = error.__cause__ or error.__context__  # transformers wraps it
+    if error is None:
+        return None, "go online once"
+    if isinstance(error, errors.GatedRepoError):
+        remedy = f"accept its terms at https://huggingface.co/{repository} and log in (`hf auth login`)"
+        return "the hub wants its terms accepted first: it is gated", remedy
+    return "the hub has none of this name, or a private one", "correct the name, log in (`hf auth login`)"
 
 
 @contextmanager

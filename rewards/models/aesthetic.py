@@ -20,11 +20,13 @@ from rewards.common.clip_models import (
     Clip,
     ImageEncoder,
     Siglip,
+    crop_as_openai,
     load_clip,
     load_siglip,
     random_clip,
     random_siglip,
 )
+from rewards.common.frames import require_choice
 from rewards.common.heads import LinearLayers, load_head
 from rewards.common.weights import hub_file
 from rewards.contract import RewardError
@@ -87,7 +89,7 @@ class Aesthetic(HeadScore):
         **options,
     ):
         super().__init__(head, **options)
-        self.encoder = load_clip(self.name, model, backend, pretrained).to(self.dtype)
+        self.encoder = crop_as_openai(load_clip(self.name, model, backend, pretrained)).to(self.dtype)
         self.freeze()
 
     @classmethod
@@ -99,15 +101,19 @@ class Aesthetic(HeadScore):
 class AestheticV1(Aesthetic):
     """The LAION aesthetic predictor v1, 10 times VBench's aesthetic quality.
 
-    head     path of sa_0_4_vit_l_14_linear.pth, which is not on the hub, or a module
-    options  of Aesthetic, which raises the same errors
+    head           path of sa_0_4_vit_l_14_linear.pth, which is not on the hub, or a module
+    preprocessing  "openai" (as of CLIP, with antialiasing) or "vbench_mp4" (VBench's, without)
+    options        of Aesthetic, which raises the same errors
     """
 
     name = "aesthetic_v1"
     build_head, head_prefix = staticmethod(partial(torch.nn.Linear, out_features=1)), ""
 
-    def __init__(self, head: str | torch.nn.Module, **options):
+    def __init__(self, head: str | torch.nn.Module, preprocessing: str = "openai", **options):
+        fits = {"openai": None, "vbench_mp4": "mp4_shortest"}
+        fit = require_choice(self.name, "preprocessing", preprocessing, fits)
         super().__init__(head, **options)
+        self.encoder.fit = fit or self.encoder.fit
 
 
 class AestheticV25(HeadScore):

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from rewards.common.base import ModelReward
-from rewards.common.clip_models import CLIP_B32, load_clip, random_clip, unit
-from rewards.common.frames import apply_in_chunks, pick_frames, require_frames
+from rewards.common.clip_models import CLIP_B32, crop_as_openai, load_clip, random_clip, unit
+from rewards.common.frames import apply_in_chunks, pick_frames, require_choice, require_frames
 from rewards.common.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.common.weights import Frozen, load_pretrained
 from rewards.contract import at_least_float32
@@ -27,13 +27,25 @@ DINO = "facebook/dino-vitb16"
 class Consistency(ModelReward):
     """The common part of both: scores in [0, 1], 1 for equal frames.
 
-    model    image encoder: hub id or folder; None: the published one
-    options  settings of ModelReward; VBench scores all frames; at least 2
+    model          image encoder: hub id or folder; None: the published one
+    preprocessing  "vbench" (as it resizes folders of frames, with antialiasing) or "vbench_mp4" (as
+                   it resizes mp4 files, without)
+    options        settings of ModelReward; VBench scores all frames; at least 2
     """
 
-    def __init__(self, model: str | Frozen | None = None, frames: str | int = "all", **options):
+    mp4_fit: str
+
+    def __init__(
+        self,
+        model: str | Frozen | None = None,
+        frames: str | int = "all",
+        preprocessing: str = "vbench",
+        **options,
+    ):
         super().__init__(frames=frames, **options)
+        fit = require_choice(self.name, "preprocessing", preprocessing, {"vbench": None, "vbench_mp4": self.mp4_fit})
         self.embedder = self.load_embedder(model).to(self.dtype)
+        self.embedder.fit = fit or self.embedder.fit
         self.freeze()
 
     def load_embedder(self, model: str | Frozen | None) -> Frozen:
@@ -62,6 +74,7 @@ class SubjectConsistency(Consistency):
     """Consistency of DINO ViT-B/16 embeddings (arXiv 2104.14294), which follow the main object."""
 
     name = "subject_consistency"
+    mp4_fit = "mp4_whole"
 
     def load_embedder(self, model: str | Frozen | None) -> Frozen:
         """Load the image encoder; None: the published one."""
@@ -84,10 +97,11 @@ class BackgroundConsistency(Consistency):
     """Consistency of CLIP ViT-B/32 embeddings, which follow the scene; model as for ClipScore."""
 
     name = "background_consistency"
+    mp4_fit = "mp4_shortest"
 
     def load_embedder(self, model: str | Frozen | None) -> Frozen:
         """Load the image encoder; None: the published one."""
-        return load_clip(self.name, model or CLIP_B32)
+        return crop_as_openai(load_clip(self.name, model or CLIP_B32))
 
     @classmethod
     def random_init(cls, **settings) -> "BackgroundConsistency":
@@ -101,6 +115,8 @@ class Dino(Frozen):
     Preprocessing follows VBench: shorter side to 224, bilinear, no crop, ImageNet's mean and std.
     """
 
+    fit = "whole"
+
     def __init__(self, vit: torch.nn.Module):
         super().__init__()
         self.vit = vit
@@ -110,7 +126,7 @@ class Dino(Frozen):
     def embed(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (N, P) of frames in [0, 1]."""
         size = self.vit.config.image_size
-        pixels_NCHW = preprocess(frames_NCHW, size, IMAGENET_MEAN, IMAGENET_STD, "whole", "bilinear")
+        pixels_NCHW = preprocess(frames_NCHW, size, IMAGENET_MEAN, IMAGENET_STD, self.fit, "bilinear")
         pixels_NCHW = pixels_NCHW.to(next(self.parameters()).dtype)
         return unit(self.vit(pixels_NCHW, interpolate_pos_encoding=True).last_hidden_state[:, 0])
 

@@ -21,7 +21,7 @@ class MotionDegree(Frozen):
 
     A pair of frames scores sigmoid((m - 6 min(H, W) / 256) / temperature), where m is the mean
     length, in pixels, of the longest 5 % of the flow. VBench scores 1 if m is above the threshold,
-    on frames 1/8 s apart.
+    on every round(fps / 8)-th frame, as here.
 
     weights            path of torchvision's raft_large C_T_SKHT_V2; None: torch's cache, or a
                        download of 20 MB
@@ -42,7 +42,7 @@ class MotionDegree(Frozen):
         temperature: float = 1.0,
         num_flow_updates: int = 12,
         frames: str | int = "all",
-        num_frames: int | str | None = "8 fps",
+        num_frames: int | str | None = "every 8 fps",
         chunk: int | None = None,
         mean: float | None = None,
         std: float | None = None,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards.common.base import FrameReward
-from rewards.common.clip_models import CLIP_H14, SIZES, learned_scale, openai_tokenizer, unit
+from rewards.common.clip_models import CLIP_H14, SIZES, TransformersClip, learned_scale, openai_tokenizer, unit
 from rewards.common.preprocess import preprocess
 from rewards.common.weights import build_from_state_dict, load_published_weights, load_tokenizer, rename_keys
 
@@ -113,7 +113,8 @@ class Mps(FrameReward):
         self, frames_NCHW: torch.Tensor, text_NLP: torch.Tensor, keep_NL: torch.Tensor, end_NP: torch.Tensor
     ) -> torch.Tensor:
         """Return scores (N,) of frames in [0, 1], given the tensors of `encode_text`."""
-        image_NP = self.mps(preprocess(frames_NCHW, self.size).to(self.dtype), text_NLP, keep_NL)
+        pixels_NCHW = preprocess(frames_NCHW, self.size, fit=TransformersClip.fit).to(self.dtype)
+        image_NP = self.mps(pixels_NCHW, text_NLP, keep_NL)
         return self.scale.to(end_NP.device) * (unit(image_NP) * end_NP).sum(-1)
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from rewards.common.frames import check_num_frames, pick_frames, require_frames
+from rewards.common.frames import check_num_frames, choose_frames, pick_frames, require_frames
 from rewards.contract import at_least_float32
 
 
@@ -37,16 +37,19 @@ class PixelReward:
 
     def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         """Return scores (B,)."""
-        return self.score(at_least_float32(pick_frames(self, video_BCTHW, info)))
+        total = video_BCTHW.shape[2]
+        times = info.get("times") or range(total)
+        times = [times[i] for i in choose_frames(self.name, self.num_frames, total, info)]
+        return self.score(at_least_float32(pick_frames(self, video_BCTHW, info)), times)
 
-    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (B,) of the selected frames."""
+    def score(self, video_BCTHW: torch.Tensor, times: list[float]) -> torch.Tensor:
+        """Return scores (B,) of the selected frames; times ascend, in any unit."""
         raise NotImplementedError
 
-    def mean_difference(self, video_BCTHW: torch.Tensor, order: int) -> torch.Tensor:
-        """Return the mean absolute temporal difference (B,) of an order, in [0, 2^(order - 1)]."""
-        require_frames(self.name, video_BCTHW.shape[2], order + 1)
-        return video_BCTHW.diff(n=order, dim=2).abs().mean(dim=(1, 2, 3, 4))
+    def mean_difference(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Return the mean absolute difference (B,) of adjacent frames, in [0, 1]."""
+        require_frames(self.name, video_BCTHW.shape[2], 2)
+        return video_BCTHW.diff(dim=2).abs().mean(dim=(1, 2, 3, 4))
 
 
 class FrameDifference(PixelReward):
@@ -54,9 +57,9 @@ class FrameDifference(PixelReward):
 
     name = "frame_difference"
 
-    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+    def score(self, video_BCTHW: torch.Tensor, times: list[float]) -> torch.Tensor:
         """Return the mean of |x[t+1] - x[t]|, (B,)."""
-        return self.mean_difference(video_BCTHW, 1)
+        return self.mean_difference(video_BCTHW)
 
 
 class Flicker(PixelReward):
@@ -64,19 +67,27 @@ class Flicker(PixelReward):
 
     name = "flicker"
 
-    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+    def score(self, video_BCTHW: torch.Tensor, times: list[float]) -> torch.Tensor:
         """Return 1 - the mean of |x[t+1] - x[t]|, (B,)."""
-        return 1 - self.mean_difference(video_BCTHW, 1)
+        return 1 - self.mean_difference(video_BCTHW)
 
 
 class Smoothness(PixelReward):
-    """Smoothness: 1 - mean |x[t+2] - 2 x[t+1] + x[t]| / 2, in [0, 1]; 1 for a steady fade."""
+    """Smoothness: 1 - mean |x[t+2] - 2 x[t+1] + x[t]| / 2, in [0, 1]; 1 for a steady fade.
+
+    Where frames are not evenly spaced, each is compared with the line between its neighbours at its
+    own time.
+    """
 
     name = "smoothness"
 
-    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return 1 - the mean of |x[t+2] - 2 x[t+1] + x[t]| / 2, (B,)."""
-        return 1 - self.mean_difference(video_BCTHW, 2) / 2
+    def score(self, video_BCTHW: torch.Tensor, times: list[float]) -> torch.Tensor:
+        """Return 1 - the mean of |x[t+1] - (x[t] and x[t+2], interpolated)|, (B,)."""
+        require_frames(self.name, video_BCTHW.shape[2], 3)
+        gaps = torch.tensor(times, dtype=torch.float64).diff()
+        later_T11 = (gaps[:-1] / (gaps[:-1] + gaps[1:])).to(video_BCTHW)[:, None, None]
+        line_BCTHW = torch.lerp(video_BCTHW[:, :, :-2], video_BCTHW[:, :, 2:], later_T11)
+        return 1 - (video_BCTHW[:, :, 1:-1] - line_BCTHW).abs().mean(dim=(1, 2, 3, 4))
 
 
 class JpegSize(PixelReward):
@@ -89,7 +100,7 @@ class JpegSize(PixelReward):
 
     name = "jpeg_size"
 
-    def score(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+    def score(self, video_BCTHW: torch.Tensor, times: list[float]) -> torch.Tensor:
         """Return minus the mean of log(1 + |DCT / Q|), (B,)."""
         red, green, blue = video_BCTHW.unbind(1)
         luma_BTHW = 255 * (0.299 * red + 0.587 * green + 0.114 * blue)  # JPEG's Y

@@ -13,7 +13,7 @@ import torch
 from rewards.common.base import FrozenReward, encode_with_cache
 from rewards.common.checkpointing import recompute_in_backward
 from rewards.common.clip_models import unit
-from rewards.common.frames import apply_in_chunks
+from rewards.common.frames import apply_in_chunks, require_choice
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.common.weights import build_from_state_dict, load_published_weights
 from rewards.contract import RewardError
@@ -29,8 +29,9 @@ HEAD_WIDTH = 64  # of every head, in both towers and in all published sizes
 PREPROCESSING = {
     # Training and evaluation of the model, dataset/__init__.py.
     "internvideo": {"fit": "squash", "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-    # VBench's overall_consistency, utils.py clip_transform.
+    # VBench's utils.py: clip_transform_Image, and clip_transform, which overall_consistency takes.
     "vbench": {"fit": "shortest", "mean": CLIP_MEAN, "std": CLIP_STD},
+    "vbench_mp4": {"fit": "mp4_shortest_8_bit", "mean": CLIP_MEAN, "std": CLIP_STD},
 }
 
 
@@ -38,12 +39,12 @@ class ViClip(FrozenReward):
     """Cosine of video and prompt, in [-1, 1].
 
     Scores the middle frames of eight equal parts of the video; a shorter video repeats its last
-    frame. Frames are resized with antialiasing, as the published code does for images but not for
-    tensors.
+    frame. Frames are resized with antialiasing, but for "vbench_mp4".
 
     checkpoint     path of the published file (weights under "model", or plain); None: from the hub
-    preprocessing  "internvideo" (as in training: whole frames, ImageNet's mean and std) or "vbench"
-                   (as in its overall consistency: centre crop, CLIP's mean and std)
+    preprocessing  "internvideo" (as in training: whole frames, ImageNet's mean and std), "vbench"
+                   (centre crop, CLIP's mean and std) or "vbench_mp4" (the same without
+                   antialiasing: VBench's overall consistency of mp4 files)
     options        settings of FrozenReward; chunk counts videos
 
     Raises RewardError for weights that are missing, of another layout, or a pickled module.
@@ -58,12 +59,9 @@ class ViClip(FrozenReward):
         **options,
     ):
         super().__init__(**options)
-        if preprocessing not in PREPROCESSING:
-            got, expected = f"preprocessing={preprocessing!r}", f"one of {', '.join(PREPROCESSING)}"
-            raise RewardError(self.name, got=got, expected=expected, cure="correct preprocessing")
+        self.preprocessing = require_choice(self.name, "preprocessing", preprocessing, PREPROCESSING)
         made = isinstance(checkpoint, ViClipModel)
         self.model = (checkpoint if made else self._load(checkpoint)).to(self.dtype)
-        self.preprocessing = preprocessing
         self._texts: dict[str, tuple[torch.Tensor, ...]] = {}
         recompute_in_backward(self.model.vision_encoder.transformer.resblocks)
         self.freeze()
@@ -90,7 +88,7 @@ class ViClip(FrozenReward):
     def _embed(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
         """Return embeddings (B, P) of selected frames in [0, 1]."""
         vision, frames_NCHW = self.model.vision_encoder, video_BCNHW.transpose(1, 2).flatten(0, 1)
-        pixels_NCHW = preprocess(frames_NCHW, vision.resolution, **PREPROCESSING[self.preprocessing])
+        pixels_NCHW = preprocess(frames_NCHW, vision.resolution, **self.preprocessing)
         video_BCNHW = pixels_NCHW.unflatten(0, (len(video_BCNHW), -1)).transpose(1, 2)
         return vision(video_BCNHW.to(vision.proj.dtype))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from rewards.common.base import FrozenReward
-from rewards.common.frames import apply_in_chunks, check_positive, require_frames
+from rewards.common.frames import apply_in_chunks, check_positive, nearest_frames, require_frames
 from rewards.common.heads import dimension_weights
 from rewards.common.qwen_vl import QwenVl, load_qwen_vl, merge_lora, qwen2_vl_sizes, random_qwen_vl
 from rewards.common.weights import load_published_weights, require_tensor, torch_dtype
@@ -93,7 +93,7 @@ class VideoAlign(FrozenReward):
     def dimensions(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         """Return standardised scores (B, 3): quality, motion, text."""
         require_frames(self.name, video_BCTHW.shape[2], 2)
-        chosen = frames_at_rate(video_BCTHW.shape[2], info.get("fps") or self.fps)
+        chosen = frames_at_rate(video_BCTHW.shape[2], info.get("fps") or self.fps, info.get("times"))
         texts = [PROMPT.format(text_prompt=prompt) for prompt in prompts]
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             tokens = self.vlm.tokens(self.name, texts)
@@ -106,8 +106,13 @@ class VideoAlign(FrozenReward):
         return self.vlm(self.vlm.fit(video_BCNHW, MIN_PIXELS, MAX_PIXELS), ids_BL, where_B3)
 
 
-def frames_at_rate(total: int, fps: float) -> list[int]:
-    """Return an even number of frame indices, about `RATE` a second, first to last; total >= 2."""
+def frames_at_rate(total: int, fps: float, times: list[float] | None = None) -> list[int]:
+    """Return an even number of indices, about `RATE` per second, first to last; total >= 2.
+
+    times, of frames that are not evenly spaced, in seconds: a frame that lasts may be repeated.
+    """
     count = min(max(total / fps * RATE, MIN_FRAMES), min(MAX_FRAMES, total) // 2 * 2)
     count = min(round(count / 2) * 2, total)
+    if times is not None:
+        return nearest_frames(torch.linspace(times[0], times[-1], count).tolist(), times)
     return torch.linspace(0, total - 1, count).round().long().tolist()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from rewards.common.base import FrozenReward
 from rewards.common.checkpointing import recompute_in_backward
-from rewards.common.frames import apply_in_chunks, check_positive, require_frames
+from rewards.common.frames import apply_in_chunks, check_positive, nearest_frames, require_frames
 from rewards.common.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.common.weights import load_pretrained
 from rewards.contract import RewardError, at_least_float32
@@ -77,7 +77,7 @@ class VJepa2(FrozenReward):
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         """Return scores (B,), in at least float32."""
         require_frames(self.name, video_BCTHW.shape[2], MIN_FRAMES)
-        chosen = clip_frames(video_BCTHW.shape[2], info.get("fps") or self.fps)
+        chosen = clip_frames(video_BCTHW.shape[2], info.get("fps") or self.fps, info.get("times"))
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             return -apply_in_chunks(self.surprise, self.chunk, video_BCTHW[:, :, chosen])
 
@@ -109,8 +109,13 @@ class VJepa2(FrozenReward):
         return pixels_NCHW[..., top : top + crop, left : left + crop].unflatten(0, (len(video_BCNHW), -1))
 
 
-def clip_frames(total: int, fps: float) -> list[int]:
-    """Return an even number of distinct frame indices, about `RATE` per second; total >= 4."""
+def clip_frames(total: int, fps: float, times: list[float] | None = None) -> list[int]:
+    """Return an even number of indices, about `RATE` per second; total >= 4.
+
+    times, of frames that are not evenly spaced, in seconds: a frame that lasts may be repeated.
+    """
     count = min(max(int(total / fps * RATE), MIN_FRAMES), MAX_FRAMES, total) // 2 * 2
     stride = min(max(fps / RATE, 1), (total - 1) / (count - 1))
+    if times is not None:
+        return nearest_frames((times[0] + i * stride / fps for i in range(count)), times)
     return [round(i * stride) for i in range(count)]

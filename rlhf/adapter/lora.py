@@ -1,16 +1,12 @@
-"""The LoRA adapter, by peft: describe it, add it to the transformer, switch it off, save it."""
+"""The LoRA adapter, by peft: describe it, add it to the transformer, switch it off."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig
-from peft.utils import get_peft_model_state_dict
 
-from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 
 # The projections of SD3's joint attention: of the video's tokens, and of the text's.
@@ -64,16 +60,3 @@ def disable_adapter(transformer: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         transformer.enable_adapters()
-
-
-def save_adapter(pipe: DiffusionPipeline, masters: MasterWeights, folder: Path) -> None:
-    """Write folder/pytorch_lora_weights.safetensors, fp32, as `pipe.load_lora_weights` reads it."""
-    transformer, trained = pipe.transformer, {n: t.cpu() for n, t in masters.named(masters.vector).items()}
-    layers = get_peft_model_state_dict(transformer, state_dict=dict(transformer.state_dict()) | trained)
-    config = transformer.peft_config["default"].to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    type(pipe).save_lora_weights(
-        folder,
-        transformer_lora_layers={name: tensor.contiguous() for name, tensor in layers.items()},
-        transformer_lora_adapter_metadata=config,
-    )

@@ -2,8 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer as PeftLayer
+
+from rlhf.adapter.lora_file import INITIAL_KEY, PARTS
+from rlhf.adapter.lora_weights import Lora, LoraLayer
 
 
 class MasterWeights:
@@ -16,12 +21,20 @@ class MasterWeights:
     Args:
         module: the transformer; its parameters with `requires_grad` are the trained ones.
         average_decay: decay of the running average that `update_average` keeps; 0 keeps none.
+        initial: the LoRA that is merged into the module's frozen weights; None for none.
+        distilled: whether the adapter is sampled without guidance.
 
     Raises:
         ValueError: the module has no trainable parameter.
     """
 
-    def __init__(self, module: torch.nn.Module, average_decay: float = 0.0):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        average_decay: float = 0.0,
+        initial: Lora | None = None,
+        distilled: bool = False,
+    ):
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not trained:
             raise ValueError("the transformer has no trainable parameter, expected an adapter; pass a peft_config")
@@ -30,6 +43,9 @@ class MasterWeights:
         flat = [p.detach().flatten().to(dtype) for p, dtype in zip(self.params, dtypes, strict=True)]
         self.vector = torch.cat(flat).requires_grad_(True)
         self.vector.grad = torch.zeros_like(self.vector)
+        self.initial, self.distilled, peft = initial or Lora(), distilled, "default"
+        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, PeftLayer)}
+        self.alphas = {n: layer.scaling[peft] * layer.r[peft] for n, layer in layers.items() if peft in layer.scaling}
         self.average_decay, self.average = average_decay, self.vector.detach().clone() if average_decay else None
 
     def collect_grad(self) -> int:
@@ -78,6 +94,23 @@ class MasterWeights:
     def named(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return views of a flat vector (masters, an optimizer's moment) by parameter name."""
         return dict(zip(self.names, self._split(vector), strict=True))
+
+    def trained(self) -> Lora:
+        """Return the LoRA that the vector holds, without the initial one."""
+        parts = {name: {} for name in self.alphas}
+        for name, tensor in self.named(self.vector).items():
+            layer, _, rest = name.partition(".lora_")
+            parts[layer][PARTS[f"lora_{rest.partition('.')[0]}"]] = tensor.to("cpu", copy=True)
+        layers = {name: LoraLayer(**found, alpha=self.alphas[name]) for name, found in parts.items()}
+        return Lora(layers, self.distilled)
+
+    def save_adapter(self, path: Path) -> None:
+        """Write a LoRA file of the base: the initial LoRA and the trained one."""
+        self.initial.then(self.trained()).save(path)
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of a file of `named`, from which `read_lora` reads the adapter."""
+        return self.trained().metadata() | ({INITIAL_KEY: "true"} if self.initial.layers else {})
 
     @torch.no_grad()
     def load(self, vector: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.checks.execution import execution_problems
-from rlhf.checks.method import adapter_problems, method_problems
+from rlhf.checks.method import adapter_problems, method_problems, read_initial
 from rlhf.checks.parallel import parallel_problems
 from rlhf.checks.resume import resume_problems, start_problems
 from rlhf.checks.rewards import problems_raised_by, reward_problems
@@ -58,7 +58,15 @@ def check_config(
     except ValueError as error:
         problems.append(str(error))
     else:
-        args = with_sampling(args, sizes["sampling"])
+        initial = None
+        try:
+            initial = read_initial(args, sizes["transformer"])
+        except ConfigError:
+            pass  # of a checkpoint that resume_problems looks at
+        except ValueError as error:
+            problems.append(f"initial_adapter: {error}")
+        unguided = {"guidance_scale": 1.0} if initial and initial.distilled else {}
+        args = with_sampling(args, sizes["sampling"] | unguided)
         problems += _size_problems(args, sizes)
         problems += [*method_problems(args), *adapter_problems(args, sizes["transformer"])]
         problems += [*execution_problems(args), *parallel_problems(args, planned_processes)]

@@ -3,11 +3,14 @@
 import difflib
 import re
 from collections.abc import Iterator
-
-import torch
+from typing import TYPE_CHECKING
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.method.options import MethodOptions, read_options
+from rlhf.run.checkpoint import find_checkpoint
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from rlhf.adapter.lora_weights import Lora
 
 # Elsewhere num_grad_steps keeps its default, so that it is never silently without effect.
 WITH_NUM_GRAD_STEPS = ("draft_k", "alignprop", "uniform", "drtune")
@@ -80,16 +83,33 @@ def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[
             "magnitudes to 0; hold them with drift_weight instead"
         )
     if args.lora_target_modules or args.lora_rank_pattern or args.lora_alpha_pattern:
-        yield from _target_problems(args, _linear_layers(transformer))
+        from rlhf.contentv.transformer import linear_sizes  # takes seconds to import
+
+        yield from _target_problems(args, list(linear_sizes(transformer)))
 
 
-def _linear_layers(transformer: dict) -> list[str]:
-    """Return the names of the linear layers of a transformer with this config."""
-    from rlhf.contentv.transformer import SD3Transformer3DModel  # takes seconds to import
+def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None":
+    """Return the LoRA that a run starts from, None without one. transformer: the model's config.
 
-    with torch.device("meta"):
-        model = SD3Transformer3DModel.from_config(transformer)
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    A resumed run reads the copy in the folder of the run that its checkpoint is of. Raises
+    ValueError, also for DoRA.
+    """
+    if not args.initial_adapter:
+        return None
+    from rlhf.adapter.lora_file import INITIAL_KEY, read_lora  # take seconds to import
+    from rlhf.contentv.transformer import linear_sizes
+
+    source = args.initial_adapter
+    if args.resume_from_checkpoint:
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)
+        source = checkpoint.resolve().parents[1] / INITIAL_KEY
+    if args.lora_use_dora or (lora := read_lora(source, linear_sizes(transformer))).has_magnitudes:
+        got = "lora_use_dora" if args.lora_use_dora else f"a DoRA, {source}"
+        expected = "expected plain LoRA, since no adapter file holds the sum of a DoRA and another adapter"
+        raise ValueError(
+            f"got {got}, {expected}; merge it (python -m rlhf.export RUN --merged OUT), and name OUT as model"
+        )
+    return lora
 
 
 def _target_problems(args, layers: list[str]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from rlhf.run.folder import BEST
 
 FIXED_ON_RESUME = (
     *("model", "lora_rank", "lora_alpha", "lora_target_modules"),
-    *("lora_use_dora", "lora_rank_pattern", "lora_alpha_pattern"),
+    *("lora_use_dora", "lora_rank_pattern", "lora_alpha_pattern", "initial_adapter"),
 )
 
 

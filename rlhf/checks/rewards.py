@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from rewards import check_spec, reward_name
 from rewards.catalogue import CATALOGUE
 from rewards.contract import check_frames
-from rewards.load import name_in
+from rewards.load import name_in, split_spec
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.measures import MEASURES
 
@@ -35,12 +35,12 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
         if isinstance(spec, str):
             kwargs = (args.reward_kwargs or {}).get(short_name(spec), {})
             yield from problems_raised_by(check_spec, spec, args.base_dir, kwargs)
-            if spec in CATALOGUE and "frames" in kwargs:
-                yield from problems_raised_by(check_frames, spec, kwargs["frames"])
+            if split_spec(spec)[1] in CATALOGUE and "frames" in kwargs:
+                yield from problems_raised_by(check_frames, short_name(spec), kwargs["frames"])
     if not trained:
         yield "reward_funcs: got none, expected at least one reward; name one"
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
-        cure = "leave one out (--eval_reward_funcs names other judges), or give one of two callables a `name`"
+        cure = f"leave one out (--eval_reward_funcs names judges), or name one: other={name}, or a callable's `name`"
         yield f"reward_funcs and eval_reward_funcs: got {name!r} twice, expected each once; {cure}"
     for name in dict.fromkeys(n for n in names if n in MEASURES):
         expected = f"expected another name than those of the measures of every evaluation ({', '.join(MEASURES)})"

@@ -5,6 +5,7 @@ import math
 import os
 import types
 import typing
+from contextlib import suppress
 from typing import Any, Literal
 
 from rlhf.io import CONTENT_ERRORS, load_yaml
@@ -16,7 +17,7 @@ FLAG_VALUES |= dict.fromkeys(("false", "no", "off", "f", "n", "0"), False)
 def coerce_all(values: dict, annotations: dict) -> tuple[dict, list[str]]:
     """Return values as their annotated types, and a problem for each one that cannot be cast."""
     right, problems = {}, []
-    for name, value in values.items():
+    for name, value in _list_named_rewards(values).items():
         try:
             right[name] = coerce(value, annotations[name])
         except (TypeError, ValueError, OverflowError, RecursionError):
@@ -49,6 +50,27 @@ def coerce(value: Any, annotation: Any) -> Any:
     if kind is Any:
         return require_no_nan(value)
     return _require_type(os.fspath(value) if isinstance(value, os.PathLike) else value, kind)
+
+
+def _list_named_rewards(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings whose mappings {name: spec or {spec, arguments}} of rewards are lists.
+
+    The arguments go to reward_kwargs. A mapping of another form stays for the check of its type.
+    """
+    values = dict(values)
+    for setting_name in ("reward_funcs", "eval_reward_funcs"):
+        if not isinstance(given := values.get(setting_name), dict):
+            continue
+        entries = {name: dict(entry) if isinstance(entry, dict) else {"spec": entry} for name, entry in given.items()}
+        specs = {name: entry.pop("spec", None) for name, entry in entries.items()}
+        if not all(isinstance(text, str) for pair in specs.items() for text in pair):
+            continue
+        values[setting_name] = [f"{name}={spec}" for name, spec in specs.items()]
+        if arguments := {name: entry for name, entry in entries.items() if entry}:
+            with suppress(TypeError, ValueError):  # as its own check says
+                kwargs = coerce(values.get("reward_kwargs") or {}, dict[str, dict])
+                values["reward_kwargs"] = kwargs | {name: kwargs.get(name, {}) | arguments[name] for name in arguments}
+    return values
 
 
 def _kinds(annotation) -> tuple:

@@ -137,12 +137,15 @@ class RewardGradientConfig:
     # Rewards
     reward_funcs: list[str] = setting(
         ["nano_preference"],
-        "Rewards to train on: built-in names, package.module:Class or file.py:Class (which is run).",
+        "Rewards to train on: built-in names, package.module:Class or file.py:Class (which is run). "
+        "name=spec gives one another name; in YAML also {name: {spec: spec, argument: value}}.",
     )
     reward_weights: list[float] | None = setting(None, "Weights of reward_funcs. Default: 1 each.")
     reward_kwargs: dict[str, dict] | str | None = setting(
-        None, "Arguments of rewards, {name: {argument: value}}; as a flag, in quotes."
+        None,
+        "Arguments of rewards, {name: {argument: value}}; as a flag, in quotes. Paths are relative to the config file.",
     )
+    reward_timeout: float = setting(300.0, "Seconds that importing a reward's file or module may take.", above=0)
     normalise_rewards: bool = setting(
         True,
         "Weigh (score - mean) / std of each reward whose typical mean and spread are stated or "
@@ -285,6 +288,11 @@ class RewardGradientConfig:
     lora_alpha_pattern: dict[str, int] | str | None = setting(
         None, "Alphas other than lora_alpha, by name or regular expression of the layer.", least=1, most=65536
     )
+    initial_adapter: str | None = setting(
+        None,
+        "LoRA that the run starts from: a file, a folder such as RUN/adapter, or a hub id. It is "
+        "merged into the frozen base, which drift and gains are then measured from.",
+    )
     ema_decay: float = setting(
         0.0,
         "Decay of an average of the trained weights, evaluated and saved in their place. 0: none.",
@@ -357,6 +365,8 @@ class RewardGradientConfig:
             self.report_to = []
         if self.model != "nano" and Path(self.model).is_dir():  # config.yaml is read elsewhere, too
             self.model = str(Path(self.model).resolve())
+        if self.initial_adapter and Path(self.initial_adapter).exists():
+            self.initial_adapter = str(Path(self.initial_adapter).resolve())
 
     def to_yaml(self) -> str:
         """Return the settings as the YAML text that `--config` reads."""

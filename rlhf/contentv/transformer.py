@@ -230,3 +230,10 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
                 "blocks are recomputed after the scale is undone, so LoRA gradients would be wrong; set the scale "
                 "with set_adapters(name, weight) or disable gradient checkpointing"
             )
+
+
+def linear_sizes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of the linear layers of a transformer with this config, by name."""
+    with torch.device("meta"):
+        modules = SD3Transformer3DModel.from_config(config).named_modules()
+    return {name: tuple(module.weight.shape) for name, module in modules if isinstance(module, nn.Linear)}

@@ -20,6 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T
 from rlhf.contentv.frozen_layers import conv, norm_silu
 from rlhf.execution.offload import HostMemory
 from rlhf.execution.recompute import gradient_checkpoint
+from rlhf.types import clamp_straight_through
 
 
 def decode_video(
@@ -62,7 +63,7 @@ def decode_video(
     start = per_latent * (first - 1) + 1 if first else 0  # the first frame of the first latent
     video = video[:, :, first_frame - start : num_frames - start]
     video = video.to(torch.promote_types(video.dtype, torch.float32))
-    return (_ClampStraightThrough.apply(video) + 1) / 2
+    return (clamp_straight_through(video, -1, 1) + 1) / 2
 
 
 def unnormalise(vae: AutoencoderKLWan, latents_BCTHW: torch.Tensor) -> torch.Tensor:
@@ -184,20 +185,6 @@ def _double_frames(time_conv, x, causal):
     pairs = causal(time_conv, rest).unflatten(1, (2, -1))
     doubled = torch.stack((pairs[:, 0], pairs[:, 1]), 3).flatten(2, 3)
     return doubled if first is None else torch.cat([first, doubled], 2)
-
-
-class _ClampStraightThrough(torch.autograd.Function):
-    """Clamp to [-1, 1] whose gradient is that of the identity."""
-
-    @staticmethod
-    def forward(ctx, x):
-        """Return x clamped to [-1, 1]."""
-        return x.clamp(-1, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Return the gradient unchanged."""
-        return grad
 
 
 def _check_vae(vae) -> None:

@@ -7,19 +7,20 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged, refuse_trained_blocks
-from rlhf.adapter.scale import check_scale, scaled
-from rlhf.contentv.files import SamplingDefaults
+from rlhf.adapter.lora_file import find_lora_file, read_lora
+from rlhf.adapter.lora_weights import Lora
+from rlhf.adapter.merge import apply_lora, check_scale
+from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.contentv.transformer import linear_sizes
 from rlhf.device import generator
 from rlhf.evaluation.video_set import Video
 from rlhf.io import read_object, write_json, write_whole
@@ -36,7 +37,7 @@ class Variant:
 
     Args:
         model: "nano", a folder in diffusers layout (such as a merged export) or a hub id.
-        lora: folder of an adapter, such as RUN/adapter; None for the model alone.
+        lora: an adapter, as `find_lora_file` finds it; None for the model alone.
         merge: add the adapter to the weights first, as an export does.
         scale: factor of the adapter.
     """
@@ -47,36 +48,30 @@ class Variant:
     scale: float = 1.0
 
     def check(self) -> None:
-        """Raise ValueError for an absent adapter, or a scale without one; load nothing."""
+        """Raise ValueError for an adapter that does not fit, or a scale without one."""
         check_scale(self.scale)
-        if self.lora is None:
-            if self.merge or self.scale != 1:
-                got = "merge" if self.merge else f"scale={self.scale}"
-                raise ValueError(f"{got}: got no adapter, expected one to apply it to; name its folder")
-            return
-        if not (self.lora / ADAPTER_FILE).is_file():
-            expected = "expected an adapter such as RUN/adapter"
-            raise ValueError(f"{self.lora}: got no {ADAPTER_FILE}, {expected}; correct it")
-        refuse_trained_blocks(self.lora)
+        if self.adapter is None and (self.merge or self.scale != 1):
+            got = "merge" if self.merge else f"scale={self.scale}"
+            raise ValueError(f"{got}: got no adapter, expected one to apply it to; name its folder")
 
-    @contextmanager
-    def open(self, device: torch.device) -> Iterator[ContentVPipeline]:
-        """Yield the pipeline, on the device."""
+    @cached_property
+    def adapter(self) -> Lora | None:
+        """Return the adapter, read for the model. Raises ValueError."""
+        return self.lora and read_lora(self.lora, linear_sizes(model_sizes(self.model)["transformer"]))
+
+    def load(self, device: torch.device, quiet: bool = False) -> ContentVPipeline:
+        """Return the pipeline, on the device; unless quiet, print how much the adapter changes."""
         pipe = load_pipeline(self.model, device=device)
         pipe.set_progress_bar_config(disable=True)
-        if self.lora:
-            load_adapter(pipe.transformer, self.lora)
-        if self.merge:
-            with merged(pipe.transformer, self.scale) as plain:
-                pipe.transformer = plain
-                yield pipe
-            return
-        with scaled(pipe.transformer, self.scale):
-            yield pipe
+        if self.adapter:
+            line = apply_lora(pipe.transformer, self.adapter, self.scale, self.merge)
+            if not quiet:
+                print(line)
+        return pipe
 
     def identity(self) -> dict:
         """Return what identifies this variant; the adapter by its content."""
-        content = (self.lora / ADAPTER_FILE).read_bytes() if self.lora else None
+        content = find_lora_file(self.lora).read_bytes() if self.lora else None
         digest = content and hashlib.sha256(content).hexdigest()
         settings = {"merge": self.merge, "scale": self.scale}
         return {"model": str(self.model), "adapter_sha256": digest} | settings
@@ -91,7 +86,8 @@ def generate(
     if todo:
         done, shown = len(own) - len(todo), accelerator.is_main_process
         bar = progress_bar("generate", "video", len(own), shown, done)
-        with variant.open(accelerator.device) as pipe, bar:
+        pipe = variant.load(accelerator.device, quiet=not shown)
+        with bar:
             for batch in (todo[i : i + batch_size] for i in range(0, len(todo), batch_size)):
                 for video, pixels_TCHW in zip(batch, sample(pipe, batch, sampling), strict=True):
                     save_video(video.path, pixels_TCHW, sampling.fps)

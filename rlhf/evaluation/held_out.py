@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from rewards import RewardMix
 from rlhf.config import RewardGradientConfig
 from rlhf.distributed.accelerator import local_batches
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.measures import DIVERSITY, MEASURES, SINGLE_VIDEO_MEASURES, distance
-from rlhf.io import file_errors, write_whole
+from rlhf.io import file_errors, save_tensors
 from rlhf.method.rollout import draw_noise
 from rlhf.run.metrics import progress_bar
 from rlhf.run.trackers import Clip
@@ -52,8 +51,7 @@ class Evaluation:
         """Write one safetensors file, whole or not at all; its metadata: prompts and settings."""
         tensors = {f"scores.{name}": scores for name, scores in self.scores.items()}
         told = {"prompts": json.dumps([*map(row_of, self.prompts)]), "settings": json.dumps(self.settings)}
-        with write_whole(path) as unfinished:
-            save_file(tensors | {"videos": self.videos_NCTHW}, unfinished, metadata=told)
+        save_tensors(path, tensors | {"videos": self.videos_NCTHW}, told)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":

@@ -23,7 +23,7 @@ class Pairs:
     base: dict[str, torch.Tensor]  # (N,) by reward
     tuned: dict[str, torch.Tensor]
     videos: int  # pairs of videos
-    unpaired: int  # videos without a partner
+    unpaired: int  # scored videos without a partner
 
 
 def read_pairs(base: Path, tuned: Path) -> Pairs:
@@ -97,12 +97,15 @@ def _read_finite_scores(folder: Path) -> dict[Key, dict[str, float]]:
 
 
 def read_scores(path: Path) -> dict[Key, dict[str, float]]:
-    """Return the scores of each video in a scores.jsonl, by reward. Raise DamagedFileError."""
+    """Return the scores of each video in a scores.jsonl, by reward. Raise DamagedFileError.
+
+    Videos that could not be scored are left out.
+    """
     rows = read_rows(path)
     with file_errors(path):
         keys = pair_keys((row["prompt"], row["seed"]) for row in rows)
-        scores = [{name: float(score) for name, score in row["scores"].items()} for row in rows]
-    return dict(zip(keys, scores, strict=True))
+        pairs = [(key, row["scores"]) for key, row in zip(keys, rows, strict=True) if "error" not in row]
+        return {key: {name: float(score) for name, score in scores.items()} for key, scores in pairs}
 
 
 def _prompt_means(prompts: list[str], values: list[tuple[str, float]]) -> torch.Tensor:

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewards.cli.files import VIDEOS
-from rlhf.io import file_errors, write_rows
+from rewards.cli.files import VIDEOS, visible_files
+from rlhf.io import file_errors, read_lines, write_rows
 from rlhf.run.folder import PROMPTS
 from rlhf.types import Prompt, fields_of, row_of
 
@@ -33,11 +33,12 @@ class Video:
     category: str | None = None
 
 
-def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
+def read_set(folder: Path, names_are_prompts: bool = False, with_folders: bool = False) -> list[Video]:
     """Return the videos of a folder, in the order of its list or of their names.
 
-    names_are_prompts: read the prompts off the file names if there is no list. Raises ValueError if
-    the folder is absent, empty or without prompts, or its list is damaged.
+    names_are_prompts: read the prompts off the file names if there is no list; with_folders: and
+    off those of the folders in it, which hold pictures. Raises ValueError if the folder is absent,
+    empty or without prompts, or its list is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -49,7 +50,9 @@ def read_set(folder: Path, names_are_prompts: bool = False) -> list[Video]:
         with file_errors(folder / PROMPTS):
             videos = [Video(folder / f"{name}.mp4", prompt) for name, prompt in rows]
     elif names_are_prompts:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS)
+        paths = visible_files(folder, VIDEOS)
+        if with_folders:
+            paths = sorted(paths + [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."])
         videos = [Video(path, prompt_from_name(path), _number(path)) for path in paths]
     else:
         raise ValueError(
@@ -78,7 +81,7 @@ def pair_keys(prompts_and_seeds: Iterable[tuple[str, int]]) -> list[Key]:
 
 def require_files(videos: list[Video]) -> None:
     """Raise ValueError if the file of a video is absent."""
-    absent = [video.path for video in videos if not video.path.is_file()]
+    absent = [video.path for video in videos if not video.path.exists()]
     if absent:
         got = f"{len(absent)} of {len(videos)} videos missing"
         raise ValueError(f"{absent[0]}: got {got}, expected all of them; finish making them")
@@ -133,8 +136,7 @@ def _number(path: Path) -> int:
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Return the lines that are not blank, with their numbers from 1."""
     with file_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+        return [(i, line) for i, line in enumerate(read_lines(path), 1) if line.strip()]
 
 
 def _parse_row(folder: Path, number: int, line: str) -> Video:

@@ -1,12 +1,13 @@
 """Export what a run has trained: `python -m rlhf.export RUN --merged OUT` or `--adapter OUT`.
 
+RUN            a run, finished or interrupted, or one of its checkpoints, RUN/checkpoints/step-N
 --merged       a complete pipeline, the adapter added to the weights; ContentV's code loads it, too
 --adapter      the LoRA weights alone, for `pipe.load_lora_weights(OUT)`
 --convention   keys of the adapter file: diffusers, or comfyui with the scale in the weights
 --scale s      multiply the adapter by s
 --push_to_hub  upload the export, too
 
-Both come with a model card, OUT/README.md.
+Both come with a model card, OUT/README.md. An adapter that the run started from is part of both.
 """
 
 import argparse
@@ -14,50 +15,70 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-
-from rlhf.adapter.merge import ADAPTER_FILE, load_adapter, merged, refuse_trained_blocks
-from rlhf.adapter.scale import check_scale, fold_scale
-from rlhf.config import is_distilled
-from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, one_line
+from rlhf.adapter.lora_file import read_lora, refuse_trained_blocks
+from rlhf.adapter.lora_weights import ADAPTER_FILE
+from rlhf.adapter.merge import apply_lora, check_scale
+from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, model_sizes, one_line
 from rlhf.contentv.loading import load_transformer
 from rlhf.contentv.pipeline import INDEX_CLASSES
+from rlhf.contentv.transformer import linear_sizes
 from rlhf.export.hub import check_push, push
 from rlhf.export.model_card import Export, write_card
-from rlhf.io import file_errors, write_json
+from rlhf.io import read_object, write_json
+from rlhf.report.data import Run
+from rlhf.run.checkpoint import damage, newest_undamaged_checkpoint, read_state
 from rlhf.run.folder import read_settings
+
+PATH_KEYS = ("_name_or_path", "name_or_path")  # of config files: where their maker had them
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is exported. step: of a checkpoint; None for the result of a finished run."""
+
+    run: Path
+    adapter: Path
+    step: int | None = None
+
+    @property
+    def origin(self) -> str:
+        """Return in words what is exported."""
+        run = Run(self.run)
+        step = f"step {run.exported_step if self.step is None else self.step} of {run.config.get('max_steps')}"
+        return f"{self.adapter}, {step}" + ", the result of the run" * (self.step is None)
 
 
 def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = None) -> None:
     """Write a pipeline in diffusers layout: the run's base model, the adapter in its weights.
 
-    All parts but the transformer are copied file by file. The transformer is written in the dtype
-    of loading: bfloat16 for ContentV-8B, which rounds the sum of weight and adapter once.
+    All parts but the transformer are copied file by file, without paths of this machine. The
+    transformer is written in the dtype of loading: bfloat16 for ContentV-8B, which rounds the sum
+    of weight and adapter once.
 
-    run: folder of a finished training run. out: new or empty folder. scale: factor of the adapter.
-    model: name or path of the base model, if it is no longer where config.yaml says. Raises
-    ValueError without a finished run, for `out` in use, an absent base model and an adapter that is
-    not finite.
+    run: folder of a training run, or of one of its checkpoints. out: new or empty folder. scale:
+    factor of the adapter. model: name or path of the base model, if it is no longer where
+    config.yaml says. Raises ValueError without an adapter, for `out` in use, an absent base model
+    and an adapter that does not fit or is not finite.
     """
-    adapter = _check_export(run, out, scale)
-    config = read_settings(run)
-    base = model_folder(model or config["model"])
+    trained = _check_export(run, out, scale)
+    base = model_folder(model or read_settings(trained.run)["model"])
+    lora = read_lora(trained.adapter, linear_sizes(model_sizes(base)["transformer"]))
+    print(f"exporting {trained.origin}")
     transformer = load_transformer(base)
-    load_adapter(transformer, adapter.parent)
+    print(apply_lora(transformer, lora, scale, merge=True))
     with empty_folder_on_error(out):
-        with merged(transformer, scale) as plain:
-            plain.save_pretrained(out / "transformer")
+        transformer.save_pretrained(out / "transformer")
         for name in set(CONFIG_FILES) - {"transformer"}:
             shutil.copytree(base / name, out / name)
-        guidance = {"guidance_scale": 1.0} if is_distilled(config) else {}
+        guidance = {"guidance_scale": 1.0} if lora.distilled else {}
         replace(SamplingDefaults.load(base), **guidance).save(out)
         index = json.loads((base / "model_index.json").read_text())
         write_json(out / "model_index.json", index | {"transformer": INDEX_CLASSES["transformer"]})
-        write_card(Export(run, "merged", scale, model), out)
+        _remove_paths(out)
+        write_card(Export(trained.run, "merged", scale, model, trained.step, lora.distilled), out)
 
 
 def export_adapter(
@@ -66,25 +87,27 @@ def export_adapter(
     """Write the run's adapter to `out`/pytorch_lora_weights.safetensors, B multiplied by `scale`.
 
     Arguments and errors are those of `export_merged`. convention: "diffusers", or "comfyui" with
-    lora_alpha / r in B as well (`rlhf.adapter.scale`). Raises ValueError also for DoRA with
-    "comfyui" or another scale than 1.
+    lora_alpha / r in B as well: ComfyUI reads the scale from tensors `NAME.alpha`, which diffusers
+    refuses, and takes it as 1 without them (its comfy/weight_adapter/lora.py). Raises ValueError
+    also for DoRA with "comfyui", which names its tensors differently, or another scale than 1.
     """
-    adapter = _check_export(run, out, scale)
-    with file_errors(adapter), safe_open(adapter, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        metadata = file.metadata()
-    if broken := [key for key, value in tensors.items() if not value.isfinite().all()]:
-        got = f"NaN or infinity in {broken[0]}"
-        raise ValueError(f"{adapter}: got {got}, expected finite weights; train again")
-    if scale != 1 and any("magnitude" in key for key in tensors):
-        got = f"{scale} for an adapter with lora_use_dora"
-        raise ValueError(f"scale: got {got}, expected 1, as magnitudes need the base; use --merged")
-    tensors = {key: value * scale if "lora_B" in key else value for key, value in tensors.items()}
-    if convention == "comfyui":
-        tensors, metadata = fold_scale(tensors, metadata)
+    trained = _check_export(run, out, scale)
+    lora = read_lora(trained.adapter)
+    if lora.has_magnitudes and (scale != 1 or convention == "comfyui"):
+        got = f"scale: got {scale}" if scale != 1 else f"convention: got {convention}"
+        raise ValueError(f"{got} for an adapter with magnitudes (lora_use_dora), expected plain LoRA; use --merged")
+    print(f"exporting {trained.origin}")
     with empty_folder_on_error(out):
-        save_file(tensors, out / ADAPTER_FILE, metadata)
-        write_card(Export(run, convention, scale, model), out)
+        lora.scaled(scale, fold=convention == "comfyui").save(out / ADAPTER_FILE)
+        write_card(Export(trained.run, convention, scale, model, trained.step, lora.distilled), out)
+
+
+def _remove_paths(folder: Path) -> None:
+    """Remove the paths of who made them from the config files of a pipeline."""
+    for path in folder.glob("**/*.json"):
+        content = read_object(path) if path.name.endswith(("config.json", "model_index.json")) else {}
+        if any(key in content for key in PATH_KEYS):
+            write_json(path, {key: value for key, value in content.items() if key not in PATH_KEYS})
 
 
 @contextmanager
@@ -102,18 +125,34 @@ def empty_folder_on_error(out: Path) -> Iterator[None]:
         raise
 
 
-def _check_export(run: Path, out: Path, scale: float) -> Path:
-    """Return the run's adapter file. Raise ValueError if the run is incomplete or `out` in use."""
+def _check_export(path: Path, out: Path, scale: float) -> Trained:
+    """Return what is exported. Raise ValueError if nothing was trained, or `out` is in use."""
     check_scale(scale)
-    adapter = run / "adapter" / ADAPTER_FILE
-    for file in (run / "config.yaml", adapter):
-        if not file.is_file():
-            expected = "expected the folder of a finished training run"
-            raise ValueError(f"{file} is not there, {expected}; correct {run}")
-    refuse_trained_blocks(adapter.parent)
+    trained = _find_trained(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty, expected a new folder; choose another or remove it")
-    return adapter
+    return trained
+
+
+def _find_trained(path: Path) -> Trained:
+    """Return a checkpoint, or a run's result, or the newest checkpoint of an interrupted run."""
+    run, checkpoint = path, None
+    if (path / "state.json").is_file():
+        run, checkpoint = path.absolute().parents[1], path
+        if wrong := damage(path):
+            raise ValueError(f"{path}: {wrong}, expected a whole checkpoint; name another")
+    if not (run / "config.yaml").is_file():
+        expected = "expected the folder of a training run, or a checkpoint within it"
+        raise ValueError(f"{run / 'config.yaml'} is not there, {expected}; correct {path}")
+    adapter = run / "adapter" / ADAPTER_FILE
+    if checkpoint is None and not (adapter.is_file() and Run(run).is_finished):
+        checkpoint = newest_undamaged_checkpoint(run / "checkpoints")
+    if checkpoint is not None:
+        return Trained(run, checkpoint, read_state(checkpoint)["step"])
+    refuse_trained_blocks(adapter.parent)
+    if not adapter.is_file():
+        raise ValueError(f"{adapter} is not there, nor a whole checkpoint, expected either; train first")
+    return Trained(run, adapter)
 
 
 def parse_export_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -121,7 +160,7 @@ def parse_export_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m rlhf.export", description="Export what a training run has trained."
     )
-    parser.add_argument("run", type=Path, help="folder of a training run")
+    parser.add_argument("run", type=Path, help="folder of a training run, or one of its checkpoints")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--merged", type=Path, metavar="OUT", help="write a complete pipeline, adapter merged")
     target.add_argument("--adapter", type=Path, metavar="OUT", help="write the adapter alone")

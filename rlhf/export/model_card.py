@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from rewards.catalogue import CATALOGUE
-from rlhf.config import is_distilled
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.contentv.files import CONTENTV_8B, HUB_ID
 from rlhf.evaluation.statistics import INTERVAL
 from rlhf.report import settings_rows
@@ -36,6 +36,7 @@ ALWAYS_SHOWN = (
 NEVER_SHOWN = (
     *("model", "prompts", "eval_prompts", "reward_funcs", "eval_reward_funcs", "reward_kwargs", "base_dir"),
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "device", "cpu_threads"),
+    "initial_adapter",
 )
 
 
@@ -47,6 +48,8 @@ class Export:
     kind: str
     scale: float = 1.0
     model: str | None = None  # base model (default: that of the run's config.yaml)
+    step: int | None = None  # of a checkpoint; None for the result of a finished run
+    distilled: bool = False  # sampled without guidance
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ def write_card(export: Export, out: Path) -> Path:
 
     run = Run(export.run)
     base = resolve_base(export.model or run.config["model"])
-    picture, rows = export.run / CONTACT_SHEET, run.result_rows()
-    if picture.is_file():
+    is_result, initial = export.step is None, _adapter_name(run.config.get("initial_adapter"))
+    picture, rows = export.run / CONTACT_SHEET, run.result_rows() if is_result else []
+    if is_result and picture.is_file():
         shutil.copyfile(picture, out / PICTURE)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
@@ -79,25 +83,32 @@ def write_card(export: Export, out: Path) -> Path:
         for name, value, _, changed in settings_rows(run.config)
         if name in ALWAYS_SHOWN or (changed and name not in NEVER_SHOWN)
     ]
+    licences = [_reward_licence_row(name, run.specs[name]) for name in run.reward_names]
     content = environment.get_template(TEMPLATE).render(
         card_data=header(base, export.kind).to_yaml(),
         base=base,
         merged=export.kind == "merged",
         convention=export.kind,
         trained=run.trained_names,
-        steps=run.steps if run.result_step is None else run.result_step,
+        steps=run.exported_step if is_result else export.step,
+        is_result=is_result,
+        initial=initial,
         scale=export.scale,
         rows=rows,
         interval_name=INTERVAL,
         count=next((row["prompts"] for row in rows if "prompts" in row), None),
-        picture=PICTURE if picture.is_file() else None,
+        picture=PICTURE if is_result and picture.is_file() else None,
         prompt=repr(run.evaluations[0].prompts[0] if run.evaluations else "a red fox in the snow"),
         prompts=_file_name(run.config.get("prompts")),
         eval_prompts=_file_name(run.config.get("eval_prompts")),
         machine=_machine(run),
-        distilled=is_distilled(run.config),
+        distilled=export.distilled,
         settings=shown,
-        licences=[(f"base model, {base.name}", base.licence), *map(_reward_licence_row, run.reward_names)],
+        licences=[
+            (f"base model, {base.name}", base.licence),
+            *([(f"adapter that training began with, {initial}", "ask its author")] if initial else []),
+            *licences,
+        ],
     )
     ModelCard(content).save(out / "README.md")
     return out / "README.md"
@@ -121,7 +132,8 @@ def header(base: Base, kind: str) -> ModelCardData:
     known = {"base_model": base.name, "base_model_relation": relation}
     known = base.header | (known if HUB_ID.fullmatch(base.name) else {})
     tags = ["text-to-video", "rlhf", "reward-gradient", "contentv"] + ["lora"] * (kind != "merged")
-    return ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", tags=tags, **known)
+    # Not diffusers, whose snippet the Hub would show: its DiffusionPipeline does not know ContentV.
+    return ModelCardData(library_name="contentv-rlhf", pipeline_tag="text-to-video", tags=tags, **known)
 
 
 def _machine(run: Run) -> str:
@@ -133,12 +145,20 @@ def _machine(run: Run) -> str:
     return f"{run.summary['seconds']:.0f} s on {several}{last['device']}, evaluations included."
 
 
-def _reward_licence_row(name: str) -> tuple[str, str]:
+def _reward_licence_row(name: str, spec: str) -> tuple[str, str]:
     """Return the row of a reward in the table of licences."""
-    if name not in CATALOGUE:
+    if spec not in CATALOGUE:
         return f"reward `{name}`", "not built in: ask its author"
-    entry = CATALOGUE[name]
+    entry = CATALOGUE[spec]
     return f"reward `{name}`", entry.licence if entry.weights else "no weights"
+
+
+def _adapter_name(setting: str | None) -> str | None:
+    """Return the name of the adapter in `initial_adapter`, without folders, which are private."""
+    if not setting or (HUB_ID.fullmatch(setting) and not Path(setting).exists()):
+        return setting
+    parts = [part for part in Path(setting).parts if part not in ("adapter", ADAPTER_FILE)]
+    return parts[-1]
 
 
 def _file_name(setting: str | None) -> str | None:

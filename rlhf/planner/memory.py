@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rewards.catalogue import CATALOGUE
+from rewards.load import split_spec
 from rlhf.config import RewardGradientConfig
 from rlhf.planner.reward_costs import decoded_frames, reward_cost, scored_frames
 from rlhf.planner.traced import TracedCall, TracedModel, max_grad_steps
@@ -63,24 +64,25 @@ class RewardNeeds:
 def plan_rewards(model: TracedModel, args: RewardGradientConfig) -> RewardNeeds:
     """Return what the rewards need for one batch, and the weights of the judges."""
     fps, batch, kwargs = model.card["sampling"]["fps"], args.per_device_train_batch_size, args.reward_kwargs or {}
-    settings = {name: kwargs.get(name, {}) for name in args.reward_funcs if name in CATALOGUE}
-    unknown = [name for name in args.reward_funcs if name not in CATALOGUE]
-    decoded = {name: decoded_frames(name, settings[name], args.num_frames) for name in settings}
+    trained, judges = (list(map(split_spec, specs)) for specs in (args.reward_funcs, args.eval_reward_funcs))
+    built_in = {name: spec for name, spec in trained if spec in CATALOGUE}
+    unknown = [spec for _, spec in trained if spec not in CATALOGUE]
+    settings = {name: kwargs.get(name, {}) for name in built_in}
+    decoded = {name: decoded_frames(spec, settings[name], args.num_frames) for name, spec in built_in.items()}
     frames = args.num_frames if unknown else max(decoded.values())
     window = args.decode_window or frames
     costs, traced = {}, []
-    for name in settings:
-        scored = scored_frames(name, settings[name], min(decoded[name], window), fps)
-        if found := reward_cost(name, settings[name], batch * scored):
+    for name, spec in built_in.items():
+        scored = scored_frames(spec, settings[name], min(decoded[name], window), fps)
+        if found := reward_cost(spec, settings[name], batch * scored):
             costs[name] = found
-        elif name == "nano_preference":
+        elif spec == "nano_preference":
             traced.append(model.nano_preference_call(batch, min(frames, window)))
         else:
-            unknown.append(name)
-    judges = [name for name in args.eval_reward_funcs if name in CATALOGUE]
+            unknown.append(spec)
     weights = [cost.weight_bytes for cost in costs.values()]
-    unmeasured = [CATALOGUE[name] for name in (*settings, *judges) if name not in costs]
-    weights += [entry.parameters * entry.bytes_each for entry in unmeasured]
+    uncounted = [spec for name, spec in (*built_in.items(), *judges) if name not in costs and spec in CATALOGUE]
+    weights += [CATALOGUE[spec].parameters * CATALOGUE[spec].bytes_each for spec in uncounted]
     peaks = [cost.peak_bytes for cost in costs.values()] + [call.peak_bytes for call in traced]
     seconds = sum(cost.seconds for cost in costs.values())
     return RewardNeeds(frames, sum(weights), max(peaks, default=0), seconds, tuple(traced), tuple(unknown))

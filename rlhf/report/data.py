@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from rewards.load import name_in
+from rewards.load import name_in, split_spec
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.statistics import paired_test
@@ -90,7 +90,7 @@ class Run:
         """Return in words whether the run finished, and how many steps it did."""
         planned = self.config.get("max_steps")
         done = f"{self.steps} of {planned} steps" if planned else f"{self.steps} steps"
-        if not self._is_finished:
+        if not self.is_finished:
             return f"not finished: {done} were done"
         is_best = self.result_step != self.summary.get("steps")
         return f"finished: {done}" + f", the result is the adapter of step {self.result_step}" * is_best
@@ -102,7 +102,12 @@ class Run:
         return best["step"] if best else self.summary.get("steps")
 
     @property
-    def _is_finished(self) -> bool:
+    def exported_step(self) -> int:
+        """Return the step of the run's adapter, as far as its files tell."""
+        return self.steps if self.result_step is None else self.result_step
+
+    @property
+    def is_finished(self) -> bool:
         """Return whether the last start ended without an error and the adapter was written."""
         starts = self.environment
         ended = len(starts) < 2 or "seconds" in starts[-1]
@@ -125,22 +130,28 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Return the seconds of all parts of the run whose end is known, None if there is none."""
-        if self._is_finished and "seconds" in self.summary:
+        if self.is_finished and "seconds" in self.summary:
             return self.summary["seconds"]
         parts = [row["seconds"] for row in self.environment if "seconds" in row]
         return math.fsum(parts) if parts else None
 
     @property
+    def specs(self) -> dict[str, str]:
+        """Return the spec of each reward by name, those of the training first."""
+        trained = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
+        return dict(map(split_spec, [*trained, *(self.config.get("eval_reward_funcs") or [])]))
+
+    @property
     def trained_names(self) -> list[str]:
-        """Return the names of the rewards that are trained on."""
-        specs = self.config.get("reward_funcs") or list(self.summary.get("trained", {}))
-        return [name_in(spec) for spec in specs]
+        """Return the names of the rewards that are trained on: not those of weight 0."""
+        names = list(map(name_in, self.config.get("reward_funcs") or self.summary.get("trained", {})))
+        weights = self.config.get("reward_weights") or [1.0] * len(names)
+        return [name for name, weight in zip(names, weights, strict=False) if weight]
 
     @property
     def reward_names(self) -> list[str]:
         """Return the names of all rewards, those trained on first."""
-        others = [name_in(spec) for spec in self.config.get("eval_reward_funcs") or []]
-        return [*self.trained_names, *(name for name in others if name not in self.trained_names)]
+        return [*self.trained_names, *(name for name in self.specs if name not in self.trained_names)]
 
     def result_rows(self) -> list[dict]:
         """Return the rows of the result table.

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
-from rlhf.io import DamagedFileError, file_errors, read_object, write_json
+from rlhf.io import DamagedFileError, file_errors, read_object, save_tensors, write_json
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
     from rlhf.adapter.masters import MasterWeights
@@ -141,8 +141,11 @@ def damage(path: Path) -> str | None:
 
 
 def save_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> None:
-    """Write a flat vector of the masters to a safetensors file, by parameter name."""
-    save_file(_cpu(masters.named(vector)), path)
+    """Write a flat vector of the masters to a safetensors file, by parameter name.
+
+    `rlhf.adapter.lora_file.read_lora` reads it as a LoRA.
+    """
+    save_tensors(path, masters.named(vector), masters.metadata())
 
 
 def load_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> None:

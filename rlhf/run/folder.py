@@ -25,6 +25,7 @@ RUN_FILES = (
     "evaluation",
     "adapter",
     BEST,
+    "initial_adapter",
     *PROMPT_FILES.values(),
     "calibration.json",
     "trackers",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rewards.mix import has_spread
-from rlhf.adapter.lora import save_adapter
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation, HeldOut, MakeVideos
@@ -99,13 +99,12 @@ class HeldOutMonitor:
         self,
         held_out: HeldOut,
         trained: dict[str, float],
-        pipe,
         masters: MasterWeights,
         notify: Notify,
         guard: Guard | None = None,
         resume_from: str | None = None,
     ):
-        self.held_out, self.trained, self.pipe, self.masters, self.notify = held_out, trained, pipe, masters, notify
+        self.held_out, self.trained, self.masters, self.notify = held_out, trained, masters, notify
         self.guard, self.resume_from, self.folder = guard, resume_from, held_out.folder
         self.best_folder, self.is_main = self.folder / BEST, held_out.layout.is_main_process
         self.held_out_judges = [name for name in held_out.judges if name not in trained]
@@ -222,5 +221,5 @@ class HeldOutMonitor:
 
     def _save_best(self) -> None:
         if self.is_main:
-            save_adapter(self.pipe, self.masters, self.best_folder)
+            self.masters.save_adapter(self.best_folder / ADAPTER_FILE)
             save_vector(self.best_folder / MASTERS_FILE, self.masters, self.masters.vector)

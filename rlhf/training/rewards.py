@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rewards import RewardMix, load_reward, probe
-from rewards.contract import check_prompts
+from rewards.contract import check_prompts, require_differentiable
 from rlhf.checks.rewards import short_name
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import model_sizes
@@ -25,7 +25,7 @@ def open_rewards(
     device: torch.device | None = None,
     pipe: "ContentVPipeline | None" = None,
 ) -> dict[str, Callable]:
-    """Load rewards and judges, frozen, on the device; probe the rewards with three prompts.
+    """Load rewards and judges, frozen, on the device; probe each with three of its prompts.
 
     All of them are asked whether they can read the prompts that they will be given.
 
@@ -34,8 +34,8 @@ def open_rewards(
         rewards, prompts, eval_prompts, pipe: objects in place of what args name.
         device: Default: that of args.
 
-    Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train,
-    before the generator's weights are loaded.
+    Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train
+    or a judge that cannot evaluate, before the generator's weights are loaded.
     """
     device = device or local_device(args.device)
     prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
@@ -43,14 +43,19 @@ def open_rewards(
     if eval_prompts is None and args.eval_prompts:
         eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
     held_out = (eval_prompts or [])[: args.num_eval_prompts]
+    weights = dict(zip(trained, args.reward_weights or [1.0] * len(trained), strict=True))
+    for name in trained:
+        if weights[name]:
+            require_differentiable(name, trained[name])
+    judges = _load_rewards(args.eval_reward_funcs, args, device)
     shape = (3, args.num_frames, args.height, args.width)
     info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
     for name, reward in trained.items():
         check_prompts(name, reward, [*prompts, *held_out])
-        probe(reward, shape, prompts[:3], device, name=name, info=info)
-    judges = _load_rewards(args.eval_reward_funcs, args, device)
-    for name, judge in judges.items():
+        probe(reward, shape, prompts[:3], device, name=name, info=info, gradient=bool(weights[name]))
+    for name, judge in judges.items() if held_out else ():  # without prompts they judge nothing
         check_prompts(name, judge, held_out)
+        probe(judge, shape, held_out[:3], device, name=name, info=info, gradient=False)
     return trained | judges
 
 
@@ -60,7 +65,7 @@ def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> 
     for reward in rewards:
         name = short_name(reward)
         if isinstance(reward, str):
-            reward = load_reward(reward, args.base_dir, **kwargs.get(name, {}))
+            reward = load_reward(reward, args.base_dir, reward_timeout=args.reward_timeout, **kwargs.get(name, {}))
         if isinstance(reward, torch.nn.Module):
             reward.to(device).requires_grad_(False).eval()
         loaded[name] = reward

@@ -11,10 +11,14 @@ from peft import LoraConfig, PeftConfig
 from rewards import RewardMix, frames_needed, reward_name
 from rlhf.adapter.float8 import require_float8
 from rlhf.adapter.lora import ATTENTION, add_adapter, lora_config, lora_settings
+from rlhf.adapter.lora_file import IDENTITY_INITS, other_fields
+from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.masters import MasterWeights
+from rlhf.adapter.merge import apply_lora
 from rlhf.checks import check_config
-from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.contentv.files import SamplingDefaults, resolve_model
+from rlhf.checks.method import read_initial
+from rlhf.config import ConfigError, RewardGradientConfig, is_distilled
+from rlhf.contentv.files import SamplingDefaults, model_sizes, resolve_model
 from rlhf.contentv.loading import TEXT_ENCODERS, default_dtype, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.contentv.text import PromptCache, encode_prompts
@@ -37,8 +41,9 @@ from rlhf.run.trackers import Clip, show_samples
 from rlhf.training.batches import Batches
 from rlhf.types import row_of
 
-IDENTITY_INITS = ("gaussian", "orthogonal")  # values of init_lora_weights that change nothing
-PER_HOST_SETTINGS = ("model", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir", "output_dir")
+PER_HOST_SETTINGS = (
+    *("model", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir", "output_dir", "initial_adapter"),
+)
 
 
 @dataclasses.dataclass
@@ -50,6 +55,7 @@ class Inputs:
     rewards: list[str | Callable]
     train_prompts: list[str]
     eval_prompts: list[str]
+    initial: Lora | None  # that the run starts from
 
 
 def check_inputs(
@@ -62,7 +68,8 @@ def check_inputs(
 ) -> Inputs:
     """Check the trainer's arguments and return them as `Inputs`. Raises one ConfigError for all."""
     args = args or RewardGradientConfig()
-    if problems := [*_wrong_types(model, reward_funcs, args, peft_config), *_adapter_problems(model, peft_config)]:
+    problems = [*_wrong_types(model, reward_funcs, args, peft_config)]
+    if problems := [*problems, *_adapter_problems(model, args, peft_config)]:
         raise ConfigError(problems)
     named = isinstance(model, str | Path)
     args = dataclasses.replace(args, model=str(model) if named else args.model)
@@ -84,7 +91,8 @@ def check_inputs(
         args.eval_prompts = prompt_snapshot(args, "eval_prompts")
     elif args.eval_prompts:
         eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
-    return Inputs(args, pipe, rewards, train_prompts, (eval_prompts or [])[: args.num_eval_prompts])
+    initial = read_initial(args, model_sizes(args.model, pipe)["transformer"])
+    return Inputs(args, pipe, rewards, train_prompts, (eval_prompts or [])[: args.num_eval_prompts], initial)
 
 
 def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
@@ -97,13 +105,21 @@ def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
     for name, (given, kind, source) in expected.items():
         if given is not None and not isinstance(given, kind):
             yield f"{name}: got a {type(given).__name__}, expected {source} has it"
+    if isinstance(reward_funcs, dict):
+        cure = "give each object a `name`, and each spec one as in 'name=spec'"
+        yield f"reward_funcs: got a dict, expected a list; {cure}"
     for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         if isinstance(reward, type):
             yield f"reward_funcs: got the class {reward.__name__}, expected an object; pass {reward.__name__}(...)"
 
 
-def _adapter_problems(model, peft_config) -> Iterator[str]:
+def _adapter_problems(model, args, peft_config) -> Iterator[str]:
     """Yield the problems of an adapter that the model has, and of peft_config's."""
+    if getattr(args, "initial_adapter", None) and (
+        merged := getattr(getattr(model, "transformer", None), "initial_adapter", None)
+    ):
+        got = f"got a pipeline into which a run has merged {merged} already, expected one without"
+        yield f"initial_adapter: {got}; load the pipeline again, or leave initial_adapter out"
     if there := getattr(getattr(model, "transformer", None), "peft_config", None):
         got = f"got a pipeline with an adapter already, {' and '.join(map(repr, there))}, expected none"
         cure = "take it off (pipe.unload_lora_weights()), after pipe.fuse_lora() to begin with what it does"
@@ -115,10 +131,8 @@ def _adapter_problems(model, peft_config) -> Iterator[str]:
         return
     if not peft_config.target_modules:
         yield f"peft_config: got no target_modules, expected names of layers; those of the settings are {ATTENTION}"
-    if whole := peft_config.modules_to_save:
-        yield f"peft_config: got modules_to_save={whole}, expected none: a run trains LoRA alone; leave it out"
-    if peft_config.bias != "none":
-        yield f"peft_config: got bias={peft_config.bias!r}, expected 'none', as LoRA files hold no biases; leave it out"
+    for name, value in other_fields(peft_config.to_dict()).items():
+        yield f"peft_config: got {name}={value!r}, expected its default: a run trains LoRA alone; leave it out"
     if isinstance(start := peft_config.init_lora_weights, str) and start not in IDENTITY_INITS:
         expected = "expected one that leaves the base's weights as they are, for it is what a run is compared with"
         yield f"peft_config: got init_lora_weights={start!r}, {expected}; leave it out, or use {IDENTITY_INITS[0]!r}"
@@ -131,21 +145,30 @@ def require_same_run(layout: Layout, prompts: list[str], args: RewardGradientCon
 
 
 def prepare_model(
-    pipe: ContentVPipeline, peft_config: PeftConfig | None, args: RewardGradientConfig, layout: Layout
+    pipe: ContentVPipeline,
+    peft_config: PeftConfig | None,
+    args: RewardGradientConfig,
+    layout: Layout,
+    initial: Lora | None = None,
 ) -> tuple[MasterWeights, dict[str, str]]:
     """Freeze the models, add the adapter, set up execution; return master weights and choices.
 
-    Choices are what settings left open, by setting, such as the attention kernel.
+    Choices are what settings left open, by setting, such as the attention kernel. initial: the LoRA
+    that is merged into the base first, so that the base is base and LoRA from there on.
     """
     device = layout.device
     # The module's own `to`: diffusers' warns of formats to keep, of which this VAE has none.
     torch.nn.Module.to(pipe.vae, device, base_dtype(args.vae_dtype)).requires_grad_(False).eval()
     if device.type == "cpu":
         use_channels_last(pipe.vae)  # a fifth faster
+    if initial:
+        layout.accelerator.print(f"{args.initial_adapter}: {apply_lora(pipe.transformer, initial, merge=True)}")
+        pipe.transformer.initial_adapter = args.initial_adapter
     add_adapter(pipe.transformer, peft_config or lora_config(args), args.seed)
     with _as_config_error():
         choices = set_up_blocks(pipe.transformer, ExecutionOptions.from_settings(args), device, layout.sequence_group)
-    return MasterWeights(pipe.transformer, args.ema_decay), choices
+    distilled = is_distilled(vars(args)) or bool(initial and initial.distilled and args.guidance_scale <= 1)
+    return MasterWeights(pipe.transformer, args.ema_decay, initial, distilled), choices
 
 
 @contextmanager

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import imageio.v3 as imageio
 import pytest
 import torch
 import yaml
 from adapted_model import adapt, save_adapter
+from stored import stored_frames, stored_rate
 from tiny import SAMPLING, tiny_pipeline
 
 import rlhf.evaluation.generate
@@ -45,7 +45,7 @@ def make(output, *more) -> list[Video]:
 
 
 def pixels(path) -> torch.Tensor:
-    return torch.from_numpy(imageio.imread(path)).float()
+    return stored_frames(path)
 
 
 def test_a_run_names_model_prompts_sampling_and_adapter(run, tmp_path):
@@ -53,7 +53,7 @@ def test_a_run_names_model_prompts_sampling_and_adapter(run, tmp_path):
     base = make(tmp_path / "base", "--from_run", run, "--base")
     assert [video.prompt for video in tuned] == PROMPTS[:2]
     assert pixels(tuned[0].path).shape == (5, 16, 32, 3)
-    assert imageio.immeta(tuned[0].path)["fps"] == SAMPLING.fps
+    assert stored_rate(tuned[0].path) == SAMPLING.fps
     assert (pixels(tuned[0].path) - pixels(base[0].path)).abs().mean() > 2
 
 
@@ -188,7 +188,7 @@ def test_processes_share_the_work_and_make_the_same(run, tmp_path):
         (["--model", "{base}", "--height", "20"], "height=20 is not divisible by 16"),
         (["--model", "{base}", "--num_frames", "6"], "num_frames=6 is not 4k+1"),
         (["--model", "{base}", "--fps", "-1"], "fps: got -1, expected at least 1 and at most 1000"),
-        (["--model", "{base}", "--lora", "absent"], "got no pytorch_lora_weights.safetensors, expected an adapter"),
+        (["--model", "{base}", "--lora", "absent"], "absent: got nothing there, expected an adapter"),
         (["--model", "{base}", "--merge"], "got no adapter, expected one to apply it to"),
         (["--model", "{base}", "--guidance_scale", "nan"], "guidance_scale: got nan, expected a number"),
         (["--model", "{base}", "--num_prompts", str(10**9)], "num_eval_prompts: got 1000000000, expected at least 1"),

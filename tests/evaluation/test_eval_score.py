@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from rewards import score_cache
 from rewards.cli.files import read_video
 from rewards.score_cache import ScoreCache, Scorer, reward_identity
+from rlhf.evaluation.paired_sets import read_scores
 from rlhf.evaluation.video_set import prompt_from_name, read_set
 from rlhf.run.video import write_video
 
+FAULTS = Path(__file__).parents[1] / "data" / "faults"
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "score.py"))
 REWARD = "def length(video, prompts, **info):\n    return video.mean((1, 2, 3, 4)) * 0 + {factor} * len(prompts[0])\n"
 
@@ -69,7 +72,7 @@ def test_scores_are_those_of_the_pixels(folder, run):
     status, told, _ = run(folder, "--reward", "flicker", "--reward", "frame_difference")
     assert status == 0
     for i, row in enumerate(scores(folder)):
-        video, _ = read_video(folder / f"{i}.mp4")
+        video = read_video(folder / f"{i}.mp4").pixels_BCTHW
         change = video.diff(dim=2).abs().mean().item()
         assert row == {
             "flicker": pytest.approx(1 - change, abs=1e-6),
@@ -217,6 +220,68 @@ def test_a_kill_while_scores_are_written_leaves_those_that_were_there(folder, ru
     with pytest.raises(KeyboardInterrupt):
         run(folder, "--reward", "jpeg_size")
     assert scores(folder) == before
+
+
+def test_one_bad_video_is_named_and_the_others_are_scored(folder, run):
+    (folder / "1.mp4").write_bytes(b"not a video")
+    status, told, error = run(folder, "--reward", "flicker")
+    assert status == 1
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    good = [rows[i]["scores"]["flicker"] for i in (0, 2)]
+    assert told.splitlines()[-1].split() == [str(folder), "2", f"{sum(good) / 2:.5g}"]
+    assert (rows[1]["scores"], rows[1]["file"]) == ({}, "1.mp4")
+    first, last = error.splitlines()[-2:]
+    assert first == f"eval/score.py: {rows[1]['error']}"
+    assert "1.mp4: got a file that can't be decoded" in first
+    assert last == "eval/score.py: 1 of 3 files were not scored"
+    assert len(read_scores(folder / "scores.jsonl")) == 2, "comparisons leave it out"
+    status, told, error = run(folder, "--reward", "jpeg_size", "--strict")
+    assert (status, told) == (2, "")
+    assert "1.mp4: got a file that can't be decoded" in error
+
+
+def test_what_is_there_of_a_truncated_video_is_scored_and_not_kept(folder, run, tmp_path):
+    shutil.copy(FAULTS / "big_cut.mp4", folder / "1.mp4")
+    for _ in range(2):
+        status, _, error = run(folder, "--reward", "flicker", "--allow_truncated")
+        assert status == 0
+        assert error.splitlines()[-1] == f"eval/score.py: {folder}/1.mp4: scored 18 of 32 frames"
+        row = json.loads((folder / "scores.jsonl").read_text().splitlines()[1])
+        assert (row["missing"], list(row["scores"])) == ("18 of 32 frames", ["flicker"])
+    assert run(folder, "--reward", "flicker")[0] == 1, "its score is not in the cache"
+
+
+def test_folders_of_pictures_are_videos_and_hidden_files_are_not(tmp_path, run):
+    target = tmp_path / "set"
+    for i in range(3):
+        (target / "a red kite-0").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(target / "a red kite-0" / f"{i}.png")
+    (target / "._a red kite-1.mp4").write_bytes(b"of a Mac")
+    (target / ".trash").mkdir()
+    assert run(target, "--reward", "flicker", "--names_are_prompts", "--fps", "8")[0] == 0
+    (row,) = [json.loads(line) for line in (target / "scores.jsonl").read_text().splitlines()]
+    assert (row["file"], row["prompt"]) == ("a red kite-0", "a red kite")
+    assert row["scores"]["flicker"] == pytest.approx(1 - 80 / 255 / 3, abs=1e-6)
+    Image.new("RGB", (16, 16), "red").save(target / "a red kite-0" / "1.png")
+    run(target, "--reward", "flicker", "--names_are_prompts", "--fps", "8")
+    assert scores(target)[0]["flicker"] != row["scores"]["flicker"], "other pictures, another score"
+    status, _, error = run(target, "--reward", "flicker", "--names_are_prompts")
+    assert status == 2
+    assert "got no videos" in error
+
+
+@pytest.mark.parametrize("prompt", ["plain", "two\u2028lines", "next\u0085line", "form\x0cfeed"])
+@pytest.mark.parametrize(("mark", "end"), [("", "\n"), ("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")])
+def test_lists_with_a_mark_or_with_separators_inside(prompt, mark, end, tmp_path):
+    row = json.dumps({"file": "a.mp4", "prompt": prompt}, ensure_ascii=False)
+    (tmp_path / "videos.jsonl").write_bytes(f"{mark}{row}{end}{end}{row}".encode())
+    assert [(video.path.name, video.prompt) for video in read_set(tmp_path)] == [("a.mp4", prompt)] * 2
+    (tmp_path / "videos.jsonl").unlink()
+    (tmp_path / "prompts.txt").write_bytes(f"{mark}00\t{prompt}{end}01\t{prompt}{end}".encode())
+    assert [(video.path.name, video.prompt) for video in read_set(tmp_path)] == [
+        ("00.mp4", prompt),
+        ("01.mp4", prompt),
+    ]
 
 
 @pytest.mark.parametrize(

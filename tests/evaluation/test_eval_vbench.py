@@ -136,7 +136,7 @@ def test_videos_are_made_where_they_are_looked_for_and_go_on(full_info, tmp_path
     assert main(arguments) == 0
     folder = tmp_path / "out" / "human_action"
     assert sorted(os.listdir(folder)) == [f"{PROMPTS[0]}-{i}.mp4" for i in range(5)]
-    videos = [read_video(path)[0] for path in sorted(folder.iterdir())]
+    videos = [read_video(path).pixels_BCTHW for path in sorted(folder.iterdir())]
     assert min((videos[0] - other).abs().mean() for other in videos[1:]) > 0.01, "each has noise of its own"
     assert f"vbench evaluate --videos_path {folder} --dimension human_action" in capsys.readouterr().out
     monkeypatch.setattr("rlhf.evaluation.generate.load_pipeline", None)
@@ -150,7 +150,7 @@ def test_our_values_are_the_means_over_the_dimensions_videos(full_info, tmp_path
         video.path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 255, (3, 3, 16, 16), generator=generator, dtype=torch.uint8)
         write_video(video.path, pixels, fps=8)
-        frames = (read_video(video.path)[0] * 255).double()
+        frames = (read_video(video.path).pixels_BCTHW * 255).double()
         changes.append(((255 - frames.diff(dim=2).abs().mean()) / 255).item())  # VBench's temporal_flickering.py
     for i, video in enumerate(videos):
         if i >= 3:

@@ -4,14 +4,16 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-import imageio.v3 as imageio
 import pytest
 import torch
 import yaml
 from adapted_model import adapt, save_adapter
 from safetensors.torch import save_file
+from stored import stored_frames, stored_rate
 from tiny import SAMPLING, tiny_pipeline
 
+from rlhf.adapter.lora_file import read_lora
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
 
 DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))
@@ -27,7 +29,7 @@ def saved(tmp_path_factory):
 
 def demo(saved, output, *more) -> torch.Tensor:
     main(["--model_id", str(saved), "--prompt", "a star", "--device", "cpu", "--output", str(output), *more])
-    return torch.from_numpy(imageio.imread(output))
+    return stored_frames(output)
 
 
 def test_writes_a_video_of_the_recommended_size(saved, tmp_path, capsys):
@@ -35,14 +37,14 @@ def test_writes_a_video_of_the_recommended_size(saved, tmp_path, capsys):
     assert video.shape == (9, 32, 48, 3)
     assert video.float().std() > 5
     assert "9 frames of 48x32 at 8 fps" in capsys.readouterr().out
-    assert imageio.immeta(tmp_path / "video.mp4")["fps"] == 8
+    assert stored_rate(tmp_path / "video.mp4") == 8
 
 
 def test_flags_override_the_checkpoint(saved, tmp_path):
     flags = ["--height", "16", "--width", "32", "--num_frames", "5", "--num_inference_steps", "1", "--fps", "12"]
     video = demo(saved, tmp_path / "video.mp4", *flags)
     assert video.shape == (5, 16, 32, 3)
-    assert imageio.immeta(tmp_path / "video.mp4")["fps"] == 12
+    assert stored_rate(tmp_path / "video.mp4") == 12
 
 
 def test_the_seed_decides(saved, tmp_path):
@@ -56,7 +58,9 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
     flags = ["--lora", str(tmp_path / "adapter")]
     (tmp_path / "other").mkdir()
     save_file({"other.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")
-    with pytest.raises(SystemExit, match="got no layer of this transformer, expected an adapter of this model"):
+    with pytest.raises(
+        SystemExit, match="got layers that this transformer does not have, 1 of them, such as other, expected"
+    ):
         demo(saved, tmp_path / "x.mp4", "--lora", str(tmp_path / "other"))
     plain, tuned = demo(saved, tmp_path / "0.mp4"), demo(saved, tmp_path / "1.mp4", *flags)
     assert not torch.equal(plain, tuned)
@@ -64,16 +68,30 @@ def test_an_adapter_changes_the_video(saved, tmp_path):
 
 def test_an_adapter_that_was_taught_guidance_is_sampled_without(saved, tmp_path, monkeypatch):
     seen, run = [], tmp_path / "run"
-    monkeypatch.setitem(main.__globals__, "add_lora", lambda *_: None)
-    monkeypatch.setitem(
-        main.__globals__, "replace", lambda *base, **given: seen.append(replace(*base, **given)) or seen[-1]
-    )
-    for settings in ({}, {"guidance_gradient": "distill"}):
-        run.mkdir(exist_ok=True)
-        (run / "config.yaml").write_text(yaml.safe_dump(settings))
-        demo(saved, tmp_path / "video.mp4", "--lora", str(run / "adapter"), "--num_inference_steps", "1")
-    demo(saved, tmp_path / "video.mp4", "--lora", str(run / "adapter"), "--guidance_scale", "2")
-    assert [sampling.guidance_scale for sampling in seen] == [SAMPLING.guidance_scale, 1.0, 2.0]
+    pipe = adapt(tiny_pipeline())
+    save_adapter(pipe, run / "adapter")
+    told = tmp_path / "alone" / "mine.safetensors"
+    replace(read_lora(run), distilled=True).save(told)
+    monkeypatch.setitem(main.__globals__, "load_pipeline", lambda *_, **__: pipe)
+    monkeypatch.setitem(main.__globals__, "apply_lora", lambda *_: "")
+
+    def stop(*base, **given):
+        seen.append(replace(*base, **given).guidance_scale)
+        raise ValueError("enough")
+
+    monkeypatch.setitem(main.__globals__, "replace", stop)
+
+    def sampled(lora, *more):
+        with pytest.raises(SystemExit, match="enough"):
+            demo(saved, tmp_path / "video.mp4", "--lora", str(lora), *more)
+
+    for lora in (run / "adapter", told, told.parent):  # the file says so itself, wherever it lies
+        sampled(lora)
+    (run / "config.yaml").write_text(yaml.safe_dump({"guidance_gradient": "distill"}))
+    for lora in (run, run / "adapter", run / "adapter" / ADAPTER_FILE):  # of a run that only its settings tell of
+        sampled(lora)
+    sampled(told, "--guidance_scale", "2")
+    assert seen == [SAMPLING.guidance_scale, *[1.0] * 5, 2.0]
 
 
 def test_nano_and_contentv_8b_have_prompts_of_their_own():
@@ -118,7 +136,10 @@ def test_another_model_needs_a_prompt(capsys):
     [
         (["--model_id", "./nowhere", "--prompt", "x"], "is no folder here, expected nano"),
         (["--device", "abacus"], "device='abacus', expected one of"),
-        (["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"], "--lora: got './nowhere'"),
+        (
+            ["--device", "cpu", "--model_id", "TINY", "--prompt", "x", "--lora", "./nowhere"],
+            "./nowhere: got nothing there, expected an adapter",
+        ),
         (["--device", "cpu", "--height", "30", "--model_id", "TINY", "--prompt", "x"], "divisible by 16"),
         (["--device", "cpu", "--fps", "0", "--model_id", "TINY", "--prompt", "x"], "fps: got 0, expected at least 1"),
     ]
@@ -151,4 +172,4 @@ def test_mistakes_are_one_paragraph_before_weights_load(saved, flags, message, m
 @pytest.mark.skipif(not NANO_PATH.is_dir(), reason="the nano weights are not in this checkout")
 def test_nano_by_default(tmp_path):
     main(["--output", str(tmp_path / "video.mp4"), "--num_inference_steps", "2"])
-    assert imageio.imread(tmp_path / "video.mp4").shape == (17, 64, 64, 3)
+    assert stored_frames(tmp_path / "video.mp4").shape == (17, 64, 64, 3)

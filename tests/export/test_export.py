@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
 
-from rlhf.adapter.merge import ADAPTER_FILE, merged
+from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.contentv.loading import load_pipeline
 from rlhf.export import main
 
@@ -117,25 +117,6 @@ def test_an_export_that_breaks_off_leaves_nothing_in_the_way_of_the_next(run, ki
     assert any(out.iterdir())
 
 
-def test_merging_and_unmerging_leaves_the_base_weights_bit_for_bit():
-    transformer = adapt(tiny_pipeline()).transformer
-    before = {key: value.clone() for key, value in transformer.state_dict().items()}
-    with merged(transformer, 0.7) as plain:
-        key = "transformer_blocks.0.attn.to_q"
-        assert not torch.equal(plain.state_dict()[f"{key}.weight"], before[f"{key}.base_layer.weight"])
-    after = transformer.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-
-
-def test_unmerging_happens_even_after_an_error():
-    pipe = adapt(tiny_pipeline())
-    expected = velocity(pipe)
-    with pytest.raises(RuntimeError, match="stop"), merged(pipe.transformer, 0.3):
-        raise RuntimeError("stop")
-    torch.testing.assert_close(velocity(pipe), expected, atol=1e-6, rtol=1e-6)
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_exported_adapter_is_read_by_load_lora_weights(run, tmp_path, scale):
     main([str(run), "--adapter", str(tmp_path / "out"), "--scale", str(scale)])
@@ -165,7 +146,7 @@ def test_an_output_folder_in_use_is_refused(run, tmp_path, kind):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"config.yaml is not there, expected the folder of a finished training run"):
+    with pytest.raises(SystemExit, match=r"config.yaml is not there, expected the folder of a training run"):
         main([str(tmp_path / "nowhere"), "--merged", str(tmp_path / "out")])
 
 
@@ -202,13 +183,16 @@ def test_a_damaged_run_and_an_adapter_that_is_not_finite_are_told(tmp_path, kind
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda key, value: (f"other.{key}", value), "got no layer of this transformer"),
-        (lambda key, value: (key, torch.zeros(3, 7)), "got another model's adapter"),
+        (
+            lambda key, value: (f"other.{key}", value),
+            "got layers that this transformer does not have, 15 of them",
+        ),
+        (lambda key, value: (key, torch.zeros(3, 7)), "\\(r, in\\) and \\(out, r\\) of one rank"),
     ],
 )
 def test_an_adapter_of_another_model_is_not_merged_as_nothing(tmp_path, change, told):
     rewrite(make_run(tmp_path) / "adapter" / ADAPTER_FILE, change)
-    with pytest.raises(SystemExit, match=f"(?s){told}.*expected an adapter of this model"):
+    with pytest.raises(SystemExit, match=f"weights.safetensors: .*{told}"):
         main([str(tmp_path / "run"), "--merged", str(tmp_path / "out")])
 
 

@@ -65,6 +65,19 @@ def rows(text: str) -> dict[str, list[str]]:
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
+def test_a_reward_of_weight_0_is_not_called_trained_and_a_named_one_has_its_licence(run, tmp_path):
+    path = run / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings |= {"reward_funcs": ["mine.py:redness", "logged=clip_score"], "reward_weights": [1.0, 0.0]}
+    path.write_text(yaml.safe_dump(settings | {"eval_reward_funcs": ["human=hps_v2_1"]}))
+    text = card(run, tmp_path).text
+    assert "tuned on redness\n" in text
+    table = rows(text)
+    assert table["reward `redness`"] == ["not built in: ask its author"]
+    assert table["reward `logged`"] == ["MIT, as OpenAI's CLIP code"]
+    assert table["reward `human`"] == ["Apache-2.0"]
+
+
 def test_the_table_is_that_of_the_run(run, tmp_path):
     text = card(run, tmp_path).text
     summary = json.loads((run / "summary.json").read_text())
@@ -103,7 +116,7 @@ def test_the_hub_can_read_it(run, tmp_path, kind, relation):
     loaded = card(run, tmp_path, kind, model="ByteDance/ContentV-8B")
     data = loaded.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("ByteDance/ContentV-8B", relation)
-    assert (data["pipeline_tag"], data["library_name"]) == ("text-to-video", "diffusers")
+    assert (data["pipeline_tag"], data["library_name"]) == ("text-to-video", "contentv-rlhf"), "no snippet of diffusers"
     assert (data["license"], data["license_name"]) == ("other", "stabilityai-ai-community")
     assert ("lora" in data["tags"]) == (kind != "merged")
     assert "base_model" not in card(run, tmp_path, kind).data.to_dict(), "nano is not on the Hub"
@@ -121,7 +134,8 @@ def test_another_scale_is_not_credited_with_the_figures(run, tmp_path):
 
 def test_how_to_use_each_kind(run, tmp_path):
     assert "load_lora_weights" not in card(run, tmp_path, "merged").text
-    assert "load_lora_weights" in card(run, tmp_path).text
+    assert "load_lora_weights" in (text := card(run, tmp_path).text)
+    assert "`rlhf` is a package of contentv-rlhf" in text
     assert "ComfyUI itself has no\nclass for ContentV's transformer" in card(run, tmp_path, "comfyui").text
 
 

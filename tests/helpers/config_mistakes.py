@@ -56,6 +56,13 @@ ROWS = [
     Row("- a\n- list", "got list", "expected lines of the form 'key: value'", "correct the file"),
     Row(["--memory_limit_gib", "0"], "memory_limit_gib: got 0.0", "expected more than 0", "correct its value"),
     Row({"max_steps": 2.5}, "max_steps: got 2.5", "expected a whole number", "correct its value"),
+    Row({"initial_adapter": "no"}, "initial_adapter: no: got nothing there", "expected an adapter", "correct the path"),
+    Row(
+        {"initial_adapter": "no", "lora_use_dora": True},
+        "initial_adapter: got lora_use_dora",
+        "expected plain LoRA",
+        "name OUT as model",
+    ),
     # ----------------------------------------------------------------- settings of earlier versions
     Row(["--num_draws", "3"], "flag --num_draws", "no longer a setting", "it moved to method_kwargs, {num_draws"),
     Row(["--rollout-uses", "3"], "flag --rollout-uses", "no longer a setting", "it is now 'rollout_reuse'"),

@@ -81,6 +81,34 @@ def siglip(size=SIZE):
     return Siglip(random_model(lambda: SiglipVisionModel(config)))
 
 
+def tiny_raft():
+    """torchvision's builder with few channels and two levels of correlation, for 32 pixels."""
+    from torchvision.models.optical_flow import raft
+
+    torch.manual_seed(0)
+    model = raft._raft(
+        feature_encoder_layers=(8, 8, 8, 8, 16),
+        feature_encoder_block=raft.ResidualBlock,
+        feature_encoder_norm_layer=torch.nn.InstanceNorm2d,
+        context_encoder_layers=(8, 8, 8, 8, 24),
+        context_encoder_block=raft.ResidualBlock,
+        context_encoder_norm_layer=torch.nn.BatchNorm2d,
+        corr_block_num_levels=2,
+        corr_block_radius=2,
+        motion_encoder_corr_layers=(16,),
+        motion_encoder_flow_layers=(8, 8),
+        motion_encoder_out_channels=16,
+        recurrent_block_hidden_state_size=8,
+        recurrent_block_kernel_size=((1, 5), (5, 1)),
+        recurrent_block_padding=((0, 2), (2, 0)),
+        flow_head_hidden_size=16,
+        use_mask_predictor=True,
+    )
+    for parameter in model.update_block.flow_head.conv2.parameters():
+        parameter.data *= 0.1  # flows of a pixel or so, about the threshold
+    return model.eval()
+
+
 def open_clip_of(twin):
     """An OpenClip with weights and tokens of a TransformersClip that has hidden_act="gelu"."""
     from dataclasses import asdict

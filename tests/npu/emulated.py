@@ -5,7 +5,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import imageio.v3 as imageio
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ import torch_npu
 from accelerate.state import AcceleratorState
 from emulator import EmulatedNPU
 from safetensors.torch import load_file
+from stored import stored_frames
 from tiny import tiny_conditioning, tiny_transformer
 from tiny_clip import save_transformers_clip
 
@@ -55,7 +55,7 @@ def npu(monkeypatch):
 
 
 def frames(path: Path) -> torch.Tensor:
-    return torch.from_numpy(imageio.imread(path)).float()
+    return stored_frames(path)
 
 
 def run(folder: Path, *more: str) -> dict[str, torch.Tensor]:

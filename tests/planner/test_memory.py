@@ -96,6 +96,7 @@ def test_an_evaluation_decodes_every_frame():
         ({"reward_funcs": ["hps_v2_1"]}, 1, 3.674, ()),
         ({"reward_funcs": ["hps_v2_1"], "reward_kwargs": {"hps_v2_1": {"frames": "all"}}}, 33, 3.674, ()),
         ({"reward_funcs": ["hps_v2_1", "clip_score"], "eval_reward_funcs": ["mps"]}, 1, 3.674 + 1.593 + 4.115, ()),
+        ({"reward_funcs": ["a=hps_v2_1", "b=hps_v2_1"], "reward_kwargs": {"b": {"frames": 5}}}, 5, 2 * 3.674, ()),
         ({"reward_funcs": ["my.module:Mine"]}, 33, 0, ("my.module:Mine",)),
         ({"reward_funcs": ["nano_preference"]}, 33, 0.00445, ()),
     ],

@@ -12,7 +12,8 @@ from kept import KeptBytes
 from plans import CHECKPOINTED, DECODED, tiny
 from tiny import tiny_conditioning
 
-from rlhf.adapter.lora import MasterWeights, add_adapter, lora_config
+from rlhf.adapter.lora import add_adapter, lora_config
+from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import model_sizes
 from rlhf.contentv.transformer import QueryKeyNorm

@@ -11,6 +11,8 @@ import yaml
 
 from rewards import check_spec, load_reward, probe
 from rewards.check import main
+from rewards.load import name_in
+from rlhf.config import RewardGradientConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "rewards.md"
@@ -100,11 +102,11 @@ def blocks(language):
 
 def test_the_config_in_the_guide_names_rewards_that_exist():
     for block in blocks("yaml"):
-        config = yaml.safe_load(block)
-        for spec in config["reward_funcs"] + config.get("eval_reward_funcs", []):
+        config = RewardGradientConfig(**yaml.safe_load(block))
+        for spec in config.reward_funcs + config.eval_reward_funcs:
             check_spec(spec, ROOT / "configs")
-        assert len(config["reward_weights"]) == len(config["reward_funcs"])
-        assert set(config.get("reward_kwargs", {})) <= set(config["reward_funcs"])
+        assert len(config.reward_weights) == len(config.reward_funcs)
+        assert set(config.reward_kwargs or {}) <= set(map(name_in, config.reward_funcs))
 
 
 def test_the_guide_lists_every_built_in():

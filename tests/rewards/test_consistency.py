@@ -120,15 +120,17 @@ def dino_by_hand(state, pixels_N3HW):
     return norm(state, "layernorm", x, 1e-6)[:, 0]
 
 
+@pytest.mark.parametrize("preprocessing", ["vbench", "vbench_mp4"])
 @pytest.mark.parametrize("size", [(40, 52), (60, 44), (32, 32), (32, 36)])
-def test_subject_consistency_equals_dino_by_hand(dino, state, size):
+def test_subject_consistency_equals_dino_by_hand(dino, state, size, preprocessing):
     """Published weights through transformers' renaming, and frames of any shape."""
     video = make_video(4, *size)
-    scores = SubjectConsistency(dino)(video, PROMPTS)
+    scores = SubjectConsistency(dino, preprocessing=preprocessing)(video, PROMPTS)
+    fit = {"vbench": "whole", "vbench_mp4": "mp4_whole"}[preprocessing]
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = []
     for sample in video:
-        pixels = preprocess(sample.transpose(0, 1), SIZE, mean, std, "whole", "bilinear")
+        pixels = preprocess(sample.transpose(0, 1), SIZE, mean, std, fit, "bilinear")
         expected.append(vbench(dino_by_hand(state, pixels)))
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
     assert scores.diff().abs() > 1e-3
@@ -168,6 +170,14 @@ def test_background_consistency_equals_the_library_route(clip):
 @every_video_check
 def test_as_any_video_reward(check, reward):
     check(reward, make_video(3))
+
+
+def test_mp4_files_are_resized_as_vbench_does(reward):
+    made = reward(preprocessing="vbench_mp4")
+    assert made.embedder.fit in ("mp4_whole", "mp4_shortest")
+    assert (made(make_video(), PROMPTS) - reward()(make_video(), PROMPTS)).abs().min() > 1e-6
+    with pytest.raises(RewardError, match="got preprocessing='mp4'; expected one of vbench, vbench_mp4"):
+        reward(preprocessing="mp4")
 
 
 def test_frames_are_chosen_as_elsewhere(reward):

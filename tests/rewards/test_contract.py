@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 
+import numpy
 import pytest
 import torch
 
@@ -121,7 +122,18 @@ def nothing_but_gradient(x):
     return x - x.detach()
 
 
+def backward(scores):
+    scores.sum().backward()
+    return scores
+
+
+def no_grad_in_place(video):
+    with torch.no_grad():
+        return video.clamp_(0.4, 0.6)
+
+
 MEANS = (1, 2, 3, 4)
+CHANGED = "got a video that the reward changed in place"
 BREACHES = {  # what is wrong: the reward, and what is said of it
     "a score a frame": (lambda v, p, **_: v.mean((1, 3, 4)), r"scores of shape \(2, 5\)"),
     "a scalar": (lambda v, p, **_: v.mean(), r"scores of shape \(\)"),
@@ -159,7 +171,13 @@ BREACHES = {  # what is wrong: the reward, and what is said of it
         lambda v, p, rows: good(v, [row["size"] for row in rows]),
         "no field .size. in the row .*, only prompt.*test_contract",
     ),
-    "in place": (lambda v, p, **_: good(v.mul_(2), p), "RuntimeError"),
+    "numpy's chance": (lambda v, p, **_: good(v, p) + float(numpy.random.rand()), "two scores for the same batch"),
+    "in place": (lambda v, p, **_: good(v.mul_(2), p), CHANGED),
+    "in place without gradient": (lambda v, p, **_: good(no_grad_in_place(v), p), CHANGED),
+    "in place through data": (lambda v, p, **_: good(v.data.mul_(0.1), p) + good(v, p), CHANGED),
+    "one pixel": (lambda v, p, **_: good(v, p) + 0 * v.data[0, 1, 2, 7, 9].mul_(2), CHANGED),
+    "a backward pass": (lambda v, p, **_: backward(good(v, p)), "got a backward pass inside the reward"),
+    "an exit": (lambda v, p, **_: sys.exit("bye"), "SystemExit: bye for a video"),
 }
 
 
@@ -181,6 +199,14 @@ def test_memory_that_ends_has_cures_of_its_own():
 
     with pytest.raises(torch.OutOfMemoryError):
         probe(hungry, SHAPE)
+
+
+@pytest.mark.parametrize("wrong", ["batch statistics", "in place", "in place through data", "an exit", "chance"])
+def test_a_judge_is_probed_without_gradient(wrong):
+    probe(detached, SHAPE, gradient=False)
+    reward, got = BREACHES[wrong]
+    with pytest.raises(RewardError, match=got):
+        probe(reward, SHAPE, gradient=False)
 
 
 def test_evaluation_only_rewards_skip_the_gradient_but_nothing_else():

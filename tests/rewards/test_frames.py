@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from rewards import RewardError
+from rewards import RewardError, RewardMix
 from rewards.common.frames import check_num_frames, choose_frames, evenly_spaced_indices, pick_frames
+from rewards.contract import leading_info
 
 INFO = {"fps": 24, "seed": 0, "step": 0}
 
@@ -36,13 +37,51 @@ def test_evenly_spaced(total, count, chosen):
         ("2 fps", 24, 6, [0]),
         ("24 fps", 10, 5, [0, 1, 2, 3, 4]),  # the video has no more
         ("0.5 fps", 10, 41, [0, 20, 40]),
+        ("every 8 fps", 24, 10, [0, 3, 6, 9]),
+        ("every 8 fps", 30, 9, [0, 4, 8]),
+        ("every 8 fps", 25, 9, [0, 3, 6]),  # where "8 fps" takes the ninth, too
+        ("every 8 fps", 20, 5, [0, 2, 4]),  # round(2.5) is 2
+        ("every 8 fps", 3, 3, [0, 1, 2]),
     ],
 )
 def test_at_a_frame_rate(form, fps, total, chosen):
     assert choose_frames("mine", form, total, {"fps": fps}) == chosen
 
 
-@pytest.mark.parametrize("form", [None, 1, 3, 40, "random 1", "random 3", "random 40", "3 fps", "7.5 fps", "50 fps"])
+@pytest.mark.parametrize(
+    ("form", "times", "chosen"),
+    [
+        ("2 fps", [0.0, 0.1, 0.2, 0.5, 0.9, 2.0], [0, 3, 4, 5]),  # nearest to 0, .5, 1, 1.5 and 2 seconds
+        ("8 fps", [0.0, 0.75, 0.87, 0.99], [0, 1, 2, 3]),  # the first lasts six ticks, and counts once
+        ("1 fps", [5.0, 5.4, 6.1, 7.2], [0, 2, 3]),  # 0 is the first frame
+        ("every 8 fps", [0.0, 0.1, 0.9], [0, 1, 2]),
+        (2, [0.0, 0.1, 0.9], [0, 2]),
+    ],
+)
+def test_by_the_frames_own_times(form, times, chosen):
+    seconds = times[-1] - times[0] + 0.1
+    assert choose_frames("mine", form, len(times), {"fps": len(times) / seconds, "times": times}) == chosen
+
+
+def test_leading_frames_have_their_own_times_and_rate():
+    info = {"fps": 2.0, "times": [0.0, 1.0, 1.25, 1.5], "seed": 3}
+    assert leading_info(info, 2) == {"fps": 2 / 1.25, "times": [0.0, 1.0], "seed": 3}
+    assert leading_info(info, 4) == info
+    assert leading_info({"fps": 24}, 2) == {"fps": 24}
+    seen = []
+
+    def reward(video, prompts, **info):
+        seen.append((video.shape[2], info["times"], info["fps"]))
+        return video.mean((1, 2, 3, 4))
+
+    reward.frames = 2
+    RewardMix({"mine": reward})(torch.rand(1, 3, 4, 8, 8), ["a"], **info)
+    assert seen == [(2, [0.0, 1.0], 1.6)]
+
+
+@pytest.mark.parametrize(
+    "form", [None, 1, 3, 40, "random 1", "random 3", "random 40", "7.5 fps", "50 fps", "every 8 fps"]
+)
 def test_what_holds_for_every_form(form):
     for total in range(1, 41):
         chosen = choose_frames("mine", form, total, INFO)
@@ -86,7 +125,7 @@ def test_what_is_not_known_is_asked_for(form, missing):
 
 @pytest.mark.parametrize("form", ["4", "rand 4", "random", "random -1", "fps 8", "0 fps", "0.0 fps", 2.5, True, [4]])
 def test_forms_that_can_not_be_read(form):
-    with pytest.raises(RewardError, match="'random 4' for random frames"):
+    with pytest.raises(RewardError, match="'random 4', '8 fps' or 'every 8 fps'"):
         check_num_frames("mine", "all", form)
 
 

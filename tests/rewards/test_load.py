@@ -2,16 +2,22 @@
 
 import functools
 import importlib
+import os
+import random
 import sys
 import time
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
+from huggingface_hub import errors
 from tiny_judges import bert_tokenizer
 
 from rewards import RewardError, built_in_names, check_spec, frames_needed, load_reward
 from rewards import load as load_module
+from rewards.catalogue import CATALOGUE
 
 SOURCE = """
 import math
@@ -172,9 +178,85 @@ def test_checking_runs_nothing_and_is_quick(tmp_path):
     check_spec("star.py:Reward", tmp_path)  # which may be among them
 
 
-def test_an_error_while_importing_names_the_reward(tmp_path):
-    (tmp_path / "needs.py").write_text("import a_package_not_there\nclass Reward: pass\n")
-    assert "a_package_not_there" in message("needs.py:Reward", tmp_path, load=load_reward)
+MEAN = "\ndef reward(video, prompts, **info):\n    return video.mean(dim=(1, 2, 3, 4))\n"
+AT_IMPORT = {  # what a file does when it is imported, and what the error says
+    "fails": ("import a_package_not_there", "ModuleNotFoundError while importing it: .*'a_package_not_there'"),
+    "exits": ("import sys\nsys.exit(3)", "SystemExit while importing it: 3; .* Move what it does as a program below"),
+    "parses": (
+        "import argparse\np = argparse.ArgumentParser()\np.add_argument('--foo', required=True)\np.parse_args()",
+        "SystemExit while importing it: 2; .*__main__",
+    ),
+    "waits": ("import time\ntime.sleep(60)", r"no end of importing it after 0.05 s; .* raise reward_timeout"),
+    "tries again": (
+        "while True:\n    try:\n        1 / 0\n    except Exception:\n        pass",
+        "no end of importing it",
+    ),
+}
+
+
+@pytest.mark.parametrize("does", AT_IMPORT)
+def test_an_import_that_fails_or_does_not_come_back_names_the_reward(tmp_path, does):
+    source, got = AT_IMPORT[does]
+    (tmp_path / "late.py").write_text(source + MEAN)
+    with pytest.raises(RewardError, match=f"^reward 'late.py:reward': got {got}"):
+        load_reward("late.py:reward", tmp_path, reward_timeout=0.05)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("import torch; torch.set_grad_enabled(False)", torch.is_grad_enabled),
+        ("import torch; torch.set_default_dtype(torch.float64)", torch.get_default_dtype),
+        ("import torch; torch.set_default_device('meta')", torch.get_default_device),
+        ("import torch; torch.set_num_threads(torch.get_num_threads() + 1)", torch.get_num_threads),
+        ("import os, tempfile; os.chdir(tempfile.gettempdir())", os.getcwd),
+        ("import sys; sys.argv = ['other']", lambda: list(sys.argv)),
+        ("import argparse; argparse.ArgumentParser().parse_args()", lambda: list(sys.argv)),
+        ("import torch; torch.manual_seed(0)", lambda: torch.get_rng_state().tolist()),
+        ("import random; random.seed(0)", random.getstate),
+        ("import numpy; numpy.random.seed(0)", lambda: numpy.random.get_state()[1].tolist()),
+    ],
+)
+@pytest.mark.parametrize("at", ["import", "construction"])
+def test_the_code_of_a_reward_leaves_the_process_as_it_was(tmp_path, monkeypatch, before, now, at):
+    monkeypatch.setattr(sys, "argv", ["train", "--max_steps", "3"])
+    inside = f"class Reward:\n    def __init__(self):\n        {before}\n    __call__ = staticmethod(reward)\n"
+    (tmp_path / "mine.py").write_text(before + MEAN if at == "import" else MEAN + inside)
+    was = now()
+    if at == "construction" and "argparse" in before:
+        with pytest.raises(RewardError, match="SystemExit: 2 for the arguments"):
+            load_reward("mine.py:Reward", tmp_path)
+    else:
+        load_reward("mine.py:reward" if at == "import" else "mine.py:Reward", tmp_path)
+    assert now() == was
+
+
+def test_a_reward_under_another_name(folder):
+    assert load_module.name_in("gain3=mine.py:Bright") == "gain3"
+    assert load_module.name_in("./a=b.py:Bright") == "Bright"
+    assert load_reward("gain3=mine.py:Bright", folder, gain=3.0)(VIDEO, PROMPTS).tolist() == [1.5, 1.5]
+    with pytest.raises(RewardError, match="^reward 'large': .*`model` in reward_kwargs.large to a local path"):
+        load_reward("large=clip_score")
+    with pytest.raises(RewardError, match="^reward 'mine.py:Brihgt': .*nearest name is 'Bright'"):
+        check_spec("b=mine.py:Brihgt", folder)
+
+
+def test_paths_in_arguments_are_relative_to_base_dir(folder, monkeypatch):
+    """Texts that are no path, or of no file there, stay."""
+    monkeypatch.chdir(folder.parent)
+    (folder / "sub").mkdir()
+    for name in ("sub/head.pt", "head.pt", "quality"):
+        (folder / name).touch()
+    source = "class Keep:\n    def __init__(self, **given):\n        self.given = given\n    def __call__(self): pass\n"
+    (folder / "keep.py").write_text(source)
+    given = {"a": "sub/head.pt", "b": ["head.pt", {"c": "./head.pt"}], "d": "quality", "e": "org/model", "f": 3}
+    given["g"] = "local-dir:sub/head.pt"
+    found = load_reward("keep.py:Keep", folder, **given).given
+    head = str(folder / "head.pt")
+    inner = str(folder / "sub" / "head.pt")
+    assert found == given | {"a": inner, "b": [head, {"c": head}], "g": f"local-dir:{inner}"}
+    long = {"prompt": "a/" * 5000}
+    assert load_reward("keep.py:Keep", folder, **long).given == long
 
 
 def test_a_file_may_name_its_encoding(tmp_path):
@@ -264,9 +346,13 @@ def test_a_pickled_module_is_refused(tmp_path, name):
         ("mps", "checkpoint", ["RE-N-Y/mpsv1, model.safetensors: 4.4 GB, MIT"]),
         ("pickscore", "model", ["yuvalkirstain/PickScore_v1: 3.9 GB, MIT"]),
         ("subject_consistency", "model", ["facebook/dino-vitb16", "343 MB", "Apache-2.0"]),
-        ("viclip", "checkpoint", ["OpenGVLab/ViCLIP, ViClip-InternVid-10M-FLT.pth: 1.7 GB"]),
+        (
+            "viclip",
+            "checkpoint",
+            ["OpenGVLab/ViCLIP, ViClip-InternVid-10M-FLT.pth: 1.7 GB, MIT, gated"],
+        ),
         ("video_align", "checkpoint", ["KwaiVGI/VideoReward, checkpoint-11352/model.pth: 5.0 GB, MIT"]),
-        ("video_score", "model", ["TIGER-Lab/VideoScore-v1.1", "16.5 GB, Apache-2.0"]),
+        ("video_score", "model", ["TIGER-Lab/VideoScore-v1.1: 16.5 GB, MIT"]),
         ("vjepa2", "model", ["facebook/vjepa2-vitl-fpc64-256: 1.3 GB, MIT"]),
     ],
 )
@@ -278,6 +364,30 @@ def test_missing_weights_are_named(name, setting, parts):
         assert part in said
     if setting == "checkpoint":
         assert "no file at /nowhere/x.pt" in message(name, load=load_reward, checkpoint="/nowhere/x.pt", **settings)
+
+
+@pytest.mark.parametrize(("name", "from_transformers"), [("viclip", False), ("pickscore", True)])
+@pytest.mark.parametrize("kind", ["gated", "absent", "offline"])
+def test_a_hub_that_refuses_is_told_from_none(monkeypatch, name, kind, from_transformers):
+    response = SimpleNamespace(headers={}, request=None)
+    gated, absent = errors.GatedRepoError("403 Client Error", response=response), errors.RepositoryNotFoundError
+    raised = {"gated": gated, "absent": absent("404 Client Error", response=response)}
+    raised["offline"] = errors.LocalEntryNotFoundError("no connection")
+
+    def download(*_, **__):
+        if not from_transformers:
+            raise raised[kind]
+        raise OSError("as transformers says it") from raised[kind]
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("transformers.CLIPModel.from_pretrained", download)
+    said = message(name, load=load_reward)
+    assert ("it is gated" in said) == (kind == "gated")
+    assert ("none of this name" in said) == (kind == "absent")
+    assert ("o online once" in said) == (kind == "offline")
+    page = f"ccept its terms at https://huggingface.co/{CATALOGUE[name].weights[0]}"
+    assert (page in said) == (kind == "gated" or (kind == "offline" and name == "viclip"))
+    assert f"in reward_kwargs.{name} to a local path" in said
 
 
 @pytest.mark.parametrize("value", [0, -1, "4", float("nan")])

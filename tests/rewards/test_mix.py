@@ -1,5 +1,10 @@
 """Mixing: weights, normalisation, frames, the breakdown, and errors that name reward and prompt."""
 
+import os
+import random
+import sys
+
+import numpy
 import pytest
 import torch
 
@@ -266,10 +271,7 @@ NOISE = torch.rand(2, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     ("scores", "got"),
     [
         (lambda video: video.mean(), r"shape \(\)"),
-        (lambda video: video.mean(dim=(1, 3, 4)), r"shape \(2, 5\)"),
         (lambda video: video.mean(dim=(1, 2, 3, 4)) / torch.tensor([1.0, 0.0]), "inf for prompt 'a blue square'"),
-        (lambda video: video.sum(dim=(1, 2, 3, 4)).long(), "torch.int64"),
-        (lambda video: [0.0, 0.0], "a list"),
     ],
 )
 def test_bad_scores_name_the_reward(scores, got):
@@ -301,6 +303,70 @@ def test_limits_that_do_not_fit_the_rewards():
         RewardMix({"flicker": Mean()}, caps={"flicker": float("nan")})
     with pytest.raises(ValueError, match="got flicker in both, expected each in one"):
         RewardMix({"flicker": Mean()}, caps={"flicker": 0.9}, targets={"flicker": 0.8})
+
+
+def in_place(video, prompts, **info):
+    video[:, 1] = 0
+
+
+def in_place_without_gradient(video, prompts, **info):
+    with torch.no_grad():
+        video.clamp_(0.4, 0.6)
+
+
+def through_data(video, prompts, **info):
+    video.data.copy_(video.data.flip(-1))  # as a sum would not see
+
+
+def the_last_frame(video, prompts, **info):
+    video.data[:, :, -1] *= 0.9
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("harm", [in_place, in_place_without_gradient, through_data, the_last_frame])
+def test_a_reward_that_changes_the_video_is_named(video, harm, trained):
+    def reward(video, prompts, **info):
+        harm(video, prompts)
+        return video.mean(dim=(1, 2, 3, 4))
+
+    mix, given = RewardMix({"harm": reward, "fine": Mean()}, [float(trained), 1.0]), video * 1  # no leaf, as decoded
+    with torch.set_grad_enabled(trained), pytest.raises(RewardError, match="'harm': got a video that .* changed"):
+        mix(given, PROMPTS)
+    with torch.inference_mode(), pytest.raises(RewardError, match="'harm': got a video that .* changed"):
+        mix(torch.rand(video.shape), PROMPTS)
+
+
+def test_prompts_info_and_the_process_stay_as_they_are(video, tmp_path, monkeypatch):
+    """Whatever a reward does to them: the next one, and the run, see none of it."""
+    monkeypatch.chdir(tmp_path.parent)
+    seen, rows, argv = [], [{"camera": "still"}], sys.argv[:]
+
+    def harm(video, prompts, rows, **info):
+        prompts[0], rows[0]["camera"] = "photo of it", "moves"
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        os.chdir(tmp_path)
+        sys.argv.append("--harm")
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+            seed(0)
+        return video.mean(dim=(1, 2, 3, 4))
+
+    def fine(video, prompts, rows, **info):
+        seen.append((prompts, rows, torch.is_grad_enabled(), torch.zeros(1).dtype, torch.zeros(1).device.type))
+        return video.mean(dim=(1, 2, 3, 4))
+
+    def drawn():
+        return torch.rand(1).item(), random.random(), numpy.random.rand()
+
+    for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+        seed(7)
+    first = drawn()
+    for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+        seed(7)
+    RewardMix({"harm": harm, "fine": fine})(video, PROMPTS, rows=rows)
+    assert seen == [(PROMPTS, [{"camera": "still"}], True, torch.float32, "cpu")]
+    assert (os.getcwd(), sys.argv, drawn()) == (str(tmp_path.parent), argv, first)
 
 
 def test_what_a_reward_raises_names_it_and_the_prompts():

@@ -6,40 +6,14 @@ import torch
 import torch.nn.functional as F
 from layouts import layout_of, published_layout
 from PIL import Image
-from torch.nn import BatchNorm2d, InstanceNorm2d
-from torchvision.models.optical_flow import Raft_Large_Weights, raft, raft_large
+from tiny_judges import tiny_raft
+from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 
 from rewards import RewardError, load_reward, probe
 from rewards.models.motion import URL, MotionDegree, flow_pixels, longest_flow, optical_flow
 
 PROMPTS = ["a", "b"]
 INFO = {"fps": 8}
-
-
-def tiny_raft():
-    """torchvision's builder with few channels and two levels of correlation, for 32 pixels."""
-    torch.manual_seed(0)
-    model = raft._raft(
-        feature_encoder_layers=(8, 8, 8, 8, 16),
-        feature_encoder_block=raft.ResidualBlock,
-        feature_encoder_norm_layer=InstanceNorm2d,
-        context_encoder_layers=(8, 8, 8, 8, 24),
-        context_encoder_block=raft.ResidualBlock,
-        context_encoder_norm_layer=BatchNorm2d,
-        corr_block_num_levels=2,
-        corr_block_radius=2,
-        motion_encoder_corr_layers=(16,),
-        motion_encoder_flow_layers=(8, 8),
-        motion_encoder_out_channels=16,
-        recurrent_block_hidden_state_size=8,
-        recurrent_block_kernel_size=((1, 5), (5, 1)),
-        recurrent_block_padding=((0, 2), (2, 0)),
-        flow_head_hidden_size=16,
-        use_mask_predictor=True,
-    )
-    for parameter in model.update_block.flow_head.conv2.parameters():
-        parameter.data *= 0.1  # flows of a pixel or so, about the threshold
-    return model.eval()
 
 
 @pytest.fixture

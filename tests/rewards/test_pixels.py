@@ -45,6 +45,18 @@ def test_smoothness_leaves_a_steady_fade_alone_and_flicker_does_not():
     assert score("flicker", fade) == pytest.approx([0.9, 0.95])
 
 
+def test_smoothness_knows_the_times_of_the_frames():
+    """A fade whose frames last unequally is steady; by their order it is not."""
+    times = [0.0, 1.0, 1.5, 3.5]
+    fade, reward = steps(*(0.2 * time for time in times)), load_reward("smoothness")
+    assert reward(fade, PROMPTS, times=times).tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert score("smoothness", fade)[0] == pytest.approx(1 - (0.1 + 0.3) / 4)
+    picked = load_reward("smoothness", num_frames="1 fps")  # 0, 1.5, 2 and 3.5 seconds of these
+    times = [0.0, 0.1, 1.5, 2.0, 3.5]
+    uneven = steps(0.0, 0.9, 0.3, 0.4, 0.7)
+    assert picked(uneven, PROMPTS, times=times, fps=5 / 3.6)[0].item() == pytest.approx(1.0, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_probe_passes(name):
     report = probe(load_reward(name), (3, 6, 20, 27))

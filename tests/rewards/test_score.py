@@ -1,23 +1,24 @@
-"""`python -m rewards.score` on real files: each kind of file, the table, the JSON, errors."""
+"""`python -m rewards.score` on real files: the table, the JSON, files that fail, errors."""
 
 import json
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers.utils import export_to_video
 from PIL import Image
 
 from rewards import check_spec, load_reward
 from rewards.cli.files import read_video
 from rewards.score import main, parse_score_args, resolve_prompts
+from rlhf.run.video import write_video
 
 ROOT = Path(__file__).parents[2]
+FAULTS = ROOT / "tests" / "data" / "faults"
 SQUARES = np.kron(np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3)), np.ones((1, 16, 16, 1))).astype(np.uint8)
 
 
@@ -25,65 +26,16 @@ SQUARES = np.kron(np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3)), np.on
 def folder(tmp_path_factory):
     """Five frames of coloured squares as mp4 and gif at 5 fps; the first also as png and jpg."""
     folder = tmp_path_factory.mktemp("files")
+    write_video(folder / "clip.mp4", torch.from_numpy(SQUARES).permute(3, 0, 1, 2), fps=5)
     images = [Image.fromarray(frame) for frame in SQUARES]
-    export_to_video(images, str(folder / "clip.mp4"), fps=5, quality=10)
     images[0].save(folder / "clip.gif", save_all=True, append_images=images[1:], duration=200)
     images[0].save(folder / "picture.png")
-    images[0].save(folder / "picture.JPG", "JPEG", quality=95, subsampling=0)
-    images[0].convert("LA").save(folder / "grey.png")
+    images[0].save(folder / "picture.JPG")
     (folder / "broken.mp4").write_bytes(b"not a video")
-    (folder / "broken.png").write_bytes(b"not an image")
-    (folder / "notes.txt").write_text("text")
+    (folder / "frames").mkdir()
+    for i, image in enumerate(images):
+        image.save(folder / "frames" / f"{i}.png")
     return folder
-
-
-# ---------------------------------------- reading
-
-
-@pytest.mark.parametrize(
-    ("name", "frames", "fps", "tolerance"),
-    [("clip.mp4", 5, 5.0, 8), ("clip.gif", 5, 5.0, 12), ("picture.png", 1, None, 0), ("picture.JPG", 1, None, 3)],
-)
-def test_what_is_read(folder, name, frames, fps, tolerance):
-    video, rate = read_video(folder / name)
-    assert video.shape == (1, 3, frames, 64, 96)
-    assert video.dtype == torch.float32
-    assert rate == fps
-    expected = torch.from_numpy(SQUARES[:frames]).permute(3, 0, 1, 2)[None]
-    assert (video * 255 - expected).abs().mean() <= tolerance, "mean grey levels"
-
-
-def test_leading_frames_and_grey_pictures(folder):
-    assert read_video(folder / "clip.mp4", 2)[0].shape[2] == 2
-    assert torch.equal(read_video(folder / "clip.gif", 2)[0], read_video(folder / "clip.gif")[0][:, :, :2])
-    assert read_video(folder / "grey.png")[0].shape == (1, 3, 1, 64, 96)
-
-
-def test_a_turned_photograph_is_upright(folder, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown a quarter turn clockwise
-    Image.fromarray(SQUARES[0]).save(tmp_path / "turned.png", exif=exif)
-    upright = torch.rot90(read_video(folder / "picture.png")[0], -1, (3, 4))
-    assert torch.equal(read_video(tmp_path / "turned.png")[0], upright)
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("absent.mp4", "got no file there"),
-        ("notes.txt", "got '.txt', expected one of .mp4"),
-        ("broken.mp4", "can't be decoded"),
-        ("broken.png", "can't be decoded"),
-    ],
-)
-def test_files_that_can_not_be_read(folder, name, told):
-    with pytest.raises(ValueError, match=told) as caught:
-        read_video(folder / name)
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-# ---------------------------------------- scoring
 
 
 def test_several_rewards_on_several_files(folder, tmp_path, capsys):
@@ -94,10 +46,11 @@ def test_several_rewards_on_several_files(folder, tmp_path, capsys):
     rows = json.loads((tmp_path / "scores.json").read_text())
     clip = load_reward("nano_clip", num_frames="random 2")
     for row, file, prompt in zip(rows, files, prompts[1::2], strict=True):
-        video, fps = read_video(file)
+        video = read_video(file)
         assert (row["file"], row["prompt"], row["frames"], row["fps"]) == (file, prompt, 5, 5.0)
-        assert row["scores"]["flicker"] == pytest.approx(load_reward("flicker")(video, [""]).item(), abs=1e-6)
-        expected = clip(video, [prompt], fps=fps, seed=0, step=0).item()
+        flicker = load_reward("flicker")(video.pixels_BCTHW, [""]).item()
+        assert row["scores"]["flicker"] == pytest.approx(flicker, abs=1e-6)
+        expected = clip(video.pixels_BCTHW, [prompt], seed=0, step=0, **video.info).item()
         assert row["scores"]["nano_clip"] == pytest.approx(expected, abs=1e-5)
     head, _, first, second = capsys.readouterr().out.splitlines()
     assert head.split() == ["file", "frames", "flicker", "nano_clip"]
@@ -123,6 +76,68 @@ def test_a_reward_of_ones_own_and_one_prompt_for_all(folder, tmp_path, capsys):
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]] == ["5", "5"]
 
 
+@pytest.fixture
+def asked(tmp_path):
+    """A reward that notes the info of each call."""
+    (tmp_path / "ask.py").write_text(
+        "calls = []\ndef ask(video, prompts, **info):\n    calls.append(info)\n"
+        "    return video.mean((1, 2, 3, 4)) * 0 + info['fps']\n"
+    )
+    return f"{tmp_path}/ask.py:ask"
+
+
+def test_rewards_are_told_rate_and_times(folder, asked, tmp_path):
+    command = [
+        str(FAULTS / "vfr.mp4"),
+        str(folder / "frames"),
+        "--fps",
+        "12",
+        "--reward",
+        asked,
+        "--reward",
+        "smoothness",
+    ]
+    assert main([*command, "--json", str(tmp_path / "scores.json")]) == 0
+    first, second = json.loads((tmp_path / "scores.json").read_text())
+    assert (first["frames"], first["fps"], first["scores"]["ask"]) == (9, *[pytest.approx(9 / 4.625)] * 2)
+    assert (second["frames"], second["fps"], second["scores"]["ask"]) == (5, 12, 12)
+    video = read_video(FAULTS / "vfr.mp4")
+    smooth = load_reward("smoothness")(video.pixels_BCTHW, [""], **video.info).item()
+    assert first["scores"]["smoothness"] == pytest.approx(smooth, abs=1e-6)
+    assert abs(smooth - load_reward("smoothness")(video.pixels_BCTHW, [""]).item()) > 1e-4
+
+
+def test_the_others_are_scored_and_what_fails_is_listed(folder, tmp_path, capsys):
+    files = [str(folder / name) for name in ("broken.mp4", "clip.mp4", "picture.png", "clip.gif")]
+    command = [*files, "--reward", "flicker", "--json", str(tmp_path / "scores.json")]
+    assert main(command) == 1
+    out, error = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [files[1], files[3]]
+    broken, picture, last = error.splitlines()
+    assert broken.startswith(f"rewards.score: {files[0]}: got a file that can't be decoded")
+    assert picture.startswith(f"rewards.score: {files[2]}: reward 'flicker': got 1 frame(s)")
+    assert last == "rewards.score: 2 of 4 files were not scored"
+    rows = json.loads((tmp_path / "scores.json").read_text())
+    assert [row["file"] for row in rows] == files
+    assert [f"rewards.score: {row['error']}" for row in rows if "error" in row] == [broken, picture]
+
+    assert main([*command, "--strict"]) == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.splitlines() == [broken], "it stops at the first"
+
+
+def test_a_truncated_video_is_scored_if_allowed_and_said(tmp_path, capsys):
+    path = str(FAULTS / "big_cut.mp4")
+    command = [path, "--reward", "flicker", "--json", str(tmp_path / "scores.json")]
+    assert main(command) == 1
+    assert "got 18 of 32 frames" in capsys.readouterr().err
+    assert main([*command, "--allow_truncated"]) == 0
+    assert capsys.readouterr().err == f"rewards.score: {path}: scored 18 of 32 frames\n"
+    (row,) = json.loads((tmp_path / "scores.json").read_text())
+    assert (row["frames"], row["missing"]) == (18, "18 of 32 frames")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -132,6 +147,7 @@ def test_a_reward_of_ones_own_and_one_prompt_for_all(folder, tmp_path, capsys):
         (["clip.mp4", "--reward", "a.py:Mine", "--reward", "b.py:Mine"], "--reward: got 'Mine' twice, expected each"),
         (["clip.mp4", "--reward", "flickr"], "The nearest name is 'flicker'"),
         (["picture.png", "--reward", "flicker"], r"reward 'flicker': got 1 frame(s); expected at least 2"),
+        (["frames", "--reward", "flicker"], "expected a file, or numbered pictures and their frame rate"),
         (["clip.mp4", "--reward", "flicker", "--kwargs", '{"smooth": {}}'], "--kwargs: got 'smooth': {}, expected"),
         (["clip.mp4", "--reward", "flicker", "--kwargs", '{"flicker": 3}'], "--kwargs: got 'flicker': 3, expected"),
         (["clip.mp4", "--reward", "flicker", "--kwargs", '{"flicker": {"frame": 3}}'], "nearest name is 'frames'"),
@@ -147,11 +163,11 @@ def test_what_is_missing_or_wrong_is_told_in_a_line(folder, arguments, told, cap
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("count", ["0", "-1", "many"])
-def test_a_number_of_frames_that_is_none_is_refused(folder, count, capsys):
+@pytest.mark.parametrize("flag", ["--max_frames=0", "--max_frames=-1", "--max_frames=many", "--fps=0", "--fps=nan"])
+def test_numbers_that_are_none_are_refused(folder, flag, capsys):
     with pytest.raises(SystemExit):
-        main([str(folder / "clip.mp4"), "--reward", "flicker", f"--max_frames={count}"])
-    assert f"got {count!r}; expected a number of frames, 1 or more" in capsys.readouterr().err
+        main([str(folder / "clip.mp4"), "--reward", "flicker", flag])
+    assert f"got {flag.split('=')[1]!r}; expected" in capsys.readouterr().err
 
 
 def test_the_command_of_the_guide_is_understood():
@@ -164,8 +180,9 @@ def test_the_command_of_the_guide_is_understood():
     assert resolve_prompts(arguments.files, arguments.prompts, arguments.rewards) == ["a red kite"] * 2
 
 
-def test_it_runs_as_a_module(folder):
-    command = [sys.executable, "-m", "rewards.score", str(folder / "clip.gif"), "--reward", "smoothness"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "smoothness" in done.stdout
+def test_it_runs_as_a_module(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["score", str(folder / "clip.gif"), "--reward", "smoothness"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("rewards.score", run_name="__main__")
+    assert ended.value.code == 0
+    assert "smoothness" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """ViCLIP: frames, pixels and score against a straight-line computation and torchvision."""
 
+from itertools import product
+
 import numpy as np
 import open_clip
 import pytest
@@ -15,7 +17,7 @@ from reward_checks import (
     photograph_and_noise,
 )
 from straight_line_vit import layer, norm, part
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, PILToTensor, Resize, ToTensor
 
 from rewards import RewardError, load_reward
 from rewards.models.viclip import ViClipModel, middle_frames
@@ -96,14 +98,18 @@ def test_the_score_equals_a_straight_line_computation(make, state, preprocessing
     assert got.diff().abs() > 1e-3
 
 
-PUBLISHED = {  # on PIL images: InternVideo's test_transform, and VBench's clip_transform_Image
+PLAIN = Resize(32, InterpolationMode.BICUBIC, antialias=False)
+PUBLISHED = {  # on PIL images: InternVideo's test_transform, and VBench's two
     "internvideo": Compose([Resize((32, 32), InterpolationMode.BICUBIC), ToTensor(), IMAGENET]),
     "vbench": Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32), ToTensor(), CLIP]),
+    "vbench_mp4": Compose([PILToTensor(), PLAIN, CenterCrop(32), lambda x: x / 255, CLIP]),
 }
 
 
-@pytest.mark.parametrize("preprocessing", PUBLISHED)
-@pytest.mark.parametrize("size", PHOTOGRAPH_SIZES)
+@pytest.mark.parametrize(
+    ("preprocessing", "size"),
+    [*product(["internvideo", "vbench"], PHOTOGRAPH_SIZES), ("vbench_mp4", PHOTOGRAPH_SIZES[0])],
+)
 def test_pixels_equal_the_published_pipelines(make, preprocessing, size):
     reward, seen = make(preprocessing=preprocessing), []
     reward.model.vision_encoder.forward = lambda video: seen.append(video) or 1 / 0

@@ -109,6 +109,8 @@ def test_frames_are_the_published_ones(fps):
     for total in [2, 3, 4, 5, 17, 81, 125, 200]:
         assert frames_at_rate(total, fps) == published_frames(total, fps)
     assert frames_at_rate(125, 24) == [0, 14, 28, 41, 55, 69, 83, 96, 110, 124]
+    times = [0.0, 0.1, 0.2, 0.3, 2.0, 4.0]  # of six frames in 4.5 s: at 0, .8, 1.6, 2.4, 3.2 and 4 s
+    assert frames_at_rate(6, 6 / 4.5, times) == [0, 3, 4, 4, 5, 5]
 
 
 def test_the_callers_frame_rate_goes_before_the_setting(make, few_pixels):

@@ -163,6 +163,9 @@ def test_frames():
     assert clip_frames(5, 2) == [0, 1, 2, 3]  # slower than that: every one
     assert clip_frames(9, 4) == list(range(8))
     assert clip_frames(4, 30) == [0, 1, 2, 3]
+    times = [i / 40 for i in range(20)] + [i / 5 for i in range(3, 13)]  # slower later; 4 a second of 2.6 s
+    chosen = clip_frames(30, 30 / 2.6, times)
+    assert [times[i] for i in chosen] == pytest.approx([i / 4 for i in range(10)], abs=0.101)
 
 
 def test_the_callers_frame_rate_goes_before_the_setting(make):

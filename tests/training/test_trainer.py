@@ -259,14 +259,16 @@ def test_a_pipe_with_an_adapter_is_refused_and_trains_on_when_that_is_merged(mak
         ({"args": {"max_steps": 1}}, r"args: got a dict, expected a RewardGradientConfig; rlhf.config has it"),
         ({"model": object()}, r"model: got a object, expected a name, a path or a ContentVPipeline"),
         ({"reward_funcs": [redness, RewardGradientTrainer]}, r"got the class .*Trainer, expected an object; pass"),
+        ({"reward_funcs": {"red": redness}}, r"got a dict, expected a list; give each object a `name`"),
         ({"peft_config": {"r": 4}}, r"peft_config: got a dict, expected a LoraConfig, whose files diffusers reads"),
         ({"peft_config": LoHaConfig(target_modules=["to_q"])}, r"peft_config: got a LoHaConfig, expected a LoraConfig"),
         (
             {"peft_config": LoraConfig(target_modules=["to_q"], modules_to_save=["proj_out"])},
-            r"got modules_to_save=.*expected none",
+            r"got modules_to_save=.*expected its default: a run trains LoRA alone",
         ),
         ({"peft_config": LoraConfig(target_modules=["to_q"], init_lora_weights="pissa")}, r"'pissa', expected one"),
-        ({"peft_config": LoraConfig(target_modules=["to_q"], bias="all")}, r"got bias='all', expected 'none'"),
+        ({"peft_config": LoraConfig(target_modules=["to_q"], bias="all")}, r"got bias='all', expected its default"),
+        ({"peft_config": LoraConfig(target_modules=["to_q"], lora_bias=True)}, r"got lora_bias=True, expected its def"),
         (
             {"peft_config": LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.1)},
             r"got lora_dropout=0.1, expected 0",

@@ -24,6 +24,7 @@ from rlhf.run.signals import TrainingInterrupted
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.batches import BatchResult
 from rlhf.training.failures import TrainingError
+from rlhf.training.rewards import open_rewards
 
 # --------------------------------------------------------------------------------------- it goes on
 
@@ -219,12 +220,60 @@ def test_no_reward_is_blamed_for_an_anchor_step(make_args):
         trainer.step(3)
 
 
-def test_a_reward_that_cannot_train_is_refused_before_weights_load(make_args, monkeypatch):
+BROKEN = """
+def plain(video, prompts, **info):
+    return video[:, 0].mean((1, 2, 3))
+
+def detached(video, prompts, **info):
+    return plain(video.detach(), prompts)
+
+def whole(video, prompts, **info):
+    return (plain(video, prompts) * 255).round()
+whole.differentiable = False
+
+def changes(video, prompts, **info):
+    video.data.mul_(2).sub_(1)
+    return plain(video, prompts)
+
+def exits(video, prompts, **info):
+    raise SystemExit("bye")
+
+def together(video, prompts, **info):
+    return plain(video, prompts) - plain(video, prompts).mean()
+"""
+TRAINED, HELD_OUT = "reward_funcs", "eval_reward_funcs"
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "told"),
+    [
+        (TRAINED, "detached", "got no gradient at the pixels"),
+        (TRAINED, "whole", "got differentiable=False; .* Move it to eval_reward_funcs"),
+        (TRAINED, "exits", "got SystemExit: bye"),
+        (TRAINED, "changes", "got a video that the reward changed in place"),
+        (HELD_OUT, "exits", "got SystemExit: bye"),
+        (HELD_OUT, "changes", "got a video that the reward changed in place"),
+        (HELD_OUT, "together", "expected independence of batch neighbours"),
+    ],
+)
+def test_a_reward_or_judge_that_cannot_work_is_refused_before_weights_load(
+    make_args, tmp_path, monkeypatch, key, name, told
+):
     monkeypatch.setattr("rlhf.training.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
-    args = make_args(model="nano")
-    with pytest.raises(RewardError, match="got no gradient at the pixels"):
-        RewardGradientTrainer(reward_funcs=lambda video, prompts, **_: redness(video.detach(), prompts), args=args)
+    (tmp_path / "broken.py").write_text(BROKEN)
+    settings = {TRAINED: ["broken.py:plain"], "base_dir": str(tmp_path), "eval_prompts": "nano_held_out"}
+    args = make_args(model="nano", **settings | {key: [f"broken.py:{name}"]})
+    with pytest.raises(RewardError, match=f"^reward '{name}': .*({told})"):
+        RewardGradientTrainer(args=args)
     assert not Path(args.output_dir).exists()
+
+
+def test_judges_and_logged_rewards_need_no_gradient(make_args, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    rewards = ["broken.py:plain", "broken.py:detached", "one=broken.py:whole"]
+    settings = {"reward_weights": [1.0, 0.0, 0.0], HELD_OUT: ["two=broken.py:whole"], "base_dir": str(tmp_path)}
+    args = make_args(model="nano", reward_funcs=rewards, eval_prompts="nano_held_out", **settings)
+    assert list(open_rewards(args)) == ["plain", "detached", "one", "two"]
 
 
 def test_wrong_settings_are_told_before_weights_load(make_args, monkeypatch):

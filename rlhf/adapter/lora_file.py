@@ -1,0 +1,289 @@
+"""LoRA files, read in the formats of diffusers, peft and kohya, written in that of diffusers.
+
+Every file becomes one `Lora`: A, B and alpha by layer. A file that cannot be read exactly is
+refused by the name of its format.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+
+from rlhf.adapter.lora_weights import ADAPTER_FILE, DISTILLED_KEY, Lora, LoraLayer
+from rlhf.config import is_distilled
+from rlhf.contentv.files import HUB_ID, one_line
+from rlhf.io import file_errors, read_object
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CHECKPOINT_FILES = ("average.safetensors", "adapter.safetensors")  # what of it a run would save
+OLDER_BLOCKS_FILE = "trained_blocks.safetensors"  # beside the adapter in runs of older versions
+INITIAL_KEY = "initial_adapter"  # metadata of a checkpoint, and the folder of its run with that adapter
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names with _ in place of dots
+PARTS = {"lora_A": "a", "lora_down": "a", "lora_linear_layer.down": "a", "lora_magnitude_vector": "magnitude"}
+PARTS |= {"lora_B": "b", "lora_up": "b", "lora_linear_layer.up": "b", "alpha": "alpha"}
+KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, PARTS))})(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?")
+# Formats that are not read, by a part of their keys.
+FOREIGN = {
+    r"\.lokr_": "LoKr (LyCORIS)",
+    r"\.hada_": "LoHa (LyCORIS)",
+    r"\bb?oft_": "OFT",
+    r"\.diff(_b)?$": "whole differences of weights (LyCORIS)",
+    r"\.dora_scale": "DoRA as kohya and LyCORIS write it",
+    r"\.lora_mid": "LoCon with a middle factor (LyCORIS)",
+    r"\.lora_E\b": "AdaLoRA",
+    r"vera_lambda": "VeRA",
+    r"\.lora_B\b.*\.bias$": "LoRA with biases (lora_bias)",
+    r"\blora_te\d?_|\btext_encoder": "LoRA of a text encoder",
+    r"joint_blocks": "LoRA in Stable Diffusion 3's own names (kohya's sd-scripts, ComfyUI)",
+    r"double_blocks|single_blocks|single_transformer_blocks": "LoRA of FLUX or HunyuanVideo",
+    r"(?<!transformer_)blocks[._]\d+[._](self_attn|cross_attn|ffn|attn1|attn2)": "LoRA of Wan",
+    r"(input|output|down|up|mid)_blocks?": "LoRA of a U-Net (Stable Diffusion 1, 2 or XL)",
+}
+IDENTITY_INITS = ("gaussian", "orthogonal")  # init_lora_weights that leave the base as it is
+# Fields of peft's LoraConfig with no say in what a trained layer computes.
+WITHOUT_EFFECT = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
+    *("use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("megatron_core", "eva_config", "runtime_config", "use_dora", "qalora_group_size", "ensure_weight_tying"),
+}
+CURE = "name a LoRA of this model, as a run, peft or diffusers writes it, or merge it into the model by its own tool"
+Sizes = dict[str, tuple[int, int]]  # of a model's linear layers: (out, in) by name
+
+
+def find_lora_file(name: str | Path) -> Path:
+    """Return the file of an adapter: a file, its folder, a run, a checkpoint or a hub id.
+
+    Raises ValueError if there is none, or more than one.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and HUB_ID.fullmatch(str(name)) and not path.parent.is_dir():
+        path = _download(str(name))
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    known = (*CHECKPOINT_FILES, ADAPTER_FILE) if (path / "state.json").is_file() else (ADAPTER_FILE, PEFT_FILE)
+    found = [file for file in known if file in files] or files
+    if len(files) == 1 or found is not files:
+        return path / found[0]
+    if (path / "adapter").is_dir():
+        return find_lora_file(path / "adapter")
+    got = f"{len(files)} files, {', '.join(files)}" if files else f"no {ADAPTER_FILE}"
+    got = "a file of another kind, such as a pickle" if path.is_file() else got if path.is_dir() else "nothing there"
+    expected = "expected an adapter: a .safetensors file, its folder such as RUN/adapter, or a hub id"
+    raise ValueError(f"{name}: got {got}, {expected}; correct the path")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", PEFT_CONFIG], etag_timeout=5))
+    except Exception as error:  # offline, unknown, gated and broken connections each have their type
+        expected = "expected a file, the folder of an adapter such as RUN/adapter, or a hub id"
+        got = f"nothing there, nor on the Hugging Face Hub ({one_line(error)})"
+        raise ValueError(f"{hub_id}: got {got}, {expected}; correct the path") from error
+
+
+def is_distilled_adapter(name: str | Path) -> bool:
+    """Return whether an adapter is sampled without guidance; a run of an older version says so."""
+    path = find_lora_file(name).absolute()
+    with file_errors(path), safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    config = path.parents[1] / "config.yaml"
+    return DISTILLED_KEY in metadata or (config.is_file() and is_distilled(read_object(config)))
+
+
+def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
+    """Return the LoRA of a file, a folder, a run, a checkpoint or a hub id.
+
+    Args:
+        name: as in `find_lora_file`.
+        sizes: the model's linear layers; None trusts the file, which has to name layers by dots.
+
+    Raises:
+        ValueError: no such file, another format, another model, or a LoRA with something missing,
+            contradictory or not finite. The message names the file.
+    """
+    path = find_lora_file(name)
+    refuse_trained_blocks(path.parent)
+    with file_errors(path), safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        metadata = file.metadata() or {}
+    config = _read_config(path, metadata)
+    if config is None and path.name in CHECKPOINT_FILES and (path.parent / "state.json").is_file():
+        cure = "resume it with this version and its own max_steps, which writes RUN/adapter"
+        raise ValueError(f"{path}: {_error('a checkpoint of an older version', 'one that states its scale', cure)}")
+    try:
+        if not tensors:
+            raise _error("no tensor", "those of a LoRA")
+        by_layer = _group(tensors, sizes)
+        stated = config is not None or any("alpha" in parts for parts in by_layer.values())
+        if not stated and any(key.startswith("base_model.") for key in tensors):
+            expected = f"{PEFT_CONFIG} beside it, which has their scale"
+            raise _error("peft's keys alone", expected, "put it there, as save_pretrained writes it")
+        layers = {layer: _read_layer(layer, parts, config, sizes) for layer, parts in by_layer.items()}
+        if {layer.magnitude is None for layer in layers.values()} == {True, False}:
+            raise _error("magnitudes (DoRA) of some layers only", "them for all layers or for none")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    remark = "" if stated else "the file states no alpha, so the scale is 1"
+    lora = Lora(layers, is_distilled_adapter(path), remark)
+    return _find_initial(path).then(lora) if INITIAL_KEY in metadata else lora
+
+
+def refuse_trained_blocks(folder: str | Path) -> None:
+    """Raise ValueError for a run that trained whole blocks, too: those are not loaded."""
+    if (Path(folder) / OLDER_BLOCKS_FILE).exists():
+        got = f"{folder}: got {OLDER_BLOCKS_FILE} of an older version, which trained blocks without an adapter, too"
+        raise ValueError(f"{got}, expected an adapter alone; use that version, or train again without train_blocks")
+
+
+def _find_initial(path: Path) -> Lora:
+    """Return the adapter that the run of a checkpoint began with."""
+    for folder in list(path.absolute().parents)[1:3]:
+        if (folder / INITIAL_KEY).is_dir():
+            return read_lora(folder / INITIAL_KEY)
+    expected = f"expected {INITIAL_KEY}/ in the run's folder, to which it adds"
+    raise ValueError(f"{path}: got a checkpoint without its run, {expected}; name the checkpoint within its run")
+
+
+def _error(got: str, expected: str, cure: str = CURE) -> ValueError:
+    return ValueError(f"got {got}, expected {expected}; {cure}")
+
+
+def _read_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
+    """Return the LoraConfig in the file's metadata or beside the file; None if there is none.
+
+    Raises ValueError if it describes more than a plain LoRA or DoRA.
+    """
+    beside = path.parent / PEFT_CONFIG
+    if LORA_ADAPTER_METADATA_KEY in metadata:
+        with file_errors(path):
+            config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY]).items()
+            config = {key.removeprefix("transformer."): value for key, value in config}
+    elif beside.is_file():
+        path, config = beside, read_object(beside)
+    else:
+        return None
+    start, kind = config.get("init_lora_weights"), config.get("peft_type") or "LORA"
+    if kind != "LORA":
+        raise ValueError(f"{path}: {_error(f'an adapter of the kind {kind}', 'LoRA')}")
+    with file_errors(path):
+        values = (config["r"], config["lora_alpha"], *(config.get("rank_pattern") or {}).values())
+        values += tuple((config.get("alpha_pattern") or {}).values())
+        if not all(isinstance(value, int | float) and value > 0 for value in values):
+            raise ValueError(f"ranks and alphas {values}")
+        for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
+            re.compile(pattern)
+    if isinstance(start, str) and start.lower() not in (*IDENTITY_INITS, "eva"):
+        got = f"init_lora_weights={start!r}, with which the base was changed, too"
+        cure = "save it again by peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        raise ValueError(f"{path}: {_error(got, 'a LoRA of the unchanged base', cure)}")
+    for key, value in other_fields(config).items():
+        raise ValueError(f"{path}: {_error(f'{key}={value!r}', 'plain LoRA or DoRA')}")
+    return config
+
+
+def other_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a LoraConfig that ask for more than plain LoRA or DoRA."""
+    asked = {key: value for key, value in config.items() if value and key not in WITHOUT_EFFECT}
+    return {key: value for key, value in asked.items() if (key, value) != ("bias", "none")}
+
+
+def _group(tensors: dict[str, torch.Tensor], sizes: Sizes | None) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the parts of each layer: a, b, and magnitude and alpha where the file has them."""
+    flat = {name.replace(".", "_"): name for name in sizes or {}}
+    layers, adapters, unknown = defaultdict(dict), set(), []
+    for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise _error(_format(key) or f"{key}, which belongs to no LoRA", "a LoRA")
+        given, part, adapter = match[1], PARTS[match[2]], match[3]
+        name = next(_names(given, flat, sizes), None)
+        if name is None:
+            unknown.append((key, given))
+            continue
+        adapters |= {adapter} - {None}
+        if part in layers[name]:
+            raise _error(f"two tensors for {part} of {name}", "one", "leave one of them out")
+        layers[name][part] = tensor
+    if unknown:
+        key, given = unknown[0]
+        got = _format(key) or "layers that this transformer does not have"
+        raise _error(f"{got}, {len({given for _, given in unknown})} of them, such as {given}", "layers of this model")
+    if len(adapters) > 1:
+        raise _error(f"{len(adapters)} adapters, {', '.join(sorted(adapters))}", "one", "save one of them alone")
+    return layers
+
+
+def _names(given: str, flat: dict[str, str], sizes: Sizes | None) -> Iterator[str]:
+    """Yield the model's layer that a key may mean."""
+    name = given
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    if name in sizes if sizes is not None else name.startswith("transformer_blocks.") or name != given:
+        yield name
+    for prefix in FLAT_PREFIXES:
+        if given.startswith(prefix) and given.removeprefix(prefix) in flat:
+            yield flat[given.removeprefix(prefix)]
+
+
+def _format(key: str) -> str | None:
+    return next((name for pattern, name in FOREIGN.items() if re.search(pattern, key)), None)
+
+
+def _read_layer(name: str, parts: dict[str, torch.Tensor], config: dict | None, sizes: Sizes | None) -> LoraLayer:
+    """Return a layer of the file; raise ValueError for what is missing, wrong or not finite."""
+    for part in ("a", "b"):
+        if part not in parts:
+            raise _error(f"no lora_{part.upper()} for {name}", "both halves of each layer", "the file is incomplete")
+    for part, tensor in parts.items():
+        if not tensor.is_floating_point() and part != "alpha":
+            raise _error(f"{tensor.dtype} in {part} of {name}", "floating-point numbers")
+        if not _wide(tensor).isfinite().all():
+            raise _error(f"NaN or infinity in {part} of {name}", "finite weights", "train again, or take another")
+    parts = {part: _wide(tensor) for part, tensor in parts.items()}
+    a, b, magnitude = parts["a"], parts["b"], parts.get("magnitude")
+    shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)} for {name}"
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
+        raise _error(shapes, "(r, in) and (out, r) of one rank r", "the file is damaged or of another kind")
+    if sizes is not None and (len(b), a.shape[1]) != sizes[name]:
+        raise _error(f"another model's adapter: {shapes}", f"an adapter of this model, where it is {sizes[name]}")
+    if magnitude is not None and magnitude.numel() != len(b):
+        raise _error(f"{magnitude.numel()} magnitudes for {name}", f"{len(b)}")
+    if config is not None and bool(config.get("use_dora")) != (magnitude is not None):
+        raise _error(f"use_dora={config.get('use_dora')!r} for {name}", "magnitudes where it is set, and only there")
+    alpha = _alpha(name, len(a), parts.get("alpha"), config)
+    return LoraLayer(a, b, alpha, None if magnitude is None else magnitude.flatten())
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()  # float8 has no promotion
+
+
+def _alpha(name: str, rank: int, given: torch.Tensor | None, config: dict | None) -> float:
+    """Return alpha such that the scale is alpha / rank: the file's, or the rank if it has none."""
+    if given is not None and (given.numel() != 1 or given.item() <= 0):
+        raise _error(f"alpha {given.tolist()} for {name}", "a number above 0")
+    if config is None:
+        return float(rank) if given is None else given.item()
+    ranks, alphas = (config.get(f"{key}_pattern") or {} for key in ("rank", "alpha"))
+    stated = ranks.get(get_pattern_key(ranks, name), config["r"])
+    if stated != rank:
+        raise _error(f"rank {rank} for {name}, and {stated} in its metadata", "one rank", "the file is inconsistent")
+    alpha = float(alphas.get(get_pattern_key(alphas, name), config["lora_alpha"]))
+    alpha *= math.sqrt(rank) if config.get("use_rslora") else 1
+    if given is not None and not math.isclose(given.item(), alpha, rel_tol=1e-3):
+        raise _error(f"alpha {given.item():g} for {name}, and {alpha:g} in its metadata", "one alpha", "correct one")
+    return alpha
