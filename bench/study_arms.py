@@ -27,7 +27,15 @@ POLICY = {
     "Flow-GRPO": {"per_device_train_batch_size": 64, "group_size": 8},
     "DDPO": {"per_device_train_batch_size": 64, "group_size": 1},
 }
-SHIPPED = {"DRaFT-K as shipped": {"num_grad_steps": 4, "learning_rate": 1e-3}}  # configs/nano.yaml, whatever is chosen
+SHIPPED = {  # configs/nano.yaml, whatever is chosen
+    "DRTune as shipped": {
+        "method": "drtune",
+        "num_grad_steps": 4,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 8,
+        "ema_decay": 0.95,
+    }
+}
 DRIFT = {"drift_weight": 1.0}
 KL = {"kl_weight": 0.04}  # the published weight for GenEval
 ARMS = {name + end: arm | more for name, arm in GRADIENT.items() for end, more in (("", {}), (CONTROL, DRIFT))} | {

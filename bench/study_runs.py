@@ -33,7 +33,8 @@ from rlhf.training.monitor import gains
 from rlhf.training.rewards import open_rewards
 
 TRAINED, WARM_UP = "nano_preference", 3
-SHARED = {  # no pictures, no checkpoints; guidance in one batch is the same and faster
+START = {"method": "draft_k", "learning_rate": 1e-3, "per_device_train_batch_size": 16, "ema_decay": 0.0}
+SHARED = START | {  # what arms change; no pictures, no checkpoints; guidance in one batch is the same and faster
     "report_to": "none",
     "save_steps": 0,
     "sample_steps": 0,
@@ -103,6 +104,7 @@ def start(settings: dict, seed: int, steps: int, conditions: Conditions) -> Rewa
         trainer = PolicyGradientTrainer(policy, args, opened_rewards=judges)
     else:
         trainer = RewardGradientTrainer(args=args, opened_rewards=judges)
+    trainer.folder.mkdir(parents=True, exist_ok=True)  # as train() does
     trainer._begin()  # its run folder, without what train() evaluates and writes around the steps
     return trainer
 

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import judges
 import study_report
+from main_job import main_job_table
 from md_table import GONE, label, made_on, table
 from step_tables import compile_table, less_memory_table, phase_cell, step_table
 from study_numbers import AT_FULL_SIZE, MEASURES, gains
@@ -28,7 +30,7 @@ GAP = "hacking_gap"
 
 def pages() -> list[Path]:
     """Return every page that may have tables."""
-    folders = ROOT / "docs", ROOT / "bench" / "results"
+    folders = ROOT / "docs", ROOT / "bench" / "results", ROOT / "rlhf" / "nano" / "weights"
     return [ROOT / "README.md", *(page for folder in folders for page in sorted(folder.glob("*.md")))]
 
 
@@ -210,6 +212,8 @@ TABLES = {
     "scale.json#layouts": scale_table,
     "scale.json#equality": equality_table,
     **study_report.TABLES,
+    "main_job.json": main_job_table,
+    "judges.json": judges.judges_table,
 }
 
 

@@ -5,7 +5,8 @@ Stages, in order, on one GPU, with procedural clips (`rlhf.nano.world`):
   judges       verifier, CLIP of single frames, preference model; also on VAE reconstructions
   transformer  the denoiser and its text encoders by flow matching, on captions with some errors
   report       attribute accuracy of renders, reconstructions and samples; sample sheets
-A second start on the same folder continues after the last finished stage.
+A second start on the same folder continues after the last finished stage. `--only judges` trains
+verifier and preference model anew for the embedded VAE, and leaves everything else as it is.
 """
 
 import argparse
@@ -35,16 +36,20 @@ from torchvision.utils import save_image
 from train_loop import log, seconds, train
 
 from rlhf.contentv.files import SamplingDefaults
+from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator, pick_device
 from rlhf.io import write_json
 from rlhf.nano import world
 from rlhf.nano.judges import Preference, Verifier
 
-STEPS = {"vae_image": 1050, "vae_video": 1950, "verifier": 3050}
-STEPS |= {"clip": 3900, "preference": 3500, "transformer": 11_500}
+STEPS = {"vae_image": 1050, "vae_video": 1950, "verifier": 5000}
+STEPS |= {"clip": 3900, "preference": 4500, "transformer": 11_500}
 CAPTION_NOISE = 0.25  # probability that an attribute of a training caption is wrong
 POOL = 40_960  # clips whose latents the transformer is trained on
+
+
+JUDGES = {"verifier": (Verifier, train_verifier), "preference": (Preference, train_preference)}
 
 
 class Denoiser(nn.Module):
@@ -223,6 +228,15 @@ def train_all(stages: Stages, steps: dict[str, int]) -> tuple:
     return vae, denoiser, tokenizers, verifier, clip, clip_tokenizer, preference
 
 
+def retrain_judges(stages: Stages, names: list[str], steps: dict[str, int]) -> None:
+    """Train these judges for the embedded VAE, each on clips of its own, and write them."""
+    vae = load_pipeline("nano", device=stages.device).vae.float()
+    for name in names:
+        pool = ClipPool(vae, JUDGE_POOL, stages.generator(f"clips of the {name}"))
+        train_judge = lambda model, own, pool=pool, train=JUDGES[name][1]: train(model, pool, own, steps)
+        parts.save_half(stages(name, JUDGES[name][0], train_judge), stages.folder.parent / f"{name}.safetensors")
+
+
 def parse_pretrain_args() -> argparse.Namespace:
     """Return the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,6 +244,8 @@ def parse_pretrain_args() -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="kind of device (default: what the machine has)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all stages (default: 0)")
     parser.add_argument("--steps_scale", type=float, default=1.0, help="factor of all steps (default: 1)")
+    only = ["judges", *JUDGES]
+    parser.add_argument("--only", choices=only, help="train these judges for the embedded VAE (default: everything)")
     return parser.parse_args()
 
 
@@ -238,7 +254,10 @@ def main() -> None:
     args = parse_pretrain_args()
     device = pick_device(args.device)
     steps = {name: max(1, int(n * args.steps_scale)) for name, n in STEPS.items()}
-    models = train_all(Stages(args.output / "stages", device, args.seed), steps)
+    stages = Stages(args.output / "stages", device, args.seed)
+    if args.only:
+        return retrain_judges(stages, [*JUDGES] if args.only == "judges" else [args.only], steps)
+    models = train_all(stages, steps)
     vae, denoiser, tokenizers, verifier, clip, clip_tokenizer, preference = models
     pipe = build_pipeline(vae, denoiser, tokenizers)
     results = report(args.output, pipe, verifier, device) | {"steps": steps, "seconds_of_last_start": seconds()}

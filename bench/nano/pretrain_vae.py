@@ -67,8 +67,19 @@ def latent_scale(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKLWan, video: torch.Tensor, noise: float | torch.Tensor = 0.0) -> torch.Tensor:
-    """Encode and decode video_BCTHW in [0, 1]; noise is added to the unit-variance latents."""
+def reconstruct(
+    vae: AutoencoderKLWan,
+    video: torch.Tensor,
+    noise: float | torch.Tensor = 0.0,
+    other: torch.Tensor | None = None,
+    share: float | torch.Tensor = 0.5,
+) -> torch.Tensor:
+    """Encode and decode video_BCTHW in [0, 1].
+
+    noise is added to the unit-variance latents; a share of another video's latents is mixed in.
+    """
     mean, std = latent_scale(vae, video.device)
     latents = encode_whole(vae, video * 2 - 1)[0]
+    if other is not None:
+        latents = torch.lerp(latents, encode_whole(vae, other * 2 - 1)[0], torch.as_tensor(share, device=video.device))
     return (decode_unclamped(vae, latents + noise * std * torch.randn_like(latents)) / 2 + 0.5).clamp(0, 1)

@@ -56,15 +56,15 @@ class VideoTower(nn.Module):
 
 
 class Verifier(nn.Module):
-    """A classifier of colour, shape, motion and count of a clip."""
+    """A classifier of colour, shape, motion and count of a clip; each may be none of these."""
 
     def __init__(self, width: int = 32):
         super().__init__()
         self.tower = VideoTower(width)
-        self.heads = nn.ModuleDict({k: nn.Linear(16 * width, world.NUM_VALUES[k]) for k in world.JUDGED})
+        self.heads = nn.ModuleDict({k: nn.Linear(16 * width, world.NUM_VALUES[k] + 1) for k in world.JUDGED})
 
     def forward(self, video_BCTHW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the logits of each attribute, (B, number of values)."""
+        """Return logits of each attribute, (B, number of values + 1); the last is none of these."""
         features = self.tower(video_BCTHW)
         return {k: head(features) for k, head in self.heads.items()}
 

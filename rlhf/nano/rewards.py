@@ -35,8 +35,8 @@ class NanoClip(ClipScore):
 class NanoPreference(Frozen):
     """Cosine of clip and sentence embedding in [-1, 1], for prompt fidelity and clean rendering.
 
-    A Bradley-Terry model of two kinds of pairs: clean over degraded renders, right over wrong
-    captions.
+    A model of pairs: right over wrong captions, and less deformed clips over more deformed ones, by
+    log-odds that grow with the difference.
     """
 
     name, frames = "nano_preference", "all"
@@ -63,6 +63,7 @@ class NanoPreference(Frozen):
 class NanoVerifier(Frozen):
     """Scores 1 if colour, shape, motion and count agree with the prompt, else 0; no gradient.
 
+    A shape, colour, motion or count that is none of the world's scores 0.
     Raises ValueError for a prompt without a colour, shape or motion of the nano world.
     """
 

@@ -9,6 +9,7 @@ Shapes as in `rlhf.types`; a scene batch is a dict of (B,) tensors (see `sample_
 
 import math
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -84,16 +85,21 @@ def sample_scenes(count: int, generator: torch.Generator, held_out: bool | None 
     return {k: v[keep[:count]] for k, v in draw.items()}
 
 
+def covered(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Tensor, edge: float) -> torch.Tensor:
+    """Return how far each pixel is inside the shape of radius r at the origin, in [0, 1].
+
+    x, y: (B, T, H, W), r: (B, 1 or T, 1, 1), in units of half the shorter side; shape: (B,).
+    edge: steepness of the antialiased outline.
+    """
+    return torch.sigmoid(-distance(x, y, r, shape) * edge)
+
+
 def render(
-    scenes: Scenes,
-    height: int = 64,
-    width: int = 64,
-    num_frames: int = 17,
-    melt: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scenes: Scenes, height: int = 64, width: int = 64, num_frames: int = 17, coverage: Callable = covered
 ) -> torch.Tensor:
     """Draw scenes as video_BCTHW, float32 in [0, 1], antialiased.
 
-    melt: (other shape (B,), amount (B,) in [0, 1]) blends the outlines with those of another shape.
+    coverage: draws an object, with the arguments of `covered`; another one deforms it.
     """
     device = scenes["color"].device
     column = lambda v: v.view(-1, 1, 1, 1)  # (B, T, H, W)
@@ -113,21 +119,16 @@ def render(
     apart_x = column(torch.where(step_y != 0, 0.5, 0.0) + torch.where(motion >= 4, 0.5, 0.0)) * column(pair)
     apart_y = column(torch.where(step_x != 0, 0.5, 0.0)) * column(pair)
 
-    def distance_to(u, v):
-        own = _distance(u, v, radius, scenes["shape"])
-        if melt is None:
-            return own
-        return torch.lerp(own, _distance(u, v, radius, melt[0]), column(melt[1]))
-
-    distance = distance_to(x - center_x - apart_x, y - center_y - apart_y)
+    alpha_at = lambda u, v: coverage(u, v, radius, scenes["shape"], unit * 1.5)
+    alpha = alpha_at(x - center_x - apart_x, y - center_y - apart_y)
     if bool(pair.any()):
-        distance = torch.minimum(distance, distance_to(x - center_x + apart_x, y - center_y + apart_y))
-    alpha = torch.sigmoid(-distance * unit * 1.5).unsqueeze(1)
+        alpha = torch.maximum(alpha, alpha_at(x - center_x + apart_x, y - center_y + apart_y))
+    alpha = alpha.unsqueeze(1)
     rgb = lambda colors, index: torch.tensor(list(colors.values()), device=device)[index].view(-1, 3, 1, 1, 1)
     return torch.lerp(rgb(GROUNDS, scenes["ground"]), rgb(COLORS, scenes["color"]), alpha)
 
 
-def _distance(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+def distance(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     """Return signed distances (B, T, H, W) to shapes of radius r at the origin; negative inside."""
     rho = (x * x + y * y).sqrt()
     fifth = math.pi / 5
@@ -141,10 +142,10 @@ def _distance(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Te
         lambda: (rho - r * 0.72).abs() - r * 0.25,
         lambda: torch.minimum(bar(x, y), bar(y, x)),
     )
-    distance = by_shape[0]()
+    found = by_shape[0]()
     for index in range(1, len(SHAPES)):
-        distance = torch.where((shape == index).view(-1, 1, 1, 1), by_shape[index](), distance)
-    return distance
+        found = torch.where((shape == index).view(-1, 1, 1, 1), by_shape[index](), found)
+    return found
 
 
 def caption(scene: dict[str, int], sentence: int = 0, phrase: int = 0) -> str:

@@ -157,7 +157,8 @@ class Run:
         """Return the rows of the result table.
 
         {"name", "group", "base", "tuned", "diff", "ci95"}, and where the scores of each prompt are
-        known "prompts", "win_rate", "p", "better", "equal" and "worse".
+        known "prompts", "win_rate", "p", "better", "equal" and "worse". "verdict" is True for a
+        judge that only says right (1) or wrong (0).
         """
         folders = self.before, self.after
         if all(folder and (folder / SCORES).is_file() for folder in folders):
@@ -178,6 +179,7 @@ class Run:
             full = name if name in base else f"nano_{name}"  # summary.json drops the prefix
             if full in base:
                 name, more["prompts"] = full, len(base[full])
+                more["verdict"] = all(((s[full] == 0) | (s[full] == 1)).all().item() for s in (base, tuned))
                 if len(base[full]) > 1:
                     test = paired_test(base[full], tuned[full])
                     more |= {key: test[key] for key in ("win_rate", "p", "better", "equal", "worse")}

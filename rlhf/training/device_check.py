@@ -104,7 +104,7 @@ class Training:
     def restore(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the masters after a step from a restored checkpoint, and after the original."""
         with tempfile.TemporaryDirectory() as folder:
-            saved = save_checkpoint(Path(folder), 1, self.masters, self.optimizer, {})
+            saved = save_checkpoint(Path(folder), 1, self.masters, self.optimizer, {"settings": {}})
             self.step(gradient)
             first = self.masters.vector.detach().clone()
             load_checkpoint(saved, self.masters, self.optimizer)

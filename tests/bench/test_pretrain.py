@@ -1,3 +1,4 @@
+import deform
 import nano_models as parts
 import pretrain
 import pretrain_judges
@@ -76,20 +77,57 @@ def test_one_step_lowers_the_loss_on_a_fixed_batch():
     assert (model(target) - target).pow(2).mean().item() < 0.7 * before
 
 
+@pytest.fixture
+def pool(monkeypatch):
+    """A pair of clips of every kind, as drawn: the VAE leaves them as they are."""
+    monkeypatch.setattr(pretrain_judges, "reconstruct", lambda vae, video, *args: video.clone())
+    count = 2 * len(pretrain_judges.POOL_KINDS)
+    return pretrain_judges.ClipPool(None, count, torch.Generator().manual_seed(0), chunk=2)
+
+
+def test_pairs_are_of_one_scene_the_second_more_deformed(pool):
+    assert (pool.strength[:, 0] <= pool.strength[:, 1]).all()
+    whole = world.render(pool.scenes)
+    change = (pool.video.float() / 255 - whole[:, None]).abs().mean((2, 3, 4, 5))
+    assert change[pool.strength == 0].max() < 0.01
+    outline = torch.tensor([pretrain_judges.POOL_KINDS[k] in deform.TRAINED for k in pool.kind])
+    assert (change[outline, 1] > change[outline, 0]).float().mean() > 0.9
+
+
+def test_the_verifier_learns_none_of_these_above_the_visible_strength(pool):
+    pick = torch.arange(len(pool.kind))
+    targets = pretrain_judges.verifier_targets(pool, pick, torch.ones_like(pick))
+    for key, target in targets.items():
+        torch.testing.assert_close(target.sum(1), torch.ones(len(pick)))
+        for i, name in enumerate(pretrain_judges.POOL_KINDS[k] for k in pool.kind):
+            if key in pretrain_judges.SPOILS.get(name, ("shape",)) and name != "blended":
+                far = pool.strength[i, 1] - deform.VISIBLE
+                if far.abs() > pretrain_judges.UNDECIDED:
+                    assert target[i].argmax() == (target.shape[1] - 1 if far > 0 else pool.scenes[key][i]), (key, name)
+            elif name != "blended":
+                assert target[i, pool.scenes[key][i]] == 1, (key, name)
+
+
+def test_deformed_clips_start_whole():
+    drawn, chance = world.sample_scenes(6, torch.Generator().manual_seed(0)), torch.rand(6, deform.CHANCES)
+    for kind in (*deform.TRAINED, *deform.HELD_OUT):
+        torch.testing.assert_close(
+            deform.draw(kind, drawn, torch.zeros(6, 3), chance), world.render(drawn, num_frames=3), atol=1e-5, rtol=0
+        )
+        assert (
+            deform.draw(kind, drawn, torch.ones(6, 3), chance) - world.render(drawn, num_frames=3)
+        ).abs().mean() > 5e-4
+
+
 @pytest.mark.slow
-def test_the_stages_run_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(pretrain_judges.ClipPool, "BAD", 16)
+def test_the_stages_run_on_a_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrain, "POOL", 256)
     monkeypatch.setattr(pretrain, "_latent_pool", lambda vae, mean, std, g: _random_pool(g))
-    generator = torch.Generator().manual_seed(0)
-    pool = pretrain_judges.ClipPool(parts.build_vae().eval(), 16, generator)
-    rendered = world.render(pool.scenes)
-    change = (pool.video.float() / 255 - rendered).abs()
-    assert change[1::2].max() < 0.01, "odd clips are untouched"
-    assert change[::2].mean() > 0.05, "even ones went through an untrained VAE"
-    pick, _, video = pool.draw(16, generator)
-    assert pretrain_judges.degrade(pool, pick, video, generator).shape == video.shape
-    tokenizers = parts.build_tokenizers()
+    monkeypatch.setattr(pretrain, "JUDGE_POOL", 22)
+    stages = pretrain.Stages(tmp_path / "stages", torch.device("cpu"), 0)
+    pretrain.retrain_judges(stages, ["verifier", "preference"], {"verifier": 1, "preference": 1})
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"verifier.safetensors", "preference.safetensors"}
+    generator, tokenizers = torch.Generator().manual_seed(0), parts.build_tokenizers()
     denoiser = pretrain.Denoiser(tokenizers)
     before = [p.clone() for p in denoiser.parameters()]
     pretrain.train_transformer(denoiser, parts.build_vae(), tokenizers, generator, {"transformer": 1})

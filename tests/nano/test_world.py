@@ -70,13 +70,12 @@ def test_held_out_prompts_share_no_combination_with_training_prompts():
     assert world.held_out_prompts(5) == world.held_out_prompts(5)
 
 
-def test_melting_draws_the_outline_of_neither_shape():
+def test_another_coverage_deforms_every_object():
     drawn = scenes(8)
-    other, full = (drawn["shape"] + 1) % len(world.SHAPES), torch.ones(8)
-    assert torch.allclose(world.render(drawn, melt=(other, 0 * full)), world.render(drawn), atol=1e-6)
-    assert torch.allclose(world.render(drawn, melt=(other, full)), world.render(drawn | {"shape": other}), atol=1e-6)
-    halfway = world.render(drawn, melt=(other, 0.5 * full))
-    assert (halfway - world.render(drawn)).abs().mean() > 1e-3
+    gone = world.render(drawn, coverage=lambda x, y, r, shape, edge: 0 * world.covered(x, y, r, shape, edge))
+    assert torch.equal(gone, gone[..., :1, :1].expand_as(gone))
+    same = world.render(drawn, coverage=world.covered)
+    assert torch.equal(same, world.render(drawn))
 
 
 def test_every_word_of_the_world_has_an_id():

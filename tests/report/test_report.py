@@ -30,6 +30,7 @@ def test_its_numbers_are_those_of_the_files(finished):
         mean = sum(values[-10:]) / len(values[-10:])
         assert page.cells[name] == pytest.approx([values[0], values[-1], mean, min(values), max(values)])
     assert set(page.cells) >= set(rows[-1]) - {"step"}
+    assert "After training, 7 of 10 held-out prompts are shown right; before, 10." in page.text
 
 
 def test_all_of_the_prompts_count_in_the_share_that_rose(finished):

@@ -1,0 +1,58 @@
+"""The main job, configs/nano.yaml, on prompts on which its settings were not chosen.
+
+    python bench/main_job.py [--seeds 0 1 2] [--only "DRTune, long"] [--device cuda] [--devices 0]
+
+Writes bench/results/main_job.json; `python bench/tables.py` then fills README.md. The long arm is
+configs/nano_long.yaml.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from md_table import table
+from nano_study import arguments, opened, run_of
+from study_arms import ROOT, SHIPPED
+
+RESULT = ROOT / "bench" / "results" / "main_job.json"
+SEEDS = [0, 1, 2]
+((ARM, SETTINGS),) = SHIPPED.items()
+STEPS = 160
+LONG = "DRTune, long"
+JOBS = {ARM: (SETTINGS, STEPS)}
+JOBS |= {LONG: (SETTINGS | {"per_device_train_batch_size": 32, "learning_rate": 1e-3}, 450)}
+
+
+def main_job_table(result: dict) -> str:
+    """Return a row for each seed: base and tuned, and the difference with its interval."""
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: row["seed"]):
+        if row["arm"] != ARM:
+            continue
+        low, high = row["verifier"]["ci95"]
+        right = f"{row['verifier']['base']:.1%} → **{row['verifier']['tuned']:.1%}**"
+        cells = [_change(row["trained"]), f"{right}, {row['verifier']['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"]
+        relative = [f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity")]
+        lines.append([str(row["seed"]), *cells, _change(row["clip"]), *relative])
+    headings = ["preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
+    return table(["seed", *headings, "motion", "diversity"], lines)
+
+
+def _change(row: dict) -> str:
+    low, high = row["ci95"]
+    return f"{row['base']:.3f} → {row['tuned']:.3f}, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    parser = arguments(__doc__.splitlines()[0], [*JOBS], STEPS)
+    parser.set_defaults(only=[ARM])
+    given = parser.parse_args(argv)
+    with opened(given, RESULT, SETTINGS) as study:
+        study.calibrate([JOBS[arm][0] for arm in given.only])
+        pairs = [({"arm": arm, "seed": seed}, *JOBS[arm]) for seed in given.seeds or SEEDS for arm in given.only]
+        study.run([run_of(study, *pair) for pair in pairs])
+
+
+if __name__ == "__main__":
+    main()
