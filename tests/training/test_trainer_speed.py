@@ -168,7 +168,7 @@ def test_two_processes_share_the_samples_of_one(make_args):
         assert parts[0].prompts + parts[1].prompts == whole.prompts
         assert torch.equal(torch.cat([part.noise("train") for part in parts]), whole.noise("train"))
     assert [batches.samples_before(3) for batches in two] == [one.samples_before(3)] * 2 == [24] * 2
-    assert one.prompts_from_rollout(0) == one.prompts_at(0, 8 * args.max_steps)
+    assert one.prompts_from_rollout(0) == one.prompts_at(0, min(8 * args.max_steps, 2 * len(PROMPTS)))
     assert two[0].state(1)["processes"] == 4, "those that share videos count, too"
     other = _batches(dataclasses.replace(args, seed=4)).batch(1, 0).noise("train")
     assert not torch.allclose(other, two[0].batch(1, 0).noise("train"))
@@ -179,7 +179,7 @@ def test_processes_agree_on_prompts_and_settings_but_for_those_of_a_host(make_ar
     layout = SimpleNamespace(require_same=lambda **same: found.append(same))
     for changes in ({}, {"output_dir": "there"}, {"seed": 9}):
         require_same_run(layout, PROMPTS, make_args(**changes))
-    assert found[0]["prompts"] == PROMPTS
+    assert found[0]["prompts"] == [{"prompt": text} for text in PROMPTS]
     assert found[0] == found[1] != found[2]
 
 
