@@ -85,7 +85,7 @@ def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Ite
 
 
 def _resolve_paths(value: Any, base_dir: str | Path | None) -> Any:
-    """Return a value of reward_kwargs with each path that exists below base_dir made absolute.
+    """Return a value of reward_kwargs with existing paths made absolute, relative ones to base_dir.
 
     A path is a text with a slash or a suffix; others, such as the name of a dimension, stay.
     """

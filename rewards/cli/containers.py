@@ -26,7 +26,8 @@ class Frames:
     """Decoded frames with the times of all frames of their file.
 
     pixels      (H, W, 3) each, uint8 or uint16; leading ones, if not all are read
-    starts      seconds at which each frame begins to be shown, ascending; none of a picture
+    starts      seconds at which each frame begins to be shown, ascending; none of a picture, [0] of
+                frames that are evenly spaced by definition
     end         seconds at which the last one ends
     rates       frame rates that the file states
     resolution  seconds to which the file rounds times

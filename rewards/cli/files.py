@@ -114,7 +114,10 @@ def numbered_pictures(folder: Path) -> list[Path]:
 
 
 def _read_folder(folder: Path, max_frames: int | None, fps: float) -> Frames:
-    """Read numbered pictures; raise ValueError unless all have one size."""
+    """Read a folder's pictures in order of number, as evenly spaced frames at `fps`.
+
+    Raises ValueError for names without evenly spaced numbers, and for pictures of unequal size.
+    """
     pictures = numbered_pictures(folder)[:max_frames]
     pixels = [_read_pictures(path, 1).pixels[0] for path in pictures]
     for path, frame in zip(pictures, pixels, strict=True):

@@ -177,7 +177,10 @@ def _vocabulary_size(name: str, model: str, state: dict, expected: int) -> int:
 
 
 def merge_lora(state: dict[str, torch.Tensor], alpha: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Merge the LoRA of a PEFT state dict in float32: W + alpha / r * B A."""
+    """Return a PEFT state dict as a plain one, its LoRA merged in float32: W + alpha / r * B A.
+
+    dtype: of the merged weights; other tensors keep theirs.
+    """
     state = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
     merged = {}
     for key, tensor in state.items():

@@ -10,7 +10,7 @@ from rlhf.adapter.lora_weights import Lora
 from rlhf.contentv.transformer import SD3Transformer3DModel
 
 
-def check_scale(scale: float) -> None:
+def check_lora_scale(scale: float) -> None:
     """Raise ValueError for a scale that is not finite."""
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected a finite number, such as 1 or 0.5; correct it")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.config.older import translate
+from rlhf.config.older import translate_old_settings
 from rlhf.io import DamagedFileError
 from rlhf.run.checkpoint import (
     checkpoints,
@@ -63,7 +63,7 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
             f"load_best_model_at_end: got no {best}, expected the best adapter of the run that {path} is of; copy it "
             "there, or leave the setting out"
         )
-    settings, _, gone = translate(state["settings"])
+    settings, _, gone = translate_old_settings(state["settings"])
     yield from (f"{path}: {problem}" for problem in gone)
     saved = vars(RewardGradientConfig()) | settings  # the default of settings that are newer than the checkpoint
     for name in FIXED_ON_RESUME:

@@ -29,7 +29,7 @@ REMOVED_VALUES = {
 }
 
 
-def translate(settings: dict[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
+def translate_old_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
     """Translate settings of an earlier version; return them, a notice and the problems.
 
     Returns:

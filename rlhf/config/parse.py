@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rlhf.config.coerce import coerce_all
-from rlhf.config.older import hint, translate
+from rlhf.config.older import hint, translate_old_settings
 from rlhf.config.settings import (
     ConfigError,
     RewardGradientConfig,
@@ -169,7 +169,7 @@ def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
     if not isinstance(values, dict):
         got = "an empty file" if values is None else type(values).__name__
         raise ConfigError([f"{path}: got {got}, expected lines of the form 'key: value'; correct the file"])
-    values, moved, gone = translate(values)
+    values, moved, gone = translate_old_settings(values)
     if moved and not gone and not quiet and os.environ.get("RANK", "0") == "0":
         logger.warning(f"{path}: {moved}")
     known = {key: value for key, value in values.items() if key in field_names()}
@@ -186,15 +186,18 @@ def _unknown_key(key, value, path: Path) -> str:
     return _unknown_setting(str(key), f"{path.name}: key ")
 
 
-def _repeated_keys(path: Path, tree: yaml.MappingNode) -> list[str]:
-    """Return a problem for each repeated key, of which YAML would take the last."""
-    lines = {}
-    for key, _ in tree.value:
-        lines.setdefault(key.value, []).append(str(key.start_mark.line + 1))
-    places = {key: " and ".join(at) for key, at in lines.items() if len(at) > 1}
-    return [
-        f"{path.name}: key {key}: got it in lines {at}, expected it once; leave one out" for key, at in places.items()
-    ]
+def _repeated_keys(path: Path, node: yaml.Node, section: str = "") -> list[str]:
+    """Return a problem for each key that is given twice, at any depth. YAML would keep the last."""
+    problems, lines = [], {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        name = f"{section}{key.value}"
+        lines.setdefault(name, []).append(str(key.start_mark.line + 1))
+        problems += _repeated_keys(path, value, f"{name}.")
+    for name, at in lines.items():
+        if len(at) > 1:
+            got = f"got it in lines {' and '.join(at)}"
+            problems.append(f"{path.name}: key {name}: {got}, expected it once; leave one out")
+    return problems
 
 
 def _unknown_word(word: str) -> str:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from rlhf.adapter.lora_file import find_lora_file, read_lora
 from rlhf.adapter.lora_weights import Lora
-from rlhf.adapter.merge import apply_lora, check_scale
+from rlhf.adapter.merge import apply_lora, check_lora_scale
 from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
@@ -49,7 +49,7 @@ class Variant:
 
     def check(self) -> None:
         """Raise ValueError for an adapter that does not fit, or a scale without one."""
-        check_scale(self.scale)
+        check_lora_scale(self.scale)
         if self.adapter is None and (self.merge or self.scale != 1):
             got = "merge" if self.merge else f"scale={self.scale}"
             raise ValueError(f"{got}: got no adapter, expected one to apply it to; name its folder")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rlhf.adapter.lora_file import read_lora, refuse_trained_blocks
 from rlhf.adapter.lora_weights import ADAPTER_FILE
-from rlhf.adapter.merge import apply_lora, check_scale
+from rlhf.adapter.merge import apply_lora, check_lora_scale
 from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, model_sizes, one_line
 from rlhf.contentv.loading import load_transformer
 from rlhf.contentv.pipeline import INDEX_CLASSES
@@ -127,7 +127,7 @@ def empty_folder_on_error(out: Path) -> Iterator[None]:
 
 def _check_export(path: Path, out: Path, scale: float) -> Trained:
     """Return what is exported. Raise ValueError if nothing was trained, or `out` is in use."""
-    check_scale(scale)
+    check_lora_scale(scale)
     trained = _find_trained(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty, expected a new folder; choose another or remove it")

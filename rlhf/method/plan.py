@@ -138,7 +138,11 @@ def gradient_samples(
 
 
 def repeat_last_step(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Noise x_0 and denoise it by the last step (DRaFT-LV, arXiv 2309.17400, alg. 1)."""
+    """Return x_0, noised to the last step's start `sigma` and denoised again.
+
+    DRaFT-LV, arXiv 2309.17400, algorithm 1. x0: detached, else the gradient also runs through the
+    rollout.
+    """
     x = (1 - sigma) * x0 + sigma * noise
     return euler_step(x, velocity(x, sigma), sigma, torch.zeros_like(sigma))
 

@@ -32,7 +32,7 @@ class Guidance:
 
     @classmethod
     def from_settings(cls, args: RewardGradientConfig) -> "Guidance":
-        """Return the guidance of a run's settings."""
+        """Return the options of classifier-free guidance that a run's settings give."""
         return cls(args.guidance_scale, args.guidance_gradient, args.guidance_every, args.guidance_together)
 
 

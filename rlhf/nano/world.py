@@ -99,7 +99,7 @@ def render(
 ) -> torch.Tensor:
     """Draw scenes as video_BCTHW, float32 in [0, 1], antialiased.
 
-    coverage: draws an object, with the arguments of `covered`; another one deforms it.
+    coverage: returns each pixel's opacity in [0, 1], as `covered` does; another one deforms.
     """
     device = scenes["color"].device
     column = lambda v: v.view(-1, 1, 1, 1)  # (B, T, H, W)
@@ -151,7 +151,8 @@ def distance(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor, shape: torch.Ten
 def caption(scene: dict[str, int], sentence: int = 0, phrase: int = 0) -> str:
     """Return the caption of one scene, given by its attributes' indices.
 
-    sentence, phrase: choose the wording; an odd phrase starts with a capital letter.
+    sentence: index of the template. phrase: index of the motion's wording; an odd one also
+    begins with a capital letter. Both wrap around.
     """
     value = {attribute: VALUES[attribute][scene[attribute]] for attribute in VALUES}
     is_pair = scene["count"] == 1

@@ -98,7 +98,7 @@ class TracedModel:
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
-        """The frozen VAE."""
+        """The frozen VAE on "meta": shapes without weights."""
         with torch.device("meta"):
             return AutoencoderKLWan.from_config(self.card["vae"]).requires_grad_(False).eval()
 

@@ -42,7 +42,7 @@ def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
 
 
 def as_prompts(dataset: Iterable, name: str = "dataset") -> list[Prompt]:
-    """Return the prompts of strings, or of rows with a "prompt", such as a `datasets.Dataset`.
+    """Return strings, or rows with a "prompt", as Prompts: strings that keep their row's fields.
 
     name: of the argument, for errors. Raises ConfigError for no rows, other rows, and for tables
     and dicts of sets, which yield mere names.

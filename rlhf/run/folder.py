@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from rlhf.config import RewardGradientConfig
-from rlhf.config.older import translate
+from rlhf.config.older import translate_old_settings
 from rlhf.io import read_object
 from rlhf.types import row_of
 
@@ -48,7 +48,7 @@ def read_settings(folder: Path) -> dict:
     Raises DamagedFileError.
     """
     path = folder / "config.yaml"
-    return translate(read_object(path))[0] if path.is_file() else {}
+    return translate_old_settings(read_object(path))[0] if path.is_file() else {}
 
 
 def prompt_snapshot(args: RewardGradientConfig, setting: str) -> str:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from rlhf.config import RewardGradientConfig
-from rlhf.config.older import translate
+from rlhf.config.older import translate_old_settings
 from rlhf.distributed.launch import RESTART_COUNT, launcher_world_size
 from rlhf.run.checkpoint import newest_undamaged_checkpoint
 from rlhf.run.folder import has_run
@@ -42,7 +42,7 @@ def resume_message(path: Path, saved: dict, args: RewardGradientConfig) -> str:
     step, last = saved["step"], args.max_steps
     message = f"Going on from {path}, step {step} of {last}"
     message += "; no step is left, max_steps says how many the whole run has" if step >= last else ""
-    settings, moved, _ = translate(saved["settings"])
+    settings, moved, _ = translate_old_settings(saved["settings"])
     now = dataclasses.asdict(args)
     before = {name: value for name, value in settings.items() if name in now and name not in LAUNCH_SETTINGS}
     changed = [f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if value != now[name]]

@@ -67,12 +67,13 @@ def base_scores(
     layout: Layout,
     info: dict,
 ) -> dict[str, torch.Tensor]:
-    """Return raw scores (N,) by reward, of one video a prompt; all processes share the work.
+    """Return each reward's raw scores (N,), on the CPU, of one base-model video for each prompt.
 
     Args:
         make_videos: the base model's sampler.
         seed: of the noise.
         batch_size: videos on one process at a time.
+        layout: the processes that share the videos; all get every score.
         info: what rewards are told besides video and prompts.
     """
     scores_NR = torch.zeros(len(prompts), len(mix.rewards), device=layout.device)

@@ -81,7 +81,7 @@ class Guard:
 
     @property
     def stop(self) -> bool:
-        """Return whether the held-out gain has not risen for `patience` evaluations."""
+        """Return whether `patience` > 0 evaluations in a row brought no new best held-out gain."""
         return self.patience > 0 and self.worse >= self.patience
 
 

@@ -227,7 +227,7 @@ def make_decoder(
 
 
 def make_batches(prompts: list[str], pipe: ContentVPipeline, args: RewardGradientConfig, layout: Layout) -> Batches:
-    """Return the batches of a run over its training prompts."""
+    """Return the source of each step's prompts and noise; pipe gives only the latent shape."""
     return Batches(
         prompts,
         latent_shape(pipe, args),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf.config import ConfigError, RewardGradientConfig, field_names
-from rlhf.config.older import translate
+from rlhf.config.older import translate_old_settings
 from rlhf.config.parse import parse_command, parse_config
 from rlhf.method.options import METHOD_OPTIONS
 from rlhf.run.folder import read_settings
@@ -231,7 +231,7 @@ def test_a_file_of_an_earlier_version_is_translated_and_one_paragraph_says_how(y
     ],
 )
 def test_what_was_in_use_and_is_gone_is_refused_with_its_cure(settings, cure):
-    kept, _, (problem,) = translate(settings)
+    kept, _, (problem,) = translate_old_settings(settings)
     ((name, value),) = settings.items()
     assert problem.startswith(f"{name}: got {value!r}, which this version no longer has")
     assert cure in problem
@@ -239,7 +239,7 @@ def test_what_was_in_use_and_is_gone_is_refused_with_its_cure(settings, cure):
 
 def test_settings_of_today_are_left_as_they_are():
     now = dataclasses.asdict(RewardGradientConfig(method="draft_lv", method_kwargs={"num_draws": 3}))
-    assert translate(now) == (now, "", [])
+    assert translate_old_settings(now) == (now, "", [])
 
 
 def test_a_run_of_an_earlier_version_is_read_with_todays_names(run):

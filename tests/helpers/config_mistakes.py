@@ -47,6 +47,12 @@ ROWS = [
     Row("# nothing", "got an empty file", "expected lines of the form 'key: value'", "correct the file"),
     Row("seed: 1\nseed: 2", "key seed: got it in lines 1 and 2", "expected it once", "leave one out"),
     Row(
+        "reward_caps:\n  a: 1\n  a: 2",
+        "key reward_caps.a: got it in lines 2 and 3",
+        "expected it once",
+        "leave one out",
+    ),
+    Row(
         "optimizer:\n  seed: 2",
         "key optimizer: got a section",
         "expected settings without sections",
