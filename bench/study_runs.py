@@ -104,7 +104,6 @@ def start(settings: dict, seed: int, steps: int, conditions: Conditions) -> Rewa
         trainer = PolicyGradientTrainer(policy, args, opened_rewards=judges)
     else:
         trainer = RewardGradientTrainer(args=args, opened_rewards=judges)
-    trainer.folder.mkdir(parents=True, exist_ok=True)  # as train() does
     trainer._begin()  # its run folder, without what train() evaluates and writes around the steps
     return trainer
 

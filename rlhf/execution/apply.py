@@ -121,7 +121,7 @@ def choose_inference_kernel(
 
 
 def require_kernel(kernel: str, device: torch.device, dtype: torch.dtype, heads: int = 2, width: int = 64) -> None:
-    """Raise UnsupportedOptionError unless the kernel runs forward and backward. width: of a head."""
+    """Raise UnsupportedOptionError unless the kernel runs, backward too. width: of a head."""
     if error := kernel_error(kernel, device, dtype, heads, width):
         name = str(dtype).removeprefix("torch.")
         got = f"attention_kernel: got {kernel} on {device}, which has none for {name} and heads of {width} ({error})"

@@ -64,6 +64,7 @@ def start_run_folder(args: RewardGradientConfig, train_prompts: list[str], eval_
     from rlhf.run.environment import record_start  # imports accelerate, which looking at a folder does not need
 
     folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     if args.overwrite_output_dir:
         for path in (folder / name for name in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
