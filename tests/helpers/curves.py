@@ -43,7 +43,12 @@ CURVES = {
     "guidance_text": {"num_grad_steps": 2, "guidance_gradient": "text"},
     # At 1e-3 it meets a kink of the reward, where rounding moves a gradient by a tenth.
     "guidance_none": {"num_grad_steps": 2, "guidance_gradient": "none", "learning_rate": 5e-4},
-    "distill": {"guidance_gradient": "distill", "drift_weight": 1.0, "drift_weighting": "even"},
+    "distill": {
+        "guidance_gradient": "distill",
+        "drift_weight": 1.0,
+        "drift_weighting": "even",
+        "learning_rate": 5e-4,  # for the same reason
+    },
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
 }
 
