@@ -31,6 +31,15 @@ def _no_report(request, monkeypatch):
         monkeypatch.setattr("rlhf.report.finish_report", lambda folder, ended_by=None: None)
 
 
+@pytest.fixture(autouse=True)
+def _any_device():
+    """Accelerate keeps a process's first device; with a GPU there are two to choose from."""
+    if torch.cuda.is_available():
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def real_report():
     """The trainer writes its report, as it does outside of tests."""
