@@ -12,6 +12,7 @@ from rlhf.planner.time import ACCURACY, H200, RATES, count_calls
 
 GIB = 2**30
 NUM_SHOWN = 5  # settings that fit
+ON_A_CPU = "A process on a CPU needs more: its libraries, and freed memory that it keeps. Neither is estimated."
 
 
 def plan_report(
@@ -46,14 +47,16 @@ def plan_report(
     card = model_sizes(args.model)
     args = with_sampling(args, card["sampling"])
     limit = int(memory_limit_gib * GIB) if memory_limit_gib else None
+    is_cpu = False
     if device_name is None:
         device = local_device(args.device)
-        device_name, limit = describe(device), limit or total_memory(device)
+        device_name, limit, is_cpu = describe(device), limit or total_memory(device), device.type == "cpu"
     rates = RATES.get(device_name, H200)
     context_bytes = rates.context_bytes if device_name in RATES else non_pytorch_memory(device)
     planner = Planner(args, card, rates, encoder_configs(args.model), processes)
     estimate = planner.estimate()
     texts = [args.to_yaml(), format_sizes(planner), format_memory(planner, estimate, context_bytes)]
+    texts += [ON_A_CPU] * is_cpu
     texts.append(format_time(planner, estimate, device_name))
     if limit is not None:
         texts.append(format_fit(planner, estimate, limit, context_bytes, device_name))

@@ -32,10 +32,12 @@ def test_contentv_8b_is_described_without_weights():
     for fact in ("8,056,627,520 parameters, 15.01 GiB", "512", "num_inference_steps: 50", "(16, 32, 8, 8)"):
         assert fact in text
     assert "Time of a step: not estimated for" in text
+    assert "A process on a CPU needs more" in text
     assert "fit" not in text, "a CPU has no memory of its own"
     known = plan_report(args, memory_limit_gib=64.0, device_name=DEVICE)
     assert "Time on NVIDIA H200, within 35%" in known
     assert "It fits into 64.00 GiB." in known
+    assert "on a CPU" not in known
 
 
 def test_tables_name_what_is_held_and_what_is_not_known(planner):
