@@ -12,7 +12,6 @@ import torch_npu
 from accelerate.state import AcceleratorState
 from emulator import EmulatedNPU
 from safetensors.torch import load_file
-from stored import stored_frames
 from tiny import tiny_conditioning, tiny_transformer
 from tiny_clip import save_transformers_clip
 
@@ -49,13 +48,15 @@ NEEDS = dict.fromkeys(METHODS, {}) | {
 @pytest.fixture(autouse=True)
 def npu(monkeypatch):
     monkeypatch.setenv("USE_ASCEND_NPU", "1")
+    # A codec makes much of a rounding, so the pixels are kept as they are.
+    monkeypatch.setattr(demo, "write_video", lambda path, video, fps: torch.save(video, path))
     with EmulatedNPU() as emulated:
         yield emulated
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def frames(path: Path) -> torch.Tensor:
-    return stored_frames(path)
+    return torch.load(path).float()
 
 
 def run(folder: Path, *more: str) -> dict[str, torch.Tensor]:
@@ -78,7 +79,7 @@ def test_the_demo_makes_the_video_of_the_cpu(npu, tmp_path):
     assert sum(npu.calls.values()) == calls, "nothing of the CPU's video was made on the NPU"
     made, expected = frames(tmp_path / "npu.mp4"), frames(tmp_path / "cpu.mp4")
     assert expected.std() > 5
-    assert (made - expected).abs().max() <= 2  # of 255: roundings to whole numbers, and the codec
+    assert (made - expected).abs().max() <= 1  # of 255: roundings to whole numbers
 
 
 def test_nano_trains_resumes_to_the_bit_and_exports(npu, tmp_path):
@@ -96,7 +97,7 @@ def test_nano_trains_resumes_to_the_bit_and_exports(npu, tmp_path):
     demo.main(["--lora", str(tmp_path / "run" / "adapter"), "--output", str(tmp_path / "adapter.mp4")])
     merged = {"--model_id": tmp_path / "merged", "--prompt": demo.PROMPTS["nano"], "--output": tmp_path / "merged.mp4"}
     demo.main([str(word) for flag in merged.items() for word in flag])
-    assert (frames(tmp_path / "merged.mp4") - frames(tmp_path / "adapter.mp4")).abs().max() <= 2
+    assert (frames(tmp_path / "merged.mp4") - frames(tmp_path / "adapter.mp4")).abs().max() <= 1
 
 
 # ---------------------------------------- gradients

@@ -76,7 +76,7 @@ def test_without_a_device_it_says_so(standin):
 
 
 def test_on_the_emulated_npu(standin):
-    told = run("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/npu/emulated.py", **standin)
+    told = run("-m", "pytest", "-q", "--dist", "load", "-p", "no:cacheprovider", "tests/npu/emulated.py", **standin)
     print(told)
     assert " passed" in told
     assert "skipped" not in told
