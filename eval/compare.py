@@ -45,7 +45,8 @@ def categories(by: str | None, folder: Path, prompts: list[str]) -> Callable[[st
     if by in NANO_ATTRIBUTES:
         return _nano_category(by)
     if by == "category":
-        known = {video.prompt: video.category for video in read_set(folder) if video.category}
+        given = {video.prompt: video.category for video in read_set(folder)}
+        known = {prompt: str(category) for prompt, category in given.items() if category not in (None, "")}
     elif Path(by).is_file():
         known = dict(line.rsplit("\t", 1) for line in read_lines(Path(by)) if "\t" in line)
     else:

@@ -37,6 +37,7 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help=seeds)
     add_model_flags(parser)
     args = parser.parse_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError(f"--num_prompts: got {args.num_prompts}, expected at least 1; raise it")
     fill_from_run(args)

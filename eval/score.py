@@ -83,24 +83,26 @@ def checked_set(folder: Path, args: argparse.Namespace) -> list[Video]:
     return videos
 
 
-def write_scores(folder: Path, videos: list[Video], scored: list[dict]) -> None:
+def write_scores(folder: Path, videos: list[Video], scored: list[dict], conditions: dict[str, dict]) -> None:
     """Write scores.jsonl, {"file", "sha256", "prompt", "seed", "category", "row", "scores"}.
 
     Scores by other rewards stay, for files that have not changed. A video that was not scored has
-    an "error", one that was cut short says what is "missing".
+    an "error", one that was cut short says what is "missing". conditions: of `score_conditions`, by
+    reward, which scored rows have, too.
     """
     path, old = folder / SCORES, {}
     if path.is_file():
         known = read_rows(path)
         with file_errors(path):
-            old = {_identity(row): row["scores"] for row in known}
+            old = {_identity(row): (row["scores"], row.get("conditions", {})) for row in known}
     rows = []
     for video, new in zip(videos, scored, strict=True):
         row = {"file": relative_name(folder, video.path), "sha256": None, "prompt": video.prompt}
         row |= {"seed": video.seed, "category": video.category, "row": fields_of(video.prompt)}
         if "error" not in new:
             row["sha256"] = content_sha256(video.path)
-            new = new | {"scores": old.get(_identity(row), {}) | new["scores"]}
+            scores, before = old.get(_identity(row), ({}, {}))
+            new = new | {"scores": scores | new["scores"], "conditions": before | conditions}
         rows.append(row | {"scores": {}} | new)
     write_rows(path, rows)
 
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         for folder, videos in sets.items():
             scored = score_all(videos, scorer, accelerator, args.strict)
             if accelerator.is_main_process:
-                write_scores(folder, videos, scored)
+                write_scores(folder, videos, scored, scorer.conditions)
                 errors += [row["error"] for row in scored if "error" in row]
                 pairs = zip(videos, scored, strict=True)
                 notes += [f"{video.path}: scored {row['missing']}" for video, row in pairs if row.get("missing")]

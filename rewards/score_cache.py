@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rewards.catalogue import CATALOGUE
 from rewards.load import check_spec, split_spec
@@ -64,6 +65,10 @@ class Scorer:
         self.identities = {
             name: reward_identity(spec, kwargs.get(name, {}), reading) for name, spec in self.specs.items()
         }
+        self.conditions = {
+            name: score_conditions(spec, kwargs.get(name, {}), reading["max_frames"])
+            for name, spec in self.specs.items()
+        }
         self._loaded: dict[str, Callable] = {}
 
     def __call__(self, path: Path, prompt: str) -> dict:
@@ -108,9 +113,24 @@ def reward_identity(spec: str, kwargs: dict, reading: dict | None = None) -> str
     spec = split_spec(spec)[1]
     where = Path(spec.rsplit(":", 1)[0])
     source = file_sha256(where) if where.suffix == ".py" else ""
-    named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in map(str, kwargs.values())}
-    files = {value: _stamp(path) for value, path in named.items() if path.exists()}
+    named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in _texts(kwargs)}
+    # Path.exists raises for long texts
+    files = {value: _stamp(path) for value, path in named.items() if os.path.exists(path)}
     return json.dumps([SCORES_VERSION, spec, kwargs, reading, source, files], sort_keys=True)
+
+
+def score_conditions(spec: str, kwargs: dict, max_frames: int | None) -> dict:
+    """Return what scores of two folders must share to be compared.
+
+    Where the files of a reward lie, and how its videos are stored, may differ.
+    """
+    spec = split_spec(spec)[1]
+    where, _, attribute = spec.rpartition(":")
+    conditions: dict = {"version": SCORES_VERSION, "reward": spec}
+    if Path(where).suffix == ".py":
+        conditions |= {"reward": f"{Path(where).name}:{attribute}", "source": file_sha256(Path(where))[:12]}
+    given = {"kwargs": kwargs, "max_frames": max_frames}
+    return conditions | {name: value for name, value in given.items() if value}
 
 
 def content_sha256(path: Path) -> str:
@@ -132,7 +152,17 @@ def digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the values in nested mappings and lists, as text."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+    else:
+        yield str(value)
+
+
 def _stamp(path: Path) -> list:
     if path.is_dir():
-        return [(file.name, *_stamp(file)) for file in sorted(path.iterdir()) if file.is_file()]
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return [(file.relative_to(path).as_posix(), *_stamp(file)) for file in files]
     return [path.stat().st_size, path.stat().st_mtime_ns]

@@ -8,6 +8,7 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 
 import hashlib
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -74,7 +75,20 @@ class Variant:
         content = find_lora_file(self.lora).read_bytes() if self.lora else None
         digest = content and hashlib.sha256(content).hexdigest()
         settings = {"merge": self.merge, "scale": self.scale}
-        return {"model": str(self.model), "adapter_sha256": digest} | settings
+        model = {"model": str(self.model), "model_files": describe_files(Path(self.model))}
+        return model | {"adapter_sha256": digest} | settings
+
+
+def describe_files(model: Path) -> str | None:
+    """Return number, size and newest time of a model folder's weights and configs; None without it.
+
+    Weights are too large to read for a digest.
+    """
+    files = [path.stat() for path in model.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file()]
+    if not files:
+        return None
+    newest = datetime.fromtimestamp(max(file.st_mtime for file in files), UTC)
+    return f"{len(files)} files, {sum(file.st_size for file in files)} bytes, newest {newest.isoformat()}"
 
 
 def generate(
@@ -115,7 +129,8 @@ def save_video(path: Path, video_TCHW: torch.Tensor, fps: int) -> None:
 def check_settings(folder: Path, variant: Variant, sampling: SamplingDefaults) -> None:
     """Raise ValueError if the videos in the folder were made with other settings."""
     path, wanted = folder / SETTINGS_FILE, _settings(variant, sampling)
-    found = read_object(path) if path.is_file() else wanted
+    found = {"model_files": wanted["model_files"]}  # older versions do not state it
+    found |= read_object(path) if path.is_file() else wanted
     for key in wanted:
         if found.get(key) != wanted[key]:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Two scored video sets, paired by prompt and seed. N prompts."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class Pairs:
 def read_pairs(base: Path, tuned: Path) -> Pairs:
     """Pair the scores of two scores.jsonl by prompt, averaged over the prompt's seeds.
 
-    Raises ValueError if a file is absent, or if the two share no pair or no reward.
+    Raises ValueError if a file is absent, if the two share no pair or no reward, or if a reward
+    scored them under different conditions.
     """
     left, right = _read_finite_scores(base), _read_finite_scores(tuned)
     keys = [key for key in left if key in right]
@@ -41,6 +43,8 @@ def read_pairs(base: Path, tuned: Path) -> Pairs:
             f"{base} and {tuned}: got no {missing} in common, expected some; make both with the same "
             "prompts and seeds, and score both with the same rewards"
         )
+    for name in rewards:
+        _require_equal_conditions(base, tuned, name)
     prompts = list(dict.fromkeys(prompt for prompt, *_ in keys))
     means = lambda scores, name: _prompt_means(prompts, [(key[0], scores[key][name]) for key in keys])
     return Pairs(
@@ -94,6 +98,26 @@ def _read_finite_scores(folder: Path) -> dict[Key, dict[str, float]]:
                     "folder again, or leave the video out"
                 )
     return scores
+
+
+def _require_equal_conditions(base: Path, tuned: Path, reward: str) -> None:
+    """Raise ValueError unless the reward scored both folders with the same settings and code.
+
+    Files of older versions do not say how they were scored.
+    """
+    paths = [Path(folder) / SCORES for folder in (base, tuned)]
+    stated = [
+        (path, json.dumps(row["conditions"][reward], sort_keys=True))
+        for path in paths
+        for row in read_rows(path)
+        if reward in row.get("conditions", {})
+    ]
+    for path, conditions in stated:
+        if conditions != stated[0][1]:
+            raise ValueError(
+                f"{path}: got {reward} scored with {conditions}, expected {stated[0][1]}, as in "
+                f"{stated[0][0]}; score both folders again with the same settings"
+            )
 
 
 def read_scores(path: Path) -> dict[Key, dict[str, float]]:

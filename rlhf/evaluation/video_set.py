@@ -143,12 +143,14 @@ def _parse_row(folder: Path, number: int, line: str) -> Video:
     """Parse line `number` of a manifest; raise ValueError for a malformed row."""
     try:
         row = json.loads(line)
-        path, seed = folder / row["file"], int(row.get("seed", 0))
+        path, seed = folder / row["file"], row.get("seed", 0)
+        if not isinstance(row["prompt"], str) or not isinstance(seed, int):
+            raise TypeError(row)
         fields = {name: value for name, value in row.items() if name not in ("file", "seed", "row")}
         fields |= row.get("row", {})
-        return Video(path, Prompt(str(row["prompt"]), fields), seed, fields.get("category"))
+        return Video(path, Prompt(row["prompt"], fields), seed, fields.get("category"))
     except (ValueError, KeyError, TypeError) as error:
-        expected = 'an object with "file" and "prompt"'
+        expected = 'an object with texts "file" and "prompt", and with a whole "seed" or none'
         raise ValueError(
             f"{folder / MANIFEST}, line {number}: got {line!r}, expected {expected}; correct it"
         ) from error

@@ -114,6 +114,13 @@ def test_the_script_prints_the_table_and_writes_the_rows(sets, tmp_path, capsys)
     assert cells == ["r", "animals", "1", "1.5000", "3.0000", "+1.5000", "-", "100%", "1.0000"]
 
 
+def test_categories_of_a_list_may_be_numbers(sets):
+    rows = [{"file": "x", "prompt": "x", "category": 0}, {"file": "y", "prompt": "y", "category": "places"}]
+    (sets[0] / "videos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare(read_pairs(*sets), SCRIPT["categories"]("category", sets[0], ["x", "y"]))
+    assert [row["category"] for row in found] == [ALL, "0", "places"]
+
+
 def test_prompts_of_nano_have_categories_of_their_own():
     prompts = held_out_prompts(40, 0)
     shapes = SCRIPT["categories"]("shape", None, prompts)

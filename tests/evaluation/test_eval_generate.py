@@ -1,6 +1,7 @@
 """Videos for prompts and seeds: noise by the pair, resumed jobs, errors before any work."""
 
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
@@ -79,6 +80,11 @@ def test_an_adapter_that_was_taught_guidance_is_sampled_without(run, tmp_path):
     assert scales == {"tuned": 1.0, "base": 4.0, "asked for": 2.0}
     alone = {folder: parse(["--output", "x", "--lora", str(folder / "adapter")]) for folder in (run, other)}
     assert [found.guidance_scale for found in alone.values()] == [None, 1.0], "of an adapter without its run, too"
+
+
+def test_a_seed_given_twice_makes_one_video(run, tmp_path, capsys):
+    make(tmp_path, "--from_run", run, "--num_prompts", 1, "--seeds", 3, 3)
+    assert "1 videos in" in capsys.readouterr().out
 
 
 def test_merged_is_the_adapter_and_the_scale_goes_from_the_base_to_beyond(run, tmp_path):
@@ -205,6 +211,17 @@ def test_mistakes_are_told_before_anything_is_loaded(run, tmp_path, flags, told,
     assert error.startswith("eval/generate.py: ")
     assert told in error
     assert not (tmp_path / "out").exists()
+
+
+def test_videos_of_a_model_whose_files_changed_are_not_continued(run, tmp_path, capsys):
+    model = Path(shutil.copytree(run.parent / "base", tmp_path / "model"))
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
+    flags = ["--model", str(model), "--prompts", str(tmp_path / "one.txt"), *SMALL]
+    make(tmp_path / "out", *flags)
+    make(tmp_path / "out", *flags)
+    os.utime(model / "transformer" / "diffusion_pytorch_model.safetensors", (2e9, 2e9))
+    assert SCRIPT["main"](["--output", str(tmp_path / "out"), *flags]) == 2
+    assert "newest 2033-05-18T03:33:20+00:00' to continue; choose another" in capsys.readouterr().err
 
 
 def test_videos_of_two_kinds_do_not_share_a_folder(run, tmp_path, capsys):

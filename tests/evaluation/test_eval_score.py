@@ -12,7 +12,7 @@ from PIL import Image
 from rewards import score_cache
 from rewards.cli.files import read_video
 from rewards.score_cache import ScoreCache, Scorer, reward_identity
-from rlhf.evaluation.paired_sets import read_scores
+from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.video_set import prompt_from_name, read_set
 from rlhf.run.video import write_video
 
@@ -125,6 +125,31 @@ def test_other_content_prompts_settings_and_rewards_are_scored(folder, run, load
     assert scores(folder)[0]["flicker"] != before[0]["flicker"]
 
 
+@pytest.mark.parametrize(
+    ("factor", "flags", "told"),
+    [
+        (1, [], None),
+        (2, [], '"source"'),
+        (1, ["--max_frames", "2"], '"max_frames": 2'),
+        (1, ["--kwargs", "{length: {added: 2}}"], '"kwargs": {"added": 2}'),
+    ],
+)
+def test_scores_of_other_settings_are_not_compared(folder, run, tmp_path, factor, flags, told):
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    for place, number in ((tmp_path, 1), (tmp_path / "elsewhere", factor)):
+        place.mkdir(exist_ok=True)
+        (place / "own.py").write_text(REWARD.format(factor=number).replace("prompts,", "prompts, added=0,"))
+    run(folder, "--reward", f"{tmp_path}/own.py:length")
+    run(other, "--reward", f"{tmp_path}/elsewhere/own.py:length", *flags)
+    run(other, "--reward", "flicker")
+    if told is None:
+        assert read_pairs(folder, other).videos == 3
+    else:
+        with pytest.raises(ValueError, match=r"got length scored with .*, expected .*; score both folders") as error:
+            read_pairs(folder, other)
+        assert told in str(error.value)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_rewards_read_the_rows_of_the_list_and_another_row_is_scored_anew(folder, run, tmp_path, nested):
     (tmp_path / "own.py").write_text("def count(video, prompts, rows):\n    return video.new_tensor([rows[0]['n']])\n")
@@ -143,12 +168,14 @@ def test_rewards_read_the_rows_of_the_list_and_another_row_is_scored_anew(folder
         ("aesthetic", {"head": "~/head.pt"}, "head.pt"),
         ("clip_score", {"model": "{}/model"}, "model/model.safetensors"),
         ("clip_score", {"model": "local-dir:{}/model"}, "model/model.safetensors"),
+        ("clip_score", {"model": "{}/model"}, "model/vision/model.safetensors"),
+        ("own:Mine", {"text": "long " * 1000, "heads": ["absent", {"first": "{}/head.pt"}]}, "head.pt"),
     ],
 )
 def test_the_content_of_weights_that_settings_name_counts(reward, settings, file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    settings = {name: value.format(tmp_path) for name, value in settings.items()}
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    settings = json.loads(json.dumps(settings).replace("{}", str(tmp_path)))
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_bytes(b"one")
     first = reward_identity(reward, settings)
     assert first == reward_identity(reward, settings)
@@ -290,6 +317,8 @@ def test_lists_with_a_mark_or_with_separators_inside(prompt, mark, end, tmp_path
         (lambda f: (f / "1.mp4").unlink(), [], "got 1 of 3 videos missing, expected all of them"),
         (lambda f: (f / "videos.jsonl").unlink(), [], "got neither videos.jsonl nor prompts.txt"),
         (lambda f: (f / "videos.jsonl").write_text('{"file": "0.mp4"}'), [], "line 1: got"),
+        (lambda f: (f / "videos.jsonl").write_text('{"file": "0.mp4", "prompt": null}'), [], "line 1: got"),
+        (lambda f: (f / "videos.jsonl").write_text('{"file": "0.mp4", "prompt": "a", "seed": 3.7}'), [], "line 1: got"),
         (lambda f: shutil.rmtree(f), [], "got no folder there, expected one with videos"),
         (lambda f: None, ["--reward", "flickr"], "The nearest name is 'flicker'"),
         (lambda f: (f / "0.mp4").rename(f / "0.mp4.txt"), [], "videos missing"),
