@@ -17,7 +17,7 @@ from rewards.cli.containers import Frames, over_white, read_container
 
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PICTURES = (*STILLS, ".apng", ".gif")  # read by Pillow, some of them animated
-VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
+VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".apng", ".webp")
 ANIMATED = ("GIF", "PNG", "WEBP")  # formats; the further pictures of a phone's JPEG are not frames
 
 

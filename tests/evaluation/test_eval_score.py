@@ -297,6 +297,17 @@ def test_folders_of_pictures_are_videos_and_hidden_files_are_not(tmp_path, run):
     assert "got no videos" in error
 
 
+@pytest.mark.parametrize("ending", [".gif", ".apng", ".webp", ".WEBP"])
+def test_animations_named_by_their_prompts_are_videos(ending, tmp_path):
+    frames = [Image.new("RGB", (16, 16), (80 * i, 0, 0)) for i in range(3)]
+    path = tmp_path / f"a red kite-1{ending}"
+    frames[0].save(path, format="PNG" if ending == ".apng" else None, save_all=True, append_images=frames[1:])
+    assert [(video.path, video.prompt) for video in read_set(tmp_path, names_are_prompts=True)] == [
+        (path, "a red kite")
+    ]
+    assert read_video(path).pixels_BCTHW.shape[2] == 3
+
+
 @pytest.mark.parametrize("prompt", ["plain", "two\u2028lines", "next\u0085line", "form\x0cfeed"])
 @pytest.mark.parametrize(("mark", "end"), [("", "\n"), ("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")])
 def test_lists_with_a_mark_or_with_separators_inside(prompt, mark, end, tmp_path):
