@@ -185,7 +185,7 @@ CATALOGUE = {
         frames="all",
         range="0 or 1; no gradient",
         weights=("this package",),
-        parameters=733_782,
+        parameters=735_834,
     ),
     "pickscore": Entry(
         home="rewards.models.pickscore:PickScore",

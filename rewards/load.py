@@ -191,6 +191,16 @@ def _find_file(spec: str, where: str, base_dir) -> Path:
     return found
 
 
+def source_digests(specs: list[Any], base_dir: str | Path | None = None) -> dict[str, str]:
+    """Return {short name: SHA-256} of the rewards that are defined in files of their own."""
+    files = {}
+    for name, spec in (split_spec(spec) for spec in specs if isinstance(spec, str)):
+        where = spec.rpartition(":")[0]
+        if where.endswith(".py"):
+            files[name] = _find_file(spec, where, base_dir)
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
 def _module_source(spec: str, where: str) -> Path | None:
     """Return a module's source file, None if it has none. Raises RewardError if not found."""
     with _import_guard(spec, where):  # of parent packages

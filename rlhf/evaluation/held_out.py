@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from rewards import RewardMix
+from rewards.load import source_digests
 from rlhf.config import RewardGradientConfig
 from rlhf.distributed.accelerator import local_batches
 from rlhf.distributed.layout import Layout
@@ -65,8 +66,13 @@ class Evaluation:
 
 
 def fingerprint(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
-    """Return the settings of these names as they come back from a JSON file."""
-    return json.loads(json.dumps({name: vars(args).get(name) for name in names}))
+    """Return the settings of these names as they come back from a JSON file.
+
+    With the digests of the files that rewards are defined in, if there are any.
+    """
+    sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir)
+    settings = {name: vars(args).get(name) for name in names} | ({"sources": sources} if sources else {})
+    return json.loads(json.dumps(settings))
 
 
 @dataclass(frozen=True)

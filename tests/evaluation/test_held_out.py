@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.config import RewardGradientConfig
-from rlhf.evaluation.held_out import EvalOptions, Evaluation, HeldOut
+from rlhf.evaluation.held_out import EVAL_FINGERPRINT, EvalOptions, Evaluation, HeldOut, fingerprint
 from rlhf.evaluation.measures import MEASURES
 from rlhf.types import Prompt, row_of
 
@@ -152,3 +152,14 @@ def test_no_samples_are_made_where_none_are_asked_for(held_out, tmp_path):
 def test_means_leave_out_what_was_not_measured():
     evaluation = Evaluation(["a"], {"x": torch.tensor([2.0]), "diversity": torch.zeros(0)}, torch.zeros(0))
     assert evaluation.means() == {"x": 2.0}
+
+
+@pytest.mark.parametrize("setting", ["reward_funcs", "eval_reward_funcs"])
+def test_scores_of_the_base_are_of_a_rewards_code_as_it_is(setting, make_args, tmp_path):
+    (tmp_path / "own.py").write_text("def score(video, prompts, **info):\n    return video.mean((1, 2, 3, 4))\n")
+    args = make_args(base_dir=str(tmp_path), **{setting: ["other=own.py:score"]})
+    before = fingerprint(args, EVAL_FINGERPRINT)
+    assert fingerprint(args, EVAL_FINGERPRINT) == before
+    (tmp_path / "own.py").write_text("def score(video, prompts, **info):\n    return -video.mean((1, 2, 3, 4))\n")
+    assert fingerprint(args, EVAL_FINGERPRINT) != before
+    assert "sources" not in fingerprint(make_args(), EVAL_FINGERPRINT), "as earlier runs have it"
