@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
 from rewards.contract import RewardError, name_reward_in_errors
 from rewards.isolation import TimeLimitError, keep_process_state, time_limit
+from rlhf.io import file_sha256
 
 IMPORT_TIMEOUT = 300.0  # seconds; imports of large packages from network disks take minutes
 LOCAL = "local-dir:"  # open_clip's prefix of folders
@@ -192,13 +193,16 @@ def _find_file(spec: str, where: str, base_dir) -> Path:
 
 
 def source_digests(specs: list[Any], base_dir: str | Path | None = None) -> dict[str, str]:
-    """Return {short name: SHA-256} of the rewards that are defined in files of their own."""
+    """Return {short name: SHA-256} of the files that define rewards other than the built-in ones.
+
+    Code that a file imports does not count.
+    """
     files = {}
     for name, spec in (split_spec(spec) for spec in specs if isinstance(spec, str)):
-        where = spec.rpartition(":")[0]
-        if where.endswith(".py"):
-            files[name] = _find_file(spec, where, base_dir)
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+        if where := spec.rpartition(":")[0]:
+            is_file = where.endswith(".py")
+            files[name] = _find_file(spec, where, base_dir) if is_file else _module_source(spec, where)
+    return {name: file_sha256(path) for name, path in files.items() if path is not None}
 
 
 def _module_source(spec: str, where: str) -> Path | None:

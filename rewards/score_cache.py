@@ -14,7 +14,7 @@ from typing import Any
 from rewards.catalogue import CATALOGUE
 from rewards.load import check_spec, split_spec
 from rewards.score import NotScoredError, by_name, load_rewards, score
-from rlhf.io import write_whole
+from rlhf.io import file_sha256, write_whole
 from rlhf.types import fields_of, row_of
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
@@ -139,12 +139,6 @@ def content_sha256(path: Path) -> str:
         files = sorted(file for file in path.iterdir() if file.is_file())
         return digest(*(text for file in files for text in (file.name, file_sha256(file))))
     return file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with Path(path).expanduser().open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(*parts: str) -> str:

@@ -137,6 +137,12 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
         unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all: equal content gives equal bytes.
 

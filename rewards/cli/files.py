@@ -5,6 +5,7 @@ PyAV reads videos (`rewards.cli.containers`). Pillow reads pictures and animatio
 Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
+import mimetypes
 import re
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -95,12 +96,17 @@ def visible_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
 def numbered_pictures(folder: Path) -> list[Path]:
     """Return a folder's pictures by the number at the end of their names.
 
-    Raises ValueError for no picture, one without a number, and numbers that are not evenly spaced.
+    Raises ValueError for no picture, one of another kind or without a number, and numbers that are
+    not evenly spaced.
     """
     pictures = visible_files(folder, STILLS)
     numbers = {path: re.search(r"\d+$", path.stem) for path in pictures}
     if not pictures:
         raise ValueError(f"{folder}: got a folder without pictures, expected a file, or numbered pictures")
+    for path in sorted({*folder.iterdir()} - {*pictures}):
+        if path.name[0] != "." and (mimetypes.guess_type(path)[0] or "").startswith("image/"):
+            expected = f"only {', '.join(STILLS)} among numbered pictures"
+            raise ValueError(f"{path}: got a picture of another kind, expected {expected}; convert it")
     if unnumbered := [path for path in pictures if numbers[path] is None]:
         expected = "only names that end in a number, as frame_012.png"
         raise ValueError(f"{unnumbered[0]}: got no number in the name, expected {expected}; move it away")

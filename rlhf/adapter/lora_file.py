@@ -97,10 +97,14 @@ def _download(hub_id: str) -> Path:
 
 def is_distilled_adapter(name: str | Path) -> bool:
     """Return whether an adapter is sampled without guidance; a run of an older version says so."""
-    path = find_lora_file(name).absolute()
+    path = find_lora_file(name)
     with file_errors(path), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    config = path.parents[1] / "config.yaml"
+    return _is_distilled(path, metadata)
+
+
+def _is_distilled(path: Path, metadata: dict[str, str]) -> bool:
+    config = path.absolute().parents[1] / "config.yaml"
     return DISTILLED_KEY in metadata or (config.is_file() and is_distilled(read_object(config)))
 
 
@@ -138,7 +142,7 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     remark = "" if stated else "the file states no alpha, so the scale is 1"
-    lora = Lora(layers, is_distilled_adapter(path), remark)
+    lora = Lora(layers, _is_distilled(path, metadata), remark)
     return _find_initial(path).then(lora) if INITIAL_KEY in metadata else lora
 
 

@@ -37,7 +37,7 @@ PATH_KEYS = ("_name_or_path", "name_or_path")  # of config files: where their ma
 
 @dataclass(frozen=True)
 class Trained:
-    """What is exported. step: of a checkpoint; None for the result of a finished run."""
+    """A trained adapter and its run. step: of a checkpoint; None for a finished run's result."""
 
     run: Path
     adapter: Path

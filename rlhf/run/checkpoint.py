@@ -6,7 +6,6 @@ with size and hash of each of these. Nothing is pickled. The frozen base is not 
 """
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
-from rlhf.io import DamagedFileError, file_errors, read_object, save_tensors, write_json
+from rlhf.io import DamagedFileError, file_errors, file_sha256, read_object, save_tensors, write_json
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
     from rlhf.adapter.masters import MasterWeights
@@ -114,8 +113,7 @@ def _fingerprint(path: Path) -> dict:
 
 @lru_cache
 def _hash(path: Path, size: int, *_version: int) -> dict:
-    with path.open("rb") as file:
-        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": size, "sha256": file_sha256(path)}
 
 
 def damage(path: Path) -> str | None:

@@ -58,9 +58,10 @@ def test_a_second_run_measures_what_is_missing(tmp_path, monkeypatch):
     assert run(path, *flags, "nano, batch 16", "--limit", "0")["rows"] == both
 
 
-def test_every_arm_is_a_run():
-    for arm in (*bench.NANO, *bench.FULL):
-        bench.RewardGradientConfig(**bench.settings_of(arm, "full"))
+def test_every_arm_is_a_run_of_its_own():
+    arms = [*bench.NANO, *bench.FULL]
+    runs = [bench.RewardGradientConfig(**bench.settings_of(arm, "full")) for arm in arms]
+    assert len({repr(run) for run in runs}) == len(arms)
 
 
 def test_the_table_by_hand():

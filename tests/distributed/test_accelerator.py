@@ -77,5 +77,5 @@ def test_a_killed_process_ends_the_other_one_with_an_error_in_time(tmp_path):
 def test_a_stuck_process_ends_the_other_one_with_an_error_in_time(tmp_path):
     own = {"reward": "stuck", "prompts": PROMPTS, "per_device_train_batch_size": 1, "ddp_timeout": 6}
     first, second = start(many_runs.train, tmp_path / "run", own)
-    first.finish(codes=(1,), timeout=90)
+    assert first.finish(codes=(1,), timeout=90), "it says why"
     second.process.kill()

@@ -154,10 +154,12 @@ def test_means_leave_out_what_was_not_measured():
     assert evaluation.means() == {"x": 2.0}
 
 
+@pytest.mark.parametrize("spec", ["other=own.py:score", "own:score"])
 @pytest.mark.parametrize("setting", ["reward_funcs", "eval_reward_funcs"])
-def test_scores_of_the_base_are_of_a_rewards_code_as_it_is(setting, make_args, tmp_path):
+def test_scores_of_the_base_are_of_a_rewards_code_as_it_is(setting, spec, make_args, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own.py").write_text("def score(video, prompts, **info):\n    return video.mean((1, 2, 3, 4))\n")
-    args = make_args(base_dir=str(tmp_path), **{setting: ["other=own.py:score"]})
+    args = make_args(base_dir=str(tmp_path), **{setting: [spec]})
     before = fingerprint(args, EVAL_FINGERPRINT)
     assert fingerprint(args, EVAL_FINGERPRINT) == before
     (tmp_path / "own.py").write_text("def score(video, prompts, **info):\n    return -video.mean((1, 2, 3, 4))\n")

@@ -284,6 +284,7 @@ def test_a_folder_of_numbered_pictures_is_a_video(tmp_path):
         ([], "got a folder without pictures"),
         (["1.png", "2.png", "cover.png"], "cover.png: got no number in the name"),
         (["1.png", "2.png", "4.png"], "4.png: got it next to 2.png, expected evenly spaced numbers"),
+        (["1.png", "2.png", "3.tif"], "3.tif: got a picture of another kind, expected only .png"),
         (["1.png", "01.jpg"], "expected evenly spaced numbers, each once"),
     ],
 )
