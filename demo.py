@@ -15,9 +15,8 @@ from rewards.cli.flags import file_to_write
 from rlhf.adapter.lora_file import read_lora
 from rlhf.adapter.merge import apply_lora
 from rlhf.checks import check_sampling
-from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, model_sizes
-from rlhf.contentv.loading import load_pipeline
-from rlhf.contentv.transformer import linear_sizes
+from rlhf.generator.files import CONTENTV_8B, SamplingDefaults, model_sizes
+from rlhf.generator.loading import linear_sizes, load_pipeline
 from rlhf.device import KNOWN_DEVICES, pick_device
 from rlhf.run.video import to_uint8, write_video
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.adapter.optimizer import clip_gradient, learning_rate
-from rlhf.contentv.flow import euler_step
 from rlhf.device import generator
+from rlhf.generator.flow import euler_step
 from rlhf.method.rollout import Velocity
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.batches import Batch, Batches

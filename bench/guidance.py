@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, show_row, write_rows
 
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import generator, synchronize
+from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.grad_steps import choose_grad_steps
 from rlhf.method.losses import reward_loss
 from rlhf.method.rollout import rollout

@@ -22,8 +22,8 @@ from md_table import table
 from pretrain_vae import reconstruct
 
 from rewards import load_reward
-from rlhf.contentv.loading import load_pipeline
 from rlhf.device import pick_device
+from rlhf.generator.loading import load_pipeline
 from rlhf.io import write_json
 from rlhf.nano import world
 

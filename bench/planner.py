@@ -37,7 +37,6 @@ from step import Bench, limit_memory, measure
 from step_arms import SIZES, Rig, make_reward
 
 from rlhf.config import RewardGradientConfig, with_sampling
-from rlhf.contentv.files import CONTENTV_8B, model_sizes
 from rlhf.device import (
     describe,
     non_pytorch_memory,
@@ -47,6 +46,7 @@ from rlhf.device import (
     time_call,
 )
 from rlhf.execution.attention import attention_function, time_kernels
+from rlhf.generator.files import CONTENTV_8B, model_sizes
 from rlhf.planner.search import Planner
 from rlhf.planner.time import H200, Rates
 from rlhf.trainer import RewardGradientTrainer

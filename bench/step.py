@@ -34,9 +34,9 @@ from environment import environment, free_memory, make_parser, read_rows, scored
 from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
 
 from rlhf.adapter.optimizer import clip_gradient
-from rlhf.contentv.flow import euler_step
-from rlhf.contentv.wan_decoder import saturated_share, unnormalise
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
+from rlhf.generator.flow import euler_step
+from rlhf.generator.wan_decoder import saturated_share, unnormalise
 from rlhf.method.options import MethodOptions
 from rlhf.method.plan import gradient_samples, make_plan
 from rlhf.method.rollout import RolloutCache, Velocity, rollout

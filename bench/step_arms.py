@@ -14,14 +14,14 @@ from rlhf.adapter.lora import add_adapter, lora_config
 from rlhf.adapter.masters import MasterWeights
 from rlhf.adapter.optimizer import make_optimizer
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.flow import flow_sigmas
 from rlhf.contentv.transformer import QueryKeyNorm, SD3Transformer3DModel
-from rlhf.contentv.wan_decoder import decode_unclamped, unnormalise
 from rlhf.device import generator
 from rlhf.distributed.layout import Layout
 from rlhf.execution.apply import ExecutionOptions, set_up_blocks
 from rlhf.execution.blocks import BlockRunner
 from rlhf.execution.offload import HostMemory
+from rlhf.generator.flow import flow_sigmas
+from rlhf.generator.wan_decoder import decode_unclamped, unnormalise
 from rlhf.method.decode import Decoder
 from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.types import Conditioning

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.evaluation.video_set import Video, merge_manifest, write_manifest
+from rlhf.generator.files import SamplingDefaults, model_sizes
 from rlhf.prompts import load_prompts
 from rlhf.run.folder import read_settings
 from rlhf.types import row_of

@@ -10,7 +10,7 @@ from rlhf.plugins import load_plugins
 
 if TYPE_CHECKING:
     from rlhf.config import RewardGradientConfig
-    from rlhf.contentv.loading import load_pipeline
+    from rlhf.generator.loading import load_pipeline
     from rlhf.trainer import RewardGradientTrainer
 
 __all__ = ["RewardGradientConfig", "RewardGradientTrainer", "load_pipeline"]
@@ -18,7 +18,7 @@ __all__ = ["RewardGradientConfig", "RewardGradientTrainer", "load_pipeline"]
 _HOME = {
     "RewardGradientConfig": "rlhf.config",
     "RewardGradientTrainer": "rlhf.trainer",
-    "load_pipeline": "rlhf.contentv.loading",
+    "load_pipeline": "rlhf.generator.loading",
 }
 
 load_plugins()  # before torch and diffusers are imported

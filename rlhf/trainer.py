@@ -21,13 +21,13 @@ from rlhf.adapter.lora_file import INITIAL_KEY
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.flow import flow_sigmas
-from rlhf.contentv.pipeline import ContentVPipeline
-from rlhf.contentv.wan_decoder import saturated_share
 from rlhf.device import generator
 from rlhf.distributed.accelerator import any_process, describe_launch, make_accelerator
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import MakeVideos
+from rlhf.generator.flow import flow_sigmas
+from rlhf.generator.pipeline import VideoPipeline
+from rlhf.generator.wan_decoder import saturated_share
 from rlhf.method.decode import VideoSampler
 from rlhf.method.drift import velocity_distance
 from rlhf.method.losses import reward_loss, score, score_metrics
@@ -58,7 +58,7 @@ class RewardGradientTrainer:
 
     Args:
         model: the generator's name ("nano", a local folder, a hub id; default: args.model), or a
-            `ContentVPipeline` without an adapter, which is trained in place; args.model is then
+            `VideoPipeline` without an adapter, which is trained in place; args.model is then
             only written to config.yaml.
         reward_funcs: a reward or several: specs as in the settings, or callables (video, prompts,
             **info) -> scores. Default: args.reward_funcs.
@@ -77,7 +77,7 @@ class RewardGradientTrainer:
 
     def __init__(
         self,
-        model: str | Path | ContentVPipeline | None = None,
+        model: str | Path | VideoPipeline | None = None,
         reward_funcs: str | Callable | list[str | Callable] | None = None,
         args: RewardGradientConfig | None = None,
         train_dataset: Iterable | None = None,

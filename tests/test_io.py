@@ -8,10 +8,10 @@ import torch
 from scripts import script
 
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import SamplingDefaults, model_sizes
-from rlhf.contentv.loading import load_pipeline
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.video_set import read_set
+from rlhf.generator.files import SamplingDefaults, model_sizes
+from rlhf.generator.loading import load_pipeline
 from rlhf.io import DamagedFileError
 from rlhf.planner.text_encoders import encoder_configs
 from rlhf.report.data import Run

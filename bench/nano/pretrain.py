@@ -35,10 +35,10 @@ from torch import nn
 from torchvision.utils import save_image
 from train_loop import log, seconds, train
 
-from rlhf.contentv.files import SamplingDefaults
-from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import generator, pick_device
+from rlhf.generator.files import SamplingDefaults
+from rlhf.generator.loading import load_pipeline
 from rlhf.io import write_json
 from rlhf.nano import world
 from rlhf.nano.judges import Preference, Verifier

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from train_loop import train
 
-from rlhf.contentv.wan_decoder import decode_unclamped
+from rlhf.generator.wan_decoder import decode_unclamped
 from rlhf.nano import world
 
 

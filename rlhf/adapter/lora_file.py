@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from rlhf.adapter.lora_weights import ADAPTER_FILE, DISTILLED_KEY, Lora, LoraLayer
 from rlhf.config import is_distilled
-from rlhf.contentv.files import HUB_ID, one_line
+from rlhf.generator.files import HUB_ID, one_line
 from rlhf.io import file_errors, read_object
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -7,7 +7,6 @@ from statistics import median
 import torch
 
 from rlhf.adapter.lora_weights import Lora
-from rlhf.contentv.transformer import SD3Transformer3DModel
 
 
 def check_lora_scale(scale: float) -> None:
@@ -17,7 +16,7 @@ def check_lora_scale(scale: float) -> None:
 
 
 @torch.no_grad()
-def apply_lora(transformer: SD3Transformer3DModel, lora: Lora, scale: float = 1.0, merge: bool = False) -> str:
+def apply_lora(transformer: torch.nn.Module, lora: Lora, scale: float = 1.0, merge: bool = False) -> str:
     """Apply `scale` times the LoRA, and return a line on how many layers it changes, and how far.
 
     Args:

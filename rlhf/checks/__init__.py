@@ -12,15 +12,16 @@ from rlhf.checks.parallel import parallel_problems
 from rlhf.checks.resume import resume_problems, start_problems
 from rlhf.checks.rewards import problems_raised_by, reward_problems
 from rlhf.config import ConfigError, RewardGradientConfig, range_problems, with_sampling
-from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.device import pick_device
+from rlhf.generator.files import SamplingDefaults, model_sizes
+from rlhf.generator.registry import spatial_patch
 from rlhf.prompts import load_prompts
 from rlhf.run.folder import has_run
 from rlhf.run.lock import lock_problem
 from rlhf.run.resume import resolve_resume
 
 if TYPE_CHECKING:  # importing it takes seconds
-    from rlhf.contentv.pipeline import ContentVPipeline
+    from rlhf.generator.pipeline import VideoPipeline
 
 # Accelerate's; each is the name of its package, too.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -28,7 +29,7 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 
 def check_config(
     args: RewardGradientConfig,
-    pipe: "ContentVPipeline | None" = None,
+    pipe: "VideoPipeline | None" = None,
     rewards: list[str | Callable] | None = None,
     train_prompts: list[str] | None = None,
     eval_prompts: list[str] | None = None,
@@ -96,7 +97,7 @@ def _device_problems(args) -> list[str]:
 
 def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
     """Yield problems of height, width and num_frames, given the model's config files."""
-    stride = 2 ** len(sizes["vae"]["temperal_downsample"]) * sizes["transformer"]["patch_size"]
+    stride = 2 ** len(sizes["vae"]["temperal_downsample"]) * spatial_patch(sizes["transformer"])
     stride_t = 2 ** sum(sizes["vae"]["temperal_downsample"])
     for name in ("height", "width"):
         size = getattr(args, name)

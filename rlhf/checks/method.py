@@ -83,7 +83,7 @@ def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[
             "magnitudes to 0; hold them with drift_weight instead"
         )
     if args.lora_target_modules or args.lora_rank_pattern or args.lora_alpha_pattern:
-        from rlhf.contentv.transformer import linear_sizes  # takes seconds to import
+        from rlhf.generator.loading import linear_sizes  # takes seconds to import
 
         yield from _target_problems(args, list(linear_sizes(transformer)))
 
@@ -97,7 +97,7 @@ def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None"
     if not args.initial_adapter:
         return None
     from rlhf.adapter.lora_file import INITIAL_KEY, read_lora  # take seconds to import
-    from rlhf.contentv.transformer import linear_sizes
+    from rlhf.generator.loading import linear_sizes
 
     source = args.initial_adapter
     if args.resume_from_checkpoint:

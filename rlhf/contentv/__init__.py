@@ -1,1 +1,1 @@
-"""The generator: transformer, pipeline, differentiable decoder and loader, without training."""
+"""ContentV's generator (arXiv 2506.05343): transformer and pipeline, without training."""

@@ -1,4 +1,4 @@
-"""ContentV's text-to-video pipeline: encode the prompt, denoise by `rlhf.contentv.flow`, decode.
+"""ContentV's text-to-video pipeline: encode the prompt, denoise by `rlhf.generator.flow`, decode.
 
 A subclass of `diffusers.StableDiffusion3Pipeline` for its prompt encoding and LoRA loading.
 Shape legend: B batch, C channels, T latent frames, H W latent height and width.
@@ -21,10 +21,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rlhf.contentv.files import SamplingDefaults
-from rlhf.contentv.flow import NUM_TRAIN_TIMESTEPS, euler_step, flow_sigmas, guided_velocity
+from rlhf.contentv.facts import FAMILY
 from rlhf.contentv.transformer import SD3Transformer3DModel
-from rlhf.contentv.wan_decoder import unnormalise
+from rlhf.generator.flow import NUM_TRAIN_TIMESTEPS, euler_step, flow_sigmas, guided_velocity
+from rlhf.generator.pipeline import VideoPipeline
+from rlhf.generator.registry import SamplingDefaults
+from rlhf.generator.wan_decoder import unnormalise
 from rlhf.types import Conditioning
 
 logger = logging.get_logger(__name__)
@@ -59,9 +61,10 @@ class ContentVPipelineOutput(BaseOutput):
     frames: Any
 
 
-class ContentVPipeline(StableDiffusion3Pipeline):
-    """The text-to-video pipeline, made by `rlhf.contentv.loading.load_pipeline`."""
+class ContentVPipeline(VideoPipeline, StableDiffusion3Pipeline):
+    """The text-to-video pipeline, made by `rlhf.generator.loading.load_pipeline`."""
 
+    family = FAMILY
     _optional_components = []
 
     def __init__(
@@ -112,6 +115,18 @@ class ContentVPipeline(StableDiffusion3Pipeline):
                 other.addFilter(keep)
                 stack.callback(other.removeFilter, keep)
             return super().encode_prompt(*args, **kwargs)
+
+    def encode_texts(self, texts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the embeddings of CLIP and T5 side by side, and CLIP's pooled ones."""
+        embeds, _, pooled, _ = self.encode_prompt(
+            prompt=texts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length,
+        )
+        return embeds, pooled
 
     def warn_of_long(self, prompts: list[str], max_sequence_length: int) -> None:
         """Log one line if CLIP or T5 reads some of the prompts only in part."""

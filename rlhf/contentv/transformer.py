@@ -6,7 +6,9 @@ latent height and width, N = T*H*W/p^2 video tokens, L text tokens, D text width
 width.
 """
 
+import math
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from rlhf.device import is_plugin_device
-from rlhf.execution.blocks import BlockRunner
+from rlhf.execution.blocks import JOINT_BLOCK, BlockRunner
 from rlhf.execution.collectives import Group, copy_to_group
 from rlhf.execution.ulysses import SequenceShards
 
@@ -102,6 +104,7 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
 
     _no_split_modules = ["JointTransformerBlock", "PatchEmbed3D"]
     _repeated_blocks = ["JointTransformerBlock"]
+    block_parts = JOINT_BLOCK
 
     @register_to_config
     def __init__(
@@ -212,6 +215,18 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         patches = patches_BNK.view(B, T, H // p, W // p, p, p, self.out_channels)
         return torch.einsum("bthwpqc->bcthpwq", patches).reshape(B, self.out_channels, T, H, W)
 
+    def trace_inputs(
+        self, batch: int, latent_shape: tuple[int, int, int, int], text_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return text, pooled text and timesteps on "meta"; put a position table there, too."""
+        make, config, p = partial(torch.empty, device="meta", dtype=self.dtype), self.config, self.config.patch_size
+        _, T, H, W = latent_shape
+        grid = (T, H // p, W // p)
+        self.pos_embed._tables.clear()
+        self.pos_embed._tables[grid, torch.device("meta"), self.dtype] = make(math.prod(grid), self.inner_dim)
+        text, pooled = (batch, text_tokens, config.joint_attention_dim), (batch, config.pooled_projection_dim)
+        return make(text), make(pooled), torch.empty(batch, device="meta")
+
     def _check_latents(self, latents: torch.Tensor) -> None:
         """Raise ValueError unless latents are 5-d with sides divisible by the patch size."""
         p = self.config.patch_size
@@ -230,10 +245,3 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
                 "blocks are recomputed after the scale is undone, so LoRA gradients would be wrong; set the scale "
                 "with set_adapters(name, weight) or disable gradient checkpointing"
             )
-
-
-def linear_sizes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of the linear layers of a transformer with this config, by name."""
-    with torch.device("meta"):
-        modules = SD3Transformer3DModel.from_config(config).named_modules()
-    return {name: tuple(module.weight.shape) for name, module in modules if isinstance(module, nn.Linear)}

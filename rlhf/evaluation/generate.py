@@ -18,12 +18,11 @@ from accelerate import Accelerator
 from rlhf.adapter.lora_file import find_lora_file, read_lora
 from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.merge import apply_lora, check_lora_scale
-from rlhf.contentv.files import SamplingDefaults, model_sizes
-from rlhf.contentv.loading import load_pipeline
-from rlhf.contentv.pipeline import ContentVPipeline
-from rlhf.contentv.transformer import linear_sizes
 from rlhf.device import generator
 from rlhf.evaluation.video_set import Video
+from rlhf.generator.files import SamplingDefaults, model_sizes
+from rlhf.generator.loading import linear_sizes, load_pipeline
+from rlhf.generator.pipeline import VideoPipeline
 from rlhf.io import read_object, write_json, write_whole
 from rlhf.run.metrics import progress_bar
 from rlhf.run.video import to_uint8, write_video
@@ -60,7 +59,7 @@ class Variant:
         """Return the adapter, read for the model. Raises ValueError."""
         return self.lora and read_lora(self.lora, linear_sizes(model_sizes(self.model)["transformer"]))
 
-    def load(self, device: torch.device, quiet: bool = False) -> ContentVPipeline:
+    def load(self, device: torch.device, quiet: bool = False) -> VideoPipeline:
         """Return the pipeline, on the device; unless quiet, print how much the adapter changes."""
         pipe = load_pipeline(self.model, device=device)
         pipe.set_progress_bar_config(disable=True)
@@ -110,7 +109,7 @@ def generate(
     return len(todo)
 
 
-def sample(pipe: ContentVPipeline, videos: list[Video], sampling: SamplingDefaults) -> torch.Tensor:
+def sample(pipe: VideoPipeline, videos: list[Video], sampling: SamplingDefaults) -> torch.Tensor:
     """Return the videos as uint8 (B, T, 3, H, W) on the CPU."""
     noise = [generator("video", video.seed, video.prompt) for video in videos]
     prompts = [video.prompt for video in videos]

@@ -88,6 +88,7 @@ def set_up_blocks(
         host=HostMemory(device) if options.offload_activations else None,
         compiler=torch.compile if options.compile_blocks else None,
         fetch=fetch,
+        parts=transformer.block_parts,
     )
     transformer.run_block = ShardedRunner(runner) if options.shard_base else runner
     return chosen

@@ -1,13 +1,15 @@
 """Transformer blocks in three parts, for a choice of kernel, compilation and recomputation.
 
-diffusers' joint attention block is one function. Here the same modules run as three: query, key,
-value and gates; the attention; and the rest. So the kernel can be chosen, the other two parts
-compiled, and the block recomputed in the backward pass without its attention.
+diffusers' blocks are one function each. Here the same modules run as three: query, key, value and
+gates; the attention; and the rest. A `BlockParts` has the first and the last of a block's class.
+So the kernel can be chosen, the other two parts compiled, and the block recomputed in the backward
+pass without its attention.
 Shape legend: B batch, N video tokens, L text tokens, D width, H heads, W width of a head.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,11 +22,30 @@ from rlhf.execution.offload import HostMemory, OffloadGroup
 from rlhf.execution.recompute import as_leaves, gradient_checkpoint, gradients, offload_saved_tensors
 from rlhf.execution.ulysses import SequenceShards
 
+Tensors = tuple[torch.Tensor | None, ...]
 RECOMPUTE = ("nothing", "block", "all but attention")
 
 
+@dataclass(frozen=True)
+class BlockParts:
+    """The parts of a class of blocks around its attention.
+
+    before: (block, video, text, temb, *constants) -> query, key, value (B, H, tokens, W), and gates
+    that are functions of temb. after: (block, attended, video, text, *gates) -> text, video.
+    differs: whether a block's code differs from that of the others. modulation: the modules that
+    make the gates.
+    """
+
+    before: Callable[..., Tensors]
+    after: Callable[..., Tensors]
+    differs: Callable[[torch.nn.Module], bool]
+    modulation: Callable[[torch.nn.Module], Iterable[torch.nn.Parameter]]
+
+
 class BlockRunner:
-    """A way to run a block: (block, video_BND, text_BLD, temb_BD) -> text, video.
+    """A way to run a block: (block, video_BND, text_BLD, temb, *constants) -> text, video.
+
+    Constants are tensors that all blocks share and that carry no gradient, such as rotations.
 
     Args:
         attention: (query, key, value) -> result, (B, H, N + L, W) each.
@@ -36,6 +57,7 @@ class BlockRunner:
             the last block, whose code differs and would take as long as all the others.
         fetch: called with a block before its weights are used.
         inference_attention: the attention of no-grad steps; None: the same.
+        parts: of the blocks' class; None: joint attention.
     """
 
     def __init__(
@@ -46,13 +68,15 @@ class BlockRunner:
         compiler: Callable | None = None,
         fetch: Callable[[torch.nn.Module], None] | None = None,
         inference_attention: Attention | None = None,
+        parts: BlockParts | None = None,
     ):
         assert recompute in RECOMPUTE, recompute
         self.attention, self.recompute, self.host, self.fetch = attention, recompute, host, fetch
         self.inference_attention = inference_attention or attention
         self.shards: SequenceShards | None = None  # tokens divided over ranks; each attends with some of the heads
         compiler = compiler or (lambda function: function)
-        self._before, self._after = compiler(before_attention), compiler(after_attention)
+        self.parts = parts or JOINT_BLOCK
+        self._before, self._after = compiler(self.parts.before), compiler(self.parts.after)
 
     def with_shards(self, shards: SequenceShards) -> "BlockRunner":
         """Return this runner for tokens that are divided over ranks."""
@@ -60,27 +84,27 @@ class BlockRunner:
         runner.shards = shards
         return runner
 
-    def __call__(self, block, video, text, temb):
+    def __call__(self, block, video, text, temb, *constants):
         """Run a block; the backward pass recomputes its part."""
         # Read from torch, not an argument: a flag that disagreed would put a kernel without a
         # backward pass into a graph.
         if not torch.is_grad_enabled():
-            return self.run(block, video, text, temb, self.inference_attention)
+            return self.run(block, constants, video, text, temb, attention=self.inference_attention)
         if self.recompute == "nothing":
-            return self.run(block, video, text, temb)
+            return self.run(block, constants, video, text, temb)
         parameters = [p for p in block.parameters() if p.requires_grad]
         offload = self.host.group() if self.host else None
         if self.recompute == "block":
-            run = partial(self.run, block)
+            run = partial(self.run, block, constants)
             return gradient_checkpoint(run, video, text, temb, parameters=parameters, offload=offload)
         if not any(x.requires_grad for x in (video, text, temb, *parameters)):
-            return self.run(block, video, text, temb)
+            return self.run(block, constants, video, text, temb)
         with offload_saved_tensors(offload):
-            return _KeepAttention.apply(self, block, offload, video, text, temb, *parameters)
+            return _KeepAttention.apply(self, block, constants, offload, video, text, temb, *parameters)
 
-    def run(self, block, video, text, temb, attention: Attention | None = None) -> tuple[torch.Tensor | None, ...]:
+    def run(self, block, constants, video, text, temb, attention: Attention | None = None) -> Tensors:
         """Run the block without recomputation. attention: None for the runner's."""
-        query, key, value, *gates = self.qkv_and_gates(block, video, text, temb)
+        query, key, value, *gates = self.qkv_and_gates(block, video, text, temb, *constants)
         attended = (attention or self.attention)(query, key, value)
         return self.text_and_video(block, attended, video, text, *gates)
 
@@ -88,15 +112,15 @@ class BlockRunner:
         """Return query, key and value of all tokens and this rank's heads, and the gates."""
         if self.fetch:
             self.fetch(block)
-        results = (before_attention if block.context_pre_only else self._before)(block, *inputs)
+        results = (self.parts.before if self.parts.differs(block) else self._before)(block, *inputs)
         return results if self.shards is None else (*self.shards.to_heads(*results[:3]), *results[3:])
 
-    def text_and_video(self, block, attended: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def text_and_video(self, block, attended: torch.Tensor, *inputs: torch.Tensor) -> Tensors:
         """Return text and this rank's video tokens, given the attention's result for its heads."""
         if self.fetch:
             self.fetch(block)
         attended = attended if self.shards is None else self.shards.to_tokens(attended)
-        return (after_attention if block.context_pre_only else self._after)(block, attended, *inputs)
+        return (self.parts.after if self.parts.differs(block) else self._after)(block, attended, *inputs)
 
 
 def before_attention(
@@ -143,6 +167,15 @@ def _add_gated(x, attended, gate_attention, shift, scale, gate_feed_forward, nor
     return x + gate_feed_forward * feed_forward(norm(x) * (1 + scale) + shift)
 
 
+def _modulation(block) -> Iterator[torch.nn.Parameter]:
+    """Yield the parameters that make a joint block's gates."""
+    for norm in (block.norm1, block.norm1_context):
+        yield from norm.parameters()
+
+
+JOINT_BLOCK = BlockParts(before_attention, after_attention, lambda block: block.context_pre_only, _modulation)
+
+
 class _KeepAttention(torch.autograd.Function):
     """A block that saves its inputs and the attention's result.
 
@@ -153,11 +186,11 @@ class _KeepAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, runner, block, offload, video, text, temb, *parameters):
+    def forward(ctx, runner, block, constants, offload, video, text, temb, *parameters):
         """Run the block; keep only its inputs, its gates and the attention's result and graph."""
         ctx.set_materialize_grads(False)
-        ctx.runner, ctx.block, ctx.parameters = runner, block, parameters
-        query, key, value, *gates = runner.qkv_and_gates(block, video, text, temb)
+        ctx.runner, ctx.block, ctx.constants, ctx.parameters = runner, block, constants, parameters
+        query, key, value, *gates = runner.qkv_and_gates(block, video, text, temb, *constants)
         ctx.attention = _AttentionGraph(offload)
         attended = ctx.attention(runner.attention, query, key, value)
         del query, key, value
@@ -171,8 +204,9 @@ class _KeepAttention(torch.autograd.Function):
         runner, block, parameters = ctx.runner, ctx.block, ctx.parameters
         video, text, temb, attended, *gates = ctx.saved_tensors
         attention, ctx.attention = ctx.attention, None  # its tensors are freed now, not with the whole graph
-        video_needs, text_needs, temb_needs = ctx.needs_input_grad[3:6]
-        gates_need = [temb_needs or _is_modulation_trained(block)] * len(gates)
+        video_needs, text_needs, temb_needs = ctx.needs_input_grad[4:7]
+        is_modulation_trained = any(p.requires_grad for p in runner.parts.modulation(block))
+        gates_need = [temb_needs or is_modulation_trained] * len(gates)
 
         with torch.enable_grad():  # after the attention; this graph is freed before the next one is built
             inputs = as_leaves((attended, video, text, *gates), (True, video_needs, text_needs, *gates_need))
@@ -183,16 +217,11 @@ class _KeepAttention(torch.autograd.Function):
 
         with torch.enable_grad():  # before the attention
             inputs = as_leaves((video, text, temb), (video_needs, text_needs, temb_needs))
-            outputs = runner.qkv_and_gates(block, *inputs)
+            outputs = runner.qkv_and_gates(block, *inputs, *ctx.constants)
         qkv_grads = attention.gradients((*outputs[:3], attended), attended_grad)
         grads_before = gradients(outputs, (*inputs, *parameters), (*qkv_grads, *gate_grads))
         both = zip(grads_before, (video_grad, text_grad, None, *parameter_grads), strict=True)
-        return None, None, None, *(_sum(a, b) for a, b in both)
-
-
-def _is_modulation_trained(block) -> bool:
-    """Return whether the gates depend on trained parameters."""
-    return any(p.requires_grad for norm in (block.norm1, block.norm1_context) for p in norm.parameters())
+        return None, None, None, None, *(_sum(a, b) for a, b in both)
 
 
 class _AttentionGraph:

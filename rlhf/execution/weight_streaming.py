@@ -21,6 +21,8 @@ def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "Weight
     for child in transformer.children():
         if child is not transformer.transformer_blocks:
             child.to(device)
+    for p in transformer.parameters(recurse=False):
+        p.data = p.data.to(device)
     for p in transformer.transformer_blocks.parameters():
         if p.requires_grad:
             p.data = p.data.to(device)

@@ -21,12 +21,11 @@ from pathlib import Path
 from rlhf.adapter.lora_file import read_lora, refuse_trained_blocks
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.merge import apply_lora, check_lora_scale
-from rlhf.contentv.files import CONFIG_FILES, SamplingDefaults, model_folder, model_sizes, one_line
-from rlhf.contentv.loading import load_transformer
-from rlhf.contentv.pipeline import INDEX_CLASSES
-from rlhf.contentv.transformer import linear_sizes
 from rlhf.export.hub import check_push, push
 from rlhf.export.model_card import Export, write_card
+from rlhf.generator.files import family_of_folder, model_folder, model_sizes, one_line
+from rlhf.generator.loading import linear_sizes, load_transformer
+from rlhf.generator.registry import SamplingDefaults
 from rlhf.io import read_object, write_json
 from rlhf.report.data import Run
 from rlhf.run.checkpoint import damage, newest_undamaged_checkpoint, read_state
@@ -65,18 +64,19 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     """
     trained = _check_export(run, out, scale)
     base = model_folder(model or read_settings(trained.run)["model"])
+    family = family_of_folder(base)
     lora = read_lora(trained.adapter, linear_sizes(model_sizes(base)["transformer"]))
     print(f"exporting {trained.origin}")
     transformer = load_transformer(base)
     print(apply_lora(transformer, lora, scale, merge=True))
     with empty_folder_on_error(out):
         transformer.save_pretrained(out / "transformer")
-        for name in set(CONFIG_FILES) - {"transformer"}:
+        for name in set(family.config_files) - {"transformer"}:
             shutil.copytree(base / name, out / name)
         guidance = {"guidance_scale": 1.0} if lora.distilled else {}
-        replace(SamplingDefaults.load(base), **guidance).save(out)
+        replace(SamplingDefaults.load(base, family.sampling), **guidance).save(out)
         index = json.loads((base / "model_index.json").read_text())
-        write_json(out / "model_index.json", index | {"transformer": INDEX_CLASSES["transformer"]})
+        write_json(out / "model_index.json", index | {"transformer": ("diffusers", family.transformer_classes[0])})
         _remove_paths(out)
         write_card(Export(trained.run, "merged", scale, model, trained.step, lora.distilled), out)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rlhf.contentv.files import one_line
+from rlhf.generator.files import one_line
 
 CURE = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 

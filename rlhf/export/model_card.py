@@ -11,22 +11,16 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rewards.catalogue import CATALOGUE
 from rlhf.adapter.lora_weights import ADAPTER_FILE
-from rlhf.contentv.files import CONTENTV_8B, HUB_ID
 from rlhf.evaluation.statistics import INTERVAL
+from rlhf.generator.files import HUB_ID
+from rlhf.generator.registry import families
 from rlhf.report import settings_rows
 from rlhf.report.contact_sheet import CONTACT_SHEET
 from rlhf.report.data import Run
 
 TEMPLATE, PICTURE = "model_card.md.jinja", "before_after.png"
-# Licences of base models, by the keys of a card's header; that of ContentV-8B as NOTICE says.
-LICENCES = {
-    "nano": {"license": "apache-2.0"},
-    CONTENTV_8B: {
-        "license": "other",
-        "license_name": "stabilityai-ai-community",
-        "license_link": "https://stability.ai/community-license-agreement",
-    },
-}
+# Licences of base models, by the keys of a card's header.
+LICENCES = {model: licence for family in families() for model, licence in family.licences.items()}
 LICENCE_KEYS = ("license", "license_name", "license_link")
 # Settings that every card shows, and those that none does: shown elsewhere, or of a machine.
 ALWAYS_SHOWN = (

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLWan
 
-from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import generator
 from rlhf.execution.offload import HostMemory
+from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.rollout import Velocity, sample_euler
 from rlhf.types import Conditioning
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.flow import euler_step
+from rlhf.generator.flow import euler_step
 from rlhf.method.drift import drift_step_weights
 from rlhf.method.grad_steps import choose_grad_steps, draw_below, listed_grad_steps
 from rlhf.method.options import MethodOptions, SRPOOptions

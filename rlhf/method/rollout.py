@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from rlhf.contentv.flow import euler_step
 from rlhf.device import generator
+from rlhf.generator.flow import euler_step
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_BCTHW, sigma) -> dx/dsigma
 

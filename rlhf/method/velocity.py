@@ -13,8 +13,8 @@ from rlhf.adapter.float8 import Float8Copy
 from rlhf.adapter.lora import disable_adapter
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.flow import guided_velocity
 from rlhf.execution.collectives import Group, all_gather, copy_to_group
+from rlhf.generator.flow import guided_velocity
 from rlhf.method.adjoint import CheckpointedTransformer
 from rlhf.method.plan import Plan
 from rlhf.method.rollout import Velocity

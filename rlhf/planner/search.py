@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from rlhf.config import RewardGradientConfig
 from rlhf.execution.quantize import missing_library
+from rlhf.generator.registry import family_of_config
 from rlhf.planner.memory import MemoryPlan, plan_memory, plan_rewards
 from rlhf.planner.text_encoders import encoding_bytes
 from rlhf.planner.time import H200, Rates, plan_time
@@ -72,9 +73,10 @@ class Planner:
         processes: int = 1,
     ):
         self.args, self.rates, self.model = args, rates, TracedModel(args, card, processes)
-        clip, t5 = card["tokenizer"]["model_max_length"], args.max_sequence_length
-        tokens = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
-        self.encoder_bytes = encoding_bytes(encoders or {}, tokens, self.model.transformer.dtype)
+        family = family_of_config(card["transformer"])
+        tokens = family.encoder_tokens(card, args.max_sequence_length)
+        classes, dtype = family.classes.text_encoders, self.model.transformer.dtype
+        self.encoder_bytes = encoding_bytes(classes, encoders or {}, tokens, dtype)
         self.rewards = plan_rewards(self.model, args)
 
     def estimate(self, changes: dict | None = None) -> Estimate:

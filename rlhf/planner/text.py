@@ -2,9 +2,9 @@
 
 from rewards.cli.table import format_table
 from rlhf.config import ConfigError, RewardGradientConfig, with_sampling
-from rlhf.contentv.files import model_sizes
 from rlhf.device import describe, local_device, non_pytorch_memory, total_memory
 from rlhf.distributed.layout import Sizes, planned_processes
+from rlhf.generator.files import model_sizes
 from rlhf.planner.memory import ENCODING
 from rlhf.planner.search import INEXACT_CHOICES, Estimate, Planner
 from rlhf.planner.text_encoders import encoder_configs

@@ -6,7 +6,7 @@ Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,11 +15,11 @@ from torch import nn
 
 from rlhf.adapter.lora import add_adapter, lora_config
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.transformer import SD3Transformer3DModel
-from rlhf.contentv.wan_decoder import decode_video
 from rlhf.distributed.layout import Sizes
 from rlhf.execution.apply import ExecutionOptions
 from rlhf.execution.blocks import BlockRunner
+from rlhf.generator.registry import family_of_config, spatial_patch
+from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.options import read_options
 from rlhf.planner.tracer import MetaOffload, Phase, Trace, fake_process_group, fused_attention, use_fused_norms
 
@@ -64,7 +64,7 @@ class TracedModel:
 
     args: the run's settings, with all sampling keys set. Methods take the same settings with other
     values for speed and memory. Each distinct call is traced once.
-    card: the model's sizes, as `rlhf.contentv.files.model_sizes` returns them.
+    card: the model's sizes, as `rlhf.generator.files.model_sizes` returns them.
     """
 
     def __init__(self, args: RewardGradientConfig, card: dict[str, dict], processes: int = 1):
@@ -73,20 +73,20 @@ class TracedModel:
         self.traces: dict[tuple, TracedCall] = {}
 
     @cached_property
-    def transformer(self) -> SD3Transformer3DModel:
+    def transformer(self) -> nn.Module:
         """The transformer with its adapter."""
         return self._build_transformer(self.card["transformer"])
 
-    def _build_transformer(self, config: dict, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
+    def _build_transformer(self, config: dict, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a transformer with its adapter on "meta"; dtype: None for the loader's choice."""
         with torch.device("meta"):
-            model = SD3Transformer3DModel.from_config(config)
+            model = family_of_config(config).classes.transformer.from_config(config)
             dtype = dtype or self._base_dtype(model)
             add_adapter(model, lora_config(self.args), self.args.seed)
         return nn.Module.to(model, dtype)  # on "meta" peft leaves adapters in float32
 
     @cached_property
-    def _short_transformers(self) -> list[SD3Transformer3DModel]:
+    def _short_transformers(self) -> list[nn.Module]:
         """Transformers of three and four blocks; the whole one if blocks differ."""
         args, num_blocks = self.args, self.transformer.config.num_layers
         blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
@@ -140,7 +140,7 @@ class TracedModel:
     @property
     def num_tokens(self) -> int:
         """The number of one video's tokens."""
-        (_, T, H, W), patch = self.latent_shape, self.card["transformer"]["patch_size"]
+        (_, T, H, W), patch = self.latent_shape, spatial_patch(self.card["transformer"])
         return T * (H // patch) * (W // patch)
 
     def transformer_call(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> TracedCall:
@@ -150,7 +150,7 @@ class TracedModel:
         to_latents = max_grad_steps(args) > 1 and args.method != "drtune"
         settings = [getattr(args, name) for name in TRANSFORMER_SETTINGS]
 
-        def trace(model: SD3Transformer3DModel) -> TracedCall:
+        def trace(model: nn.Module) -> TracedCall:
             velocity, x = self._prepare(model, ExecutionOptions.from_settings(args), batch)
             return trace_call(velocity, x, model, with_gradient=with_gradient, to_input=to_latents)
 
@@ -165,27 +165,20 @@ class TracedModel:
         return self._trace_once(("transformer", batch, with_gradient, to_latents, *settings), trace_all)
 
     def _prepare(
-        self, model: SD3Transformer3DModel, speed: ExecutionOptions, batch: int
+        self, model: nn.Module, speed: ExecutionOptions, batch: int
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
         """Return the transformer as a function of latents, and latents."""
-        make, config = partial(torch.empty, device="meta", dtype=model.dtype), model.config
-        _, T, H, W = self.latent_shape
-        grid = (T, H // config.patch_size, W // config.patch_size)
-        model.pos_embed._tables.clear()
-        position_table = make(self.num_tokens, model.inner_dim)
-        model.pos_embed._tables[grid, torch.device("meta"), model.dtype] = position_table
-        clip_tokens, t5_tokens = self.card["tokenizer"]["model_max_length"], self.args.max_sequence_length
-        text = make(batch, clip_tokens + t5_tokens, config.joint_attention_dim)
-        pooled = make(batch, config.pooled_projection_dim)
-        time_B = torch.empty(batch, device="meta")
+        tokens = family_of_config(self.card["transformer"]).encoder_tokens(self.card, self.args.max_sequence_length)
+        text_tokens = sum(set(tokens.values()))  # encoders of one length are side by side in width
+        conditions = model.trace_inputs(batch, self.latent_shape, text_tokens)
         use_fused_norms(model)
 
         def velocity(x):
             host = MetaOffload() if speed.offload_activations else None
-            model.run_block = BlockRunner(fused_attention, speed.recompute, host)
-            return model(x, text, pooled, time_B, return_dict=False)[0]
+            model.run_block = BlockRunner(fused_attention, speed.recompute, host, parts=model.block_parts)
+            return model(x, *conditions, return_dict=False)[0]
 
-        return velocity, make(batch, *self.latent_shape)
+        return velocity, torch.empty(batch, *self.latent_shape, device="meta", dtype=model.dtype)
 
     def decoder_call(
         self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True

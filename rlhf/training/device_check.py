@@ -19,11 +19,11 @@ from rewards import load_reward
 from rewards.cli.table import format_table
 from rlhf.adapter.lora import ATTENTION, add_adapter
 from rlhf.adapter.masters import MasterWeights
-from rlhf.contentv.flow import euler_step, flow_sigmas, guided_velocity
-from rlhf.contentv.loading import load_pipeline
-from rlhf.contentv.text import encode_prompts
-from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import describe, deterministic, peak_memory, reset_peak_memory, time_call
+from rlhf.generator.flow import euler_step, flow_sigmas, guided_velocity
+from rlhf.generator.loading import load_pipeline
+from rlhf.generator.text import encode_prompts
+from rlhf.generator.wan_decoder import decode_video
 from rlhf.io import write_json
 from rlhf.method.rollout import draw_noise
 from rlhf.run.checkpoint import load_checkpoint, save_checkpoint

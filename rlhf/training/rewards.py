@@ -9,12 +9,12 @@ from rewards import RewardMix, load_reward, probe
 from rewards.contract import check_prompts, require_differentiable
 from rlhf.checks.rewards import short_name
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import model_sizes
 from rlhf.device import local_device
+from rlhf.generator.files import model_sizes
 from rlhf.prompts import load_prompts
 
 if TYPE_CHECKING:  # importing it takes seconds
-    from rlhf.contentv.pipeline import ContentVPipeline
+    from rlhf.generator.pipeline import VideoPipeline
 
 
 def open_rewards(
@@ -23,7 +23,7 @@ def open_rewards(
     prompts: list[str] | None = None,
     eval_prompts: list[str] | None = None,
     device: torch.device | None = None,
-    pipe: "ContentVPipeline | None" = None,
+    pipe: "VideoPipeline | None" = None,
 ) -> dict[str, Callable]:
     """Load rewards and judges, frozen, on the device; probe each with three of its prompts.
 

@@ -18,11 +18,6 @@ from rlhf.adapter.merge import apply_lora
 from rlhf.checks import check_config
 from rlhf.checks.method import read_initial
 from rlhf.config import ConfigError, RewardGradientConfig, is_distilled
-from rlhf.contentv.files import SamplingDefaults, model_sizes, resolve_model
-from rlhf.contentv.loading import TEXT_ENCODERS, default_dtype, load_pipeline
-from rlhf.contentv.pipeline import ContentVPipeline
-from rlhf.contentv.text import PromptCache, encode_prompts
-from rlhf.contentv.wan_decoder import use_channels_last
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import EvalOptions, HeldOut, MakeVideos
 from rlhf.execution.apply import (
@@ -33,6 +28,11 @@ from rlhf.execution.apply import (
     set_up_blocks,
 )
 from rlhf.execution.offload import HostMemory
+from rlhf.generator.files import SamplingDefaults, model_sizes, resolve_model
+from rlhf.generator.loading import default_dtype, load_pipeline
+from rlhf.generator.pipeline import VideoPipeline
+from rlhf.generator.text import PromptCache, encode_prompts
+from rlhf.generator.wan_decoder import use_channels_last
 from rlhf.method.decode import Decoder
 from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.prompts import as_prompts, load_prompts
@@ -51,7 +51,7 @@ class Inputs:
     """The trainer's arguments in one form, with the prompts that args name."""
 
     args: RewardGradientConfig
-    pipe: ContentVPipeline | None  # None for the model that args name
+    pipe: VideoPipeline | None  # None for the model that args name
     rewards: list[str | Callable]
     train_prompts: list[str]
     eval_prompts: list[str]
@@ -59,7 +59,7 @@ class Inputs:
 
 
 def check_inputs(
-    model: str | Path | ContentVPipeline | None,
+    model: str | Path | VideoPipeline | None,
     reward_funcs: str | Callable | list[str | Callable] | None,
     args: RewardGradientConfig | None,
     train_dataset: Iterable | None,
@@ -98,7 +98,7 @@ def check_inputs(
 def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
     """Yield a problem for each trainer argument of a wrong type."""
     expected = {
-        "model": (model, str | Path | ContentVPipeline, "a name, a path or a ContentVPipeline; rlhf.contentv.loading"),
+        "model": (model, str | Path | VideoPipeline, "a name, a path or a pipeline; rlhf.generator.loading"),
         "args": (args, RewardGradientConfig, "a RewardGradientConfig; rlhf.config"),
         "peft_config": (peft_config, LoraConfig, "a LoraConfig, whose files diffusers reads; peft"),
     }
@@ -145,7 +145,7 @@ def require_same_run(layout: Layout, prompts: list[str], args: RewardGradientCon
 
 
 def prepare_model(
-    pipe: ContentVPipeline,
+    pipe: VideoPipeline,
     peft_config: PeftConfig | None,
     args: RewardGradientConfig,
     layout: Layout,
@@ -180,7 +180,7 @@ def _as_config_error() -> Iterator[None]:
         raise ConfigError([str(error)]) from None
 
 
-def describe_precision(args: RewardGradientConfig, pipe: ContentVPipeline | None) -> str:
+def describe_precision(args: RewardGradientConfig, pipe: VideoPipeline | None) -> str:
     """Return the number formats of the base and the adapter, in words."""
     dtype = args.dtype if pipe is None else pipe.transformer.dtype
     if dtype == "auto" and isinstance(folder := resolve_model(args.model), Path):
@@ -189,7 +189,7 @@ def describe_precision(args: RewardGradientConfig, pipe: ContentVPipeline | None
     return f"base in {str(dtype).removeprefix('torch.')}{few_bits}, adapter in float32"
 
 
-def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipeline:
+def load_base(args: RewardGradientConfig, device: torch.device) -> VideoPipeline:
     """Load the model that args name, onto the CPU if its weights are to move one by one later."""
     if args.sampling_weights == "float8":
         require_float8(device)  # before the model is loaded
@@ -204,16 +204,14 @@ def load_base(args: RewardGradientConfig, device: torch.device) -> ContentVPipel
 
 
 def make_fields(
-    pipe: ContentVPipeline, masters: MasterWeights, args: RewardGradientConfig, layout: Layout
+    pipe: VideoPipeline, masters: MasterWeights, args: RewardGradientConfig, layout: Layout
 ) -> VelocityFields:
     """Return the velocity fields of a run."""
     cheaper = args.stepwise_backward, args.sampling_weights
     return VelocityFields(pipe.transformer, masters, Guidance.from_settings(args), *cheaper, layout.guidance_group)
 
 
-def make_decoder(
-    pipe: ContentVPipeline, rewards: RewardMix, args: RewardGradientConfig, device: torch.device
-) -> Decoder:
+def make_decoder(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientConfig, device: torch.device) -> Decoder:
     """Return the decoder of the frames that any reward asks for."""
     return Decoder(
         pipe.vae,
@@ -226,7 +224,7 @@ def make_decoder(
     )
 
 
-def make_batches(prompts: list[str], pipe: ContentVPipeline, args: RewardGradientConfig, layout: Layout) -> Batches:
+def make_batches(prompts: list[str], pipe: VideoPipeline, args: RewardGradientConfig, layout: Layout) -> Batches:
     """Return the source of each step's prompts and noise; pipe gives only the latent shape."""
     return Batches(
         prompts,
@@ -244,7 +242,7 @@ def make_held_out(
     make_videos: MakeVideos,
     judges: dict[str, Callable],
     prompts: list[str],
-    pipe: ContentVPipeline,
+    pipe: VideoPipeline,
     args: RewardGradientConfig,
     layout: Layout,
 ) -> HeldOut:
@@ -257,7 +255,7 @@ def make_held_out(
     return HeldOut(make_videos, judges, prompts, shape, fps, EvalOptions.from_settings(args), folder, layout, show)
 
 
-def latent_shape(pipe: ContentVPipeline, video: RewardGradientConfig | SamplingDefaults) -> tuple[int, int, int, int]:
+def latent_shape(pipe: VideoPipeline, video: RewardGradientConfig | SamplingDefaults) -> tuple[int, int, int, int]:
     """Return (C, T, H, W) of the latents of one video."""
     frames = (video.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     size = (video.height // pipe.vae_scale_factor, video.width // pipe.vae_scale_factor)
@@ -265,13 +263,13 @@ def latent_shape(pipe: ContentVPipeline, video: RewardGradientConfig | SamplingD
 
 
 def encode_and_release(
-    pipe: ContentVPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
+    pipe: VideoPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
 ) -> PromptCache | None:
     """Encode the prompts, then move the encoders to the CPU if `release`; None for no prompts.
 
     release: whether the text encoders move to the device for this alone, and to the CPU afterwards.
     """
-    text, moved = None, TEXT_ENCODERS if release else ()
+    text, moved = None, pipe.family.classes.text_encoders if release else ()
     if prompts:
         for name in moved:
             getattr(pipe, name).to(device)

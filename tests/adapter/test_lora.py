@@ -12,8 +12,8 @@ from rlhf.adapter.lora import add_adapter, disable_adapter, lora_config
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.loading import load_pipeline
 from rlhf.export import export_merged
+from rlhf.generator.loading import load_pipeline
 
 INPUTS = arguments(torch.float32, batch=1)
 

@@ -21,10 +21,10 @@ from tiny import tiny_transformer
 from rlhf.adapter.lora_file import PEFT_FILE, find_lora_file, read_lora
 from rlhf.adapter.lora_weights import ADAPTER_FILE, Lora, LoraLayer
 from rlhf.adapter.merge import apply_lora
-from rlhf.contentv.files import SIZES
-from rlhf.contentv.transformer import linear_sizes
+from rlhf.contentv.facts import SIZES
 from rlhf.evaluation.generate import Variant
 from rlhf.export import export_adapter, export_merged
+from rlhf.generator.loading import linear_sizes
 
 Q, OUT, FF = (f"transformer_blocks.{name}" for name in ("0.attn.to_q", "1.attn.to_out.0", "1.ff.net.0.proj"))
 RANKS, ALPHAS = {Q: 4, OUT: 2, FF: 4}, {Q: 4.0, OUT: 3.0, FF: 10.0}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from train_loop import train
 
-from rlhf.contentv.loading import load_pipeline
-from rlhf.contentv.wan_decoder import decode_unclamped
+from rlhf.generator.loading import load_pipeline
+from rlhf.generator.wan_decoder import decode_unclamped
 from rlhf.nano import world
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from rlhf.checks.execution import execution_problems
 from rlhf.config import RewardGradientConfig, with_sampling
-from rlhf.contentv.files import SamplingDefaults
 from rlhf.execution.attention import KERNELS
+from rlhf.generator.files import SamplingDefaults
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 

@@ -12,10 +12,10 @@ from peft import LoraConfig
 from straight_line import guided_sample
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline, tiny_transformer
 
-from rlhf.contentv.files import SamplingDefaults
-from rlhf.contentv.flow import euler_step, flow_sigmas, guided_velocity
 from rlhf.contentv.pipeline import ContentVPipeline
-from rlhf.contentv.wan_decoder import decode_video
+from rlhf.generator.files import SamplingDefaults
+from rlhf.generator.flow import euler_step, flow_sigmas, guided_velocity
+from rlhf.generator.wan_decoder import decode_video
 
 PROMPT = "a red circle"
 PUBLISHED_SIGNATURE = {

@@ -142,7 +142,7 @@ def test_only_one_package_names_vendors():
 
 
 def test_importing_the_package_imports_no_vendor():
-    code = "import sys, rlhf.device, rlhf.contentv.loading; assert not sys.modules.get('torch_npu')"
+    code = "import sys, rlhf.device, rlhf.generator.loading; assert not sys.modules.get('torch_npu')"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert module.KNOWN_DEVICES[-1] == "cpu"
 

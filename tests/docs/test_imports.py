@@ -30,7 +30,7 @@ def test_import_rlhf_loads_no_framework_and_its_public_names_load_on_first_use()
     names = "RewardGradientConfig, RewardGradientTrainer, load_pipeline"
     check = f"assert sorted(rlhf.__all__) == [x.__name__ for x in ({names})] and not hasattr(rlhf, 'torch')"
     modules = modules_after(f"import rlhf\nfrom rlhf import {names}\n{check}")
-    assert {"rlhf.trainer", "rlhf.config", "rlhf.contentv.loading"} <= modules
+    assert {"rlhf.trainer", "rlhf.config", "rlhf.generator.loading"} <= modules
 
 
 def test_settings_are_checked_before_the_libraries_that_take_seconds_are_imported():

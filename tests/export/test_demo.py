@@ -14,7 +14,7 @@ from tiny import SAMPLING, tiny_pipeline
 
 from rlhf.adapter.lora_file import read_lora
 from rlhf.adapter.lora_weights import ADAPTER_FILE
-from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
+from rlhf.generator.files import CONTENTV_8B, NANO_PATH
 
 DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))
 main, parse = DEMO["main"], DEMO["parse_demo_args"]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
 
 from rlhf.adapter.lora_weights import ADAPTER_FILE
-from rlhf.contentv.loading import load_pipeline
 from rlhf.export import main
+from rlhf.generator.loading import load_pipeline
 
 
 def make_run(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from tiny import tiny_pipeline, tiny_transformer
 
 from rlhf.config import RewardGradientConfig, with_sampling
-from rlhf.contentv.files import model_sizes
+from rlhf.generator.files import model_sizes
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 DECODED = {"decode_chunk": 1, "decode_checkpoint": True}

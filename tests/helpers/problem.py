@@ -9,7 +9,7 @@ from tiny import tiny_conditioning, tiny_transformer, tiny_vae
 from rlhf.adapter.lora import add_adapter, lora_config
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.wan_decoder import decode_video
+from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.adjoint import CheckpointedTransformer
 from rlhf.method.grad_steps import choose_grad_steps
 from rlhf.method.rollout import rollout

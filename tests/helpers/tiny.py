@@ -1,5 +1,8 @@
 """Random, seeded, tiny parts of the real classes: 0.1 s and 0.3 million weights a pipeline."""
 
+from pathlib import Path
+
+import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
@@ -7,6 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from rlhf.contentv.pipeline import ContentVPipeline, SamplingDefaults
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.types import Conditioning
+from rlhf.wan.transformer import WanTransformer3DModel
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 MAX_TOKENS = 24
@@ -61,6 +65,44 @@ def tiny_pipeline(seed: int = 0) -> ContentVPipeline:
     return pipe
 
 
+def tiny_wan_transformer(seed: int = 0, cls=WanTransformer3DModel, **sizes) -> diffusers.WanTransformer3DModel:
+    """Two blocks, two heads of 12; biases and modulations are random, too."""
+    sizes = {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "text_dim": TEXT_WIDTH,
+        "freq_dim": 16,
+        "ffn_dim": 40,
+        "rope_max_seq_len": 32,
+    } | sizes
+    return _draw(cls(**sizes), seed)
+
+
+def stock_wan_pipeline(seed: int = 0, shift: float = 3.0) -> diffusers.WanPipeline:
+    """Return diffusers' own Wan pipeline, as published: UMT5, UniPC, tiny and random."""
+    t5 = _t5_tokenizer()
+    encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**_t5_sizes(t5)))
+    pipe = diffusers.WanPipeline(
+        tokenizer=t5,
+        text_encoder=_draw(encoder, seed + 1),
+        vae=tiny_vae(seed),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        ),
+        transformer=tiny_wan_transformer(seed, diffusers.WanTransformer3DModel),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_tiny_wan(folder: Path) -> Path:
+    """Write a tiny Wan in the published layout, with sampling defaults of its size."""
+    stock_wan_pipeline().save_pretrained(folder)
+    SAMPLING.save(folder)
+    return folder
+
+
 def tiny_conditioning(batch: int = 1, tokens: int = 6, seed: int = 0, dtype=torch.float32) -> Conditioning:
     """Random embeddings of the tiny transformer's width, negative ones included."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,7 +147,11 @@ def _clip_config(tokenizer) -> transformers.CLIPTextConfig:
 
 
 def _t5_config(tokenizer) -> transformers.T5Config:
-    return transformers.T5Config(
+    return transformers.T5Config(**_t5_sizes(tokenizer))
+
+
+def _t5_sizes(tokenizer) -> dict:
+    return dict(
         vocab_size=len(tokenizer),
         d_model=TEXT_WIDTH,
         d_kv=8,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from problem import GUIDANCE, SIGMAS, STEPS
 
-from rlhf.contentv.wan_decoder import decode_video, unnormalise
+from rlhf.generator.wan_decoder import decode_video, unnormalise
 from rlhf.method.grad_steps import choose_grad_steps
 
 

@@ -8,8 +8,8 @@ from problem import GUIDANCE, SIGMAS, STEPS
 from tiny import SAMPLING, tiny_conditioning, tiny_transformer
 
 from rlhf.adapter.masters import MasterWeights
-from rlhf.contentv.flow import flow_sigmas, guided_velocity
-from rlhf.contentv.text import encode_prompts
+from rlhf.generator.flow import flow_sigmas, guided_velocity
+from rlhf.generator.text import encode_prompts
 from rlhf.method.plan import Plan, shorten_prefix
 from rlhf.method.rollout import RolloutCache, draw_noise, rollout, sample_euler
 from rlhf.method.velocity import Guidance, VelocityFields, velocity_field

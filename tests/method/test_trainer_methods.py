@@ -6,7 +6,7 @@ from runs import adapter, train
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness, rows_without_cost
 
-from rlhf.contentv.flow import guided_velocity
+from rlhf.generator.flow import guided_velocity
 from rlhf.method.rollout import draw_noise
 from rlhf.trainer import RewardGradientTrainer
 

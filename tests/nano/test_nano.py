@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rewards import load_reward, probe
-from rlhf.contentv.loading import load_pipeline
+from rlhf.generator.loading import load_pipeline
 from rlhf.nano import world
 from rlhf.nano.rewards import WEIGHTS
 

@@ -8,7 +8,7 @@ import pytest
 from plans import CHECKPOINTED, DECODED, tiny
 
 from rlhf.config import RewardGradientConfig, with_sampling
-from rlhf.contentv.files import model_sizes
+from rlhf.generator.files import model_sizes
 from rlhf.planner.memory import MemoryPlan, plan_memory, plan_rewards
 from rlhf.planner.traced import TracedModel
 

@@ -15,11 +15,11 @@ from tiny import tiny_conditioning
 from rlhf.adapter.lora import add_adapter, lora_config
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
-from rlhf.contentv.files import model_sizes
 from rlhf.contentv.transformer import QueryKeyNorm
-from rlhf.contentv.wan_decoder import decode_video
 from rlhf.execution.apply import ExecutionOptions, set_up_blocks
 from rlhf.execution.offload import HostMemory
+from rlhf.generator.files import model_sizes
+from rlhf.generator.wan_decoder import decode_video
 from rlhf.planner.time import H200, phase_seconds
 from rlhf.planner.traced import TracedModel
 from rlhf.planner.tracer import MetaOffload, Phase, Trace, fake_process_group, fused_attention

@@ -23,7 +23,7 @@ from rewards.common.qwen_vl import random_qwen_vl
 from rewards.load import built_in
 from rewards.models import hps_v3, viclip, video_align, video_score
 from rewards.models.consistency import Dino
-from rlhf.contentv import wan_decoder
+from rlhf.generator import wan_decoder
 
 ONE = {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
 QWEN = {

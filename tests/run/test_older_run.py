@@ -12,7 +12,7 @@ from tiny import tiny_conditioning, tiny_pipeline
 from toy_rewards import PROMPTS, redness
 
 from rlhf.config.parse import parse_config
-from rlhf.contentv.loading import load_pipeline
+from rlhf.generator.loading import load_pipeline
 from rlhf.run.metrics import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 

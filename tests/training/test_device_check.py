@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf.contentv.files import NANO_PATH
 from rlhf.device.__main__ import main
+from rlhf.generator.files import NANO_PATH
 from rlhf.training import device_check
 from rlhf.training.device_check import Row, Training, distance, table
 

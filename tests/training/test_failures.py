@@ -54,9 +54,9 @@ def test_a_reward_is_named_with_its_own_cures(monkeypatch):
 
 
 def test_the_decoder_is_named_with_its_own_cures(tiny_pipe, monkeypatch):
-    from rlhf.contentv.wan_decoder import decode_video
+    from rlhf.generator.wan_decoder import decode_video
 
-    monkeypatch.setattr("rlhf.contentv.wan_decoder._decode_chunk", fail)
+    monkeypatch.setattr("rlhf.generator.wan_decoder._decode_chunk", fail)
     told = out_of_memory(caught(lambda: decode_video(tiny_pipe.vae, torch.zeros(1, 16, 2, 2, 4))))
     assert told.startswith("Out of memory in ")
     assert MEMORY_CURES["wan_decoder.py"] in told

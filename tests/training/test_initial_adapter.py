@@ -17,8 +17,8 @@ from rlhf.adapter.lora_file import read_lora
 from rlhf.adapter.lora_weights import ADAPTER_FILE, Lora, LoraLayer
 from rlhf.adapter.merge import apply_lora
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.contentv.transformer import linear_sizes
 from rlhf.export import main
+from rlhf.generator.loading import linear_sizes
 from rlhf.method.rollout import draw_noise
 from rlhf.trainer import RewardGradientTrainer
 

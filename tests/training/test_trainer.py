@@ -16,8 +16,8 @@ from toy_rewards import PROMPTS, brightness, redness
 from rlhf.adapter.lora import disable_adapter
 from rlhf.config import ConfigError
 from rlhf.config.parse import parse_config
-from rlhf.contentv.wan_decoder import decode_video
 from rlhf.device import generator
+from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.drift import drift_step_weights, velocity_distance
 from rlhf.method.plan import gradient_samples, make_plan
 from rlhf.method.rollout import rollout, sample_euler

@@ -12,8 +12,8 @@ from runs import saved_adapter
 from tiny import tiny_pipeline, tiny_vae
 from toy_rewards import PROMPTS, redness
 
-from rlhf.contentv.wan_decoder import decode_video
 from rlhf.execution.offload import HostMemory
+from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.decode import Decoder
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.batches import Batches

@@ -1,32 +1,39 @@
 """Load a pipeline by a name, a path or a hub id: `load_pipeline("nano")`.
 
-A checkpoint has a folder per component, in diffusers layout. The classes of the components are
-fixed, so model_index.json is not read: some name a module that is not in diffusers.
+A checkpoint has a folder per component, in diffusers layout. Its transformer's config.json names
+the family (`rlhf.generator.registry`), whose classes are fixed.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rlhf.contentv.files import SamplingDefaults, model_folder, one_line
-from rlhf.contentv.pipeline import ContentVPipeline
-from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.generator.files import family_of_folder, model_folder, model_sizes, one_line
+from rlhf.generator.pipeline import VideoPipeline
+from rlhf.generator.registry import SamplingDefaults, family_of_config
 
 BF16_ABOVE_BYTES = 2 * 2**30  # of transformer weights on disk
-TEXT_ENCODERS = {
-    "text_encoder": CLIPTextModelWithProjection,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "text_encoder_3": T5EncoderModel,
-}
-TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5TokenizerFast}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a family's components. load_scheduler: reads the scheduler's folder."""
+
+    pipeline: type[VideoPipeline]
+    transformer: type[torch.nn.Module]
+    text_encoders: dict[str, type]
+    tokenizers: dict[str, type]
+    load_scheduler: Callable[[Path], FlowMatchEulerDiscreteScheduler]
 
 
 def load_pipeline(
     model: str | Path = "nano", dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> ContentVPipeline:
+) -> VideoPipeline:
     """Return a model's pipeline, frozen and in evaluation mode.
 
     `pipe.sampling` has the checkpoint's sampling defaults.
@@ -41,33 +48,41 @@ def load_pipeline(
         ValueError: the model does not exist, lacks a component, or has other weights.
     """
     folder = model_folder(model)
-    dtype = dtype or default_dtype(folder)
-    pipe = ContentVPipeline(
+    family, dtype = family_of_folder(folder), dtype or default_dtype(folder)
+    model_sizes(folder)  # refuses other architectures
+    classes = family.classes
+    encoders = {
+        name: _load_weights(cls, folder / name, spare=True, dtype=dtype) for name, cls in classes.text_encoders.items()
+    }
+    pipe = classes.pipeline(
         transformer=load_transformer(folder, dtype),
         vae=_load_weights(AutoencoderKLWan, folder / "vae", dtype=torch.float32),
-        scheduler=_load_config(FlowMatchEulerDiscreteScheduler, folder / "scheduler"),
-        **{name: _load_weights(cls, folder / name, dtype=dtype) for name, cls in TEXT_ENCODERS.items()},
-        **{name: _load_config(cls, folder / name) for name, cls in TOKENIZERS.items()},
+        scheduler=classes.load_scheduler(folder / "scheduler"),
+        **encoders,
+        **{name: load_config(cls, folder / name) for name, cls in classes.tokenizers.items()},
     )
-    pipe.sampling = SamplingDefaults.load(folder)
+    pipe.sampling = SamplingDefaults.load(folder, family.sampling)
     return pipe if device is None else pipe.to(device)
 
 
-def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> SD3Transformer3DModel:
+def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """Return only the transformer of a checkpoint, as `load_pipeline` does, on the CPU."""
     dtype = dtype or default_dtype(folder)
-    return _load_weights(SD3Transformer3DModel, folder / "transformer", dtype=dtype)
+    return _load_weights(family_of_folder(folder).classes.transformer, folder / "transformer", dtype=dtype)
 
 
-def _load_weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
-    """Return a frozen component; raise ValueError if weights are missing (libraries only warn)."""
+def _load_weights(cls, folder: Path, spare: bool = False, **kwargs) -> torch.nn.Module:
+    """Return a frozen component; raise ValueError if weights are missing (libraries only warn).
+
+    spare: the files may have more weights, as those of text encoders do.
+    """
     try:
         module, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{folder} holds no readable safetensors weights ({one_line(error)}); check that the download is complete"
         ) from error
-    unexpected = [] if folder.name in TEXT_ENCODERS else report["unexpected_keys"]  # text encoders carry spare ones
+    unexpected = [] if spare else report["unexpected_keys"]
     if wrong := sorted({*report["missing_keys"], *unexpected}):
         raise ValueError(
             f"the weights in {folder} do not fit {cls.__name__}: {len(wrong)} keys are missing or unexpected, the "
@@ -76,7 +91,7 @@ def _load_weights(cls, folder: Path, **kwargs) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _load_config(cls, folder: Path):
+def load_config(cls, folder: Path):
     """Load a scheduler or tokenizer; raise ValueError if its files are not readable."""
     try:
         return cls.from_pretrained(folder)
@@ -90,3 +105,10 @@ def default_dtype(folder: Path) -> torch.dtype:
     """Return bfloat16 for large transformers, else float32."""
     size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
     return torch.bfloat16 if size > BF16_ABOVE_BYTES else torch.float32
+
+
+def linear_sizes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of the linear layers of a transformer with this config, by name."""
+    with torch.device("meta"):
+        modules = family_of_config(config).classes.transformer.from_config(config).named_modules()
+    return {name: tuple(module.weight.shape) for name, module in modules if isinstance(module, torch.nn.Linear)}

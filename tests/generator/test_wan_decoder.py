@@ -8,9 +8,9 @@ from diffusers import AutoencoderKLWan
 from kept import KeptBytes, counted_calls
 from tiny import tiny_vae
 
-from rlhf.contentv import wan_decoder as module
-from rlhf.contentv.wan_decoder import decode_video, saturated_share, use_channels_last
 from rlhf.execution.offload import HostMemory
+from rlhf.generator import wan_decoder as module
+from rlhf.generator.wan_decoder import decode_video, saturated_share, use_channels_last
 
 # The published statistics of Wan2.1's latents.
 WAN_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]

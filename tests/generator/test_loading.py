@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import LETTERS, SAMPLING, tiny_pipeline
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from rlhf.contentv import loading
-from rlhf.contentv.files import CONTENTV_8B, NANO_PATH, model_folder, model_sizes, resolve_model
-from rlhf.contentv.loading import load_pipeline
 from rlhf.contentv.transformer import SD3Transformer3DModel
+from rlhf.generator import loading
+from rlhf.generator.files import CONTENTV_8B, NANO_PATH, model_folder, model_sizes, resolve_model
+from rlhf.generator.loading import load_pipeline
 
 PROMPT = "a red circle"
 
@@ -165,8 +165,8 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(monkeypatch, saved):
     assert "transformer/*" in asked["allow_patterns"]
     assert len(asked["allow_patterns"]) == 11
     assert model_sizes("someone/Some-Model")["transformer"]["num_layers"] == 2
-    configs = ["transformer/config.json", "vae/config.json", "tokenizer/tokenizer_config.json", "sampling.json"]
-    assert asked["allow_patterns"] == configs
+    configs = ["transformer/config.json", "vae/config.json", "tokenizer/tokenizer_config.json"]
+    assert asked["allow_patterns"] == [*configs, "model_index.json", "sampling.json"]
 
 
 def test_a_run_folder_is_told_from_a_checkpoint(tmp_path):

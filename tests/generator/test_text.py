@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rlhf.contentv.files import NANO_PATH
-from rlhf.contentv.loading import load_pipeline
-from rlhf.contentv.text import ENCODE_BATCH, encode_prompts
+from rlhf.generator.files import NANO_PATH
+from rlhf.generator.loading import load_pipeline
+from rlhf.generator.text import ENCODE_BATCH, encode_prompts
 from rlhf.types import Prompt
 
 

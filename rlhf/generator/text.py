@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from rlhf.contentv.pipeline import ContentVPipeline
+from rlhf.generator.pipeline import VideoPipeline
 from rlhf.types import Conditioning, negative_of
 
 ENCODE_BATCH = 16
@@ -32,9 +32,9 @@ class PromptCache:
 
 @torch.no_grad()
 def encode_prompts(
-    pipe: ContentVPipeline, prompts: Iterable[str], negative_prompt: str, max_sequence_length: int
+    pipe: VideoPipeline, prompts: Iterable[str], negative_prompt: str, max_sequence_length: int
 ) -> PromptCache:
-    """Encode each distinct text once, with `pipe.encode_prompt`, in the dtype of the encoders.
+    """Encode each distinct text once, with `pipe.encode_texts`, in the dtype of the encoders.
 
     Texts are the prompts and the negative prompts of their rows, by default negative_prompt. All
     batches have one size, because the rounding of products depends on it: a resumed run encodes
@@ -51,14 +51,7 @@ def encode_prompts(
     return PromptCache(unique, embeds, pooled, negative_prompt)
 
 
-def _encode(pipe, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode(pipe: VideoPipeline, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return embeddings (B, L, D) and pooled embeddings (B, P) on the CPU."""
-    embeds, _, pooled, _ = pipe.encode_prompt(
-        prompt=prompts,
-        prompt_2=None,
-        prompt_3=None,
-        device=pipe.text_encoder.device,
-        do_classifier_free_guidance=False,
-        max_sequence_length=max_sequence_length,
-    )
+    embeds, pooled = pipe.encode_texts(prompts, max_sequence_length)
     return embeds.cpu(), pooled.cpu()

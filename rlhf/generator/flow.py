@@ -1,19 +1,19 @@
-"""ContentV's sampler in three functions: sigmas, guided velocity, Euler step.
+"""The flow's sampler in three functions: sigmas, guided velocity, Euler step.
 
 Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.types import Conditioning
 
-NUM_TRAIN_TIMESTEPS = 1000  # the transformer was trained on timestep = 1000 * sigma
+NUM_TRAIN_TIMESTEPS = 1000  # transformers are trained on timestep = 1000 * sigma
 
 
 def flow_sigmas(
@@ -29,7 +29,7 @@ def flow_sigmas(
 
 
 def guided_velocity(
-    transformer: SD3Transformer3DModel,
+    transformer: Callable,
     latents_BCTHW: torch.Tensor,
     sigma: torch.Tensor,
     cond: Conditioning,
@@ -40,6 +40,7 @@ def guided_velocity(
     """Return v_neg + g (v_text - v_neg) in the latents' shape and dtype (arXiv 2207.12598).
 
     Args:
+        transformer: as `rlhf.generator.registry` describes it, with a `dtype`.
         latents_BCTHW: float32, for any dtype of the transformer.
         sigma: 0-d float32, in [0, 1].
         cond: embeddings of B prompts; the negative ones are used only for guidance_scale > 1.

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T
 
-from rlhf.contentv.frozen_layers import conv, norm_silu
 from rlhf.execution.offload import HostMemory
 from rlhf.execution.recompute import gradient_checkpoint
+from rlhf.generator.frozen_layers import conv, norm_silu
 from rlhf.types import clamp_straight_through
 
 

@@ -1,0 +1,62 @@
+"""ContentV's checkpoints: files, sizes and defaults, without importing torch."""
+
+from rlhf.generator.registry import CONTENTV_8B, ModelFamily
+
+# Sizes of ContentV-8B, which are also the classes' defaults for keys that a config file leaves out.
+SIZES = {
+    "transformer": {"in_channels": 16, "patch_size": 2, "num_layers": 38},
+    "vae": {"temperal_downsample": [False, True, True]},
+    "tokenizer": {"model_max_length": 77},  # CLIP's
+}
+# ContentV-8B has the encoders of Stable Diffusion 3.5: CLIP L/14 (arXiv 2103.00020), OpenCLIP
+# bigG/14 (arXiv 2212.07143) and the encoder of T5 v1.1 XXL (arXiv 1910.10683). The configuration
+# classes supply the other values.
+TEXT_ENCODERS = {
+    "text_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "text_encoder_2": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+    },
+    "text_encoder_3": {
+        "d_model": 4096,
+        "d_ff": 10240,
+        "d_kv": 64,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+    },
+}
+FAMILY = ModelFamily(
+    name="ContentV",
+    room="rlhf.contentv",
+    # The published code checks the first, a base class, in model_index.json.
+    transformer_classes=("SD3Transformer2DModel", "SD3Transformer3DModel"),
+    config_files={
+        "transformer": "config.json",
+        "vae": "config.json",
+        "scheduler": "scheduler_config.json",
+        **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "config.json"),
+        **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), "tokenizer_config.json"),
+    },
+    sizes=SIZES,
+    published={CONTENTV_8B: SIZES},
+    text_encoders=TEXT_ENCODERS,
+    longest_encoder="text_encoder_3",
+    licences={
+        "nano": {"license": "apache-2.0"},
+        CONTENTV_8B: {
+            "license": "other",
+            "license_name": "stabilityai-ai-community",
+            "license_link": "https://stability.ai/community-license-agreement",
+        },
+    },
+)

@@ -1,0 +1,1 @@
+"""What every generator shares: files, loading, flow, prompt embeddings, the Wan VAE's decoder."""

@@ -1,0 +1,119 @@
+"""The generators that the trainer knows, and the contract of their rooms.
+
+A room such as `rlhf.contentv` has four files, and knows nothing of rewards and training:
+
+    facts.py        FAMILY: files, sizes and defaults of its checkpoints. Imports no torch.
+    transformer.py  the denoiser, a diffusers model with the attributes that `TRANSFORMER` lists
+    pipeline.py     a `rlhf.generator.pipeline.VideoPipeline`
+    classes.py      CLASSES: the classes that `rlhf.generator.loading` makes a pipeline of
+
+TRANSFORMER, for latents (B, C, T, H, W):
+    forward(latents, text_BLD, pooled_BP, timestep_B, joint_attention_kwargs=, return_dict=)
+        The velocity. timestep = 1000 sigma. P is 0 where a model has no pooled text.
+    transformer_blocks, block_parts   the blocks, and how `rlhf.execution.blocks` runs them
+    run_block, sequence_group         set by `rlhf.execution.apply`
+    trace_inputs(batch, latent_shape, text_tokens)   text, pooled text and timestep on "meta"
+Layers are named to_q, to_k, to_v and to_out.0, as the default LoRA expects them.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rlhf.io import read_object
+
+ROOMS = ("rlhf.contentv", "rlhf.wan")  # the first has the checkpoints whose class is not known
+CONTENTV_8B = "ByteDance/ContentV-8B"
+SAMPLING_FILE = "sampling.json"
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """The recommended sampling of a checkpoint, from its sampling.json; defaults: ContentV-8B's."""
+
+    height: int = 432  # pixels
+    width: int = 768  # pixels
+    num_frames: int = 125  # 4k + 1
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    fps: int = 24  # frames per second of the written video
+    max_sequence_length: int = 256  # T5 tokens
+    negative_prompt: str = ""
+
+    def __post_init__(self):
+        if not 1 <= self.fps <= 1000:
+            raise ValueError(f"fps: got {self.fps}, expected at least 1 and at most 1000 frames per second; correct it")
+
+    @classmethod
+    def load(cls, folder: Path, default: "SamplingDefaults | None" = None) -> "SamplingDefaults":
+        """Read folder/sampling.json; the default's values if the file or a key is missing."""
+        path = Path(folder) / SAMPLING_FILE
+        values = read_object(path) if path.exists() else {}
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{path} has {unknown}, expected only {sorted(known)}; remove or rename these keys")
+        return cls(**asdict(default or cls()) | values)
+
+    def save(self, folder: Path) -> None:
+        """Write the file folder/sampling.json."""
+        (Path(folder) / SAMPLING_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def call_arguments(self) -> dict[str, Any]:
+        """Return the defaults as keyword arguments of a pipeline's `__call__`."""
+        return {key: value for key, value in asdict(self).items() if key != "fps"}
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """The checkpoints of one generator, as facts that need no torch.
+
+    name: for tags and messages. room: its package. transformer_classes: in a checkpoint's
+    config.json; exports name the first. config_files: of each component's folder. sizes: values of
+    keys that a config file leaves out. fixed: keys whose other values are another model, by
+    component; "" is model_index.json. published: sizes of checkpoints that need neither files nor
+    network, by hub id. text_encoders: configurations of the published encoders, for the planner.
+    longest_encoder: the one whose tokens max_sequence_length counts. licences: by model, as a
+    model card's header has them. unsupported: settings and why they do not work.
+    """
+
+    name: str
+    room: str
+    transformer_classes: tuple[str, ...]
+    config_files: dict[str, str]
+    sizes: dict[str, dict[str, Any]]
+    published: dict[str, dict[str, dict[str, Any]]]
+    text_encoders: dict[str, dict[str, Any]]
+    longest_encoder: str
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    licences: dict[str, dict[str, str]] = field(default_factory=dict)
+    unsupported: dict[str, str] = field(default_factory=dict)
+
+    def encoder_tokens(self, card: dict[str, dict], max_sequence_length: int) -> dict[str, int]:
+        """Return the tokens of a prompt, by encoder. card: of `model_sizes`."""
+        others = card["tokenizer"]["model_max_length"]
+        return {name: max_sequence_length if name == self.longest_encoder else others for name in self.text_encoders}
+
+    @property
+    def classes(self) -> Any:
+        """Return the room's `rlhf.generator.loading.Classes`, whose import takes seconds."""
+        return import_module(f"{self.room}.classes").CLASSES
+
+
+def families() -> list[ModelFamily]:
+    """Return all families; the first is the default."""
+    return [import_module(f"{room}.facts").FAMILY for room in ROOMS]
+
+
+def family_of_config(transformer: dict[str, Any]) -> ModelFamily:
+    """Return the family that has a transformer's config."""
+    known = families()
+    return next((f for f in known if transformer.get("_class_name") in f.transformer_classes), known[0])
+
+
+def spatial_patch(transformer: dict[str, Any]) -> int:
+    """Return the edge of a transformer's spatial patch, in latent pixels, by its config."""
+    size = transformer["patch_size"]
+    return size if isinstance(size, int) else size[-1]

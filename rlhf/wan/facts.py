@@ -1,0 +1,68 @@
+"""Wan 2.1's text-to-video checkpoints: files, sizes and defaults, without importing torch."""
+
+from rlhf.generator.registry import ModelFamily, SamplingDefaults
+
+WAN_1_3B, WAN_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+VAE = {"temperal_downsample": [False, True, True]}
+TOKENIZER = {"model_max_length": 512}  # UMT5's; longer prompts are cut
+TRANSFORMER = {  # of both published models
+    "patch_size": [1, 2, 2],
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+}
+SMALL = TRANSFORMER | {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
+LARGE = TRANSFORMER | {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}
+FAMILY = ModelFamily(
+    name="Wan",
+    room="rlhf.wan",
+    transformer_classes=("WanTransformer3DModel",),
+    config_files={
+        "transformer": "config.json",
+        "vae": "config.json",
+        "scheduler": "scheduler_config.json",
+        "text_encoder": "config.json",
+        "tokenizer": "tokenizer_config.json",
+    },
+    sizes={"transformer": LARGE, "vae": VAE, "tokenizer": TOKENIZER},
+    published={
+        model: {"transformer": sizes, "vae": VAE, "tokenizer": TOKENIZER}
+        for model, sizes in {WAN_1_3B: SMALL, WAN_14B: LARGE}.items()
+    },
+    text_encoders={  # the encoder of UMT5 XXL (arXiv 2304.09151)
+        "text_encoder": {
+            "vocab_size": 256384,
+            "d_model": 4096,
+            "d_ff": 10240,
+            "d_kv": 64,
+            "num_layers": 24,
+            "num_heads": 64,
+            "feed_forward_proj": "gated-gelu",
+        }
+    },
+    longest_encoder="text_encoder",
+    sampling=SamplingDefaults(
+        height=480, width=832, num_frames=81, guidance_scale=5.0, fps=16, max_sequence_length=512
+    ),
+    # Of images to video, and of Wan 2.2 with two transformers or another VAE.
+    fixed={
+        "": {"boundary_ratio": None, "expand_timesteps": False},
+        "transformer": {
+            "patch_size": (1, 2, 2),
+            "in_channels": 16,
+            "image_dim": None,
+            "added_kv_proj_dim": None,
+            "qk_norm": "rms_norm_across_heads",
+        },
+        "vae": {"is_residual": False, "patch_size": None},
+    },
+    licences={model: {"license": "apache-2.0"} for model in (WAN_1_3B, WAN_14B)},
+    unsupported={
+        "sequence_parallel": "its self-attention is not divided over processes; use data or guidance parallelism",
+        "shard_base": "its number formats are mixed, which FSDP does not shard together; use stream_weights",
+        "sampling_weights": "a float8 copy is not made of it; leave it at own",
+        "base_bits": "4-bit weights were not tested with it; use stream_weights",
+    },
+)
