@@ -21,6 +21,7 @@ from safetensors import safe_open
 from rlhf.adapter.lora_weights import ADAPTER_FILE, DISTILLED_KEY, Lora, LoraLayer
 from rlhf.config import is_distilled
 from rlhf.generator.files import HUB_ID, one_line
+from rlhf.generator.registry import family_of_layers
 from rlhf.io import file_errors, read_object
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -207,14 +208,16 @@ def other_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 def _group(tensors: dict[str, torch.Tensor], sizes: Sizes | None) -> dict[str, dict[str, torch.Tensor]]:
     """Return the parts of each layer: a, b, and magnitude and alpha where the file has them."""
-    flat = {name.replace(".", "_"): name for name in sizes or {}}
+    original_name = family_of_layers(sizes or ()).original_name
+    known = {original_name(name): name for name in sizes or {}} | {name: name for name in sizes or {}}
+    flat = {given.replace(".", "_"): name for given, name in known.items()}
     layers, adapters, unknown = defaultdict(dict), set(), []
     for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
         match = KEY.fullmatch(key)
         if match is None:
             raise _error(_format(key) or f"{key}, which belongs to no LoRA", "a LoRA")
         given, part, adapter = match[1], PARTS[match[2]], match[3]
-        name = next(_names(given, flat, sizes), None)
+        name = next(_names(given, flat, known if sizes else None), None)
         if name is None:
             unknown.append((key, given))
             continue
@@ -231,16 +234,17 @@ def _group(tensors: dict[str, torch.Tensor], sizes: Sizes | None) -> dict[str, d
     return layers
 
 
-def _names(given: str, flat: dict[str, str], sizes: Sizes | None) -> Iterator[str]:
-    """Yield the model's layer that a key may mean."""
+def _names(given: str, flat: dict[str, str], known: dict[str, str] | None) -> Iterator[str]:
+    """Yield the model's layer that a key may mean. known: layers by all their names, with dots."""
     name = given
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
-    if name in sizes if sizes is not None else name.startswith("transformer_blocks.") or name != given:
-        yield name
+    if name in known if known is not None else name.startswith("transformer_blocks.") or name != given:
+        yield known[name] if known is not None else name
     for prefix in FLAT_PREFIXES:
-        if given.startswith(prefix) and given.removeprefix(prefix) in flat:
-            yield flat[given.removeprefix(prefix)]
+        name = given.removeprefix(prefix).lstrip("_")  # VideoX-Fun has one more
+        if given.startswith(prefix) and name in flat:
+            yield flat[name]
 
 
 def _format(key: str) -> str | None:

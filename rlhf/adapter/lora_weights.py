@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,20 @@ class Lora:
     def save(self, path: Path) -> None:
         """Write the file, which `read_lora` and diffusers' load_lora_weights read."""
         save_tensors(path, self.tensors(), self.metadata())
+
+    def save_original(self, path: Path, original_name: Callable[[str], str]) -> None:
+        """Write a file with the layers' names in the authors' code, as ComfyUI reads it.
+
+        It has no alpha: the scale has to be in B.
+        """
+        assert all(layer.scale == 1 for layer in self.layers.values())
+        parts = {name: {"lora_A": layer.a, "lora_B": layer.b} for name, layer in self.layers.items()}
+        named = {
+            f"diffusion_model.{original_name(name)}.{part}.weight": tensor
+            for name, tensors in parts.items()
+            for part, tensor in tensors.items()
+        }
+        save_tensors(path, named, {"format": "pt"} | ({DISTILLED_KEY: "true"} if self.distilled else {}))
 
 
 def _whole(value: float) -> float | int:

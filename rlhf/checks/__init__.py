@@ -14,7 +14,7 @@ from rlhf.checks.rewards import problems_raised_by, reward_problems
 from rlhf.config import ConfigError, RewardGradientConfig, range_problems, with_sampling
 from rlhf.device import pick_device
 from rlhf.generator.files import SamplingDefaults, model_sizes
-from rlhf.generator.registry import spatial_patch
+from rlhf.generator.registry import family_of_config, spatial_patch
 from rlhf.prompts import load_prompts
 from rlhf.run.folder import has_run
 from rlhf.run.lock import lock_problem
@@ -68,7 +68,7 @@ def check_config(
             problems.append(f"initial_adapter: {error}")
         unguided = {"guidance_scale": 1.0} if initial and initial.distilled else {}
         args = with_sampling(args, sizes["sampling"] | unguided)
-        problems += _size_problems(args, sizes)
+        problems += [*_size_problems(args, sizes), *_family_problems(args, sizes)]
         problems += [*method_problems(args), *adapter_problems(args, sizes["transformer"])]
         problems += [*execution_problems(args), *parallel_problems(args, planned_processes)]
     if problems := [*range_problems(args), *problems]:
@@ -107,6 +107,15 @@ def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
     if args.num_frames < 1 or args.num_frames % stride_t != 1 % stride_t:
         near = max(1, round((args.num_frames - 1) / stride_t) * stride_t + 1)
         yield f"num_frames={args.num_frames} is not {stride_t}k+1, as the VAE of {args.model} needs; use {near}"
+
+
+def _family_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
+    """Yield settings that do not work with the model's family."""
+    family = family_of_config(sizes["transformer"])
+    for name, why in family.unsupported.items():
+        expected = getattr(RewardGradientConfig, name)
+        if (got := getattr(args, name)) != expected:
+            yield f"{name}: got {got} with {args.model} of {family.name}, expected {expected}: {why}"
 
 
 def _guard_problems(args, eval_prompts) -> Iterator[str]:

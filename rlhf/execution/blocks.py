@@ -31,9 +31,9 @@ class BlockParts:
     """The parts of a class of blocks around its attention.
 
     before: (block, video, text, temb, *constants) -> query, key, value (B, H, tokens, W), and gates
-    that are functions of temb. after: (block, attended, video, text, *gates) -> text, video.
-    differs: whether a block's code differs from that of the others. modulation: the modules that
-    make the gates.
+    that are functions of temb. after: (block, attended, video, text, *gates, attention) -> text,
+    video; attention: for other attention within it, as in `BlockRunner`. differs: whether a block's
+    code differs from that of the others. modulation: the parameters that make the gates of temb.
     """
 
     before: Callable[..., Tensors]
@@ -120,7 +120,8 @@ class BlockRunner:
         if self.fetch:
             self.fetch(block)
         attended = attended if self.shards is None else self.shards.to_tokens(attended)
-        return (self.parts.after if self.parts.differs(block) else self._after)(block, attended, *inputs)
+        after = self.parts.after if self.parts.differs(block) else self._after
+        return after(block, attended, *inputs, attention=self.attention)
 
 
 def before_attention(
@@ -145,9 +146,14 @@ def before_attention(
 
 
 def after_attention(
-    block, attended_BHNW: torch.Tensor, video_BND: torch.Tensor, text_BLD: torch.Tensor, *gates_BD: torch.Tensor
+    block,
+    attended_BHNW: torch.Tensor,
+    video_BND: torch.Tensor,
+    text_BLD: torch.Tensor,
+    *gates_BD: torch.Tensor,
+    attention: Attention,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return text (B, L, D), None for the last block, and video (B, N, D)."""
+    """Return text (B, L, D), None for the last block, and video (B, N, D). attention: unused."""
     attn, gates_B1D = block.attn, [gate.unsqueeze(1) for gate in gates_BD]
     attended = attended_BHNW.transpose(1, 2).flatten(2)
     attended, text_attended = attended.split([video_BND.shape[1], text_BLD.shape[1]], 1)

@@ -25,7 +25,7 @@ from rlhf.export.hub import check_push, push
 from rlhf.export.model_card import Export, write_card
 from rlhf.generator.files import family_of_folder, model_folder, model_sizes, one_line
 from rlhf.generator.loading import linear_sizes, load_transformer
-from rlhf.generator.registry import SamplingDefaults
+from rlhf.generator.registry import SamplingDefaults, family_of_layers
 from rlhf.io import read_object, write_json
 from rlhf.report.data import Run
 from rlhf.run.checkpoint import damage, newest_undamaged_checkpoint, read_state
@@ -78,7 +78,7 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
         index = json.loads((base / "model_index.json").read_text())
         write_json(out / "model_index.json", index | {"transformer": ("diffusers", family.transformer_classes[0])})
         _remove_paths(out)
-        write_card(Export(trained.run, "merged", scale, model, trained.step, lora.distilled), out)
+        write_card(Export(trained.run, "merged", scale, model, trained.step, lora.distilled, family), out)
 
 
 def export_adapter(
@@ -98,8 +98,13 @@ def export_adapter(
         raise ValueError(f"{got} for an adapter with magnitudes (lora_use_dora), expected plain LoRA; use --merged")
     print(f"exporting {trained.origin}")
     with empty_folder_on_error(out):
-        lora.scaled(scale, fold=convention == "comfyui").save(out / ADAPTER_FILE)
-        write_card(Export(trained.run, convention, scale, model, trained.step, lora.distilled), out)
+        family, is_comfyui = family_of_layers(lora.layers), convention == "comfyui"
+        lora = lora.scaled(scale, fold=is_comfyui)
+        if is_comfyui and family.renamed:
+            lora.save_original(out / ADAPTER_FILE, family.original_name)
+        else:
+            lora.save(out / ADAPTER_FILE)
+        write_card(Export(trained.run, convention, scale, model, trained.step, lora.distilled, family), out)
 
 
 def _remove_paths(folder: Path) -> None:

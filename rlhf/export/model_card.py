@@ -4,7 +4,7 @@ It has the training settings, the result on held-out prompts, and the licences o
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,7 +13,7 @@ from rewards.catalogue import CATALOGUE
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.evaluation.statistics import INTERVAL
 from rlhf.generator.files import HUB_ID
-from rlhf.generator.registry import families
+from rlhf.generator.registry import ModelFamily, families
 from rlhf.report import settings_rows
 from rlhf.report.contact_sheet import CONTACT_SHEET
 from rlhf.report.data import Run
@@ -44,6 +44,7 @@ class Export:
     model: str | None = None  # base model (default: that of the run's config.yaml)
     step: int | None = None  # of a checkpoint; None for the result of a finished run
     distilled: bool = False  # sampled without guidance
+    family: ModelFamily = field(default_factory=lambda: families()[0])
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def write_card(export: Export, out: Path) -> Path:
     ]
     licences = [_reward_licence_row(name, run.specs[name]) for name in run.reward_names]
     content = environment.get_template(TEMPLATE).render(
-        card_data=header(base, export.kind).to_yaml(),
+        card_data=header(base, export.kind, export.family).to_yaml(),
+        family=export.family,
         base=base,
         merged=export.kind == "merged",
         convention=export.kind,
@@ -120,13 +122,14 @@ def resolve_base(model: str) -> Base:
     return Base(Path(model).name, {key: data[key] for key in LICENCE_KEYS if key in data})
 
 
-def header(base: Base, kind: str) -> ModelCardData:
+def header(base: Base, kind: str, family: ModelFamily) -> ModelCardData:
     """Return the card's header: licence, library, task, tags, and the base model if on the Hub."""
     relation = "finetune" if kind == "merged" else "adapter"
     known = {"base_model": base.name, "base_model_relation": relation}
     known = base.header | (known if HUB_ID.fullmatch(base.name) else {})
-    tags = ["text-to-video", "rlhf", "reward-gradient", "contentv"] + ["lora"] * (kind != "merged")
-    # Not diffusers, whose snippet the Hub would show: its DiffusionPipeline does not know ContentV.
+    tags = ["text-to-video", "rlhf", "reward-gradient", family.name.lower()] + ["lora"] * (kind != "merged")
+    # Not diffusers, whose snippet the Hub would show: its DiffusionPipeline does not know all
+    # families.
     return ModelCardData(library_name="contentv-rlhf", pipeline_tag="text-to-video", tags=tags, **known)
 
 

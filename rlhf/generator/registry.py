@@ -17,6 +17,7 @@ Layers are named to_q, to_k, to_v and to_out.0, as the default LoRA expects them
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
@@ -69,13 +70,20 @@ class SamplingDefaults:
 class ModelFamily:
     """The checkpoints of one generator, as facts that need no torch.
 
-    name: for tags and messages. room: its package. transformer_classes: in a checkpoint's
-    config.json; exports name the first. config_files: of each component's folder. sizes: values of
-    keys that a config file leaves out. fixed: keys whose other values are another model, by
-    component; "" is model_index.json. published: sizes of checkpoints that need neither files nor
-    network, by hub id. text_encoders: configurations of the published encoders, for the planner.
-    longest_encoder: the one whose tokens max_sequence_length counts. licences: by model, as a
-    model card's header has them. unsupported: settings and why they do not work.
+    name: for tags and messages.
+    room: its package.
+    transformer_classes: in a checkpoint's config.json; exports name the first.
+    config_files: of each component's folder.
+    sizes: values of keys that a config file leaves out, by component.
+    published: sizes of checkpoints that need neither files nor network, by hub id.
+    text_encoders: configurations of the published encoders, for the planner.
+    longest_encoder: the one whose tokens max_sequence_length counts.
+    blocks: name of the transformer's list of blocks.
+    card: sentences of an export's model card, by the kind of export.
+    fixed: keys whose other values are another model, by component; "" is model_index.json.
+    licences: by model, as a model card's header has them.
+    unsupported: settings, and why they do not work.
+    renamed: parts of the layers' names, and what they are in the authors' code.
     """
 
     name: str
@@ -86,15 +94,28 @@ class ModelFamily:
     published: dict[str, dict[str, dict[str, Any]]]
     text_encoders: dict[str, dict[str, Any]]
     longest_encoder: str
+    blocks: str
+    card: dict[str, str]
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
     licences: dict[str, dict[str, str]] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def encoder_tokens(self, card: dict[str, dict], max_sequence_length: int) -> dict[str, int]:
         """Return the tokens of a prompt, by encoder. card: of `model_sizes`."""
         others = card["tokenizer"]["model_max_length"]
         return {name: max_sequence_length if name == self.longest_encoder else others for name in self.text_encoders}
+
+    def text_tokens(self, card: dict[str, dict], max_sequence_length: int) -> int:
+        """Return the transformer's text tokens: the longest encoder's and the others'."""
+        return max_sequence_length + (card["tokenizer"]["model_max_length"] if len(self.text_encoders) > 1 else 0)
+
+    def original_name(self, layer: str) -> str:
+        """Return a layer's name in the authors' own code."""
+        for ours, theirs in self.renamed:
+            layer = layer.replace(ours, theirs)
+        return layer
 
     @property
     def classes(self) -> Any:
@@ -111,6 +132,12 @@ def family_of_config(transformer: dict[str, Any]) -> ModelFamily:
     """Return the family that has a transformer's config."""
     known = families()
     return next((f for f in known if transformer.get("_class_name") in f.transformer_classes), known[0])
+
+
+def family_of_layers(layers: Iterable[str]) -> ModelFamily:
+    """Return the family whose transformer has layers of these names."""
+    names, known = list(layers), families()
+    return next((f for f in known if any(name.startswith(f"{f.blocks}.") for name in names)), known[0])
 
 
 def spatial_patch(transformer: dict[str, Any]) -> int:

@@ -168,8 +168,8 @@ class TracedModel:
         self, model: nn.Module, speed: ExecutionOptions, batch: int
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
         """Return the transformer as a function of latents, and latents."""
-        tokens = family_of_config(self.card["transformer"]).encoder_tokens(self.card, self.args.max_sequence_length)
-        text_tokens = sum(set(tokens.values()))  # encoders of one length are side by side in width
+        family = family_of_config(self.card["transformer"])
+        text_tokens = family.text_tokens(self.card, self.args.max_sequence_length)
         conditions = model.trace_inputs(batch, self.latent_shape, text_tokens)
         use_fused_norms(model)
 

@@ -12,16 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 import torch.distributed as dist
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from rlhf.contentv.transformer import QueryKeyNorm
 from rlhf.execution.offload import HostMemory
 
 CONVOLUTIONS = ("convolution", "convolution_backward")
@@ -217,7 +216,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Stand in for attention inside a trace. All tensors are (B, H, N, W)."""
+    """Stand in for attention inside a trace: (B, H, N, W), and M keys and values."""
     return _Attention.apply(query, key, value)
 
 
@@ -226,10 +225,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value):
-        result = torch.empty_like(value)
+        result = torch.empty_like(query)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, result, log_sum_exp)
-        _count_attention(query, products=2)
+        _count_attention(query, key, products=2)
         return result
 
     @staticmethod
@@ -237,20 +236,19 @@ class _Attention(torch.autograd.Function):
         """Count attention's backward pass and return empty gradients."""
         query, key, value, *_ = ctx.saved_tensors
         query_gradient = query.new_empty(query.shape, dtype=torch.float32)  # accumulated over blocks of keys
-        _count_attention(query, products=5)
+        _count_attention(query, key, products=5)
         gradients = tuple(torch.empty_like(x) for x in (query, key, value))
         del query_gradient
         return gradients
 
 
-def _count_attention(query_BHNW: torch.Tensor, products: int) -> None:
-    """Count attention. products: matrix products of N x N x W for each head."""
-    *rows, width = query_BHNW.shape
-    flops = 2 * products * prod(rows) * rows[-1] * width
+def _count_attention(query_BHNW: torch.Tensor, key_BHMW: torch.Tensor, products: int) -> None:
+    """Count attention. products: matrix products of N x M x W for each head."""
+    flops = 2 * products * query_BHNW.numel() * key_BHMW.shape[-2]
     _get_current_dispatch_mode().count(Operation("attention", _name(query_BHNW.dtype), flops, 0))
 
 
-class _FusedNorm(QueryKeyNorm):
+class _FusedNorm(nn.Module):
     """An RMS norm as one kernel. On "meta" PyTorch would take the norm apart."""
 
     def forward(self, hidden_states):
@@ -274,7 +272,7 @@ class _RmsNorm(torch.autograd.Function):
 def use_fused_norms(transformer: nn.Module) -> None:
     """Have each query and key norm count as one kernel, in place."""
     for module in transformer.modules():
-        if isinstance(module, QueryKeyNorm):
+        if isinstance(module, nn.RMSNorm | RMSNorm):
             module.__class__ = _FusedNorm
 
 

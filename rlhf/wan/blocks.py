@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from rlhf.execution.attention import Attention
 from rlhf.execution.blocks import BlockParts
 
 
@@ -32,23 +33,28 @@ def before_attention(
 
 
 def after_attention(
-    block, attended_BHNW: torch.Tensor, video_BND: torch.Tensor, text_BLD: torch.Tensor, *gates_B1D: torch.Tensor
+    block,
+    attended_BHNW: torch.Tensor,
+    video_BND: torch.Tensor,
+    text_BLD: torch.Tensor,
+    *gates_B1D: torch.Tensor,
+    attention: Attention,
 ) -> tuple[None, torch.Tensor]:
     """Return None, for the text stays as it is, and the video's tokens (B, N, D)."""
     gate, shift, scale, feed_forward_gate = gates_B1D
     attended = _project_out(block.attn1, attended_BHNW)
     video = (wide(video_BND) + attended * gate).type_as(video_BND)
     x = video if isinstance(block.norm2, torch.nn.Identity) else layer_norm(block.norm2, video).type_as(video)
-    video = video + _cross_attention(block.attn2, x, text_BLD)
+    video = video + _cross_attention(block.attn2, x, text_BLD, attention)
     x = block.ffn(modulate(block.norm3, video, shift, scale))
     return None, (wide(video) + wide(x) * feed_forward_gate).type_as(video)
 
 
-def _cross_attention(attn, x_BND: torch.Tensor, text_BLD: torch.Tensor) -> torch.Tensor:
+def _cross_attention(attn, x_BND: torch.Tensor, text_BLD: torch.Tensor, attention: Attention) -> torch.Tensor:
     """Return the attention of the video's tokens to the text, without positions."""
     query, key = attn.norm_q(attn.to_q(x_BND)), attn.norm_k(attn.to_k(text_BLD))
     qkv = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (query, key, attn.to_v(text_BLD)))
-    return _project_out(attn, F.scaled_dot_product_attention(*qkv))
+    return _project_out(attn, attention(*qkv))
 
 
 def _project_out(attn, attended_BHNW: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,31 @@ FAMILY = ModelFamily(
         }
     },
     longest_encoder="text_encoder",
+    blocks="blocks",
+    card={
+        "merged": "`diffusers.WanPipeline.from_pretrained` loads it, too.",
+        "diffusers": "The keys are those of diffusers, such as `transformer.blocks.0.attn1.to_q.lora_A.weight`.\n"
+        "`diffusers.WanPipeline.load_lora_weights` reads the file, too.",
+        "comfyui": "The keys are those of the authors' code, such as\n"
+        "`diffusion_model.blocks.0.self_attn.q.lora_A.weight`, as ComfyUI reads them.\n"
+        "The scale is multiplied into the weights.",
+    },
+    renamed=(
+        (".attn1.", ".self_attn."),
+        (".attn2.", ".cross_attn."),
+        (".to_q", ".q"),
+        (".to_k", ".k"),
+        (".to_v", ".v"),
+        (".to_out.0", ".o"),
+        (".ffn.net.0.proj", ".ffn.0"),
+        (".ffn.net.2", ".ffn.2"),
+        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        ("proj_out", "head.head"),
+    ),
     sampling=SamplingDefaults(
         height=480, width=832, num_frames=81, guidance_scale=5.0, fps=16, max_sequence_length=512
     ),

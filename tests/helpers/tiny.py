@@ -1,8 +1,5 @@
 """Random, seeded, tiny parts of the real classes: 0.1 s and 0.3 million weights a pipeline."""
 
-from pathlib import Path
-
-import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
@@ -10,7 +7,6 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from rlhf.contentv.pipeline import ContentVPipeline, SamplingDefaults
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.types import Conditioning
-from rlhf.wan.transformer import WanTransformer3DModel
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 MAX_TOKENS = 24
@@ -35,7 +31,7 @@ def tiny_transformer(seed: int = 0, **sizes) -> SD3Transformer3DModel:
         "joint_attention_dim": TEXT_WIDTH,
         "pooled_projection_dim": TEXT_WIDTH,
     } | sizes
-    return _draw(SD3Transformer3DModel(**sizes), seed)
+    return draw(SD3Transformer3DModel(**sizes), seed)
 
 
 def tiny_vae(seed: int = 0, **sizes) -> AutoencoderKLWan:
@@ -48,59 +44,21 @@ def tiny_vae(seed: int = 0, **sizes) -> AutoencoderKLWan:
 
 def tiny_pipeline(seed: int = 0) -> ContentVPipeline:
     """All of ContentV on the CPU, in float32 and evaluation mode, with a vocabulary of letters."""
-    clip, clip_2, t5 = _clip_tokenizer(), _clip_tokenizer(), _t5_tokenizer()
+    clip, clip_2, t5 = _clip_tokenizer(), _clip_tokenizer(), t5_tokenizer()
     pipe = ContentVPipeline(
         transformer=tiny_transformer(seed),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_vae(seed),
-        text_encoder=_draw(transformers.CLIPTextModelWithProjection(_clip_config(clip)), seed + 1),
+        text_encoder=draw(transformers.CLIPTextModelWithProjection(_clip_config(clip)), seed + 1),
         tokenizer=clip,
-        text_encoder_2=_draw(transformers.CLIPTextModelWithProjection(_clip_config(clip_2)), seed + 2),
+        text_encoder_2=draw(transformers.CLIPTextModelWithProjection(_clip_config(clip_2)), seed + 2),
         tokenizer_2=clip_2,
-        text_encoder_3=_draw(transformers.T5EncoderModel(_t5_config(t5)), seed + 3),
+        text_encoder_3=draw(transformers.T5EncoderModel(_t5_config(t5)), seed + 3),
         tokenizer_3=t5,
     )
     pipe.sampling = SAMPLING
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def tiny_wan_transformer(seed: int = 0, cls=WanTransformer3DModel, **sizes) -> diffusers.WanTransformer3DModel:
-    """Two blocks, two heads of 12; biases and modulations are random, too."""
-    sizes = {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "text_dim": TEXT_WIDTH,
-        "freq_dim": 16,
-        "ffn_dim": 40,
-        "rope_max_seq_len": 32,
-    } | sizes
-    return _draw(cls(**sizes), seed)
-
-
-def stock_wan_pipeline(seed: int = 0, shift: float = 3.0) -> diffusers.WanPipeline:
-    """Return diffusers' own Wan pipeline, as published: UMT5, UniPC, tiny and random."""
-    t5 = _t5_tokenizer()
-    encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**_t5_sizes(t5)))
-    pipe = diffusers.WanPipeline(
-        tokenizer=t5,
-        text_encoder=_draw(encoder, seed + 1),
-        vae=tiny_vae(seed),
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-        ),
-        transformer=tiny_wan_transformer(seed, diffusers.WanTransformer3DModel),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def save_tiny_wan(folder: Path) -> Path:
-    """Write a tiny Wan in the published layout, with sampling defaults of its size."""
-    stock_wan_pipeline().save_pretrained(folder)
-    SAMPLING.save(folder)
-    return folder
 
 
 def tiny_conditioning(batch: int = 1, tokens: int = 6, seed: int = 0, dtype=torch.float32) -> Conditioning:
@@ -110,7 +68,7 @@ def tiny_conditioning(batch: int = 1, tokens: int = 6, seed: int = 0, dtype=torc
     return Conditioning(*(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes))
 
 
-def _draw(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+def draw(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for weight in module.parameters():
         scale = weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.1
@@ -125,7 +83,7 @@ def _clip_tokenizer() -> transformers.CLIPTokenizer:
     return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_TOKENS)
 
 
-def _t5_tokenizer() -> transformers.T5TokenizerFast:
+def t5_tokenizer() -> transformers.T5TokenizerFast:
     pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS]
     vocab = [(piece, 0.0 if piece.startswith("<") else -2.0) for piece in pieces]
     return transformers.T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
@@ -147,10 +105,10 @@ def _clip_config(tokenizer) -> transformers.CLIPTextConfig:
 
 
 def _t5_config(tokenizer) -> transformers.T5Config:
-    return transformers.T5Config(**_t5_sizes(tokenizer))
+    return transformers.T5Config(**t5_sizes(tokenizer))
 
 
-def _t5_sizes(tokenizer) -> dict:
+def t5_sizes(tokenizer) -> dict:
     return dict(
         vocab_size=len(tokenizer),
         d_model=TEXT_WIDTH,

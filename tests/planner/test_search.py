@@ -8,9 +8,9 @@ from plans import tiny
 
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.contentv.facts import TEXT_ENCODERS
 from rlhf.planner.search import INEXACT_CHOICES, Planner
 from rlhf.planner.text import format_fit, format_memory, format_sizes, format_time, plan_report
-from rlhf.planner.text_encoders import CONTENTV_ENCODERS
 
 CONTEXT, DEVICE = 1000, "NVIDIA H200"
 PIPE, ARGS, CARD = tiny(eval_prompts="none", num_frames=9, reward_funcs=["mine.py:Mine"], lora_rank=1)
@@ -85,7 +85,7 @@ def test_a_sharded_base_is_proposed_for_several_processes(planner):
 
 @pytest.mark.slow
 def test_text_encoders_that_take_most_are_named(planner, monkeypatch):
-    configs = {name: getattr(PIPE, name).config.to_dict() for name in CONTENTV_ENCODERS}
+    configs = {name: getattr(PIPE, name).config.to_dict() for name in TEXT_ENCODERS}
     assert Planner(ARGS, CARD, encoders=configs).encoder_bytes > 10**5
     assert planner.encoder_bytes == 0
     monkeypatch.setattr(planner, "encoder_bytes", 10**9)

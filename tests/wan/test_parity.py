@@ -1,10 +1,10 @@
 """Wan's velocity, text, sample and video are those of diffusers' own pipeline."""
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from tiny import TEXT_WIDTH, save_tiny_wan, stock_wan_pipeline, tiny_wan_transformer
+from tiny import TEXT_WIDTH
+from tiny_wan import CLOSE, euler, save_tiny_wan, stock_wan_pipeline, tiny_wan_transformer
 
 from rlhf.execution.blocks import RECOMPUTE, BlockRunner
 from rlhf.generator.flow import euler_step, flow_sigmas, guided_velocity
@@ -13,22 +13,12 @@ from rlhf.generator.text import encode_prompts
 from rlhf.generator.wan_decoder import decode_video
 from rlhf.wan.blocks import WAN_BLOCK
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 PROMPTS = ["a  red &amp; round ball", "two stars"]  # which the pipeline cleans
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_tiny_wan(tmp_path_factory.mktemp("wan"))
-
-
-def euler(stock):
-    """The stock pipeline with Euler steps through evenly spaced sigmas before the shift."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    set_timesteps = scheduler.set_timesteps
-    scheduler.set_timesteps = lambda n, device: set_timesteps(sigmas=np.linspace(1, 0, n + 1)[:-1], device=device)
-    stock.scheduler = scheduler
-    return stock
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

@@ -1,0 +1,83 @@
+"""LoRA files of Wan: in diffusers' names and in the authors', for Wan and refused for ContentV."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_transformer
+from tiny_wan import tiny_wan_transformer
+
+from rlhf.adapter.lora_file import read_lora
+from rlhf.adapter.lora_weights import Lora, LoraLayer
+from rlhf.generator.loading import linear_sizes
+from rlhf.wan.facts import FAMILY
+
+WAN = dict(tiny_wan_transformer().config) | {"_class_name": "WanTransformer3DModel"}
+NAMES = {  # of layers, and as the authors' code has them
+    "blocks.0.attn1.to_q": "blocks.0.self_attn.q",
+    "blocks.1.attn1.to_out.0": "blocks.1.self_attn.o",
+    "blocks.0.attn2.to_k": "blocks.0.cross_attn.k",
+    "blocks.0.attn2.to_v": "blocks.0.cross_attn.v",
+    "blocks.1.ffn.net.0.proj": "blocks.1.ffn.0",
+    "blocks.1.ffn.net.2": "blocks.1.ffn.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.time_proj": "time_projection.1",
+}
+
+
+def wan_lora(rank=2) -> Lora:
+    sizes, generator = linear_sizes(WAN), torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)
+    return Lora({n: LoraLayer(draw(rank, sizes[n][1]), draw(sizes[n][0], rank), 3.0 * rank) for n in NAMES})
+
+
+def tensors(name, up, down):
+    return {
+        name(theirs) + end: tensor
+        for ours, theirs in NAMES.items()
+        for end, tensor in (
+            (up, wan_lora().layers[ours].b),
+            (down, wan_lora().layers[ours].a),
+            (".alpha", torch.tensor(6.0)),
+        )
+    }
+
+
+FILES = {
+    "ComfyUI": tensors(lambda n: f"diffusion_model.{n}", ".lora_B.weight", ".lora_A.weight"),
+    "authors": tensors(lambda n: n, ".lora_up.weight", ".lora_down.weight"),
+    "musubi": tensors(lambda n: "lora_unet_" + n.replace(".", "_"), ".lora_up.weight", ".lora_down.weight"),
+    "VideoX-Fun": tensors(lambda n: "lora_unet__" + n.replace(".", "_"), ".lora_up.weight", ".lora_down.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_authors_names_are_read_for_wan_and_refused_for_contentv(tmp_path, kind):
+    path = tmp_path / "lora.safetensors"
+    save_file(FILES[kind], path)
+    found, expected = read_lora(path, linear_sizes(WAN)).layers, wan_lora().layers
+    assert found.keys() == expected.keys()
+    for name, layer in expected.items():
+        weight = torch.zeros(len(layer.b), layer.a.shape[1])
+        torch.testing.assert_close(found[name].merge(weight), layer.merge(weight))
+    contentv = linear_sizes(dict(tiny_transformer().config))
+    with pytest.raises(ValueError, match="got LoRA of Wan"):
+        read_lora(path, contentv)
+
+
+def test_what_is_written_for_comfyui_is_read_again(tmp_path):
+    lora, path = wan_lora(), tmp_path / "lora.safetensors"
+    lora.scaled(0.5, fold=True).save_original(path, FAMILY.original_name)
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in load_file(path)
+    found = read_lora(path, linear_sizes(WAN)).layers
+    for name, layer in lora.layers.items():
+        weight = torch.zeros(len(layer.b), layer.a.shape[1])
+        torch.testing.assert_close(found[name].merge(weight), layer.merge(weight, 0.5))
+
+
+def test_contentvs_files_are_refused_for_wan(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    layer = {"a": torch.ones(2, 24), "b": torch.ones(24, 2)}
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_"
+    save_file({f"{name}A.weight": layer["a"], f"{name}B.weight": layer["b"]}, path)
+    with pytest.raises(ValueError, match="layers that this transformer does not have"):
+        read_lora(path, linear_sizes(WAN))
