@@ -1,0 +1,90 @@
+"""Choose where the parts of a model are while it samples, so that a device's memory is enough."""
+
+import math
+from dataclasses import dataclass
+
+from rlhf.config import RewardGradientConfig
+from rlhf.contentv.files import SamplingDefaults
+from rlhf.evaluation.sampler import TEXTS, Placement
+from rlhf.planner.text_encoders import encoding_bytes
+from rlhf.planner.traced import TracedModel
+
+GIB = 2**30
+# The fastest first. Streaming hides behind a step of a long video; encoders on the CPU take longest.
+PLACEMENTS = (Placement(), Placement("in turn"), Placement("in turn", True), Placement("host", True))
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """A placement and the peak bytes of each phase on the device, the context included."""
+
+    placement: Placement
+    phases: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak bytes on the device."""
+        return max(self.phases.values())
+
+    def __str__(self) -> str:
+        peaks = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.phases.items())
+        return f"{self.placement}; GiB expected: {peaks}"
+
+
+def plan_sampling(
+    model: str, card: dict[str, dict], encoders: dict[str, dict], sampling: SamplingDefaults, context_bytes: int = 0
+) -> list[SamplingPlan]:
+    """Return a plan for each placement, the fastest first.
+
+    card, encoders: of `model_sizes` and `encoder_configs`. context_bytes: what a process takes of
+    the device besides PyTorch's memory. An adapter is counted as one of the default rank.
+    """
+    settings = sampling.call_arguments()
+    args = RewardGradientConfig(model=model, decode_chunk=1, **settings)
+    traced = TracedModel(args, card)
+    clip, t5 = card["tokenizer"]["model_max_length"], sampling.max_sequence_length
+    tokens = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
+    text = {
+        name: encoding_bytes({name: config}, tokens, traced.transformer.dtype, TEXTS)
+        for name, config in encoders.items()
+    }
+    weights = {
+        name: encoding_bytes({name: config}, tokens, traced.transformer.dtype, 0) for name, config in encoders.items()
+    }
+    step = traced.transformer_call(args, 1, with_gradient=False).no_grad.added_bytes
+    decode = traced.decoder_call(args, 1, sampling.num_frames, with_gradient=False).no_grad.added_bytes
+    vae = 4 * traced.vae.num_parameters()
+    frozen, itemsize = traced.frozen, traced.itemsize
+    table = traced.num_tokens * traced.transformer.inner_dim * itemsize
+    around = itemsize * frozen.rest + traced.adapter_bytes + table
+    plans = []
+    for placement in PLACEMENTS:
+        blocks = itemsize * (2 * frozen.largest_block if placement.stream_weights else frozen.blocks)
+        held, is_whole = context_bytes + blocks + around, placement.encoders == "device"
+        held += sum(weights.values()) + vae if is_whole else 0
+        # A video after the first: streamed blocks keep their slots, a whole transformer makes room.
+        before = held if is_whole or placement.stream_weights else context_bytes
+        encode = {
+            "device": max(text[name] - weights[name] for name in text) if text else 0,
+            "in turn": max(text.values(), default=0),
+            "host": 0,
+        }[placement.encoders]
+        phases = {"encoding": before + encode, "denoising": held + step}
+        phases["decoding"] = held + (0 if is_whole else vae) + decode
+        plans.append(SamplingPlan(placement, phases))
+    return plans
+
+
+def choose_placement(plans: list[SamplingPlan], limit_gib: float) -> SamplingPlan:
+    """Return the fastest plan within the limit. Raise ValueError if there is none."""
+    if not (math.isfinite(limit_gib) and limit_gib > 0):
+        raise ValueError(f"memory_limit_gib: got {limit_gib}, expected more than 0; raise it")
+    for plan in plans:
+        if plan.peak_bytes <= limit_gib * GIB:
+            return plan
+    least = min(plans, key=lambda plan: plan.peak_bytes)
+    phase = max(least.phases, key=least.phases.get)
+    raise ValueError(
+        f"memory_limit_gib: got {limit_gib:g}, expected at least {math.ceil(10 * least.peak_bytes / GIB) / 10:g} for "
+        f"{phase}, with all but two blocks in host memory; raise it, or lower num_frames, height and width"
+    )
