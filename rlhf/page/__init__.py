@@ -1,1 +1,1 @@
-"""A page in the browser: make videos, see base and tuned side by side, vote without knowing which."""
+"""A page in the browser: base and tuned side by side, and a blind vote between them."""

@@ -1,9 +1,10 @@
 """Serve the page: one HTML file, its state as JSON, and the videos, by Python's own HTTP server.
 
-It fetches nothing from elsewhere, and its browser may not either (`POLICY`). Without `host` it is
-reached from this machine alone.
+It fetches nothing from elsewhere, and the browser may not either (`POLICY`). At the default address
+it is reached from this machine alone.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from http import HTTPStatus
@@ -16,7 +17,7 @@ POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 MAX_BODY = 2**20  # bytes of a request
 
 
@@ -32,25 +33,32 @@ class App(Protocol):
         """Return the file on a side of a pair that is shown; None without one."""
 
 
-def make_server(app: App, host: str = "127.0.0.1", port: int = 7860) -> ThreadingHTTPServer:
-    """Return a server that is bound, and not yet started. Port 0 takes a free one.
+def add_address_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --host and --port."""
+    parser.add_argument("--host", default=LOOPBACK[0], help="address of the page (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page; 0: a free one (default: %(default)s)")
+
+
+def bind(host: str, port: int) -> ThreadingHTTPServer:
+    """Return a server at an address, before the work of making its page; `serve` starts it.
 
     Raises ValueError if the address cannot be bound.
     """
-    handler = type("Handler", (_Handler,), {"app": app, "names": LOOPBACK if host in LOOPBACK else None})
     try:
-        return ThreadingHTTPServer((host, port), handler)
+        return ThreadingHTTPServer((host, port), _Handler)
     except (OSError, OverflowError) as error:
         got = f"--host {host} --port {port}: got {error}"
         raise ValueError(f"{got}, expected an address of this machine and a free port; choose another") from error
 
 
-def serve(app: App, host: str, port: int) -> None:
+def serve(server: ThreadingHTTPServer, app: App) -> None:
     """Serve the page until Ctrl-C, and print its address."""
-    with make_server(app, host, port) as server:
+    server.app = app
+    host, port = server.server_address[:2]
+    with server:
         if host not in LOOPBACK:
             print(f"Anyone who can reach {host} can use this page; there is no password.")
-        print(f"The page is at http://{host}:{server.server_address[1]}; Ctrl-C ends it.", flush=True)
+        print(f"The page is at http://{host}:{port}; Ctrl-C ends it.", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -58,12 +66,14 @@ def serve(app: App, host: str, port: int) -> None:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answer one request. app: the page. names: hosts that a browser may call it by; None: all."""
+    """Answer one request."""
 
-    app: App
-    names: tuple[str, ...] | None
+    @property
+    def app(self) -> App:
+        """The page."""
+        return self.server.app
 
-    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+    def do_GET(self) -> None:
         """Send the page, its state or a video."""
         match self.path.split("?")[0].strip("/").split("/"):
             case _ if not self._is_called_here():
@@ -77,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             case _:
                 self._fail(HTTPStatus.NOT_FOUND, f"{self.path}: got nothing there, expected a part of the page")
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         """Do what was asked for, then send the state."""
         action = self.app.actions.get(self.path.strip("/"))
         # A form of another site can send neither this type nor, without leave, an Origin of ours.
@@ -96,11 +106,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_state()
 
     def _is_called_here(self) -> bool:
-        """Return whether the address in the browser is this server's, not a name that points to it."""
-        host = self.headers.get("Host", "").rpartition(":")[0].strip("[]") or self.headers.get("Host", "")
-        origin = self.headers.get("Origin")
-        own = origin is None or origin == f"http://{self.headers.get('Host')}"
-        return own and (self.names is None or host in self.names)
+        """Return whether the browser has this server's address, not a name that points to it."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        is_local = host.split(":")[0] in LOOPBACK or self.server.server_address[0] not in LOOPBACK
+        return is_local and origin in (None, f"http://{host}")
 
     def _send_state(self) -> None:
         self._send(json.dumps(self.app.state()).encode(), "application/json")

@@ -18,6 +18,8 @@ class SetsApp:
     def __init__(self, folders: dict[str, Path], votes: Votes, order: random.Random):
         self.votes, self.actions = votes, {"vote": self.vote, "next": self.next}
         found = {}
+        if folders["base"].resolve() == folders["tuned"].resolve():
+            raise ValueError(f"{folders['tuned']}: got the same folder twice, expected two; correct one")
         for model, folder in folders.items():
             videos = read_set(folder)
             require_files(videos)
@@ -56,6 +58,7 @@ class SetsApp:
         """Return what the page shows."""
         done = sum(self.votes.vote_of(pair) is not None for pair in self.pairs)
         sets = {"done": done, "total": len(self.pairs), "unpaired": self.unpaired}
+        sets["folders"] = {model: settings["folder"] for model, settings in self.settings.items()}
         pair = self.shown and describe_pair(self.votes, self.shown)
         return {"sets": sets, "pair": pair, "result": self.votes.result(self.settings)}
 

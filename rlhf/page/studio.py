@@ -1,4 +1,4 @@
-"""The page of demo.py: make a video of the base and of an adapter from one noise, and vote blind."""
+"""The page of demo.py: videos of the base and of an adapter from one noise, and a blind vote."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from rlhf.checks import check_sampling
 from rlhf.contentv.files import SamplingDefaults
 from rlhf.evaluation.generate import Variant, save_video
 from rlhf.evaluation.sampler import Sampler
+from rlhf.page.server import bind, serve
 from rlhf.page.votes import Pair, VoteError, Votes, describe_pair
 
 NUMBERS = {"seed": int, "height": int, "width": int, "num_frames": int, "num_inference_steps": int}
@@ -46,7 +47,7 @@ class StudioApp:
     """One sampler, its form and its votes. One request runs at a time.
 
     sampler: the loaded model. adapters: the LoRAs that the form offers. form: its first values.
-    folder: keeps the videos and votes.json. check: raises ValueError for sampling that does not
+    folder: for the videos. check: raises ValueError for sampling that does not
     fit the device.
     """
 
@@ -57,10 +58,11 @@ class StudioApp:
         adapters: list[str],
         form: dict[str, Any],
         folder: Path,
-        check: Callable[[SamplingDefaults], None],
+        check: Callable[[SamplingDefaults], Any],
+        votes: Votes,
     ):
         self.sampler, self.model, self.adapters, self.form = sampler, model, adapters, form
-        self.folder, self.check, self.votes = folder, check, Votes(folder / "votes.json")
+        self.folder, self.check, self.votes = folder, check, votes
         self.actions = {"make": self.make, "vote": self.vote, "stop": self.stop}
         self.lock, self.made, self.told = threading.Lock(), {}, set()
         self.job: dict[str, Any] | None = None
@@ -110,7 +112,7 @@ class StudioApp:
             raise ValueError(f"adapter: got {given['adapter']!r}, expected one of the page's; choose one")
         names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
         chosen = {name: given[name] for name in names}
-        check_sampling(self.model, chosen, given["seed"], None)
+        check_sampling(self.model, chosen, given["seed"], self.sampler.device.type)
         check_lora_scale(given["scale"])
         base = replace(self.sampler.pipe.sampling, **chosen)
         self.check(base)
@@ -159,8 +161,27 @@ class StudioApp:
         return path
 
 
+def serve_studio(
+    load: Callable[[], Sampler],
+    model: str,
+    adapters: list[str],
+    form: dict[str, Any],
+    folder: Path,
+    check: Callable[[SamplingDefaults], Any],
+    host: str,
+    port: int,
+) -> None:
+    """Load the model and serve its page until Ctrl-C; the arguments are those of `StudioApp`.
+
+    Raises ValueError for an address that is taken and a damaged votes.json, before the model loads.
+    """
+    server, votes = bind(host, port), Votes(folder / "votes.json")
+    form = form | {"prompt": form["prompt"] or "", "adapter": adapters[0] if adapters else "", "blind": True}
+    serve(server, StudioApp(load(), model, adapters, form, folder, check, votes))
+
+
 class _Clock:
-    """The progress of a request: seconds a step, and seconds left over the steps of all its videos."""
+    """The progress of a request: seconds a step, and seconds left in all its videos."""
 
     def __init__(self, app: StudioApp, steps: list[int]):
         self.app, self.steps, self.number = app, steps, 0

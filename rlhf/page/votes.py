@@ -47,7 +47,7 @@ class Votes:
     Raises DamagedFileError for a file that holds something else.
     """
 
-    def __init__(self, path: Path, draw: Callable[[], float] = random.SystemRandom().random):
+    def __init__(self, path: Path, draw: Callable[[], float] = random.random):
         self.path, self.draw, self.pairs, self.sides = path, draw, {}, {}
         self.comparisons: list[dict] = []
         if path.is_file():
@@ -95,8 +95,8 @@ class Votes:
         self.save()
 
     def save(self) -> None:
-        """Write the file: for each comparison the settings of both models, its result, its votes."""
-        rows = [{**c, **result_of(c["votes"]), "votes": c["votes"]} for c in self.comparisons]
+        """Write the file: each comparison's two settings, its result and its votes."""
+        rows = [{**{m: c[m] for m in MODELS}, **result_of(c["votes"]), "votes": c["votes"]} for c in self.comparisons]
         write_json(self.path, {"interval": WILSON, "comparisons": rows})
 
     def result(self, settings: dict[str, dict]) -> dict:

@@ -3,14 +3,18 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import SamplingDefaults
+from rlhf.device import describe, non_pytorch_memory
 from rlhf.evaluation.sampler import TEXTS, Placement
-from rlhf.planner.text_encoders import encoding_bytes
+from rlhf.planner.text_encoders import encoder_configs, encoding_bytes
+from rlhf.planner.time import RATES
 from rlhf.planner.traced import TracedModel
 
 GIB = 2**30
-# The fastest first. Streaming hides behind a step of a long video; encoders on the CPU take longest.
+# The fastest first: copies hide behind a long video's steps, and encoders on a CPU take longest.
 PLACEMENTS = (Placement(), Placement("in turn"), Placement("in turn", True), Placement("host", True))
 
 
@@ -44,13 +48,10 @@ def plan_sampling(
     traced = TracedModel(args, card)
     clip, t5 = card["tokenizer"]["model_max_length"], sampling.max_sequence_length
     tokens = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
-    text = {
-        name: encoding_bytes({name: config}, tokens, traced.transformer.dtype, TEXTS)
-        for name, config in encoders.items()
-    }
-    weights = {
-        name: encoding_bytes({name: config}, tokens, traced.transformer.dtype, 0) for name, config in encoders.items()
-    }
+    sizes = lambda batch: [
+        encoding_bytes({name: config}, tokens, traced.transformer.dtype, batch) for name, config in encoders.items()
+    ]
+    alone, weights = sizes(TEXTS), sizes(0)  # of each encoder: while it runs, and at rest
     step = traced.transformer_call(args, 1, with_gradient=False).no_grad.added_bytes
     decode = traced.decoder_call(args, 1, sampling.num_frames, with_gradient=False).no_grad.added_bytes
     vae = 4 * traced.vae.num_parameters()
@@ -61,21 +62,41 @@ def plan_sampling(
     for placement in PLACEMENTS:
         blocks = itemsize * (2 * frozen.largest_block if placement.stream_weights else frozen.blocks)
         held, is_whole = context_bytes + blocks + around, placement.encoders == "device"
-        held += sum(weights.values()) + vae if is_whole else 0
+        held += sum(weights) + vae if is_whole else 0
         # A video after the first: streamed blocks keep their slots, a whole transformer makes room.
         before = held if is_whole or placement.stream_weights else context_bytes
-        encode = {
-            "device": max(text[name] - weights[name] for name in text) if text else 0,
-            "in turn": max(text.values(), default=0),
-            "host": 0,
-        }[placement.encoders]
-        phases = {"encoding": before + encode, "denoising": held + step}
+        running = {"device": max(a - w for a, w in zip(alone, weights, strict=True)), "in turn": max(alone), "host": 0}
+        phases = {"encoding": before + running[placement.encoders], "denoising": held + step}
         phases["decoding"] = held + (0 if is_whole else vae) + decode
         plans.append(SamplingPlan(placement, phases))
     return plans
 
 
-def choose_placement(plans: list[SamplingPlan], limit_gib: float) -> SamplingPlan:
+def fit_sampling(
+    model: str,
+    card: dict[str, dict],
+    sampling: SamplingDefaults,
+    device: torch.device,
+    limit_gib: float | None,
+    chosen: SamplingPlan | None = None,
+) -> SamplingPlan | None:
+    """Return the fastest plan for a device within a limit; None without a limit.
+
+    chosen: the plan by which the model was loaded, which is kept. Raises ValueError on a CPU, where
+    there is nothing to move, and if no plan fits.
+    """
+    if limit_gib is None:
+        return None
+    if device.type == "cpu":
+        got = f"memory_limit_gib: got {limit_gib:g} on a CPU"
+        raise ValueError(f"{got}, expected an accelerator, whose memory it limits; leave it out")
+    rates = RATES.get(describe(device))
+    context_bytes = rates.context_bytes if rates else non_pytorch_memory(device)
+    plans = plan_sampling(model, card, encoder_configs(model), sampling, context_bytes)
+    return choose_plan([plan for plan in plans if chosen is None or plan.placement == chosen.placement], limit_gib)
+
+
+def choose_plan(plans: list[SamplingPlan], limit_gib: float) -> SamplingPlan:
     """Return the fastest plan within the limit. Raise ValueError if there is none."""
     if not (math.isfinite(limit_gib) and limit_gib > 0):
         raise ValueError(f"memory_limit_gib: got {limit_gib}, expected more than 0; raise it")
@@ -86,5 +107,5 @@ def choose_placement(plans: list[SamplingPlan], limit_gib: float) -> SamplingPla
     phase = max(least.phases, key=least.phases.get)
     raise ValueError(
         f"memory_limit_gib: got {limit_gib:g}, expected at least {math.ceil(10 * least.peak_bytes / GIB) / 10:g} for "
-        f"{phase}, with all but two blocks in host memory; raise it, or lower num_frames, height and width"
+        f"{phase} ({least.placement}); raise it, or lower num_frames, height and width"
     )
