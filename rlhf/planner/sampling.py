@@ -36,12 +36,12 @@ class SamplingPlan:
 
 
 def plan_sampling(
-    model: str, card: dict[str, dict], encoders: dict[str, dict], sampling: SamplingDefaults, context_bytes: int = 0
+    model: str, card: dict[str, dict], encoders: dict[str, dict], sampling: SamplingDefaults, context: int = 0
 ) -> list[SamplingPlan]:
     """Return a plan for each placement, the fastest first.
 
-    card, encoders: of `model_sizes` and `encoder_configs`. context_bytes: what a process takes of
-    the device besides PyTorch's memory. An adapter is counted as one of the default rank.
+    card, encoders: of `model_sizes` and `encoder_configs`. context: the device's `context_bytes`. An
+    adapter is counted as one of the default rank.
     """
     settings = sampling.call_arguments()
     args = RewardGradientConfig(model=model, decode_chunk=1, **settings)
@@ -61,10 +61,10 @@ def plan_sampling(
     plans = []
     for placement in PLACEMENTS:
         blocks = itemsize * (2 * frozen.largest_block if placement.stream_weights else frozen.blocks)
-        held, is_whole = context_bytes + blocks + around, placement.encoders == "device"
+        held, is_whole = context + blocks + around, placement.encoders == "device"
         held += sum(weights) + vae if is_whole else 0
         # A video after the first: streamed blocks keep their slots, a whole transformer makes room.
-        before = held if is_whole or placement.stream_weights else context_bytes
+        before = held if is_whole or placement.stream_weights else context
         running = {"device": max(a - w for a, w in zip(alone, weights, strict=True)), "in turn": max(alone), "host": 0}
         phases = {"encoding": before + running[placement.encoders], "denoising": held + step}
         phases["decoding"] = held + (0 if is_whole else vae) + decode
@@ -90,10 +90,14 @@ def fit_sampling(
     if device.type == "cpu":
         got = f"memory_limit_gib: got {limit_gib:g} on a CPU"
         raise ValueError(f"{got}, expected an accelerator, whose memory it limits; leave it out")
-    rates = RATES.get(describe(device))
-    context_bytes = rates.context_bytes if rates else non_pytorch_memory(device)
-    plans = plan_sampling(model, card, encoder_configs(model), sampling, context_bytes)
+    plans = plan_sampling(model, card, encoder_configs(model), sampling, context_bytes(device))
     return choose_plan([plan for plan in plans if chosen is None or plan.placement == chosen.placement], limit_gib)
+
+
+def context_bytes(device: torch.device) -> int:
+    """Return what a process takes of a device besides PyTorch's memory: as measured, or now."""
+    rates = RATES.get(describe(device))
+    return rates.context_bytes if rates else non_pytorch_memory(device)
 
 
 def choose_plan(plans: list[SamplingPlan], limit_gib: float) -> SamplingPlan:
