@@ -40,8 +40,8 @@ def plan_sampling(
 ) -> list[SamplingPlan]:
     """Return a plan for each placement, the fastest first.
 
-    card, encoders: of `model_sizes` and `encoder_configs`. context: the device's `context_bytes`. An
-    adapter is counted as one of the default rank.
+    card, encoders: of `model_sizes` and `encoder_configs`. context: of `context_bytes`. An adapter
+    is counted as one of the default rank.
     """
     settings = sampling.call_arguments()
     args = RewardGradientConfig(model=model, decode_chunk=1, **settings)
