@@ -8,7 +8,7 @@ parts of the model in host memory. `--serve` opens a page with base and tuned si
 import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
 import argparse
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from rewards.cli.flags import file_to_write
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         if plan:
             print(f"{args.memory_limit_gib:g} GiB: {plan}", flush=True)
         if args.serve:
-            form = {name: getattr(args, name) for name in ("prompt", "seed", "scale")} | sampling.call_arguments()
+            form = {name: getattr(args, name) for name in ("prompt", "seed", "scale")} | asdict(sampling)
             check = lambda asked: fit_sampling(args.model_id, card, asked, device, args.memory_limit_gib, plan)
             load = lambda: Sampler(args.model_id, device, plan and plan.placement)
             return serve_studio(load, args.model_id, args.lora, form, args.serve, check, args.host, args.port)

@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from rlhf.evaluation.sampler import Sampler
 from rlhf.page.server import bind, serve
 from rlhf.page.votes import Pair, VoteError, Votes, describe_pair
 
-NUMBERS = {"seed": int, "height": int, "width": int, "num_frames": int, "num_inference_steps": int}
-NUMBERS |= {"guidance_scale": float, "scale": float}
-TEXTS = ("prompt", "negative_prompt", "adapter")
+SAMPLING = {field.name: field.type for field in fields(SamplingDefaults)}
+KINDS = SAMPLING | {"prompt": str, "adapter": str, "seed": int, "scale": float}  # of the form's values
+WORDS = {int: "a whole number", float: "a number", str: "text"}
 
 
 class Stopped(Exception):
@@ -97,24 +97,22 @@ class StudioApp:
             if self.job:
                 raise ValueError("got a second request, expected one at a time; wait for it, or stop it")
             self.job, self.error, self.stopped = {"stage": "starting", "done": 0, "total": 0}, "", False
-        self.form = self.form | {name: body[name] for name in (*TEXTS, *NUMBERS, "blind") if name in body}
+        self.form = self.form | {name: body[name] for name in (*KINDS, "blind") if name in body}
         threading.Thread(target=self._run, args=(request,), daemon=True).start()
 
     def read(self, body: dict) -> Request:
         """Return the request of a form, checked without weights."""
         given = self.form | body
-        for name, kind in (NUMBERS | dict.fromkeys(TEXTS, str)).items():
-            is_number = kind is not str and isinstance(given[name], int | float) and not isinstance(given[name], bool)
-            if not (is_number and kind(given[name]) == given[name] or isinstance(given[name], kind)):
-                word = {int: "a whole number", float: "a number", str: "text"}[kind]
-                raise ValueError(f"{name}: got {given[name]!r}, expected {word}; correct it")
+        for name, kind in KINDS.items():
+            accepted = int | float if kind is float else kind  # JSON has 1 for 1.0
+            if not isinstance(given[name], accepted) or isinstance(given[name], bool):
+                raise ValueError(f"{name}: got {given[name]!r}, expected {WORDS[kind]}; correct it")
         if given["adapter"] not in ("", *self.adapters):
             raise ValueError(f"adapter: got {given['adapter']!r}, expected one of the page's; choose one")
-        names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
-        chosen = {name: given[name] for name in names}
+        chosen = {name: given[name] for name in SAMPLING}
         check_sampling(self.model, chosen, given["seed"], self.sampler.device.type)
         check_lora_scale(given["scale"])
-        base = replace(self.sampler.pipe.sampling, **chosen)
+        base = SamplingDefaults(**chosen)
         self.check(base)
         sampling, variants = {"base": base}, {"base": Variant(self.model)}
         if given["adapter"]:

@@ -7,6 +7,7 @@ JSON file. Comparisons are kept apart: each has its own two sets of settings, an
 import hashlib
 import json
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from rlhf.io import file_errors, read_object, write_json
 MODELS = ("base", "tuned")
 SIDES = ("left", "right")
 TIE = "tie"
+OF_A_VOTE = ("left", "chosen", "time")  # the other values of a vote are those of its videos
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Votes:
     def __init__(self, path: Path, draw: Callable[[], float] = random.random):
         self.path, self.draw, self.pairs, self.sides = path, draw, {}, {}
         self.comparisons: list[dict] = []
+        self.lock = threading.Lock()  # requests come on threads
         if path.is_file():
             content = read_object(path)
             with file_errors(path):
@@ -71,7 +74,8 @@ class Votes:
     def vote_of(self, pair: Pair) -> dict | None:
         """Return the vote on a pair, None if there is none yet."""
         votes = (self._find(pair.settings) or {"votes": []})["votes"]
-        return next((vote for vote in votes if all(vote.get(k) == v for k, v in pair.video.items())), None)
+        of_video = lambda vote: {name: value for name, value in vote.items() if name not in OF_A_VOTE}
+        return next((vote for vote in votes if of_video(vote) == pair.video), None)
 
     def vote(self, key: str, choice: str) -> None:
         """Store the vote for "left", "right" or "tie", on disk before it is told.
@@ -80,9 +84,13 @@ class Votes:
         """
         if choice not in (*SIDES, TIE):
             raise VoteError(f"choice: got {choice!r}, expected left, right or tie; choose one")
-        if key not in self.pairs:
+        if not isinstance(key, str) or key not in self.pairs:
             raise VoteError(f"pair: got {key!r}, expected one that was shown; load the page again")
-        pair, sides = self.pairs[key], self.sides[key]
+        with self.lock:
+            self._store(self.pairs[key], self.sides[key], choice)
+
+    def _store(self, pair: Pair, sides: dict[str, str], choice: str) -> None:
+        """Store a vote. Raise VoteError for a second one on the pair."""
         if self.vote_of(pair):
             raise VoteError("got a second vote on this pair, expected one; the sides are told after the first")
         comparison = self._find(pair.settings)
@@ -92,7 +100,13 @@ class Votes:
         chosen = sides.get(choice, TIE)
         when = datetime.now(UTC).isoformat(timespec="seconds")
         comparison["votes"].append(pair.video | {"left": sides["left"], "chosen": chosen, "time": when})
-        self.save()
+        try:
+            self.save()
+        except OSError as error:
+            comparison["votes"].pop()
+            raise VoteError(
+                f"{self.path}: got {error}, expected to write the vote; make room, then vote again"
+            ) from error
 
     def save(self) -> None:
         """Write the file: each comparison's two settings, its result and its votes."""

@@ -112,6 +112,9 @@ def test_a_video_of_each_is_made_a_vote_cast_and_kept(studio, browser, tmp_path)
         browser.wait_for("state.pair.chosen")
         assert browser.evaluate("id('left').textContent.trim()") == "tuned"
         assert browser.evaluate("id('rate').textContent") == "tuned wins 100 % [21, 100]"
+        browser.evaluate("id('next').click()")
+        browser.wait_for("state.pair.seed === 6 && !state.job")
+        assert browser.evaluate("id('verdict').textContent + fields.seed.value") == "6", "the next pair is blind again"
         assert browser.problems == [], "nothing is asked of another address"
     (found,) = json.loads((tmp_path / "votes.json").read_text())["comparisons"]
     assert (found["base"]["adapter"], found["tuned"]["adapter"]) == (None, studio.adapters[0])

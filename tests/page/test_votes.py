@@ -82,6 +82,25 @@ def test_a_damaged_file_of_votes_is_left_alone(tmp_path, content, message):
     assert (tmp_path / "votes.json").read_text() == content
 
 
+def test_a_vote_that_is_not_on_disk_is_none(tmp_path):
+    votes = Votes(tmp_path / "votes.json")
+    key = votes.add(pair())
+    (tmp_path / "votes.json").mkdir()  # in the way
+    with pytest.raises(ValueError, match="expected to write the vote; make room, then vote again"):
+        votes.vote(key, "left")
+    assert "sides" not in describe_pair(votes, pair())
+    (tmp_path / "votes.json").rmdir()
+    votes.vote(key, "left")
+
+
+def test_a_video_made_twice_is_two_pairs(tmp_path):
+    votes = Votes(tmp_path / "votes.json")
+    first, second = pair(), Pair(pair().video | {"repeat": 1}, SETTINGS, pair().files)
+    votes.vote(votes.add(second), "left")
+    assert votes.vote_of(first) is None
+    assert votes.vote_of(second)
+
+
 def test_wrong_votes_say_so(tmp_path):
     votes = Votes(tmp_path / "votes.json")
     key = votes.add(pair())
@@ -89,3 +108,5 @@ def test_wrong_votes_say_so(tmp_path):
         votes.vote(key, "both")
     with pytest.raises(ValueError, match="pair: got 'x', expected one that was shown"):
         votes.vote("x", "left")
+    with pytest.raises(ValueError, match="pair: got \\[\\], expected one that was shown"):
+        votes.vote([], "left")
