@@ -12,6 +12,7 @@ import chromium
 import pytest
 import torch
 from adapted_model import adapt, save_adapter
+from scripts import script
 from stored import stored_frames
 from tiny import tiny_pipeline
 
@@ -244,3 +245,12 @@ def test_sets_without_a_pair_are_refused(sets, tmp_path):
     write_manifest(sets["tuned"], [Video(sets["tuned"] / "0.mp4", "another", 0)])
     with pytest.raises(ValueError, match="got no prompt and seed in common"):
         SetsApp(sets, votes, random.Random())
+
+
+def test_the_command_of_two_sets_refuses_what_is_no_set(sets, tmp_path, capsys):
+    main = script("eval/vote.py").main
+    assert main([str(sets["base"]), str(tmp_path / "none"), "--output", str(tmp_path / "v.json")]) == 2
+    assert "none: got no folder there, expected one with videos" in capsys.readouterr().err
+    (tmp_path / "v.json").write_text("{}")
+    assert main([*map(str, sets.values()), "--output", str(tmp_path / "v.json")]) == 2
+    assert "got a damaged file" in capsys.readouterr().err
