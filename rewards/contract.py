@@ -132,7 +132,7 @@ def check_frames(name: str, frames: Any) -> None:
 def require_differentiable(name: str, reward: Callable) -> None:
     """Raise RewardError for a reward that says differentiable=False."""
     if not reward_attribute(reward, "differentiable"):
-        cure = "move it to eval_reward_funcs, or give it the weight 0 to log it only"
+        cure = "train with --method nft, which needs no gradient, move it to eval_reward_funcs, or give it the weight 0"
         expected = "a reward with a gradient, for training"
         raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
 
