@@ -75,7 +75,8 @@ def _group_problems(args, options: MethodOptions) -> Iterator[str]:
         return
     for name, default in (("balance_reward_gradients", False), ("sampling_weights", "own"), ("drift_weight", 0)):
         if (got := getattr(args, name)) != default:
-            yield f"{name}: got {got} with method {args.method}, which does not read it, expected {default}; leave it out"
+            expected = f"expected {default}"
+            yield f"{name}: got {got} with method {args.method}, which does not read it, {expected}; leave it out"
 
 
 def _drift_problems(args) -> Iterator[str]:
