@@ -1,5 +1,8 @@
 """One video at a time: the same with parts of the model in host memory, chosen by predicted memory."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from adapted_model import adapt, save_adapter
@@ -10,6 +13,7 @@ from rlhf.contentv.files import CONTENTV_8B, SamplingDefaults, model_sizes
 from rlhf.evaluation.sampler import Placement, Sampler
 from rlhf.planner.sampling import GIB, PLACEMENTS, choose_plan, fit_sampling, plan_sampling
 from rlhf.planner.text_encoders import encoder_configs
+from rlhf.planner.time import H200
 
 CPU = torch.device("cpu")
 
@@ -86,6 +90,16 @@ def test_the_planner_chooses_the_fastest_placement_that_fits(plans):
     for wrong in (0, float("nan")):
         with pytest.raises(ValueError, match="expected more than 0"):
             choose_plan(plans, wrong)
+
+
+def test_the_guide_has_the_planners_figures():
+    plans = plan_sampling(
+        CONTENTV_8B, model_sizes(CONTENTV_8B), encoder_configs(CONTENTV_8B), SamplingDefaults(), H200.context_bytes
+    )
+    guide = (Path(__file__).parents[2] / "docs" / "demo.md").read_text()
+    rows = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|\n", guide)
+    assert rows == [tuple(f"{size / GIB:.1f}" for size in plan.phases.values()) for plan in plans]
+    assert f"{H200.context_bytes / GIB:.2f} for CUDA's context" in guide
 
 
 def test_without_a_limit_nothing_is_planned():
