@@ -1,6 +1,7 @@
-"""A full-size reward-gradient step of ContentV-8B with random weights, arm by arm.
+"""A full-size reward-gradient step with random weights, arm by arm: ContentV-8B, or Wan2.1.
 
     python bench/step.py --arms "peers' way" exact --frames 33 --phases step --limit 550
+    python bench/step.py --size "wan 1.3B" --frames 81 --output bench/results/wan_1_3b.json
     python bench/tables.py          writes the tables
 
 Rows go to bench/results/step.json arm by arm; a row replaces that of the same arm, frames, scored

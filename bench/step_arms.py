@@ -6,6 +6,7 @@ L text tokens.
 
 from dataclasses import dataclass
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.models.normalization import RMSNorm
@@ -25,6 +26,9 @@ from rlhf.generator.wan_decoder import decode_unclamped, unnormalise
 from rlhf.method.decode import Decoder
 from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.types import Conditioning
+from rlhf.wan.facts import LARGE as LARGE_WAN
+from rlhf.wan.facts import SMALL as SMALL_WAN
+from rlhf.wan.transformer import WanTransformer3DModel
 
 PEERS, STOCK = "peers' way", "stock autograd"
 TOGETHER = "half the steps, guidance every 2nd step, rollouts used 4 times"
@@ -72,9 +76,17 @@ SETTINGS = {
 CAPS_GIB = {"24 GiB": 24}  # the device's memory is limited to this
 
 
+class StockWan(diffusers.WanTransformer3DModel):
+    """diffusers' Wan, called as the generators here are."""
+
+    def forward(self, latents, text, pooled, timestep, joint_attention_kwargs=None, return_dict=True):
+        """Return the velocity. pooled: not read."""
+        return super().forward(latents, timestep, text, return_dict=return_dict)
+
+
 @dataclass(frozen=True)
 class Size:
-    """The parts' sizes; {} is ContentV-8B's and Wan2.1's own."""
+    """The parts' sizes; {} is ContentV-8B's and Wan2.1's own. classes: ours, and diffusers'."""
 
     transformer: dict
     vae: dict
@@ -82,8 +94,10 @@ class Size:
     text_tokens: int
     height: int
     width: int
+    classes: tuple[type, type] = (SD3Transformer3DModel, SD3Transformer3DModel)
 
 
+WAN = (WanTransformer3DModel, StockWan)
 SIZES = {
     "full": Size({}, {}, torch.bfloat16, 333, 432, 768),
     "tiny": Size(
@@ -99,6 +113,17 @@ SIZES = {
         6,
         32,
         48,
+    ),
+    "wan 1.3B": Size(SMALL_WAN, {}, torch.bfloat16, 512, 480, 832, WAN),
+    "wan 14B": Size(LARGE_WAN, {}, torch.bfloat16, 512, 480, 832, WAN),
+    "wan tiny": Size(
+        {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 48},
+        {"base_dim": 8, "num_res_blocks": 1},
+        torch.float32,
+        6,
+        32,
+        48,
+        WAN,
     ),
 }
 
@@ -127,7 +152,7 @@ class Rig:
         self.by_hand = arm in (PEERS, STOCK)  # as diffusers runs it
         vae_dtype = getattr(torch, args.vae_dtype)
         self.vae = random_vae(size, device).to(vae_dtype)
-        self.transformer = random_transformer(size, device)
+        self.transformer = random_transformer(size, device, self.by_hand)
         self.masters = self._adapt()
         self.optimizer = make_optimizer(self.masters.vector, args)
         self.fields = None if self.by_hand else self.make_fields(layout)
@@ -171,27 +196,36 @@ class Rig:
         """In those arms alone that have it in their name, whatever is installed."""
         runner = self.transformer.run_block
         if not asked and isinstance(runner, BlockRunner):
-            runner.attention_without_gradient = runner.attention
+            runner.inference_attention = runner.attention
             self.chosen["attention_kernel"] = self.chosen["attention_kernel"].split("; ")[0]
-        elif asked and runner.attention_without_gradient is runner.attention:
+        elif asked and runner.inference_attention is runner.attention:
             raise ValueError("FlashAttention-3 is not installed, or not faster here")
 
     def _conditioning(self) -> Conditioning:
         config, draw = self.transformer.config, generator("bench", "text")
-        shapes = [(1, self.size.text_tokens, config.joint_attention_dim), (1, config.pooled_projection_dim)] * 2
+        widths = (
+            (config.text_dim, 0)
+            if self.size.classes == WAN
+            else (config.joint_attention_dim, config.pooled_projection_dim)
+        )
+        shapes = [(1, self.size.text_tokens, widths[0]), (1, widths[1])] * 2
         return Conditioning(*(torch.randn(shape, generator=draw).to(self.device, self.size.dtype) for shape in shapes))
 
 
-def random_transformer(size: Size, device: torch.device) -> SD3Transformer3DModel:
-    """Return a transformer of a size with random weights."""
+def random_transformer(size: Size, device: torch.device, stock: bool = False) -> torch.nn.Module:
+    """Return a transformer of a size with random weights. stock: as diffusers runs it."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(size.dtype)
     try:
         with torch.device(device):
-            return SD3Transformer3DModel(**size.transformer)
+            model = size.classes[stock](**size.transformer)
     finally:
         torch.set_default_dtype(default)
+    for name, p in model.named_parameters():
+        if any(part in name for part in model._keep_in_fp32_modules or ()):  # as from_pretrained keeps them
+            p.data = p.data.float()
+    return model
 
 
 @torch.no_grad()
@@ -208,7 +242,7 @@ def random_vae(size: Size, device: torch.device) -> AutoencoderKLWan:
     return vae
 
 
-def use_stock_norms(transformer: SD3Transformer3DModel) -> None:
+def use_stock_norms(transformer: torch.nn.Module) -> None:
     """Set the norms of queries and keys as the published transformer has them."""
     for module in transformer.modules():
         if isinstance(module, QueryKeyNorm):
@@ -231,7 +265,7 @@ class TinyReward(torch.nn.Module):
 
 def make_reward(size_name: str, scored: int, device: torch.device):
     """HPS v2.1 of full size with random weights, on at most 8 of the scored frames."""
-    if size_name == "tiny":
+    if "tiny" in size_name:
         return TinyReward().to(device)
     from rewards.models.hps import HpsV21
 

@@ -56,9 +56,10 @@ FAMILY = ModelFamily(
         "merged": "ContentV's published code loads it, too.",
         "diffusers": "The keys are those of diffusers for Stable Diffusion 3, such as\n"
         "`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`.",
-        "comfyui": "The keys are those of diffusers for Stable Diffusion 3, which ComfyUI's LoRA reader knows, such as\n"
-        "`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`. The scale is multiplied into the weights, as it\n"
-        "expects. ComfyUI itself has no class for ContentV's transformer: the file is for software that brings one.",
+        "comfyui": "The keys are those of diffusers for Stable Diffusion 3, such as\n"
+        "`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`.\n"
+        "ComfyUI's LoRA reader knows them, and the scale is multiplied into the weights, as it expects. ComfyUI itself "
+        "has no\nclass for ContentV's transformer: the file is for software that brings one.",
     },
     licences={
         "nano": {"license": "apache-2.0"},

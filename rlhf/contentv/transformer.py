@@ -215,6 +215,10 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         patches = patches_BNK.view(B, T, H // p, W // p, p, p, self.out_channels)
         return torch.einsum("bthwpqc->bcthpwq", patches).reshape(B, self.out_channels, T, H, W)
 
+    def position_bytes(self, tokens: int) -> int:
+        """Return the bytes of the position table that `pos_embed` keeps."""
+        return tokens * self.inner_dim * self.dtype.itemsize
+
     def trace_inputs(
         self, batch: int, latent_shape: tuple[int, int, int, int], text_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

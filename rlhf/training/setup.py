@@ -34,6 +34,7 @@ from rlhf.generator.pipeline import VideoPipeline
 from rlhf.generator.text import PromptCache, encode_prompts
 from rlhf.generator.wan_decoder import use_channels_last
 from rlhf.method.decode import Decoder
+from rlhf.method.options import read_options
 from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.run.folder import prompt_snapshot
@@ -168,7 +169,8 @@ def prepare_model(
     with _as_config_error():
         choices = set_up_blocks(pipe.transformer, ExecutionOptions.from_settings(args), device, layout.sequence_group)
     distilled = is_distilled(vars(args)) or bool(initial and initial.distilled and args.guidance_scale <= 1)
-    return MasterWeights(pipe.transformer, args.ema_decay, initial, distilled), choices
+    old_decay = getattr(read_options(args.method, args.method_kwargs), "old_decay", None)
+    return MasterWeights(pipe.transformer, args.ema_decay, initial, distilled, old_decay), choices
 
 
 @contextmanager
@@ -235,6 +237,7 @@ def make_batches(prompts: list[str], pipe: VideoPipeline, args: RewardGradientCo
         per_step=args.gradient_accumulation_steps,
         reuse=args.rollout_reuse,
         max_steps=args.max_steps,
+        group_size=getattr(read_options(args.method, args.method_kwargs), "group_size", 1),
     )
 
 
@@ -269,7 +272,7 @@ def encode_and_release(
 
     release: whether the text encoders move to the device for this alone, and to the CPU afterwards.
     """
-    text, moved = None, pipe.family.classes.text_encoders if release else ()
+    text, moved = None, pipe.family.text_encoders if release else ()
     if prompts:
         for name in moved:
             getattr(pipe, name).to(device)

@@ -87,6 +87,10 @@ class WanTransformer3DModel(diffusers.WanTransformer3DModel):
                 f"attention_kwargs: got {attention_kwargs}, expected none; scale a LoRA by set_adapters(name, weight)"
             )
 
+    def position_bytes(self, tokens: int) -> int:
+        """Return 0: rotations are made in each call."""
+        return 0
+
     def trace_inputs(
         self, batch: int, latent_shape: tuple[int, int, int, int], text_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

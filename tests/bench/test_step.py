@@ -49,6 +49,16 @@ def test_the_gradients_agree_and_no_pixel_is_clamped(rows):
     assert all(row["saturated"] == 0 for (_, phase), row in rows.items() if phase == "window")
 
 
+def test_wan_runs_beside_its_peers_way(tmp_path):
+    arms = ["stock autograd", "peers' way", "exact", "24 GiB"]
+    rows = run(tmp_path, "--size", "wan tiny", "--arms", *arms, "--phases", "sampling", "segment", "window", "step")
+    assert not [row for row in rows if "seconds" not in row]
+    for row in rows:
+        if row["phase"] == "window" and row["arm"] != "stock autograd":
+            assert row["against stock autograd"]["cosine"] > 0.995
+            assert row["against stock autograd"]["length"] == pytest.approx(1, abs=0.05)
+
+
 def test_a_rollout_used_again_counts_for_each_use(rows):
     row = rows["rollouts used 4 times", "step"]
     assert row["seconds_per_gradient"] == pytest.approx(row["seconds"] / 4)
