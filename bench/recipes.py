@@ -1,8 +1,8 @@
 """Write measured costs into recipes and docs/contentv_8b.md: `python bench/recipes.py`.
 
 The line `# Measured: ...` of each recipe that an arm of bench/step.py is like gets that arm's time
-and memory from bench/results/step.json; the others, and those not measured, say that they are not
-measured.
+and memory from bench/results/step.json, for Wan from the files beside it. The others, and those not
+measured, say that they are not measured.
 """
 
 import json
@@ -15,7 +15,10 @@ ARMS = {  # recipe: arm, frames, frames that are scored, denoising steps
     "contentv_8b_mps": ("exact, compiled", 125, 1, 25),
     "contentv_8b_all_frames": ("exact, compiled", 125, 125, 25),
     "contentv_8b_24gib": ("24 GiB", 33, 33, 25),
+    "wan21_t2v_1_3b": ("exact", 81, 81, 25),
+    "wan21_t2v_14b": ("exact", 81, 81, 25),
 }
+OTHER_RESULTS = {"wan21_t2v_1_3b": "wan_1_3b.json", "wan21_t2v_14b": "wan_14b.json"}  # else step.json
 COSTS = {  # what a row says: arm, frames, frames that are scored, denoising steps
     "33 frames, the first scored, no recomputation, compiled": ("exact, nothing twice, compiled", 33, 1, 25),
     "33 frames, all scored, on 24 GiB (`contentv_8b_24gib.yaml`)": ("24 GiB", 33, 33, 25),
@@ -89,9 +92,10 @@ def main(folder: Path = ROOT / "configs", result: Path = RESULT, guide: Path = G
     found, scale = read(result), read(result.with_name("scale.json"))
     table = costs_table(found) + layouts_told(scale)
     guide.write_text(PLACE.sub(lambda place: f"{place[1]}{table}{place[2]}", guide.read_text()))
-    for path in sorted(folder.glob("contentv_8b_*.yaml")):
-        text = path.read_text()
-        filled = LINE.sub(f"# Measured: {measured(path.stem, found)}", text)
+    for path in sorted([*folder.glob("contentv_8b_*.yaml"), *folder.glob("wan21_*.yaml")]):
+        text, other = path.read_text(), OTHER_RESULTS.get(path.stem)
+        costs = read(result.with_name(other)) if other else found
+        filled = LINE.sub(f"# Measured: {measured(path.stem, costs)}", text)
         if filled != text:
             path.write_text(filled)
             print(f"wrote {path.name}")

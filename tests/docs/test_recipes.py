@@ -21,8 +21,10 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 FOR_8B = [path for path in RECIPES if path.stem.startswith("contentv_8b_")]
 # Settings that neither tokens nor memory depend on.
 UNSIZED = ("gradient_accumulation_steps", "output_dir", "base_dir")
+PARAMETERS = {"wan21_t2v_1_3b": "1,418,996,800", "wan21_t2v_14b": "14,288,491,584"}  # else ContentV-8B's
+FULL_SIZE = FOR_8B + [path for path in RECIPES if path.stem in PARAMETERS]
 named = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-named_8b = pytest.mark.parametrize("path", FOR_8B, ids=lambda path: path.stem)
+named_full_size = pytest.mark.parametrize("path", FULL_SIZE, ids=lambda path: path.stem)
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_the_head_says_what_was_measured(path):
     assert told == "not measured." or re.search(r"\d+ s .*\d+\.\d Gi?B .*on ", told)
 
 
-@named_8b
+@named_full_size
 def test_the_head_says_how_it_is_started(path):
     words = launched(path)
     assert words[-2:] == ["--config", f"configs/{path.name}"]
@@ -63,7 +65,7 @@ def test_the_head_says_how_it_is_started(path):
     assert path.stem == Path(yaml.safe_load(path.read_text())["output_dir"]).name
 
 
-@named_8b
+@named_full_size
 def test_eight_videos_a_step_whatever_the_number_of_devices(path):
     settings, words = yaml.safe_load(path.read_text()), launched(path)
     devices = 1
@@ -94,7 +96,7 @@ def resolved(path: Path, tmp_path: Path) -> RewardGradientConfig:
     return check_config(args, planned_processes=1)
 
 
-@named_8b
+@named_full_size
 def test_settings_pass_every_check_without_weights_or_network(path, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the network"))
     args = resolved(path, tmp_path)
@@ -103,11 +105,11 @@ def test_settings_pass_every_check_without_weights_or_network(path, monkeypatch,
 
 
 @pytest.mark.slow  # CI runs it
-@named_8b
+@named_full_size
 def test_the_dry_run_passes(path, tmp_path):
     settings = {key: value for key, value in vars(resolved(path, tmp_path)).items() if key not in UNSIZED}
     text = needs(json.dumps(settings, sort_keys=True))
-    for line in ("8,056,627,520 parameters", "(the highest)"):
+    for line in (f"{PARAMETERS.get(path.stem, '8,056,627,520')} parameters", "(the highest)"):
         assert line in text
 
 

@@ -257,7 +257,7 @@ def test_a_pipe_with_an_adapter_is_refused_and_trains_on_when_that_is_merged(mak
     ("wrong", "told"),
     [
         ({"args": {"max_steps": 1}}, r"args: got a dict, expected a RewardGradientConfig; rlhf.config has it"),
-        ({"model": object()}, r"model: got a object, expected a name, a path or a ContentVPipeline"),
+        ({"model": object()}, r"model: got a object, expected a name, a path or a pipeline"),
         ({"reward_funcs": [redness, RewardGradientTrainer]}, r"got the class .*Trainer, expected an object; pass"),
         ({"reward_funcs": {"red": redness}}, r"got a dict, expected a list; give each object a `name`"),
         ({"peft_config": {"r": 4}}, r"peft_config: got a dict, expected a LoraConfig, whose files diffusers reads"),
