@@ -14,6 +14,7 @@ import torch
 from problem import Problem, keep_float64
 from report_runs import encoded, finished, started  # noqa: F401 - fixtures
 from tiny import tiny_pipeline, tiny_transformer, tiny_vae
+from tiny_wan import tiny_wan_pipeline
 
 from rlhf.config import RewardGradientConfig
 from rlhf.device import keep_freed_memory
@@ -60,11 +61,19 @@ def _tiny_vae():
     return tiny_vae()
 
 
-@pytest.fixture
-def problem(monkeypatch):
-    """The adapter's gradient of a tiny model, in float64 throughout."""
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["contentv", "wan"])
+def problem(request, monkeypatch):
+    """The adapter's gradient of a tiny model of each generator, in float64 throughout."""
     keep_float64(monkeypatch)
-    return Problem()
+    return Problem(wan=request.param)
+
+
+@pytest.fixture(
+    params=[tiny_pipeline, pytest.param(tiny_wan_pipeline, marks=pytest.mark.slow)], ids=["contentv", "wan"]
+)
+def make_pipe(request):
+    """Makes the tiny pipeline of each generator."""
+    return request.param
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from rlhf.generator.loading import Classes
 from rlhf.io import read_object
-from rlhf.wan.pipeline import EulerFlowScheduler, WanVideoPipeline
+from rlhf.wan.pipeline import EulerFlowScheduler, WanPipeline
 from rlhf.wan.transformer import WanTransformer3DModel
 
 
@@ -27,7 +27,7 @@ def load_scheduler(folder: Path) -> EulerFlowScheduler:
 
 
 CLASSES = Classes(
-    pipeline=WanVideoPipeline,
+    pipeline=WanPipeline,
     transformer=WanTransformer3DModel,
     text_encoders={"text_encoder": UMT5EncoderModel},
     tokenizers={"tokenizer": T5TokenizerFast},

@@ -1,10 +1,12 @@
 """Wan 2.1's text-to-video pipeline: diffusers' own, sampled by Euler steps as in training."""
 
 import os
+from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import logging
 
@@ -27,7 +29,7 @@ class EulerFlowScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(device=device, sigmas=sigmas, **kwargs)
 
 
-class WanVideoPipeline(VideoPipeline, WanPipeline):
+class WanPipeline(VideoPipeline, diffusers.WanPipeline):
     """The text-to-video pipeline, made by `rlhf.generator.loading.load_pipeline`."""
 
     family = FAMILY
@@ -42,6 +44,13 @@ class WanVideoPipeline(VideoPipeline, WanPipeline):
     def vae_scale_factor(self) -> int:
         """Pixels of an edge of a latent pixel."""
         return self.vae_scale_factor_spatial
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write all components, sampling.json, and an index of diffusers' own classes."""
+        index = {"transformer": "WanTransformer3DModel", "scheduler": "FlowMatchEulerDiscreteScheduler"}
+        self.register_to_config(**{name: ("diffusers", cls) for name, cls in index.items()})
+        super().save_pretrained(save_directory, **kwargs)
+        self.sampling.save(save_directory)
 
     def encode_texts(self, texts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return UMT5's embeddings, zero behind each text's tokens, and pooled ones of width 0."""

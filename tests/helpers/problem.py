@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from diffusers.models.normalization import RMSNorm
 from tiny import tiny_conditioning, tiny_transformer, tiny_vae
+from tiny_wan import tiny_wan_conditioning, tiny_wan_transformer
 
 from rlhf.adapter.lora import add_adapter, lora_config
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
+from rlhf.execution.blocks import BlockRunner
 from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.adjoint import CheckpointedTransformer
 from rlhf.method.grad_steps import choose_grad_steps
@@ -22,10 +24,15 @@ SIGMAS = torch.tensor([1.0, 0.7, 0.4, 0.0], dtype=torch.float64)
 class Problem:
     """A tiny model whose adapter has B != 0, and a smooth reward of the decoded video."""
 
-    def __init__(self, dtype=torch.float64, num_layers=2):
-        self.transformer, self.vae = tiny_transformer(num_layers=num_layers).to(dtype), tiny_vae().to(dtype)
+    def __init__(self, dtype=torch.float64, num_layers=2, wan=False, modules=None):
+        make, conditioning = (
+            (tiny_wan_transformer, tiny_wan_conditioning) if wan else (tiny_transformer, tiny_conditioning)
+        )
+        self.transformer, self.vae = make(num_layers=num_layers).to(dtype), tiny_vae().to(dtype)
         self.vae.decoder.conv_out.weight.mul_(0.3)  # no saturated pixel: its gradient goes straight through
-        add_adapter(self.transformer, lora_config(RewardGradientConfig(lora_rank=2)), seed=0)
+        add_adapter(
+            self.transformer, lora_config(RewardGradientConfig(lora_rank=2, lora_target_modules=modules)), seed=0
+        )
         self.masters = MasterWeights(self.transformer)
         generator = torch.Generator().manual_seed(5)
 
@@ -35,9 +42,13 @@ class Problem:
         with torch.no_grad():  # B starts as zero, where the gradient of A is zero and proves nothing
             self.masters.vector += 0.1 * normal(*self.masters.vector.shape)
         self.masters.write()
-        self.cond = tiny_conditioning(batch=2, dtype=dtype)
+        self.cond = conditioning(batch=2, dtype=dtype)
         self.sigmas = SIGMAS.to(dtype)
         self.noise, self.weight = normal(2, 16, 2, 4, 4), normal(2, 3, 5, 32, 32)
+
+    def recompute_blocks(self, recompute="block", **options) -> None:
+        parts = self.transformer.block_parts
+        self.transformer.run_block = BlockRunner(recompute=recompute, parts=parts, **options)
 
     @property
     def checkpointed(self) -> CheckpointedTransformer:

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import torch
 import transformers
 from tiny import SAMPLING, TEXT_WIDTH, draw, t5_sizes, t5_tokenizer, tiny_vae
 
+from rlhf.types import Conditioning
+from rlhf.wan.pipeline import EulerFlowScheduler, WanPipeline
 from rlhf.wan.transformer import WanTransformer3DModel
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -41,6 +44,23 @@ def stock_wan_pipeline(seed: int = 0, shift: float = 3.0) -> diffusers.WanPipeli
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
+    """All of Wan on the CPU, in float32 and evaluation mode."""
+    parts = stock_wan_pipeline(seed).components
+    named = {name: parts[name] for name in ("tokenizer", "text_encoder", "vae")}
+    pipe = WanPipeline(transformer=tiny_wan_transformer(seed), scheduler=EulerFlowScheduler(shift=3.0), **named)
+    pipe.sampling = SAMPLING
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_wan_conditioning(batch: int = 1, tokens: int = 6, seed: int = 0, dtype=torch.float32) -> Conditioning:
+    """Random embeddings of the tiny transformer's width, and no pooled ones."""
+    generator = torch.Generator().manual_seed(seed)
+    text, negative = (torch.randn(batch, tokens, TEXT_WIDTH, generator=generator, dtype=dtype) for _ in range(2))
+    return Conditioning(text, text[:, 0, :0], negative, negative[:, 0, :0])
 
 
 def save_tiny_wan(folder: Path) -> Path:

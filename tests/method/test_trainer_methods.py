@@ -3,7 +3,6 @@
 import pytest
 import torch
 from runs import adapter, train
-from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness, rows_without_cost
 
 from rlhf.generator.flow import guided_velocity
@@ -27,23 +26,23 @@ ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
         {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}, "guidance_gradient": "text"},
     ],
 )
-def test_accumulated_batches_equal_one_large_batch_with_every_method(make_args, tmp_path, settings):
+def test_accumulated_batches_equal_one_large_batch_with_every_method(make_pipe, make_args, tmp_path, settings):
     """Choices belong to the step and noise to the sample: neither batches nor processes matter."""
     settings |= {"adam_epsilon": 1e-4}  # else AdamW makes whole steps of what is rounding
     many = make_args(output_dir=str(tmp_path / "a"), gradient_accumulation_steps=2, **settings)
     one = make_args(output_dir=str(tmp_path / "b"), per_device_train_batch_size=4, **settings)
     for args in (many, one):
-        train(args)
+        train(args, pipe=make_pipe())
     for row, other in zip(rows_without_cost(many), rows_without_cost(one), strict=True):
         assert row == pytest.approx(other, rel=1e-4)
     torch.testing.assert_close(adapter(many), adapter(one), rtol=1e-3, atol=3e-5)
 
 
-def test_drift_is_logged_and_held_down_by_its_weight(make_args, tmp_path):
+def test_drift_is_logged_and_held_down_by_its_weight(make_pipe, make_args, tmp_path):
     drifts = []
     for weight in (1e-6, 30.0):
         args = make_args(output_dir=str(tmp_path / str(weight)), max_steps=8, drift_weight=weight, learning_rate=3e-2)
-        train(args)
+        train(args, pipe=make_pipe())
         rows = rows_without_cost(args)
         found = [row["drift"] for row in rows]
         assert found[0] == 0
@@ -52,7 +51,7 @@ def test_drift_is_logged_and_held_down_by_its_weight(make_args, tmp_path):
     assert drifts[1] < 0.5 * drifts[0]
 
 
-def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_args):
+def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_pipe, make_args):
     asked = []
 
     def counted(video, prompts, **info):
@@ -60,7 +59,7 @@ def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_args):
         return redness(video, prompts)
 
     args = make_args(max_steps=6, anchor_steps=3, learning_rate=3e-2)
-    trainer = RewardGradientTrainer(tiny_pipeline(), counted, args, PROMPTS)
+    trainer = RewardGradientTrainer(make_pipe(), counted, args, PROMPTS)
     trainer.train()
     assert sum(asked) == 4
     of_anchors = [row for row in rows_without_cost(args) if "reward" not in row]
@@ -74,7 +73,7 @@ def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_args):
     assert after < 0.5 * before
 
 
-def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
+def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_pipe, make_args):
     args = make_args(
         guidance_gradient="distill",
         drift_weight=10.0,
@@ -83,7 +82,7 @@ def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
         learning_rate=1e-2,
         num_sample_prompts=0,
     )
-    trainer = RewardGradientTrainer(tiny_pipeline(), lambda v, p, **info: redness(v, p) * 1e-3, args, PROMPTS, PROMPTS)
+    trainer = RewardGradientTrainer(make_pipe(), lambda v, p, **info: redness(v, p) * 1e-3, args, PROMPTS, PROMPTS)
     base = trainer.pipe.transformer
     trainer.train()
     found = [row["drift"] for row in rows_without_cost(args)]
@@ -100,8 +99,8 @@ def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
         assert torch.equal(guided, guided_velocity(base, noise, sigma, cond, args.guidance_scale or 3.0))
 
 
-def test_dora_trains_in_the_loop(make_args):
+def test_dora_trains_in_the_loop(make_pipe, make_args):
     args = make_args(lora_use_dora=True, max_steps=2, drift_weight=0.1)
-    train(args)
+    train(args, pipe=make_pipe())
     assert rows_without_cost(args)[1]["drift"] > 0
     assert adapter(args).isfinite().all()

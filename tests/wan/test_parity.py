@@ -3,14 +3,16 @@
 import diffusers
 import pytest
 import torch
-from tiny import TEXT_WIDTH
-from tiny_wan import CLOSE, euler, save_tiny_wan, stock_wan_pipeline, tiny_wan_transformer
+from tiny import SAMPLING, TEXT_WIDTH
+from tiny_wan import CLOSE, euler, save_tiny_wan, stock_wan_pipeline, tiny_wan_pipeline, tiny_wan_transformer
 
+from rlhf.evaluation.sampler import Placement, Sampler
 from rlhf.execution.blocks import RECOMPUTE, BlockRunner
 from rlhf.generator.flow import euler_step, flow_sigmas, guided_velocity
 from rlhf.generator.loading import load_pipeline
 from rlhf.generator.text import encode_prompts
 from rlhf.generator.wan_decoder import decode_video
+from rlhf.run.video import to_uint8
 from rlhf.wan.blocks import WAN_BLOCK
 
 PROMPTS = ["a  red &amp; round ball", "two stars"]  # which the pipeline cleans
@@ -72,3 +74,37 @@ def test_text_is_cleaned_and_padded_as_in_diffusers(folder):
     assert torch.equal(embeds, expected)
     assert pooled.shape == (2, 0)
     assert (embeds[1, len(ours.tokenizer("two stars").input_ids) :] == 0).all()
+
+
+def test_a_saved_pipeline_loads_here_and_in_diffusers(tmp_path):
+    pipe = tiny_wan_pipeline()
+    pipe.save_pretrained(tmp_path)
+    sampling = pipe.sampling.call_arguments() | {"output_type": "pt"}
+    noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(2))
+    expected = pipe("rain", latents=noise, **sampling).frames
+    assert torch.equal(load_pipeline(tmp_path)("rain", latents=noise, **sampling).frames, expected)
+    stock = euler(diffusers.WanPipeline.from_pretrained(tmp_path))
+    torch.testing.assert_close(stock("rain", latents=noise, **sampling).frames, expected, **CLOSE)
+    assert load_pipeline(tmp_path).sampling == pipe.sampling
+
+
+def test_in_bfloat16_the_same_weights_stay_float32_as_in_diffusers(folder):
+    ours = load_pipeline(folder, dtype=torch.bfloat16)
+    stock = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in ours.transformer.named_parameters()}
+    assert dtypes == {name: p.dtype for name, p in stock.transformer.named_parameters()}
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    draw = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+    inputs = {"hidden_states": draw(2, 16, 2, 4, 4), "encoder_hidden_states": draw(2, 6, TEXT_WIDTH)}
+    inputs |= {"timestep": torch.tensor([700.0, 30.0])}
+    found, expected = (pipe.transformer(**inputs).sample for pipe in (ours, stock))
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+def test_a_video_on_a_small_device_is_that_of_the_pipeline(folder):
+    sampler = Sampler(str(folder), torch.device("cpu"), Placement("host", stream_weights=True))
+    video = sampler.sample("rain", 3, SAMPLING)
+    noise = torch.Generator().manual_seed(3)
+    frames = load_pipeline(folder)("rain", generator=noise, output_type="pt", **SAMPLING.call_arguments()).frames[0]
+    assert (video.int() - to_uint8(frames).int()).abs().max() <= 1
