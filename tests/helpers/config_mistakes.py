@@ -415,4 +415,10 @@ ROWS = [
         "expected 16 as in",
         "set it back, or start another output_dir",
     ),
+    Row(
+        {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "sampling_weights": "float8"},
+        "sampling_weights: got float8 with Wan-AI/Wan2.1-T2V-1.3B-Diffusers of Wan",
+        "expected own",
+        "leave it at own",
+    ),
 ]
