@@ -13,6 +13,7 @@ from rlhf.checks.rewards import short_name
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.files import model_sizes
 from rlhf.device import local_device
+from rlhf.method.options import SCORES_ALONE
 from rlhf.prompts import load_prompts
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -47,8 +48,9 @@ def open_rewards(
         eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
     held_out = (eval_prompts or [])[: args.num_eval_prompts]
     weights = dict(zip(trained, args.reward_weights or [1.0] * len(trained), strict=True))
+    with_gradient = args.method not in SCORES_ALONE
     for name in trained:
-        if weights[name]:
+        if weights[name] and with_gradient:
             require_differentiable(name, trained[name])
     judges = _load_rewards(args.eval_reward_funcs, args, device)
     shape = (3, args.num_frames, args.height, args.width)
@@ -60,7 +62,8 @@ def open_rewards(
             continue
         with reward_time_limit(name, "its first calls", _seconds(specs[name], args)):
             check_prompts(name, reward, asked)
-            probe(reward, shape, asked[:3], device, name=name, info=info, gradient=bool(weights.get(name)))
+            gradient = with_gradient and bool(weights.get(name))
+            probe(reward, shape, asked[:3], device, name=name, info=info, gradient=gradient)
     return trained | judges
 
 
