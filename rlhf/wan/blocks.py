@@ -19,15 +19,15 @@ def before_attention(
     video_BND: torch.Tensor,
     text_BLD: torch.Tensor,
     temb_B6D: torch.Tensor,
-    cos_1N1W: torch.Tensor,
-    sin_1N1W: torch.Tensor,
+    cos_1NW: torch.Tensor,
+    sin_1NW: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Return query, key and value (B, H, N, W), and four gates (B, 1, D) for `after_attention`."""
     shift, scale, *gates = (block.scale_shift_table + wide(temb_B6D)).chunk(6, 1)
     x = modulate(block.norm1, video_BND, shift, scale)
     attn, heads = block.attn1, (block.attn1.heads, -1)
-    query = rotate(attn.norm_q(attn.to_q(x)).unflatten(-1, heads), cos_1N1W, sin_1N1W)
-    key = rotate(attn.norm_k(attn.to_k(x)).unflatten(-1, heads), cos_1N1W, sin_1N1W)
+    query = rotate(attn.norm_q(attn.to_q(x)).unflatten(-1, heads), cos_1NW, sin_1NW)
+    key = rotate(attn.norm_k(attn.to_k(x)).unflatten(-1, heads), cos_1NW, sin_1NW)
     value = attn.to_v(x).unflatten(-1, heads)
     return *(tensor.transpose(1, 2) for tensor in (query, key, value)), *gates
 
@@ -61,13 +61,13 @@ def _project_out(attn, attended_BHNW: torch.Tensor) -> torch.Tensor:
     return attn.to_out[1](attn.to_out[0](attended_BHNW.transpose(1, 2).flatten(2)))
 
 
-def rotate(x_BNHW: torch.Tensor, cos_1N1W: torch.Tensor, sin_1N1W: torch.Tensor) -> torch.Tensor:
+def rotate(x_BNHW: torch.Tensor, cos_1NW: torch.Tensor, sin_1NW: torch.Tensor) -> torch.Tensor:
     """Rotate neighbouring pairs of each head by their positions' angles (arXiv 2104.09864).
 
     cos and sin have each angle twice.
     """
     x1, x2 = x_BNHW.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_1N1W[..., 0::2], sin_1N1W[..., 1::2]
+    cos, sin = cos_1NW[..., 0::2].unsqueeze(2), sin_1NW[..., 1::2].unsqueeze(2)
     return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).flatten(-2).type_as(x_BNHW)
 
 

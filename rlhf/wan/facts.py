@@ -85,7 +85,6 @@ FAMILY = ModelFamily(
     },
     licences={model: {"license": "apache-2.0"} for model in (WAN_1_3B, WAN_14B)},
     unsupported={
-        "sequence_parallel": "its self-attention is not divided over processes; use data or guidance parallelism",
         "shard_base": "its number formats are mixed, which FSDP does not shard together; use stream_weights",
         "sampling_weights": "a float8 copy is not made of it; leave it at own",
         "base_bits": "4-bit weights were not tested with it; use stream_weights",

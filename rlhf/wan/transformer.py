@@ -13,7 +13,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from rlhf.execution.blocks import BlockRunner
-from rlhf.execution.collectives import Group
+from rlhf.execution.collectives import Group, copy_to_group
+from rlhf.execution.ulysses import SequenceShards
 from rlhf.wan.blocks import WAN_BLOCK, layer_norm
 
 
@@ -24,7 +25,7 @@ class WanTransformer3DModel(diffusers.WanTransformer3DModel):
     """
 
     block_parts = WAN_BLOCK
-    sequence_group: Group | None = None  # not supported
+    sequence_group: Group | None = None  # ranks that share the tokens; needs a run_block
     run_block: BlockRunner | None = None  # None: PyTorch's attention, and no recomputation
     _supports_gradient_checkpointing = False  # by `run_block` instead
 
@@ -56,15 +57,21 @@ class WanTransformer3DModel(diffusers.WanTransformer3DModel):
             ValueError: latents of another rank or size; attention_kwargs.
         """
         self._check(hidden_states, joint_attention_kwargs or attention_kwargs)
-        rotations = self.rope(hidden_states)
-        video = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        group, run_block, shards = self.sequence_group, self.run_block or BlockRunner(parts=WAN_BLOCK), None
+        rotations = [table.squeeze(2) for table in self.rope(hidden_states)]  # (1, N, W)
+        latents = hidden_states if group is None else copy_to_group(hidden_states, group)
+        video = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        if group is not None:  # each rank of the group computes with a part of the video's tokens
+            shards = SequenceShards(group, video.shape[1], self.config.num_attention_heads)
+            video, *rotations = (shards.split(x) for x in (video, *rotations))
+            run_block = run_block.with_shards(shards)
         temb, modulation, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
-        run_block, modulation = self.run_block or BlockRunner(parts=WAN_BLOCK), modulation.unflatten(1, (6, -1))
+        modulation = modulation.unflatten(1, (6, -1))
         for block in self.blocks:
             _, video = run_block(block, video, text, modulation, *rotations)
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, 1)
-        video = (layer_norm(self.norm_out, video) * (1 + scale) + shift).type_as(video)
-        sample = self._unpatchify(self.proj_out(video), hidden_states.shape)
+        patches = self.proj_out((layer_norm(self.norm_out, video) * (1 + scale) + shift).type_as(video))
+        sample = self._unpatchify(patches if shards is None else shards.join(patches), hidden_states.shape)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _unpatchify(self, patches_BNK: torch.Tensor, shape: torch.Size) -> torch.Tensor:

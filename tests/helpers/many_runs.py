@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from tiny import tiny_pipeline, tiny_transformer
+from tiny_wan import tiny_wan_pipeline, tiny_wan_transformer
 from toy_rewards import PROMPTS, redness
 
 import rlhf.run.checkpoint
@@ -59,6 +60,13 @@ def pipeline():
     return pipe
 
 
+def wan_pipeline():
+    """Three heads of Wan."""
+    pipe = tiny_wan_pipeline()
+    pipe.register_modules(transformer=tiny_wan_transformer(num_attention_heads=3))
+    return pipe
+
+
 def broken_on_the_second(video, prompts, **info):
     """Not a number in the third step of process 1."""
     bad = os.environ.get("RANK") == "1" and info["step"] == 2
@@ -77,9 +85,10 @@ REWARDS = {"redness": redness, "broken": broken_on_the_second, "stuck": stuck_on
 def run(output: Path, own: dict) -> dict:
     """One run: the adapter and its gradient over all processes in each step, and more.
 
-    own: settings; "omit" of `OMISSIONS`, "reward" of `REWARDS`, "prompts" and "eval" prompts.
+    own: settings; "wan"; "omit" of `OMISSIONS`, "reward" of `REWARDS`, "prompts" and "eval" prompts.
     """
     own = dict(own)
+    make_pipe = wan_pipeline if own.pop("wan", False) else pipeline
     omit, reward = own.pop("omit", None), REWARDS[own.pop("reward", "redness")]
     prompts, held_out = own.pop("prompts", PROMPTS), own.pop("eval", None)
     prompts = prompts[int(os.environ.get("RANK", 0))] if isinstance(prompts, tuple) else prompts
@@ -96,7 +105,7 @@ def run(output: Path, own: dict) -> dict:
         if omit:
             stack.enter_context(mock.patch.object(*OMISSIONS[omit]))
         try:
-            trainer = RewardGradientTrainer(pipeline(), reward, args, prompts, held_out)
+            trainer = RewardGradientTrainer(make_pipe(), reward, args, prompts, held_out)
         except ConfigError as error:
             return {"error": str(error)}
         summary = trainer.train()

@@ -86,7 +86,7 @@ def test_settings_of_speed_and_memory_train_the_same(folder, make_args, tmp_path
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("sequence_parallel", 2), ("shard_base", True), ("sampling_weights", "float8"), ("base_bits", 4)],
+    [("shard_base", True), ("sampling_weights", "float8"), ("base_bits", 4)],
 )
 def test_what_does_not_fit_is_refused_before_weights(folder, make_args, setting, value):
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
