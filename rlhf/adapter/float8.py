@@ -31,8 +31,9 @@ class Float8Copy:
         require_float8(transformer.device)
         self.model = _sharing_copy(transformer)
         self.layers: list[tuple[Float8Linear, nn.Linear | LoraLayer]] = []  # with the source of the weight
+        blocks = next(n for n, child in transformer.named_children() if child is transformer.transformer_blocks)
         for name, source in transformer.named_modules():
-            if _is_rounded(name, source):
+            if _is_rounded(name, source, blocks):
                 self.layers.append((Float8Linear(getattr(source, "base_layer", source)), source))
                 self.model.set_submodule(name, self.layers[-1][0])
         self.refresh()
@@ -44,10 +45,10 @@ class Float8Copy:
             layer.set_weight(merged_weight(source))
 
 
-def _is_rounded(name: str, module: nn.Module) -> bool:
+def _is_rounded(name: str, module: nn.Module, blocks: str) -> bool:
     if isinstance(module, LoraLayer):
         return _fits(module.base_layer)
-    is_product = isinstance(module, nn.Linear) and name.startswith("transformer_blocks.")
+    is_product = isinstance(module, nn.Linear) and name.startswith(f"{blocks}.")
     # Modulation (".norm") has one row: nothing to gain. The other two are inside a LoraLayer.
     return is_product and _fits(module) and not any(part in name for part in (".norm", ".base_layer", ".lora_"))
 
@@ -111,7 +112,7 @@ def merged_weight(layer: nn.Linear | LoraLayer) -> torch.Tensor:
 
 def _sharing_copy(transformer: nn.Module) -> nn.Module:
     """Return a copy of the modules that shares tensors, block runner and sequence group."""
-    shared = chain(transformer.parameters(), transformer.buffers(), [transformer.pos_embed._tables])
+    shared = chain(transformer.parameters(), transformer.buffers(), transformer.shared_by_copies)
     memo = {id(x): x for x in shared}
     memo |= {id(x): x for x in (transformer.run_block, transformer.sequence_group) if x is not None}
     return copy.deepcopy(transformer, memo)

@@ -115,7 +115,7 @@ def _family_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
     for name, why in family.unsupported.items():
         expected = getattr(RewardGradientConfig, name)
         if (got := getattr(args, name)) != expected:
-            yield f"{name}: got {got} with {args.model} of {family.name}, expected {expected}: {why}"
+            yield f"{name}: got {got} with a model of {family.name}, expected {expected}: {why}"
 
 
 def _guard_problems(args, eval_prompts) -> Iterator[str]:

@@ -84,9 +84,5 @@ FAMILY = ModelFamily(
         "vae": {"is_residual": False, "patch_size": None},
     },
     licences={model: {"license": "apache-2.0"} for model in (WAN_1_3B, WAN_14B)},
-    unsupported={
-        "shard_base": "its number formats are mixed, which FSDP does not shard together; use stream_weights",
-        "sampling_weights": "a float8 copy is not made of it; leave it at own",
-        "base_bits": "4-bit weights were not tested with it; use stream_weights",
-    },
+    unsupported={"base_bits": "4-bit weights were not tested with it; use stream_weights"},
 )

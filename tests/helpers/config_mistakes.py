@@ -416,9 +416,9 @@ ROWS = [
         "set it back, or start another output_dir",
     ),
     Row(
-        {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "sampling_weights": "float8"},
-        "sampling_weights: got float8 with Wan-AI/Wan2.1-T2V-1.3B-Diffusers of Wan",
-        "expected own",
-        "leave it at own",
+        {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "base_bits": 4},
+        "base_bits: got 4 with a model of Wan",
+        "expected None",
+        "use stream_weights",
     ),
 ]
