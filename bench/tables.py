@@ -210,6 +210,8 @@ TABLES = {
     "step.json#exact": lambda result: step_table(result, exact=True),
     "step.json#cheaper": lambda result: step_table(result, exact=False),
     "step.json#compile": compile_table,
+    "wan_1_3b.json": lambda result: step_table(result, exact=True),
+    "wan_14b.json": lambda result: step_table(result, exact=True),
     "step.json#memory": less_memory_table,
     "scale.json#layouts": scale_table,
     "scale.json#equality": equality_table,
