@@ -1,4 +1,4 @@
-"""Load a reward from its spec: built-in, `module:Class`, `file.py:Class` or entry point."""
+"""Load a reward from its spec: built-in, `module:Class`, `file.py:Class`, entry point or server."""
 
 import ast
 import difflib
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
 from rewards.contract import RewardError, name_reward_in_errors
 from rewards.isolation import TimeLimitError, keep_process_state, time_limit
+from rewards.remote import Remote, check_url, is_url
 from rlhf.io import file_sha256
 
 IMPORT_TIMEOUT = 300.0  # seconds; imports of large packages from network disks take minutes
@@ -55,6 +56,8 @@ def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float, 
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
         return _construct(spec, built_in(spec), kwargs)
+    if is_url(spec):
+        return _construct(spec, Remote, {"url": spec} | kwargs)
     with _import_guard(spec, spec.rsplit(":", 1)[0], reward_timeout):
         target = _import_attribute(spec, base_dir) if ":" in spec else _entry_point(spec).load()
     if inspect.isclass(target):
@@ -112,6 +115,9 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
         if kwargs is not None:
             _require_weights_path(spec, kwargs)
         return
+    if is_url(spec):
+        check_url(spec)
+        return
     if ":" not in spec:
         if _entry_point(spec) is None:
             _raise_unknown(spec, base_dir)
@@ -126,10 +132,12 @@ def split_spec(spec: str) -> tuple[str, str]:
     """Return the short name of a spec's reward, and the spec without a name given to it.
 
     "large=clip_score" is clip_score, named large. The name is otherwise that of the built-in, class
-    or function.
+    or function, and "remote" for a server.
     """
     name, _, rest = spec.partition("=")
-    return (name, rest) if rest and name.replace("-", "_").isidentifier() else (spec.rsplit(":", 1)[-1], spec)
+    if rest and name.replace("-", "_").isidentifier():
+        return name, rest
+    return "remote" if is_url(spec) else spec.rsplit(":", 1)[-1], spec
 
 
 def name_in(spec: str) -> str:
@@ -170,7 +178,7 @@ def _raise_unknown(spec: str, base_dir) -> NoReturn:
         spec,
         got="a name that is neither built in nor installed",
         expected=f"one of {', '.join(known)}",
-        cure=f"{hint}A reward of your own is named 'path/to/file.py:Class' or 'package.module:Class'",
+        cure=f"{hint}A reward of your own is named 'path/to/file.py:Class', 'package.module:Class' or 'http://HOST:PORT'",
     )
 
 
@@ -192,17 +200,22 @@ def _find_file(spec: str, where: str, base_dir) -> Path:
     return found
 
 
-def source_digests(specs: list[Any], base_dir: str | Path | None = None) -> dict[str, str]:
+def source_digests(
+    specs: list[Any], base_dir: str | Path | None = None, kwargs: dict[str, dict] | None = None
+) -> dict[str, str]:
     """Return {short name: SHA-256} of the files that define rewards other than the built-in ones.
 
+    Of a server, it is the digest that the server states. kwargs: arguments of rewards by name.
     Code that a file imports does not count.
     """
-    files = {}
+    digests, files = {}, {}
     for name, spec in (split_spec(spec) for spec in specs if isinstance(spec, str)):
-        if where := spec.rpartition(":")[0]:
+        if is_url(spec):
+            digests[name] = load_reward(spec, base_dir, **(kwargs or {}).get(name, {})).source_digest
+        elif where := spec.rpartition(":")[0]:
             is_file = where.endswith(".py")
             files[name] = _find_file(spec, where, base_dir) if is_file else _module_source(spec, where)
-    return {name: file_sha256(path) for name, path in files.items() if path is not None}
+    return digests | {name: file_sha256(path) for name, path in files.items() if path is not None}
 
 
 def _module_source(spec: str, where: str) -> Path | None:

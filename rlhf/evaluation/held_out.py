@@ -70,7 +70,7 @@ def fingerprint(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
 
     With the digests of the files that rewards are defined in, if there are any.
     """
-    sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir)
+    sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir, args.reward_kwargs)
     settings = {name: vars(args).get(name) for name in names} | ({"sources": sources} if sources else {})
     return json.loads(json.dumps(settings))
 
