@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
 from rewards.contract import RewardError, name_reward_in_errors
 from rewards.isolation import TimeLimitError, keep_process_state, time_limit
+from rewards.placement import OnDevice, reward_device, without_device
 from rewards.remote import Remote, check_url, is_url
 from rlhf.io import file_sha256
 
@@ -35,10 +36,11 @@ def load_reward(
 ) -> Callable:
     """Load the reward that `spec` names, "name=spec" to give it another name.
 
-    A class is instantiated with kwargs; a function gets kwargs bound. The file of the spec and
-    those of kwargs are relative to base_dir (the folder of the config file) or else to the working
-    directory. The process keeps its state, whatever the reward's code does to it. Raises
-    RewardError, also for an import that takes longer than reward_timeout seconds.
+    A class is instantiated with kwargs; a function gets kwargs bound. The argument `device` places
+    the reward on a device of its own, and reaches only rewards that name it themselves. The file of
+    the spec and those of kwargs are relative to base_dir (the folder of the config file) or else to
+    the working directory. The process keeps its state, whatever the reward's code does to it.
+    Raises RewardError, also for an import that takes longer than reward_timeout seconds.
     """
     name, plain = split_spec(spec)
     try:
@@ -52,6 +54,13 @@ def load_reward(
 
 def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float, kwargs: dict) -> Callable:
     check_spec(spec, base_dir)
+    if (device := kwargs.get("device")) is None:
+        return _load_here(spec, base_dir, reward_timeout, kwargs)
+    reward_device(spec, device)  # before weights are loaded
+    return OnDevice(spec, _load_here(spec, base_dir, reward_timeout, kwargs), device)
+
+
+def _load_here(spec: str, base_dir: str | Path | None, reward_timeout: float, kwargs: dict) -> Callable:
     kwargs = {key: _resolve_paths(value, base_dir) for key, value in kwargs.items()}
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
@@ -108,9 +117,11 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
     """Raise RewardError if `spec` can't name a reward; the reward is not imported.
 
     Only the parent packages of a module are imported. With kwargs, also raise if a weights file
-    that users must supply is missing from them.
+    that users must supply is missing from them, or if their `device` is not there.
     """
     spec = split_spec(spec)[1]
+    if kwargs and kwargs.get("device") is not None:
+        reward_device(spec, kwargs["device"])
     if spec in CATALOGUE:
         if kwargs is not None:
             _require_weights_path(spec, kwargs)
@@ -290,6 +301,7 @@ def _construct(spec: str, target: type, kwargs: dict) -> Callable:
     cure = "correct the code, or the reward's entry in reward_kwargs"
     with keep_process_state(), name_reward_in_errors(spec, f"the arguments {kwargs}", expected, cure):
         signature = inspect.signature(target)
+        kwargs = kwargs if "device" in signature.parameters else without_device(kwargs)
         try:
             signature.bind(**kwargs)
         except TypeError as error:
@@ -302,9 +314,10 @@ def _bind(spec: str, reward: Callable, kwargs: dict) -> Callable:
     if not callable(reward):
         cure = "name a class or a function"
         raise RewardError(spec, got=f"a {type(reward).__name__}", expected="a callable", cure=cure)
-    if not kwargs:
+    if without_device(kwargs) == {}:
         return reward
     signature = inspect.signature(reward)
+    kwargs = kwargs if "device" in signature.parameters else without_device(kwargs)
     named = [p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not set(kwargs) <= set(named[2:]):  # after video and prompts; **info is not for settings
         _raise_bad_kwargs(spec, kwargs, signature)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rewards.catalogue import CATALOGUE
 from rewards.load import check_spec, source_digests, split_spec
+from rewards.placement import without_device
 from rewards.remote import is_url
 from rewards.score import NotScoredError, by_name, load_rewards, score
 from rlhf.io import file_sha256, write_whole
@@ -114,7 +115,7 @@ def reward_identity(spec: str, kwargs: dict, reading: dict | None = None) -> str
     name, spec = split_spec(spec)
     if is_url(spec):
         return json.dumps([SCORES_VERSION, source_digests([f"{name}={spec}"], kwargs={name: kwargs}), reading])
-    where = Path(spec.rsplit(":", 1)[0])
+    where, kwargs = Path(spec.rsplit(":", 1)[0]), without_device(kwargs)
     source = file_sha256(where) if where.suffix == ".py" else ""
     named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in _texts(kwargs)}
     # Path.exists raises for long texts
@@ -136,7 +137,7 @@ def score_conditions(spec: str, kwargs: dict, max_frames: int | None) -> dict:
     conditions: dict = {"version": SCORES_VERSION, "reward": spec}
     if Path(where).suffix == ".py":
         conditions |= {"reward": f"{Path(where).name}:{attribute}", "source": file_sha256(Path(where))[:12]}
-    given = {"kwargs": kwargs, "max_frames": max_frames}
+    given = {"kwargs": without_device(kwargs), "max_frames": max_frames}
     return conditions | {name: value for name, value in given.items() if value}
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from rewards import RewardMix
 from rewards.load import source_digests
+from rewards.placement import without_device
 from rlhf.config import RewardGradientConfig
 from rlhf.distributed.accelerator import local_batches
 from rlhf.distributed.layout import Layout
@@ -68,10 +69,13 @@ class Evaluation:
 def fingerprint(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
     """Return the settings of these names as they come back from a JSON file.
 
-    With the digests of the files that rewards are defined in, if there are any.
+    With the digests of the files that rewards are defined in, if there are any. The devices of
+    rewards do not count.
     """
     sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir, args.reward_kwargs)
     settings = {name: vars(args).get(name) for name in names} | ({"sources": sources} if sources else {})
+    given = {name: without_device(kwargs) for name, kwargs in (args.reward_kwargs or {}).items()}
+    settings["reward_kwargs"] = {name: kwargs for name, kwargs in given.items() if kwargs} or None
     return json.loads(json.dumps(settings))
 
 

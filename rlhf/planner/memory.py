@@ -61,8 +61,11 @@ class RewardNeeds:
     unknown: tuple[str, ...] = ()  # rewards that are left out, since their cost is not known
 
 
-def plan_rewards(model: TracedModel, args: RewardGradientConfig) -> RewardNeeds:
-    """Return what the rewards need for one batch, and the weights of the judges."""
+def plan_rewards(model: TracedModel, args: RewardGradientConfig, kind: str = "cuda") -> RewardNeeds:
+    """Return what the rewards need for one batch, and the weights of the judges.
+
+    kind: of the run's devices. A reward on another device takes time, but no memory of these.
+    """
     fps, batch, kwargs = model.card["sampling"]["fps"], args.per_device_train_batch_size, args.reward_kwargs or {}
     trained, judges = (list(map(split_spec, specs)) for specs in (args.reward_funcs, args.eval_reward_funcs))
     built_in = {name: spec for name, spec in trained if spec in CATALOGUE}
@@ -71,21 +74,30 @@ def plan_rewards(model: TracedModel, args: RewardGradientConfig) -> RewardNeeds:
     decoded = {name: decoded_frames(spec, settings[name], args.num_frames) for name, spec in built_in.items()}
     frames = args.num_frames if unknown else max(decoded.values())
     window = args.decode_window or frames
-    costs, traced = {}, []
+    costs, traced = {}, {}
     for name, spec in built_in.items():
         scored = scored_frames(spec, settings[name], min(decoded[name], window), fps)
         if found := reward_cost(spec, settings[name], batch * scored):
             costs[name] = found
         elif spec == "nano_preference":
-            traced.append(model.nano_preference_call(batch, min(frames, window)))
+            traced[name] = model.nano_preference_call(batch, min(frames, window))
         else:
             unknown.append(spec)
-    weights = [cost.weight_bytes for cost in costs.values()]
-    uncounted = [spec for name, spec in (*built_in.items(), *judges) if name not in costs and spec in CATALOGUE]
-    weights += [CATALOGUE[spec].parameters * CATALOGUE[spec].bytes_each for spec in uncounted]
-    peaks = [cost.peak_bytes for cost in costs.values()] + [call.peak_bytes for call in traced]
+    away = {name for name, given in kwargs.items() if _is_elsewhere(given.get("device"), kind, model.processes)}
+    here = [cost for name, cost in costs.items() if name not in away]
+    weights = [cost.weight_bytes for cost in here]
+    uncounted = [spec for name, spec in (*built_in.items(), *judges) if name not in {*costs, *away}]
+    weights += [CATALOGUE[spec].parameters * CATALOGUE[spec].bytes_each for spec in uncounted if spec in CATALOGUE]
+    peaks = [cost.peak_bytes for cost in here]
+    peaks += [call.peak_bytes for name, call in traced.items() if name not in away]
     seconds = sum(cost.seconds for cost in costs.values())
-    return RewardNeeds(frames, sum(weights), max(peaks, default=0), seconds, tuple(traced), tuple(unknown))
+    return RewardNeeds(frames, sum(weights), max(peaks, default=0), seconds, tuple(traced.values()), tuple(unknown))
+
+
+def _is_elsewhere(device: str | None, kind: str, processes: int) -> bool:
+    """Return whether a reward's `device` is none of those of the run's processes on one host."""
+    name, _, number = (device or kind).partition(":")
+    return name != kind or int(number or 0) >= processes
 
 
 def plan_memory(

@@ -47,16 +47,16 @@ def plan_report(
     card = model_sizes(args.model)
     args = with_sampling(args, card["sampling"])
     limit = int(memory_limit_gib * GIB) if memory_limit_gib else None
-    is_cpu = False
+    kind = "cuda"  # of all in RATES
     if device_name is None:
         device = local_device(args.device)
-        device_name, limit, is_cpu = describe(device), limit or total_memory(device), device.type == "cpu"
+        device_name, limit, kind = describe(device), limit or total_memory(device), device.type
     rates = RATES.get(device_name, H200)
     context_bytes = rates.context_bytes if device_name in RATES else non_pytorch_memory(device)
-    planner = Planner(args, card, rates, encoder_configs(args.model), processes)
+    planner = Planner(args, card, rates, encoder_configs(args.model), processes, kind)
     estimate = planner.estimate()
     texts = [args.to_yaml(), format_sizes(planner), format_memory(planner, estimate, context_bytes)]
-    texts += [ON_A_CPU] * is_cpu
+    texts += [ON_A_CPU] * (kind == "cpu")
     texts.append(format_time(planner, estimate, device_name))
     if limit is not None:
         texts.append(format_fit(planner, estimate, limit, context_bytes, device_name))
