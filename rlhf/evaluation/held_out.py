@@ -15,7 +15,7 @@ from safetensors import safe_open
 from rewards import RewardMix
 from rewards.load import source_digests
 from rewards.placement import without_device
-from rlhf.config import RewardGradientConfig
+from rlhf.config import RewardGradientConfig, at_eval_size
 from rlhf.distributed.accelerator import local_batches
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.measures import DIVERSITY, MEASURES, SINGLE_VIDEO_MEASURES, distance
@@ -92,7 +92,8 @@ class EvalOptions:
 
     @classmethod
     def from_settings(cls, args: RewardGradientConfig) -> "EvalOptions":
-        """Return the options of a run's settings."""
+        """Return the options of a run's settings, at the size of its evaluation."""
+        args = at_eval_size(args)
         return cls(
             args.eval_seed,
             args.per_device_eval_batch_size,

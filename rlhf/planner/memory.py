@@ -152,24 +152,28 @@ def grad_branches_per_rank(args: RewardGradientConfig) -> int:
 
 def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
     """Return the peak of sampling and decoding held-out videos, without that of the judges."""
-    batch = args.per_device_eval_batch_size
+    batch, training, model = args.per_device_eval_batch_size, model, model.at_eval_size()
     sampling = model.transformer_call(args, batch * branches_per_batch(args), with_gradient=False)
-    decoding = model.decoder_call(args, batch, args.num_frames, with_gradient=False)
-    return max(sampling.no_grad.added_bytes, decoding.no_grad.added_bytes)
+    decoding = model.decoder_call(args, batch, model.args.num_frames, with_gradient=False)
+    peak = max(sampling.no_grad.added_bytes, decoding.no_grad.added_bytes)
+    return peak + (0 if model.latent_shape == training.latent_shape else _position_table_bytes(model))
 
 
 def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
     """Return the bytes that one rank holds all the time, by part."""
-    itemsize = model.itemsize
     trained_bytes = MASTER_BYTES + MOMENT_BYTES + (EMA_BYTES if args.ema_decay else 0)
     held = {
         "transformer": _base_bytes(model, args),
         "adapter and optimizer": model.adapter_bytes + model.num_trained * trained_bytes,
         "VAE": model.vae.num_parameters() * getattr(torch, args.vae_dtype).itemsize,
         "rewards": rewards.weight_bytes,
-        "position table": model.num_tokens * model.transformer.inner_dim * itemsize,
+        "position table": _position_table_bytes(model),
     }
     return held | ({"float8 copy": _float8_bytes(model)} if args.sampling_weights == "float8" else {})
+
+
+def _position_table_bytes(model: TracedModel) -> int:
+    return model.num_tokens * model.transformer.inner_dim * model.itemsize
 
 
 def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:

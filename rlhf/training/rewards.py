@@ -8,7 +8,7 @@ import torch
 from rewards import RewardMix, load_reward, probe
 from rewards.contract import check_prompts, require_differentiable
 from rlhf.checks.rewards import short_name
-from rlhf.config import RewardGradientConfig
+from rlhf.config import RewardGradientConfig, at_eval_size
 from rlhf.contentv.files import model_sizes
 from rlhf.device import local_device
 from rlhf.prompts import load_prompts
@@ -48,14 +48,16 @@ def open_rewards(
         if weights[name]:
             require_differentiable(name, trained[name])
     judges = _load_rewards(args.eval_reward_funcs, args, device)
-    shape = (3, args.num_frames, args.height, args.width)
+    shapes = [(3, sized.num_frames, sized.height, sized.width) for sized in (args, at_eval_size(args))]
     info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
     for name, reward in trained.items():
         check_prompts(name, reward, [*prompts, *held_out])
-        probe(reward, shape, prompts[:3], device, name=name, info=info, gradient=bool(weights[name]))
+        probe(reward, shapes[0], prompts[:3], device, name=name, info=info, gradient=bool(weights[name]))
     for name, judge in judges.items() if held_out else ():  # without prompts they judge nothing
         check_prompts(name, judge, held_out)
-        probe(judge, shape, held_out[:3], device, name=name, info=info, gradient=False)
+        probe(judge, shapes[1], held_out[:3], device, name=name, info=info, gradient=False)
+    for name, reward in trained.items() if held_out and shapes[0] != shapes[1] else ():
+        probe(reward, shapes[1], held_out[:3], device, name=name, info=info, gradient=False)
     return trained | judges
 
 
