@@ -6,7 +6,10 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 import http.client
 import json
 import os
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
@@ -45,19 +48,30 @@ class Remote:
     def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         """Return the server's scores (B,), with its gradient if the video has one."""
         gradient = self.differentiable and torch.is_grad_enabled() and video_BCTHW.requires_grad
-        rows = info.pop("rows", None) or [row_of(prompt) for prompt in prompts]
-        facts = {"prompts": [str(prompt) for prompt in prompts], "rows": rows, "info": info}
-        _, answer = self._post("score", facts | {"gradient": gradient}, video=video_BCTHW)
+        answer = self._send("score", self._batch(video_BCTHW, prompts, info, gradient))
         scores_B = answer["scores"].to(video_BCTHW.device)
         if gradient and "gradient" in answer:  # without one, the scores do not depend on the pixels
             return _WithGradient.apply(video_BCTHW, scores_B, answer["gradient"].to(video_BCTHW.device))
         return scores_B
 
+    def start(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> Callable[[], torch.Tensor]:
+        """Send a batch; return a function that waits for its scores (B,), without gradient."""
+        message, waiting = self._batch(video_BCTHW, prompts, info, gradient=False), Future()
+
+        def ask() -> None:
+            try:
+                waiting.set_result(self._send("score", message)["scores"])
+            except BaseException as error:  # raised where the scores are wanted
+                waiting.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()  # which no interrupted run waits for
+        return lambda: waiting.result().to(video_BCTHW.device)
+
     def check_prompts(self, prompts: list[str]) -> None:
         """Let the served reward check the prompts. Raises RewardError for one that it refuses."""
         if self.served["checks_prompts"]:
             rows = [row_of(prompt) for prompt in prompts]
-            self._post("check_prompts", {"prompts": [str(prompt) for prompt in prompts], "rows": rows})
+            self._send("check_prompts", self._pack({"prompts": [str(prompt) for prompt in prompts], "rows": rows}))
 
     @property
     def source_digest(self) -> str:
@@ -76,8 +90,14 @@ class Remote:
             got = f"an answer that starts with {answer[:40]!r}"
         self._raise(got, f"a reward server of protocol {PROTOCOL}", "correct the url, or use one version on both sides")
 
-    def _post(self, path: str, facts: dict, **tensors: torch.Tensor) -> tuple[dict, dict[str, torch.Tensor]]:
-        """Return the unpacked answer to a message about the reward that was connected to."""
+    def _batch(self, video_BCTHW: torch.Tensor, prompts: list[str], info: dict, gradient: bool) -> bytes:
+        """Return the message that asks for scores."""
+        facts = {"prompts": [str(prompt) for prompt in prompts], "info": {k: v for k, v in info.items() if k != "rows"}}
+        rows = info.get("rows") or [row_of(prompt) for prompt in prompts]
+        return self._pack(facts | {"rows": rows, "gradient": gradient}, video=video_BCTHW)
+
+    def _pack(self, facts: dict, **tensors: torch.Tensor) -> bytes:
+        """Return a message about the reward that was connected to. Raises RewardError."""
         try:
             message = pack(facts | {"digest": self.source_digest}, **tensors)
         except (TypeError, ValueError) as error:
@@ -87,9 +107,13 @@ class Remote:
             got = f"a batch of {len(message) / 2**20:.0f} MiB"
             cure = "raise --max_mib of rewards.serve, or lower the batch size, frames or video size"
             self._raise(got, f"at most {self.served['max_bytes'] / 2**20:.0f} MiB", cure)
+        return message
+
+    def _send(self, path: str, message: bytes) -> dict[str, torch.Tensor]:
+        """Return the tensors of the answer to a message. Raises RewardError."""
         answer = self._ask("POST", path, message)
         try:
-            return unpack(answer)
+            return unpack(answer)[1]
         except ValueError as error:
             self._raise(f"an answer that is {error}", "scores", "look at the server's output", error)
 

@@ -95,7 +95,7 @@ def _device_problems(args) -> list[str]:
 
 
 def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
-    """Yield problems of the videos' sizes, also the evaluation's, given the model's config files."""
+    """Yield problems of the videos' sizes, also the evaluation's, given the model's files."""
     stride = 2 ** len(sizes["vae"]["temperal_downsample"]) * sizes["transformer"]["patch_size"]
     stride_t = 2 ** sum(sizes["vae"]["temperal_downsample"])
     given = {name: getattr(args, name) for name in (*VIDEO_SIZE, *(f"eval_{name}" for name in VIDEO_SIZE))}

@@ -151,7 +151,13 @@ class HeldOut:
         size = self.options.batch_size
         batches = local_batches(len(self.prompts), size, self.layout)
         info = {"fps": self.fps, "seed": self.options.seed, "step": 0}
-        own = [i for rows in batches for i in rows]
+        own, finish, judged = [i for rows in batches for i in rows], dict, []
+
+        def collect() -> None:
+            """Take the scores of the batch before, which were computed while this was sampled."""
+            for judge, scores_B in finish().items():
+                scores[judge][judged] = scores_B.cpu()
+
         count = len(own) + sum(i < self.diversity_count for i in own)
         with progress_bar(f"evaluate {name}", "video", count, self._is_main) as bar:
             for number, rows in enumerate(batches):
@@ -161,14 +167,15 @@ class HeldOut:
                     other = self._videos(make_videos, twice, draw=1)
                 if not rows:
                     continue
-                for judge, scores_B in mix(video, [self.prompts[i] for i in rows], **info)[1].items():
-                    scores[judge][rows] = scores_B.cpu()
+                collect()
+                finish, judged = mix.start(video, [self.prompts[i] for i in rows], **info), rows
                 for measure, of in SINGLE_VIDEO_MEASURES.items():
                     scores[measure][rows] = of(video).cpu()
                 if twice:
                     scores[DIVERSITY][twice] = distance(video[: len(twice)], other).cpu()
                 videos.append(to_uint8(video[: max(0, shown - rows[0])]))
                 bar.update(len(rows) + len(twice))
+            collect()
         scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
         videos_NCTHW = self._gather_leading(torch.cat(videos), len(self.prompts), shown)
         evaluation = Evaluation(self.prompts, scores, videos_NCTHW, self.options.fingerprint)

@@ -27,7 +27,7 @@ from rewards.load import check_spec, name_in, source_digests
 from rewards.remote import Remote
 from rewards.score_cache import ScoreCache, Scorer, reward_identity, score_conditions
 from rewards.serve import RewardServer, parse_serve_args, served_digest
-from rlhf.evaluation.held_out import EVAL_FINGERPRINT, fingerprint
+from rlhf.evaluation.held_out import EVAL_FINGERPRINT, EvalOptions, HeldOut, fingerprint
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.types import Prompt
 
@@ -63,6 +63,14 @@ def thread(reward, **options):
             yield server.url
         finally:
             server.shutdown()
+
+
+class OneProcess:
+    num_processes, process_index, is_main_process, in_step = 1, 0, True, False
+    device = torch.device("cpu")
+
+    def reduce(self, tensor, how):
+        return tensor
 
 
 def graded(reward, video, prompts, **info):
@@ -233,6 +241,36 @@ def test_scores_are_kept_by_what_is_served(tmp_path, make_args):
         assert score_conditions(f"far={url}", {}, None) != conditions
         assert source_digests([f"far={url}"]) == {"far": second}
         assert fingerprint(replace(args, reward_funcs=[f"far={url}"]), EVAL_FINGERPRINT) != base
+
+
+def test_an_evaluation_samples_the_next_batch_while_one_is_scored(tmp_path):
+    """The first batch is scored only once the second was sampled; else the server waits in vain."""
+    sampled, order = threading.Event(), []
+
+    def patient(video, prompts):
+        order.append(list(prompts))
+        assert len(order) > 1 or sampled.wait(20)
+        return video.mean((1, 2, 3, 4))
+
+    def videos(prompts, noise):
+        if len(order) or prompts[0] == PROMPTS[2]:
+            sampled.set()
+        return noise[:, :3].sigmoid().repeat(1, 1, 1, 4, 4)
+
+    options = EvalOptions(0, 2, 0, 0, (2, 8, 8), {})
+
+    def evaluate(judge):
+        return HeldOut(videos, {"j": judge}, PROMPTS, (16, 2, 2, 2), 8, options, tmp_path, OneProcess()).evaluate(
+            "x", 0
+        )
+
+    local = evaluate(lambda video, prompts: video.mean((1, 2, 3, 4)))
+    sampled.clear()
+    with thread(patient) as url:
+        far = evaluate(load_reward(url))
+    assert order == [PROMPTS[:2], PROMPTS[2:4], PROMPTS[4:]]
+    assert torch.equal(far.scores["j"], local.scores["j"])
+    assert far.scores["j"].unique().numel() == 6
 
 
 def test_a_run_saves_its_state_when_its_server_is_killed_and_goes_on_when_it_is_back(make_args, tmp_path, quick):
