@@ -314,7 +314,7 @@ def _bind(spec: str, reward: Callable, kwargs: dict) -> Callable:
     if not callable(reward):
         cure = "name a class or a function"
         raise RewardError(spec, got=f"a {type(reward).__name__}", expected="a callable", cure=cure)
-    if without_device(kwargs) == {}:
+    if not kwargs:
         return reward
     signature = inspect.signature(reward)
     kwargs = kwargs if "device" in signature.parameters else without_device(kwargs)

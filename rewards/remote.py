@@ -6,6 +6,7 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 import http.client
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -197,14 +198,18 @@ def check_url(url: str) -> SplitResult:
 
 
 def read_token(name: str, path: str | None) -> str | None:
-    """Return the token in a file, else that of the environment, None for none."""
-    if path is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
+    """Return the token in a file, else that of the environment, None for none.
+
+    Raises RewardError, which does not quote it.
+    """
+    if path is None and not os.environ.get(TOKEN_VARIABLE):
+        return None
     try:
-        token = Path(path).expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        cure = "correct token_file, or its rights"
-        raise RewardError(name, got=f"no token in {path} ({error})", expected="a text file", cure=cure) from error
-    if not token.isascii() or not token or any(letter.isspace() for letter in token):
-        raise RewardError(name, got=f"no token in {path}", expected="one word of ASCII", cure="write one into it")
+        token = os.environ[TOKEN_VARIABLE] if path is None else Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # UnicodeDecodeError quotes a byte
+        got, cure = f"no token in {path} ({type(error).__name__})", "correct token_file, or its rights"
+        raise RewardError(name, got=got, expected="a text file that can be read", cure=cure) from None
+    if not re.fullmatch(r"[!-~]+", token := token.strip()):
+        got, cure = f"no token in {path or TOKEN_VARIABLE}", "write one into it"
+        raise RewardError(name, got=got, expected="one word of ASCII", cure=cure)
     return token

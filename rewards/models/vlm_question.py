@@ -6,6 +6,7 @@ take a differentiable path of the same arithmetic.
 Shape legend: B videos, C channels, T frames, H height, W width, D width of the language model.
 """
 
+import copy
 import math
 import re
 from typing import Any
@@ -165,7 +166,7 @@ class VlmQuestion(ModelReward):
         inputs = self.processor(
             text=[chat],
             videos=[blank_TCHW],
-            video_metadata=[dict(clock)],
+            video_metadata=[copy.deepcopy(clock)],  # Qwen3-VL's processor appends to its indices
             do_sample_frames=False,
             cap_pixels_per_frame=False,
             return_tensors="pt",

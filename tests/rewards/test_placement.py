@@ -68,6 +68,8 @@ def test_it_is_an_argument_beside_the_others(tmp_path, make_args):
     assert torch.equal(placed(video, ["a", "b"]), video.mean((1, 2, 3, 4)) * 3)
     file.write_text("class Own:\n    def __init__(self, device='?'):\n        self.given = device\n")
     assert load_reward(f"{file}:Own", device="cpu").given == "cpu"
+    file.write_text("def own(video, prompts, device):\n    return device\n")
+    assert load_reward(f"{file}:own", device="cpu")(video, ["a", "b"]) == "cpu"
     args = make_args(reward_funcs={"far": {"spec": "flicker", "device": "cpu"}})
     assert args.reward_kwargs == {"far": {"device": "cpu"}}
     assert check_config(args).reward_kwargs == args.reward_kwargs

@@ -193,6 +193,13 @@ def test_a_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch, c
             Remote(url=url)
     with pytest.raises(RewardError, match="no token in .*missing"):
         Remote(url=url, token_file=str(tmp_path / "missing"))
+    file.write_text("open sesame")
+    for name, words in ((str(file), "expected one word of ASCII"), (None, "in CONTENTV_RLHF_REWARD_TOKEN")):
+        monkeypatch.setenv("CONTENTV_RLHF_REWARD_TOKEN", "open\nsesame")
+        with pytest.raises(RewardError, match=words) as raised:
+            Remote(url=url, token_file=name)
+        assert "sesame" not in str(raised.value)
+    monkeypatch.setenv("CONTENTV_RLHF_REWARD_TOKEN", "another")
     assert parse_serve_args(["flicker", "--host", "0.0.0.0"]).token == "another"
     monkeypatch.delenv("CONTENTV_RLHF_REWARD_TOKEN")
     with pytest.raises(SystemExit):

@@ -160,6 +160,8 @@ def test_a_folder_is_loaded_and_another_family_refused(tmp_path):
     video = make_video(4, 56, 56)
     expected = VlmQuestion(QUESTION, model=(model, processor), dtype="float32")(video, PROMPTS, **INFO)
     torch.testing.assert_close(loaded(video, PROMPTS, **INFO), expected)
+    small = load_reward("vlm_question", model=str(tmp_path / "qwen"), dtype="float32", max_pixels=56 * 56)
+    assert small(make_video(4, 112, 112), PROMPTS, **INFO).isfinite().all()
     transformers.CLIPConfig().save_pretrained(tmp_path / "clip")
     with pytest.raises(RewardError, match="a model of type clip; expected one of qwen2_vl, qwen2_5_vl, qwen3_vl"):
         load_reward("vlm_question", model=str(tmp_path / "clip"))
