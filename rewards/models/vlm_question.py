@@ -183,7 +183,7 @@ class VlmQuestion(ModelReward):
 
     def _answer_ids(self, answers: list[str] | tuple[str, str]) -> list[int]:
         """Return the token ids of both answers. Raises RewardError unless each is one token."""
-        if len(answers) != 2 or not all(isinstance(answer, str) for answer in answers):
+        if not isinstance(answers, list | tuple) or [*map(type, answers)] != [str, str]:
             cure = 'write both in quotes, as in ["Yes", "No"]: YAML takes a bare Yes for true'
             raise RewardError(self.name, got=f"answers={answers!r}", expected="two texts", cure=cure)
         ids = [self.processor.tokenizer.encode(answer, add_special_tokens=False) for answer in answers]

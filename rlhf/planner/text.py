@@ -95,7 +95,7 @@ def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> s
     phases = {name + " (the highest)" * (name == memory.peak_phase): size for name, size in memory.phases.items()}
     in_use = [(name, _format_bytes(size)) for name, size in held.items()]
     peaks = [(name, _format_bytes(always + size)) for name, size in phases.items() if size]
-    left_out = f"\nLeft out, as its memory is not known: {unknown}" if unknown else ""
+    left_out = f"\nLeft out, as its cost is not known: {unknown}" if unknown else ""
     return "\n\n".join(
         (
             format_table([("Always in use on one device, estimated", ""), *in_use], numbers=True),

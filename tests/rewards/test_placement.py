@@ -4,6 +4,8 @@ import pytest
 import torch
 from plans import tiny
 from reward_checks import make_video
+from tiny import tiny_pipeline
+from toy_rewards import PROMPTS, rows_without_cost
 
 from rewards import RewardError, RewardMix, check_spec, frames_needed, load_reward, probe, reward_attribute
 from rewards.placement import OnDevice
@@ -13,6 +15,7 @@ from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.held_out import EVAL_FINGERPRINT, fingerprint
 from rlhf.planner.memory import plan_rewards
 from rlhf.planner.traced import TracedModel
+from rlhf.trainer import RewardGradientTrainer
 
 
 class Far(torch.nn.Module):
@@ -77,6 +80,16 @@ def test_it_is_an_argument_beside_the_others(tmp_path, make_args):
     for key in (reward_identity, lambda spec, kwargs: score_conditions(spec, kwargs, None)):
         assert key("flicker", {"frames": 3, "device": "cpu"}) == key("flicker", {"frames": 3})
         assert key("flicker", {"frames": 4}) != key("flicker", {"frames": 3})
+
+
+def test_a_run_with_a_placed_reward_is_the_same_run(tmp_path, make_args):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(video, prompts, **info):\n    return video.mean((1, 2, 3, 4)) * 10\n")
+    runs = [make_args(output_dir=str(tmp_path / name), max_steps=2) for name in ("here", "there")]
+    for args, kwargs in zip(runs, (None, {"mine": {"device": "cpu"}}), strict=True):
+        args.reward_funcs, args.reward_kwargs = [f"{file}:mine"], kwargs
+        RewardGradientTrainer(tiny_pipeline(), None, args, PROMPTS).train()
+    assert rows_without_cost(runs[0]) == rows_without_cost(runs[1])
 
 
 @pytest.mark.parametrize("device", ["gpu", "npu:9", 3])

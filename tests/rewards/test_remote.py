@@ -26,7 +26,7 @@ from rewards.common.wire import pack, unpack
 from rewards.load import check_spec, name_in, source_digests
 from rewards.remote import Remote
 from rewards.score_cache import ScoreCache, Scorer, reward_identity, score_conditions
-from rewards.serve import RewardServer, parse_serve_args, served_digest
+from rewards.serve import RewardServer, main, parse_serve_args, served_digest
 from rlhf.evaluation.held_out import EVAL_FINGERPRINT, EvalOptions, HeldOut, fingerprint
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.types import Prompt
@@ -221,6 +221,17 @@ def test_a_server_that_is_not_there_or_is_another(quick):
             check_spec(url)
     assert name_in("http://host:1") == "remote"
     assert name_in("ocr=http://host:1") == "ocr"
+
+
+def test_the_command_says_why_it_cannot_serve(capsys, monkeypatch):
+    assert main(["flickr"]) == 1
+    assert "The nearest name is 'flicker'" in capsys.readouterr().err
+    with thread(lambda video, prompts: video.mean((1, 2, 3, 4))) as url:
+        assert main(["flicker", "--port", url.rsplit(":", 1)[1]]) == 1
+    assert "expected an address of this machine, a free port; choose others" in capsys.readouterr().err
+    monkeypatch.setattr(RewardServer, "serve_forever", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["flicker", "--port", "0"]) == 0
+    assert re.fullmatch(r"Serving flicker on cpu at http://127.0.0.1:\d+; end with Ctrl-C.\n", capsys.readouterr().out)
 
 
 def test_scores_are_kept_by_what_is_served(tmp_path, make_args):
