@@ -41,6 +41,8 @@ class Remote:
         self.name, self.url, self.timeout, self.retries = url, url, timeout, retries
         self._place = check_url(url)
         check_positive(url, timeout=timeout)
+        if type(retries) is not int or retries < 0:
+            raise RewardError(url, got=f"retries={retries!r}", expected="a whole number from 0 on", cure="correct it")
         self._token = read_token(url, token_file)
         self.served = self._connect()
         for attribute in ATTRIBUTE_DEFAULTS:

@@ -219,6 +219,9 @@ def test_a_server_that_is_not_there_or_is_another(quick):
     for url in ("http://", "http://host", "http://host:port", "http://me:pw@host:1"):
         with pytest.raises(RewardError, match="expected http://HOST:PORT"):
             check_spec(url)
+    for wrong in ({"timeout": 0}, {"retries": -1}, {"retries": 1.5}):
+        with pytest.raises(RewardError, match=f"got {next(iter(wrong))}="):
+            load_reward("http://host:1", **wrong)
     assert name_in("http://host:1") == "remote"
     assert name_in("ocr=http://host:1") == "ocr"
 
