@@ -171,7 +171,7 @@ def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list
     trainer = start(settings, seed, steps, conditions)
     began = time.perf_counter()
     rows = [trainer.step(step) for step in range(steps)]
-    with trainer.masters.use_average():
+    with trainer.masters.use(trainer.masters.average):
         tuned = trainer.monitor.held_out.evaluate("tuned", steps)
     found = {"steps": steps, "queries": steps * queries_per_step(trainer)}
     found |= {"wall_seconds": time.perf_counter() - began, "last_reward": rows[-1].get("reward")}

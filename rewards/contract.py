@@ -37,7 +37,7 @@ ATTRIBUTE_DEFAULTS = {
     "space": "pixels",  # input space: decoded pixels
     "mean": None,  # typical score, used for mixing only if std is stated too
     "std": None,  # typical standard deviation of the score, > 0, for mixing
-    "differentiable": True,  # False: evaluation only
+    "differentiable": True,  # False: for evaluation, and for training by scores alone
 }
 
 
@@ -132,7 +132,7 @@ def check_frames(name: str, frames: Any) -> None:
 def require_differentiable(name: str, reward: Callable) -> None:
     """Raise RewardError for a reward that says differentiable=False."""
     if not reward_attribute(reward, "differentiable"):
-        cure = "move it to eval_reward_funcs, or give it the weight 0 to log it only"
+        cure = "train with --method nft, which needs no gradient, move it to eval_reward_funcs, or give it the weight 0"
         expected = "a reward with a gradient, for training"
         raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
 

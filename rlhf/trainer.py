@@ -132,7 +132,9 @@ class RewardGradientTrainer:
         """Take optimizer step `step`, from 0, on `samples_per_step` videos; return its metrics."""
         cost, args = Cost(self.device), self.args
         plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
-        gradient = self._anchor_gradient if is_due(step + 1, args.anchor_steps) else self._reward_gradient
+        gradient = self._regression_gradient if plan.regression else self._reward_gradient
+        if is_due(step + 1, args.anchor_steps):
+            gradient = self._anchor_gradient
         with self.stop.interruptible():
             results = [gradient(step, micro, plan) for micro in range(args.gradient_accumulation_steps)]
 
@@ -141,14 +143,14 @@ class RewardGradientTrainer:
         scores_SR = self.accelerator.gather(scores_SR).cpu()
         grad = self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
         norm = grad.norm().item()
-        samples = self.batches.samples_before(step + 1)
-        progress = {"step": step + 1, "epoch": samples / len(self.batches.prompts)}
+        progress = {"step": step + 1, "epoch": self.batches.epochs_before(step + 1)}
         suspect, error = first_failure(results)
         if error := non_finite_error(scores_SR, norm, error, self.rewards, suspect, self.accelerator):
             self.optimizer.zero_grad(set_to_none=False)
             return progress | self.skipped.add(error) | cost.elapsed()
         self.skipped.in_a_row = 0
-        require_gradient(norm, self.state.global_step, self.rewards, names)
+        if not plan.regression:  # equal scores teach nothing, and are no fault
+            require_gradient(norm, self.state.global_step, self.rewards, names)
 
         self._update(step, norm)
         return {
@@ -157,7 +159,7 @@ class RewardGradientTrainer:
             "grad_norm": norm,
             "learning_rate": learning_rate(step, args),
             **cost.elapsed(),
-            "samples": samples,
+            "samples": self.batches.samples_before(step + 1),
         }
 
     def _reward_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
@@ -183,20 +185,45 @@ class RewardGradientTrainer:
 
     def _sample_gradient(self, sample: Sample, prompts: list[str], step: int, num_samples: int) -> BatchResult:
         """Decode, score and back-propagate one of a rollout's samples: the loss is -R(x_N)."""
-        words, strength = self.options.relative_words, self.options.relative_strength
-        info, error = self.reward_info(step), None
+        video, scores_B, columns, error = self._score(sample, prompts, step)
+        loss = reward_loss(scores_B)
+        self._back_propagate(loss / num_samples)
+        finite = self.masters.vector.grad.sum().isfinite()
+        suspect = None if finite else (video.detach(), prompts, self.reward_info(step))
+        return BatchResult({"loss": loss.detach().expand(len(prompts))} | columns, suspect, error)
+
+    def _score(self, sample: Sample, prompts: list[str], step: int) -> tuple:
+        """Decode and score a sample; return video, scores (B,), columns and the error, if any."""
+        words, strength, error = self.options.relative_words, self.options.relative_strength, None
         video = self.decode(self.layout.average_grad(sample.latents), step)
         try:
+            info = self.reward_info(step)
             scores_B, raw = score(self.rewards, video, prompts, info, words, strength, sample.penalty)
         except RewardError as raised:  # `step` tells every process, then all of them stop
             error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
             raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())
-        loss = reward_loss(scores_B)
-        self._back_propagate(loss / num_samples)
-        suspect = None if self.masters.vector.grad.sum().isfinite() else (video.detach(), prompts, info)
-        columns = {"loss": loss.detach().expand(len(prompts)), "reward": scores_B.detach()}
-        columns |= {f"rewards/{name}": raw_B for name, raw_B in raw.items()} | {"saturated": saturated_share(video)}
-        return BatchResult(columns, suspect, error)
+        columns = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
+        return video, scores_B, columns | {"saturated": saturated_share(video)}, error
+
+    def _regression_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
+        """Sample by the old policy, score, and back-propagate the method's own loss."""
+        batch = self.batches.batch(step, micro)
+        cond, masters = self.text(batch.prompts, self.device), self.masters
+
+        @torch.no_grad()
+        def old(x_BCTHW: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            with masters.use(masters.old):
+                return self.fields.tuned(cond)(x_BCTHW, sigma)
+
+        with torch.no_grad():
+            with masters.use(masters.old):
+                states = sample_euler(self.fields.prefix(cond, plan), batch.noise("train"), plan.sigmas)
+            _, scores_B, columns, error = self._score(Sample(states[-1]), batch.prompts, step)
+        tuned, loss_B = self.fields.window(cond), torch.zeros_like(scores_B)
+        for level_B in plan.regression.losses(states[-1], scores_B, batch.noise, tuned, old):
+            self._back_propagate(level_B.mean())
+            loss_B += level_B.detach()
+        return BatchResult({"loss": loss_B} | columns, error=error)
 
     def _anchor_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""
@@ -227,7 +254,7 @@ class RewardGradientTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         masters.write()
-        masters.update_average(step)
+        masters.update_averages(step)
         self.fields.refresh()
 
     def reward_info(self, step: int) -> dict:
@@ -269,7 +296,7 @@ class RewardGradientTrainer:
                 self.monitor.begin(self.sample_base, first, self.resumed.get("guard"))
             done = self._train_steps(first)
             self._save(done)
-            with self.masters.use_average():
+            with self.masters.use(self.masters.average):
                 if self.args.load_best_model_at_end:
                     self.monitor.load_best(done)
                 if self.accelerator.is_main_process:

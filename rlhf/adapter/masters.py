@@ -20,7 +20,8 @@ class MasterWeights:
 
     Args:
         module: the transformer; its parameters with `requires_grad` are the trained ones.
-        average_decay: decay of the running average that `update_average` keeps; 0 keeps none.
+        average_decay: decay of the running average that `update_averages` keeps; 0 keeps none.
+        old_decay: decay of the average that samples videos as the old policy; None keeps none.
         initial: the LoRA that is merged into the module's frozen weights; None for none.
         distilled: whether the adapter is sampled without guidance.
 
@@ -34,6 +35,7 @@ class MasterWeights:
         average_decay: float = 0.0,
         initial: Lora | None = None,
         distilled: bool = False,
+        old_decay: float | None = None,
     ):
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not trained:
@@ -47,6 +49,7 @@ class MasterWeights:
         layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, PeftLayer)}
         self.alphas = {n: layer.scaling[peft] * layer.r[peft] for n, layer in layers.items() if peft in layer.scaling}
         self.average_decay, self.average = average_decay, self.vector.detach().clone() if average_decay else None
+        self.old_decay, self.old = old_decay, None if old_decay is None else self.vector.detach().clone()
 
     def collect_grad(self) -> int:
         """Add the parameters' gradients to the flat gradient, clear them, return their number."""
@@ -63,23 +66,23 @@ class MasterWeights:
         for piece, p in zip(self._split(self.vector), self.params, strict=True):
             p.copy_(piece)
 
-    def update_average(self, update: int) -> None:
-        """Update the exponential moving average after optimizer step `update`, counted from 0.
+    def update_averages(self, update: int) -> None:
+        """Update the exponential moving averages after optimizer step `update`, counted from 0.
 
-        The decay rises from 0.1 to `average_decay`, as in diffusers' EMAModel.
+        The decay rises from 0.1 to its final value, as in diffusers' EMAModel.
         """
-        if self.average is not None:
-            decay = min(self.average_decay, (1 + update) / (10 + update))
-            self.average.lerp_(self.vector.detach(), 1 - decay)
+        for average, decay in ((self.average, self.average_decay), (self.old, self.old_decay)):
+            if average is not None:
+                average.lerp_(self.vector.detach(), 1 - min(decay, (1 + update) / (10 + update)))
 
     @contextmanager
-    def use_average(self) -> Iterator[None]:
-        """Put the EMA into the vector and the module while inside; do nothing without an EMA."""
-        if self.average is None:
+    def use(self, weights: torch.Tensor | None) -> Iterator[None]:
+        """Put other weights into the vector and the module while inside; None changes nothing."""
+        if weights is None:
             yield
             return
         before = self.vector.detach().clone()
-        self.set(self.average)
+        self.set(weights)
         try:
             yield
         finally:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.method.options import MethodOptions, read_options
+from rlhf.method.options import SCORES_ALONE, MethodOptions, read_options
 from rlhf.run.checkpoint import find_checkpoint
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -29,6 +29,7 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
         yield from error.problems
     else:
         yield from _step_problems(args, options)
+        yield from _group_problems(args, options)
     yield from _drift_problems(args)
 
 
@@ -57,6 +58,25 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
         if not listed or len(set(listed)) < len(listed) or not all(0 <= i < steps for i in listed):
             expected = f"expected different steps of 0 to {steps - 1}, at least one"
             yield f"method_kwargs: steps: got {options.steps} with method listed, {expected}; correct them"
+
+
+def _group_problems(args, options: MethodOptions) -> Iterator[str]:
+    """Yield problems of a method that compares the scores of a group of videos."""
+    size, group, levels = args.per_device_train_batch_size, getattr(options, "group_size", 1), args.num_inference_steps
+    if size % group:
+        yield (
+            f"per_device_train_batch_size: got {size} with method {args.method}, which compares {group} videos of each "
+            "prompt, expected a multiple of that; change it, or group_size in method_kwargs"
+        )
+    if getattr(options, "num_levels", 1) > levels:
+        expected = f"expected at most num_inference_steps={levels}"
+        yield f"method_kwargs: num_levels: got {options.num_levels}, {expected}; lower it"
+    if args.method not in SCORES_ALONE:
+        return
+    for name, default in (("balance_reward_gradients", False), ("sampling_weights", "own"), ("drift_weight", 0)):
+        if (got := getattr(args, name)) != default:
+            expected = f"expected {default}"
+            yield f"{name}: got {got} with method {args.method}, which does not read it, {expected}; leave it out"
 
 
 def _drift_problems(args) -> Iterator[str]:

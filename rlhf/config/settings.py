@@ -26,7 +26,7 @@ SAMPLING_KEYS = (
     "max_sequence_length",
 )
 VIDEO_SIZE = ("height", "width", "num_frames")  # each has an eval_ twin
-Method = Literal["draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo"]
+Method = Literal["draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo", "nft"]
 GuidanceGradient = Literal["full", "text", "none", "distill"]
 METHODS, GUIDANCE_GRADIENTS = typing.get_args(Method), typing.get_args(GuidanceGradient)
 RANGE_WORDS = {"least": "at least", "above": "more than", "most": "at most", "below": "less than"}

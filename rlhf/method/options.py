@@ -92,13 +92,35 @@ class SRPOOptions(MethodOptions):
         ]
 
 
+@dataclass(frozen=True)
+class NFTOptions(MethodOptions):
+    """Options of nft (arXiv 2509.16117)."""
+
+    group_size: int = setting(8, "Videos of each prompt, whose scores are compared with each other.", least=2)
+    num_levels: int = setting(
+        2, "Noise levels at which each video is learnt from, drawn from those of the sampler.", least=1
+    )
+    beta: float = setting(1.0, "Part of a velocity's change that the loss sees. A smaller one learns faster.", above=0)
+    advantage_clip: float = setting(
+        5.0, "Spreads of its group beyond which a video's score counts as the best or worst.", above=0
+    )
+    old_decay: float = setting(
+        0.5,
+        "Decay of the average of the weights that samples the videos. 0: the current weights.",
+        least=0,
+        below=1,
+    )
+
+
 METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOptions) | {
     "draft_lv": DraftLVOptions,
     "listed": ListedOptions,
     "drtune": DRTuneOptions,
     "refl": ReFLOptions,
     "srpo": SRPOOptions,
+    "nft": NFTOptions,
 }
+SCORES_ALONE = ("nft",)  # methods that ask rewards for no gradient
 
 
 def option_names(method: str) -> list[str]:

@@ -14,7 +14,8 @@ from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import euler_step
 from rlhf.method.drift import drift_step_weights
 from rlhf.method.grad_steps import choose_grad_steps, draw_below, listed_grad_steps
-from rlhf.method.options import MethodOptions, SRPOOptions
+from rlhf.method.nft import NFT
+from rlhf.method.options import MethodOptions, NFTOptions, SRPOOptions
 from rlhf.method.rollout import Velocity
 
 
@@ -27,6 +28,7 @@ class Plan:
     detach_input: bool = False  # as in `rollout`
     repeat_last_step: int = 0  # repeats of the last step from fresh noise, each with a gradient
     recoveries: list[tuple[float, float]] = field(default_factory=list)  # Direct-Align's (sigma, step)
+    regression: NFT | None = None  # what is learnt instead of the reward's gradient
     drift_step: int | None = None  # the step at whose state the drift from the base is measured
     drift_total: float = 0.0  # the sum of all steps' drift weights, for which drift_step stands
 
@@ -74,6 +76,8 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
             plan = Plan(cut, [len(cut) - 2])
         case "srpo":
             plan = Plan(sigmas, [], recoveries=draw_recoveries(options, rng))
+        case "nft":
+            plan = Plan(sigmas, [], regression=draw_regression(options, sigmas, rng))
     return with_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
 
 
@@ -105,6 +109,12 @@ def draw_recoveries(options: SRPOOptions, rng: torch.Generator) -> list[tuple[fl
     levels = torch.rand(-(-options.num_draws // 2), generator=rng, dtype=torch.float64) * (high - low) + low
     both_ways = [(sigma, step) for sigma in levels.tolist() for step in (-options.align_delta, options.align_delta)]
     return both_ways[: options.num_draws]
+
+
+def draw_regression(options: NFTOptions, sigmas: torch.Tensor, rng: torch.Generator) -> NFT:
+    """Draw `num_levels` different noise levels of the sampler, at most all but 0."""
+    drawn = torch.randperm(len(sigmas) - 1, generator=rng)[: options.num_levels]
+    return NFT(options.group_size, [sigmas[i] for i in drawn], options.beta, options.advantage_clip)
 
 
 def with_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> Plan:

@@ -247,7 +247,7 @@ def max_grad_steps(args: RewardGradientConfig) -> int:
     """Return the largest number of rollout steps that carry the gradient."""
     options = read_options(args.method, args.method_kwargs)
     listed = getattr(options, "steps", None) or []
-    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1, "srpo": 0}
+    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1, "srpo": 0, "nft": 0}
     return by_method.get(args.method, args.num_grad_steps)
 
 

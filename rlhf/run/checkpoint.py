@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, verified, found and loaded.
 
-checkpoints/step-N/ holds adapter.safetensors (the fp32 masters), average.safetensors (their running
-average, if one is kept), optimizer.safetensors (AdamW's moments), state.json, and manifest.json
-with size and hash of each of these. Nothing is pickled. The frozen base is not part of it.
+checkpoints/step-N/ holds adapter.safetensors (the fp32 masters), average.safetensors and
+old.safetensors (their running average and the old policy's, where they are kept),
+optimizer.safetensors (AdamW's moments), state.json, and manifest.json with size and hash of each of
+these. Nothing is pickled. The frozen base is not part of it.
 """
 
 import errno
@@ -94,8 +95,8 @@ def _write_error(path: Path, error: Exception) -> str:
 def _write_files(folder: Path, step: int, masters: "MasterWeights", optimizer, state: dict) -> None:
     """Write a checkpoint's masters, average, moments, state.json and manifest."""
     save_vector(folder / "adapter.safetensors", masters, masters.vector)
-    if masters.average is not None:
-        save_vector(folder / "average.safetensors", masters, masters.average)
+    for name, average in _averages(masters):
+        save_vector(folder / f"{name}.safetensors", masters, average)
     moments = optimizer.state.get(masters.vector, {})
     named = {f"{key}.{n}": t for key in MOMENTS if moments for n, t in masters.named(moments[key]).items()}
     save_file(_cpu(named), folder / "optimizer.safetensors")
@@ -103,6 +104,12 @@ def _write_files(folder: Path, step: int, masters: "MasterWeights", optimizer, s
     write_json(folder / STATE, progress | state)
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {"files": files, "processes": state.get("processes", 1)})
+
+
+def _averages(masters: "MasterWeights") -> list[tuple[str, torch.Tensor]]:
+    """Return the averages of the weights that a run keeps, by the name of their file."""
+    kept = ("average", masters.average), ("old", masters.old)
+    return [(name, average) for name, average in kept if average is not None]
 
 
 def _fingerprint(path: Path) -> dict:
@@ -170,9 +177,9 @@ def load_checkpoint(path: Path, masters: "MasterWeights", optimizer: torch.optim
     state = read_state(path)
     load_vector(path / "adapter.safetensors", masters, masters.vector)
     masters.write()
-    if masters.average is not None:  # it starts at the weights if the run kept none before
-        average = path / "average.safetensors"
-        load_vector(average if average.exists() else path / "adapter.safetensors", masters, masters.average)
+    for name, average in _averages(masters):  # it starts at the weights if the run kept none before
+        file = path / f"{name}.safetensors"
+        load_vector(file if file.exists() else path / "adapter.safetensors", masters, average)
     if state["optimizer_updates"]:
         with file_errors(path / "optimizer.safetensors"):
             saved = load_file(path / "optimizer.safetensors")

@@ -43,6 +43,7 @@ class Batches:
         per_step: batches of a process in one optimizer step.
         reuse: optimizer steps that share a rollout. There are then fewer rollouts than steps.
         max_steps: optimizer steps of the run.
+        group_size: neighbouring videos of each prompt; divides `size`.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class Batches:
         per_step: int = 1,
         reuse: int = 1,
         max_steps: int = 1,
+        group_size: int = 1,
     ):
         self.prompts, self.noise_shape, self.layout, self.seed = prompts, noise_shape_CTHW, layout, seed
         self.size, self.reuse, self.max_steps = size, reuse, max_steps
+        self.group_size = group_size
         self.samples_per_step = size * per_step * layout.num_processes  # over all processes
         self.origin = 0, 0  # a step, and the samples that the run had taken before it
         self.start = 0, 0  # a rollout, and the place of its first prompt in the run's order
@@ -70,7 +73,8 @@ class Batches:
         def noise(purpose: str) -> torch.Tensor:
             return draw_noise(self.noise_shape, self.seed, purpose, keys).to(self.layout.device)
 
-        return Batch(self.prompts_at(self._place(rollout) + start, self.size), noise)
+        prompts = self.prompts_at((self._place(rollout) + start) // self.group_size, self.size // self.group_size)
+        return Batch([prompt for prompt in prompts for _ in range(self.group_size)], noise)
 
     def state(self, step: int) -> dict:
         """Return the position in the order of samples after `step` steps, for a checkpoint."""
@@ -88,6 +92,10 @@ class Batches:
         """Return the number of samples that all processes take before a step."""
         return self.origin[1] + (step - self.origin[0]) * self.samples_per_step
 
+    def epochs_before(self, step: int) -> float:
+        """Return how often each prompt was used before a step."""
+        return self.samples_before(step) / self.group_size / len(self.prompts)
+
     def _place(self, rollout: int) -> int:
         return self.start[1] + (rollout - self.start[0]) * self.samples_per_step
 
@@ -96,8 +104,8 @@ class Batches:
 
         They are cut off after two epochs, which hold each prompt in the order of its first use.
         """
-        count = (self.max_steps - rollout) * self.samples_per_step
-        return self.prompts_at(self._place(rollout), min(count, 2 * len(self.prompts)))
+        count = (self.max_steps - rollout) * self.samples_per_step // self.group_size
+        return self.prompts_at(self._place(rollout) // self.group_size, min(count, 2 * len(self.prompts)))
 
     def prompts_at(self, start: int, count: int) -> list[str]:
         """Return the prompts at places start .. start+count-1 of the run's endless order."""

@@ -121,7 +121,7 @@ class HeldOutMonitor:
             self.guard = dataclasses.replace(self.guard, **{name: saved[name] for name in GUARD_STATE})
             self._copy_best()
             return
-        with self.masters.use_average():
+        with self.masters.use(self.masters.average):
             if first:  # resumed without a comparable guard: the adapter so far is not the base
                 evaluation, found = self._evaluate(f"step {first}", first)
                 self.guard.best_step, self.guard.best_gain = first, found.get("gain_held_out", 0.0)
@@ -130,7 +130,7 @@ class HeldOutMonitor:
 
     def evaluate_or_sample(self, done: int, evaluate: bool, sample: bool) -> dict[str, float]:
         """Evaluate after `done` steps and return the metrics, else write samples, if due."""
-        with self.masters.use_average():
+        with self.masters.use(self.masters.average):
             if evaluate:
                 evaluation, found = self._evaluate(f"step {done}", done)
                 if self.guard and self.guard.update(done, found):

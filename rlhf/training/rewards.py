@@ -11,6 +11,7 @@ from rlhf.checks.rewards import short_name
 from rlhf.config import RewardGradientConfig, at_eval_size
 from rlhf.contentv.files import model_sizes
 from rlhf.device import local_device
+from rlhf.method.options import SCORES_ALONE
 from rlhf.prompts import load_prompts
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -44,15 +45,17 @@ def open_rewards(
         eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
     held_out = (eval_prompts or [])[: args.num_eval_prompts]
     weights = dict(zip(trained, args.reward_weights or [1.0] * len(trained), strict=True))
+    with_gradient = args.method not in SCORES_ALONE
     for name in trained:
-        if weights[name]:
+        if weights[name] and with_gradient:
             require_differentiable(name, trained[name])
     judges = _load_rewards(args.eval_reward_funcs, args, device)
     shapes = [(3, sized.num_frames, sized.height, sized.width) for sized in (args, at_eval_size(args))]
     info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
     for name, reward in trained.items():
         check_prompts(name, reward, [*prompts, *held_out])
-        probe(reward, shapes[0], prompts[:3], device, name=name, info=info, gradient=bool(weights[name]))
+        gradient = with_gradient and bool(weights[name])
+        probe(reward, shapes[0], prompts[:3], device, name=name, info=info, gradient=gradient)
     for name, judge in judges.items() if held_out else ():  # without prompts they judge nothing
         check_prompts(name, judge, held_out)
         probe(judge, shapes[1], held_out[:3], device, name=name, info=info, gradient=False)

@@ -34,6 +34,7 @@ from rlhf.execution.apply import (
 )
 from rlhf.execution.offload import HostMemory
 from rlhf.method.decode import Decoder
+from rlhf.method.options import read_options
 from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.prompts import as_prompts, load_prompts
 from rlhf.run.folder import prompt_snapshot
@@ -168,7 +169,8 @@ def prepare_model(
     with _as_config_error():
         choices = set_up_blocks(pipe.transformer, ExecutionOptions.from_settings(args), device, layout.sequence_group)
     distilled = is_distilled(vars(args)) or bool(initial and initial.distilled and args.guidance_scale <= 1)
-    return MasterWeights(pipe.transformer, args.ema_decay, initial, distilled), choices
+    old_decay = getattr(read_options(args.method, args.method_kwargs), "old_decay", None)
+    return MasterWeights(pipe.transformer, args.ema_decay, initial, distilled, old_decay), choices
 
 
 @contextmanager
@@ -237,6 +239,7 @@ def make_batches(prompts: list[str], pipe: ContentVPipeline, args: RewardGradien
         per_step=args.gradient_accumulation_steps,
         reuse=args.rollout_reuse,
         max_steps=args.max_steps,
+        group_size=getattr(read_options(args.method, args.method_kwargs), "group_size", 1),
     )
 
 

@@ -180,7 +180,7 @@ def test_the_average_follows_the_vector_and_stands_in_for_it():
     for update in range(200):
         with torch.no_grad():
             masters.vector += 0.01
-        masters.update_average(update)
+        masters.update_averages(update)
         decay = min(0.9, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * masters.vector.detach()
         values.append((masters.vector - masters.average).mean().item())
@@ -188,7 +188,7 @@ def test_the_average_follows_the_vector_and_stands_in_for_it():
     assert values[-1] == pytest.approx(0.01 * 0.9 / 0.1, rel=1e-3)  # the lag behind a steady drift
     masters.write()
     current = masters.vector.detach().clone()
-    with masters.use_average():
+    with masters.use(masters.average):
         assert torch.equal(masters.vector.detach(), masters.average)
         assert torch.equal(masters.params[0].flatten(), masters.average[: masters.params[0].numel()])
     assert torch.equal(masters.vector.detach(), current)

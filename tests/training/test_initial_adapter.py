@@ -49,7 +49,7 @@ def ran(base):
     """A run of three steps from the LoRA, its trained LoRA apart, and the lines that it printed."""
     made = trainer(base, base / "run")
     made.train()
-    with made.masters.use_average():
+    with made.masters.use(made.masters.average):
         return base / "run", made.masters.trained(), rows_without_cost(made.args)
 
 

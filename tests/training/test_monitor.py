@@ -97,7 +97,7 @@ def watch(tmp_path):
         args, bases, asked, averaged = RewardGradientConfig(**settings), [], [], [False]
 
         @contextlib.contextmanager
-        def average():
+        def average(_):
             averaged[0] = True
             yield
             averaged[0] = False
@@ -110,7 +110,7 @@ def watch(tmp_path):
             bases=bases,
             evaluate=lambda name, step: asked.append((name, step, averaged[0])) or TUNED,
         )
-        masters = types.SimpleNamespace(use_average=average)
+        masters = types.SimpleNamespace(average=None, use=average)
         notify, guard = lambda event, **more: None, Guard.from_settings(args)
         trained, resume_from = {"taught": 1.0}, args.resume_from_checkpoint
         return HeldOutMonitor(held_out, trained, masters, notify, guard, resume_from), asked
