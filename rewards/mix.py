@@ -95,8 +95,10 @@ class RewardMix:
         return total_B, breakdown
 
     @torch.no_grad()
-    def start(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> Callable[[], dict[str, torch.Tensor]]:
-        """Begin to score; return a function that returns the raw scores {name: (B,) float32}.
+    def start(
+        self, video_BCTHW: torch.Tensor, prompts: list[str], **info
+    ) -> Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Begin to score without gradient; return a function that returns what a call does.
 
         Rewards that another process serves compute until it is called, the others before.
         """
@@ -107,11 +109,15 @@ class RewardMix:
                 waiting[name] = reward.start(video_BCTHW[:, :, :frames], prompts, **leading_info(info, frames))
         scores = {name: self._score(name, video_BCTHW, prompts, info) for name in self.rewards if name not in waiting}
 
-        def finish() -> dict[str, torch.Tensor]:
+        total_B = torch.zeros(len(prompts), device=video_BCTHW.device)
+
+        def finish() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             for name, wait in waiting.items():
                 check_scores(name, scored := wait(), prompts)
                 scores[name] = at_least_float32(scored)
-            return scores
+            raw = {name: scores[name] for name in self.rewards}
+            terms = [self.weights[name] * self._transform(name, raw[name]) for name in raw if self.weights[name] != 0]
+            return sum(terms, total_B), raw
 
         return finish
 

@@ -151,11 +151,11 @@ class HeldOut:
         size = self.options.batch_size
         batches = local_batches(len(self.prompts), size, self.layout)
         info = {"fps": self.fps, "seed": self.options.seed, "step": 0}
-        own, finish, judged = [i for rows in batches for i in rows], dict, []
+        own, finish, judged = [i for rows in batches for i in rows], lambda: (None, {}), []
 
         def collect() -> None:
             """Take the scores of the batch before, which were computed while this was sampled."""
-            for judge, scores_B in finish().items():
+            for judge, scores_B in finish()[1].items():
                 scores[judge][judged] = scores_B.cpu()
 
         count = len(own) + sum(i < self.diversity_count for i in own)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from processes import FOLDER, free_port, start
 from reward_checks import make_video
-from runs import At, saved_adapter
+from runs import At, adapter, saved_adapter, train
 from served import serve
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, rows_without_cost
@@ -28,6 +28,7 @@ from rewards.remote import Remote
 from rewards.score_cache import ScoreCache, Scorer, reward_identity, score_conditions
 from rewards.serve import RewardServer, main, parse_serve_args, served_digest
 from rlhf.evaluation.held_out import EVAL_FINGERPRINT, EvalOptions, HeldOut, fingerprint
+from rlhf.method.decode import Decoder
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.types import Prompt
 
@@ -292,6 +293,52 @@ def test_an_evaluation_samples_the_next_batch_while_one_is_scored(tmp_path):
     assert order == [PROMPTS[:2], PROMPTS[2:4], PROMPTS[4:]]
     assert torch.equal(far.scores["j"], local.scores["j"])
     assert far.scores["j"].unique().numel() == 6
+
+
+def test_a_step_without_gradient_samples_the_next_batch_while_one_is_scored(make_args, tmp_path, monkeypatch):
+    """The first batch is scored only once the second was decoded; the run is that of a local reward."""
+    decoded, calls, decode = threading.Semaphore(0), [], Decoder.__call__
+
+    def counted(self, latents, step):
+        decoded.release()
+        return decode(self, latents, step)
+
+    def score(video, prompts):
+        return (video.mean((1, 2, 3, 4)) * 1000).round()
+
+    def patient(video, prompts, probe=False):
+        if not probe:
+            calls.append(prompts)
+            assert len(calls) > 1 or (decoded.acquire(timeout=20) and decoded.acquire(timeout=20))
+        return score(video, prompts)
+
+    score.differentiable = patient.differentiable = False
+    many = {"gradient_accumulation_steps": 3, "method": "nft", "method_kwargs": {"group_size": 2, "num_levels": 2}}
+    runs = [make_args(output_dir=str(tmp_path / name), max_steps=2, **many) for name in ("near", "far")]
+    train(runs[0], score)
+    monkeypatch.setattr(Decoder, "__call__", counted)
+    with thread(patient) as url:
+        remote = load_reward(url)
+        remote.name = "score"
+        train(runs[1], remote)
+    assert len(calls) == 6
+    assert rows_without_cost(runs[0]) == rows_without_cost(runs[1])
+    assert torch.equal(adapter(runs[0]), adapter(runs[1]))
+
+
+@pytest.mark.parametrize("place", ["here", "served"])
+def test_a_step_without_gradient_ends_with_the_words_of_the_reward(place, make_args):
+    def fails(video, prompts, step, probe=False):
+        if step == 1 and not probe:
+            raise ValueError("worn out")
+        return video.mean((1, 2, 3, 4))
+
+    fails.differentiable = False
+    many = {"gradient_accumulation_steps": 2, "method": "nft", "method_kwargs": {"group_size": 2, "num_levels": 2}}
+    args = make_args(max_steps=3, **many)
+    with thread(fails) as url, pytest.raises(RewardError, match="got ValueError: worn out for the prompts"):
+        train(args, fails if place == "here" else load_reward(url))
+    assert [path.name for path in (Path(args.output_dir) / "checkpoints").iterdir()] == ["step-1"]
 
 
 def test_a_run_saves_its_state_when_its_server_is_killed_and_goes_on_when_it_is_back(make_args, tmp_path, quick):
