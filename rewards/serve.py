@@ -15,6 +15,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -160,10 +161,11 @@ class RewardHandler(BaseHTTPRequestHandler):
         if status != 200:
             self.log_error("%s %s: status %d, got %s", self.command, self.path, status, words["got"])
             body = json.dumps(words).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # of a run that no longer waits
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
     def _message(self, paths: dict) -> bytes:
         """Return the body of an allowed request. Raises RefusalError."""

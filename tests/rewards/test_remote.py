@@ -59,6 +59,7 @@ def process(port: int, spec: str = REWARD):
 def thread(reward, **options):
     """A server in this process; its url."""
     with RewardServer(reward, "toy", ("127.0.0.1", 0), **options) as server:
+        server.daemon_threads = False  # closing waits for them: they keep and restore this process's state
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield server.url
@@ -214,7 +215,7 @@ def test_a_server_that_is_not_there_or_is_another(quick):
     port = free_port()
     with pytest.raises(RewardError, match=r"got no server \(ConnectionRefused.*in 3 attempts; expected the reward"):
         load_reward(f"http://127.0.0.1:{port}", retries=2)
-    slow = lambda video, prompts: time.sleep(1) or video.mean((1, 2, 3, 4))
+    slow = lambda video, prompts: time.sleep(0.5) or video.mean((1, 2, 3, 4))
     with thread(slow) as url, pytest.raises(RewardError, match="got no answer within 0.2 s; .*[Rr]aise timeout"):
         load_reward(url, timeout=0.2)(make_video(2, 8, 8), ["a", "b"])
     for url in ("http://", "http://host", "http://host:port", "http://me:pw@host:1"):
