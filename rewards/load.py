@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
-from rewards.contract import RewardError, name_reward_in_errors
-from rewards.isolation import TimeLimitError, keep_process_state, time_limit
+from rewards.contract import RewardError, name_reward_in_errors, reward_time_limit
+from rewards.isolation import keep_process_state
 from rewards.placement import OnDevice, reward_device, without_device
 from rewards.remote import Remote, check_url, is_url
 from rlhf.io import file_sha256
@@ -32,7 +32,7 @@ def built_in_names() -> list[str]:
 
 
 def load_reward(
-    spec: str, base_dir: str | Path | None = None, *, reward_timeout: float = IMPORT_TIMEOUT, **kwargs
+    spec: str, base_dir: str | Path | None = None, *, reward_timeout: float | None = None, **kwargs
 ) -> Callable:
     """Load the reward that `spec` names, "name=spec" to give it another name.
 
@@ -40,7 +40,8 @@ def load_reward(
     the reward on a device of its own, and reaches only rewards that name it themselves. The file of
     the spec and those of kwargs are relative to base_dir (the folder of the config file) or else to
     the working directory. The process keeps its state, whatever the reward's code does to it.
-    Raises RewardError, also for an import that takes longer than reward_timeout seconds.
+    Raises RewardError, also for an import or a construction that takes longer than reward_timeout
+    seconds. By default an import has 300 s and a construction no limit, and so have built-ins.
     """
     name, plain = split_spec(spec)
     try:
@@ -52,7 +53,7 @@ def load_reward(
         raise RewardError(name, got=error.got, expected=error.expected, cure=cure) from error
 
 
-def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float, kwargs: dict) -> Callable:
+def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
     check_spec(spec, base_dir)
     if (device := kwargs.get("device")) is None:
         return _load_here(spec, base_dir, reward_timeout, kwargs)
@@ -60,17 +61,18 @@ def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float, 
     return OnDevice(spec, _load_here(spec, base_dir, reward_timeout, kwargs), device)
 
 
-def _load_here(spec: str, base_dir: str | Path | None, reward_timeout: float, kwargs: dict) -> Callable:
+def _load_here(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
     kwargs = {key: _resolve_paths(value, base_dir) for key, value in kwargs.items()}
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
         return _construct(spec, built_in(spec), kwargs)
     if is_url(spec):
         return _construct(spec, Remote, {"url": spec} | kwargs)
-    with _import_guard(spec, spec.rsplit(":", 1)[0], reward_timeout):
+    with _import_guard(spec, spec.rsplit(":", 1)[0], reward_timeout or IMPORT_TIMEOUT):
         target = _import_attribute(spec, base_dir) if ":" in spec else _entry_point(spec).load()
     if inspect.isclass(target):
-        return _construct(spec, target, kwargs)
+        with reward_time_limit(spec, "constructing it", reward_timeout):
+            return _construct(spec, target, kwargs)
     return _bind(spec, target, kwargs)
 
 
@@ -81,7 +83,7 @@ def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Ite
     The import sees no arguments of the command line, which are not its own.
     """
     try:
-        with keep_process_state(), time_limit(seconds):
+        with keep_process_state(), reward_time_limit(spec, "importing it", seconds):
             sys.argv = [where]
             yield
     except RewardError:
@@ -91,9 +93,6 @@ def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Ite
         cure = "correct the code, or install what it imports"
         if isinstance(error, SystemExit):
             cure = 'move what it does as a program below a test of __name__ == "__main__"'
-        raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
-    except TimeLimitError as error:
-        got, cure = f"no end of importing it after {seconds:g} s", "look for what it waits for, or raise reward_timeout"
         raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
 
 
