@@ -22,6 +22,7 @@ from rlhf.device.host import keep_freed_memory as keep_freed_memory
 from rlhf.device.host import process_peak_memory
 
 KNOWN_DEVICES = ("cuda", "npu", "mps", "cpu")
+RATED_KIND = "cuda"  # of the devices whose rates the planner knows
 CPU_INFO = Path("/proc/cpuinfo")
 
 

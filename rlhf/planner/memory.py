@@ -15,6 +15,7 @@ from torch import nn
 from rewards.catalogue import CATALOGUE
 from rewards.load import split_spec
 from rlhf.config import RewardGradientConfig
+from rlhf.device import RATED_KIND
 from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.planner.reward_costs import decoded_frames, reward_cost, scored_frames
 from rlhf.planner.traced import TracedCall, TracedModel, max_grad_steps
@@ -62,7 +63,7 @@ class RewardNeeds:
     unknown: tuple[str, ...] = ()  # rewards that are left out, since their cost is not known
 
 
-def plan_rewards(model: TracedModel, args: RewardGradientConfig, kind: str = "cuda") -> RewardNeeds:
+def plan_rewards(model: TracedModel, args: RewardGradientConfig, kind: str = RATED_KIND) -> RewardNeeds:
     """Return what the rewards need for one batch, and the weights of the judges.
 
     kind: of the run's devices. A reward on another device takes time, but no memory of these.

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 
 from rlhf.config import RewardGradientConfig
+from rlhf.device import RATED_KIND
 from rlhf.execution.quantize import missing_library
 from rlhf.planner.memory import MemoryPlan, plan_memory, plan_rewards
 from rlhf.planner.text_encoders import encoding_bytes
@@ -57,7 +58,7 @@ class Estimate:
 
 
 class Planner:
-    """Estimates for one of `processes` ranks of a run, on devices of a kind such as "cuda".
+    """Estimates for one of `processes` ranks of a run, on devices of a kind of `KNOWN_DEVICES`.
 
     args: the run's settings, with all sampling keys set. card: of `model_sizes`. encoders: of
     `encoder_configs`; without them, encoding the prompts takes no memory.
@@ -70,7 +71,7 @@ class Planner:
         rates: Rates = H200,
         encoders: dict[str, dict] | None = None,
         processes: int = 1,
-        kind: str = "cuda",
+        kind: str = RATED_KIND,
     ):
         self.kind = kind
         self.args, self.rates, self.model = args, rates, TracedModel(args, card, processes)

@@ -3,7 +3,7 @@
 from rewards.cli.table import format_table
 from rlhf.config import ConfigError, RewardGradientConfig, with_sampling
 from rlhf.contentv.files import model_sizes
-from rlhf.device import describe, local_device, non_pytorch_memory, total_memory
+from rlhf.device import RATED_KIND, describe, local_device, non_pytorch_memory, total_memory
 from rlhf.distributed.layout import Sizes, planned_processes
 from rlhf.planner.memory import ENCODING
 from rlhf.planner.search import INEXACT_CHOICES, Estimate, Planner
@@ -47,7 +47,7 @@ def plan_report(
     card = model_sizes(args.model)
     args = with_sampling(args, card["sampling"])
     limit = int(memory_limit_gib * GIB) if memory_limit_gib else None
-    kind = "cuda"  # of all in RATES
+    kind = RATED_KIND
     if device_name is None:
         device = local_device(args.device)
         device_name, limit, kind = describe(device), limit or total_memory(device), device.type
