@@ -13,9 +13,12 @@ from rewards.contract import (
     at_least_float32,
     call_guarded,
     check_scores,
+    frames_needed,
+    leading_info,
     require_differentiable,
     reward_attribute,
 )
+from rewards.remote import Remote
 
 
 class RewardMix:
@@ -90,6 +93,33 @@ class RewardMix:
             if self.weights[name] != 0:
                 total_B = total_B + self.weights[name] * term_B
         return total_B, breakdown
+
+    @torch.no_grad()
+    def start(
+        self, video_BCTHW: torch.Tensor, prompts: list[str], **info
+    ) -> Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Begin to score without gradient; return a function that returns what a call does.
+
+        Rewards that another process serves compute until it is called, the others before.
+        """
+        waiting = {}
+        for name, reward in self.rewards.items():
+            if isinstance(reward, Remote):
+                frames = frames_needed(reward, video_BCTHW.shape[2])
+                waiting[name] = reward.start(video_BCTHW[:, :, :frames], prompts, **leading_info(info, frames))
+        scores = {name: self._score(name, video_BCTHW, prompts, info) for name in self.rewards if name not in waiting}
+
+        total_B = torch.zeros(len(prompts), device=video_BCTHW.device)
+
+        def finish() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            for name, wait in waiting.items():
+                check_scores(name, scored := wait(), prompts)
+                scores[name] = at_least_float32(scored)
+            raw = {name: scores[name] for name in self.rewards}
+            terms = [self.weights[name] * self._transform(name, raw[name]) for name in raw if self.weights[name] != 0]
+            return sum(terms, total_B), raw
+
+        return finish
 
     def _score_and_transform(self, name, video_BCTHW, prompts, info):
         """Return the raw scores (B,), detached, and the transformed scores (B,)."""

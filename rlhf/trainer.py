@@ -10,7 +10,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from peft import PeftConfig
@@ -30,7 +32,7 @@ from rlhf.generator.pipeline import VideoPipeline
 from rlhf.generator.wan_decoder import saturated_share
 from rlhf.method.decode import VideoSampler
 from rlhf.method.drift import velocity_distance
-from rlhf.method.losses import reward_loss, score, score_metrics
+from rlhf.method.losses import reward_loss, score, score_metrics, start_score
 from rlhf.method.options import read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
@@ -44,7 +46,7 @@ from rlhf.run.resume import restart_message, resume_message
 from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run.trackers import run_trackers
 from rlhf.training import setup
-from rlhf.training.batches import BatchResult, first_failure
+from rlhf.training.batches import BatchResult, finish_in_turn, first_failure
 from rlhf.training.calibrate import calibrate, restore_calibration
 from rlhf.training.callbacks import Callbacks
 from rlhf.training.failures import SkippedSteps, non_finite_error, require_gradient, require_untrained
@@ -132,11 +134,13 @@ class RewardGradientTrainer:
         """Take optimizer step `step`, from 0, on `samples_per_step` videos; return its metrics."""
         cost, args = Cost(self.device), self.args
         plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
-        gradient = self._regression_gradient if plan.regression else self._reward_gradient
-        if is_due(step + 1, args.anchor_steps):
-            gradient = self._anchor_gradient
+        is_anchor, micros = is_due(step + 1, args.anchor_steps), range(args.gradient_accumulation_steps)
+        gradient = self._anchor_gradient if is_anchor else self._reward_gradient
         with self.stop.interruptible():
-            results = [gradient(step, micro, plan) for micro in range(args.gradient_accumulation_steps)]
+            if plan.regression and not is_anchor:
+                results = finish_in_turn(self._begin_regression(step, micro, plan) for micro in micros)
+            else:
+                results = [gradient(step, micro, plan) for micro in micros]
 
         names = list(results[0].columns)
         scores_SR = torch.cat([torch.stack([*result.columns.values()], 1) for result in results])
@@ -202,11 +206,14 @@ class RewardGradientTrainer:
         except RewardError as raised:  # `step` tells every process, then all of them stop
             error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
             raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())
-        columns = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
-        return video, scores_B, columns | {"saturated": saturated_share(video)}, error
+        return video, scores_B, _score_columns(scores_B, raw) | {"saturated": saturated_share(video)}, error
 
-    def _regression_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
-        """Sample by the old policy, score, and back-propagate the method's own loss."""
+    def _begin_regression(self, step: int, micro: int, plan: Plan) -> Callable[[], BatchResult]:
+        """Sample by the old policy and begin to score; return what is left to do with the batch.
+
+        That is to back-propagate the method's own loss. The batch after it is sampled before, while
+        another process may score this one: all of them are sampled with the same weights.
+        """
         batch = self.batches.batch(step, micro)
         cond, masters = self.text(batch.prompts, self.device), self.masters
 
@@ -217,13 +224,39 @@ class RewardGradientTrainer:
 
         with torch.no_grad():
             with masters.use(masters.old):
-                states = sample_euler(self.fields.prefix(cond, plan), batch.noise("train"), plan.sigmas)
-            _, scores_B, columns, error = self._score(Sample(states[-1]), batch.prompts, step)
-        tuned, loss_B = self.fields.window(cond), torch.zeros_like(scores_B)
-        for level_B in plan.regression.losses(states[-1], scores_B, batch.noise, tuned, old):
-            self._back_propagate(level_B.mean())
-            loss_B += level_B.detach()
-        return BatchResult({"loss": loss_B} | columns, error=error)
+                x0 = sample_euler(self.fields.prefix(cond, plan), batch.noise("train"), plan.sigmas)[-1]
+            video = self.decode(x0, step)
+            saturated_B, finish = saturated_share(video), self._begin_scoring(video, batch.prompts, step)
+
+        def regress() -> BatchResult:
+            scores_B, columns, error = finish()
+            tuned, loss_B = self.fields.window(cond), torch.zeros_like(scores_B)
+            for level_B in plan.regression.losses(x0, scores_B, batch.noise, tuned, old):
+                self._back_propagate(level_B.mean())
+                loss_B += level_B.detach()
+            return BatchResult({"loss": loss_B} | columns | {"saturated": saturated_B}, error=error)
+
+        return regress
+
+    def _begin_scoring(self, video: torch.Tensor, prompts: list[str], step: int) -> Callable[[], tuple]:
+        """Begin to score without gradient; return a function: scores (B,), columns, the error."""
+        words, strength = self.options.relative_words, self.options.relative_strength
+        try:
+            finish = start_score(self.rewards, video, prompts, self.reward_info(step), words, strength)
+        except RewardError as raised:
+            finish = partial(_raise, raised)
+        device = video.device
+
+        def collect() -> tuple:
+            error = None
+            try:
+                scores_B, raw = finish()
+            except RewardError as raised:  # `step` tells every process, then all of them stop
+                error, scores_B = raised, torch.full((len(prompts),), math.nan, device=device)
+                raw = dict.fromkeys(self.rewards.rewards, scores_B)
+            return scores_B, _score_columns(scores_B, raw), error
+
+        return collect
 
     def _anchor_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""
@@ -395,3 +428,12 @@ class RewardGradientTrainer:
             self.accelerator.wait_for_everyone()
             self.callbacks.notify("on_save")
         return folder / f"step-{done}"
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+def _score_columns(scores_B: torch.Tensor, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the columns (B,) that are logged of total and raw scores."""
+    return {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 
 from rlhf.config import RewardGradientConfig
+from rlhf.device import RATED_KIND
 from rlhf.execution.quantize import missing_library
 from rlhf.generator.registry import family_of_config
 from rlhf.planner.memory import MemoryPlan, plan_memory, plan_rewards
@@ -58,7 +59,7 @@ class Estimate:
 
 
 class Planner:
-    """Estimates for one of `processes` ranks of a run.
+    """Estimates for one of `processes` ranks of a run, on devices of a kind of `KNOWN_DEVICES`.
 
     args: the run's settings, with all sampling keys set. card: of `model_sizes`. encoders: of
     `encoder_configs`; without them, encoding the prompts takes no memory.
@@ -71,18 +72,20 @@ class Planner:
         rates: Rates = H200,
         encoders: dict[str, dict] | None = None,
         processes: int = 1,
+        kind: str = RATED_KIND,
     ):
+        self.kind = kind
         self.args, self.rates, self.model = args, rates, TracedModel(args, card, processes)
         family = family_of_config(card["transformer"])
         tokens = family.encoder_tokens(card, args.max_sequence_length)
         classes, dtype = family.classes.text_encoders, self.model.transformer.dtype
         self.encoder_bytes = encoding_bytes(classes, encoders or {}, tokens, dtype)
-        self.rewards = plan_rewards(self.model, args)
+        self.rewards = plan_rewards(self.model, args, kind)
 
     def estimate(self, changes: dict | None = None) -> Estimate:
         """Return the memory and the time after these changes."""
         args = dataclasses.replace(self.args, **changes or {})
-        rewards = plan_rewards(self.model, args)
+        rewards = plan_rewards(self.model, args, self.kind)
         memory = plan_memory(self.model, args, rewards, self.encoder_bytes)
         return Estimate(changes or {}, memory, plan_time(self.model, args, rewards, self.rates))
 
