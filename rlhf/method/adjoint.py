@@ -24,7 +24,7 @@ class CheckpointedTransformer:
     """A transformer whose calls keep only their latents and run again in the backward pass.
 
     Args:
-        transformer: a callable with the arguments of `SD3Transformer3DModel.forward` and a `dtype`.
+        transformer: called as `rlhf.generator.registry` says, with a `dtype`.
         parameters: all trained tensors of the transformer. Nothing else receives a gradient, text
             embeddings included.
     """
