@@ -25,7 +25,9 @@ SAMPLING_KEYS = (
     "negative_prompt",
     "max_sequence_length",
 )
-Method = Literal["draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo", "nft"]
+Method = Literal[
+    "draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo", "nft", "adjoint_matching"
+]
 GuidanceGradient = Literal["full", "text", "none", "distill"]
 METHODS, GUIDANCE_GRADIENTS = typing.get_args(Method), typing.get_args(GuidanceGradient)
 RANGE_WORDS = {"least": "at least", "above": "more than", "most": "at most", "below": "less than"}

@@ -112,6 +112,21 @@ class NFTOptions(MethodOptions):
     )
 
 
+@dataclass(frozen=True)
+class AdjointMatchingOptions(MethodOptions):
+    """Options of adjoint_matching (arXiv 2605.06583)."""
+
+    adjoint_steps: int | None = setting(
+        None, "Last steps that the adjoint visits and that are trained. Default: all.", least=1
+    )
+    reward_scale: float = setting(
+        1.0,
+        "c, where R - |v - v_base|^2 / (2 c) is to be maximised, a mean over latent elements: the larger, the "
+        "farther from the base.",
+        above=0,
+    )
+
+
 METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOptions) | {
     "draft_lv": DraftLVOptions,
     "listed": ListedOptions,
@@ -119,6 +134,7 @@ METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOp
     "refl": ReFLOptions,
     "srpo": SRPOOptions,
     "nft": NFTOptions,
+    "adjoint_matching": AdjointMatchingOptions,
 }
 SCORES_ALONE = ("nft",)  # methods that ask rewards for no gradient
 

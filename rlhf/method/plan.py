@@ -12,10 +12,12 @@ import torch
 
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import euler_step
+from rlhf.method.adjoint_matching import AdjointMatching
 from rlhf.method.drift import drift_step_weights
 from rlhf.method.grad_steps import choose_grad_steps, draw_below, listed_grad_steps
 from rlhf.method.nft import NFT
 from rlhf.method.options import MethodOptions, NFTOptions, SRPOOptions
+from rlhf.method.regression import Regression
 from rlhf.method.rollout import Velocity
 
 
@@ -28,7 +30,7 @@ class Plan:
     detach_input: bool = False  # as in `rollout`
     repeat_last_step: int = 0  # repeats of the last step from fresh noise, each with a gradient
     recoveries: list[tuple[float, float]] = field(default_factory=list)  # Direct-Align's (sigma, step)
-    regression: NFT | None = None  # what is learnt instead of the reward's gradient
+    regression: Regression | None = None  # what is learnt instead of the reward's gradient
     drift_step: int | None = None  # the step at whose state the drift from the base is measured
     drift_total: float = 0.0  # the sum of all steps' drift weights, for which drift_step stands
 
@@ -78,6 +80,9 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
             plan = Plan(sigmas, [], recoveries=draw_recoveries(options, rng))
         case "nft":
             plan = Plan(sigmas, [], regression=draw_regression(options, sigmas, rng))
+        case "adjoint_matching":
+            steps = options.adjoint_steps or num_steps
+            plan = Plan(sigmas, [], regression=AdjointMatching(options.reward_scale, steps))
     return with_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
 
 
