@@ -172,11 +172,9 @@ class RewardGradientTrainer:
         noise, start = batch.noise("train"), self.rollouts.get(step, micro)
         states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
         self.rollouts.put(step, micro, states[plan.window_start])
-        x0 = states[-1]
         drift_state = states[plan.drift_step].detach() if self.args.drift_weight else None
-        del states  # large, those of a long video
 
-        samples = gradient_samples(window, x0, batch.noise, plan)
+        samples = gradient_samples(window, states, batch.noise, plan)
         results = [self._sample_gradient(sample, batch.prompts, step, plan.num_samples) for sample in samples]
         columns = results[0].columns | {"loss": torch.stack([result.columns["loss"] for result in results]).mean(0)}
         if weight := self.args.drift_weight:
@@ -192,7 +190,7 @@ class RewardGradientTrainer:
         return self._result(scored, loss.expand(len(prompts)))
 
     def _score(self, sample: Sample, prompts: list[str], step: int) -> tuple[torch.Tensor, BatchResult]:
-        """Decode and score a sample; return the scores (B,) with their graph, and what is logged."""
+        """Decode and score a sample; return the scores (B,) with graph, and what is logged."""
         words, strength = self.options.relative_words, self.options.relative_strength
         info, error = self.reward_info(step), None
         video = self.decode(self.layout.average_grad(sample.latents), step)

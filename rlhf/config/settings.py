@@ -26,7 +26,17 @@ SAMPLING_KEYS = (
     "max_sequence_length",
 )
 Method = Literal[
-    "draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo", "nft", "adjoint_matching"
+    "draft_k",
+    "draft_lv",
+    "alignprop",
+    "uniform",
+    "listed",
+    "drtune",
+    "refl",
+    "srpo",
+    "leap_align",
+    "adjoint_matching",
+    "nft",
 ]
 GuidanceGradient = Literal["full", "text", "none", "distill"]
 METHODS, GUIDANCE_GRADIENTS = typing.get_args(Method), typing.get_args(GuidanceGradient)

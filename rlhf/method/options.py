@@ -127,6 +127,25 @@ class AdjointMatchingOptions(MethodOptions):
     )
 
 
+@dataclass(frozen=True)
+class LeapAlignOptions(MethodOptions):
+    """Options of leap_align (arXiv 2604.15311, eq. 9 and 12); the defaults are the paper's."""
+
+    leap_discount: float = setting(
+        0.3,
+        "Factor of the gradient that reaches the first leap through the second one's input. 0: none of it, as "
+        "drtune; 1: all.",
+        least=0,
+        most=1,
+    )
+    leap_tolerance: float = setting(
+        0.1,
+        "Mean distance of a leap from the rollout, per latent element, below which it has full weight. Farther "
+        "leaps weigh less.",
+        above=0,
+    )
+
+
 METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOptions) | {
     "draft_lv": DraftLVOptions,
     "listed": ListedOptions,
@@ -135,6 +154,7 @@ METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOp
     "srpo": SRPOOptions,
     "nft": NFTOptions,
     "adjoint_matching": AdjointMatchingOptions,
+    "leap_align": LeapAlignOptions,
 }
 SCORES_ALONE = ("nft",)  # methods that ask rewards for no gradient
 

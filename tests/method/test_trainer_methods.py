@@ -25,6 +25,7 @@ ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
             "anchor_steps": 2,
         },
         {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}, "guidance_gradient": "text"},
+        {"method": "leap_align", "drift_weight": 0.1},
         {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}},
     ],
 )
