@@ -53,6 +53,15 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
             f"num_grad_steps={args.num_grad_steps} and jump_steps={early} leave too few steps: a rollout may jump to "
             f"x0 after {steps - early + 1} of num_inference_steps={steps}; lower one of the first two"
         )
+    if args.method == "leap_align" and steps < 2:
+        expected = "expected at least 2, since it leaps twice"
+        yield f"num_inference_steps: got {steps} with method leap_align, {expected}; raise it"
+    if (visited := getattr(options, "adjoint_steps", None) or 1) > steps:
+        got = f"adjoint_steps={visited} exceeds num_inference_steps={steps}"
+        yield f"method_kwargs: {got}, expected at most that; lower it"
+    if args.method == "adjoint_matching" and args.drift_weight:
+        expected = "expected 0: reward_scale already weighs the distance from the base"
+        yield f"drift_weight: got {args.drift_weight} with method adjoint_matching, {expected}; leave it out"
     if args.method == "listed":
         listed = options.steps or []
         if not listed or len(set(listed)) < len(listed) or not all(0 <= i < steps for i in listed):

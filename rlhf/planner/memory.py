@@ -16,7 +16,7 @@ from rewards.catalogue import CATALOGUE
 from rewards.load import split_spec
 from rlhf.config import RewardGradientConfig
 from rlhf.planner.reward_costs import decoded_frames, reward_cost, scored_frames
-from rlhf.planner.traced import TracedCall, TracedModel, max_grad_steps
+from rlhf.planner.traced import TracedCall, TracedModel, max_graphs
 
 ENCODING = "encoding prompts"
 # Bytes of one trained parameter.
@@ -101,7 +101,7 @@ def plan_memory(
     branch = model.transformer_call(args, batch * branches_per_batch(args))
     decoder = model.decoder_call(args, batch, rewards.decoded_frames)
     # Graphs of transformer calls that exist at once without `stepwise_backward`.
-    num_graphs = max(1, max_grad_steps(args)) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
+    num_graphs = max_graphs(args) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
     # With `stepwise_backward` each graph is built when its backward pass begins.
     waiting_graphs = 0 if args.stepwise_backward else num_graphs * branch.saved_bytes
     other_graphs = 0 if args.stepwise_backward else (num_graphs - 1) * branch.saved_bytes

@@ -72,14 +72,23 @@ class CallCounts:
 def count_calls(args: RewardGradientConfig) -> CallCounts:
     """Return how often a step calls the transformer; the maximum, where the method draws steps."""
     draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
+    leaps, adjoint = 2 * (args.method == "leap_align"), _adjoint_steps(args)
     has_drift, window = bool(args.drift_weight), max_grad_steps(args)
-    grad_steps = window + draws + has_drift
+    # The adjoint takes the base's gradient at all of its steps but the first, where it ends.
+    grad_steps = window + draws + leaps + adjoint + max(0, adjoint - 1) + has_drift
     branches = 1 if args.guidance_gradient == "distill" else branches_per_rank(args)
     grad_branches = grad_branches_per_rank(args)
-    constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * has_drift
+    constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * (has_drift + (adjoint > 0))
     prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
     prefix = prefix_steps + (branches - 1) * math.ceil(prefix_steps / args.guidance_every)
     return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps)
+
+
+def _adjoint_steps(args: RewardGradientConfig) -> int:
+    """Return the steps at which adjoint_matching trains; 0 for another method."""
+    if args.method != "adjoint_matching":
+        return 0
+    return read_options(args.method, args.method_kwargs).adjoint_steps or args.num_inference_steps
 
 
 def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds, rates: Rates) -> dict[str, float]:

@@ -147,7 +147,7 @@ class TracedModel:
         """Trace one call of the transformer on a batch."""
         # All but the first step of a window pass a gradient on to the step before; DRTune detaches
         # it.
-        to_latents = max_grad_steps(args) > 1 and args.method != "drtune"
+        to_latents = max_graphs(args) > 1 and args.method != "drtune"
         settings = [getattr(args, name) for name in TRANSFORMER_SETTINGS]
 
         def trace(model: SD3Transformer3DModel) -> TracedCall:
@@ -239,8 +239,18 @@ def max_grad_steps(args: RewardGradientConfig) -> int:
     """Return the largest number of rollout steps that carry the gradient."""
     options = read_options(args.method, args.method_kwargs)
     listed = getattr(options, "steps", None) or []
-    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1, "srpo": 0}
+    by_method = {
+        "listed": len(listed),
+        "refl": 1,
+        "draft_lv": 1,
+        **dict.fromkeys(("srpo", "leap_align", "adjoint_matching"), 0),
+    }
     return by_method.get(args.method, args.num_grad_steps)
+
+
+def max_graphs(args: RewardGradientConfig) -> int:
+    """Return the largest number of velocities of a batch whose graphs exist at once."""
+    return 2 if args.method == "leap_align" else max(1, max_grad_steps(args))
 
 
 def trace_call(

@@ -40,6 +40,8 @@ CURVES = {
     "drtune": {"method": "drtune", "num_grad_steps": 2, "method_kwargs": {"jump_steps": 2}},
     "refl": {"method": "refl", "method_kwargs": {"jump_steps": 2}},
     "srpo": {"method": "srpo"},
+    "leap_align": {"method": "leap_align"},
+    "adjoint_matching": {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}},
     "guidance_text": {"num_grad_steps": 2, "guidance_gradient": "text"},
     # At 1e-3 it meets a kink of the reward, where rounding moves a gradient by a tenth.
     "guidance_none": {"num_grad_steps": 2, "guidance_gradient": "none", "learning_rate": 5e-4},
