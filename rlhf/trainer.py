@@ -133,17 +133,19 @@ class RewardGradientTrainer:
         """Take optimizer step `step`, from 0, on `samples_per_step` videos; return its metrics."""
         cost, args = Cost(self.device), self.args
         plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
-        gradient = self._regression_gradient if plan.regression else self._reward_gradient
-        if is_due(step + 1, args.anchor_steps):
-            gradient = self._anchor_gradient
         with self.stop.interruptible():
-            results = [gradient(step, micro, plan) for micro in range(args.gradient_accumulation_steps)]
+            results, norm = self._gradient(step, plan)
+            columns = [result.columns for result in results]
+            if args.weight_perturbation and 0 < norm < math.inf:
+                grad, masters = self.masters.vector.grad, self.masters
+                moved = masters.vector.detach() + args.weight_perturbation / norm * grad
+                self.optimizer.zero_grad(set_to_none=False)
+                with masters.use(moved):
+                    results, norm = self._gradient(step, plan)
 
-        names = list(results[0].columns)
-        scores_SR = torch.cat([torch.stack([*result.columns.values()], 1) for result in results])
+        names = list(columns[0])
+        scores_SR = torch.cat([torch.stack([*column.values()], 1) for column in columns])
         scores_SR = self.accelerator.gather(scores_SR).cpu()
-        grad = self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
-        norm = grad.norm().item()
         progress = {"step": step + 1, "epoch": self.batches.epochs_before(step + 1)}
         suspect, error = first_failure(results)
         if error := non_finite_error(scores_SR, norm, error, self.rewards, suspect, self.accelerator):
@@ -162,6 +164,15 @@ class RewardGradientTrainer:
             **cost.elapsed(),
             "samples": self.batches.samples_before(step + 1),
         }
+
+    def _gradient(self, step: int, plan: Plan) -> tuple[list[BatchResult], float]:
+        """Compute the gradient of all batches and processes; return its parts' results and norm."""
+        gradient = self._regression_gradient if plan.regression else self._reward_gradient
+        if is_due(step + 1, self.args.anchor_steps):
+            gradient = self._anchor_gradient
+        results = [gradient(step, micro, plan) for micro in range(self.args.gradient_accumulation_steps)]
+        grad = self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
+        return results, grad.norm().item()
 
     def _reward_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Sample, score and back-propagate one batch: the loss is -R(x_N) + weight * drift."""
@@ -195,7 +206,8 @@ class RewardGradientTrainer:
         info, error = self.reward_info(step), None
         video = self.decode(self.layout.average_grad(sample.latents), step)
         try:
-            scores_B, raw = score(self.rewards, video, prompts, info, words, strength, sample.penalty)
+            how = words, strength, sample.penalty, self.args.reward_perturbation
+            scores_B, raw = score(self.rewards, video, prompts, info, *how)
         except RewardError as raised:  # `step` tells every process, then all of them stop
             error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
             raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())

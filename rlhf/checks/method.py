@@ -82,9 +82,12 @@ def _group_problems(args, options: MethodOptions) -> Iterator[str]:
         yield f"method_kwargs: num_levels: got {options.num_levels}, {expected}; lower it"
     if args.method not in SCORES_ALONE:
         return
-    for name, default in (("balance_reward_gradients", False), ("sampling_weights", "own"), ("drift_weight", 0)):
+    of_gradients = ("balance_reward_gradients", "reward_perturbation", "sampling_weights", "drift_weight")
+    for name in of_gradients:
+        default = getattr(RewardGradientConfig, name)
         if (got := getattr(args, name)) != default:
-            yield f"{name}: got {got} with method {args.method}, which does not read it, expected {default}; leave it out"
+            expected = f"expected {default}"
+            yield f"{name}: got {got} with method {args.method}, which does not read it, {expected}; leave it out"
 
 
 def _drift_problems(args) -> Iterator[str]:
@@ -142,16 +145,17 @@ def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None"
 
 def _target_problems(args, layers: list[str]) -> Iterator[str]:
     """Yield a problem for each name or pattern that fits no linear layer."""
-    from rlhf.adapter.lora import ATTENTION
+    from rlhf.adapter.lora import LAYER_SETS, target_layers
 
     ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
     ends |= {end.split(".", 1)[-1] for end in ends}
-    for target in args.lora_target_modules or []:
+    for target in target_layers(args.lora_target_modules):
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
             cure = f"did you mean {near[0]!r}?" if near else "correct it"
-            yield f"lora_target_modules: got {target!r}, expected the end of a linear layer's name such as to_q; {cure}"
-    targets = tuple(f".{name}" for name in args.lora_target_modules or ATTENTION)
+            expected = f"expected the end of a linear layer's name such as to_q, or {' or '.join(LAYER_SETS)}"
+            yield f"lora_target_modules: got {target!r}, {expected}; {cure}"
+    targets = tuple(f".{name}" for name in target_layers(args.lora_target_modules))
     adapted = [name for name in layers if f".{name}".endswith(targets)]
     for setting in ("lora_rank_pattern", "lora_alpha_pattern"):
         for pattern in getattr(args, setting) or {}:

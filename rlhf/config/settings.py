@@ -178,6 +178,16 @@ class RewardGradientConfig:
     balance_reward_gradients: bool = setting(
         False, "Scale each reward's pixel gradient to length 1 before it is weighted."
     )
+    reward_mix: Literal["sum", "min"] = setting(
+        "sum", "Total of several rewards: their weighted sum, or the lowest of them, each times its weight."
+    )
+    reward_perturbation: float = setting(
+        0.0,
+        "Take the reward's gradient at a video moved a step against the reward (arXiv 2603.21175), of this root "
+        "mean square over pixel values in [0, 1]. Costs a second scoring. 0: at the video itself.",
+        least=0,
+        below=1,
+    )
     eval_reward_funcs: list[str] = setting([], "Rewards that only evaluate; they need no gradient.")
 
     # Sampling. Each setting defaults to the model's own value.
@@ -218,6 +228,12 @@ class RewardGradientConfig:
     )
     drift_weighting: Literal["kl", "even"] = setting(
         "kl", "Weight of a step in the drift: kl (a KL divergence) or even (all alike)."
+    )
+    weight_perturbation: float = setting(
+        0.0,
+        "Take the gradient at an adapter moved this far up the loss (arXiv 2603.21175, 2010.01412), as the norm of "
+        "the step in float32 weights. Costs a second gradient. 0: at the adapter itself.",
+        least=0,
     )
     anchor_steps: int = setting(
         0,
@@ -290,7 +306,9 @@ class RewardGradientConfig:
         None, "LoRA alpha: the adapter is scaled by alpha / r. Default: the rank.", least=1, most=65536
     )
     lora_target_modules: list[str] | None = setting(
-        None, "Ends of names of the adapted layers. Default: the eight attention projections."
+        None,
+        "Ends of names of the adapted layers; or attention (the eight projections) or all-linear (these and the "
+        "feed-forward layers). Default: attention.",
     )
     lora_use_dora: bool = setting(False, "Train the magnitudes, too (DoRA, arXiv 2402.09353).")
     lora_rank_pattern: dict[str, int] | str | None = setting(
@@ -316,8 +334,8 @@ class RewardGradientConfig:
 
     # The optimizer, AdamW
     learning_rate: float = setting(1e-4, "Peak learning rate.", least=0, most=10)
-    lr_scheduler_type: Literal["constant", "linear"] = setting(
-        "constant", "After the warm-up: constant, or linear down to 0 at max_steps."
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "After the warm-up: constant, or down to 0 at max_steps, linear or along half a cosine."
     )
     warmup_steps: int = setting(0, "Optimizer steps of the linear warm-up from 0.", least=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay, towards an adapter of 0.", least=0, most=100)

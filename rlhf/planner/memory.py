@@ -23,6 +23,7 @@ ENCODING = "encoding prompts"
 MASTER_BYTES = 8  # float32 master weight and gradient
 MOMENT_BYTES = 8  # AdamW's two float32 moments
 EMA_BYTES = 4
+MOVED_BYTES = 8  # the moved and the former masters of `weight_perturbation`
 NOT_FLOAT8 = (".norm", "lora_", "base_layer")  # parts of names of linear layers
 
 
@@ -150,6 +151,7 @@ def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: Rew
     """Return the bytes that one rank holds all the time, by part."""
     itemsize = model.itemsize
     trained_bytes = MASTER_BYTES + MOMENT_BYTES + (EMA_BYTES if args.ema_decay else 0)
+    trained_bytes += MOVED_BYTES if args.weight_perturbation else 0
     held = {
         "transformer": _base_bytes(model, args),
         "adapter and optimizer": model.adapter_bytes + model.num_trained * trained_bytes,

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
 
-from rlhf.adapter.lora import add_adapter, lora_config
+from rlhf.adapter.lora import LAYER_SETS, add_adapter, lora_config
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_video
@@ -89,7 +89,8 @@ class TracedModel:
     def _short_transformers(self) -> list[SD3Transformer3DModel]:
         """Transformers of three and four blocks; the whole one if blocks differ."""
         args, num_blocks = self.args, self.transformer.config.num_layers
-        blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
+        named_layers = set(args.lora_target_modules or []) - set(LAYER_SETS)
+        blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or named_layers
         if blocks_differ or num_blocks <= TRACED_BLOCKS:
             return [self.transformer]
         config, dtype = self.card["transformer"], self.transformer.dtype
