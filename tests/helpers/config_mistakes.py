@@ -153,7 +153,7 @@ ROWS = [
     Row({"adam_beta2": 1.0}, "adam_beta2: got 1.0", "expected at least 0, less than 1", "correct its value"),
     Row({"seed": 2**64}, "seed: got 18446744073709551616", "less than 2**64", "correct its value"),
     Row({"lora_rank_pattern": {"to_q": 0}}, "got 0 for 'to_q'", "expected at least 1", "correct its value"),
-    Row({"lr_scheduler_type": "cosine"}, "got 'cosine'", "expected one of constant, linear, cosine", "correct its value"),
+    Row({"lr_scheduler_type": "step"}, "got 'step'", "expected one of constant, linear, cosine", "correct its value"),
     Row({"base_bits": 3}, "config.yaml: base_bits: got 3", "expected 4 or none", "correct its value"),
     Row({"guidance_parallel": 3}, "guidance_parallel: got 3", "expected one of 1, 2", "correct its value"),
     Row(["--method", "ddpo"], "method: got 'ddpo'", "expected one of draft_k", "correct its value"),
