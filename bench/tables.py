@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import judges
 import study_report
+from black_box import black_box_table
 from main_job import main_job_table
 from md_table import GONE, label, made_on, table
 from step_tables import compile_table, less_memory_table, phase_cell, step_table
@@ -213,6 +214,7 @@ TABLES = {
     "scale.json#equality": equality_table,
     **study_report.TABLES,
     "main_job.json": main_job_table,
+    "black_box.json": black_box_table,
     "judges.json": judges.judges_table,
 }
 

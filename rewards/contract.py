@@ -37,7 +37,7 @@ ATTRIBUTE_DEFAULTS = {
     "space": "pixels",  # input space: decoded pixels
     "mean": None,  # typical score, used for mixing only if std is stated too
     "std": None,  # typical standard deviation of the score, > 0, for mixing
-    "differentiable": True,  # False: evaluation only
+    "differentiable": True,  # False: for evaluation, and for training by scores alone
 }
 
 

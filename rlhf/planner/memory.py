@@ -15,6 +15,7 @@ from torch import nn
 from rewards.catalogue import CATALOGUE
 from rewards.load import split_spec
 from rlhf.config import RewardGradientConfig
+from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.planner.reward_costs import decoded_frames, reward_cost, scored_frames
 from rlhf.planner.traced import TracedCall, TracedModel, max_graphs
 
@@ -108,6 +109,9 @@ def plan_memory(
     other_graphs = 0 if args.stepwise_backward else (num_graphs - 1) * branch.saved_bytes
     adapter_gradient = model.adapter_bytes if num_graphs > 1 else 0  # of the graphs before
     video = 4 * batch * 3 * rewards.decoded_frames * args.height * args.width  # float32, kept for the log
+    if args.method in SCORES_ALONE:  # nothing of scoring is kept for a backward pass
+        decoder, waiting_graphs = model.decoder_call(args, batch, rewards.decoded_frames, False), 0
+    decode_bytes = max(decoder.peak_bytes, decoder.no_grad.added_bytes)
     held, gathered = _resident_bytes(model, args, rewards), _gathered_bytes(model, args)
     # While prompts are encoded, neither the moments nor the position table exist.
     not_yet_held = MOMENT_BYTES * model.num_trained + held["position table"]
@@ -115,7 +119,7 @@ def plan_memory(
         ENCODING: max(0, encoder_bytes - not_yet_held),
         "sampling": gathered + branch.no_grad.added_bytes,
         "gradient window": gathered + other_graphs + adapter_gradient + branch.peak_bytes + video,
-        "decode": waiting_graphs + decoder.peak_bytes,
+        "decode": waiting_graphs + decode_bytes,
         "reward": waiting_graphs + decoder.saved_bytes + rewards.peak_bytes,
         "optimizer": 4 * model.num_trained if model.processes > 1 else 0,  # a copy is all-reduced
     }
@@ -150,7 +154,8 @@ def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
     """Return the bytes that one rank holds all the time, by part."""
     itemsize = model.itemsize
-    trained_bytes = MASTER_BYTES + MOMENT_BYTES + (EMA_BYTES if args.ema_decay else 0)
+    averages = bool(args.ema_decay) + hasattr(read_options(args.method, args.method_kwargs), "old_decay")
+    trained_bytes = MASTER_BYTES + MOMENT_BYTES + averages * EMA_BYTES
     trained_bytes += MOVED_BYTES if args.weight_perturbation else 0
     held = {
         "transformer": _base_bytes(model, args),

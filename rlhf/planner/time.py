@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from rlhf.config import RewardGradientConfig
-from rlhf.method.options import read_options
+from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.planner.memory import RewardNeeds, branches_per_batch, branches_per_rank, grad_branches_per_rank
 from rlhf.planner.traced import TracedCall, TracedModel, max_grad_steps
 from rlhf.planner.tracer import Operation, Phase
@@ -72,13 +72,15 @@ class CallCounts:
 def count_calls(args: RewardGradientConfig) -> CallCounts:
     """Return how often a step calls the transformer; the maximum, where the method draws steps."""
     draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
+    levels = getattr(read_options(args.method, args.method_kwargs), "num_levels", 0)  # each by both policies
     leaps, adjoint = 2 * (args.method == "leap_align"), _adjoint_steps(args)
     has_drift, window = bool(args.drift_weight), max_grad_steps(args)
     # The adjoint takes the base's gradient at all of its steps but the first, where it ends.
-    grad_steps = window + draws + leaps + adjoint + max(0, adjoint - 1) + has_drift
+    grad_steps = window + draws + levels + leaps + adjoint + max(0, adjoint - 1) + has_drift
     branches = 1 if args.guidance_gradient == "distill" else branches_per_rank(args)
     grad_branches = grad_branches_per_rank(args)
-    constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * (has_drift + (adjoint > 0))
+    no_grad = levels + has_drift + (adjoint > 0)
+    constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * no_grad
     prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
     prefix = prefix_steps + (branches - 1) * math.ceil(prefix_steps / args.guidance_every)
     return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps)
@@ -105,11 +107,15 @@ def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNee
     options = read_options(args.method, args.method_kwargs)
     draws = getattr(options, "num_draws", 0)
     videos = draws if args.method == "srpo" else 1 + draws
-    scoring = rewards.seconds + sum(_gradient_seconds(call, rates) for call in rewards.traced)
+    seconds = _gradient_seconds
+    if args.method in SCORES_ALONE:
+        decoder = model.decoder_call(args, args.per_device_train_batch_size, rewards.decoded_frames, False)
+        seconds = lambda call, rates: phase_seconds(call.no_grad, rates)
+    scoring = rewards.seconds + sum(seconds(call, rates) for call in rewards.traced)
     phases = {
         "sampling": (calls.prefix + calls.constant) / branches_per_batch(args) * no_grad,
         "gradient window": calls.with_gradient / branches_per_batch(args) * window,
-        "decode": videos * _gradient_seconds(decoder, rates),
+        "decode": videos * seconds(decoder, rates),
         "reward": videos * scoring * (2 if options.relative_words else 1) * (2 if args.reward_perturbation else 1),
     }
     repeats = args.gradient_accumulation_steps * (2 if args.weight_perturbation else 1)

@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, verified, found and loaded.
 
-checkpoints/step-N/ holds adapter.safetensors (the fp32 masters), average.safetensors (their running
-average, if one is kept), old.safetensors (the old policy's, if there is one), optimizer.safetensors (AdamW's moments), state.json, and manifest.json
-with size and hash of each of these. Nothing is pickled. The frozen base is not part of it.
+checkpoints/step-N/ holds adapter.safetensors (the fp32 masters), average.safetensors and
+old.safetensors (their running average and the old policy's, where they are kept),
+optimizer.safetensors (AdamW's moments), state.json, and manifest.json with size and hash of each of
+these. Nothing is pickled. The frozen base is not part of it.
 """
 
 import errno

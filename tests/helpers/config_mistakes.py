@@ -189,6 +189,19 @@ ROWS = [
         "did you mean 'num_draws'?",
     ),
     Row({"method_kwargs": {"zzz": 3}}, "method_kwargs: got 'zzz'", "expected an option of", "leave it out"),
+    Row({"method": "nft"}, "got 1 with method nft", "expected a multiple of that", "change it, or group_size"),
+    Row(
+        {"method": "nft", "per_device_train_batch_size": 8, "method_kwargs": {"num_levels": 51}},
+        "num_levels: got 51",
+        "expected at most num_inference_steps=50",
+        "lower it",
+    ),
+    Row(
+        {"method": "nft", "per_device_train_batch_size": 8, "drift_weight": 1},
+        "drift_weight: got 1.0 with method nft",
+        "expected 0",
+        "leave it out",
+    ),
     Row(
         ["--method", "draft_lv", "--method_kwargs", "{num_draws: 0}"],
         "method_kwargs: num_draws: got 0",

@@ -248,7 +248,7 @@ TRAINED, HELD_OUT = "reward_funcs", "eval_reward_funcs"
     ("key", "name", "told"),
     [
         (TRAINED, "detached", "got no gradient at the pixels"),
-        (TRAINED, "whole", "got differentiable=False; .* Move it to eval_reward_funcs"),
+        (TRAINED, "whole", "got differentiable=False; .* Train with --method nft"),
         (TRAINED, "exits", "got SystemExit: bye"),
         (TRAINED, "changes", "got a video that the reward changed in place"),
         (HELD_OUT, "exits", "got SystemExit: bye"),
