@@ -136,9 +136,9 @@ class RewardGradientTrainer:
         with self.stop.interruptible():
             results, norm = self._gradient(step, plan)
             columns = [result.columns for result in results]
-            if args.weight_perturbation and 0 < norm < math.inf:
+            if self.options.weight_perturbation and 0 < norm < math.inf:
                 grad, masters = self.masters.vector.grad, self.masters
-                moved = masters.vector.detach() + args.weight_perturbation / norm * grad
+                moved = masters.vector.detach() + self.options.weight_perturbation / norm * grad
                 self.optimizer.zero_grad(set_to_none=False)
                 with masters.use(moved):
                     results, norm = self._gradient(step, plan)
@@ -206,7 +206,7 @@ class RewardGradientTrainer:
         info, error = self.reward_info(step), None
         video = self.decode(self.layout.average_grad(sample.latents), step)
         try:
-            how = words, strength, sample.penalty, self.args.reward_perturbation
+            how = words, strength, sample.penalty, self.options.reward_perturbation
             scores_B, raw = score(self.rewards, video, prompts, info, *how)
         except RewardError as raised:  # `step` tells every process, then all of them stop
             error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan

@@ -62,6 +62,9 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
     if args.method == "adjoint_matching" and args.drift_weight:
         expected = "expected 0: reward_scale already weighs the distance from the base"
         yield f"drift_weight: got {args.drift_weight} with method adjoint_matching, {expected}; leave it out"
+    if options.weight_perturbation and args.sampling_weights != "own":
+        got = f"got {options.weight_perturbation} with sampling_weights {args.sampling_weights}"
+        yield f"weight_perturbation: {got}, expected own, which is moved with the adapter; change one of the two"
     if args.method == "listed":
         listed = options.steps or []
         if not listed or len(set(listed)) < len(listed) or not all(0 <= i < steps for i in listed):
@@ -82,10 +85,10 @@ def _group_problems(args, options: MethodOptions) -> Iterator[str]:
         yield f"method_kwargs: num_levels: got {options.num_levels}, {expected}; lower it"
     if args.method not in SCORES_ALONE:
         return
-    of_gradients = ("balance_reward_gradients", "reward_perturbation", "sampling_weights", "drift_weight")
-    for name in of_gradients:
-        default = getattr(RewardGradientConfig, name)
-        if (got := getattr(args, name)) != default:
+    unread = ((args, "balance_reward_gradients"), (args, "sampling_weights"), (args, "drift_weight"))
+    for given, name in (*unread, (options, "reward_perturbation")):
+        got, default = getattr(given, name), getattr(type(given), name)
+        if got != default:
             expected = f"expected {default}"
             yield f"{name}: got {got} with method {args.method}, which does not read it, {expected}; leave it out"
 

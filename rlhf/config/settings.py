@@ -181,13 +181,6 @@ class RewardGradientConfig:
     reward_mix: Literal["sum", "min"] = setting(
         "sum", "Total of several rewards: their weighted sum, or the lowest of them, each times its weight."
     )
-    reward_perturbation: float = setting(
-        0.0,
-        "Take the reward's gradient at a video moved a step against the reward (arXiv 2603.21175), of this root "
-        "mean square over pixel values in [0, 1]. Costs a second scoring. 0: at the video itself.",
-        least=0,
-        below=1,
-    )
     eval_reward_funcs: list[str] = setting([], "Rewards that only evaluate; they need no gradient.")
 
     # Sampling. Each setting defaults to the model's own value.
@@ -228,12 +221,6 @@ class RewardGradientConfig:
     )
     drift_weighting: Literal["kl", "even"] = setting(
         "kl", "Weight of a step in the drift: kl (a KL divergence) or even (all alike)."
-    )
-    weight_perturbation: float = setting(
-        0.0,
-        "Take the gradient at an adapter moved this far up the loss (arXiv 2603.21175, 2010.01412), as the norm of "
-        "the step in float32 weights. Costs a second gradient. 0: at the adapter itself.",
-        least=0,
     )
     anchor_steps: int = setting(
         0,

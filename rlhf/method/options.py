@@ -14,7 +14,7 @@ from rlhf.config.coerce import coerce_all
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Options of every method: scores relative to two phrases (arXiv 2509.06942, eq. 8 and 9)."""
+    """Options of every method: relative scores (arXiv 2509.06942, eq. 8, 9), robust gradients."""
 
     relative_words: list[str] | None = setting(
         None,
@@ -22,6 +22,19 @@ class MethodOptions:
         "(1 + k) R(positive) - R(negative). Default: the prompts as they are.",
     )
     relative_strength: float = setting(0.2, "k of relative_words, without unit.", least=0)
+    reward_perturbation: float = setting(
+        0.0,
+        "Take the reward's gradient at a video moved a step against the reward (arXiv 2603.21175), of this root "
+        "mean square over pixel values in [0, 1]. Costs a second scoring. 0: at the video itself.",
+        least=0,
+        below=1,
+    )
+    weight_perturbation: float = setting(
+        0.0,
+        "Take the gradient at an adapter moved this far up the loss (arXiv 2603.21175), as the norm of the step in "
+        "float32 weights. Costs a second gradient. 0: at the adapter itself.",
+        least=0,
+    )
 
     def problems(self) -> list[str]:
         """Return what does not fit together in these options; ranges are checked elsewhere."""

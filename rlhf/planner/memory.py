@@ -154,9 +154,10 @@ def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
     """Return the bytes that one rank holds all the time, by part."""
     itemsize = model.itemsize
-    averages = bool(args.ema_decay) + hasattr(read_options(args.method, args.method_kwargs), "old_decay")
+    options = read_options(args.method, args.method_kwargs)
+    averages = bool(args.ema_decay) + hasattr(options, "old_decay")
     trained_bytes = MASTER_BYTES + MOMENT_BYTES + averages * EMA_BYTES
-    trained_bytes += MOVED_BYTES if args.weight_perturbation else 0
+    trained_bytes += MOVED_BYTES if options.weight_perturbation else 0
     held = {
         "transformer": _base_bytes(model, args),
         "adapter and optimizer": model.adapter_bytes + model.num_trained * trained_bytes,

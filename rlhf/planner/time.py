@@ -116,9 +116,9 @@ def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNee
         "sampling": (calls.prefix + calls.constant) / branches_per_batch(args) * no_grad,
         "gradient window": calls.with_gradient / branches_per_batch(args) * window,
         "decode": videos * seconds(decoder, rates),
-        "reward": videos * scoring * (2 if options.relative_words else 1) * (2 if args.reward_perturbation else 1),
+        "reward": videos * scoring * (2 if options.relative_words else 1) * (2 if options.reward_perturbation else 1),
     }
-    repeats = args.gradient_accumulation_steps * (2 if args.weight_perturbation else 1)
+    repeats = args.gradient_accumulation_steps * (2 if options.weight_perturbation else 1)
     phases = {name: repeats * seconds for name, seconds in phases.items()}
     gradient_bytes = 2 * 4 * model.num_trained  # all-reduced in float32, in two passes of a ring
     sending = _share_of_others(gradient_bytes, model.processes) / rates.peer_bandwidth

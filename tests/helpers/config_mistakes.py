@@ -286,10 +286,20 @@ ROWS = [
         "leave it out",
     ),
     Row(
-        {"weight_perturbation": 0.1, "sampling_weights": "float8"},
-        "sampling_weights: got float8 with weight_perturbation",
+        {"method_kwargs": {"weight_perturbation": 0.1}, "sampling_weights": "float8"},
+        "weight_perturbation: got 0.1 with sampling_weights float8",
         "expected own",
         "change one of the two",
+    ),
+    Row(
+        {
+            "method": "nft",
+            "per_device_train_batch_size": 8,
+            "method_kwargs": {"reward_perturbation": 0.1},
+        },
+        "reward_perturbation: got 0.1 with method nft",
+        "expected 0",
+        "leave it out",
     ),
     Row({"reward_mix": "min"}, "reward_mix: got min with the rewards clip_score", "expected at least two", "add one"),
     Row(

@@ -114,7 +114,7 @@ def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_
     """Two plain gradients, the second at the moved adapter, are one robust one."""
 
     def trainer(name, **more):
-        args = make_args(output_dir=str(tmp_path / name), **settings | more)
+        args = make_args(output_dir=str(tmp_path / name), method_kwargs=more, **settings)
         made = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
         noise = torch.randn(made.masters.vector.shape, generator=torch.Generator().manual_seed(0))
         made.masters.set(0.1 * noise)
