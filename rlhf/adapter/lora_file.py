@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from rlhf.adapter.lora_weights import ADAPTER_FILE, DISTILLED_KEY, Lora, LoraLayer
 from rlhf.config import is_distilled
-from rlhf.contentv.files import HUB_ID, one_line
+from rlhf.contentv.files import HUB_ID, describe_download
 from rlhf.io import file_errors, read_object
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -90,9 +90,9 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", PEFT_CONFIG], etag_timeout=5))
     except Exception as error:  # offline, unknown, gated and broken connections each have their type
+        got, cure = describe_download(hub_id, error)
         expected = "expected a file, the folder of an adapter such as RUN/adapter, or a hub id"
-        got = f"nothing there, nor on the Hugging Face Hub ({one_line(error)})"
-        raise ValueError(f"{hub_id}: got {got}, {expected}; correct the path") from error
+        raise ValueError(f"{hub_id}: got {got}, {expected}; {cure}") from error
 
 
 def is_distilled_adapter(name: str | Path) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.io import read_object
+from rlhf.io import file_errors, read_object
 
 if TYPE_CHECKING:  # importing it takes seconds
     from rlhf.contentv.pipeline import ContentVPipeline
@@ -25,6 +25,7 @@ CONFIG_FILES = {
     **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "config.json"),
     **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), "tokenizer_config.json"),
 }
+WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Sizes of ContentV-8B, which are also the classes' defaults for keys that a config file leaves out.
 SIZES = {
     "transformer": {"in_channels": 16, "patch_size": 2, "num_layers": 38},
@@ -123,19 +124,58 @@ def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
     """Return the local folder of a model; download all of a hub id, or only `files`."""
     model = resolve_model(model)
     if isinstance(model, Path):
-        return model
+        return model if files else check_weights(model, "downloading or copying it again")
     wanted = files or [f"{name}/*" for name in CONFIG_FILES] + ["model_index.json", SAMPLING_FILE]
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(model, allow_patterns=wanted, etag_timeout=5))
     except Exception as error:  # offline, unknown, gated and broken connections each have their type
-        raise ValueError(
-            f"model={model!r} is no folder here and not in the Hugging Face cache, and downloading it failed "
-            f"({one_line(error)}); correct the name, download it where there is a "
-            "network and pass the folder, or use --model nano"
-        ) from error
-    return folder if files else _check_folder(folder, "pass the id of a ContentV checkpoint")
+        got, cure = describe_download(model, error)
+        expected = "expected nano, the folder of a checkpoint in diffusers layout, or a hub id"
+        raise ValueError(f"model={model!r}: got {got}, {expected}; {cure}") from error
+    if files:
+        return folder
+    return check_weights(_check_folder(folder, "pass the id of a ContentV checkpoint"), f"`hf download {model}`")
+
+
+def describe_download(hub_id: str, error: Exception) -> tuple[str, str]:
+    """Return what came of downloading a repository that is not in the cache, and the cure."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        page = f"{constants.ENDPOINT}/{hub_id}"
+        return "a gated repository", f"accept its terms at {page}, then `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        got = f"no folder here, and no repository of the Hugging Face Hub that may be read ({one_line(error)})"
+        return got, "correct the name, or `hf auth login` with a token that may read it"
+    if constants.HF_HUB_OFFLINE:
+        got = "no folder here, nothing in the Hugging Face cache, and no network by HF_HUB_OFFLINE"
+        return got, f"correct the name, or run `hf download {hub_id}` where there is a network"
+    got = f"no folder here, nothing in the Hugging Face cache, and a failed download ({one_line(error)})"
+    return got, f"try again, or run `hf download {hub_id}` where there is a network and pass its folder"
+
+
+def check_weights(folder: Path, cure: str) -> Path:
+    """Return the folder of a checkpoint; raise ValueError if weight files of it are missing.
+
+    Of several, all are told before any is read: an interrupted download leaves an index without
+    its shards, or links to files that are not there.
+    """
+    missing = []
+    for name in WEIGHTS:
+        shards = set()
+        for index in (folder / name).glob("*.safetensors.index.json"):
+            with file_errors(index):
+                shards |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = shards or {path.name for path in (folder / name).glob("*.safetensors")} or {"*.safetensors"}
+        missing += [f"{name}/{file}" for file in sorted(files) if not (folder / name / file).is_file()]
+    if missing:
+        got = f"{len(missing)} weight files missing, the first {missing[0]}"
+        raise ValueError(f"{folder}: got {got}, expected a whole checkpoint; {cure} completes it")
+    return folder
 
 
 def one_line(error: Exception) -> str:

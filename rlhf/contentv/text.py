@@ -32,7 +32,11 @@ class PromptCache:
 
 @torch.no_grad()
 def encode_prompts(
-    pipe: ContentVPipeline, prompts: Iterable[str], negative_prompt: str, max_sequence_length: int
+    pipe: ContentVPipeline,
+    prompts: Iterable[str],
+    negative_prompt: str,
+    max_sequence_length: int,
+    batch: int = ENCODE_BATCH,
 ) -> PromptCache:
     """Encode each distinct text once, with `pipe.encode_prompt`, in the dtype of the encoders.
 
@@ -44,9 +48,9 @@ def encode_prompts(
     negatives = [negative_of(prompt, negative_prompt) for prompt in prompts]
     unique = list(dict.fromkeys(map(str, [*prompts, *negatives])))
     pipe.warn_of_long(unique, max_sequence_length)
-    padded = unique + unique[-1:] * (-len(unique) % ENCODE_BATCH)
-    starts = range(0, len(padded), ENCODE_BATCH)
-    batches = [_encode(pipe, padded[i : i + ENCODE_BATCH], max_sequence_length) for i in starts]
+    padded = unique + unique[-1:] * (-len(unique) % batch)
+    starts = range(0, len(padded), batch)
+    batches = [_encode(pipe, padded[i : i + batch], max_sequence_length) for i in starts]
     embeds, pooled = (torch.cat(parts)[: len(unique)] for parts in zip(*batches, strict=True))
     return PromptCache(unique, embeds, pooled, negative_prompt)
 

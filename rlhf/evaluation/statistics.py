@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # imports diffusers, which a comparison of scores does withou
     from rlhf.evaluation.held_out import Evaluation
 
 INTERVAL = "95 % confidence interval, paired t"
+WILSON = "95 % confidence interval, Wilson"
 LEVEL = 0.05  # of false findings
+Z_975 = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
 def summarize(base: "Evaluation", tuned: "Evaluation", trained: list[str], seconds: float, steps: int) -> dict:
@@ -63,6 +65,21 @@ def paired_test(base_N: torch.Tensor, tuned_N: torch.Tensor) -> dict:
     return paired_interval(base_N, tuned_N) | {"p": p} | counts
 
 
+def wilson_interval(rate: float, count: int) -> list[float]:
+    """Return the 95 % Wilson score interval [low, high] of a win rate in [0, 1] (Wilson 1927).
+
+    rate: the mean of `count` independent values in [0, 1]. With values between 0 and 1, such as a
+    tie counted half, their spread is smaller than that of wins alone, and the interval is too wide
+    rather than too narrow. Without a value it is [0, 1].
+    """
+    if not count:
+        return [0.0, 1.0]
+    z2 = Z_975**2
+    center = (rate + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_975 / (1 + z2 / count) * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2))
+    return [max(0.0, center - half), min(1.0, center + half)]
+
+
 def _mean_and_error(base_N: torch.Tensor, tuned_N: torch.Tensor) -> tuple[float, float, int]:
     """Return mean and standard error of the differences, and their number."""
     difference_N = (tuned_N - base_N).double()
@@ -79,7 +96,7 @@ def student_t_975(freedom: int) -> float:
     """
     if freedom < 3:
         return (0.0, 12.7062, 4.3027)[freedom]
-    z = 1.959964
+    z = Z_975
     return (
         z
         + (z**3 + z) / (4 * freedom)

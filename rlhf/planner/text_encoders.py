@@ -46,18 +46,22 @@ def encoder_configs(model: str) -> dict[str, dict]:
     return {name: read_object(folder / file) for name, file in files.items()}
 
 
-def encoding_bytes(configs: dict[str, dict], tokens: dict[str, int], dtype: torch.dtype) -> int:
+def encoding_bytes(
+    configs: dict[str, dict], tokens: dict[str, int], dtype: torch.dtype, batch: int = ENCODE_BATCH
+) -> int:
     """Return the bytes of all weights, and of one batch of prompts in the encoder that takes most.
 
-    tokens: length of a prompt, by encoder.
+    tokens: length of a prompt, by encoder. batch: prompts; 0 counts the weights alone.
     """
     weight_bytes, peak_bytes = 0, 0
     for name, config in configs.items():
         cls = TEXT_ENCODERS[name]
         with torch.device("meta"):
             model = cls(cls.config_class.from_dict(config)).to(dtype).requires_grad_(False).eval()
-            ids = torch.empty(ENCODE_BATCH, tokens[name], dtype=torch.long)
+            ids = torch.empty(batch, tokens[name], dtype=torch.long)
         weight_bytes += sum(p.nbytes for p in model.parameters())
+        if not batch:
+            continue
         call = trace_call(lambda x, model=model: model(x)[0], ids, model, with_gradient=False)
         peak_bytes = max(peak_bytes, call.no_grad.added_bytes)
     return weight_bytes + peak_bytes

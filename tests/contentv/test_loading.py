@@ -128,7 +128,7 @@ def test_weights_are_never_unpickled(checkpoint):
     path = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(path), path.with_suffix(".bin"))
     path.unlink()
-    with pytest.raises(ValueError, match="transformer holds no readable safetensors weights"):
+    with pytest.raises(ValueError, match="got 1 weight files missing, the first transformer.*safetensors, expected"):
         load_pipeline(checkpoint)
 
 
@@ -153,7 +153,7 @@ def test_a_hub_id_that_cannot_be_had_is_explained(monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     assert resolve_model("someone/Some-Model") == "someone/Some-Model"
-    with pytest.raises(ValueError, match=r"downloading it failed \(ConnectionError: no route\); correct the name, "):
+    with pytest.raises(ValueError, match="got no folder here, nothing in the Hugging Face cache, and "):
         load_pipeline("someone/Some-Model")
 
 

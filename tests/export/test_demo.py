@@ -15,6 +15,8 @@ from tiny import SAMPLING, tiny_pipeline
 from rlhf.adapter.lora_file import read_lora
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.contentv.files import CONTENTV_8B, NANO_PATH
+from rlhf.contentv.loading import load_pipeline
+from rlhf.run.video import to_uint8, write_video
 
 DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))
 main, parse = DEMO["main"], DEMO["parse_demo_args"]
@@ -72,14 +74,12 @@ def test_an_adapter_that_was_taught_guidance_is_sampled_without(saved, tmp_path,
     save_adapter(pipe, run / "adapter")
     told = tmp_path / "alone" / "mine.safetensors"
     replace(read_lora(run), distilled=True).save(told)
-    monkeypatch.setitem(main.__globals__, "load_pipeline", lambda *_, **__: pipe)
-    monkeypatch.setitem(main.__globals__, "apply_lora", lambda *_: "")
 
-    def stop(*base, **given):
-        seen.append(replace(*base, **given).guidance_scale)
+    def stop(sampler, prompt, seed, sampling, on_step):
+        seen.append(sampling.guidance_scale)
         raise ValueError("enough")
 
-    monkeypatch.setitem(main.__globals__, "replace", stop)
+    monkeypatch.setattr("rlhf.evaluation.sampler.Sampler.sample", stop)
 
     def sampled(lora, *more):
         with pytest.raises(SystemExit, match="enough"):
@@ -125,6 +125,22 @@ def test_an_empty_prompt_is_a_prompt(saved, tmp_path):
     assert parse(["--prompt", ""]).prompt == ""
 
 
+def test_the_pipeline_makes_the_same_video(saved, tmp_path):
+    """With the noise of the seed: 0.2 grey levels is what compression and rounding leave."""
+    made = demo(saved, tmp_path / "demo.mp4", "--seed", "5")
+    pipe = load_pipeline(saved)
+    video = pipe("a star", generator=torch.Generator().manual_seed(5), output_type="pt", **SAMPLING.call_arguments())
+    write_video(tmp_path / "pipe.mp4", to_uint8(video.frames[0].transpose(0, 1)), SAMPLING.fps)
+    assert (made - stored_frames(tmp_path / "pipe.mp4")).abs().mean() < 0.2
+
+
+def test_several_adapters_are_for_the_page(capsys):
+    assert parse(["--serve", "--lora", "a", "b"]).lora == ["a", "b"]
+    with pytest.raises(SystemExit):
+        parse(["--lora", "a", "b"])
+    assert "argument --lora: got 2, expected one" in capsys.readouterr().err
+
+
 def test_another_model_needs_a_prompt(capsys):
     with pytest.raises(SystemExit):
         parse(["--model_id", "some/where"])
@@ -156,13 +172,16 @@ def test_another_model_needs_a_prompt(capsys):
             "--guidance_scale 0": "guidance_scale: got 0.0, expected more than 0",
             "--guidance_scale nan": "guidance_scale: got nan, expected a number",
             "--fps 1000000": "fps: got 1000000, expected at least 1 and at most 1000",
+            "--memory_limit_gib 12": "memory_limit_gib: got 12 on a CPU, expected an accelerator",
+            "--scale nan": "scale: got nan, expected a finite number",
+            "--serve --port 99999": "--host 127.0.0.1 --port 99999: got",
             "--max_sequence_length 513": "max_sequence_length: got 513, expected at least 1, at most 512",
         }.items()
     ],
 )
 def test_mistakes_are_one_paragraph_before_weights_load(saved, flags, message, monkeypatch):
     if "--lora" not in flags and "./nowhere" not in flags:
-        monkeypatch.setitem(main.__globals__, "load_pipeline", None)
+        monkeypatch.setattr("rlhf.evaluation.sampler.load_pipeline", None)
     with pytest.raises(SystemExit) as error:
         main([str(saved) if flag == "TINY" else flag for flag in flags])
     assert message in str(error.value)

@@ -3,6 +3,7 @@
 $CHROMIUM names the program; else chromium or google-chrome is looked for.
 """
 
+import base64
 import contextlib
 import fcntl
 import json
@@ -18,6 +19,7 @@ FLAGS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-background-networking",
     "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
     "--mute-audio",
@@ -48,20 +50,22 @@ class Chromium:
         for end in (to_read, to_write, *theirs):
             os.close(end)
         self.number, self.buffer, self.session, self.problems, self.loaded = 0, b"", None, [], False
+        self.home = ""  # the address of the page
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
-    def open(self, path: Path, width: int = 1200, height: int = 900, dark: bool = False) -> None:
-        """Show a file and wait until it is loaded."""
+    def open(self, path: Path | str, width: int = 1200, height: int = 900, dark: bool = False) -> None:
+        """Show a file, or the page at an address, and wait until it is loaded."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.problems, self.loaded = [], False
-        self.call("Page.navigate", url=Path(path).resolve().as_uri())
+        self.home = path if isinstance(path, str) else Path(path).resolve().as_uri()
+        self.call("Page.navigate", url=self.home)
         while not self.loaded:
             self._handle(self._receive())
 
@@ -73,9 +77,28 @@ class Chromium:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def wait_for(self, expression: str, seconds: float = TIMEOUT):
+        """The value of a JavaScript expression, as soon as it is true."""
+        until = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < until, f"{expression} stayed {value!r}"
+            time.sleep(0.1)
+        return value
+
+    def screenshot(self, path: Path) -> None:
+        """Write what is on the screen to a PNG file."""
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
     def press(self, key: str) -> None:
         """A key as a person would press it: "Tab", "Enter" or " "."""
-        codes = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowDown": (40, "")}
+        codes = {
+            "Tab": (9, ""),
+            "Enter": (13, "\r"),
+            " ": (32, " "),
+            "ArrowDown": (40, ""),
+            "ArrowLeft": (37, ""),
+            "ArrowRight": (39, ""),
+        }
         code, text = codes[key]
         for kind in ("keyDown", "keyUp"):
             more = {"text": text} if text and kind == "keyDown" else {}
@@ -125,5 +148,7 @@ class Chromium:
             self.problems.append(told.get("entry") or told)
         elif method == "Network.loadingFailed" and not told.get("canceled"):
             self.problems.append(told)
-        elif method == "Network.requestWillBeSent" and told["request"]["url"].startswith("http"):
-            self.problems.append(told["request"]["url"])
+        elif method == "Network.requestWillBeSent":
+            url = told["request"]["url"]
+            if url.startswith("http") and not url.startswith(self.home):
+                self.problems.append(url)

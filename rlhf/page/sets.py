@@ -1,0 +1,73 @@
+"""The page of two sets of videos, as eval/generate.py writes them: a blind vote on each pair."""
+
+import random
+from pathlib import Path
+
+from rlhf.evaluation.generate import SETTINGS_FILE
+from rlhf.evaluation.video_set import pair_keys, read_set, require_files
+from rlhf.io import read_object
+from rlhf.page.votes import MODELS, Pair, Votes, describe_pair
+
+
+class SetsApp:
+    """Two folders of videos, paired by prompt and seed, in an order drawn once.
+
+    Raises ValueError if a folder has no videos, or the two have no pair.
+    """
+
+    def __init__(self, folders: dict[str, Path], votes: Votes, order: random.Random):
+        self.votes, self.actions = votes, {"vote": self.vote, "next": self.next}
+        found = {}
+        if folders["base"].resolve() == folders["tuned"].resolve():
+            raise ValueError(f"{folders['tuned']}: got the same folder twice, expected two; correct one")
+        for model, folder in folders.items():
+            videos = read_set(folder)
+            require_files(videos)
+            keys = pair_keys((video.prompt, video.seed) for video in videos)
+            found[model] = dict(zip(keys, videos, strict=True))
+        base, tuned = (found[model] for model in MODELS)
+        keys = [key for key in base if key in tuned]
+        if not keys:
+            got = f"{folders['base']} and {folders['tuned']}: got no prompt and seed in common"
+            raise ValueError(f"{got}, expected some; make both with the same prompts and seeds")
+        self.unpaired = len(base) + len(tuned) - 2 * len(keys)
+        self.settings = {model: _settings_of(folder) for model, folder in folders.items()}
+        self.pairs = [
+            Pair(
+                {"prompt": str(key[0]), "seed": key[1]} | ({"repeat": key[2]} if key[2] else {}),
+                self.settings,
+                {model: found[model][key].path for model in MODELS},
+            )
+            for key in keys
+        ]
+        order.shuffle(self.pairs)
+        self.shown: Pair | None = None
+        self.next({})
+
+    def next(self, body: dict) -> None:
+        """Show the next pair without a vote; None after the last."""
+        self.shown = next((pair for pair in self.pairs if not self.votes.vote_of(pair)), None)
+        if self.shown:
+            self.votes.add(self.shown)
+
+    def vote(self, body: dict) -> None:
+        """Take the vote on a pair."""
+        self.votes.vote(body.get("pair"), body.get("choice"))
+
+    def state(self) -> dict:
+        """Return what the page shows."""
+        done = sum(self.votes.vote_of(pair) is not None for pair in self.pairs)
+        sets = {"done": done, "total": len(self.pairs), "unpaired": self.unpaired}
+        sets["folders"] = {model: settings["folder"] for model, settings in self.settings.items()}
+        pair = self.shown and describe_pair(self.votes, self.shown)
+        return {"sets": sets, "pair": pair, "result": self.votes.result(self.settings)}
+
+    def video(self, key: str, side: str) -> Path | None:
+        """Return the file on a side of a pair that was shown."""
+        return self.votes.file(key, side)
+
+
+def _settings_of(folder: Path) -> dict:
+    """Return how a folder's videos were made, as far as it says so."""
+    made = folder / SETTINGS_FILE
+    return {"folder": str(folder.resolve())} | (read_object(made) if made.is_file() else {})
