@@ -276,7 +276,7 @@ def test_judges_and_logged_rewards_need_no_gradient(make_args, tmp_path):
     assert list(open_rewards(args)) == ["plain", "detached", "one", "two"]
 
 
-LATE = '''
+LATE = """
 import time
 def reward(video, prompts, **info):
     time.sleep(60)
@@ -285,7 +285,7 @@ class Late:
         return video.mean((1, 2, 3, 4))
     def check_prompts(self, prompts):
         time.sleep(60)
-'''
+"""
 
 
 @pytest.mark.parametrize("name", ["reward", "Late"])
