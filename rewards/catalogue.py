@@ -10,6 +10,7 @@ WEIGHTS = {
     "MizzenAI/HPSv3": ("16.6 GB", "MIT"),
     "OpenGVLab/ViCLIP": ("1.7 GB", "MIT, gated: its terms are to be accepted on the hub"),
     "Qwen/Qwen2-VL-2B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
+    "Qwen/Qwen2.5-VL-7B-Instruct": ("16.6 GB", "Apache-2.0"),
     "Qwen/Qwen2-VL-7B-Instruct": ("configuration and tokenizer", "Apache-2.0"),
     "RE-N-Y/mpsv1": ("4.4 GB", "MIT, as the model of Kwai-Kolors/MPS"),
     "THUDM/ImageReward": ("1.8 GB", "Apache-2.0"),
@@ -236,5 +237,14 @@ CATALOGUE = {
         range="at most 0",
         weights=("facebook/vjepa2-vitl-fpc64-256",),
         parameters=325_971_328,
+    ),
+    "vlm_question": Entry(
+        home="rewards.models.vlm_question:VlmQuestion",
+        input="video + prompt",
+        frames="all, at 2 a second",
+        range="unbounded; 0: as likely yes as no",
+        weights=("Qwen/Qwen2.5-VL-7B-Instruct",),
+        parameters=8_292_166_656,
+        bytes_each=2,
     ),
 }

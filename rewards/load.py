@@ -1,4 +1,4 @@
-"""Load a reward from its spec: built-in, `module:Class`, `file.py:Class` or entry point."""
+"""Load a reward from its spec: built-in, `module:Class`, `file.py:Class`, entry point or server."""
 
 import ast
 import difflib
@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
 from rewards.contract import RewardError, name_reward_in_errors, reward_time_limit
 from rewards.isolation import keep_process_state
+from rewards.placement import OnDevice, reward_device, without_device
+from rewards.remote import Remote, check_url, is_url
 from rlhf.io import file_sha256
 
 IMPORT_TIMEOUT = 300.0  # seconds; imports of large packages from network disks take minutes
@@ -34,11 +36,12 @@ def load_reward(
 ) -> Callable:
     """Load the reward that `spec` names, "name=spec" to give it another name.
 
-    A class is instantiated with kwargs; a function gets kwargs bound. The file of the spec and
-    those of kwargs are relative to base_dir (the folder of the config file) or else to the working
-    directory. The process keeps its state, whatever the reward's code does to it. Raises
-    RewardError, also for an import or a construction that takes longer than reward_timeout seconds.
-    By default an import has 300 s and a construction no limit, and so have built-in rewards.
+    A class is instantiated with kwargs; a function gets kwargs bound. The argument `device` places
+    the reward on a device of its own, and reaches only rewards that name it themselves. The file of
+    the spec and those of kwargs are relative to base_dir (the folder of the config file) or else to
+    the working directory. The process keeps its state, whatever the reward's code does to it.
+    Raises RewardError, also for an import or a construction that takes longer than reward_timeout
+    seconds. By default an import has 300 s and a construction no limit, and so have built-ins.
     """
     name, plain = split_spec(spec)
     try:
@@ -52,10 +55,19 @@ def load_reward(
 
 def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
     check_spec(spec, base_dir)
+    if (device := kwargs.get("device")) is None:
+        return _load_here(spec, base_dir, reward_timeout, kwargs)
+    reward_device(spec, device)  # before weights are loaded
+    return OnDevice(spec, _load_here(spec, base_dir, reward_timeout, kwargs), device)
+
+
+def _load_here(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
     kwargs = {key: _resolve_paths(value, base_dir) for key, value in kwargs.items()}
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
         return _construct(spec, built_in(spec), kwargs)
+    if is_url(spec):
+        return _construct(spec, Remote, {"url": spec} | kwargs)
     with _import_guard(spec, spec.rsplit(":", 1)[0], reward_timeout or IMPORT_TIMEOUT):
         target = _import_attribute(spec, base_dir) if ":" in spec else _entry_point(spec).load()
     if inspect.isclass(target):
@@ -104,12 +116,17 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
     """Raise RewardError if `spec` can't name a reward; the reward is not imported.
 
     Only the parent packages of a module are imported. With kwargs, also raise if a weights file
-    that users must supply is missing from them.
+    that users must supply is missing from them, or if their `device` is not there.
     """
     spec = split_spec(spec)[1]
+    if kwargs and kwargs.get("device") is not None:
+        reward_device(spec, kwargs["device"])
     if spec in CATALOGUE:
         if kwargs is not None:
             _require_weights_path(spec, kwargs)
+        return
+    if is_url(spec):
+        check_url(spec)
         return
     if ":" not in spec:
         if _entry_point(spec) is None:
@@ -125,10 +142,12 @@ def split_spec(spec: str) -> tuple[str, str]:
     """Return the short name of a spec's reward, and the spec without a name given to it.
 
     "large=clip_score" is clip_score, named large. The name is otherwise that of the built-in, class
-    or function.
+    or function, and "remote" for a server.
     """
     name, _, rest = spec.partition("=")
-    return (name, rest) if rest and name.replace("-", "_").isidentifier() else (spec.rsplit(":", 1)[-1], spec)
+    if rest and name.replace("-", "_").isidentifier():
+        return name, rest
+    return "remote" if is_url(spec) else spec.rsplit(":", 1)[-1], spec
 
 
 def name_in(spec: str) -> str:
@@ -169,7 +188,7 @@ def _raise_unknown(spec: str, base_dir) -> NoReturn:
         spec,
         got="a name that is neither built in nor installed",
         expected=f"one of {', '.join(known)}",
-        cure=f"{hint}A reward of your own is named 'path/to/file.py:Class' or 'package.module:Class'",
+        cure=f"{hint}A reward of your own is named 'path/to/file.py:Class', 'package.module:Class' or 'http://HOST:PORT'",
     )
 
 
@@ -191,17 +210,22 @@ def _find_file(spec: str, where: str, base_dir) -> Path:
     return found
 
 
-def source_digests(specs: list[Any], base_dir: str | Path | None = None) -> dict[str, str]:
+def source_digests(
+    specs: list[Any], base_dir: str | Path | None = None, kwargs: dict[str, dict] | None = None
+) -> dict[str, str]:
     """Return {short name: SHA-256} of the files that define rewards other than the built-in ones.
 
+    Of a server, it is the digest that the server states. kwargs: arguments of rewards by name.
     Code that a file imports does not count.
     """
-    files = {}
+    digests, files = {}, {}
     for name, spec in (split_spec(spec) for spec in specs if isinstance(spec, str)):
-        if where := spec.rpartition(":")[0]:
+        if is_url(spec):
+            digests[name] = load_reward(spec, base_dir, **(kwargs or {}).get(name, {})).source_digest
+        elif where := spec.rpartition(":")[0]:
             is_file = where.endswith(".py")
             files[name] = _find_file(spec, where, base_dir) if is_file else _module_source(spec, where)
-    return {name: file_sha256(path) for name, path in files.items() if path is not None}
+    return digests | {name: file_sha256(path) for name, path in files.items() if path is not None}
 
 
 def _module_source(spec: str, where: str) -> Path | None:
@@ -276,6 +300,7 @@ def _construct(spec: str, target: type, kwargs: dict) -> Callable:
     cure = "correct the code, or the reward's entry in reward_kwargs"
     with keep_process_state(), name_reward_in_errors(spec, f"the arguments {kwargs}", expected, cure):
         signature = inspect.signature(target)
+        kwargs = kwargs if "device" in signature.parameters else without_device(kwargs)
         try:
             signature.bind(**kwargs)
         except TypeError as error:
@@ -291,6 +316,7 @@ def _bind(spec: str, reward: Callable, kwargs: dict) -> Callable:
     if not kwargs:
         return reward
     signature = inspect.signature(reward)
+    kwargs = kwargs if "device" in signature.parameters else without_device(kwargs)
     named = [p.name for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not set(kwargs) <= set(named[2:]):  # after video and prompts; **info is not for settings
         _raise_bad_kwargs(spec, kwargs, signature)

@@ -13,9 +13,12 @@ from rewards.contract import (
     at_least_float32,
     call_guarded,
     check_scores,
+    frames_needed,
+    leading_info,
     require_differentiable,
     reward_attribute,
 )
+from rewards.remote import Remote
 
 
 class RewardMix:
@@ -85,16 +88,45 @@ class RewardMix:
         `info` is passed on to every reward, and with it the row of each prompt. Raises RewardError,
         with reward and prompt, for scores that are not finite or have the wrong shape.
         """
-        terms_B, breakdown = [torch.zeros(len(prompts), device=video_BCTHW.device)], {}
+        terms, breakdown = [], {}
         for name in self.rewards:
             trained = torch.is_grad_enabled() and video_BCTHW.requires_grad and self.weights[name] != 0
             term = self._score_balanced if self.balance and trained else self._score_and_transform
             breakdown[name], term_B = term(name, video_BCTHW, prompts, info)
             if self.weights[name] != 0:
-                terms_B.append(self.weights[name] * term_B)
-        if self.lowest and len(terms_B) > 1:
-            return torch.stack(terms_B[1:]).amin(0), breakdown
-        return sum(terms_B), breakdown
+                terms.append(self.weights[name] * term_B)
+        return self._total(terms, torch.zeros(len(prompts), device=video_BCTHW.device)), breakdown
+
+    def _total(self, terms: list[torch.Tensor], nothing_B: torch.Tensor) -> torch.Tensor:
+        """Return the sum of terms (B,), or the lowest of them in each video; zeros without any."""
+        return torch.stack(terms).amin(0) if self.lowest and terms else sum(terms, nothing_B)
+
+    @torch.no_grad()
+    def start(
+        self, video_BCTHW: torch.Tensor, prompts: list[str], **info
+    ) -> Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Begin to score without gradient; return a function that returns what a call does.
+
+        Rewards that another process serves compute until it is called, the others before.
+        """
+        waiting = {}
+        for name, reward in self.rewards.items():
+            if isinstance(reward, Remote):
+                frames = frames_needed(reward, video_BCTHW.shape[2])
+                waiting[name] = reward.start(video_BCTHW[:, :, :frames], prompts, **leading_info(info, frames))
+        scores = {name: self._score(name, video_BCTHW, prompts, info) for name in self.rewards if name not in waiting}
+
+        nothing_B = torch.zeros(len(prompts), device=video_BCTHW.device)
+
+        def finish() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            for name, wait in waiting.items():
+                check_scores(name, scored := wait(), prompts)
+                scores[name] = at_least_float32(scored)
+            raw = {name: scores[name] for name in self.rewards}
+            terms = [self.weights[name] * self._transform(name, raw[name]) for name in raw if self.weights[name] != 0]
+            return self._total(terms, nothing_B), raw
+
+        return finish
 
     def _score_and_transform(self, name, video_BCTHW, prompts, info):
         """Return the raw scores (B,), detached, and the transformed scores (B,)."""

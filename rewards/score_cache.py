@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rewards.catalogue import CATALOGUE
-from rewards.load import check_spec, split_spec
+from rewards.load import check_spec, source_digests, split_spec
+from rewards.placement import without_device
+from rewards.remote import is_url
 from rewards.score import NotScoredError, by_name, load_rewards, score
 from rlhf.io import file_sha256, write_whole
 from rlhf.types import fields_of, row_of
@@ -108,10 +110,12 @@ def reward_identity(spec: str, kwargs: dict, reading: dict | None = None) -> str
     It changes also with how files are read.
 
     Files and folders named in settings count by size and modification time, since weights are
-    large. Code that a reward imports does not count.
+    large. Code that a reward imports does not count. A server counts by the reward that it serves.
     """
-    spec = split_spec(spec)[1]
-    where = Path(spec.rsplit(":", 1)[0])
+    name, spec = split_spec(spec)
+    if is_url(spec):
+        return json.dumps([SCORES_VERSION, source_digests([f"{name}={spec}"], kwargs={name: kwargs}), reading])
+    where, kwargs = Path(spec.rsplit(":", 1)[0]), without_device(kwargs)
     source = file_sha256(where) if where.suffix == ".py" else ""
     named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in _texts(kwargs)}
     # Path.exists raises for long texts
@@ -124,12 +128,16 @@ def score_conditions(spec: str, kwargs: dict, max_frames: int | None) -> dict:
 
     Where the files of a reward lie, and how its videos are stored, may differ.
     """
-    spec = split_spec(spec)[1]
+    name, spec = split_spec(spec)
+    if is_url(spec):
+        served = source_digests([f"{name}={spec}"], kwargs={name: kwargs})[name][:12]
+        limit = {"max_frames": max_frames} if max_frames else {}
+        return {"version": SCORES_VERSION, "reward": f"served {served}"} | limit
     where, _, attribute = spec.rpartition(":")
     conditions: dict = {"version": SCORES_VERSION, "reward": spec}
     if Path(where).suffix == ".py":
         conditions |= {"reward": f"{Path(where).name}:{attribute}", "source": file_sha256(Path(where))[:12]}
-    given = {"kwargs": kwargs, "max_frames": max_frames}
+    given = {"kwargs": without_device(kwargs), "max_frames": max_frames}
     return conditions | {name: value for name, value in given.items() if value}
 
 

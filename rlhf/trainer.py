@@ -10,7 +10,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from peft import PeftConfig
@@ -30,7 +32,7 @@ from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import MakeVideos
 from rlhf.method.decode import VideoSampler
 from rlhf.method.drift import velocity_distance
-from rlhf.method.losses import reward_loss, score, score_metrics
+from rlhf.method.losses import reward_loss, score, score_metrics, start_score
 from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
@@ -45,7 +47,7 @@ from rlhf.run.resume import restart_message, resume_message
 from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run.trackers import run_trackers
 from rlhf.training import setup
-from rlhf.training.batches import BatchResult, first_failure
+from rlhf.training.batches import BatchResult, finish_in_turn, first_failure
 from rlhf.training.calibrate import calibrate, restore_calibration
 from rlhf.training.callbacks import Callbacks
 from rlhf.training.failures import SkippedSteps, non_finite_error, require_gradient, require_untrained
@@ -167,10 +169,12 @@ class RewardGradientTrainer:
 
     def _gradient(self, step: int, plan: Plan) -> tuple[list[BatchResult], float]:
         """Compute the gradient of all batches and processes; return its parts' results and norm."""
-        gradient = self._regression_gradient if plan.regression else self._reward_gradient
-        if is_due(step + 1, self.args.anchor_steps):
-            gradient = self._anchor_gradient
-        results = [gradient(step, micro, plan) for micro in range(self.args.gradient_accumulation_steps)]
+        is_anchor, micros = is_due(step + 1, self.args.anchor_steps), range(self.args.gradient_accumulation_steps)
+        gradient = self._anchor_gradient if is_anchor else self._reward_gradient
+        if plan.regression and not is_anchor:
+            results = finish_in_turn(self._begin_regression(step, micro, plan) for micro in micros)
+        else:
+            results = [gradient(step, micro, plan) for micro in micros]
         grad = self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
         return results, grad.norm().item()
 
@@ -211,8 +215,7 @@ class RewardGradientTrainer:
         except RewardError as raised:  # `step` tells every process, then all of them stop
             error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
             raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())
-        columns = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
-        columns |= {"saturated": saturated_share(video)}
+        columns = _score_columns(scores_B, raw) | {"saturated": saturated_share(video)}
         return scores_B, BatchResult(columns, (video.detach(), prompts, info), error)
 
     def _result(self, scored: BatchResult, loss_B: torch.Tensor) -> BatchResult:
@@ -220,23 +223,59 @@ class RewardGradientTrainer:
         suspect = None if self.masters.vector.grad.sum().isfinite() else scored.suspect
         return BatchResult({"loss": loss_B.detach()} | scored.columns, suspect, scored.error)
 
-    def _regression_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
-        """Sample by the old policy, score, and back-propagate the method's own loss."""
-        batch, with_gradient = self.batches.batch(step, micro), self.args.method not in SCORES_ALONE
-        cond, fields = self.text(batch.prompts, self.device), self.fields
+    def _begin_regression(self, step: int, micro: int, plan: Plan) -> Callable[[], BatchResult]:
+        """Sample by the old policy and begin to score; return what is left to do with the batch.
+
+        That is to back-propagate the method's own loss. The batch after it is sampled before, while
+        another process may score this one: all of them are sampled with the same weights.
+        """
+        batch, fields = self.batches.batch(step, micro), self.fields
+        cond = self.text(batch.prompts, self.device)
         with self.masters.use(self.masters.old):
             states = sample_euler(fields.prefix(cond, plan), batch.noise("train"), plan.sigmas)
-        with torch.set_grad_enabled(with_gradient):
-            sample = Sample(states[-1].requires_grad_(with_gradient))
-            scores_B, scored = self._score(sample, batch.prompts, step)
-            gradient = torch.autograd.grad(scores_B.sum(), sample.latents)[0] if with_gradient else None
-        scored_states = states, plan.sigmas, scores_B.detach(), gradient, batch.noise
-        rollout = ScoredRollout(*scored_states, fields.window(cond), fields.old(cond), fields.base_vjp(cond))
-        loss_B = torch.zeros_like(rollout.scores_B)
-        for term_B in plan.regression.losses(rollout):
-            self._back_propagate(term_B.mean())
-            loss_B += term_B.detach()
-        return self._result(scored, loss_B)
+        begin = self._begin_scoring if self.args.method in SCORES_ALONE else self._score_with_gradient
+        finish = begin(states[-1], batch.prompts, step)
+
+        def regress() -> BatchResult:
+            scores_B, gradient, scored = finish()
+            velocities = fields.window(cond), fields.old(cond), fields.base_vjp(cond)
+            rollout = ScoredRollout(states, plan.sigmas, scores_B, gradient, batch.noise, *velocities)
+            loss_B = torch.zeros_like(scores_B)
+            for term_B in plan.regression.losses(rollout):
+                self._back_propagate(term_B.mean())
+                loss_B += term_B.detach()
+            return self._result(scored, loss_B)
+
+        return regress
+
+    def _score_with_gradient(self, latents: torch.Tensor, prompts: list[str], step: int) -> Callable[[], tuple]:
+        """Score latents; return a function: scores (B,), their gradient (as latents), the batch."""
+        sample = Sample(latents.requires_grad_())
+        scores_B, scored = self._score(sample, prompts, step)
+        (gradient,) = torch.autograd.grad(scores_B.sum(), sample.latents)
+        return partial(tuple, (scores_B.detach(), gradient, scored))
+
+    @torch.no_grad()
+    def _begin_scoring(self, latents: torch.Tensor, prompts: list[str], step: int) -> Callable[[], tuple]:
+        """Begin to score without gradient; return a function: scores (B,), None, the batch."""
+        words, strength = self.options.relative_words, self.options.relative_strength
+        video = self.decode(latents, step)
+        device, saturated_B = video.device, saturated_share(video)
+        try:
+            finish = start_score(self.rewards, video, prompts, self.reward_info(step), words, strength)
+        except RewardError as raised:
+            finish = partial(_raise, raised)
+
+        def collect() -> tuple:
+            error = None
+            try:
+                scores_B, raw = finish()
+            except RewardError as raised:  # `step` tells every process, then all of them stop
+                error, scores_B = raised, torch.full((len(prompts),), math.nan, device=device)
+                raw = dict.fromkeys(self.rewards.rewards, scores_B)
+            return scores_B, None, BatchResult(_score_columns(scores_B, raw) | {"saturated": saturated_B}, error=error)
+
+        return collect
 
     def _anchor_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""
@@ -408,3 +447,12 @@ class RewardGradientTrainer:
             self.accelerator.wait_for_everyone()
             self.callbacks.notify("on_save")
         return folder / f"step-{done}"
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+def _score_columns(scores_B: torch.Tensor, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the columns (B,) that are logged of total and raw scores."""
+    return {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}

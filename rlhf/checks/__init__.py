@@ -11,7 +11,7 @@ from rlhf.checks.method import adapter_problems, method_problems, read_initial
 from rlhf.checks.parallel import parallel_problems
 from rlhf.checks.resume import resume_problems, start_problems
 from rlhf.checks.rewards import problems_raised_by, reward_problems
-from rlhf.config import ConfigError, RewardGradientConfig, range_problems, with_sampling
+from rlhf.config import VIDEO_SIZE, ConfigError, RewardGradientConfig, range_problems, with_sampling
 from rlhf.contentv.files import SamplingDefaults, model_sizes
 from rlhf.device import pick_device
 from rlhf.prompts import load_prompts
@@ -95,17 +95,19 @@ def _device_problems(args) -> list[str]:
 
 
 def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
-    """Yield problems of height, width and num_frames, given the model's config files."""
+    """Yield problems of the videos' sizes, also the evaluation's, given the model's files."""
     stride = 2 ** len(sizes["vae"]["temperal_downsample"]) * sizes["transformer"]["patch_size"]
     stride_t = 2 ** sum(sizes["vae"]["temperal_downsample"])
-    for name in ("height", "width"):
-        size = getattr(args, name)
-        if size < stride or size % stride:
+    given = {name: getattr(args, name) for name in (*VIDEO_SIZE, *(f"eval_{name}" for name in VIDEO_SIZE))}
+    for name, size in given.items():
+        if size is None:
+            continue
+        if not name.endswith("num_frames") and (size < stride or size % stride):
             near = max(stride, round(size / stride) * stride)
             yield f"{name}={size} is not divisible by {stride} (VAE times patch of {args.model}); use {near}"
-    if args.num_frames < 1 or args.num_frames % stride_t != 1 % stride_t:
-        near = max(1, round((args.num_frames - 1) / stride_t) * stride_t + 1)
-        yield f"num_frames={args.num_frames} is not {stride_t}k+1, as the VAE of {args.model} needs; use {near}"
+        if name.endswith("num_frames") and (size < 1 or size % stride_t != 1 % stride_t):
+            near = max(1, round((size - 1) / stride_t) * stride_t + 1)
+            yield f"{name}={size} is not {stride_t}k+1, as the VAE of {args.model} needs; use {near}"
 
 
 def _guard_problems(args, eval_prompts) -> Iterator[str]:

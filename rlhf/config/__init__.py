@@ -3,8 +3,10 @@
 from rlhf.config.settings import (
     GUIDANCE_GRADIENTS,
     METHODS,
+    VIDEO_SIZE,
     ConfigError,
     RewardGradientConfig,
+    at_eval_size,
     field_names,
     is_distilled,
     range_problems,
@@ -16,8 +18,10 @@ from rlhf.config.settings import (
 __all__ = [
     "GUIDANCE_GRADIENTS",
     "METHODS",
+    "VIDEO_SIZE",
     "ConfigError",
     "RewardGradientConfig",
+    "at_eval_size",
     "field_names",
     "is_distilled",
     "range_problems",

@@ -25,6 +25,7 @@ SAMPLING_KEYS = (
     "negative_prompt",
     "max_sequence_length",
 )
+VIDEO_SIZE = ("height", "width", "num_frames")  # each has an eval_ twin
 Method = Literal[
     "draft_k",
     "draft_lv",
@@ -369,6 +370,15 @@ class RewardGradientConfig:
         False, "Finish with the adapter that eval_reward_funcs rate best, of best_adapter/."
     )
     num_eval_prompts: int = setting(64, "Held-out prompts of an evaluation, from the first on.", least=1, most=10**6)
+    eval_height: int | None = setting(
+        None, "Height in pixels of evaluated and sample videos. Default: height.", least=1, most=16384
+    )
+    eval_width: int | None = setting(
+        None, "Width in pixels of evaluated and sample videos. Default: width.", least=1, most=16384
+    )
+    eval_num_frames: int | None = setting(
+        None, "Frames of evaluated and sample videos. Default: num_frames.", least=1, most=10000
+    )
     per_device_eval_batch_size: int = setting(8, "Videos sampled at a time, evaluating.", least=1, most=10000)
     eval_seed: int = setting(0, "Seed of the evaluation's noise.", least=-(2**63), below=2**64)
     num_diversity_prompts: int = setting(
@@ -400,6 +410,12 @@ def with_sampling(args: RewardGradientConfig, defaults: dict[str, Any]) -> Rewar
     """Return the settings with the model's own values, of `SAMPLING_KEYS`, where none was set."""
     unset = {key: defaults[key] for key in SAMPLING_KEYS if getattr(args, key) is None}
     return dataclasses.replace(args, **unset)
+
+
+def at_eval_size(args: RewardGradientConfig) -> RewardGradientConfig:
+    """Return the settings with the video size of the evaluation in place of the training's."""
+    given = {name: getattr(args, f"eval_{name}") for name in VIDEO_SIZE}
+    return dataclasses.replace(args, **{name: value for name, value in given.items() if value is not None})
 
 
 def field_names() -> list[str]:

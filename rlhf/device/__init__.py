@@ -22,6 +22,7 @@ from rlhf.device.host import keep_freed_memory as keep_freed_memory
 from rlhf.device.host import process_peak_memory
 
 KNOWN_DEVICES = ("cuda", "npu", "mps", "cpu")
+RATED_KIND = "cuda"  # of the devices whose rates the planner knows
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -64,7 +65,10 @@ def _accelerator(name: str) -> torch.device:
     if not torch.get_device_module(kind).is_available():
         present = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         raise ValueError(f"device={name!r}, but PyTorch finds none here; use {present}, or check the driver")
-    return torch.device(name)
+    device, count = torch.device(name), torch.get_device_module(kind).device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"device={name!r}, but PyTorch finds {count} here; use {kind}:0 to {kind}:{count - 1}")
+    return device
 
 
 def _import_npu() -> None:

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from rewards import RewardMix
 from rewards.load import source_digests
-from rlhf.config import RewardGradientConfig
+from rewards.placement import without_device
+from rlhf.config import RewardGradientConfig, at_eval_size
 from rlhf.distributed.accelerator import local_batches
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.measures import DIVERSITY, MEASURES, SINGLE_VIDEO_MEASURES, distance
@@ -68,10 +69,13 @@ class Evaluation:
 def fingerprint(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
     """Return the settings of these names as they come back from a JSON file.
 
-    With the digests of the files that rewards are defined in, if there are any.
+    With the digests of the files that rewards are defined in, if there are any. The devices of
+    rewards do not count.
     """
-    sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir)
+    sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir, args.reward_kwargs)
     settings = {name: vars(args).get(name) for name in names} | ({"sources": sources} if sources else {})
+    given = {name: without_device(kwargs) for name, kwargs in (args.reward_kwargs or {}).items()}
+    settings["reward_kwargs"] = {name: kwargs for name, kwargs in given.items() if kwargs} or None
     return json.loads(json.dumps(settings))
 
 
@@ -88,7 +92,8 @@ class EvalOptions:
 
     @classmethod
     def from_settings(cls, args: RewardGradientConfig) -> "EvalOptions":
-        """Return the options of a run's settings."""
+        """Return the options of a run's settings, at the size of its evaluation."""
+        args = at_eval_size(args)
         return cls(
             args.eval_seed,
             args.per_device_eval_batch_size,
@@ -146,7 +151,13 @@ class HeldOut:
         size = self.options.batch_size
         batches = local_batches(len(self.prompts), size, self.layout)
         info = {"fps": self.fps, "seed": self.options.seed, "step": 0}
-        own = [i for rows in batches for i in rows]
+        own, finish, judged = [i for rows in batches for i in rows], lambda: (None, {}), []
+
+        def collect() -> None:
+            """Take the scores of the batch before, which were computed while this was sampled."""
+            for judge, scores_B in finish()[1].items():
+                scores[judge][judged] = scores_B.cpu()
+
         count = len(own) + sum(i < self.diversity_count for i in own)
         with progress_bar(f"evaluate {name}", "video", count, self._is_main) as bar:
             for number, rows in enumerate(batches):
@@ -156,14 +167,15 @@ class HeldOut:
                     other = self._videos(make_videos, twice, draw=1)
                 if not rows:
                     continue
-                for judge, scores_B in mix(video, [self.prompts[i] for i in rows], **info)[1].items():
-                    scores[judge][rows] = scores_B.cpu()
+                collect()
+                finish, judged = mix.start(video, [self.prompts[i] for i in rows], **info), rows
                 for measure, of in SINGLE_VIDEO_MEASURES.items():
                     scores[measure][rows] = of(video).cpu()
                 if twice:
                     scores[DIVERSITY][twice] = distance(video[: len(twice)], other).cpu()
                 videos.append(to_uint8(video[: max(0, shown - rows[0])]))
                 bar.update(len(rows) + len(twice))
+            collect()
         scores = {judge: self._sum_over_processes(values) for judge, values in scores.items()}
         videos_NCTHW = self._gather_leading(torch.cat(videos), len(self.prompts), shown)
         evaluation = Evaluation(self.prompts, scores, videos_NCTHW, self.options.fingerprint)

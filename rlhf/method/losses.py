@@ -74,6 +74,28 @@ def perturb(
     return video_BCTHW + (moved_BCTHW - video_BCTHW.detach()), scores_B.detach(), breakdown
 
 
+def start_score(
+    rewards: RewardMix,
+    video_BCTHW: torch.Tensor,
+    prompts: list[str],
+    info: dict,
+    words: list[str] | None = None,
+    strength: float = 0.0,
+) -> Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Begin to score without gradient; return a function that returns what `score` does.
+
+    Rewards that another process serves compute until it is called.
+    """
+    asked = [prompts] if words is None else [_with_words(word, prompts) for word in words]
+    waiting = [rewards.start(video_BCTHW, texts, **info) for texts in asked]
+
+    def finish() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        (scores_B, breakdown), *disliked = [wait() for wait in waiting]
+        return ((1 + strength) * scores_B - disliked[0][0] if disliked else scores_B), breakdown
+
+    return finish
+
+
 def _with_words(words: str, prompts: list[str]) -> list[Prompt]:
     """Return the prompts with these words before each; the further fields of their rows stay."""
     return [reworded(prompt, f"{words}. {prompt}") for prompt in prompts]

@@ -15,6 +15,7 @@ from torch import nn
 from rewards.catalogue import CATALOGUE
 from rewards.load import split_spec
 from rlhf.config import RewardGradientConfig
+from rlhf.device import RATED_KIND
 from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.planner.reward_costs import decoded_frames, reward_cost, scored_frames
 from rlhf.planner.traced import TracedCall, TracedModel, max_graphs
@@ -63,8 +64,11 @@ class RewardNeeds:
     unknown: tuple[str, ...] = ()  # rewards that are left out, since their cost is not known
 
 
-def plan_rewards(model: TracedModel, args: RewardGradientConfig) -> RewardNeeds:
-    """Return what the rewards need for one batch, and the weights of the judges."""
+def plan_rewards(model: TracedModel, args: RewardGradientConfig, kind: str = RATED_KIND) -> RewardNeeds:
+    """Return what the rewards need for one batch, and the weights of the judges.
+
+    kind: of the run's devices. A reward on another device takes time, but no memory of these.
+    """
     fps, batch, kwargs = model.card["sampling"]["fps"], args.per_device_train_batch_size, args.reward_kwargs or {}
     trained, judges = (list(map(split_spec, specs)) for specs in (args.reward_funcs, args.eval_reward_funcs))
     built_in = {name: spec for name, spec in trained if spec in CATALOGUE}
@@ -73,21 +77,30 @@ def plan_rewards(model: TracedModel, args: RewardGradientConfig) -> RewardNeeds:
     decoded = {name: decoded_frames(spec, settings[name], args.num_frames) for name, spec in built_in.items()}
     frames = args.num_frames if unknown else max(decoded.values())
     window = args.decode_window or frames
-    costs, traced = {}, []
+    costs, traced = {}, {}
     for name, spec in built_in.items():
         scored = scored_frames(spec, settings[name], min(decoded[name], window), fps)
         if found := reward_cost(spec, settings[name], batch * scored):
             costs[name] = found
         elif spec == "nano_preference":
-            traced.append(model.nano_preference_call(batch, min(frames, window)))
+            traced[name] = model.nano_preference_call(batch, min(frames, window))
         else:
             unknown.append(spec)
-    weights = [cost.weight_bytes for cost in costs.values()]
-    uncounted = [spec for name, spec in (*built_in.items(), *judges) if name not in costs and spec in CATALOGUE]
-    weights += [CATALOGUE[spec].parameters * CATALOGUE[spec].bytes_each for spec in uncounted]
-    peaks = [cost.peak_bytes for cost in costs.values()] + [call.peak_bytes for call in traced]
+    away = {name for name, given in kwargs.items() if _is_elsewhere(given.get("device"), kind, model.processes)}
+    here = [cost for name, cost in costs.items() if name not in away]
+    weights = [cost.weight_bytes for cost in here]
+    uncounted = [spec for name, spec in (*built_in.items(), *judges) if name not in {*costs, *away}]
+    weights += [CATALOGUE[spec].parameters * CATALOGUE[spec].bytes_each for spec in uncounted if spec in CATALOGUE]
+    peaks = [cost.peak_bytes for cost in here]
+    peaks += [call.peak_bytes for name, call in traced.items() if name not in away]
     seconds = sum(cost.seconds for cost in costs.values())
-    return RewardNeeds(frames, sum(weights), max(peaks, default=0), seconds, tuple(traced), tuple(unknown))
+    return RewardNeeds(frames, sum(weights), max(peaks, default=0), seconds, tuple(traced.values()), tuple(unknown))
+
+
+def _is_elsewhere(device: str | None, kind: str, processes: int) -> bool:
+    """Return whether a reward's `device` is none of those of the run's processes on one host."""
+    name, _, number = (device or kind).partition(":")
+    return name != kind or int(number or 0) >= processes
 
 
 def plan_memory(
@@ -147,15 +160,15 @@ def grad_branches_per_rank(args: RewardGradientConfig) -> int:
 
 def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
     """Return the peak of sampling and decoding held-out videos, without that of the judges."""
-    batch = args.per_device_eval_batch_size
+    batch, training, model = args.per_device_eval_batch_size, model, model.at_eval_size()
     sampling = model.transformer_call(args, batch * branches_per_batch(args), with_gradient=False)
-    decoding = model.decoder_call(args, batch, args.num_frames, with_gradient=False)
-    return max(sampling.no_grad.added_bytes, decoding.no_grad.added_bytes)
+    decoding = model.decoder_call(args, batch, model.args.num_frames, with_gradient=False)
+    peak = max(sampling.no_grad.added_bytes, decoding.no_grad.added_bytes)
+    return peak + (0 if model.latent_shape == training.latent_shape else _position_table_bytes(model))
 
 
 def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
     """Return the bytes that one rank holds all the time, by part."""
-    itemsize = model.itemsize
     options = read_options(args.method, args.method_kwargs)
     averages = bool(args.ema_decay) + hasattr(options, "old_decay")
     trained_bytes = MASTER_BYTES + MOMENT_BYTES + averages * EMA_BYTES
@@ -165,9 +178,13 @@ def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: Rew
         "adapter and optimizer": model.adapter_bytes + model.num_trained * trained_bytes,
         "VAE": model.vae.num_parameters() * getattr(torch, args.vae_dtype).itemsize,
         "rewards": rewards.weight_bytes,
-        "position table": model.num_tokens * model.transformer.inner_dim * itemsize,
+        "position table": _position_table_bytes(model),
     }
     return held | ({"float8 copy": _float8_bytes(model)} if args.sampling_weights == "float8" else {})
+
+
+def _position_table_bytes(model: TracedModel) -> int:
+    return model.num_tokens * model.transformer.inner_dim * model.itemsize
 
 
 def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:

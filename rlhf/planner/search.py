@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 
 from rlhf.config import RewardGradientConfig
+from rlhf.device import RATED_KIND
 from rlhf.execution.quantize import missing_library
 from rlhf.planner.memory import MemoryPlan, plan_memory, plan_rewards
 from rlhf.planner.text_encoders import encoding_bytes
@@ -57,7 +58,7 @@ class Estimate:
 
 
 class Planner:
-    """Estimates for one of `processes` ranks of a run.
+    """Estimates for one of `processes` ranks of a run, on devices of a kind of `KNOWN_DEVICES`.
 
     args: the run's settings, with all sampling keys set. card: of `model_sizes`. encoders: of
     `encoder_configs`; without them, encoding the prompts takes no memory.
@@ -70,17 +71,19 @@ class Planner:
         rates: Rates = H200,
         encoders: dict[str, dict] | None = None,
         processes: int = 1,
+        kind: str = RATED_KIND,
     ):
+        self.kind = kind
         self.args, self.rates, self.model = args, rates, TracedModel(args, card, processes)
         clip, t5 = card["tokenizer"]["model_max_length"], args.max_sequence_length
         tokens = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
         self.encoder_bytes = encoding_bytes(encoders or {}, tokens, self.model.transformer.dtype)
-        self.rewards = plan_rewards(self.model, args)
+        self.rewards = plan_rewards(self.model, args, kind)
 
     def estimate(self, changes: dict | None = None) -> Estimate:
         """Return the memory and the time after these changes."""
         args = dataclasses.replace(self.args, **changes or {})
-        rewards = plan_rewards(self.model, args)
+        rewards = plan_rewards(self.model, args, self.kind)
         memory = plan_memory(self.model, args, rewards, self.encoder_bytes)
         return Estimate(changes or {}, memory, plan_time(self.model, args, rewards, self.rates))
 

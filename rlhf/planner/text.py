@@ -3,7 +3,7 @@
 from rewards.cli.table import format_table
 from rlhf.config import ConfigError, RewardGradientConfig, with_sampling
 from rlhf.contentv.files import model_sizes
-from rlhf.device import describe, local_device, non_pytorch_memory, total_memory
+from rlhf.device import RATED_KIND, describe, local_device, non_pytorch_memory, total_memory
 from rlhf.distributed.layout import Sizes, planned_processes
 from rlhf.planner.memory import ENCODING
 from rlhf.planner.search import INEXACT_CHOICES, Estimate, Planner
@@ -47,16 +47,16 @@ def plan_report(
     card = model_sizes(args.model)
     args = with_sampling(args, card["sampling"])
     limit = int(memory_limit_gib * GIB) if memory_limit_gib else None
-    is_cpu = False
+    kind = RATED_KIND
     if device_name is None:
         device = local_device(args.device)
-        device_name, limit, is_cpu = describe(device), limit or total_memory(device), device.type == "cpu"
+        device_name, limit, kind = describe(device), limit or total_memory(device), device.type
     rates = RATES.get(device_name, H200)
     context_bytes = rates.context_bytes if device_name in RATES else non_pytorch_memory(device)
-    planner = Planner(args, card, rates, encoder_configs(args.model), processes)
+    planner = Planner(args, card, rates, encoder_configs(args.model), processes, kind)
     estimate = planner.estimate()
     texts = [args.to_yaml(), format_sizes(planner), format_memory(planner, estimate, context_bytes)]
-    texts += [ON_A_CPU] * is_cpu
+    texts += [ON_A_CPU] * (kind == "cpu")
     texts.append(format_time(planner, estimate, device_name))
     if limit is not None:
         texts.append(format_fit(planner, estimate, limit, context_bytes, device_name))
@@ -95,7 +95,7 @@ def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> s
     phases = {name + " (the highest)" * (name == memory.peak_phase): size for name, size in memory.phases.items()}
     in_use = [(name, _format_bytes(size)) for name, size in held.items()]
     peaks = [(name, _format_bytes(always + size)) for name, size in phases.items() if size]
-    left_out = f"\nLeft out, as its memory is not known: {unknown}" if unknown else ""
+    left_out = f"\nLeft out, as its cost is not known: {unknown}" if unknown else ""
     return "\n\n".join(
         (
             format_table([("Always in use on one device, estimated", ""), *in_use], numbers=True),

@@ -3,6 +3,7 @@
 Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 
 from rlhf.adapter.lora import LAYER_SETS, add_adapter, lora_config
-from rlhf.config import RewardGradientConfig
+from rlhf.config import RewardGradientConfig, at_eval_size
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_video
 from rlhf.distributed.layout import Sizes
@@ -144,6 +145,12 @@ class TracedModel:
         (_, T, H, W), patch = self.latent_shape, self.card["transformer"]["patch_size"]
         return T * (H // patch) * (W // patch)
 
+    def at_eval_size(self) -> "TracedModel":
+        """Return the same model for videos of the evaluation's size."""
+        sized = copy.copy(self)  # which shares modules and traces
+        sized.args = at_eval_size(self.args)
+        return sized
+
     def transformer_call(self, args: RewardGradientConfig, batch: int, with_gradient: bool = True) -> TracedCall:
         """Trace one call of the transformer on a batch."""
         # All but the first step of a window pass a gradient on to the step before; DRTune detaches
@@ -231,6 +238,7 @@ class TracedModel:
 
     def _trace_once(self, key: tuple, trace: Callable[[], TracedCall]) -> TracedCall:
         """Return the call of this key; trace it if there is none yet."""
+        key = key, self.latent_shape
         if key not in self.traces:
             self.traces[key] = trace()
         return self.traces[key]

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from rewards.load import name_in, split_spec
+from rlhf.config import VIDEO_SIZE
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.statistics import paired_test
@@ -218,6 +219,16 @@ class Run:
         base, tuned = (evaluation.scores for evaluation in self.evaluations)
         names = [name for name in base if i < len(base[name]) and name in tuned]
         return {name: (base[name][i].item(), tuned[name][i].item()) for name in names}
+
+    @property
+    def eval_size(self) -> str:
+        """Return the size of the evaluated videos in words, "" if it is that of the training."""
+        own = {name: self.config.get(f"eval_{name}") for name in VIDEO_SIZE}
+        if self.before or not any(value and value != self.config[name] for name, value in own.items()):
+            return ""
+        height, width, frames = (value or self.config[name] for name, value in own.items())
+        trained = "{height}x{width} with {num_frames} frames".format(**self.config)
+        return f"{height}x{width} with {frames} frames; training used {trained}"
 
     @property
     def prompts_without_videos(self) -> int:

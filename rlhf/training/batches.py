@@ -1,6 +1,6 @@
 """The prompts and noise of each step, a pure function of seed and place; and its outcome."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,15 @@ def first_failure(results: list[BatchResult]) -> tuple:
     """Return the first suspect and the first error among the results, None for none."""
     suspects, errors = [r.suspect for r in results if r.suspect], [r.error for r in results if r.error]
     return next(iter(suspects), None), next(iter(errors), None)
+
+
+def finish_in_turn(begun: Iterable[Callable[[], BatchResult]]) -> list[BatchResult]:
+    """Return each function's result, in order; each is called after the next one has begun."""
+    results, waiting = [], None
+    for finish in begun:
+        results += [waiting()] if waiting else []
+        waiting = finish
+    return [*results, waiting()]
 
 
 class Batches:

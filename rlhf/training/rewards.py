@@ -10,7 +10,7 @@ from rewards.catalogue import CATALOGUE
 from rewards.contract import check_prompts, require_differentiable, reward_time_limit
 from rewards.load import split_spec
 from rlhf.checks.rewards import short_name
-from rlhf.config import RewardGradientConfig
+from rlhf.config import RewardGradientConfig, at_eval_size
 from rlhf.contentv.files import model_sizes
 from rlhf.device import local_device
 from rlhf.method.options import SCORES_ALONE
@@ -53,17 +53,20 @@ def open_rewards(
         if weights[name] and with_gradient:
             require_differentiable(name, trained[name])
     judges = _load_rewards(args.eval_reward_funcs, args, device)
-    shape = (3, args.num_frames, args.height, args.width)
+    shapes = [(3, sized.num_frames, sized.height, sized.width) for sized in (args, at_eval_size(args))]
     info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
     specs = dict(zip([*trained, *judges], [*given, *args.eval_reward_funcs], strict=True))
     for name, reward in (trained | judges).items():
         asked = [*prompts, *held_out] if name in trained else held_out
         if not asked:  # a judge without prompts judges nothing
             continue
+        gradient = with_gradient and bool(weights.get(name))
+        seen = dict.fromkeys([shapes[0]] * (name in trained) + [shapes[1]] * bool(held_out))
         with reward_time_limit(name, "its first calls", _seconds(specs[name], args)):
             check_prompts(name, reward, asked)
-            gradient = with_gradient and bool(weights.get(name))
-            probe(reward, shape, asked[:3], device, name=name, info=info, gradient=gradient)
+            for shape in seen:
+                graded = gradient and shape == shapes[0]
+                probe(reward, shape, asked[:3], device, name=name, info=info, gradient=graded)
     return trained | judges
 
 

@@ -17,7 +17,7 @@ from rlhf.adapter.masters import MasterWeights
 from rlhf.adapter.merge import apply_lora
 from rlhf.checks import check_config
 from rlhf.checks.method import read_initial
-from rlhf.config import ConfigError, RewardGradientConfig, is_distilled
+from rlhf.config import ConfigError, RewardGradientConfig, at_eval_size, is_distilled
 from rlhf.contentv.files import SamplingDefaults, model_sizes, resolve_model
 from rlhf.contentv.loading import TEXT_ENCODERS, default_dtype, load_pipeline
 from rlhf.contentv.pipeline import ContentVPipeline
@@ -256,7 +256,7 @@ def make_held_out(
     def show(step: int, clips: list[Clip]) -> None:
         show_samples(layout.accelerator, step, clips)
 
-    shape, fps, folder = latent_shape(pipe, args), pipe.sampling.fps, Path(args.output_dir)
+    shape, fps, folder = latent_shape(pipe, at_eval_size(args)), pipe.sampling.fps, Path(args.output_dir)
     return HeldOut(make_videos, judges, prompts, shape, fps, EvalOptions.from_settings(args), folder, layout, show)
 
 

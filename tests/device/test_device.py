@@ -88,7 +88,10 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 def test_a_device_that_is_there_is_given_with_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="device='cuda:2', but PyTorch finds 2 here; use cuda:0 to cuda:1"):
+        pick_device("cuda:2")
 
 
 def test_each_process_of_a_host_gets_its_own_device(monkeypatch):

@@ -145,6 +145,8 @@ ROWS = [
     Row({"height": 431}, "height=431", "not divisible by 16", "use 432"),
     Row({"width": 8}, "width=8", "not divisible by 16 (VAE times patch of ByteDance/ContentV-8B)", "use 16"),
     Row({"num_frames": 16}, "num_frames=16", "is not 4k+1", "use 17"),
+    Row({"eval_num_frames": 16}, "eval_num_frames=16", "is not 4k+1", "use 17"),
+    Row({"eval_width": 1000}, "eval_width=1000", "is not divisible by 16", "use 992"),
     Row({"report_to": ["tensorbord"]}, "report_to: got 'tensorbord'", "expected some of", "correct it"),
     Row({"report_to": ["clearml"]}, "got 'clearml'", "which is not installed", "pip install clearml"),
     Row({"max_steps": 0}, "max_steps: got 0", "expected at least 1", "correct its value"),

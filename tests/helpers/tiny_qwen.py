@@ -3,6 +3,7 @@
 import re
 
 import torch
+import transformers
 
 from rewards.common.qwen_vl import AFTER, BEFORE
 
@@ -121,3 +122,37 @@ def in_float64(monkeypatch):
 
     monkeypatch.setattr(qwen.Qwen2VLRMSNorm, "forward", norm)
     monkeypatch.setattr(qwen, "apply_rotary_pos_emb_vision", rotate)
+
+
+JUDGED = "Is this {prompt} a red fox rain bird ? Answer with Yes or No. 7 Grade by number. system You are helpful "
+JUDGED += "assistant. user assistant <0.1 seconds>"
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT |= {"num_key_value_heads": 1, "eos_token_id": None, "bos_token_id": None, "head_dim": 16}
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+VISION = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32}
+FAMILIES = {
+    "Qwen2VL": {},
+    "Qwen2_5_VL": {"vision_config": VISION | {"fullatt_block_indexes": [1], "window_size": 56}},
+    "Qwen3VL": {"vision_config": VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}},
+}
+
+
+def judge_model(family, dtype=torch.float32):
+    """A whole model with random weights and its processor, for questions of the words in JUDGED."""
+    tokenizer = tokenizer_for(JUDGED)
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
+    config = sizes(ids, len(tokenizer))
+    if family != "Qwen2VL":
+        places = {f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
+        places |= {f"{name}_token_id": ids[f"<|{name}_pad|>"] for name in ("image", "video")}
+        text = TEXT | {"vocab_size": len(tokenizer), "rope_parameters": ROPE}
+        config = getattr(transformers, f"{family}Config")(text_config=text, **FAMILIES[family], **places)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape) * (0.2 if parameter.ndim > 1 else 0.3) + (parameter.ndim == 1)
+    video = transformers.Qwen3VLVideoProcessor if family == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
+    parts = transformers.Qwen2VLImageProcessor(), tokenizer, video(size={"shortest_edge": 1024, "longest_edge": 10**6})
+    processor = getattr(transformers, f"{family}Processor")(*parts, chat_template=tokenizer.chat_template)
+    return model.to(dtype).eval(), processor

@@ -105,6 +105,21 @@ def test_an_evaluation_decodes_every_frame():
     assert found >= 16 * 3 * 33 * args.height * args.width * 4
 
 
+def test_an_evaluation_of_another_size_is_planned_at_that_size():
+    def plan(**settings):
+        _, args, card = tiny(eval_prompts="nano_held_out", **settings)
+        model = TracedModel(args, card)
+        return plan_memory(model, args, plan_rewards(model, args)), args
+
+    (small, args), (large, _) = plan(), plan(eval_height=128, eval_num_frames=41)
+    (trained, _) = plan(height=128, num_frames=41)
+    assert args.height < 128
+    table = trained.held["position table"]
+    assert large.phases["evaluation"] == trained.phases["evaluation"] + table > small.phases["evaluation"] + table
+    assert {**large.phases, "evaluation": 0} == {**small.phases, "evaluation": 0}
+    assert large.held == small.held
+
+
 @pytest.mark.parametrize(
     ("settings", "frames", "weights", "unknown"),
     [

@@ -46,7 +46,7 @@ def test_tables_name_what_is_held_and_what_is_not_known(planner):
     text = format_memory(planner, estimate, CONTEXT) + format_time(planner, estimate, DEVICE)
     for name in (*estimate.memory.held, *estimate.time, "Peak", DEVICE):
         assert name in text
-    assert "Left out, as its memory is not known: mine.py:Mine" in text
+    assert "Left out, as its cost is not known: mine.py:Mine" in text
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,19 @@ def test_its_numbers_are_those_of_the_files(finished):
     assert "After training, 7 of 10 held-out prompts are shown right; before, 10." in page.text
 
 
+def test_the_size_is_told_where_the_evaluation_has_its_own(finished):
+    assert "judged at" not in read(finished).text
+    config = finished / "config.yaml"
+    before = config.read_text()
+    args = RewardGradientConfig(height=32, width=48, num_frames=9, eval_height=64, eval_num_frames=9)
+    try:
+        config.write_text(args.to_yaml())
+        told = "judged at 64x48 with 9 frames; training used 32x48 with 9 frames."
+        assert told in read(finished).text
+    finally:
+        config.write_text(before)
+
+
 def test_all_of_the_prompts_count_in_the_share_that_rose(finished):
     row = next(row for row in Run(finished).result_rows() if row["name"] == "redness")
     assert (row["better"], row["equal"], row["worse"]) == ((GAINS > 0).sum(), (GAINS == 0).sum(), (GAINS < 0).sum())

@@ -43,6 +43,8 @@ def test_the_lowest_reward_of_each_video_is_its_total(video):
     rewards = {"a": Mean(1.0), "b": lambda video, prompts, **info: video[:, 0].mean((1, 2, 3)), "told": Mean(-9.0)}
     total, breakdown = RewardMix(rewards, [1.0, 2.0, 0.0], lowest=True)(video, PROMPTS)
     torch.testing.assert_close(total, torch.minimum(breakdown["a"], 2 * breakdown["b"]))
+    started, _ = RewardMix(rewards, [1.0, 2.0, 0.0], lowest=True).start(video, PROMPTS)()
+    assert torch.equal(started, total)
     grad = torch.autograd.grad(total.sum(), video)[0]
     for i in range(2):
         is_a = breakdown["a"][i] < 2 * breakdown["b"][i]

@@ -15,6 +15,7 @@ from tiny_judges import (
     siglip,
     tiny_raft,
 )
+from tiny_qwen import judge_model
 from transformers import ViTConfig, ViTModel, VJEPA2Config, VJEPA2Model
 
 from rewards.catalogue import CATALOGUE
@@ -87,6 +88,7 @@ MAKE = {  # every built-in reward that resizes, with tiny random weights
     ),
     "video_score": lambda new: new(model=idefics(), dtype="float32"),
     "vjepa2": lambda new: new(random_model(jepa)),
+    "vlm_question": lambda new: new(model=judge_model("Qwen2VL"), dtype="float32"),
 }
 
 

@@ -372,3 +372,42 @@ def test_nano_cheats_a_reward_and_is_caught_while_an_unguarded_run_breaks(make_a
     assert kept["gain_held_out"] >= 0, "the best adapter is the result"
     assert kept["held_out"]["preference"]["tuned"] > 0.5
     assert abs(kept["high_frequency"]["diff"]) < 0.3 * kept["high_frequency"]["base"]
+
+
+# --------------------------------------------------------------------------------- at another size
+
+
+def test_an_evaluation_has_a_size_of_its_own(make_args, tmp_path, monkeypatch):
+    """Base and tuned are alike without learning, and the base is that of a run that trains at this size."""
+    size = {"height": 32, "width": 48, "num_frames": 9}
+    own = {f"eval_{name}": value for name, value in size.items()} | {"learning_rate": 0.0, "max_steps": 1}
+    shapes = []
+
+    def seen(video, prompts, **info):
+        shapes.append(tuple(video.shape[2:]))
+        return redness(video, prompts)
+
+    args = make_args(**own)
+    train(args, seen, evaluate=True)
+    assert {*shapes} == {(5, 16, 32), (9, 32, 48)}
+    base, tuned = (
+        Evaluation.load(Path(args.output_dir) / "evaluation" / f"{n}.safetensors") for n in ("base", "tuned")
+    )
+    assert base.videos_NCTHW.shape[2:] == (9, 32, 48)
+    assert torch.equal(base.videos_NCTHW, tuned.videos_NCTHW)
+    assert torch.equal(base.scores["seen"], tuned.scores["seen"])
+    assert base.settings["height"] == 32
+
+    there = make_args(**size, learning_rate=0.0, max_steps=1, output_dir=str(tmp_path / "there"))
+    train(there, seen, evaluate=True)
+    other = Evaluation.load(Path(there.output_dir) / "evaluation" / "base.safetensors")
+    assert torch.equal(other.videos_NCTHW, base.videos_NCTHW)
+    assert other.settings == base.settings
+
+    made, evaluate = [], HeldOut.evaluate
+    monkeypatch.setattr(HeldOut, "evaluate", lambda self, name, *rest: made.append(name) or evaluate(self, name, *rest))
+    resumed = {"resume_from_checkpoint": "latest", "max_steps": 2}
+    train(dataclasses.replace(args, **resumed), seen, evaluate=True)
+    assert made == ["tuned"]
+    train(dataclasses.replace(args, **resumed | {"eval_height": 16, "max_steps": 3}), seen, evaluate=True)
+    assert made == ["tuned", "base", "tuned"]
