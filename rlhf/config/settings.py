@@ -182,7 +182,10 @@ class RewardGradientConfig:
     max_sequence_length: int | None = setting(None, "Tokens of the T5 text encoder.", least=1, most=512)
 
     # The gradient. docs/methods.md compares the methods.
-    method: Method = setting("draft_k", "Which denoising steps carry the reward's gradient.")
+    method: Literal[Method, "auto"] = setting(
+        "draft_k",
+        "Which denoising steps carry the reward's gradient. auto: draft_k, or nft if a trained reward has no gradient.",
+    )
     num_grad_steps: int = setting(
         1,
         "K: draft_k (arXiv 2309.17400) takes the gradient through the last K of N denoising steps, "

@@ -121,6 +121,7 @@ METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOp
     "nft": NFTOptions,
 }
 SCORES_ALONE = ("nft",)  # methods that ask rewards for no gradient
+AUTO_CHOICES = WITH_GRADIENT, WITHOUT_GRADIENT = "draft_k", "nft"  # what method auto becomes
 
 
 def option_names(method: str) -> list[str]:

@@ -189,6 +189,12 @@ ROWS = [
         "did you mean 'num_draws'?",
     ),
     Row({"method_kwargs": {"zzz": 3}}, "method_kwargs: got 'zzz'", "expected an option of", "leave it out"),
+    Row(
+        {"method": "auto", "method_kwargs": {"num_draws": 3}},
+        "method_kwargs: got num_draws with method draft_k",
+        "expected relative_words",
+        "choose method draft_lv or srpo, which has it",
+    ),
     Row({"method": "nft"}, "got 1 with method nft", "expected a multiple of that", "change it, or group_size"),
     Row(
         {"method": "nft", "per_device_train_batch_size": 8, "method_kwargs": {"num_levels": 51}},
@@ -299,6 +305,7 @@ ROWS = [
     ),
     Row({"rollout_reuse": 2, "method": "alignprop", "num_grad_steps": 2}, "got it with", "draft_lv", "change one of"),
     Row({"decode_caches": "host"}, "decode_caches: got host without", "expected both", "set that, too"),
+    Row({"prefix_steps": 1, "method": "srpo"}, "prefix_steps: got it with", "expected draft_k", "change one of"),
     Row({"prefix_steps": 5, "method": "uniform"}, "prefix_steps: got it with", "expected draft_k", "change one of"),
     Row({"prefix_steps": 49}, "prefix_steps=49", "only 49 of num_inference_steps=50 come before", "lower it"),
     Row({"guidance_together": True, "guidance_scale": 1.0}, "guidance_together: got it", "which has one", "leave it"),
