@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import judges
 import study_report
 from black_box import black_box_table
+from hacking import hacking_table
 from main_job import main_job_table
 from md_table import GONE, label, made_on, table
 from step_tables import compile_table, less_memory_table, phase_cell, step_table
@@ -215,6 +216,7 @@ TABLES = {
     **study_report.TABLES,
     "main_job.json": main_job_table,
     "black_box.json": black_box_table,
+    "hacking.json": hacking_table,
     "judges.json": judges.judges_table,
 }
 

@@ -28,7 +28,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 import rlhf.types
-from rewards.isolation import keep_process_state
+from rewards.isolation import TimeLimitError, keep_process_state, time_limit
 from rlhf.types import rows_of
 
 # Optional attributes of a reward, with their defaults.
@@ -224,6 +224,20 @@ def _fingerprint(video_BCTHW: torch.Tensor) -> tuple[int, torch.Tensor]:
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Cast half precision to float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def reward_time_limit(name: str, doing: str, seconds: float | None) -> Iterator[None]:
+    """Raise RewardError if a reward's code runs longer than so many seconds; None: no limit.
+
+    doing: what it does, for the message. `time_limit` says where there is none.
+    """
+    try:
+        with time_limit(seconds):
+            yield
+    except TimeLimitError as error:
+        got, cure = f"no end of {doing} after {seconds:g} s", "look for what it waits for, or raise reward_timeout"
+        raise RewardError(name, got=got, expected="an end of it", cure=cure) from error
 
 
 @contextmanager

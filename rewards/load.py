@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
-from rewards.contract import RewardError, name_reward_in_errors
-from rewards.isolation import TimeLimitError, keep_process_state, time_limit
+from rewards.contract import RewardError, name_reward_in_errors, reward_time_limit
+from rewards.isolation import keep_process_state
 from rlhf.io import file_sha256
 
 IMPORT_TIMEOUT = 300.0  # seconds; imports of large packages from network disks take minutes
@@ -30,14 +30,15 @@ def built_in_names() -> list[str]:
 
 
 def load_reward(
-    spec: str, base_dir: str | Path | None = None, *, reward_timeout: float = IMPORT_TIMEOUT, **kwargs
+    spec: str, base_dir: str | Path | None = None, *, reward_timeout: float | None = None, **kwargs
 ) -> Callable:
     """Load the reward that `spec` names, "name=spec" to give it another name.
 
     A class is instantiated with kwargs; a function gets kwargs bound. The file of the spec and
     those of kwargs are relative to base_dir (the folder of the config file) or else to the working
     directory. The process keeps its state, whatever the reward's code does to it. Raises
-    RewardError, also for an import that takes longer than reward_timeout seconds.
+    RewardError, also for an import or a construction that takes longer than reward_timeout seconds.
+    By default an import has 300 s and a construction no limit, and so have built-in rewards.
     """
     name, plain = split_spec(spec)
     try:
@@ -49,16 +50,17 @@ def load_reward(
         raise RewardError(name, got=error.got, expected=error.expected, cure=cure) from error
 
 
-def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float, kwargs: dict) -> Callable:
+def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
     check_spec(spec, base_dir)
     kwargs = {key: _resolve_paths(value, base_dir) for key, value in kwargs.items()}
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
         return _construct(spec, built_in(spec), kwargs)
-    with _import_guard(spec, spec.rsplit(":", 1)[0], reward_timeout):
+    with _import_guard(spec, spec.rsplit(":", 1)[0], reward_timeout or IMPORT_TIMEOUT):
         target = _import_attribute(spec, base_dir) if ":" in spec else _entry_point(spec).load()
     if inspect.isclass(target):
-        return _construct(spec, target, kwargs)
+        with reward_time_limit(spec, "constructing it", reward_timeout):
+            return _construct(spec, target, kwargs)
     return _bind(spec, target, kwargs)
 
 
@@ -69,7 +71,7 @@ def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Ite
     The import sees no arguments of the command line, which are not its own.
     """
     try:
-        with keep_process_state(), time_limit(seconds):
+        with keep_process_state(), reward_time_limit(spec, "importing it", seconds):
             sys.argv = [where]
             yield
     except RewardError:
@@ -79,9 +81,6 @@ def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Ite
         cure = "correct the code, or install what it imports"
         if isinstance(error, SystemExit):
             cure = 'move what it does as a program below a test of __name__ == "__main__"'
-        raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
-    except TimeLimitError as error:
-        got, cure = f"no end of importing it after {seconds:g} s", "look for what it waits for, or raise reward_timeout"
         raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
 
 

@@ -146,7 +146,11 @@ class RewardGradientConfig:
         "Arguments of rewards, {name: {argument: value}}; as a flag, in quotes. Paths are relative to the config file.",
     )
     reward_timeout: float = setting(
-        300.0, "Seconds that importing a reward's file or module may take.", above=0, most=86400
+        300.0,
+        "Seconds that a reward of your own may take to import, to be constructed, and to answer the first "
+        "calls before the run; later calls have no limit.",
+        above=0,
+        most=86400,
     )
     normalise_rewards: bool = setting(
         True,

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rewards import RewardMix, load_reward, probe
-from rewards.contract import check_prompts, require_differentiable, reward_attribute
+from rewards.catalogue import CATALOGUE
+from rewards.contract import check_prompts, require_differentiable, reward_attribute, reward_time_limit
+from rewards.load import split_spec
 from rlhf.checks import all_method_problems
 from rlhf.checks.rewards import short_name
 from rlhf.config import ConfigError, RewardGradientConfig
@@ -43,7 +45,8 @@ def open_rewards(
     """
     device = device or local_device(args.device)
     prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
-    trained = _load_rewards(args.reward_funcs if rewards is None else rewards, args, device)
+    given = args.reward_funcs if rewards is None else rewards
+    trained = _load_rewards(given, args, device)
     if eval_prompts is None and args.eval_prompts:
         eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
     held_out = (eval_prompts or [])[: args.num_eval_prompts]
@@ -55,12 +58,15 @@ def open_rewards(
     judges = _load_rewards(args.eval_reward_funcs, args, device)
     shape = (3, args.num_frames, args.height, args.width)
     info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
-    for name, reward in trained.items():
-        check_prompts(name, reward, [*prompts, *held_out])
-        probe(reward, shape, prompts[:3], device, name=name, info=info, gradient=with_gradient and bool(weights[name]))
-    for name, judge in judges.items() if held_out else ():  # without prompts they judge nothing
-        check_prompts(name, judge, held_out)
-        probe(judge, shape, held_out[:3], device, name=name, info=info, gradient=False)
+    specs = dict(zip([*trained, *judges], [*given, *args.eval_reward_funcs], strict=True))
+    for name, reward in (trained | judges).items():
+        asked = [*prompts, *held_out] if name in trained else held_out
+        if not asked:  # a judge without prompts judges nothing
+            continue
+        with reward_time_limit(name, "its first calls", _seconds(specs[name], args)):
+            check_prompts(name, reward, asked)
+            gradient = with_gradient and bool(weights.get(name))
+            probe(reward, shape, asked[:3], device, name=name, info=info, gradient=gradient)
     return trained | judges
 
 
@@ -88,6 +94,11 @@ def choose_method(
 
 def _weights(trained: dict[str, Callable], args) -> dict[str, float]:
     return dict(zip(trained, args.reward_weights or [1.0] * len(trained), strict=True))
+
+
+def _seconds(reward: str | Callable, args: RewardGradientConfig) -> float | None:
+    """Return the limit of time of a reward's first calls; None for a built-in one."""
+    return None if isinstance(reward, str) and split_spec(reward)[1] in CATALOGUE else args.reward_timeout
 
 
 def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> dict[str, Callable]:

@@ -18,6 +18,7 @@ from tiny_judges import bert_tokenizer
 from rewards import RewardError, built_in_names, check_spec, frames_needed, load_reward
 from rewards import load as load_module
 from rewards.catalogue import CATALOGUE
+from rewards.isolation import keep_process_state
 
 SOURCE = """
 import math
@@ -215,6 +216,13 @@ def test_an_import_that_fails_or_does_not_come_back_names_the_reward(tmp_path, d
         ("import torch; torch.manual_seed(0)", lambda: torch.get_rng_state().tolist()),
         ("import random; random.seed(0)", random.getstate),
         ("import numpy; numpy.random.seed(0)", lambda: numpy.random.get_state()[1].tolist()),
+        ("import torch; torch.set_float32_matmul_precision('high')", lambda: precision()),
+        ("import torch; torch.backends.fp32_precision = 'tf32'", lambda: precision()),
+        ("import torch; torch.backends.cudnn.allow_tf32 = False", lambda: precision()),
+        ("import torch; torch.backends.cudnn.conv.fp32_precision = 'ieee'", lambda: precision()),
+        ("import torch; torch.backends.cudnn.benchmark = True", lambda: torch.backends.cudnn.benchmark),
+        ("import torch; torch.use_deterministic_algorithms(True)", torch.are_deterministic_algorithms_enabled),
+        ("import torch; torch.backends.cuda.enable_flash_sdp(False)", torch.backends.cuda.flash_sdp_enabled),
     ],
 )
 @pytest.mark.parametrize("at", ["import", "construction"])
@@ -229,6 +237,29 @@ def test_the_code_of_a_reward_leaves_the_process_as_it_was(tmp_path, monkeypatch
     else:
         load_reward("mine.py:reward" if at == "import" else "mine.py:Reward", tmp_path)
     assert now() == was
+
+
+def precision() -> list:
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+    newer = [torch.backends.fp32_precision, *(backend.fp32_precision for backend in backends)]
+    return [*newer, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="this machine has no accelerator")
+def test_a_call_leaves_the_accelerators_random_numbers_as_they_were():
+    device = torch.accelerator.current_accelerator()
+    torch.manual_seed(1)
+    expected = torch.rand(3, device=device).tolist()
+    torch.manual_seed(1)
+    with keep_process_state():
+        torch.rand(5, device=device)
+    assert torch.rand(3, device=device).tolist() == expected
+
+
+def test_a_construction_that_does_not_come_back_names_the_reward(tmp_path):
+    (tmp_path / "late.py").write_text("import time\nclass Late:\n    def __init__(self):\n        time.sleep(60)\n")
+    with pytest.raises(RewardError, match=r"^reward 'late.py:Late': got no end of constructing it after 0.05 s"):
+        load_reward("late.py:Late", tmp_path, reward_timeout=0.05)
 
 
 def test_a_reward_under_another_name(folder):

@@ -276,6 +276,26 @@ def test_judges_and_logged_rewards_need_no_gradient(make_args, tmp_path):
     assert list(open_rewards(args)) == ["plain", "detached", "one", "two"]
 
 
+LATE = """
+import time
+def reward(video, prompts, **info):
+    time.sleep(60)
+class Late:
+    def __call__(self, video, prompts, **info):
+        return video.mean((1, 2, 3, 4))
+    def check_prompts(self, prompts):
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["reward", "Late"])
+def test_first_calls_that_do_not_come_back_name_the_reward(make_args, tmp_path, name):
+    (tmp_path / "late.py").write_text(LATE)
+    args = make_args(model="nano", reward_funcs=[f"late.py:{name}"], base_dir=str(tmp_path), reward_timeout=0.5)
+    with pytest.raises(RewardError, match=f"^reward '{name}': got no end of its first calls after 0.5 s"):
+        open_rewards(args)
+
+
 def test_wrong_settings_are_told_before_weights_load(make_args, monkeypatch):
     monkeypatch.setattr("rlhf.training.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
     with pytest.raises(ConfigError, match="3 problems"):
