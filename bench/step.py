@@ -137,9 +137,7 @@ class Bench:
             noise, start = rig.noise("train"), rollouts.get(number, 0)
             states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
             rollouts.put(number, 0, states[plan.window_start])
-            latents = states[-1]
-            del states
-            for sample in gradient_samples(window, latents, rig.noise, plan):
+            for sample in gradient_samples(window, states, rig.noise, plan):
                 yield sample.latents
         elif rig.arm == STOCK:
             yield rollout(guided(rig), guided(rig), rig.noise("train"), rig.sigmas, [last])[-1]

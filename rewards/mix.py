@@ -1,4 +1,4 @@
-"""A weighted sum of rewards; each reward sees only the frames that it asked for.
+"""The total of several rewards; each reward sees only the frames that it asked for.
 
 Shape legend: B batch, C channels, T frames, H height, W width, N base samples.
 """
@@ -19,13 +19,14 @@ from rewards.contract import (
 
 
 class RewardMix:
-    """A weighted sum of rewards that also returns each raw score.
+    """The weighted sum of rewards, or the lowest of them, that also returns each raw score.
 
     A raw score goes through these steps, each of which is optional:
         1. cap c: min(score, c), so that there is no gradient above c; or target t: -|score - t|
         2. normalise: subtract the mean (unless there is a target), divide by the standard deviation
         3. balance: scale the gradient at each video's pixels to unit length
         4. multiply by the weight; a reward of weight 0 is only reported, without gradient
+    The total is the sum of the results, or with `lowest` the smallest of them in each video.
 
     normalise uses the `mean` and `std` that a reward states until `calibrate` has measured them. A
     reward with neither is not normalised. caps and targets are given by name, in units of the raw
@@ -40,6 +41,7 @@ class RewardMix:
         caps: dict[str, float] | None = None,
         targets: dict[str, float] | None = None,
         balance: bool = False,
+        lowest: bool = False,
     ):
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if not rewards or len(weights) != len(rewards):
@@ -50,6 +52,7 @@ class RewardMix:
             )
         self.rewards, self.weights, self.normalise = dict(rewards), dict(zip(rewards, weights, strict=True)), normalise
         self.caps, self.targets, self.balance = caps or {}, targets or {}, balance
+        self.lowest = lowest
         _check_limits(self.caps, self.targets, list(rewards))
         self.statistics = {name: _stated_statistics(reward) for name, reward in self.rewards.items()}
         self.frames = _max_frames(self.rewards.values())
@@ -82,14 +85,16 @@ class RewardMix:
         `info` is passed on to every reward, and with it the row of each prompt. Raises RewardError,
         with reward and prompt, for scores that are not finite or have the wrong shape.
         """
-        total_B, breakdown = torch.zeros(len(prompts), device=video_BCTHW.device), {}
+        terms_B, breakdown = [torch.zeros(len(prompts), device=video_BCTHW.device)], {}
         for name in self.rewards:
             trained = torch.is_grad_enabled() and video_BCTHW.requires_grad and self.weights[name] != 0
             term = self._score_balanced if self.balance and trained else self._score_and_transform
             breakdown[name], term_B = term(name, video_BCTHW, prompts, info)
             if self.weights[name] != 0:
-                total_B = total_B + self.weights[name] * term_B
-        return total_B, breakdown
+                terms_B.append(self.weights[name] * term_B)
+        if self.lowest and len(terms_B) > 1:
+            return torch.stack(terms_B[1:]).amin(0), breakdown
+        return sum(terms_B), breakdown
 
     def _score_and_transform(self, name, video_BCTHW, prompts, info):
         """Return the raw scores (B,), detached, and the transformed scores (B,)."""

@@ -31,8 +31,9 @@ from rlhf.evaluation.held_out import MakeVideos
 from rlhf.method.decode import VideoSampler
 from rlhf.method.drift import velocity_distance
 from rlhf.method.losses import reward_loss, score, score_metrics
-from rlhf.method.options import read_options
+from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
+from rlhf.method.regression import ScoredRollout
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
 from rlhf.prompts import unread_message
 from rlhf.report import report_at_end
@@ -135,24 +136,26 @@ class RewardGradientTrainer:
         """Take optimizer step `step`, from 0, on `samples_per_step` videos; return its metrics."""
         cost, args = Cost(self.device), self.args
         plan = make_plan(args, self.options, self.sigmas, generator("method", args.seed, step))
-        gradient = self._regression_gradient if plan.regression else self._reward_gradient
-        if is_due(step + 1, args.anchor_steps):
-            gradient = self._anchor_gradient
         with self.stop.interruptible():
-            results = [gradient(step, micro, plan) for micro in range(args.gradient_accumulation_steps)]
+            results, norm = self._gradient(step, plan)
+            columns = [result.columns for result in results]
+            if self.options.weight_perturbation and 0 < norm < math.inf:
+                grad, masters = self.masters.vector.grad, self.masters
+                moved = masters.vector.detach() + self.options.weight_perturbation / norm * grad
+                self.optimizer.zero_grad(set_to_none=False)
+                with masters.use(moved):
+                    results, norm = self._gradient(step, plan)
 
-        names = list(results[0].columns)
-        scores_SR = torch.cat([torch.stack([*result.columns.values()], 1) for result in results])
+        names = list(columns[0])
+        scores_SR = torch.cat([torch.stack([*column.values()], 1) for column in columns])
         scores_SR = self.accelerator.gather(scores_SR).cpu()
-        grad = self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
-        norm = grad.norm().item()
         progress = {"step": step + 1, "epoch": self.batches.epochs_before(step + 1)}
         suspect, error = first_failure(results)
         if error := non_finite_error(scores_SR, norm, error, self.rewards, suspect, self.accelerator):
             self.optimizer.zero_grad(set_to_none=False)
             return progress | self.skipped.add(error) | cost.elapsed()
         self.skipped.in_a_row = 0
-        if not plan.regression:  # equal scores teach nothing, and are no fault
+        if args.method not in SCORES_ALONE:  # there, equal scores teach nothing, and are no fault
             require_gradient(norm, self.state.global_step, self.rewards, names)
 
         self._update(step, norm)
@@ -165,6 +168,15 @@ class RewardGradientTrainer:
             "samples": self.batches.samples_before(step + 1),
         }
 
+    def _gradient(self, step: int, plan: Plan) -> tuple[list[BatchResult], float]:
+        """Compute the gradient of all batches and processes; return its parts' results and norm."""
+        gradient = self._regression_gradient if plan.regression else self._reward_gradient
+        if is_due(step + 1, self.args.anchor_steps):
+            gradient = self._anchor_gradient
+        results = [gradient(step, micro, plan) for micro in range(self.args.gradient_accumulation_steps)]
+        grad = self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
+        return results, grad.norm().item()
+
     def _reward_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Sample, score and back-propagate one batch: the loss is -R(x_N) + weight * drift."""
         batch = self.batches.batch(self.rollouts.rollout_index(step, micro), micro)
@@ -174,11 +186,9 @@ class RewardGradientTrainer:
         noise, start = batch.noise("train"), self.rollouts.get(step, micro)
         states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
         self.rollouts.put(step, micro, states[plan.window_start])
-        x0 = states[-1]
         drift_state = states[plan.drift_step].detach() if self.args.drift_weight else None
-        del states  # large, those of a long video
 
-        samples = gradient_samples(window, x0, batch.noise, plan)
+        samples = gradient_samples(window, states, batch.noise, plan)
         results = [self._sample_gradient(sample, batch.prompts, step, plan.num_samples) for sample in samples]
         columns = results[0].columns | {"loss": torch.stack([result.columns["loss"] for result in results]).mean(0)}
         if weight := self.args.drift_weight:
@@ -188,45 +198,48 @@ class RewardGradientTrainer:
 
     def _sample_gradient(self, sample: Sample, prompts: list[str], step: int, num_samples: int) -> BatchResult:
         """Decode, score and back-propagate one of a rollout's samples: the loss is -R(x_N)."""
-        video, scores_B, columns, error = self._score(sample, prompts, step)
+        scores_B, scored = self._score(sample, prompts, step)
         loss = reward_loss(scores_B)
         self._back_propagate(loss / num_samples)
-        finite = self.masters.vector.grad.sum().isfinite()
-        suspect = None if finite else (video.detach(), prompts, self.reward_info(step))
-        return BatchResult({"loss": loss.detach().expand(len(prompts))} | columns, suspect, error)
+        return self._result(scored, loss.expand(len(prompts)))
 
-    def _score(self, sample: Sample, prompts: list[str], step: int) -> tuple:
-        """Decode and score a sample; return video, scores (B,), columns and the error, if any."""
-        words, strength, error = self.options.relative_words, self.options.relative_strength, None
+    def _score(self, sample: Sample, prompts: list[str], step: int) -> tuple[torch.Tensor, BatchResult]:
+        """Decode and score a sample; return the scores (B,) with graph, and what is logged."""
+        words, strength = self.options.relative_words, self.options.relative_strength
+        info, error = self.reward_info(step), None
         video = self.decode(self.layout.average_grad(sample.latents), step)
         try:
-            info = self.reward_info(step)
-            scores_B, raw = score(self.rewards, video, prompts, info, words, strength, sample.penalty)
+            how = words, strength, sample.penalty, self.options.reward_perturbation
+            scores_B, raw = score(self.rewards, video, prompts, info, *how)
         except RewardError as raised:  # `step` tells every process, then all of them stop
             error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
             raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())
         columns = {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}
-        return video, scores_B, columns | {"saturated": saturated_share(video)}, error
+        columns |= {"saturated": saturated_share(video)}
+        return scores_B, BatchResult(columns, (video.detach(), prompts, info), error)
+
+    def _result(self, scored: BatchResult, loss_B: torch.Tensor) -> BatchResult:
+        """Return the scored batch with its loss; it is suspect if the gradient is not finite."""
+        suspect = None if self.masters.vector.grad.sum().isfinite() else scored.suspect
+        return BatchResult({"loss": loss_B.detach()} | scored.columns, suspect, scored.error)
 
     def _regression_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Sample by the old policy, score, and back-propagate the method's own loss."""
-        batch = self.batches.batch(step, micro)
-        cond, masters = self.text(batch.prompts, self.device), self.masters
-
-        @torch.no_grad()
-        def old(x_BCTHW: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            with masters.use(masters.old):
-                return self.fields.tuned(cond)(x_BCTHW, sigma)
-
-        with torch.no_grad():
-            with masters.use(masters.old):
-                states = sample_euler(self.fields.prefix(cond, plan), batch.noise("train"), plan.sigmas)
-            _, scores_B, columns, error = self._score(Sample(states[-1]), batch.prompts, step)
-        tuned, loss_B = self.fields.window(cond), torch.zeros_like(scores_B)
-        for level_B in plan.regression.losses(states[-1], scores_B, batch.noise, tuned, old):
-            self._back_propagate(level_B.mean())
-            loss_B += level_B.detach()
-        return BatchResult({"loss": loss_B} | columns, error=error)
+        batch, with_gradient = self.batches.batch(step, micro), self.args.method not in SCORES_ALONE
+        cond, fields = self.text(batch.prompts, self.device), self.fields
+        with self.masters.use(self.masters.old):
+            states = sample_euler(fields.prefix(cond, plan), batch.noise("train"), plan.sigmas)
+        with torch.set_grad_enabled(with_gradient):
+            sample = Sample(states[-1].requires_grad_(with_gradient))
+            scores_B, scored = self._score(sample, batch.prompts, step)
+            gradient = torch.autograd.grad(scores_B.sum(), sample.latents)[0] if with_gradient else None
+        scored_states = states, plan.sigmas, scores_B.detach(), gradient, batch.noise
+        rollout = ScoredRollout(*scored_states, fields.window(cond), fields.old(cond), fields.base_vjp(cond))
+        loss_B = torch.zeros_like(rollout.scores_B)
+        for term_B in plan.regression.losses(rollout):
+            self._back_propagate(term_B.mean())
+            loss_B += term_B.detach()
+        return self._result(scored, loss_B)
 
     def _anchor_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""

@@ -6,6 +6,7 @@ Shape legend: B batch, C channels, T frames, N frames of all videos that are sco
 width.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from rewards.common.base import ModelReward
 from rewards.common.frames import apply_in_chunks, pick_frames
 from rewards.common.qwen_vl import QwenVl, load_qwen_vl, qwen2_vl_sizes, random_qwen_vl
 from rewards.common.weights import load_published_weights, require_tensor, torch_dtype
+from rewards.contract import RewardError
 
 REPOSITORY, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -32,10 +34,12 @@ SIZES = qwen2_vl_sizes(vocabulary=151658, width=3584, inner=18944, heads=28, key
 class HpsV3(ModelReward):
     """Mean HPSv3 preference of frames, unbounded; published: SD 2 -0.2, SDXL 8.2, best 10.6.
 
-    The model predicts mean and spread of the preference; the score is the mean.
+    The model predicts the mean of the preference and the logarithm of its spread, as its training
+    reads them (hpsv3/model/qwen2vl_trainer.py). The score is mean - uncertainty * spread.
 
     checkpoint  path of the published file; None: from the hub
     model       the base Qwen2-VL, for configuration and tokenizer: hub id or folder
+    uncertainty number of spreads to subtract, so that doubtful videos score lower; 0: none
     options     settings of ModelReward; the default dtype is bfloat16
 
     Raises RewardError for weights that are missing, of another layout, or a pickled module.
@@ -43,8 +47,21 @@ class HpsV3(ModelReward):
 
     name = "hps_v3"
 
-    def __init__(self, checkpoint: str | QwenVl | None = None, model: str = BASE, dtype: str = "bfloat16", **options):
+    def __init__(
+        self,
+        checkpoint: str | QwenVl | None = None,
+        model: str = BASE,
+        dtype: str = "bfloat16",
+        uncertainty: float = 0.0,
+        **options,
+    ):
         super().__init__(dtype=dtype, **options)
+        if isinstance(uncertainty, bool) or not isinstance(uncertainty, int | float) or not 0 <= uncertainty < math.inf:
+            cure = "give the number of spreads to subtract; YAML takes 1e-1 for text, but not 0.1"
+            raise RewardError(
+                self.name, got=f"uncertainty={uncertainty!r}", expected="a number of at least 0", cure=cure
+            )
+        self.uncertainty = uncertainty
         self.vlm = checkpoint if isinstance(checkpoint, QwenVl) else self._load(checkpoint, model)
         self.freeze()
 
@@ -70,10 +87,13 @@ class HpsV3(ModelReward):
             images_NCTHW = video_BCNHW.transpose(1, 2).flatten(0, 1).unsqueeze(2)
             tokens = [rows.repeat_interleave(count, 0) for rows in self.vlm.tokens(self.name, texts)]
             logits_N12 = apply_in_chunks(self._logits, self.chunk, images_NCTHW, *tokens)
-            return logits_N12[:, 0, 0].unflatten(0, (len(prompts), count)).mean(1)
+            mean_N, log_spread_N = logits_N12[:, 0].unbind(1)
+            # Without uncertainty the spread is left alone: 0 times an infinite one is no number.
+            scores_N = mean_N - self.uncertainty * log_spread_N.exp() if self.uncertainty else mean_N
+            return scores_N.unflatten(0, (len(prompts), count)).mean(1)
 
     def _logits(self, images_NCTHW, ids_NL, where_NR) -> torch.Tensor:
-        """Return (N, 1, 2): mean and spread of the preference, read at the reward token."""
+        """Return (N, 1, 2): mean and log spread of the preference, read at the reward token."""
         return self.vlm(self.vlm.fit(images_NCTHW, PIXELS, PIXELS), ids_NL, where_NR)
 
 

@@ -11,6 +11,12 @@ from rlhf.config import RewardGradientConfig
 
 # The projections of SD3's joint attention: of the video's tokens, and of the text's.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+LAYER_SETS = {"attention": ATTENTION, "all-linear": [*ATTENTION, "net.0.proj", "net.2"]}  # net: of a feed-forward layer
+
+
+def target_layers(names: list[str] | None) -> list[str]:
+    """Return the ends of the adapted layers' names, with those of `LAYER_SETS` in place of sets."""
+    return list(dict.fromkeys(end for name in names or ["attention"] for end in LAYER_SETS.get(name, [name])))
 
 
 def lora_config(args: RewardGradientConfig) -> LoraConfig:
@@ -18,7 +24,7 @@ def lora_config(args: RewardGradientConfig) -> LoraConfig:
     return LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_rank if args.lora_alpha is None else args.lora_alpha,
-        target_modules=args.lora_target_modules or ATTENTION,
+        target_modules=target_layers(args.lora_target_modules),
         use_dora=args.lora_use_dora,
         rank_pattern=args.lora_rank_pattern or {},
         alpha_pattern=args.lora_alpha_pattern or {},

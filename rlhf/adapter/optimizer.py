@@ -1,5 +1,7 @@
 """AdamW on the master weights, its learning rate, and gradient clipping."""
 
+import math
+
 import torch
 
 from rlhf.config import RewardGradientConfig
@@ -16,12 +18,16 @@ def make_optimizer(vector: torch.Tensor, args: RewardGradientConfig) -> torch.op
 def learning_rate(step: int, args: RewardGradientConfig) -> float:
     """Return the learning rate of optimizer step `step`, from 0.
 
-    It rises linearly for warmup_steps, then stays or falls linearly to 0 at max_steps.
+    It rises linearly for warmup_steps, then stays or falls to 0 at max_steps, linearly or along
+    half a cosine.
     """
     warm_up = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
     if args.lr_scheduler_type == "constant":
         return args.learning_rate * warm_up
-    return args.learning_rate * min(warm_up, (args.max_steps - step) / max(1, args.max_steps - args.warmup_steps))
+    left = min(1.0, (args.max_steps - step) / max(1, args.max_steps - args.warmup_steps))
+    if args.lr_scheduler_type == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return args.learning_rate * min(warm_up, left)
 
 
 def clip_gradient(gradient: torch.Tensor, norm: float, limit: float) -> None:

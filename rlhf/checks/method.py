@@ -53,6 +53,18 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
             f"num_grad_steps={args.num_grad_steps} and jump_steps={early} leave too few steps: a rollout may jump to "
             f"x0 after {steps - early + 1} of num_inference_steps={steps}; lower one of the first two"
         )
+    if args.method == "leap_align" and steps < 2:
+        expected = "expected at least 2, since it leaps twice"
+        yield f"num_inference_steps: got {steps} with method leap_align, {expected}; raise it"
+    if (visited := getattr(options, "adjoint_steps", None) or 1) > steps:
+        got = f"adjoint_steps={visited} exceeds num_inference_steps={steps}"
+        yield f"method_kwargs: {got}, expected at most that; lower it"
+    if args.method == "adjoint_matching" and args.drift_weight:
+        expected = "expected 0: reward_scale already weighs the distance from the base"
+        yield f"drift_weight: got {args.drift_weight} with method adjoint_matching, {expected}; leave it out"
+    if options.weight_perturbation and args.sampling_weights != "own":
+        got = f"got {options.weight_perturbation} with sampling_weights {args.sampling_weights}"
+        yield f"weight_perturbation: {got}, expected own, which is moved with the adapter; change one of the two"
     if args.method == "listed":
         listed = options.steps or []
         if not listed or len(set(listed)) < len(listed) or not all(0 <= i < steps for i in listed):
@@ -73,8 +85,10 @@ def _group_problems(args, options: MethodOptions) -> Iterator[str]:
         yield f"method_kwargs: num_levels: got {options.num_levels}, {expected}; lower it"
     if args.method not in SCORES_ALONE:
         return
-    for name, default in (("balance_reward_gradients", False), ("sampling_weights", "own"), ("drift_weight", 0)):
-        if (got := getattr(args, name)) != default:
+    unread = ((args, "balance_reward_gradients"), (args, "sampling_weights"), (args, "drift_weight"))
+    for given, name in (*unread, (options, "reward_perturbation")):
+        got, default = getattr(given, name), getattr(type(given), name)
+        if got != default:
             expected = f"expected {default}"
             yield f"{name}: got {got} with method {args.method}, which does not read it, {expected}; leave it out"
 
@@ -134,16 +148,17 @@ def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None"
 
 def _target_problems(args, layers: list[str]) -> Iterator[str]:
     """Yield a problem for each name or pattern that fits no linear layer."""
-    from rlhf.adapter.lora import ATTENTION
+    from rlhf.adapter.lora import LAYER_SETS, target_layers
 
     ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
     ends |= {end.split(".", 1)[-1] for end in ends}
-    for target in args.lora_target_modules or []:
+    for target in target_layers(args.lora_target_modules):
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
             cure = f"did you mean {near[0]!r}?" if near else "correct it"
-            yield f"lora_target_modules: got {target!r}, expected the end of a linear layer's name such as to_q; {cure}"
-    targets = tuple(f".{name}" for name in args.lora_target_modules or ATTENTION)
+            expected = f"expected the end of a linear layer's name such as to_q, or {' or '.join(LAYER_SETS)}"
+            yield f"lora_target_modules: got {target!r}, {expected}; {cure}"
+    targets = tuple(f".{name}" for name in target_layers(args.lora_target_modules))
     adapted = [name for name in layers if f".{name}".endswith(targets)]
     for setting in ("lora_rank_pattern", "lora_alpha_pattern"):
         for pattern in getattr(args, setting) or {}:

@@ -61,6 +61,12 @@ def _mix_problems(args, trained: list[str]) -> Iterator[str]:
     yield from _unknown_rewards("reward_targets", targets, trained)
     for name in caps.keys() & targets.keys():
         yield f"reward_caps and reward_targets: got {name!r} in both, expected one of them; leave one out"
+    weights = args.reward_weights or [1.0] * len(trained)
+    if args.reward_mix == "min" and sum(weight != 0 for weight in weights) < 2:
+        expected = "expected at least two that are trained on"
+        yield f"reward_mix: got min with the rewards {', '.join(trained)}, {expected}; leave it out, or add one"
+    if args.reward_mix == "min" and any(weight < 0 for weight in weights):
+        yield f"reward_mix: got min with reward_weights {weights}, expected none below 0; correct them"
     if args.calibrate_rewards == 1:
         yield "calibrate_rewards: got 1, expected 0 or at least 2, since one video has no spread; raise it"
     if args.calibrate_rewards and not args.normalise_rewards:

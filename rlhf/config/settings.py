@@ -25,7 +25,19 @@ SAMPLING_KEYS = (
     "negative_prompt",
     "max_sequence_length",
 )
-Method = Literal["draft_k", "draft_lv", "alignprop", "uniform", "listed", "drtune", "refl", "srpo", "nft"]
+Method = Literal[
+    "draft_k",
+    "draft_lv",
+    "alignprop",
+    "uniform",
+    "listed",
+    "drtune",
+    "refl",
+    "srpo",
+    "leap_align",
+    "adjoint_matching",
+    "nft",
+]
 GuidanceGradient = Literal["full", "text", "none", "distill"]
 METHODS, GUIDANCE_GRADIENTS = typing.get_args(Method), typing.get_args(GuidanceGradient)
 RANGE_WORDS = {"least": "at least", "above": "more than", "most": "at most", "below": "less than"}
@@ -170,6 +182,9 @@ class RewardGradientConfig:
     balance_reward_gradients: bool = setting(
         False, "Scale each reward's pixel gradient to length 1 before it is weighted."
     )
+    reward_mix: Literal["sum", "min"] = setting(
+        "sum", "Total of several rewards: their weighted sum, or the lowest of them, each times its weight."
+    )
     eval_reward_funcs: list[str] = setting([], "Rewards that only evaluate; they need no gradient.")
 
     # Sampling. Each setting defaults to the model's own value.
@@ -285,7 +300,9 @@ class RewardGradientConfig:
         None, "LoRA alpha: the adapter is scaled by alpha / r. Default: the rank.", least=1, most=65536
     )
     lora_target_modules: list[str] | None = setting(
-        None, "Ends of names of the adapted layers. Default: the eight attention projections."
+        None,
+        "Ends of names of the adapted layers; or attention (the eight projections) or all-linear (these and the "
+        "feed-forward layers). Default: attention.",
     )
     lora_use_dora: bool = setting(False, "Train the magnitudes, too (DoRA, arXiv 2402.09353).")
     lora_rank_pattern: dict[str, int] | str | None = setting(
@@ -311,8 +328,8 @@ class RewardGradientConfig:
 
     # The optimizer, AdamW
     learning_rate: float = setting(1e-4, "Peak learning rate.", least=0, most=10)
-    lr_scheduler_type: Literal["constant", "linear"] = setting(
-        "constant", "After the warm-up: constant, or linear down to 0 at max_steps."
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "After the warm-up: constant, or down to 0 at max_steps, linear or along half a cosine."
     )
     warmup_steps: int = setting(0, "Optimizer steps of the linear warm-up from 0.", least=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay, towards an adapter of 0.", least=0, most=100)

@@ -7,12 +7,12 @@ group, away from one that is worse. Neither the sampler nor its likelihood matte
 Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from rlhf.method.rollout import Velocity
+from rlhf.method.regression import ScoredRollout
 
 LEAST_SPREAD = 1e-4  # added to a group's standard deviation, so that equal scores teach nothing
 
@@ -54,26 +54,12 @@ class NFT:
     beta: float
     clip: float
 
-    def losses(
-        self,
-        x0_BCTHW: torch.Tensor,
-        scores_B: torch.Tensor,
-        noise: Callable[[str], torch.Tensor],
-        tuned: Velocity,
-        old: Velocity,
-    ) -> Iterator[torch.Tensor]:
-        """Yield the loss (B,) of each noise level; back-propagate each at once.
-
-        Args:
-            x0_BCTHW: latents that the old policy sampled.
-            scores_B: their scores, without gradient.
-            noise: purpose -> unit normal noise (B, C, T, H, W), fresh for each level.
-            tuned: the trained velocity, with gradient.
-            old: the old policy's, which changes the weights while it runs.
-        """
-        r_B = optimality(scores_B, self.group_size, self.clip)
+    def losses(self, rollout: ScoredRollout) -> Iterator[torch.Tensor]:
+        """Yield the loss (B,) of each noise level, on its own noise."""
+        x0_BCTHW = rollout.states[-1]
+        r_B = optimality(rollout.scores_B, self.group_size, self.clip)
         for number, sigma in enumerate(self.levels):
-            e = noise(f"level {number}")
+            e = rollout.noise(f"level {number}")
             x = (1 - sigma) * x0_BCTHW + sigma * e
-            v_old = old(x, sigma)  # before there is a graph of the weights
-            yield nft_loss(tuned(x, sigma), v_old, e - x0_BCTHW, r_B, self.beta) / len(self.levels)
+            v_old = rollout.old(x, sigma)  # before there is a graph of the weights
+            yield nft_loss(rollout.tuned(x, sigma), v_old, e - x0_BCTHW, r_B, self.beta) / len(self.levels)

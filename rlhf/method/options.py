@@ -14,7 +14,7 @@ from rlhf.config.coerce import coerce_all
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Options of every method: scores relative to two phrases (arXiv 2509.06942, eq. 8 and 9)."""
+    """Options of every method: relative scores (arXiv 2509.06942, eq. 8, 9), robust gradients."""
 
     relative_words: list[str] | None = setting(
         None,
@@ -22,6 +22,19 @@ class MethodOptions:
         "(1 + k) R(positive) - R(negative). Default: the prompts as they are.",
     )
     relative_strength: float = setting(0.2, "k of relative_words, without unit.", least=0)
+    reward_perturbation: float = setting(
+        0.0,
+        "Take the reward's gradient at a video moved a step against the reward (arXiv 2603.21175), of this root "
+        "mean square over pixel values in [0, 1]. Costs a second scoring. 0: at the video itself.",
+        least=0,
+        below=1,
+    )
+    weight_perturbation: float = setting(
+        0.0,
+        "Take the gradient at an adapter moved this far up the loss (arXiv 2603.21175), as the norm of the step in "
+        "float32 weights. Costs a second gradient. 0: at the adapter itself.",
+        least=0,
+    )
 
     def problems(self) -> list[str]:
         """Return what does not fit together in these options; ranges are checked elsewhere."""
@@ -112,6 +125,40 @@ class NFTOptions(MethodOptions):
     )
 
 
+@dataclass(frozen=True)
+class AdjointMatchingOptions(MethodOptions):
+    """Options of adjoint_matching (arXiv 2605.06583)."""
+
+    adjoint_steps: int | None = setting(
+        None, "Last steps that the adjoint visits and that are trained. Default: all.", least=1
+    )
+    reward_scale: float = setting(
+        1.0,
+        "c, where R - |v - v_base|^2 / (2 c) is to be maximised, a mean over latent elements: the larger, the "
+        "farther from the base.",
+        above=0,
+    )
+
+
+@dataclass(frozen=True)
+class LeapAlignOptions(MethodOptions):
+    """Options of leap_align (arXiv 2604.15311, eq. 9 and 12); the defaults are the paper's."""
+
+    leap_discount: float = setting(
+        0.3,
+        "Factor of the gradient that reaches the first leap through the second one's input. 0: none of it, as "
+        "drtune; 1: all.",
+        least=0,
+        most=1,
+    )
+    leap_tolerance: float = setting(
+        0.1,
+        "Mean distance of a leap from the rollout, per latent element, below which it has full weight. Farther "
+        "leaps weigh less.",
+        above=0,
+    )
+
+
 METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOptions) | {
     "draft_lv": DraftLVOptions,
     "listed": ListedOptions,
@@ -119,6 +166,8 @@ METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOp
     "refl": ReFLOptions,
     "srpo": SRPOOptions,
     "nft": NFTOptions,
+    "adjoint_matching": AdjointMatchingOptions,
+    "leap_align": LeapAlignOptions,
 }
 SCORES_ALONE = ("nft",)  # methods that ask rewards for no gradient
 AUTO_CHOICES = WITH_GRADIENT, WITHOUT_GRADIENT = "draft_k", "nft"  # what method auto becomes

@@ -12,10 +12,13 @@ import torch
 
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.flow import euler_step
+from rlhf.method.adjoint_matching import AdjointMatching
 from rlhf.method.drift import drift_step_weights
 from rlhf.method.grad_steps import choose_grad_steps, draw_below, listed_grad_steps
+from rlhf.method.leap_align import Leaps, draw_leaps
 from rlhf.method.nft import NFT
 from rlhf.method.options import MethodOptions, NFTOptions, SRPOOptions
+from rlhf.method.regression import Regression
 from rlhf.method.rollout import Velocity
 
 
@@ -28,7 +31,8 @@ class Plan:
     detach_input: bool = False  # as in `rollout`
     repeat_last_step: int = 0  # repeats of the last step from fresh noise, each with a gradient
     recoveries: list[tuple[float, float]] = field(default_factory=list)  # Direct-Align's (sigma, step)
-    regression: NFT | None = None  # what is learnt instead of the reward's gradient
+    leaps: Leaps | None = None  # those that carry the gradient in place of steps
+    regression: Regression | None = None  # what is learnt instead of the reward's gradient
     drift_step: int | None = None  # the step at whose state the drift from the base is measured
     drift_total: float = 0.0  # the sum of all steps' drift weights, for which drift_step stands
 
@@ -78,6 +82,11 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
             plan = Plan(sigmas, [], recoveries=draw_recoveries(options, rng))
         case "nft":
             plan = Plan(sigmas, [], regression=draw_regression(options, sigmas, rng))
+        case "adjoint_matching":
+            steps = options.adjoint_steps or num_steps
+            plan = Plan(sigmas, [], regression=AdjointMatching(options.reward_scale, steps))
+        case "leap_align":
+            plan = Plan(sigmas, [], leaps=draw_leaps(options, num_steps, rng))
     return with_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
 
 
@@ -127,16 +136,19 @@ def with_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> 
 
 
 def gradient_samples(
-    window: Velocity, x0_BCTHW: torch.Tensor, noise: Callable[[str], torch.Tensor], plan: Plan
+    window: Velocity, states: list[torch.Tensor | None], noise: Callable[[str], torch.Tensor], plan: Plan
 ) -> Iterator[Sample]:
     """Yield the samples of one rollout, each with its own graph; back-propagate each at once.
 
     Args:
         window: the velocity of steps that carry the gradient.
-        x0_BCTHW: the last state of the rollout, with its graph.
+        states: x_0 .. x_N of the rollout, (B, C, T, H, W) each; x_N has its graph. The list is
+            emptied, since the states of a long video are large.
         noise: purpose -> unit normal noise (B, C, T, H, W); "train" is the rollout's.
         plan: that of the rollout.
     """
+    x0_BCTHW = plan.leaps.connect(window, states, plan.sigmas) if plan.leaps else states[-1]
+    states.clear()
     if not plan.recoveries:
         yield Sample(x0_BCTHW)
     for sigma, step in plan.recoveries:

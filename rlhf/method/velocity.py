@@ -17,6 +17,7 @@ from rlhf.contentv.flow import guided_velocity
 from rlhf.execution.collectives import Group, all_gather, copy_to_group
 from rlhf.method.adjoint import CheckpointedTransformer
 from rlhf.method.plan import Plan
+from rlhf.method.regression import VelocityVJP
 from rlhf.method.rollout import Velocity
 from rlhf.types import Conditioning
 
@@ -58,6 +59,7 @@ class VelocityFields:
         self.transformer, self.masters, self.guidance = transformer, masters, guidance
         self.guidance_group = guidance_group
         self.trained = CheckpointedTransformer(transformer, masters.params) if checkpoint_steps else transformer
+        self.frozen = CheckpointedTransformer(transformer, ()) if checkpoint_steps else transformer
         self.copy = Float8Copy(transformer) if sampling_weights == "float8" else None
 
     def base(self, cond: Conditioning) -> Velocity:
@@ -67,6 +69,16 @@ class VelocityFields:
     def tuned(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the current model for sampling without gradient."""
         return self._field(self.transformer, cond, self._sampling_gradient)
+
+    def old(self, cond: Conditioning) -> Velocity:
+        """Return the velocity of the old policy, without gradient."""
+
+        @torch.no_grad()
+        def old(x, sigma):
+            with self.masters.use(self.masters.old):
+                return self.tuned(cond)(x, sigma)
+
+        return old
 
     def prefix(self, cond: Conditioning, plan: Plan) -> Velocity:
         """Return the velocity of one rollout's no-grad steps: `tuned` or a cheaper one."""
@@ -80,6 +92,20 @@ class VelocityFields:
     def window(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the current model for steps that carry the gradient."""
         return self._field(self.trained, cond, self.guidance.gradient)
+
+    def base_vjp(self, cond: Conditioning) -> VelocityVJP:
+        """Return the base's velocity with its vector-Jacobian product at a state."""
+        velocity = self._field(self.frozen, cond)
+
+        # The backward pass, too, must find the adapter disabled: blocks may be recomputed in it.
+        @disable_adapter(self.transformer)
+        def base_vjp(x, sigma, a):
+            with torch.set_grad_enabled(a is not None):
+                x = x.detach().requires_grad_(a is not None)
+                v = velocity(x, sigma)
+                return v.detach(), None if a is None else torch.autograd.grad(v, x, a)[0]
+
+        return base_vjp
 
     def refresh(self) -> None:
         """Bring the sampling copy up to date after an optimizer step."""

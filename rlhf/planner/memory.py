@@ -17,13 +17,14 @@ from rewards.load import split_spec
 from rlhf.config import RewardGradientConfig
 from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.planner.reward_costs import decoded_frames, reward_cost, scored_frames
-from rlhf.planner.traced import TracedCall, TracedModel, max_grad_steps
+from rlhf.planner.traced import TracedCall, TracedModel, max_graphs
 
 ENCODING = "encoding prompts"
 # Bytes of one trained parameter.
 MASTER_BYTES = 8  # float32 master weight and gradient
 MOMENT_BYTES = 8  # AdamW's two float32 moments
 EMA_BYTES = 4
+MOVED_BYTES = 8  # the moved and the former masters of `weight_perturbation`
 NOT_FLOAT8 = (".norm", "lora_", "base_layer")  # parts of names of linear layers
 
 
@@ -102,7 +103,7 @@ def plan_memory(
     branch = model.transformer_call(args, batch * branches_per_batch(args))
     decoder = model.decoder_call(args, batch, rewards.decoded_frames)
     # Graphs of transformer calls that exist at once without `stepwise_backward`.
-    num_graphs = max(1, max_grad_steps(args)) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
+    num_graphs = max_graphs(args) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
     # With `stepwise_backward` each graph is built when its backward pass begins.
     waiting_graphs = 0 if args.stepwise_backward else num_graphs * branch.saved_bytes
     other_graphs = 0 if args.stepwise_backward else (num_graphs - 1) * branch.saved_bytes
@@ -153,8 +154,10 @@ def _evaluation_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> dict[str, int]:
     """Return the bytes that one rank holds all the time, by part."""
     itemsize = model.itemsize
-    averages = bool(args.ema_decay) + hasattr(read_options(args.method, args.method_kwargs), "old_decay")
+    options = read_options(args.method, args.method_kwargs)
+    averages = bool(args.ema_decay) + hasattr(options, "old_decay")
     trained_bytes = MASTER_BYTES + MOMENT_BYTES + averages * EMA_BYTES
+    trained_bytes += MOVED_BYTES if options.weight_perturbation else 0
     held = {
         "transformer": _base_bytes(model, args),
         "adapter and optimizer": model.adapter_bytes + model.num_trained * trained_bytes,

@@ -73,14 +73,24 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
     """Return how often a step calls the transformer; the maximum, where the method draws steps."""
     draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
     levels = getattr(read_options(args.method, args.method_kwargs), "num_levels", 0)  # each by both policies
+    leaps, adjoint = 2 * (args.method == "leap_align"), _adjoint_steps(args)
     has_drift, window = bool(args.drift_weight), max_grad_steps(args)
-    grad_steps = window + draws + levels + has_drift
+    # The adjoint takes the base's gradient at all of its steps but the first, where it ends.
+    grad_steps = window + draws + levels + leaps + adjoint + max(0, adjoint - 1) + has_drift
     branches = 1 if args.guidance_gradient == "distill" else branches_per_rank(args)
     grad_branches = grad_branches_per_rank(args)
-    constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * (levels + has_drift)
+    no_grad = levels + has_drift + (adjoint > 0)
+    constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * no_grad
     prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
     prefix = prefix_steps + (branches - 1) * math.ceil(prefix_steps / args.guidance_every)
     return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps)
+
+
+def _adjoint_steps(args: RewardGradientConfig) -> int:
+    """Return the steps at which adjoint_matching trains; 0 for another method."""
+    if args.method != "adjoint_matching":
+        return 0
+    return read_options(args.method, args.method_kwargs).adjoint_steps or args.num_inference_steps
 
 
 def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds, rates: Rates) -> dict[str, float]:
@@ -106,9 +116,10 @@ def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNee
         "sampling": (calls.prefix + calls.constant) / branches_per_batch(args) * no_grad,
         "gradient window": calls.with_gradient / branches_per_batch(args) * window,
         "decode": videos * seconds(decoder, rates),
-        "reward": videos * scoring * (2 if options.relative_words else 1),
+        "reward": videos * scoring * (2 if options.relative_words else 1) * (2 if options.reward_perturbation else 1),
     }
-    phases = {name: args.gradient_accumulation_steps * seconds for name, seconds in phases.items()}
+    repeats = args.gradient_accumulation_steps * (2 if options.weight_perturbation else 1)
+    phases = {name: repeats * seconds for name, seconds in phases.items()}
     gradient_bytes = 2 * 4 * model.num_trained  # all-reduced in float32, in two passes of a ring
     sending = _share_of_others(gradient_bytes, model.processes) / rates.peer_bandwidth
     update = model.num_trained * ADAM_BYTES / rates.memory_bandwidth

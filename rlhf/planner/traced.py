@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
 
-from rlhf.adapter.lora import add_adapter, lora_config
+from rlhf.adapter.lora import LAYER_SETS, add_adapter, lora_config
 from rlhf.config import RewardGradientConfig
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.contentv.wan_decoder import decode_video
@@ -89,7 +89,8 @@ class TracedModel:
     def _short_transformers(self) -> list[SD3Transformer3DModel]:
         """Transformers of three and four blocks; the whole one if blocks differ."""
         args, num_blocks = self.args, self.transformer.config.num_layers
-        blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or args.lora_target_modules
+        named_layers = set(args.lora_target_modules or []) - set(LAYER_SETS)
+        blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or named_layers
         if blocks_differ or num_blocks <= TRACED_BLOCKS:
             return [self.transformer]
         config, dtype = self.card["transformer"], self.transformer.dtype
@@ -147,7 +148,7 @@ class TracedModel:
         """Trace one call of the transformer on a batch."""
         # All but the first step of a window pass a gradient on to the step before; DRTune detaches
         # it.
-        to_latents = max_grad_steps(args) > 1 and args.method != "drtune"
+        to_latents = max_graphs(args) > 1 and args.method != "drtune"
         settings = [getattr(args, name) for name in TRANSFORMER_SETTINGS]
 
         def trace(model: SD3Transformer3DModel) -> TracedCall:
@@ -239,8 +240,14 @@ def max_grad_steps(args: RewardGradientConfig) -> int:
     """Return the largest number of rollout steps that carry the gradient."""
     options = read_options(args.method, args.method_kwargs)
     listed = getattr(options, "steps", None) or []
-    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1, "srpo": 0, "nft": 0}
+    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1}
+    by_method |= dict.fromkeys(("srpo", "leap_align", "adjoint_matching", "nft"), 0)
     return by_method.get(args.method, args.num_grad_steps)
+
+
+def max_graphs(args: RewardGradientConfig) -> int:
+    """Return the largest number of velocities of a batch whose graphs exist at once."""
+    return 2 if args.method == "leap_align" else max(1, max_grad_steps(args))
 
 
 def trace_call(

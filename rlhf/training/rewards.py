@@ -123,4 +123,5 @@ def mix_rewards(opened: dict[str, Callable], count: int, args: RewardGradientCon
         args.reward_caps,
         args.reward_targets,
         args.balance_reward_gradients,
+        lowest=args.reward_mix == "min",
     )

@@ -1,5 +1,6 @@
 """AdamW on the masters: its settings, its learning rate, the limit of its gradient."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,10 @@ def test_learning_rate_warms_up_then_stays_or_falls():
     assert [learning_rate(step, args) for step in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     args.lr_scheduler_type = "linear"
     assert [learning_rate(step, args) for step in (0, 3, 4, 7, 9)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 1 / 6])
+    args.lr_scheduler_type = "cosine"
+    halves = [0.25, 1.0, 1.0, 0.5, (1 - math.cos(math.pi / 6)) / 2]  # after the warm-up 3 of 6 steps, 5 of 6
+    assert [learning_rate(step, args) for step in (0, 3, 4, 7, 9)] == pytest.approx(halves)
+    args.lr_scheduler_type = "linear"
     args.warmup_steps = 0
     assert learning_rate(0, args) == 1.0
     args.warmup_steps = 10

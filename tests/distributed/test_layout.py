@@ -43,7 +43,12 @@ EVERYTHING = {  # drift, an average, draws of the method, an evaluation on the w
     "max_steps": 2,
 }
 CHEAPER = {"guidance_every": 2, "num_grad_steps": 1, "max_steps": 2}
+ADJOINT = {"method": "adjoint_matching", "num_grad_steps": 1, "max_steps": 2}
+LEAPS = {"method": "leap_align", "num_grad_steps": 1, "max_steps": 2}
 OTHERS = {
+    "leaps": LEAPS | {"per_device_train_batch_size": 2},
+    "adjoint": ADJOINT | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
+    "adjoint of parts": ADJOINT | {"per_device_train_batch_size": 4, "sequence_parallel": 2} | RECOMPUTING,
     "cheaper": CHEAPER | {"per_device_train_batch_size": 4, "sequence_parallel": 2},
     "everything": EVERYTHING | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "broken": {"reward": "broken", "per_device_train_batch_size": 2, "max_skipped_steps": 1, "max_steps": 4},
@@ -119,6 +124,17 @@ def test_two_processes_do_everything_as_one_does(of_two, tmp_path):
     for row, other in zip(rows, expected, strict=True):
         row |= {name: other[name] for name in COST}
         assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "settings"), [(["leaps"], LEAPS), (["adjoint", "adjoint of parts"], ADJOINT)], ids=["leaps", "adjoint"]
+)
+def test_methods_with_gradients_of_their_own_train_on_two_processes_as_on_one(of_two, tmp_path, names, settings):
+    alone = many_runs.run(tmp_path / "run", settings | {"per_device_train_batch_size": 4})
+    for name in names:
+        for gradient, expected in zip(of_two[name][0]["gradients"], alone["gradients"], strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(of_two[name][0]["weights"], alone["weights"], rtol=0, atol=1e-6)
 
 
 def test_a_cheaper_prefix_on_several_processes_is_that_of_one(of_two, tmp_path):

@@ -40,6 +40,8 @@ CURVES = {
     "drtune": {"method": "drtune", "num_grad_steps": 2, "method_kwargs": {"jump_steps": 2}},
     "refl": {"method": "refl", "method_kwargs": {"jump_steps": 2}},
     "srpo": {"method": "srpo"},
+    "leap_align": {"method": "leap_align"},
+    "adjoint_matching": {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}},
     "nft": {"method": "nft", "per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}},
     "guidance_text": {"num_grad_steps": 2, "guidance_gradient": "text"},
     # At 1e-3 it meets a kink of the reward, where rounding moves a gradient by a tenth.

@@ -12,6 +12,7 @@ from toy_rewards import redness, rows_without_cost
 from rewards import RewardError
 from rlhf.config import ConfigError
 from rlhf.method.nft import NFT, advantages, nft_loss, optimality
+from rlhf.method.regression import ScoredRollout
 from rlhf.method.velocity import velocity_field
 
 GROUPS = {"method": "nft", "method_kwargs": {"group_size": 2, "num_levels": 2}}
@@ -77,7 +78,7 @@ def test_its_gradient_on_the_tiny_model_is_that_of_autograd_and_finite_differenc
             return tuned(x, sigma)
 
     def losses():
-        return nft.losses(x0, scores, noises.__getitem__, tuned, old)
+        return nft.losses(ScoredRollout([x0], SIGMAS, scores, None, noises.__getitem__, tuned, old, None))
 
     for loss in losses():
         loss.mean().backward()

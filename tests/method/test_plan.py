@@ -1,6 +1,7 @@
 """Every method's gradient: in closed form on a toy, by a written-out adjoint on the tiny model."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from problem import GUIDANCE, SIGMAS, Problem
 from rlhf.config import METHODS, RewardGradientConfig
 from rlhf.device import generator
 from rlhf.method.drift import drift_step_weights
+from rlhf.method.leap_align import Leaps
 from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.method.plan import Plan, gradient_samples, make_plan, recover
 from rlhf.method.rollout import rollout
 from rlhf.method.velocity import velocity_field
 
-GRADIENT_METHODS = tuple(method for method in METHODS if method not in SCORES_ALONE)
+GRADIENT_METHODS = tuple(method for method in METHODS if method not in (*SCORES_ALONE, "adjoint_matching"))
 TEN_STEPS = torch.linspace(1, 0, 11, dtype=torch.float64)
 SETTINGS = {
     "draft_k": {"num_grad_steps": 3},
@@ -25,6 +27,7 @@ SETTINGS = {
     "drtune": {"num_grad_steps": 2, "method_kwargs": {"jump_steps": 2}},
     "refl": {"method_kwargs": {"jump_steps": 2}},
     "srpo": {"method_kwargs": {"num_draws": 4, "align_sigmas": [0.4, 0.6], "align_delta": 0.1}},
+    "leap_align": {"method_kwargs": {"leap_tolerance": 0.01}},
 }
 
 
@@ -36,7 +39,7 @@ def plan_of(method: str, sigmas=SIGMAS, draw: int = 0, **settings) -> Plan:
 def samples_of(velocity, noise, plan: Plan):
     """The samples of a rollout by one velocity, in both phases."""
     states = rollout(velocity, velocity, noise("train"), plan.sigmas, plan.grad_steps, plan.detach_input)
-    return gradient_samples(velocity, states[-1], noise, plan)
+    return gradient_samples(velocity, states, noise, plan)
 
 
 def test_every_method_is_tested_here():
@@ -49,9 +52,9 @@ def test_every_method_is_tested_here():
 @pytest.mark.parametrize("method", GRADIENT_METHODS)
 def test_a_plan_comes_from_its_draw_alone(method):
     plans = [plan_of(method, TEN_STEPS, draw) for draw in (3, 3, *range(40))]
-    described = [(p.grad_steps, p.sigmas.tolist(), p.recoveries, p.drift_step) for p in plans]
+    described = [(p.grad_steps, p.sigmas.tolist(), p.recoveries, p.leaps, p.drift_step) for p in plans]
     assert described[0] == described[1]
-    random = method in ("alignprop", "uniform", "drtune", "refl", "srpo")
+    random = method in ("alignprop", "uniform", "drtune", "refl", "srpo", "leap_align")
     assert any(d != described[0] for d in described) == random
     for plan in plans:
         assert plan.sigmas[0] == 1
@@ -166,6 +169,13 @@ def toy_closed_form(plan: Plan) -> float:
         start = sigma - step
         state = (1 - start) * states[-1] + start * X
         total += (-1 if step > 0 else 1) * step * toy_rate(start) * state / (1 - sigma)
+    if leaps := plan.leaps:
+        (x_k, s_k), (x_j, s_j) = ((states[i], sigmas[i]) for i in (leaps.start, leaps.middle))
+        far_j = abs(x_k - (s_k - s_j) * THETA * toy_rate(s_k) * x_k - x_j)
+        far_0 = abs(x_j - s_j * THETA * toy_rate(s_j) * x_j - states[-1])
+        moved_j = -(s_k - s_j) * toy_rate(s_k) * x_k
+        moved_0 = moved_j - s_j * toy_rate(s_j) * (x_j + leaps.discount * THETA * moved_j)
+        total += 0.02 / (max(far_j, 0.01) + max(far_0, 0.01)) * moved_0
     return total / plan.num_samples
 
 
@@ -214,9 +224,8 @@ class Adjoint:
     @torch.no_grad()
     def states(self, sigmas) -> list[torch.Tensor]:
         states = [self.p.noise]
-        for i in range(len(sigmas) - 1):
-            v = sum(self.velocity(states[-1], sigmas[i], *branch) for branch in self.branches())
-            states.append(states[-1] + (sigmas[i + 1] - sigmas[i]) * v)
+        for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+            states.append(self.euler(states[-1], sigma, after))
         return states
 
     def pull(self, x, sigma, cotangent) -> torch.Tensor:
@@ -249,13 +258,22 @@ class Adjoint:
             x = (1 - start) * states[-1] + start * self.p.noise
             back = lambda x, sigma=sigma: (x - sigma * self.p.noise) / (1 - sigma)
             self.recovered(x, start, sigma, back, (-1 if step > 0 else 1) / (1 - sigma))
+        if leaps := plan.leaps:
+            x_k, x_j, (s_k, s_j) = states[leaps.start], states[leaps.middle], sigmas[[leaps.start, leaps.middle]]
+            far = (self.euler(x_k, s_k, s_j) - x_j), (self.euler(x_j, s_j, sigmas[-1]) - states[-1])
+            weight = 2 / sum((d.abs().flatten(1).mean(1) / leaps.tolerance).clamp(min=1) for d in far)
+            adjoint = weight.view(-1, 1, 1, 1, 1) * self.of_loss(states[-1])
+            adjoint = adjoint + leaps.discount * self.pull(x_j, s_j, -s_j * adjoint)
+            self.pull(x_k, s_k, (s_j - s_k) * adjoint)
         return self.p.collect() / plan.num_samples
+
+    @torch.no_grad()
+    def euler(self, x, sigma, sigma_next) -> torch.Tensor:
+        return x + (sigma_next - sigma) * sum(self.velocity(x, sigma, *branch) for branch in self.branches())
 
     def recovered(self, x, sigma, sigma_next, back, scale) -> None:
         """One Euler step from x, made a video by `back` of derivative `scale` up to the sign."""
-        with torch.no_grad():
-            v = sum(self.velocity(x, sigma, *branch) for branch in self.branches())
-        adjoint = self.of_loss(back(x + (sigma_next - sigma) * v))
+        adjoint = self.of_loss(back(self.euler(x, sigma, sigma_next)))
         self.pull(x, sigma, (sigma_next - sigma) * scale * adjoint)
 
 
@@ -310,3 +328,46 @@ def test_the_last_step_is_drawn_again_at_its_own_noise_level(problem):
     assert {sigma.item() for _, sigma in seen[2:]} == {0.3}
     torch.testing.assert_close(again.mean(0), 0.7 * problem.noise, atol=0.08, rtol=0)
     assert again.std(0).mean().item() == pytest.approx(0.3, rel=0.01)
+
+
+# ---------------------------------------- leaps
+
+
+def leap_gradient(problem: Problem, start: int, middle: int, discount: float) -> torch.Tensor:
+    plan = Plan(SIGMAS, [], leaps=Leaps(start, middle, discount, tolerance=100.0))  # with full weight
+    return method_gradient(problem, plan)
+
+
+def test_leaps_of_one_step_are_the_last_steps_themselves(problem):
+    """The whole gradient of DRaFT-K with discount 1, and DRTune's with 0."""
+    for discount, detach in ((1.0, False), (0.0, True)):
+        same = method_gradient(problem, Plan(SIGMAS, [1, 2], detach_input=detach))
+        torch.testing.assert_close(leap_gradient(problem, 1, 2, discount), same, rtol=1e-9, atol=1e-12)
+
+
+def test_without_discount_the_gradient_is_the_finite_difference_of_two_leaps(problem):
+    """Over several steps, from the rollout's own states, which stay where they are."""
+    p, velocity = problem, velocity_field(problem.transformer, problem.cond, GUIDANCE)
+    states = rollout(velocity, velocity, p.noise, SIGMAS, [])
+    gradient = leap_gradient(p, 0, 1, discount=1.0)
+    direction = torch.randn(gradient.shape, generator=generator("leaps"), dtype=torch.float64)
+
+    @torch.no_grad()
+    def ends(shift: float, x_j) -> tuple:
+        p.masters.set(p.masters.vector + shift * direction)
+        leap_j = states[0] + (SIGMAS[1] - SIGMAS[0]) * velocity(states[0], SIGMAS[0])
+        leap_0 = x_j(leap_j) - SIGMAS[1] * velocity(x_j(leap_j), SIGMAS[1])
+        p.masters.set(p.masters.vector - shift * direction)
+        return leap_j, leap_0
+
+    before_j, before_0 = ends(0.0, lambda leap_j: states[1])
+    moved = lambda shift: ends(shift, lambda leap_j: states[1] + leap_j - before_j)[1] - before_0
+    difference = sum(sign * p.loss(states[-1] + moved(sign * 1e-5)).item() for sign in (1, -1)) / 2e-5
+    assert difference == pytest.approx((gradient @ direction).item(), rel=1e-6)
+
+
+def test_leaps_start_at_any_two_steps_alike():
+    drawn = [plan_of("leap_align", TEN_STEPS, draw).leaps for draw in range(900)]
+    counts = Counter((leaps.start, leaps.middle) for leaps in drawn)
+    assert set(counts) == {(k, j) for j in range(10) for k in range(j)}
+    assert min(counts.values()) >= 5

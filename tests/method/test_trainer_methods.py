@@ -25,6 +25,8 @@ ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
             "anchor_steps": 2,
         },
         {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}, "guidance_gradient": "text"},
+        {"method": "leap_align", "drift_weight": 0.1},
+        {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}},
     ],
 )
 def test_accumulated_batches_equal_one_large_batch_with_every_method(make_args, tmp_path, settings):
@@ -105,3 +107,34 @@ def test_dora_trains_in_the_loop(make_args):
     train(args)
     assert rows_without_cost(args)[1]["drift"] > 0
     assert adapter(args).isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "adjoint_matching"}])
+def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_args, tmp_path, settings):
+    """Two plain gradients, the second at the moved adapter, are one robust one."""
+
+    def trainer(name, **more):
+        args = make_args(output_dir=str(tmp_path / name), method_kwargs=more, **settings)
+        made = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
+        noise = torch.randn(made.masters.vector.shape, generator=torch.Generator().manual_seed(0))
+        made.masters.set(0.1 * noise)
+        made._update = lambda step, norm: gradients.append(made.masters.vector.grad.clone())
+        return made
+
+    gradients = []
+    robust, plain = trainer("robust", weight_perturbation=0.3), trainer("plain")
+    before = robust.masters.vector.detach().clone()
+    row = robust.step(0)
+    assert torch.equal(robust.masters.vector, before)
+    assert torch.equal(robust.masters.params[0].flatten(), before[: robust.masters.params[0].numel()])
+    expected = plain.step(0)
+    assert row["reward"] == expected["reward"], "what is logged is of the adapter itself"
+    first = gradients[-1]
+    plain.masters.vector.grad.zero_()
+    plain.masters.set(before + 0.3 * first / first.norm())
+    moved = plain.step(0)
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-4, atol=1e-6)
+    assert row["grad_norm"] == pytest.approx(moved["grad_norm"], rel=1e-5)
+    assert (gradients[2] - first).norm() > 0.01 * first.norm()
+    if not settings:
+        assert moved["loss"] > expected["loss"], "it is the worse adapter"

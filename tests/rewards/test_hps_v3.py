@@ -61,7 +61,9 @@ def test_the_score_equals_transformers(published, make):
     at_token = hidden[ids == tokenizer.convert_tokens_to_ids("<|Reward|>")]
     x = (at_token @ head["rm_head.0.weight"].T + head["rm_head.0.bias"]).clamp(min=0)
     x = (x @ head["rm_head.3.weight"].T + head["rm_head.3.bias"]).clamp(min=0)
-    expected = (x @ head["rm_head.5.weight"].T + head["rm_head.5.bias"])[:, 0]
+    expected, log_spread = (x @ head["rm_head.5.weight"].T + head["rm_head.5.bias"]).unbind(1)
+    unsure = make(uncertainty=1.5)(video, PROMPTS)
+    torch.testing.assert_close(unsure, expected - 1.5 * log_spread.exp(), atol=1e-5, rtol=1e-5)
     got = make()(video, PROMPTS)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert got.diff().abs() > 1e-3

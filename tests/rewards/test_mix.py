@@ -39,6 +39,16 @@ def test_the_total_is_the_weighted_sum_and_the_breakdown_is_raw(video):
     torch.testing.assert_close(grad, torch.full_like(grad, -3.0 / video[0].numel()))
 
 
+def test_the_lowest_reward_of_each_video_is_its_total(video):
+    rewards = {"a": Mean(1.0), "b": lambda video, prompts, **info: video[:, 0].mean((1, 2, 3)), "told": Mean(-9.0)}
+    total, breakdown = RewardMix(rewards, [1.0, 2.0, 0.0], lowest=True)(video, PROMPTS)
+    torch.testing.assert_close(total, torch.minimum(breakdown["a"], 2 * breakdown["b"]))
+    grad = torch.autograd.grad(total.sum(), video)[0]
+    for i in range(2):
+        is_a = breakdown["a"][i] < 2 * breakdown["b"][i]
+        assert (grad[i, 1].abs().sum() > 0) == is_a, "the other reward has no say"
+
+
 def test_weights_default_to_one(video):
     total, _ = RewardMix({"a": Mean(1.0), "b": Mean(2.0)})(video, PROMPTS)
     torch.testing.assert_close(total, 3.0 * video.mean(dim=(1, 2, 3, 4)))

@@ -97,8 +97,8 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
     plan = make_plan(args, trainer.options, sigmas, generator("method", args.seed, 1))
     i, loss, rewards = plan.drift_step, 0.0, []
     if not args.anchor_steps:
-        latents = rollout(tuned, tuned, batch.noise("train"), plan.sigmas, plan.grad_steps)[-1]
-        for sample in gradient_samples(tuned, latents, batch.noise, plan):
+        states = rollout(tuned, tuned, batch.noise("train"), plan.sigmas, plan.grad_steps)
+        for sample in gradient_samples(tuned, states, batch.noise, plan):
             rewards.append(redness(decode_video(trainer.pipe.vae, sample.latents), batch.prompts).mean())
             loss = loss + (rewards[-1] if sample.penalty else -rewards[-1]) / 2
     state = sample_euler(base if args.anchor_steps else tuned, batch.noise("train"), sigmas[: i + 1])[-1]
