@@ -228,7 +228,7 @@ class RewardGradientTrainer:
         batch, with_gradient = self.batches.batch(step, micro), self.args.method not in SCORES_ALONE
         cond, fields = self.text(batch.prompts, self.device), self.fields
         with self.masters.use(self.masters.old):
-            states = sample_euler(fields.prefix(cond, plan), batch.noise("train"), plan.sigmas)
+            states = plan.regression.sample(fields.prefix(cond, plan), batch.noise, plan.sigmas)
         with torch.set_grad_enabled(with_gradient):
             sample = Sample(states[-1].requires_grad_(with_gradient))
             scores_B, scored = self._score(sample, batch.prompts, step)

@@ -37,6 +37,7 @@ Method = Literal[
     "leap_align",
     "adjoint_matching",
     "nft",
+    "flow_grpo",
 ]
 GuidanceGradient = Literal["full", "text", "none", "distill"]
 METHODS, GUIDANCE_GRADIENTS = typing.get_args(Method), typing.get_args(GuidanceGradient)
