@@ -109,11 +109,12 @@ class FlowGRPO(Regression):
         advantages_B = advantages(rollout.scores_B, self.group_size).clamp(-self.clip, self.clip)
         num_stochastic = len(sigmas) - 2
         for i in range(num_stochastic):
-            x, kl_B = states[i], 0.0
+            x = states[i]
             v_base = rollout.base_vjp(x, sigmas[i], None)[0] if self.kl_weight else None
             mean, std = moments(x, rollout.tuned(x, sigmas[i]), sigmas, i, self.level)
+            loss_B = -advantages_B * log_density(states[i + 1], mean, std)
             if self.kl_weight:
                 base_mean, _ = moments(x, v_base, sigmas, i, self.level)
-                kl_B = (mean - base_mean).square().flatten(1).mean(1) / (2 * std**2)
-            loss_B = self.kl_weight * kl_B - advantages_B * log_density(states[i + 1], mean, std)
+                distance_B = (mean - base_mean).square().flatten(1).mean(1)
+                loss_B = loss_B + self.kl_weight * distance_B / (2 * std**2)
             yield loss_B / num_stochastic

@@ -274,6 +274,18 @@ ROWS = [
     Row({"lora_rank_pattern": {"to_qq": 4}}, "got 'to_qq'", "expected the end of an adapted layer's", "correct it"),
     Row({"lora_alpha_pattern": {"to_q(": 4}}, "got 'to_q('", "or a regular expression of it", "correct it"),
     Row(
+        {"method": "flow_grpo", "num_inference_steps": 1, "per_device_train_batch_size": 8},
+        "num_inference_steps: got 1 with method flow_grpo",
+        "expected at least 2, since its last step has no noise",
+        "raise it",
+    ),
+    Row(
+        {"method": "flow_grpo", "guidance_every": 2, "per_device_train_batch_size": 8},
+        "guidance_every: got 2 with method flow_grpo",
+        "expected 1: the velocity that samples",
+        "leave it out",
+    ),
+    Row(
         {"method": "leap_align", "num_inference_steps": 1},
         "num_inference_steps: got 1 with method leap_align",
         "expected at least 2",
