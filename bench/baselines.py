@@ -26,8 +26,8 @@ MAX_ADVANTAGE = 5.0  # as published
 class Policy:
     """Settings of a policy gradient; per_device_train_batch_size is the videos of a rollout."""
 
-    # Videos of one prompt that are compared with each other. 1: all of the batch are, DDPO's rule for
-    # prompts that it has not seen 16 times, which here none is.
+    # Videos of one prompt that are compared with each other. 1: all of the batch are, which is
+    # DDPO's rule for prompts that it has not seen 16 times. Here none is seen so often.
     group_size: int = 8
     noise: str = "cps"  # how a step is made stochastic: a key of MOMENTS
     noise_level: float = 0.7

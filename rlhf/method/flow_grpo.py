@@ -1,4 +1,4 @@
-"""Flow-GRPO: a policy gradient through a stochastic sampler, without the reward's (arXiv 2505.05470).
+"""Flow-GRPO: a policy gradient through a sampler made stochastic (arXiv 2505.05470).
 
 A sampler of a flow that adds fresh noise at each step gives the step a probability density, that of
 a normal distribution. Ascending advantage times log-density makes the steps of better videos more

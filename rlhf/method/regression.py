@@ -36,7 +36,7 @@ class Regression(Protocol):
     def sample(
         self, velocity: Velocity, noise: Callable[[str], torch.Tensor], sigmas: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Return the states x_0 .. x_N of a no-grad rollout; noise and sigmas as `ScoredRollout`."""
+        """Return the states x_0 .. x_N of a no-grad rollout; arguments as in `ScoredRollout`."""
         return sample_euler(velocity, noise("train"), sigmas)
 
     def losses(self, rollout: ScoredRollout) -> Iterator[torch.Tensor]:

@@ -8,7 +8,9 @@ from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness
 
 from rlhf.device import generator
-from rlhf.method.flow_grpo import MOMENTS, cps_moments
+from rlhf.method.flow_grpo import MOMENTS, FlowGRPO, cps_moments
+from rlhf.method.nft import advantages
+from rlhf.method.regression import ScoredRollout
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64)  # nano's
 
@@ -25,37 +27,22 @@ def linear(theta):
     return lambda x, sigma: theta[0] * x + theta[1]
 
 
-def expected_reward(theta, last, moments, level) -> float:
-    """Return E[-(x - 1)^2] at the end, exactly: a linear flow keeps states normal."""
-    mean, variance = torch.zeros(1, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    for i in range(len(SIGMAS) - 2):
-        offset, std = moments(mean, linear(theta)(mean, None), SIGMAS, i, level)
-        one, _ = moments(mean + 1, linear(theta)(mean + 1, None), SIGMAS, i, level)
-        mean, variance = offset, (one - offset) ** 2 * variance + std**2
-    step = SIGMAS[-1] - SIGMAS[-2]
-    mean, variance = mean + step * linear(last)(mean, None), (1 + step * last[0]) ** 2 * variance
-    return (-((mean - 1) ** 2) - variance).item()
-
-
-@pytest.mark.parametrize("name", MOMENTS)
-def test_the_policy_gradient_is_that_of_the_expected_reward(name):
-    """Against finite differences; the noiseless last step learns nothing and is held fixed."""
-    policy, theta = Policy(noise=name, noise_level=0.6), torch.tensor([0.3, -0.4], dtype=torch.float64)
-    count, trained = 400_000, theta.clone().requires_grad_()
-
-    def noise(purpose):
-        half = torch.randn(count // 2, 1, generator=generator(purpose), dtype=torch.float64)
-        return torch.cat([half, -half])  # antithetic: half of the error
-
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_the_first_update_of_a_rollout_is_that_of_the_method(kind):
+    policy, theta = Policy(noise=kind, group_size=4, kl_weight=0.3), torch.tensor([0.3, -0.4], dtype=torch.float64)
+    base = linear(torch.tensor([0.1, 0.0], dtype=torch.float64))
+    noise = lambda purpose: torch.randn(8, 1, generator=generator(purpose), dtype=torch.float64)
     path = baselines.stochastic_rollout(linear(theta), noise, SIGMAS, policy)
-    scores = -((path.states[-1][:, 0] - 1) ** 2)
-    steps = baselines.step_losses(linear(trained), linear(theta), path, scores - scores.mean(), SIGMAS, policy)
-    (-len(path.log_probs) * sum(steps)).backward()  # their mean over steps; ascended
-    h, expected = 1e-5, []
-    for way in torch.eye(2, dtype=torch.float64) * h:
-        up, down = (expected_reward(theta + sign * way, theta, MOMENTS[name], 0.6) for sign in (1, -1))
-        expected.append((up - down) / (2 * h))
-    assert trained.grad.tolist() == pytest.approx(expected, rel=0.03)
+    scores, gradients = path.states[-1][:, 0], []
+    grpo = FlowGRPO(4, kind, policy.noise_level, policy.kl_weight, baselines.MAX_ADVANTAGE)
+    for trained in (theta.clone().requires_grad_(), theta.clone().requires_grad_()):
+        of_method = ScoredRollout(
+            path.states, SIGMAS, scores, None, noise, linear(trained), None, lambda x, s, a: (base(x, s), None)
+        )
+        given = linear(trained), base, path, advantages(scores, 4), SIGMAS, policy
+        losses = [loss.mean() for loss in grpo.losses(of_method)] if gradients else baselines.step_losses(*given)
+        gradients.append(torch.autograd.grad(sum(losses), trained)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
 
 
 def test_the_clipped_surrogate_has_the_gradient_of_finite_differences():

@@ -8,8 +8,7 @@ import torch
 from problem import GUIDANCE, Problem
 from problem import SIGMAS as THREE_STEPS
 from runs import adapter, train
-from test_nft import without_gradient
-from toy_rewards import rows_without_cost
+from toy_rewards import count, rows_without_cost
 
 from rlhf.adapter.lora import disable_adapter
 from rlhf.config import ConfigError
@@ -159,7 +158,7 @@ def test_it_ascends_the_expected_reward(kind):
 def test_a_reward_without_gradient_rises(make_args):
     many = {"per_device_train_batch_size": 16, "method_kwargs": {"group_size": 8}}
     args = make_args(max_steps=30, learning_rate=5e-2, method="flow_grpo", **many)
-    train(args, without_gradient)
+    train(args, count)
     rewards = [row["reward"] for row in rows_without_cost(args)]
     assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 2
 
@@ -169,14 +168,14 @@ def test_accumulated_batches_and_a_resumed_run_equal_one_run(make_args, tmp_path
     many = make_args(output_dir=str(tmp_path / "many"), gradient_accumulation_steps=2, **settings)
     one = make_args(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **settings)
     for args in (many, one):
-        train(args, without_gradient)
+        train(args, count)
     for row, other in zip(rows_without_cost(many), rows_without_cost(one), strict=True):
         assert row == pytest.approx(other, rel=1e-4)
     checkpoint = str(tmp_path / "one" / "checkpoints" / "step-2")
     again = make_args(
         output_dir=str(tmp_path / "again"), per_device_train_batch_size=4, resume_from_checkpoint=checkpoint, **settings
     )
-    train(again, without_gradient)
+    train(again, count)
     assert torch.equal(adapter(again), adapter(one))
 
 
@@ -190,4 +189,4 @@ def test_accumulated_batches_and_a_resumed_run_equal_one_run(make_args, tmp_path
 )
 def test_what_does_not_fit_is_refused(make_args, settings, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        train(make_args(**GROUPS | settings), without_gradient)
+        train(make_args(**GROUPS | settings), count)

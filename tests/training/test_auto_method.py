@@ -6,17 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from runs import adapter, train
-from toy_rewards import brightness, redness
+from toy_rewards import brightness, count, redness
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.planner.text import plan_report
-
-
-def count(video, prompts, **info):
-    return (redness(video.detach(), prompts) * 50).round()
-
-
-count.differentiable = False
 
 SHORT = {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-2}
 GROUPS = SHORT | {"method_kwargs": {"group_size": 2}, "per_device_train_batch_size": 2}
