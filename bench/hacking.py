@@ -56,7 +56,11 @@ ARMS = {
     "drift control, weight 10": {"drift_weight": 10.0},
     "every second step on the base": {"anchor_steps": 2},
     "a cap at twice the base's score": {"reward_caps": {"grain": 0.1}},
+    "robust reward": {"method_kwargs": {"reward_perturbation": 0.02}},
+    "robust weights": {"method_kwargs": {"weight_perturbation": 0.05}},
+    "both robust": {"method_kwargs": {"reward_perturbation": 0.02, "weight_perturbation": 0.05}},
     "a second reward": WITH_PREFERENCE,
+    "the lower of two rewards": WITH_PREFERENCE | {"reward_mix": "min"},
     "a second reward, gradients balanced": WITH_PREFERENCE | {"balance_reward_gradients": True},
 }
 SHOWN = 6  # videos of an arm in the picture

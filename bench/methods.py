@@ -42,6 +42,14 @@ ARMS = {
     "draft_k, K = 4, drift 1": ALL | {"drift_weight": 1.0},
     "draft_k, K = 4, anchor 5": ALL | {"anchor_steps": 5},
     "draft_k, K = 4, average .9": ALL | {"ema_decay": 0.9},
+    "leap_align": ONE | {"method": "leap_align"},
+    "adjoint_matching": ONE | {"method": "adjoint_matching"},
+    "draft_k, K = 4, alpha 4 r": ALL | {"lora_alpha": 64},
+    "draft_k, K = 4, all-linear": ALL | {"lora_target_modules": ["all-linear"]},
+    "draft_k, K = 4, all-linear, alpha 4 r": ALL | {"lora_target_modules": ["all-linear"], "lora_alpha": 64},
+    "draft_k, K = 4, cosine": ALL | {"lr_scheduler_type": "cosine"},
+    "draft_k, K = 4, robust reward": ALL | {"method_kwargs": {"reward_perturbation": 0.02}},
+    "draft_k, K = 4, robust weights": ALL | {"method_kwargs": {"weight_perturbation": 0.05}},
     "draft_k, K = 4, DoRA": ALL | {"lora_use_dora": True},
 }
 

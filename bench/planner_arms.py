@@ -34,6 +34,10 @@ STEP_ARMS = (
     "exact, nothing twice, compiled",
     "exact, nothing twice, compiled, FlashAttention-3",
     "exact, nothing twice, compiled, FlashAttention-3, guidance together",
+    "leap_align",
+    "leap_align, nothing twice",
+    "adjoint_matching, last 4 steps",
+    "adjoint_matching, nothing twice",
     "float8 copy",
     "guidance every 2nd step",
 )

@@ -37,9 +37,10 @@ from rlhf.adapter.optimizer import clip_gradient
 from rlhf.contentv.flow import euler_step
 from rlhf.contentv.wan_decoder import saturated_share, unnormalise
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
-from rlhf.method.options import MethodOptions
-from rlhf.method.plan import gradient_samples, make_plan
-from rlhf.method.rollout import RolloutCache, Velocity, rollout
+from rlhf.method.options import read_options
+from rlhf.method.plan import Plan, gradient_samples, make_plan
+from rlhf.method.regression import ScoredRollout
+from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
 from rlhf.method.velocity import velocity_field
 
 RESULT = Path(__file__).parent / "results" / "step.json"
@@ -111,6 +112,9 @@ class Bench:
     def step(self) -> None:
         """Take a whole optimizer step; with reused rollouts, as many steps as one serves."""
         rig, rollouts = self.rig, RolloutCache(self.rig.args.rollout_reuse)
+        if not rig.by_hand and self._plan().regression:
+            self._regress(self._plan())
+            return self.update()
         for number in range(rig.args.rollout_reuse):
             for latents in self._rollouts(rollouts, number):
                 loss = -self.reward(self._video(latents), PROMPT, **INFO).mean()
@@ -147,6 +151,19 @@ class Bench:
                 x = self._peers_step(x, i, with_gradient=i == last)
             yield x
 
+    def _regress(self, plan: Plan) -> None:
+        """Sample, score and back-propagate the loss terms of a regression."""
+        rig, fields, cond = self.rig, self.rig.fields, self.rig.cond
+        states = sample_euler(self._velocities()[0], rig.noise("train"), plan.sigmas)
+        scores_B = self.reward(self._video(states[-1].requires_grad_()), PROMPT, **INFO)
+        (gradient,) = torch.autograd.grad(scores_B.sum(), states[-1])
+        scored = states, plan.sigmas, scores_B.detach(), gradient, rig.noise
+        for term_B in plan.regression.losses(
+            ScoredRollout(*scored, fields.window(cond), fields.old(cond), fields.base_vjp(cond))
+        ):
+            term_B.mean().backward()
+            rig.masters.collect_grad()
+
     def _velocities(self) -> tuple[Velocity, Velocity]:
         """Of the prefix and of the window: of one rollout of ours, or of the stock transformer."""
         rig = self.rig
@@ -172,8 +189,9 @@ class Bench:
         return (video.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
 
     def _plan(self):
-        rng = generator("bench", "plan")
-        return make_plan(self.rig.args, MethodOptions(), self.rig.sigmas, rng)
+        args = self.rig.args
+        options = read_options(args.method, args.method_kwargs)
+        return make_plan(args, options, self.rig.sigmas, generator("bench", "plan"))
 
 
 def guided(rig: Rig, together: bool = False) -> Velocity:

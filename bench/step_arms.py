@@ -38,6 +38,7 @@ EXACT = ROOMY | {
     "decode_caches": "host",
 }
 FAST = ROOMY | {"compile_blocks": True}
+LEAPS, ADJOINT = {"method": "leap_align"}, {"method": "adjoint_matching"}
 SMALL = EXACT | {"keep_attention": False, "offload_activations": True, "stream_weights": True}
 # TFLOP/s on an H200: bf16 products, measured; attention with heads of 64, as published for
 # FlashAttention-3.
@@ -60,6 +61,12 @@ SETTINGS = {
     "exact, nothing twice, compiled, FlashAttention-3": FAST,
     "exact, nothing twice, compiled, FlashAttention-3, guidance together": FAST | {"guidance_together": True},
     "24 GiB": SMALL,
+    # Methods that learn from the whole rollout.
+    "leap_align": EXACT | LEAPS,
+    "leap_align, nothing twice": ROOMY | LEAPS,
+    "adjoint_matching, last 4 steps": EXACT | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
+    "adjoint_matching, last 4 steps, nothing twice": ROOMY | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
+    "adjoint_matching, nothing twice": ROOMY | ADJOINT,
     # Not exact.
     "4-bit base": EXACT | {"base_bits": 4},
     "float8 copy": FAST | {"sampling_weights": "float8"},

@@ -21,7 +21,9 @@ GRADIENT = {  # by reward gradient; nano takes four denoising steps
     "ReFL": {"method": "refl", "num_grad_steps": 1, "method_kwargs": {"jump_steps": 2}},
     "DRTune": {"method": "drtune", "num_grad_steps": 4},
     "SRPO": {"method": "srpo", "num_grad_steps": 1},
+    "LeapAlign": {"method": "leap_align", "num_grad_steps": 1},
 }
+ADJOINT = {"Adjoint matching": {"method": "adjoint_matching", "num_grad_steps": 1}}  # reward_scale controls its drift
 # Videos of a rollout: more than of a gradient's step, for a policy gradient is the noisier one.
 POLICY = {
     "Flow-GRPO": {"per_device_train_batch_size": 64, "group_size": 8},
@@ -41,7 +43,7 @@ KL = {"kl_weight": 0.04}  # the published weight for GenEval
 ARMS = {name + end: arm | more for name, arm in GRADIENT.items() for end, more in (("", {}), (CONTROL, DRIFT))} | {
     name + end: arm | more for name, arm in POLICY.items() for end, more in (("", {}), (CONTROL, KL))
 }
-ARMS |= SHIPPED
+ARMS |= ADJOINT | SHIPPED
 
 RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]
 GRADIENT_VARIANTS = [*RATES, {"per_device_train_batch_size": 32}]
@@ -59,6 +61,12 @@ POLICY_VARIANTS = [
 VARIANTS = {  # the first of equal ones is kept; an arm with drift control takes what was chosen for the same without
     **dict.fromkeys(GRADIENT, GRADIENT_VARIANTS),
     "DRTune": [*GRADIENT_VARIANTS, *(rate | {"num_grad_steps": 2} for rate in RATES)],
+    "LeapAlign": [*GRADIENT_VARIANTS, *({"method_kwargs": {"leap_discount": alpha}} for alpha in (0.0, 1.0))],
+    "Adjoint matching": [
+        *GRADIENT_VARIANTS,
+        *({"method_kwargs": {"reward_scale": c}} for c in (0.01, 0.1, 10.0)),
+        {"method_kwargs": {"adjoint_steps": 2}},
+    ],
     "SRPO": [*GRADIENT_VARIANTS, {"learning_rate": 1e-4}],
     "Flow-GRPO": [*POLICY_VARIANTS, {"group_size": 4}, {"group_size": 16}],
     "DDPO": POLICY_VARIANTS,

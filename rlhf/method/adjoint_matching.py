@@ -41,6 +41,7 @@ class AdjointMatching(Regression):
         With u = 0 the sum's gradient is that of -R through the last steps, so equal to DRaFT-K's.
         """
         a, c, num_steps = rollout.gradient, self.reward_scale, len(rollout.sigmas) - 1
+        assert 1 <= self.last_steps <= num_steps, (self.last_steps, num_steps)
         first = num_steps - self.last_steps
         for i in reversed(range(first, num_steps)):
             x, sigma, h = rollout.states[i], rollout.sigmas[i], rollout.sigmas[i + 1] - rollout.sigmas[i]

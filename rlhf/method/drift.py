@@ -9,7 +9,7 @@ since the score is -(x + (1 - sigma) v) / sigma. G = 1/a gives the smallest KL:
 
     KL = integral over sigma of (1 - sigma) / sigma |v - v_base|^2,
 
-an upper bound on the KL divergence of the videos. docs/methods.md derives it step by step.
+an upper bound on the KL divergence of the videos. docs/method_formulas.md derives it step by step.
 """
 
 import torch

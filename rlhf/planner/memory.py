@@ -111,6 +111,8 @@ def plan_memory(
     video = 4 * batch * 3 * rewards.decoded_frames * args.height * args.width  # float32, kept for the log
     if args.method in SCORES_ALONE:  # nothing of scoring is kept for a backward pass
         decoder, waiting_graphs = model.decoder_call(args, batch, rewards.decoded_frames, False), 0
+    if args.method == "adjoint_matching":  # latents are scored before there is any graph of velocities
+        waiting_graphs = 0
     decode_bytes = max(decoder.peak_bytes, decoder.no_grad.added_bytes)
     held, gathered = _resident_bytes(model, args, rewards), _gathered_bytes(model, args)
     # While prompts are encoded, neither the moments nor the position table exist.

@@ -138,3 +138,15 @@ def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_
     assert (gradients[2] - first).norm() > 0.01 * first.norm()
     if not settings:
         assert moved["loss"] > expected["loss"], "it is the worse adapter"
+
+
+@pytest.mark.parametrize("method", ["leap_align", "adjoint_matching"])
+def test_a_resumed_run_is_the_whole_run_to_the_bit(make_args, tmp_path, method):
+    settings = {"method": method, "method_kwargs": {"weight_perturbation": 0.1, "reward_perturbation": 0.01}}
+    whole = make_args(output_dir=str(tmp_path / "whole"), max_steps=4, save_steps=2, **settings)
+    train(whole)
+    again = f"{whole.output_dir}/checkpoints/step-2"
+    train(make_args(output_dir=str(tmp_path / "rest"), max_steps=4, resume_from_checkpoint=again, **settings))
+    rest = make_args(output_dir=str(tmp_path / "rest"))
+    assert torch.equal(adapter(rest), adapter(whole))
+    assert rows_without_cost(rest) == rows_without_cost(whole)[2:]

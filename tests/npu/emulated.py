@@ -114,7 +114,7 @@ def test_nanos_whole_gradient_is_the_cpus(npu):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_of_every_method_is_the_cpus(tmp_path, method):
     """Compared is the optimizer's input: the first step of AdamW would magnify rounding."""
-    args = RewardGradientConfig(max_steps=1, max_grad_norm=0, num_frames=5, method=method, **SMALL, **NEEDS[method])
+    args = RewardGradientConfig(max_steps=1, max_grad_norm=0, num_frames=5, method=method, **SMALL | NEEDS[method])
     got, expected = (
         gradient(dataclasses.replace(args, device=d, output_dir=str(tmp_path / d))) for d in ("npu", "cpu")
     )

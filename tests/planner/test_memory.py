@@ -83,6 +83,21 @@ def test_graphs_wait_for_the_decoder_unless_taken_one_by_one():
     assert plain.phases["decode"] == 2 * 2 * branch.saved_bytes + decoder.peak_bytes
 
 
+def test_two_leaps_wait_together_and_an_adjoint_not_at_all():
+    _, args, card = tiny(eval_prompts="none", num_grad_steps=1)
+    leaps, adjoint = (dataclasses.replace(args, method=method) for method in ("leap_align", "adjoint_matching"))
+    model = TracedModel(leaps, card)
+    decoder, branch = model.decoder_call(leaps, 2, 33), model.transformer_call(leaps, 2)
+    found = plan_memory(model, leaps, plan_rewards(model, leaps))
+    assert found.phases["decode"] == 2 * 2 * branch.saved_bytes + decoder.peak_bytes
+    found = plan_memory(model, adjoint, plan_rewards(model, adjoint))
+    assert found.phases["decode"] == decoder.peak_bytes
+    robust = dataclasses.replace(adjoint, method_kwargs={"weight_perturbation": 0.1})
+    assert (
+        plan_memory(model, robust, plan_rewards(model, robust)).held_bytes == found.held_bytes + 8 * model.num_trained
+    )
+
+
 def test_an_evaluation_decodes_every_frame():
     _, args, card = tiny(per_device_eval_batch_size=16, eval_prompts="nano_held_out")
     model = TracedModel(args, card)
