@@ -33,15 +33,13 @@ def test_the_first_update_of_a_rollout_is_that_of_the_method(kind):
     base = linear(torch.tensor([0.1, 0.0], dtype=torch.float64))
     noise = lambda purpose: torch.randn(8, 1, generator=generator(purpose), dtype=torch.float64)
     path = baselines.stochastic_rollout(linear(theta), noise, SIGMAS, policy)
-    scores, gradients = path.states[-1][:, 0], []
-    grpo = FlowGRPO(4, kind, policy.noise_level, policy.kl_weight, baselines.MAX_ADVANTAGE)
-    for trained in (theta.clone().requires_grad_(), theta.clone().requires_grad_()):
-        of_method = ScoredRollout(
-            path.states, SIGMAS, scores, None, noise, linear(trained), None, lambda x, s, a: (base(x, s), None)
-        )
-        given = linear(trained), base, path, advantages(scores, 4), SIGMAS, policy
-        losses = [loss.mean() for loss in grpo.losses(of_method)] if gradients else baselines.step_losses(*given)
-        gradients.append(torch.autograd.grad(sum(losses), trained)[0])
+    scores, trained = path.states[-1][:, 0], theta.clone().requires_grad_()
+    of_update = baselines.step_losses(linear(trained), base, path, advantages(scores, 4), SIGMAS, policy)
+    method = FlowGRPO(4, kind, policy.noise_level, policy.kl_weight, baselines.MAX_ADVANTAGE)
+    base_vjp = lambda x, sigma, a: (base(x, sigma), None)
+    rollout = ScoredRollout(path.states, SIGMAS, scores, None, noise, linear(trained), None, base_vjp)
+    of_method = (loss_B.mean() for loss_B in method.losses(rollout))
+    gradients = [torch.autograd.grad(sum(losses), trained)[0] for losses in (of_update, of_method)]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
 
 
