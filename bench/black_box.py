@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.extend(map(str, Path(__file__).parents[:2]))  # also where this file is loaded as a reward
 from environment import environment, make_parser, write_rows
 from md_table import made_on, table
 
