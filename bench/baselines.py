@@ -1,14 +1,11 @@
 """Gradient-free baselines with the same model and reward: policy gradients, and best of n.
 
-Flow-GRPO (arXiv 2505.05470) makes the sampler of a flow stochastic, so that a step has a
-probability, and ascends advantage times log-probability with PPO's clipped ratio; advantages are
-relative to a group of videos of one prompt. Relative to the batch it is DDPO (arXiv 2305.13301) for
-flows. Neither asks the reward for a gradient.
+Flow-GRPO (arXiv 2505.05470) as in `rlhf.method.flow_grpo`, but with several updates of a rollout,
+by PPO's clipped ratio. Relative to the batch it is DDPO (arXiv 2305.13301) for flows.
 
 Shape legend: B batch, C channels, T latent frames, H W latent height and width, N denoising steps.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,10 +14,10 @@ import torch
 
 from rlhf.adapter.optimizer import clip_gradient, learning_rate
 from rlhf.device import generator
-from rlhf.generator.flow import euler_step
+from rlhf.method.flow_grpo import MOMENTS, log_density, sample_stochastic
+from rlhf.method.nft import advantages
 from rlhf.method.rollout import Velocity
 from rlhf.trainer import RewardGradientTrainer
-from rlhf.training.batches import Batch, Batches
 
 MAX_ADVANTAGE = 5.0  # as published
 
@@ -29,8 +26,10 @@ MAX_ADVANTAGE = 5.0  # as published
 class Policy:
     """Settings of a policy gradient; per_device_train_batch_size is the videos of a rollout."""
 
-    group_size: int = 8  # videos of one prompt that are compared with each other; 1: all of the batch are
-    noise: str = "cps"  # how a step is made stochastic: a key of NOISES
+    # Videos of one prompt that are compared with each other. 1: all of the batch are, which is
+    # DDPO's rule for prompts that it has not seen 16 times. Here none is seen so often.
+    group_size: int = 8
+    noise: str = "cps"  # how a step is made stochastic: a key of MOMENTS
     noise_level: float = 0.7
     clip_range: float = 1e-3  # of the ratio; that of the published configuration for video
     updates: int = 2  # optimizer updates of a pass, each on its share of the videos
@@ -39,42 +38,6 @@ class Policy:
 
 
 # ------------------------------------------------------------------------------ stochastic sampling
-
-
-def sde_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
-    """Mean and standard deviation of step i by Euler-Maruyama (Flow-GRPO, arXiv 2505.05470, eq. 9).
-
-    x' = x + [v + s^2 / (2 t) (x + (1 - t) v)] dt + s sqrt(|dt|) noise at t = sigma_i, with s =
-    level sqrt(t / (1 - t)). At t = 1, where s has no bound, the next level stands in its
-    denominator, as in the published code.
-    """
-    t, dt = sigmas[i], sigmas[i + 1] - sigmas[i]
-    diffusion = level * (t / (1 - (sigmas[1] if t == 1 else t))).sqrt()
-    drift = v + diffusion**2 / (2 * t) * (x + (1 - t) * v)
-    return x + drift * dt, diffusion * (-dt).sqrt()
-
-
-def cps_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
-    """Return the same for coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952).
-
-    Of the noise at level t' = sigma_i+1 a part t' sin(level pi / 2) is fresh, the rest is what the
-    model sees in x: the sum is as noisy as the flow at t', whatever the length of the step.
-    """
-    t, after = sigmas[i], sigmas[i + 1]
-    std = after * math.sin(level * math.pi / 2)
-    return (1 - after) * (x - t * v) + (after**2 - std**2).sqrt() * (x + (1 - t) * v), std
-
-
-NOISES = {"sde": sde_moments, "cps": cps_moments}
-
-
-def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Return the (B,) log-density of x under N(mean, std^2), the mean over its elements.
-
-    So a clip range means the same for videos of any size.
-    """
-    density = -((x - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
-    return density.flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -89,34 +52,20 @@ class Trajectory:
         return Trajectory([x[rows] for x in self.states], [p[rows] for p in self.log_probs])
 
 
-@torch.no_grad()
 def stochastic_rollout(velocity: Velocity, noise: Callable[[str], torch.Tensor], sigmas, policy: Policy) -> Trajectory:
-    """All steps but the last are stochastic: the noise of the last one would stay in the video.
+    """Return a rollout of `sample_stochastic` with the log-densities of its steps."""
+    seen, moments = [], MOMENTS[policy.noise]
 
-    noise: (purpose) -> unit normal noise (B, C, T, H, W), as `Batch.noise`.
-    """
-    states, log_probs = [noise("train")], []
-    for i in range(len(sigmas) - 2):
-        x = states[-1]
-        mean, std = NOISES[policy.noise](x, velocity(x, sigmas[i]), sigmas, i, policy.noise_level)
-        states.append(mean + std * noise(f"step {i}"))
-        log_probs.append(log_prob(states[-1], mean, std))
-    x = states[-1]
-    return Trajectory([*states, euler_step(x, velocity(x, sigmas[-2]), sigmas[-2], sigmas[-1])], log_probs)
+    def recorded(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(velocity(x, sigma))
+        return seen[-1]
+
+    states = sample_stochastic(recorded, noise, sigmas, policy.noise, policy.noise_level)
+    means = (moments(states[i], v, sigmas, i, policy.noise_level) for i, v in enumerate(seen[:-1]))
+    return Trajectory(states, [log_density(after, *pair) for after, pair in zip(states[1:-1], means, strict=True)])
 
 
 # ---------------------------------------------------------------------------------- policy gradient
-
-
-def advantages(scores_B: torch.Tensor, group_size: int) -> torch.Tensor:
-    """(B,) scores less the mean of their group, over its spread; neighbours are a group.
-
-    group_size 1 is one group of all: DDPO's rule for prompts that it has not seen 16 times, which
-    here none is.
-    """
-    groups = scores_B.view(-1, group_size if group_size > 1 else len(scores_B))
-    spread = groups.std(1, keepdim=True, correction=0) + 1e-4
-    return ((groups - groups.mean(1, keepdim=True)) / spread).flatten()
 
 
 def clipped_loss(new_B: torch.Tensor, old_B: torch.Tensor, advantages_B: torch.Tensor, clip: float) -> torch.Tensor:
@@ -129,35 +78,16 @@ def step_losses(
     velocity: Velocity, base: Velocity, path: Trajectory, advantages_B: torch.Tensor, sigmas, policy: Policy
 ) -> Iterator[torch.Tensor]:
     """Yield the loss of each stochastic step; their mean is the loss of an update."""
-    moments = NOISES[policy.noise]
+    moments = MOMENTS[policy.noise]
     for i, old_B in enumerate(path.log_probs):
         x, after = path.states[i], path.states[i + 1]
         mean, std = moments(x, velocity(x, sigmas[i]), sigmas, i, policy.noise_level)
-        loss = clipped_loss(log_prob(after, mean, std), old_B, advantages_B, policy.clip_range)
+        loss = clipped_loss(log_density(after, mean, std), old_B, advantages_B, policy.clip_range)
         if policy.kl_weight:
             with torch.no_grad():
                 base_mean, _ = moments(x, base(x, sigmas[i]), sigmas, i, policy.noise_level)
             loss = loss + policy.kl_weight * ((mean - base_mean) ** 2).mean() / (2 * std**2)
         yield loss / len(path.log_probs)
-
-
-class GroupedBatches(Batches):
-    """Batches in which each prompt comes `group_size` times, each time with its own noise."""
-
-    def __init__(self, of: Batches, group_size: int):
-        vars(self).update(vars(of))
-        self.group_size, self.prompts_per_step = group_size, self.size // group_size
-
-    def batch(self, step: int, micro: int) -> Batch:
-        """Return the batch, each prompt `group_size` times."""
-        prompts = self.prompts_at(step * self.prompts_per_step, self.prompts_per_step)
-        noise = super().batch(step, micro).noise
-        return Batch([prompt for prompt in prompts for _ in range(self.group_size)], noise)
-
-    def prompts_from_rollout(self, step: int) -> list[str]:
-        """Return the prompts from a step on."""
-        left = self.max_steps - step
-        return self.prompts_at(step * self.prompts_per_step, left * self.prompts_per_step)
 
 
 class PolicyGradientTrainer(RewardGradientTrainer):
@@ -175,7 +105,7 @@ class PolicyGradientTrainer(RewardGradientTrainer):
                 f"group_size={policy.group_size}; change one of them"
             )
         self.policy = policy
-        self.batches = GroupedBatches(self.batches, policy.group_size)
+        self.batches.group_size = policy.group_size
 
     def step(self, step: int) -> dict[str, float]:
         """One rollout and the updates on it; returns its metrics. step counts from 0."""
@@ -186,7 +116,8 @@ class PolicyGradientTrainer(RewardGradientTrainer):
         )
         with torch.no_grad():
             scores_B, _ = self.rewards(self.decode(path.states[-1], step), batch.prompts, **self.reward_info(step))
-        advantages_B = advantages(scores_B, policy.group_size).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
+        group = policy.group_size if policy.group_size > 1 else len(scores_B)
+        advantages_B = advantages(scores_B, group).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
         rng = generator("updates", self.args.seed, step)
         for _ in range(policy.passes):
             for rows in torch.randperm(len(scores_B), generator=rng).chunk(policy.updates):

@@ -1,4 +1,4 @@
-"""Train ContentV-nano by scores alone, `--method nft`, on rewards that have no gradient.
+"""Train ContentV-nano by scores alone, by `nft` and `flow_grpo`, on rewards without a gradient.
 
     python bench/black_box.py [--only "JPEG size" ...] [--device cuda]
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.extend(map(str, Path(__file__).parents[:2]))  # also where this file is loaded as a reward
 from environment import environment, make_parser, write_rows
 from md_table import made_on, table
 
@@ -21,10 +21,13 @@ from rlhf.device import pick_device
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "bench" / "results" / "black_box.json"
 JUDGES = ["nano_preference", "nano_verifier", "nano_clip"]
-ARMS = {  # the reward, which nothing differentiates, and the judges
-    "JPEG size": ("jpeg_size", JUDGES),
-    "bright pixels": ("bright=bench/black_box.py:bright_pixels", JUDGES),
-    "preference": ("nano_preference", JUDGES[1:]),
+BRIGHT, POLICY = "bright=bench/black_box.py:bright_pixels", {"method": "flow_grpo"}
+ARMS = {  # the reward, which nothing differentiates, the judges, and other settings than `SETTINGS`
+    "JPEG size": ("jpeg_size", JUDGES, {}),
+    "bright pixels": (BRIGHT, JUDGES, {}),
+    "preference": ("nano_preference", JUDGES[1:], {}),
+    "JPEG size, `flow_grpo`": ("jpeg_size", JUDGES, POLICY),
+    "bright pixels, `flow_grpo`": (BRIGHT, JUDGES, POLICY),
 }
 SETTINGS = {
     "method": "nft",
@@ -53,9 +56,10 @@ bright_pixels.differentiable = False
 
 def run_arm(arm: str, device: str) -> dict:
     """Train an arm in a process of its own; return its row."""
-    reward, judges = ARMS[arm]
+    reward, judges, changes = ARMS[arm]
+    settings = SETTINGS | changes
     with tempfile.TemporaryDirectory() as folder:
-        flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         flags += ["--reward_funcs", reward, "--eval_reward_funcs", *judges]
         flags += ["--device", device, "--output_dir", f"{folder}/run"]
         command = [sys.executable, "train_rlhf.py", "--config", "configs/nano.yaml", *flags]
@@ -63,7 +67,7 @@ def run_arm(arm: str, device: str) -> dict:
         if done.returncode:
             raise SystemExit(f"{arm}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
-    return {"arm": arm, "reward": reward, "settings": SETTINGS, "summary": summary}
+    return {"arm": arm, "reward": reward, "settings": settings, "summary": summary}
 
 
 def black_box_table(result: dict) -> str:
@@ -90,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     device = pick_device(given.device)
     old = json.loads(given.output.read_text())["rows"] if given.output.exists() else []
-    rows = {row["arm"]: row for row in old if row["settings"] == SETTINGS}
+    rows = {row["arm"]: row for row in old if row["settings"] == SETTINGS | ARMS[row["arm"]][2]}
     for arm in given.only:
         rows[arm] = rows.get(arm) or run_arm(arm, device.type)
         write_rows(given.output, environment(device), [rows[name] for name in ARMS if name in rows])

@@ -66,6 +66,8 @@ def train(args: RewardGradientConfig) -> int:
 
     try:
         rewards = open_rewards(args)  # before importing the trainer, too
+    except ConfigError as error:  # of what method auto became
+        return _fail(f"train_rlhf: {error}", EXIT_SETTINGS)
     except RewardError as error:
         return _fail(f"train_rlhf: {error}", EXIT_FAILED)
 

@@ -52,7 +52,7 @@ from rlhf.training.calibrate import calibrate, restore_calibration
 from rlhf.training.callbacks import Callbacks
 from rlhf.training.failures import SkippedSteps, non_finite_error, require_gradient, require_untrained
 from rlhf.training.monitor import Guard, HeldOutMonitor
-from rlhf.training.rewards import mix_rewards, open_rewards
+from rlhf.training.rewards import choose_method, mix_rewards, open_rewards
 from rlhf.types import Conditioning
 
 
@@ -91,7 +91,7 @@ class RewardGradientTrainer:
     ):
         inputs = setup.check_inputs(model, reward_funcs, args, train_dataset, eval_dataset, peft_config)
         self.args = args = inputs.args
-        self.folder, self.options = Path(args.output_dir), read_options(args.method, args.method_kwargs)
+        self.folder = Path(args.output_dir)
         self.accelerator = make_accelerator(args)
         self.accelerator.print(describe_launch(self.accelerator, setup.describe_precision(args, inputs.pipe)))
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
@@ -99,10 +99,13 @@ class RewardGradientTrainer:
         setup.require_same_run(self.layout, train_prompts, args)
         prompts = train_prompts, self.eval_prompts
         judges = opened_rewards or open_rewards(args, inputs.rewards, *prompts, self.device, inputs.pipe)
+        self.args, chosen = args, _ = choose_method(args, dict(list(judges.items())[: len(inputs.rewards)]))
+        self.options = read_options(args.method, args.method_kwargs)
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
 
         self.pipe = inputs.pipe or setup.load_base(args, self.device)
         self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout, inputs.initial)
+        self.choices |= chosen
         self.optimizer = make_optimizer(self.masters.vector, args)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
@@ -232,7 +235,7 @@ class RewardGradientTrainer:
         batch, fields = self.batches.batch(step, micro), self.fields
         cond = self.text(batch.prompts, self.device)
         with self.masters.use(self.masters.old):
-            states = sample_euler(fields.prefix(cond, plan), batch.noise("train"), plan.sigmas)
+            states = plan.regression.sample(fields.prefix(cond, plan), batch.noise, plan.sigmas)
         begin = self._begin_scoring if self.args.method in SCORES_ALONE else self._score_with_gradient
         finish = begin(states[-1], batch.prompts, step)
 

@@ -1,5 +1,6 @@
 """Check settings against each other and the model: all problems at once, before weights load."""
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ from rlhf.config import VIDEO_SIZE, ConfigError, RewardGradientConfig, range_pro
 from rlhf.device import pick_device
 from rlhf.generator.files import SamplingDefaults, model_sizes
 from rlhf.generator.registry import family_of_config, spatial_patch
+from rlhf.method.options import AUTO_CHOICES
 from rlhf.prompts import load_prompts
 from rlhf.run.folder import has_run
 from rlhf.run.lock import lock_problem
-from rlhf.run.resume import resolve_resume
+from rlhf.run.resume import keep_chosen_method, resolve_resume
 
 if TYPE_CHECKING:  # importing it takes seconds
     from rlhf.generator.pipeline import VideoPipeline
@@ -47,7 +49,7 @@ def check_config(
 
     Raises ConfigError with every problem of the settings.
     """
-    args = resolve_resume(args)
+    args = keep_chosen_method(resolve_resume(args))
     problems = [*_folder_problems(args, dry=planned_processes is not None)]
     problems += [*reward_problems(args, rewards), *_tracker_problems(args)]
     problems += [*_device_problems(args), *_guard_problems(args, eval_prompts)]
@@ -69,11 +71,23 @@ def check_config(
         unguided = {"guidance_scale": 1.0} if initial and initial.distilled else {}
         args = with_sampling(args, sizes["sampling"] | unguided)
         problems += [*_size_problems(args, sizes), *_family_problems(args, sizes)]
-        problems += [*method_problems(args), *adapter_problems(args, sizes["transformer"])]
-        problems += [*execution_problems(args), *parallel_problems(args, planned_processes)]
+        problems += [*adapter_problems(args, sizes["transformer"]), *all_method_problems(args)]
+        problems += parallel_problems(args, planned_processes)
     if problems := [*range_problems(args), *problems]:
         raise ConfigError(problems)
     return args
+
+
+def all_method_problems(args: RewardGradientConfig) -> list[str]:
+    """Return the problems of the method with every other setting.
+
+    Rewards decide later what `auto` becomes. Until then its problems are those of both choices, if
+    neither can run.
+    """
+    if args.method != "auto":
+        return [*method_problems(args), *execution_problems(args)]
+    found = [all_method_problems(dataclasses.replace(args, method=method)) for method in AUTO_CHOICES]
+    return list(dict.fromkeys(sum(found, []))) if all(found) else []
 
 
 def check_sampling(model: str, given: dict[str, Any], seed: int, device: str | None) -> None:

@@ -42,7 +42,7 @@ def _weight_problems(args) -> Iterator[str]:
 def _prefix_problems(args) -> Iterator[str]:
     """Yield problems of cheaper no-grad steps before the window."""
     for name, methods in (("prefix_steps", ENDING), ("rollout_reuse", FIXED)):
-        if getattr(args, name) not in (None, RewardGradientConfig.rollout_reuse) and args.method not in methods:
+        if getattr(args, name) != getattr(RewardGradientConfig, name) and args.method not in methods:
             yield f"{name}: got it with method {args.method}, expected {', '.join(methods)}; change one of the two"
     before = args.num_inference_steps - args.num_grad_steps
     if args.method == "draft_k" and args.prefix_steps is not None and args.prefix_steps >= before:

@@ -53,9 +53,13 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
             f"num_grad_steps={args.num_grad_steps} and jump_steps={early} leave too few steps: a rollout may jump to "
             f"x0 after {steps - early + 1} of num_inference_steps={steps}; lower one of the first two"
         )
-    if args.method == "leap_align" and steps < 2:
-        expected = "expected at least 2, since it leaps twice"
-        yield f"num_inference_steps: got {steps} with method leap_align, {expected}; raise it"
+    two_steps = {"leap_align": "it leaps twice", "flow_grpo": "its last step has no noise to learn from"}
+    if args.method in two_steps and steps < 2:
+        expected = f"expected at least 2, since {two_steps[args.method]}"
+        yield f"num_inference_steps: got {steps} with method {args.method}, {expected}; raise it"
+    if args.method == "flow_grpo" and args.guidance_every != 1:
+        expected = "expected 1: the velocity that samples is the one whose density is learnt"
+        yield f"guidance_every: got {args.guidance_every} with method flow_grpo, {expected}; leave it out"
     if (visited := getattr(options, "adjoint_steps", None) or 1) > steps:
         got = f"adjoint_steps={visited} exceeds num_inference_steps={steps}"
         yield f"method_kwargs: {got}, expected at most that; lower it"

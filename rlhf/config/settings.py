@@ -38,6 +38,7 @@ Method = Literal[
     "leap_align",
     "adjoint_matching",
     "nft",
+    "flow_grpo",
 ]
 GuidanceGradient = Literal["full", "text", "none", "distill"]
 METHODS, GUIDANCE_GRADIENTS = typing.get_args(Method), typing.get_args(GuidanceGradient)
@@ -202,7 +203,10 @@ class RewardGradientConfig:
     max_sequence_length: int | None = setting(None, "Tokens of the T5 text encoder.", least=1, most=512)
 
     # The gradient. docs/methods.md compares the methods.
-    method: Method = setting("draft_k", "Which denoising steps carry the reward's gradient.")
+    method: Literal[Method, "auto"] = setting(
+        "draft_k",
+        "Which denoising steps carry the reward's gradient. auto: draft_k, or nft if a trained reward has no gradient.",
+    )
     num_grad_steps: int = setting(
         1,
         "K: draft_k (arXiv 2309.17400) takes the gradient through the last K of N denoising steps, "

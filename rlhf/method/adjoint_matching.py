@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf.method.regression import ScoredRollout
+from rlhf.method.regression import Regression, ScoredRollout
 
 
 @dataclass(frozen=True)
-class AdjointMatching:
+class AdjointMatching(Regression):
     """The loss terms of adjoint matching.
 
     Args:

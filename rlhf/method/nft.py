@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf.method.regression import ScoredRollout
+from rlhf.method.regression import Regression, ScoredRollout
 
 LEAST_SPREAD = 1e-4  # added to a group's standard deviation, so that equal scores teach nothing
 
@@ -46,7 +46,7 @@ def nft_loss(v: torch.Tensor, v_old: torch.Tensor, target: torch.Tensor, r_B: to
 
 
 @dataclass(frozen=True)
-class NFT:
+class NFT(Regression):
     """The regression of one optimizer step, the same on all processes."""
 
     group_size: int

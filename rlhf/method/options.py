@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import typing
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf.config import METHODS, ConfigError, range_problems, setting
 from rlhf.config.coerce import coerce_all
@@ -126,6 +127,30 @@ class NFTOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
+class FlowGRPOOptions(MethodOptions):
+    """Options of flow_grpo (arXiv 2505.05470)."""
+
+    group_size: int = setting(
+        8, "Videos of each prompt, whose scores are compared with each other. Paper: 24.", least=2
+    )
+    noise: Literal["cps", "sde"] = setting(
+        "cps",
+        "Fresh noise of a step: cps keeps the flow's noise level in steps of any length (arXiv 2509.05952); sde is "
+        "the paper's equation 9, for many short steps.",
+    )
+    noise_level: float = setting(
+        0.7, "Amount of fresh noise; of cps, 1 renews all noise at every step.", above=0, most=1
+    )
+    kl_weight: float = setting(
+        0.0,
+        "Weight of the KL divergence of a step from the base's, in nats per latent element. Paper: 0.04. Costs a "
+        "velocity of the base a step.",
+        least=0,
+    )
+    advantage_clip: float = setting(5.0, "Largest advantage, in spreads of the group.", above=0)
+
+
+@dataclass(frozen=True)
 class AdjointMatchingOptions(MethodOptions):
     """Options of adjoint_matching (arXiv 2605.06583)."""
 
@@ -166,10 +191,12 @@ METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOp
     "refl": ReFLOptions,
     "srpo": SRPOOptions,
     "nft": NFTOptions,
+    "flow_grpo": FlowGRPOOptions,
     "adjoint_matching": AdjointMatchingOptions,
     "leap_align": LeapAlignOptions,
 }
-SCORES_ALONE = ("nft",)  # methods that ask rewards for no gradient
+SCORES_ALONE = ("nft", "flow_grpo")  # methods that ask rewards for no gradient
+AUTO_CHOICES = WITH_GRADIENT, WITHOUT_GRADIENT = "draft_k", "nft"  # what method auto becomes
 
 
 def option_names(method: str) -> list[str]:

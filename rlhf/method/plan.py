@@ -14,6 +14,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.generator.flow import euler_step
 from rlhf.method.adjoint_matching import AdjointMatching
 from rlhf.method.drift import drift_step_weights
+from rlhf.method.flow_grpo import FlowGRPO
 from rlhf.method.grad_steps import choose_grad_steps, draw_below, listed_grad_steps
 from rlhf.method.leap_align import Leaps, draw_leaps
 from rlhf.method.nft import NFT
@@ -82,6 +83,11 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
             plan = Plan(sigmas, [], recoveries=draw_recoveries(options, rng))
         case "nft":
             plan = Plan(sigmas, [], regression=draw_regression(options, sigmas, rng))
+        case "flow_grpo":
+            noise = options.noise, options.noise_level
+            plan = Plan(
+                sigmas, [], regression=FlowGRPO(options.group_size, *noise, options.kl_weight, options.advantage_clip)
+            )
         case "adjoint_matching":
             steps = options.adjoint_steps or num_steps
             plan = Plan(sigmas, [], regression=AdjointMatching(options.reward_scale, steps))

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from rlhf.method.rollout import Velocity
+from rlhf.method.rollout import Velocity, sample_euler
 
 # (x_BCTHW, sigma, a_BCTHW) -> the velocity v and J^T a, J = dv/dx; a = None leaves J^T a out
 VelocityVJP = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
@@ -31,7 +31,13 @@ class ScoredRollout:
 
 
 class Regression(Protocol):
-    """The loss of a method, made by `make_plan` for one optimizer step."""
+    """The rollout and loss of a method, made by `make_plan` for one optimizer step."""
+
+    def sample(
+        self, velocity: Velocity, noise: Callable[[str], torch.Tensor], sigmas: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return the states x_0 .. x_N of a no-grad rollout; arguments as in `ScoredRollout`."""
+        return sample_euler(velocity, noise("train"), sigmas)
 
     def losses(self, rollout: ScoredRollout) -> Iterator[torch.Tensor]:
         """Yield loss terms (B,), whose sum is minimised; each is back-propagated at once."""

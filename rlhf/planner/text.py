@@ -5,6 +5,7 @@ from rlhf.config import ConfigError, RewardGradientConfig, with_sampling
 from rlhf.device import RATED_KIND, describe, local_device, non_pytorch_memory, total_memory
 from rlhf.distributed.layout import Sizes, planned_processes
 from rlhf.generator.files import model_sizes
+from rlhf.method.options import WITH_GRADIENT, WITHOUT_GRADIENT
 from rlhf.planner.memory import ENCODING
 from rlhf.planner.search import INEXACT_CHOICES, Estimate, Planner
 from rlhf.planner.text_encoders import encoder_configs
@@ -38,6 +39,9 @@ def plan_report(
     if device_name is not None and device_name not in RATES:
         expected = f"expected one whose rates are known ({', '.join(RATES)})"
         raise ConfigError([f"plan_device: got {device_name!r}, {expected}; choose one, or leave it out"])
+    if args.method == "auto":
+        expected = f"expected what it becomes: {WITH_GRADIENT}, or {WITHOUT_GRADIENT} if a reward has no gradient"
+        raise ConfigError([f"method: got auto in a dry run, which loads no reward, {expected}; name one"])
     processes = planned_processes(args, processes)
     try:
         Sizes.from_settings(args, processes)

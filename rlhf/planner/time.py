@@ -74,12 +74,13 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
     draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
     levels = getattr(read_options(args.method, args.method_kwargs), "num_levels", 0)  # each by both policies
     leaps, adjoint = 2 * (args.method == "leap_align"), _adjoint_steps(args)
+    stochastic, kl_steps = _stochastic_steps(args)
     has_drift, window = bool(args.drift_weight), max_grad_steps(args)
     # The adjoint takes the base's gradient at all of its steps but the first, where it ends.
-    grad_steps = window + draws + levels + leaps + adjoint + max(0, adjoint - 1) + has_drift
+    grad_steps = window + draws + levels + leaps + stochastic + adjoint + max(0, adjoint - 1) + has_drift
     branches = 1 if args.guidance_gradient == "distill" else branches_per_rank(args)
     grad_branches = grad_branches_per_rank(args)
-    no_grad = levels + has_drift + (adjoint > 0)
+    no_grad = levels + has_drift + kl_steps + (adjoint > 0)
     constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * no_grad
     prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
     prefix = prefix_steps + (branches - 1) * math.ceil(prefix_steps / args.guidance_every)
@@ -91,6 +92,14 @@ def _adjoint_steps(args: RewardGradientConfig) -> int:
     if args.method != "adjoint_matching":
         return 0
     return read_options(args.method, args.method_kwargs).adjoint_steps or args.num_inference_steps
+
+
+def _stochastic_steps(args: RewardGradientConfig) -> tuple[int, int]:
+    """Return the steps from which flow_grpo learns, and those of its KL; 0 for another method."""
+    if args.method != "flow_grpo":
+        return 0, 0
+    steps = args.num_inference_steps - 1
+    return steps, steps * bool(read_options(args.method, args.method_kwargs).kl_weight)
 
 
 def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds, rates: Rates) -> dict[str, float]:

@@ -4,10 +4,11 @@ import dataclasses
 import os
 from pathlib import Path
 
-from rlhf.config import RewardGradientConfig
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.older import translate_old_settings
 from rlhf.distributed.launch import RESTART_COUNT, launcher_world_size
-from rlhf.run.checkpoint import newest_undamaged_checkpoint
+from rlhf.io import DamagedFileError
+from rlhf.run.checkpoint import find_checkpoint, newest_undamaged_checkpoint, read_state
 from rlhf.run.folder import has_run
 
 # Settings of a single launch, which may differ from launch to launch.
@@ -28,6 +29,18 @@ def resolve_resume(args: RewardGradientConfig) -> RewardGradientConfig:
     if args.resume_from_checkpoint not in (None, "auto"):  # a checkpoint of another folder, still to be read
         return args
     return dataclasses.replace(args, resume_from_checkpoint="auto", overwrite_output_dir=False)
+
+
+def keep_chosen_method(args: RewardGradientConfig) -> RewardGradientConfig:
+    """Return the settings with the method of the checkpoint to resume in place of "auto"."""
+    if args.method != "auto" or args.resume_from_checkpoint in (None, "auto"):
+        return args
+    try:
+        saved = read_state(find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True))
+    except (ConfigError, DamagedFileError):  # of which resume_problems speaks
+        return args
+    settings, _, _ = translate_old_settings(saved["settings"])
+    return dataclasses.replace(args, method=settings.get("method", args.method))
 
 
 def restart_message(args: RewardGradientConfig) -> str:

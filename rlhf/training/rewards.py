@@ -1,5 +1,6 @@
 """A run's rewards and judges: loaded, probed and mixed, without importing diffusers."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -7,13 +8,14 @@ import torch
 
 from rewards import RewardMix, load_reward, probe
 from rewards.catalogue import CATALOGUE
-from rewards.contract import check_prompts, require_differentiable, reward_time_limit
+from rewards.contract import check_prompts, require_differentiable, reward_attribute, reward_time_limit
 from rewards.load import split_spec
+from rlhf.checks import all_method_problems
 from rlhf.checks.rewards import short_name
-from rlhf.config import RewardGradientConfig, at_eval_size
+from rlhf.config import ConfigError, RewardGradientConfig, at_eval_size
 from rlhf.device import local_device
 from rlhf.generator.files import model_sizes
-from rlhf.method.options import SCORES_ALONE
+from rlhf.method.options import SCORES_ALONE, WITH_GRADIENT, WITHOUT_GRADIENT
 from rlhf.prompts import load_prompts
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -38,7 +40,8 @@ def open_rewards(
         device: Default: that of args.
 
     Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train
-    or a judge that cannot evaluate, before the generator's weights are loaded.
+    or a judge that cannot evaluate, and ConfigError as `choose_method`, before the generator's
+    weights are loaded.
     """
     device = device or local_device(args.device)
     prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
@@ -47,8 +50,8 @@ def open_rewards(
     if eval_prompts is None and args.eval_prompts:
         eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
     held_out = (eval_prompts or [])[: args.num_eval_prompts]
-    weights = dict(zip(trained, args.reward_weights or [1.0] * len(trained), strict=True))
-    with_gradient = args.method not in SCORES_ALONE
+    weights = _weights(trained, args)
+    with_gradient = choose_method(args, trained)[0].method not in SCORES_ALONE
     for name in trained:
         if weights[name] and with_gradient:
             require_differentiable(name, trained[name])
@@ -68,6 +71,32 @@ def open_rewards(
                 graded = gradient and shape == shapes[0]
                 probe(reward, shape, asked[:3], device, name=name, info=info, gradient=graded)
     return trained | judges
+
+
+def choose_method(
+    args: RewardGradientConfig, trained: dict[str, Callable]
+) -> tuple[RewardGradientConfig, dict[str, str]]:
+    """Replace the method "auto": by the gradient if all trained rewards have one, else by scores.
+
+    trained: the rewards to train on, by short name; those of weight 0 have no say.
+
+    Returns the settings and, for the log, {"method": the choice and its reason}; {} for another
+    method. Raises ConfigError with the settings that do not fit the choice.
+    """
+    if args.method != "auto":
+        return args, {}
+    weights = _weights(trained, args)
+    without = [name for name in trained if weights[name] and not reward_attribute(trained[name], "differentiable")]
+    method = WITHOUT_GRADIENT if without else WITH_GRADIENT
+    reason = f"no gradient of {', '.join(without)}" if without else "all trained rewards have a gradient"
+    args = dataclasses.replace(args, method=method)
+    if problems := all_method_problems(args):
+        raise ConfigError([f"{problem} (method auto chose {method}: {reason})" for problem in problems])
+    return args, {"method": f"{method}, chosen by auto: {reason}"}
+
+
+def _weights(trained: dict[str, Callable], args) -> dict[str, float]:
+    return dict(zip(trained, args.reward_weights or [1.0] * len(trained), strict=True))
 
 
 def _seconds(reward: str | Callable, args: RewardGradientConfig) -> float | None:

@@ -1,77 +1,22 @@
 """The study's baselines as numbers: stochastic sampling, policy gradient, best of n."""
 
-import math
-
 import baselines
 import pytest
 import torch
-from baselines import GroupedBatches, Policy, PolicyGradientTrainer, Trajectory
+from baselines import Policy, PolicyGradientTrainer, Trajectory
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness
 
 from rlhf.device import generator
+from rlhf.method.flow_grpo import MOMENTS, FlowGRPO, cps_moments
+from rlhf.method.nft import advantages
+from rlhf.method.regression import ScoredRollout
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64)  # nano's
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# ------------------------------------------------------------------------------ stochastic sampling
-
-
-@pytest.mark.parametrize("name", baselines.NOISES)
-def test_log_densities_are_those_of_the_normal_distribution(name):
-    x, v, fresh = (normal(2, 3, 4, 2, 2, seed=s) for s in range(3))
-    mean, std = baselines.NOISES[name](x, v, SIGMAS, 1, 0.7)
-    after = mean + std * fresh
-    expected = torch.distributions.Normal(mean, std).log_prob(after).flatten(1).mean(1)
-    assert torch.allclose(baselines.log_prob(after, mean, std), expected, rtol=1e-12)
-
-
-def test_an_sde_step_is_the_published_equation():
-    x, v = normal(2, 3), normal(2, 3, seed=1)
-    for i, denominator in ((0, 0.1), (1, 0.1), (2, 0.25)):  # 1 - sigma; at sigma 1 that of the next level
-        t, dt = SIGMAS[i].item(), (SIGMAS[i + 1] - SIGMAS[i]).item()
-        s = 0.7 * math.sqrt(t / denominator)
-        mean, std = baselines.sde_moments(x, v, SIGMAS, i, 0.7)
-        shrunk = x * (1 + s**2 / (2 * t) * dt) + v * (1 + s**2 * (1 - t) / (2 * t)) * dt
-        assert torch.allclose(mean, shrunk, rtol=1e-12)
-        assert std.item() == pytest.approx(s * math.sqrt(-dt))
-
-
-def test_a_cps_step_leaves_as_much_noise_as_the_flow_has():
-    x0, e = normal(2, 3), normal(2, 3, seed=1)
-    t, after = SIGMAS[1], SIGMAS[2]
-    mean, std = baselines.cps_moments((1 - t) * x0 + t * e, e - x0, SIGMAS, 1, 0.4)
-    assert torch.allclose(mean, (1 - after) * x0 + (after**2 - std**2).sqrt() * e)
-    assert 0 < std < after
-
-
-@pytest.mark.parametrize(("name", "level"), [("sde", 0.5), ("cps", 0.05)])
-def test_samples_of_many_stochastic_steps_have_the_datas_distribution(name, level):
-    """Data of N(0.5, 0.3^2), whose exact velocity is known: noise must not change what is sampled.
-
-    The noise of "cps" is by step, not by time: of short steps little is the same.
-    """
-    m, s = 0.5, 0.3
-
-    def velocity(x, t):
-        mean_x, var_x = (1 - t) * m, (1 - t) ** 2 * s**2 + t**2
-        scaled = (x - mean_x) / var_x
-        return (0 + t * scaled) - (m + (1 - t) * s**2 * scaled)  # E[e | x] - E[x0 | x]
-
-    path = baselines.stochastic_rollout(
-        velocity,
-        lambda purpose: torch.randn(20_000, 1, generator=generator(purpose), dtype=torch.float64),
-        torch.linspace(1, 0, 201, dtype=torch.float64),
-        Policy(noise=name, noise_level=level),
-    )
-    assert path.states[-1].mean().item() == pytest.approx(m, abs=0.01)
-    assert path.states[-1].std().item() == pytest.approx(s, abs=0.01)
-    assert len(path.log_probs) == 199
-    assert len(path.states) == 201
 
 
 # ---------------------------------------------------------------------------------- policy gradient
@@ -82,37 +27,20 @@ def linear(theta):
     return lambda x, sigma: theta[0] * x + theta[1]
 
 
-def expected_reward(theta, last, moments, level) -> float:
-    """Return E[-(x - 1)^2] at the end, exactly: a linear flow keeps states normal."""
-    mean, variance = torch.zeros(1, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    for i in range(len(SIGMAS) - 2):
-        offset, std = moments(mean, linear(theta)(mean, None), SIGMAS, i, level)
-        one, _ = moments(mean + 1, linear(theta)(mean + 1, None), SIGMAS, i, level)
-        mean, variance = offset, (one - offset) ** 2 * variance + std**2
-    step = SIGMAS[-1] - SIGMAS[-2]
-    mean, variance = mean + step * linear(last)(mean, None), (1 + step * last[0]) ** 2 * variance
-    return (-((mean - 1) ** 2) - variance).item()
-
-
-@pytest.mark.parametrize("name", baselines.NOISES)
-def test_the_policy_gradient_is_that_of_the_expected_reward(name):
-    """Against finite differences; the noiseless last step learns nothing and is held fixed."""
-    policy, theta = Policy(noise=name, noise_level=0.6), torch.tensor([0.3, -0.4], dtype=torch.float64)
-    count, trained = 400_000, theta.clone().requires_grad_()
-
-    def noise(purpose):
-        half = torch.randn(count // 2, 1, generator=generator(purpose), dtype=torch.float64)
-        return torch.cat([half, -half])  # antithetic: half of the error
-
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_the_first_update_of_a_rollout_is_that_of_the_method(kind):
+    policy, theta = Policy(noise=kind, group_size=4, kl_weight=0.3), torch.tensor([0.3, -0.4], dtype=torch.float64)
+    base = linear(torch.tensor([0.1, 0.0], dtype=torch.float64))
+    noise = lambda purpose: torch.randn(8, 1, generator=generator(purpose), dtype=torch.float64)
     path = baselines.stochastic_rollout(linear(theta), noise, SIGMAS, policy)
-    scores = -((path.states[-1][:, 0] - 1) ** 2)
-    steps = baselines.step_losses(linear(trained), linear(theta), path, scores - scores.mean(), SIGMAS, policy)
-    (-len(path.log_probs) * sum(steps)).backward()  # their mean over steps; ascended
-    h, expected = 1e-5, []
-    for way in torch.eye(2, dtype=torch.float64) * h:
-        up, down = (expected_reward(theta + sign * way, theta, baselines.NOISES[name], 0.6) for sign in (1, -1))
-        expected.append((up - down) / (2 * h))
-    assert trained.grad.tolist() == pytest.approx(expected, rel=0.03)
+    scores, trained = path.states[-1][:, 0], theta.clone().requires_grad_()
+    of_update = baselines.step_losses(linear(trained), base, path, advantages(scores, 4), SIGMAS, policy)
+    method = FlowGRPO(4, kind, policy.noise_level, policy.kl_weight, baselines.MAX_ADVANTAGE)
+    base_vjp = lambda x, sigma, a: (base(x, sigma), None)
+    rollout = ScoredRollout(path.states, SIGMAS, scores, None, noise, linear(trained), None, base_vjp)
+    of_method = (loss_B.mean() for loss_B in method.losses(rollout))
+    gradients = [torch.autograd.grad(sum(losses), trained)[0] for losses in (of_update, of_method)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
 
 
 def test_the_clipped_surrogate_has_the_gradient_of_finite_differences():
@@ -135,21 +63,11 @@ def test_the_kl_term_is_the_divergence_of_the_steps_normals():
     losses = list(baselines.step_losses(linear(theta), linear(base), path, torch.zeros(5), SIGMAS, policy))
     for i, loss in enumerate(losses):
         ours, theirs = (
-            torch.distributions.Normal(
-                *baselines.cps_moments(path.states[i], linear(t)(path.states[i], 0), SIGMAS, i, 0.7)
-            )
+            torch.distributions.Normal(*cps_moments(path.states[i], linear(t)(path.states[i], 0), SIGMAS, i, 0.7))
             for t in (theta, base)
         )
         divergence = torch.distributions.kl_divergence(ours, theirs).mean()
         assert (loss * len(losses)).item() == pytest.approx(2 * divergence.item())
-
-
-def test_advantages_are_relative_to_the_group_or_to_the_batch():
-    scores = torch.tensor([1.0, 3.0, 10.0, 30.0])
-    assert baselines.advantages(scores, 2).tolist() == pytest.approx([-1, 1, -1, 1], rel=1e-3)
-    of_batch = baselines.advantages(scores, 1)
-    assert of_batch.tolist() == pytest.approx(((scores - 11) / scores.std(correction=0)).tolist(), rel=1e-3)
-    assert baselines.advantages(torch.ones(4), 2).tolist() == [0, 0, 0, 0]
 
 
 def policy_trainer(make_args, policy, **changes):
@@ -165,7 +83,6 @@ def test_a_group_is_one_prompt_with_different_noise(make_args):
     assert len({*first.prompts, *second.prompts}) == 4
     assert len(first.noise("train").unique(dim=0)) == 4
     assert {*first.prompts, *second.prompts} <= {*trainer.batches.prompts_from_rollout(0)}
-    assert isinstance(trainer.batches, GroupedBatches)
     with pytest.raises(ValueError, match="expected a multiple of group_size=3"):
         policy_trainer(make_args, Policy(group_size=3), per_device_train_batch_size=4, overwrite_output_dir=True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf.config import ConfigError, RewardGradientConfig, field_names
+from rlhf.config import METHODS, ConfigError, RewardGradientConfig, field_names
 from rlhf.config.older import translate_old_settings
 from rlhf.config.parse import parse_command, parse_config
 from rlhf.method.options import METHOD_OPTIONS
@@ -175,7 +175,7 @@ def test_help_gives_choices_and_ranges(capsys):
     with pytest.raises(SystemExit, match="0"):
         parse_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "{draft_k,draft_lv,alignprop,uniform,listed,drtune,refl,srpo,leap_align,adjoint_matching,nft}" in text
+    assert f"{{{','.join(METHODS)},auto}}" in text
     assert "Range: at least 0, less than 1." in text
     assert "--memory_limit_gib" in text, "a flag of the command"
 

@@ -191,6 +191,12 @@ ROWS = [
         "did you mean 'num_draws'?",
     ),
     Row({"method_kwargs": {"zzz": 3}}, "method_kwargs: got 'zzz'", "expected an option of", "leave it out"),
+    Row(
+        {"method": "auto", "method_kwargs": {"num_draws": 3}},
+        "method_kwargs: got num_draws with method draft_k",
+        "expected relative_words",
+        "choose method draft_lv or srpo, which has it",
+    ),
     Row({"method": "nft"}, "got 1 with method nft", "expected a multiple of that", "change it, or group_size"),
     Row(
         {"method": "nft", "per_device_train_batch_size": 8, "method_kwargs": {"num_levels": 51}},
@@ -270,6 +276,18 @@ ROWS = [
     Row({"lora_rank_pattern": {"to_qq": 4}}, "got 'to_qq'", "expected the end of an adapted layer's", "correct it"),
     Row({"lora_alpha_pattern": {"to_q(": 4}}, "got 'to_q('", "or a regular expression of it", "correct it"),
     Row(
+        {"method": "flow_grpo", "num_inference_steps": 1, "per_device_train_batch_size": 8},
+        "num_inference_steps: got 1 with method flow_grpo",
+        "expected at least 2, since its last step has no noise",
+        "raise it",
+    ),
+    Row(
+        {"method": "flow_grpo", "guidance_every": 2, "per_device_train_batch_size": 8},
+        "guidance_every: got 2 with method flow_grpo",
+        "expected 1: the velocity that samples",
+        "leave it out",
+    ),
+    Row(
         {"method": "leap_align", "num_inference_steps": 1},
         "num_inference_steps: got 1 with method leap_align",
         "expected at least 2",
@@ -342,6 +360,7 @@ ROWS = [
     ),
     Row({"rollout_reuse": 2, "method": "alignprop", "num_grad_steps": 2}, "got it with", "draft_lv", "change one of"),
     Row({"decode_caches": "host"}, "decode_caches: got host without", "expected both", "set that, too"),
+    Row({"prefix_steps": 1, "method": "srpo"}, "prefix_steps: got it with", "expected draft_k", "change one of"),
     Row({"prefix_steps": 5, "method": "uniform"}, "prefix_steps: got it with", "expected draft_k", "change one of"),
     Row({"prefix_steps": 49}, "prefix_steps=49", "only 49 of num_inference_steps=50 come before", "lower it"),
     Row({"guidance_together": True, "guidance_scale": 1.0}, "guidance_together: got it", "which has one", "leave it"),

@@ -43,6 +43,11 @@ CURVES = {
     "leap_align": {"method": "leap_align"},
     "adjoint_matching": {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}},
     "nft": {"method": "nft", "per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}},
+    "flow_grpo": {
+        "method": "flow_grpo",
+        "per_device_train_batch_size": 2,
+        "method_kwargs": {"group_size": 2, "kl_weight": 0.04},
+    },
     "guidance_text": {"num_grad_steps": 2, "guidance_gradient": "text"},
     # At 1e-3 it meets a kink of the reward, where rounding moves a gradient by a tenth.
     "guidance_none": {"num_grad_steps": 2, "guidance_gradient": "none", "learning_rate": 5e-4},

@@ -11,6 +11,14 @@ def redness(video, prompts, **info):
     return (video[:, 0] - video[:, 2]).mean((1, 2, 3)) * 10
 
 
+def count(video, prompts, **info):
+    """A reward that only counts, without a gradient."""
+    return (redness(video.detach(), prompts) * 50).round()
+
+
+count.differentiable = False
+
+
 def brightness(video, prompts, **info):
     return video.mean((1, 2, 3, 4))
 

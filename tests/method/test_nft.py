@@ -7,7 +7,7 @@ import pytest
 import torch
 from problem import GUIDANCE, SIGMAS, Problem
 from runs import adapter, train
-from toy_rewards import redness, rows_without_cost
+from toy_rewards import count, rows_without_cost
 
 from rewards import RewardError
 from rlhf.config import ConfigError
@@ -91,17 +91,10 @@ def test_its_gradient_on_the_tiny_model_is_that_of_autograd_and_finite_differenc
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient @ direction), rel=1e-6)
 
 
-def without_gradient(video, prompts, **info):
-    return (redness(video.detach(), prompts) * 50).round()
-
-
-without_gradient.differentiable = False
-
-
 def test_a_reward_without_gradient_rises(make_args):
     many = {"per_device_train_batch_size": 16, "method_kwargs": {"group_size": 8, "num_levels": 3}}
     args = make_args(max_steps=30, learning_rate=5e-2, method="nft", **many)
-    train(args, without_gradient)
+    train(args, count)
     rewards = [row["reward"] for row in rows_without_cost(args)]
     assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 2
 
@@ -111,7 +104,7 @@ def test_accumulated_batches_and_a_resumed_run_equal_one_run(make_args, tmp_path
     many = make_args(output_dir=str(tmp_path / "many"), gradient_accumulation_steps=2, **settings)
     one = make_args(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **settings)
     for args in (many, one):
-        train(args, without_gradient)
+        train(args, count)
     for row, other in zip(rows_without_cost(many), rows_without_cost(one), strict=True):
         assert row == pytest.approx(other, rel=1e-4)
     whole = adapter(one)
@@ -119,7 +112,7 @@ def test_accumulated_batches_and_a_resumed_run_equal_one_run(make_args, tmp_path
     again = make_args(
         output_dir=str(tmp_path / "again"), per_device_train_batch_size=4, resume_from_checkpoint=checkpoint, **settings
     )
-    train(again, without_gradient)
+    train(again, count)
     assert torch.equal(adapter(again), whole)
 
 
@@ -133,9 +126,9 @@ def test_accumulated_batches_and_a_resumed_run_equal_one_run(make_args, tmp_path
 )
 def test_what_does_not_fit_is_refused(make_args, settings, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        train(make_args(**GROUPS | settings), without_gradient)
+        train(make_args(**GROUPS | settings), count)
 
 
 def test_a_gradient_method_refuses_the_reward_and_names_nft(make_args):
     with pytest.raises(RewardError, match="--method nft"):
-        train(make_args(), without_gradient)
+        train(make_args(), count)

@@ -41,13 +41,20 @@ def test_the_rates_are_those_that_were_measured():
         {"method": "refl", "method_kwargs": {"jump_steps": 1}, "guidance_scale": 1.0},
         {"method": "leap_align", "drift_weight": 1.0},
         {"method": "adjoint_matching"},
+        {"method": "flow_grpo", "per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}},
+        {
+            "method": "flow_grpo",
+            "per_device_train_batch_size": 2,
+            "method_kwargs": {"group_size": 2, "kl_weight": 0.1},
+            "guidance_gradient": "text",
+        },
         {"method": "adjoint_matching", "method_kwargs": {"adjoint_steps": 2}},
         {"num_inference_steps": 6, "prefix_steps": 3},
         {"num_inference_steps": 6, "guidance_every": 2},
     ],
 )
 def test_calls_are_those_that_a_training_step_makes(make_args, settings):
-    pipe, args = tiny_pipeline(), make_args(per_device_train_batch_size=1, max_steps=1, **settings)
+    pipe, args = tiny_pipeline(), make_args(**{"per_device_train_batch_size": 1, "max_steps": 1} | settings)
     trainer = RewardGradientTrainer(pipe, redness, args, PROMPTS)
     calls = []
     pipe.transformer.register_forward_hook(lambda module, inputs, output: calls.append(output[0].requires_grad))
