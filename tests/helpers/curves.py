@@ -60,6 +60,8 @@ CURVES = {
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
 }
 
+NO_GPU = ("flow_grpo",)  # curves that were not drawn on a GPU yet
+
 
 def draw(name: str, device: str = "cpu") -> dict[str, list[float]]:
     """The curves of one entry; steps without a reward leave none."""

@@ -21,6 +21,7 @@ from rewards.common import preprocess
 from rlhf.config import METHODS, RewardGradientConfig
 from rlhf.device import describe, deterministic, peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.export import export_merged
+from rlhf.method.options import SCORES_ALONE
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.device_check import check_device, distance
 
@@ -74,7 +75,7 @@ def run(folder: Path, *more: str) -> dict[str, torch.Tensor]:
 def test_the_demo_makes_the_video_of_the_cpu(npu, tmp_path):
     demo.main(["--output", str(tmp_path / "npu.mp4")])
     steps, layers = 4, 8
-    assert npu.calls[ATTEND] >= 2 * steps * layers  # guidance doubles it; the text encoders and the VAE attend, too
+    assert npu.calls[ATTEND] >= steps * layers  # of both branches in one batch; text encoders and VAE attend, too
     calls = sum(npu.calls.values())
     demo.main(["--device", "cpu", "--output", str(tmp_path / "cpu.mp4")])
     assert sum(npu.calls.values()) == calls, "nothing of the CPU's video was made on the NPU"
@@ -118,7 +119,8 @@ def test_the_gradient_of_every_method_is_the_cpus(tmp_path, method):
     got, expected = (
         gradient(dataclasses.replace(args, device=d, output_dir=str(tmp_path / d))) for d in ("npu", "cpu")
     )
-    assert 0 < distance(got, expected) < 1e-5
+    limit = 1e-4 if method in SCORES_ALONE else 1e-5  # the spread of a group divides the rounding of its scores
+    assert 0 < distance(got, expected) < limit
 
 
 def gradient(args) -> torch.Tensor:
