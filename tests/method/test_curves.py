@@ -66,6 +66,6 @@ def test_curves_of_a_gpu_are_those_of_a_cpu_but_for_kinks(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("name", GPU)
 def test_twenty_steps_on_a_gpu_are_what_they_were(name):
     assert_same_but_for_kinks(draw(name, "cuda"), stored(name, "cuda"))
