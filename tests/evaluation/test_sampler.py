@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted_model import adapt, save_adapter
-from tiny import SAMPLING, tiny_pipeline
+from adapted_model import save_tiny_model
+from tiny import SAMPLING
 
 from rlhf.adapter.lora_file import read_lora
 from rlhf.evaluation.sampler import Placement, Sampler
@@ -20,10 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline().save_pretrained(folder / "base")
-    save_adapter(adapt(tiny_pipeline()), folder / "adapter")
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 def videos(saved, placement) -> list[torch.Tensor]:
