@@ -208,8 +208,8 @@ def other_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 def _group(tensors: dict[str, torch.Tensor], sizes: Sizes | None) -> dict[str, dict[str, torch.Tensor]]:
     """Return the parts of each layer: a, b, and magnitude and alpha where the file has them."""
-    original_name = family_of_layers(sizes or ()).original_name
-    known = {original_name(name): name for name in sizes or {}} | {name: name for name in sizes or {}}
+    family = family_of_layers(sizes or ())
+    known = {family.original_name(name): name for name in sizes} | {name: name for name in sizes} if family else {}
     flat = {given.replace(".", "_"): name for given, name in known.items()}
     layers, adapters, unknown = defaultdict(dict), set(), []
     for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
