@@ -30,6 +30,7 @@ OLDER_BLOCKS_FILE = "trained_blocks.safetensors"  # beside the adapter in runs o
 INITIAL_KEY = "initial_adapter"  # metadata of a checkpoint, and the folder of its run with that adapter
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names with _ in place of dots
+KOHYA_KEYS = "ss_network_alpha", "ss_network_dim"  # of metadata; 0, None and Dynamic say nothing
 PARTS = {"lora_A": "a", "lora_down": "a", "lora_linear_layer.down": "a", "lora_magnitude_vector": "magnitude"}
 PARTS |= {"lora_B": "b", "lora_up": "b", "lora_linear_layer.up": "b", "alpha": "alpha"}
 KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, PARTS))})(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?")
@@ -133,6 +134,8 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
         if not tensors:
             raise _error("no tensor", "those of a LoRA")
         by_layer = _group(tensors, sizes)
+        is_kohya = config is None and all(key.startswith(FLAT_PREFIXES) for key in tensors)
+        remark = _add_stated_alpha(by_layer, *map(metadata.get, KOHYA_KEYS)) if is_kohya else ""
         stated = config is not None or any("alpha" in parts for parts in by_layer.values())
         if not stated and any(key.startswith("base_model.") for key in tensors):
             expected = f"{PEFT_CONFIG} beside it, which has their scale"
@@ -142,7 +145,7 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
             raise _error("magnitudes (DoRA) of some layers only", "them for all layers or for none")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    remark = "" if stated else "the file states no alpha, so the scale is 1"
+    remark = remark if stated else "the file states no alpha, so the scale is 1"
     lora = Lora(layers, _is_distilled(path, metadata), remark)
     return _find_initial(path).then(lora) if INITIAL_KEY in metadata else lora
 
@@ -161,6 +164,40 @@ def _find_initial(path: Path) -> Lora:
             return read_lora(folder / INITIAL_KEY)
     expected = f"expected {INITIAL_KEY}/ in the run's folder, to which it adds"
     raise ValueError(f"{path}: got a checkpoint without its run, {expected}; name the checkpoint within its run")
+
+
+def _add_stated_alpha(by_layer: dict[str, dict[str, torch.Tensor]], alpha: str | None, rank: str | None) -> str:
+    """Give layers without an alpha that of kohya's metadata; return what tensors say otherwise.
+
+    It is for kohya's own names alone: musubi-tuner's converter to other names multiplies the scale
+    into the weights and keeps the metadata.
+    """
+    alpha, rank = (_number(value) for value in (alpha, rank))
+    alphas, ranks = set(), set()  # of tensors, other than those of the metadata
+    for name, parts in by_layer.items():
+        found = float(len(parts["a"])) if "a" in parts else rank
+        ranks |= {found} - {rank} if rank else set()
+        if alpha and "alpha" not in parts:
+            if rank and found != rank:
+                got = f"rank {found:g} for {name}, and an alpha only in the metadata, for ss_network_dim {rank:g}"
+                raise _error(got, "an alpha of this rank", "the file was changed after training; take the original")
+            parts["alpha"] = torch.tensor(alpha)
+        given = parts["alpha"].flatten().tolist() if alpha else ()
+        alphas |= {value for value in given if not math.isclose(value, alpha, rel_tol=0.01)}  # it may be bfloat16
+    pairs = ("ss_network_alpha", alpha, alphas), ("ss_network_dim", rank, ranks)
+    return "; ".join(
+        f"the metadata has {key} {stated:g}, the tensors {', '.join(f'{value:g}' for value in sorted(others))}, which count"
+        for key, stated, others in pairs
+        if others
+    )
+
+
+def _number(text: str | None) -> float:
+    try:
+        value = float(text or 0)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
 
 
 def _error(got: str, expected: str, cure: str = CURE) -> ValueError:
