@@ -56,9 +56,28 @@ class Frames:
 
 
 def over_white(pixels_HW4: np.ndarray) -> np.ndarray:
-    """Return RGBA pixels (H, W, 4) uint8 over white: (H, W, 3) uint8."""
-    alpha_HW1 = pixels_HW4[..., 3:].astype(np.float32) / 255
-    return (255 - alpha_HW1 * (255 - pixels_HW4[..., :3].astype(np.float32))).round().astype(np.uint8)
+    """Return RGBA pixels (H, W, 4), uint8 or uint16, over white: (H, W, 3) of the same type."""
+    white = np.iinfo(pixels_HW4.dtype).max
+    alpha_HW1 = pixels_HW4[..., 3:].astype(np.float32) / white
+    over_HW3 = white - alpha_HW1 * (white - pixels_HW4[..., :3].astype(np.float32))
+    return over_HW3.round().astype(pixels_HW4.dtype)
+
+
+def read_png16(path: Path) -> np.ndarray:
+    """Return the pixels of a PNG of 16 bits, (H, W, 3) uint16, of which Pillow keeps 8 in colour.
+
+    Grey becomes RGB. Transparent pixels are over white. Raises av.FFmpegError.
+    """
+    import av
+
+    decoder = av.CodecContext.create("png", "r")
+    (frame,) = [*decoder.decode(av.Packet(path.read_bytes())), *decoder.decode(None)]
+    (plane,), channels = frame.planes, len(frame.format.components)
+    pixels_HWC = np.frombuffer(plane, ">u2").reshape(frame.height, -1)[:, : frame.width * channels]
+    pixels_HWC = pixels_HWC.reshape(frame.height, frame.width, channels).astype(np.uint16)
+    if channels < 3:  # grey
+        pixels_HWC = pixels_HWC[..., [0, 0, 0, *range(1, channels)]]
+    return over_white(pixels_HWC) if pixels_HWC.shape[2] == 4 else pixels_HWC
 
 
 def read_container(path: Path, max_frames: int | None, allow_truncated: bool) -> Frames:

@@ -184,12 +184,11 @@ def _add_stated_alpha(by_layer: dict[str, dict[str, torch.Tensor]], alpha: str |
             parts["alpha"] = torch.tensor(alpha)
         given = parts["alpha"].flatten().tolist() if alpha else ()
         alphas |= {value for value in given if not math.isclose(value, alpha, rel_tol=0.01)}  # it may be bfloat16
-    pairs = ("ss_network_alpha", alpha, alphas), ("ss_network_dim", rank, ranks)
-    return "; ".join(
-        f"the metadata has {key} {stated:g}, the tensors {', '.join(f'{value:g}' for value in sorted(others))}, which count"
-        for key, stated, others in pairs
-        if others
-    )
+    differ = []
+    for key, stated, others in zip(KOHYA_KEYS, (alpha, rank), (alphas, ranks), strict=True):
+        found = ", ".join(f"{value:g}" for value in sorted(others))
+        differ += [f"the metadata has {key} {stated:g}, the tensors {found}, which count"] if others else []
+    return "; ".join(differ)
 
 
 def _number(text: str | None) -> float:
