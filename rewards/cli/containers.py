@@ -81,7 +81,7 @@ def read_png16(path: Path) -> np.ndarray:
 
 
 def read_container(path: Path, max_frames: int | None, allow_truncated: bool) -> Frames:
-    """Read at most the leading max_frames of the first video stream.
+    """Read at most the leading max_frames of the default video stream.
 
     Raises ValueError for a file that is cut short (unless allowed), damaged, or of high dynamic
     range.
@@ -116,18 +116,21 @@ def read_container(path: Path, max_frames: int | None, allow_truncated: bool) ->
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple]:
-    """Yield the container and its first video stream; FFmpeg's words become part of errors."""
+    """Yield the container and the video stream that it marks as default, or the first one.
+
+    A cover picture is no video. FFmpeg's words become part of errors.
+    """
     import av
 
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
         with av.logging.Capture(local=False), av.open(path) as container:
-            covers = av.stream.Disposition.attached_pic
-            streams = [x for x in container.streams.video if x.codec_context and not x.disposition & covers]
+            kinds = av.stream.Disposition
+            streams = [x for x in container.streams.video if x.codec_context and not x.disposition & kinds.attached_pic]
             if not streams:
                 raise ValueError("no video in it that can be read")
-            yield container, streams[0]
+            yield container, next((x for x in streams if x.disposition & kinds.default), streams[0])
     except av.FFmpegError as error:
         said = f": {error.log[2].strip()}" if error.log else ""
         raise ValueError(f"{error.strerror}{said}") from error

@@ -141,6 +141,24 @@ def test_colours_and_shape_follow_the_tags(name, colours):
     assert read_video(FAULTS / name).pixels_BCTHW.shape[4] == {"wide.mp4": 128, "half_clear.webm": 32}.get(name, 64)
 
 
+@pytest.mark.parametrize(("ending", "codec", "form"), [("mkv", "ffv1", "bgr0"), ("mp4", "png", "rgb24")])
+@pytest.mark.parametrize(("marked", "grey"), [((), 51), ((1,), 102), ((1, 2), 102), ((2,), 153), ((0, 2), 51)])
+def test_the_video_that_is_marked_as_default_is_read(marked, grey, ending, codec, form, tmp_path):
+    """Three videos in a file, each of its own grey and length."""
+    with av.open(str(tmp_path / f"a.{ending}"), "w") as container:
+        streams = [container.add_stream(codec, rate=8) for _ in range(3)]
+        for i, stream in enumerate(streams):
+            stream.width, stream.height, stream.pix_fmt = 16, 16, form
+            stream.disposition = av.stream.Disposition.default if i in marked else 0
+        for i, stream in enumerate(streams):
+            for _ in range(i + 2):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), 51 * i + 51, np.uint8))))
+            container.mux(stream.encode())
+    pixels = read_video(tmp_path / f"a.{ending}").pixels_BCTHW
+    assert (pixels * 255).unique().tolist() == [grey]
+    assert pixels.shape[2] == grey // 51 + 1
+
+
 @pytest.mark.parametrize(("level", "grey"), [(64, 0), (502, 127.5), (940, 255)])
 def test_ten_bits_lose_no_brightness(level, grey, tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
