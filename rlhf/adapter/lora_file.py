@@ -26,6 +26,7 @@ from rlhf.io import file_errors, read_object
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_FILES = ("average.safetensors", "adapter.safetensors")  # what of it a run would save
+SCALE_KEY = "scale_is_of"  # metadata that is added in reading: where the scale is from
 OLDER_BLOCKS_FILE = "trained_blocks.safetensors"  # beside the adapter in runs of older versions
 INITIAL_KEY = "initial_adapter"  # metadata of a checkpoint, and the folder of its run with that adapter
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -101,7 +102,7 @@ def is_distilled_adapter(name: str | Path) -> bool:
     """Return whether an adapter is sampled without guidance; a run of an older version says so."""
     path = find_lora_file(name)
     with file_errors(path), safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+        metadata = _complete(path, file.metadata() or {})
     return _is_distilled(path, metadata)
 
 
@@ -125,11 +126,8 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
     refuse_trained_blocks(path.parent)
     with file_errors(path), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        metadata = file.metadata() or {}
+        metadata = _complete(path, file.metadata() or {})
     config = _read_config(path, metadata)
-    if config is None and path.name in CHECKPOINT_FILES and (path.parent / "state.json").is_file():
-        cure = "resume it with this version and its own max_steps, which writes RUN/adapter"
-        raise ValueError(f"{path}: {_error('a checkpoint of an older version', 'one that states its scale', cure)}")
     try:
         if not tensors:
             raise _error("no tensor", "those of a LoRA")
@@ -145,9 +143,32 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
             raise _error("magnitudes (DoRA) of some layers only", "them for all layers or for none")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    remark = remark if stated else "the file states no alpha, so the scale is 1"
+    remark = metadata.get(SCALE_KEY, remark) if stated else "the file states no alpha, so the scale is 1"
     lora = Lora(layers, _is_distilled(path, metadata), remark)
     return _find_initial(path).then(lora) if INITIAL_KEY in metadata else lora
+
+
+def _complete(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    """Return a file's metadata, with what checkpoints of older versions do not state.
+
+    Their scale is that of RUN/adapter, or of the settings, which do not know of a peft_config's
+    use_rslora.
+    """
+    state, folder = path.parent / "state.json", path.absolute().parents[1]
+    if LORA_ADAPTER_METADATA_KEY in metadata or path.name not in CHECKPOINT_FILES or not state.is_file():
+        return metadata
+    with file_errors(state):
+        settings = read_object(state)["settings"]
+        rank, alpha = settings["lora_rank"], settings["lora_alpha"]
+        config = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
+        config |= {key: settings.get(f"lora_{key}") for key in ("use_dora", "rank_pattern", "alpha_pattern")}
+        told = {SCALE_KEY: "the scale is that of the settings of its run, which is of an older version"}
+        told |= {DISTILLED_KEY: "true"} if is_distilled(settings) else {}
+    adapter = folder.parent / "adapter" / ADAPTER_FILE
+    if folder.name == "checkpoints" and adapter.is_file():
+        with file_errors(adapter), safe_open(adapter, "pt") as file:
+            told |= {SCALE_KEY: f"the scale is that of {adapter}"} | (file.metadata() or {})
+    return metadata | {LORA_ADAPTER_METADATA_KEY: json.dumps(config)} | told
 
 
 def refuse_trained_blocks(folder: str | Path) -> None:
