@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from rewards import RewardError
 from rlhf.adapter.lora_file import INITIAL_KEY
 from rlhf.adapter.lora_weights import ADAPTER_FILE
-from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer
+from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
 from rlhf.distributed.accelerator import any_process, describe_launch, make_accelerator
@@ -107,6 +107,8 @@ class RewardGradientTrainer:
         self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout, inputs.initial)
         self.choices |= chosen
         self.optimizer = make_optimizer(self.masters.vector, args)
+        for remark in slow_updates(args, self.masters.vector.numel()):
+            self.accelerator.print(remark)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
         self.decode = setup.make_decoder(self.pipe, self.rewards, args, self.device)
