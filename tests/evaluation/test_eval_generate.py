@@ -18,6 +18,7 @@ import rlhf.evaluation.generate
 from rewards.cli.files import read_video
 from rlhf.evaluation.generate import Variant, generate
 from rlhf.evaluation.video_set import Video, read_set
+from rlhf.generator.files import describe_model
 from rlhf.nano.world import held_out_prompts
 from rlhf.types import row_of
 
@@ -222,9 +223,17 @@ def test_videos_of_a_model_whose_files_changed_are_not_continued(run, tmp_path, 
     flags = ["--model", str(model), "--prompts", str(tmp_path / "one.txt"), *SMALL]
     make(tmp_path / "out", *flags)
     make(tmp_path / "out", *flags)
-    os.utime(model / "transformer" / "diffusion_pytorch_model.safetensors", (2e9, 2e9))
+    saved, settings = tmp_path / "out" / "generate.json", json.loads((tmp_path / "out" / "generate.json").read_text())
+    for older in ("15 files, 9 bytes, newest 2033-05-18T03:33:20+00:00", None):
+        saved.write_text(json.dumps(settings | {"model_files": older}))
+        make(tmp_path / "out", *flags)
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # of equal size and time, as a copy may be
     assert SCRIPT["main"](["--output", str(tmp_path / "out"), *flags]) == 2
-    assert "newest 2033-05-18T03:33:20+00:00' to continue; choose another" in capsys.readouterr().err
+    assert f"expected '{describe_model(model)}' to continue; choose another" in capsys.readouterr().err
 
 
 def test_videos_of_two_kinds_do_not_share_a_folder(run, tmp_path, capsys):
