@@ -102,14 +102,14 @@ def test_seconds_of_a_run_are_those_of_all_parts(make_args, capsys, monkeypatch)
     path = Path(args.output_dir) / "checkpoints" / "step-1"
     state = json.loads((path / "state.json").read_text())
     assert state["seconds"] > 0
-    for seconds, least in ((1000.0, 1000.0), (None, 77.0)):  # earlier versions saved none
+    for seconds, least in ((1e6, 1e6), (None, 7e5)):  # earlier versions saved none
         kept = {name: value for name, value in state.items() if name != "seconds"}
         (path / "state.json").write_text(json.dumps(kept | ({"seconds": seconds} if seconds else {})))
-        (path.parents[1] / "metrics.jsonl").write_text('{"step": 1, "seconds": 77.0}\n')
+        (path.parents[1] / "metrics.jsonl").write_text('{"step": 1, "seconds": 7e5}\n')
         write_manifest(path)
         again = dataclasses.replace(args, resume_from_checkpoint="latest")
         summary = RewardGradientTrainer(tiny_pipeline(), redness, again, PROMPTS).train()
-        assert least < summary["seconds"] < least + 60
+        assert least < summary["seconds"] < 1.5 * least, "once each"
 
 
 def test_resolve_resume_says_where_from_and_what_is_no_longer_the_same(make_args, capsys):
