@@ -43,7 +43,7 @@ from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoin
 from rlhf.run.folder import start_run_folder
 from rlhf.run.lock import lock_folder
 from rlhf.run.metrics import Cost, RunLog, seconds_before
-from rlhf.run.resume import restart_message, resume_message
+from rlhf.run.resume import describe_inputs, restart_message, resume_message
 from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run.trackers import run_trackers
 from rlhf.training import setup
@@ -118,9 +118,11 @@ class RewardGradientTrainer:
         self.state = self.callbacks.state
 
         self.stop = StopRequest(speaks=self.accelerator.is_main_process)
+        self.inputs = describe_inputs(args, train_prompts, self.eval_prompts)
         self.resumed = self._restore()
-        calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args)
-        self.calibration_prompts = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
+        prompts = self.batches.prompts_at(0, args.calibrate_rewards)
+        calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args, prompts)
+        self.calibration_prompts = prompts if any_process(self.accelerator, not calibrated) else []
         left = self.batches.prompts_from_rollout(self.rollouts.rollout_index(self.resumed["step"], 0))
         prompts = left + self.eval_prompts + self.calibration_prompts
         self.text = setup.encode_and_release(self.pipe, prompts, args, self.device, release=inputs.pipe is None)
@@ -434,7 +436,7 @@ class RewardGradientTrainer:
             return {"step": 0}
         path = find_checkpoint(which, self.folder, quiet=not self.accelerator.is_main_process)
         saved = load_checkpoint(path, self.masters, self.optimizer)
-        self.accelerator.print(resume_message(path, saved, self.args))
+        self.accelerator.print(resume_message(path, saved, self.args, self.inputs))
         self.fields.refresh()
         self.batches.restore(saved["step"], saved)
         self.state.global_step = saved["step"]
@@ -444,7 +446,7 @@ class RewardGradientTrainer:
         """Save a checkpoint after `done` steps; together: all processes call it and wait for it."""
         folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
-            state = {"settings": dataclasses.asdict(self.args)} | self.batches.state(done)
+            state = {"settings": dataclasses.asdict(self.args), "inputs": self.inputs} | self.batches.state(done)
             state |= {"seconds": time.perf_counter() - self.started}
             state |= {"guard": self.monitor.state()} if self.monitor else {}
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)
