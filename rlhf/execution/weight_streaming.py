@@ -7,15 +7,21 @@ transformer.run_block = BlockRunner(recompute="block", fetch=stream.fetch)
 """
 
 from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
+
+from rlhf.device import drop_file_pages
+from rlhf.execution.offload import ALIGNMENT, HostBuffers
+
+COPY_THREADS = 4  # that read weights from a file's pages
 
 
 def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "WeightStream":
     """Move the blocks' frozen weights to host memory; return the stream that fetches them.
 
     Everything else and all trained weights are moved to the device. Afterwards the transformer must
-    not be moved.
+    not be moved. Host memory holds one copy: a block's weights are given up once they are copied.
     """
     stream = WeightStream(transformer.transformer_blocks, device)
     for child in transformer.children():
@@ -42,7 +48,11 @@ class WeightStream:
     def __init__(self, blocks: Iterable[torch.nn.Module], device: torch.device):
         self.device = torch.device(device)
         pin_memory = self.device.type != "cpu"
-        self.blocks = [_HostBlock(block, pin_memory) for block in blocks]
+        self.blocks = [_HostBlock(block) for block in blocks]
+        buffers = HostBuffers(pin_memory, sum(block.size for block in self.blocks))
+        with ThreadPoolExecutor(COPY_THREADS) as pool:
+            for block in self.blocks:
+                block.move_to(buffers.take(block.size), pool)
         self.indices = {id(block.module): i for i, block in enumerate(self.blocks)}
         size = max(block.buffer.numel() for block in self.blocks)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
@@ -95,16 +105,19 @@ class WeightStream:
 class _HostBlock:
     """A block whose frozen parameters lie one after the other in one buffer of host memory."""
 
-    def __init__(self, module: torch.nn.Module, pin_memory: bool):
+    def __init__(self, module: torch.nn.Module):
         self.module, self.parameters = module, [p for p in module.parameters() if not p.requires_grad]
-        self.offsets, size = [], 0
+        self.offsets, self.size = [], 0
         for p in self.parameters:
-            self.offsets.append(size)
-            size += -(-p.numel() * p.element_size() // 256) * 256  # each as aligned as a separate allocation
-        self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
-        for p, view in zip(self.parameters, self._views(self.buffer), strict=True):
-            view.copy_(p.data)
-        self.point_at(self.buffer)
+            self.offsets.append(self.size)
+            self.size += -(-p.numel() * p.element_size() // ALIGNMENT) * ALIGNMENT
+
+    def move_to(self, buffer: torch.Tensor, pool: Executor) -> None:
+        """Copy the weights to a buffer of `size` bytes, by a pool's threads, and give up the old ones."""
+        self.buffer, old = buffer, [p.data for p in self.parameters]
+        list(pool.map(torch.Tensor.copy_, self._views(buffer), old))
+        self.point_at(buffer)
+        drop_file_pages(old)
 
     def _views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """Return a view of the buffer for each parameter."""
