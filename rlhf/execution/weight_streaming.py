@@ -21,7 +21,7 @@ def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "Weight
     """Move the blocks' frozen weights to host memory; return the stream that fetches them.
 
     Everything else and all trained weights are moved to the device. Afterwards the transformer must
-    not be moved. Host memory holds one copy: a block's weights are given up once they are copied.
+    not be moved. Host memory holds one copy: a block's old weights are given up once copied.
     """
     stream = WeightStream(transformer.transformer_blocks, device)
     for child in transformer.children():
@@ -113,7 +113,7 @@ class _HostBlock:
             self.size += -(-p.numel() * p.element_size() // ALIGNMENT) * ALIGNMENT
 
     def move_to(self, buffer: torch.Tensor, pool: Executor) -> None:
-        """Copy the weights to a buffer of `size` bytes, by a pool's threads, and give up the old ones."""
+        """Copy the weights to a buffer of `size` bytes by several threads; drop the old ones."""
         self.buffer, old = buffer, [p.data for p in self.parameters]
         list(pool.map(torch.Tensor.copy_, self._views(buffer), old))
         self.point_at(buffer)
