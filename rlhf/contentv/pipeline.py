@@ -118,7 +118,7 @@ class ContentVPipeline(VideoPipeline, StableDiffusion3Pipeline):
             return super().encode_prompt(*args, **kwargs)
 
     def encode_part(self, encoder: str, texts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, ...]:
-        """Return T5's embeddings, or those of a CLIP and its pooled ones, as `encode_prompt` does."""
+        """Return T5's embeddings, or a CLIP's and its pooled ones, as `encode_prompt` does."""
         module, tokenizer = getattr(self, encoder), getattr(self, encoder.replace("text_encoder", "tokenizer"))
         is_t5 = encoder == self.family.longest_encoder
         length = max_sequence_length if is_t5 else self.tokenizer_max_length
@@ -127,7 +127,7 @@ class ContentVPipeline(VideoPipeline, StableDiffusion3Pipeline):
         return (found[0],) if is_t5 else (found.hidden_states[-2], found[0])
 
     def join_parts(self, parts: dict[str, tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embeddings of both CLIPs, padded to T5's width, before T5's; and CLIP's pooled ones."""
+        """Return both CLIPs' embeddings side by side, then T5's; and the CLIPs' pooled ones."""
         (first, pooled), (second, pooled_2), (t5,) = (parts[name] for name in self.family.text_encoders)
         clip = torch.cat([first, second], -1)
         clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))

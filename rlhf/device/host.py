@@ -28,19 +28,13 @@ def process_peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def is_file_backed(tensor: torch.Tensor) -> bool:
-    """Return whether a CPU tensor lies in a file that is mapped into memory; False without /proc."""
-    start = tensor.data_ptr()
-    return any(low <= start < high for low, high in _file_mappings())
-
-
 def drop_file_pages(tensors: Iterable[torch.Tensor]) -> None:
     """Take the pages of tensors that lie in mapped files out of this process; keep the others.
 
     The pages stay in the system's cache, and are mapped again when they are read. What was written
     to them is lost: only for tensors that nobody reads any more. Only Linux has this.
     """
-    mappings = _file_mappings()
+    mappings = file_mappings()
     for tensor in tensors:
         start, page = tensor.data_ptr(), mmap.PAGESIZE
         if any(low <= start < high for low, high in mappings):
@@ -49,7 +43,7 @@ def drop_file_pages(tensors: Iterable[torch.Tensor]) -> None:
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
 
 
-def _file_mappings() -> list[tuple[int, int]]:
+def file_mappings() -> list[tuple[int, int]]:
     """Return the address ranges of this process at which files are mapped privately."""
     if not MAPS.is_file():
         return []
