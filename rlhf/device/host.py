@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import mmap
+import os
 import resource
 import sys
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-MAPS = Path("/proc/self/maps")  # of Linux
+MAPS, CGROUP_MEMORY = Path("/proc/self/maps"), Path("/sys/fs/cgroup/memory.max")  # of Linux
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -26,6 +27,13 @@ def process_peak_memory() -> int:
     """Return the peak memory of this process in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def host_memory() -> int:
+    """Return the bytes that this machine has, or a container's limit."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_MEMORY.read_text().strip() if CGROUP_MEMORY.is_file() else "max"
+    return size if limit == "max" else min(size, int(limit))
 
 
 def drop_file_pages(tensors: Iterable[torch.Tensor]) -> None:
