@@ -162,7 +162,7 @@ def test_an_adapter_that_was_taught_guidance_keeps_being_sampled_without(base, t
 
 
 def test_what_cannot_be_added_is_refused_before_anything_is_loaded(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf.training.setup.load_pipeline", None)
+    monkeypatch.setattr("rlhf.training.setup.find_base", None)
     style(dora=True).save(tmp_path / "dora.safetensors")
     for changes, told in (
         ({"initial_adapter": str(tmp_path / "dora.safetensors")}, "got a DoRA, .*, expected plain LoRA"),
