@@ -1,4 +1,4 @@
-"""The weights of a LoRA by layer: merged, scaled, added, saved by diffusers' or the authors' keys."""
+"""The weights of a LoRA by layer: merged, scaled, added, saved by keys of diffusers or ComfyUI."""
 
 import json
 import re
@@ -106,7 +106,7 @@ class Lora:
         return named
 
     def metadata(self) -> dict[str, str]:
-        """Return the metadata of a LoRA file: the config as diffusers reads it, and if distilled."""
+        """Return the metadata of a LoRA file: peft's config with the keys that diffusers reads."""
         config = {f"transformer.{key}": value for key, value in self.config().items()}
         told = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
         return told | ({DISTILLED_KEY: "true"} if self.distilled else {})
