@@ -178,7 +178,7 @@ def _add_gated(x, attended, gate_attention, shift, scale, gate_feed_forward, nor
 
 
 def _modulation(block) -> Iterator[torch.nn.Parameter]:
-    """Yield the parameters that make a joint block's gates."""
+    """Yield the parameters that compute a joint block's shifts, scales and gates."""
     for norm in (block.norm1, block.norm1_context):
         yield from norm.parameters()
 
