@@ -20,7 +20,7 @@ from rewards.contract import RewardError, name_reward_in_errors, reward_time_lim
 from rewards.isolation import keep_process_state
 from rewards.placement import OnDevice, reward_device, without_device
 from rewards.remote import Remote, check_url, is_url
-from rlhf.io import file_sha256
+from rlhf.io import describe_files, file_sha256
 
 IMPORT_TIMEOUT = 300.0  # seconds; imports of large packages from network disks take minutes
 LOCAL = "local-dir:"  # open_clip's prefix of folders
@@ -213,10 +213,11 @@ def _find_file(spec: str, where: str, base_dir) -> Path:
 def source_digests(
     specs: list[Any], base_dir: str | Path | None = None, kwargs: dict[str, dict] | None = None
 ) -> dict[str, str]:
-    """Return {short name: SHA-256} of the files that define rewards other than the built-in ones.
+    """Return what identifies the files that define rewards, {} if none do.
 
-    Of a server, it is the digest that the server states. kwargs: arguments of rewards by name.
-    Code that a file imports does not count.
+    {short name: SHA-256} of the source of rewards other than the built-in ones; of a server, the
+    digest that it states. {"name: file": digest} of what the arguments of rewards name. kwargs:
+    these arguments, by name. Code that a file imports does not count.
     """
     digests, files = {}, {}
     for name, spec in (split_spec(spec) for spec in specs if isinstance(spec, str)):
@@ -225,7 +226,26 @@ def source_digests(
         elif where := spec.rpartition(":")[0]:
             is_file = where.endswith(".py")
             files[name] = _find_file(spec, where, base_dir) if is_file else _module_source(spec, where)
-    return digests | {name: file_sha256(path) for name, path in files.items() if path is not None}
+    digests |= {name: file_sha256(path) for name, path in files.items() if path is not None}
+    named = {name: named_files(given, base_dir) for name, given in (kwargs or {}).items()}
+    return digests | {f"{name}: {text}": found for name, files in named.items() for text, found in files.items()}
+
+
+def named_files(kwargs: Any, base_dir: str | Path | None = None) -> dict[str, str]:
+    """Return `describe_files` of each file and folder that a reward's arguments name."""
+    resolved = {text: _resolve_paths(text, base_dir) for text in _texts(without_device(kwargs))}
+    places = {text: Path(value.removeprefix(LOCAL)).expanduser() for text, value in resolved.items()}
+    # Path.exists raises for long texts
+    return {text: describe_files(path) for text, path in places.items() if os.path.exists(path)}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in nested mappings and lists."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+    elif isinstance(value, str) and value:
+        yield value
 
 
 def _module_source(spec: str, module: str) -> Path | None:

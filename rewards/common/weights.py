@@ -1,5 +1,6 @@
 """Load the weights of frozen models without running code from files; errors say what is missing."""
 
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -181,7 +182,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    in_place = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
 
 
 def hub_file(name: str, repository: str, file: str, key: str) -> str:
