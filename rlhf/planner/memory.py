@@ -192,6 +192,7 @@ def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: Rew
 
 
 def _position_table_bytes(model: TracedModel) -> int:
+    """Return the bytes of the transformer's cached position embeddings, 0 if it keeps none."""
     return model.transformer.position_bytes(model.num_tokens)
 
 

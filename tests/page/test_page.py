@@ -138,7 +138,7 @@ def test_two_sets_are_voted_on_by_the_keyboard(sets, browser, tmp_path):
 def test_the_adapter_is_taken_off_again_and_one_noise_is_used(studio):
     make(studio)
     alone = Sampler(studio.model, torch.device("cpu"))
-    asked = "a star", 3, studio.read({}).sampling["base"]
+    asked = "a star", 3, studio.parse_request({}).sampling["base"]
     assert not torch.equal(studio.sampler.sample(*asked), alone.sample(*asked)), "the tuned one is made last"
     studio.sampler.use(None)
     assert torch.equal(studio.sampler.sample(*asked), alone.sample(*asked))
