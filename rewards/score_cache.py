@@ -19,7 +19,7 @@ from rlhf.io import file_sha256, write_whole
 from rlhf.types import fields_of, row_of
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
-SCORES_VERSION = 3  # to be raised with every change of a built-in's score, or of how files are read
+SCORES_VERSION = 4  # to be raised with every change of a built-in's score, or of how files are read
 
 
 def default_cache_folder() -> Path:

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from rewards.contract import leading_info
 
-HDR = {16: "PQ", 18: "HLG"}  # transfer functions, ITU-T H.273
+UNSCORED = {8: "linear light", 16: "HDR, PQ", 18: "HDR, HLG"}  # transfer functions, ITU-T H.273
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # of Matroska and WebM
 
@@ -61,6 +62,13 @@ def over_white(pixels_HW4: np.ndarray) -> np.ndarray:
     alpha_HW1 = pixels_HW4[..., 3:].astype(np.float32) / white
     over_HW3 = white - alpha_HW1 * (white - pixels_HW4[..., :3].astype(np.float32))
     return over_HW3.round().astype(pixels_HW4.dtype)
+
+
+def check_transfer(path: Path, transfer: int) -> None:
+    """Raise ValueError for a transfer function (H.273) of other brightness than rewards know."""
+    if transfer in UNSCORED:
+        expected = "standard dynamic range, which rewards were trained on"
+        raise ValueError(f"{path}: got {UNSCORED[transfer]}, expected {expected}; convert it with a tone mapping")
 
 
 def read_png16(path: Path) -> np.ndarray:
@@ -157,9 +165,14 @@ def _describe_truncation(path: Path, frames: int, promised: int) -> str | None:
 
 
 def _stated_bytes(path: Path) -> int:
-    """Return the size that a Matroska or WebM file states in its header; 0 if it states none."""
+    """Return the size that a Matroska, WebM or MP4 file states; 0 if it states none.
+
+    That is the header's of the first two, and of MP4 the end of the last box.
+    """
     with path.open("rb") as file:
         head = file.read(4096)
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+            return _end_of_boxes(file)
     at = head.find(SEGMENT) + len(SEGMENT)
     if not head.startswith(EBML) or at < len(SEGMENT):
         return 0
@@ -167,6 +180,20 @@ def _stated_bytes(path: Path) -> int:
     unknown = (1 << 7 * length) - 1  # as a live stream says
     size = int.from_bytes(head[at : at + length], "big") & unknown
     return 0 if size == unknown else at + length + size
+
+
+def _end_of_boxes(file: BinaryIO) -> int:
+    """Return where the last top-level box of an MP4 should end."""
+    end = 0
+    while True:
+        file.seek(end)
+        head = file.read(16)
+        if not head[4:8].isalnum():  # the end, bytes that are no box, or a box without its name
+            return end + 8 if 0 < len(head) < 8 else end
+        size = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+        if size < 8:  # 0: until the end of the file
+            return end
+        end += size
 
 
 def _decode(path: Path, container, stream) -> Iterator[tuple[int | None, np.ndarray]]:
@@ -192,9 +219,7 @@ def _rgb(path: Path, frame, aspect) -> np.ndarray:
     """
     import av
 
-    if frame.color_trc in HDR:
-        got, expected = f"HDR video ({HDR[frame.color_trc]})", "standard dynamic range, which rewards were trained on"
-        raise ValueError(f"{path}: got {got}, expected {expected}; convert it with a tone mapping")
+    check_transfer(path, frame.color_trc)
     pixels, transparent = frame, any(component.is_alpha for component in frame.format.components)
     if max(component.bits for component in frame.format.components) > 8:
         shorter = re.sub(r"(9|1[0246])(le|be)$", "", frame.format.name)

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rewards.cli.containers import Frames, over_white, read_container, read_png16
+from rewards.cli.containers import Frames, check_transfer, over_white, read_container, read_png16
 
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PICTURES = (*STILLS, ".apng", ".gif")  # read by Pillow, some of them animated
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".apng", ".webp")
 ORIENTATION = 0x0112  # of EXIF
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")  # by content, whatever the name says
 ANIMATED = ("GIF", "PNG", "WEBP")  # formats; the further pictures of a phone's JPEG are not frames
 
 
@@ -140,6 +141,7 @@ def _read_pictures(path: Path, max_frames: int | None) -> Frames:
 
     pixels, shown = [], []
     with Image.open(path) as image:
+        _check_content(path, image.format)
         animated = image.format in ANIMATED and getattr(image, "is_animated", False)
         first = int(getattr(image, "default_image", False))  # an animated PNG's stand-in is no frame
         for index in range(first, image.n_frames) if animated else range(1):
@@ -155,6 +157,18 @@ def _read_pictures(path: Path, max_frames: int | None) -> Frames:
         return Frames(pixels)
     *starts, end = accumulate(shown, initial=0.0)
     return Frames(pixels, starts, end, rates=(1 / shown[0],), resolution=0.01)  # a GIF's hundredths
+
+
+def _check_content(path: Path, found: str | None) -> None:
+    """Raise ValueError for a picture of another format than its kind, in HDR, or cut short."""
+    if found not in FORMATS:
+        raise ValueError(f"{path}: got {found} inside, expected one of {', '.join(FORMATS)}; convert the file")
+    content = path.read_bytes() if found in ("GIF", "PNG") else b""
+    if found == "GIF" and not content.rstrip(b"\0\r\n").endswith(b";"):  # Pillow shows the frames that are there
+        raise ValueError(f"{path}: got a GIF without its end, expected all frames; get the whole file")
+    at = content.find(b"cICP", 0, content.find(b"IDAT"))  # transfer function: the second byte
+    if found == "PNG" and at > 0:
+        check_transfer(path, content[at + 5])
 
 
 def _rgb(image) -> np.ndarray:

@@ -307,12 +307,12 @@ def test_a_damaged_frame_is_refused(folder, tmp_path):
         ("broken.mp4", "can't be decoded"),
         ("broken.png", "can't be decoded"),
         ("empty.mp4", "can't be decoded"),
-        ("clip.gif", "can't be decoded"),
+        ("clip.gif", "got a GIF without its end"),
         ("clip.apng", "can't be decoded"),
         ("clip.webp", "can't be decoded"),
         ("picture.png", "can't be decoded"),
         ("mv.mp4", "can't be decoded (Invalid data found when processing input: moov atom not found)"),
-        ("hlg.mp4", "got HDR video (HLG), expected standard dynamic range"),
+        ("hlg.mp4", "got HDR, HLG, expected standard dynamic range"),
     ],
 )
 def test_files_that_can_not_be_read(folder, name, told, tmp_path, capfd):
@@ -323,6 +323,60 @@ def test_files_that_can_not_be_read(folder, name, told, tmp_path, capfd):
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == "", "FFmpeg prints nothing of its own"
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PPM", "JPEG2000"])
+def test_another_format_under_a_pictures_name_is_refused(form, tmp_path):
+    Image.fromarray(SQUARES[0]).save(tmp_path / "a.png", form)
+    with pytest.raises(ValueError, match=f"a.png: got {form} inside, expected one of PNG, JPEG"):
+        read_video(tmp_path / "a.png")
+
+
+def test_a_gif_that_ends_between_two_frames_is_refused(folder, tmp_path):
+    content = (folder / "clip.gif").read_bytes()
+    control = b"\x21\xf9\x04"  # begins each frame
+    (tmp_path / "a.gif").write_bytes(content[: content.rindex(control)])
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.n_frames == 4, "Pillow takes it for a shorter one"
+    with pytest.raises(ValueError, match=r"a.gif: got a GIF without its end, expected all frames"):
+        read_video(tmp_path / "a.gif")
+    (tmp_path / "a.gif").write_bytes(content + bytes(4))
+    assert read_video(tmp_path / "a.gif").pixels_BCTHW.shape[2] == 5
+
+
+def test_a_fragmented_mp4_that_ends_inside_a_fragment_is_refused(tmp_path):
+    """Each fragment has its own index: what is missing is not in the others."""
+    fragments = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+    with av.open(str(tmp_path / "a.mp4"), "w", options=fragments) as container:
+        stream = container.add_stream("mpeg4", 5, options={"g": "1"})
+        stream.height, stream.width = SQUARES.shape[1:3]
+        for picture in SQUARES:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode(None))
+    content = (tmp_path / "a.mp4").read_bytes()
+    assert read_video(tmp_path / "a.mp4").pixels_BCTHW.shape[2] == 5
+    (tmp_path / "a.mp4").write_bytes(content + bytes(8))  # padding
+    assert read_video(tmp_path / "a.mp4").pixels_BCTHW.shape[2] == 5
+    for cut_at in range(content.rindex(b"moof") - 1, content.rindex(b"mdat") + 9, 8):
+        (tmp_path / "a.mp4").write_bytes(content[:cut_at])
+        with pytest.raises(ValueError, match=r"a\.mp4: got "):
+            read_video(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(("transfer", "told"), [(8, "linear light"), (16, "HDR, PQ")])
+def test_pictures_and_videos_of_another_brightness_are_refused(transfer, told, folder, tmp_path):
+    chunk = b"cICP" + bytes([9, transfer, 0, 1])  # PNG's name for the colours of H.273
+    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    content = (folder / "picture.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])  # after the header
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", 5)
+        stream.height, stream.width, stream.codec_context.color_trc = *SQUARES.shape[1:3], transfer
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(SQUARES[0])))
+        container.mux(stream.encode(None))
+    for name in ("a.png", "a.mkv"):
+        with pytest.raises(ValueError, match=f"{name}: got {told}, expected standard dynamic range"):
+            read_video(tmp_path / name)
 
 
 # ---------------------------------------- a folder of pictures
