@@ -117,6 +117,13 @@ def batch_normalised(video, prompts, **info):
     return good(video, prompts) - good(video, prompts).mean()
 
 
+def kept_by_prompt(video, prompts, scores={}):  # noqa: B006
+    """Scores of earlier videos with these prompts."""
+    for prompt, score in zip(prompts, good(video, prompts), strict=True):
+        scores.setdefault(prompt, score)
+    return torch.stack([scores[prompt] for prompt in prompts])
+
+
 def nothing_but_gradient(x):
     """Zero in value."""
     return x - x.detach()
@@ -146,6 +153,11 @@ BREACHES = {  # what is wrong: the reward, and what is said of it
     ),
     "detached": (detached, "no gradient"),
     "rounded": (lambda v, p, **_: good((v * 255).round() / 255, p), "a gradient of exactly zero"),
+    "the batch's size": (lambda v, p, **_: good(v, p) * len(p), r"in a batch of two, and [\d.]+ alone"),
+    "the first prompt for all": (lambda v, p, **_: good(v, p) + len(p[0]), "when the rest of the batch changes"),
+    "the first score for all": (lambda v, p, **_: good(v, p)[:1].expand(len(p)) + 0 * good(v, p), "when the rest"),
+    "no batch of one": (lambda v, p, **_: good(v, p).squeeze(), r"scores of shape \(\)"),
+    "kept by prompt": (lambda v, p, **_: kept_by_prompt(v, p), "no gradient"),
     "the first alone": (
         lambda v, p, **_: torch.cat([good(v, p)[:1], good(v, p)[1:].detach()]),
         "a gradient of exactly zero",
