@@ -45,13 +45,16 @@ def categories(by: str | None, folder: Path, prompts: list[str]) -> Callable[[st
     if by in NANO_ATTRIBUTES:
         return _nano_category(by)
     if by == "category":
-        given = {video.prompt: video.category for video in read_set(folder)}
-        known = {prompt: str(category) for prompt, category in given.items() if category not in (None, "")}
+        given = [(video.prompt, video.category) for video in read_set(folder)]
+        stated = [(prompt, str(category)) for prompt, category in given if category not in (None, "")]
     elif Path(by).is_file():
-        known = dict(line.rsplit("\t", 1) for line in read_lines(Path(by)) if "\t" in line)
+        stated = [tuple(line.rsplit("\t", 1)) for line in read_lines(Path(by)) if "\t" in line]
     else:
         expected = f"category, one of {', '.join(NANO_ATTRIBUTES)}, or a file"
         raise ValueError(f"--by: got {by!r}, expected {expected}; correct it")
+    known = dict(stated)
+    if twice := next((prompt for prompt, category in stated if known.get(prompt, category) != category), None):
+        raise ValueError(f"--by {by}: got two categories for {twice!r}, expected one; correct one of them")
     without = [prompt for prompt in prompts if prompt not in known]
     if without:
         raise ValueError(f"--by {by}: got no category for {without[0]!r} and {len(without) - 1} more; add them")
@@ -105,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     unpaired = f"; {pairs.unpaired} videos have no partner and are left out" if pairs.unpaired else ""
     counts = f"{pairs.videos} pairs of {len(pairs.prompts)} prompts{unpaired}"
     print(f"{args.tuned} against {args.base}: {counts}\n\n{describe(rows)}")
+    for name in pairs.left_out:
+        print(f"Left out: {name}, which some videos have no score by; score both folders with it")
     if args.json:
         folders = {"base": str(args.base), "tuned": str(args.tuned)}
         write_json(args.json, folders | {"pairs": pairs.videos, "rows": rows})

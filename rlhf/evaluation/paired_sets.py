@@ -25,6 +25,7 @@ class Pairs:
     tuned: dict[str, torch.Tensor]
     videos: int  # pairs of videos
     unpaired: int  # scored videos without a partner
+    left_out: tuple[str, ...] = ()  # rewards without a score for every video
 
 
 def read_pairs(base: Path, tuned: Path) -> Pairs:
@@ -36,7 +37,8 @@ def read_pairs(base: Path, tuned: Path) -> Pairs:
     left, right = _read_finite_scores(base), _read_finite_scores(tuned)
     keys = [key for key in left if key in right]
     rows = (*left.values(), *right.values())
-    rewards = [name for name in rows[0] if all(name in row for row in rows)]
+    scored = dict.fromkeys(name for row in rows for name in row)
+    rewards = [name for name in scored if all(name in row for row in rows)]
     if not keys or not rewards:
         missing = "prompt and seed" if not keys else "reward with a score for every video"
         raise ValueError(
@@ -53,6 +55,7 @@ def read_pairs(base: Path, tuned: Path) -> Pairs:
         {name: means(right, name) for name in rewards},
         len(keys),
         len(left) + len(right) - 2 * len(keys),
+        tuple(name for name in scored if name not in rewards),
     )
 
 

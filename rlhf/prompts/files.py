@@ -54,6 +54,7 @@ def as_prompt(row: Any, where: str) -> Prompt:
         raise ConfigError([f"{where}: got {_clip(text)}, expected visible text; write a prompt, or delete it"])
     try:
         fields = json.loads(json.dumps(fields, allow_nan=False, default=lambda value: value.tolist()))
+        json.dumps(fields, ensure_ascii=False).encode()  # half of a pair of surrogates has no UTF-8
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         expected = "expected fields that JSON can hold, so that a resumed run reads the same"
         raise ConfigError([f"{where}: got {_clip(row)} ({error}), {expected}; leave the field out"]) from None
@@ -107,11 +108,18 @@ def _json_rows(text: str, where: str) -> Iterator[tuple[str, Any]]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, content in [(0, text)] if is_list else lines:
         try:
-            found = json.loads(content)
+            found = json.loads(content, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
             place = where if is_list else f"{where}, line {number}"
             raise ConfigError([f"{place}: got {error}, expected {ROW}; correct it"]) from None
         yield from ((f"row {i}", row) for i, row in enumerate(found, 1)) if is_list else [(f"line {number}", found)]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    """Return a JSON object. Raise ValueError for a key twice, of which JSON keeps the last."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key twice among {', '.join(key for key, _ in pairs)}")
+    return found
 
 
 READERS = ((TEXT, _text_rows), (TABLES, _table_rows), (JSON, _json_rows))

@@ -107,6 +107,7 @@ def test_the_script_prints_the_table_and_writes_the_rows(sets, tmp_path, capsys)
     assert SCRIPT["main"]([*map(str, sets), "--by", str(tmp_path / "by.tsv"), "--json", str(out)]) == 0
     told = capsys.readouterr().out
     assert "3 pairs of 2 prompts; 2 videos have no partner and are left out" in told
+    assert "Left out: q, which some videos have no score by" in told
     assert "Holm's correction for 1 rewards and, apart, 2 rows of categories" in told
     rows = json.loads(out.read_text())["rows"]
     assert [(row["category"], row["diff"]) for row in rows] == [(ALL, 1.25), ("animals", 1.5), ("places", 1.0)]
@@ -132,6 +133,7 @@ def test_prompts_of_nano_have_categories_of_their_own():
     ("flags", "told"),
     [
         (["--by", "nothing"], "--by: got 'nothing', expected category, one of color"),
+        (["--by", "{twice}"], "got two categories for 'x', expected one"),
         (["--by", "{by}"], "got no category for 'y' and 0 more"),
         (["{absent}"], "scores.jsonl: got no file there, expected the scores of a folder; run eval/score.py"),
         (["{strange}"], "got no prompt and seed in common"),
@@ -140,9 +142,12 @@ def test_prompts_of_nano_have_categories_of_their_own():
 )
 def test_mistakes_are_told(sets, tmp_path, flags, told, capsys):
     (tmp_path / "by.tsv").write_text("x\tanimals\n")
+    (tmp_path / "twice.tsv").write_text("x\tanimals\ny\tplaces\nx\tplaces\n")
     write(tmp_path / "strange", [("v", 0, {"r": 1})])
     write(tmp_path / "unscored", [("x", 0, {"s": 1})])
-    places = {name: tmp_path / name for name in ("absent", "strange", "unscored")} | {"by": tmp_path / "by.tsv"}
+    places = {name: tmp_path / name for name in ("absent", "strange", "unscored")} | {
+        name: tmp_path / f"{name}.tsv" for name in ("by", "twice")
+    }
     flags = [flag.format(**places) for flag in flags]
     folders = [sets[0], *([sets[1]] if flags[0] == "--by" else [])]
     assert SCRIPT["main"]([*map(str, folders), *flags]) == 2

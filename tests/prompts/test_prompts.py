@@ -68,6 +68,11 @@ REFUSED = {
     ),
     "nan.jsonl": (b'{"prompt": "a", "n": NaN}\n', "line 1: got .*nan.*, expected fields that JSON can hold"),
     "negative.jsonl": (b'{"prompt": "a", "negative_prompt": ["b"]}', "line 1: got .*, expected a string, or a row"),
+    "again.jsonl": (
+        b'{"prompt": "a", "prompt": "b"}\n',
+        "line 1: got a key twice among prompt, prompt, expected a string",
+    ),
+    "half.jsonl": (b'{"prompt": "a", "n": "\\ud83d"}\n', "line 1: got .*surrogates not allowed.*, expected fields"),
     "deep.jsonl": (b"[" * 10**5, "deep.jsonl: got .*, expected a string, or a row"),
 }
 
