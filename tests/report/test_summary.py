@@ -12,10 +12,11 @@ ROW = {"base": 0.5, "tuned": 0.625, "diff": 0.125, "ci95": [0.1, 0.15]}
 
 def test_table_has_a_line_for_each_judge_and_measure():
     summary = {"trained": {"clip": ROW}, "held_out": {"verifier": ROW}, "motion": ROW, "diversity": {}}
-    lines = summary_table(summary).splitlines()
+    lines = summary_table(summary, 20).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == ["clip (trained)", "verifier (held-out)", "motion"]
     assert lines[3].split() == ["verifier", "(held-out)", "0.5000", "0.6250", "+0.1250", "[+0.1000,", "+0.1500]"]
     assert len({len(line) for line in lines}) == 1
+    assert summary_table(summary, 1).splitlines()[3].split()[-2:] == ["+0.1250", "-"], "one prompt has no interval"
 
 
 def test_pictures_leave_the_notebook_its_way_of_showing_plots(tmp_path):
