@@ -73,6 +73,7 @@ def check_config(
         problems += [*_size_problems(args, sizes), *_family_problems(args, sizes)]
         problems += [*adapter_problems(args, sizes["transformer"]), *all_method_problems(args)]
         problems += parallel_problems(args, planned_processes)
+        problems += _video_problems(args, sizes)
     if problems := [*range_problems(args), *problems]:
         raise ConfigError(problems)
     return args
@@ -123,6 +124,15 @@ def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
         if name.endswith("num_frames") and (size < 1 or size % stride_t != 1 % stride_t):
             near = max(1, round((size - 1) / stride_t) * stride_t + 1)
             yield f"{name}={size} is not {stride_t}k+1, as the VAE of {args.model} needs; use {near}"
+
+
+def _video_problems(args, sizes: dict[str, dict]) -> list[str]:
+    """Return the problems of the real videos, which are read only if they are asked for."""
+    if args.anchor_data is None:
+        return []
+    from rlhf.prompts.videos import video_problems  # takes a while to import
+
+    return list(video_problems(args, sizes["sampling"]["fps"]))
 
 
 def _family_problems(args, sizes: dict[str, dict]) -> Iterator[str]:

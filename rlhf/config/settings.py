@@ -237,6 +237,11 @@ class RewardGradientConfig:
         "KL(base || tuned). 0: none.",
         least=0,
     )
+    anchor_data: str | None = setting(
+        None,
+        "Folder of real videos with captions, in the forms of eval/score.py, of this run's size and the model's frame "
+        "rate; longer ones are cut. Read by anchor_data_steps and by srpo's offline, in method_kwargs.",
+    )
 
     # Speed and memory at the same gradient. docs/performance.md has the cost of each.
     gradient_checkpointing: bool = setting(False, "Recompute blocks in the backward pass.")
@@ -402,8 +407,9 @@ class RewardGradientConfig:
             self.report_to = []
         if self.model != "nano" and Path(self.model).is_dir():  # config.yaml is read elsewhere, too
             self.model = str(Path(self.model).resolve())
-        if self.initial_adapter and Path(self.initial_adapter).exists():
-            self.initial_adapter = str(Path(self.initial_adapter).resolve())
+        for name in ("initial_adapter", "anchor_data"):
+            if (given := getattr(self, name)) and Path(given).exists():
+                setattr(self, name, str(Path(given).resolve()))
 
     def to_yaml(self) -> str:
         """Return the settings as the YAML text that `--config` reads."""

@@ -37,8 +37,11 @@ def encode_prompts(
     negative_prompt: str,
     max_sequence_length: int,
     batch: int = ENCODE_BATCH,
+    known: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> PromptCache:
     """Encode each distinct text once, with `pipe.encode_texts`, in the dtype of the encoders.
+
+    known: embeddings (L, D) and pooled ones (P,), on the CPU, of texts that were encoded before.
 
     Texts are the prompts and the negative prompts of their rows, by default negative_prompt. All
     batches have one size, because the rounding of products depends on it: a resumed run encodes
@@ -48,10 +51,13 @@ def encode_prompts(
     negatives = [negative_of(prompt, negative_prompt) for prompt in prompts]
     unique = list(dict.fromkeys(map(str, [*prompts, *negatives])))
     pipe.warn_of_long(unique, max_sequence_length)
-    padded = unique + unique[-1:] * (-len(unique) % batch)
-    starts = range(0, len(padded), batch)
-    batches = [_encode(pipe, padded[i : i + batch], max_sequence_length) for i in starts]
-    embeds, pooled = (torch.cat(parts)[: len(unique)] for parts in zip(*batches, strict=True))
+    rows = dict(known or {})
+    new = [text for text in unique if text not in rows]
+    padded = new + new[-1:] * (-len(new) % batch)
+    for i in range(0, len(padded), batch):
+        encoded = _encode(pipe, padded[i : i + batch], max_sequence_length)
+        rows |= dict(zip(new[i : i + batch], zip(*encoded, strict=True), strict=False))
+    embeds, pooled = (torch.stack(parts) for parts in zip(*(rows[text] for text in unique), strict=True))
     return PromptCache(unique, embeds, pooled, negative_prompt)
 
 
