@@ -261,7 +261,7 @@ def make_anchor_data(
 ) -> AnchorData:
     """Return the real videos of a run; none without `anchor_data`."""
     if videos:
-        captions = f", whose captions are the prompts instead of {args.prompts}" if is_offline(args) else ""
+        captions = ", whose captions are the prompts of this run" if is_offline(args) else ""
         layout.accelerator.print(f"anchor_data: {len(videos)} videos of {args.anchor_data}{captions}")
     options = read_options(args.method, args.method_kwargs)
     return AnchorData(videos, latent_shape(pipe, args), pipe, args, options, layout)

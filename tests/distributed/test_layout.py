@@ -7,6 +7,7 @@ import many_runs
 import pytest
 import torch
 from processes import together
+from real_videos import write_videos
 from toy_rewards import PROMPTS
 
 from rlhf.checks import check_config
@@ -45,7 +46,11 @@ EVERYTHING = {  # drift, an average, draws of the method, an evaluation on the w
 CHEAPER = {"guidance_every": 2, "num_grad_steps": 1, "max_steps": 2}
 ADJOINT = {"method": "adjoint_matching", "num_grad_steps": 1, "max_steps": 2}
 LEAPS = {"method": "leap_align", "num_grad_steps": 1, "max_steps": 2}
+REAL = {"method": "srpo", "num_grad_steps": 1, "max_steps": 2, "prompts": None, "anchor_data": "videos"}
+REAL |= {"method_kwargs": {"offline": True, "anchor_data_steps": 1}}
 OTHERS = {
+    "real videos": REAL | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "real videos, guidance": REAL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "leaps": LEAPS | {"per_device_train_batch_size": 2},
     "adjoint": ADJOINT | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "adjoint of parts": ADJOINT | {"per_device_train_batch_size": 4, "sequence_parallel": 2} | RECOMPUTING,
@@ -75,6 +80,7 @@ def found(folder, names, processes):
 def of_two(tmp_path_factory):
     """What each process found in each run, and the folder of the runs."""
     folder, runs = tmp_path_factory.mktemp("two"), OF_TWO | OMITTING | OTHERS
+    write_videos(folder / "videos", width=48, height=16)
     together(many_runs.runs, folder, runs, processes=2)
     return found(folder, runs, 2) | {"folder": folder}
 
@@ -127,9 +133,16 @@ def test_two_processes_do_everything_as_one_does(of_two, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "settings"), [(["leaps"], LEAPS), (["adjoint", "adjoint of parts"], ADJOINT)], ids=["leaps", "adjoint"]
+    ("names", "settings"),
+    [
+        (["leaps"], LEAPS),
+        (["adjoint", "adjoint of parts"], ADJOINT),
+        (["real videos", "real videos, guidance"], REAL),
+    ],
+    ids=["leaps", "adjoint", "real videos"],
 )
 def test_methods_with_gradients_of_their_own_train_on_two_processes_as_on_one(of_two, tmp_path, names, settings):
+    write_videos(tmp_path / "videos", width=48, height=16)
     alone = many_runs.run(tmp_path / "run", settings | {"per_device_train_batch_size": 4})
     for name in names:
         for gradient, expected in zip(of_two[name][0]["gradients"], alone["gradients"], strict=True):

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from plans import CHECKPOINTED, tiny
+from real_videos import write_videos
 from scripts import ROOT
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness
@@ -51,11 +52,15 @@ def test_the_rates_are_those_that_were_measured():
         {"method": "adjoint_matching", "method_kwargs": {"adjoint_steps": 2}},
         {"num_inference_steps": 6, "prefix_steps": 3},
         {"num_inference_steps": 6, "guidance_every": 2},
+        {"method": "srpo", "method_kwargs": {"offline": True, "anchor_data_steps": 1}, "anchor_data": "videos"},
     ],
 )
-def test_calls_are_those_that_a_training_step_makes(make_args, settings):
+def test_calls_are_those_that_a_training_step_makes(make_args, tmp_path, monkeypatch, settings):
     pipe, args = tiny_pipeline(), make_args(**{"per_device_train_batch_size": 1, "max_steps": 1} | settings)
-    trainer = RewardGradientTrainer(pipe, redness, args, PROMPTS)
+    if args.anchor_data:
+        monkeypatch.setenv("CONTENTV_RLHF_CACHE", str(tmp_path / "cache"))
+        args.anchor_data = str(write_videos(tmp_path / "videos"))
+    trainer = RewardGradientTrainer(pipe, redness, args, None if args.anchor_data else PROMPTS)
     calls = []
     pipe.transformer.register_forward_hook(lambda module, inputs, output: calls.append(output[0].requires_grad))
     trainer._begin()
