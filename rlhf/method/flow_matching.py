@@ -2,8 +2,8 @@
 
     L = E |v(x_s, s, caption) - (e - x0)|^2, x_s = (1 - s) x0 + s e
 
-for real latents x0 and noise e (eq. 23). Its minimum is the velocity of the videos' distribution: descending
-it minimises KL(videos || tuned), up to the weight of each noise level.
+for real latents x0 and noise e (eq. 23). Its minimum is the velocity of the videos' distribution:
+descending it minimises KL(videos || tuned), up to the weight of each noise level.
 
 Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
