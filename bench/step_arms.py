@@ -71,8 +71,8 @@ SETTINGS = {
     "adjoint_matching, last 4 steps": EXACT | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
     "adjoint_matching, last 4 steps, nothing twice": ROOMY | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
     "adjoint_matching, nothing twice": ROOMY | ADJOINT,
-    "srpo, nothing twice": ROOMY | {"method": "srpo"},
-    "srpo, offline, nothing twice": ROOMY | {"method": "srpo", "method_kwargs": {"offline": True}},
+    "srpo": EXACT | {"method": "srpo"},
+    "srpo, offline": EXACT | {"method": "srpo", "method_kwargs": {"offline": True}},
     # Not exact.
     "4-bit base": EXACT | {"base_bits": 4},
     "float8 copy": FAST | {"sampling_weights": "float8"},

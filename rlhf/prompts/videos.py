@@ -86,7 +86,7 @@ def video_problems(args: RewardGradientConfig, fps: int) -> Iterator[str]:
     found = [problem for video in videos if (problem := _misfit(video.path, size))]
     if found:
         expected = f"expected {size.width}x{size.height} pixels, at least {size.num_frames} frames, {fps} a second"
-        cure = f"ffmpeg -i IN -vf fps={fps},scale={size.width}:{size.height} OUT.mp4 converts one"
+        cure = f"ffmpeg -i IN -vf fps={fps},scale={size.width}:{size.height} OUT.mp4 converts one; leave shorter ones out"
         yield f"anchor_data: {found[0]} ({len(found)} of {len(videos)} videos do not fit), {expected}; {cure}"
 
 
