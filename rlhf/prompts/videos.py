@@ -67,9 +67,9 @@ def load_train_prompts(args: RewardGradientConfig) -> list[str]:
     return load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
 
 
-def entry_folder(path: Path) -> Path:
-    """Return the folder of a video's cached latents, which its content names."""
-    return default_cache_folder("latents") / content_sha256(path)
+def entry_folder(content: str) -> Path:
+    """Return the folder of a video's cached latents. content: the digest of its file."""
+    return default_cache_folder("latents") / content
 
 
 def video_problems(args: RewardGradientConfig, fps: int) -> Iterator[str]:
@@ -86,25 +86,33 @@ def video_problems(args: RewardGradientConfig, fps: int) -> Iterator[str]:
     found = [problem for video in videos if (problem := _misfit(video.path, size))]
     if found:
         expected = f"expected {size.width}x{size.height} pixels, at least {size.num_frames} frames, {fps} a second"
-        cure = f"ffmpeg -i IN -vf fps={fps},scale={size.width}:{size.height} OUT.mp4 converts one; leave shorter ones out"
+        cure = (
+            f"ffmpeg -i IN -vf fps={fps},scale={size.width}:{size.height} OUT.mp4 converts one; leave shorter ones out"
+        )
         yield f"anchor_data: {found[0]} ({len(found)} of {len(videos)} videos do not fit), {expected}; {cure}"
 
 
-@cache  # a command checks its settings, and the trainer does so again
 def _misfit(path: Path, size: ClipSize) -> str | None:
-    """Return why a run can't learn from a file; None if it can, as one whose latents are cached."""
+    """Return why a run can't learn from a file, None if it can."""
     try:
-        if any(entry_folder(path).glob(f"{size}-*")):
-            return None
-        video = read_video(path, size.num_frames, size.fps)
+        wrong = _wrong_content(path, size, content_sha256(path))
     except (ValueError, OSError) as error:
         return str(error)
+    return wrong and f"{path}: got {wrong}"
+
+
+@cache  # a command checks its settings, and the trainer does so again
+def _wrong_content(path: Path, size: ClipSize, content: str) -> str | None:
+    """Return what of a file does not fit, in words; a file whose latents are cached fits."""
+    if any(entry_folder(content).glob(f"{size}-*")):
+        return None
+    video = read_video(path, size.num_frames, size.fps)
     frames, height, width = video.pixels_BCTHW.shape[2:]
     if (width, height) != (size.width, size.height):
-        return f"{path}: got {width}x{height} pixels"
+        return f"{width}x{height} pixels"
     if frames < size.num_frames:
-        return f"{path}: got {frames} frames"
+        return f"{frames} frames"
     if "times" in video.info:
-        return f"{path}: got frames of uneven length"
+        return "frames of uneven length"
     rate = video.info.get("fps", size.fps)
-    return f"{path}: got {rate:g} frames a second" if abs(rate / size.fps - 1) > RATE_TOLERANCE else None
+    return f"{rate:g} frames a second" if abs(rate / size.fps - 1) > RATE_TOLERANCE else None

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from rewards.cli.files import read_video
-from rewards.score_cache import digest
+from rewards.score_cache import content_sha256, digest
 from rlhf.config import RewardGradientConfig
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.video_set import Video
@@ -58,7 +58,9 @@ class AnchorData:
             models += [VERSION, str(pipe.vae.config.latents_mean), str(pipe.vae.config.latents_std)]
             for video in videos:
                 key = digest(*models, str(args.max_sequence_length), str(video.prompt))[:16]
-                self.files[_key(video.prompt)] = entry_folder(video.path) / f"{self.size}-{key}.safetensors"
+                self.files[_key(video.prompt)] = (
+                    entry_folder(content_sha256(video.path)) / f"{self.size}-{key}.safetensors"
+                )
         size, per_step = args.per_device_train_batch_size, args.gradient_accumulation_steps
         self.batches = Batches(
             self.captions, noise_shape_CTHW, layout, args.seed, size, per_step, self.every, args.max_steps
