@@ -189,6 +189,16 @@ class TracedModel:
 
         return velocity, torch.empty(batch, *self.latent_shape, device="meta", dtype=model.dtype)
 
+    def encoder_call(self, args: RewardGradientConfig) -> TracedCall:
+        """Trace encoding one real video, without gradient."""
+        video = torch.empty(1, 3, args.num_frames, args.height, args.width, device="meta")
+
+        def trace() -> TracedCall:
+            vae = nn.Module.to(self.vae, getattr(torch, args.vae_dtype))
+            return trace_call(lambda x: encode_video(vae, x), video, vae, with_gradient=False)
+
+        return self._trace_once(("encoder", args.vae_dtype), trace)
+
     def decoder_call(
         self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True
     ) -> TracedCall:
@@ -219,16 +229,6 @@ class TracedModel:
             return extrapolate(trace(longer - chunk), trace(longer), left_out)
 
         return self._trace_once(("decoder", batch, frames, with_gradient, *settings), trace_all)
-
-    def encoder_call(self, args: RewardGradientConfig) -> TracedCall:
-        """Trace encoding one real video, without gradient."""
-        video = torch.empty(1, 3, args.num_frames, args.height, args.width, device="meta")
-
-        def trace() -> TracedCall:
-            vae = nn.Module.to(self.vae, getattr(torch, args.vae_dtype))
-            return trace_call(lambda x: encode_video(vae, x), video, vae, with_gradient=False)
-
-        return self._trace_once(("encoder", args.vae_dtype), trace)
 
     def nano_preference_call(self, batch: int, frames: int) -> TracedCall:
         """Trace the reward nano_preference, whose cost was not measured at full size."""
