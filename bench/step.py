@@ -49,7 +49,6 @@ RESULT = Path(__file__).parent / "results" / "step.json"
 GIB, PROMPT = 2**30, ["a red fox runs through deep snow, slow motion"]
 INFO = {"fps": 24, "seed": 0, "step": 0}
 PHASES = ("sampling", "segment", "decode", "decode and back", "window", "step", "update")
-ENCODE = "encode"  # only on demand: real videos are encoded once in a run
 
 
 @dataclass
@@ -295,7 +294,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="ARM")
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--scored", default="first", help="frames the reward is given: first, all or a number")
-    parser.add_argument("--phases", nargs="+", choices=[*PHASES, ENCODE], default=list(PHASES), metavar="PHASE")
+    on_demand = "encode"  # of real videos, once in a run
+    parser.add_argument("--phases", nargs="+", choices=[*PHASES, on_demand], default=list(PHASES), metavar="PHASE")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps of a whole step")
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--device", help="default: the accelerator of this machine")

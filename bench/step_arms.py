@@ -65,14 +65,14 @@ SETTINGS = {
     "exact, nothing twice, compiled, FlashAttention-3": FAST,
     "exact, nothing twice, compiled, FlashAttention-3, guidance together": FAST | {"guidance_together": True},
     "24 GiB": SMALL,
-    # Methods that learn from the whole rollout.
+    # Methods that learn from the whole rollout, or from real videos instead.
+    "srpo": EXACT | {"method": "srpo"},
+    "srpo, offline": EXACT | {"method": "srpo", "method_kwargs": {"offline": True}},
     "leap_align": EXACT | LEAPS,
     "leap_align, nothing twice": ROOMY | LEAPS,
     "adjoint_matching, last 4 steps": EXACT | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
     "adjoint_matching, last 4 steps, nothing twice": ROOMY | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
     "adjoint_matching, nothing twice": ROOMY | ADJOINT,
-    "srpo": EXACT | {"method": "srpo"},
-    "srpo, offline": EXACT | {"method": "srpo", "method_kwargs": {"offline": True}},
     # Not exact.
     "4-bit base": EXACT | {"base_bits": 4},
     "float8 copy": FAST | {"sampling_weights": "float8"},
