@@ -1,17 +1,16 @@
 """Real videos in the loop: latents cached once, a flow-matching loss, starts without a rollout.
 
-Shape legend: B batch, C channels, T latent frames, H W latent height and width, L text tokens, D
-text width, P pooled text width.
+Shape legend: B batch, C channels, T latent frames, H W latent height and width.
 """
 
 import hashlib
 
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors import safe_open
-from torch import nn
 
 from rewards.cli.files import read_video
-from rewards.score_cache import content_sha256, digest
+from rewards.score_cache import content_sha256
 from rlhf.config import RewardGradientConfig
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.video_set import Video
@@ -28,15 +27,15 @@ from rlhf.run.metrics import progress_bar
 from rlhf.training.batches import Batches
 from rlhf.types import row_of
 
-VERSION = "1"  # to be raised when latents of a file change
-VALUES_COMPARED = 64  # of each weight of a model
+VERSION = 1  # to be raised when latents of a file change
+VALUES_COMPARED = 64  # of each weight
 
 
 class AnchorData:
     """A run's real videos: their order, their latents, and the loss that holds the model to them.
 
-    Latents and embeddings of a caption are a safetensors file in `entry_folder`. Its name has size
-    and frame rate, and a digest of the VAE, the text encoders and the caption.
+    The latents of a video are a safetensors file in its `entry_folder`, whose name has size and
+    frame rate, and a digest of the VAE.
     """
 
     def __init__(
@@ -48,61 +47,43 @@ class AnchorData:
         options: MethodOptions,
         layout: Layout,
     ):
-        self.videos, self.vae, self.layout = videos, pipe.vae, layout
+        self.videos, self.layout, self.files = videos, layout, {}
         self.every, self.shift = max(1, options.anchor_data_steps), pipe.scheduler.config.shift
         self.size, self.captions = clip_size(args, pipe.sampling.fps), [video.prompt for video in videos]
-        self.files = {}
-        if videos:
-            encoders = [getattr(pipe, name) for name in pipe.family.text_encoders]
-            models = [model_identity(module) for module in (pipe.vae, *encoders)]
-            models += [VERSION, str(pipe.vae.config.latents_mean), str(pipe.vae.config.latents_std)]
-            for video in videos:
-                key = digest(*models, str(args.max_sequence_length), str(video.prompt))[:16]
-                self.files[_key(video.prompt)] = (
-                    entry_folder(content_sha256(video.path)) / f"{self.size}-{key}.safetensors"
-                )
         size, per_step = args.per_device_train_batch_size, args.gradient_accumulation_steps
         self.batches = Batches(
             self.captions, noise_shape_CTHW, layout, args.seed, size, per_step, self.every, args.max_steps
         )
 
-    def embeddings(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return the cached embeddings (L, D) and pooled ones (P,), by caption."""
-        there = [caption for caption in self.captions if self.files[_key(caption)].is_file()]
-        return {str(caption): self._load(caption, "prompt_embeds", "pooled_embeds") for caption in there}
+    def encode(self, vae: AutoencoderKLWan) -> None:
+        """Encode the videos whose latents are not cached; all processes share the work.
 
-    def complete(self, text: PromptCache) -> None:
-        """Encode the videos that the cache lacks; all processes share the work.
-
-        Each is written whole, so that an interrupted start goes on where it was. text: has the
-        captions.
+        Each file is written whole, so that an interrupted start goes on where it was.
         """
-        processes = self.layout.accelerator
+        if not self.videos:
+            return
+        name, processes = f"{self.size}-{vae_identity(vae)}.safetensors", self.layout.accelerator
+        self.files = {_key(video.prompt): entry_folder(content_sha256(video.path)) / name for video in self.videos}
         shares = self.videos[processes.process_index :: processes.num_processes], self.videos
         for share in shares:  # then what another host encoded into a cache of its own
             missing = [video for video in share if not self.files[_key(video.prompt)].is_file()]
             with progress_bar("encode", "video", len(missing), processes.is_main_process and bool(missing)) as bar:
                 for video in missing:
-                    self._encode(video, text)
+                    pixels = read_video(video.path, self.size.num_frames, self.size.fps).pixels_BCTHW
+                    latents = {"latents": encode_video(vae, pixels.to(self.layout.device))[0]}
+                    about = {"file": row_of(video.prompt)["file"]}
+                    save_tensors(self.files[_key(video.prompt)], latents, about, shared=True)
                     bar.update()
             processes.wait_for_everyone()
 
-    def _encode(self, video: Video, text: PromptCache) -> None:
-        pixels = read_video(video.path, self.size.num_frames, self.size.fps).pixels_BCTHW
-        cond = text([video.prompt], "cpu")
-        tensors = {"latents": encode_video(self.vae, pixels.to(self.layout.device))[0]}
-        tensors |= {"prompt_embeds": cond.prompt_embeds_BLD[0], "pooled_embeds": cond.pooled_embeds_BP[0]}
-        about = {"file": row_of(video.prompt)["file"], "caption": str(video.prompt)}
-        save_tensors(self.files[_key(video.prompt)], tensors, about, shared=True)
-
-    def _load(self, caption: str, *names: str) -> tuple[torch.Tensor, ...]:
-        path = self.files[_key(caption)]
-        with file_errors(path), safe_open(path, "pt") as file:
-            return tuple(file.get_tensor(name) for name in names)
-
     def latents(self, captions: list[str]) -> torch.Tensor:
         """Return the latents (B, C, T, H, W) of the videos with these captions, on the device."""
-        return torch.stack([self._load(caption, "latents")[0] for caption in captions]).to(self.layout.device)
+        return torch.stack([self._load(caption) for caption in captions]).to(self.layout.device)
+
+    def _load(self, caption: str) -> torch.Tensor:
+        path = self.files[_key(caption)]
+        with file_errors(path), safe_open(path, "pt") as file:
+            return file.get_tensor("latents")
 
     def loss(self, step: int, micro: int, text: PromptCache, fields: VelocityFields) -> torch.Tensor:
         """Return the flow-matching loss (B,) of a batch of videos, with gradient."""
@@ -133,16 +114,16 @@ class RealVideos(RolloutCache):
         return self.data.latents(self.batches.batch(step, micro).prompts)
 
 
-def model_identity(module: nn.Module) -> str:
-    """Return a digest of each weight's name, shape, dtype and first values.
+def vae_identity(vae: AutoencoderKLWan) -> str:
+    """Return a digest of the scale of latents, and of each weight's name, dtype and first values.
 
-    So it takes no time, and is another one after any training of the module.
+    So it takes no time, and is another one after any training of the VAE.
     """
-    found = hashlib.sha256()
-    for name, weight in module.state_dict().items():
+    found = hashlib.sha256(repr((VERSION, vae.config.latents_mean, vae.config.latents_std)).encode())
+    for name, weight in vae.state_dict().items():
         head = weight.flatten()[:VALUES_COMPARED].float().cpu().numpy().tobytes()
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode() + head)
-    return found.hexdigest()
+    return found.hexdigest()[:16]
 
 
 def _key(caption: str) -> tuple[str, str]:
