@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,8 +129,13 @@ def write_whole(path: Path, shared: bool = False) -> Iterator[Path]:
     digest = hashlib.sha1(path.name.encode()).hexdigest()[:12]  # a name may be as long as allowed
     owner = f"-{os.getpid()}" if shared else ""
     unfinished = path.with_name(f".unfinished-{digest}{owner}{path.suffix}")
-    yield unfinished
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
