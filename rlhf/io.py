@@ -83,6 +83,13 @@ def read_object(path: Path) -> dict:
     return content
 
 
+def run_of_checkpoint(checkpoint: str | Path) -> Path:
+    """Return the folder of a checkpoint's run: two above it, as it is named or behind its links."""
+    checkpoint = Path(checkpoint).expanduser()
+    named = Path(os.path.abspath(checkpoint)).parent.parent
+    return named if (named / "config.yaml").is_file() else checkpoint.resolve().parent.parent
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 text, with or without a byte order mark.
 

@@ -122,9 +122,7 @@ def _explain_os_error(error: OSError) -> str:
     if error.errno in WRONG_PATH:
         return f"got {error}, expected a path that can be read; correct the setting that names it, or the rights"
     if error.errno in FULL:
-        return (
-            f"got {error}, expected room on the run's disk. Nothing was removed; free some, then go on."
-        )
+        return f"got {error}, expected room on the run's disk. Nothing was removed; free some, then go on."
     return f"got {error}, expected a disk that answers. Nothing was removed; see to it, and start the command again"
 
 

@@ -38,8 +38,9 @@ RUN_FILES = (
 
 
 def has_run(folder: Path) -> bool:
-    """Return whether a run was started in the folder."""
-    return any((folder / name).exists() for name in RUN_FILES[:3])
+    """Return whether a run was started in the folder; an empty folder of checkpoints is none."""
+    places = (folder / name for name in RUN_FILES[:3])
+    return any(next(path.iterdir(), None) if path.is_dir() else path.exists() for path in places)
 
 
 def read_settings(folder: Path) -> dict:
