@@ -4,7 +4,7 @@
     python bench/host_memory.py --folder DIR --size tiny --device cpu       every part, in a minute
 
 DIR gets a model in the published layout and an HPS v2.1 file, if they are not there: 31 GiB. Each
-recipe runs by `accelerate launch` for `--steps` steps without evaluation and, at full size, once more
+recipe runs by `accelerate launch` for `--steps` steps without evaluation; at full size, once more
 with an evaluation of two prompts. Another process adds up the memory of all of the run's, by stage.
 """
 

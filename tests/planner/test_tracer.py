@@ -109,12 +109,15 @@ def test_offloaded_tensors_leave_the_device_and_come_back_one_group_ahead():
         with Trace() as trace:
             trace.ignore(x)
             y = x
-            for _ in range(4):
-                y = gradient_checkpoint(lambda t: t.sin() * t, y, offload=host.group())
+            with trace.phase() as forward:
+                for _ in range(4):
+                    y = gradient_checkpoint(lambda t: t.sin() * t, y, offload=host.group())
             with trace.phase() as backward:
                 y.sum().backward()
         sizes[name] = trace.live_bytes, x.grad.shape
+        real = host if name == "real" else real
         if name == "meta":
+            assert forward.offloaded == {size: len(found) for size, found in real.free.items()}, "x, and three results"
             assert backward.bytes_before <= 4 * 1000 * 2, "the result and the tensor under way, not all five"
     assert sizes["meta"][1] == sizes["real"][1]
 
