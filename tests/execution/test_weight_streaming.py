@@ -1,5 +1,7 @@
 """Streamed weights: the same numbers, and only two blocks on the device, one of them ahead."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from adapted_model import arguments, assert_equal, gradients, model_with_adapter
@@ -13,8 +15,8 @@ from rlhf.config import RewardGradientConfig
 from rlhf.device import drop_file_pages
 from rlhf.execution.blocks import BlockRunner
 from rlhf.execution.offload import ALIGNMENT, HostBuffers, HostMemory, host_bytes
-from rlhf.generator.loading import load_transformer
 from rlhf.execution.weight_streaming import stream_blocks
+from rlhf.generator.loading import load_transformer
 
 
 def log_copies(stream):
@@ -117,13 +119,13 @@ def test_host_memory_holds_one_copy_of_the_blocks_from_file_to_device(make, tmp_
         assert all(map(is_mapped, model.parameters())), "no copy yet"
         add_adapter(model, lora_config(RewardGradientConfig(lora_rank=2)), 0)
         before = made.bytes
+        assert before < 0.5 * sum(p.nbytes for p in model.parameters()), "the adapter"
         stream = stream_blocks(model, torch.device("cpu"))
     frozen = [p for p in model.transformer_blocks.parameters() if not p.requires_grad]
     weights = sum(-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in frozen)
     slots = sum(slot.nbytes for slot in stream.slots)
     assert not any(map(is_mapped, frozen))
     assert weights <= made.bytes - before - slots <= 1.05 * weights + ALIGNMENT
-    assert all(len(block.runs) < len(block.parameters) / 2 for block in stream.blocks)
 
 
 def test_pages_of_a_file_leave_the_process_and_come_back_as_they_were(tmp_path):
@@ -133,7 +135,7 @@ def test_pages_of_a_file_leave_the_process_and_come_back_as_they_were(tmp_path):
     first[299] = -1.0  # on a page with the second's beginning
 
     def resident() -> int:
-        rows = iter(open("/proc/self/smaps").read().splitlines())
+        rows = iter(Path("/proc/self/smaps").read_text().splitlines())
         next(row for row in rows if row.endswith(str(tmp_path / "numbers")))
         return int(next(row for row in rows if row.startswith("Rss:")).split()[1]) * 1024
 
@@ -158,5 +160,5 @@ def test_buffers_share_allocations_of_powers_of_two_and_never_overlap():
         buffer.fill_(i)
     assert [buffer.numel() for buffer in taken] == [1000, 3 * 10**7, 10, 10**6, 10]
     assert all((buffer == i).all() for i, buffer in enumerate(taken))
-    assert all(buffer.data_ptr() % ALIGNMENT == taken[0].data_ptr() % ALIGNMENT for buffer in taken)
+    assert {buffer.storage_offset() % ALIGNMENT for buffer in taken} == {0}
     assert all(slab.numel().bit_count() == 1 for slab in buffers.slabs)

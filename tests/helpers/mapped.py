@@ -13,18 +13,23 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 
 class Allocations(TorchDispatchMode):
-    """The bytes of all CPU storages that operators make inside, kept or not."""
+    """The CPU storages that operators make inside, kept or not."""
 
     def __init__(self):
         super().__init__()
-        self.storages, self.bytes = [], 0
+        self.storages = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.device.type == "cpu" and not is_mapped(x):
-                storage = x.untyped_storage()
-                if storage._cdata not in {s._cdata for s in self.storages}:
-                    self.storages.append(storage)  # alive, so that no other takes its place
-                    self.bytes += storage.nbytes()
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+                storage = x.untyped_storage()  # kept alive, so that no other takes its place
+                self.storages.setdefault(storage._cdata, storage)
         return out
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all storages that lie in no file."""
+        mappings = file_mappings()
+        in_file = lambda storage: any(low <= storage.data_ptr() < high for low, high in mappings)
+        return sum(storage.nbytes() for storage in self.storages.values() if not in_file(storage))

@@ -103,7 +103,7 @@ def test_a_norm_is_one_kernel():
 
 def test_offloaded_tensors_leave_the_device_and_come_back_one_group_ahead():
     """As with a real `HostMemory`, whose tensors autograd's own hooks see come and go."""
-    sizes = {}
+    sizes, real = {}, None
     for name, device, host in (("real", "cpu", HostMemory("cpu", 0)), ("meta", META, MetaOffload(0))):
         x = torch.zeros(1000, device=device).requires_grad_()
         with Trace() as trace:
