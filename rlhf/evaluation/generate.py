@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rlhf.adapter.lora_file import find_lora_file, read_lora
+from rlhf.adapter.lora_file import read_adapter_bytes, read_lora
 from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.merge import apply_lora, check_lora_scale
 from rlhf.device import generator
@@ -71,7 +71,7 @@ class Variant:
 
     def identity(self) -> dict:
         """Return what identifies this variant; the adapter by its content."""
-        content = find_lora_file(self.lora).read_bytes() if self.lora else None
+        content = read_adapter_bytes(self.lora) if self.lora else None
         digest = content and hashlib.sha256(content).hexdigest()
         settings = {"merge": self.merge, "scale": self.scale}
         model = {"model": str(self.model), "model_files": describe_files(Path(self.model))}
