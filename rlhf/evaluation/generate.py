@@ -25,7 +25,7 @@ from rlhf.generator.loading import linear_sizes, load_pipeline
 from rlhf.generator.pipeline import VideoPipeline
 from rlhf.io import read_object, write_json, write_whole
 from rlhf.run.metrics import progress_bar
-from rlhf.run.video import to_uint8, write_video
+from rlhf.run.video import finished_video, write_video
 from rlhf.types import negative_of
 
 SETTINGS_FILE = "generate.json"
@@ -116,7 +116,7 @@ def sample(pipe: VideoPipeline, videos: list[Video], sampling: SamplingDefaults)
     arguments = sampling.call_arguments()
     arguments["negative_prompt"] = [negative_of(prompt, sampling.negative_prompt) for prompt in prompts]
     frames = pipe(prompts, generator=noise, output_type="pt", **arguments).frames
-    return to_uint8(frames)
+    return finished_video(frames)
 
 
 def save_video(path: Path, video_TCHW: torch.Tensor, fps: int) -> None:
