@@ -96,7 +96,7 @@ def read_container(path: Path, max_frames: int | None, allow_truncated: bool) ->
             if packet.size
         ]
     whole = [(pts, duration, discard) for pts, duration, discard, corrupt in packets if not corrupt]
-    missing = _missing(path, len(whole), max(promised, len(packets)))
+    missing = _describe_truncation(path, len(whole), max(promised, len(packets)))
     if missing and not allow_truncated:
         cure = "get the whole file, or score what is there with --allow_truncated"
         raise ValueError(f"{path}: got {missing}, expected all; {cure}")
@@ -118,7 +118,7 @@ def read_container(path: Path, max_frames: int | None, allow_truncated: bool) ->
 def _open(path: Path) -> Iterator[tuple]:
     """Yield the container and the video stream that it marks as default, or the first one.
 
-    A cover picture is no video. FFmpeg's words become part of errors.
+    A cover picture is no video. Raises ValueError with FFmpeg's message.
     """
     import av
 
@@ -145,8 +145,11 @@ def _promised_frames(container, stream) -> int:
     return (max(stream.frames, len(entries)) if container.format.name == "avi" else len(entries)) - empty
 
 
-def _missing(path: Path, frames: int, promised: int) -> str | None:
-    """Return what a file of so many undamaged frames lacks, in words; None if it is whole."""
+def _describe_truncation(path: Path, frames: int, promised: int) -> str | None:
+    """Return what a file lacks, as text for an error; None if it is whole.
+
+    frames: the undamaged ones. promised: by index or header.
+    """
     stated, there = _stated_bytes(path), path.stat().st_size
     if frames < promised:
         return f"{frames} of {promised} frames"
@@ -201,11 +204,11 @@ def _rgb(path: Path, frame, aspect) -> np.ndarray:
         width, height = max(round(frame.width * aspect), frame.width), max(round(frame.height / aspect), frame.height)
         pixels = pixels.reformat(width, height, interpolation="BICUBIC")
     pixels_HWC = pixels.to_ndarray()
-    return _upright(over_white(pixels_HWC) if transparent else pixels_HWC, frame)
+    return _apply_display_matrix(over_white(pixels_HWC) if transparent else pixels_HWC, frame)
 
 
-def _upright(pixels_HWC: np.ndarray, frame) -> np.ndarray:
-    """Turn and mirror by the display matrix, as a player does."""
+def _apply_display_matrix(pixels_HWC: np.ndarray, frame) -> np.ndarray:
+    """Rotate and mirror a frame by its display matrix, as a player does."""
     from av.sidedata.sidedata import Type
 
     if (matrix := frame.side_data.get(Type.DISPLAYMATRIX)) is None:

@@ -1,4 +1,4 @@
-"""LoRA files, read in the formats of diffusers, peft and kohya, written in that of diffusers.
+"""Read LoRA files in the formats of diffusers, peft and kohya.
 
 Every file becomes one `Lora`: A, B and alpha by layer. A file that cannot be read exactly is
 refused by the name of its format.
