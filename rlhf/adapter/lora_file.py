@@ -279,7 +279,10 @@ def _group(
     known = {family.original_name(name): name for name in sizes} | {name: name for name in sizes} if family else {}
     flat = {given.replace(".", "_"): name for given, name in known.items()}
     layers, names, adapters, unknown = defaultdict(dict), {}, set(), []
-    for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
+    renamed = convert_unet_state_dict_to_peft(tensors)
+    if len(renamed) < len(tensors):
+        raise _error("tensors under diffusers' names of today and of before", "each once", "leave one set out")
+    for key, tensor in renamed.items():
         match = KEY.fullmatch(key)
         if match is None:
             raise _error(_format(key, family) or f"{key}, which belongs to no LoRA", "a LoRA")

@@ -250,6 +250,11 @@ REFUSED = {
         "got 2 adapters, a, b, expected one",
     ),
     "one layer twice": (keys() | keys("diffusion_model.{name}.{half}.weight"), {}, "got two tensors for a of"),
+    "one layer twice, by diffusers": (
+        keys("{name}.{half}.weight") | keys("{name}.{half}.weight", a="lora.down", b="lora.up"),
+        {},
+        "got tensors under diffusers' names of today and of before",
+    ),
     "peft's file without its config": (keys("base_model.model.{name}.{half}.weight"), {}, "adapter_config.json beside"),
     "layers that fit nothing": (
         keys() | {"transformer.blocks_9.x.lora_A.weight": torch.ones(2, 2)},

@@ -150,6 +150,12 @@ ROWS = [
     Row({"report_to": ["tensorbord"]}, "report_to: got 'tensorbord'", "expected some of", "correct it"),
     Row({"report_to": ["clearml"]}, "got 'clearml'", "which is not installed", "pip install clearml"),
     Row({"max_steps": 0}, "max_steps: got 0", "expected at least 1", "correct its value"),
+    Row(
+        {"output_dir": "{tmp}/linked", "overwrite_output_dir": True},
+        "linked, checkpoints",
+        "expected what can be removed",
+        "remove them yourself",
+    ),
     Row({"max_grad_norm": 1e-30}, "max_grad_norm: got 1e-30", "expected at least 1e-11", "or 0 for no limit; raise it"),
     Row(
         {"max_grad_norm": 1e-20, "adam_epsilon": 1e-30},
