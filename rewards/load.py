@@ -248,16 +248,19 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def _module_source(spec: str, where: str) -> Path | None:
-    """Return a module's source file, None if it has none. Raises RewardError if not found."""
-    with _import_guard(spec, where):  # of parent packages
+def _module_source(spec: str, module: str) -> Path | None:
+    """Return the source file of the module "package.module", None if it has no Python source.
+
+    The module itself is not imported, its parent packages are. Raises RewardError if it is absent.
+    """
+    with _import_guard(spec, module):  # of parent packages
         try:
-            found = importlib.util.find_spec(where)
+            found = importlib.util.find_spec(module)
         except (ImportError, ValueError):
             found = None
     if found is None:
         cure = "install the package or correct the name; a file is named 'path/to/file.py:Class'"
-        raise RewardError(spec, got=f"no module {where!r}", expected="an importable module", cure=cure)
+        raise RewardError(spec, got=f"no module {module!r}", expected="an importable module", cure=cure)
     is_source = found.origin is not None and found.origin.endswith(".py")
     return Path(found.origin) if is_source else None
 
@@ -301,11 +304,11 @@ def _import_attribute(spec: str, base_dir=None):
     """Import the module or file before the colon and return the attribute named after it."""
     where, attribute = spec.rsplit(":", 1)
     is_file = where.endswith(".py")
-    module = _run_file(_find_file(spec, where, base_dir)) if is_file else importlib.import_module(where)
+    module = _import_file(_find_file(spec, where, base_dir)) if is_file else importlib.import_module(where)
     return getattr(module, attribute)
 
 
-def _run_file(path: Path):
+def _import_file(path: Path):
     """Import the file as a module, registered in sys.modules for dataclasses and pickling."""
     name = f"contentv_reward_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
     module_spec = importlib.util.spec_from_file_location(name, path)

@@ -198,14 +198,17 @@ def _files_below(path: Path) -> Iterator[tuple[str, Path]]:
                 yield file.relative_to(path.parent).as_posix(), file
 
 
-def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+def save_tensors(
+    path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str], shared: bool = False
+) -> None:
     """Write a safetensors file, whole or not at all: equal content gives equal bytes.
 
-    safetensors shuffles the metadata, so they are sorted in the header afterwards.
+    safetensors shuffles the metadata, so they are sorted in the header afterwards. shared: as in
+    `write_whole`.
     """
     from safetensors.torch import save_file  # torch takes seconds to import
 
-    with write_whole(path) as unfinished:
+    with write_whole(path, shared) as unfinished:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
         with unfinished.open("r+b") as file:
             size = int.from_bytes(file.read(8), "little")

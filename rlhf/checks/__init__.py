@@ -52,7 +52,7 @@ def check_config(
     args = keep_chosen_method(resolve_resume(args))
     problems = [*_folder_problems(args, dry=planned_processes is not None)]
     problems += [*reward_problems(args, rewards), *_tracker_problems(args)]
-    problems += [*_device_problems(args), *_guard_problems(args, eval_prompts)]
+    problems += [*_device_problems(args), *_guard_problems(args, eval_prompts), *_clip_problems(args)]
     for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):
         if given is None and name is not None:
             problems += problems_raised_by(load_prompts, name, args.base_dir, 1)
@@ -73,6 +73,7 @@ def check_config(
         problems += [*_size_problems(args, sizes), *_family_problems(args, sizes)]
         problems += [*adapter_problems(args, sizes["transformer"]), *all_method_problems(args)]
         problems += parallel_problems(args, planned_processes)
+        problems += _video_problems(args, sizes)
     if problems := [*range_problems(args), *problems]:
         raise ConfigError(problems)
     return args
@@ -125,6 +126,15 @@ def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
             yield f"{name}={size} is not {stride_t}k+1, as the VAE of {args.model} needs; use {near}"
 
 
+def _video_problems(args, sizes: dict[str, dict]) -> list[str]:
+    """Return the problems of the real videos, which are read only if they are asked for."""
+    if args.anchor_data is None:
+        return []
+    from rlhf.prompts.videos import video_problems  # takes a while to import
+
+    return list(video_problems(args, sizes["sampling"]["fps"]))
+
+
 def _family_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
     """Yield settings that do not work with the model's family."""
     family = family_of_config(sizes["transformer"])
@@ -148,6 +158,16 @@ def _guard_problems(args, eval_prompts) -> Iterator[str]:
     if asked and 1 in (args.num_eval_prompts, len(eval_prompts or [])):
         got = "got one held-out prompt, expected two or more: gains are in spreads over prompts"
         yield f"{' and '.join(asked)}: {got}; raise num_eval_prompts"
+
+
+def _clip_problems(args) -> Iterator[str]:
+    """Yield a limit of the gradient's norm that leaves no step, or none that float32 can square."""
+    least = max(1e-12, 1e-3 * args.adam_epsilon)
+    if 0 < args.max_grad_norm < least:
+        yield (
+            f"max_grad_norm: got {args.max_grad_norm:g}, with which no weight would move, expected at least {least:g} "
+            f"(a thousandth of adam_epsilon, and 1e-12), or 0 for no limit; raise it"
+        )
 
 
 def _folder_problems(args, dry: bool) -> Iterator[str]:

@@ -21,6 +21,7 @@ from rlhf.execution.apply import ExecutionOptions
 from rlhf.execution.blocks import BlockRunner
 from rlhf.generator.registry import family_of_config, spatial_patch
 from rlhf.generator.wan_decoder import decode_video
+from rlhf.generator.wan_encoder import encode_video
 from rlhf.method.options import read_options
 from rlhf.planner.tracer import MetaOffload, Phase, Trace, fake_process_group, fused_attention, use_fused_norms
 
@@ -188,6 +189,16 @@ class TracedModel:
 
         return velocity, torch.empty(batch, *self.latent_shape, device="meta", dtype=model.dtype)
 
+    def encoder_call(self, args: RewardGradientConfig) -> TracedCall:
+        """Trace encoding one real video, without gradient."""
+        video = torch.empty(1, 3, args.num_frames, args.height, args.width, device="meta")
+
+        def trace() -> TracedCall:
+            vae = nn.Module.to(self.vae, getattr(torch, args.vae_dtype))
+            return trace_call(lambda x: encode_video(vae, x), video, vae, with_gradient=False)
+
+        return self._trace_once(("encoder", args.vae_dtype), trace)
+
     def decoder_call(
         self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True
     ) -> TracedCall:
@@ -293,8 +304,11 @@ def _extrapolate_phase(shorter: Phase, longer: Phase, extra: int) -> Phase:
     line = lambda a, b: b + extra * (b - a)
     names = ("bytes_before", "bytes_after", "peak_bytes")
     sizes = {name: line(getattr(shorter, name), getattr(longer, name)) for name in names}
-    operations = {*shorter.work, *longer.work}
-    return Phase(**sizes, work=Counter({op: line(shorter.work[op], longer.work[op]) for op in operations}))
+    counts = {}
+    for name in ("work", "offloaded"):
+        a, b = getattr(shorter, name), getattr(longer, name)
+        counts[name] = Counter({key: line(a[key], b[key]) for key in {*a, *b}})
+    return Phase(**sizes, **counts)
 
 
 def _count_frozen(module: nn.Module) -> int:
