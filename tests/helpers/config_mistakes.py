@@ -449,6 +449,12 @@ ROWS = [
     Row({"output_dir": "{tmp}/locked/new"}, "got no right to write in {tmp}/locked", "expected one", "choose another"),
     Row({"output_dir": "{tmp}/run"}, "holds a run already", "expected a new folder", "--overwrite_output_dir"),
     Row(
+        {"output_dir": "{tmp}/linked", "overwrite_output_dir": True},
+        "overwrite_output_dir: got links in {tmp}/linked, checkpoints",
+        "expected what can be removed",
+        "remove them yourself",
+    ),
+    Row(
         {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
         "resume_from_checkpoint and overwrite_output_dir: got both",
         "expected one of them",
