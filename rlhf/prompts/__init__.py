@@ -36,7 +36,9 @@ def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
         looked = " or ".join(str(path) for path in places)
         sets = ", ".join(BUILT_IN_SETS)
         raise ConfigError(
-            [f"prompts {name!r}: got no file at {looked}, expected a text file or one of {sets}; correct the path"]
+            [
+                f"prompts {name!r}: got no file at {looked}, expected a text file or one of {sets}; correct the path, or base_dir"
+            ]
         )
     return found
 
