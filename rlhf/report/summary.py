@@ -36,4 +36,4 @@ def _cells(name: str, row: dict) -> tuple[str, ...]:
     """Return a row of the table, from one of `paired_interval`."""
     low, high = row["ci95"]
     means = f"{row['base']:.4f}", f"{row['tuned']:.4f}", f"{row['diff']:+.4f}"
-    return name, *means, f"[{low:+.4f}, {high:+.4f}]"
+    return name, *means, f"[{low:+.4f}, {high:+.4f}]" if low < high else "-"  # one prompt, or no spread

@@ -150,12 +150,6 @@ ROWS = [
     Row({"report_to": ["tensorbord"]}, "report_to: got 'tensorbord'", "expected some of", "correct it"),
     Row({"report_to": ["clearml"]}, "got 'clearml'", "which is not installed", "pip install clearml"),
     Row({"max_steps": 0}, "max_steps: got 0", "expected at least 1", "correct its value"),
-    Row(
-        {"output_dir": "{tmp}/linked", "overwrite_output_dir": True},
-        "linked, checkpoints",
-        "expected what can be removed",
-        "remove them yourself",
-    ),
     Row({"max_grad_norm": 1e-30}, "max_grad_norm: got 1e-30", "expected at least 1e-11", "or 0 for no limit; raise it"),
     Row(
         {"max_grad_norm": 1e-20, "adam_epsilon": 1e-30},
@@ -454,6 +448,12 @@ ROWS = [
     Row({"output_dir": "{tmp}/empty.txt/run"}, "got no right to write in {tmp}/empty.txt", "expected one", "choose"),
     Row({"output_dir": "{tmp}/locked/new"}, "got no right to write in {tmp}/locked", "expected one", "choose another"),
     Row({"output_dir": "{tmp}/run"}, "holds a run already", "expected a new folder", "--overwrite_output_dir"),
+    Row(
+        {"output_dir": "{tmp}/linked", "overwrite_output_dir": True},
+        "overwrite_output_dir: got links in {tmp}/linked, checkpoints",
+        "expected what can be removed",
+        "remove them yourself",
+    ),
     Row(
         {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
         "resume_from_checkpoint and overwrite_output_dir: got both",

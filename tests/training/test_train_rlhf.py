@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -172,6 +174,19 @@ def test_ctrl_c_before_the_training_is_one_line(main, project, capsys, monkeypat
     monkeypatch.setattr(where, interrupted)
     assert main(["--config", str(project / "config.yaml")]) == 130
     assert capsys.readouterr().err == "train_rlhf: interrupted before the training began; nothing was lost.\n"
+
+
+@pytest.mark.parametrize("where", ["rlhf.checks.check_config", "rlhf.trainer.RewardGradientTrainer"])
+def test_a_ctrl_c_that_a_library_swallows_still_ends_the_command(main, project, capsys, monkeypatch, where):
+    def swallow(*settings, **_):
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        return settings[0] if settings else SimpleNamespace(train=lambda: pytest.fail("trained"))
+
+    monkeypatch.setattr(where, swallow)
+    assert main(["--config", str(project / "config.yaml")]) == 130
+    assert "train_rlhf: interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("late", [False, True])
