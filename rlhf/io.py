@@ -5,7 +5,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ CONTENT_ERRORS = (
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, re.error),
     *(yaml.YAMLError, SafetensorError),
 )
+SMALL_FILE = 2**24  # bytes, up to which a file is read to be told from another version of it
 MAX_YAML_DEPTH, MAX_YAML_VALUES, MAX_YAML_LENGTH = 32, 20_000, 10**6  # far above any file of settings
 
 
@@ -81,6 +83,13 @@ def read_object(path: Path) -> dict:
     return content
 
 
+def run_of_checkpoint(checkpoint: str | Path) -> Path:
+    """Return the folder of a checkpoint's run: two above it, as it is named or behind its links."""
+    checkpoint = Path(checkpoint).expanduser()
+    named = Path(os.path.abspath(checkpoint)).parent.parent
+    return named if (named / "config.yaml").is_file() else checkpoint.resolve().parent.parent
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 text, with or without a byte order mark.
 
@@ -127,8 +136,13 @@ def write_whole(path: Path, shared: bool = False) -> Iterator[Path]:
     digest = hashlib.sha1(path.name.encode()).hexdigest()[:12]  # a name may be as long as allowed
     owner = f"-{os.getpid()}" if shared else ""
     unfinished = path.with_name(f".unfinished-{digest}{owner}{path.suffix}")
-    yield unfinished
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
@@ -143,14 +157,58 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+def file_fingerprint(path: Path) -> dict:
+    """Return a file's size and SHA-256. A process hashes each version of a file once."""
+    status = path.stat()
+    version = status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return _hash(path.absolute(), status.st_size, *version)
+
+
+@lru_cache
+def _hash(path: Path, size: int, *_version: int) -> dict:
+    return {"bytes": size, "sha256": file_sha256(path)}
+
+
+def describe_files(*paths: Path) -> str:
+    """Return number, bytes and digest of files, and of those in folders, found by name.
+
+    The digest changes with every file: up to SMALL_FILE bytes by its content, above by its size and
+    time, since weights take minutes to read. Hidden files and pages (.md) do not count.
+    """
+    files, total = {}, 0
+    for name, path in sorted((name, path) for given in paths for name, path in _files_below(given)):
+        status = path.stat()
+        total += status.st_size
+        small = status.st_size <= SMALL_FILE
+        files[name] = file_fingerprint(path) if small else [status.st_size, status.st_mtime_ns]
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    return f"{len(files)} file{'s' * (len(files) != 1)}, {total} bytes, digest {digest}"
+
+
+def _files_below(path: Path) -> Iterator[tuple[str, Path]]:
+    """Yield name and path of a file, or of each in a folder and in the folders that it links to."""
+    if path.is_file():
+        yield path.name, path
+    seen = set()
+    for folder, names, files in os.walk(path, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        names[:] = [n for n in names if not n.startswith(".") and os.path.realpath(f"{folder}/{n}") not in seen]
+        for file in (Path(folder, name) for name in files if not name.startswith(".")):
+            if file.suffix != ".md" and file.is_file():
+                yield file.relative_to(path.parent).as_posix(), file
+
+
+def save_tensors(
+    path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str], shared: bool = False
+) -> None:
     """Write a safetensors file, whole or not at all: equal content gives equal bytes.
 
-    safetensors shuffles the metadata, so they are sorted in the header afterwards.
+    safetensors shuffles the metadata, so they are sorted in the header afterwards. shared: as in
+    `write_whole`.
     """
     from safetensors.torch import save_file  # torch takes seconds to import
 
-    with write_whole(path) as unfinished:
+    with write_whole(path, shared) as unfinished:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
         with unfinished.open("r+b") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""LoRA files, read in the formats of diffusers, peft and kohya, written in that of diffusers.
+"""Read LoRA files in the formats of diffusers, peft and kohya.
 
 Every file becomes one `Lora`: A, B and alpha by layer. A file that cannot be read exactly is
 refused by the name of its format.
@@ -21,15 +21,17 @@ from safetensors import safe_open
 from rlhf.adapter.lora_weights import ADAPTER_FILE, DISTILLED_KEY, Lora, LoraLayer
 from rlhf.config import is_distilled
 from rlhf.generator.files import HUB_ID, describe_download
-from rlhf.generator.registry import family_of_layers
+from rlhf.generator.registry import ModelFamily, family_of_layers
 from rlhf.io import file_errors, read_object
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_FILES = ("average.safetensors", "adapter.safetensors")  # what of it a run would save
+SCALE_KEY = "scale_is_of"  # metadata that is added in reading: where the scale is from
 OLDER_BLOCKS_FILE = "trained_blocks.safetensors"  # beside the adapter in runs of older versions
 INITIAL_KEY = "initial_adapter"  # metadata of a checkpoint, and the folder of its run with that adapter
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names with _ in place of dots
+KOHYA_KEYS = "ss_network_alpha", "ss_network_dim"  # of metadata; 0, None and Dynamic say nothing
 PARTS = {"lora_A": "a", "lora_down": "a", "lora_linear_layer.down": "a", "lora_magnitude_vector": "magnitude"}
 PARTS |= {"lora_B": "b", "lora_up": "b", "lora_linear_layer.up": "b", "alpha": "alpha"}
 KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, PARTS))})(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?")
@@ -73,9 +75,10 @@ def find_lora_file(name: str | Path) -> Path:
     if path.is_file() and path.suffix == ".safetensors":
         return path
     files = sorted(file.name for file in path.glob("*.safetensors"))
-    known = (*CHECKPOINT_FILES, ADAPTER_FILE) if (path / "state.json").is_file() else (ADAPTER_FILE, PEFT_FILE)
+    is_checkpoint = (path / "state.json").is_file()
+    known = (*CHECKPOINT_FILES, ADAPTER_FILE) if is_checkpoint else (ADAPTER_FILE, PEFT_FILE)
     found = [file for file in known if file in files] or files
-    if len(files) == 1 or found is not files:
+    if len(found) == 1 or (is_checkpoint and found is not files):
         return path / found[0]
     if (path / "adapter").is_dir():
         return find_lora_file(path / "adapter")
@@ -83,6 +86,13 @@ def find_lora_file(name: str | Path) -> Path:
     got = "a file of another kind, such as a pickle" if path.is_file() else got if path.is_dir() else "nothing there"
     expected = "expected an adapter: a .safetensors file, its folder such as RUN/adapter, or a hub id"
     raise ValueError(f"{name}: got {got}, {expected}; correct the path")
+
+
+def read_adapter_bytes(name: str | Path) -> bytes:
+    """Return the content of an adapter's file, and of peft's configuration beside it."""
+    path = find_lora_file(name)
+    beside = path.parent / PEFT_CONFIG
+    return path.read_bytes() + (beside.read_bytes() if beside.is_file() else b"")
 
 
 def _download(hub_id: str) -> Path:
@@ -100,7 +110,7 @@ def is_distilled_adapter(name: str | Path) -> bool:
     """Return whether an adapter is sampled without guidance; a run of an older version says so."""
     path = find_lora_file(name)
     with file_errors(path), safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+        metadata = _complete(path, file.metadata() or {})
     return _is_distilled(path, metadata)
 
 
@@ -124,27 +134,49 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
     refuse_trained_blocks(path.parent)
     with file_errors(path), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        metadata = file.metadata() or {}
+        metadata = _complete(path, file.metadata() or {})
     config = _read_config(path, metadata)
-    if config is None and path.name in CHECKPOINT_FILES and (path.parent / "state.json").is_file():
-        cure = "resume it with this version and its own max_steps, which writes RUN/adapter"
-        raise ValueError(f"{path}: {_error('a checkpoint of an older version', 'one that states its scale', cure)}")
     try:
         if not tensors:
             raise _error("no tensor", "those of a LoRA")
-        by_layer = _group(tensors, sizes)
+        by_layer, given = _group(tensors, sizes)
+        is_kohya = config is None and all(key.startswith(FLAT_PREFIXES) for key in tensors)
+        remark = _add_stated_alpha(by_layer, *map(metadata.get, KOHYA_KEYS)) if is_kohya else ""
         stated = config is not None or any("alpha" in parts for parts in by_layer.values())
         if not stated and any(key.startswith("base_model.") for key in tensors):
             expected = f"{PEFT_CONFIG} beside it, which has their scale"
             raise _error("peft's keys alone", expected, "put it there, as save_pretrained writes it")
-        layers = {layer: _read_layer(layer, parts, config, sizes) for layer, parts in by_layer.items()}
+        layers = {name: _read_layer(name, parts, config, sizes, given[name]) for name, parts in by_layer.items()}
         if {layer.magnitude is None for layer in layers.values()} == {True, False}:
             raise _error("magnitudes (DoRA) of some layers only", "them for all layers or for none")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    remark = "" if stated else "the file states no alpha, so the scale is 1"
+    remark = metadata.get(SCALE_KEY, remark) if stated else "the file states no alpha, so the scale is 1"
     lora = Lora(layers, _is_distilled(path, metadata), remark)
     return _find_initial(path).then(lora) if INITIAL_KEY in metadata else lora
+
+
+def _complete(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    """Return a file's metadata, with what checkpoints of older versions do not state.
+
+    Their scale is that of RUN/adapter, or of the settings, which do not know of a peft_config's
+    use_rslora.
+    """
+    state, folder = path.parent / "state.json", path.absolute().parents[1]
+    if LORA_ADAPTER_METADATA_KEY in metadata or path.name not in CHECKPOINT_FILES or not state.is_file():
+        return metadata
+    with file_errors(state):
+        settings = read_object(state)["settings"]
+        rank, alpha = settings["lora_rank"], settings["lora_alpha"]
+        config = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
+        config |= {key: settings.get(f"lora_{key}") for key in ("use_dora", "rank_pattern", "alpha_pattern")}
+        told = {SCALE_KEY: "the scale is that of the settings of its run, which is of an older version"}
+        told |= {DISTILLED_KEY: "true"} if is_distilled(settings) else {}
+    adapter = folder.parent / "adapter" / ADAPTER_FILE
+    if folder.name == "checkpoints" and adapter.is_file():
+        with file_errors(adapter), safe_open(adapter, "pt") as file:
+            told |= {SCALE_KEY: f"the scale is that of {adapter}"} | (file.metadata() or {})
+    return metadata | {LORA_ADAPTER_METADATA_KEY: json.dumps(config)} | told
 
 
 def refuse_trained_blocks(folder: str | Path) -> None:
@@ -161,6 +193,39 @@ def _find_initial(path: Path) -> Lora:
             return read_lora(folder / INITIAL_KEY)
     expected = f"expected {INITIAL_KEY}/ in the run's folder, to which it adds"
     raise ValueError(f"{path}: got a checkpoint without its run, {expected}; name the checkpoint within its run")
+
+
+def _add_stated_alpha(by_layer: dict[str, dict[str, torch.Tensor]], alpha: str | None, rank: str | None) -> str:
+    """Give layers without an alpha that of kohya's metadata; return what tensors say otherwise.
+
+    It is for kohya's own names alone: musubi-tuner's converter to other names multiplies the scale
+    into the weights and keeps the metadata.
+    """
+    alpha, rank = (_number(value) for value in (alpha, rank))
+    alphas, ranks = set(), set()  # of tensors, other than those of the metadata
+    for name, parts in by_layer.items():
+        found = float(len(parts["a"])) if "a" in parts else rank
+        ranks |= {found} - {rank} if rank else set()
+        if alpha and "alpha" not in parts:
+            if rank and found != rank:
+                got = f"rank {found:g} for {name}, and an alpha only in the metadata, for ss_network_dim {rank:g}"
+                raise _error(got, "an alpha of this rank", "the file was changed after training; take the original")
+            parts["alpha"] = torch.tensor(alpha)
+        given = parts["alpha"].flatten().tolist() if alpha else ()
+        alphas |= {value for value in given if not math.isclose(value, alpha, rel_tol=0.01)}  # it may be bfloat16
+    differ = []
+    for key, stated, others in zip(KOHYA_KEYS, (alpha, rank), (alphas, ranks), strict=True):
+        found = ", ".join(f"{value:g}" for value in sorted(others))
+        differ += [f"the metadata has {key} {stated:g}, the tensors {found}, which count"] if others else []
+    return "; ".join(differ)
+
+
+def _number(text: str | None) -> float:
+    try:
+        value = float(text or 0)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
 
 
 def _error(got: str, expected: str, cure: str = CURE) -> ValueError:
@@ -187,7 +252,7 @@ def _read_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
     with file_errors(path):
         values = (config["r"], config["lora_alpha"], *(config.get("rank_pattern") or {}).values())
         values += tuple((config.get("alpha_pattern") or {}).values())
-        if not all(isinstance(value, int | float) and value > 0 for value in values):
+        if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
             raise ValueError(f"ranks and alphas {values}")
         for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
             re.compile(pattern)
@@ -206,16 +271,18 @@ def other_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if (key, value) != ("bias", "none")}
 
 
-def _group(tensors: dict[str, torch.Tensor], sizes: Sizes | None) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the parts of each layer: a, b, and magnitude and alpha where the file has them."""
-    original_name = family_of_layers(sizes or ()).original_name
-    known = {original_name(name): name for name in sizes or {}} | {name: name for name in sizes or {}}
+def _group(
+    tensors: dict[str, torch.Tensor], sizes: Sizes | None
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """Return each layer's a and b, its magnitude and alpha if given; and its name in the file."""
+    family = family_of_layers(sizes or ())
+    known = {family.original_name(name): name for name in sizes} | {name: name for name in sizes} if family else {}
     flat = {given.replace(".", "_"): name for given, name in known.items()}
-    layers, adapters, unknown = defaultdict(dict), set(), []
+    layers, names, adapters, unknown = defaultdict(dict), {}, set(), []
     for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise _error(_format(key) or f"{key}, which belongs to no LoRA", "a LoRA")
+            raise _error(_format(key, family) or f"{key}, which belongs to no LoRA", "a LoRA")
         given, part, adapter = match[1], PARTS[match[2]], match[3]
         name = next(_names(given, flat, known if sizes else None), None)
         if name is None:
@@ -224,21 +291,19 @@ def _group(tensors: dict[str, torch.Tensor], sizes: Sizes | None) -> dict[str, d
         adapters |= {adapter} - {None}
         if part in layers[name]:
             raise _error(f"two tensors for {part} of {name}", "one", "leave one of them out")
-        layers[name][part] = tensor
+        layers[name][part], names[name] = tensor, given
     if unknown:
         key, given = unknown[0]
-        got = _format(key) or "layers that this transformer does not have"
+        got = _format(key, family) or "layers that this transformer does not have"
         raise _error(f"{got}, {len({given for _, given in unknown})} of them, such as {given}", "layers of this model")
     if len(adapters) > 1:
         raise _error(f"{len(adapters)} adapters, {', '.join(sorted(adapters))}", "one", "save one of them alone")
-    return layers
+    return layers, names
 
 
 def _names(given: str, flat: dict[str, str], known: dict[str, str] | None) -> Iterator[str]:
     """Yield the model's layer that a key may mean. known: layers by all their names, with dots."""
-    name = given
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
+    name = _strip(given)
     if name in known if known is not None else name.startswith("transformer_blocks.") or name != given:
         yield known[name] if known is not None else name
     for prefix in FLAT_PREFIXES:
@@ -247,11 +312,21 @@ def _names(given: str, flat: dict[str, str], known: dict[str, str] | None) -> It
             yield flat[name]
 
 
-def _format(key: str) -> str | None:
-    return next((name for pattern, name in FOREIGN.items() if re.search(pattern, key)), None)
+def _strip(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
 
 
-def _read_layer(name: str, parts: dict[str, torch.Tensor], config: dict | None, sizes: Sizes | None) -> LoraLayer:
+def _format(key: str, family: ModelFamily | None) -> str | None:
+    """Return the name of another format, or of a LoRA for another family than the model's."""
+    own = family and f"LoRA of {family.name}"
+    return next((name for pattern, name in FOREIGN.items() if name != own and re.search(pattern, key)), None)
+
+
+def _read_layer(
+    name: str, parts: dict[str, torch.Tensor], config: dict | None, sizes: Sizes | None, given: str
+) -> LoraLayer:
     """Return a layer of the file; raise ValueError for what is missing, wrong or not finite."""
     for part in ("a", "b"):
         if part not in parts:
@@ -272,7 +347,7 @@ def _read_layer(name: str, parts: dict[str, torch.Tensor], config: dict | None, 
         raise _error(f"{magnitude.numel()} magnitudes for {name}", f"{len(b)}")
     if config is not None and bool(config.get("use_dora")) != (magnitude is not None):
         raise _error(f"use_dora={config.get('use_dora')!r} for {name}", "magnitudes where it is set, and only there")
-    alpha = _alpha(name, len(a), parts.get("alpha"), config)
+    alpha = _alpha(name, len(a), parts.get("alpha"), config, given)
     return LoraLayer(a, b, alpha, None if magnitude is None else magnitude.flatten())
 
 
@@ -280,18 +355,27 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()  # float8 has no promotion
 
 
-def _alpha(name: str, rank: int, given: torch.Tensor | None, config: dict | None) -> float:
-    """Return alpha such that the scale is alpha / rank: the file's, or the rank if it has none."""
+def _alpha(name: str, rank: int, given: torch.Tensor | None, config: dict | None, key: str) -> float:
+    """Return alpha such that the scale is alpha / rank: the file's, or the rank if it has none.
+
+    key: the layer in the file. A config's patterns are for its names, as the tool that trained it
+    has them.
+    """
     if given is not None and (given.numel() != 1 or given.item() <= 0):
         raise _error(f"alpha {given.tolist()} for {name}", "a number above 0")
     if config is None:
         return float(rank) if given is None else given.item()
-    ranks, alphas = (config.get(f"{key}_pattern") or {} for key in ("rank", "alpha"))
-    stated = ranks.get(get_pattern_key(ranks, name), config["r"])
+    names = key.removeprefix(PREFIXES[0]) if key.startswith(PREFIXES[0]) else _strip(key), name
+    stated, alpha = (_by_pattern(config.get(f"{kind}_pattern") or {}, names) for kind in ("rank", "alpha"))
+    stated, alpha = stated or config["r"], float(alpha or config["lora_alpha"])
     if stated != rank:
         raise _error(f"rank {rank} for {name}, and {stated} in its metadata", "one rank", "the file is inconsistent")
-    alpha = float(alphas.get(get_pattern_key(alphas, name), config["lora_alpha"]))
     alpha *= math.sqrt(rank) if config.get("use_rslora") else 1
     if given is not None and not math.isclose(given.item(), alpha, rel_tol=1e-3):
         raise _error(f"alpha {given.item():g} for {name}, and {alpha:g} in its metadata", "one alpha", "correct one")
     return alpha
+
+
+def _by_pattern(patterns: dict[str, float], names: tuple[str, ...]) -> float | None:
+    """Return the value of the pattern that matches the first of the names that one matches."""
+    return next((patterns[key] for name in names if (key := get_pattern_key(patterns, name)) in patterns), None)

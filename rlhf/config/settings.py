@@ -6,10 +6,10 @@ setting stand beside its field and nowhere else. `rlhf.checks` holds the checks 
 
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -146,7 +146,9 @@ class RewardGradientConfig:
     num_train_prompts: int = setting(
         4096, "Prompts drawn of a built-in set. A file is used whole.", least=1, most=10**6
     )
-    base_dir: str | None = setting(None, "Folder of relative paths of prompts and rewards. Default: the config file's.")
+    base_dir: str | None = setting(
+        None, "Folder of relative paths of model, adapter, prompts and rewards. Default: the config file's."
+    )
 
     # Rewards
     reward_funcs: list[str] = setting(
@@ -236,6 +238,11 @@ class RewardGradientConfig:
         "Every n-th optimizer step uses no reward and minimises the drift on samples of the base: "
         "KL(base || tuned). 0: none.",
         least=0,
+    )
+    anchor_data: str | None = setting(
+        None,
+        "Folder of real videos with captions, in the forms of eval/score.py, of this run's size and the model's frame "
+        "rate; longer ones are cut. Read by anchor_data_steps and by srpo's offline, in method_kwargs.",
     )
 
     # Speed and memory at the same gradient. docs/performance.md has the cost of each.
@@ -400,10 +407,20 @@ class RewardGradientConfig:
         coerce_settings(self)
         if self.report_to == ["none"]:
             self.report_to = []
-        if self.model != "nano" and Path(self.model).is_dir():  # config.yaml is read elsewhere, too
-            self.model = str(Path(self.model).resolve())
-        if self.initial_adapter and Path(self.initial_adapter).exists():
-            self.initial_adapter = str(Path(self.initial_adapter).resolve())
+        self._complete_paths()
+
+    def _complete_paths(self) -> None:
+        """Expand ~, and make what is read absolute: config.yaml is read elsewhere, too."""
+        for name in ("output_dir", "resume_from_checkpoint", "prompts", "eval_prompts", "base_dir"):
+            if given := getattr(self, name):
+                setattr(self, name, os.path.expanduser(given))
+        self.base_dir = self.base_dir and os.path.abspath(self.base_dir)
+        read = ("model", os.path.isdir), ("initial_adapter", os.path.exists), ("anchor_data", os.path.isdir)
+        for name, is_there in read:
+            given = os.path.expanduser(getattr(self, name) or "")
+            places = [os.path.join(self.base_dir or "", given), given] if given not in ("", "nano") else []
+            if found := next(filter(is_there, places), None):
+                setattr(self, name, os.path.realpath(found))
 
     def to_yaml(self) -> str:
         """Return the settings as the YAML text that `--config` reads."""

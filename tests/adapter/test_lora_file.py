@@ -3,8 +3,10 @@
 import copy
 import functools
 import json
+import math
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -90,6 +92,17 @@ FILES = {
         ONES,
     ),
     "kohya": (FLAT | alphas("lora_unet_{flat}.alpha"), {"ss_network_dim": "4", "ss_network_alpha": "1"}, ALPHAS),
+    "kohya, alpha in the metadata alone": (
+        {key: tensor for key, tensor in FLAT.items() if "out" not in key},
+        {"ss_network_dim": "4", "ss_network_alpha": "6.0"},
+        {Q: 6.0, FF: 6.0},
+    ),
+    "kohya, no alpha stated": (FLAT, {"ss_network_dim": "4", "ss_network_alpha": "None"}, ONES),
+    "musubi-tuner's converter": (  # it has multiplied the scale into the weights
+        keys("diffusion_model.{name}.{half}.weight"),
+        {"ss_network_dim": "8", "ss_network_alpha": "1"},
+        ONES,
+    ),
     "kohya, by diffusers": (
         convert_state_dict_to_kohya({f"unet.{key.removeprefix('transformer.')}": t for key, t in keys().items()}),
         {},
@@ -109,6 +122,11 @@ FILES = {
     **{str(dtype): ({key: t.to(dtype) for key, t in keys().items()}, metadata(), ALPHAS) for dtype in ROUNDED},
 }
 
+SAYS_OTHERWISE = (
+    "the metadata has ss_network_alpha 1, the tensors 3, 4, 10, which count; "
+    "the metadata has ss_network_dim 4, the tensors 2, which count"
+)
+
 
 def assert_adds(lora: Lora, expected_alphas: dict[str, float], dtype: torch.dtype) -> None:
     """Merged in float64, each layer is W + alpha / r B A, and all others are as they were."""
@@ -126,9 +144,11 @@ def assert_adds(lora: Lora, expected_alphas: dict[str, float], dtype: torch.dtyp
         torch.testing.assert_close(found, weight + delta, rtol=1e-12, atol=1e-12)
         changes.append((delta.norm() / weight.norm()).item())
     changes = sorted(changes)
-    told = re.fullmatch(r"LoRA: 3 of (\d+) linear layers changed, by (.*)% of .* median and (.*)% at most \(.*", line)
+    told = re.fullmatch(
+        rf"LoRA: {len(changes)} of (\d+) linear layers changed, by (.*)% of .* median and (.*)% at most \(.*", line
+    )
     assert int(told[1]) == len(sizes())
-    assert [float(told[2]), float(told[3])] == pytest.approx([100 * changes[1], 100 * changes[2]], rel=0.01)
+    assert [float(told[2]), float(told[3])] == pytest.approx([100 * median(changes), 100 * changes[-1]], rel=0.01)
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -138,6 +158,7 @@ def test_a_file_adds_what_its_tool_means(tmp_path, kind):
     by_file, by_folder = (read_lora(path, sizes()) for path in (tmp_path / "mine.safetensors", tmp_path))
     assert_adds(by_file, expected, next(iter(tensors.values())).dtype)
     assert by_folder.config() == by_file.config()
+    assert by_file.remark == {"kohya": SAYS_OTHERWISE}.get(kind, by_file.remark)
     assert ("the scale is 1" in by_file.remark) == (expected is ONES and "by diffusers" not in kind)
 
 
@@ -168,6 +189,21 @@ def test_what_peft_saves_computes_what_peft_computes(tmp_path, settings):
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("outer", ["", "transformer."])
+def test_patterns_are_of_the_names_that_the_training_had(tmp_path, outer):
+    """As of a module around the transformer, where peft gave the layers longer names."""
+    save_file(keys(f"base_model.model.{outer}{{name}}.{{half}}.weight"), tmp_path / PEFT_FILE)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    patterns = {f"^{re.escape(outer + name)}": name for name in (OUT, FF)}
+    config |= {"rank_pattern": {key: RANKS[name] for key, name in patterns.items()}}
+    config |= {"alpha_pattern": {key: ALPHAS[name] for key, name in patterns.items()}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert_adds(read_lora(tmp_path, sizes()), ALPHAS, torch.float32)
+    before = Variant(lora=tmp_path).identity()
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
+    assert Variant(lora=tmp_path).identity() != before, "videos of another scale are others"
+
+
 def changed(**changes) -> dict[str, torch.Tensor]:
     """The tensors of a good file, with other ones for Q's A or B, None for none."""
     return {
@@ -189,7 +225,13 @@ REFUSED = {
     "a convolution": (changed(A=torch.ones(4, 32, 1, 1)), {}, r"got A \(4, 32, 1, 1\) and B"),
     "whole numbers": (changed(A=torch.ones(4, 32, dtype=torch.int8)), {}, "got torch.int8 in a"),
     "another rank": (keys(), metadata(r=8), f"got rank 4 for {Q}, and 8 in its metadata"),
+    "kohya's alpha for another rank": (
+        FLAT,
+        {"ss_network_dim": "4", "ss_network_alpha": "1"},
+        f"got rank 2 for {OUT}, and an alpha only in the metadata, for ss_network_dim 4",
+    ),
     "another alpha": (keys() | alphas("transformer.{name}.alpha"), metadata(lora_alpha=8), "got alpha 4 .*, and 8 in"),
+    "an endless alpha": (keys(), metadata(lora_alpha=math.inf), "got a damaged file .*alphas"),
     "alpha 0": (keys() | {f"transformer.{Q}.alpha": torch.tensor(0.0)}, {}, "got alpha 0.0 for"),
     "damaged metadata": (keys(), {"lora_adapter_metadata": "{"}, "got a damaged file"),
     "DoRA without magnitudes": (keys(), metadata(use_dora=True), "got use_dora=True for .* expected magnitudes"),
@@ -259,6 +301,11 @@ def test_other_places_are_told_from_adapters(tmp_path):
     for path, told in ((tmp_path, "got 2 files, a.*, b.*, expected"), (tmp_path / "pickle.bin", "such as a pickle")):
         with pytest.raises(ValueError, match=told):
             read_lora(path)
+    (tmp_path / "two").mkdir()
+    for name in (PEFT_FILE, ADAPTER_FILE):
+        save_file(keys(), tmp_path / "two" / name)
+    with pytest.raises(ValueError, match="got 2 files, adapter_model.*, pytorch_lora_weights.*, expected"):
+        read_lora(tmp_path / "two")
     (tmp_path / "vera").mkdir()
     get_peft_model(tiny_transformer(), VeraConfig(r=2, target_modules=["to_q"])).save_pretrained(tmp_path / "vera")
     with pytest.raises(ValueError, match="adapter of the kind VERA"):
@@ -285,6 +332,12 @@ def test_ranks_add(alpha):
         for lora in (first, second):
             expected = lora.layers[name].merge(expected) if name in lora.layers else expected
         torch.testing.assert_close(layer.merge(weight), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_scale_that_float32_cannot_hold_is_refused():
+    lora = Lora({name: LoraLayer(*pair, ALPHAS[name]) for name, pair in factors().items()})
+    with pytest.raises(ValueError, match=f"{Q}: got B times 1e[+]39 and 1, which is not finite, expected .*; choose"):
+        lora.scaled(1e39, fold=True)
 
 
 def test_equal_tensors_give_equal_bytes(tmp_path):

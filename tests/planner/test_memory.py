@@ -35,6 +35,8 @@ def test_settings_lower_what_they_are_for():
     assert plan(guidance_together=True).phases["sampling"] > 1.5 * plain.phases["sampling"]
     assert plan(**DECODED, stepwise_backward=True).phases[decoding] < stepwise.phases[decoding]
     assert plan(decode_window=5).phases[decoding] < plain.phases[decoding]
+    encoding = [plan(anchor_data="videos", vae_dtype=d).phases["encoding videos"] for d in ("float32", "bfloat16")]
+    assert 0 < encoding[1] < 0.6 * encoding[0] < plain.phases[decoding]
     assert plan(sampling_weights="float8").held["float8 copy"] > 0
     assert plan(ema_decay=0.9).held["adapter and optimizer"] > plain.held["adapter and optimizer"]
     assert plain.peak_bytes == sum(plain.held.values()) + max(plain.phases.values())

@@ -94,7 +94,7 @@ def test_a_prompt_that_a_reward_cannot_read_is_named_wherever_it_stands(
     prompts = ["a small red circle moving left"] * 10
     prompts[place] = prompt
     (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
-    monkeypatch.setattr("rlhf.generator.loading.load_pipeline", None)
+    monkeypatch.setattr("rlhf.training.setup.find_base", None)
     flags = [f"--{flag}", str(tmp_path / "p.txt"), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
     assert main([*flags, "--eval_reward_funcs", *["nano_verifier"] * (reward == "nano_verifier"), "flicker"]) == 1
     assert (
@@ -130,7 +130,7 @@ def test_a_users_own_model_prompts_and_reward_and_a_resolved_config_that_repeats
     ],
 )
 def test_errors_are_one_paragraph_and_exit_2(main, project, capsys, flags, told, monkeypatch):
-    monkeypatch.setattr("rlhf.generator.loading.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    monkeypatch.setattr("rlhf.training.setup.find_base", lambda *_, **__: pytest.fail("loaded weights"))
     arguments = flags if "--config" in flags else ["--config", str(project / "config.yaml"), *flags]
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -140,7 +140,7 @@ def test_errors_are_one_paragraph_and_exit_2(main, project, capsys, flags, told,
     assert not (project / "run").exists()
 
 
-def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, capsys):
+def test_text_where_a_path_belongs_and_a_damaged_file_and_a_full_disk_are_told(main, project, capsys, file_limit):
     """Which the system refuses in words of its own, and which a resumed run finds after it has been
     loaded.
     """
@@ -148,6 +148,13 @@ def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, ca
     assert main([*config, "--prompts", "a red fox in the snow, " * 20]) == 2
     assert "expected a path that can be read; correct the setting" in capsys.readouterr().err
     assert main([*config, "--max_steps", "1"]) == 0
+    kept = {path: path.read_bytes() for path in (project / "run").iterdir() if path.is_file()}
+    with file_limit(len(kept[project / "run" / "config.yaml"]) - 1):
+        assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 1
+    told = capsys.readouterr().err
+    assert "got [Errno 27] File too large, expected room on the run's disk. Nothing was removed" in told
+    assert "Traceback" not in told
+    assert {path: path.read_bytes() for path in (project / "run").iterdir() if path.is_file()} == kept
     (project / "run" / "evaluation" / "base.safetensors").write_bytes(b"half")
     assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 1
     told = capsys.readouterr().err
