@@ -44,7 +44,7 @@ def measured(name: str, result: dict) -> str:
 def host_told(name: str, result: dict) -> str:
     """Return what a recipe's head says of whole runs' host memory and start-up; "" for no runs."""
     rows = [row for row in result.get("rows", []) if row["recipe"] == name]
-    if not rows:
+    if not rows or result["environment"]["size"] != "full":
         return ""
     host, start = max(row["peak_total_gib"] for row in rows), min(row["first_step_after_seconds"] for row in rows)
     return f" A whole run: {host:.0f} GiB of host memory, first step after {start:.0f} s."
