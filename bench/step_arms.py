@@ -43,7 +43,7 @@ EXACT = ROOMY | {
 }
 FAST = ROOMY | {"compile_blocks": True}
 LEAPS, ADJOINT = {"method": "leap_align"}, {"method": "adjoint_matching"}
-SMALL = EXACT | {"keep_attention": False, "offload_activations": True, "stream_weights": True}
+SMALL = EXACT | {"keep_attention": False, "stream_weights": True}
 # TFLOP/s on an H200: bf16 products, measured; attention with heads of 64, as published for
 # FlashAttention-3.
 MATRIX, ATTENTION_FORWARD, ATTENTION_BACKWARD = 790e12, 497e12, 474e12

@@ -119,7 +119,6 @@ def test_host_memory_holds_one_copy_of_the_blocks_from_file_to_device(make, tmp_
         assert all(map(is_mapped, model.parameters())), "no copy yet"
         add_adapter(model, lora_config(RewardGradientConfig(lora_rank=2)), 0)
         before = made.bytes
-        assert before < 0.5 * sum(p.nbytes for p in model.parameters()), "the adapter"
         stream = stream_blocks(model, torch.device("cpu"))
     frozen = [p for p in model.transformer_blocks.parameters() if not p.requires_grad]
     weights = sum(-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in frozen)
