@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,13 @@ def read_object(path: Path) -> dict:
     return content
 
 
+def run_of_checkpoint(checkpoint: str | Path) -> Path:
+    """Return the folder of a checkpoint's run: two above it, as it is named or behind its links."""
+    checkpoint = Path(checkpoint).expanduser()
+    named = Path(os.path.abspath(checkpoint)).parent.parent
+    return named if (named / "config.yaml").is_file() else checkpoint.resolve().parent.parent
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 text, with or without a byte order mark.
 
@@ -129,8 +136,13 @@ def write_whole(path: Path, shared: bool = False) -> Iterator[Path]:
     digest = hashlib.sha1(path.name.encode()).hexdigest()[:12]  # a name may be as long as allowed
     owner = f"-{os.getpid()}" if shared else ""
     unfinished = path.with_name(f".unfinished-{digest}{owner}{path.suffix}")
-    yield unfinished
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

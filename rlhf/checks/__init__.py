@@ -18,7 +18,7 @@ from rlhf.generator.files import SamplingDefaults, model_sizes
 from rlhf.generator.registry import family_of_config, spatial_patch
 from rlhf.method.options import AUTO_CHOICES
 from rlhf.prompts import load_prompts
-from rlhf.run.folder import has_run
+from rlhf.run.folder import RUN_FILES, has_run
 from rlhf.run.lock import lock_problem
 from rlhf.run.resume import keep_chosen_method, resolve_resume
 
@@ -183,6 +183,9 @@ def _folder_problems(args, dry: bool) -> Iterator[str]:
         yield problem
     elif args.resume_from_checkpoint and args.overwrite_output_dir:
         yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
+    elif args.overwrite_output_dir and (links := [name for name in RUN_FILES if (folder / name).is_symlink()]):
+        expected = "expected what can be removed without removing what others put there"
+        yield f"overwrite_output_dir: got links in {folder}, {', '.join(links)}, {expected}; remove them yourself"
     elif args.resume_from_checkpoint == "auto":
         yield from start_problems(folder)
     elif args.resume_from_checkpoint:

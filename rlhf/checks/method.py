@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.io import run_of_checkpoint
 from rlhf.method.options import SCORES_ALONE, MethodOptions, read_options
 from rlhf.run.checkpoint import find_checkpoint
 
@@ -163,7 +164,7 @@ def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None"
     source = args.initial_adapter
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)
-        source = checkpoint.resolve().parents[1] / INITIAL_KEY
+        source = run_of_checkpoint(checkpoint) / INITIAL_KEY
     if args.lora_use_dora or (lora := read_lora(source, linear_sizes(transformer))).has_magnitudes:
         got = "lora_use_dora" if args.lora_use_dora else f"a DoRA, {source}"
         expected = "expected plain LoRA, since no adapter file holds the sum of a DoRA and another adapter"
