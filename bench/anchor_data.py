@@ -9,8 +9,8 @@ there are not made again. One seed.
 
 Prediction: with weight 1 the loss on videos leaves little of the hacked reward and keeps the
 verifier; with .1 the hack is slowed down. On the preference model the videos keep the base's
-diversity and cost a part of the gain. srpo gains little here, offline no more. (Weight .1 did not slow
-the hack down, and offline srpo lost most of what the base could do.)
+diversity and cost a part of the gain. srpo gains little here, offline no more. (Weight .1 did not
+slow the hack down, and offline srpo lost most of what the base could do.)
 """
 
 import os
