@@ -50,6 +50,9 @@ ARMS = {
     "preference model, videos of weight 0.1": PREFERENCE | anchored(0.1),
     "preference model, srpo": PREFERENCE | OFFLINE,
     "preference model, srpo offline": PREFERENCE | OFFLINE | {"method_kwargs": {"offline": True}},
+    "preference model, srpo offline, a tenth of the rate": PREFERENCE
+    | OFFLINE
+    | {"method_kwargs": {"offline": True}, "learning_rate": 3e-4},
 }
 
 
