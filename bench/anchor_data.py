@@ -9,13 +9,13 @@ there are not made again. One seed.
 
 Prediction: with weight 1 the loss on videos leaves little of the hacked reward and keeps the
 verifier; with .1 the hack is slowed down. On the preference model the videos keep the base's
-diversity and cost a part of the gain. srpo gains little here, offline no more.
+diversity and cost a part of the gain. srpo gains little here, offline no more. (Weight .1 did not
+slow the hack down, and offline srpo lost most of what the base could do.)
 """
 
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -50,6 +50,9 @@ ARMS = {
     "preference model, videos of weight 0.1": PREFERENCE | anchored(0.1),
     "preference model, srpo": PREFERENCE | OFFLINE,
     "preference model, srpo offline": PREFERENCE | OFFLINE | {"method_kwargs": {"offline": True}},
+    "preference model, srpo offline, a tenth of the rate": PREFERENCE
+    | OFFLINE
+    | {"method_kwargs": {"offline": True}, "learning_rate": 3e-4},
 }
 
 
@@ -66,22 +69,21 @@ def make_videos(folder: Path) -> None:
 
 def run_arm(arm: str, device: str, folder: Path) -> dict:
     """Train an arm; return its row."""
-    settings, began = SHORT | ARMS[arm], time.perf_counter()
+    settings = SHORT | ARMS[arm]
     given = settings | ({"anchor_data": str(folder)} if "method_kwargs" in settings else {})
-    found = run(given, device)
-    return {"arm": arm, "settings": settings, "seconds": time.perf_counter() - began} | found
+    return {"arm": arm, "settings": settings} | run(given, device)
 
 
 def anchor_table(result: dict) -> str:
     """Return a row for each arm: what the reward gains, and what becomes of the videos."""
-    headings = ["run", "trained reward, spreads", "verifier, base → tuned", "high frequencies", "diversity", "s"]
+    headings = ["run", "trained reward, spreads", "verifier, base → tuned", "high frequencies", "diversity"]
     lines = []
     for row in result["rows"]:
         summary, verifier = row["summary"], row["summary"]["held_out"]["verifier"]
         cells = [row["arm"], f"{summary['gain_trained']:+.1f}"]
         cells += [f"{verifier['base']:.0%} → {verifier['tuned']:.0%}"]
         cells += [f"{summary[m]['tuned'] / summary[m]['base'] - 1:+.0%}" for m in ("high_frequency", "diversity")]
-        lines.append([*cells, f"{row['seconds']:.0f}"])
+        lines.append(cells)
     return made_on(result) + "\n\n" + table(headings, lines)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import judges
 import study_report
+from anchor_data import anchor_table
 from black_box import black_box_table
 from hacking import hacking_table
 from main_job import main_job_table
@@ -234,6 +235,7 @@ TABLES = {
     "main_job.json": main_job_table,
     "black_box.json": black_box_table,
     "hacking.json": hacking_table,
+    "anchor_data.json": anchor_table,
     "judges.json": judges.judges_table,
 }
 
