@@ -52,8 +52,15 @@ class Plan:
 class Sample:
     """Latents (B, C, T, H, W) with their graph, to decode, score and back-propagate."""
 
-    latents: torch.Tensor
+    latents: torch.Tensor  # x_0, or an estimate of it
     penalty: bool = False  # whether the opposite of the reward is to be maximised
+    state: torch.Tensor | None = None  # what rewards of latents see in place of `latents`
+    sigma: float = 0.0  # its noise level
+
+    @property
+    def noisy(self) -> torch.Tensor:
+        """What rewards of latents see."""
+        return self.latents if self.state is None else self.state
 
 
 def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.Tensor, rng: torch.Generator) -> Plan:

@@ -19,6 +19,7 @@ from rlhf.config import RewardGradientConfig, at_eval_size
 from rlhf.distributed.layout import Sizes
 from rlhf.execution.apply import ExecutionOptions
 from rlhf.execution.blocks import BlockRunner
+from rlhf.generator.files import latent_sizes
 from rlhf.generator.registry import family_of_config, spatial_patch
 from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.options import read_options
@@ -134,10 +135,8 @@ class TracedModel:
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, T, H, W) of one video's latents."""
-        args, halves_time = self.args, self.card["vae"]["temperal_downsample"]
-        scale = 2 ** len(halves_time)
-        frames = 1 + (args.num_frames - 1) // 2 ** sum(halves_time)
-        return self.card["transformer"]["in_channels"], frames, args.height // scale, args.width // scale
+        args = self.args
+        return latent_sizes(self.card).shape(args.num_frames, args.height, args.width)
 
     @property
     def num_tokens(self) -> int:
