@@ -168,7 +168,7 @@ def _require_weights_path(name: str, kwargs: dict) -> None:
         source = entry.weights[-1]
         size, licence = WEIGHTS[source]
         expected = f"the path of {source}: {size}, {licence} (it is never downloaded for you)"
-        cure = f"download it and set `{entry.own_path}` in reward_kwargs.{name} to where it is"
+        cure = f"get it and set `{entry.own_path}` in reward_kwargs.{name} to where it is"
         raise RewardError(name, got=f"no `{entry.own_path}`", expected=expected, cure=cure)
 
 

@@ -90,13 +90,15 @@ def broken_rewards(
 ) -> dict[str, bool]:
     """Return {trained reward: whether its gradient at its input has NaN or infinity}.
 
-    video_BCTHW: None if no reward scores videos. info: with `latents`, as `RewardMix` takes them.
+    video_BCTHW: None if no reward scores videos. info: with the `latents` that `RewardMix` takes.
     """
     broken = {}
     for name in (name for name, weight in rewards.weights.items() if weight):
-        mix, latents = RewardMix({name: rewards.rewards[name]}), info["latents"]
-        x = (latents.latents_BCTHW if mix.latent_rewards else video_BCTHW).clone().requires_grad_()
-        scores_B, _ = mix(x, prompts, **info | {"latents": replace(latents, latents_BCTHW=x)})
+        mix, told = RewardMix({name: rewards.rewards[name]}), dict(info)
+        x = (info["latents"].latents_BCTHW if mix.latent_rewards else video_BCTHW).clone().requires_grad_()
+        if mix.latent_rewards:
+            told["latents"] = replace(info["latents"], latents_BCTHW=x)
+        scores_B, _ = mix(x, prompts, **told)
         grad = torch.autograd.grad(scores_B.sum(), x)[0] if scores_B.requires_grad else torch.zeros(())
         broken[name] = not bool(torch.isfinite(grad).all())
     return broken
