@@ -240,7 +240,7 @@ def max_grad_steps(args: RewardGradientConfig) -> int:
     """Return the largest number of rollout steps that carry the gradient."""
     options = read_options(args.method, args.method_kwargs)
     listed = getattr(options, "steps", None) or []
-    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1}
+    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1, "prfl": 1}
     by_method |= dict.fromkeys(("srpo", "leap_align", "adjoint_matching", "nft", "flow_grpo"), 0)
     return by_method.get(args.method, args.num_grad_steps)
 

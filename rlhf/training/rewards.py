@@ -92,6 +92,10 @@ def open_rewards(
 def latent_problems(args: RewardGradientConfig, trained: dict[str, Callable]) -> list[str]:
     """Return the settings that do not fit the space of the rewards to train on, by short name."""
     latent = [name for name in trained if scores_latents(trained[name])]
+    if args.method == "prfl" and not any(_weights(trained, args)[name] for name in latent):
+        got = f"got prfl with {', '.join(trained)}, expected a reward of latents among those trained on"
+        cure = "distil one by `python -m rewards.distill`, or choose method refl, which decodes an estimate"
+        return [f"method: {got}, since it scores videos that are not finished; {cure}"]
     if not latent:
         return []
     named, options = f"the reward {latent[0]} of latents", read_options(args.method, args.method_kwargs)

@@ -44,9 +44,12 @@ EVERYTHING = {  # drift, an average, draws of the method, an evaluation on the w
 }
 CHEAPER = {"guidance_every": 2, "num_grad_steps": 1, "max_steps": 2}
 ADJOINT = {"method": "adjoint_matching", "num_grad_steps": 1, "max_steps": 2}
+PRFL = {"method": "prfl", "reward": "calm", "num_grad_steps": 1, "max_steps": 2}
 LEAPS = {"method": "leap_align", "num_grad_steps": 1, "max_steps": 2}
 OTHERS = {
     "leaps": LEAPS | {"per_device_train_batch_size": 2},
+    "prfl": PRFL | {"per_device_train_batch_size": 2},
+    "prfl of parts": PRFL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "adjoint": ADJOINT | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "adjoint of parts": ADJOINT | {"per_device_train_batch_size": 4, "sequence_parallel": 2} | RECOMPUTING,
     "cheaper": CHEAPER | {"per_device_train_batch_size": 4, "sequence_parallel": 2},
@@ -127,7 +130,9 @@ def test_two_processes_do_everything_as_one_does(of_two, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "settings"), [(["leaps"], LEAPS), (["adjoint", "adjoint of parts"], ADJOINT)], ids=["leaps", "adjoint"]
+    ("names", "settings"),
+    [(["leaps"], LEAPS), (["adjoint", "adjoint of parts"], ADJOINT), (["prfl", "prfl of parts"], PRFL)],
+    ids=["leaps", "adjoint", "prfl"],
 )
 def test_methods_with_gradients_of_their_own_train_on_two_processes_as_on_one(of_two, tmp_path, names, settings):
     alone = many_runs.run(tmp_path / "run", settings | {"per_device_train_batch_size": 4})

@@ -300,6 +300,12 @@ ROWS = [
         "lower it",
     ),
     Row(
+        {"method": "prfl", "method_kwargs": {"drawn_steps": 51}},
+        "drawn_steps=51 exceeds num_inference_steps=50",
+        "expected at most that",
+        "lower it",
+    ),
+    Row(
         {"method": "adjoint_matching", "drift_weight": 0.1},
         "drift_weight: got 0.1 with method adjoint_matching",
         "expected 0",

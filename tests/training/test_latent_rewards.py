@@ -7,6 +7,7 @@ from toy_rewards import PROMPTS, redness, rows_without_cost
 
 from rewards import RewardError
 from rlhf.config import ConfigError
+from rlhf.method.rollout import sample_euler
 from rlhf.trainer import RewardGradientTrainer
 
 
@@ -67,6 +68,29 @@ def test_evaluation_and_calibration_score_the_finished_latents(make_args):
     train(args, quiet, evaluate=True)
     assert {sigma for _, sigma, _, _ in quiet.given} == {0.0}
     assert len(quiet.given) == 1 + 1 + 2  # calibration, the step, before and after
+
+
+def test_prfl_scores_states_at_their_noise_level_and_decodes_the_estimate_for_pixels(make_args, make_pipe):
+    seen, quiet = [], Quiet()
+    pixels = lambda video, prompts, **info: seen.append(video.shape[2]) or redness(video, prompts)
+    pixels.name = "pixels"
+    trainer = RewardGradientTrainer(make_pipe(), [quiet, pixels], make_args(method="prfl", max_steps=12), PROMPTS)
+    trainer.train()
+    levels = trainer.sigmas.tolist()
+    assert {sigma for _, sigma, _, _ in quiet.given} == set(levels[1:])
+    assert seen[-1] == 5
+    first = quiet.given[0]
+    batch = trainer.batches.batch(0, 0)
+    cond = trainer.text(batch.prompts, "cpu")
+    states = sample_euler(trainer.fields.base(cond), batch.noise("train"), trainer.sigmas)
+    torch.testing.assert_close(first[0], states[levels.index(first[1])])
+
+
+def test_prfl_needs_a_reward_of_latents_to_train_on(make_args, monkeypatch):
+    monkeypatch.setattr("rlhf.training.setup.load_base", lambda *_: pytest.fail("loaded"))
+    for rewards, weights in (([redness], [1.0]), ([redness, Quiet()], [1.0, 0.0])):
+        with pytest.raises(ConfigError, match="method: got prfl with redness.*rewards.distill"):
+            RewardGradientTrainer("nano", rewards, make_args(method="prfl", reward_weights=weights), PROMPTS)
 
 
 @pytest.mark.parametrize(
