@@ -62,7 +62,7 @@ def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float |
 
 
 def _load_here(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
-    kwargs = {key: _resolve_paths(value, base_dir) for key, value in kwargs.items()}
+    kwargs = {key: resolve_paths(value, base_dir) for key, value in kwargs.items()}
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
         return _construct(spec, built_in(spec), kwargs)
@@ -96,15 +96,15 @@ def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Ite
         raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
 
 
-def _resolve_paths(value: Any, base_dir: str | Path | None) -> Any:
+def resolve_paths(value: Any, base_dir: str | Path | None) -> Any:
     """Return a value of reward_kwargs with existing paths made absolute, relative ones to base_dir.
 
     A path is a text with a slash or a suffix; others, such as the name of a dimension, stay.
     """
     if isinstance(value, dict):
-        return {key: _resolve_paths(inner, base_dir) for key, inner in value.items()}
+        return {key: resolve_paths(inner, base_dir) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_resolve_paths(inner, base_dir) for inner in value]
+        return [resolve_paths(inner, base_dir) for inner in value]
     if isinstance(value, str) and base_dir and ("/" in value or Path(value).suffix):
         scheme = LOCAL * value.startswith(LOCAL)
         path = Path(base_dir) / Path(value.removeprefix(scheme)).expanduser()

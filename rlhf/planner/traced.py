@@ -20,6 +20,7 @@ from rlhf.distributed.layout import Sizes
 from rlhf.execution.apply import ExecutionOptions
 from rlhf.execution.blocks import BlockRunner
 from rlhf.generator.files import latent_sizes
+from rlhf.generator.first_blocks import FirstBlocks, first_blocks
 from rlhf.generator.registry import family_of_config, spatial_patch
 from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.options import read_options
@@ -51,6 +52,9 @@ class TracedCall:
     def peak_bytes(self) -> int:
         """Peak bytes of the forward and backward pass above the bytes held before."""
         return max(self.forward.peak_bytes, self.backward.peak_bytes) - self.forward.bytes_before
+
+
+NOTHING = TracedCall(Phase(0), Phase(0), Phase(0))
 
 
 class FrozenCounts(NamedTuple):
@@ -191,6 +195,8 @@ class TracedModel:
         self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True
     ) -> TracedCall:
         """Trace decoding the leading frames. A `decode_window` lies in their middle."""
+        if frames == 0:  # all rewards score latents
+            return NOTHING
         settings = [getattr(args, name) for name in DECODER_SETTINGS]
         vae, chunk = self.vae, args.decode_chunk
         C, _, *size = self.latent_shape
@@ -217,6 +223,24 @@ class TracedModel:
             return extrapolate(trace(longer - chunk), trace(longer), left_out)
 
         return self._trace_once(("decoder", batch, frames, with_gradient, *settings), trace_all)
+
+    def latent_reward_call(self, batch: int, count: int, recompute: bool) -> tuple[TracedCall, int]:
+        """Trace the reward latent_reward on its first blocks; return the call and bytes of weights.
+
+        The head on the blocks is left out: it is small.
+        """
+        large = self.transformer.num_parameters() > BFLOAT16_PARAMETERS
+        with torch.device("meta"):
+            cut = first_blocks(self.card["transformer"], count)
+        cut = nn.Module.to(cut, torch.bfloat16 if large else torch.float32)
+        blocks = FirstBlocks(cut, recompute)
+        blocks.runner.attention = blocks.runner.inference_attention = fused_attention
+        use_fused_norms(cut)
+        tokens = family_of_config(self.card["transformer"]).text_tokens(self.card, self.args.max_sequence_length)
+        text, pooled, _ = cut.trace_inputs(batch, self.latent_shape, tokens)
+        latents = torch.empty(batch, *self.latent_shape, device="meta")
+        call = trace_call(lambda x: blocks(x, 0.5, text, pooled), latents, blocks)
+        return call, sum(p.nbytes for p in cut.parameters()) + cut.position_bytes(self.num_tokens)
 
     def nano_preference_call(self, batch: int, frames: int) -> TracedCall:
         """Trace the reward nano_preference, whose cost was not measured at full size."""

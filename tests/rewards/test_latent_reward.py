@@ -11,6 +11,8 @@ from tiny_wan import tiny_wan_conditioning, tiny_wan_transformer
 
 from rewards import RewardError, load_reward, probe
 from rewards.models.latent_reward import HeadFacts, LatentHead, read_facts, save_head
+from rlhf.checks import check_config
+from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.statistics import rank_correlation
 from rlhf.execution.blocks import BlockRunner
 from rlhf.generator.files import NANO_PATH, latent_sizes, model_sizes, transformer_digest
@@ -99,6 +101,9 @@ def test_a_head_of_another_base_or_file_is_refused_in_words(tmp_path):
     save_file({"x": torch.zeros(1)}, path)
     with refused(match="of format None; expected a head"):
         load_reward("latent_reward", path=str(path))
+    args = RewardGradientConfig(reward_funcs=["latent_reward"], reward_kwargs={"latent_reward": {"path": str(path)}})
+    with pytest.raises(ConfigError, match="of format None; expected a head"):
+        check_config(args)
     write_head(path, digest="0" * 64)
     with refused(
         match="the model nano, whose transformer is not the one that the head was distilled on; expected nano"
