@@ -106,12 +106,18 @@ class LatentReward(Frozen):
         self.head = LatentHead(self.blocks.width)
 
     @classmethod
-    def random_init(cls, model: str = CONTENTV_8B, blocks: int = PUBLISHED_BLOCKS) -> "LatentReward":
-        """Return the reward on the first blocks of a model's size, in bfloat16."""
-        reward = cls.__new__(cls)
-        transformer = nn.Module.to(first_blocks(model_sizes(model)["transformer"], blocks), torch.bfloat16)
+    def random_init(
+        cls,
+        config: dict[str, Any] | None = None,
+        blocks: int = PUBLISHED_BLOCKS,
+        dtype: torch.dtype = torch.bfloat16,
+        recompute: bool = True,
+    ) -> "LatentReward":
+        """Return the reward on random first blocks of a transformer's config, ContentV-8B's."""
+        reward, config = cls.__new__(cls), config or model_sizes(CONTENTV_8B)["transformer"]
+        transformer = nn.Module.to(first_blocks(config, blocks), dtype)
         transformer.to_empty(device=torch.get_default_device())
-        reward._build(HeadFacts(model, "", blocks, {}, 0.0, 1.0, {}), transformer, recompute=True)
+        reward._build(HeadFacts("", "", blocks, {}, 0.0, 1.0, {}), transformer, recompute)
         for weight in reward.blocks.parameters():
             nn.init.normal_(weight, std=0.02)
         return reward.freeze()
