@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 RESULT, WORK = ROOT / "bench" / "results" / "prfl.json", ROOT / "bench" / "runs" / "prfl"
 HEAD, BASE = WORK / "head.safetensors", "base"
 JUDGES = ["nano_preference", "nano_verifier", "nano_clip"]
-DISTIL = {"videos": 1024, "epochs": 16, "blocks": 3}
+DISTIL = {"videos": 1024, "epochs": 4, "blocks": 3}
 PRFL = {"method": "prfl", "reward_funcs": [NAME], "reward_kwargs": {NAME: {"path": str(HEAD), "recompute": False}}}
 ARMS = {
     "draft_k, K = 1": {"method": "draft_k", "reward_funcs": ["nano_preference"]},
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     if not HEAD.exists():
         flags = [f"--{name}={value}" for name, value in (DISTIL | {"videos": arguments.videos}).items()]
         flags += ["--config=nano", f"--device={device.type}", "--cpu_threads=1", "--per_device_eval_batch_size=16"]
-        if distill(["--head", str(HEAD), "--num_eval_prompts=64", "--eval_seed=7", *flags]):
+        if distill(["--head", str(HEAD), "--num_eval_prompts=64", *flags]):
             raise SystemExit("no head was distilled; see above")
     about = environment(device) | {"head": read_facts(HEAD).figures}
     rows = read_rows(arguments.output, about, lambda row: (row["arm"], row["seed"], row["steps"], row["prompts"]))

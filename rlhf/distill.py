@@ -69,7 +69,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, RewardGradientCon
     parser.add_argument("--blocks", type=int, help=f"of the transformer; default {PUBLISHED_BLOCKS}, at most half")
     parser.add_argument("--videos", type=int, default=1024, help="of the base, to learn from; default 1024")
     parser.add_argument("--levels", type=int, default=5, help="noise levels of each video, drawn; default 5")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over all states; default 8")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over all states; default 4")
     parser.epilog = "All other flags, and --config, are those of train_rlhf.py."
     given, rest = parser.parse_known_args(argv)
     args = parse_config(rest, CONFIGS / "nano.yaml")
