@@ -46,7 +46,7 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of model and sampling, which eval/vbench.py has, too."""
-    from_run = "take model, adapter, held-out prompts and sampling from this training run"
+    from_run = "take model, adapter, held-out prompts and sampling from this training run, or from its checkpoint"
     parser.add_argument("--from_run", type=Path, help=from_run)
     parser.add_argument("--base", action="store_true", help="with --from_run: leave its adapter out")
     parser.add_argument("--model", help="nano (default), a folder, or a hub id")
@@ -62,13 +62,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def fill_from_run(args: argparse.Namespace) -> None:
     """Fill the flags that were not given from the run."""
-    args.base_dir, args.prompt_seed, run = None, 0, {}
+    args.base_dir, args.prompt_seed, args.origin, run = None, 0, "", {}
     if args.from_run is not None:
-        if not (run := read_settings(args.from_run)):
-            got = f"{args.from_run / 'config.yaml'}: got no file there"
-            raise ValueError(f"{got}, expected the folder of a training run; correct --from_run")
-        started = args.from_run / "initial_adapter"  # part of what the run calls its base
-        args.lora = (started if started.is_dir() else None) if args.base else args.lora or args.from_run / "adapter"
+        from rlhf.export.trained import find_run, find_trained  # takes seconds to import
+
+        folder, _ = find_run(args.from_run)
+        run, started = read_settings(folder), folder / "initial_adapter"  # part of what the run calls its base
+        if args.base:
+            args.lora = started if started.is_dir() else None
+        elif not args.lora:
+            trained = find_trained(args.from_run)
+            args.lora, args.origin = trained.adapter, f"sampling with {trained.origin}"
     elif args.base:
         expected = "expected the run whose adapter is left out"
         raise ValueError(f"--base: got no --from_run, {expected}; name it, or drop --base")
@@ -129,6 +133,7 @@ def make_videos(
     config = RewardGradientConfig(device=args.device, output_dir=str(args.output), report_to=[])
     accelerator = make_accelerator(config)
     if accelerator.is_main_process:
+        print(args.origin, end="\n" if args.origin else "")
         args.output.mkdir(parents=True, exist_ok=True)
         write_settings(args.output, variant, sampling)
         if manifest:

@@ -59,14 +59,14 @@ class Entry:
 
     @property
     def licence(self) -> str:
-        """The unique licences of the weights; "-" without weights."""
+        """The licences of the weights as text, each once; "-" without weights."""
         licences = dict.fromkeys(WEIGHTS[source][1] for source in self.weights)
         note = " (by your own path only)" if self.own_path else ""
         return ("; ".join(licences) or "-") + note
 
     @property
     def memory(self) -> str:
-        """The size of the weights, without activations."""
+        """The size of the weights as text, such as "1.7 GB"; "-" without weights."""
         size = self.parameters * self.bytes_each
         return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB" if size else "-"
 

@@ -20,7 +20,7 @@ from rewards.contract import RewardError, name_reward_in_errors, reward_time_lim
 from rewards.isolation import keep_process_state
 from rewards.placement import OnDevice, reward_device, without_device
 from rewards.remote import Remote, check_url, is_url
-from rlhf.io import file_sha256
+from rlhf.io import describe_files, file_sha256
 
 IMPORT_TIMEOUT = 300.0  # seconds; imports of large packages from network disks take minutes
 LOCAL = "local-dir:"  # open_clip's prefix of folders
@@ -213,10 +213,11 @@ def _find_file(spec: str, where: str, base_dir) -> Path:
 def source_digests(
     specs: list[Any], base_dir: str | Path | None = None, kwargs: dict[str, dict] | None = None
 ) -> dict[str, str]:
-    """Return {short name: SHA-256} of the files that define rewards other than the built-in ones.
+    """Return what identifies the files that define rewards, {} if none do.
 
-    Of a server, it is the digest that the server states. kwargs: arguments of rewards by name.
-    Code that a file imports does not count.
+    {short name: SHA-256} of the source of rewards other than the built-in ones; of a server, the
+    digest that it states. {"name: file": digest} of what the arguments of rewards name. kwargs:
+    these arguments, by name. Code that a file imports does not count.
     """
     digests, files = {}, {}
     for name, spec in (split_spec(spec) for spec in specs if isinstance(spec, str)):
@@ -225,19 +226,41 @@ def source_digests(
         elif where := spec.rpartition(":")[0]:
             is_file = where.endswith(".py")
             files[name] = _find_file(spec, where, base_dir) if is_file else _module_source(spec, where)
-    return digests | {name: file_sha256(path) for name, path in files.items() if path is not None}
+    digests |= {name: file_sha256(path) for name, path in files.items() if path is not None}
+    named = {name: named_files(given, base_dir) for name, given in (kwargs or {}).items()}
+    return digests | {f"{name}: {text}": found for name, files in named.items() for text, found in files.items()}
 
 
-def _module_source(spec: str, where: str) -> Path | None:
-    """Return a module's source file, None if it has none. Raises RewardError if not found."""
-    with _import_guard(spec, where):  # of parent packages
+def named_files(kwargs: Any, base_dir: str | Path | None = None) -> dict[str, str]:
+    """Return `describe_files` of each file and folder that a reward's arguments name."""
+    resolved = {text: _resolve_paths(text, base_dir) for text in _texts(without_device(kwargs))}
+    places = {text: Path(value.removeprefix(LOCAL)).expanduser() for text, value in resolved.items()}
+    # Path.exists raises for long texts
+    return {text: describe_files(path) for text, path in places.items() if os.path.exists(path)}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in nested mappings and lists."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+    elif isinstance(value, str) and value:
+        yield value
+
+
+def _module_source(spec: str, module: str) -> Path | None:
+    """Return the source file of the module "package.module", None if it has no Python source.
+
+    The module itself is not imported, its parent packages are. Raises RewardError if it is absent.
+    """
+    with _import_guard(spec, module):  # of parent packages
         try:
-            found = importlib.util.find_spec(where)
+            found = importlib.util.find_spec(module)
         except (ImportError, ValueError):
             found = None
     if found is None:
         cure = "install the package or correct the name; a file is named 'path/to/file.py:Class'"
-        raise RewardError(spec, got=f"no module {where!r}", expected="an importable module", cure=cure)
+        raise RewardError(spec, got=f"no module {module!r}", expected="an importable module", cure=cure)
     is_source = found.origin is not None and found.origin.endswith(".py")
     return Path(found.origin) if is_source else None
 
@@ -281,11 +304,11 @@ def _import_attribute(spec: str, base_dir=None):
     """Import the module or file before the colon and return the attribute named after it."""
     where, attribute = spec.rsplit(":", 1)
     is_file = where.endswith(".py")
-    module = _run_file(_find_file(spec, where, base_dir)) if is_file else importlib.import_module(where)
+    module = _import_file(_find_file(spec, where, base_dir)) if is_file else importlib.import_module(where)
     return getattr(module, attribute)
 
 
-def _run_file(path: Path):
+def _import_file(path: Path):
     """Import the file as a module, registered in sys.modules for dataclasses and pickling."""
     name = f"contentv_reward_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
     module_spec = importlib.util.spec_from_file_location(name, path)

@@ -51,7 +51,7 @@ class Remote:
     def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
         """Return the server's scores (B,), with its gradient if the video has one."""
         gradient = self.differentiable and torch.is_grad_enabled() and video_BCTHW.requires_grad
-        answer = self._send("score", self._batch(video_BCTHW, prompts, info, gradient))
+        answer = self._send("score", self._score_message(video_BCTHW, prompts, info, gradient))
         scores_B = answer["scores"].to(video_BCTHW.device)
         if gradient and "gradient" in answer:  # without one, the scores do not depend on the pixels
             return _WithGradient.apply(video_BCTHW, scores_B, answer["gradient"].to(video_BCTHW.device))
@@ -59,7 +59,7 @@ class Remote:
 
     def start(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> Callable[[], torch.Tensor]:
         """Send a batch; return a function that waits for its scores (B,), without gradient."""
-        message, waiting = self._batch(video_BCTHW, prompts, info, gradient=False), Future()
+        message, waiting = self._score_message(video_BCTHW, prompts, info, gradient=False), Future()
 
         def ask() -> None:
             try:
@@ -83,7 +83,7 @@ class Remote:
 
     def _connect(self) -> dict:
         """Return the server's description of the reward."""
-        answer = self._ask("GET", "", b"")
+        answer = self._request_with_retries("GET", "", b"")
         try:
             served = json.loads(answer)
             if served["protocol"] == PROTOCOL and {*ATTRIBUTE_DEFAULTS, "digest", "checks_prompts"} <= set(served):
@@ -93,8 +93,8 @@ class Remote:
             got = f"an answer that starts with {answer[:40]!r}"
         self._raise(got, f"a reward server of protocol {PROTOCOL}", "correct the url, or use one version on both sides")
 
-    def _batch(self, video_BCTHW: torch.Tensor, prompts: list[str], info: dict, gradient: bool) -> bytes:
-        """Return the message that asks for scores."""
+    def _score_message(self, video_BCTHW: torch.Tensor, prompts: list[str], info: dict, gradient: bool) -> bytes:
+        """Return the message that asks for the scores of a batch. Raises RewardError."""
         facts = {"prompts": [str(prompt) for prompt in prompts], "info": {k: v for k, v in info.items() if k != "rows"}}
         rows = info.get("rows") or [row_of(prompt) for prompt in prompts]
         return self._pack(facts | {"rows": rows, "gradient": gradient}, video=video_BCTHW)
@@ -114,14 +114,18 @@ class Remote:
 
     def _send(self, path: str, message: bytes) -> dict[str, torch.Tensor]:
         """Return the tensors of the answer to a message. Raises RewardError."""
-        answer = self._ask("POST", path, message)
+        answer = self._request_with_retries("POST", path, message)
         try:
             return unpack(answer)[1]
         except ValueError as error:
             self._raise(f"an answer that is {error}", "scores", "look at the server's output", error)
 
-    def _ask(self, method: str, path: str, message: bytes) -> bytes:
-        """Return the body of an answer of status 200; try again while the server is not there."""
+    def _request_with_retries(self, method: str, path: str, message: bytes) -> bytes:
+        """Return the body of the answer; retry with pauses while the server cannot be reached.
+
+        Raises RewardError for no answer in time, no server after the last attempt, and any status
+        but 200.
+        """
         for pause in [*(min(FIRST_PAUSE * 2**i, LONGEST_PAUSE) for i in range(self.retries)), None]:
             try:
                 status, answer = self._request(method, path, message)
@@ -141,7 +145,10 @@ class Remote:
         raise AssertionError("the last attempt returns or raises")
 
     def _request(self, method: str, path: str, message: bytes) -> tuple[int, bytes]:
-        """Send one request, without a proxy. Return status and body."""
+        """Send one request, without a proxy; return status and body.
+
+        Raises OSError or HTTPException if there is no answer.
+        """
         secure = self._place.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         connection = kind(self._place.hostname, self._place.port, timeout=self.timeout)

@@ -7,12 +7,11 @@ import hashlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from rewards.catalogue import CATALOGUE
-from rewards.load import check_spec, source_digests, split_spec
+from rewards.load import check_spec, named_files, source_digests, split_spec
 from rewards.placement import without_device
 from rewards.remote import is_url
 from rewards.score import NotScoredError, by_name, load_rewards, score
@@ -20,7 +19,7 @@ from rlhf.io import file_sha256, write_whole
 from rlhf.types import fields_of, row_of
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
-SCORES_VERSION = 2  # to be raised with every change of a built-in's score, or of how files are read
+SCORES_VERSION = 3  # to be raised with every change of a built-in's score, or of how files are read
 
 
 def default_cache_folder() -> Path:
@@ -109,18 +108,15 @@ def reward_identity(spec: str, kwargs: dict, reading: dict | None = None) -> str
 
     It changes also with how files are read.
 
-    Files and folders named in settings count by size and modification time, since weights are
-    large. Code that a reward imports does not count. A server counts by the reward that it serves.
+    Files and folders named in settings count as `rlhf.io.describe_files` says. Code that a reward
+    imports does not count. A server counts by the reward that it serves.
     """
     name, spec = split_spec(spec)
     if is_url(spec):
         return json.dumps([SCORES_VERSION, source_digests([f"{name}={spec}"], kwargs={name: kwargs}), reading])
     where, kwargs = Path(spec.rsplit(":", 1)[0]), without_device(kwargs)
     source = file_sha256(where) if where.suffix == ".py" else ""
-    named = {value: Path(value.removeprefix("local-dir:")).expanduser() for value in _texts(kwargs)}
-    # Path.exists raises for long texts
-    files = {value: _stamp(path) for value, path in named.items() if os.path.exists(path)}
-    return json.dumps([SCORES_VERSION, spec, kwargs, reading, source, files], sort_keys=True)
+    return json.dumps([SCORES_VERSION, spec, kwargs, reading, source, named_files(kwargs)], sort_keys=True)
 
 
 def score_conditions(spec: str, kwargs: dict, max_frames: int | None) -> dict:
@@ -152,19 +148,3 @@ def content_sha256(path: Path) -> str:
 def digest(*parts: str) -> str:
     """Return the SHA-256 of the texts in this order."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the values in nested mappings and lists, as text."""
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
-    else:
-        yield str(value)
-
-
-def _stamp(path: Path) -> list:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [(file.relative_to(path).as_posix(), *_stamp(file)) for file in files]
-    return [path.stat().st_size, path.stat().st_mtime_ns]

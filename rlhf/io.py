@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ CONTENT_ERRORS = (
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, re.error),
     *(yaml.YAMLError, SafetensorError),
 )
+SMALL_FILE = 2**24  # bytes, up to which a file is read to be told from another version of it
 MAX_YAML_DEPTH, MAX_YAML_VALUES, MAX_YAML_LENGTH = 32, 20_000, 10**6  # far above any file of settings
 
 
@@ -141,6 +143,47 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with Path(path).expanduser().open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_fingerprint(path: Path) -> dict:
+    """Return a file's size and SHA-256. A process hashes each version of a file once."""
+    status = path.stat()
+    version = status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return _hash(path.absolute(), status.st_size, *version)
+
+
+@lru_cache
+def _hash(path: Path, size: int, *_version: int) -> dict:
+    return {"bytes": size, "sha256": file_sha256(path)}
+
+
+def describe_files(*paths: Path) -> str:
+    """Return number, bytes and digest of files, and of those in folders, found by name.
+
+    The digest changes with every file: up to SMALL_FILE bytes by its content, above by its size and
+    time, since weights take minutes to read. Hidden files and pages (.md) do not count.
+    """
+    files, total = {}, 0
+    for name, path in sorted((name, path) for given in paths for name, path in _files_below(given)):
+        status = path.stat()
+        total += status.st_size
+        small = status.st_size <= SMALL_FILE
+        files[name] = file_fingerprint(path) if small else [status.st_size, status.st_mtime_ns]
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    return f"{len(files)} file{'s' * (len(files) != 1)}, {total} bytes, digest {digest}"
+
+
+def _files_below(path: Path) -> Iterator[tuple[str, Path]]:
+    """Yield name and path of a file, or of each in a folder and in the folders that it links to."""
+    if path.is_file():
+        yield path.name, path
+    seen = set()
+    for folder, names, files in os.walk(path, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        names[:] = [n for n in names if not n.startswith(".") and os.path.realpath(f"{folder}/{n}") not in seen]
+        for file in (Path(folder, name) for name in files if not name.startswith(".")):
+            if file.suffix != ".md" and file.is_file():
+                yield file.relative_to(path.parent).as_posix(), file
 
 
 def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from rlhf.adapter.lora_file import INITIAL_KEY
 from rlhf.adapter.lora_weights import ADAPTER_FILE
-from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer
+from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
 from rlhf.distributed.accelerator import any_process, describe_launch, make_accelerator
@@ -35,11 +35,11 @@ from rlhf.method.regression import ScoredRollout
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
 from rlhf.prompts import unread_message
 from rlhf.report import report_at_end
-from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from rlhf.run.folder import start_run_folder
 from rlhf.run.lock import lock_folder
 from rlhf.run.metrics import Cost, RunLog, seconds_before
-from rlhf.run.resume import restart_message, resume_message
+from rlhf.run.resume import describe_inputs, restart_message, resume_message
 from rlhf.run.signals import StopRequest, TrainingInterrupted
 from rlhf.run.trackers import run_trackers
 from rlhf.training import setup
@@ -99,25 +99,36 @@ class RewardGradientTrainer:
         self.options = read_options(args.method, args.method_kwargs)
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
 
-        self.pipe = inputs.pipe or setup.load_base(args, self.device)
+        base = None if inputs.pipe else setup.find_base(args, self.device)
+        self.pipe = inputs.pipe or base.open_pipeline()
+        self.batches = setup.make_batches(train_prompts, self.pipe, args, self.layout)
+        self.rollouts, self.skipped = RolloutCache(args.rollout_reuse), SkippedSteps(args.max_skipped_steps)
+        self.stop = StopRequest(speaks=self.accelerator.is_main_process)
+        self.inputs = describe_inputs(args, train_prompts, self.eval_prompts)
+        checkpoint, self.resumed = self._find_checkpoint()
+        prompts = self.batches.prompts_at(0, args.calibrate_rewards)
+        calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args, prompts)
+        self.calibration_prompts = prompts if any_process(self.accelerator, not calibrated) else []
+        left = self.batches.prompts_from_rollout(self.rollouts.rollout_index(self.resumed["step"], 0))
+        prompts = left + self.eval_prompts + self.calibration_prompts
+        self.text = setup.encode(self.pipe, prompts, args, self.device, base)
+
+        if base:  # the text encoders are gone by now
+            setup.load_base(base, self.pipe, args, self.device)
         self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout, inputs.initial)
         self.choices |= chosen
         self.optimizer = make_optimizer(self.masters.vector, args)
+        for remark in slow_updates(args, self.masters.vector.numel()):
+            self.accelerator.print(remark)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
-        self.batches = setup.make_batches(train_prompts, self.pipe, args, self.layout)
-        self.rollouts, self.skipped = RolloutCache(args.rollout_reuse), SkippedSteps(args.max_skipped_steps)
+        self.scorer = setup.make_scorer(self.pipe, self.rewards, self.text, args, self.layout)
         self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
         self.state = self.callbacks.state
-
-        self.stop = StopRequest(speaks=self.accelerator.is_main_process)
-        self.resumed = self._restore()
-        calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args)
-        self.calibration_prompts = [] if calibrated else self.batches.prompts_at(0, args.calibrate_rewards)
-        left = self.batches.prompts_from_rollout(self.rollouts.rollout_index(self.resumed["step"], 0))
-        prompts = left + self.eval_prompts + self.calibration_prompts
-        self.text = setup.encode_and_release(self.pipe, prompts, args, self.device, release=inputs.pipe is None)
-        self.scorer = setup.make_scorer(self.pipe, self.rewards, self.text, args, self.layout)
+        self.state.global_step = self.resumed["step"]
+        if checkpoint:
+            load_checkpoint(checkpoint, self.masters, self.optimizer)
+            self.fields.refresh()
         self.sample_base = self._video_sampler(self.fields.base)
         self.monitor = None
         if self.eval_prompts:
@@ -372,25 +383,23 @@ class RewardGradientTrainer:
 
     # --------------------------------------------------------------------------- restore and save
 
-    def _restore(self) -> dict:
-        """Restore what the checkpoint to resume holds; return its state."""
+    def _find_checkpoint(self) -> tuple[Path | None, dict]:
+        """Return the checkpoint to resume and its state, at which the batches then are."""
         which = self.args.resume_from_checkpoint
         if not which:
             self.accelerator.print(restart_message(self.args), end="")
-            return {"step": 0}
+            return None, {"step": 0}
         path = find_checkpoint(which, self.folder, quiet=not self.accelerator.is_main_process)
-        saved = load_checkpoint(path, self.masters, self.optimizer)
-        self.accelerator.print(resume_message(path, saved, self.args))
-        self.fields.refresh()
+        saved = read_state(path)
+        self.accelerator.print(resume_message(path, saved, self.args, self.inputs))
         self.batches.restore(saved["step"], saved)
-        self.state.global_step = saved["step"]
-        return saved
+        return path, saved
 
     def _save(self, done: int, together: bool = True) -> Path:
         """Save a checkpoint after `done` steps; together: all processes call it and wait for it."""
         folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
-            state = {"settings": dataclasses.asdict(self.args)} | self.batches.state(done)
+            state = {"settings": dataclasses.asdict(self.args), "inputs": self.inputs} | self.batches.state(done)
             state |= {"seconds": time.perf_counter() - self.started}
             state |= {"guard": self.monitor.state()} if self.monitor else {}
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)

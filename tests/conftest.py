@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chromium import browser  # noqa: F401 - a fixture
 from problem import Problem, keep_float64
 from report_runs import encoded, finished, started  # noqa: F401 - fixtures
 from tiny import tiny_pipeline, tiny_transformer, tiny_vae

@@ -1,6 +1,8 @@
 """A file that is damaged is named, with what to do, wherever a command reads it."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.video_set import read_set
 from rlhf.generator.files import SamplingDefaults, model_sizes
 from rlhf.generator.loading import load_pipeline
-from rlhf.io import DamagedFileError
+from rlhf.io import DamagedFileError, describe_files
 from rlhf.planner.text_encoders import encoder_configs
 from rlhf.report.data import Run
 from rlhf.run.environment import read_environment
@@ -72,7 +74,39 @@ def test_an_evaluation_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_calibration_that_is_damaged_is_told(tmp_path, make_args):
     (tmp_path / CALIBRATION).write_bytes(HALF)
     with pytest.raises(DamagedFileError, match=f"{CALIBRATION}: got a damaged file"):
-        restore_calibration(None, make_args(output_dir=str(tmp_path)))
+        restore_calibration(None, make_args(output_dir=str(tmp_path)), [])
+
+
+def test_files_are_told_from_other_versions_by_content_where_small_and_else_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.io.SMALL_FILE", 3)
+    model, linked = tmp_path / "model", tmp_path / "linked"
+    for path, content in ((model / "a.json", b"{}"), (model / "b.bin", b"1" * 9), (linked / "c.bin", b"2" * 9)):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    (model / "vae").symlink_to(linked)
+    (linked / "circle").symlink_to(model)
+    first = describe_files(model)
+    assert first.startswith("3 files, 20 bytes, digest ")
+
+    def moved(path, times) -> str:
+        os.utime(path, ns=times)
+        return describe_files(model)
+
+    before = (model / "b.bin").stat().st_mtime_ns
+    (model / "README.md").write_text("of no effect")
+    (model / ".cache").mkdir()
+    (model / ".cache" / "x").write_text("of no effect")
+    assert moved(model / "a.json", (1, 1)) == first, "small, and the same"
+    assert moved(linked / "c.bin", (1, 1)) != first, "older, and behind a link"
+    (linked / "c.bin").unlink()
+    shutil.copy2(model / "b.bin", linked / "c.bin")
+    one, two = moved(linked / "c.bin", (1, before)), moved(linked / "c.bin", (1, before + 1))
+    assert len({first, one, two}) == 3, "a nanosecond counts"
+    (model / "a.json").write_bytes(b"[]")
+    assert describe_files(model) != two
+    (linked / "circle").unlink()
+    shutil.copytree(model, tmp_path / "there" / "model")
+    assert describe_files(tmp_path / "there" / "model") == describe_files(model), "wherever it lies"
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]\n", b"null\n", b'{"prompt": "x", "seed": 0}\n', b"\xfc"])

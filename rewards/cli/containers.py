@@ -56,13 +56,32 @@ class Frames:
 
 
 def over_white(pixels_HW4: np.ndarray) -> np.ndarray:
-    """Return RGBA pixels (H, W, 4) uint8 over white: (H, W, 3) uint8."""
-    alpha_HW1 = pixels_HW4[..., 3:].astype(np.float32) / 255
-    return (255 - alpha_HW1 * (255 - pixels_HW4[..., :3].astype(np.float32))).round().astype(np.uint8)
+    """Return RGBA pixels (H, W, 4), uint8 or uint16, over white: (H, W, 3) of the same type."""
+    white = np.iinfo(pixels_HW4.dtype).max
+    alpha_HW1 = pixels_HW4[..., 3:].astype(np.float32) / white
+    over_HW3 = white - alpha_HW1 * (white - pixels_HW4[..., :3].astype(np.float32))
+    return over_HW3.round().astype(pixels_HW4.dtype)
+
+
+def read_png16(path: Path) -> np.ndarray:
+    """Return the pixels of a PNG of 16 bits, (H, W, 3) uint16, of which Pillow keeps 8 in colour.
+
+    Grey becomes RGB. Transparent pixels are over white. Raises av.FFmpegError.
+    """
+    import av
+
+    decoder = av.CodecContext.create("png", "r")
+    (frame,) = [*decoder.decode(av.Packet(path.read_bytes())), *decoder.decode(None)]
+    (plane,), channels = frame.planes, len(frame.format.components)
+    pixels_HWC = np.frombuffer(plane, ">u2").reshape(frame.height, -1)[:, : frame.width * channels]
+    pixels_HWC = pixels_HWC.reshape(frame.height, frame.width, channels).astype(np.uint16)
+    if channels < 3:  # grey
+        pixels_HWC = pixels_HWC[..., [0, 0, 0, *range(1, channels)]]
+    return over_white(pixels_HWC) if pixels_HWC.shape[2] == 4 else pixels_HWC
 
 
 def read_container(path: Path, max_frames: int | None, allow_truncated: bool) -> Frames:
-    """Read at most the leading max_frames of the first video stream.
+    """Read at most the leading max_frames of the default video stream.
 
     Raises ValueError for a file that is cut short (unless allowed), damaged, or of high dynamic
     range.
@@ -77,7 +96,7 @@ def read_container(path: Path, max_frames: int | None, allow_truncated: bool) ->
             if packet.size
         ]
     whole = [(pts, duration, discard) for pts, duration, discard, corrupt in packets if not corrupt]
-    missing = _missing(path, len(whole), max(promised, len(packets)))
+    missing = _describe_truncation(path, len(whole), max(promised, len(packets)))
     if missing and not allow_truncated:
         cure = "get the whole file, or score what is there with --allow_truncated"
         raise ValueError(f"{path}: got {missing}, expected all; {cure}")
@@ -97,18 +116,21 @@ def read_container(path: Path, max_frames: int | None, allow_truncated: bool) ->
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple]:
-    """Yield the container and its first video stream; FFmpeg's words become part of errors."""
+    """Yield the container and the video stream that it marks as default, or the first one.
+
+    A cover picture is no video. Raises ValueError with FFmpeg's message.
+    """
     import av
 
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
         with av.logging.Capture(local=False), av.open(path) as container:
-            covers = av.stream.Disposition.attached_pic
-            streams = [x for x in container.streams.video if x.codec_context and not x.disposition & covers]
+            kinds = av.stream.Disposition
+            streams = [x for x in container.streams.video if x.codec_context and not x.disposition & kinds.attached_pic]
             if not streams:
                 raise ValueError("no video in it that can be read")
-            yield container, streams[0]
+            yield container, next((x for x in streams if x.disposition & kinds.default), streams[0])
     except av.FFmpegError as error:
         said = f": {error.log[2].strip()}" if error.log else ""
         raise ValueError(f"{error.strerror}{said}") from error
@@ -123,8 +145,11 @@ def _promised_frames(container, stream) -> int:
     return (max(stream.frames, len(entries)) if container.format.name == "avi" else len(entries)) - empty
 
 
-def _missing(path: Path, frames: int, promised: int) -> str | None:
-    """Return what a file of so many undamaged frames lacks, in words; None if it is whole."""
+def _describe_truncation(path: Path, frames: int, promised: int) -> str | None:
+    """Return what a file lacks, as text for an error; None if it is whole.
+
+    frames: the undamaged ones. promised: by index or header.
+    """
     stated, there = _stated_bytes(path), path.stat().st_size
     if frames < promised:
         return f"{frames} of {promised} frames"
@@ -179,11 +204,11 @@ def _rgb(path: Path, frame, aspect) -> np.ndarray:
         width, height = max(round(frame.width * aspect), frame.width), max(round(frame.height / aspect), frame.height)
         pixels = pixels.reformat(width, height, interpolation="BICUBIC")
     pixels_HWC = pixels.to_ndarray()
-    return _upright(over_white(pixels_HWC) if transparent else pixels_HWC, frame)
+    return _apply_display_matrix(over_white(pixels_HWC) if transparent else pixels_HWC, frame)
 
 
-def _upright(pixels_HWC: np.ndarray, frame) -> np.ndarray:
-    """Turn and mirror by the display matrix, as a player does."""
+def _apply_display_matrix(pixels_HWC: np.ndarray, frame) -> np.ndarray:
+    """Rotate and mirror a frame by its display matrix, as a player does."""
     from av.sidedata.sidedata import Type
 
     if (matrix := frame.side_data.get(Type.DISPLAYMATRIX)) is None:

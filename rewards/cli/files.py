@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rewards.cli.containers import Frames, over_white, read_container
+from rewards.cli.containers import Frames, over_white, read_container, read_png16
 
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PICTURES = (*STILLS, ".apng", ".gif")  # read by Pillow, some of them animated
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".apng", ".webp")
+ORIENTATION = 0x0112  # of EXIF
 ANIMATED = ("GIF", "PNG", "WEBP")  # formats; the further pictures of a phone's JPEG are not frames
 
 
@@ -148,6 +149,8 @@ def _read_pictures(path: Path, max_frames: int | None) -> Frames:
                 pixels.append(_rgb(image))
             milliseconds = image.info.get("duration", 0)
             shown.append(milliseconds / 1000 if milliseconds > 10 else 0.1)  # as in browsers
+        if not animated and image.format == "PNG" and path.read_bytes()[24] == 16:  # the header's bits of a sample
+            pixels = [_upright(read_png16(path), image.getexif().get(ORIENTATION))]
     if not animated:
         return Frames(pixels)
     *starts, end = accumulate(shown, initial=0.0)
@@ -155,7 +158,7 @@ def _read_pictures(path: Path, max_frames: int | None) -> Frames:
 
 
 def _rgb(image) -> np.ndarray:
-    """Return an upright picture (H, W, 3), uint8, or uint16 for 16-bit grey."""
+    """Return an upright picture (H, W, 3), uint8, or uint16 for 16-bit grey of an animation."""
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
@@ -164,3 +167,11 @@ def _rgb(image) -> np.ndarray:
     if image.has_transparency_data:
         return over_white(np.array(image.convert("RGBA")))
     return np.array(image.convert("RGB"))
+
+
+def _upright(pixels_HWC: np.ndarray, orientation: int | None) -> np.ndarray:
+    """Turn and mirror by EXIF's orientation: above 4 rows and columns are exchanged."""
+    if orientation in (5, 6, 7, 8):
+        pixels_HWC = pixels_HWC.transpose(1, 0, 2)
+    down, right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return pixels_HWC[:: -1 if down else 1, :: -1 if right else 1]

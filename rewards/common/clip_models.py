@@ -23,7 +23,8 @@ CLIP_B32, CLIP_L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patc
 CLIP_H14, SIGLIP_384 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "google/siglip-so400m-patch14-384"
 
 
-def _tower(width: int, heads: int, layers: int, **others) -> dict:
+def _tower_config(width: int, heads: int, layers: int, **others) -> dict:
+    """Return the settings of a text or vision tower; `others` are added as they are."""
     sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
     return {"intermediate_size": 4 * width} | sizes | others
 
@@ -34,19 +35,19 @@ SIZES = {
     CLIP_B32: {},
     CLIP_L14: {
         "projection_dim": 768,
-        "text_config": _tower(768, heads=12, layers=12),
-        "vision_config": _tower(1024, heads=16, layers=24, patch_size=14),
+        "text_config": _tower_config(768, heads=12, layers=12),
+        "vision_config": _tower_config(1024, heads=16, layers=24, patch_size=14),
     },
     CLIP_H14: {
         "projection_dim": 1024,
-        "text_config": _tower(1024, heads=16, layers=24, hidden_act="gelu"),
-        "vision_config": _tower(1280, heads=16, layers=32, hidden_act="gelu", patch_size=14),
+        "text_config": _tower_config(1024, heads=16, layers=24, hidden_act="gelu"),
+        "vision_config": _tower_config(1280, heads=16, layers=32, hidden_act="gelu", patch_size=14),
     },
-    SIGLIP_384: _tower(1152, heads=16, layers=27, intermediate_size=4304, patch_size=14, image_size=384),
+    SIGLIP_384: _tower_config(1152, heads=16, layers=27, intermediate_size=4304, patch_size=14, image_size=384),
 }
 
 
-def unit(features: torch.Tensor) -> torch.Tensor:
+def l2_normalize(features: torch.Tensor) -> torch.Tensor:
     """Normalise to unit length along the last axis, in at least float32."""
     return F.normalize(at_least_float32(features), dim=-1)
 
@@ -66,10 +67,10 @@ class ImageEncoder(Frozen):
 
     def embed(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (N, P), in at least float32, of frames in [0, 1]."""
-        return unit(self.encode_images(self.pixels(frames_NCHW).to(self.dtype)))
+        return l2_normalize(self.encode_images(self.pixels(frames_NCHW).to(self.dtype)))
 
     def pixels(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
-        """Return the model's input (N, C, size, size) for frames in [0, 1]."""
+        """Return the model's input (N, C, size, size): frames in [0, 1], resized and normalised."""
         return preprocess(frames_NCHW, self.size, self.image_mean, self.image_std, self.fit)
 
     @property
@@ -103,11 +104,11 @@ class TransformersClip(Clip):
         self.freeze()
 
     def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Return image features (N, P) of preprocessed pixels."""
+        """Return image features (N, P) of preprocessed pixels, not normalised."""
         return self.model.get_image_features(pixel_values=pixels_NCHW).pooler_output
 
     def encode_text(self, prompts: list[str]) -> torch.Tensor:
-        """Return text features (B, P) of the prompts."""
+        """Return text features (B, P) of the prompts, not normalised; long ones are truncated."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
@@ -130,11 +131,11 @@ class OpenClip(Clip):
         self.freeze()
 
     def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Return image features (N, P) of preprocessed pixels."""
+        """Return image features (N, P) of preprocessed pixels, not normalised."""
         return self.model.encode_image(pixels_NCHW)
 
     def encode_text(self, prompts: list[str]) -> torch.Tensor:
-        """Return text features (B, P) of the prompts."""
+        """Return text features (B, P) of the prompts, not normalised; long ones are truncated."""
         return self.model.encode_text(self.tokenizer(prompts).to(self.device))
 
 
@@ -149,12 +150,15 @@ class Siglip(ImageEncoder):
         self.freeze()
 
     def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Return image features (N, P) of preprocessed pixels."""
+        """Return image features (N, P) of preprocessed pixels, not normalised."""
         return self.model(pixel_values=pixels_NCHW).pooler_output
 
 
 def load_clip(name: str, model: str | Clip, backend: str | None = None, pretrained: str | None = None) -> Clip:
-    """Load a frozen CLIP with the arguments of ClipScore. Raises RewardError."""
+    """Load a frozen CLIP with the arguments of ClipScore; return a Clip unchanged.
+
+    Raises RewardError for a folder that does not exist, an unknown backend and missing weights.
+    """
     if isinstance(model, Clip):
         return model
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
@@ -167,7 +171,10 @@ def load_clip(name: str, model: str | Clip, backend: str | None = None, pretrain
 
 
 def crop_as_openai(clip: Clip) -> Clip:
-    """Crop where OpenAI's transform does, for rewards published with it, not with transformers."""
+    """Have the CLIP crop as OpenAI's transform does, not as transformers does; return the CLIP.
+
+    The offset of the crop is rounded, not floored. Rewards published with that transform need it.
+    """
     clip.fit = "shortest" if clip.fit == TransformersClip.fit else clip.fit
     return clip
 
@@ -205,7 +212,12 @@ def openai_tokenizer(prompts: list[str], **_) -> Mapping[str, torch.Tensor]:
 
 
 def guess_backend(model: str, pretrained: str | None = None) -> str:
-    """Return "open_clip" for its schemas, folders and bare names, else "transformers"."""
+    """Return the library that loads a CLIP: "open_clip" or "transformers".
+
+    It is open_clip if `pretrained` is given, and for "hf-hub:..." and "local-dir:...", a folder of
+    open_clip, and a bare name such as "ViT-B-32". All others are hub ids or folders of
+    transformers.
+    """
     if pretrained is not None or model.startswith(("local-dir:", "hf-hub:")) or _is_open_clip_folder(model):
         return "open_clip"
     return "transformers" if "/" in model or Path(model).is_dir() else "open_clip"

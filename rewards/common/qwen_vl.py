@@ -114,7 +114,8 @@ def patchify(
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """Return patches (N, patches, C * frames_each * patch^2) and their grid (time, rows, columns).
 
-    The merge x merge patches of one token are adjacent, in the order of Qwen2-VL's processor.
+    The merge x merge patches of one token are adjacent, in the order of Qwen2-VL's processor. The
+    number of frames is a multiple of frames_each, height and width are multiples of patch * merge.
     """
     _, channels, frames, height, width = video_NCTHW.shape
     time, rows, columns = frames // frames_each, height // patch, width // patch
@@ -169,6 +170,7 @@ def current_key_name(key: str) -> str:
 
 
 def _vocabulary_size(name: str, model: str, state: dict, expected: int) -> int:
+    """Return the number of embeddings in the checkpoint. Raises RewardError unless as expected."""
     rows = len(require_tensor(name, state, "language_model.embed_tokens.weight"))
     if rows != expected:
         got, wanted = f"a tokenizer of {expected} tokens from {model!r}", f"{rows}, as the checkpoint has embeddings"

@@ -1,5 +1,6 @@
 """Load the weights of frozen models without running code from files; errors say what is missing."""
 
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -143,10 +144,10 @@ def load_from_torch_hub(name: str, url: str, key: str) -> dict[str, torch.Tensor
         raise missing_weights_error(name, url, key, error) from error
 
 
-def load_state_dict(name: str, path: str | Path, instead: str | None = None) -> dict[str, torch.Tensor]:
+def load_state_dict(name: str, path: str | Path, pickle_cure: str | None = None) -> dict[str, torch.Tensor]:
     """Load a state dict from a .safetensors file, or from a torch file of plain tensors.
 
-    Raises RewardError; `instead` is the cure in its message if the file is a pickled module.
+    Raises RewardError; `pickle_cure` is the cure in its message if the file is a pickled module.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -158,7 +159,7 @@ def load_state_dict(name: str, path: str | Path, instead: str | None = None) -> 
         if "Unsupported global" not in str(error):
             reason = f"{type(error).__name__} on reading {path}"
             raise RewardError(name, got=reason, expected=expected, cure="download the file again") from error
-        cure = f"loading it would run code from the file; {instead or 'convert it where that can do no harm'}"
+        cure = f"loading it would run code from the file; {pickle_cure or 'convert it where that can do no harm'}"
         got = f"{path}, a pickled module, not plain tensors"
         raise RewardError(name, got=got, expected=expected, cure=cure) from error
     if not isinstance(state, dict):
@@ -181,7 +182,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    in_place = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
 
 
 def hub_file(name: str, repository: str, file: str, key: str) -> str:
@@ -195,9 +197,15 @@ def hub_file(name: str, repository: str, file: str, key: str) -> str:
         raise missing_weights_error(name, repository, key, error, file) from error
 
 
-def load_published_weights(name: str, path: str | None, repository: str, file: str, instead: str | None = None) -> dict:
-    """Load the state dict at `path`, or of the published hub file for None. Raises RewardError."""
-    return load_state_dict(name, path or hub_file(name, repository, file, "checkpoint"), instead)
+def load_published_weights(
+    name: str, path: str | None, repository: str, file: str, pickle_cure: str | None = None
+) -> dict:
+    """Load the state dict at `path`, or for None the published `file` of the hub `repository`.
+
+    The file is downloaded if it is not cached. Raises RewardError; pickle_cure as in
+    `load_state_dict`.
+    """
+    return load_state_dict(name, path or hub_file(name, repository, file, "checkpoint"), pickle_cure)
 
 
 def build_from_state_dict(name: str, source: str, build: Callable[[], torch.nn.Module], state: dict) -> torch.nn.Module:

@@ -7,7 +7,7 @@ joint embedding.
 import torch
 
 from rewards.common.base import FrameReward
-from rewards.common.clip_models import CLIP_L14, Clip, load_clip, random_clip, unit
+from rewards.common.clip_models import CLIP_L14, Clip, l2_normalize, load_clip, random_clip
 
 
 class CosineScore(FrameReward):
@@ -17,7 +17,7 @@ class CosineScore(FrameReward):
 
     def encode_text(self, prompts: list[str]) -> tuple[torch.Tensor]:
         """Return unit embeddings ((N, P),) of the prompts."""
-        return (unit(self.clip.encode_text(prompts)),)
+        return (l2_normalize(self.clip.encode_text(prompts)),)
 
     def score_frames(self, frames_NCHW: torch.Tensor, text_NP: torch.Tensor) -> torch.Tensor:
         """Return cosines (N,) of frames in [0, 1]."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards.common.base import ModelReward
-from rewards.common.clip_models import CLIP_B32, crop_as_openai, load_clip, random_clip, unit
+from rewards.common.clip_models import CLIP_B32, crop_as_openai, l2_normalize, load_clip, random_clip
 from rewards.common.frames import apply_in_chunks, pick_frames, require_choice, require_frames
 from rewards.common.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.common.weights import Frozen, load_pretrained
@@ -128,7 +128,7 @@ class Dino(Frozen):
         size = self.vit.config.image_size
         pixels_NCHW = preprocess(frames_NCHW, size, IMAGENET_MEAN, IMAGENET_STD, self.fit, "bilinear")
         pixels_NCHW = pixels_NCHW.to(next(self.parameters()).dtype)
-        return unit(self.vit(pixels_NCHW, interpolate_pos_encoding=True).last_hidden_state[:, 0])
+        return l2_normalize(self.vit(pixels_NCHW, interpolate_pos_encoding=True).last_hidden_state[:, 0])
 
 
 def dino_positions(embeddings: torch.nn.Module, tokens_NLD: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards.common.base import FrameReward
-from rewards.common.clip_models import CLIP_H14, SIZES, TransformersClip, learned_scale, openai_tokenizer, unit
+from rewards.common.clip_models import CLIP_H14, SIZES, TransformersClip, l2_normalize, learned_scale, openai_tokenizer
 from rewards.common.preprocess import preprocess
 from rewards.common.weights import build_from_state_dict, load_published_weights, load_tokenizer, rename_keys
 
@@ -107,7 +107,7 @@ class Mps(FrameReward):
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         text_NLP, end_NP = self.mps.text_tokens(tokens.input_ids.to(self.device))
         keep_NL = tokens_to_keep(text_NLP[1:].float(), text_NLP[0].float(), self.mask_threshold)
-        return text_NLP[1:], keep_NL, unit(end_NP[1:])
+        return text_NLP[1:], keep_NL, l2_normalize(end_NP[1:])
 
     def score_frames(
         self, frames_NCHW: torch.Tensor, text_NLP: torch.Tensor, keep_NL: torch.Tensor, end_NP: torch.Tensor
@@ -115,7 +115,7 @@ class Mps(FrameReward):
         """Return scores (N,) of frames in [0, 1], given the tensors of `encode_text`."""
         pixels_NCHW = preprocess(frames_NCHW, self.size, fit=TransformersClip.fit).to(self.dtype)
         image_NP = self.mps(pixels_NCHW, text_NLP, keep_NL)
-        return self.scale.to(end_NP.device) * (unit(image_NP) * end_NP).sum(-1)
+        return self.scale.to(end_NP.device) * (l2_normalize(image_NP) * end_NP).sum(-1)
 
 
 def tokens_to_keep(text_NLP: torch.Tensor, condition_LP: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from rewards.common.base import FrozenReward, encode_with_cache
 from rewards.common.checkpointing import recompute_in_backward
-from rewards.common.clip_models import unit
+from rewards.common.clip_models import l2_normalize
 from rewards.common.frames import apply_in_chunks, require_choice
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
 from rewards.common.weights import build_from_state_dict, load_published_weights
@@ -82,7 +82,7 @@ class ViClip(FrozenReward):
         """Return scores (B,), in at least float32."""
         chosen = middle_frames(self.model.vision_encoder.num_frames, video_BCTHW.shape[2])
         with torch.autocast(video_BCTHW.device.type, enabled=False):
-            video_BP = unit(apply_in_chunks(self._embed, self.chunk, video_BCTHW[:, :, chosen]))
+            video_BP = l2_normalize(apply_in_chunks(self._embed, self.chunk, video_BCTHW[:, :, chosen]))
             return (video_BP * self.text_features(prompts).to(video_BP)).sum(1)
 
     def _embed(self, video_BCNHW: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ class ViClip(FrozenReward):
 
         text = self.model.text_encoder
         ids = open_clip.SimpleTokenizer(context_length=text.context_length)(prompts)  # OpenAI's, as ViCLIP's own
-        return (unit(text(ids.to(text.positional_embedding.device))),)
+        return (l2_normalize(text(ids.to(text.positional_embedding.device))),)
 
 
 class ViClipModel(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""LoRA files, read in the formats of diffusers, peft and kohya, written in that of diffusers.
+"""Read LoRA files in the formats of diffusers, peft and kohya.
 
 Every file becomes one `Lora`: A, B and alpha by layer. A file that cannot be read exactly is
 refused by the name of its format.
@@ -26,10 +26,12 @@ from rlhf.io import file_errors, read_object
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_FILES = ("average.safetensors", "adapter.safetensors")  # what of it a run would save
+SCALE_KEY = "scale_is_of"  # metadata that is added in reading: where the scale is from
 OLDER_BLOCKS_FILE = "trained_blocks.safetensors"  # beside the adapter in runs of older versions
 INITIAL_KEY = "initial_adapter"  # metadata of a checkpoint, and the folder of its run with that adapter
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names with _ in place of dots
+KOHYA_KEYS = "ss_network_alpha", "ss_network_dim"  # of metadata; 0, None and Dynamic say nothing
 PARTS = {"lora_A": "a", "lora_down": "a", "lora_linear_layer.down": "a", "lora_magnitude_vector": "magnitude"}
 PARTS |= {"lora_B": "b", "lora_up": "b", "lora_linear_layer.up": "b", "alpha": "alpha"}
 KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, PARTS))})(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?")
@@ -100,7 +102,7 @@ def is_distilled_adapter(name: str | Path) -> bool:
     """Return whether an adapter is sampled without guidance; a run of an older version says so."""
     path = find_lora_file(name)
     with file_errors(path), safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+        metadata = _complete(path, file.metadata() or {})
     return _is_distilled(path, metadata)
 
 
@@ -124,15 +126,14 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
     refuse_trained_blocks(path.parent)
     with file_errors(path), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        metadata = file.metadata() or {}
+        metadata = _complete(path, file.metadata() or {})
     config = _read_config(path, metadata)
-    if config is None and path.name in CHECKPOINT_FILES and (path.parent / "state.json").is_file():
-        cure = "resume it with this version and its own max_steps, which writes RUN/adapter"
-        raise ValueError(f"{path}: {_error('a checkpoint of an older version', 'one that states its scale', cure)}")
     try:
         if not tensors:
             raise _error("no tensor", "those of a LoRA")
         by_layer = _group(tensors, sizes)
+        is_kohya = config is None and all(key.startswith(FLAT_PREFIXES) for key in tensors)
+        remark = _add_stated_alpha(by_layer, *map(metadata.get, KOHYA_KEYS)) if is_kohya else ""
         stated = config is not None or any("alpha" in parts for parts in by_layer.values())
         if not stated and any(key.startswith("base_model.") for key in tensors):
             expected = f"{PEFT_CONFIG} beside it, which has their scale"
@@ -142,9 +143,32 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
             raise _error("magnitudes (DoRA) of some layers only", "them for all layers or for none")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    remark = "" if stated else "the file states no alpha, so the scale is 1"
+    remark = metadata.get(SCALE_KEY, remark) if stated else "the file states no alpha, so the scale is 1"
     lora = Lora(layers, _is_distilled(path, metadata), remark)
     return _find_initial(path).then(lora) if INITIAL_KEY in metadata else lora
+
+
+def _complete(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    """Return a file's metadata, with what checkpoints of older versions do not state.
+
+    Their scale is that of RUN/adapter, or of the settings, which do not know of a peft_config's
+    use_rslora.
+    """
+    state, folder = path.parent / "state.json", path.absolute().parents[1]
+    if LORA_ADAPTER_METADATA_KEY in metadata or path.name not in CHECKPOINT_FILES or not state.is_file():
+        return metadata
+    with file_errors(state):
+        settings = read_object(state)["settings"]
+        rank, alpha = settings["lora_rank"], settings["lora_alpha"]
+        config = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
+        config |= {key: settings.get(f"lora_{key}") for key in ("use_dora", "rank_pattern", "alpha_pattern")}
+        told = {SCALE_KEY: "the scale is that of the settings of its run, which is of an older version"}
+        told |= {DISTILLED_KEY: "true"} if is_distilled(settings) else {}
+    adapter = folder.parent / "adapter" / ADAPTER_FILE
+    if folder.name == "checkpoints" and adapter.is_file():
+        with file_errors(adapter), safe_open(adapter, "pt") as file:
+            told |= {SCALE_KEY: f"the scale is that of {adapter}"} | (file.metadata() or {})
+    return metadata | {LORA_ADAPTER_METADATA_KEY: json.dumps(config)} | told
 
 
 def refuse_trained_blocks(folder: str | Path) -> None:
@@ -161,6 +185,39 @@ def _find_initial(path: Path) -> Lora:
             return read_lora(folder / INITIAL_KEY)
     expected = f"expected {INITIAL_KEY}/ in the run's folder, to which it adds"
     raise ValueError(f"{path}: got a checkpoint without its run, {expected}; name the checkpoint within its run")
+
+
+def _add_stated_alpha(by_layer: dict[str, dict[str, torch.Tensor]], alpha: str | None, rank: str | None) -> str:
+    """Give layers without an alpha that of kohya's metadata; return what tensors say otherwise.
+
+    It is for kohya's own names alone: musubi-tuner's converter to other names multiplies the scale
+    into the weights and keeps the metadata.
+    """
+    alpha, rank = (_number(value) for value in (alpha, rank))
+    alphas, ranks = set(), set()  # of tensors, other than those of the metadata
+    for name, parts in by_layer.items():
+        found = float(len(parts["a"])) if "a" in parts else rank
+        ranks |= {found} - {rank} if rank else set()
+        if alpha and "alpha" not in parts:
+            if rank and found != rank:
+                got = f"rank {found:g} for {name}, and an alpha only in the metadata, for ss_network_dim {rank:g}"
+                raise _error(got, "an alpha of this rank", "the file was changed after training; take the original")
+            parts["alpha"] = torch.tensor(alpha)
+        given = parts["alpha"].flatten().tolist() if alpha else ()
+        alphas |= {value for value in given if not math.isclose(value, alpha, rel_tol=0.01)}  # it may be bfloat16
+    differ = []
+    for key, stated, others in zip(KOHYA_KEYS, (alpha, rank), (alphas, ranks), strict=True):
+        found = ", ".join(f"{value:g}" for value in sorted(others))
+        differ += [f"the metadata has {key} {stated:g}, the tensors {found}, which count"] if others else []
+    return "; ".join(differ)
+
+
+def _number(text: str | None) -> float:
+    try:
+        value = float(text or 0)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
 
 
 def _error(got: str, expected: str, cure: str = CURE) -> ValueError:
@@ -208,8 +265,8 @@ def other_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 def _group(tensors: dict[str, torch.Tensor], sizes: Sizes | None) -> dict[str, dict[str, torch.Tensor]]:
     """Return the parts of each layer: a, b, and magnitude and alpha where the file has them."""
-    original_name = family_of_layers(sizes or ()).original_name
-    known = {original_name(name): name for name in sizes or {}} | {name: name for name in sizes or {}}
+    family = family_of_layers(sizes or ())
+    known = {family.original_name(name): name for name in sizes} | {name: name for name in sizes} if family else {}
     flat = {given.replace(".", "_"): name for given, name in known.items()}
     layers, adapters, unknown = defaultdict(dict), set(), []
     for key, tensor in convert_unet_state_dict_to_peft(tensors).items():

@@ -1,4 +1,4 @@
-"""The weights of a LoRA by layer: merged into a base, scaled, added to another LoRA, saved."""
+"""The weights of a LoRA by layer: merged, scaled, added, saved by keys of diffusers or ComfyUI."""
 
 import json
 import re
@@ -97,7 +97,7 @@ class Lora:
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors by the keys of diffusers."""
+        """Return the tensors by diffusers' keys: "transformer.", layer, ".lora_A.weight" or B."""
         named = {}
         for name, layer in self.layers.items():
             named |= {f"transformer.{name}.lora_A.weight": layer.a, f"transformer.{name}.lora_B.weight": layer.b}
@@ -106,7 +106,7 @@ class Lora:
         return named
 
     def metadata(self) -> dict[str, str]:
-        """Return the metadata of its file, which diffusers reads."""
+        """Return the metadata of a LoRA file: peft's config with the keys that diffusers reads."""
         config = {f"transformer.{key}": value for key, value in self.config().items()}
         told = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
         return told | ({DISTILLED_KEY: "true"} if self.distilled else {})

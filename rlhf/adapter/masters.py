@@ -62,14 +62,15 @@ class MasterWeights:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Copy the vector into the module's parameters."""
+        """Copy the master weights into the module's parameters, in the dtype of each."""
         for piece, p in zip(self._split(self.vector), self.params, strict=True):
             p.copy_(piece)
 
     def update_averages(self, update: int) -> None:
-        """Update the exponential moving averages after optimizer step `update`, counted from 0.
+        """Update the EMA weights and the old policy's after optimizer step `update`, from 0.
 
-        The decay rises from 0.1 to its final value, as in diffusers' EMAModel.
+        Those that are None are left out. Each decay rises from 0.1 to its final value, as in
+        diffusers' EMAModel.
         """
         for average, decay in ((self.average, self.average_decay), (self.old, self.old_decay)):
             if average is not None:
@@ -77,7 +78,7 @@ class MasterWeights:
 
     @contextmanager
     def use(self, weights: torch.Tensor | None) -> Iterator[None]:
-        """Put other weights into the vector and the module while inside; None changes nothing."""
+        """Use other weights (a flat vector) in the module while inside; None changes nothing."""
         if weights is None:
             yield
             return
@@ -90,7 +91,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def set(self, vector: torch.Tensor) -> None:
-        """Fill the vector and the module's parameters with the given values."""
+        """Replace the master weights and the module's parameters by a flat vector."""
         self.vector.copy_(vector)
         self.write()
 
@@ -98,8 +99,8 @@ class MasterWeights:
         """Return views of a flat vector (masters, an optimizer's moment) by parameter name."""
         return dict(zip(self.names, self._split(vector), strict=True))
 
-    def trained(self) -> Lora:
-        """Return the LoRA that the vector holds, without the initial one."""
+    def trained_lora(self) -> Lora:
+        """Return the trained LoRA on the CPU, without the initial one that it adds to."""
         parts = {name: {} for name in self.alphas}
         for name, tensor in self.named(self.vector).items():
             layer, _, rest = name.partition(".lora_")
@@ -108,12 +109,12 @@ class MasterWeights:
         return Lora(layers, self.distilled)
 
     def save_adapter(self, path: Path) -> None:
-        """Write a LoRA file of the base: the initial LoRA and the trained one."""
-        self.initial.then(self.trained()).save(path)
+        """Write one LoRA file for the base: the sum of the initial LoRA and the trained one."""
+        self.initial.then(self.trained_lora()).save(path)
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata of a file of `named`, from which `read_lora` reads the adapter."""
-        return self.trained().metadata() | ({INITIAL_KEY: "true"} if self.initial.layers else {})
+        return self.trained_lora().metadata() | ({INITIAL_KEY: "true"} if self.initial.layers else {})
 
     @torch.no_grad()
     def load(self, vector: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
@@ -134,5 +135,6 @@ class MasterWeights:
             piece.copy_(tensors[name])
 
     def _split(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """Return views of a flat vector in the shapes of the parameters, detached."""
         pieces = vector.detach().split([p.numel() for p in self.params])
         return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]

@@ -1,6 +1,7 @@
 """AdamW on the master weights, its learning rate, and gradient clipping."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -28,6 +29,24 @@ def learning_rate(step: int, args: RewardGradientConfig) -> float:
     if args.lr_scheduler_type == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
     return args.learning_rate * min(warm_up, left)
+
+
+def slow_updates(args: RewardGradientConfig, numbers: int) -> Iterator[str]:
+    """Yield why so many trained numbers move far less than `learning_rate` a step, if they do."""
+    if not args.learning_rate:
+        yield "learning_rate=0: no weight moves"
+    if args.warmup_steps >= args.max_steps:
+        share = args.max_steps / args.warmup_steps
+        yield (
+            f"warmup_steps={args.warmup_steps} is not below max_steps={args.max_steps}: the learning rate rises in "
+            f"every step, up to {share:.2g} of learning_rate={args.learning_rate:g}"
+        )
+    each = args.max_grad_norm / math.sqrt(numbers)  # of a gradient that is spread evenly
+    if each and (share := each / (each + args.adam_epsilon)) < 0.1:
+        yield (
+            f"max_grad_norm={args.max_grad_norm:g} is short beside adam_epsilon={args.adam_epsilon:g}: spread evenly "
+            f"over {numbers} trained numbers, it moves each by {share:.2g} of the learning rate a step"
+        )
 
 
 def clip_gradient(gradient: torch.Tensor, norm: float, limit: float) -> None:

@@ -52,7 +52,7 @@ def check_config(
     args = keep_chosen_method(resolve_resume(args))
     problems = [*_folder_problems(args, dry=planned_processes is not None)]
     problems += [*reward_problems(args, rewards), *_tracker_problems(args)]
-    problems += [*_device_problems(args), *_guard_problems(args, eval_prompts)]
+    problems += [*_device_problems(args), *_guard_problems(args, eval_prompts), *_clip_problems(args)]
     for given, name in ((train_prompts, args.prompts), (eval_prompts, args.eval_prompts)):
         if given is None and name is not None:
             problems += problems_raised_by(load_prompts, name, args.base_dir, 1)
@@ -148,6 +148,16 @@ def _guard_problems(args, eval_prompts) -> Iterator[str]:
     if asked and 1 in (args.num_eval_prompts, len(eval_prompts or [])):
         got = "got one held-out prompt, expected two or more: gains are in spreads over prompts"
         yield f"{' and '.join(asked)}: {got}; raise num_eval_prompts"
+
+
+def _clip_problems(args) -> Iterator[str]:
+    """Yield a limit of the gradient's norm that leaves no step, or none that float32 can square."""
+    least = max(1e-12, 1e-3 * args.adam_epsilon)
+    if 0 < args.max_grad_norm < least:
+        yield (
+            f"max_grad_norm: got {args.max_grad_norm:g}, with which no weight would move, expected at least {least:g} "
+            f"(a thousandth of adam_epsilon, and 1e-12), or 0 for no limit; raise it"
+        )
 
 
 def _folder_problems(args, dry: bool) -> Iterator[str]:

@@ -81,6 +81,8 @@ def parse_command(
         problems += map(_unknown_word, unknown)
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
+    if given["base_dir"] is None and path is not None:
+        given["base_dir"] = str(path.parent)
     for kind in (RewardGradientConfig, CommandFlags):
         try:
             parsed[kind] = kind(**{name: given[name] for name in typing.get_type_hints(kind)})
@@ -89,9 +91,6 @@ def parse_command(
     args, flags = parsed.get(RewardGradientConfig), parsed.get(CommandFlags)
     if problems:
         raise ConfigError(problems + (list(range_problems(args)) if args else []))
-    if args.base_dir is None and path is not None:
-        args.base_dir = str(path.parent)
-    args.base_dir = args.base_dir and str(Path(args.base_dir).resolve())  # config.yaml is read elsewhere, too
     return args, flags
 
 
@@ -134,9 +133,10 @@ def _config_of_run(argv: list[str], default_config: Path) -> Path | None:
     if not checkpoint or checkpoint in ("none", "auto"):  # auto is for commands that may start a run, too
         return None
     if checkpoint == "latest":
-        run = Path(given.output_dir or yaml.safe_load(default_config.read_text(encoding="utf-8"))["output_dir"])
+        run = given.output_dir or yaml.safe_load(default_config.read_text(encoding="utf-8"))["output_dir"]
+        run = Path(run).expanduser()
     else:
-        run = Path(checkpoint).resolve().parent.parent
+        run = Path(checkpoint).expanduser().resolve().parent.parent
     return run / "config.yaml" if (run / "config.yaml").is_file() else None
 
 

@@ -6,10 +6,10 @@ setting stand beside its field and nowhere else. `rlhf.checks` holds the checks 
 
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -147,7 +147,9 @@ class RewardGradientConfig:
     num_train_prompts: int = setting(
         4096, "Prompts drawn of a built-in set. A file is used whole.", least=1, most=10**6
     )
-    base_dir: str | None = setting(None, "Folder of relative paths of prompts and rewards. Default: the config file's.")
+    base_dir: str | None = setting(
+        None, "Folder of relative paths of model, adapter, prompts and rewards. Default: the config file's."
+    )
 
     # Rewards
     reward_funcs: list[str] = setting(
@@ -401,10 +403,19 @@ class RewardGradientConfig:
         coerce_settings(self)
         if self.report_to == ["none"]:
             self.report_to = []
-        if self.model != "nano" and Path(self.model).is_dir():  # config.yaml is read elsewhere, too
-            self.model = str(Path(self.model).resolve())
-        if self.initial_adapter and Path(self.initial_adapter).exists():
-            self.initial_adapter = str(Path(self.initial_adapter).resolve())
+        self._complete_paths()
+
+    def _complete_paths(self) -> None:
+        """Expand ~, and make what is read absolute: config.yaml is read elsewhere, too."""
+        for name in ("output_dir", "resume_from_checkpoint", "prompts", "eval_prompts", "base_dir"):
+            if given := getattr(self, name):
+                setattr(self, name, os.path.expanduser(given))
+        self.base_dir = self.base_dir and os.path.abspath(self.base_dir)
+        for name, is_there in (("model", os.path.isdir), ("initial_adapter", os.path.exists)):
+            given = os.path.expanduser(getattr(self, name) or "")
+            places = [os.path.join(self.base_dir or "", given), given] if given not in ("", "nano") else []
+            if found := next(filter(is_there, places), None):
+                setattr(self, name, os.path.realpath(found))
 
     def to_yaml(self) -> str:
         """Return the settings as the YAML text that `--config` reads."""

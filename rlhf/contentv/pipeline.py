@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
@@ -116,17 +117,21 @@ class ContentVPipeline(VideoPipeline, StableDiffusion3Pipeline):
                 stack.callback(other.removeFilter, keep)
             return super().encode_prompt(*args, **kwargs)
 
-    def encode_texts(self, texts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embeddings of CLIP and T5 side by side, and CLIP's pooled ones."""
-        embeds, _, pooled, _ = self.encode_prompt(
-            prompt=texts,
-            prompt_2=None,
-            prompt_3=None,
-            device=self.text_encoder.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-        )
-        return embeds, pooled
+    def encode_part(self, encoder: str, texts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, ...]:
+        """Return T5's embeddings, or a CLIP's and its pooled ones, as `encode_prompt` does."""
+        module, tokenizer = getattr(self, encoder), getattr(self, encoder.replace("text_encoder", "tokenizer"))
+        is_t5 = encoder == self.family.longest_encoder
+        length = max_sequence_length if is_t5 else self.tokenizer_max_length
+        ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        found = module(ids.to(module.device), output_hidden_states=not is_t5)
+        return (found[0],) if is_t5 else (found.hidden_states[-2], found[0])
+
+    def join_parts(self, parts: dict[str, tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both CLIPs' embeddings side by side, then T5's; and the CLIPs' pooled ones."""
+        (first, pooled), (second, pooled_2), (t5,) = (parts[name] for name in self.family.text_encoders)
+        clip = torch.cat([first, second], -1)
+        clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return torch.cat([clip, t5], -2), torch.cat([pooled, pooled_2], -1)
 
     def warn_of_long(self, prompts: list[str], max_sequence_length: int) -> None:
         """Log one line if CLIP or T5 reads some of the prompts only in part."""

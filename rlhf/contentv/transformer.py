@@ -83,7 +83,7 @@ class QueryKeyNorm(RMSNorm):
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the normalised queries or keys, in the weight's dtype."""
+        """Return queries or keys after the RMS norm, in the dtype of the weight."""
         if is_plugin_device(hidden_states.device):
             return super().forward(hidden_states)
         weight = self.weight.to(hidden_states.dtype)
@@ -139,9 +139,9 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Read a config of this class or of the stock class, which the published checkpoint has.
+        """Read a config of this class, or of diffusers' class as the published checkpoint has it.
 
-        Raises ValueError for another architecture.
+        Returns what diffusers' method returns. Raises ValueError for another architecture.
         """
         config_dict = {key: value for key, value in config_dict.items() if key not in UNUSED_CONFIG_KEYS}
         for key, expected in FIXED_BY_ARCHITECTURE.items():

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 from rlhf import plugins
+from rlhf.device.host import drop_file_pages as drop_file_pages
 from rlhf.device.host import generator as generator
+from rlhf.device.host import host_memory as host_memory
 from rlhf.device.host import keep_freed_memory as keep_freed_memory
 from rlhf.device.host import process_peak_memory
 

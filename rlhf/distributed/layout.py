@@ -98,7 +98,7 @@ class Layout:
             raise ConfigError(wrong)
 
     def average_grad(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return the latents; average their gradient over the data rank's processes."""
+        """Return the latents; their gradient is averaged over the data rank's processes."""
         return latents_BCTHW if self.model_group is None else average_grad(latents_BCTHW, self.model_group)
 
 

@@ -8,7 +8,6 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 
 import hashlib
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.merge import apply_lora, check_lora_scale
 from rlhf.device import generator
 from rlhf.evaluation.video_set import Video
-from rlhf.generator.files import SamplingDefaults, model_sizes
+from rlhf.generator.files import SamplingDefaults, describe_model, model_sizes
 from rlhf.generator.loading import linear_sizes, load_pipeline
 from rlhf.generator.pipeline import VideoPipeline
 from rlhf.io import read_object, write_json, write_whole
@@ -74,20 +73,8 @@ class Variant:
         content = find_lora_file(self.lora).read_bytes() if self.lora else None
         digest = content and hashlib.sha256(content).hexdigest()
         settings = {"merge": self.merge, "scale": self.scale}
-        model = {"model": str(self.model), "model_files": describe_files(Path(self.model))}
+        model = {"model": str(self.model), "model_files": describe_model(self.model)}
         return model | {"adapter_sha256": digest} | settings
-
-
-def describe_files(model: Path) -> str | None:
-    """Return number, size and newest time of a model folder's weights and configs; None without it.
-
-    Weights are too large to read for a digest.
-    """
-    files = [path.stat() for path in model.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file()]
-    if not files:
-        return None
-    newest = datetime.fromtimestamp(max(file.st_mtime for file in files), UTC)
-    return f"{len(files)} files, {sum(file.st_size for file in files)} bytes, newest {newest.isoformat()}"
 
 
 def generate(
@@ -128,8 +115,9 @@ def save_video(path: Path, video_TCHW: torch.Tensor, fps: int) -> None:
 def check_settings(folder: Path, variant: Variant, sampling: SamplingDefaults) -> None:
     """Raise ValueError if the videos in the folder were made with other settings."""
     path, wanted = folder / SETTINGS_FILE, _settings(variant, sampling)
-    found = {"model_files": wanted["model_files"]}  # older versions do not state it
-    found |= read_object(path) if path.is_file() else wanted
+    found = read_object(path) if path.is_file() else wanted
+    if "newest" in (found.get("model_files") or "newest"):  # of older versions, or before a download
+        found = found | {"model_files": wanted["model_files"]}
     for key in wanted:
         if found.get(key) != wanted[key]:
             raise ValueError(

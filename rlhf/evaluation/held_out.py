@@ -19,6 +19,7 @@ from rlhf.config import RewardGradientConfig, at_eval_size
 from rlhf.distributed.accelerator import local_batches
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.measures import DIVERSITY, MEASURES, SINGLE_VIDEO_MEASURES, distance
+from rlhf.generator.files import describe_model
 from rlhf.io import file_errors, save_tensors
 from rlhf.method.decode import Sampled
 from rlhf.method.rollout import draw_noise
@@ -70,12 +71,13 @@ class Evaluation:
 def fingerprint(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
     """Return the settings of these names as they come back from a JSON file.
 
-    With the digests of the files that rewards are defined in, if there are any. The devices of
+    With what identifies the files of the model, and of rewards if they have any. The devices of
     rewards do not count.
     """
     sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir, args.reward_kwargs)
     settings = {name: vars(args).get(name) for name in names} | ({"sources": sources} if sources else {})
     given = {name: without_device(kwargs) for name, kwargs in (args.reward_kwargs or {}).items()}
+    settings["model_files"] = describe_model(args.model)
     settings["reward_kwargs"] = {name: kwargs for name, kwargs in given.items() if kwargs} or None
     return json.loads(json.dumps(settings))
 
@@ -187,16 +189,22 @@ class HeldOut:
     def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
         """Return the base's evaluation; a resumed run reads it if made with equal settings."""
         path = self.folder / "evaluation" / "base.safetensors"
-        if resumed and path.is_file():
-            kept = Evaluation.load(path)
-            rows = [[*map(row_of, prompts)] for prompts in (kept.prompts, self.prompts)]
-            same = rows[0] == rows[1] and kept.settings == self.options.fingerprint
-            if same and {*self.judges, *MEASURES} <= set(kept.scores):
-                return kept
+        kept = Evaluation.load(path) if resumed and path.is_file() else None
+        # Together, since times of files may differ from host to host.
+        if not self._sum_over_processes(torch.tensor([1.0 - self._is_own(kept)])).item():
+            return kept
         base = self.evaluate("base", 0, make_videos)
         if self._is_main:
             base.save(path)
         return base
+
+    def _is_own(self, kept: Evaluation | None) -> bool:
+        """Return whether an evaluation has this run's prompts, settings and judges."""
+        if kept is None:
+            return False
+        rows = [[*map(row_of, prompts)] for prompts in (kept.prompts, self.prompts)]
+        same = rows[0] == rows[1] and kept.settings == self.options.fingerprint
+        return same and {*self.judges, *MEASURES} <= set(kept.scores)
 
     def sample(self, step: int) -> None:
         """Write sample videos of the current model; all processes share the work."""

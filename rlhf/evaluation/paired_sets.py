@@ -9,7 +9,7 @@ from statistics import fmean
 
 import torch
 
-from rlhf.evaluation.statistics import LEVEL, holm, paired_test
+from rlhf.evaluation.statistics import LEVEL, holm_correction, paired_test
 from rlhf.evaluation.video_set import SCORES, Key, pair_keys
 from rlhf.io import file_errors, read_rows
 
@@ -78,7 +78,7 @@ def _row(pairs: Pairs, reward: str, category: str, indices: list[int]) -> dict:
 
 
 def _with_holm(rows: list[dict]) -> list[dict]:
-    adjusted = holm([row["p"] for row in rows])
+    adjusted = holm_correction([row["p"] for row in rows])
     return [row | {"p_holm": p, "finding": p < LEVEL} for row, p in zip(rows, adjusted, strict=True)]
 
 

@@ -7,6 +7,7 @@ Shape legend: B batch, C channels, T frames, H height, W width.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.merge import apply_lora
 from rlhf.execution.apply import ExecutionOptions, set_up_blocks
+from rlhf.execution.offload import visit_device
 from rlhf.generator.files import SamplingDefaults
 from rlhf.generator.flow import euler_step, flow_sigmas, guided_velocity
 from rlhf.generator.loading import load_pipeline
@@ -56,9 +58,6 @@ class Sampler:
         self.is_whole = self.placement.encoders == "device"
         self.pipe: VideoPipeline = load_pipeline(model, device=device if self.is_whole else None)
         self.text, self.is_set_up = {}, False
-        if self.placement.encoders == "in turn":
-            for name in self.pipe.family.text_encoders:
-                _visit_device(getattr(self.pipe, name), device)
 
     def use(self, lora: Lora | None, scale: float = 1.0) -> str:
         """Replace the adapter by another, or by none; return a line on how much it changes."""
@@ -108,9 +107,14 @@ class Sampler:
             if self.placement.encoders == "in turn" and self.is_set_up and not self.placement.stream_weights:
                 self.pipe.transformer.to("cpu")
                 self.is_set_up = False
-            text = encode_prompts(self.pipe, [prompt], *key[1:], batch=TEXTS)
+            lend = self._lend_encoder if self.placement.encoders == "in turn" else nullcontext
+            text = encode_prompts(self.pipe, [prompt], *key[1:], batch=TEXTS, lend_encoder=lend)
             self.text = {key: text([prompt], "cpu")}
         return self.text[key]
+
+    def _lend_encoder(self, name: str) -> AbstractContextManager:
+        """Return a context inside of which a text encoder is on the device."""
+        return visit_device(getattr(self.pipe, name), self.device)
 
     def _set_up(self) -> None:
         """Bring the transformer to where it runs."""
@@ -118,14 +122,3 @@ class Sampler:
             options = ExecutionOptions(stream_weights=self.placement.stream_weights)
             set_up_blocks(self.pipe.transformer, options, self.device)
             self.is_set_up = True
-
-
-def _visit_device(encoder: torch.nn.Module, device: torch.device) -> None:
-    """Have a module of the CPU run on the device, and return to the CPU after each call."""
-
-    def enter(module, args, kwargs):
-        module.to(device)
-        return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in args), kwargs
-
-    encoder.register_forward_pre_hook(enter, with_kwargs=True)
-    encoder.register_forward_hook(lambda module, args, output: module.to("cpu") and None)

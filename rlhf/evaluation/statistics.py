@@ -105,32 +105,32 @@ def _mean_and_error(base_N: torch.Tensor, tuned_N: torch.Tensor) -> tuple[float,
     return difference_N.mean().item(), error, count
 
 
-def student_t_975(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t.
+def student_t_975(degrees: int) -> float:
+    """Return the 97.5 % quantile of Student's t with so many degrees of freedom.
 
-    Exact up to two degrees of freedom, then Cornish and Fisher's expansion (within 0.2 % of the
-    quantile from five degrees on).
+    It is exact up to two degrees, then Cornish and Fisher's expansion (within 0.2 % of the quantile
+    from five degrees on).
     """
-    if freedom < 3:
-        return (0.0, 12.7062, 4.3027)[freedom]
+    if degrees < 3:
+        return (0.0, 12.7062, 4.3027)[degrees]
     z = Z_975
     return (
         z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
     )
 
 
-def student_t_tail(t: float, freedom: int) -> float:
-    """Return the probability that Student's t is at least `t` >= 0 away from 0, on either side.
+def student_t_tail(t: float, degrees: int) -> float:
+    """Return the two-sided p-value of `t` >= 0 under Student's t with so many degrees of freedom.
 
-    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    By the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
     """
-    theta = math.atan(t / math.sqrt(freedom))
-    cos2, odd = math.cos(theta) ** 2, freedom % 2
+    theta = math.atan(t / math.sqrt(degrees))
+    cos2, odd = math.cos(theta) ** 2, degrees % 2
     term, total = 1.0, 0.0
-    for k in range(1 + odd, freedom, 2):
+    for k in range(1 + odd, degrees, 2):
         total += term
         term *= cos2 * k / (k + 1)
     inside = math.sin(theta) * total
@@ -139,10 +139,10 @@ def student_t_tail(t: float, freedom: int) -> float:
     return max(0.0, 1.0 - inside)
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Return p-values corrected for looking at all of them at once (Holm 1979).
+def holm_correction(p_values: list[float]) -> list[float]:
+    """Return p-values corrected for multiple tests, in the given order (Holm 1979).
 
-    Calling those below a level findings keeps the chance of any false finding below that level.
+    If those below a level count as findings, the chance of any false finding is below that level.
     """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, largest = [0.0] * len(p_values), 0.0

@@ -34,26 +34,26 @@ class Video:
 
 
 def read_set(folder: Path, names_are_prompts: bool = False, with_folders: bool = False) -> list[Video]:
-    """Return the videos of a folder, in the order of its list or of their names.
+    """Return the videos of a folder, in the order of its manifest or of their names.
 
-    names_are_prompts: read the prompts off the file names if there is no list; with_folders: and
-    off those of the folders in it, which hold pictures. Raises ValueError if the folder is absent,
-    empty or without prompts, or its list is damaged.
+    names_are_prompts: without a manifest, read the prompts from the file names. with_folders: also
+    from the names of subfolders, which hold pictures. Raises ValueError if the folder is absent,
+    empty or without prompts, or if the manifest is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: got no folder there, expected one with videos; correct the path")
     if (folder / MANIFEST).is_file():
-        videos = [_parse_row(folder, number, line) for number, line in _lines(folder / MANIFEST)]
+        videos = [_parse_row(folder, number, line) for number, line in _numbered_lines(folder / MANIFEST)]
     elif (folder / PROMPTS).is_file():
-        rows = [line.split("\t", 1) for _, line in _lines(folder / PROMPTS)]
+        rows = [line.split("\t", 1) for _, line in _numbered_lines(folder / PROMPTS)]
         with file_errors(folder / PROMPTS):
             videos = [Video(folder / f"{name}.mp4", prompt) for name, prompt in rows]
     elif names_are_prompts:
         paths = visible_files(folder, VIDEOS)
         if with_folders:
             paths = sorted(paths + [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."])
-        videos = [Video(path, prompt_from_name(path), _number(path)) for path in paths]
+        videos = [Video(path, prompt_from_name(path), _seed_from_name(path)) for path in paths]
     else:
         raise ValueError(
             f"{folder}: got neither {MANIFEST} nor {PROMPTS}, expected one of them with the prompt of "
@@ -67,7 +67,7 @@ def read_set(folder: Path, names_are_prompts: bool = False, with_folders: bool =
 
 
 def pair_keys(prompts_and_seeds: Iterable[tuple[str, int]]) -> list[Key]:
-    """Return the key that pairs each video with that of another model.
+    """Return a key for each video, equal for the videos of two models that are to be paired.
 
     Videos that repeat prompt and seed are paired in their order.
     """
@@ -88,14 +88,14 @@ def require_files(videos: list[Video]) -> None:
 
 
 def merge_manifest(folder: Path, videos: list[Video]) -> list[Video]:
-    """Return the videos in the folder's manifest, extended by `videos`.
+    """Return the videos in the folder's manifest, if it has one, extended by `videos`.
 
-    Raises ValueError if the list has another prompt for one of them.
+    Raises ValueError if the manifest has another prompt for one of `videos`.
     """
     path = folder / MANIFEST
     old = {video.path: video for video in read_set(folder)} if path.is_file() else {}
     for video in videos:
-        if video.path in old and _content(old[video.path].prompt) != _content(video.prompt):
+        if video.path in old and _generation_inputs(old[video.path].prompt) != _generation_inputs(video.prompt):
             raise ValueError(
                 f"{path}: got the prompt {old[video.path].prompt!r} for {video.path.name}, expected "
                 f"{video.prompt!r}: the prompts have changed; choose another output folder"
@@ -103,13 +103,13 @@ def merge_manifest(folder: Path, videos: list[Video]) -> list[Video]:
     return list((old | {video.path: video for video in videos}).values())
 
 
-def _content(prompt: str) -> tuple[str, str | None]:
-    """Return what the video of a prompt depends on."""
+def _generation_inputs(prompt: str) -> tuple[str, str | None]:
+    """Return the prompt's text and its negative prompt, on which its video depends."""
     return str(prompt), row_of(prompt).get("negative_prompt")
 
 
 def write_manifest(folder: Path, videos: list[Video]) -> None:
-    """Write videos.jsonl."""
+    """Write the manifest videos.jsonl: file, prompt, seed, and category and row where known."""
     rows = []
     for video in videos:
         row = {"file": relative_name(folder, video.path), "prompt": video.prompt, "seed": video.seed}
@@ -119,21 +119,22 @@ def write_manifest(folder: Path, videos: list[Video]) -> None:
 
 
 def relative_name(folder: Path, path: Path) -> str:
-    """Return the path relative to the folder, or unchanged if it lies elsewhere."""
+    """Return the path relative to the folder, or unchanged if it is outside of the folder."""
     return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
 
 def prompt_from_name(path: Path) -> str:
-    """Return the prompt in a file name: all before "-NUMBER" and the ending, as VBench reads it."""
+    """Return the PROMPT of a file name of VBench, "PROMPT-NUMBER.mp4" or "PROMPT.mp4"."""
     return NUMBER_ENDING.sub("", path.stem)
 
 
-def _number(path: Path) -> int:
+def _seed_from_name(path: Path) -> int:
+    """Return the NUMBER of a file name "PROMPT-NUMBER.mp4", 0 if it has none."""
     ending = NUMBER_ENDING.search(path.stem)
     return int(ending[1]) if ending else 0
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def _numbered_lines(path: Path) -> list[tuple[int, str]]:
     """Return the lines that are not blank, with their numbers from 1."""
     with file_errors(path):
         return [(i, line) for i, line in enumerate(read_lines(path), 1) if line.strip()]

@@ -103,20 +103,24 @@ class BlockRunner:
             return _KeepAttention.apply(self, block, constants, offload, video, text, temb, *parameters)
 
     def run(self, block, constants, video, text, temb, attention: Attention | None = None) -> Tensors:
-        """Run the block without recomputation. attention: None for the runner's."""
+        """Run the block without recomputation. attention: the kernel; None for the runner's."""
         query, key, value, *gates = self.qkv_and_gates(block, video, text, temb, *constants)
         attended = (attention or self.attention)(query, key, value)
         return self.text_and_video(block, attended, video, text, *gates)
 
     def qkv_and_gates(self, block, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return query, key and value of all tokens and this rank's heads, and the gates."""
+        """Return query, key and value of all tokens and this rank's heads, and the gates.
+
+        Streamed weights of the block are fetched first. `inputs`: this rank's video tokens, text,
+        timestep embedding, and the constants of the model.
+        """
         if self.fetch:
             self.fetch(block)
         results = (self.parts.before if self.parts.differs(block) else self._before)(block, *inputs)
         return results if self.shards is None else (*self.shards.to_heads(*results[:3]), *results[3:])
 
     def text_and_video(self, block, attended: torch.Tensor, *inputs: torch.Tensor) -> Tensors:
-        """Return text and this rank's video tokens, given the attention's result for its heads."""
+        """Return text and this rank's video tokens, given the result of attention for its heads."""
         if self.fetch:
             self.fetch(block)
         attended = attended if self.shards is None else self.shards.to_tokens(attended)
@@ -174,7 +178,7 @@ def _add_gated(x, attended, gate_attention, shift, scale, gate_feed_forward, nor
 
 
 def _modulation(block) -> Iterator[torch.nn.Parameter]:
-    """Yield the parameters that make a joint block's gates."""
+    """Yield the parameters that compute a joint block's shifts, scales and gates."""
     for norm in (block.norm1, block.norm1_context):
         yield from norm.parameters()
 

@@ -8,12 +8,72 @@ y = gradient_checkpoint(function, x, offload=host.group())
 
 import weakref
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 SMALLEST_BYTES = 2**20  # smaller tensors stay on the device
 MAX_IN_FLIGHT = 2  # groups that are copied at a time; more would hold more of the device's memory
+ALIGNMENT = 256  # bytes, as of a separate allocation
+SMALLEST_SLAB, LARGE_SLAB, LARGEST_SLAB = 2**24, 2**28, 2**31  # bytes
+
+
+class HostBuffers:
+    """Buffers that are cut out of a few large allocations of host memory, and live as long.
+
+    PyTorch rounds each pinned allocation up to a power of two: of its own, a buffer of 406 MiB
+    would take 512.
+
+    Args:
+        pin_memory: for copies that an accelerator makes on its own.
+        expected: bytes of all buffers, if that is known.
+    """
+
+    def __init__(self, pin_memory: bool, expected: int = 0):
+        self.pin_memory, self.left, self.slabs = pin_memory, expected, []
+        self.used: list[int] = []  # of each slab, in bytes
+
+    def take(self, size: int) -> torch.Tensor:
+        """Return a new buffer of `size` bytes."""
+        room = -(-size // ALIGNMENT) * ALIGNMENT
+        fits = (i for i, slab in enumerate(self.slabs) if self.used[i] + room <= slab.numel())
+        if (i := next(fits, None)) is None:
+            slab = max(self._wanted(), 1 << (room - 1).bit_length())
+            self.slabs.append(torch.empty(slab, dtype=torch.uint8, pin_memory=self.pin_memory))
+            self.used.append(0)
+            i = len(self.slabs) - 1
+        start, self.used[i], self.left = self.used[i], self.used[i] + room, self.left - room
+        return self.slabs[i][start : start + size]
+
+    def _wanted(self) -> int:
+        """Return the bytes of the next allocation, a power of two; unexpected ones double."""
+        known = min(self.left, LARGEST_SLAB)
+        wanted = known if known > 0 else min(max(sum(self.used), SMALLEST_SLAB), LARGE_SLAB)
+        return 1 << (wanted.bit_length() - 1)
+
+
+def host_bytes(sizes: list[int], expected: bool = False) -> int:
+    """Return the bytes that `HostBuffers` allocates for buffers of these sizes."""
+    buffers = HostBuffers(False, sum(sizes) * expected)
+    with torch.device("meta"):
+        for size in sizes:
+            buffers.take(size)
+    return sum(slab.numel() for slab in buffers.slabs)
+
+
+@contextmanager
+def visit_device(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Have a module be on a device while inside. It then has its old weights again, not copies."""
+    tensors = [*module.parameters(), *module.buffers()]
+    homes = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
+    try:
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes, strict=True):
+            tensor.data = home
 
 
 class HostMemory:
@@ -30,6 +90,7 @@ class HostMemory:
         self.device, self.smallest_bytes = torch.device(device), smallest_bytes
         self.stream = None if self.device.type == "cpu" else torch.Stream(device=self.device)
         self.last = lambda: None  # later a weak reference: a graph that is dropped frees its groups
+        self.buffers = HostBuffers(pin_memory=self.stream is not None)
         self.free: dict[int, list[torch.Tensor]] = {}  # buffers by size
         self.in_flight: deque = deque()  # events, one for each group that is being copied
 
@@ -53,7 +114,7 @@ class HostMemory:
     def take(self, size: int) -> torch.Tensor:
         """Return a buffer of `size` bytes."""
         spare = self.free.get(size)
-        return spare.pop() if spare else torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
+        return spare.pop() if spare else self.buffers.take(size)
 
     def copy_stream(self) -> AbstractContextManager:
         """Return a context in which copies run on the separate stream, after all queued work."""

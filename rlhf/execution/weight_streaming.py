@@ -7,15 +7,22 @@ transformer.run_block = BlockRunner(recompute="block", fetch=stream.fetch)
 """
 
 from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from itertools import accumulate
 
 import torch
+
+from rlhf.device import drop_file_pages
+from rlhf.execution.offload import ALIGNMENT, HostBuffers
+
+COPY_THREADS = 4  # that read weights from a file's pages
 
 
 def stream_blocks(transformer: torch.nn.Module, device: torch.device) -> "WeightStream":
     """Move the blocks' frozen weights to host memory; return the stream that fetches them.
 
     Everything else and all trained weights are moved to the device. Afterwards the transformer must
-    not be moved.
+    not be moved. Host memory holds one copy: a block's old weights are given up once copied.
     """
     stream = WeightStream(transformer.transformer_blocks, device)
     for child in transformer.children():
@@ -42,9 +49,13 @@ class WeightStream:
     def __init__(self, blocks: Iterable[torch.nn.Module], device: torch.device):
         self.device = torch.device(device)
         pin_memory = self.device.type != "cpu"
-        self.blocks = [_HostBlock(block, pin_memory) for block in blocks]
+        self.blocks = [_HostBlock(block) for block in blocks]
+        buffers = HostBuffers(pin_memory, sum(block.size for block in self.blocks))
+        with ThreadPoolExecutor(COPY_THREADS) as pool:
+            for block in self.blocks:
+                block.move_to(buffers, pool)
         self.indices = {id(block.module): i for i, block in enumerate(self.blocks)}
-        size = max(block.buffer.numel() for block in self.blocks)
+        size = max(block.size for block in self.blocks)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         self.holds: list[int | None] = [None, None]  # the block in each slot
         self.arrived = [None, None]  # the event after which the slot is filled
@@ -77,41 +88,68 @@ class WeightStream:
             return
         slot = 1 if self.holds[0] == self.current else 0
         if self.holds[slot] is not None:
-            evicted = self.blocks[self.holds[slot]]
-            evicted.point_at(evicted.buffer)
-        block = self.blocks[index]
-        target = self.slots[slot][: block.buffer.numel()]
+            self.blocks[self.holds[slot]].leave_device()
+        block, target = self.blocks[index], self.slots[slot]
         if self.stream is None:
-            target.copy_(block.buffer)
+            block.copy_to(target)
         else:
             self.stream.wait_stream(torch.accelerator.current_stream(self.device))  # the slot's last user is done
             with self.stream:
-                target.copy_(block.buffer, non_blocking=True)
+                block.copy_to(target)
             self.arrived[slot] = self.stream.record_event()
-        block.point_at(target)
+        block.read_from(target)
         self.holds[slot] = index
 
 
 class _HostBlock:
-    """A block whose frozen parameters lie one after the other in one buffer of host memory."""
+    """A block's frozen parameters in buffers of host memory, in few contiguous runs.
 
-    def __init__(self, module: torch.nn.Module, pin_memory: bool):
+    A slot on the device holds them one after the other, at `offsets`.
+    """
+
+    def __init__(self, module: torch.nn.Module):
         self.module, self.parameters = module, [p for p in module.parameters() if not p.requires_grad]
-        self.offsets, size = [], 0
-        for p in self.parameters:
-            self.offsets.append(size)
-            size += -(-p.numel() * p.element_size() // 256) * 256  # each as aligned as a separate allocation
-        self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
-        for p, view in zip(self.parameters, self._views(self.buffer), strict=True):
-            view.copy_(p.data)
-        self.point_at(self.buffer)
+        self.sizes = [-(-p.numel() * p.element_size() // ALIGNMENT) * ALIGNMENT for p in self.parameters]
+        self.offsets = [0, *accumulate(self.sizes)]
+        self.size = self.offsets.pop()
 
-    def _views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """Return a view of the buffer for each parameter."""
-        pairs = zip(self.parameters, self.offsets, strict=True)
-        return [buffer[start:][: p.numel() * p.element_size()].view(p.dtype).view(p.shape) for p, start in pairs]
+    def move_to(self, buffers: HostBuffers, pool: Executor) -> None:
+        """Copy the weights to host buffers by a pool's threads; drop the old ones."""
+        old = [p.data for p in self.parameters]
+        pieces = [buffers.take(size) for size in self.sizes]
+        self.runs = []  # offsets, and what lies there
+        for offset, piece in zip(self.offsets, pieces, strict=True):
+            if self.runs and _are_adjacent(before := self.runs[-1][1], piece):
+                self.runs[-1] = self.runs[-1][0], before.as_strided((before.numel() + piece.numel(),), (1,))
+            else:
+                self.runs.append((offset, piece))
+        self.home = [_as(p, piece) for p, piece in zip(self.parameters, pieces, strict=True)]
+        list(pool.map(torch.Tensor.copy_, self.home, old))
+        self.leave_device()
+        drop_file_pages(old)
 
-    def point_at(self, buffer: torch.Tensor) -> None:
-        """Let the parameters read their weights from a buffer."""
-        for p, view in zip(self.parameters, self._views(buffer), strict=True):
-            p.data = view
+    def copy_to(self, slot: torch.Tensor) -> None:
+        """Start to copy the weights to a slot, and have the parameters read them there."""
+        for offset, run in self.runs:
+            slot[offset : offset + run.numel()].copy_(run, non_blocking=True)
+
+    def read_from(self, slot: torch.Tensor) -> None:
+        """Let the parameters read their weights from a slot."""
+        for p, offset in zip(self.parameters, self.offsets, strict=True):
+            p.data = _as(p, slot[offset:])
+
+    def leave_device(self) -> None:
+        """Let the parameters read their weights from host memory."""
+        for p, home in zip(self.parameters, self.home, strict=True):
+            p.data = home
+
+
+def _are_adjacent(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether bytes follow others in one storage."""
+    storages = {x.untyped_storage().data_ptr() for x in (first, second)}
+    return len(storages) == 1 and first.storage_offset() + first.numel() == second.storage_offset()
+
+
+def _as(p: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """Return the beginning of bytes as a tensor like p."""
+    return data[: p.numel() * p.element_size()].view(p.dtype).view(p.shape)

@@ -15,39 +15,22 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from rlhf.adapter.lora_file import read_lora, refuse_trained_blocks
-from rlhf.adapter.lora_weights import ADAPTER_FILE
+from rlhf.adapter.lora_file import read_lora
+from rlhf.adapter.lora_weights import ADAPTER_FILE, Lora
 from rlhf.adapter.merge import apply_lora, check_lora_scale
 from rlhf.export.hub import check_push, push
 from rlhf.export.model_card import Export, write_card
+from rlhf.export.trained import Trained, find_trained
 from rlhf.generator.files import family_of_folder, model_folder, model_sizes, one_line
 from rlhf.generator.loading import linear_sizes, load_transformer
-from rlhf.generator.registry import SamplingDefaults, family_of_layers
+from rlhf.generator.registry import ModelFamily, SamplingDefaults, family_of_config, family_of_layers
 from rlhf.io import read_object, write_json
-from rlhf.report.data import Run
-from rlhf.run.checkpoint import damage, newest_undamaged_checkpoint, read_state
 from rlhf.run.folder import read_settings
 
 PATH_KEYS = ("_name_or_path", "name_or_path")  # of config files: where their maker had them
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained adapter and its run. step: of a checkpoint; None for a finished run's result."""
-
-    run: Path
-    adapter: Path
-    step: int | None = None
-
-    @property
-    def origin(self) -> str:
-        """Return in words what is exported."""
-        run = Run(self.run)
-        step = f"step {run.exported_step if self.step is None else self.step} of {run.config.get('max_steps')}"
-        return f"{self.adapter}, {step}" + ", the result of the run" * (self.step is None)
 
 
 def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = None) -> None:
@@ -89,22 +72,47 @@ def export_adapter(
     Arguments and errors are those of `export_merged`. convention: "diffusers", or "comfyui" with
     lora_alpha / r in B as well: ComfyUI reads the scale from tensors `NAME.alpha`, which diffusers
     refuses, and takes it as 1 without them (its comfy/weight_adapter/lora.py). Raises ValueError
-    also for DoRA with "comfyui", which names its tensors differently, or another scale than 1.
+    also for DoRA with "comfyui", which names its tensors differently, or another scale than 1, and
+    for an adapter that does not fit the base model. The names of layers stand in for a base model
+    that is not here.
     """
     trained = _check_export(run, out, scale)
     lora = read_lora(trained.adapter)
-    if lora.has_magnitudes and (scale != 1 or convention == "comfyui"):
+    family, is_comfyui = _find_family(trained, lora, model), convention == "comfyui"
+    if lora.has_magnitudes and (scale != 1 or is_comfyui):
         got = f"scale: got {scale}" if scale != 1 else f"convention: got {convention}"
         raise ValueError(f"{got} for an adapter with magnitudes (lora_use_dora), expected plain LoRA; use --merged")
-    print(f"exporting {trained.origin}")
+    print(f"exporting {trained.origin}" + f"; {lora.remark}" * bool(lora.remark))
     with empty_folder_on_error(out):
-        family, is_comfyui = family_of_layers(lora.layers), convention == "comfyui"
         lora = lora.scaled(scale, fold=is_comfyui)
         if is_comfyui and family.renamed:
             lora.save_original(out / ADAPTER_FILE, family.original_name)
         else:
             lora.save(out / ADAPTER_FILE)
         write_card(Export(trained.run, convention, scale, model, trained.step, lora.distilled, family), out)
+
+
+def _find_family(trained: Trained, lora: Lora, model: str | None) -> ModelFamily:
+    """Return the base model's family, by its files; by the layers' names if it is not here.
+
+    Raises ValueError where neither decides, and for layers of another model.
+    """
+    name, by_layers = model or read_settings(trained.run).get("model"), family_of_layers(lora.layers)
+    first, cure = next(iter(lora.layers)), "name the model that the run trained by --model"
+    try:
+        config = model_sizes(name)["transformer"]
+    except ValueError as error:
+        if by_layers:
+            return by_layers
+        got = f"got no base model ({error}) and no layer by whose name a kind of model is known, such as {first}"
+        raise ValueError(f"{trained.adapter}: {got}, expected either; {cure}") from error
+    family = family_of_config(config)
+    sizes = {} if by_layers else linear_sizes(config)
+    fits = all(sizes.get(key) == (len(part.b), part.a.shape[1]) for key, part in lora.layers.items())
+    if by_layers != family if by_layers else not fits:
+        got = f"got layers of {by_layers.name if by_layers else 'another model'}, such as {first}"
+        raise ValueError(f"{trained.adapter}: {got}, expected those of model={name!r}, a {family.name}; {cure}")
+    return family
 
 
 def _remove_paths(folder: Path) -> None:
@@ -133,31 +141,10 @@ def empty_folder_on_error(out: Path) -> Iterator[None]:
 def _check_export(path: Path, out: Path, scale: float) -> Trained:
     """Return what is exported. Raise ValueError if nothing was trained, or `out` is in use."""
     check_lora_scale(scale)
-    trained = _find_trained(path)
+    trained = find_trained(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty, expected a new folder; choose another or remove it")
     return trained
-
-
-def _find_trained(path: Path) -> Trained:
-    """Return a checkpoint, or a run's result, or the newest checkpoint of an interrupted run."""
-    run, checkpoint = path, None
-    if (path / "state.json").is_file():
-        run, checkpoint = path.absolute().parents[1], path
-        if wrong := damage(path):
-            raise ValueError(f"{path}: {wrong}, expected a whole checkpoint; name another")
-    if not (run / "config.yaml").is_file():
-        expected = "expected the folder of a training run, or a checkpoint within it"
-        raise ValueError(f"{run / 'config.yaml'} is not there, {expected}; correct {path}")
-    adapter = run / "adapter" / ADAPTER_FILE
-    if checkpoint is None and not (adapter.is_file() and Run(run).is_finished):
-        checkpoint = newest_undamaged_checkpoint(run / "checkpoints")
-    if checkpoint is not None:
-        return Trained(run, checkpoint, read_state(checkpoint)["step"])
-    refuse_trained_blocks(adapter.parent)
-    if not adapter.is_file():
-        raise ValueError(f"{adapter} is not there, nor a whole checkpoint, expected either; train first")
-    return Trained(run, adapter)
 
 
 def parse_export_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -19,13 +19,14 @@ from rlhf.generator.registry import (
     families,
     family_of_config,
 )
-from rlhf.io import file_errors, read_object
+from rlhf.io import describe_files, file_errors, read_object
 
 if TYPE_CHECKING:  # importing it takes seconds
     from rlhf.generator.pipeline import VideoPipeline
 
 NANO_PATH = Path(__file__).parents[1] / "nano" / "weights" / "contentv-nano"
 DIGESTED = 256  # numbers of a weight in `transformer_digest`
+TOP_FILES = ("model_index.json", SAMPLING_FILE)
 HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
 
 
@@ -63,7 +64,7 @@ def model_sizes(model: str | Path, pipe: "VideoPipeline | None" = None) -> dict[
         family, sampling, configs = published, published.sampling, published.published[str(model)]
     else:
         names = ("transformer", "vae", "tokenizer")
-        files = [f"{name}/{families()[0].config_files[name]}" for name in names] + ["model_index.json", SAMPLING_FILE]
+        files = [f"{name}/{families()[0].config_files[name]}" for name in names] + [*TOP_FILES]
         folder = model_folder(model, files)
         family = family_of_folder(folder)
         sampling = SamplingDefaults.load(folder, family.sampling)
@@ -107,6 +108,23 @@ def transformer_digest(model: str | Path, pipe: "VideoPipeline | None" = None) -
         digest.update(f"{name} {tuple(shape)}".encode())
         digest.update(start.float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def describe_model(model: str | Path) -> str | None:
+    """Return what tells a model's files from those of another version, without reading weights.
+
+    `describe_files` of a folder, the commit of a hub id in the cache; None where there is neither.
+    """
+    try:
+        folder = resolve_model(model)
+    except ValueError:
+        return None
+    if isinstance(folder, Path):
+        return describe_files(*(folder / n for n in (*family_of_folder(folder).config_files, *TOP_FILES)))
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(folder, "model_index.json")
+    return f"commit {Path(cached).parent.name}" if isinstance(cached, str) else None
 
 
 def family_of(model: str | Path) -> ModelFamily:
@@ -155,7 +173,7 @@ def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
     if isinstance(model, Path):
         return model if files else check_weights(model, "downloading or copying it again")
     names = dict.fromkeys(name for family in families() for name in family.config_files)
-    wanted = files or [f"{name}/*" for name in names] + ["model_index.json", SAMPLING_FILE]
+    wanted = files or [f"{name}/*" for name in names] + [*TOP_FILES]
     from huggingface_hub import snapshot_download
 
     try:

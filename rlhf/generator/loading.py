@@ -1,10 +1,12 @@
 """Load a pipeline by a name, a path or a hub id: `load_pipeline("nano")`.
 
 A checkpoint has a folder per component, in diffusers layout. Its transformer's config.json names
-the family (`rlhf.generator.registry`), whose classes are fixed.
+the family (`rlhf.generator.registry`), whose classes are fixed. Weights in the wanted format are
+mapped from their files, so they take no memory of their own until they move to a device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 
 from rlhf.generator.files import family_of_folder, model_folder, model_sizes, one_line
 from rlhf.generator.pipeline import VideoPipeline
-from rlhf.generator.registry import SamplingDefaults, family_of_config
+from rlhf.generator.registry import ModelFamily, SamplingDefaults, family_of_config
 
 BF16_ABOVE_BYTES = 2 * 2**30  # of transformer weights on disk
 
@@ -29,6 +31,62 @@ class Classes:
     text_encoders: dict[str, type]
     tokenizers: dict[str, type]
     load_scheduler: Callable[[Path], FlowMatchEulerDiscreteScheduler]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder, of which a pipeline is loaded part by part.
+
+    dtype: of the transformer and the text encoders; the VAE is always float32.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+
+    @classmethod
+    def find(cls, model: str | Path, dtype: torch.dtype | None = None) -> "Checkpoint":
+        """Return a model's checkpoint. Arguments and errors are those of `load_pipeline`."""
+        folder = model_folder(model)
+        model_sizes(folder)  # refuses other architectures
+        return cls(folder, dtype or default_dtype(folder))
+
+    @property
+    def family(self) -> ModelFamily:
+        """The model's family."""
+        return family_of_folder(self.folder)
+
+    def open_pipeline(self) -> VideoPipeline:
+        """Return the pipeline without weights: no encoders, transformer and VAE on "meta"."""
+        classes, folder = self.family.classes, self.folder
+        with torch.device("meta"):
+            parts = {"transformer": classes.transformer, "vae": AutoencoderKLWan}
+            empty = {name: cls.from_config(cls.load_config(folder / name)) for name, cls in parts.items()}
+        pipe = classes.pipeline(
+            **empty,
+            scheduler=classes.load_scheduler(folder / "scheduler"),
+            **dict.fromkeys(classes.text_encoders),
+            **{name: load_config(cls, folder / name) for name, cls in classes.tokenizers.items()},
+        )
+        pipe.sampling = SamplingDefaults.load(folder, self.family.sampling)
+        return pipe
+
+    def load_encoder(self, name: str) -> torch.nn.Module:
+        """Return one text encoder, on the CPU."""
+        return _load_weights(self.family.classes.text_encoders[name], self.folder / name, spare=True, dtype=self.dtype)
+
+    @contextmanager
+    def lend_encoder(self, pipe: VideoPipeline, name: str, device: torch.device) -> Iterator[None]:
+        """Have the pipeline hold a text encoder on the device while inside, and none after."""
+        setattr(pipe, name, self.load_encoder(name).to(device))
+        try:
+            yield
+        finally:
+            setattr(pipe, name, None)
+
+    def load_generator(self, pipe: VideoPipeline) -> None:
+        """Give the pipeline its transformer and VAE, on the CPU."""
+        pipe.transformer = load_transformer(self.folder, self.dtype)
+        pipe.vae = _load_weights(AutoencoderKLWan, self.folder / "vae", dtype=torch.float32)
 
 
 def load_pipeline(
@@ -47,21 +105,11 @@ def load_pipeline(
     Raises:
         ValueError: the model does not exist, lacks a component, or has other weights.
     """
-    folder = model_folder(model)
-    family, dtype = family_of_folder(folder), dtype or default_dtype(folder)
-    model_sizes(folder)  # refuses other architectures
-    classes = family.classes
-    encoders = {
-        name: _load_weights(cls, folder / name, spare=True, dtype=dtype) for name, cls in classes.text_encoders.items()
-    }
-    pipe = classes.pipeline(
-        transformer=load_transformer(folder, dtype),
-        vae=_load_weights(AutoencoderKLWan, folder / "vae", dtype=torch.float32),
-        scheduler=classes.load_scheduler(folder / "scheduler"),
-        **encoders,
-        **{name: load_config(cls, folder / name) for name, cls in classes.tokenizers.items()},
-    )
-    pipe.sampling = SamplingDefaults.load(folder, family.sampling)
+    checkpoint = Checkpoint.find(model, dtype)
+    pipe = checkpoint.open_pipeline()
+    for name in pipe.family.text_encoders:
+        setattr(pipe, name, checkpoint.load_encoder(name))
+    checkpoint.load_generator(pipe)
     return pipe if device is None else pipe.to(device)
 
 

@@ -22,8 +22,15 @@ class VideoPipeline:
     vae_scale_factor: int
     vae_scale_factor_temporal: int
 
-    def encode_texts(self, texts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return embeddings (B, L, D) and pooled embeddings (B, P); P is 0 for a model without."""
+    def encode_part(self, encoder: str, texts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, ...]:
+        """Return what one text encoder, by its name, makes of texts; each tensor is (B, ...)."""
+        raise NotImplementedError
+
+    def join_parts(self, parts: dict[str, tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return embeddings (B, L, D) and pooled embeddings (B, P); P is 0 for a model without.
+
+        parts: of `encode_part`, by encoder.
+        """
         raise NotImplementedError
 
     def warn_of_long(self, prompts: list[str], max_sequence_length: int) -> None:

@@ -154,10 +154,11 @@ def family_of_config(transformer: dict[str, Any]) -> ModelFamily:
     return next((f for f in known if transformer.get("_class_name") in f.transformer_classes), known[0])
 
 
-def family_of_layers(layers: Iterable[str]) -> ModelFamily:
-    """Return the family whose transformer has layers of these names."""
-    names, known = list(layers), families()
-    return next((f for f in known if any(name.startswith(f"{f.blocks}.") for name in names)), known[0])
+def family_of_layers(layers: Iterable[str]) -> ModelFamily | None:
+    """Return the one family whose transformer's blocks are named as in these layers, or None."""
+    begins = {name.split(".", 1)[0] for name in layers}
+    found = [family for family in families() if family.blocks in begins]
+    return found[0] if len(found) == 1 else None
 
 
 def spatial_patch(transformer: dict[str, Any]) -> int:

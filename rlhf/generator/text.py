@@ -1,6 +1,7 @@
 """Text embeddings, computed once per prompt, so that training needs no text encoders."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -37,12 +38,15 @@ def encode_prompts(
     negative_prompt: str,
     max_sequence_length: int,
     batch: int = ENCODE_BATCH,
+    lend_encoder: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> PromptCache:
-    """Encode each distinct text once, with `pipe.encode_texts`, in the dtype of the encoders.
+    """Encode each distinct text once, in the dtype of the encoders, one encoder after another.
 
     Texts are the prompts and the negative prompts of their rows, by default negative_prompt. All
     batches have one size, because the rounding of products depends on it: a resumed run encodes
     only the remaining prompts and needs the same embeddings to the bit.
+
+    lend_encoder: a context, by an encoder's name, inside of which the pipeline has that encoder.
     """
     prompts = list(prompts)
     negatives = [negative_of(prompt, negative_prompt) for prompt in prompts]
@@ -50,12 +54,9 @@ def encode_prompts(
     pipe.warn_of_long(unique, max_sequence_length)
     padded = unique + unique[-1:] * (-len(unique) % batch)
     starts = range(0, len(padded), batch)
-    batches = [_encode(pipe, padded[i : i + batch], max_sequence_length) for i in starts]
-    embeds, pooled = (torch.cat(parts)[: len(unique)] for parts in zip(*batches, strict=True))
-    return PromptCache(unique, embeds, pooled, negative_prompt)
-
-
-def _encode(pipe: VideoPipeline, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return embeddings (B, L, D) and pooled embeddings (B, P) on the CPU."""
-    embeds, pooled = pipe.encode_texts(prompts, max_sequence_length)
-    return embeds.cpu(), pooled.cpu()
+    parts, encode = {}, pipe.encode_part
+    for name in pipe.family.text_encoders:
+        with lend_encoder(name):
+            batches = [[x.cpu() for x in encode(name, padded[i : i + batch], max_sequence_length)] for i in starts]
+            parts[name] = tuple(torch.cat(column)[: len(unique)] for column in zip(*batches, strict=True))
+    return PromptCache(unique, *pipe.join_parts(parts), negative_prompt)

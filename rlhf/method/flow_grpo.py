@@ -36,10 +36,10 @@ def sde_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, 
 
 
 def cps_moments(x: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, i: int, level: float):
-    """Return the same for coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952).
+    """Return mean and standard deviation of step i by Flow-CPS (arXiv 2509.05952).
 
-    Of the noise at level t' = sigma_i+1 a part t' sin(level pi / 2) is fresh, the rest is what the
-    model sees in x: the sum is as noisy as the flow at t', whatever the length of the step.
+    The fresh noise has the standard deviation t' sin(level pi / 2) at t' = sigma_i+1. The model's
+    estimate of the noise in x gives the rest. The state has noise level t' for steps of any length.
     """
     t, after = sigmas[i], sigmas[i + 1]
     std = after * math.sin(level * math.pi / 2)
@@ -62,16 +62,16 @@ def log_density(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch
 def sample_stochastic(
     velocity: Velocity, noise: Callable[[str], torch.Tensor], sigmas: torch.Tensor, kind: str, level: float
 ) -> list[torch.Tensor]:
-    """Return the states x_0 .. x_N of a rollout, stochastic in all steps but the last.
+    """Return the states of a rollout, from the noise x_0 to the video x_N, (B, C, T, H, W) each.
 
-    The noise of the last one would stay in the video.
+    All steps but the last are stochastic. The noise of the last one would stay in the video.
 
     Args:
         velocity: that of the policy.
         noise: purpose -> unit normal noise (B, C, T, H, W).
         sigmas: noise levels (N+1,), from 1 down to 0.
         kind: a key of `MOMENTS`.
-        level: 0 leaves the deterministic sampler.
+        level: strength of the fresh noise; 0 is the deterministic sampler.
     """
     states = [noise("train")]
     for i in range(len(sigmas) - 2):
@@ -99,8 +99,10 @@ class FlowGRPO(Regression):
     kl_weight: float
     clip: float
 
-    def sample(self, velocity: Velocity, noise: Callable[[str], torch.Tensor], sigmas: torch.Tensor):
-        """Return the states x_0 .. x_N of the stochastic rollout."""
+    def sample(
+        self, velocity: Velocity, noise: Callable[[str], torch.Tensor], sigmas: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return the states of a stochastic no-grad rollout, as `sample_stochastic`."""
         return sample_stochastic(velocity, noise, sigmas, self.kind, self.level)
 
     def losses(self, rollout: ScoredRollout) -> Iterator[torch.Tensor]:

@@ -34,14 +34,14 @@ class Leaps:
         leap's end from the rollout and t the tolerance (eq. 12, but for the constant 2 t, which
         makes the largest weight 1).
         """
-        x_k, x_j, x_0 = states[self.start], states[self.middle], states[-1]
+        x_k, x_j, x0 = states[self.start], states[self.middle], states[-1]
         s_k, s_j, s_0 = sigmas[self.start], sigmas[self.middle], sigmas[-1]
         leap_j = euler_step(x_k, velocity(x_k, s_k), s_k, s_j)
         moved_j = leap_j - leap_j.detach()  # zero, with the gradient of the first leap
         leap_0 = euler_step(x_j + moved_j, velocity(x_j + self.discount * moved_j, s_j), s_j, s_0)
-        far_B = sum(self._distance(*pair) for pair in ((leap_j, x_j), (leap_0, x_0)))
+        far_B = sum(self._distance(*pair) for pair in ((leap_j, x_j), (leap_0, x0)))
         weight_B = 2 * self.tolerance / far_B
-        return x_0 + weight_B.view(-1, 1, 1, 1, 1) * (leap_0 - leap_0.detach())
+        return x0 + weight_B.view(-1, 1, 1, 1, 1) * (leap_0 - leap_0.detach())
 
     def _distance(self, leap: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """Return the mean absolute difference (B,) without gradient, at least the tolerance."""

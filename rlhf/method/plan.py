@@ -1,7 +1,7 @@
 """The published ways to send a reward's gradient into a denoiser, as plans for one sampler.
 
-Written for the flow x_sigma = (1 - sigma) x_0 + sigma noise with velocity v = dx/dsigma. A model's
-estimate of x_0 is x - sigma v, an Euler step straight to sigma 0. docs/methods.md compares the
+Written for the flow x_sigma = (1 - sigma) x0 + sigma noise with velocity v = dx/dsigma. A model's
+estimate of x0 is x - sigma v, an Euler step straight to sigma 0. docs/methods.md compares the
 methods.
 """
 
@@ -158,8 +158,8 @@ def gradient_samples(
 
     Args:
         window: the velocity of steps that carry the gradient.
-        states: x_0 .. x_N of the rollout, (B, C, T, H, W) each; x_N has its graph. The list is
-            emptied, since the states of a long video are large.
+        states: x_0 (noise) .. x_N (video) of the rollout, (B, C, T, H, W) each; x_N has its graph.
+            The list is emptied, since the states of a long video are large.
         noise: purpose -> unit normal noise (B, C, T, H, W); "train" is the rollout's.
         plan: that of the rollout.
     """
@@ -179,7 +179,7 @@ def gradient_samples(
 
 
 def repeat_last_step(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Return x_0, noised to the last step's start `sigma` and denoised again.
+    """Return x0 after noising to `sigma`, the start of the last step, and that step again.
 
     DRaFT-LV, arXiv 2309.17400, algorithm 1. x0: detached, else the gradient also runs through the
     rollout.
@@ -196,10 +196,10 @@ def estimate_x0(x: torch.Tensor, x_next: torch.Tensor, sigma: torch.Tensor, sigm
 def recover(
     velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, step: float
 ) -> torch.Tensor:
-    """Return x_0 from one Euler step onto sigma (Direct-Align, arXiv 2509.06942, eq. 4 and 5).
+    """Return x0 as one Euler step onto sigma recovers it (Direct-Align, 2509.06942, eq. 4 and 5).
 
     With step < 0 the step denoises from sigma - step; with step > 0 it inverts, up from there (eq.
-    12 and 13). The velocity noise - x_0 returns x_0 exactly; another velocity moves it by
+    12 and 13). The velocity noise - x0 returns x0 exactly; another velocity moves it by
     step / (1 - sigma) times the difference.
     """
     start = sigma - step

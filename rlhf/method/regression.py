@@ -20,7 +20,7 @@ VelocityVJP = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[
 class ScoredRollout:
     """A batch's rollout by the old policy, its scores, and its velocities."""
 
-    states: list[torch.Tensor]  # x_0 .. x_N, (B, C, T, H, W) each
+    states: list[torch.Tensor]  # x_0 (noise) .. x_N (video), (B, C, T, H, W) each
     sigmas: torch.Tensor  # (N+1,) from 1 to 0
     scores_B: torch.Tensor
     gradient: torch.Tensor | None  # of each score at its x_N; None for a method of `SCORES_ALONE`
@@ -36,7 +36,7 @@ class Regression(Protocol):
     def sample(
         self, velocity: Velocity, noise: Callable[[str], torch.Tensor], sigmas: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Return the states x_0 .. x_N of a no-grad rollout; arguments as in `ScoredRollout`."""
+        """Return the states of a no-grad rollout; arguments and states as in `ScoredRollout`."""
         return sample_euler(velocity, noise("train"), sigmas)
 
     def losses(self, rollout: ScoredRollout) -> Iterator[torch.Tensor]:

@@ -18,7 +18,7 @@ Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_BCTHW, sig
 
 @torch.no_grad()
 def sample_euler(velocity: Velocity, noise_BCTHW: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
-    """Return the states x_0 .. x_N of Euler steps through sigmas (N+1,), without gradient."""
+    """Return the states x_0 (noise) .. x_N (video) of Euler steps through sigmas (N+1,)."""
     states = [noise_BCTHW]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
         x = states[-1]
@@ -35,7 +35,9 @@ def rollout(
     detach_input: bool = False,
     start: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
-    """Return the states x_0 .. x_N, (B, C, T, H, W) each; those up to the window have no gradient.
+    """Return the states x_0 (noise) .. x_N (video), (B, C, T, H, W) each.
+
+    Those up to the start of the window have no gradient.
 
     Args:
         prefix: the velocity of no-grad steps, before the window and inside it.

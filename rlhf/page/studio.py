@@ -29,7 +29,13 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: the videos to make, by model, and what the two share."""
+    """A checked request for one video, or for two that are compared.
+
+    video     what all videos share: prompt, negative prompt and seed
+    sampling  by model, "base" or "tuned"
+    variants  the weights and the adapter, by model
+    blind     whether the page hides which video is which
+    """
 
     video: dict
     sampling: dict[str, SamplingDefaults]
@@ -37,7 +43,7 @@ class Request:
     blind: bool
 
     def settings(self, model: str) -> dict:
-        """Return how a model's video is made, but for what the two share."""
+        """Return the settings of a model's video that `video`, the shared part, does not have."""
         variant, sampling = self.variants[model], asdict(self.sampling[model])
         made = variant.identity() | {"adapter": variant.lora and str(variant.lora)} | sampling
         return {name: value for name, value in made.items() if name not in self.video}
@@ -69,7 +75,7 @@ class StudioApp:
         self.error, self.pair, self.single, self.stopped = "", None, None, False
 
     def state(self) -> dict[str, Any]:
-        """Return what the page shows."""
+        """Return what the page shows: form, progress, error, pair or single video, and votes."""
         demo = {"model": self.model, "adapters": self.adapters, "form": self.form}
         pair = self.pair and describe_pair(self.votes, self.pair, self.pair.key in self.told)
         result = self.votes.result(self.pair.settings) if self.pair else None
@@ -77,31 +83,34 @@ class StudioApp:
         return {"demo": demo, "job": self.job, "error": self.error, "pair": pair, "single": single, "result": result}
 
     def video(self, key: str, side: str) -> Path | None:
-        """Return the file on a side of a pair that was shown, or the single video."""
+        """Return the file on a side of a pair that was shown, or the single video, or None."""
         return self.single if self.single and key == self.single.stem else self.votes.file(key, side)
 
     def vote(self, body: dict) -> None:
-        """Take the vote on a pair that was shown blind."""
+        """Record a vote on a pair that was shown blind. Raise VoteError for any other pair."""
         if body.get("pair") in self.told:
             raise VoteError("got a vote on a pair whose sides were told, expected a blind one; make another pair")
         self.votes.vote(body.get("pair"), body.get("choice"))
 
     def stop(self, body: dict) -> None:
-        """Stop the sampling after its step."""
+        """Stop the sampling after its current denoising step."""
         self.stopped = True
 
     def make(self, body: dict) -> None:
-        """Check a request and start to make its videos. Raise ValueError for a wrong one."""
-        request = self.read(body)
+        """Check a request and make its videos in a thread.
+
+        Raises ValueError for a wrong request, or if another one runs.
+        """
+        request = self.parse_request(body)
         with self.lock:
             if self.job:
                 raise ValueError("got a second request, expected one at a time; wait for it, or stop it")
             self.job, self.error, self.stopped = {"stage": "starting", "done": 0, "total": 0}, "", False
         self.form = self.form | {name: body[name] for name in (*KINDS, "blind") if name in body}
-        threading.Thread(target=self._run, args=(request,), daemon=True).start()
+        threading.Thread(target=self._make_videos, args=(request,), daemon=True).start()
 
-    def read(self, body: dict) -> Request:
-        """Return the request of a form, checked without weights."""
+    def parse_request(self, body: dict) -> Request:
+        """Return the request of a form, checked without weights. Raises ValueError."""
         given = self.form | body
         for name, kind in KINDS.items():
             accepted = int | float if kind is float else kind  # JSON has 1 for 1.0
@@ -122,15 +131,15 @@ class StudioApp:
         video = {name: given[name] for name in ("prompt", "negative_prompt", "seed")}
         return Request(video, sampling, variants, bool(given["blind"]))
 
-    def _run(self, request: Request) -> None:
-        """Make the videos of a request, and show them or say what went wrong."""
+    def _make_videos(self, request: Request) -> None:
+        """Make the videos of a request and show them; show an error in their place."""
         try:
             settings = {model: request.settings(model) for model in request.variants}
             keys = {model: _digest([request.video, settings[model]]) for model in settings}
             todo = [model for model in keys if keys[model] not in self.made]
-            clock = _Clock(self, [request.sampling[model].num_inference_steps for model in todo])
+            progress = _Progress(self, [request.sampling[model].num_inference_steps for model in todo])
             for model in todo:
-                self.made[keys[model]] = self._make(request, model, keys[model], clock)
+                self.made[keys[model]] = self._make_video(request, model, keys[model], progress)
             files = {model: self.made[key] for model, key in keys.items()}
             self.single = None if len(files) > 1 else files["base"]
             self.pair = Pair(request.video, settings, files) if len(files) > 1 else None
@@ -148,12 +157,12 @@ class StudioApp:
         finally:
             self.job = None
 
-    def _make(self, request: Request, model: str, key: str, clock: "_Clock") -> Path:
-        """Make one video; return its file."""
+    def _make_video(self, request: Request, model: str, key: str, progress: "_Progress") -> Path:
+        """Sample and write one video; return its file."""
         variant, sampling = request.variants[model], request.sampling[model]
         print(self.sampler.use(variant.adapter, variant.scale) or "base", flush=True)
-        clock.begin()
-        pixels = self.sampler.sample(request.video["prompt"], request.video["seed"], sampling, clock)
+        progress.begin()
+        pixels = self.sampler.sample(request.video["prompt"], request.video["seed"], sampling, progress)
         path = self.folder / "videos" / f"{key}.mp4"
         save_video(path, pixels, sampling.fps)
         return path
@@ -178,7 +187,7 @@ def serve_studio(
     serve(server, StudioApp(load(), model, adapters, form, folder, check, votes))
 
 
-class _Clock:
+class _Progress:
     """The progress of a request: seconds a step, and seconds left in all its videos."""
 
     def __init__(self, app: StudioApp, steps: list[int]):
@@ -188,7 +197,7 @@ class _Clock:
     def begin(self) -> None:
         """Begin the next video."""
         self.number += 1
-        self._tell("reading the prompt", 0)
+        self._update_job("reading the prompt", 0)
 
     def __call__(self, done: int) -> None:
         """Count a step of this video; raise Stopped if the user asked for it."""
@@ -198,9 +207,10 @@ class _Clock:
         if done > 1:  # the first step's time has the encoding of the prompt in it
             self.seconds, self.timed = self.seconds + now - self.last, self.timed + 1
         self.last = now
-        self._tell("decoding" if done == self.steps[self.number - 1] else "denoising", done)
+        self._update_job("decoding" if done == self.steps[self.number - 1] else "denoising", done)
 
-    def _tell(self, stage: str, done: int) -> None:
+    def _update_job(self, stage: str, done: int) -> None:
+        """Show the stage, the steps done of this video, and the seconds left."""
         done, total = sum(self.steps[: self.number - 1]) + done, sum(self.steps)
         each = self.seconds / self.timed if self.timed else None
         times = {"seconds_a_step": each, "seconds_left": each and each * (total - done)}

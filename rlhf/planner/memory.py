@@ -60,6 +60,7 @@ class RewardNeeds:
 
     decoded_frames: int  # leading frames of a video
     weight_bytes: int  # of rewards and judges
+    largest_bytes: int  # weights of the largest of them
     peak_bytes: int  # of the reward that takes most, above the weights
     seconds: float  # of all measured rewards, forward and backward, on the device of `COSTS_FILE`
     traced: tuple[TracedCall, ...] = ()  # of rewards that are traced instead
@@ -103,7 +104,10 @@ def plan_rewards(model: TracedModel, args: RewardGradientConfig, kind: str = RAT
     peaks = [cost.peak_bytes for cost in here]
     peaks += [call.peak_bytes for name, call in traced.items() if name not in away]
     seconds = sum(cost.seconds for cost in costs.values())
-    return RewardNeeds(frames, sum(weights), max(peaks, default=0), seconds, tuple(traced.values()), tuple(unknown))
+    largest = max(weights, default=0)
+    return RewardNeeds(
+        frames, sum(weights), largest, max(peaks, default=0), seconds, tuple(traced.values()), tuple(unknown)
+    )
 
 
 def latent_reward(model: TracedModel, kwargs: dict, args: RewardGradientConfig) -> tuple[TracedCall, int]:
@@ -125,17 +129,17 @@ def plan_memory(
 
     args: those of model, but for settings about speed and memory. rewards: `plan_rewards` of the
     same args.
-    encoder_bytes: what encoding the prompts takes before the first step.
+    encoder_bytes: what encoding the prompts takes in the encoder that takes most. Of what is held,
+        only the rewards are there by then.
     """
     batch = args.per_device_train_batch_size
     branch = model.transformer_call(args, batch * branches_per_batch(args))
     decoder = model.decoder_call(args, batch, rewards.decoded_frames)
-    # Graphs of transformer calls that exist at once without `stepwise_backward`.
-    num_graphs = max_graphs(args) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
+    graphs = num_graphs(args)
     # With `stepwise_backward` each graph is built when its backward pass begins.
-    waiting_graphs = 0 if args.stepwise_backward else num_graphs * branch.saved_bytes
-    other_graphs = 0 if args.stepwise_backward else (num_graphs - 1) * branch.saved_bytes
-    adapter_gradient = model.adapter_bytes if num_graphs > 1 else 0  # of the graphs before
+    waiting_graphs = 0 if args.stepwise_backward else graphs * branch.saved_bytes
+    other_graphs = 0 if args.stepwise_backward else (graphs - 1) * branch.saved_bytes
+    adapter_gradient = model.adapter_bytes if graphs > 1 else 0  # of the graphs before
     video = 4 * batch * 3 * rewards.decoded_frames * args.height * args.width  # float32, kept for the log
     if args.method in SCORES_ALONE:  # nothing of scoring is kept for a backward pass
         decoder, waiting_graphs = model.decoder_call(args, batch, rewards.decoded_frames, False), 0
@@ -143,8 +147,7 @@ def plan_memory(
         waiting_graphs = 0
     decode_bytes = max(decoder.peak_bytes, decoder.no_grad.added_bytes)
     held, gathered = _resident_bytes(model, args, rewards), _gathered_bytes(model, args)
-    # While prompts are encoded, neither the moments nor the position table exist.
-    not_yet_held = MOMENT_BYTES * model.num_trained + held["position table"]
+    not_yet_held = sum(held.values()) - held["rewards"]
     phases = {
         ENCODING: max(0, encoder_bytes - not_yet_held),
         "sampling": gathered + branch.no_grad.added_bytes,
@@ -156,6 +159,11 @@ def plan_memory(
     if args.eval_prompts:
         phases["evaluation"] = gathered + _evaluation_bytes(model, args)
     return MemoryPlan(held, phases)
+
+
+def num_graphs(args: RewardGradientConfig) -> int:
+    """Return how many graphs of transformer calls exist at once without `stepwise_backward`."""
+    return max_graphs(args) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
 
 
 def branches_per_batch(args: RewardGradientConfig) -> int:
@@ -199,6 +207,7 @@ def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: Rew
 
 
 def _position_table_bytes(model: TracedModel) -> int:
+    """Return the bytes of the transformer's cached position embeddings, 0 if it keeps none."""
     return model.transformer.position_bytes(model.num_tokens)
 
 

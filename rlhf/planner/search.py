@@ -11,6 +11,7 @@ from rlhf.config import RewardGradientConfig
 from rlhf.device import RATED_KIND
 from rlhf.execution.quantize import missing_library
 from rlhf.generator.registry import family_of_config
+from rlhf.planner.host import HostPlan, plan_host
 from rlhf.planner.memory import MemoryPlan, plan_memory, plan_rewards
 from rlhf.planner.text_encoders import encoding_bytes
 from rlhf.planner.time import H200, Rates, plan_time
@@ -42,10 +43,11 @@ INEXACT_CHOICES = (
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The memory and the time of a run after some changes of its settings."""
+    """The device's and the host's memory and the time of a run after changes of its settings."""
 
     changes: dict
     memory: MemoryPlan
+    host: HostPlan
     time: dict[str, float]  # seconds of one optimizer step, by phase
 
     @property
@@ -79,7 +81,9 @@ class Planner:
         family = family_of_config(card["transformer"])
         tokens = family.encoder_tokens(card, args.max_sequence_length)
         classes, dtype = family.classes.text_encoders, self.model.transformer.dtype
-        self.encoder_bytes = encoding_bytes(classes, encoders or {}, tokens, dtype)
+        each = [{name: config} for name, config in (encoders or {}).items()]
+        largest = lambda **batch: max((encoding_bytes(classes, one, tokens, dtype, **batch) for one in each), default=0)
+        self.encoder_bytes, self.encoder_weights = largest(), largest(batch=0)
         self.rewards = plan_rewards(self.model, args, kind)
 
     def estimate(self, changes: dict | None = None) -> Estimate:
@@ -87,7 +91,8 @@ class Planner:
         args = dataclasses.replace(self.args, **changes or {})
         rewards = plan_rewards(self.model, args, self.kind)
         memory = plan_memory(self.model, args, rewards, self.encoder_bytes)
-        return Estimate(changes or {}, memory, plan_time(self.model, args, rewards, self.rates))
+        host = plan_host(self.model, args, rewards, memory, self.encoder_weights, self.kind)
+        return Estimate(changes or {}, memory, host, plan_time(self.model, args, rewards, self.rates))
 
     def find_fitting(self, limit: int) -> list[Estimate]:
         """Return estimates that need at most `limit` bytes, the fastest first. [] if there is none.

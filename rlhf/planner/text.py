@@ -1,11 +1,14 @@
 """The text that `--dry_run` prints: settings, sizes, memory, time, and settings that fit."""
 
+import os
+
 from rewards.cli.table import format_table
 from rlhf.config import ConfigError, RewardGradientConfig, with_sampling
-from rlhf.device import RATED_KIND, describe, local_device, non_pytorch_memory, total_memory
+from rlhf.device import RATED_KIND, describe, host_memory, local_device, non_pytorch_memory, total_memory
 from rlhf.distributed.layout import Sizes, planned_processes
 from rlhf.generator.files import model_sizes
 from rlhf.method.options import WITH_GRADIENT, WITHOUT_GRADIENT
+from rlhf.planner.host import HOST_ACCURACY, HostPlan
 from rlhf.planner.memory import ENCODING
 from rlhf.planner.search import INEXACT_CHOICES, Estimate, Planner
 from rlhf.planner.text_encoders import encoder_configs
@@ -51,7 +54,7 @@ def plan_report(
     card = model_sizes(args.model)
     args = with_sampling(args, card["sampling"])
     limit = int(memory_limit_gib * GIB) if memory_limit_gib else None
-    kind = RATED_KIND
+    kind, elsewhere = RATED_KIND, device_name is not None
     if device_name is None:
         device = local_device(args.device)
         device_name, limit, kind = describe(device), limit or total_memory(device), device.type
@@ -61,6 +64,7 @@ def plan_report(
     estimate = planner.estimate()
     texts = [args.to_yaml(), format_sizes(planner), format_memory(planner, estimate, context_bytes)]
     texts += [ON_A_CPU] * (kind == "cpu")
+    texts.append(format_host(estimate.host, processes, None if elsewhere else host_memory()))
     texts.append(format_time(planner, estimate, device_name))
     if limit is not None:
         texts.append(format_fit(planner, estimate, limit, context_bytes, device_name))
@@ -106,6 +110,21 @@ def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> s
             format_table([("Peak memory of each phase, with that", ""), *peaks], numbers=True) + left_out,
         )
     )
+
+
+def format_host(host: HostPlan, processes: int, available: int | None) -> str:
+    """Return a line about host memory. available: bytes of this machine; None plans for another."""
+    each = " for each process" if processes > 1 else ""
+    line = (
+        f"Host memory: {_format_bytes(host.peak_bytes)}{each}, within {HOST_ACCURACY:.0%}, most for {host.peak_phase}."
+    )
+    if available is None:
+        return line
+    local = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    if host.peak_bytes * local <= available:
+        return f"{line} This machine has {_format_bytes(available)}."
+    cure = "stream_weights, offload_activations and decode_caches host take it; lower num_frames, or use a larger host"
+    return f"{line} It does not fit: this machine has {_format_bytes(available)}. {cure[0].upper()}{cure[1:]}."
 
 
 def format_time(planner: Planner, estimate: Estimate, device_name: str) -> str:

@@ -316,8 +316,11 @@ def _extrapolate_phase(shorter: Phase, longer: Phase, extra: int) -> Phase:
     line = lambda a, b: b + extra * (b - a)
     names = ("bytes_before", "bytes_after", "peak_bytes")
     sizes = {name: line(getattr(shorter, name), getattr(longer, name)) for name in names}
-    operations = {*shorter.work, *longer.work}
-    return Phase(**sizes, work=Counter({op: line(shorter.work[op], longer.work[op]) for op in operations}))
+    counts = {}
+    for name in ("work", "offloaded"):
+        a, b = getattr(shorter, name), getattr(longer, name)
+        counts[name] = Counter({key: line(a[key], b[key]) for key in {*a, *b}})
+    return Phase(**sizes, **counts)
 
 
 def _count_frozen(module: nn.Module) -> int:

@@ -47,6 +47,7 @@ class Phase:
     bytes_after: int = 0
     peak_bytes: int = 0
     work: Counter[Operation] = field(default_factory=Counter)
+    offloaded: Counter[int] = field(default_factory=Counter)  # tensors in host memory, by bytes
 
     @property
     def launches(self) -> int:
@@ -106,6 +107,11 @@ class Trace(TorchDispatchMode):
         for phase in self.phases:
             phase.work[operation] += 1
             phase.peak_bytes = max(phase.peak_bytes, self.live_bytes)
+
+    def offload(self, size: int) -> None:
+        """Count a tensor of `size` bytes that moves to host memory."""
+        for phase in self.phases:
+            phase.offloaded[size] += 1
 
     def _track(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage until it is freed."""
@@ -299,6 +305,7 @@ class _MetaGroup:
         if _bytes([tensor]) < self.smallest_bytes or isinstance(tensor, nn.Parameter):
             return tensor
         self.offloaded.append(_Offloaded(tensor))
+        _get_current_dispatch_mode().offload(_bytes([tensor]))
         return self.offloaded[-1]
 
     def unpack(self, saved):

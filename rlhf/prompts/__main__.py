@@ -40,9 +40,9 @@ def words(prompt: str) -> frozenset[str]:
 def close_pairs(sets: list[list[str]], near: float = NEAR) -> list[Pair]:
     """Return all pairs of prompts whose words have a Jaccard similarity of at least near.
 
-    The search is exact, and quick for large sets: two sets of words that overlap so far share one
-    of their rarest few (prefix filtering; Bayardo, Ma and Srikant 2007, "Scaling up all pairs
-    similarity search"). Pairs are in the order of their second prompt.
+    Pairs come from all prompts of all sets together, in the order of their second prompt. The
+    search is exact, by prefix filtering: similar prompts share one of their rarest words (Bayardo,
+    Ma and Srikant 2007, "Scaling up all pairs similarity search").
     """
     prompts = [(number, prompt, words(prompt)) for number, prompts in enumerate(sets) for prompt in prompts]
     commonness = Counter(word for _, _, said in prompts for word in said)
@@ -61,7 +61,7 @@ def close_pairs(sets: list[list[str]], near: float = NEAR) -> list[Pair]:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; return 0 for no pairs, 1 for some, 2 for files that cannot be read."""
+    """Print near-duplicate prompts; return 0 for none, 1 for some, 2 for an unreadable file."""
     parser = argparse.ArgumentParser(prog="python -m rlhf.prompts", description=__doc__)
     parser.add_argument("files", nargs="+", help="prompt files")
     parser.add_argument("--near", type=float, default=NEAR, help=f"share of common words that is too much ({NEAR})")

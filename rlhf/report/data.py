@@ -253,7 +253,7 @@ class Run:
 
 
 def training_table(metrics: list[dict]) -> list[dict]:
-    """Return a row for each number in metrics.jsonl.
+    """Return a row of statistics for each metric in metrics.jsonl.
 
     {"name", "first", "last", "recent": mean of the last ten, "lowest", "highest", "rows": number of
     steps that have it}.

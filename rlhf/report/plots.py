@@ -82,14 +82,14 @@ def _reward_panel(run: Run, name: str) -> Panel:
 
 
 def _metric_series(run: Run, key: str, label: str = "", **style) -> Series:
-    """Return a number of metrics.jsonl along the run; style: fields of Series."""
+    """Return one key of metrics.jsonl over the optimizer steps; style: fields of Series."""
     return Series(label, {row["step"]: row[key] for row in run.metrics if key in row}, **style)
 
 
 def _eval_series(run: Run, key: str, label: str = "", final: str = "", color: str = FIRST) -> Series:
-    """Return a number of the evaluations along the run.
+    """Return one metric of the evaluations over the optimizer steps.
 
-    final: its name in the summary, for a number that is 0 for the base.
+    final: key of its last value in the summary; such a metric is 0 for the base.
     """
     series = _metric_series(run, key, label, dots=True, color=color)
     if final in run.summary:

@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
-from rlhf.io import DamagedFileError, file_errors, file_sha256, read_object, save_tensors, write_json
+from rlhf.io import DamagedFileError, file_errors, file_fingerprint, read_object, save_tensors, write_json
 
 if TYPE_CHECKING:  # not for a look at settings: it takes seconds
     from rlhf.adapter.masters import MasterWeights
@@ -38,6 +37,7 @@ STATE_TYPES = {  # of state.json: type, and the value where earlier versions hav
     "processes": (int, 1),
     "seconds": (int | float, 0),
     "guard": (dict | None, None),
+    "inputs": (dict, {}),
 }
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -102,7 +102,7 @@ def _write_files(folder: Path, step: int, masters: "MasterWeights", optimizer, s
     save_file(_cpu(named), folder / "optimizer.safetensors")
     progress = {"step": step, "optimizer_updates": int(moments.get("step", 0))}
     write_json(folder / STATE, progress | state)
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    files = {path.name: file_fingerprint(path) for path in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {"files": files, "processes": state.get("processes", 1)})
 
 
@@ -110,17 +110,6 @@ def _averages(masters: "MasterWeights") -> list[tuple[str, torch.Tensor]]:
     """Return the averages of the weights that a run keeps, by the name of their file."""
     kept = ("average", masters.average), ("old", masters.old)
     return [(name, average) for name, average in kept if average is not None]
-
-
-def _fingerprint(path: Path) -> dict:
-    """Return a file's size and hash. A process hashes each version of a file once."""
-    status = path.stat()
-    return _hash(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@lru_cache
-def _hash(path: Path, size: int, *_version: int) -> dict:
-    return {"bytes": size, "sha256": file_sha256(path)}
 
 
 def damage(path: Path) -> str | None:
@@ -136,7 +125,7 @@ def damage(path: Path) -> str | None:
         return f"{MANIFEST} is missing or damaged"
     for name, expected in files.items():
         try:
-            found = _fingerprint(path / name)
+            found = file_fingerprint(path / name)
         except FileNotFoundError:
             return f"{name} is missing"
         if found != expected:

@@ -60,6 +60,7 @@ def read_environment(folder: Path) -> list[dict]:
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

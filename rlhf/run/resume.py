@@ -1,15 +1,20 @@
 """Resuming a run, after a restart by torchrun too: where from, and what has changed."""
 
 import dataclasses
+import hashlib
+import json
 import os
 from pathlib import Path
 
+from rewards.load import source_digests
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.older import translate_old_settings
 from rlhf.distributed.launch import RESTART_COUNT, launcher_world_size
+from rlhf.generator.files import describe_model
 from rlhf.io import DamagedFileError
 from rlhf.run.checkpoint import find_checkpoint, newest_undamaged_checkpoint, read_state
 from rlhf.run.folder import has_run
+from rlhf.types import row_of
 
 # Settings of a single launch, which may differ from launch to launch.
 LAUNCH_SETTINGS = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
@@ -50,8 +55,27 @@ def restart_message(args: RewardGradientConfig) -> str:
     return f"{args.output_dir} holds a run without a checkpoint: starting it again, and keeping what is there\n"
 
 
-def resume_message(path: Path, saved: dict, args: RewardGradientConfig) -> str:
-    """Return a line about a resume: step reached, settings changed. saved: `read_state` of path."""
+def describe_inputs(args: RewardGradientConfig, prompts: list[str], eval_prompts: list[str]) -> dict[str, str]:
+    """Return what identifies the content of a run's inputs, by the setting that names them."""
+    found = {"prompts": _describe_prompts(prompts), "eval_prompts": _describe_prompts(eval_prompts)}
+    found["model"] = str(describe_model(args.model))
+    sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir, args.reward_kwargs)
+    return found | {f"reward {name}": f"digest {_digest(text)}" for name, text in sources.items()}
+
+
+def _describe_prompts(prompts: list[str]) -> str:
+    return f"{len(prompts)} prompts, digest {_digest([*map(row_of, prompts)])}"
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def resume_message(path: Path, saved: dict, args: RewardGradientConfig, inputs: dict[str, str]) -> str:
+    """Return a line about a resume: step reached, settings and content of inputs that changed.
+
+    saved: `read_state` of path. inputs: `describe_inputs` of this start.
+    """
     step, last = saved["step"], args.max_steps
     message = f"Going on from {path}, step {step} of {last}"
     message += "; no step is left, max_steps says how many the whole run has" if step >= last else ""
@@ -60,7 +84,15 @@ def resume_message(path: Path, saved: dict, args: RewardGradientConfig) -> str:
     before = {name: value for name, value in settings.items() if name in now and name not in LAUNCH_SETTINGS}
     changed = [f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if value != now[name]]
     message += f". Other settings than before: {', '.join(changed)}." if changed else "."
-    return f"{message}{_batch_message(saved, settings, args)} {moved}".rstrip()
+    return f"{message}{_input_message(saved, inputs)}{_batch_message(saved, settings, args)} {moved}".rstrip()
+
+
+def _input_message(saved: dict, inputs: dict[str, str]) -> str:
+    """Return a sentence on inputs whose content is another than at the checkpoint; "" if none."""
+    before = saved.get("inputs", {})
+    changed = [f"{name} ({before[name]} -> {now})" for name, now in inputs.items() if before.get(name, now) != now]
+    tail = "The run goes on with what is there now, and measures the base anew where that counts."
+    return f" Other content than before: {', '.join(changed)}. {tail}" if changed else ""
 
 
 def _batch_message(saved: dict, before: dict, args: RewardGradientConfig) -> str:

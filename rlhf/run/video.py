@@ -17,7 +17,10 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
 
 
 def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
-    """Write a uint8 video as H.264, which every browser plays; height and width are even."""
+    """Write a uint8 video (3, T, H, W) as H.264, which every browser plays.
+
+    Height and width must be even.
+    """
     import av
 
     with av.open(str(path), "w") as container:

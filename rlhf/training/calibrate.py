@@ -14,8 +14,9 @@ from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import SAMPLING_SETTINGS, MakeVideos, fingerprint
 from rlhf.io import read_object, write_json
 from rlhf.method.rollout import draw_noise
+from rlhf.types import row_of
 
-CALIBRATION = "calibration.json"  # {"scores": {name: [score of each sample]}, "settings": {...}}
+CALIBRATION = "calibration.json"  # {"scores": {name: [one a sample]}, "settings": {...}, "prompts": [row, ...]}
 CALIBRATION_FINGERPRINT = (*SAMPLING_SETTINGS, "seed")
 
 
@@ -37,12 +38,15 @@ def calibrate(
     if layout.is_main_process:
         values = {name: scores_N.tolist() for name, scores_N in scores.items()}
         kept = {"scores": values, "settings": fingerprint(args, CALIBRATION_FINGERPRINT)}
+        kept["prompts"] = [*map(row_of, prompts)]
         write_json(Path(args.output_dir) / CALIBRATION, kept, indent=None)
     mix.calibrate(scores)
 
 
-def restore_calibration(mix: RewardMix, args: RewardGradientConfig) -> bool:
+def restore_calibration(mix: RewardMix, args: RewardGradientConfig, prompts: list[str]) -> bool:
     """Normalise the mix by the run folder's scores; return False if they belong to another run.
+
+    prompts: those of `calibrate`, were it to run.
 
     Raises DamagedFileError.
     """
@@ -51,6 +55,7 @@ def restore_calibration(mix: RewardMix, args: RewardGradientConfig) -> bool:
     scores = {name: torch.tensor(values) for name, values in kept.get("scores", {}).items()}
     counts = {name: len(scores_N) for name, scores_N in scores.items()}
     fits = counts == dict.fromkeys(mix.rewards, args.calibrate_rewards)
+    fits = fits and kept.get("prompts") == [*map(row_of, prompts)]
     if fits := fits and kept["settings"] == fingerprint(args, CALIBRATION_FINGERPRINT):
         mix.calibrate(scores)
     return fits

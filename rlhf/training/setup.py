@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from rlhf.execution.apply import (
 )
 from rlhf.execution.offload import HostMemory
 from rlhf.generator.files import SamplingDefaults, model_sizes, resolve_model
-from rlhf.generator.loading import default_dtype, load_pipeline
+from rlhf.generator.loading import Checkpoint, default_dtype
 from rlhf.generator.pipeline import VideoPipeline
 from rlhf.generator.text import PromptCache, encode_prompts
 from rlhf.generator.wan_decoder import use_channels_last
@@ -192,8 +192,8 @@ def describe_precision(args: RewardGradientConfig, pipe: VideoPipeline | None) -
     return f"base in {str(dtype).removeprefix('torch.')}{few_bits}, adapter in float32"
 
 
-def load_base(args: RewardGradientConfig, device: torch.device) -> VideoPipeline:
-    """Load the model that args name, onto the CPU if its weights are to move one by one later."""
+def find_base(args: RewardGradientConfig, device: torch.device) -> Checkpoint:
+    """Return the checkpoint that args name. Raises ConfigError for what the device cannot run."""
     if args.sampling_weights == "float8":
         require_float8(device)  # before the model is loaded
     with _as_config_error():
@@ -201,9 +201,14 @@ def load_base(args: RewardGradientConfig, device: torch.device) -> VideoPipeline
             require_kernel(args.attention_kernel, device, base_dtype(args.dtype) or torch.bfloat16)
         if args.compile_blocks:
             require_compiler(device)
-    one_by_one = args.stream_weights or args.base_bits or args.shard_base
-    target = "cpu" if one_by_one else device
-    return load_pipeline(args.model, dtype=base_dtype(args.dtype), device=target)
+    return Checkpoint.find(args.model, base_dtype(args.dtype))
+
+
+def load_base(base: Checkpoint, pipe: VideoPipeline, args: RewardGradientConfig, device: torch.device) -> None:
+    """Load transformer and VAE, onto the CPU if the transformer is to move weight by weight."""
+    base.load_generator(pipe)
+    if not (args.stream_weights or args.base_bits or args.shard_base):
+        pipe.transformer.to(device)
 
 
 def make_fields(
@@ -274,21 +279,18 @@ def latent_shape(pipe: VideoPipeline, video: RewardGradientConfig | SamplingDefa
     return pipe.transformer.config.in_channels, frames, *size
 
 
-def encode_and_release(
-    pipe: VideoPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, release: bool
+def encode(
+    pipe: VideoPipeline, prompts: list[str], args: RewardGradientConfig, device: torch.device, base: Checkpoint | None
 ) -> PromptCache | None:
-    """Encode the prompts, then move the encoders to the CPU if `release`; None for no prompts.
+    """Encode the prompts; None for none.
 
-    release: whether the text encoders move to the device for this alone, and to the CPU afterwards.
+    base: whose text encoders are loaded for this alone, one after another; None: the pipeline has
+    its own.
     """
-    text, moved = None, pipe.family.text_encoders if release else ()
-    if prompts:
-        for name in moved:
-            getattr(pipe, name).to(device)
-        text = encode_prompts(pipe, prompts, args.negative_prompt, args.max_sequence_length)
-    for name in moved:
-        getattr(pipe, name).to("cpu")
-    return text
+    if not prompts:
+        return None
+    lend = nullcontext if base is None else lambda name: base.lend_encoder(pipe, name, device)
+    return encode_prompts(pipe, prompts, args.negative_prompt, args.max_sequence_length, lend_encoder=lend)
 
 
 def base_dtype(name: str) -> torch.dtype | None:

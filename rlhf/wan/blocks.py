@@ -23,7 +23,7 @@ def before_attention(
     sin_1NW: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Return query, key and value (B, H, N, W), and four gates (B, 1, D) for `after_attention`."""
-    shift, scale, *gates = (block.scale_shift_table + wide(temb_B6D)).chunk(6, 1)
+    shift, scale, *gates = (block.scale_shift_table + at_least_float32(temb_B6D)).chunk(6, 1)
     x = modulate(block.norm1, video_BND, shift, scale)
     attn, heads = block.attn1, (block.attn1.heads, -1)
     query = rotate(attn.norm_q(attn.to_q(x)).unflatten(-1, heads), cos_1NW, sin_1NW)
@@ -40,24 +40,25 @@ def after_attention(
     *gates_B1D: torch.Tensor,
     attention: Attention,
 ) -> tuple[None, torch.Tensor]:
-    """Return None, for the text stays as it is, and the video's tokens (B, N, D)."""
+    """Return None, since no block changes the text, and the video's tokens (B, N, D)."""
     gate, shift, scale, feed_forward_gate = gates_B1D
     attended = _project_out(block.attn1, attended_BHNW)
-    video = (wide(video_BND) + attended * gate).type_as(video_BND)
+    video = (at_least_float32(video_BND) + attended * gate).type_as(video_BND)
     x = video if isinstance(block.norm2, torch.nn.Identity) else layer_norm(block.norm2, video).type_as(video)
     video = video + _cross_attention(block.attn2, x, text_BLD, attention)
     x = block.ffn(modulate(block.norm3, video, shift, scale))
-    return None, (wide(video) + wide(x) * feed_forward_gate).type_as(video)
+    return None, (at_least_float32(video) + at_least_float32(x) * feed_forward_gate).type_as(video)
 
 
 def _cross_attention(attn, x_BND: torch.Tensor, text_BLD: torch.Tensor, attention: Attention) -> torch.Tensor:
-    """Return the attention of the video's tokens to the text, without positions."""
+    """Return the output of cross-attention (B, N, D): video queries, text keys and values."""
     query, key = attn.norm_q(attn.to_q(x_BND)), attn.norm_k(attn.to_k(text_BLD))
     qkv = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (query, key, attn.to_v(text_BLD)))
     return _project_out(attn, attention(*qkv))
 
 
 def _project_out(attn, attended_BHNW: torch.Tensor) -> torch.Tensor:
+    """Join the heads and apply the output projection; return (B, N, D)."""
     return attn.to_out[1](attn.to_out[0](attended_BHNW.transpose(1, 2).flatten(2)))
 
 
@@ -78,13 +79,13 @@ def modulate(norm, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) ->
 
 def layer_norm(norm: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     """Return the layer norm of x in float32, float64 for float64."""
-    x = wide(x)
+    x = at_least_float32(x)
     weight, bias = (None if p is None else p.to(x.dtype) for p in (norm.weight, norm.bias))
     return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Return x in float32 at least."""
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Return x in float32, or in float64 if it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -52,15 +52,20 @@ class WanPipeline(VideoPipeline, diffusers.WanPipeline):
         super().save_pretrained(save_directory, **kwargs)
         self.sampling.save(save_directory)
 
-    def encode_texts(self, texts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return UMT5's embeddings, zero behind each text's tokens, and pooled ones of width 0."""
+    def encode_part(self, encoder: str, texts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, ...]:
+        """Return UMT5's embeddings, zero behind each text's tokens."""
         embeds, _ = self.encode_prompt(
             texts,
             do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length,
-            device=self.text_encoder.device,
+            device=getattr(self, encoder).device,
         )
-        return embeds, embeds.new_empty(len(texts), 0)
+        return (embeds,)
+
+    def join_parts(self, parts: dict[str, tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return UMT5's embeddings, and pooled ones of width 0."""
+        ((embeds,),) = parts.values()
+        return embeds, embeds.new_empty(len(embeds), 0)
 
     def warn_of_long(self, prompts: list[str], max_sequence_length: int) -> None:
         """Log one line if UMT5 reads some of the prompts only in part."""

@@ -10,7 +10,7 @@ from rlhf.adapter import float8
 from rlhf.adapter.float8 import Float8Copy, Float8Linear, to_float8
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.execution.blocks import BlockRunner
-from rlhf.training.setup import load_base
+from rlhf.training.setup import find_base
 
 NUM_ROUNDED = 2 * 8 - 1 + 2 * 4 - 2  # of two blocks; the last has no projection and no layers after the text
 
@@ -104,9 +104,9 @@ def test_a_device_without_float8_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm", missing)
     with pytest.raises(ValueError, match=r"got float8 on cpu, which has no float8 products \(no kernel\)"):
         Float8Copy(model_with_adapter(torch.float32))
-    monkeypatch.setattr("rlhf.training.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    monkeypatch.setattr("rlhf.training.setup.Checkpoint.find", lambda *_, **__: pytest.fail("loaded weights"))
     with pytest.raises(ConfigError, match="use a device that has them, or sampling_weights own"):
-        load_base(RewardGradientConfig(sampling_weights="float8"), torch.device("cpu"))
+        find_base(RewardGradientConfig(sampling_weights="float8"), torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("rounding")

@@ -1,6 +1,7 @@
 """AdamW on the masters: its settings, its learning rate, the limit of its gradient."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from runs import saved_adapter, train
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness
 
-from rlhf.adapter.optimizer import clip_gradient, learning_rate
+from rlhf.adapter.optimizer import clip_gradient, learning_rate, slow_updates
 from rlhf.config import RewardGradientConfig
 from rlhf.run.metrics import read_metrics
 from rlhf.trainer import RewardGradientTrainer
@@ -32,6 +33,20 @@ def test_a_long_gradient_is_scaled_down_to_the_limit(make_args, tmp_path):
         norm = read_metrics(Path(args.output_dir))[0]["grad_norm"]
     assert norm > 2e-3, "the norm is logged as it was before clipping"
     assert moved[0] / moved[1] == pytest.approx(norm / 1e-3, rel=0.1)
+
+
+def test_updates_far_below_the_learning_rate_are_said_at_the_start(make_args, capsys):
+    args = make_args(max_grad_norm=1e-9, learning_rate=1e-2, warmup_steps=2, max_steps=1)
+    train(args)
+    told = capsys.readouterr().out
+    peak = read_metrics(Path(args.output_dir))[-1]["learning_rate"]
+    assert peak == pytest.approx(0.5e-2)
+    assert "warmup_steps=2 is not below max_steps=1: the learning rate rises in every step, up to 0.5 of" in told
+    share, numbers = (float(found) for found in re.search(r"over (\d+) .* by (\S+) of", told).groups()[::-1])
+    b = torch.cat([tensor.flatten() for name, tensor in saved_adapter(args).items() if "lora_B" in name])
+    assert b.norm() / peak == pytest.approx(share * numbers**0.5, rel=0.1)
+    assert [*slow_updates(make_args(), 10**6), *slow_updates(make_args(max_grad_norm=0.0), 10**6)] == []
+    assert [*slow_updates(make_args(learning_rate=0.0), 10**6)] == ["learning_rate=0: no weight moves"]
 
 
 def test_a_short_gradient_is_left_as_it_is():

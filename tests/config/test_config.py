@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from rlhf.config import METHODS, ConfigError, RewardGradientConfig, field_names
 from rlhf.config.older import translate_old_settings
@@ -45,9 +46,33 @@ def test_a_seed_may_be_any_number_of_64_bits(yaml_file):
         assert parse_config(["--config", str(path)]).seed == seed == parse_config(["--seed", str(seed)]).seed
 
 
-def test_paths_are_relative_to_the_config_file(yaml_file, tmp_path):
+def test_paths_are_relative_to_the_config_file(yaml_file, tmp_path, monkeypatch):
     assert parse_config(["--config", yaml_file("seed: 1")]).base_dir == str(tmp_path)
     assert parse_config([]).base_dir is None
+    for place in (tmp_path / "base", tmp_path / "elsewhere" / "base"):
+        place.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = yaml_file("model: ./base\ninitial_adapter: base\nprompts: ../a.txt\n")
+    for given in (parse_config(["--config", path]), parse_config(["--config", path, "--model", "base"])):
+        assert (given.model, given.initial_adapter) == (str(tmp_path / "base"),) * 2
+        assert given.prompts == "../a.txt"
+    (tmp_path / "base").rmdir()
+    assert parse_config(["--config", path]).model == str(tmp_path / "elsewhere" / "base"), "as for every other path"
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(yaml_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("output_dir", "resume_from_checkpoint", "prompts", "eval_prompts", "model", "initial_adapter", "base_dir")
+    for name in names:
+        (tmp_path / name).mkdir()
+    text = "".join(f"{name}: ~/{name}\n" for name in names)
+    for args in (parse_config(["--config", yaml_file(text)]), RewardGradientConfig(**yaml.safe_load(text))):
+        assert {name: getattr(args, name) for name in names} == {name: str(tmp_path / name) for name in names}
+    (tmp_path / "output_dir" / "config.yaml").write_text("seed: 9\n")
+    resumed = ["--output_dir=~/output_dir", "--resume_from_checkpoint=latest"]
+    assert parse_config(resumed, default_config=yaml_file("seed: 1")).seed == 9
+    resumed = ["--resume_from_checkpoint=~/output_dir/checkpoints/step-1"]
+    assert parse_config(resumed, default_config=yaml_file("seed: 1")).seed == 9
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,18 @@ import pytest
 import torch
 import yaml
 from adapted_model import adapt, save_adapter
+from runs import At
 from stored import stored_frames, stored_rate
 from tiny import SAMPLING, tiny_pipeline
+from toy_rewards import redness
 
 import rlhf.evaluation.generate
 from rewards.cli.files import read_video
 from rlhf.evaluation.generate import Variant, generate
 from rlhf.evaluation.video_set import Video, read_set
+from rlhf.generator.files import describe_model
 from rlhf.nano.world import held_out_prompts
+from rlhf.trainer import RewardGradientTrainer
 from rlhf.types import row_of
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "generate.py"))
@@ -81,6 +85,36 @@ def test_an_adapter_that_was_taught_guidance_is_sampled_without(run, tmp_path):
     assert scales == {"tuned": 1.0, "base": 4.0, "asked for": 2.0}
     alone = {folder: parse(["--output", "x", "--lora", str(folder / "adapter")]) for folder in (run, other)}
     assert [found.guidance_scale for found in alone.values()] == [None, 1.0], "of an adapter without its run, too"
+
+
+def test_an_interrupted_run_is_sampled_with_its_newest_whole_checkpoint(run, make_args, tmp_path, capsys):
+    model = {"model": str(run.parent / "base"), "base_dir": str(run.parent), "prompts": "held_out.txt"}
+    args = make_args(**model, max_steps=2, save_steps=1, learning_rate=0.3)
+    other = Path(args.output_dir)
+
+    def interrupt(control):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RewardGradientTrainer(None, redness, args, callbacks=[At(2, interrupt)]).train()
+    prompts = ["--prompts", run.parent / "held_out.txt", "--num_prompts", 1]
+    seen = {}
+    for step in ("step-2", "step-1", None):
+        whole, newest = other / "checkpoints" / "step-1", other / "checkpoints" / "step-2"
+        if step != "step-2":
+            (newest if step else whole).joinpath("adapter.safetensors").write_bytes(b"half")
+        if step is None:
+            break
+        capsys.readouterr()
+        (video,) = make(tmp_path / step, "--from_run", other, *prompts)
+        assert f"sampling with {other / 'checkpoints' / step}, step {step[-1]} of 2\n" in capsys.readouterr().out
+        (named,) = make(tmp_path / f"{step} by name", "--from_run", other / "checkpoints" / step, *prompts)
+        seen[step] = pixels(video.path)
+        assert torch.equal(pixels(named.path), seen[step])
+    assert (seen["step-1"] - seen["step-2"]).abs().mean() > 1
+    assert SCRIPT["main"](["--output", str(tmp_path / "none"), "--from_run", str(other), "--device", "cpu"]) == 2
+    assert "got no file there, nor a whole checkpoint, expected either; train first" in capsys.readouterr().err
+    make(tmp_path / "base", "--from_run", other, "--base", *prompts)
 
 
 def test_a_seed_given_twice_makes_one_video(run, tmp_path, capsys):
@@ -190,7 +224,7 @@ def test_processes_share_the_work_and_make_the_same(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--from_run", "nowhere"], "got no file there, expected the folder of a training run; correct --from_run"),
+        (["--from_run", "nowhere"], "got no file there, expected the folder of a training run, or a checkpoint within"),
         (["--num_prompts", "0"], "--num_prompts: got 0, expected at least 1"),
         (["--base"], "got no --from_run, expected the run whose adapter is left out"),
         (["--model", "{base}", "--prompts", "absent.txt"], "got no file at"),
@@ -222,9 +256,17 @@ def test_videos_of_a_model_whose_files_changed_are_not_continued(run, tmp_path, 
     flags = ["--model", str(model), "--prompts", str(tmp_path / "one.txt"), *SMALL]
     make(tmp_path / "out", *flags)
     make(tmp_path / "out", *flags)
-    os.utime(model / "transformer" / "diffusion_pytorch_model.safetensors", (2e9, 2e9))
+    saved, settings = tmp_path / "out" / "generate.json", json.loads((tmp_path / "out" / "generate.json").read_text())
+    for older in ("15 files, 9 bytes, newest 2033-05-18T03:33:20+00:00", None):
+        saved.write_text(json.dumps(settings | {"model_files": older}))
+        make(tmp_path / "out", *flags)
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # of equal size and time, as a copy may be
     assert SCRIPT["main"](["--output", str(tmp_path / "out"), *flags]) == 2
-    assert "newest 2033-05-18T03:33:20+00:00' to continue; choose another" in capsys.readouterr().err
+    assert f"expected '{describe_model(model)}' to continue; choose another" in capsys.readouterr().err
 
 
 def test_videos_of_two_kinds_do_not_share_a_folder(run, tmp_path, capsys):

@@ -123,6 +123,20 @@ def test_two_processes_share_the_prompts(held_out):
     assert len(second.evaluate("x", 0).videos_NCTHW) == 0
 
 
+def test_the_base_is_measured_anew_by_all_processes_if_one_sees_another_model(held_out):
+    class Disagreeing(OneProcess):
+        def reduce(self, tensor, how):
+            return tensor + 1
+
+    judged = held_out(num_sample_prompts=0)
+    judged.base(resumed=False)
+    judged.make_videos = None
+    judged.base(resumed=True)
+    judged.layout = Disagreeing()
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        judged.base(resumed=True)
+
+
 def test_processes_that_share_a_base_run_it_equally_often(held_out):
     """The second process has no prompt left when the first makes its second batch."""
     made = {0: [], 1: []}

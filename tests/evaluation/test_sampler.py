@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted_model import adapt, save_adapter
-from tiny import SAMPLING, tiny_pipeline
+from adapted_model import save_tiny_model
+from tiny import SAMPLING
 
 from rlhf.adapter.lora_file import read_lora
 from rlhf.evaluation.sampler import Placement, Sampler
@@ -20,10 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline().save_pretrained(folder / "base")
-    save_adapter(adapt(tiny_pipeline()), folder / "adapter")
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 def videos(saved, placement) -> list[torch.Tensor]:
@@ -47,16 +44,21 @@ def test_every_placement_makes_the_same_videos(saved):
             assert (video.int() - expected.int()).abs().max() <= 1, placement  # rounding
 
 
-def test_encoders_in_turn_come_to_the_device_for_their_own_call(saved, monkeypatch):
-    moves = []
-    sampler = Sampler(str(saved / "base"), CPU, Placement("in turn", True))
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        encoder = getattr(sampler.pipe, name)
-        monkeypatch.setattr(encoder, "to", lambda place, name=name: moves.append((name, str(place))))
-    sampler.device = "there"  # what moves to
-    with pytest.raises(RuntimeError):  # there is no such device for the text that comes out
-        sampler.sample("a star", 1, SAMPLING)
-    assert moves == [(name, "cpu") for name in ("text_encoder", "text_encoder_2", "text_encoder_3") for _ in range(2)]
+def test_encoders_in_turn_come_to_the_device_one_after_another_and_leave_no_copy(saved, monkeypatch):
+    sampler, visits = Sampler(str(saved / "base"), CPU, Placement("in turn", True)), []
+    names = sampler.pipe.family.text_encoders
+    places = lambda: {n: [p.data_ptr() for p in getattr(sampler.pipe, n).parameters()] for n in names}
+    home, encode = places(), sampler.pipe.encode_part
+
+    def note(name, *args):
+        visits.append((name, [n for n, place in places().items() if not {*place} & {*home[n]}]))
+        return encode(name, *args)
+
+    sampler.device = torch.device("cpu", 0)  # stands for an accelerator: what moves there is copied
+    monkeypatch.setattr(sampler.pipe, "encode_part", note)
+    sampler._encode("a star", SAMPLING)
+    assert visits == [(name, [name]) for name in names]
+    assert places() == home
 
 
 def test_progress_is_told_and_can_end_the_sampling(saved):

@@ -9,7 +9,7 @@ from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.measures import MEASURES
 from rlhf.evaluation.statistics import (
     LEVEL,
-    holm,
+    holm_correction,
     paired_interval,
     paired_test,
     student_t_975,
@@ -85,9 +85,9 @@ def test_differences_without_spread_have_an_interval_and_a_p_value(shift, count,
 
 
 def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.6, 0.5]) == [1.0, 1.0]
-    assert holm([]) == []
+    assert holm_correction([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm_correction([0.6, 0.5]) == [1.0, 1.0]
+    assert holm_correction([]) == []
 
 
 def test_summary_has_the_agreed_form():

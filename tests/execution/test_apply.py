@@ -17,7 +17,7 @@ from rlhf.execution.apply import (
     require_compiler,
     set_up_blocks,
 )
-from rlhf.training.setup import load_base
+from rlhf.training.setup import find_base
 
 CPU = torch.device("cpu")
 RECOMPUTED = {"gradient_checkpointing": True}
@@ -80,9 +80,9 @@ def test_a_kernel_that_the_device_lacks_is_refused_before_the_model_is_loaded(ke
     told = f"attention_kernel: got {kernel} on cpu, which has none for .*; use auto or default"
     with pytest.raises(UnsupportedOptionError, match=told):
         choose_kernel(model_with_adapter(torch.float32), kernel, CPU)
-    monkeypatch.setattr("rlhf.training.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("rlhf.training.setup.Checkpoint.find", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=told):
-        load_base(RewardGradientConfig(attention_kernel=kernel), CPU)
+        find_base(RewardGradientConfig(attention_kernel=kernel), CPU)
 
 
 def test_a_device_without_a_compiler_is_told_before_the_model_is_loaded(monkeypatch):
@@ -91,12 +91,12 @@ def test_a_device_without_a_compiler_is_told_before_the_model_is_loaded(monkeypa
 
     compile_with = torch.compile
     require_compiler(CPU)
-    monkeypatch.setattr("rlhf.training.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("rlhf.training.setup.Checkpoint.find", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr(torch, "compile", lambda work: compile_with(work, backend=fails))
     torch._dynamo.reset()  # what was compiled above
     told = "compile_blocks: got true on cpu, where torch.compile fails .*no compiler at all.*; install it or use"
     with pytest.raises(ConfigError, match=told) as raised:
-        load_base(RewardGradientConfig(compile_blocks=True), CPU)
+        find_base(RewardGradientConfig(compile_blocks=True), CPU)
     assert "and more of it" not in str(raised.value)
 
 

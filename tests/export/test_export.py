@@ -146,7 +146,7 @@ def test_an_output_folder_in_use_is_refused(run, tmp_path, kind):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"config.yaml is not there, expected the folder of a training run"):
+    with pytest.raises(SystemExit, match=r"config.yaml: got no file there, expected the folder of a training run"):
         main([str(tmp_path / "nowhere"), "--merged", str(tmp_path / "out")])
 
 

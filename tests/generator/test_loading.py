@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -140,11 +139,10 @@ def test_a_truncated_download_is_named(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["nanoo", "./runs/none", "/no/such/place", "a/b/c"])
-def test_an_absent_model_is_refused_at_once(name):
-    start = time.perf_counter()
+def test_an_absent_model_is_refused_without_asking_the_hub(name, monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *_, **__: pytest.fail(f"asked {host}"))
     with pytest.raises(ValueError, match=rf"model='{name}' is no folder here, expected nano, .* or a hub id"):
         load_pipeline(name)
-    assert time.perf_counter() - start < 1
 
 
 def test_a_hub_id_that_cannot_be_had_is_explained(monkeypatch, tmp_path):

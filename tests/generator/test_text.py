@@ -43,10 +43,12 @@ def test_cached_conditioning_equals_encoding_the_batch(tiny_pipe):
 
 def test_each_prompt_is_encoded_once_and_without_graph(tiny_pipe, monkeypatch):
     tiny_pipe.text_encoder_3.requires_grad_(True)  # as one is that was just read
-    seen, encode = [], tiny_pipe.encode_prompt
-    monkeypatch.setattr(tiny_pipe, "encode_prompt", lambda **kw: seen.extend(kw["prompt"]) or encode(**kw))
+    seen, encode = [], tiny_pipe.encode_part
+    monkeypatch.setattr(tiny_pipe, "encode_part", lambda *args: seen.append(args[:2]) or encode(*args))
     cache = encode_prompts(tiny_pipe, ["b", "a", "b"] * 20, "", 24)
-    assert seen == ["b", "a", *[""] * (ENCODE_BATCH - 2)], "one full batch, with the negative prompt"
+    whole = ["b", "a", *[""] * (ENCODE_BATCH - 2)]
+    names = "text_encoder", "text_encoder_2", "text_encoder_3"
+    assert seen == [(name, whole) for name in names], "one full batch, with the negative prompt"
     assert not cache(["a"], "cpu").prompt_embeds_BLD.requires_grad
 
 

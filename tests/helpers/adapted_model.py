@@ -3,7 +3,7 @@
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from tiny import tiny_conditioning, tiny_transformer
+from tiny import tiny_conditioning, tiny_pipeline, tiny_transformer
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
@@ -33,6 +33,13 @@ def save_adapter(pipe, folder):
         transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
         transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
     )
+
+
+def save_tiny_model(folder):
+    """Write a tiny pipeline to folder/base, and an adapter of it to folder/adapter; return the folder."""
+    tiny_pipeline().save_pretrained(folder / "base")
+    save_adapter(adapt(tiny_pipeline()), folder / "adapter")
+    return folder
 
 
 def arguments(dtype=torch.float64, batch=2, frames=2, height=4, width=6, channels=16):

@@ -150,6 +150,13 @@ ROWS = [
     Row({"report_to": ["tensorbord"]}, "report_to: got 'tensorbord'", "expected some of", "correct it"),
     Row({"report_to": ["clearml"]}, "got 'clearml'", "which is not installed", "pip install clearml"),
     Row({"max_steps": 0}, "max_steps: got 0", "expected at least 1", "correct its value"),
+    Row({"max_grad_norm": 1e-30}, "max_grad_norm: got 1e-30", "expected at least 1e-11", "or 0 for no limit; raise it"),
+    Row(
+        {"max_grad_norm": 1e-20, "adam_epsilon": 1e-30},
+        "max_grad_norm: got 1e-20, with which no weight would move",
+        "expected at least 1e-12",
+        "raise it",
+    ),
     Row({"learning_rate": -1}, "learning_rate: got -1.0", "expected at least 0", "correct its value"),
     Row({"adam_epsilon": 0}, "adam_epsilon: got 0.0", "expected more than 0", "correct its value"),
     Row({"adam_beta2": 1.0}, "adam_beta2: got 1.0", "expected at least 0, less than 1", "correct its value"),

@@ -8,13 +8,12 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
-import chromium
 import pytest
 import torch
-from adapted_model import adapt, save_adapter
+from adapted_model import save_tiny_model
+from chromium import needs_browser
 from scripts import script
 from stored import stored_frames
-from tiny import tiny_pipeline
 
 from rlhf.evaluation.sampler import Sampler
 from rlhf.evaluation.statistics import wilson_interval
@@ -25,17 +24,6 @@ from rlhf.page.sets import SetsApp
 from rlhf.page.studio import StudioApp
 from rlhf.page.votes import Votes
 from rlhf.run.video import write_video
-
-needs_browser = pytest.mark.skipif(
-    chromium.find() is None, reason="no Chromium here: install one, or name it in $CHROMIUM, to test the page in it"
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    opened = chromium.Chromium(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 @contextmanager
@@ -50,10 +38,7 @@ def served(app):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save_pretrained(folder / "base")
-    save_adapter(adapt(tiny_pipeline()), folder / "adapter")
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -153,7 +138,7 @@ def test_two_sets_are_voted_on_by_the_keyboard(sets, browser, tmp_path):
 def test_the_adapter_is_taken_off_again_and_one_noise_is_used(studio):
     make(studio)
     alone = Sampler(studio.model, torch.device("cpu"))
-    asked = "a star", 3, studio.read({}).sampling["base"]
+    asked = "a star", 3, studio.parse_request({}).sampling["base"]
     assert not torch.equal(studio.sampler.sample(*asked), alone.sample(*asked)), "the tuned one is made last"
     studio.sampler.use(None)
     assert torch.equal(studio.sampler.sample(*asked), alone.sample(*asked))

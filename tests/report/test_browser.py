@@ -8,16 +8,7 @@ from report_runs import GAINS, UNFINISHED
 
 from rlhf.report import write_report
 
-pytestmark = pytest.mark.skipif(
-    chromium.find() is None, reason="no Chromium here: install one, or name it in $CHROMIUM, to test the page in it"
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    opened = chromium.Chromium(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
+pytestmark = chromium.needs_browser
 
 
 def test_in_a_browser_it_plays_in_step_and_sorts(finished, browser, tmp_path):

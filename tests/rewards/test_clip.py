@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import time
+import socket
 
 import pytest
 import torch
@@ -138,11 +138,9 @@ def test_the_backend_of_a_folder(folders):
         ({"num_frames": 0, "frames": "all"}, ["num_frames=0"]),
     ],
 )
-def test_what_is_missing_or_wrong_is_said_quickly(kwargs, parts):
-    started = time.perf_counter()
+def test_what_is_missing_or_wrong_is_said(kwargs, parts):
     with pytest.raises(RewardError) as caught:
         load_reward("clip_score", **kwargs)
-    assert time.perf_counter() - started < 10
     for part in ["clip_score", "expected", *parts]:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -184,12 +182,21 @@ def online(monkeypatch):
 def test_a_hub_that_does_not_answer_is_asked_once(online, monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr("rewards.common.weights._hub_answers", lambda endpoint: False)
+    from rewards.common.weights import _hub_answers
+
+    asked = []
+
+    def unknown(host, *rest, **how):
+        asked.append(host)
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    _hub_answers.cache_clear()
     for kwargs in [{}, {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}]:
-        started = time.perf_counter()
         with pytest.raises(RewardError, match="no weights for"):
             load_reward("clip_score", **kwargs)
-        assert time.perf_counter() - started < 10
+    _hub_answers.cache_clear()
+    assert len(asked) == 1
     assert constants.HF_HUB_OFFLINE is False
 
 

@@ -1,6 +1,8 @@
 """Videos and pictures as people have them: what is read of each, and what is refused."""
 
 import io
+import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,12 +10,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 
 from rewards.cli.files import read_video
 from rlhf.run.video import write_video
 
-FAULTS = Path(__file__).parents[1] / "data" / "faults"  # FFmpeg's command line and Pillow made them
+FAULTS = Path(__file__).parents[1] / "data" / "faults"  # FFmpeg's command line, Pillow and OpenCV made them
 SQUARES = np.kron(np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3)), np.ones((1, 16, 16, 1))).astype(np.uint8)
 RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]
 GIF_TIMES = [0, *(0.75 + 0.12 * i for i in range(18))]
@@ -139,6 +141,24 @@ def test_colours_and_shape_follow_the_tags(name, colours):
     assert read_video(FAULTS / name).pixels_BCTHW.shape[4] == {"wide.mp4": 128, "half_clear.webm": 32}.get(name, 64)
 
 
+@pytest.mark.parametrize(("ending", "codec", "form"), [("mkv", "ffv1", "bgr0"), ("mp4", "png", "rgb24")])
+@pytest.mark.parametrize(("marked", "grey"), [((), 51), ((1,), 102), ((1, 2), 102), ((2,), 153), ((0, 2), 51)])
+def test_the_video_that_is_marked_as_default_is_read(marked, grey, ending, codec, form, tmp_path):
+    """Three videos in a file, each of its own grey and length."""
+    with av.open(str(tmp_path / f"a.{ending}"), "w") as container:
+        streams = [container.add_stream(codec, rate=8) for _ in range(3)]
+        for i, stream in enumerate(streams):
+            stream.width, stream.height, stream.pix_fmt = 16, 16, form
+            stream.disposition = av.stream.Disposition.default if i in marked else 0
+        for i, stream in enumerate(streams):
+            for _ in range(i + 2):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), 51 * i + 51, np.uint8))))
+            container.mux(stream.encode())
+    pixels = read_video(tmp_path / f"a.{ending}").pixels_BCTHW
+    assert (pixels * 255).unique().tolist() == [grey]
+    assert pixels.shape[2] == grey // 51 + 1
+
+
 @pytest.mark.parametrize(("level", "grey"), [(64, 0), (502, 127.5), (940, 255)])
 def test_ten_bits_lose_no_brightness(level, grey, tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
@@ -173,6 +193,49 @@ def picture(mode, value, **more) -> bytes:
 def test_pictures_of_every_mode(content, colour, tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     assert corners(tmp_path / "a.png") == [colour] * 4
+
+
+DEEP = np.array(
+    [[0, 65535, 258], [1000, 2000, 3000], [32768, 255, 256], [65280, 1, 12345], [1, 2, 3], [60000, 50000, 40000]]
+)
+
+
+def test_another_tools_picture_of_16_bits_keeps_them():
+    pixels = read_video(FAULTS / "rgb16.png").pixels_BCTHW[0, :, 0].permute(1, 2, 0) * 65535
+    np.testing.assert_allclose(pixels, DEEP.reshape(3, 2, 3), atol=0.01)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["rgb48be", "rgba64be", "gray16be", "ya16be"])
+def test_pictures_of_16_bits_keep_them_upright_and_over_white(form, orientation, tmp_path):
+    """FFmpeg writes the file. Pillow turns each channel as a picture of its own, by the same tag."""
+    channels = {"r": 3, "g": 1, "y": 2}[form[0]] + (form == "rgba64be")
+    pixels_HWC = np.random.default_rng(0).integers(0, 65536, (3, 5, channels)).astype(">u2")
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 5, 3, form, Fraction(1)
+    frame = av.VideoFrame(5, 3, form)
+    rows = np.zeros((3, frame.planes[0].line_size), np.uint8)
+    rows[:, : 10 * channels] = pixels_HWC.reshape(3, -1).view(np.uint8)
+    frame.planes[0].update(rows)
+    content = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode()])
+    exif = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01" + bytes([0, orientation, 0, 0, 0, 0, 0, 0])
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk(b"eXIf", exif) + content[33:])  # after the header
+
+    colour = pixels_HWC[..., :1] if channels < 3 else pixels_HWC[..., :3]
+    alpha = pixels_HWC[..., -1:] / 65535 if channels in (2, 4) else 1
+    expected = np.broadcast_to(1 - alpha * (1 - colour / 65535), (3, 5, 3)).astype(np.float32)
+    turned = []
+    for channel in np.moveaxis(expected, 2, 0):
+        image = Image.fromarray(channel)
+        image.getexif()[0x0112] = orientation
+        turned.append(np.array(ImageOps.exif_transpose(image)))
+    found = read_video(tmp_path / "a.png").pixels_BCTHW[0, :, 0]
+    np.testing.assert_allclose(found, turned, atol=0.51 / 65535)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG: length, name, content and checksum."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
 def test_frames_of_an_animation_are_composed(tmp_path):

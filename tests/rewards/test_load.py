@@ -5,7 +5,6 @@ import importlib
 import os
 import random
 import sys
-import time
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
@@ -169,12 +168,11 @@ def test_a_syntax_error_is_named_with_its_line(tmp_path):
     assert "line 2" in message("bad.py:broken", tmp_path)
 
 
-def test_checking_runs_nothing_and_is_quick(tmp_path):
+def test_checking_runs_nothing_and_imports_no_model(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text("raise SystemExit('ran')\nclass Reward: pass\n")
-    started = time.perf_counter()
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"imported {name}"))
     check_spec("slow.py:Reward", tmp_path)
     check_spec("clip_score")
-    assert time.perf_counter() - started < 0.5
     (tmp_path / "star.py").write_text("from somewhere import *\n")
     check_spec("star.py:Reward", tmp_path)  # which may be among them
 

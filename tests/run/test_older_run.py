@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import write_manifest
 from safetensors.torch import load_file
 from tiny import tiny_conditioning, tiny_pipeline
 from toy_rewards import PROMPTS, redness
 
+from rlhf.adapter.lora_file import is_distilled_adapter, read_lora
 from rlhf.config.parse import parse_config
+from rlhf.export import main
 from rlhf.generator.loading import load_pipeline
+from rlhf.io import read_object, write_json
 from rlhf.run.metrics import read_metrics
 from rlhf.trainer import RewardGradientTrainer
 
@@ -47,6 +51,47 @@ def test_its_adapter_and_its_merged_export_give_the_velocities_that_they_gave(me
     torch.testing.assert_close(velocity(pipe.transformer), expected["adapter"], rtol=1e-4, atol=1e-5)
     loaded = load_pipeline(merged, torch.float32, torch.device("cpu"))
     torch.testing.assert_close(velocity(loaded.transformer), expected["merged"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("finished", [True, False])
+def test_its_checkpoint_is_exported_at_the_scale_that_it_was_trained_at(tmp_path, capsys, finished, alpha):
+    """The settings state another alpha than RUN/adapter: that is the trained one, if it is there."""
+    run = shutil.copytree(OLDER / "run", tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step-3"
+    state = read_object(checkpoint / "state.json")
+    write_json(checkpoint / "state.json", state | {"settings": state["settings"] | {"lora_alpha": alpha}})
+    write_manifest(checkpoint)
+    if not finished:
+        shutil.rmtree(run / "adapter")
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    main([str(checkpoint if finished else run), "--adapter", str(tmp_path / "a")])
+    assert "step 3 of 3; the scale is that of " in (told := capsys.readouterr().out)
+    assert ("adapter/pytorch_lora" in told) == finished
+    main([str(checkpoint), "--merged", str(tmp_path / "m"), "--model", str(tmp_path / "base")])
+
+    scale = 1.0 if finished or alpha is None else alpha / 2
+    base = tiny_pipeline().transformer
+    for name, layer in read_lora(OLDER / "run" / "adapter").layers.items():
+        base.get_submodule(name).weight.data += scale * layer.b @ layer.a
+    expected, pipe = velocity(base), tiny_pipeline()
+    pipe.load_lora_weights(tmp_path / "a")
+    torch.testing.assert_close(velocity(pipe.transformer), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(velocity(load_pipeline(tmp_path / "m").transformer), expected, rtol=1e-4, atol=1e-5)
+    if scale == 1:
+        stored = load_file(OLDER / "velocity.safetensors")["adapter"]
+        torch.testing.assert_close(expected, stored, rtol=1e-4, atol=1e-5)
+
+
+def test_its_checkpoint_says_that_it_is_sampled_without_guidance(tmp_path):
+    checkpoint = shutil.copytree(OLDER / "run" / "checkpoints" / "step-3", tmp_path / "step-3")
+    assert not is_distilled_adapter(checkpoint)
+    state = read_object(checkpoint / "state.json")
+    write_json(checkpoint / "state.json", state | {"settings": state["settings"] | {"guidance_gradient": "distill"}})
+    assert is_distilled_adapter(checkpoint)
+    write_json(checkpoint / "state.json", {"step": 3})
+    with pytest.raises(ValueError, match="state.json: got a damaged file"):
+        read_lora(checkpoint)
 
 
 def test_it_goes_on_and_one_paragraph_says_which_settings_moved_where(tmp_path, monkeypatch, capsys, caplog):

@@ -96,8 +96,10 @@ def test_scores_of_videos_made_or_judged_otherwise_are_not_taken_for_the_run_s(m
     args = make_args(max_steps=1, calibrate_rewards=2)
     trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
     trainer.train()
-    assert restore_calibration(trainer.rewards, trainer.args)
-    assert not restore_calibration(trainer.rewards, dataclasses.replace(trainer.args, **changed))
+    prompts = trainer.batches.prompts_at(0, 2)
+    assert restore_calibration(trainer.rewards, trainer.args, prompts)
+    assert not restore_calibration(trainer.rewards, trainer.args, prompts[::-1])
+    assert not restore_calibration(trainer.rewards, dataclasses.replace(trainer.args, **changed), prompts)
 
 
 def test_caps_targets_and_balance_reach_the_mix_and_a_capped_run_goes_on(make_args):

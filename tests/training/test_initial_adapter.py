@@ -50,7 +50,7 @@ def ran(base):
     made = trainer(base, base / "run")
     made.train()
     with made.masters.use(made.masters.average):
-        return base / "run", made.masters.trained(), rows_without_cost(made.args)
+        return base / "run", made.masters.trained_lora(), rows_without_cost(made.args)
 
 
 @pytest.fixture
@@ -157,12 +157,12 @@ def test_an_adapter_that_was_taught_guidance_keeps_being_sampled_without(base, t
             guidance_scale=guidance,
         )
         assert made.args.guidance_scale == (guidance or 1.0)
-        assert made.masters.trained().distilled == told
+        assert made.masters.trained_lora().distilled == told
     assert SAMPLING.guidance_scale > 1
 
 
 def test_what_cannot_be_added_is_refused_before_anything_is_loaded(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf.training.setup.load_pipeline", None)
+    monkeypatch.setattr("rlhf.training.setup.find_base", None)
     style(dora=True).save(tmp_path / "dora.safetensors")
     for changes, told in (
         ({"initial_adapter": str(tmp_path / "dora.safetensors")}, "got a DoRA, .*, expected plain LoRA"),

@@ -94,7 +94,7 @@ def test_a_prompt_that_a_reward_cannot_read_is_named_wherever_it_stands(
     prompts = ["a small red circle moving left"] * 10
     prompts[place] = prompt
     (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
-    monkeypatch.setattr("rlhf.generator.loading.load_pipeline", None)
+    monkeypatch.setattr("rlhf.training.setup.find_base", None)
     flags = [f"--{flag}", str(tmp_path / "p.txt"), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
     assert main([*flags, "--eval_reward_funcs", *["nano_verifier"] * (reward == "nano_verifier"), "flicker"]) == 1
     assert (
@@ -130,7 +130,7 @@ def test_a_users_own_model_prompts_and_reward_and_a_resolved_config_that_repeats
     ],
 )
 def test_errors_are_one_paragraph_and_exit_2(main, project, capsys, flags, told, monkeypatch):
-    monkeypatch.setattr("rlhf.generator.loading.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    monkeypatch.setattr("rlhf.training.setup.find_base", lambda *_, **__: pytest.fail("loaded weights"))
     arguments = flags if "--config" in flags else ["--config", str(project / "config.yaml"), *flags]
     assert main(arguments) == 2
     captured = capsys.readouterr()

@@ -259,7 +259,7 @@ TRAINED, HELD_OUT = "reward_funcs", "eval_reward_funcs"
 def test_a_reward_or_judge_that_cannot_work_is_refused_before_weights_load(
     make_args, tmp_path, monkeypatch, key, name, told
 ):
-    monkeypatch.setattr("rlhf.training.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    monkeypatch.setattr("rlhf.training.setup.find_base", lambda *_, **__: pytest.fail("loaded weights"))
     (tmp_path / "broken.py").write_text(BROKEN)
     settings = {TRAINED: ["broken.py:plain"], "base_dir": str(tmp_path), "eval_prompts": "nano_held_out"}
     args = make_args(model="nano", **settings | {key: [f"broken.py:{name}"]})
@@ -297,7 +297,7 @@ def test_first_calls_that_do_not_come_back_name_the_reward(make_args, tmp_path, 
 
 
 def test_wrong_settings_are_told_before_weights_load(make_args, monkeypatch):
-    monkeypatch.setattr("rlhf.training.setup.load_pipeline", lambda *_, **__: pytest.fail("loaded weights"))
+    monkeypatch.setattr("rlhf.training.setup.find_base", lambda *_, **__: pytest.fail("loaded weights"))
     with pytest.raises(ConfigError, match="3 problems"):
         RewardGradientTrainer("no/where/model", "no_reward", make_args(max_steps=0), PROMPTS)
     with pytest.raises(ConfigError, match="got no rows"):

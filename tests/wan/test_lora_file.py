@@ -7,8 +7,10 @@ from tiny import tiny_transformer
 from tiny_wan import tiny_wan_transformer
 
 from rlhf.adapter.lora_file import read_lora
-from rlhf.adapter.lora_weights import Lora, LoraLayer
+from rlhf.adapter.lora_weights import ADAPTER_FILE, Lora, LoraLayer
+from rlhf.export import main
 from rlhf.generator.loading import linear_sizes
+from rlhf.io import write_json
 from rlhf.wan.facts import FAMILY
 
 WAN = dict(tiny_wan_transformer().config) | {"_class_name": "WanTransformer3DModel"}
@@ -81,3 +83,43 @@ def test_contentvs_files_are_refused_for_wan(tmp_path):
     save_file({f"{name}A.weight": layer["a"], f"{name}B.weight": layer["b"]}, path)
     with pytest.raises(ValueError, match="layers that this transformer does not have"):
         read_lora(path, linear_sizes(WAN))
+
+
+OUTER = "condition_embedder.time_proj", "proj_out"
+
+
+@pytest.fixture
+def outer_run(tmp_path):
+    """A run of a tiny Wan whose LoRA has no layer in a block, which ContentV could have by its name."""
+    run, sizes = tmp_path / "run", linear_sizes(WAN)
+    Lora({n: LoraLayer(torch.ones(2, sizes[n][1]), torch.ones(sizes[n][0], 2), 6.0) for n in OUTER}).save(
+        run / "adapter" / ADAPTER_FILE
+    )
+    write_json(tmp_path / "wan" / "transformer" / "config.json", WAN)
+    for name, file in FAMILY.config_files.items():
+        write_json(tmp_path / "wan" / name / file, WAN if name == "transformer" else {"model_max_length": 8})
+    write_json(tmp_path / "wan" / "model_index.json", {})
+    return run
+
+
+def export_of(run, out, model, *more) -> set[str]:
+    (run / "config.yaml").write_text(f"model: {model}\n")
+    main([str(run), "--adapter", str(out), "--convention", "comfyui", *map(str, more)])
+    return {key.partition(".lora_")[0] for key in load_file(out / ADAPTER_FILE)}
+
+
+def test_the_base_model_decides_the_names_of_layers_outside_of_blocks(outer_run, tmp_path):
+    theirs = {"diffusion_model.time_projection.1", "diffusion_model.head.head"}
+    assert export_of(outer_run, tmp_path / "a", tmp_path / "wan") == theirs
+    assert export_of(outer_run, tmp_path / "b", "gone/away", "--model", tmp_path / "wan") == theirs
+    for model, told in (("./gone", "got no base model .*such as condition_emb"), ("nano", "got layers of another mo")):
+        with pytest.raises(SystemExit, match=f"{told}.*by --model"):
+            export_of(outer_run, tmp_path / "c", model)
+    assert not (tmp_path / "c").exists()
+
+
+def test_layers_of_another_kind_of_model_are_refused(outer_run, tmp_path):
+    wan_lora().save(outer_run / "adapter" / ADAPTER_FILE)
+    assert "diffusion_model.blocks.0.self_attn.q" in export_of(outer_run, tmp_path / "a", "./gone")
+    with pytest.raises(SystemExit, match="got layers of Wan, .*, expected those of model='nano', a ContentV; n"):
+        export_of(outer_run, tmp_path / "b", "nano")

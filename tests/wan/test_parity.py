@@ -70,7 +70,7 @@ def test_guided_sample_and_video_are_those_of_diffusers(folder, height, width, f
 def test_text_is_cleaned_and_padded_as_in_diffusers(folder):
     ours, stock = load_pipeline(folder), stock_wan_pipeline()
     expected, _ = stock.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=24)
-    embeds, pooled = ours.encode_texts(PROMPTS, 24)
+    embeds, pooled = ours.join_parts({"text_encoder": ours.encode_part("text_encoder", PROMPTS, 24)})
     assert torch.equal(embeds, expected)
     assert pooled.shape == (2, 0)
     assert (embeds[1, len(ours.tokenizer("two stars").input_ids) :] == 0).all()

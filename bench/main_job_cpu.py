@@ -1,0 +1,83 @@
+"""The main job on this machine's CPU by its public command: gains of several seeds, and time.
+
+    python bench/main_job_cpu.py [--seeds 0 1 2] [--formats float32 bfloat16] [--beside]
+
+Other flags go to train_rlhf.py. Writes bench/results/main_job_cpu.json; runs that are in it are
+not made again. Machines of as many cores differ, so time is also stated as a multiple of a
+reference, a matrix product and a convolution that the machine runs before each job. `--beside` says
+that other programs run, too: the gains hold, the seconds don't.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, make_parser, show_row
+
+from rlhf.io import write_json
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "bench" / "results" / "main_job_cpu.json"
+MEASURES = ("seconds", "steps", "trained", "held_out", "motion", "diversity", "saturation", "high_frequency")
+
+
+def reference_seconds(repeats: int = 5) -> float:
+    """Return the least seconds of a matrix product of 2048 and a convolution of 16 channels."""
+    torch.manual_seed(0)
+    matrix, video, kernel = torch.randn(2048, 2048), torch.randn(8, 16, 19, 66, 66), torch.randn(16, 16, 3, 3, 3)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        matrix @ matrix
+        torch.nn.functional.conv3d(video, kernel)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def run_job(seed: int, vae_dtype: str, flags: list[str]) -> dict:
+    """Run the public command and return what its summary says, with the processor time it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["accelerate", "launch", "train_rlhf.py", "--seed", seed, "--vae_dtype", vae_dtype, *flags]
+        command = [str(part) for part in [*command, "--output_dir", Path(folder) / "run", "--report_to", "none"]]
+        reference = reference_seconds()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wall = time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    times = {"wall_seconds": wall, "processor_seconds": processor, "reference_seconds": reference}
+    return {**times, "multiple_of_reference": wall / reference, **{key: summary[key] for key in MEASURES}}
+
+
+def main() -> None:
+    """Run the command."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--formats", nargs="*", default=["float32", "bfloat16"], help="number formats of the VAE")
+    parser.add_argument("--beside", action="store_true", help="say that other programs ran beside it")
+    given, flags = parser.parse_known_args()
+    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    about = environment(torch.device("cpu")) | {"load": os.getloadavg()[0]}
+    for seed in given.seeds:
+        for vae_dtype in given.formats:
+            key = {"seed": seed, "vae_dtype": vae_dtype, "beside_others": given.beside, "device": about["device"]}
+            key |= {"flags": flags}
+            if any(all(row[name] == value for name, value in key.items()) for row in rows):
+                continue
+            rows.append(key | run_job(seed, vae_dtype, flags) | {"environment": about})
+            write_json(RESULT, {"command": "python bench/main_job_cpu.py", "rows": rows})
+            show_row({name: rows[-1][name] for name in (*key, "wall_seconds", "multiple_of_reference")})
+
+
+if __name__ == "__main__":
+    main()

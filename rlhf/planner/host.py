@@ -1,0 +1,80 @@
+"""Peak host memory of one process of a run, by phase.
+
+The bytes are those of the process's pages, with the pages of files that it has mapped. Weights are
+mapped until they move to a device, so each phase counts what it reads, and one copy of it.
+"""
+
+from dataclasses import dataclass
+
+from rlhf.config import RewardGradientConfig
+from rlhf.execution.offload import host_bytes
+from rlhf.planner.memory import ENCODING, MemoryPlan, RewardNeeds, branches_per_batch, num_graphs
+from rlhf.planner.traced import TracedModel
+
+# Python with its libraries, measured on a CPU; on an accelerator also the vendor's libraries,
+# worked out of the host memory of two runs on an H200.
+CPU_PROCESS_BYTES, PROCESS_BYTES = int(0.9 * 2**30), 2 * 2**30
+HOST_ACCURACY = 0.15
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """Bytes of host memory of one process, by phase."""
+
+    phases: dict[str, int]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase of the peak."""
+        return max(self.phases, key=self.phases.get)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak bytes of the run."""
+        return self.phases[self.peak_phase]
+
+
+def plan_host(
+    model: TracedModel,
+    args: RewardGradientConfig,
+    rewards: RewardNeeds,
+    memory: MemoryPlan,
+    encoder_bytes: int,
+    kind: str,
+) -> HostPlan:
+    """Return the host memory of one process.
+
+    memory: of its device; on a CPU the device's memory is the host's. encoder_bytes: weights of the
+    largest text encoder. kind: of the device.
+    """
+    streamed = _pinned_bytes(model) if args.stream_weights else 0
+    offloaded, moved = _offloaded_bytes(model, args, rewards), model.itemsize * model.frozen.largest_block
+    if kind == "cpu":
+        encoding = memory.held["rewards"] + encoder_bytes
+        training = memory.peak_bytes + streamed + offloaded
+        phases = {ENCODING: encoding, "training": training}
+    else:
+        whole = model.itemsize * (model.frozen.blocks + model.frozen.rest)
+        phases = {
+            "loading rewards": rewards.largest_bytes,
+            ENCODING: encoder_bytes,
+            "loading the transformer": streamed + moved if streamed else whole,
+            "training": streamed + offloaded,
+        }
+    process = CPU_PROCESS_BYTES if kind == "cpu" else PROCESS_BYTES
+    return HostPlan({name: process + size for name, size in phases.items()})
+
+
+def _pinned_bytes(model: TracedModel) -> int:
+    """Return the bytes of the blocks' frozen weights in the buffers of `HostBuffers`."""
+    blocks = model.transformer.transformer_blocks
+    return host_bytes([p.nbytes for p in blocks.parameters() if not p.requires_grad], expected=True)
+
+
+def _offloaded_bytes(model: TracedModel, args: RewardGradientConfig, rewards: RewardNeeds) -> int:
+    """Return the bytes of the buffers for activations and for the decoder's caches."""
+    batch = args.per_device_train_batch_size
+    branch = model.transformer_call(args, batch * branches_per_batch(args)).forward.offloaded
+    decoder = model.decoder_call(args, batch, rewards.decoded_frames).forward.offloaded
+    graphs = 1 if args.stepwise_backward else num_graphs(args)
+    return host_bytes([*branch.elements()] * graphs) + host_bytes([*decoder.elements()])
