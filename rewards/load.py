@@ -233,7 +233,7 @@ def source_digests(
 
 def named_files(kwargs: Any, base_dir: str | Path | None = None) -> dict[str, str]:
     """Return `describe_files` of each file and folder that a reward's arguments name."""
-    resolved = {text: _resolve_paths(text, base_dir) for text in _texts(without_device(kwargs))}
+    resolved = {text: resolve_paths(text, base_dir) for text in _texts(without_device(kwargs))}
     places = {text: Path(value.removeprefix(LOCAL)).expanduser() for text, value in resolved.items()}
     # Path.exists raises for long texts
     return {text: describe_files(path) for text, path in places.items() if os.path.exists(path)}

@@ -68,9 +68,10 @@ def save_head(path: Path, head: LatentHead, facts: HeadFacts) -> None:
 def read_facts(path: str | Path) -> HeadFacts:
     """Return what the file of a head says of it. Raises RewardError for another file."""
     expected, cure = "a head that `python -m rewards.distill` wrote", f"correct `path` in reward_kwargs.{NAME}"
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise RewardError(NAME, got=f"no file {path}", expected=expected, cure=cure)
-    with file_errors(Path(path)), safe_open(path, "pt") as file:
+    with file_errors(path), safe_open(path, "pt") as file:
         told = file.metadata() or {}
         if told.get("format") != FORMAT:
             raise RewardError(NAME, got=f"{path} of format {told.get('format')}", expected=expected, cure=cure)
@@ -92,10 +93,10 @@ class LatentReward(Frozen):
     name, space = NAME, "latents"
 
     def __init__(self, path: str | Path, model: str | Path | None = None, recompute: bool = True):
-        facts = read_facts(path)
+        path, facts = Path(path).expanduser(), read_facts(path)
         self._require_base(facts, "the model", model or facts.model, transformer_digest(model or facts.model))
         self._build(facts, load_first_blocks(model or facts.model, facts.blocks), recompute)
-        with file_errors(Path(path)), safe_open(path, "pt") as file:
+        with file_errors(path), safe_open(path, "pt") as file:
             self.head.load_state_dict({name: file.get_tensor(name) for name in self.head.state_dict()})
         self.freeze()
 

@@ -61,7 +61,7 @@ def test_a_head_ranks_unseen_videos_better_the_less_noise_there_is(tmp_path):
     ],
 )
 def test_what_cannot_work_is_told_before_weights_are_loaded(tmp_path, monkeypatch, capsys, flags, part):
-    monkeypatch.setattr("rlhf.training.setup.load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("rlhf.training.setup.find_base", lambda *_: pytest.fail("loaded"))
     assert main(["--head", str(tmp_path / "x.safetensors"), *flags]) == 1
     assert part in capsys.readouterr().err
 

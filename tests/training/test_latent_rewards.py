@@ -87,7 +87,7 @@ def test_prfl_scores_states_at_their_noise_level_and_decodes_the_estimate_for_pi
 
 
 def test_prfl_needs_a_reward_of_latents_to_train_on(make_args, monkeypatch):
-    monkeypatch.setattr("rlhf.training.setup.load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("rlhf.training.setup.find_base", lambda *_: pytest.fail("loaded"))
     for rewards, weights in (([redness], [1.0]), ([redness, Quiet()], [1.0, 0.0])):
         with pytest.raises(ConfigError, match="method: got prfl with redness.*rewards.distill"):
             RewardGradientTrainer("nano", rewards, make_args(method="prfl", reward_weights=weights), PROMPTS)
@@ -105,7 +105,7 @@ def test_prfl_needs_a_reward_of_latents_to_train_on(make_args, monkeypatch):
     ],
 )
 def test_settings_of_pixels_are_refused_before_the_model_is_loaded(make_args, monkeypatch, settings, part):
-    monkeypatch.setattr("rlhf.training.setup.load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("rlhf.training.setup.find_base", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=part):
         RewardGradientTrainer("nano", Quiet(), make_args(**settings), PROMPTS)
 
