@@ -43,6 +43,7 @@ PRFL = {"method": "prfl", "reward_funcs": [NAME], "reward_kwargs": {NAME: {"path
 ARMS = {
     "draft_k, K = 1": {"method": "draft_k", "reward_funcs": ["nano_preference"]},
     "prfl": PRFL,
+    "prfl, a tenth of the learning rate": PRFL | {"learning_rate": 3e-4},
 }
 SHOWN, WARM_UP = 8, 2
 

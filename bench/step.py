@@ -50,7 +50,8 @@ from rlhf.adapter.optimizer import clip_gradient
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
 from rlhf.generator.flow import euler_step
 from rlhf.generator.wan_decoder import saturated_share, unnormalise
-from rlhf.method.options import read_options
+from rlhf.generator.wan_encoder import encode_video
+from rlhf.method.options import is_offline, read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
@@ -97,6 +98,11 @@ class Bench:
         """Decode the scored frames."""
         with torch.no_grad():
             self._video(self.rig.noise("train"))
+
+    def encode(self) -> None:
+        """Encode a whole video, as each real one is once."""
+        B, _, T, H, W = self.rig.shape
+        encode_video(self.rig.vae, torch.rand(B, 3, 4 * (T - 1) + 1, 8 * H, 8 * W, device=self.rig.device))
 
     def decode_and_back(self) -> None:
         """Decode and score forward and backward."""
@@ -151,7 +157,8 @@ class Bench:
         rig, last = self.rig, len(self.rig.sigmas) - 2
         if not rig.by_hand:
             (prefix, window), plan = self._velocities(), self._plan()
-            noise, start = rig.noise("train"), rollouts.get(number, 0)
+            noise = rig.noise("train")
+            start = rig.noise("real video") if is_offline(rig.args) else rollouts.get(number, 0)
             states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
             rollouts.put(number, 0, states[plan.window_start])
             yield from gradient_samples(window, states, rig.noise, plan)
@@ -307,7 +314,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="ARM")
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--scored", default="first", help="frames the reward is given: first, all or a number")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), metavar="PHASE")
+    on_demand = "encode"  # of real videos, once in a run
+    parser.add_argument("--phases", nargs="+", choices=[*PHASES, on_demand], default=list(PHASES), metavar="PHASE")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps of a whole step")
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--device", help="default: the accelerator of this machine")

@@ -67,7 +67,9 @@ SETTINGS = {
     "exact, nothing twice, compiled, FlashAttention-3": FAST,
     "exact, nothing twice, compiled, FlashAttention-3, guidance together": FAST | {"guidance_together": True},
     "24 GiB": SMALL,
-    # Methods that learn from the whole rollout.
+    # Methods that learn from the whole rollout, or from real videos instead.
+    "srpo": EXACT | {"method": "srpo"},
+    "srpo, offline": EXACT | {"method": "srpo", "method_kwargs": {"offline": True}},
     "leap_align": EXACT | LEAPS,
     "leap_align, nothing twice": ROOMY | LEAPS,
     "adjoint_matching, last 4 steps": EXACT | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},

@@ -22,9 +22,9 @@ CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
 SCORES_VERSION = 3  # to be raised with every change of a built-in's score, or of how files are read
 
 
-def default_cache_folder() -> Path:
-    """Return $CONTENTV_RLHF_CACHE/scores, by default ~/.cache/contentv-rlhf/scores."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "contentv-rlhf") / "scores"
+def default_cache_folder(kind: str = "scores") -> Path:
+    """Return $CONTENTV_RLHF_CACHE/KIND, by default ~/.cache/contentv-rlhf/KIND."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "contentv-rlhf") / kind
 
 
 class ScoreCache:

@@ -20,6 +20,8 @@ from rlhf.distributed.launch import end_with_launcher
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130  # 130: a shell's status of Ctrl-C
 WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK = (*FULL, errno.EIO, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +88,7 @@ def train(args: RewardGradientConfig) -> int:
     except (RewardError, TrainingError, SavingError, DamagedFileError) as error:
         explained, status = str(error), EXIT_FAILED
     except OSError as error:
-        if error.errno in WRONG_PATH or error.filename is None:
+        if error.errno in WRONG_PATH or (error.filename is None and error.errno not in DISK):
             raise
         explained, status = _explain_os_error(error), EXIT_FAILED
     except (RuntimeError, MemoryError) as error:
@@ -119,6 +121,8 @@ def _explain_os_error(error: OSError) -> str:
     """Return got, expected and cure of a path that is wrong, or of a disk that does not answer."""
     if error.errno in WRONG_PATH:
         return f"got {error}, expected a path that can be read; correct the setting that names it, or the rights"
+    if error.errno in FULL:
+        return f"got {error}, expected room on the run's disk. Nothing was removed; free some, then go on."
     return f"got {error}, expected a disk that answers. Nothing was removed; see to it, and start the command again"
 
 

@@ -32,7 +32,7 @@ from rlhf.method.losses import reward_loss, score_metrics
 from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
-from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
+from rlhf.method.rollout import Velocity, rollout, sample_euler
 from rlhf.prompts import unread_message
 from rlhf.report import report_at_end
 from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
@@ -47,7 +47,6 @@ from rlhf.training.batches import BatchResult, finish_in_turn, first_failure
 from rlhf.training.calibrate import calibrate, restore_calibration
 from rlhf.training.callbacks import Callbacks
 from rlhf.training.failures import SkippedSteps, non_finite_error, require_gradient, require_untrained
-from rlhf.training.monitor import Guard, HeldOutMonitor
 from rlhf.training.rewards import choose_method, mix_rewards, open_rewards
 from rlhf.types import Conditioning
 
@@ -91,9 +90,8 @@ class RewardGradientTrainer:
         self.accelerator = make_accelerator(args)
         self.accelerator.print(describe_launch(self.accelerator, setup.describe_precision(args, inputs.pipe)))
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
-        train_prompts, self.eval_prompts = inputs.train_prompts, inputs.eval_prompts
-        setup.require_same_run(self.layout, train_prompts, args)
-        prompts = train_prompts, self.eval_prompts
+        train_prompts, self.eval_prompts = prompts = inputs.train_prompts, inputs.eval_prompts
+        setup.require_same_run(self.layout, train_prompts, args, inputs.videos)
         judges = opened_rewards or open_rewards(args, inputs.rewards, *prompts, self.device, inputs.pipe)
         self.args, chosen = args, _ = choose_method(args, dict(list(judges.items())[: len(inputs.rewards)]))
         self.options = read_options(args.method, args.method_kwargs)
@@ -102,21 +100,23 @@ class RewardGradientTrainer:
         base = None if inputs.pipe else setup.find_base(args, self.device)
         self.pipe = inputs.pipe or base.open_pipeline()
         self.batches = setup.make_batches(train_prompts, self.pipe, args, self.layout)
-        self.rollouts, self.skipped = RolloutCache(args.rollout_reuse), SkippedSteps(args.max_skipped_steps)
-        self.stop = StopRequest(speaks=self.accelerator.is_main_process)
-        self.inputs = describe_inputs(args, train_prompts, self.eval_prompts)
+        self.data = setup.make_anchor_data(inputs.videos, self.pipe, args, self.layout)
+        self.rollouts = setup.make_rollouts(args, self.data, self.batches)
+        self.stop, self.skipped = StopRequest(self.accelerator.is_main_process), SkippedSteps(args.max_skipped_steps)
+        self.inputs = describe_inputs(args, train_prompts, self.eval_prompts, self.data.captions)
         checkpoint, self.resumed = self._find_checkpoint()
         prompts = self.batches.prompts_at(0, args.calibrate_rewards)
         calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args, prompts)
         self.calibration_prompts = prompts if any_process(self.accelerator, not calibrated) else []
         left = self.batches.prompts_from_rollout(self.rollouts.rollout_index(self.resumed["step"], 0))
-        prompts = left + self.eval_prompts + self.calibration_prompts
+        prompts = left + self.eval_prompts + self.calibration_prompts + self.data.captions
         self.text = setup.encode(self.pipe, prompts, args, self.device, base)
 
         if base:  # the text encoders are gone by now
             setup.load_base(base, self.pipe, args, self.device)
         self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout, inputs.initial)
         self.choices |= chosen
+        self.data.encode(self.pipe.vae)
         self.optimizer = make_optimizer(self.masters.vector, args)
         for remark in slow_updates(args, self.masters.vector.numel()):
             self.accelerator.print(remark)
@@ -129,14 +129,11 @@ class RewardGradientTrainer:
         if checkpoint:
             load_checkpoint(checkpoint, self.masters, self.optimizer)
             self.fields.refresh()
-        self.sample_base = self._video_sampler(self.fields.base)
+        self.sample_base, sample_tuned = map(self._video_sampler, (self.fields.base, self.fields.tuned))
         self.monitor = None
         if self.eval_prompts:
-            sample_tuned = self._video_sampler(self.fields.tuned)
-            weights = {name: weight for name, weight in self.rewards.weights.items() if weight}
             held_out = setup.make_held_out(sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout)
-            guard, resume_from, notify = Guard.from_settings(args), args.resume_from_checkpoint, self.callbacks.notify
-            self.monitor = HeldOutMonitor(held_out, weights, self.masters, notify, guard, resume_from)
+            self.monitor = setup.make_monitor(held_out, self.rewards, self.masters, self.callbacks.notify, args)
         self.callbacks.notify("on_init_end")
 
     # ------------------------------------------------------------------------------------ one step
@@ -185,6 +182,9 @@ class RewardGradientTrainer:
             results = finish_in_turn(self._begin_regression(step, micro, plan) for micro in micros)
         else:
             results = [gradient(step, micro, plan) for micro in micros]
+        for micro, result in enumerate(results if is_due(step + 1, self.options.anchor_data_steps) else ()):
+            loss_B = self.data.loss(step, micro, self.text, self.fields)
+            self._add_term(result.columns, "data_loss", self.options.anchor_data_weight, loss_B)
         grad = self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
         return results, grad.norm().item()
 
@@ -203,8 +203,7 @@ class RewardGradientTrainer:
         results = [self._sample_gradient(sample, batch.prompts, step, plan.num_samples) for sample in samples]
         columns = results[0].columns | {"loss": torch.stack([result.columns["loss"] for result in results]).mean(0)}
         if weight := self.args.drift_weight:
-            drift_B = self._drift_gradient(cond, drift_state, plan, weight)
-            columns |= {"loss": columns["loss"] + weight * drift_B, "drift": drift_B}
+            self._add_term(columns, "drift", weight, self._drift(cond, drift_state, plan))
         return BatchResult(columns, *first_failure(results))
 
     def _sample_gradient(self, sample: Sample, prompts: list[str], step: int, num_samples: int) -> BatchResult:
@@ -247,18 +246,20 @@ class RewardGradientTrainer:
         """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""
         batch = self.batches.batch(step, micro)
         cond = self.text(batch.prompts, self.device)
-        sigmas = plan.sigmas[: plan.drift_step + 1]
-        x_BCTHW = sample_euler(self.fields.base(cond), batch.noise("train"), sigmas)[-1]
-        drift_B = self._drift_gradient(cond, x_BCTHW, plan, 1.0)
-        return BatchResult({"loss": drift_B, "drift": drift_B})
+        x_BCTHW = sample_euler(self.fields.base(cond), batch.noise("train"), plan.sigmas[: plan.drift_step + 1])[-1]
+        return BatchResult(self._add_term({}, "drift", 1.0, self._drift(cond, x_BCTHW, plan)))
 
-    def _drift_gradient(self, cond: Conditioning, x_BCTHW: torch.Tensor, plan: Plan, weight: float) -> torch.Tensor:
-        """Back-propagate the weighted drift at the plan's step; return the drift (B,)."""
+    def _drift(self, cond: Conditioning, x_BCTHW: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Return the drift (B,) at the plan's step, with gradient."""
         tuned, base = self.fields.window(cond), self.fields.base(cond)
-        distance_B = velocity_distance(tuned, base, x_BCTHW, plan.sigmas[plan.drift_step])
-        drift_B = plan.drift_total * distance_B
-        self._back_propagate(weight * drift_B.mean())
-        return drift_B.detach()
+        return plan.drift_total * velocity_distance(tuned, base, x_BCTHW, plan.sigmas[plan.drift_step])
+
+    def _add_term(self, columns: dict, name: str, weight: float, loss_B: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Back-propagate a weighted loss (B,); add it to the columns' loss, and log it by name."""
+        self._back_propagate(weight * loss_B.mean())
+        columns[name] = loss_B = loss_B.detach()
+        columns["loss"] = columns.get("loss", 0) + weight * loss_B
+        return columns
 
     def _back_propagate(self, loss: torch.Tensor) -> None:
         (loss / (self.args.gradient_accumulation_steps * self.layout.num_processes)).backward()
@@ -335,6 +336,7 @@ class RewardGradientTrainer:
     def _train_steps(self, first: int) -> int:
         """Take the optimizer steps from `first` on; return how many the run has then taken."""
         args, log, done = self.args, RunLog(self.accelerator, self.args, first), first
+        prompts = [*self.batches.prompts, *self.eval_prompts]
         with self.stop as stop, log:
             for name, choice in self.choices.items():
                 log.say(f"{name}: {choice}")
@@ -355,8 +357,8 @@ class RewardGradientTrainer:
                     raise
                 log.step(metrics)
                 self.callbacks.log(metrics)
-                if done == 1 and (unread := self._unread_fields()):  # once a run, when all rewards were asked
-                    log.say(unread)
+                if done == 1 and (unread := unread_message(prompts, guided=args.guidance_scale > 1)):
+                    log.say(unread)  # once a run, when all rewards were asked
                 stopping = any_process(self.accelerator, stop.requested)
                 if stopping or self.callbacks.is_requested("save") or is_due(done, args.save_steps):
                     saved = self._save(done)
@@ -367,9 +369,6 @@ class RewardGradientTrainer:
                 if stopped or self.callbacks.is_requested("training_stop"):
                     break
         return done
-
-    def _unread_fields(self) -> str | None:
-        return unread_message([*self.batches.prompts, *self.eval_prompts], guided=self.args.guidance_scale > 1)
 
     def _evaluate_or_sample(self, done: int) -> dict[str, float]:
         """Evaluate or sample if it is due after `done` steps; return the metrics."""
@@ -393,6 +392,7 @@ class RewardGradientTrainer:
         saved = read_state(path)
         self.accelerator.print(resume_message(path, saved, self.args, self.inputs))
         self.batches.restore(saved["step"], saved)
+        self.data.restore(saved)
         return path, saved
 
     def _save(self, done: int, together: bool = True) -> Path:
@@ -400,7 +400,7 @@ class RewardGradientTrainer:
         folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             state = {"settings": dataclasses.asdict(self.args), "inputs": self.inputs} | self.batches.state(done)
-            state |= {"seconds": time.perf_counter() - self.started}
+            state |= self.data.state(done) | {"seconds": time.perf_counter() - self.started}
             state |= {"guard": self.monitor.state()} if self.monitor else {}
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)
         if together:

@@ -71,15 +71,17 @@ class Lora:
         return replace(other, layers=layers)
 
     def scaled(self, factor: float, fold: bool = False) -> "Lora":
-        """Return it with B multiplied by `factor`, and with `fold` by alpha / r, too."""
-        layers = {
-            name: replace(
-                layer,
-                b=layer.b * (factor * (layer.scale if fold else 1)),
-                alpha=len(layer.a) if fold else layer.alpha,
-            )
-            for name, layer in self.layers.items()
-        }
+        """Return it with B multiplied by `factor`, and with `fold` by alpha / r, too.
+
+        Raises ValueError if a product is not finite.
+        """
+        layers = {}
+        for name, layer in self.layers.items():
+            b = layer.b * (factor * (layer.scale if fold else 1))
+            if not b.isfinite().all():
+                got = f"{name}: got B times {factor:g}{f' and {layer.scale:g}' if fold else ''}, which is not finite"
+                raise ValueError(f"{got}, expected a number of float32; choose a smaller scale")
+            layers[name] = replace(layer, b=b, alpha=len(layer.a) if fold else layer.alpha)
         return replace(self, layers=layers)
 
     def config(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.io import run_of_checkpoint
 from rlhf.method.options import SCORES_ALONE, MethodOptions, read_options
 from rlhf.run.checkpoint import find_checkpoint
 
@@ -30,6 +31,7 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
     else:
         yield from _step_problems(args, options)
         yield from _group_problems(args, options)
+        yield from _data_problems(args, options)
     yield from _drift_problems(args)
 
 
@@ -100,6 +102,28 @@ def _group_problems(args, options: MethodOptions) -> Iterator[str]:
             yield f"{name}: got {got} with method {args.method}, which does not read it, {expected}; leave it out"
 
 
+def _data_problems(args, options: MethodOptions) -> Iterator[str]:
+    """Yield problems of real videos with the settings that read them or have no effect."""
+    offline = getattr(options, "offline", False)
+    for name in ("anchor_data_steps", "offline"):
+        if getattr(options, name, 0) and args.anchor_data is None:
+            yield f"method_kwargs: {name}: got it without anchor_data, expected a folder of real videos; set that, too"
+    if args.anchor_data and not (offline or options.anchor_data_steps):
+        expected = "expected anchor_data_steps, or offline of method srpo, in method_kwargs"
+        yield f"anchor_data: got {args.anchor_data}, which nothing reads, {expected}; set one, or leave it out"
+    default = MethodOptions.anchor_data_weight
+    if options.anchor_data_weight != default and not options.anchor_data_steps:
+        got = f"anchor_data_weight: got {options.anchor_data_weight} without anchor_data_steps, on which it builds"
+        yield f"method_kwargs: {got}, expected {default}; set both, or leave it out"
+    if options.anchor_data_steps and args.guidance_gradient == "distill":
+        expected = "expected full, text or none: real videos would teach the adapter to do without guidance"
+        yield f"guidance_gradient: got distill with anchor_data_steps, {expected}; change one of the two"
+    for name in ("drift_weight", "guidance_every", "sampling_weights") if offline else ():
+        got, default = getattr(args, name), getattr(RewardGradientConfig, name)
+        if got != default:
+            yield f"{name}: got {got} with offline, which has no rollout, expected {default}; leave it out"
+
+
 def _drift_problems(args) -> Iterator[str]:
     """Yield problems of drift, anchor steps and guidance distillation."""
     if args.drift_weighting != "kl" and not (args.drift_weight or args.anchor_steps):
@@ -143,7 +167,7 @@ def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None"
     source = args.initial_adapter
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)
-        source = checkpoint.resolve().parents[1] / INITIAL_KEY
+        source = run_of_checkpoint(checkpoint) / INITIAL_KEY
     if args.lora_use_dora or (lora := read_lora(source, linear_sizes(transformer))).has_magnitudes:
         got = "lora_use_dora" if args.lora_use_dora else f"a DoRA, {source}"
         expected = "expected plain LoRA, since no adapter file holds the sum of a DoRA and another adapter"

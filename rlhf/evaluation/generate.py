@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rlhf.adapter.lora_file import find_lora_file, read_lora
+from rlhf.adapter.lora_file import read_adapter_bytes, read_lora
 from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.merge import apply_lora, check_lora_scale
 from rlhf.device import generator
@@ -24,7 +24,7 @@ from rlhf.generator.loading import linear_sizes, load_pipeline
 from rlhf.generator.pipeline import VideoPipeline
 from rlhf.io import read_object, write_json, write_whole
 from rlhf.run.metrics import progress_bar
-from rlhf.run.video import to_uint8, write_video
+from rlhf.run.video import finished_video, write_video
 from rlhf.types import negative_of
 
 SETTINGS_FILE = "generate.json"
@@ -70,7 +70,7 @@ class Variant:
 
     def identity(self) -> dict:
         """Return what identifies this variant; the adapter by its content."""
-        content = find_lora_file(self.lora).read_bytes() if self.lora else None
+        content = read_adapter_bytes(self.lora) if self.lora else None
         digest = content and hashlib.sha256(content).hexdigest()
         settings = {"merge": self.merge, "scale": self.scale}
         model = {"model": str(self.model), "model_files": describe_model(self.model)}
@@ -103,7 +103,7 @@ def sample(pipe: VideoPipeline, videos: list[Video], sampling: SamplingDefaults)
     arguments = sampling.call_arguments()
     arguments["negative_prompt"] = [negative_of(prompt, sampling.negative_prompt) for prompt in prompts]
     frames = pipe(prompts, generator=noise, output_type="pt", **arguments).frames
-    return to_uint8(frames)
+    return finished_video(frames)
 
 
 def save_video(path: Path, video_TCHW: torch.Tensor, fps: int) -> None:

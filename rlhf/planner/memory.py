@@ -156,6 +156,8 @@ def plan_memory(
         "reward": waiting_graphs + decoder.saved_bytes + rewards.peak_bytes,
         "optimizer": 4 * model.num_trained if model.processes > 1 else 0,  # a copy is all-reduced
     }
+    if args.anchor_data:
+        phases["encoding videos"] = model.encoder_call(args).no_grad.added_bytes
     if args.eval_prompts:
         phases["evaluation"] = gathered + _evaluation_bytes(model, args)
     return MemoryPlan(held, phases)

@@ -23,6 +23,7 @@ from rlhf.generator.files import latent_sizes
 from rlhf.generator.first_blocks import FirstBlocks, first_blocks
 from rlhf.generator.registry import family_of_config, spatial_patch
 from rlhf.generator.wan_decoder import decode_video
+from rlhf.generator.wan_encoder import encode_video
 from rlhf.method.options import read_options
 from rlhf.planner.tracer import MetaOffload, Phase, Trace, fake_process_group, fused_attention, use_fused_norms
 
@@ -190,6 +191,16 @@ class TracedModel:
             return model(x, *conditions, return_dict=False)[0]
 
         return velocity, torch.empty(batch, *self.latent_shape, device="meta", dtype=model.dtype)
+
+    def encoder_call(self, args: RewardGradientConfig) -> TracedCall:
+        """Trace encoding one real video, without gradient."""
+        video = torch.empty(1, 3, args.num_frames, args.height, args.width, device="meta")
+
+        def trace() -> TracedCall:
+            vae = nn.Module.to(self.vae, getattr(torch, args.vae_dtype))
+            return trace_call(lambda x: encode_video(vae, x), video, vae, with_gradient=False)
+
+        return self._trace_once(("encoder", args.vae_dtype), trace)
 
     def decoder_call(
         self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True

@@ -25,6 +25,7 @@ from rlhf.device import local_device
 from rlhf.generator.files import latent_sizes, model_sizes, transformer_digest
 from rlhf.method.options import SCORES_ALONE, WITH_GRADIENT, WITHOUT_GRADIENT, read_options
 from rlhf.prompts import load_prompts
+from rlhf.prompts.videos import load_train_prompts
 
 if TYPE_CHECKING:  # importing it takes seconds
     from rlhf.generator.pipeline import VideoPipeline
@@ -52,7 +53,7 @@ def open_rewards(
     fit rewards of latents, before the generator's weights are loaded.
     """
     device = device or local_device(args.device)
-    prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    prompts = prompts or load_train_prompts(args)
     given = args.reward_funcs if rewards is None else rewards
     trained = _load_rewards(given, args, device)
     if eval_prompts is None and args.eval_prompts:

@@ -280,6 +280,31 @@ ROWS = [
         "there is no guidance to teach",
     ),
     Row({"anchor_steps": 1}, "anchor_steps: got 1", "expected 0 or at least 2", "raise it"),
+    Row(
+        {"method_kwargs": {"anchor_data_steps": 2}},
+        "anchor_data_steps: got it without anchor_data",
+        "expected a folder of real videos",
+        "set that, too",
+    ),
+    Row(
+        {"method": "srpo", "method_kwargs": {"offline": True}, "drift_weight": 0.1},
+        "drift_weight: got 0.1 with offline",
+        "has no rollout, expected 0.0",
+        "leave it out",
+    ),
+    Row(
+        {"method_kwargs": {"anchor_data_weight": 2}},
+        "anchor_data_weight: got 2.0 without anchor_data_steps",
+        "expected 1.0",
+        "set both, or leave it out",
+    ),
+    Row({"anchor_data": "nowhere"}, "which nothing reads, expected anchor_data_steps, or", "expected", "leave it out"),
+    Row(
+        {"guidance_gradient": "distill", "drift_weight": 1, "method_kwargs": {"anchor_data_steps": 2}},
+        "guidance_gradient: got distill with anchor_data_steps",
+        "expected full, text or none",
+        "change one of the two",
+    ),
     Row({"lora_rank_pattern": {"to_qq": 4}}, "got 'to_qq'", "expected the end of an adapted layer's", "correct it"),
     Row({"lora_alpha_pattern": {"to_q(": 4}}, "got 'to_q('", "or a regular expression of it", "correct it"),
     Row(

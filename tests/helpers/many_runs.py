@@ -89,8 +89,12 @@ def run(output: Path, own: dict) -> dict:
     """One run: the adapter and its gradient over all processes in each step, and more.
 
     own: settings; "wan": a dtype; "omit" of `OMISSIONS`, "reward" of `REWARDS`, "prompts" and "eval" prompts.
+    Their latents are cached beside real videos.
     """
     own = dict(own)
+    if "anchor_data" in own:
+        own["anchor_data"] = str(output.parent / own["anchor_data"])
+        os.environ["CONTENTV_RLHF_CACHE"] = str(output.parent / "cache")
     wan = own.pop("wan", None)
     omit, reward = own.pop("omit", None), REWARDS[own.pop("reward", "redness")]
     prompts, held_out = own.pop("prompts", PROMPTS), own.pop("eval", None)

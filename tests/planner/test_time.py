@@ -5,7 +5,9 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 from plans import CHECKPOINTED, tiny
+from real_videos import write_videos
 from scripts import ROOT
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, calm, redness
@@ -63,6 +65,17 @@ def test_calls_are_those_that_a_training_step_makes(make_args, settings):
     trainer.step(0)
     found = count_calls(trainer.args)
     assert (len(calls), sum(calls)) == (found.prefix + found.constant + found.with_gradient, found.with_gradient)
+
+
+def test_an_offline_step_makes_the_calls_of_its_draws_and_of_the_loss_on_videos(make_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONTENTV_RLHF_CACHE", str(tmp_path / "cache"))
+    options = {"offline": True, "anchor_data_steps": 1}
+    args = make_args(method="srpo", method_kwargs=options, anchor_data=str(write_videos(tmp_path / "videos")))
+    trainer, calls = RewardGradientTrainer(tiny_pipeline(), redness, args), []
+    trainer.pipe.transformer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.step(0)
+    assert calls == [True] * 5
+    assert count_calls(trainer.args) == CallCounts(prefix=0, constant=0, with_gradient=5)
 
 
 def test_guidance_parallel_halves_the_calls_and_reuse_the_prefix():

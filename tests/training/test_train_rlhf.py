@@ -140,7 +140,7 @@ def test_errors_are_one_paragraph_and_exit_2(main, project, capsys, flags, told,
     assert not (project / "run").exists()
 
 
-def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, capsys):
+def test_text_where_a_path_belongs_and_a_damaged_file_and_a_full_disk_are_told(main, project, capsys, file_limit):
     """Which the system refuses in words of its own, and which a resumed run finds after it has been
     loaded.
     """
@@ -148,6 +148,13 @@ def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, ca
     assert main([*config, "--prompts", "a red fox in the snow, " * 20]) == 2
     assert "expected a path that can be read; correct the setting" in capsys.readouterr().err
     assert main([*config, "--max_steps", "1"]) == 0
+    kept = {path: path.read_bytes() for path in (project / "run").iterdir() if path.is_file()}
+    with file_limit(len(kept[project / "run" / "config.yaml"]) - 1):
+        assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 1
+    told = capsys.readouterr().err
+    assert "got [Errno 27] File too large, expected room on the run's disk. Nothing was removed" in told
+    assert "Traceback" not in told
+    assert {path: path.read_bytes() for path in (project / "run").iterdir() if path.is_file()} == kept
     (project / "run" / "evaluation" / "base.safetensors").write_bytes(b"half")
     assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 1
     told = capsys.readouterr().err
