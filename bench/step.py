@@ -21,6 +21,7 @@ first at a seventh of the first one's time.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -32,15 +33,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, free_memory, make_parser, read_rows, scored_frames, show_row, write_rows
-from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
+from step_arms import (
+    CAPS_GIB,
+    PEERS,
+    SETTINGS,
+    SIZES,
+    STOCK,
+    Rig,
+    floor_seconds,
+    make_latent_reward,
+    make_reward,
+)
 
+from rewards.contract import scores_latents
 from rlhf.adapter.optimizer import clip_gradient
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
 from rlhf.generator.flow import euler_step
 from rlhf.generator.wan_decoder import saturated_share, unnormalise
 from rlhf.generator.wan_encoder import encode_video
 from rlhf.method.options import is_offline, read_options
-from rlhf.method.plan import Plan, gradient_samples, make_plan
+from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
 from rlhf.method.velocity import velocity_field
@@ -48,6 +60,7 @@ from rlhf.method.velocity import velocity_field
 RESULT = Path(__file__).parent / "results" / "step.json"
 GIB, PROMPT = 2**30, ["a red fox runs through deep snow, slow motion"]
 INFO = {"fps": 24, "seed": 0, "step": 0}
+LATENT_PHASES = ("sampling", "segment", "step", "update")  # of an arm that decodes nothing
 PHASES = ("sampling", "segment", "decode", "decode and back", "window", "step", "update")
 
 
@@ -123,9 +136,8 @@ class Bench:
             self._regress(self._plan())
             return self.update()
         for number in range(rig.args.rollout_reuse):
-            for latents in self._rollouts(rollouts, number):
-                loss = -self.reward(self._video(latents), PROMPT, **INFO).mean()
-                loss.backward()
+            for sample in self._rollouts(rollouts, number):
+                (-self._score(sample).mean()).backward()
                 rig.masters.collect_grad()
             self.update()
 
@@ -149,15 +161,21 @@ class Bench:
             start = rig.noise("real video") if is_offline(rig.args) else rollouts.get(number, 0)
             states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
             rollouts.put(number, 0, states[plan.window_start])
-            for sample in gradient_samples(window, states, rig.noise, plan):
-                yield sample.latents
+            yield from gradient_samples(window, states, rig.noise, plan)
         elif rig.arm == STOCK:
-            yield rollout(guided(rig), guided(rig), rig.noise("train"), rig.sigmas, [last])[-1]
+            yield Sample(rollout(guided(rig), guided(rig), rig.noise("train"), rig.sigmas, [last])[-1])
         else:
             x = rig.noise("train").to(rig.size.dtype)
             for i in range(last + 1):
                 x = self._peers_step(x, i, with_gradient=i == last)
-            yield x
+            yield Sample(x)
+
+    def _score(self, sample: Sample) -> torch.Tensor:
+        """Return the scores (1,) of a sample, decoded unless the reward is one of latents."""
+        if not scores_latents(self.reward):
+            return self.reward(self._video(sample.latents), PROMPT, **INFO)
+        text, pooled = self.rig.cond.prompt_embeds_BLD, self.rig.cond.pooled_embeds_BP
+        return self.reward(sample.noisy, PROMPT, sigma=sample.sigma, text=text, pooled=pooled, **INFO)
 
     def _regress(self, plan: Plan) -> None:
         """Sample, score and back-propagate the loss terms of a regression."""
@@ -255,7 +273,9 @@ def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device,
         rig = Rig(arm, SIZES[arguments.size], frames, arguments.steps, scored, device)
     except (ImportError, ValueError) as error:  # an option needs a library or device
         return [told | {"phase": phase, "skipped": str(error)} for phase in phases]
-    bench = Bench(rig, reward, scored)
+    of_latents = rig.args.method == "prfl"
+    bench = Bench(rig, make_latent_reward(rig) if of_latents else reward(), scored)
+    phases = [phase for phase in phases if not of_latents or phase in LATENT_PHASES]
     limit_memory(device, CAPS_GIB.get(arm))
     for phase in phases:
         if out_of_time():
@@ -315,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     about = environment(device) | {"size": arguments.size, "height": size.height, "width": size.width}
     rows = read_rows(arguments.output, about, key)
     scored = scored_frames(arguments.scored, arguments.frames)
-    reward = make_reward(arguments.size, scored, device)
+    reward = functools.cache(lambda: make_reward(arguments.size, scored, device))
     late = lambda: time.perf_counter() - began > arguments.limit
     for arm in arguments.arms:
         done = {phase for *place, phase in rows if place == [arm, arguments.frames, scored]}

@@ -10,15 +10,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from peft import PeftConfig
 from transformers import TrainerCallback
 
-from rewards import RewardError
 from rlhf.adapter.lora_file import INITIAL_KEY
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates
@@ -29,10 +26,9 @@ from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import MakeVideos
 from rlhf.generator.flow import flow_sigmas
 from rlhf.generator.pipeline import VideoPipeline
-from rlhf.generator.wan_decoder import saturated_share
-from rlhf.method.decode import VideoSampler
+from rlhf.method.decode import Sampled, VideoSampler
 from rlhf.method.drift import velocity_distance
-from rlhf.method.losses import reward_loss, score, score_metrics, start_score
+from rlhf.method.losses import reward_loss, score_metrics
 from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
@@ -126,7 +122,7 @@ class RewardGradientTrainer:
             self.accelerator.print(remark)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
-        self.decode = setup.make_decoder(self.pipe, self.rewards, args, self.device)
+        self.scorer = setup.make_scorer(self.pipe, self.rewards, self.text, args, self.layout)
         self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
         self.state = self.callbacks.state
         self.state.global_step = self.resumed["step"]
@@ -211,25 +207,11 @@ class RewardGradientTrainer:
         return BatchResult(columns, *first_failure(results))
 
     def _sample_gradient(self, sample: Sample, prompts: list[str], step: int, num_samples: int) -> BatchResult:
-        """Decode, score and back-propagate one of a rollout's samples: the loss is -R(x_N)."""
-        scores_B, scored = self._score(sample, prompts, step)
+        """Score and back-propagate one of a rollout's samples: the loss is -R."""
+        scores_B, scored = self.scorer.score(sample, prompts, step)
         loss = reward_loss(scores_B)
         self._back_propagate(loss / num_samples)
         return self._result(scored, loss.expand(len(prompts)))
-
-    def _score(self, sample: Sample, prompts: list[str], step: int) -> tuple[torch.Tensor, BatchResult]:
-        """Decode and score a sample; return the scores (B,) with graph, and what is logged."""
-        words, strength = self.options.relative_words, self.options.relative_strength
-        info, error = self.reward_info(step), None
-        video = self.decode(self.layout.average_grad(sample.latents), step)
-        try:
-            how = words, strength, sample.penalty, self.options.reward_perturbation
-            scores_B, raw = score(self.rewards, video, prompts, info, *how)
-        except RewardError as raised:  # `step` tells every process, then all of them stop
-            error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
-            raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())
-        columns = _score_columns(scores_B, raw) | {"saturated": saturated_share(video)}
-        return scores_B, BatchResult(columns, (video.detach(), prompts, info), error)
 
     def _result(self, scored: BatchResult, loss_B: torch.Tensor) -> BatchResult:
         """Return the scored batch with its loss; it is suspect if the gradient is not finite."""
@@ -246,8 +228,7 @@ class RewardGradientTrainer:
         cond = self.text(batch.prompts, self.device)
         with self.masters.use(self.masters.old):
             states = plan.regression.sample(fields.prefix(cond, plan), batch.noise, plan.sigmas)
-        begin = self._begin_scoring if self.args.method in SCORES_ALONE else self._score_with_gradient
-        finish = begin(states[-1], batch.prompts, step)
+        finish = self.scorer.begin(states[-1], batch.prompts, step)
 
         def regress() -> BatchResult:
             scores_B, gradient, scored = finish()
@@ -260,35 +241,6 @@ class RewardGradientTrainer:
             return self._result(scored, loss_B)
 
         return regress
-
-    def _score_with_gradient(self, latents: torch.Tensor, prompts: list[str], step: int) -> Callable[[], tuple]:
-        """Score latents; return a function: scores (B,), their gradient (as latents), the batch."""
-        sample = Sample(latents.requires_grad_())
-        scores_B, scored = self._score(sample, prompts, step)
-        (gradient,) = torch.autograd.grad(scores_B.sum(), sample.latents)
-        return partial(tuple, (scores_B.detach(), gradient, scored))
-
-    @torch.no_grad()
-    def _begin_scoring(self, latents: torch.Tensor, prompts: list[str], step: int) -> Callable[[], tuple]:
-        """Begin to score without gradient; return a function: scores (B,), None, the batch."""
-        words, strength = self.options.relative_words, self.options.relative_strength
-        video = self.decode(latents, step)
-        device, saturated_B = video.device, saturated_share(video)
-        try:
-            finish = start_score(self.rewards, video, prompts, self.reward_info(step), words, strength)
-        except RewardError as raised:
-            finish = partial(_raise, raised)
-
-        def collect() -> tuple:
-            error = None
-            try:
-                scores_B, raw = finish()
-            except RewardError as raised:  # `step` tells every process, then all of them stop
-                error, scores_B = raised, torch.full((len(prompts),), math.nan, device=device)
-                raw = dict.fromkeys(self.rewards.rewards, scores_B)
-            return scores_B, None, BatchResult(_score_columns(scores_B, raw) | {"saturated": saturated_B}, error=error)
-
-        return collect
 
     def _anchor_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""
@@ -324,14 +276,10 @@ class RewardGradientTrainer:
         masters.update_averages(step)
         self.fields.refresh()
 
-    def reward_info(self, step: int) -> dict:
-        """Return the `info` keyword arguments of rewards in a step: fps, seed and step."""
-        return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
-
     def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> MakeVideos:
         sampler = VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)
 
-        def sample(prompts: list[str], noise_BCTHW: torch.Tensor) -> torch.Tensor:
+        def sample(prompts: list[str], noise_BCTHW: torch.Tensor) -> Sampled:
             with self.stop.interruptible():
                 return sampler(prompts, noise_BCTHW)
 
@@ -382,7 +330,7 @@ class RewardGradientTrainer:
             if (initial := self.masters.initial).layers:
                 initial.save(self.folder / INITIAL_KEY / ADAPTER_FILE)
         if prompts:
-            shape, info = self.batches.noise_shape, self.reward_info(0)
+            shape, info = self.batches.noise_shape, self.scorer.info(0)
             calibrate(self.rewards, self.sample_base, prompts, shape, args, self.layout, info)
 
     def _train_steps(self, first: int) -> int:
@@ -459,12 +407,3 @@ class RewardGradientTrainer:
             self.accelerator.wait_for_everyone()
             self.callbacks.notify("on_save")
         return folder / f"step-{done}"
-
-
-def _raise(error: Exception) -> NoReturn:
-    raise error
-
-
-def _score_columns(scores_B: torch.Tensor, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the columns (B,) that are logged of total and raw scores."""
-    return {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}

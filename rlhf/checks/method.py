@@ -65,6 +65,9 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
     if (visited := getattr(options, "adjoint_steps", None) or 1) > steps:
         got = f"adjoint_steps={visited} exceeds num_inference_steps={steps}"
         yield f"method_kwargs: {got}, expected at most that; lower it"
+    if (drawn := getattr(options, "drawn_steps", None) or 1) > steps:
+        got = f"drawn_steps={drawn} exceeds num_inference_steps={steps}"
+        yield f"method_kwargs: {got}, expected at most that; lower it"
     if args.method == "adjoint_matching" and args.drift_weight:
         expected = "expected 0: reward_scale already weighs the distance from the base"
         yield f"drift_weight: got {args.drift_weight} with method adjoint_matching, {expected}; leave it out"

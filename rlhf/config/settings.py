@@ -35,6 +35,7 @@ Method = Literal[
     "drtune",
     "refl",
     "srpo",
+    "prfl",
     "leap_align",
     "adjoint_matching",
     "nft",

@@ -197,12 +197,25 @@ class LeapAlignOptions(MethodOptions):
     )
 
 
+@dataclass(frozen=True)
+class PRFLOptions(MethodOptions):
+    """Options of prfl (arXiv 2511.21541)."""
+
+    drawn_steps: int | None = setting(
+        None,
+        "Last steps of the sampler of which one is drawn for each optimizer step; a head that cannot rank noisy "
+        "latents is spared them. Default: all.",
+        least=1,
+    )
+
+
 METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOptions) | {
     "draft_lv": DraftLVOptions,
     "listed": ListedOptions,
     "drtune": DRTuneOptions,
     "refl": ReFLOptions,
     "srpo": SRPOOptions,
+    "prfl": PRFLOptions,
     "nft": NFTOptions,
     "flow_grpo": FlowGRPOOptions,
     "adjoint_matching": AdjointMatchingOptions,

@@ -46,6 +46,7 @@ from rlhf.training.anchor_data import AnchorData, RealVideos
 from rlhf.training.batches import Batches
 from rlhf.training.callbacks import Notify
 from rlhf.training.monitor import Guard, HeldOutMonitor
+from rlhf.training.scoring import Scorer
 from rlhf.types import row_of
 
 PER_HOST_SETTINGS = (
@@ -233,7 +234,7 @@ def make_fields(
 
 
 def make_decoder(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientConfig, device: torch.device) -> Decoder:
-    """Return the decoder of the frames that any reward asks for."""
+    """Return the decoder of the frames that any reward asks for, if one does."""
     return Decoder(
         pipe.vae,
         frames=max(frames_needed(reward, args.num_frames) for reward in rewards.rewards.values()),
@@ -243,6 +244,14 @@ def make_decoder(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientCo
         checkpoint=args.decode_checkpoint,
         caches=HostMemory(device) if args.decode_caches == "host" else None,
     )
+
+
+def make_scorer(
+    pipe: VideoPipeline, rewards: RewardMix, text: PromptCache, args: RewardGradientConfig, layout: Layout
+) -> Scorer:
+    """Return what scores the samples of a run's steps."""
+    decode, options = make_decoder(pipe, rewards, args, layout.device), read_options(args.method, args.method_kwargs)
+    return Scorer(rewards, decode, text, layout, args.method, options, pipe.sampling.fps, args.seed)
 
 
 def make_batches(prompts: list[str], pipe: VideoPipeline, args: RewardGradientConfig, layout: Layout) -> Batches:

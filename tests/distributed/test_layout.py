@@ -45,6 +45,7 @@ EVERYTHING = {  # drift, an average, draws of the method, an evaluation on the w
 }
 CHEAPER = {"guidance_every": 2, "num_grad_steps": 1, "max_steps": 2}
 ADJOINT = {"method": "adjoint_matching", "num_grad_steps": 1, "max_steps": 2}
+PRFL = {"method": "prfl", "reward": "calm", "num_grad_steps": 1, "max_steps": 2}
 LEAPS = {"method": "leap_align", "num_grad_steps": 1, "max_steps": 2}
 # A loss on real videos beside rollouts that start at real videos, two batches a step or two branches.
 REAL = {"method": "srpo", "num_grad_steps": 1, "max_steps": 2, "prompts": None, "anchor_data": "videos"}
@@ -53,6 +54,8 @@ OTHERS = {
     "real videos": REAL | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "real videos, guidance": REAL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "leaps": LEAPS | {"per_device_train_batch_size": 2},
+    "prfl": PRFL | {"per_device_train_batch_size": 2},
+    "prfl of parts": PRFL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "adjoint": ADJOINT | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "adjoint of parts": ADJOINT | {"per_device_train_batch_size": 4, "sequence_parallel": 2} | RECOMPUTING,
     "cheaper": CHEAPER | {"per_device_train_batch_size": 4, "sequence_parallel": 2},
@@ -134,7 +137,9 @@ def test_two_processes_do_everything_as_one_does(of_two, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "settings"), [(["leaps"], LEAPS), (["adjoint", "adjoint of parts"], ADJOINT)], ids=["leaps", "adjoint"]
+    ("names", "settings"),
+    [(["leaps"], LEAPS), (["adjoint", "adjoint of parts"], ADJOINT), (["prfl", "prfl of parts"], PRFL)],
+    ids=["leaps", "adjoint", "prfl"],
 )
 def test_methods_with_gradients_of_their_own_train_on_two_processes_as_on_one(of_two, tmp_path, names, settings):
     assert_as_alone(of_two, tmp_path, names, settings)

@@ -108,7 +108,7 @@ ROWS = [
     Row({"reward_funcs": []}, "reward_funcs: got none", "expected at least one reward", "name one"),
     Row({"reward_funcs": ["clip_scor"]}, "clip_scor", "expected one of aesthetic", "The nearest name is 'clip_score'"),
     Row({"reward_funcs": ["absent.py:A"]}, "got no file at", "expected a Python file", "Correct the path"),
-    Row({"reward_funcs": ["aesthetic_v2_5"]}, "got no `head`", "expected the path of", "Download it"),
+    Row({"reward_funcs": ["aesthetic_v2_5"]}, "got no `head`", "expected the path of", "Get it"),
     Row({"eval_reward_funcs": ["clip_score"]}, "got 'clip_score' twice", "expected each once", "leave one out"),
     Row(
         {"eval_reward_funcs": ["judge.py:motion"]},
@@ -328,6 +328,12 @@ ROWS = [
     Row(
         {"method": "adjoint_matching", "method_kwargs": {"adjoint_steps": 51}},
         "adjoint_steps=51 exceeds num_inference_steps=50",
+        "expected at most that",
+        "lower it",
+    ),
+    Row(
+        {"method": "prfl", "method_kwargs": {"drawn_steps": 51}},
+        "drawn_steps=51 exceeds num_inference_steps=50",
         "expected at most that",
         "lower it",
     ),

@@ -50,6 +50,11 @@ CURVES = {
     "srpo": {"method": "srpo"},
     "srpo_offline": {"method": "srpo", "method_kwargs": {"offline": True, "anchor_data_steps": 2}},
     "leap_align": {"method": "leap_align"},
+    "prfl": {
+        "method": "prfl",
+        "reward_funcs": ["nano_preference", f"{Path(__file__).parent}/toy_rewards.py:calm"],
+        "reward_weights": [1.0, 0.1],
+    },
     "adjoint_matching": {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}},
     "nft": {"method": "nft", "per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}},
     "flow_grpo": {
@@ -69,7 +74,7 @@ CURVES = {
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
 }
 
-NO_GPU = ("flow_grpo", "srpo_offline")  # curves that were not drawn on a GPU yet
+NO_GPU = ("flow_grpo", "prfl", "srpo_offline")  # curves that were not drawn on a GPU yet
 
 
 def draw(name: str, device: str = "cpu") -> dict[str, list[float]]:

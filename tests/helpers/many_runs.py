@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tiny import tiny_pipeline, tiny_transformer
 from tiny_wan import tiny_wan_pipeline, tiny_wan_transformer
-from toy_rewards import PROMPTS, redness
+from toy_rewards import PROMPTS, calm, redness
 
 import rlhf.run.checkpoint
 import rlhf.trainer
@@ -82,7 +82,7 @@ def stuck_on_the_second(video, prompts, **info):
     return redness(video, prompts)
 
 
-REWARDS = {"redness": redness, "broken": broken_on_the_second, "stuck": stuck_on_the_second}
+REWARDS = {"redness": redness, "calm": [redness, calm], "broken": broken_on_the_second, "stuck": stuck_on_the_second}
 
 
 def run(output: Path, own: dict) -> dict:

@@ -10,7 +10,7 @@ from plans import CHECKPOINTED, tiny
 from real_videos import write_videos
 from scripts import ROOT
 from tiny import tiny_pipeline
-from toy_rewards import PROMPTS, redness
+from toy_rewards import PROMPTS, calm, redness
 
 from rlhf.planner.memory import plan_rewards
 from rlhf.planner.time import H200, RATES, CallCounts, Rates, count_calls, phase_seconds, plan_time
@@ -42,6 +42,7 @@ def test_the_rates_are_those_that_were_measured():
         {"num_grad_steps": 2, "guidance_gradient": "distill", "drift_weight": 1.0},
         {"method": "refl", "method_kwargs": {"jump_steps": 1}, "guidance_scale": 1.0},
         {"method": "leap_align", "drift_weight": 1.0},
+        {"method": "prfl", "method_kwargs": {"drawn_steps": 1}},
         {"method": "adjoint_matching"},
         {"method": "flow_grpo", "per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}},
         {
@@ -57,7 +58,7 @@ def test_the_rates_are_those_that_were_measured():
 )
 def test_calls_are_those_that_a_training_step_makes(make_args, settings):
     pipe, args = tiny_pipeline(), make_args(**{"per_device_train_batch_size": 1, "max_steps": 1} | settings)
-    trainer = RewardGradientTrainer(pipe, redness, args, PROMPTS)
+    trainer = RewardGradientTrainer(pipe, [redness, calm] if args.method == "prfl" else redness, args, PROMPTS)
     calls = []
     pipe.transformer.register_forward_hook(lambda module, inputs, output: calls.append(output[0].requires_grad))
     trainer._begin()
