@@ -21,11 +21,13 @@ from safetensors import safe_open
 from rlhf.adapter.lora_weights import ADAPTER_FILE, DISTILLED_KEY, Lora, LoraLayer
 from rlhf.config import is_distilled
 from rlhf.generator.files import HUB_ID, describe_download
+from rlhf.generator.loading import linear_sizes
 from rlhf.generator.registry import ModelFamily, family_of_layers
 from rlhf.io import file_errors, read_object
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_FILES = ("average.safetensors", "adapter.safetensors")  # what of it a run would save
+MERGED_KEY = "_merged_adapters"  # of a merged export's transformer/config.json: their `Lora.identity`
 SCALE_KEY = "scale_is_of"  # metadata that is added in reading: where the scale is from
 OLDER_BLOCKS_FILE = "trained_blocks.safetensors"  # beside the adapter in runs of older versions
 INITIAL_KEY = "initial_adapter"  # metadata of a checkpoint, and the folder of its run with that adapter
@@ -154,6 +156,18 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
     remark = metadata.get(SCALE_KEY, remark) if stated else "the file states no alpha, so the scale is 1"
     lora = Lora(layers, _is_distilled(path, metadata), remark)
     return _find_initial(path).then(lora) if INITIAL_KEY in metadata else lora
+
+
+def read_lora_for(transformer: dict[str, Any], name: str | Path) -> Lora:
+    """Return a LoRA for a model, by the config of its transformer.
+
+    Raises ValueError as `read_lora`, and for a merged export that holds the LoRA already.
+    """
+    lora = read_lora(name, linear_sizes(transformer))
+    if lora.identity in transformer.get(MERGED_KEY, ()):
+        got = "got a LoRA that is merged into the model's weights already"
+        raise ValueError(f"{name}: {got}, expected another; leave it out, or name the model that it was trained for")
+    return lora
 
 
 def _complete(path: Path, metadata: dict[str, str]) -> dict[str, str]:

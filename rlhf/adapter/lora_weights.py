@@ -1,5 +1,6 @@
 """The weights of a LoRA by layer: merged, scaled, added, saved by keys of diffusers or ComfyUI."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -59,6 +60,14 @@ class Lora:
     def has_magnitudes(self) -> bool:
         """Return whether it is a DoRA."""
         return any(layer.magnitude is not None for layer in self.layers.values())
+
+    @property
+    def identity(self) -> str:
+        """Return a digest of the matrices A, which no scale changes."""
+        found = hashlib.sha256()
+        for name, layer in sorted(self.layers.items()):
+            found.update(name.encode() + layer.a.float().cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def then(self, other: "Lora") -> "Lora":
         """Return the sum with a LoRA that was trained on top of this one: ranks add, exactly."""

@@ -161,14 +161,13 @@ def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None"
     """
     if not args.initial_adapter:
         return None
-    from rlhf.adapter.lora_file import INITIAL_KEY, read_lora  # take seconds to import
-    from rlhf.generator.loading import linear_sizes
+    from rlhf.adapter.lora_file import INITIAL_KEY, read_lora_for  # takes seconds to import
 
     source = args.initial_adapter
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)
         source = run_of_checkpoint(checkpoint) / INITIAL_KEY
-    if args.lora_use_dora or (lora := read_lora(source, linear_sizes(transformer))).has_magnitudes:
+    if args.lora_use_dora or (lora := read_lora_for(transformer, source)).has_magnitudes:
         got = "lora_use_dora" if args.lora_use_dora else f"a DoRA, {source}"
         expected = "expected plain LoRA, since no adapter file holds the sum of a DoRA and another adapter"
         raise ValueError(

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rlhf.adapter.lora_file import read_adapter_bytes, read_lora
+from rlhf.adapter.lora_file import read_adapter_bytes, read_lora_for
 from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.merge import apply_lora, check_lora_scale
 from rlhf.device import generator
 from rlhf.evaluation.video_set import Video
 from rlhf.generator.files import SamplingDefaults, describe_model, model_sizes
-from rlhf.generator.loading import linear_sizes, load_pipeline
+from rlhf.generator.loading import load_pipeline
 from rlhf.generator.pipeline import VideoPipeline
 from rlhf.io import read_object, write_json, write_whole
 from rlhf.run.metrics import progress_bar
@@ -56,7 +56,7 @@ class Variant:
     @cached_property
     def adapter(self) -> Lora | None:
         """Return the adapter, read for the model. Raises ValueError."""
-        return self.lora and read_lora(self.lora, linear_sizes(model_sizes(self.model)["transformer"]))
+        return self.lora and read_lora_for(model_sizes(self.model)["transformer"], self.lora)
 
     def load(self, device: torch.device, quiet: bool = False) -> VideoPipeline:
         """Return the pipeline, on the device; unless quiet, print how much the adapter changes."""
