@@ -12,11 +12,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from rewards.cli.flags import file_to_write
-from rlhf.adapter.lora_file import read_lora
+from rlhf.adapter.lora_file import read_lora_for
 from rlhf.adapter.merge import check_lora_scale
 from rlhf.checks import check_sampling
 from rlhf.generator.files import CONTENTV_8B, SamplingDefaults, model_sizes
-from rlhf.generator.loading import linear_sizes
 from rlhf.device import KNOWN_DEVICES, pick_device
 from rlhf.evaluation.sampler import Sampler
 from rlhf.page.server import add_address_flags
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_sampling(args.model_id, given, args.seed, args.device)
         check_lora_scale(args.scale)
         card = model_sizes(args.model_id)
-        loras = [read_lora(name, linear_sizes(card["transformer"])) for name in args.lora]
+        loras = [read_lora_for(card["transformer"], name) for name in args.lora]
         if loras and not args.serve and args.guidance_scale is None and loras[0].distilled:
             given["guidance_scale"] = 1.0
         sampling, device = SamplingDefaults(**card["sampling"] | given), pick_device(args.device)

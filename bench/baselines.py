@@ -115,7 +115,8 @@ class PolicyGradientTrainer(RewardGradientTrainer):
             self.fields.tuned(self.text(batch.prompts, self.device)), batch.noise, self.sigmas, policy
         )
         with torch.no_grad():
-            scores_B, _ = self.rewards(self.decode(path.states[-1], step), batch.prompts, **self.reward_info(step))
+            video = self.scorer.decode(path.states[-1], step)
+            scores_B, _ = self.rewards(video, batch.prompts, **self.scorer.info(step))
         group = policy.group_size if policy.group_size > 1 else len(scores_B)
         advantages_B = advantages(scores_B, group).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE)
         rng = generator("updates", self.args.seed, step)

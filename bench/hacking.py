@@ -82,20 +82,25 @@ def flags_of(settings: dict) -> list[str]:
 
 def run_arm(arm: str, device: str) -> dict:
     """Train an arm in a process of its own; return its row."""
+    return {"arm": arm, "settings": settings_of(arm)} | run(settings_of(arm), device)
+
+
+def run(settings: dict, device: str) -> dict:
+    """Train nano with these settings in a process of its own; return curve, summary and frames."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        flags = ["--output_dir", str(run), "--device", device, *flags_of(settings_of(arm))]
+        flags = ["--output_dir", str(run), "--device", device, *flags_of(settings)]
         command = [sys.executable, "train_rlhf.py", "--config", "configs/nano.yaml", *flags]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"{arm}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise SystemExit(f"{settings}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         summary = json.loads((run / "summary.json").read_text())
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         samples = sorted((run / "samples").iterdir())
         frames = [middle_frames(samples[0]), middle_frames(samples[-1])]
     curve = [{key: row[key] for key in row if key == "step" or key.startswith("eval/")} for row in rows]
     curve = [row for row in curve if len(row) > 1]
-    return {"arm": arm, "settings": settings_of(arm), "curve": curve, "summary": summary, "frames": frames}
+    return {"curve": curve, "summary": summary, "frames": frames}
 
 
 def middle_frames(folder: Path) -> str:

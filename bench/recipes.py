@@ -1,8 +1,9 @@
 """Write measured costs into recipes and docs/contentv_8b.md: `python bench/recipes.py`.
 
 The line `# Measured: ...` of each recipe that an arm of bench/step.py is like gets that arm's time
-and memory from bench/results/step.json, for Wan from the files beside it. The others, and those not
-measured, say that they are not measured.
+and memory from bench/results/step.json, for Wan from the files beside it. Host memory and start-up
+of a whole run follow if bench/host_memory.py measured them. The others, and those not measured, say
+that they are not measured.
 """
 
 import json
@@ -38,6 +39,15 @@ def measured(name: str, result: dict) -> str:
     seconds, gib, how = found
     device = result["environment"]["device"]
     return f"{seconds:.0f} s a video{how} and {gib:.1f} GiB on one {device}, random weights, HPS v2.1."
+
+
+def host_told(name: str, result: dict) -> str:
+    """Return what a recipe's head says of whole runs' host memory and start-up; "" for no runs."""
+    rows = [row for row in result.get("rows", []) if row["recipe"] == name]
+    if not rows or result["environment"]["size"] != "full":
+        return ""
+    host, start = max(row["peak_total_gib"] for row in rows), min(row["first_step_after_seconds"] for row in rows)
+    return f" A whole run: {host:.0f} GiB of host memory, first step after {start:.0f} s."
 
 
 def cost(result: dict, arm: str, frames: int, scored: int, steps: int) -> tuple[float, float, str] | None:
@@ -95,7 +105,8 @@ def main(folder: Path = ROOT / "configs", result: Path = RESULT, guide: Path = G
     for path in sorted([*folder.glob("contentv_8b_*.yaml"), *folder.glob("wan21_*.yaml")]):
         text, other = path.read_text(), OTHER_RESULTS.get(path.stem)
         costs = read(result.with_name(other)) if other else found
-        filled = LINE.sub(f"# Measured: {measured(path.stem, costs)}", text)
+        told = measured(path.stem, costs) + host_told(path.stem, read(result.with_name("host_memory.json")))
+        filled = LINE.sub(f"# Measured: {told}", text)
         if filled != text:
             path.write_text(filled)
             print(f"wrote {path.name}")

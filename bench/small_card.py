@@ -54,12 +54,19 @@ def parse_small_card_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def build_folder(folder: Path, name: str, device: torch.device) -> None:
-    """Write a model with random weights in the published layout, with nano's vocabularies."""
+def build_folder(folder: Path, name: str, device: torch.device, layers: dict[str, int] | None = None) -> None:
+    """Write a model with random weights in the published layout, with nano's vocabularies.
+
+    layers: of its parts, in place of all.
+    """
     size: Size = SIZES[name]
+    if layers:
+        size = replace(size, transformer=size.transformer | {"num_layers": layers["transformer"]})
     encoders = {}
     for part, config in (TEXT_ENCODERS if name == "full" else TINY_ENCODERS).items():
         cls = CLASSES.text_encoders[part]
+        if layers:
+            config = config | {("num_layers" if "num_layers" in config else "num_hidden_layers"): layers[part]}
         with torch.device(device):
             encoders[part] = cls(cls.config_class(**config)).to(size.dtype).to("cpu")
     tokenizers = {part: cls.from_pretrained(NANO_PATH / part) for part, cls in CLASSES.tokenizers.items()}

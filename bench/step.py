@@ -21,6 +21,7 @@ first at a seventh of the first one's time.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -32,14 +33,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, free_memory, make_parser, read_rows, scored_frames, show_row, write_rows
-from step_arms import CAPS_GIB, PEERS, SETTINGS, SIZES, STOCK, Rig, floor_seconds, make_reward
+from step_arms import (
+    CAPS_GIB,
+    PEERS,
+    SETTINGS,
+    SIZES,
+    STOCK,
+    Rig,
+    floor_seconds,
+    make_latent_reward,
+    make_reward,
+)
 
+from rewards.contract import scores_latents
 from rlhf.adapter.optimizer import clip_gradient
 from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
 from rlhf.generator.flow import euler_step
 from rlhf.generator.wan_decoder import saturated_share, unnormalise
-from rlhf.method.options import read_options
-from rlhf.method.plan import Plan, gradient_samples, make_plan
+from rlhf.generator.wan_encoder import encode_video
+from rlhf.method.options import is_offline, read_options
+from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
 from rlhf.method.velocity import velocity_field
@@ -47,6 +60,7 @@ from rlhf.method.velocity import velocity_field
 RESULT = Path(__file__).parent / "results" / "step.json"
 GIB, PROMPT = 2**30, ["a red fox runs through deep snow, slow motion"]
 INFO = {"fps": 24, "seed": 0, "step": 0}
+LATENT_PHASES = ("sampling", "segment", "step", "update")  # of an arm that decodes nothing
 PHASES = ("sampling", "segment", "decode", "decode and back", "window", "step", "update")
 
 
@@ -85,6 +99,11 @@ class Bench:
         with torch.no_grad():
             self._video(self.rig.noise("train"))
 
+    def encode(self) -> None:
+        """Encode a whole video, as each real one is once."""
+        B, _, T, H, W = self.rig.shape
+        encode_video(self.rig.vae, torch.rand(B, 3, 4 * (T - 1) + 1, 8 * H, 8 * W, device=self.rig.device))
+
     def decode_and_back(self) -> None:
         """Decode and score forward and backward."""
         z = self.rig.noise("train").requires_grad_()
@@ -117,9 +136,8 @@ class Bench:
             self._regress(self._plan())
             return self.update()
         for number in range(rig.args.rollout_reuse):
-            for latents in self._rollouts(rollouts, number):
-                loss = -self.reward(self._video(latents), PROMPT, **INFO).mean()
-                loss.backward()
+            for sample in self._rollouts(rollouts, number):
+                (-self._score(sample).mean()).backward()
                 rig.masters.collect_grad()
             self.update()
 
@@ -139,18 +157,25 @@ class Bench:
         rig, last = self.rig, len(self.rig.sigmas) - 2
         if not rig.by_hand:
             (prefix, window), plan = self._velocities(), self._plan()
-            noise, start = rig.noise("train"), rollouts.get(number, 0)
+            noise = rig.noise("train")
+            start = rig.noise("real video") if is_offline(rig.args) else rollouts.get(number, 0)
             states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
             rollouts.put(number, 0, states[plan.window_start])
-            for sample in gradient_samples(window, states, rig.noise, plan):
-                yield sample.latents
+            yield from gradient_samples(window, states, rig.noise, plan)
         elif rig.arm == STOCK:
-            yield rollout(guided(rig), guided(rig), rig.noise("train"), rig.sigmas, [last])[-1]
+            yield Sample(rollout(guided(rig), guided(rig), rig.noise("train"), rig.sigmas, [last])[-1])
         else:
             x = rig.noise("train").to(rig.size.dtype)
             for i in range(last + 1):
                 x = self._peers_step(x, i, with_gradient=i == last)
-            yield x
+            yield Sample(x)
+
+    def _score(self, sample: Sample) -> torch.Tensor:
+        """Return the scores (1,) of a sample, decoded unless the reward is one of latents."""
+        if not scores_latents(self.reward):
+            return self.reward(self._video(sample.latents), PROMPT, **INFO)
+        text, pooled = self.rig.cond.prompt_embeds_BLD, self.rig.cond.pooled_embeds_BP
+        return self.reward(sample.noisy, PROMPT, sigma=sample.sigma, text=text, pooled=pooled, **INFO)
 
     def _regress(self, plan: Plan) -> None:
         """Sample, score and back-propagate the loss terms of a regression."""
@@ -248,7 +273,9 @@ def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device,
         rig = Rig(arm, SIZES[arguments.size], frames, arguments.steps, scored, device)
     except (ImportError, ValueError) as error:  # an option needs a library or device
         return [told | {"phase": phase, "skipped": str(error)} for phase in phases]
-    bench = Bench(rig, reward, scored)
+    of_latents = rig.args.method == "prfl"
+    bench = Bench(rig, make_latent_reward(rig) if of_latents else reward(), scored)
+    phases = [phase for phase in phases if not of_latents or phase in LATENT_PHASES]
     limit_memory(device, CAPS_GIB.get(arm))
     for phase in phases:
         if out_of_time():
@@ -287,7 +314,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="ARM")
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--scored", default="first", help="frames the reward is given: first, all or a number")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), metavar="PHASE")
+    on_demand = "encode"  # of real videos, once in a run
+    parser.add_argument("--phases", nargs="+", choices=[*PHASES, on_demand], default=list(PHASES), metavar="PHASE")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps of a whole step")
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--device", help="default: the accelerator of this machine")
@@ -307,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     about = environment(device) | {"size": arguments.size, "height": size.height, "width": size.width}
     rows = read_rows(arguments.output, about, key)
     scored = scored_frames(arguments.scored, arguments.frames)
-    reward = make_reward(arguments.size, scored, device)
+    reward = functools.cache(lambda: make_reward(arguments.size, scored, device))
     late = lambda: time.perf_counter() - began > arguments.limit
     for arm in arguments.arms:
         done = {phase for *place, phase in rows if place == [arm, arguments.frames, scored]}

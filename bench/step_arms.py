@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.models.normalization import RMSNorm
 
+from rewards.models.latent_reward import PUBLISHED_BLOCKS, LatentReward
 from rlhf.adapter.lora import add_adapter, lora_config
 from rlhf.adapter.masters import MasterWeights
 from rlhf.adapter.optimizer import make_optimizer
@@ -43,7 +44,8 @@ EXACT = ROOMY | {
 }
 FAST = ROOMY | {"compile_blocks": True}
 LEAPS, ADJOINT = {"method": "leap_align"}, {"method": "adjoint_matching"}
-SMALL = EXACT | {"keep_attention": False, "offload_activations": True, "stream_weights": True}
+PRFL = {"method": "prfl", "method_kwargs": {"drawn_steps": 1}}  # the last step: the longest way to it
+SMALL = EXACT | {"keep_attention": False, "stream_weights": True}
 # TFLOP/s on an H200: bf16 products, measured; attention with heads of 64, as published for
 # FlashAttention-3.
 MATRIX, ATTENTION_FORWARD, ATTENTION_BACKWARD = 790e12, 497e12, 474e12
@@ -65,12 +67,17 @@ SETTINGS = {
     "exact, nothing twice, compiled, FlashAttention-3": FAST,
     "exact, nothing twice, compiled, FlashAttention-3, guidance together": FAST | {"guidance_together": True},
     "24 GiB": SMALL,
-    # Methods that learn from the whole rollout.
+    # Methods that learn from the whole rollout, or from real videos instead.
+    "srpo": EXACT | {"method": "srpo"},
+    "srpo, offline": EXACT | {"method": "srpo", "method_kwargs": {"offline": True}},
     "leap_align": EXACT | LEAPS,
     "leap_align, nothing twice": ROOMY | LEAPS,
     "adjoint_matching, last 4 steps": EXACT | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
     "adjoint_matching, last 4 steps, nothing twice": ROOMY | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
     "adjoint_matching, nothing twice": ROOMY | ADJOINT,
+    # Scored by 8 blocks and a head, not decoded. Not after other arms: their reward stays loaded.
+    "prfl, last step": EXACT | PRFL,
+    "prfl, last step, nothing twice": ROOMY | PRFL,
     # Not exact.
     "4-bit base": EXACT | {"base_bits": 4},
     "float8 copy": FAST | {"sampling_weights": "float8"},
@@ -268,6 +275,19 @@ class TinyReward(torch.nn.Module):
         """Return one score a video."""
         frames = video_BCTHW.transpose(1, 2).flatten(0, 1)
         return torch.tanh(self.conv(frames)).square().unflatten(0, (len(video_BCTHW), -1)).mean((1, 2, 3, 4))
+
+
+def make_latent_reward(rig: Rig) -> LatentReward:
+    """Return a reward of latents on the first blocks of the rig's size, with random weights.
+
+    Its blocks are recomputed if those of the rig are.
+    """
+    config, args = rig.transformer.config, rig.args
+    config = dict(config) | {"_class_name": type(rig.transformer).__name__}
+    torch.manual_seed(2)
+    with torch.device(rig.device):
+        blocks = min(PUBLISHED_BLOCKS, config["num_layers"] - 1)
+        return LatentReward.random_init(config, blocks, rig.size.dtype, args.gradient_checkpointing)
 
 
 def make_reward(size_name: str, scored: int, device: torch.device):

@@ -204,12 +204,12 @@ def sample(trainer: RewardGradientTrainer, seed: int, rows: list[int], number: i
     """Videos of held-out prompts by the trainer's current model, from noise of their own."""
     places = [(i, number, chain) for i in rows]
     noise = draw_noise(trainer.batches.noise_shape, seed, "best of n", places)
-    return trainer.monitor.held_out.make_videos([trainer.eval_prompts[i] for i in rows], noise)
+    return trainer.monitor.held_out.make_videos([trainer.eval_prompts[i] for i in rows], noise).video_BCTHW
 
 
 def trained_score(trainer: RewardGradientTrainer, prompts: list[str]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function from a video to its trained score."""
-    return lambda video: trainer.rewards(video, prompts, **trainer.reward_info(0))[0]
+    return lambda video: trainer.rewards(video, prompts, **trainer.scorer.info(0))[0]
 
 
 @torch.no_grad()
@@ -240,6 +240,6 @@ def best_of_n(seed: int, count: int, report_at: list[int], seconds: float, condi
 def judge(video: torch.Tensor, other: torch.Tensor, prompts: list[str], trainer, conditions) -> dict[str, torch.Tensor]:
     """Return (B,) by judge and measure; `other` has second videos of the same prompts."""
     judges = judges_of(conditions)
-    scores = RewardMix(judges, [0.0] * len(judges))(video, prompts, **trainer.reward_info(0))[1]
+    scores = RewardMix(judges, [0.0] * len(judges))(video, prompts, **trainer.scorer.info(0))[1]
     measures = {name: of(video) for name, of in SINGLE_VIDEO_MEASURES.items()}
     return scores | measures | {DIVERSITY: distance(video, other)}

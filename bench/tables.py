@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import judges
 import study_report
+from anchor_data import anchor_table
 from black_box import black_box_table
 from hacking import hacking_table
 from main_job import main_job_table
@@ -78,12 +79,26 @@ def parity_table(result: dict) -> str:
         [f"`{row['arm'].split(',')[0]}`{''.join(row['arm'].partition(',')[1:])}", row["pipeline"]]
         + ["under .01" if row[key] < 0.01 else f"{row[key]:.2f}" for key in ("mean", "max")]
         for row in result["rows"]
+        if "spread" not in row
     ]
     about = result["environment"]
     libraries = ", ".join(f"{name} {about[name]}" for name in ("transformers", "torchvision", "open_clip", "PIL"))
     sizes = ", ".join(about["sizes"])
     headings = ["reward", "published pipeline", "mean difference", "largest"]
     return f"Units are 1/255, of noise and of soft shapes of {sizes}; {libraries}.\n\n{table(headings, lines)}"
+
+
+def parity_scores_table(result: dict) -> str:
+    """Return a row for each reward of videos whose scores were compared on random weights."""
+    headings = ["reward", "pipeline of public packages", "spread of its scores", "mean difference", "largest"]
+    lines = [
+        [f"`{row['arm']}`", row["pipeline"], *(f"{row[key]:.2g}" for key in ("spread", "mean", "max"))]
+        for row in result["rows"]
+        if "spread" in row
+    ]
+    return f"transformers {result['environment']['transformers']}, peft {result['environment']['peft']}.\n\n" + table(
+        headings, lines
+    )
 
 
 def guidance_table(result: dict) -> str:
@@ -203,6 +218,7 @@ def equality_table(result: dict) -> str:
 TABLES = {
     "rewards.json": rewards_table,
     "reward_parity.json": parity_table,
+    "reward_parity.json#scores": parity_scores_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,
     "cheaper.json#own": lambda result: cheaper_table(result, at_full_size=False),
@@ -219,6 +235,7 @@ TABLES = {
     "main_job.json": main_job_table,
     "black_box.json": black_box_table,
     "hacking.json": hacking_table,
+    "anchor_data.json": anchor_table,
     "judges.json": judges.judges_table,
 }
 

@@ -28,6 +28,7 @@ WEIGHTS = {
     "github.com/LAION-AI/aesthetic-predictor, sa_0_4_vit_l_14_linear.pth": ("4 kB", "MIT"),
     "github.com/discus0434/aesthetic-predictor-v2-5, models/aesthetic_predictor_v2_5.pth": ("2.6 MB", "AGPL-3.0"),
     "https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth": ("20.1 MB", "BSD-3-Clause"),
+    "a head of `python -m rewards.distill`": ("under 10 MB", "that of its generator and of its rewards"),
     "this package": ("embedded", "Apache-2.0"),
 }
 
@@ -37,7 +38,7 @@ class Entry:
     """One built-in reward.
 
     home        module:class, imported when the reward is loaded
-    input       "image" or "video", with "+ prompt" if the prompt is read
+    input       "image", "video" or "latents", with "+ prompt" if the prompt is read
     range       of the score, higher is better
     frames      frames that are scored by default
     weights     default sources of the weights, keys of `WEIGHTS`
@@ -149,6 +150,16 @@ CATALOGUE = {
         parameters=446_206_689,
     ),
     "jpeg_size": Entry(home="rewards.models.pixels:JpegSize", input="image", frames="all", range="-5 to 0"),
+    "latent_reward": Entry(
+        home="rewards.models.latent_reward:LatentReward",
+        input="latents + prompt",
+        frames="none",
+        range="that of the reward that it predicts",
+        weights=("a head of `python -m rewards.distill`",),
+        parameters=1_743_943_493,
+        bytes_each=2,
+        own_path="path",
+    ),
     "motion_degree": Entry(
         home="rewards.models.motion:MotionDegree",
         input="video",

@@ -2,13 +2,16 @@
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 
 from rewards.cli.flags import device, mapping
-from rewards.contract import RewardError
+from rewards.contract import check_generator, scores_latents
 from rewards.contract_probe import PROBE_PROMPTS, probe
 from rewards.load import load_reward
+from rlhf.generator.files import latent_sizes, model_sizes, transformer_digest
+from rlhf.generator.registry import CONTENTV_8B
 from rlhf.types import Prompt
 
 
@@ -18,6 +21,8 @@ def parse_check_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("spec", help="built-in name, path/to/file.py:Class, package.module:Class or an entry point")
     parser.add_argument("--shape", type=_shape, default=(3, 17, 64, 64), help="C,T,H,W of a video (3,17,64,64)")
     parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of the reward, for example '{frames: 8}'")
+    model = f"generator of the latents that a reward of latents gets: nano, a folder or a hub id; default {CONTENTV_8B}"
+    parser.add_argument("--model", default=CONTENTV_8B, help=model)
     parser.add_argument("--device", type=device, default="cpu", help="where the reward runs; default cpu")
     parser.add_argument("--prompt", action="append", dest="prompts", help="a prompt of the test; may be repeated")
     row = "further fields of the prompts' row: {field: value}"
@@ -41,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(reward, torch.nn.Module):
             reward.to(arguments.device)
         _print_check("pass", "loaded")
+        check_generator(arguments.spec, reward, arguments.model, partial(transformer_digest, arguments.model))
         report = probe(
             reward,
             arguments.shape,
@@ -48,8 +54,9 @@ def main(argv: list[str] | None = None) -> int:
             arguments.device,
             name=arguments.spec,
             on_pass=lambda line: _print_check("pass", line),
+            latents=latent_sizes(model_sizes(arguments.model)) if scores_latents(reward) else None,
         )
-    except RewardError as error:
+    except ValueError as error:  # RewardError is one
         _print_check("FAIL", str(error))
         return 1
     print(f"The reward keeps the contract ({report.seconds:.2f} s).")

@@ -10,11 +10,15 @@ dict with "prompt" and the further fields of its row. All randomness derives fro
 a file whose frames are not 1 / fps apart, `info` also holds `times`, the seconds of each frame, and
 `fps` is their mean rate. A reward without **info is given the keywords that its signature names.
 
+A reward with `space = "latents"` gets latents in place of the video, at their noise level, and four
+keywords more: see `NoisyLatents`. Nothing is decoded for it.
+
 A reward with weights may also offer a classmethod `random_init(**settings)`. It returns the reward
 at full size with random weights on torch's default device, without reading hub or disk. Benchmarks
 and layout tests use it.
 
-Shape legend: B batch, C channels, T frames, H height, W width.
+Shape legend: B batch, C channels, T frames (of video or of latents), H height, W width, L text
+tokens, D text width, P pooled text width.
 """
 
 import copy
@@ -23,6 +27,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -34,18 +39,42 @@ from rlhf.types import rows_of
 # Optional attributes of a reward, with their defaults.
 ATTRIBUTE_DEFAULTS = {
     "frames": "all",  # frames to decode: "first", a number of leading frames, or "all"
-    "space": "pixels",  # input space: decoded pixels
+    "space": "pixels",  # input: "pixels", the decoded video, or "latents", as `NoisyLatents`
     "mean": None,  # typical score, used for mixing only if std is stated too
     "std": None,  # typical standard deviation of the score, > 0, for mixing
     "differentiable": True,  # False: for evaluation, and for training by scores alone
 }
+SPACES = ("pixels", "latents")
+
+
+@dataclass(frozen=True)
+class NoisyLatents:
+    """What rewards of space "latents" score: latents, and what is told of them by keyword.
+
+    latents_BCTHW: x = (1 - sigma) x_0 + sigma noise, float32, (B, 16, F, H/8, W/8) of a Wan VAE.
+    sigma: their noise level in [0, 1]: 1 is pure noise, 0 a finished video. One for the batch.
+    text_BLD, pooled_BP: embeddings of the prompts, as the generator's transformer is given them.
+    """
+
+    latents_BCTHW: torch.Tensor
+    sigma: float
+    text_BLD: torch.Tensor
+    pooled_BP: torch.Tensor
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The keywords of the reward: sigma, text (B, L, D) and pooled (B, P)."""
+        return {"sigma": self.sigma, "text": self.text_BLD, "pooled": self.pooled_BP}
 
 
 class Reward(Protocol):
     """The interface of a reward. Attributes are optional, see `ATTRIBUTE_DEFAULTS`.
 
-    So is a method `check_prompts(prompts)`. A run calls it once, before the first step, with all
-    prompts that the reward will be given. It raises an error for one that the reward cannot read.
+    So are two methods. `check_prompts(prompts)`: a run calls it once, before the first step, with
+    all prompts that the reward will be given. It raises an error for one that the reward cannot
+    read. `check_generator(name, digest)`: a run calls it with the name of its generator and the
+    `rlhf.generator.files.transformer_digest`. It raises an error for one whose latents the
+    reward does not know.
     """
 
     frames: Literal["first", "all"] | int
@@ -78,9 +107,9 @@ def reward_attribute(reward: Callable, attribute: str) -> Any:
     name, value = reward_name(reward), getattr(reward, attribute, ATTRIBUTE_DEFAULTS[attribute])
     if attribute == "frames":
         check_frames(name, value)
-    if attribute == "space" and value != "pixels":
-        expected = "'pixels', the only space that is scored here"
-        raise RewardError(name, got=f"space={value!r}", expected=expected, cure="score the decoded video")
+    if attribute == "space" and value not in SPACES:
+        expected = "'pixels', the decoded video, or 'latents'"
+        raise RewardError(name, got=f"space={value!r}", expected=expected, cure="correct the reward's space attribute")
     if attribute in ("mean", "std") and value is not None and not _is_statistic(value, positive=attribute == "std"):
         expected = "a number above 0, or None" if attribute == "std" else "a finite number, or None"
         cure = f"state the typical {'standard deviation' if attribute == 'std' else 'score'}, or drop mean and std"
@@ -120,6 +149,17 @@ def check_prompts(name: str, reward: Callable, prompts: list[str]) -> None:
         getattr(reward, "check_prompts", list)(prompts)
 
 
+def check_generator(name: str, reward: Callable, generator: str, digest: Callable[[], str]) -> None:
+    """Call the reward's `check_generator`, if it has one. Raises RewardError for a refused one.
+
+    generator: its name. digest: returns the digest of its transformer.
+    """
+    told = f"the generator {generator}", "latents that it knows", "train this generator with another reward"
+    if hasattr(reward, "check_generator"):
+        with keep_process_state(), name_reward_in_errors(name, *told):
+            reward.check_generator(generator, digest())
+
+
 def check_frames(name: str, frames: Any) -> None:
     """Raise RewardError unless `frames` is "first", "all" or an integer of at least 1."""
     is_count = isinstance(frames, int) and not isinstance(frames, bool) and frames >= 1
@@ -137,8 +177,22 @@ def require_differentiable(name: str, reward: Callable) -> None:
         raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
 
 
+def scores_latents(reward: Callable) -> bool:
+    """Return whether the reward scores latents in place of the decoded video."""
+    return reward_attribute(reward, "space") == "latents"
+
+
+def refuse_latents(name: str, reward: Callable, cure: str) -> None:
+    """Raise RewardError for a reward of latents where there are only decoded videos."""
+    if scores_latents(reward):
+        expected = "a reward of space 'pixels': there is a decoded video here, and no latents"
+        raise RewardError(name, got="a reward of space 'latents'", expected=expected, cure=cure)
+
+
 def frames_needed(reward: Callable, total: int) -> int:
-    """Return the number of leading frames that the reward needs, from 1 to total."""
+    """Return how many leading frames to decode for the reward: 1 to total, or 0 for latents."""
+    if scores_latents(reward):
+        return 0
     frames = reward_attribute(reward, "frames")
     if frames == "all":
         return total
@@ -195,7 +249,7 @@ def call_guarded(
     `expected` and `cure`, for an exception, and for a video that the reward changed: found by its
     version counter and by a sample of its pixels.
     """
-    frames = frames_needed(reward, video_BCTHW.shape[2])
+    frames = frames_needed(reward, video_BCTHW.shape[2]) or video_BCTHW.shape[2]  # latents are given whole
     before = _fingerprint(video_BCTHW)
     with keep_process_state(), name_reward_in_errors(name, given, expected, cure):
         scores = call_reward(reward, video_BCTHW[:, :, :frames], prompts, copy.deepcopy(leading_info(info, frames)))

@@ -62,7 +62,7 @@ def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float |
 
 
 def _load_here(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
-    kwargs = {key: _resolve_paths(value, base_dir) for key, value in kwargs.items()}
+    kwargs = {key: resolve_paths(value, base_dir) for key, value in kwargs.items()}
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
         return _construct(spec, built_in(spec), kwargs)
@@ -96,15 +96,15 @@ def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Ite
         raise RewardError(spec, got=got, expected=f"{where} to import", cure=cure) from error
 
 
-def _resolve_paths(value: Any, base_dir: str | Path | None) -> Any:
+def resolve_paths(value: Any, base_dir: str | Path | None) -> Any:
     """Return a value of reward_kwargs with existing paths made absolute, relative ones to base_dir.
 
     A path is a text with a slash or a suffix; others, such as the name of a dimension, stay.
     """
     if isinstance(value, dict):
-        return {key: _resolve_paths(inner, base_dir) for key, inner in value.items()}
+        return {key: resolve_paths(inner, base_dir) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_resolve_paths(inner, base_dir) for inner in value]
+        return [resolve_paths(inner, base_dir) for inner in value]
     if isinstance(value, str) and base_dir and ("/" in value or Path(value).suffix):
         scheme = LOCAL * value.startswith(LOCAL)
         path = Path(base_dir) / Path(value.removeprefix(scheme)).expanduser()
@@ -168,7 +168,7 @@ def _require_weights_path(name: str, kwargs: dict) -> None:
         source = entry.weights[-1]
         size, licence = WEIGHTS[source]
         expected = f"the path of {source}: {size}, {licence} (it is never downloaded for you)"
-        cure = f"download it and set `{entry.own_path}` in reward_kwargs.{name} to where it is"
+        cure = f"get it and set `{entry.own_path}` in reward_kwargs.{name} to where it is"
         raise RewardError(name, got=f"no `{entry.own_path}`", expected=expected, cure=cure)
 
 
@@ -233,7 +233,7 @@ def source_digests(
 
 def named_files(kwargs: Any, base_dir: str | Path | None = None) -> dict[str, str]:
     """Return `describe_files` of each file and folder that a reward's arguments name."""
-    resolved = {text: _resolve_paths(text, base_dir) for text in _texts(without_device(kwargs))}
+    resolved = {text: resolve_paths(text, base_dir) for text in _texts(without_device(kwargs))}
     places = {text: Path(value.removeprefix(LOCAL)).expanduser() for text, value in resolved.items()}
     # Path.exists raises for long texts
     return {text: describe_files(path) for text, path in places.items() if os.path.exists(path)}

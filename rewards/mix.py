@@ -1,4 +1,4 @@
-"""The total of several rewards; each reward sees only the frames that it asked for.
+"""The total of several rewards; each sees only the frames that it asked for, or the latents.
 
 Shape legend: B batch, C channels, T frames, H height, W width, N base samples.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from rewards.contract import (
+    NoisyLatents,
     RewardError,
     at_least_float32,
     call_guarded,
@@ -17,6 +18,7 @@ from rewards.contract import (
     leading_info,
     require_differentiable,
     reward_attribute,
+    scores_latents,
 )
 from rewards.remote import Remote
 
@@ -60,6 +62,11 @@ class RewardMix:
         self.statistics = {name: _stated_statistics(reward) for name, reward in self.rewards.items()}
         self.frames = _max_frames(self.rewards.values())
 
+    @property
+    def latent_rewards(self) -> list[str]:
+        """The names of the rewards that score latents."""
+        return [name for name, reward in self.rewards.items() if scores_latents(reward)]
+
     def to(self, device: torch.device | str) -> "RewardMix":
         """Move the rewards that are modules; the others compute on the device of the video."""
         for reward in self.rewards.values():
@@ -81,21 +88,32 @@ class RewardMix:
             self.statistics[name] = (mean, std)
 
     def __call__(
-        self, video_BCTHW: torch.Tensor, prompts: list[str], **info
+        self, video_BCTHW: torch.Tensor | None, prompts: list[str], latents: NoisyLatents | None = None, **info
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the total (B,) float32 and the raw scores {name: (B,) float32, detached}.
 
-        `info` is passed on to every reward, and with it the row of each prompt. Raises RewardError,
-        with reward and prompt, for scores that are not finite or have the wrong shape.
+        Each reward gets the video or the latents, whichever it scores; what none scores may be
+        None. `info` is passed on to every reward, and with it the row of each prompt. Raises
+        RewardError, with reward and prompt, for scores that are not finite or have the wrong shape.
         """
         terms, breakdown = [], {}
         for name in self.rewards:
-            trained = torch.is_grad_enabled() and video_BCTHW.requires_grad and self.weights[name] != 0
+            x, told = self._input(name, video_BCTHW, latents, info)
+            trained = torch.is_grad_enabled() and x.requires_grad and self.weights[name] != 0
             term = self._score_balanced if self.balance and trained else self._score_and_transform
-            breakdown[name], term_B = term(name, video_BCTHW, prompts, info)
+            breakdown[name], term_B = term(name, x, prompts, told)
             if self.weights[name] != 0:
                 terms.append(self.weights[name] * term_B)
-        return self._total(terms, torch.zeros(len(prompts), device=video_BCTHW.device)), breakdown
+        return self._total(terms, torch.zeros(len(prompts), device=x.device)), breakdown
+
+    def _input(self, name, video_BCTHW, latents, info) -> tuple[torch.Tensor, dict]:
+        """Return what a reward scores, and its info. Raises RewardError if there are no latents."""
+        if name not in self.latent_rewards:
+            return video_BCTHW, info
+        if latents is None:
+            cure = "score with it in a run, by reward_funcs or eval_reward_funcs"
+            raise RewardError(name, got="decoded videos alone", expected="their latents (space 'latents')", cure=cure)
+        return latents.latents_BCTHW, info | latents.info
 
     def _total(self, terms: list[torch.Tensor], nothing_B: torch.Tensor) -> torch.Tensor:
         """Return the sum of terms (B,), or the lowest of them in each video; zeros without any."""
@@ -103,7 +121,7 @@ class RewardMix:
 
     @torch.no_grad()
     def start(
-        self, video_BCTHW: torch.Tensor, prompts: list[str], **info
+        self, video_BCTHW: torch.Tensor | None, prompts: list[str], latents: NoisyLatents | None = None, **info
     ) -> Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         """Begin to score without gradient; return a function that returns what a call does.
 
@@ -114,9 +132,10 @@ class RewardMix:
             if isinstance(reward, Remote):
                 frames = frames_needed(reward, video_BCTHW.shape[2])
                 waiting[name] = reward.start(video_BCTHW[:, :, :frames], prompts, **leading_info(info, frames))
-        scores = {name: self._score(name, video_BCTHW, prompts, info) for name in self.rewards if name not in waiting}
-
-        nothing_B = torch.zeros(len(prompts), device=video_BCTHW.device)
+        scores = {}
+        for name in (name for name in self.rewards if name not in waiting):
+            x, told = self._input(name, video_BCTHW, latents, info)
+            scores[name] = self._score(name, x, prompts, told)
 
         def finish() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             for name, wait in waiting.items():
@@ -124,7 +143,7 @@ class RewardMix:
                 scores[name] = at_least_float32(scored)
             raw = {name: scores[name] for name in self.rewards}
             terms = [self.weights[name] * self._transform(name, raw[name]) for name in raw if self.weights[name] != 0]
-            return self._total(terms, nothing_B), raw
+            return self._total(terms, torch.zeros_like(next(iter(raw.values())))), raw
 
         return finish
 
@@ -198,5 +217,5 @@ def _stated_statistics(reward) -> tuple[float, float] | None:
 
 
 def _max_frames(rewards) -> str | int:
-    asked = [reward_attribute(reward, "frames") for reward in rewards]
-    return "all" if "all" in asked else max(1 if frames == "first" else frames for frames in asked)
+    asked = [reward_attribute(reward, "frames") for reward in rewards if not scores_latents(reward)]
+    return "all" if "all" in asked else max((1 if frames == "first" else frames for frames in asked), default=1)

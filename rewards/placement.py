@@ -27,6 +27,7 @@ class OnDevice:
 
     def __call__(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> Any:
         """Return scores (B,) on the device of the video; what is no tensor stays as it is."""
+        info = {name: x.to(self.place) if isinstance(x, torch.Tensor) else x for name, x in info.items()}
         scores_B = call_reward(self.reward, video_BCTHW.to(self.place), prompts, info)
         return scores_B.to(video_BCTHW.device) if isinstance(scores_B, torch.Tensor) else scores_B
 

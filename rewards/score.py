@@ -15,7 +15,7 @@ from rewards.catalogue import CATALOGUE
 from rewards.cli.files import check_file, read_video
 from rewards.cli.flags import add_reading_flags, device, file_to_write, mapping
 from rewards.cli.table import format_table
-from rewards.contract import RewardError, frames_needed
+from rewards.contract import RewardError, frames_needed, refuse_latents
 from rewards.load import load_reward, name_in, split_spec
 from rewards.mix import RewardMix
 from rlhf.types import Prompt
@@ -83,7 +83,10 @@ def load_rewards(specs: list[str], kwargs: dict) -> dict[str, Callable]:
         if name not in specs or not isinstance(given, dict):
             expected = f"{{name: {{argument: value}}}} for {', '.join(specs)}"
             raise ValueError(f"--kwargs: got {name!r}: {given!r}, expected {expected}; correct it")
-    return {name: load_reward(spec, **kwargs.get(name, {})) for name, spec in specs.items()}
+    rewards = {name: load_reward(spec, **kwargs.get(name, {})) for name, spec in specs.items()}
+    for name, reward in rewards.items():
+        refuse_latents(name, reward, "score with it in a run, by reward_funcs or eval_reward_funcs")
+    return rewards
 
 
 def by_name(specs: list[str]) -> dict[str, str]:

@@ -22,9 +22,9 @@ CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
 SCORES_VERSION = 4  # to be raised with every change of a built-in's score, or of how files are read
 
 
-def default_cache_folder() -> Path:
-    """Return $CONTENTV_RLHF_CACHE/scores, by default ~/.cache/contentv-rlhf/scores."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "contentv-rlhf") / "scores"
+def default_cache_folder(kind: str = "scores") -> Path:
+    """Return $CONTENTV_RLHF_CACHE/KIND, by default ~/.cache/contentv-rlhf/KIND."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "contentv-rlhf") / kind
 
 
 class ScoreCache:
@@ -122,7 +122,7 @@ def reward_identity(spec: str, kwargs: dict, reading: dict | None = None) -> str
 def score_conditions(spec: str, kwargs: dict, max_frames: int | None) -> dict:
     """Return what scores of two folders must share to be compared.
 
-    Where the files of a reward lie, and how its videos are stored, may differ.
+    Where the code of a reward lies, and how its videos are stored, may differ.
     """
     name, spec = split_spec(spec)
     if is_url(spec):
@@ -133,7 +133,7 @@ def score_conditions(spec: str, kwargs: dict, max_frames: int | None) -> dict:
     conditions: dict = {"version": SCORES_VERSION, "reward": spec}
     if Path(where).suffix == ".py":
         conditions |= {"reward": f"{Path(where).name}:{attribute}", "source": file_sha256(Path(where))[:12]}
-    given = {"kwargs": without_device(kwargs), "max_frames": max_frames}
+    given = {"kwargs": without_device(kwargs), "files": named_files(kwargs), "max_frames": max_frames}
     return conditions | {name: value for name, value in given.items() if value}
 
 

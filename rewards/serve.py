@@ -29,6 +29,7 @@ from rewards.contract import (
     call_guarded,
     check_prompts,
     check_scores,
+    refuse_latents,
     reward_attribute,
 )
 from rewards.load import load_reward, name_in, source_digests
@@ -53,6 +54,7 @@ class RewardServer(ThreadingHTTPServer):
     """A server of one reward, which scores one batch at a time.
 
     identity is the digest by which a run recognises the reward. token: None for no need of one.
+    Raises RewardError for a reward of latents.
     """
 
     daemon_threads = True
@@ -69,6 +71,7 @@ class RewardServer(ThreadingHTTPServer):
     ):
         self.reward, self.name, self.device, self.token = reward, name, device, token
         self.max_bytes, self.scoring = max_mib * 2**20, threading.Lock()
+        refuse_latents(name, reward, "give it to the run itself; `device` places it on another device of the host")
         if isinstance(reward, torch.nn.Module):
             reward.to(device).requires_grad_(False).eval()
         self.description = {

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,13 @@ def read_object(path: Path) -> dict:
     return content
 
 
+def run_of_checkpoint(checkpoint: str | Path) -> Path:
+    """Return the folder of a checkpoint's run: two above it, as it is named or behind its links."""
+    checkpoint = Path(checkpoint).expanduser()
+    named = Path(os.path.abspath(checkpoint)).parent.parent
+    return named if (named / "config.yaml").is_file() else checkpoint.resolve().parent.parent
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 text, with or without a byte order mark.
 
@@ -129,8 +136,13 @@ def write_whole(path: Path, shared: bool = False) -> Iterator[Path]:
     digest = hashlib.sha1(path.name.encode()).hexdigest()[:12]  # a name may be as long as allowed
     owner = f"-{os.getpid()}" if shared else ""
     unfinished = path.with_name(f".unfinished-{digest}{owner}{path.suffix}")
-    yield unfinished
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
@@ -186,14 +198,17 @@ def _files_below(path: Path) -> Iterator[tuple[str, Path]]:
                 yield file.relative_to(path.parent).as_posix(), file
 
 
-def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+def save_tensors(
+    path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str], shared: bool = False
+) -> None:
     """Write a safetensors file, whole or not at all: equal content gives equal bytes.
 
-    safetensors shuffles the metadata, so they are sorted in the header afterwards.
+    safetensors shuffles the metadata, so they are sorted in the header afterwards. shared: as in
+    `write_whole`.
     """
     from safetensors.torch import save_file  # torch takes seconds to import
 
-    with write_whole(path) as unfinished:
+    with write_whole(path, shared) as unfinished:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
         with unfinished.open("r+b") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -12,26 +12,31 @@ import errno
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.parse import CONFIGS, CommandFlags, parse_command, take_flags
 from rlhf.distributed.launch import end_with_launcher
+from rlhf.run.signals import notice_ctrl_c
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_INTERRUPTED = 1, 2, 130  # 130: a shell's status of Ctrl-C
 WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK = (*FULL, errno.EIO, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status. argv: default: the process's."""
     end_with_launcher()
     try:
-        return _run(argv)
+        with notice_ctrl_c() as insist:
+            return _run(argv, insist)
     except KeyboardInterrupt:
         return _fail("train_rlhf: interrupted before the training began; nothing was lost.", EXIT_INTERRUPTED)
 
 
-def _run(argv: list[str] | None) -> int:
+def _run(argv: list[str] | None, insist: Callable[[], None]) -> int:
     try:
         args, flags = parse_command(sys.argv[1:] if argv is None else argv, CONFIGS / "nano.yaml")
         from rlhf.checks import check_config
@@ -46,7 +51,8 @@ def _run(argv: list[str] | None) -> int:
         return _fail(f"train_rlhf: {error}", EXIT_SETTINGS)
     except OSError as error:  # missing rights, or a prompt in place of a path
         return _fail(f"train_rlhf: {_explain_os_error(error)}", EXIT_SETTINGS)
-    return train(args)
+    insist()
+    return train(args, insist)
 
 
 def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> int:
@@ -59,8 +65,11 @@ def dry_run(args: RewardGradientConfig, flags: CommandFlags, processes: int) -> 
     return 0
 
 
-def train(args: RewardGradientConfig) -> int:
-    """Train with checked settings, explain an error in a paragraph and return the exit status."""
+def train(args: RewardGradientConfig, insist: Callable[[], None] = lambda: None) -> int:
+    """Train with checked settings, explain an error in a paragraph and return the exit status.
+
+    insist: of `notice_ctrl_c`, called before the training begins.
+    """
     from rewards import RewardError
     from rlhf.training.rewards import open_rewards
 
@@ -78,6 +87,7 @@ def train(args: RewardGradientConfig) -> int:
 
     try:
         trainer = RewardGradientTrainer(args=args, opened_rewards=rewards)
+        insist()
         trainer.train()
         trainer.accelerator.end_training()
         return 0
@@ -86,7 +96,7 @@ def train(args: RewardGradientConfig) -> int:
     except (RewardError, TrainingError, SavingError, DamagedFileError) as error:
         explained, status = str(error), EXIT_FAILED
     except OSError as error:
-        if error.errno in WRONG_PATH or error.filename is None:
+        if error.errno in WRONG_PATH or (error.filename is None and error.errno not in DISK):
             raise
         explained, status = _explain_os_error(error), EXIT_FAILED
     except (RuntimeError, MemoryError) as error:
@@ -95,7 +105,7 @@ def train(args: RewardGradientConfig) -> int:
         status = EXIT_FAILED
     except KeyboardInterrupt:
         explained, status = "interrupted.", EXIT_INTERRUPTED
-    return _fail(f"train_rlhf: {explained}{resume_hint(args)}", status)
+    return _fail(f"train_rlhf: {explained.removesuffix('.')}.{resume_hint(args)}", status)
 
 
 def resume_hint(args: RewardGradientConfig) -> str:
@@ -119,6 +129,8 @@ def _explain_os_error(error: OSError) -> str:
     """Return got, expected and cure of a path that is wrong, or of a disk that does not answer."""
     if error.errno in WRONG_PATH:
         return f"got {error}, expected a path that can be read; correct the setting that names it, or the rights"
+    if error.errno in FULL:
+        return f"got {error}, expected room on the run's disk. Nothing was removed; free some, then go on."
     return f"got {error}, expected a disk that answers. Nothing was removed; see to it, and start the command again"
 
 

@@ -10,15 +10,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from peft import PeftConfig
 from transformers import TrainerCallback
 
-from rewards import RewardError
 from rlhf.adapter.lora_file import INITIAL_KEY
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates
@@ -29,14 +26,13 @@ from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import MakeVideos
 from rlhf.generator.flow import flow_sigmas
 from rlhf.generator.pipeline import VideoPipeline
-from rlhf.generator.wan_decoder import saturated_share
-from rlhf.method.decode import VideoSampler
+from rlhf.method.decode import Sampled, VideoSampler
 from rlhf.method.drift import velocity_distance
-from rlhf.method.losses import reward_loss, score, score_metrics, start_score
+from rlhf.method.losses import reward_loss, score_metrics
 from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
-from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
+from rlhf.method.rollout import Velocity, rollout, sample_euler
 from rlhf.prompts import unread_message
 from rlhf.report import report_at_end
 from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
@@ -51,7 +47,6 @@ from rlhf.training.batches import BatchResult, finish_in_turn, first_failure
 from rlhf.training.calibrate import calibrate, restore_calibration
 from rlhf.training.callbacks import Callbacks
 from rlhf.training.failures import SkippedSteps, non_finite_error, require_gradient, require_untrained
-from rlhf.training.monitor import Guard, HeldOutMonitor
 from rlhf.training.rewards import choose_method, mix_rewards, open_rewards
 from rlhf.types import Conditioning
 
@@ -95,9 +90,8 @@ class RewardGradientTrainer:
         self.accelerator = make_accelerator(args)
         self.accelerator.print(describe_launch(self.accelerator, setup.describe_precision(args, inputs.pipe)))
         self.layout, self.device = Layout(args, self.accelerator), self.accelerator.device
-        train_prompts, self.eval_prompts = inputs.train_prompts, inputs.eval_prompts
-        setup.require_same_run(self.layout, train_prompts, args)
-        prompts = train_prompts, self.eval_prompts
+        train_prompts, self.eval_prompts = prompts = inputs.train_prompts, inputs.eval_prompts
+        setup.require_same_run(self.layout, train_prompts, args, inputs.videos)
         judges = opened_rewards or open_rewards(args, inputs.rewards, *prompts, self.device, inputs.pipe)
         self.args, chosen = args, _ = choose_method(args, dict(list(judges.items())[: len(inputs.rewards)]))
         self.options = read_options(args.method, args.method_kwargs)
@@ -106,41 +100,40 @@ class RewardGradientTrainer:
         base = None if inputs.pipe else setup.find_base(args, self.device)
         self.pipe = inputs.pipe or base.open_pipeline()
         self.batches = setup.make_batches(train_prompts, self.pipe, args, self.layout)
-        self.rollouts, self.skipped = RolloutCache(args.rollout_reuse), SkippedSteps(args.max_skipped_steps)
-        self.stop = StopRequest(speaks=self.accelerator.is_main_process)
-        self.inputs = describe_inputs(args, train_prompts, self.eval_prompts)
+        self.data = setup.make_anchor_data(inputs.videos, self.pipe, args, self.layout)
+        self.rollouts = setup.make_rollouts(args, self.data, self.batches)
+        self.stop, self.skipped = StopRequest(self.accelerator.is_main_process), SkippedSteps(args.max_skipped_steps)
+        self.inputs = describe_inputs(args, train_prompts, self.eval_prompts, self.data.captions)
         checkpoint, self.resumed = self._find_checkpoint()
         prompts = self.batches.prompts_at(0, args.calibrate_rewards)
         calibrated = bool(args.resume_from_checkpoint) and restore_calibration(self.rewards, args, prompts)
         self.calibration_prompts = prompts if any_process(self.accelerator, not calibrated) else []
         left = self.batches.prompts_from_rollout(self.rollouts.rollout_index(self.resumed["step"], 0))
-        prompts = left + self.eval_prompts + self.calibration_prompts
+        prompts = left + self.eval_prompts + self.calibration_prompts + self.data.captions
         self.text = setup.encode(self.pipe, prompts, args, self.device, base)
 
         if base:  # the text encoders are gone by now
             setup.load_base(base, self.pipe, args, self.device)
         self.masters, self.choices = setup.prepare_model(self.pipe, peft_config, args, self.layout, inputs.initial)
         self.choices |= chosen
+        self.data.encode(self.pipe.vae)
         self.optimizer = make_optimizer(self.masters.vector, args)
         for remark in slow_updates(args, self.masters.vector.numel()):
             self.accelerator.print(remark)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
-        self.decode = setup.make_decoder(self.pipe, self.rewards, args, self.device)
+        self.scorer = setup.make_scorer(self.pipe, self.rewards, self.text, args, self.layout)
         self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
         self.state = self.callbacks.state
         self.state.global_step = self.resumed["step"]
         if checkpoint:
             load_checkpoint(checkpoint, self.masters, self.optimizer)
             self.fields.refresh()
-        self.sample_base = self._video_sampler(self.fields.base)
+        self.sample_base, sample_tuned = map(self._video_sampler, (self.fields.base, self.fields.tuned))
         self.monitor = None
         if self.eval_prompts:
-            sample_tuned = self._video_sampler(self.fields.tuned)
-            weights = {name: weight for name, weight in self.rewards.weights.items() if weight}
             held_out = setup.make_held_out(sample_tuned, judges, self.eval_prompts, self.pipe, args, self.layout)
-            guard, resume_from, notify = Guard.from_settings(args), args.resume_from_checkpoint, self.callbacks.notify
-            self.monitor = HeldOutMonitor(held_out, weights, self.masters, notify, guard, resume_from)
+            self.monitor = setup.make_monitor(held_out, self.rewards, self.masters, self.callbacks.notify, args)
         self.callbacks.notify("on_init_end")
 
     # ------------------------------------------------------------------------------------ one step
@@ -189,6 +182,9 @@ class RewardGradientTrainer:
             results = finish_in_turn(self._begin_regression(step, micro, plan) for micro in micros)
         else:
             results = [gradient(step, micro, plan) for micro in micros]
+        for micro, result in enumerate(results if is_due(step + 1, self.options.anchor_data_steps) else ()):
+            loss_B = self.data.loss(step, micro, self.text, self.fields)
+            self._add_term(result.columns, "data_loss", self.options.anchor_data_weight, loss_B)
         grad = self.masters.vector.grad = self.accelerator.reduce(self.masters.vector.grad, "sum")
         return results, grad.norm().item()
 
@@ -207,30 +203,15 @@ class RewardGradientTrainer:
         results = [self._sample_gradient(sample, batch.prompts, step, plan.num_samples) for sample in samples]
         columns = results[0].columns | {"loss": torch.stack([result.columns["loss"] for result in results]).mean(0)}
         if weight := self.args.drift_weight:
-            drift_B = self._drift_gradient(cond, drift_state, plan, weight)
-            columns |= {"loss": columns["loss"] + weight * drift_B, "drift": drift_B}
+            self._add_term(columns, "drift", weight, self._drift(cond, drift_state, plan))
         return BatchResult(columns, *first_failure(results))
 
     def _sample_gradient(self, sample: Sample, prompts: list[str], step: int, num_samples: int) -> BatchResult:
-        """Decode, score and back-propagate one of a rollout's samples: the loss is -R(x_N)."""
-        scores_B, scored = self._score(sample, prompts, step)
+        """Score and back-propagate one of a rollout's samples: the loss is -R."""
+        scores_B, scored = self.scorer.score(sample, prompts, step)
         loss = reward_loss(scores_B)
         self._back_propagate(loss / num_samples)
         return self._result(scored, loss.expand(len(prompts)))
-
-    def _score(self, sample: Sample, prompts: list[str], step: int) -> tuple[torch.Tensor, BatchResult]:
-        """Decode and score a sample; return the scores (B,) with graph, and what is logged."""
-        words, strength = self.options.relative_words, self.options.relative_strength
-        info, error = self.reward_info(step), None
-        video = self.decode(self.layout.average_grad(sample.latents), step)
-        try:
-            how = words, strength, sample.penalty, self.options.reward_perturbation
-            scores_B, raw = score(self.rewards, video, prompts, info, *how)
-        except RewardError as raised:  # `step` tells every process, then all of them stop
-            error, scores_B = raised, video.mean((1, 2, 3, 4)) * math.nan
-            raw = dict.fromkeys(self.rewards.rewards, scores_B.detach())
-        columns = _score_columns(scores_B, raw) | {"saturated": saturated_share(video)}
-        return scores_B, BatchResult(columns, (video.detach(), prompts, info), error)
 
     def _result(self, scored: BatchResult, loss_B: torch.Tensor) -> BatchResult:
         """Return the scored batch with its loss; it is suspect if the gradient is not finite."""
@@ -247,8 +228,7 @@ class RewardGradientTrainer:
         cond = self.text(batch.prompts, self.device)
         with self.masters.use(self.masters.old):
             states = plan.regression.sample(fields.prefix(cond, plan), batch.noise, plan.sigmas)
-        begin = self._begin_scoring if self.args.method in SCORES_ALONE else self._score_with_gradient
-        finish = begin(states[-1], batch.prompts, step)
+        finish = self.scorer.begin(states[-1], batch.prompts, step)
 
         def regress() -> BatchResult:
             scores_B, gradient, scored = finish()
@@ -262,51 +242,24 @@ class RewardGradientTrainer:
 
         return regress
 
-    def _score_with_gradient(self, latents: torch.Tensor, prompts: list[str], step: int) -> Callable[[], tuple]:
-        """Score latents; return a function: scores (B,), their gradient (as latents), the batch."""
-        sample = Sample(latents.requires_grad_())
-        scores_B, scored = self._score(sample, prompts, step)
-        (gradient,) = torch.autograd.grad(scores_B.sum(), sample.latents)
-        return partial(tuple, (scores_B.detach(), gradient, scored))
-
-    @torch.no_grad()
-    def _begin_scoring(self, latents: torch.Tensor, prompts: list[str], step: int) -> Callable[[], tuple]:
-        """Begin to score without gradient; return a function: scores (B,), None, the batch."""
-        words, strength = self.options.relative_words, self.options.relative_strength
-        video = self.decode(latents, step)
-        device, saturated_B = video.device, saturated_share(video)
-        try:
-            finish = start_score(self.rewards, video, prompts, self.reward_info(step), words, strength)
-        except RewardError as raised:
-            finish = partial(_raise, raised)
-
-        def collect() -> tuple:
-            error = None
-            try:
-                scores_B, raw = finish()
-            except RewardError as raised:  # `step` tells every process, then all of them stop
-                error, scores_B = raised, torch.full((len(prompts),), math.nan, device=device)
-                raw = dict.fromkeys(self.rewards.rewards, scores_B)
-            return scores_B, None, BatchResult(_score_columns(scores_B, raw) | {"saturated": saturated_B}, error=error)
-
-        return collect
-
     def _anchor_gradient(self, step: int, micro: int, plan: Plan) -> BatchResult:
         """Back-propagate KL(base || tuned), the drift at a state of the base's own rollout."""
         batch = self.batches.batch(step, micro)
         cond = self.text(batch.prompts, self.device)
-        sigmas = plan.sigmas[: plan.drift_step + 1]
-        x_BCTHW = sample_euler(self.fields.base(cond), batch.noise("train"), sigmas)[-1]
-        drift_B = self._drift_gradient(cond, x_BCTHW, plan, 1.0)
-        return BatchResult({"loss": drift_B, "drift": drift_B})
+        x_BCTHW = sample_euler(self.fields.base(cond), batch.noise("train"), plan.sigmas[: plan.drift_step + 1])[-1]
+        return BatchResult(self._add_term({}, "drift", 1.0, self._drift(cond, x_BCTHW, plan)))
 
-    def _drift_gradient(self, cond: Conditioning, x_BCTHW: torch.Tensor, plan: Plan, weight: float) -> torch.Tensor:
-        """Back-propagate the weighted drift at the plan's step; return the drift (B,)."""
+    def _drift(self, cond: Conditioning, x_BCTHW: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Return the drift (B,) at the plan's step, with gradient."""
         tuned, base = self.fields.window(cond), self.fields.base(cond)
-        distance_B = velocity_distance(tuned, base, x_BCTHW, plan.sigmas[plan.drift_step])
-        drift_B = plan.drift_total * distance_B
-        self._back_propagate(weight * drift_B.mean())
-        return drift_B.detach()
+        return plan.drift_total * velocity_distance(tuned, base, x_BCTHW, plan.sigmas[plan.drift_step])
+
+    def _add_term(self, columns: dict, name: str, weight: float, loss_B: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Back-propagate a weighted loss (B,); add it to the columns' loss, and log it by name."""
+        self._back_propagate(weight * loss_B.mean())
+        columns[name] = loss_B = loss_B.detach()
+        columns["loss"] = columns.get("loss", 0) + weight * loss_B
+        return columns
 
     def _back_propagate(self, loss: torch.Tensor) -> None:
         (loss / (self.args.gradient_accumulation_steps * self.layout.num_processes)).backward()
@@ -323,14 +276,10 @@ class RewardGradientTrainer:
         masters.update_averages(step)
         self.fields.refresh()
 
-    def reward_info(self, step: int) -> dict:
-        """Return the `info` keyword arguments of rewards in a step: fps, seed and step."""
-        return {"fps": self.pipe.sampling.fps, "seed": self.args.seed, "step": step}
-
     def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> MakeVideos:
         sampler = VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)
 
-        def sample(prompts: list[str], noise_BCTHW: torch.Tensor) -> torch.Tensor:
+        def sample(prompts: list[str], noise_BCTHW: torch.Tensor) -> Sampled:
             with self.stop.interruptible():
                 return sampler(prompts, noise_BCTHW)
 
@@ -381,12 +330,13 @@ class RewardGradientTrainer:
             if (initial := self.masters.initial).layers:
                 initial.save(self.folder / INITIAL_KEY / ADAPTER_FILE)
         if prompts:
-            shape, info = self.batches.noise_shape, self.reward_info(0)
+            shape, info = self.batches.noise_shape, self.scorer.info(0)
             calibrate(self.rewards, self.sample_base, prompts, shape, args, self.layout, info)
 
     def _train_steps(self, first: int) -> int:
         """Take the optimizer steps from `first` on; return how many the run has then taken."""
         args, log, done = self.args, RunLog(self.accelerator, self.args, first), first
+        prompts = [*self.batches.prompts, *self.eval_prompts]
         with self.stop as stop, log:
             for name, choice in self.choices.items():
                 log.say(f"{name}: {choice}")
@@ -407,8 +357,8 @@ class RewardGradientTrainer:
                     raise
                 log.step(metrics)
                 self.callbacks.log(metrics)
-                if done == 1 and (unread := self._unread_fields()):  # once a run, when all rewards were asked
-                    log.say(unread)
+                if done == 1 and (unread := unread_message(prompts, guided=args.guidance_scale > 1)):
+                    log.say(unread)  # once a run, when all rewards were asked
                 stopping = any_process(self.accelerator, stop.requested)
                 if stopping or self.callbacks.is_requested("save") or is_due(done, args.save_steps):
                     saved = self._save(done)
@@ -419,9 +369,6 @@ class RewardGradientTrainer:
                 if stopped or self.callbacks.is_requested("training_stop"):
                     break
         return done
-
-    def _unread_fields(self) -> str | None:
-        return unread_message([*self.batches.prompts, *self.eval_prompts], guided=self.args.guidance_scale > 1)
 
     def _evaluate_or_sample(self, done: int) -> dict[str, float]:
         """Evaluate or sample if it is due after `done` steps; return the metrics."""
@@ -445,6 +392,7 @@ class RewardGradientTrainer:
         saved = read_state(path)
         self.accelerator.print(resume_message(path, saved, self.args, self.inputs))
         self.batches.restore(saved["step"], saved)
+        self.data.restore(saved)
         return path, saved
 
     def _save(self, done: int, together: bool = True) -> Path:
@@ -452,19 +400,10 @@ class RewardGradientTrainer:
         folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             state = {"settings": dataclasses.asdict(self.args), "inputs": self.inputs} | self.batches.state(done)
-            state |= {"seconds": time.perf_counter() - self.started}
+            state |= self.data.state(done) | {"seconds": time.perf_counter() - self.started}
             state |= {"guard": self.monitor.state()} if self.monitor else {}
             save_checkpoint(folder, done, self.masters, self.optimizer, state, self.args.save_total_limit)
         if together:
             self.accelerator.wait_for_everyone()
             self.callbacks.notify("on_save")
         return folder / f"step-{done}"
-
-
-def _raise(error: Exception) -> NoReturn:
-    raise error
-
-
-def _score_columns(scores_B: torch.Tensor, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the columns (B,) that are logged of total and raw scores."""
-    return {"reward": scores_B.detach()} | {f"rewards/{name}": raw_B for name, raw_B in raw.items()}

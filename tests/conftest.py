@@ -6,7 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on more;
 
 import rlhf  # noqa: F401, I001 - it has to come before torch, see rlhf.plugins
 
+import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,22 @@ def problem(request, monkeypatch):
 def make_pipe(request):
     """Makes the tiny pipeline of each generator."""
     return request.param
+
+
+@pytest.fixture
+def file_limit():
+    """Makes a block in which no file can be longer, as on a full disk."""
+
+    @contextmanager
+    def limit(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture

@@ -21,11 +21,13 @@ from safetensors import safe_open
 from rlhf.adapter.lora_weights import ADAPTER_FILE, DISTILLED_KEY, Lora, LoraLayer
 from rlhf.config import is_distilled
 from rlhf.generator.files import HUB_ID, describe_download
-from rlhf.generator.registry import family_of_layers
+from rlhf.generator.loading import linear_sizes
+from rlhf.generator.registry import ModelFamily, family_of_layers
 from rlhf.io import file_errors, read_object
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_FILES = ("average.safetensors", "adapter.safetensors")  # what of it a run would save
+MERGED_KEY = "_merged_adapters"  # of a merged export's transformer/config.json: their `Lora.identity`
 SCALE_KEY = "scale_is_of"  # metadata that is added in reading: where the scale is from
 OLDER_BLOCKS_FILE = "trained_blocks.safetensors"  # beside the adapter in runs of older versions
 INITIAL_KEY = "initial_adapter"  # metadata of a checkpoint, and the folder of its run with that adapter
@@ -75,9 +77,10 @@ def find_lora_file(name: str | Path) -> Path:
     if path.is_file() and path.suffix == ".safetensors":
         return path
     files = sorted(file.name for file in path.glob("*.safetensors"))
-    known = (*CHECKPOINT_FILES, ADAPTER_FILE) if (path / "state.json").is_file() else (ADAPTER_FILE, PEFT_FILE)
+    is_checkpoint = (path / "state.json").is_file()
+    known = (*CHECKPOINT_FILES, ADAPTER_FILE) if is_checkpoint else (ADAPTER_FILE, PEFT_FILE)
     found = [file for file in known if file in files] or files
-    if len(files) == 1 or found is not files:
+    if len(found) == 1 or (is_checkpoint and found is not files):
         return path / found[0]
     if (path / "adapter").is_dir():
         return find_lora_file(path / "adapter")
@@ -85,6 +88,13 @@ def find_lora_file(name: str | Path) -> Path:
     got = "a file of another kind, such as a pickle" if path.is_file() else got if path.is_dir() else "nothing there"
     expected = "expected an adapter: a .safetensors file, its folder such as RUN/adapter, or a hub id"
     raise ValueError(f"{name}: got {got}, {expected}; correct the path")
+
+
+def read_adapter_bytes(name: str | Path) -> bytes:
+    """Return the content of an adapter's file, and of peft's configuration beside it."""
+    path = find_lora_file(name)
+    beside = path.parent / PEFT_CONFIG
+    return path.read_bytes() + (beside.read_bytes() if beside.is_file() else b"")
 
 
 def _download(hub_id: str) -> Path:
@@ -131,14 +141,14 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
     try:
         if not tensors:
             raise _error("no tensor", "those of a LoRA")
-        by_layer = _group(tensors, sizes)
+        by_layer, given = _group(tensors, sizes)
         is_kohya = config is None and all(key.startswith(FLAT_PREFIXES) for key in tensors)
         remark = _add_stated_alpha(by_layer, *map(metadata.get, KOHYA_KEYS)) if is_kohya else ""
         stated = config is not None or any("alpha" in parts for parts in by_layer.values())
         if not stated and any(key.startswith("base_model.") for key in tensors):
             expected = f"{PEFT_CONFIG} beside it, which has their scale"
             raise _error("peft's keys alone", expected, "put it there, as save_pretrained writes it")
-        layers = {layer: _read_layer(layer, parts, config, sizes) for layer, parts in by_layer.items()}
+        layers = {name: _read_layer(name, parts, config, sizes, given[name]) for name, parts in by_layer.items()}
         if {layer.magnitude is None for layer in layers.values()} == {True, False}:
             raise _error("magnitudes (DoRA) of some layers only", "them for all layers or for none")
     except ValueError as error:
@@ -146,6 +156,18 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
     remark = metadata.get(SCALE_KEY, remark) if stated else "the file states no alpha, so the scale is 1"
     lora = Lora(layers, _is_distilled(path, metadata), remark)
     return _find_initial(path).then(lora) if INITIAL_KEY in metadata else lora
+
+
+def read_lora_for(transformer: dict[str, Any], name: str | Path) -> Lora:
+    """Return a LoRA for a model, by the config of its transformer.
+
+    Raises ValueError as `read_lora`, and for a merged export that holds the LoRA already.
+    """
+    lora = read_lora(name, linear_sizes(transformer))
+    if lora.identity in transformer.get(MERGED_KEY, ()):
+        got = "got a LoRA that is merged into the model's weights already"
+        raise ValueError(f"{name}: {got}, expected another; leave it out, or name the model that it was trained for")
+    return lora
 
 
 def _complete(path: Path, metadata: dict[str, str]) -> dict[str, str]:
@@ -244,7 +266,7 @@ def _read_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
     with file_errors(path):
         values = (config["r"], config["lora_alpha"], *(config.get("rank_pattern") or {}).values())
         values += tuple((config.get("alpha_pattern") or {}).values())
-        if not all(isinstance(value, int | float) and value > 0 for value in values):
+        if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
             raise ValueError(f"ranks and alphas {values}")
         for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
             re.compile(pattern)
@@ -263,16 +285,21 @@ def other_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if (key, value) != ("bias", "none")}
 
 
-def _group(tensors: dict[str, torch.Tensor], sizes: Sizes | None) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the parts of each layer: a, b, and magnitude and alpha where the file has them."""
+def _group(
+    tensors: dict[str, torch.Tensor], sizes: Sizes | None
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """Return each layer's a and b, its magnitude and alpha if given; and its name in the file."""
     family = family_of_layers(sizes or ())
     known = {family.original_name(name): name for name in sizes} | {name: name for name in sizes} if family else {}
     flat = {given.replace(".", "_"): name for given, name in known.items()}
-    layers, adapters, unknown = defaultdict(dict), set(), []
-    for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
+    layers, names, adapters, unknown = defaultdict(dict), {}, set(), []
+    renamed = convert_unet_state_dict_to_peft(tensors)
+    if len(renamed) < len(tensors):
+        raise _error("tensors under diffusers' names of today and of before", "each once", "leave one set out")
+    for key, tensor in renamed.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise _error(_format(key) or f"{key}, which belongs to no LoRA", "a LoRA")
+            raise _error(_format(key, family) or f"{key}, which belongs to no LoRA", "a LoRA")
         given, part, adapter = match[1], PARTS[match[2]], match[3]
         name = next(_names(given, flat, known if sizes else None), None)
         if name is None:
@@ -281,21 +308,19 @@ def _group(tensors: dict[str, torch.Tensor], sizes: Sizes | None) -> dict[str, d
         adapters |= {adapter} - {None}
         if part in layers[name]:
             raise _error(f"two tensors for {part} of {name}", "one", "leave one of them out")
-        layers[name][part] = tensor
+        layers[name][part], names[name] = tensor, given
     if unknown:
         key, given = unknown[0]
-        got = _format(key) or "layers that this transformer does not have"
+        got = _format(key, family) or "layers that this transformer does not have"
         raise _error(f"{got}, {len({given for _, given in unknown})} of them, such as {given}", "layers of this model")
     if len(adapters) > 1:
         raise _error(f"{len(adapters)} adapters, {', '.join(sorted(adapters))}", "one", "save one of them alone")
-    return layers
+    return layers, names
 
 
 def _names(given: str, flat: dict[str, str], known: dict[str, str] | None) -> Iterator[str]:
     """Yield the model's layer that a key may mean. known: layers by all their names, with dots."""
-    name = given
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
+    name = _strip(given)
     if name in known if known is not None else name.startswith("transformer_blocks.") or name != given:
         yield known[name] if known is not None else name
     for prefix in FLAT_PREFIXES:
@@ -304,11 +329,21 @@ def _names(given: str, flat: dict[str, str], known: dict[str, str] | None) -> It
             yield flat[name]
 
 
-def _format(key: str) -> str | None:
-    return next((name for pattern, name in FOREIGN.items() if re.search(pattern, key)), None)
+def _strip(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
 
 
-def _read_layer(name: str, parts: dict[str, torch.Tensor], config: dict | None, sizes: Sizes | None) -> LoraLayer:
+def _format(key: str, family: ModelFamily | None) -> str | None:
+    """Return the name of another format, or of a LoRA for another family than the model's."""
+    own = family and f"LoRA of {family.name}"
+    return next((name for pattern, name in FOREIGN.items() if name != own and re.search(pattern, key)), None)
+
+
+def _read_layer(
+    name: str, parts: dict[str, torch.Tensor], config: dict | None, sizes: Sizes | None, given: str
+) -> LoraLayer:
     """Return a layer of the file; raise ValueError for what is missing, wrong or not finite."""
     for part in ("a", "b"):
         if part not in parts:
@@ -329,7 +364,7 @@ def _read_layer(name: str, parts: dict[str, torch.Tensor], config: dict | None, 
         raise _error(f"{magnitude.numel()} magnitudes for {name}", f"{len(b)}")
     if config is not None and bool(config.get("use_dora")) != (magnitude is not None):
         raise _error(f"use_dora={config.get('use_dora')!r} for {name}", "magnitudes where it is set, and only there")
-    alpha = _alpha(name, len(a), parts.get("alpha"), config)
+    alpha = _alpha(name, len(a), parts.get("alpha"), config, given)
     return LoraLayer(a, b, alpha, None if magnitude is None else magnitude.flatten())
 
 
@@ -337,18 +372,27 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()  # float8 has no promotion
 
 
-def _alpha(name: str, rank: int, given: torch.Tensor | None, config: dict | None) -> float:
-    """Return alpha such that the scale is alpha / rank: the file's, or the rank if it has none."""
+def _alpha(name: str, rank: int, given: torch.Tensor | None, config: dict | None, key: str) -> float:
+    """Return alpha such that the scale is alpha / rank: the file's, or the rank if it has none.
+
+    key: the layer in the file. A config's patterns are for its names, as the tool that trained it
+    has them.
+    """
     if given is not None and (given.numel() != 1 or given.item() <= 0):
         raise _error(f"alpha {given.tolist()} for {name}", "a number above 0")
     if config is None:
         return float(rank) if given is None else given.item()
-    ranks, alphas = (config.get(f"{key}_pattern") or {} for key in ("rank", "alpha"))
-    stated = ranks.get(get_pattern_key(ranks, name), config["r"])
+    names = key.removeprefix(PREFIXES[0]) if key.startswith(PREFIXES[0]) else _strip(key), name
+    stated, alpha = (_by_pattern(config.get(f"{kind}_pattern") or {}, names) for kind in ("rank", "alpha"))
+    stated, alpha = stated or config["r"], float(alpha or config["lora_alpha"])
     if stated != rank:
         raise _error(f"rank {rank} for {name}, and {stated} in its metadata", "one rank", "the file is inconsistent")
-    alpha = float(alphas.get(get_pattern_key(alphas, name), config["lora_alpha"]))
     alpha *= math.sqrt(rank) if config.get("use_rslora") else 1
     if given is not None and not math.isclose(given.item(), alpha, rel_tol=1e-3):
         raise _error(f"alpha {given.item():g} for {name}, and {alpha:g} in its metadata", "one alpha", "correct one")
     return alpha
+
+
+def _by_pattern(patterns: dict[str, float], names: tuple[str, ...]) -> float | None:
+    """Return the value of the pattern that matches the first of the names that one matches."""
+    return next((patterns[key] for name in names if (key := get_pattern_key(patterns, name)) in patterns), None)

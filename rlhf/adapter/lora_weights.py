@@ -1,5 +1,6 @@
 """The weights of a LoRA by layer: merged, scaled, added, saved by keys of diffusers or ComfyUI."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -60,6 +61,14 @@ class Lora:
         """Return whether it is a DoRA."""
         return any(layer.magnitude is not None for layer in self.layers.values())
 
+    @property
+    def identity(self) -> str:
+        """Return a digest of the matrices A, which no scale changes."""
+        found = hashlib.sha256()
+        for name, layer in sorted(self.layers.items()):
+            found.update(name.encode() + layer.a.float().cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
+
     def then(self, other: "Lora") -> "Lora":
         """Return the sum with a LoRA that was trained on top of this one: ranks add, exactly."""
         layers = self.layers | other.layers
@@ -71,15 +80,17 @@ class Lora:
         return replace(other, layers=layers)
 
     def scaled(self, factor: float, fold: bool = False) -> "Lora":
-        """Return it with B multiplied by `factor`, and with `fold` by alpha / r, too."""
-        layers = {
-            name: replace(
-                layer,
-                b=layer.b * (factor * (layer.scale if fold else 1)),
-                alpha=len(layer.a) if fold else layer.alpha,
-            )
-            for name, layer in self.layers.items()
-        }
+        """Return it with B multiplied by `factor`, and with `fold` by alpha / r, too.
+
+        Raises ValueError if a product is not finite.
+        """
+        layers = {}
+        for name, layer in self.layers.items():
+            b = layer.b * (factor * (layer.scale if fold else 1))
+            if not b.isfinite().all():
+                got = f"{name}: got B times {factor:g}{f' and {layer.scale:g}' if fold else ''}, which is not finite"
+                raise ValueError(f"{got}, expected a number of float32; choose a smaller scale")
+            layers[name] = replace(layer, b=b, alpha=len(layer.a) if fold else layer.alpha)
         return replace(self, layers=layers)
 
     def config(self) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def apply_lora(transformer: torch.nn.Module, lora: Lora, scale: float = 1.0, mer
         change, norm = (merged - wide).norm().item(), wide.norm().item()
         changes[name] = change / (norm or 1.0)
         if not math.isfinite(change):
-            raise ValueError(f"{name}: got a product of LoRA weights that is not finite, expected one; take another")
+            got = f"{name}: got a product of LoRA weights and scale {scale:g} that is not finite"
+            raise ValueError(f"{got}, expected one; lower the scale, or take another LoRA")
         if merge:
             weight.copy_(merged)
         magnitude = None if layer.magnitude is None else layer.scaled_magnitude(wide, scale)

@@ -18,7 +18,7 @@ from rlhf.generator.files import SamplingDefaults, model_sizes
 from rlhf.generator.registry import family_of_config, spatial_patch
 from rlhf.method.options import AUTO_CHOICES
 from rlhf.prompts import load_prompts
-from rlhf.run.folder import has_run
+from rlhf.run.folder import RUN_FILES, has_run
 from rlhf.run.lock import lock_problem
 from rlhf.run.resume import keep_chosen_method, resolve_resume
 
@@ -73,6 +73,7 @@ def check_config(
         problems += [*_size_problems(args, sizes), *_family_problems(args, sizes)]
         problems += [*adapter_problems(args, sizes["transformer"]), *all_method_problems(args)]
         problems += parallel_problems(args, planned_processes)
+        problems += _video_problems(args, sizes)
     if problems := [*range_problems(args), *problems]:
         raise ConfigError(problems)
     return args
@@ -125,6 +126,15 @@ def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
             yield f"{name}={size} is not {stride_t}k+1, as the VAE of {args.model} needs; use {near}"
 
 
+def _video_problems(args, sizes: dict[str, dict]) -> list[str]:
+    """Return the problems of the real videos, which are read only if they are asked for."""
+    if args.anchor_data is None:
+        return []
+    from rlhf.prompts.videos import video_problems  # takes a while to import
+
+    return list(video_problems(args, sizes["sampling"]["fps"]))
+
+
 def _family_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
     """Yield settings that do not work with the model's family."""
     family = family_of_config(sizes["transformer"])
@@ -173,6 +183,9 @@ def _folder_problems(args, dry: bool) -> Iterator[str]:
         yield problem
     elif args.resume_from_checkpoint and args.overwrite_output_dir:
         yield "resume_from_checkpoint and overwrite_output_dir: got both, expected one of them; leave one out"
+    elif args.overwrite_output_dir and (links := [name for name in RUN_FILES if (folder / name).is_symlink()]):
+        expected = "expected what can be removed without removing what others put there"
+        yield f"overwrite_output_dir: got links in {folder}, {', '.join(links)}, {expected}; remove them yourself"
     elif args.resume_from_checkpoint == "auto":
         yield from start_problems(folder)
     elif args.resume_from_checkpoint:

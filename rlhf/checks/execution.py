@@ -7,7 +7,7 @@ from rlhf.execution.quantize import missing_library
 
 NEED_CHECKPOINTING = ("keep_attention", "offload_activations", "stream_weights")
 # Methods whose window is the end of the rollout, without gaps; and those whose window is fixed.
-ENDING, FIXED = ("draft_k", "draft_lv", "alignprop", "refl"), ("draft_k", "draft_lv")
+ENDING, FIXED = ("draft_k", "draft_lv", "alignprop", "refl", "prfl"), ("draft_k", "draft_lv")
 
 
 def execution_problems(args: RewardGradientConfig) -> Iterator[str]:

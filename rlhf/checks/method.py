@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.io import run_of_checkpoint
 from rlhf.method.options import SCORES_ALONE, MethodOptions, read_options
 from rlhf.run.checkpoint import find_checkpoint
 
@@ -30,6 +31,7 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
     else:
         yield from _step_problems(args, options)
         yield from _group_problems(args, options)
+        yield from _data_problems(args, options)
     yield from _drift_problems(args)
 
 
@@ -63,6 +65,9 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
     if (visited := getattr(options, "adjoint_steps", None) or 1) > steps:
         got = f"adjoint_steps={visited} exceeds num_inference_steps={steps}"
         yield f"method_kwargs: {got}, expected at most that; lower it"
+    if (drawn := getattr(options, "drawn_steps", None) or 1) > steps:
+        got = f"drawn_steps={drawn} exceeds num_inference_steps={steps}"
+        yield f"method_kwargs: {got}, expected at most that; lower it"
     if args.method == "adjoint_matching" and args.drift_weight:
         expected = "expected 0: reward_scale already weighs the distance from the base"
         yield f"drift_weight: got {args.drift_weight} with method adjoint_matching, {expected}; leave it out"
@@ -95,6 +100,28 @@ def _group_problems(args, options: MethodOptions) -> Iterator[str]:
         if got != default:
             expected = f"expected {default}"
             yield f"{name}: got {got} with method {args.method}, which does not read it, {expected}; leave it out"
+
+
+def _data_problems(args, options: MethodOptions) -> Iterator[str]:
+    """Yield problems of real videos with the settings that read them or have no effect."""
+    offline = getattr(options, "offline", False)
+    for name in ("anchor_data_steps", "offline"):
+        if getattr(options, name, 0) and args.anchor_data is None:
+            yield f"method_kwargs: {name}: got it without anchor_data, expected a folder of real videos; set that, too"
+    if args.anchor_data and not (offline or options.anchor_data_steps):
+        expected = "expected anchor_data_steps, or offline of method srpo, in method_kwargs"
+        yield f"anchor_data: got {args.anchor_data}, which nothing reads, {expected}; set one, or leave it out"
+    default = MethodOptions.anchor_data_weight
+    if options.anchor_data_weight != default and not options.anchor_data_steps:
+        got = f"anchor_data_weight: got {options.anchor_data_weight} without anchor_data_steps, on which it builds"
+        yield f"method_kwargs: {got}, expected {default}; set both, or leave it out"
+    if options.anchor_data_steps and args.guidance_gradient == "distill":
+        expected = "expected full, text or none: real videos would teach the adapter to do without guidance"
+        yield f"guidance_gradient: got distill with anchor_data_steps, {expected}; change one of the two"
+    for name in ("drift_weight", "guidance_every", "sampling_weights") if offline else ():
+        got, default = getattr(args, name), getattr(RewardGradientConfig, name)
+        if got != default:
+            yield f"{name}: got {got} with offline, which has no rollout, expected {default}; leave it out"
 
 
 def _drift_problems(args) -> Iterator[str]:
@@ -134,14 +161,13 @@ def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None"
     """
     if not args.initial_adapter:
         return None
-    from rlhf.adapter.lora_file import INITIAL_KEY, read_lora  # take seconds to import
-    from rlhf.generator.loading import linear_sizes
+    from rlhf.adapter.lora_file import INITIAL_KEY, read_lora_for  # takes seconds to import
 
     source = args.initial_adapter
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)
-        source = checkpoint.resolve().parents[1] / INITIAL_KEY
-    if args.lora_use_dora or (lora := read_lora(source, linear_sizes(transformer))).has_magnitudes:
+        source = run_of_checkpoint(checkpoint) / INITIAL_KEY
+    if args.lora_use_dora or (lora := read_lora_for(transformer, source)).has_magnitudes:
         got = "lora_use_dora" if args.lora_use_dora else f"a DoRA, {source}"
         expected = "expected plain LoRA, since no adapter file holds the sum of a DoRA and another adapter"
         raise ValueError(

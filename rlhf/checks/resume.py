@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.older import translate_old_settings
-from rlhf.io import DamagedFileError
+from rlhf.io import DamagedFileError, run_of_checkpoint
 from rlhf.run.checkpoint import (
     checkpoints,
     damage,
@@ -57,7 +57,7 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     except DamagedFileError as error:
         yield str(error)
         return
-    best = path.resolve().parent.parent / BEST
+    best = run_of_checkpoint(path) / BEST
     if args.load_best_model_at_end and state.get("guard") and not best.is_dir():
         yield (
             f"load_best_model_at_end: got no {best}, expected the best adapter of the run that {path} is of; copy it "

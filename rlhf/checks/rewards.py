@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from rewards import check_spec, reward_name
 from rewards.catalogue import CATALOGUE
 from rewards.contract import check_frames
-from rewards.load import name_in, split_spec
+from rewards.load import name_in, resolve_paths, split_spec
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.measures import MEASURES
 
@@ -35,6 +35,8 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
         if isinstance(spec, str):
             kwargs = (args.reward_kwargs or {}).get(short_name(spec), {})
             yield from problems_raised_by(check_spec, spec, args.base_dir, kwargs)
+            if split_spec(spec)[1] == "latent_reward" and isinstance(kwargs.get("path"), str):
+                yield from problems_raised_by(_check_head, kwargs["path"], args.base_dir)
             if split_spec(spec)[1] in CATALOGUE and "frames" in kwargs:
                 yield from problems_raised_by(check_frames, short_name(spec), kwargs["frames"])
     if not trained:
@@ -52,6 +54,13 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
         yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
     yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
     yield from _mix_problems(args, [short_name(reward) for reward in trained])
+
+
+def _check_head(path: str, base_dir: str | None) -> None:
+    """Raise ValueError unless the file is the head of a latent_reward."""
+    from rewards.models.latent_reward import read_facts  # which takes seconds to import
+
+    read_facts(resolve_paths(path, base_dir))
 
 
 def _mix_problems(args, trained: list[str]) -> Iterator[str]:

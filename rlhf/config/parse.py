@@ -23,7 +23,7 @@ from rlhf.config.settings import (
     range_text,
     setting,
 )
-from rlhf.io import CONTENT_ERRORS, load_yaml
+from rlhf.io import CONTENT_ERRORS, load_yaml, run_of_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _config_of_run(argv: list[str], default_config: Path) -> Path | None:
         run = given.output_dir or yaml.safe_load(default_config.read_text(encoding="utf-8"))["output_dir"]
         run = Path(run).expanduser()
     else:
-        run = Path(checkpoint).expanduser().resolve().parent.parent
+        run = run_of_checkpoint(checkpoint)
     return run / "config.yaml" if (run / "config.yaml").is_file() else None
 
 

@@ -35,6 +35,7 @@ Method = Literal[
     "drtune",
     "refl",
     "srpo",
+    "prfl",
     "leap_align",
     "adjoint_matching",
     "nft",
@@ -239,6 +240,11 @@ class RewardGradientConfig:
         "KL(base || tuned). 0: none.",
         least=0,
     )
+    anchor_data: str | None = setting(
+        None,
+        "Folder of real videos with captions, in the forms of eval/score.py, of this run's size and the model's frame "
+        "rate; longer ones are cut. Read by anchor_data_steps and by srpo's offline, in method_kwargs.",
+    )
 
     # Speed and memory at the same gradient. docs/performance.md has the cost of each.
     gradient_checkpointing: bool = setting(False, "Recompute blocks in the backward pass.")
@@ -410,7 +416,8 @@ class RewardGradientConfig:
             if given := getattr(self, name):
                 setattr(self, name, os.path.expanduser(given))
         self.base_dir = self.base_dir and os.path.abspath(self.base_dir)
-        for name, is_there in (("model", os.path.isdir), ("initial_adapter", os.path.exists)):
+        read = ("model", os.path.isdir), ("initial_adapter", os.path.exists), ("anchor_data", os.path.isdir)
+        for name, is_there in read:
             given = os.path.expanduser(getattr(self, name) or "")
             places = [os.path.join(self.base_dir or "", given), given] if given not in ("", "nano") else []
             if found := next(filter(is_there, places), None):

@@ -4,7 +4,13 @@ from rlhf.generator.registry import CONTENTV_8B, ModelFamily
 
 # Sizes of ContentV-8B, which are also the classes' defaults for keys that a config file leaves out.
 SIZES = {
-    "transformer": {"in_channels": 16, "patch_size": 2, "num_layers": 38},
+    "transformer": {
+        "in_channels": 16,
+        "patch_size": 2,
+        "num_layers": 38,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+    },
     "vae": {"temperal_downsample": [False, True, True]},
     "tokenizer": {"model_max_length": 77},  # CLIP's
 }
@@ -52,6 +58,7 @@ FAMILY = ModelFamily(
     text_encoders=TEXT_ENCODERS,
     longest_encoder="text_encoder_3",
     blocks="transformer_blocks",
+    text_widths=("joint_attention_dim", "pooled_projection_dim"),
     card={
         "merged": "ContentV's published code loads it, too.",
         "diffusers": "The keys are those of diffusers for Stable Diffusion 3, such as\n"

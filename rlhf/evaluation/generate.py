@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rlhf.adapter.lora_file import find_lora_file, read_lora
+from rlhf.adapter.lora_file import read_adapter_bytes, read_lora_for
 from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.merge import apply_lora, check_lora_scale
 from rlhf.device import generator
 from rlhf.evaluation.video_set import Video
 from rlhf.generator.files import SamplingDefaults, describe_model, model_sizes
-from rlhf.generator.loading import linear_sizes, load_pipeline
+from rlhf.generator.loading import load_pipeline
 from rlhf.generator.pipeline import VideoPipeline
 from rlhf.io import read_object, write_json, write_whole
 from rlhf.run.metrics import progress_bar
-from rlhf.run.video import to_uint8, write_video
+from rlhf.run.video import finished_video, write_video
 from rlhf.types import negative_of
 
 SETTINGS_FILE = "generate.json"
@@ -56,7 +56,7 @@ class Variant:
     @cached_property
     def adapter(self) -> Lora | None:
         """Return the adapter, read for the model. Raises ValueError."""
-        return self.lora and read_lora(self.lora, linear_sizes(model_sizes(self.model)["transformer"]))
+        return self.lora and read_lora_for(model_sizes(self.model)["transformer"], self.lora)
 
     def load(self, device: torch.device, quiet: bool = False) -> VideoPipeline:
         """Return the pipeline, on the device; unless quiet, print how much the adapter changes."""
@@ -70,7 +70,7 @@ class Variant:
 
     def identity(self) -> dict:
         """Return what identifies this variant; the adapter by its content."""
-        content = find_lora_file(self.lora).read_bytes() if self.lora else None
+        content = read_adapter_bytes(self.lora) if self.lora else None
         digest = content and hashlib.sha256(content).hexdigest()
         settings = {"merge": self.merge, "scale": self.scale}
         model = {"model": str(self.model), "model_files": describe_model(self.model)}
@@ -103,7 +103,7 @@ def sample(pipe: VideoPipeline, videos: list[Video], sampling: SamplingDefaults)
     arguments = sampling.call_arguments()
     arguments["negative_prompt"] = [negative_of(prompt, sampling.negative_prompt) for prompt in prompts]
     frames = pipe(prompts, generator=noise, output_type="pt", **arguments).frames
-    return to_uint8(frames)
+    return finished_video(frames)
 
 
 def save_video(path: Path, video_TCHW: torch.Tensor, fps: int) -> None:

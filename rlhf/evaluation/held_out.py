@@ -21,6 +21,7 @@ from rlhf.distributed.layout import Layout
 from rlhf.evaluation.measures import DIVERSITY, MEASURES, SINGLE_VIDEO_MEASURES, distance
 from rlhf.generator.files import describe_model
 from rlhf.io import file_errors, save_tensors
+from rlhf.method.decode import Sampled
 from rlhf.method.rollout import draw_noise
 from rlhf.run.metrics import progress_bar
 from rlhf.run.trackers import Clip
@@ -34,7 +35,7 @@ SAMPLING_SETTINGS = (
     *("dtype", "base_bits", "vae_dtype", "guidance_every", "sampling_weights"),
 )
 EVAL_FINGERPRINT = (*SAMPLING_SETTINGS, "eval_seed", "num_diversity_prompts")
-MakeVideos = Callable[[list[str], torch.Tensor], torch.Tensor]  # (prompts, noise_BCTHW) -> videos
+MakeVideos = Callable[[list[str], torch.Tensor], Sampled]  # (prompts, noise_BCTHW) -> videos and latents
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,15 @@ class HeldOut:
         count = len(own) + sum(i < self.diversity_count for i in own)
         with progress_bar(f"evaluate {name}", "video", count, self._is_main) as bar:
             for number, rows in enumerate(batches):
-                video = self._videos(make_videos, rows, draw=0)
+                video, latents = self._videos(make_videos, rows, draw=0)
                 twice = [i for i in rows if i < self.diversity_count]
                 if twice or (self.layout.in_step and number * size < self.diversity_count):  # as the first process has
-                    other = self._videos(make_videos, twice, draw=1)
+                    other, _ = self._videos(make_videos, twice, draw=1)
                 if not rows:
                     continue
                 collect()
-                finish, judged = mix.start(video, [self.prompts[i] for i in rows], **info), rows
+                finish = mix.start(video, [self.prompts[i] for i in rows], latents, **info)
+                judged = rows
                 for measure, of in SINGLE_VIDEO_MEASURES.items():
                     scores[measure][rows] = of(video).cpu()
                 if twice:
@@ -209,14 +211,15 @@ class HeldOut:
         count = min(self.options.num_samples, len(self.prompts))
         videos = [torch.zeros(0, dtype=torch.uint8)]
         for rows in local_batches(count, self.options.batch_size, self.layout):
-            videos.append(to_uint8(self._videos(self.make_videos, rows, draw=0)))
+            videos.append(to_uint8(self._videos(self.make_videos, rows, draw=0).video_BCTHW))
         self._write(step, self._gather_leading(torch.cat(videos), count, count))
 
-    def _videos(self, make_videos: MakeVideos, rows: list[int], draw: int) -> torch.Tensor:
+    def _videos(self, make_videos: MakeVideos, rows: list[int], draw: int) -> Sampled:
         """Return video number `draw` of each row's prompt; without rows, sample one and drop it."""
         asked = rows or [0]
         noise = draw_noise(self.noise_shape, self.options.seed, "evaluation", [(i, draw) for i in asked])
-        return make_videos([self.prompts[i] for i in asked], noise)[: len(rows)]
+        sampled = make_videos([self.prompts[i] for i in asked], noise)
+        return sampled._replace(video_BCTHW=sampled.video_BCTHW[: len(rows)])
 
     def _gather_leading(self, own_NCTHW: torch.Tensor, count: int, shown: int) -> torch.Tensor:
         """Return the first `shown` of all `count` videos on the main process, none on others."""

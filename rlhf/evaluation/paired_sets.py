@@ -104,7 +104,7 @@ def _read_finite_scores(folder: Path) -> dict[Key, dict[str, float]]:
 
 
 def _require_equal_conditions(base: Path, tuned: Path, reward: str) -> None:
-    """Raise ValueError unless the reward scored both folders with the same settings and code.
+    """Raise ValueError unless a reward scored both folders with one code, settings and weights.
 
     Files of older versions do not say how they were scored.
     """
@@ -119,7 +119,7 @@ def _require_equal_conditions(base: Path, tuned: Path, reward: str) -> None:
         if conditions != stated[0][1]:
             raise ValueError(
                 f"{path}: got {reward} scored with {conditions}, expected {stated[0][1]}, as in "
-                f"{stated[0][0]}; score both folders again with the same settings"
+                f"{stated[0][0]}; score both folders again with the same settings and weights"
             )
 
 

@@ -23,7 +23,7 @@ from rlhf.generator.loading import load_pipeline
 from rlhf.generator.pipeline import VideoPipeline
 from rlhf.generator.text import encode_prompts
 from rlhf.generator.wan_decoder import decode_video
-from rlhf.run.video import to_uint8
+from rlhf.run.video import finished_video
 
 TEXTS = 2  # the prompt and the negative prompt, which are encoded as one batch
 
@@ -95,7 +95,7 @@ class Sampler:
             x = euler_step(x, v, sigma, sigma_next)
             on_step(i + 1)
         pipe.vae.to(self.device)
-        video = to_uint8(decode_video(pipe.vae, x, sampling.num_frames, chunk=1)[0].transpose(0, 1))
+        video = finished_video(decode_video(pipe.vae, x, sampling.num_frames, chunk=1)[0].transpose(0, 1))
         if not self.is_whole:
             pipe.vae.to("cpu")
         return video

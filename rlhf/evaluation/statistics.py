@@ -49,6 +49,23 @@ def paired_interval(base_N: torch.Tensor, tuned_N: torch.Tensor) -> dict:
     return means | {"diff": diff, "ci95": [diff - half, diff + half]}
 
 
+def rank_correlation(a_N: torch.Tensor, b_N: torch.Tensor) -> float:
+    """Return Spearman's rank correlation; equal values share the mean of their ranks.
+
+    It is 0 where all values are equal, of which no order can be told.
+    """
+    ranks = torch.stack([_ranks(x_N) for x_N in (a_N, b_N)])
+    if (ranks.std(1) == 0).any():
+        return 0.0
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def _ranks(x_N: torch.Tensor) -> torch.Tensor:
+    """Return the ranks (N,), float64, from 0."""
+    _, place_N, counts = x_N.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts + 1) / 2).double()[place_N]
+
+
 def paired_test(base_N: torch.Tensor, tuned_N: torch.Tensor) -> dict:
     """Return `paired_interval`, the p-value of its t test, and how many prompts rose.
 

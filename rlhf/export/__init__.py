@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf.adapter.lora_file import read_lora
+from rlhf.adapter.lora_file import MERGED_KEY, read_lora, read_lora_for
 from rlhf.adapter.lora_weights import ADAPTER_FILE, Lora
 from rlhf.adapter.merge import apply_lora, check_lora_scale
 from rlhf.export.hub import check_push, push
@@ -48,12 +48,14 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     trained = _check_export(run, out, scale)
     base = model_folder(model or read_settings(trained.run)["model"])
     family = family_of_folder(base)
-    lora = read_lora(trained.adapter, linear_sizes(model_sizes(base)["transformer"]))
+    config = model_sizes(base)["transformer"]
+    lora = read_lora_for(config, trained.adapter)
     print(f"exporting {trained.origin}")
     transformer = load_transformer(base)
     print(apply_lora(transformer, lora, scale, merge=True))
     with empty_folder_on_error(out):
         transformer.save_pretrained(out / "transformer")
+        _add_merged(out / "transformer" / family.config_files["transformer"], config, lora)
         for name in set(family.config_files) - {"transformer"}:
             shutil.copytree(base / name, out / name)
         guidance = {"guidance_scale": 1.0} if lora.distilled else {}
@@ -113,6 +115,11 @@ def _find_family(trained: Trained, lora: Lora, model: str | None) -> ModelFamily
         got = f"got layers of {by_layers.name if by_layers else 'another model'}, such as {first}"
         raise ValueError(f"{trained.adapter}: {got}, expected those of model={name!r}, a {family.name}; {cure}")
     return family
+
+
+def _add_merged(path: Path, base: dict, lora: Lora) -> None:
+    """Name in the transformer's config what its weights hold, so that nothing is added twice."""
+    write_json(path, read_object(path) | {MERGED_KEY: [*base.get(MERGED_KEY, ()), lora.identity]})
 
 
 def _remove_paths(folder: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rlhf.adapter.lora_file import refuse_trained_blocks
 from rlhf.adapter.lora_weights import ADAPTER_FILE
+from rlhf.io import run_of_checkpoint
 from rlhf.report.data import Run
 from rlhf.run.checkpoint import damage, newest_undamaged_checkpoint, read_state
 
@@ -32,7 +33,7 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
     """
     run, checkpoint = path, None
     if (path / "state.json").is_file():
-        run, checkpoint = path.absolute().parents[1], path
+        run, checkpoint = run_of_checkpoint(path), path
         if wrong := damage(path):
             raise ValueError(f"{path}: {wrong}, expected a whole checkpoint; name another")
     if not (run / "config.yaml").is_file():

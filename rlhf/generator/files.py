@@ -3,7 +3,9 @@
 So settings are checked against a model before the seconds that importing its libraries takes.
 """
 
+import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.generator.registry import (
     CONTENTV_8B,
     SAMPLING_FILE,
+    LatentSizes,
     ModelFamily,
     SamplingDefaults,
     families,
@@ -22,6 +25,7 @@ if TYPE_CHECKING:  # importing it takes seconds
     from rlhf.generator.pipeline import VideoPipeline
 
 NANO_PATH = Path(__file__).parents[1] / "nano" / "weights" / "contentv-nano"
+DIGESTED = 256  # numbers of a weight in `transformer_digest`
 TOP_FILES = ("model_index.json", SAMPLING_FILE)
 HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
 
@@ -70,6 +74,40 @@ def model_sizes(model: str | Path, pipe: "VideoPipeline | None" = None) -> dict[
         configs = {name: family.sizes[name] | read[name] for name in names}
     named = {"_class_name": family.transformer_classes[0]}
     return configs | {"transformer": configs["transformer"] | named, "sampling": vars(sampling)}
+
+
+def latent_sizes(card: dict[str, dict[str, Any]]) -> LatentSizes:
+    """Return the sizes of latents and text of a model, whose `model_sizes` are given."""
+    config, halves_time = card["transformer"], card["vae"]["temperal_downsample"]
+    text = [config[key] for key in family_of_config(config).text_widths]
+    return LatentSizes(config["in_channels"], len(halves_time), sum(halves_time), *(*text, 0)[:2])
+
+
+def transformer_digest(model: str | Path, pipe: "VideoPipeline | None" = None) -> str:
+    """Return a SHA-256 of a model's transformer, which tells bases apart within seconds.
+
+    It covers name, shape and the first 256 numbers, as float32, of every weight. A merged LoRA
+    changes it, another number format that holds the same values does not.
+
+    pipe: in place of the model's files. Weights of a hub id are downloaded.
+    """
+    from safetensors import safe_open  # with torch, which takes seconds to import
+
+    digest, starts = hashlib.sha256(), {}
+    if pipe is not None:
+        starts = {name: (x.shape, x.flatten()[:DIGESTED]) for name, x in pipe.transformer.state_dict().items()}
+    else:
+        for path in sorted((model_folder(model) / "transformer").glob("*.safetensors")):
+            with file_errors(path), safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    rows = file.get_slice(name)
+                    shape = tuple(rows.get_shape())
+                    needed = -(-DIGESTED // max(1, math.prod(shape[1:])))
+                    starts[name] = shape, (rows[:needed] if shape else file.get_tensor(name)).flatten()[:DIGESTED]
+    for name, (shape, start) in sorted(starts.items()):
+        digest.update(f"{name} {tuple(shape)}".encode())
+        digest.update(start.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def describe_model(model: str | Path) -> str | None:

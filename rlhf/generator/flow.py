@@ -42,7 +42,7 @@ def guided_velocity(
     Args:
         transformer: as `rlhf.generator.registry` describes it, with a `dtype`.
         latents_BCTHW: float32, for any dtype of the transformer.
-        sigma: 0-d float32, in [0, 1].
+        sigma: 0-d or (B,), float32, in [0, 1].
         cond: embeddings of B prompts; the negative ones are used only for guidance_scale > 1.
         guidance_scale: g; at 1 or less there is no guidance, and one forward instead of two.
         together: run both branches as one batch of 2B: fewer and larger kernels, twice the memory.

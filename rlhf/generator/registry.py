@@ -69,6 +69,22 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True)
+class LatentSizes:
+    """Sizes of a generator's latents and text embeddings; the defaults are ContentV-8B's."""
+
+    channels: int = 16
+    halvings: int = 3  # of height and width, from pixels to latents
+    halvings_of_time: int = 2
+    text_width: int = 4096
+    pooled_width: int = 2048
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return (C, T, H, W) of the latents of a video."""
+        scale = 2**self.halvings
+        return self.channels, 1 + (frames - 1) // 2**self.halvings_of_time, height // scale, width // scale
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """The checkpoints of one generator, as facts that need no torch.
 
@@ -81,6 +97,7 @@ class ModelFamily:
     text_encoders: configurations of the published encoders, for the planner.
     longest_encoder: the one whose tokens max_sequence_length counts.
     blocks: name of the transformer's list of blocks.
+    text_widths: keys of the transformer's config: width of its text, and of its pooled text if any.
     card: sentences of an export's model card, by the kind of export.
     fixed: keys whose other values are another model, by component; "" is model_index.json.
     licences: by model, as a model card's header has them.
@@ -97,6 +114,7 @@ class ModelFamily:
     text_encoders: dict[str, dict[str, Any]]
     longest_encoder: str
     blocks: str
+    text_widths: tuple[str, ...]
     card: dict[str, str]
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     fixed: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -68,11 +68,14 @@ def decode_video(
 
 def unnormalise(vae: AutoencoderKLWan, latents_BCTHW: torch.Tensor) -> torch.Tensor:
     """Return normalised latents on the VAE's scale: x * std + mean of each channel."""
-    mean, std = (
-        torch.tensor(values, dtype=latents_BCTHW.dtype, device=latents_BCTHW.device).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = latent_scale(vae, latents_BCTHW)
     return latents_BCTHW * std + mean
+
+
+def latent_scale(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and deviation of each channel, (1, C, 1, 1, 1) in the dtype of `like`."""
+    values = vae.config.latents_mean, vae.config.latents_std
+    return tuple(torch.tensor(v, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1) for v in values)
 
 
 def saturated_share(video_BCTHW: torch.Tensor) -> torch.Tensor:

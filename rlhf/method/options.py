@@ -9,13 +9,13 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.config import METHODS, ConfigError, range_problems, setting
+from rlhf.config import METHODS, ConfigError, RewardGradientConfig, range_problems, setting
 from rlhf.config.coerce import coerce_all
 
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Options of every method: relative scores (arXiv 2509.06942, eq. 8, 9), robust gradients."""
+    """Options of every method: relative scores (2509.06942), robust gradients, real videos."""
 
     relative_words: list[str] | None = setting(
         None,
@@ -35,6 +35,16 @@ class MethodOptions:
         "Take the gradient at an adapter moved this far up the loss (arXiv 2603.21175), as the norm of the step in "
         "float32 weights. Costs a second gradient. 0: at the adapter itself.",
         least=0,
+    )
+
+    anchor_data_steps: int = setting(
+        0,
+        "Every n-th optimizer step adds the loss of flow matching on real videos, those of the setting anchor_data, "
+        "for one velocity with gradient, without guidance. 0: none.",
+        least=0,
+    )
+    anchor_data_weight: float = setting(
+        1.0, "Weight of that loss, the squared error of the velocity, a mean over latent elements.", above=0
     )
 
     def problems(self) -> list[str]:
@@ -94,6 +104,9 @@ class SRPOOptions(MethodOptions):
         [0.75, 0.96], "Lowest and highest noise level sigma at which videos are recovered."
     )
     align_delta: float = setting(0.02, "Length, in sigma, of the one step that a recovered video takes.", above=0)
+    offline: bool = setting(
+        False, "Recover the real videos of the setting anchor_data, with their captions: no rollout at all."
+    )
 
     def problems(self) -> list[str]:
         """Return what does not fit together, noise levels included."""
@@ -184,12 +197,25 @@ class LeapAlignOptions(MethodOptions):
     )
 
 
+@dataclass(frozen=True)
+class PRFLOptions(MethodOptions):
+    """Options of prfl (arXiv 2511.21541)."""
+
+    drawn_steps: int | None = setting(
+        None,
+        "Last steps of the sampler of which one is drawn for each optimizer step; a head that cannot rank noisy "
+        "latents is spared them. Default: all.",
+        least=1,
+    )
+
+
 METHOD_OPTIONS: dict[str, type[MethodOptions]] = dict.fromkeys(METHODS, MethodOptions) | {
     "draft_lv": DraftLVOptions,
     "listed": ListedOptions,
     "drtune": DRTuneOptions,
     "refl": ReFLOptions,
     "srpo": SRPOOptions,
+    "prfl": PRFLOptions,
     "nft": NFTOptions,
     "flow_grpo": FlowGRPOOptions,
     "adjoint_matching": AdjointMatchingOptions,
@@ -215,6 +241,11 @@ def read_options(method: str, kwargs: dict | None) -> MethodOptions:
     if problems:
         raise ConfigError([f"method_kwargs: {problem}" for problem in problems])
     return options
+
+
+def is_offline(args: RewardGradientConfig) -> bool:
+    """Return whether a run learns at real videos in place of rollouts."""
+    return args.method == "srpo" and read_options(args.method, args.method_kwargs).offline
 
 
 def _unknown_option(name: str, method: str) -> str:

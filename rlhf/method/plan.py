@@ -27,7 +27,7 @@ from rlhf.method.rollout import Velocity
 class Plan:
     """The course of all rollouts of one optimizer step, the same on all processes."""
 
-    sigmas: torch.Tensor  # (M+1,) from 1 to 0; M is below the sampler's N where the last step jumps
+    sigmas: torch.Tensor  # (M+1,) from 1 to 0; M is below the sampler's N where the last step jumps or is left out
     grad_steps: list[int]  # as in `rollout`
     detach_input: bool = False  # as in `rollout`
     repeat_last_step: int = 0  # repeats of the last step from fresh noise, each with a gradient
@@ -52,8 +52,15 @@ class Plan:
 class Sample:
     """Latents (B, C, T, H, W) with their graph, to decode, score and back-propagate."""
 
-    latents: torch.Tensor
+    latents: torch.Tensor  # x_0, or an estimate of it
     penalty: bool = False  # whether the opposite of the reward is to be maximised
+    state: torch.Tensor | None = None  # what rewards of latents see in place of `latents`
+    sigma: float = 0.0  # its noise level
+
+    @property
+    def noisy(self) -> torch.Tensor:
+        """What rewards of latents see."""
+        return self.latents if self.state is None else self.state
 
 
 def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.Tensor, rng: torch.Generator) -> Plan:
@@ -81,6 +88,9 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
             plan = Plan(cut, [len(cut) - 2])
         case "srpo":
             plan = Plan(sigmas, [], recoveries=draw_recoveries(options, rng))
+        case "prfl":
+            step = num_steps - 1 - draw_below(options.drawn_steps or num_steps, rng)
+            plan = Plan(sigmas[: step + 2], [step])
         case "nft":
             plan = Plan(sigmas, [], regression=draw_regression(options, sigmas, rng))
         case "flow_grpo":
@@ -154,9 +164,12 @@ def gradient_samples(
         plan: that of the rollout.
     """
     x0_BCTHW = plan.leaps.connect(window, states, plan.sigmas) if plan.leaps else states[-1]
+    end, sigma = Sample(x0_BCTHW), plan.sigmas[-1].item()
+    if sigma > 0:  # not finished: rewards of latents score the state, the others an estimate of x_0
+        end = Sample(estimate_x0(states[-2], x0_BCTHW, *plan.sigmas[-2:]), state=x0_BCTHW, sigma=sigma)
     states.clear()
     if not plan.recoveries:
-        yield Sample(x0_BCTHW)
+        yield end
     for sigma, step in plan.recoveries:
         recovered = recover(window, x0_BCTHW, noise("train"), plan.sigmas.new_tensor(sigma), step)
         yield Sample(recovered, penalty=step > 0)
@@ -173,6 +186,11 @@ def repeat_last_step(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, 
     """
     x = (1 - sigma) * x0 + sigma * noise
     return euler_step(x, velocity(x, sigma), sigma, torch.zeros_like(sigma))
+
+
+def estimate_x0(x: torch.Tensor, x_next: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+    """Return the estimate of x_0 to which the Euler step from x to x_next leads: x - sigma v."""
+    return euler_step(x_next, (x_next - x) / (sigma_next - sigma), sigma_next, torch.zeros_like(sigma))
 
 
 def recover(

@@ -93,6 +93,10 @@ class VelocityFields:
         """Return the velocity of the current model for steps that carry the gradient."""
         return self._field(self.trained, cond, self.guidance.gradient)
 
+    def unguided(self, cond: Conditioning) -> Velocity:
+        """Return the velocity of the current model without guidance, with gradient."""
+        return self._field(self.trained, cond, "distill")
+
     def base_vjp(self, cond: Conditioning) -> VelocityVJP:
         """Return the base's velocity with its vector-Jacobian product at a state."""
         velocity = self._field(self.frozen, cond)
@@ -119,8 +123,9 @@ class VelocityFields:
 
     def _field(self, transformer: Callable, cond: Conditioning, gradient: str = "full") -> Velocity:
         """Return a transformer's guided velocity, split over two processes if there are two."""
-        if self.guidance_group is not None:
-            return split_velocity(transformer, cond, self.guidance.scale, self.guidance_group)
+        if self.guidance_group is not None:  # at scale 1 the negative branch has no weight
+            scale = 1.0 if gradient == "distill" else self.guidance.scale
+            return split_velocity(transformer, cond, scale, self.guidance_group)
         guidance = self.guidance
         return velocity_field(transformer, cond, guidance.scale, gradient, guidance.together)
 

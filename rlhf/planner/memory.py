@@ -13,7 +13,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rewards.catalogue import CATALOGUE
-from rewards.load import split_spec
+from rewards.load import resolve_paths, split_spec
+from rewards.models.latent_reward import NAME as LATENT_REWARD
+from rewards.models.latent_reward import read_facts
 from rlhf.config import RewardGradientConfig
 from rlhf.device import RATED_KIND
 from rlhf.method.options import SCORES_ALONE, read_options
@@ -81,17 +83,24 @@ def plan_rewards(model: TracedModel, args: RewardGradientConfig, kind: str = RAT
     costs, traced = {}, {}
     for name, spec in built_in.items():
         scored = scored_frames(spec, settings[name], min(decoded[name], window), fps)
+        if spec == LATENT_REWARD:
+            continue
         if found := reward_cost(spec, settings[name], batch * scored):
             costs[name] = found
         elif spec == "nano_preference":
             traced[name] = model.nano_preference_call(batch, min(frames, window))
         else:
             unknown.append(spec)
+    heads = {
+        name: latent_reward(model, kwargs[name], args) for name, spec in (*trained, *judges) if spec == LATENT_REWARD
+    }
+    traced |= {name: heads[name][0] for name in built_in if name in heads}
     away = {name for name, given in kwargs.items() if _is_elsewhere(given.get("device"), kind, model.processes)}
     here = [cost for name, cost in costs.items() if name not in away]
     weights = [cost.weight_bytes for cost in here]
-    uncounted = [spec for name, spec in (*built_in.items(), *judges) if name not in {*costs, *away}]
+    uncounted = [spec for name, spec in (*built_in.items(), *judges) if name not in {*costs, *heads, *away}]
     weights += [CATALOGUE[spec].parameters * CATALOGUE[spec].bytes_each for spec in uncounted if spec in CATALOGUE]
+    weights += [size for name, (_, size) in heads.items() if name not in away]
     peaks = [cost.peak_bytes for cost in here]
     peaks += [call.peak_bytes for name, call in traced.items() if name not in away]
     seconds = sum(cost.seconds for cost in costs.values())
@@ -99,6 +108,12 @@ def plan_rewards(model: TracedModel, args: RewardGradientConfig, kind: str = RAT
     return RewardNeeds(
         frames, sum(weights), largest, max(peaks, default=0), seconds, tuple(traced.values()), tuple(unknown)
     )
+
+
+def latent_reward(model: TracedModel, kwargs: dict, args: RewardGradientConfig) -> tuple[TracedCall, int]:
+    """Return the call of a `latent_reward` with these arguments, and the bytes of its weights."""
+    facts = read_facts(resolve_paths(kwargs["path"], args.base_dir))
+    return model.latent_reward_call(args.per_device_train_batch_size, facts.blocks, kwargs.get("recompute", True))
 
 
 def _is_elsewhere(device: str | None, kind: str, processes: int) -> bool:
@@ -141,6 +156,8 @@ def plan_memory(
         "reward": waiting_graphs + decoder.saved_bytes + rewards.peak_bytes,
         "optimizer": 4 * model.num_trained if model.processes > 1 else 0,  # a copy is all-reduced
     }
+    if args.anchor_data:
+        phases["encoding videos"] = model.encoder_call(args).no_grad.added_bytes
     if args.eval_prompts:
         phases["evaluation"] = gathered + _evaluation_bytes(model, args)
     return MemoryPlan(held, phases)

@@ -25,7 +25,9 @@ class RewardCost:
 
 
 def decoded_frames(name: str, settings: dict, total: int) -> int:
-    """Return how many leading frames, of `total`, a built-in reward needs decoded."""
+    """Return how many leading frames, of `total`, a built-in reward needs decoded: 0 of latents."""
+    if CATALOGUE[name].input.startswith("latents"):
+        return 0
     frames = settings.get("frames", "first" if CATALOGUE[name].frames.startswith("first") else "all")
     return {"first": 1, "all": total}.get(frames) or min(frames, total)
 

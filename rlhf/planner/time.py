@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from rlhf.config import RewardGradientConfig
-from rlhf.method.options import SCORES_ALONE, read_options
+from rlhf.method.options import SCORES_ALONE, is_offline, read_options
 from rlhf.planner.memory import RewardNeeds, branches_per_batch, branches_per_rank, grad_branches_per_rank
 from rlhf.planner.traced import TracedCall, TracedModel, max_grad_steps
 from rlhf.planner.tracer import Operation, Phase
@@ -83,8 +83,11 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
     no_grad = levels + has_drift + kl_steps + (adjoint > 0)
     constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * no_grad
     prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
+    prefix_steps = 0 if is_offline(args) else prefix_steps
     prefix = prefix_steps + (branches - 1) * math.ceil(prefix_steps / args.guidance_every)
-    return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps)
+    every = read_options(args.method, args.method_kwargs).anchor_data_steps
+    on_data = branches_per_batch(args) / every if every else 0  # real videos need no second branch
+    return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps + on_data)
 
 
 def _adjoint_steps(args: RewardGradientConfig) -> int:

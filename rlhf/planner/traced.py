@@ -19,8 +19,11 @@ from rlhf.config import RewardGradientConfig, at_eval_size
 from rlhf.distributed.layout import Sizes
 from rlhf.execution.apply import ExecutionOptions
 from rlhf.execution.blocks import BlockRunner
+from rlhf.generator.files import latent_sizes
+from rlhf.generator.first_blocks import FirstBlocks, first_blocks
 from rlhf.generator.registry import family_of_config, spatial_patch
 from rlhf.generator.wan_decoder import decode_video
+from rlhf.generator.wan_encoder import encode_video
 from rlhf.method.options import read_options
 from rlhf.planner.tracer import MetaOffload, Phase, Trace, fake_process_group, fused_attention, use_fused_norms
 
@@ -50,6 +53,9 @@ class TracedCall:
     def peak_bytes(self) -> int:
         """Peak bytes of the forward and backward pass above the bytes held before."""
         return max(self.forward.peak_bytes, self.backward.peak_bytes) - self.forward.bytes_before
+
+
+NOTHING = TracedCall(Phase(0), Phase(0), Phase(0))
 
 
 class FrozenCounts(NamedTuple):
@@ -134,10 +140,8 @@ class TracedModel:
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, T, H, W) of one video's latents."""
-        args, halves_time = self.args, self.card["vae"]["temperal_downsample"]
-        scale = 2 ** len(halves_time)
-        frames = 1 + (args.num_frames - 1) // 2 ** sum(halves_time)
-        return self.card["transformer"]["in_channels"], frames, args.height // scale, args.width // scale
+        args = self.args
+        return latent_sizes(self.card).shape(args.num_frames, args.height, args.width)
 
     @property
     def num_tokens(self) -> int:
@@ -188,10 +192,22 @@ class TracedModel:
 
         return velocity, torch.empty(batch, *self.latent_shape, device="meta", dtype=model.dtype)
 
+    def encoder_call(self, args: RewardGradientConfig) -> TracedCall:
+        """Trace encoding one real video, without gradient."""
+        video = torch.empty(1, 3, args.num_frames, args.height, args.width, device="meta")
+
+        def trace() -> TracedCall:
+            vae = nn.Module.to(self.vae, getattr(torch, args.vae_dtype))
+            return trace_call(lambda x: encode_video(vae, x), video, vae, with_gradient=False)
+
+        return self._trace_once(("encoder", args.vae_dtype), trace)
+
     def decoder_call(
         self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True
     ) -> TracedCall:
         """Trace decoding the leading frames. A `decode_window` lies in their middle."""
+        if frames == 0:  # all rewards score latents
+            return NOTHING
         settings = [getattr(args, name) for name in DECODER_SETTINGS]
         vae, chunk = self.vae, args.decode_chunk
         C, _, *size = self.latent_shape
@@ -219,6 +235,24 @@ class TracedModel:
 
         return self._trace_once(("decoder", batch, frames, with_gradient, *settings), trace_all)
 
+    def latent_reward_call(self, batch: int, count: int, recompute: bool) -> tuple[TracedCall, int]:
+        """Trace the reward latent_reward on its first blocks; return the call and bytes of weights.
+
+        The head on the blocks is left out: it is small.
+        """
+        large = self.transformer.num_parameters() > BFLOAT16_PARAMETERS
+        with torch.device("meta"):
+            cut = first_blocks(self.card["transformer"], count)
+        cut = nn.Module.to(cut, torch.bfloat16 if large else torch.float32)
+        blocks = FirstBlocks(cut, recompute)
+        blocks.runner.attention = blocks.runner.inference_attention = fused_attention
+        use_fused_norms(cut)
+        tokens = family_of_config(self.card["transformer"]).text_tokens(self.card, self.args.max_sequence_length)
+        text, pooled, _ = cut.trace_inputs(batch, self.latent_shape, tokens)
+        latents = torch.empty(batch, *self.latent_shape, device="meta")
+        call = trace_call(lambda x: blocks(x, 0.5, text, pooled), latents, blocks)
+        return call, sum(p.nbytes for p in cut.parameters()) + cut.position_bytes(self.num_tokens)
+
     def nano_preference_call(self, batch: int, frames: int) -> TracedCall:
         """Trace the reward nano_preference, whose cost was not measured at full size."""
         from rlhf.nano.judges import MAX_WORDS, Preference
@@ -241,7 +275,7 @@ def max_grad_steps(args: RewardGradientConfig) -> int:
     """Return the largest number of rollout steps that carry the gradient."""
     options = read_options(args.method, args.method_kwargs)
     listed = getattr(options, "steps", None) or []
-    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1}
+    by_method = {"listed": len(listed), "refl": 1, "draft_lv": 1, "prfl": 1}
     by_method |= dict.fromkeys(("srpo", "leap_align", "adjoint_matching", "nft", "flow_grpo"), 0)
     return by_method.get(args.method, args.num_grad_steps)
 

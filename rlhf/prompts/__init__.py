@@ -35,9 +35,8 @@ def find_prompt_file(name: str, base_dir: str | Path | None) -> Path:
     if found is None:
         looked = " or ".join(str(path) for path in places)
         sets = ", ".join(BUILT_IN_SETS)
-        raise ConfigError(
-            [f"prompts {name!r}: got no file at {looked}, expected a text file or one of {sets}; correct the path"]
-        )
+        expected = f"expected a text file or one of {sets}; correct the path, or base_dir"
+        raise ConfigError([f"prompts {name!r}: got no file at {looked}, {expected}"])
     return found
 
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.statistics import INTERVAL
+from rlhf.io import write_whole
 from rlhf.report.data import Run, Sample, run_cost, training_table
 from rlhf.report.plots import draw_svg, panels
 from rlhf.run.environment import record_end
@@ -117,8 +118,8 @@ def write_report(
     template = environment.get_template(TEMPLATE)
     room = max_bytes - len(template.render(content | {"cards": []}).encode())
     text = template.render(content | {"cards": list(video_cards(run, output.parent, room))})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    with write_whole(output) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
     return output
 
 

@@ -53,6 +53,7 @@ def panels(run: Run) -> list[Panel]:
     found.append(Panel("hacking gap: trained less held-out gain", [gap]))
     lines = {
         "drift": "drift from the base",
+        "data_loss": "flow-matching loss on real videos",
         "grad_norm": "gradient norm, before clipping",
         "seconds": "seconds a step",
         "memory_gib": "peak memory, GiB",

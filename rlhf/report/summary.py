@@ -18,22 +18,17 @@ def write_results(
     if len(before_NCTHW) and len(after_NCTHW):
         draw_contact_sheet(prompts, before_NCTHW, after_NCTHW, folder / CONTACT_SHEET)
     count, page = len(prompts), folder / "report.html"
-    print(f"\n{count} held-out prompts, the same noise before and after\n\n{summary_table(summary, count)}\n")
+    print(f"\n{count} held-out prompts, the same noise before and after\n\n{summary_table(summary)}\n")
     print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {page}")
 
 
-def summary_table(summary: dict, prompts: int) -> str:
-    """Return the summary as text: a row for each trained reward, held-out judge and measure.
-
-    One prompt has no interval.
-    """
+def summary_table(summary: dict) -> str:
+    """Return the summary as text: a row for each trained reward, held-out judge and measure."""
     rows = [("", "base", "tuned", "difference", INTERVAL)]
     for group in ("trained", "held_out"):
         named = summary[group].items()
         rows += [_cells(f"{name} ({group.replace('_', '-')})", row) for name, row in named]
     rows += [_cells(name, summary[name]) for name in ("motion", "diversity") if summary[name]]
-    if prompts < 2:
-        rows = [rows[0], *((*cells[:-1], "-") for cells in rows[1:])]
     return format_table(rows, numbers=True)
 
 
@@ -41,4 +36,4 @@ def _cells(name: str, row: dict) -> tuple[str, ...]:
     """Return a row of the table, from one of `paired_interval`."""
     low, high = row["ci95"]
     means = f"{row['base']:.4f}", f"{row['tuned']:.4f}", f"{row['diff']:+.4f}"
-    return name, *means, f"[{low:+.4f}, {high:+.4f}]"
+    return name, *means, f"[{low:+.4f}, {high:+.4f}]" if low < high else "-"  # one prompt, or no spread

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlhf.device import describe, energy_joules, peak_memory, pick_device
 from rlhf.distributed.accelerator import available_cores
-from rlhf.io import read_log
+from rlhf.io import read_log, write_rows
 
 ENVIRONMENT = "environment.jsonl"
 PACKAGES = ("contentv-rlhf", "torch", "diffusers", "transformers", "peft", "accelerate")
@@ -20,6 +20,7 @@ def record_start(folder: Path, device: str | None) -> None:
     found = pick_device(device)
     row = {
         "started": time.time(),
+        "monotonic": time.monotonic(),  # which nobody sets, as the clock may be
         "device": describe(found),
         "device_type": found.type,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
@@ -46,11 +47,12 @@ def record_end(folder: Path, ended_by: str | None = None) -> None:
         return
     last = rows[-1]
     device = pick_device(last.get("device_type"))
-    last |= {"seconds": time.time() - last["started"], "peak_memory_bytes": peak_memory(device)}
+    seconds = time.monotonic() - last["monotonic"] if "monotonic" in last else time.time() - last["started"]
+    last |= {"seconds": seconds, "peak_memory_bytes": peak_memory(device)}
     before, after = last.get("energy_counter_joules"), energy_joules(device)
     last |= {"ended_by": ended_by} if ended_by else {}
     last["energy_joules"] = None if before is None or after is None else after - before
-    (folder / ENVIRONMENT).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(folder / ENVIRONMENT, rows)
 
 
 def read_environment(folder: Path) -> list[dict]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf.config import RewardGradientConfig
 from rlhf.config.older import translate_old_settings
-from rlhf.io import read_object
+from rlhf.io import read_object, write_whole
 from rlhf.types import row_of
 
 METRICS = "metrics.jsonl"
@@ -38,8 +38,9 @@ RUN_FILES = (
 
 
 def has_run(folder: Path) -> bool:
-    """Return whether a run was started in the folder."""
-    return any((folder / name).exists() for name in RUN_FILES[:3])
+    """Return whether a run was started in the folder; an empty folder of checkpoints is none."""
+    places = (folder / name for name in RUN_FILES[:3])
+    return any(next(path.iterdir(), None) if path.is_dir() else path.exists() for path in places)
 
 
 def read_settings(folder: Path) -> dict:
@@ -68,7 +69,8 @@ def start_run_folder(args: RewardGradientConfig, train_prompts: list[str], eval_
     if args.overwrite_output_dir:
         for path in (folder / name for name in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (folder / "config.yaml").write_text(args.to_yaml(), encoding="utf-8")
+    with write_whole(folder / "config.yaml") as unfinished:
+        unfinished.write_text(args.to_yaml(), encoding="utf-8")
     for setting, prompts in (("prompts", train_prompts), ("eval_prompts", eval_prompts)):
         if getattr(args, setting) == prompt_snapshot(args, setting):
             write_prompts(folder / PROMPT_FILES[setting], prompts)
@@ -79,4 +81,5 @@ def write_prompts(path: Path, prompts: list[str]) -> None:
     """Write a .jsonl file for `rlhf.prompts`; leave one that begins with these prompts as it is."""
     text = "".join(json.dumps(row_of(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
     if not (path.is_file() and path.read_bytes().startswith(text.encode())):
-        path.write_bytes(text.encode())
+        with write_whole(path) as unfinished:
+            unfinished.write_bytes(text.encode())

@@ -83,11 +83,12 @@ def lock_folder(folder: Path, wanted: bool) -> Iterator[None]:
         raise ConfigError([problem])
     path.unlink(missing_ok=True)
     try:
-        with path.open("x", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(Holder.current()), file)
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:  # another start was faster
         raise ConfigError([lock_problem(folder) or f"output_dir={folder}: got two starts at once; try again"]) from None
     try:
+        with file:
+            json.dump(dataclasses.asdict(Holder.current()), file)
         yield
     finally:
         with suppress(OSError):  # a lock that stays is seen to be of a process that ended

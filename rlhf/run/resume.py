@@ -55,9 +55,15 @@ def restart_message(args: RewardGradientConfig) -> str:
     return f"{args.output_dir} holds a run without a checkpoint: starting it again, and keeping what is there\n"
 
 
-def describe_inputs(args: RewardGradientConfig, prompts: list[str], eval_prompts: list[str]) -> dict[str, str]:
-    """Return what identifies the content of a run's inputs, by the setting that names them."""
+def describe_inputs(
+    args: RewardGradientConfig, prompts: list[str], eval_prompts: list[str], captions: list[str] | None = None
+) -> dict[str, str]:
+    """Return what identifies the content of a run's inputs, by the setting that names them.
+
+    captions: of `anchor_data`, with the names of the files.
+    """
     found = {"prompts": _describe_prompts(prompts), "eval_prompts": _describe_prompts(eval_prompts)}
+    found |= {"anchor_data": _describe_prompts(captions)} if captions else {}
     found["model"] = str(describe_model(args.model))
     sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir, args.reward_kwargs)
     return found | {f"reward {name}": f"digest {_digest(text)}" for name, text in sources.items()}

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -88,6 +88,32 @@ class StopRequest:
         if self.speaks:
             with suppress(OSError):  # of a terminal that is gone
                 os.write(2, f"\n{text}\n".encode())  # print() may be what the signal interrupts
+
+
+@contextmanager
+def notice_ctrl_c() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises KeyboardInterrupt if a Ctrl-C was swallowed in the block so far.
+
+    Libraries do so that catch every exception while they are imported.
+    """
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    def insist() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    is_free = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_free and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield insist
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

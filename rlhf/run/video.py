@@ -16,6 +16,14 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
     return (video.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
 
 
+def finished_video(video: torch.Tensor) -> torch.Tensor:
+    """Return a sampled video by `to_uint8`. Raises ValueError for pixels that are no numbers."""
+    if not video.isfinite().all():
+        cure = "use a smaller scale of the adapter, another adapter, or weights that are not damaged"
+        raise ValueError(f"got a video with NaN or infinite pixels, expected numbers: the model overflows; {cure}")
+    return to_uint8(video)
+
+
 def write_video(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
     """Write a uint8 video (3, T, H, W) as H.264, which every browser plays.
 

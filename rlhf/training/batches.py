@@ -13,10 +13,13 @@ from rlhf.prompts import shuffled_indices
 
 @dataclass(frozen=True)
 class Batch:
-    """The B prompts that a process samples at a time and, by purpose, noise (B, C, T, H, W)."""
+    """The B prompts that a process samples at a time and, by purpose, noise (B, C, T, H, W).
+
+    noise takes another (C, T, H, W) as its second argument.
+    """
 
     prompts: list[str]
-    noise: Callable[[str], torch.Tensor]
+    noise: Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ class Batches:
         start = (micro * self.layout.num_processes + self.layout.process_index) * self.size
         keys = [(rollout, start + i) for i in range(self.size)]
 
-        def noise(purpose: str) -> torch.Tensor:
-            return draw_noise(self.noise_shape, self.seed, purpose, keys).to(self.layout.device)
+        def noise(purpose: str, shape_CTHW: tuple[int, int, int, int] = self.noise_shape) -> torch.Tensor:
+            return draw_noise(shape_CTHW, self.seed, purpose, keys).to(self.layout.device)
 
         prompts = self.prompts_at((self._place(rollout) + start) // self.group_size, self.size // self.group_size)
         return Batch([prompt for prompt in prompts for _ in range(self.group_size)], noise)

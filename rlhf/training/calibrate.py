@@ -86,7 +86,7 @@ def base_scores(
         # Without rows, a process of a sharded model still runs it as often as the others.
         batch = [prompts[i] for i in rows or [0]]
         noise = draw_noise(noise_shape_CTHW, seed, "calibration", [(i,) for i in rows or [0]])
-        video = make_videos(batch, noise)
+        video, latents = make_videos(batch, noise)
         if rows:
-            scores_NR[rows] = torch.stack(list(mix(video, batch, **info)[1].values()), dim=1)
+            scores_NR[rows] = torch.stack(list(mix(video, batch, latents, **info)[1].values()), dim=1)
     return dict(zip(mix.rewards, layout.reduce(scores_NR, "sum").cpu().unbind(1), strict=True))

@@ -3,6 +3,7 @@
 import math
 import traceback
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,13 +85,21 @@ def require_gradient(norm: float, step: int, rewards: RewardMix, logged: Collect
         )
 
 
-def broken_rewards(rewards: RewardMix, video_BCTHW: torch.Tensor, prompts: list[str], info: dict) -> dict[str, bool]:
-    """Return {trained reward: whether its gradient at the video has NaN or infinity}."""
+def broken_rewards(
+    rewards: RewardMix, video_BCTHW: torch.Tensor | None, prompts: list[str], info: dict
+) -> dict[str, bool]:
+    """Return {trained reward: whether its gradient at its input has NaN or infinity}.
+
+    video_BCTHW: None if no reward scores videos. info: with the `latents` that `RewardMix` takes.
+    """
     broken = {}
     for name in (name for name, weight in rewards.weights.items() if weight):
-        pixels = video_BCTHW.clone().requires_grad_()
-        scores_B, _ = RewardMix({name: rewards.rewards[name]})(pixels, prompts, **info)
-        grad = torch.autograd.grad(scores_B.sum(), pixels)[0] if scores_B.requires_grad else torch.zeros(())
+        mix, told = RewardMix({name: rewards.rewards[name]}), dict(info)
+        x = (info["latents"].latents_BCTHW if mix.latent_rewards else video_BCTHW).clone().requires_grad_()
+        if mix.latent_rewards:
+            told["latents"] = replace(info["latents"], latents_BCTHW=x)
+        scores_B, _ = mix(x, prompts, **told)
+        grad = torch.autograd.grad(scores_B.sum(), x)[0] if scores_B.requires_grad else torch.zeros(())
         broken[name] = not bool(torch.isfinite(grad).all())
     return broken
 

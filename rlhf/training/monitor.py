@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import time
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation, HeldOut, MakeVideos
 from rlhf.evaluation.statistics import summarize
+from rlhf.io import run_of_checkpoint
 from rlhf.report.summary import write_results
 from rlhf.run.checkpoint import GUARD_STATE, load_vector, save_vector
 from rlhf.run.folder import BEST
@@ -215,7 +215,7 @@ class HeldOutMonitor:
 
     def _copy_best(self) -> None:
         """Copy the best adapter from the resumed run's folder, if it is another folder."""
-        theirs = Path(self.resume_from).resolve().parent.parent / BEST
+        theirs = run_of_checkpoint(self.resume_from) / BEST
         if self.is_main and self.resume_from != "latest" and theirs.is_dir() and not self.best_folder.exists():
             shutil.copytree(theirs, self.best_folder)
 

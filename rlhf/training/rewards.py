@@ -2,21 +2,30 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from rewards import RewardMix, load_reward, probe
 from rewards.catalogue import CATALOGUE
-from rewards.contract import check_prompts, require_differentiable, reward_attribute, reward_time_limit
+from rewards.contract import (
+    check_generator,
+    check_prompts,
+    require_differentiable,
+    reward_attribute,
+    reward_time_limit,
+    scores_latents,
+)
 from rewards.load import split_spec
 from rlhf.checks import all_method_problems
 from rlhf.checks.rewards import short_name
 from rlhf.config import ConfigError, RewardGradientConfig, at_eval_size
 from rlhf.device import local_device
-from rlhf.generator.files import model_sizes
-from rlhf.method.options import SCORES_ALONE, WITH_GRADIENT, WITHOUT_GRADIENT
+from rlhf.generator.files import latent_sizes, model_sizes, transformer_digest
+from rlhf.method.options import SCORES_ALONE, WITH_GRADIENT, WITHOUT_GRADIENT, read_options
 from rlhf.prompts import load_prompts
+from rlhf.prompts.videos import load_train_prompts
 
 if TYPE_CHECKING:  # importing it takes seconds
     from rlhf.generator.pipeline import VideoPipeline
@@ -40,24 +49,31 @@ def open_rewards(
         device: Default: that of args.
 
     Returns the rewards and judges by short name. Raises RewardError for a reward that cannot train
-    or a judge that cannot evaluate, and ConfigError as `choose_method`, before the generator's
-    weights are loaded.
+    or a judge that cannot evaluate, and ConfigError as `choose_method` and for settings that do not
+    fit rewards of latents, before the generator's weights are loaded.
     """
     device = device or local_device(args.device)
-    prompts = prompts or load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    prompts = prompts or load_train_prompts(args)
     given = args.reward_funcs if rewards is None else rewards
     trained = _load_rewards(given, args, device)
     if eval_prompts is None and args.eval_prompts:
         eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
     held_out = (eval_prompts or [])[: args.num_eval_prompts]
     weights = _weights(trained, args)
-    with_gradient = choose_method(args, trained)[0].method not in SCORES_ALONE
+    chosen = choose_method(args, trained)[0]
+    with_gradient = chosen.method not in SCORES_ALONE
     for name in trained:
         if weights[name] and with_gradient:
             require_differentiable(name, trained[name])
+    if problems := latent_problems(chosen, trained):
+        raise ConfigError(problems)
     judges = _load_rewards(args.eval_reward_funcs, args, device)
     shapes = [(3, sized.num_frames, sized.height, sized.width) for sized in (args, at_eval_size(args))]
-    info = {"fps": model_sizes(args.model, pipe)["sampling"]["fps"], "seed": args.seed, "step": 0}
+    card = model_sizes(args.model, pipe)
+    info, sizes = {"fps": card["sampling"]["fps"], "seed": args.seed, "step": 0}, latent_sizes(card)
+    generator, digest = args.model, partial(transformer_digest, args.model, pipe)
+    if args.initial_adapter:  # merged, it is another base
+        generator, digest = f"{args.model} with initial_adapter {args.initial_adapter}", lambda: args.initial_adapter
     specs = dict(zip([*trained, *judges], [*given, *args.eval_reward_funcs], strict=True))
     for name, reward in (trained | judges).items():
         asked = [*prompts, *held_out] if name in trained else held_out
@@ -67,10 +83,32 @@ def open_rewards(
         seen = dict.fromkeys([shapes[0]] * (name in trained) + [shapes[1]] * bool(held_out))
         with reward_time_limit(name, "its first calls", _seconds(specs[name], args)):
             check_prompts(name, reward, asked)
+            check_generator(name, reward, generator, digest)
             for shape in seen:
                 graded = gradient and shape == shapes[0]
-                probe(reward, shape, asked[:3], device, name=name, info=info, gradient=graded)
+                probe(reward, shape, asked[:3], device, name=name, info=info, gradient=graded, latents=sizes)
     return trained | judges
+
+
+def latent_problems(args: RewardGradientConfig, trained: dict[str, Callable]) -> list[str]:
+    """Return the settings that do not fit the space of the rewards to train on, by short name."""
+    latent = [name for name in trained if scores_latents(trained[name])]
+    if args.method == "prfl" and not any(_weights(trained, args)[name] for name in latent):
+        got = f"got prfl with {', '.join(trained)}, expected a reward of latents among those trained on"
+        cure = "distil one by `python -m rewards.distill`, or choose method refl, which decodes an estimate"
+        return [f"method: {got}, since it scores videos that are not finished; {cure}"]
+    if not latent:
+        return []
+    named, options = f"the reward {latent[0]} of latents", read_options(args.method, args.method_kwargs)
+    found = []
+    for setting, got, why in (
+        ("relative_words", options.relative_words, "its text is that of the prompts alone"),
+        ("reward_perturbation", options.reward_perturbation, "the step is one of pixels"),
+        ("balance_reward_gradients", args.balance_reward_gradients, "a gradient of pixels and one of latents differ"),
+    ):
+        if got:
+            found.append(f"{setting}: got {got} with {named}, expected none: {why}; leave one of the two out")
+    return found
 
 
 def choose_method(

@@ -20,6 +20,7 @@ from rlhf.checks.method import read_initial
 from rlhf.config import ConfigError, RewardGradientConfig, at_eval_size, is_distilled
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import EvalOptions, HeldOut, MakeVideos
+from rlhf.evaluation.video_set import Video
 from rlhf.execution.apply import (
     ExecutionOptions,
     UnsupportedOptionError,
@@ -34,16 +35,23 @@ from rlhf.generator.pipeline import VideoPipeline
 from rlhf.generator.text import PromptCache, encode_prompts
 from rlhf.generator.wan_decoder import use_channels_last
 from rlhf.method.decode import Decoder
-from rlhf.method.options import read_options
+from rlhf.method.options import is_offline, read_options
+from rlhf.method.rollout import RolloutCache
 from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.prompts import as_prompts, load_prompts
+from rlhf.prompts.videos import load_train_prompts, read_videos
 from rlhf.run.folder import prompt_snapshot
 from rlhf.run.trackers import Clip, show_samples
+from rlhf.training.anchor_data import AnchorData, RealVideos
 from rlhf.training.batches import Batches
+from rlhf.training.callbacks import Notify
+from rlhf.training.monitor import Guard, HeldOutMonitor
+from rlhf.training.scoring import Scorer
 from rlhf.types import row_of
 
 PER_HOST_SETTINGS = (
     *("model", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir", "output_dir", "initial_adapter"),
+    "anchor_data",
 )
 
 
@@ -57,6 +65,7 @@ class Inputs:
     train_prompts: list[str]
     eval_prompts: list[str]
     initial: Lora | None  # that the run starts from
+    videos: list[Video]  # those of `anchor_data`
 
 
 def check_inputs(
@@ -84,16 +93,19 @@ def check_inputs(
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     if args.resume_from_checkpoint == "auto":  # there is nothing to go on from
         args.resume_from_checkpoint = None
-    if train_prompts is None:
-        train_prompts = load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
-    else:
+    if (offline := is_offline(args)) and train_prompts is not None:
+        got, expected = "got prompts of a run that is offline", "expected none: it trains on captions"
+        raise ConfigError([f"train_dataset: {got}, {expected} of {args.anchor_data}; leave it out"])
+    train_prompts = train_prompts or load_train_prompts(args)
+    if offline or train_dataset is not None:
         args.prompts = prompt_snapshot(args, "prompts")
     if eval_prompts is not None:
         args.eval_prompts = prompt_snapshot(args, "eval_prompts")
     elif args.eval_prompts:
         eval_prompts = load_prompts(args.eval_prompts, args.base_dir, args.num_eval_prompts, args.eval_seed)
     initial = read_initial(args, model_sizes(args.model, pipe)["transformer"])
-    return Inputs(args, pipe, rewards, train_prompts, (eval_prompts or [])[: args.num_eval_prompts], initial)
+    held_out = (eval_prompts or [])[: args.num_eval_prompts]
+    return Inputs(args, pipe, rewards, train_prompts, held_out, initial, read_videos(args))
 
 
 def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
@@ -139,10 +151,13 @@ def _adapter_problems(model, args, peft_config) -> Iterator[str]:
         yield f"peft_config: got init_lora_weights={start!r}, {expected}; leave it out, or use {IDENTITY_INITS[0]!r}"
 
 
-def require_same_run(layout: Layout, prompts: list[str], args: RewardGradientConfig) -> None:
-    """Raise ConfigError on every process if prompts or settings differ between processes."""
+def require_same_run(
+    layout: Layout, prompts: list[str], args: RewardGradientConfig, videos: Iterable[Video] = ()
+) -> None:
+    """Raise ConfigError on every process if prompts, videos or settings differ between them."""
     settings = [value for name, value in vars(args).items() if name not in PER_HOST_SETTINGS]
-    layout.require_same(prompts=[row_of(prompt) for prompt in prompts], settings=settings)
+    captions = [row_of(video.prompt) for video in videos]
+    layout.require_same(prompts=[*map(row_of, prompts)], anchor_data=captions, settings=settings)
 
 
 def prepare_model(
@@ -219,7 +234,7 @@ def make_fields(
 
 
 def make_decoder(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientConfig, device: torch.device) -> Decoder:
-    """Return the decoder of the frames that any reward asks for."""
+    """Return the decoder of the frames that any reward asks for, if one does."""
     return Decoder(
         pipe.vae,
         frames=max(frames_needed(reward, args.num_frames) for reward in rewards.rewards.values()),
@@ -229,6 +244,14 @@ def make_decoder(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientCo
         checkpoint=args.decode_checkpoint,
         caches=HostMemory(device) if args.decode_caches == "host" else None,
     )
+
+
+def make_scorer(
+    pipe: VideoPipeline, rewards: RewardMix, text: PromptCache, args: RewardGradientConfig, layout: Layout
+) -> Scorer:
+    """Return what scores the samples of a run's steps."""
+    decode, options = make_decoder(pipe, rewards, args, layout.device), read_options(args.method, args.method_kwargs)
+    return Scorer(rewards, decode, text, layout, args.method, options, pipe.sampling.fps, args.seed)
 
 
 def make_batches(prompts: list[str], pipe: VideoPipeline, args: RewardGradientConfig, layout: Layout) -> Batches:
@@ -246,6 +269,22 @@ def make_batches(prompts: list[str], pipe: VideoPipeline, args: RewardGradientCo
     )
 
 
+def make_anchor_data(
+    videos: list[Video], pipe: VideoPipeline, args: RewardGradientConfig, layout: Layout
+) -> AnchorData:
+    """Return the real videos of a run, not encoded yet; none without `anchor_data`."""
+    if videos:
+        captions = ", whose captions are the prompts of this run" if is_offline(args) else ""
+        layout.accelerator.print(f"anchor_data: {len(videos)} videos of {args.anchor_data}{captions}")
+    options = read_options(args.method, args.method_kwargs)
+    return AnchorData(videos, latent_shape(pipe, args), pipe, args, options, layout)
+
+
+def make_rollouts(args: RewardGradientConfig, data: AnchorData, batches: Batches) -> RolloutCache:
+    """Return what windows start from: rollouts, or the real videos of an offline run."""
+    return RealVideos(data, batches) if is_offline(args) else RolloutCache(args.rollout_reuse)
+
+
 def make_held_out(
     make_videos: MakeVideos,
     judges: dict[str, Callable],
@@ -261,6 +300,14 @@ def make_held_out(
 
     shape, fps, folder = latent_shape(pipe, at_eval_size(args)), pipe.sampling.fps, Path(args.output_dir)
     return HeldOut(make_videos, judges, prompts, shape, fps, EvalOptions.from_settings(args), folder, layout, show)
+
+
+def make_monitor(
+    held_out: HeldOut, rewards: RewardMix, masters: MasterWeights, notify: Notify, args: RewardGradientConfig
+) -> HeldOutMonitor:
+    """Return the monitor of a run's held-out prompts, with its guard."""
+    weights = {name: weight for name, weight in rewards.weights.items() if weight}
+    return HeldOutMonitor(held_out, weights, masters, notify, Guard.from_settings(args), args.resume_from_checkpoint)
 
 
 def latent_shape(pipe: VideoPipeline, video: RewardGradientConfig | SamplingDefaults) -> tuple[int, int, int, int]:

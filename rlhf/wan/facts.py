@@ -44,6 +44,7 @@ FAMILY = ModelFamily(
     },
     longest_encoder="text_encoder",
     blocks="blocks",
+    text_widths=("text_dim",),
     card={
         "merged": "`diffusers.WanPipeline.from_pretrained` loads it, too.",
         "diffusers": "The keys are those of diffusers, such as `transformer.blocks.0.attn1.to_q.lora_A.weight`.\n"

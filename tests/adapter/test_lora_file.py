@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import re
 from pathlib import Path
 from statistics import median
@@ -188,6 +189,21 @@ def test_what_peft_saves_computes_what_peft_computes(tmp_path, settings):
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("outer", ["", "transformer."])
+def test_patterns_are_of_the_names_that_the_training_had(tmp_path, outer):
+    """As of a module around the transformer, where peft gave the layers longer names."""
+    save_file(keys(f"base_model.model.{outer}{{name}}.{{half}}.weight"), tmp_path / PEFT_FILE)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    patterns = {f"^{re.escape(outer + name)}": name for name in (OUT, FF)}
+    config |= {"rank_pattern": {key: RANKS[name] for key, name in patterns.items()}}
+    config |= {"alpha_pattern": {key: ALPHAS[name] for key, name in patterns.items()}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert_adds(read_lora(tmp_path, sizes()), ALPHAS, torch.float32)
+    before = Variant(lora=tmp_path).identity()
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
+    assert Variant(lora=tmp_path).identity() != before, "videos of another scale are others"
+
+
 def changed(**changes) -> dict[str, torch.Tensor]:
     """The tensors of a good file, with other ones for Q's A or B, None for none."""
     return {
@@ -215,6 +231,7 @@ REFUSED = {
         f"got rank 2 for {OUT}, and an alpha only in the metadata, for ss_network_dim 4",
     ),
     "another alpha": (keys() | alphas("transformer.{name}.alpha"), metadata(lora_alpha=8), "got alpha 4 .*, and 8 in"),
+    "an endless alpha": (keys(), metadata(lora_alpha=math.inf), "got a damaged file .*alphas"),
     "alpha 0": (keys() | {f"transformer.{Q}.alpha": torch.tensor(0.0)}, {}, "got alpha 0.0 for"),
     "damaged metadata": (keys(), {"lora_adapter_metadata": "{"}, "got a damaged file"),
     "DoRA without magnitudes": (keys(), metadata(use_dora=True), "got use_dora=True for .* expected magnitudes"),
@@ -233,6 +250,11 @@ REFUSED = {
         "got 2 adapters, a, b, expected one",
     ),
     "one layer twice": (keys() | keys("diffusion_model.{name}.{half}.weight"), {}, "got two tensors for a of"),
+    "one layer twice, by diffusers": (
+        keys("{name}.{half}.weight") | keys("{name}.{half}.weight", a="lora.down", b="lora.up"),
+        {},
+        "got tensors under diffusers' names of today and of before",
+    ),
     "peft's file without its config": (keys("base_model.model.{name}.{half}.weight"), {}, "adapter_config.json beside"),
     "layers that fit nothing": (
         keys() | {"transformer.blocks_9.x.lora_A.weight": torch.ones(2, 2)},
@@ -284,6 +306,11 @@ def test_other_places_are_told_from_adapters(tmp_path):
     for path, told in ((tmp_path, "got 2 files, a.*, b.*, expected"), (tmp_path / "pickle.bin", "such as a pickle")):
         with pytest.raises(ValueError, match=told):
             read_lora(path)
+    (tmp_path / "two").mkdir()
+    for name in (PEFT_FILE, ADAPTER_FILE):
+        save_file(keys(), tmp_path / "two" / name)
+    with pytest.raises(ValueError, match="got 2 files, adapter_model.*, pytorch_lora_weights.*, expected"):
+        read_lora(tmp_path / "two")
     (tmp_path / "vera").mkdir()
     get_peft_model(tiny_transformer(), VeraConfig(r=2, target_modules=["to_q"])).save_pretrained(tmp_path / "vera")
     with pytest.raises(ValueError, match="adapter of the kind VERA"):
@@ -310,6 +337,12 @@ def test_ranks_add(alpha):
         for lora in (first, second):
             expected = lora.layers[name].merge(expected) if name in lora.layers else expected
         torch.testing.assert_close(layer.merge(weight), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_scale_that_float32_cannot_hold_is_refused():
+    lora = Lora({name: LoraLayer(*pair, ALPHAS[name]) for name, pair in factors().items()})
+    with pytest.raises(ValueError, match=f"{Q}: got B times 1e[+]39 and 1, which is not finite, expected .*; choose"):
+        lora.scaled(1e39, fold=True)
 
 
 def test_equal_tensors_give_equal_bytes(tmp_path):

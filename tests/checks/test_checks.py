@@ -33,7 +33,7 @@ def test_all_problems_are_told_at_once(problems):
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints"])
 def test_a_folder_with_a_run_is_refused_unless_it_may_be_overwritten(problems, tmp_path, name):
-    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / name / "step-1").mkdir(parents=True)
     assert "holds a run already" in problems()
     assert problems(overwrite_output_dir=True) == ""
 

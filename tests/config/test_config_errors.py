@@ -54,6 +54,8 @@ def project(tmp_path_factory):
         (step / "state.json").write_text("{}" if "unreadable" in step.parts else json.dumps(state))
         write_manifest(step)
     (tmp / "spoilt/checkpoints/step-3").mkdir(parents=True)
+    (tmp / "linked").mkdir()
+    (tmp / "linked" / "checkpoints").symlink_to(tmp / "run" / "checkpoints")
     (tmp / "busy").mkdir()
     (tmp / "busy" / "run.lock").write_text('{"host": "another", "pid": 7, "started": "1"}')
     return tmp

@@ -7,6 +7,7 @@ import many_runs
 import pytest
 import torch
 from processes import together
+from real_videos import write_videos
 from toy_rewards import PROMPTS
 
 from rlhf.checks import check_config
@@ -44,9 +45,17 @@ EVERYTHING = {  # drift, an average, draws of the method, an evaluation on the w
 }
 CHEAPER = {"guidance_every": 2, "num_grad_steps": 1, "max_steps": 2}
 ADJOINT = {"method": "adjoint_matching", "num_grad_steps": 1, "max_steps": 2}
+PRFL = {"method": "prfl", "reward": "calm", "num_grad_steps": 1, "max_steps": 2}
 LEAPS = {"method": "leap_align", "num_grad_steps": 1, "max_steps": 2}
+# A loss on real videos beside rollouts that start at real videos, two batches a step or two branches.
+REAL = {"method": "srpo", "num_grad_steps": 1, "max_steps": 2, "prompts": None, "anchor_data": "videos"}
+REAL |= {"method_kwargs": {"offline": True, "anchor_data_steps": 1}}
 OTHERS = {
+    "real videos": REAL | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "real videos, guidance": REAL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "leaps": LEAPS | {"per_device_train_batch_size": 2},
+    "prfl": PRFL | {"per_device_train_batch_size": 2},
+    "prfl of parts": PRFL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "adjoint": ADJOINT | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "adjoint of parts": ADJOINT | {"per_device_train_batch_size": 4, "sequence_parallel": 2} | RECOMPUTING,
     "cheaper": CHEAPER | {"per_device_train_batch_size": 4, "sequence_parallel": 2},
@@ -75,6 +84,7 @@ def found(folder, names, processes):
 def of_two(tmp_path_factory):
     """What each process found in each run, and the folder of the runs."""
     folder, runs = tmp_path_factory.mktemp("two"), OF_TWO | OMITTING | OTHERS
+    write_videos(folder / "videos", width=48, height=16)
     together(many_runs.runs, folder, runs, processes=2)
     return found(folder, runs, 2) | {"folder": folder}
 
@@ -127,9 +137,21 @@ def test_two_processes_do_everything_as_one_does(of_two, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "settings"), [(["leaps"], LEAPS), (["adjoint", "adjoint of parts"], ADJOINT)], ids=["leaps", "adjoint"]
+    ("names", "settings"),
+    [(["leaps"], LEAPS), (["adjoint", "adjoint of parts"], ADJOINT), (["prfl", "prfl of parts"], PRFL)],
+    ids=["leaps", "adjoint", "prfl"],
 )
 def test_methods_with_gradients_of_their_own_train_on_two_processes_as_on_one(of_two, tmp_path, names, settings):
+    assert_as_alone(of_two, tmp_path, names, settings)
+
+
+def test_real_videos_are_learnt_from_on_two_processes_as_on_one(of_two, tmp_path):
+    write_videos(tmp_path / "videos", width=48, height=16)
+    assert_as_alone(of_two, tmp_path, ["real videos", "real videos, guidance"], REAL)
+
+
+def assert_as_alone(of_two, tmp_path, names, settings):
+    """Runs of two processes did what one does with batches of four."""
     alone = many_runs.run(tmp_path / "run", settings | {"per_device_train_batch_size": 4})
     for name in names:
         for gradient, expected in zip(of_two[name][0]["gradients"], alone["gradients"], strict=True):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fences import NEEDS, PAGES, ROOT, Block, blocks, commands, python_words
+from safetensors.torch import save_file
 from scripts import script
 
 from rlhf.config import GUIDANCE_GRADIENTS, METHODS, RewardGradientConfig, field_names
@@ -125,8 +126,9 @@ def test_toml_is_read(block: Block):
 def test_commands_that_are_shown_are_understood(block: Block, sandbox):
     assert subprocess.run(["bash", "-n", "-c", block.code], capture_output=True).stderr == b""
     for run_folder in re.findall(r"\bruns/\w+", block.code):  # as a training run would have left it
-        (sandbox / run_folder).mkdir(parents=True, exist_ok=True)
+        (sandbox / run_folder / "adapter").mkdir(parents=True, exist_ok=True)
         (sandbox / run_folder / "config.yaml").write_text("model: nano\n")
+        save_file({}, sandbox / run_folder / "adapter" / "pytorch_lora_weights.safetensors")
     for command in commands(block.code):
         words = python_words(command)
         if words is None:

@@ -6,6 +6,7 @@ import torch
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import EVAL_FINGERPRINT, EvalOptions, Evaluation, HeldOut, fingerprint
 from rlhf.evaluation.measures import MEASURES
+from rlhf.method.decode import Sampled
 from rlhf.types import Prompt, row_of
 
 SHAPE = (16, 2, 2, 2)
@@ -22,7 +23,7 @@ class OneProcess:
 
 def make_videos(prompts, noise):
     """The noise as a video: three channels, five frames."""
-    return (noise[:, :3] + 0.5).clamp(0, 1).repeat(1, 1, 3, 8, 8)[:, :, :5]
+    return Sampled((noise[:, :3] + 0.5).clamp(0, 1).repeat(1, 1, 3, 8, 8)[:, :, :5])
 
 
 def first_pixel(video, prompts, **info):

@@ -9,7 +9,9 @@ from adapted_model import save_tiny_model
 from tiny import SAMPLING
 
 from rlhf.adapter.lora_file import read_lora
+from rlhf.evaluation.generate import sample
 from rlhf.evaluation.sampler import Placement, Sampler
+from rlhf.evaluation.video_set import Video
 from rlhf.generator.files import CONTENTV_8B, SamplingDefaults, model_sizes
 from rlhf.planner.sampling import GIB, PLACEMENTS, choose_plan, fit_sampling, plan_sampling
 from rlhf.planner.text_encoders import encoder_configs
@@ -42,6 +44,19 @@ def test_every_placement_makes_the_same_videos(saved):
     for placement in PLACEMENTS[1:]:
         for video, expected in zip(videos(saved, placement), whole, strict=True):
             assert (video.int() - expected.int()).abs().max() <= 1, placement  # rounding
+
+
+def test_a_video_that_is_no_number_is_refused(saved):
+    """As of an adapter that overflows; it became black frames."""
+    sampler = Sampler(str(saved / "base"), CPU)
+    sampler.pipe.transformer.proj_out.bias.data[0] = torch.nan
+    makes = [
+        lambda: sampler.sample("a star", 1, SAMPLING),
+        lambda: sample(sampler.pipe, [Video(saved / "a.mp4", "a star", 1)], SAMPLING),
+    ]
+    for make in makes:
+        with pytest.raises(ValueError, match="got a video with NaN or infinite pixels, expected .*; use a smaller"):
+            make()
 
 
 def test_encoders_in_turn_come_to_the_device_one_after_another_and_leave_no_copy(saved, monkeypatch):

@@ -1,13 +1,22 @@
 """Streamed weights: the same numbers, and only two blocks on the device, one of them ahead."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from adapted_model import arguments, assert_equal, gradients, model_with_adapter
 from fake_stream import FakeStream
+from mapped import Allocations, is_mapped
+from tiny import tiny_transformer
+from tiny_wan import tiny_wan_transformer
 
+from rlhf.adapter.lora import add_adapter, lora_config
+from rlhf.config import RewardGradientConfig
+from rlhf.device import drop_file_pages
 from rlhf.execution.blocks import BlockRunner
-from rlhf.execution.offload import HostMemory
+from rlhf.execution.offload import ALIGNMENT, HostBuffers, HostMemory, host_bytes
 from rlhf.execution.weight_streaming import stream_blocks
+from rlhf.generator.loading import load_transformer
 
 
 def log_copies(stream):
@@ -100,3 +109,55 @@ def test_on_an_accelerator_a_slot_is_filled_when_its_last_user_is_done_and_used_
     log.clear()
     stream.fetch(model.transformer_blocks[1])
     assert log == ["main waits for event", *fill]
+
+
+@pytest.mark.parametrize("make", [tiny_transformer, tiny_wan_transformer])
+def test_host_memory_holds_one_copy_of_the_blocks_from_file_to_device(make, tmp_path):
+    make(num_layers=6).save_pretrained(tmp_path / "transformer")
+    with Allocations() as made:
+        model = load_transformer(tmp_path)
+        assert all(map(is_mapped, model.parameters())), "no copy yet"
+        add_adapter(model, lora_config(RewardGradientConfig(lora_rank=2)), 0)
+        before = made.bytes
+        stream = stream_blocks(model, torch.device("cpu"))
+    frozen = [p for p in model.transformer_blocks.parameters() if not p.requires_grad]
+    weights = sum(-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in frozen)
+    slots = sum(slot.nbytes for slot in stream.slots)
+    assert not any(map(is_mapped, frozen))
+    assert weights <= made.bytes - before - slots <= 1.05 * weights + ALIGNMENT
+
+
+def test_pages_of_a_file_leave_the_process_and_come_back_as_they_were(tmp_path):
+    (tmp_path / "numbers").write_bytes(torch.arange(2**20, dtype=torch.float64).numpy().tobytes())
+    numbers = torch.from_file(str(tmp_path / "numbers"), False, 2**20, dtype=torch.float64)
+    first, second = numbers[:300], numbers[300:]
+    first[299] = -1.0  # on a page with the second's beginning
+
+    def resident() -> int:
+        rows = iter(Path("/proc/self/smaps").read_text().splitlines())
+        next(row for row in rows if row.endswith(str(tmp_path / "numbers")))
+        return int(next(row for row in rows if row.startswith("Rss:")).split()[1]) * 1024
+
+    assert second.sum() > 0
+    assert resident() == numbers.nbytes
+    drop_file_pages([second, torch.ones(10**5)])
+    assert resident() <= 2 * 4096
+    assert first[299] == -1.0
+    assert torch.equal(second, torch.arange(300, 2**20, dtype=torch.float64))
+
+
+def test_buffers_share_allocations_of_powers_of_two_and_never_overlap():
+    block = [47_316_992] * 4 + [11_829_248] * 8 + [70_975_488] * 2 + [4864] * 20  # ContentV-8B's, about
+    sizes = block * 38
+    assert sum(sizes) < host_bytes(sizes, expected=True) < 1.02 * sum(sizes)
+    assert host_bytes([size - 100 for size in sizes]) < 1.05 * sum(sizes)
+    alone = sum(1 << (size - 1).bit_length() for size in sizes)
+    assert alone > 1.25 * sum(sizes)
+    buffers = HostBuffers(pin_memory=False)
+    taken = [buffers.take(size) for size in (1000, 3 * 10**7, 10, 10**6, 10)]
+    for i, buffer in enumerate(taken):
+        buffer.fill_(i)
+    assert [buffer.numel() for buffer in taken] == [1000, 3 * 10**7, 10, 10**6, 10]
+    assert all((buffer == i).all() for i, buffer in enumerate(taken))
+    assert {buffer.storage_offset() % ALIGNMENT for buffer in taken} == {0}
+    assert all(slab.numel().bit_count() == 1 for slab in buffers.slabs)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SAMPLING, tiny_conditioning, tiny_pipeline
 
+from rlhf.adapter.lora_file import read_lora_for
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.export import main
 from rlhf.generator.loading import load_pipeline
@@ -205,3 +206,16 @@ def test_a_scale_that_is_no_number_and_a_place_that_cannot_be_written_are_told(r
     told = "got NotADirectoryError.*expected to read .* and to write .*file/out; check paths"
     with pytest.raises(SystemExit, match=told):
         main([str(run), kind, str(tmp_path / "file" / "out")])
+
+
+@pytest.mark.parametrize("form", ["run", "exported", "comfyui"])
+def test_an_adapter_is_not_added_to_weights_that_hold_it(run, tmp_path, form):
+    main([str(run), "--merged", str(tmp_path / "merged"), "--scale", "0.5"])
+    adapter = run / "adapter" if form == "run" else tmp_path / "adapter"
+    if form != "run":
+        convention = form if form == "comfyui" else "diffusers"
+        main([str(run), "--adapter", str(adapter), "--convention", convention])
+    config = load_pipeline(tmp_path / "merged").transformer.config
+    with pytest.raises(ValueError, match="got a LoRA that is merged into the model's weights already"):
+        read_lora_for(dict(config), adapter)
+    assert read_lora_for(dict(load_pipeline(run.parent / "base").transformer.config), adapter).layers

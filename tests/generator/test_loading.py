@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 import torch
 from diffusers import AutoencoderKLWan
+from mapped import is_mapped
 from safetensors.torch import load_file, save_file
 from tiny import LETTERS, SAMPLING, tiny_pipeline
 from transformers import CLIPTokenizer, T5TokenizerFast
@@ -53,6 +54,23 @@ def test_everything_is_frozen_and_in_evaluation_mode(saved):
     assert len(modules) == 5
     assert not any(part.training for module in modules for part in module.modules())
     assert not any(p.requires_grad for module in modules for p in module.parameters())
+
+
+def test_weights_are_mapped_from_their_files(saved):
+    modules = [m for m in load_pipeline(saved).components.values() if isinstance(m, torch.nn.Module)]
+    assert all(is_mapped(p) for module in modules for p in module.parameters())
+
+
+def test_a_pipeline_opens_without_weights_and_has_an_encoder_only_while_it_is_lent(saved):
+    checkpoint = loading.Checkpoint.find(saved)
+    pipe = checkpoint.open_pipeline()
+    assert {p.device.type for m in (pipe.transformer, pipe.vae) for p in m.parameters()} == {"meta"}
+    has = lambda: [name for name in pipe.family.text_encoders if getattr(pipe, name)]
+    with checkpoint.lend_encoder(pipe, "text_encoder_2", torch.device("cpu")):
+        assert has() == ["text_encoder_2"]
+    assert has() == []
+    checkpoint.load_generator(pipe)
+    assert not {p.device.type for m in (pipe.transformer, pipe.vae) for p in m.parameters()} - {"cpu"}
 
 
 @pytest.mark.parametrize("module", ["contentv_transformer", "diffusers", "nowhere"])

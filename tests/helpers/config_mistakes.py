@@ -108,7 +108,7 @@ ROWS = [
     Row({"reward_funcs": []}, "reward_funcs: got none", "expected at least one reward", "name one"),
     Row({"reward_funcs": ["clip_scor"]}, "clip_scor", "expected one of aesthetic", "The nearest name is 'clip_score'"),
     Row({"reward_funcs": ["absent.py:A"]}, "got no file at", "expected a Python file", "Correct the path"),
-    Row({"reward_funcs": ["aesthetic_v2_5"]}, "got no `head`", "expected the path of", "Download it"),
+    Row({"reward_funcs": ["aesthetic_v2_5"]}, "got no `head`", "expected the path of", "Get it"),
     Row({"eval_reward_funcs": ["clip_score"]}, "got 'clip_score' twice", "expected each once", "leave one out"),
     Row(
         {"eval_reward_funcs": ["judge.py:motion"]},
@@ -280,6 +280,31 @@ ROWS = [
         "there is no guidance to teach",
     ),
     Row({"anchor_steps": 1}, "anchor_steps: got 1", "expected 0 or at least 2", "raise it"),
+    Row(
+        {"method_kwargs": {"anchor_data_steps": 2}},
+        "anchor_data_steps: got it without anchor_data",
+        "expected a folder of real videos",
+        "set that, too",
+    ),
+    Row(
+        {"method": "srpo", "method_kwargs": {"offline": True}, "drift_weight": 0.1},
+        "drift_weight: got 0.1 with offline",
+        "has no rollout, expected 0.0",
+        "leave it out",
+    ),
+    Row(
+        {"method_kwargs": {"anchor_data_weight": 2}},
+        "anchor_data_weight: got 2.0 without anchor_data_steps",
+        "expected 1.0",
+        "set both, or leave it out",
+    ),
+    Row({"anchor_data": "nowhere"}, "which nothing reads, expected anchor_data_steps, or", "expected", "leave it out"),
+    Row(
+        {"guidance_gradient": "distill", "drift_weight": 1, "method_kwargs": {"anchor_data_steps": 2}},
+        "guidance_gradient: got distill with anchor_data_steps",
+        "expected full, text or none",
+        "change one of the two",
+    ),
     Row({"lora_rank_pattern": {"to_qq": 4}}, "got 'to_qq'", "expected the end of an adapted layer's", "correct it"),
     Row({"lora_alpha_pattern": {"to_q(": 4}}, "got 'to_q('", "or a regular expression of it", "correct it"),
     Row(
@@ -303,6 +328,12 @@ ROWS = [
     Row(
         {"method": "adjoint_matching", "method_kwargs": {"adjoint_steps": 51}},
         "adjoint_steps=51 exceeds num_inference_steps=50",
+        "expected at most that",
+        "lower it",
+    ),
+    Row(
+        {"method": "prfl", "method_kwargs": {"drawn_steps": 51}},
+        "drawn_steps=51 exceeds num_inference_steps=50",
         "expected at most that",
         "lower it",
     ),
@@ -423,6 +454,12 @@ ROWS = [
     Row({"output_dir": "{tmp}/empty.txt/run"}, "got no right to write in {tmp}/empty.txt", "expected one", "choose"),
     Row({"output_dir": "{tmp}/locked/new"}, "got no right to write in {tmp}/locked", "expected one", "choose another"),
     Row({"output_dir": "{tmp}/run"}, "holds a run already", "expected a new folder", "--overwrite_output_dir"),
+    Row(
+        {"output_dir": "{tmp}/linked", "overwrite_output_dir": True},
+        "overwrite_output_dir: got links in {tmp}/linked, checkpoints",
+        "expected what can be removed",
+        "remove them yourself",
+    ),
     Row(
         {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
         "resume_from_checkpoint and overwrite_output_dir: got both",

@@ -6,11 +6,19 @@ difference before keeping it. NAME.cuda.json are of an NVIDIA H200 (torch 2.11).
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
 
 from rlhf.config import RewardGradientConfig
+from rlhf.io import write_rows
+from rlhf.nano import world
 from rlhf.run.metrics import read_metrics
+from rlhf.run.video import to_uint8
 from rlhf.trainer import RewardGradientTrainer
 
 FOLDER = Path(__file__).parents[1] / "curves"
@@ -40,7 +48,13 @@ CURVES = {
     "drtune": {"method": "drtune", "num_grad_steps": 2, "method_kwargs": {"jump_steps": 2}},
     "refl": {"method": "refl", "method_kwargs": {"jump_steps": 2}},
     "srpo": {"method": "srpo"},
+    "srpo_offline": {"method": "srpo", "method_kwargs": {"offline": True, "anchor_data_steps": 2}},
     "leap_align": {"method": "leap_align"},
+    "prfl": {
+        "method": "prfl",
+        "reward_funcs": ["nano_preference", f"{Path(__file__).parent}/toy_rewards.py:calm"],
+        "reward_weights": [1.0, 0.1],
+    },
     "adjoint_matching": {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}},
     "nft": {"method": "nft", "per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}},
     "flow_grpo": {
@@ -60,16 +74,30 @@ CURVES = {
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
 }
 
-NO_GPU = ("flow_grpo",)  # curves that were not drawn on a GPU yet
+NO_GPU = ("flow_grpo", "prfl", "srpo_offline")  # curves that were not drawn on a GPU yet
 
 
 def draw(name: str, device: str = "cpu") -> dict[str, list[float]]:
     """The curves of one entry; steps without a reward leave none."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, CONTENTV_RLHF_CACHE=folder):
         args = RewardGradientConfig(output_dir=f"{folder}/run", device=device, **COMMON | CURVES[name])
+        if name == "srpo_offline":
+            args.anchor_data = str(draw_clips(Path(folder) / "videos"))
         RewardGradientTrainer(args=args).train()
         rows = read_metrics(args.output_dir)
     return {key: [row[key] for row in rows if key in row] for key in KEYS}
+
+
+def draw_clips(folder: Path) -> Path:
+    """Write eight clips of nano's world as numbered pictures, which lose nothing; return the folder."""
+    scenes = world.sample_scenes(8, torch.Generator().manual_seed(0))
+    clips = to_uint8(world.render(scenes, COMMON["height"], COMMON["width"], COMMON["num_frames"]))
+    for i, clip in enumerate(clips):
+        (folder / f"{i}").mkdir(parents=True)
+        for t, frame in enumerate(clip.permute(1, 2, 3, 0).numpy()):
+            Image.fromarray(frame).save(folder / f"{i}" / f"{t}.png")
+    write_rows(folder / "videos.jsonl", [{"file": f"{i}", "prompt": p} for i, p in enumerate(world.captions(scenes))])
+    return folder
 
 
 def stored(name: str, device: str = "cpu") -> dict[str, list[float]]:

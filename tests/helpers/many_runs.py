@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tiny import tiny_pipeline, tiny_transformer
 from tiny_wan import tiny_wan_pipeline, tiny_wan_transformer
-from toy_rewards import PROMPTS, redness
+from toy_rewards import PROMPTS, calm, redness
 
 import rlhf.run.checkpoint
 import rlhf.trainer
@@ -82,15 +82,19 @@ def stuck_on_the_second(video, prompts, **info):
     return redness(video, prompts)
 
 
-REWARDS = {"redness": redness, "broken": broken_on_the_second, "stuck": stuck_on_the_second}
+REWARDS = {"redness": redness, "calm": [redness, calm], "broken": broken_on_the_second, "stuck": stuck_on_the_second}
 
 
 def run(output: Path, own: dict) -> dict:
     """One run: the adapter and its gradient over all processes in each step, and more.
 
     own: settings; "wan": a dtype; "omit" of `OMISSIONS`, "reward" of `REWARDS`, "prompts" and "eval" prompts.
+    Their latents are cached beside real videos.
     """
     own = dict(own)
+    if "anchor_data" in own:
+        own["anchor_data"] = str(output.parent / own["anchor_data"])
+        os.environ["CONTENTV_RLHF_CACHE"] = str(output.parent / "cache")
     wan = own.pop("wan", None)
     omit, reward = own.pop("omit", None), REWARDS[own.pop("reward", "redness")]
     prompts, held_out = own.pop("prompts", PROMPTS), own.pop("eval", None)

@@ -19,6 +19,14 @@ def count(video, prompts, **info):
 count.differentiable = False
 
 
+def calm(latents, prompts, *, sigma, **info):
+    """A reward of latents: quiet ones, and red-hot first channels, the more the less noise there is."""
+    return latents[:, 0].mean((1, 2, 3)) * (2 - sigma) - latents.square().mean((1, 2, 3, 4))
+
+
+calm.space = "latents"
+
+
 def brightness(video, prompts, **info):
     return video.mean((1, 2, 3, 4))
 

@@ -28,6 +28,7 @@ SETTINGS = {
     "refl": {"method_kwargs": {"jump_steps": 2}},
     "srpo": {"method_kwargs": {"num_draws": 4, "align_sigmas": [0.4, 0.6], "align_delta": 0.1}},
     "leap_align": {"method_kwargs": {"leap_tolerance": 0.01}},
+    "prfl": {},
 }
 
 
@@ -54,11 +55,11 @@ def test_a_plan_comes_from_its_draw_alone(method):
     plans = [plan_of(method, TEN_STEPS, draw) for draw in (3, 3, *range(40))]
     described = [(p.grad_steps, p.sigmas.tolist(), p.recoveries, p.leaps, p.drift_step) for p in plans]
     assert described[0] == described[1]
-    random = method in ("alignprop", "uniform", "drtune", "refl", "srpo", "leap_align")
+    random = method in ("alignprop", "uniform", "drtune", "refl", "srpo", "leap_align", "prfl")
     assert any(d != described[0] for d in described) == random
     for plan in plans:
         assert plan.sigmas[0] == 1
-        assert plan.sigmas[-1] == 0
+        assert plan.sigmas[-1] == 0 or method == "prfl"
         assert (plan.sigmas.diff() < 0).all()
 
 
@@ -133,7 +134,11 @@ def toy_rate(sigma: float) -> float:
 
 
 def toy_gradient(plan: Plan) -> float:
-    """d/dtheta of the plan's reward, the sum of x0, of the denoiser v = theta (1 + sigma) x."""
+    """d/dtheta of the plan's reward, of the denoiser v = theta (1 + sigma) x.
+
+    The reward is the sum of what rewards of pixels see, x0, and twice of what those of latents see,
+    over 3: of finished videos the sum of x0.
+    """
     theta = torch.tensor(THETA, dtype=torch.float64, requires_grad=True)
     noise = {"train": X} | AGAIN
     samples = samples_of(
@@ -142,7 +147,9 @@ def toy_gradient(plan: Plan) -> float:
         plan,
     )
     for sample in samples:
-        ((-1 if sample.penalty else 1) * sample.latents.sum() / plan.num_samples).backward()
+        assert sample.sigma == plan.sigmas[-1]
+        total = (sample.latents.sum() + 2 * sample.noisy.sum()) / 3
+        ((-1 if sample.penalty else 1) * total / plan.num_samples).backward()
     return theta.grad.item()
 
 
@@ -163,6 +170,8 @@ def toy_closed_form(plan: Plan) -> float:
         later = math.prod(gains[j] for j in plan.grad_steps if j > i and not plan.detach_input)
         total += steps[i] * toy_rate(sigmas[i]) * states[i] * later
     last = sigmas[-2]
+    if sigmas[-1] > 0:  # the step's end, and the estimate of x0: a longer step
+        total = (2 * total - last * toy_rate(last) * states[-2]) / 3
     for noise in list(AGAIN.values())[: plan.repeat_last_step]:
         total -= last * toy_rate(last) * ((1 - last) * states[-1] + last * noise)
     for sigma, step in plan.recoveries:
@@ -241,11 +250,19 @@ class Adjoint:
         latents = latents.detach().requires_grad_()
         return torch.autograd.grad(self.p.loss(latents), latents)[0]
 
+    def of_latents(self, latents, sigma) -> torch.Tensor:
+        latents = latents.detach().requires_grad_()
+        return torch.autograd.grad(loss_of_latents(latents, sigma), latents)[0]
+
     def gradient(self, plan: Plan) -> torch.Tensor:
         """What the plan documents, from products alone: no graph is longer than one velocity."""
         sigmas, states = plan.sigmas, self.states(plan.sigmas)
         if plan.grad_steps:
             adjoint = self.of_loss(states[-1])
+            if sigmas[-1] > 0:
+                x, s, s_next = states[-2], sigmas[-2], sigmas[-1]
+                estimate = self.of_loss(self.euler(x, s, torch.zeros_like(s)))
+                adjoint = self.of_latents(states[-1], s_next) + s / (s - s_next) * estimate
             for i in reversed(range(plan.grad_steps[0], len(sigmas) - 1)):
                 if i in plan.grad_steps:
                     pulled = self.pull(states[i], sigmas[i], (sigmas[i + 1] - sigmas[i]) * adjoint)
@@ -283,11 +300,18 @@ def noise_of(problem: Problem, purpose: str) -> torch.Tensor:
     return torch.randn(problem.noise.shape, generator=generator(purpose), dtype=torch.float64)
 
 
+def loss_of_latents(latents, sigma) -> torch.Tensor:
+    return (1 + sigma) * (latents**3).mean() * 10
+
+
 def method_gradient(problem: Problem, plan: Plan) -> torch.Tensor:
     velocity = velocity_field(problem.transformer, problem.cond, GUIDANCE)
     for sample in samples_of(velocity, lambda purpose: noise_of(problem, purpose), plan):
         sign = -1 if sample.penalty else 1
-        (sign * problem.loss(sample.latents) / plan.num_samples).backward()
+        loss = sign * problem.loss(sample.latents) / plan.num_samples
+        if sample.state is not None:
+            loss = loss + loss_of_latents(sample.state, sample.sigma)
+        loss.backward()
     return problem.collect()
 
 
@@ -328,6 +352,23 @@ def test_the_last_step_is_drawn_again_at_its_own_noise_level(problem):
     assert {sigma.item() for _, sigma in seen[2:]} == {0.3}
     torch.testing.assert_close(again.mean(0), 0.7 * problem.noise, atol=0.08, rtol=0)
     assert again.std(0).mean().item() == pytest.approx(0.3, rel=0.01)
+
+
+# ---------------------------------------- steps to a state that is not finished
+
+
+def test_prfl_draws_each_of_its_steps_alike_and_ends_after_it():
+    for drawn, first in ((None, 0), (3, 7)):
+        plans = [plan_of("prfl", TEN_STEPS, draw, method_kwargs={"drawn_steps": drawn}) for draw in range(600)]
+        counts = Counter(plan.grad_steps[0] for plan in plans)
+        assert set(counts) == set(range(first, 10))
+        assert min(counts.values()) > 0.6 * 600 / (10 - first)
+        assert all(torch.equal(plan.sigmas, TEN_STEPS[: plan.grad_steps[0] + 2]) for plan in plans)
+
+
+def test_the_last_step_of_prfl_is_that_of_draft_k(problem):
+    last = next(p for p in (plan_of("prfl", draw=draw) for draw in range(40)) if p.grad_steps == [2])
+    assert torch.equal(method_gradient(problem, last), method_gradient(problem, plan_of("draft_k", num_grad_steps=1)))
 
 
 # ---------------------------------------- leaps

@@ -3,11 +3,16 @@
 import pytest
 import torch
 from runs import adapter, train
-from toy_rewards import PROMPTS, redness, rows_without_cost
+from toy_rewards import PROMPTS, calm, redness, rows_without_cost
 
 from rlhf.generator.flow import guided_velocity
 from rlhf.method.rollout import draw_noise
 from rlhf.trainer import RewardGradientTrainer
+
+
+def rewards_of(method: str) -> list:
+    return [redness, calm] if method == "prfl" else [redness]
+
 
 ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
 
@@ -26,6 +31,7 @@ ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
         {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}, "guidance_gradient": "text"},
         {"method": "leap_align", "drift_weight": 0.1},
         {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}},
+        {"method": "prfl", "reward_weights": [1.0, 0.5], "drift_weight": 0.1},
     ],
 )
 def test_accumulated_batches_equal_one_large_batch_with_every_method(make_pipe, make_args, tmp_path, settings):
@@ -34,7 +40,7 @@ def test_accumulated_batches_equal_one_large_batch_with_every_method(make_pipe, 
     many = make_args(output_dir=str(tmp_path / "a"), gradient_accumulation_steps=2, **settings)
     one = make_args(output_dir=str(tmp_path / "b"), per_device_train_batch_size=4, **settings)
     for args in (many, one):
-        train(args, pipe=make_pipe())
+        train(args, rewards_of(settings["method"]), pipe=make_pipe())
     for row, other in zip(rows_without_cost(many), rows_without_cost(one), strict=True):
         assert row == pytest.approx(other, rel=1e-4)
     torch.testing.assert_close(adapter(many), adapter(one), rtol=1e-3, atol=3e-5)
@@ -139,13 +145,15 @@ def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_
         assert moved["loss"] > expected["loss"], "it is the worse adapter"
 
 
-@pytest.mark.parametrize("method", ["leap_align", "adjoint_matching"])
+@pytest.mark.parametrize("method", ["leap_align", "adjoint_matching", "prfl"])
 def test_a_resumed_run_is_the_whole_run_to_the_bit(make_args, tmp_path, method):
-    settings = {"method": method, "method_kwargs": {"weight_perturbation": 0.1, "reward_perturbation": 0.01}}
+    robust = {} if method == "prfl" else {"reward_perturbation": 0.01}
+    settings = {"method": method, "method_kwargs": {"weight_perturbation": 0.1} | robust}
     whole = make_args(output_dir=str(tmp_path / "whole"), max_steps=4, save_steps=2, **settings)
-    train(whole)
+    train(whole, rewards_of(method))
     again = f"{whole.output_dir}/checkpoints/step-2"
-    train(make_args(output_dir=str(tmp_path / "rest"), max_steps=4, resume_from_checkpoint=again, **settings))
+    rest = make_args(output_dir=str(tmp_path / "rest"), max_steps=4, resume_from_checkpoint=again, **settings)
+    train(rest, rewards_of(method))
     rest = make_args(output_dir=str(tmp_path / "rest"))
     assert torch.equal(adapter(rest), adapter(whole))
     assert rows_without_cost(rest) == rows_without_cost(whole)[2:]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from plans import CHECKPOINTED, DECODED, tiny
 
+from rewards.models.latent_reward import HeadFacts, LatentHead, save_head
 from rlhf.config import RewardGradientConfig, with_sampling
 from rlhf.generator.files import model_sizes
 from rlhf.planner.memory import MemoryPlan, plan_memory, plan_rewards
@@ -35,6 +36,8 @@ def test_settings_lower_what_they_are_for():
     assert plan(guidance_together=True).phases["sampling"] > 1.5 * plain.phases["sampling"]
     assert plan(**DECODED, stepwise_backward=True).phases[decoding] < stepwise.phases[decoding]
     assert plan(decode_window=5).phases[decoding] < plain.phases[decoding]
+    encoding = [plan(anchor_data="videos", vae_dtype=d).phases["encoding videos"] for d in ("float32", "bfloat16")]
+    assert 0 < encoding[1] < 0.6 * encoding[0] < plain.phases[decoding]
     assert plan(sampling_weights="float8").held["float8 copy"] > 0
     assert plan(ema_decay=0.9).held["adapter and optimizer"] > plain.held["adapter and optimizer"]
     assert plain.peak_bytes == sum(plain.held.values()) + max(plain.phases.values())
@@ -64,14 +67,13 @@ def test_processes_share_what_their_layout_divides():
     assert both.peak_bytes < min(guidance.peak_bytes, tokens.peak_bytes)
 
 
-def test_the_encoders_are_there_before_the_optimizer_is():
+def test_the_encoder_that_takes_most_is_there_before_the_transformer_is():
     _, args, card = tiny(eval_prompts="none", num_frames=17)
     model = TracedModel(args, card)
     rewards, size = plan_rewards(model, args), 10**9
     plan = plan_memory(model, args, rewards, size)
     assert plan.peak_phase == "encoding prompts"
-    moments = 2 * 4 * model.num_trained
-    assert plan.peak_bytes == plan.held_bytes + size - moments - plan.held["position table"]
+    assert plan.peak_bytes == size + plan.held["rewards"]
     assert plan_memory(model, args, rewards, 1).phases["encoding prompts"] == 0
 
 
@@ -96,6 +98,34 @@ def test_two_leaps_wait_together_and_an_adjoint_not_at_all():
     assert (
         plan_memory(model, robust, plan_rewards(model, robust)).held_bytes == found.held_bytes + 8 * model.num_trained
     )
+
+
+def test_a_reward_of_latents_takes_its_blocks_and_no_decoding(tmp_path):
+    """Its weights and its call are those of the reward itself, traced on tensors without storage."""
+    pipe, args, card = tiny(eval_prompts="none", num_grad_steps=1, method="prfl", num_frames=9)
+    facts = HeadFacts("nano", "", 3, {}, 0.0, 1.0, {})
+    save_head(tmp_path / "head.safetensors", LatentHead(32), facts)
+    settings = {
+        "reward_funcs": ["latent_reward"],
+        "reward_kwargs": {"latent_reward": {"path": str(tmp_path / "head.safetensors")}},
+    }
+    args = dataclasses.replace(args, **settings)
+    model = TracedModel(args, card)
+    found, none = plan_rewards(model, args), plan_rewards(model, dataclasses.replace(args, reward_funcs=["flicker"]))
+    assert (found.decoded_frames, found.unknown) == (0, ())
+    blocks = pipe.transformer.transformer_blocks[:3]
+    rest = sum(p.nbytes for name, p in pipe.transformer.named_parameters() if "blocks" not in name)
+    table = pipe.transformer.position_bytes(model.num_tokens)
+    assert found.weight_bytes - none.weight_bytes == sum(p.nbytes for p in blocks.parameters()) + rest + table
+    plan = plan_memory(model, args, found)
+    assert plan.phases["decode"] == 2 * model.transformer_call(args, 2).saved_bytes, "the graph of the step alone"
+    assert plan.phases["reward"] > plan.phases["decode"]
+    kept = dataclasses.replace(
+        args, reward_kwargs={"latent_reward": settings["reward_kwargs"]["latent_reward"] | {"recompute": False}}
+    )
+    assert plan_rewards(model, kept).peak_bytes > 1.3 * found.peak_bytes
+    beside = dataclasses.replace(args, reward_funcs=["latent_reward", "flicker"])
+    assert plan_rewards(model, beside).decoded_frames == 9
 
 
 def test_an_evaluation_decodes_every_frame():

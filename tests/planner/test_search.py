@@ -33,7 +33,7 @@ def test_contentv_8b_is_described_without_weights():
         assert fact in text
     assert "Time of a step: not estimated for" in text
     assert "A process on a CPU needs more" in text
-    assert "fit" not in text, "a CPU has no memory of its own"
+    assert "It fits into" not in text, "a CPU has no memory of its own"
     known = plan_report(args, memory_limit_gib=64.0, device_name=DEVICE)
     assert "Time on NVIDIA H200, within 35%" in known
     assert "It fits into 64.00 GiB." in known

@@ -5,10 +5,12 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 from plans import CHECKPOINTED, tiny
+from real_videos import write_videos
 from scripts import ROOT
 from tiny import tiny_pipeline
-from toy_rewards import PROMPTS, redness
+from toy_rewards import PROMPTS, calm, redness
 
 from rlhf.planner.memory import plan_rewards
 from rlhf.planner.time import H200, RATES, CallCounts, Rates, count_calls, phase_seconds, plan_time
@@ -40,6 +42,7 @@ def test_the_rates_are_those_that_were_measured():
         {"num_grad_steps": 2, "guidance_gradient": "distill", "drift_weight": 1.0},
         {"method": "refl", "method_kwargs": {"jump_steps": 1}, "guidance_scale": 1.0},
         {"method": "leap_align", "drift_weight": 1.0},
+        {"method": "prfl", "method_kwargs": {"drawn_steps": 1}},
         {"method": "adjoint_matching"},
         {"method": "flow_grpo", "per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}},
         {
@@ -55,13 +58,24 @@ def test_the_rates_are_those_that_were_measured():
 )
 def test_calls_are_those_that_a_training_step_makes(make_args, settings):
     pipe, args = tiny_pipeline(), make_args(**{"per_device_train_batch_size": 1, "max_steps": 1} | settings)
-    trainer = RewardGradientTrainer(pipe, redness, args, PROMPTS)
+    trainer = RewardGradientTrainer(pipe, [redness, calm] if args.method == "prfl" else redness, args, PROMPTS)
     calls = []
     pipe.transformer.register_forward_hook(lambda module, inputs, output: calls.append(output[0].requires_grad))
     trainer._begin()
     trainer.step(0)
     found = count_calls(trainer.args)
     assert (len(calls), sum(calls)) == (found.prefix + found.constant + found.with_gradient, found.with_gradient)
+
+
+def test_an_offline_step_makes_the_calls_of_its_draws_and_of_the_loss_on_videos(make_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONTENTV_RLHF_CACHE", str(tmp_path / "cache"))
+    options = {"offline": True, "anchor_data_steps": 1}
+    args = make_args(method="srpo", method_kwargs=options, anchor_data=str(write_videos(tmp_path / "videos")))
+    trainer, calls = RewardGradientTrainer(tiny_pipeline(), redness, args), []
+    trainer.pipe.transformer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.step(0)
+    assert calls == [True] * 5
+    assert count_calls(trainer.args) == CallCounts(prefix=0, constant=0, with_gradient=5)
 
 
 def test_guidance_parallel_halves_the_calls_and_reuse_the_prefix():

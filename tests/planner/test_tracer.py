@@ -103,18 +103,21 @@ def test_a_norm_is_one_kernel():
 
 def test_offloaded_tensors_leave_the_device_and_come_back_one_group_ahead():
     """As with a real `HostMemory`, whose tensors autograd's own hooks see come and go."""
-    sizes = {}
+    sizes, real = {}, None
     for name, device, host in (("real", "cpu", HostMemory("cpu", 0)), ("meta", META, MetaOffload(0))):
         x = torch.zeros(1000, device=device).requires_grad_()
         with Trace() as trace:
             trace.ignore(x)
             y = x
-            for _ in range(4):
-                y = gradient_checkpoint(lambda t: t.sin() * t, y, offload=host.group())
+            with trace.phase() as forward:
+                for _ in range(4):
+                    y = gradient_checkpoint(lambda t: t.sin() * t, y, offload=host.group())
             with trace.phase() as backward:
                 y.sum().backward()
         sizes[name] = trace.live_bytes, x.grad.shape
+        real = host if name == "real" else real
         if name == "meta":
+            assert forward.offloaded == {size: len(found) for size, found in real.free.items()}, "x, and three results"
             assert backward.bytes_before <= 4 * 1000 * 2, "the result and the tensor under way, not all five"
     assert sizes["meta"][1] == sizes["real"][1]
 

@@ -230,7 +230,7 @@ def test_evaluation_only_rewards_skip_the_gradient_but_nothing_else():
 @pytest.mark.parametrize(
     "attributes",
     [
-        {"space": "latents"},
+        {"space": "noise"},
         {"std": 0.0},
         {"std": -1.0},
         {"std": True},

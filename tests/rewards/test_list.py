@@ -43,7 +43,7 @@ def test_an_entry_is_true_to_its_class(named):
 def test_settings_are_those_that_the_guide_names():
     taken = {name: set(signature(built_in(name)).parameters) for name in CATALOGUE}
     without = lambda setting: {name for name, settings in taken.items() if setting not in settings}
-    none = {"nano_preference", "nano_verifier"}
+    none = {"nano_preference", "nano_verifier", "latent_reward"}
     models = {name for name, entry in CATALOGUE.items() if entry.parameters} - none
     assert without("mean") == without("std") == none
     assert without("frames") == without("num_frames") == none | {"viclip", "video_align", "video_score", "vjepa2"}
@@ -54,8 +54,8 @@ def test_settings_are_those_that_the_guide_names():
 def test_entries_are_complete():
     assert set(CATALOGUE) == set(built_in_names())
     for entry in CATALOGUE.values():
-        assert entry.input.split(" + ")[0] in ("image", "video")
-        assert entry.input.removeprefix("image").removeprefix("video") in ("", " + prompt")
+        assert entry.input.split(" + ")[0] in ("image", "video", "latents")
+        assert entry.input.split(" + ")[1:] in ([], ["prompt"])
         assert bool(entry.weights) == bool(entry.parameters)
         assert set(entry.weights) <= set(WEIGHTS)
 

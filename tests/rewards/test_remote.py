@@ -28,7 +28,7 @@ from rewards.remote import Remote
 from rewards.score_cache import ScoreCache, Scorer, reward_identity, score_conditions
 from rewards.serve import RewardServer, main, parse_serve_args, served_digest
 from rlhf.evaluation.held_out import EVAL_FINGERPRINT, EvalOptions, HeldOut, fingerprint
-from rlhf.method.decode import Decoder
+from rlhf.method.decode import Decoder, Sampled
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.types import Prompt
 
@@ -278,7 +278,7 @@ def test_an_evaluation_samples_the_next_batch_while_one_is_scored(tmp_path):
     def videos(prompts, noise):
         if len(order) or prompts[0] == PROMPTS[2]:
             sampled.set()
-        return noise[:, :3].sigmoid().repeat(1, 1, 1, 4, 4)
+        return Sampled(noise[:, :3].sigmoid().repeat(1, 1, 1, 4, 4))
 
     options = EvalOptions(0, 2, 0, 0, (2, 8, 8), {})
 

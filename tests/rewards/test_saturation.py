@@ -135,6 +135,14 @@ def test_a_saturated_band_pulls_as_one_that_is_just_inside(name, decoded, monkey
 
 
 def test_no_reward_is_forgotten():
-    """The others compute on the pixels as they are."""
-    others = {"flicker", "frame_difference", "jpeg_size", "smoothness", "nano_preference", "nano_verifier"}
+    """The others compute on the pixels as they are, or see none."""
+    others = {
+        "latent_reward",
+        "flicker",
+        "frame_difference",
+        "jpeg_size",
+        "smoothness",
+        "nano_preference",
+        "nano_verifier",
+    }
     assert set(CATALOGUE) - set(MAKE) == others

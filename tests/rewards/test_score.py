@@ -15,6 +15,7 @@ from PIL import Image
 from rewards import check_spec, load_reward
 from rewards.cli.files import read_video
 from rewards.score import main, parse_score_args, resolve_prompts
+from rewards.score_cache import score_conditions
 from rlhf.run.video import write_video
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +187,12 @@ def test_it_runs_as_a_module(folder, capsys, monkeypatch):
         runpy.run_module("rewards.score", run_name="__main__")
     assert ended.value.code == 0
     assert "smoothness" in capsys.readouterr().out
+
+
+def test_scores_by_other_weights_are_not_of_equal_conditions(tmp_path):
+    weights = tmp_path / "head.pth"
+    weights.write_bytes(b"one")
+    before = score_conditions("aesthetic", {"weights": str(weights)}, None)
+    assert score_conditions("aesthetic", {"weights": str(weights)}, None) == before
+    weights.write_bytes(b"two")
+    assert score_conditions("aesthetic", {"weights": str(weights)}, None) != before

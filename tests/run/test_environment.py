@@ -16,7 +16,8 @@ def test_a_line_for_each_start_and_the_last_one_is_completed(tmp_path, monkeypat
     record_start(tmp_path, "cpu")
     monkeypatch.setenv("WORLD_SIZE", "4")
     record_start(tmp_path, None if not torch.accelerator.is_available() else "cpu")
-    monkeypatch.setattr("time.time", lambda: read_environment(tmp_path)[-1]["started"] + 9)
+    monkeypatch.setattr("time.monotonic", lambda: read_environment(tmp_path)[-1]["monotonic"] + 9)
+    monkeypatch.setattr("time.time", lambda: 0.0)  # the clock is set back
     record_end(tmp_path)
     first, second = read_environment(tmp_path)
     assert (first["processes"], second["processes"]) == (1, 4)

@@ -45,6 +45,12 @@ def test_it_is_released_at_every_ending(tmp_path, error):
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_lock_that_has_no_room_on_the_disk_is_not_left_behind(tmp_path, file_limit):
+    with pytest.raises(OSError, match="File too large"), file_limit(50), lock_folder(tmp_path, wanted=True):
+        pytest.fail("held a lock that names nobody")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def gone():
     """The number of a process that has ended."""

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 import torch
 from stored import stored_frames, stored_rate
 
+from rlhf.checks import check_config
+from rlhf.config import ConfigError
 from rlhf.run.folder import RUN_FILES, has_run, start_run_folder
 from rlhf.run.metrics import RunLog, drop_rows_after, read_metrics
 from rlhf.run.trackers import run_trackers
@@ -51,6 +54,13 @@ def test_overwriting_removes_the_files_of_a_run_and_nothing_else(make_args, tmp_
     start_run_folder(make_args(output_dir=str(tmp_path), overwrite_output_dir=True), ["not written"], [])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "environment.jsonl", "mine", "mine.txt"]
     assert has_run(tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "checkpoints").symlink_to(tmp_path / "mine")
+    assert has_run(tmp_path / "new")
+    with pytest.raises(ConfigError, match="overwrite_output_dir: got links in .*new, checkpoints, expected"):
+        check_config(make_args(output_dir=str(tmp_path / "new"), overwrite_output_dir=True, prompts="nano_train"))
+    (tmp_path / "mine" / "inside").rmdir()
+    assert not has_run(tmp_path / "new"), "the checkpoints' place alone, linked before the start"
 
 
 def test_eight_bits_are_rounded():

@@ -11,6 +11,7 @@ from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, brightness, redness, rows_without_cost
 
 from rewards import RewardError, RewardMix
+from rlhf.method.decode import Sampled
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.calibrate import CALIBRATION, base_scores, restore_calibration
 
@@ -28,7 +29,7 @@ def kept(args):
 
 def test_processes_share_the_samples_and_each_gets_its_own_noise():
     def make_videos(prompts, noise):
-        return noise[:, :3].sigmoid()
+        return Sampled(noise[:, :3].sigmoid())
 
     class Process:
         device, in_step = torch.device("cpu"), False

@@ -95,7 +95,7 @@ def test_base_and_lora_are_the_base_and_the_result_holds_both(base, ran, tmp_pat
     apply_lora(merged.transformer, style(), merge=True)
     other = trainer(base, tmp_path / "b", merged, initial_adapter=None)
     noise = draw_noise(first.batches.noise_shape, 0, "evaluation", [(0, 0)])
-    videos = [made.sample_base(PROMPTS[:1], noise) for made in (first, other)]
+    videos = [made.sample_base(PROMPTS[:1], noise).video_BCTHW for made in (first, other)]
     assert torch.equal(*videos), "what gains and calibration are measured from"
 
 

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -140,7 +142,7 @@ def test_errors_are_one_paragraph_and_exit_2(main, project, capsys, flags, told,
     assert not (project / "run").exists()
 
 
-def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, capsys):
+def test_text_where_a_path_belongs_and_a_damaged_file_and_a_full_disk_are_told(main, project, capsys, file_limit):
     """Which the system refuses in words of its own, and which a resumed run finds after it has been
     loaded.
     """
@@ -148,6 +150,13 @@ def test_text_where_a_path_belongs_and_a_damaged_file_are_told(main, project, ca
     assert main([*config, "--prompts", "a red fox in the snow, " * 20]) == 2
     assert "expected a path that can be read; correct the setting" in capsys.readouterr().err
     assert main([*config, "--max_steps", "1"]) == 0
+    kept = {path: path.read_bytes() for path in (project / "run").iterdir() if path.is_file()}
+    with file_limit(len(kept[project / "run" / "config.yaml"]) - 1):
+        assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 1
+    told = capsys.readouterr().err
+    assert "got [Errno 27] File too large, expected room on the run's disk. Nothing was removed" in told
+    assert "Traceback" not in told
+    assert {path: path.read_bytes() for path in (project / "run").iterdir() if path.is_file()} == kept
     (project / "run" / "evaluation" / "base.safetensors").write_bytes(b"half")
     assert main([*config, "--max_steps", "2", "--resume_from_checkpoint", "latest"]) == 1
     told = capsys.readouterr().err
@@ -165,6 +174,19 @@ def test_ctrl_c_before_the_training_is_one_line(main, project, capsys, monkeypat
     monkeypatch.setattr(where, interrupted)
     assert main(["--config", str(project / "config.yaml")]) == 130
     assert capsys.readouterr().err == "train_rlhf: interrupted before the training began; nothing was lost.\n"
+
+
+@pytest.mark.parametrize("where", ["rlhf.checks.check_config", "rlhf.trainer.RewardGradientTrainer"])
+def test_a_ctrl_c_that_a_library_swallows_still_ends_the_command(main, project, capsys, monkeypatch, where):
+    def swallow(*settings, **_):
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        return settings[0] if settings else SimpleNamespace(train=lambda: pytest.fail("trained"))
+
+    monkeypatch.setattr(where, swallow)
+    assert main(["--config", str(project / "config.yaml")]) == 130
+    assert "train_rlhf: interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -112,7 +112,7 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
     shared = []
     monkeypatch.setattr(trainer.layout, "average_grad", lambda latents: shared.append(True) or latents)
     row = trainer.step(1)
-    assert len(shared) == len(rewards), "processes that hold a copy agree on each gradient"
+    assert len(shared) == 2 * len(rewards), "processes that hold a copy agree on the gradients of video and latents"
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert trainer.optimizer.param_groups[0]["lr"] == row["learning_rate"] == 0.5 * args.learning_rate
     assert row["drift"] == pytest.approx(drift.item(), rel=1e-5)

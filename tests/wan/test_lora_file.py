@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_transformer
 from tiny_wan import tiny_wan_transformer
 
-from rlhf.adapter.lora_file import read_lora
+from rlhf.adapter.lora_file import PEFT_FILE, read_lora
 from rlhf.adapter.lora_weights import ADAPTER_FILE, Lora, LoraLayer
 from rlhf.export import main
 from rlhf.generator.loading import linear_sizes
@@ -123,3 +123,27 @@ def test_layers_of_another_kind_of_model_are_refused(outer_run, tmp_path):
     assert "diffusion_model.blocks.0.self_attn.q" in export_of(outer_run, tmp_path / "a", "./gone")
     with pytest.raises(SystemExit, match="got layers of Wan, .*, expected those of model='nano', a ContentV; n"):
         export_of(outer_run, tmp_path / "b", "nano")
+
+
+def test_patterns_of_a_training_in_the_authors_code_are_of_its_names(tmp_path):
+    """DiffSynth-Studio's peft sees self_attn.q where diffusers has attn1.to_q."""
+    named = tensors(lambda n: f"base_model.model.{n}", ".lora_B.weight", ".lora_A.weight")
+    save_file({key: tensor for key, tensor in named.items() if "alpha" not in key}, tmp_path / PEFT_FILE)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "alpha_pattern": {"self_attn.q": 8, "^blocks.1.ffn.2": 1}}
+    write_json(tmp_path / "adapter_config.json", config)
+    alphas = {name: layer.alpha for name, layer in read_lora(tmp_path, linear_sizes(WAN)).layers.items()}
+    assert alphas == dict.fromkeys(NAMES, 2.0) | {"blocks.0.attn1.to_q": 8.0, "blocks.1.ffn.net.2": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("layer", "part", "told"),
+    [
+        ("blocks.0.cross_attn.k_img", "lora_A.weight", "layers that this transformer does not have, 1 of them"),
+        ("blocks.0.self_attn.q", "magnitude", "blocks.0.self_attn.q.magnitude, which belongs to no LoRA"),
+    ],
+)
+def test_a_lora_of_wan_that_does_not_fit_is_not_told_from_wan(tmp_path, layer, part, told):
+    more = {f"diffusion_model.{layer}.{part}": torch.ones(2, 24)}
+    save_file(FILES["ComfyUI"] | more, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"got (diffusion_model.)?{told}"):
+        read_lora(tmp_path, linear_sizes(WAN))

@@ -1,13 +1,15 @@
 """The whole trainer on a tiny Wan in the published layout: train, resume, export, load in diffusers."""
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from runs import adapter, assert_same_training
-from tiny import SAMPLING
+from tiny import SAMPLING, tiny_pipeline
 from tiny_wan import CLOSE, euler, save_tiny_wan
 from toy_rewards import PROMPTS, redness, rows_without_cost
 
@@ -17,7 +19,7 @@ from rlhf.checks import check_config
 from rlhf.config import ConfigError
 from rlhf.export import main
 from rlhf.generator.files import model_sizes
-from rlhf.generator.loading import linear_sizes, load_pipeline
+from rlhf.generator.loading import Checkpoint, linear_sizes, load_pipeline
 from rlhf.io import read_object, write_json
 from rlhf.trainer import RewardGradientTrainer
 
@@ -34,6 +36,35 @@ def train(args):
 def sample(pipe, **kwargs):
     noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(3))
     return pipe(PROMPTS[0], latents=noise, output_type="pt", **SAMPLING.call_arguments(), **kwargs).frames
+
+
+@pytest.mark.parametrize("save", [lambda folder: tiny_pipeline().save_pretrained(folder), save_tiny_wan])
+def test_encoders_are_read_one_after_another_and_are_gone_before_the_transformer(
+    save, make_args, tmp_path, monkeypatch
+):
+    events, alive = [], []
+
+    def note(name):
+        method = getattr(Checkpoint, name)
+
+        def noted(self, *args):
+            gc.collect()
+            events.append((name, sum(ref() is not None for ref in alive)))
+            found = method(self, *args)
+            alive.extend([weakref.ref(found)] if name == "load_encoder" else [])
+            return found
+
+        monkeypatch.setattr(Checkpoint, name, noted)
+
+    save(tmp_path / "model")
+    note("load_encoder")
+    note("load_generator")
+    args = make_args(model=str(tmp_path / "model"), max_steps=1)
+    trainer = RewardGradientTrainer(None, redness, args, PROMPTS)
+    encoders = len(trainer.pipe.family.text_encoders)
+    assert events == [("load_encoder", 0)] * encoders + [("load_generator", 0)]
+    trainer.train()
+    assert len(events) == encoders + 1, "every prompt was encoded by then"
 
 
 def test_a_run_resumes_to_the_bit_and_diffusers_loads_what_it_exports(folder, make_args, tmp_path):
