@@ -12,6 +12,7 @@ categories.
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from rewards.cli.flags import file_to_write
@@ -19,7 +20,8 @@ from rewards.cli.table import format_table
 from rlhf.evaluation.paired_sets import ALL, compare, read_pairs
 from rlhf.evaluation.statistics import INTERVAL
 from rlhf.evaluation.video_set import MANIFEST, read_set
-from rlhf.io import read_lines, write_json
+from rlhf.generator.files import SamplingDefaults
+from rlhf.io import read_lines, read_object, write_json
 
 HEADS = ("prompts", "base", "tuned", "difference", INTERVAL, "better", "p (Holm)", "")
 NANO_ATTRIBUTES = ("color", "shape", "motion", "count")
@@ -67,6 +69,17 @@ def _nano_category(attribute: str) -> Callable[[str], str]:
     return lambda prompt: world.VALUES[attribute][world.read_caption(prompt)[attribute]]
 
 
+def describe_sampling(base: Path, tuned: Path) -> list[str]:
+    """Return a line for each way in which the videos of two folders were sampled differently."""
+    made = [folder / "generate.json" for folder in (base, tuned)]  # of eval/generate.py
+    if not all(path.is_file() for path in made):
+        return []
+    one, two = map(read_object, made)
+    names = [field.name for field in fields(SamplingDefaults)]
+    differing = [name for name in names if one.get(name) != two.get(name)]
+    return [f"Made with another {name}: {one.get(name)}, {two.get(name)}" for name in differing]
+
+
 def describe(rows: list[dict]) -> str:
     """Return the rows as a table, and how to read it."""
     overall = [row for row in rows if row["category"] == ALL]
@@ -108,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     unpaired = f"; {pairs.unpaired} videos have no partner and are left out" if pairs.unpaired else ""
     counts = f"{pairs.videos} pairs of {len(pairs.prompts)} prompts{unpaired}"
     print(f"{args.tuned} against {args.base}: {counts}\n\n{describe(rows)}")
+    for line in describe_sampling(args.base, args.tuned):
+        print(line)
     for name in pairs.left_out:
         print(f"Left out: {name}, which some videos have no score by; score both folders with it")
     if args.json:

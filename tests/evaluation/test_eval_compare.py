@@ -104,9 +104,12 @@ def test_a_score_that_is_not_finite_is_no_finding(sets, tmp_path, capsys):
 def test_the_script_prints_the_table_and_writes_the_rows(sets, tmp_path, capsys):
     (tmp_path / "by.tsv").write_text("x\tanimals\ny\tplaces\n")
     out = tmp_path / "compare.json"
+    for folder, height in zip(sets, (64, 128), strict=True):
+        (folder / "generate.json").write_text(json.dumps({"model": folder.name, "height": height, "fps": 8}))
     assert SCRIPT["main"]([*map(str, sets), "--by", str(tmp_path / "by.tsv"), "--json", str(out)]) == 0
     told = capsys.readouterr().out
     assert "3 pairs of 2 prompts; 2 videos have no partner and are left out" in told
+    assert [line for line in told.splitlines() if "Made with" in line] == ["Made with another height: 64, 128"]
     assert "Left out: q, which some videos have no score by" in told
     assert "Holm's correction for 1 rewards and, apart, 2 rows of categories" in told
     rows = json.loads(out.read_text())["rows"]
