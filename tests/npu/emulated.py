@@ -43,6 +43,7 @@ NEEDS = dict.fromkeys(METHODS, {}) | {
     "uniform": {"num_grad_steps": 2},
     "drtune": {"num_grad_steps": 2},
     "listed": {"method_kwargs": {"steps": [0, 2]}},
+    "prfl": {"reward_funcs": [f"{Path(__file__).parents[1]}/helpers/toy_rewards.py:calm"]},
     **dict.fromkeys(("nft", "flow_grpo"), {"per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}}),
 }
 
