@@ -252,7 +252,9 @@ def call_guarded(
     frames = frames_needed(reward, video_BCTHW.shape[2]) or video_BCTHW.shape[2]  # latents are given whole
     before = _fingerprint(video_BCTHW)
     with keep_process_state(), name_reward_in_errors(name, given, expected, cure):
-        scores = call_reward(reward, video_BCTHW[:, :, :frames], prompts, copy.deepcopy(leading_info(info, frames)))
+        told = leading_info(info, frames)
+        tensors = {id(value): value.clone() for value in told.values() if isinstance(value, torch.Tensor)}
+        scores = call_reward(reward, video_BCTHW[:, :, :frames], prompts, copy.deepcopy(told, tensors))
     after = _fingerprint(video_BCTHW)
     require_unchanged(name, before[0] == after[0] and torch.equal(before[1], after[1]))
     return scores
