@@ -52,14 +52,14 @@ class Plan:
 class Sample:
     """Latents (B, C, T, H, W) with their graph, to decode, score and back-propagate."""
 
-    latents: torch.Tensor  # x_0, or an estimate of it
+    latents: torch.Tensor  # x0, or an estimate of it
     penalty: bool = False  # whether the opposite of the reward is to be maximised
     state: torch.Tensor | None = None  # what rewards of latents see in place of `latents`
     sigma: float = 0.0  # its noise level
 
     @property
     def noisy(self) -> torch.Tensor:
-        """What rewards of latents see."""
+        """Return what rewards of latents see."""
         return self.latents if self.state is None else self.state
 
 
@@ -165,7 +165,7 @@ def gradient_samples(
     """
     x0_BCTHW = plan.leaps.connect(window, states, plan.sigmas) if plan.leaps else states[-1]
     end, sigma = Sample(x0_BCTHW), plan.sigmas[-1].item()
-    if sigma > 0:  # not finished: rewards of latents score the state, the others an estimate of x_0
+    if sigma > 0:  # not finished: rewards of latents score the state, the others an estimate of x0
         end = Sample(estimate_x0(states[-2], x0_BCTHW, *plan.sigmas[-2:]), state=x0_BCTHW, sigma=sigma)
     states.clear()
     if not plan.recoveries:
@@ -189,7 +189,7 @@ def repeat_last_step(velocity: Velocity, x0: torch.Tensor, noise: torch.Tensor, 
 
 
 def estimate_x0(x: torch.Tensor, x_next: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-    """Return the estimate of x_0 to which the Euler step from x to x_next leads: x - sigma v."""
+    """Return the estimate of x0 to which the Euler step from x to x_next leads: x - sigma v."""
     return euler_step(x_next, (x_next - x) / (sigma_next - sigma), sigma_next, torch.zeros_like(sigma))
 
 
