@@ -124,11 +124,15 @@ def numbered_pictures(folder: Path) -> list[Path]:
 def _read_folder(folder: Path, max_frames: int | None, fps: float) -> Frames:
     """Read a folder's pictures in order of number, as evenly spaced frames at `fps`.
 
-    Raises ValueError for names without evenly spaced numbers, and for pictures of unequal size.
+    Raises ValueError for names without evenly spaced numbers, pictures of unequal size and
+    animations.
     """
-    pictures = numbered_pictures(folder)[:max_frames]
-    pixels = [_read_pictures(path, 1).pixels[0] for path in pictures]
-    for path, frame in zip(pictures, pixels, strict=True):
+    pictures, pixels = numbered_pictures(folder)[:max_frames], []
+    for path in pictures:
+        frame, *more = _read_pictures(path, 2).pixels
+        if more:
+            raise ValueError(f"{path}: got an animation, expected one frame; move it away, or extract its frames")
+        pixels.append(frame)
         if frame.shape != pixels[0].shape:
             got, expected = (f"{image.shape[1]}x{image.shape[0]} pixels" for image in (frame, pixels[0]))
             raise ValueError(f"{path}: got {got}, expected {expected}, as {pictures[0].name} has; convert it")

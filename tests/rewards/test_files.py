@@ -417,3 +417,11 @@ def test_pictures_of_another_size_are_refused(tmp_path):
         Image.new("RGB", (8 * i, 8)).save(tmp_path / f"{i}.png")
     with pytest.raises(ValueError, match=r"2.png: got 16x8 pixels, expected 8x8 pixels, as 1.png has"):
         read_video(tmp_path, fps=8)
+
+
+def test_an_animation_among_numbered_pictures_is_refused(tmp_path):
+    still, other = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    still.save(tmp_path / "1.png")
+    still.save(tmp_path / "2.png", save_all=True, append_images=[other])
+    with pytest.raises(ValueError, match="2.png: got an animation, expected one frame"):
+        read_video(tmp_path, fps=8)
