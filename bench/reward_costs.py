@@ -27,7 +27,7 @@ from environment import environment, free_memory, make_parser, read_rows, write_
 
 from rewards import RewardError, load_reward
 from rewards.catalogue import CATALOGUE
-from rewards.load import built_in
+from rewards.load import import_built_in
 from rlhf.device import peak_memory, pick_device, reset_peak_memory, synchronize
 from rlhf.planner.reward_costs import COSTS_FILE
 
@@ -50,12 +50,12 @@ def build(name: str, device: torch.device, dtype: str | None) -> Callable:
     if not CATALOGUE[name].weights:
         return load_reward(name, **settings)
     with torch.device(device):
-        return built_in(name).random_init(**settings).to(device)
+        return import_built_in(name).random_init(**settings).to(device)
 
 
 def accepted(name: str) -> set[str]:
     """Return the names of a reward's settings, those of its base classes included."""
-    makers = (vars(c)["__init__"] for c in built_in(name).__mro__ if inspect.isfunction(vars(c).get("__init__")))
+    makers = (vars(c)["__init__"] for c in import_built_in(name).__mro__ if inspect.isfunction(vars(c).get("__init__")))
     return {parameter for make in makers for parameter in inspect.signature(make).parameters}
 
 

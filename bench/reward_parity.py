@@ -35,7 +35,7 @@ from reward_parity_scores import score_rows
 
 from rewards.common.clip_models import OpenClip
 from rewards.common.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from rewards.load import built_in
+from rewards.load import import_built_in
 from rewards.models import video_align
 from rewards.models.clip import ClipScore
 from rewards.models.hps import random_open_clip
@@ -106,7 +106,7 @@ def comparisons(hpsv2: Path | None) -> Iterator[tuple]:
     """Yield reward, name, what is called with frames, a pipeline, its name and its deviation."""
     small = {name: {"dtype": "float32"} for name in ("hps_v3", "video_score")}
     with torch.device("meta"):  # no weights are needed
-        made = {name: built_in(name).random_init(**small.get(name, {})) for name in REWARDS}
+        made = {name: import_built_in(name).random_init(**small.get(name, {})) for name in REWARDS}
         made["clip_score, open_clip"] = ClipScore(OpenClip(random_open_clip(), None))
     area, edges = {"min_pixels": PIXELS, "max_pixels": PIXELS}, made["video_score"].scorer.edges
     square = {"size": {"height": 384, "width": 384}}

@@ -65,7 +65,7 @@ def _load_here(spec: str, base_dir: str | Path | None, reward_timeout: float | N
     kwargs = {key: resolve_paths(value, base_dir) for key, value in kwargs.items()}
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
-        return _construct(spec, built_in(spec), kwargs)
+        return _construct(spec, import_built_in(spec), kwargs)
     if is_url(spec):
         return _construct(spec, Remote, {"url": spec} | kwargs)
     with _import_guard(spec, spec.rsplit(":", 1)[0], reward_timeout or IMPORT_TIMEOUT):
@@ -150,12 +150,12 @@ def split_spec(spec: str) -> tuple[str, str]:
     return "remote" if is_url(spec) else spec.rsplit(":", 1)[-1], spec
 
 
-def name_in(spec: str) -> str:
+def spec_name(spec: str) -> str:
     """Return the short name of a spec's reward."""
     return split_spec(spec)[0]
 
 
-def built_in(name: str) -> Callable:
+def import_built_in(name: str) -> Callable:
     """Import the class of a built-in reward."""
     module, attribute = CATALOGUE[name].home.split(":")
     return getattr(importlib.import_module(module), attribute)

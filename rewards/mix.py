@@ -115,9 +115,9 @@ class RewardMix:
             raise RewardError(name, got="decoded videos alone", expected="their latents (space 'latents')", cure=cure)
         return latents.latents_BCTHW, info | latents.info
 
-    def _total(self, terms: list[torch.Tensor], nothing_B: torch.Tensor) -> torch.Tensor:
+    def _total(self, terms: list[torch.Tensor], zeros_B: torch.Tensor) -> torch.Tensor:
         """Return the sum of terms (B,), or the lowest of them in each video; zeros without any."""
-        return torch.stack(terms).amin(0) if self.lowest and terms else sum(terms, nothing_B)
+        return torch.stack(terms).amin(0) if self.lowest and terms else sum(terms, zeros_B)
 
     @torch.no_grad()
     def start(
@@ -170,8 +170,8 @@ class RewardMix:
             cure = "look for sqrt, norm or log at zero; add a small epsilon inside"
             raise RewardError(name, got=got, expected="a finite gradient", cure=cure)
         unit_BCTHW = grad_BCTHW / torch.where(norm_B > 0, norm_B, 1.0).reshape(-1, 1, 1, 1, 1)
-        nothing_B = (unit_BCTHW * (video_BCTHW - video_BCTHW.detach())).sum((1, 2, 3, 4))
-        return scores_B, term_B.detach() + nothing_B
+        zeros_B = (unit_BCTHW * (video_BCTHW - video_BCTHW.detach())).sum((1, 2, 3, 4))
+        return scores_B, term_B.detach() + zeros_B
 
     def _score(self, name, video_BCTHW, prompts, info) -> torch.Tensor:
         """Return checked raw scores (B,), with gradient only if the weight is not 0."""

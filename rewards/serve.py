@@ -32,7 +32,7 @@ from rewards.contract import (
     refuse_latents,
     reward_attribute,
 )
-from rewards.load import load_reward, name_in, source_digests
+from rewards.load import load_reward, source_digests, spec_name
 from rewards.remote import read_token
 from rewards.score_cache import digest, reward_identity
 from rlhf.types import Prompt, reworded
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         reward = load_reward(arguments.spec, **arguments.kwargs)
         identity = served_digest(arguments.spec, arguments.kwargs)
-        address, name = (arguments.host, arguments.port), name_in(arguments.spec)
+        address, name = (arguments.host, arguments.port), spec_name(arguments.spec)
         where = arguments.device, identity, arguments.token, arguments.max_mib
         server = RewardServer(reward, name, address, *where)
     except RewardError as error:

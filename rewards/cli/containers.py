@@ -56,7 +56,7 @@ class Frames:
         return leading_info(info, len(self.pixels))
 
 
-def over_white(pixels_HW4: np.ndarray) -> np.ndarray:
+def blend_over_white(pixels_HW4: np.ndarray) -> np.ndarray:
     """Return RGBA pixels (H, W, 4), uint8 or uint16, over white: (H, W, 3) of the same type."""
     white = np.iinfo(pixels_HW4.dtype).max
     alpha_HW1 = pixels_HW4[..., 3:].astype(np.float32) / white
@@ -85,7 +85,7 @@ def read_png16(path: Path) -> np.ndarray:
     pixels_HWC = pixels_HWC.reshape(frame.height, frame.width, channels).astype(np.uint16)
     if channels < 3:  # grey
         pixels_HWC = pixels_HWC[..., [0, 0, 0, *range(1, channels)]]
-    return over_white(pixels_HWC) if pixels_HWC.shape[2] == 4 else pixels_HWC
+    return blend_over_white(pixels_HWC) if pixels_HWC.shape[2] == 4 else pixels_HWC
 
 
 def read_container(path: Path, max_frames: int | None, allow_truncated: bool) -> Frames:
@@ -229,7 +229,7 @@ def _rgb(path: Path, frame, aspect) -> np.ndarray:
         width, height = max(round(frame.width * aspect), frame.width), max(round(frame.height / aspect), frame.height)
         pixels = pixels.reformat(width, height, interpolation="BICUBIC")
     pixels_HWC = pixels.to_ndarray()
-    return _apply_display_matrix(over_white(pixels_HWC) if transparent else pixels_HWC, frame)
+    return _apply_display_matrix(blend_over_white(pixels_HWC) if transparent else pixels_HWC, frame)
 
 
 def _apply_display_matrix(pixels_HWC: np.ndarray, frame) -> np.ndarray:

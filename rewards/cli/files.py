@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rewards.cli.containers import Frames, check_transfer, over_white, read_container, read_png16
+from rewards.cli.containers import Frames, blend_over_white, check_transfer, read_container, read_png16
 
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PICTURES = (*STILLS, ".apng", ".gif")  # read by Pillow, some of them animated
@@ -183,7 +183,7 @@ def _rgb(image) -> np.ndarray:
     if image.mode[:2] in ("I;", "I"):  # 16-bit grey, which convert("RGB") would clip at 255
         return np.repeat(np.array(image).astype(np.uint16)[..., None], 3, axis=2)
     if image.has_transparency_data:
-        return over_white(np.array(image.convert("RGBA")))
+        return blend_over_white(np.array(image.convert("RGBA")))
     return np.array(image.convert("RGB"))
 
 

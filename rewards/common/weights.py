@@ -85,7 +85,7 @@ def offline_if_unreachable(local: bool = False) -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or local or not _hub_answers(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = before or local or not _is_reachable(constants.ENDPOINT)
     try:
         yield
     finally:
@@ -93,7 +93,7 @@ def offline_if_unreachable(local: bool = False) -> Iterator[None]:
 
 
 @lru_cache
-def _hub_answers(endpoint: str) -> bool:
+def _is_reachable(endpoint: str) -> bool:
     """Return whether the server answers within five seconds; the result is cached."""
     from huggingface_hub.utils import get_session
 
@@ -137,7 +137,7 @@ def load_from_torch_hub(name: str, url: str, key: str) -> dict[str, torch.Tensor
     """Load or download a torchvision state dict. Raises RewardError that names setting `key`."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     try:
-        if not cached.is_file() and not _hub_answers(url.rsplit("/", 1)[0]):
+        if not cached.is_file() and not _is_reachable(url.rsplit("/", 1)[0]):
             raise OSError("its server does not answer")
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no connection, or a wrong checksum

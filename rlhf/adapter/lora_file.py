@@ -351,9 +351,9 @@ def _read_layer(
     for part, tensor in parts.items():
         if not tensor.is_floating_point() and part != "alpha":
             raise _error(f"{tensor.dtype} in {part} of {name}", "floating-point numbers")
-        if not _wide(tensor).isfinite().all():
+        if not _at_least_float32(tensor).isfinite().all():
             raise _error(f"NaN or infinity in {part} of {name}", "finite weights", "train again, or take another")
-    parts = {part: _wide(tensor) for part, tensor in parts.items()}
+    parts = {part: _at_least_float32(tensor) for part, tensor in parts.items()}
     a, b, magnitude = parts["a"], parts["b"], parts.get("magnitude")
     shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)} for {name}"
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
@@ -368,7 +368,7 @@ def _read_layer(
     return LoraLayer(a, b, alpha, None if magnitude is None else magnitude.flatten())
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()  # float8 has no promotion
 
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from rewards import check_spec, reward_name
 from rewards.catalogue import CATALOGUE
 from rewards.contract import check_frames
-from rewards.load import name_in, resolve_paths, split_spec
+from rewards.load import resolve_paths, spec_name, split_spec
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.measures import MEASURES
 
 
 def short_name(reward: str | Callable) -> str:
     """Return a reward's name in metrics: a built-in's name, else that of the class or function."""
-    return name_in(reward) if isinstance(reward, str) else reward_name(reward)
+    return spec_name(reward) if isinstance(reward, str) else reward_name(reward)
 
 
 def problems_raised_by(check: Callable, *arguments) -> list[str]:

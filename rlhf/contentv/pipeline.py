@@ -108,7 +108,7 @@ class ContentVPipeline(VideoPipeline, StableDiffusion3Pipeline):
             _write_transformers4_key(config)
 
     def encode_prompt(self, *args, **kwargs) -> tuple[torch.Tensor | None, ...]:
-        """Return the four embeddings, as the parent does; `warn_of_long` tells of long prompts."""
+        """Return the four embeddings, as the parent does; `warn_of_truncation` names long ones."""
         with ExitStack() as stack:
             for name, beginning in PRINT_PADDING.items():
                 other = python_logging.getLogger(name)
@@ -133,7 +133,7 @@ class ContentVPipeline(VideoPipeline, StableDiffusion3Pipeline):
         clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return torch.cat([clip, t5], -2), torch.cat([pooled, pooled_2], -1)
 
-    def warn_of_long(self, prompts: list[str], max_sequence_length: int) -> None:
+    def warn_of_truncation(self, prompts: list[str], max_sequence_length: int) -> None:
         """Log one line if CLIP or T5 reads some of the prompts only in part."""
         read = (self.tokenizer, self.tokenizer_max_length), (self.tokenizer_3, max_sequence_length)
         clip, t5 = ([len(ids) - limit for ids in t(prompts, verbose=False).input_ids] for t, limit in read)
@@ -242,7 +242,7 @@ class ContentVPipeline(VideoPipeline, StableDiffusion3Pipeline):
     def _encode(self, text: dict[str, Any], num_videos_per_prompt: int | None) -> dict[str, torch.Tensor]:
         """Return the embeddings by name; `text` has arguments of `encode_prompt`."""
         if prompt := text["prompt"]:
-            self.warn_of_long([prompt] if isinstance(prompt, str) else prompt, text["max_sequence_length"])
+            self.warn_of_truncation([prompt] if isinstance(prompt, str) else prompt, text["max_sequence_length"])
         embeds = self.encode_prompt(
             **text,
             do_classifier_free_guidance=self.do_classifier_free_guidance,

@@ -33,6 +33,6 @@ class VideoPipeline:
         """
         raise NotImplementedError
 
-    def warn_of_long(self, prompts: list[str], max_sequence_length: int) -> None:
+    def warn_of_truncation(self, prompts: list[str], max_sequence_length: int) -> None:
         """Log one line if an encoder reads some of the prompts only in part."""
         raise NotImplementedError

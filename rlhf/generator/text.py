@@ -51,7 +51,7 @@ def encode_prompts(
     prompts = list(prompts)
     negatives = [negative_of(prompt, negative_prompt) for prompt in prompts]
     unique = list(dict.fromkeys(map(str, [*prompts, *negatives])))
-    pipe.warn_of_long(unique, max_sequence_length)
+    pipe.warn_of_truncation(unique, max_sequence_length)
     padded = unique + unique[-1:] * (-len(unique) % batch)
     starts = range(0, len(padded), batch)
     parts, encode = {}, pipe.encode_part

@@ -67,7 +67,7 @@ class WanPipeline(VideoPipeline, diffusers.WanPipeline):
         ((embeds,),) = parts.values()
         return embeds, embeds.new_empty(len(embeds), 0)
 
-    def warn_of_long(self, prompts: list[str], max_sequence_length: int) -> None:
+    def warn_of_truncation(self, prompts: list[str], max_sequence_length: int) -> None:
         """Log one line if UMT5 reads some of the prompts only in part."""
         cleaned = [prompt_clean(prompt) for prompt in prompts]
         more = [len(ids) - max_sequence_length for ids in self.tokenizer(cleaned, verbose=False).input_ids]

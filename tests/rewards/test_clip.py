@@ -182,7 +182,7 @@ def online(monkeypatch):
 def test_a_hub_that_does_not_answer_is_asked_once(online, monkeypatch):
     from huggingface_hub import constants
 
-    from rewards.common.weights import _hub_answers
+    from rewards.common.weights import _is_reachable
 
     asked = []
 
@@ -191,24 +191,24 @@ def test_a_hub_that_does_not_answer_is_asked_once(online, monkeypatch):
         raise socket.gaierror("no such name")
 
     monkeypatch.setattr("socket.getaddrinfo", unknown)
-    _hub_answers.cache_clear()
+    _is_reachable.cache_clear()
     for kwargs in [{}, {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}]:
         with pytest.raises(RewardError, match="no weights for"):
             load_reward("clip_score", **kwargs)
-    _hub_answers.cache_clear()
+    _is_reachable.cache_clear()
     assert len(asked) == 1
     assert constants.HF_HUB_OFFLINE is False
 
 
 def test_a_hub_that_can_not_be_reached_does_not_answer(monkeypatch):
-    from rewards.common.weights import _hub_answers
+    from rewards.common.weights import _is_reachable
 
-    assert _hub_answers("http://127.0.0.1:9") is False
+    assert _is_reachable("http://127.0.0.1:9") is False
 
 
 def test_a_local_folder_asks_no_hub(model, online, monkeypatch):
     asked = []
-    monkeypatch.setattr("rewards.common.weights._hub_answers", asked.append)
+    monkeypatch.setattr("rewards.common.weights._is_reachable", asked.append)
     ClipScore(model)
     assert asked == []
 

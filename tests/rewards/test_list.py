@@ -9,7 +9,7 @@ import torch
 from rewards import RewardError, built_in_names, load_reward, reward_attribute
 from rewards.catalogue import CATALOGUE, WEIGHTS, Entry
 from rewards.list import main
-from rewards.load import built_in
+from rewards.load import import_built_in
 
 OUTSIDE = [name for name, entry in CATALOGUE.items() if set(entry.weights) - {"this package"}]
 HERE = [name for name in CATALOGUE if name not in OUTSIDE]
@@ -20,7 +20,7 @@ def without_weights(name):
     if name in HERE:
         return load_reward(name)
     with torch.device("meta"):
-        return built_in(name).random_init()
+        return import_built_in(name).random_init()
 
 
 @pytest.fixture(scope="module", params=sorted(CATALOGUE))
@@ -41,7 +41,7 @@ def test_an_entry_is_true_to_its_class(named):
 
 
 def test_settings_are_those_that_the_guide_names():
-    taken = {name: set(signature(built_in(name)).parameters) for name in CATALOGUE}
+    taken = {name: set(signature(import_built_in(name)).parameters) for name in CATALOGUE}
     without = lambda setting: {name for name, settings in taken.items() if setting not in settings}
     none = {"nano_preference", "nano_verifier", "latent_reward"}
     models = {name for name, entry in CATALOGUE.items() if entry.parameters} - none

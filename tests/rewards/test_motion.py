@@ -176,7 +176,7 @@ def test_full_size_has_the_published_layout():
 
 def test_missing_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("rewards.common.weights._hub_answers", lambda endpoint: False)
+    monkeypatch.setattr("rewards.common.weights._is_reachable", lambda endpoint: False)
     with pytest.raises(RewardError) as caught:
         load_reward("motion_degree")
     for part in [URL, "20.1 MB", "BSD-3-Clause", "`weights` in reward_kwargs.motion_degree", "local path"]:

@@ -21,7 +21,7 @@ from transformers import ViTConfig, ViTModel, VJEPA2Config, VJEPA2Model
 from rewards.catalogue import CATALOGUE
 from rewards.common.heads import LinearLayers
 from rewards.common.qwen_vl import random_qwen_vl
-from rewards.load import built_in
+from rewards.load import import_built_in
 from rewards.models import hps_v3, viclip, video_align, video_score
 from rewards.models.consistency import Dino
 from rlhf.generator import wan_decoder
@@ -128,7 +128,7 @@ def band_gradients(reward, latents, video):
 def test_a_saturated_band_pulls_as_one_that_is_just_inside(name, decoded, monkeypatch):
     monkeypatch.setattr("rewards.models.hps_v3.PIXELS", 6 * 784)
     monkeypatch.setattr("rewards.models.video_align.MIN_PIXELS", 4 * 784)
-    reward, (latents, *videos) = MAKE[name](built_in(name)), decoded
+    reward, (latents, *videos) = MAKE[name](import_built_in(name)), decoded
     inside, outside = (band_gradients(reward, latents, video) for video in videos)
     assert (inside > 0).all()
     assert ((outside / inside).log().abs() < 1).all()
