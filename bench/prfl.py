@@ -25,11 +25,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, make_parser, read_rows, show_row, write_rows
 
+from rewards.distill import main as distill
 from rewards.models.latent_reward import NAME, read_facts
 from rlhf.config import RewardGradientConfig
 from rlhf.config.parse import CONFIGS, parse_config
 from rlhf.device import pick_device, synchronize
-from rlhf.distill import main as distill
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.statistics import paired_interval
 from rlhf.trainer import RewardGradientTrainer

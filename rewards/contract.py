@@ -49,9 +49,9 @@ SPACES = ("pixels", "latents")
 
 @dataclass(frozen=True)
 class NoisyLatents:
-    """What rewards of space "latents" score: latents, and what is told of them by keyword.
+    """Latents that rewards of space "latents" score, with the keywords that they get.
 
-    latents_BCTHW: x = (1 - sigma) x_0 + sigma noise, float32, (B, 16, F, H/8, W/8) of a Wan VAE.
+    latents_BCTHW: x = (1 - sigma) x0 + sigma noise, float32, (B, 16, F, H/8, W/8) of a Wan VAE.
     sigma: their noise level in [0, 1]: 1 is pure noise, 0 a finished video. One for the batch.
     text_BLD, pooled_BP: embeddings of the prompts, as the generator's transformer is given them.
     """
@@ -63,7 +63,7 @@ class NoisyLatents:
 
     @property
     def info(self) -> dict[str, Any]:
-        """The keywords of the reward: sigma, text (B, L, D) and pooled (B, P)."""
+        """Return the keywords of the reward: sigma, text (B, L, D) and pooled (B, P)."""
         return {"sigma": self.sigma, "text": self.text_BLD, "pooled": self.pooled_BP}
 
 

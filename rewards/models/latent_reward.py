@@ -49,7 +49,7 @@ class LatentHead(nn.Module):
 
 @dataclass(frozen=True)
 class HeadFacts:
-    """What the file of a head says of it."""
+    """Facts that the file of a head states."""
 
     model: str  # the generator: nano, a folder or a hub id
     digest: str  # `transformer_digest` of the base

@@ -30,7 +30,7 @@ TEXTS = 2  # the prompt and the negative prompt, which are encoded as one batch
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model are while it samples.
+    """Places of a model's parts while it samples.
 
     Attributes:
         encoders: "device" for all the time; "in turn": each is on the device for its own call

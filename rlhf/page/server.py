@@ -22,7 +22,7 @@ MAX_BODY = 2**20  # bytes of a request
 
 
 class App(Protocol):
-    """What the page shows and does. Methods raise ValueError for what the user can mend."""
+    """Content and actions of a page. Methods raise ValueError for what the user can mend."""
 
     actions: dict[str, Callable[[dict], None]]  # by the last part of the address
 

@@ -22,7 +22,7 @@ RATE_TOLERANCE = 0.01  # 23.976 frames a second count as 24
 
 
 class ClipSize(NamedTuple):
-    """What a run's videos have: pixels, frames, and frames per second."""
+    """Size of a run's videos: pixels, frames, and frames per second."""
 
     width: int
     height: int

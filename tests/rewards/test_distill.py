@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from rewards.distill import Videos, batches_of, main, parse_distill_args
 from rewards.models.latent_reward import read_facts
-from rlhf.distill import Videos, batches_of, main, parse
 from rlhf.generator.files import transformer_digest
 
 TINY = ["--height=16", "--width=16", "--num_frames=5", "--num_inference_steps=3", "--cpu_threads=1"]
@@ -77,4 +77,4 @@ def test_batches_are_of_one_level_and_hold_each_state_once():
 
 
 def test_the_number_of_blocks_is_that_of_the_paper_but_at_most_half(tmp_path):
-    assert parse(["--head", str(tmp_path / "x.safetensors")])[0].blocks == 3
+    assert parse_distill_args(["--head", str(tmp_path / "x.safetensors")])[0].blocks == 3
