@@ -15,7 +15,7 @@ from rewards.load import check_spec, named_files, source_digests, split_spec
 from rewards.placement import without_device
 from rewards.remote import is_url
 from rewards.score import NotScoredError, by_name, load_rewards, score
-from rlhf.io import file_sha256, write_whole
+from rlhf.io import file_fingerprint, file_sha256, write_whole
 from rlhf.types import fields_of, row_of
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
@@ -141,8 +141,8 @@ def content_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, or of a folder's names and bytes."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
-        return digest(*(text for file in files for text in (file.name, file_sha256(file))))
-    return file_sha256(path)
+        return digest(*(text for file in files for text in (file.name, file_fingerprint(file)["sha256"])))
+    return file_fingerprint(path)["sha256"]
 
 
 def digest(*parts: str) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +164,7 @@ def file_fingerprint(path: Path) -> dict:
     return _hash(path.absolute(), status.st_size, *version)
 
 
-@lru_cache
+@cache
 def _hash(path: Path, size: int, *_version: int) -> dict:
     return {"bytes": size, "sha256": file_sha256(path)}
 
