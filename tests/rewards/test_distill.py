@@ -45,7 +45,7 @@ def test_the_command_writes_a_head_with_its_figures(tmp_path, capsys):
 def test_a_head_ranks_unseen_videos_better_the_less_noise_there_is(tmp_path):
     head = distil_darkness(tmp_path, "--videos=192", "--epochs=20")
     found = [row["spearman"] for row in read_facts(head).figures["levels"]]
-    assert found[-1] > 0.7
+    assert found[-1] > 0.5  # of 24 videos: chance reaches it once in 150
     assert found[-1] > found[0]
 
 
