@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from rewards.load import spec_name, split_spec
+from rewards.contract import reward_name, split_spec
 from rlhf.config import VIDEO_SIZE
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
@@ -145,7 +145,7 @@ class Run:
     @property
     def trained_names(self) -> list[str]:
         """Return the names of the rewards that are trained on: not those of weight 0."""
-        names = list(map(spec_name, self.config.get("reward_funcs") or self.summary.get("trained", {})))
+        names = list(map(reward_name, self.config.get("reward_funcs") or self.summary.get("trained", {})))
         weights = self.config.get("reward_weights") or [1.0] * len(names)
         return [name for name, weight in zip(names, weights, strict=False) if weight]
 

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import errors
 from tiny_judges import bert_tokenizer
 
-from rewards import RewardError, built_in_names, check_spec, frames_needed, load_reward
+from rewards import RewardError, built_in_names, check_spec, frames_needed, load_reward, reward_name
 from rewards import load as load_module
 from rewards.catalogue import CATALOGUE
 from rewards.isolation import keep_process_state
@@ -261,8 +261,8 @@ def test_a_construction_that_does_not_come_back_names_the_reward(tmp_path):
 
 
 def test_a_reward_under_another_name(folder):
-    assert load_module.spec_name("gain3=mine.py:Bright") == "gain3"
-    assert load_module.spec_name("./a=b.py:Bright") == "Bright"
+    assert reward_name("gain3=mine.py:Bright") == "gain3"
+    assert reward_name("./a=b.py:Bright") == "Bright"
     assert load_reward("gain3=mine.py:Bright", folder, gain=3.0)(VIDEO, PROMPTS).tolist() == [1.5, 1.5]
     with pytest.raises(RewardError, match="^reward 'large': .*`model` in reward_kwargs.large to a local path"):
         load_reward("large=clip_score")
