@@ -223,10 +223,10 @@ class Run:
     @property
     def eval_size(self) -> str:
         """Return the size of the evaluated videos in words, "" if it is that of the training."""
-        own = {name: self.config.get(f"eval_{name}") for name in VIDEO_SIZE}
-        if self.before or not any(value and value != self.config[name] for name, value in own.items()):
+        own = self.config.get("eval_size") or {}
+        if self.before or not any(value != self.config[name] for name, value in own.items()):
             return ""
-        height, width, frames = (value or self.config[name] for name, value in own.items())
+        height, width, frames = (own.get(name, self.config[name]) for name in VIDEO_SIZE)
         trained = "{height}x{width} with {num_frames} frames".format(**self.config)
         return f"{height}x{width} with {frames} frames; training used {trained}"
 

@@ -409,5 +409,5 @@ def test_an_evaluation_has_a_size_of_its_own(make_args, tmp_path, monkeypatch):
     resumed = {"resume_from_checkpoint": "latest", "max_steps": 2}
     train(dataclasses.replace(args, **resumed), seen, evaluate=True)
     assert made == ["tuned"]
-    train(dataclasses.replace(args, **resumed | {"eval_height": 16, "max_steps": 3}), seen, evaluate=True)
+    train(dataclasses.replace(args, **resumed | {"eval_size": {"height": 16}, "max_steps": 3}), seen, evaluate=True)
     assert made == ["tuned", "base", "tuned"]
