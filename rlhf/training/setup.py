@@ -285,7 +285,7 @@ def make_batches(prompts: list[str], pipe: VideoPipeline, args: RewardGradientCo
 def make_anchor_data(
     videos: list[Video], pipe: VideoPipeline, args: RewardGradientConfig, layout: Layout
 ) -> AnchorData:
-    """Return the real videos of a run, not encoded yet; none without `anchor_data`."""
+    """Return the real videos of a run, not encoded yet; an empty one without `anchor_data`."""
     if videos:
         captions = ", whose captions are the prompts of this run" if is_offline(args) else ""
         layout.accelerator.print(f"anchor_data: {len(videos)} videos of {args.anchor_data}{captions}")
