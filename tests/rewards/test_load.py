@@ -68,10 +68,6 @@ def test_what_a_constructor_raises_is_told_with_its_line(folder):
     assert "for the arguments {'path': 'there.pt'}" in told
     assert "late.py, line 3)" in told
     assert "reward_kwargs" in told
-    source = "import torch\nclass Large:\n    def __init__(self):\n        raise torch.OutOfMemoryError\n"
-    (folder / "large.py").write_text(source)
-    with pytest.raises(torch.OutOfMemoryError):
-        load_reward("large.py:Large", folder)
 
 
 def test_a_function_in_a_file_is_used_as_it_is(folder):
