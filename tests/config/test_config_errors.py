@@ -88,8 +88,8 @@ def name_of(row: Row) -> str:
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_a_mistake_is_answered_with_what_was_got_what_was_expected_and_the_cure(row, project, monkeypatch):
     problems = told(row.mistake, project, monkeypatch)
-    got, expected = (part.replace("{tmp}", str(project)) for part in (row.got, row.expected))
-    answers = [p for p in problems if got in p and expected in p and row.cure in p]
+    got, expected, cure = row.told.replace("{tmp}", str(project)).split(" ... ")
+    answers = [p for p in problems if got in p and expected in p and cure in p]
     assert len(answers) == 1, problems
     for problem in problems:
         assert len(problem) < 800, "one paragraph"
