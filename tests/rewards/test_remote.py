@@ -16,7 +16,7 @@ import pytest
 import torch
 from processes import FOLDER, free_port, start
 from reward_checks import make_video
-from runs import At, adapter, saved_adapter, train
+from runs import At, OneProcess, adapter, saved_adapter, train
 from served import serve
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, rows_without_cost
@@ -65,14 +65,6 @@ def thread(reward, **options):
             yield server.url
         finally:
             server.shutdown()
-
-
-class OneProcess:
-    num_processes, process_index, is_main_process, in_step = 1, 0, True, False
-    device = torch.device("cpu")
-
-    def reduce(self, tensor, how):
-        return tensor
 
 
 def graded(reward, video, prompts, **info):
