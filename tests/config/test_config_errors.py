@@ -25,7 +25,8 @@ from rlhf.config.parse import parse_config
 PACKAGE = Path(__file__).parents[2] / "rlhf"
 CHECKED = [path for room in ("checks", "config") for path in (PACKAGE / room).glob("*.py")]
 CHECKED += [PACKAGE / "method" / "options.py", PACKAGE / "prompts" / "__init__.py"]
-OTHERS = ("as_prompts", "check_sampling")  # tests/prompts/test_prompts.py, tests/export/test_demo.py
+# Of tests/prompts/test_prompts.py, tests/export/test_demo.py and tests/training/test_initial_adapter.py.
+OTHERS = ("as_prompts", "check_sampling", "read_initial")
 
 
 # ---------------------------------------------------------------------------------- making mistakes

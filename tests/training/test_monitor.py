@@ -375,14 +375,13 @@ def test_nano_cheats_a_reward_and_is_caught_while_an_unguarded_run_breaks(make_a
 def test_an_evaluation_has_a_size_of_its_own(make_args, tmp_path, monkeypatch):
     """Base and tuned are alike without learning, and the base is that of a run that trains at this size."""
     size = {"height": 32, "width": 48, "num_frames": 9}
-    own = {f"eval_{name}": value for name, value in size.items()} | {"learning_rate": 0.0, "max_steps": 1}
     shapes = []
 
     def seen(video, prompts, **info):
         shapes.append(tuple(video.shape[2:]))
         return redness(video, prompts)
 
-    args = make_args(**own)
+    args = make_args(eval_size=size, learning_rate=0.0, max_steps=1)
     train(args, seen, evaluate=True)
     assert {*shapes} == {(5, 16, 32), (9, 32, 48)}
     base, tuned = (
