@@ -137,7 +137,12 @@ class MasterWeights:
             piece.copy_(tensors[name])
 
     def require_scale(self, saved: Lora) -> None:
-        """Raise ConfigError unless each layer of a saved LoRA has this adapter's alpha / rank."""
+        """Raise ConfigError unless each layer of a saved LoRA has this adapter's alpha / rank.
+
+        A LoRA with a remark is not looked at: a checkpoint of an older version states no scale.
+        """
+        if saved.remark:
+            return
         for name, layer in self.trained_lora().layers.items():
             if not math.isclose(layer.scale, saved.layers[name].scale, rel_tol=1e-6):
                 got = f"got alpha / rank {layer.scale:g} in {name}, expected {saved.layers[name].scale:g}"
