@@ -79,14 +79,22 @@ def _problems(settings: dict):
     """Yield a problem for each removed setting or value that is in use."""
     if settings.get("dry_run"):
         yield "dry_run: got it among the settings, expected the flag --dry_run of the command; leave it out"
-    for name, (unused, cure) in REMOVED.items():
-        if name == "drift_weighting" and settings.get("guidance_gradient") == "distill":
-            unused = "even"
+    for name, (_, cure) in REMOVED.items():
+        unused = _value_without_effect(name, settings)
         if cure and settings.get(name, unused) != unused:
             yield f"{name}: got {settings[name]!r}, which this version no longer has, expected none; {cure}"
     for name, (value, cure) in REMOVED_VALUES.items():
         if settings.get(name) == value:
             yield f"{name}: got {value!r}, which this version no longer has; choose {cure}"
+
+
+def _value_without_effect(name: str, settings: dict) -> Any:
+    """Return the value of a removed setting that changes nothing beside the other settings."""
+    if name == "drift_weighting" and settings.get("guidance_gradient") == "distill":
+        return "even"
+    if name == "num_train_prompts" and settings.get("prompts", "nano_train") != "nano_train":  # a file was used whole
+        return settings.get(name)
+    return REMOVED[name][0]
 
 
 def hint(name: str) -> str:

@@ -276,6 +276,14 @@ def test_what_was_in_use_and_is_gone_is_refused_with_its_cure(settings, cure):
     assert cure in problem
 
 
+def test_what_had_no_effect_beside_the_others_is_dropped():
+    for settings in ({"prompts": "p.txt", "num_train_prompts": 9}, {"guidance_gradient": "distill"}):
+        old = {"drift_weighting": "even" if "guidance_gradient" in settings else "kl"} | settings
+        kept, told, problems = translate_old_settings(old)
+        assert (kept.keys() & {"num_train_prompts", "drift_weighting"}, problems) == (set(), [])
+        assert told.endswith("gone, without effect here.")
+
+
 def test_settings_of_today_are_left_as_they_are():
     now = dataclasses.asdict(RewardGradientConfig(method="draft_lv", method_kwargs={"num_draws": 3}))
     assert translate_old_settings(now) == (now, "", [])
