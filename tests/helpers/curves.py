@@ -73,7 +73,6 @@ CURVES = {
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
 }
 
-NO_GPU = ("flow_grpo", "prfl", "srpo_offline")  # curves that were not drawn on a GPU yet
 
 
 def draw(name: str, device: str = "cpu") -> dict[str, list[float]]:
