@@ -24,7 +24,7 @@ def lock_problem(folder: Path) -> str | None:
     try:
         with path.open(encoding="utf-8") as file:
             free, holder = _try_lock(file, shared=True), _read_holder(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     got = f"output_dir={folder}: got a folder in which process {holder['pid']} on {holder['host']} trains"
     got += ", expected one run a folder"
