@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(given.output, about, lambda row: row["arm"])
     with tempfile.TemporaryDirectory() as work:
         os.environ["CONTENTV_RLHF_CACHE"] = work
-        make_videos(folder := Path(work) / "videos", "mp4", write_video)
+        make_videos(folder := Path(work) / "videos", ".mp4", write_video)
         for arm in given.only or ARMS:
             if arm not in rows or rows[arm]["settings"] != SHORT | ARMS[arm]:
                 rows[arm] = run_arm(arm, device.type, folder)

@@ -6,6 +6,7 @@ Shape legend: B batch, T frames, H height, W width.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -29,7 +30,7 @@ class DDPOTrainer(RewardGradientTrainer):
 
     def __init__(self, options: FlowGRPOOptions, args, **inputs):
         super().__init__(args=args, **inputs)
-        self.scorer.method = "flow_grpo"  # scores alone are asked for
+        self.scorer = replace(self.scorer, method="flow_grpo")  # scores alone are asked for
         noise = options.noise, options.noise_level, options.kl_weight, options.advantage_clip
         self.regression = FlowGRPO(self.batches.size, *noise)
 

@@ -21,16 +21,17 @@ DISTIL = {"videos": 1024, "epochs": 4, "blocks": 3}
 COUNT, FPS = 64, 8
 
 
-def write_animation(path: Path, video_CTHW: torch.Tensor, fps: int) -> None:
-    """Write a uint8 video as a PNG animation, which loses nothing and needs no PyAV."""
-    first, *rest = (Image.fromarray(frame) for frame in video_CTHW.permute(1, 2, 3, 0).contiguous().numpy())
-    first.save(path, format="PNG", save_all=True, append_images=rest, duration=1000 // fps)
+def write_pictures(folder: Path, video_CTHW: torch.Tensor, fps: int) -> None:
+    """Write a uint8 video as a folder of numbered pictures, which need no PyAV and lose nothing."""
+    folder.mkdir(exist_ok=True)
+    for i, frame in enumerate(video_CTHW.permute(1, 2, 3, 0).contiguous().numpy()):
+        Image.fromarray(frame).save(folder / f"{i}.png")
 
 
-def make_videos(folder: Path, ending: str = "apng", write: Callable = write_animation) -> None:
+def make_videos(folder: Path, ending: str = "", write: Callable = write_pictures) -> None:
     """Write captioned videos of nano's world and videos.jsonl, unless they are there.
 
-    No combination is held out, and all captions are right.
+    No combination is held out, and all captions are right. ending: of the videos' names.
     """
     if (folder / "videos.jsonl").exists():
         return
@@ -39,8 +40,8 @@ def make_videos(folder: Path, ending: str = "apng", write: Callable = write_anim
     scenes = world.sample_scenes(COUNT, generator)
     captions = world.captions(scenes, generator)
     for i, video in enumerate(world.render(scenes)):
-        write(folder / f"{i}.{ending}", to_uint8(video), FPS)
-    write_rows(folder / "videos.jsonl", [{"file": f"{i}.{ending}", "prompt": text} for i, text in enumerate(captions)])
+        write(folder / f"{i}{ending}", to_uint8(video), FPS)
+    write_rows(folder / "videos.jsonl", [{"file": f"{i}{ending}", "prompt": text} for i, text in enumerate(captions)])
 
 
 def make_head(path: Path, device: str, changes: dict | None = None) -> dict:

@@ -34,7 +34,6 @@ from rlhf.training.monitor import gains
 from rlhf.training.rewards import open_rewards
 
 (TRAINED, *HELD_OUT), WARM_UP = JUDGES, 3
-REWARD_KEYS = "method", "reward_funcs", "reward_kwargs", "eval_reward_funcs"
 CURVE_KEYS = {TRAINED: "trained"} | {name: name.removeprefix("nano_") for name in (*HELD_OUT, DIVERSITY)}
 START = {"method": "draft_k", "learning_rate": 1e-3, "per_device_train_batch_size": 16, "ema_decay": 0.0}
 SHARED = START | {  # what arms change; no pictures, no checkpoints; guidance in one batch is the same and faster
@@ -114,7 +113,7 @@ def start(settings: dict, seed: int, steps: int, conditions: Conditions) -> Rewa
     """Return a trainer of the arm, ready to step."""
     settings, ddpo = split(settings)
     args = conditions.args(settings, seed, steps)
-    own = {key: settings[key] for key in REWARD_KEYS if key in settings} if "reward_funcs" in settings else {}
+    own = settings if "reward_funcs" in settings else {}  # a reward that others do not train on
     inputs = {"args": args, "opened_rewards": judges_of(conditions, json.dumps(own))}
     trainer = DDPOTrainer(ddpo, **inputs) if ddpo else RewardGradientTrainer(**inputs)
     trainer._begin()  # its run folder, without what train() evaluates and writes around the steps
