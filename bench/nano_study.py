@@ -199,8 +199,11 @@ class Study:
 
     def _take(self, rows: list[dict], about: dict, began: float, left: int) -> None:
         """Keep the rows of a run that ended, and how much slower than alone it was."""
+        rows = [about | row for row in rows]
         for row in rows:
-            self.put(about | row)
+            for point in row.get("curve", ()):
+                point["device_seconds"] = about["device_seconds"] * point["steps"] / about["steps"]
+            self.put(row)
         if "error" not in rows[-1] and (alone := about.get("device_seconds")):
             self.slower = max(self.slower, (time.perf_counter() - began - START_SECONDS) / alone)
         what = ", ".join(f"{key} {value}" for key, value in about.items() if key not in ("settings", "device_seconds"))

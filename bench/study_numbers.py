@@ -79,23 +79,21 @@ def best_of_rows(result: dict) -> dict[str, list[dict]]:
 
 
 def curve_of(rows: list[dict]) -> list[dict[str, float]]:
-    """Return an arm's curve, means over its seeds: steps, seconds, and gains in MEASURES' units.
+    """Return an arm's curve from the base on: steps, device_seconds, gains in MEASURES' units.
 
-    It begins at the base. Rows of another number of steps than the last row's are left out.
+    Gains are means over seeds; rows judged after other steps than the last row are left out.
     """
-    rows = [row for row in rows if row["steps"] == rows[-1]["steps"] and "curve" in row]
-    if not rows:
-        return []
-    points = [{"steps": 0, "seconds": 0.0} | dict.fromkeys(ALONG, 0.0)]
-    for at in zip(*(row["curve"] for row in rows), strict=True):
-        steps = at[0]["steps"]
-        point = {"steps": steps, "seconds": rows[0]["device_seconds"] * steps / rows[0]["steps"]}
+    steps_of = lambda row: [point["steps"] for point in row.get("curve", ())]
+    rows = [row for row in rows if steps_of(row) == steps_of(rows[-1])]
+    points = [{"steps": 0, "device_seconds": 0.0} | dict.fromkeys(ALONG, 0.0)]
+    for at in zip(*(row.get("curve", ()) for row in rows), strict=True):
+        point = {key: at[0][key] for key in ("steps", "device_seconds")}
         for measure in ALONG:
             pairs = [(row[measure]["base"], here[measure]) for row, here in zip(rows, at, strict=True)]
             judged = [{measure: {"base": base, "tuned": tuned, "diff": tuned - base}} for base, tuned in pairs]
             point[measure] = statistics.mean(gains(judged, measure))
         points.append(point)
-    return points
+    return points if len(points) > 1 else []
 
 
 def turn_of(curve: list[dict[str, float]], measure: str = "verifier") -> dict[str, float] | None:
@@ -110,5 +108,5 @@ def seconds_until(curve: list[dict[str, float]], measure: str, goal: float) -> f
     for before, after in pairwise(curve):
         if before[measure] < goal <= after[measure]:
             share = (goal - before[measure]) / (after[measure] - before[measure])
-            return before["seconds"] + share * (after["seconds"] - before["seconds"])
+            return before["device_seconds"] + share * (after["device_seconds"] - before["device_seconds"])
     return None

@@ -70,7 +70,7 @@ def curves_table(result: dict) -> str:
             cells = [format(point[m], form_of(m)) for m in ("trained", "verifier", "clip", "diversity")]
             mark = " (turns)" if point is turn else ""
             lines.append(
-                [named(arm, rows), str(len(rows)), f"{point['steps']}{mark}", f"{point['seconds']:.0f}", *cells]
+                [named(arm, rows), str(len(rows)), f"{point['steps']}{mark}", f"{point['device_seconds']:.0f}", *cells]
             )
     headings = [MEASURES[m][0] for m in ("trained", "verifier", "clip", "diversity")]
     return table(["arm", "seeds", "steps", "device-seconds", *headings], lines) if lines else ""
