@@ -162,7 +162,7 @@ def seeds_of(result: dict) -> str:
     groups: dict[str, list[str]] = {}
     for arm, rows in by_arm(result).items():
         groups.setdefault(", ".join(map(str, sorted(row["seed"] for row in rows))), []).append(arm)
-    if len(groups) == 1:
+    if len(groups) < 2:
         return f"Seeds of every arm: {', '.join(groups)}."
     most = max(groups, key=lambda seeds: len(groups[seeds]))
     others = "; ".join(f"{seeds} of {', '.join(arms)}" for seeds, arms in groups.items() if seeds != most)
