@@ -233,7 +233,7 @@ def told(row: dict) -> str:
 def run_of(study: Study, about: dict, settings: dict, steps: int | None = None) -> tuple[dict, Callable]:
     """Return the task that trains an arm for `steps`, or as many as the budget allows."""
     if cost_key(settings) not in study.costs:
-        return about, study_runs.not_timed
+        return about | {"settings": settings}, study_runs.not_timed
     seconds, steps = study.costs[cost_key(settings)], steps or study.steps_of(settings)
     about = about | {"settings": settings, "steps": steps, "device_seconds": steps * seconds}
     return about, partial(study_runs.train, settings, about["seed"], steps, study.conditions)

@@ -78,15 +78,20 @@ def best_of_rows(result: dict) -> dict[str, list[dict]]:
     return {arm: rows for arm, rows in by_arm(result).items() if arm.startswith("best-of")}
 
 
-def curve_of(rows: list[dict]) -> list[dict[str, float]]:
-    """Return an arm's curve from the base on: steps, device_seconds, gains in MEASURES' units.
+def judged_along(rows: list[dict]) -> list[dict]:
+    """Return the rows that have a curve, and after the same steps as the last of them."""
+    rows = [row for row in rows if row.get("curve")]
+    steps_of = lambda row: [point["steps"] for point in row["curve"]]
+    return [row for row in rows if steps_of(row) == steps_of(rows[-1])]
 
-    Gains are means over seeds; rows judged after other steps than the last row are left out.
+
+def curve_of(rows: list[dict]) -> list[dict[str, float]]:
+    """Return the means over rows of `judged_along`, from the base on; [] without rows.
+
+    Points have steps, device_seconds and gains in the units of MEASURES.
     """
-    steps_of = lambda row: [point["steps"] for point in row.get("curve", ())]
-    rows = [row for row in rows if steps_of(row) == steps_of(rows[-1])]
     points = [{"steps": 0, "device_seconds": 0.0} | dict.fromkeys(ALONG, 0.0)]
-    for at in zip(*(row.get("curve", ()) for row in rows), strict=True):
+    for at in zip(*(row["curve"] for row in rows), strict=True):
         point = {key: at[0][key] for key in ("steps", "device_seconds")}
         for measure in ALONG:
             pairs = [(row[measure]["base"], here[measure]) for row, here in zip(rows, at, strict=True)]

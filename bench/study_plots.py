@@ -10,7 +10,18 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from study_arms import CONTROL
-from study_numbers import LONG_RESULT, MEASURES, RESULT, best_of_rows, by_arm, curve_of, gains, mean_interval, named
+from study_numbers import (
+    LONG_RESULT,
+    MEASURES,
+    RESULT,
+    best_of_rows,
+    by_arm,
+    curve_of,
+    gains,
+    judged_along,
+    mean_interval,
+    named,
+)
 
 ROOT = Path(__file__).parents[1]
 NEAR = 1.5  # points of the verifier: less than a name is high
@@ -70,7 +81,7 @@ def plot_frontier(result: dict, path: Path) -> None:
     place = lambda rows: tuple(statistics.mean(gains(rows, m)) for m in ("diversity", "verifier"))
     for arm, rows in (by_arm(result) | best_of_rows(result)).items():
         x, y = place(rows)
-        curve = curve_of(rows)
+        curve = curve_of(judged_along(rows))
         axis.plot([p["diversity"] for p in curve], [p["verifier"] for p in curve], color=color_of(arm), alpha=0.25)
         fill = "white" if arm.endswith(CONTROL) else color_of(arm)
         axis.plot(x, y, "o", color=color_of(arm), markerfacecolor=fill, markersize=5)

@@ -18,6 +18,7 @@ from study_numbers import (
     by_arm,
     curve_of,
     gains,
+    judged_along,
     mean_interval,
     named,
     seconds_until,
@@ -60,12 +61,17 @@ def queries_table(result: dict) -> str:
     return table(["arm", "reward queries", *(MEASURES[m][0] for m in measures)], lines)
 
 
+def _along(result: dict) -> list[tuple[str, list[dict]]]:
+    """Return arms with the rows that were judged along the way."""
+    return [(arm, judged) for arm, rows in by_arm(result).items() if (judged := judged_along(rows))]
+
+
 def curves_table(result: dict) -> str:
     """Return each arm's means along the way, and where it turned."""
     lines = []
-    for arm, rows in by_arm(result).items():
+    for arm, rows in _along(result):
         curve = curve_of(rows)
-        turn = turn_of(curve) if curve else None
+        turn = turn_of(curve)
         for point in curve[1:]:
             cells = [format(point[m], form_of(m)) for m in ("trained", "verifier", "clip", "diversity")]
             mark = " (turns)" if point is turn else ""
@@ -79,11 +85,11 @@ def curves_table(result: dict) -> str:
 def turns_table(result: dict) -> str:
     """Return by arm the step after which the verifier fell while the trained reward rose."""
     lines = []
-    for arm, rows in by_arm(result).items():
-        if curve := curve_of(rows):
-            turn, end = turn_of(curve), curve[-1]
-            at = [f"{turn['steps']} of {end['steps']}", f"{turn['verifier']:+.1f}"] if turn else ["no", "-"]
-            lines.append([named(arm, rows), str(len(rows)), *at, f"{end['verifier']:+.1f}", f"{end['trained']:+.3f}"])
+    for arm, rows in _along(result):
+        curve = curve_of(rows)
+        turn, end = turn_of(curve), curve[-1]
+        at = [f"{turn['steps']} of {end['steps']}", f"{turn['verifier']:+.1f}"] if turn else ["no", "-"]
+        lines.append([named(arm, rows), str(len(rows)), *at, f"{end['verifier']:+.1f}", f"{end['trained']:+.3f}"])
     headings = ["turns after step", "verifier there, points", "at the end", "trained reward at the end"]
     return table(["arm", "seeds", *headings], lines) if lines else ""
 
@@ -93,10 +99,9 @@ def equals_table(result: dict, measure: str = "verifier") -> str:
     goals = {arm: rows for arm, rows in best_of_rows(result).items() if any(row.get(measure) for row in rows)}
     means = {arm: statistics.mean(gains(rows, measure)) for arm, rows in goals.items()}
     order, lines = sorted(means, key=means.get), []
-    for arm, rows in by_arm(result).items():
-        if curve := curve_of(rows):
-            found = [seconds_until(curve, measure, means[goal]) for goal in order]
-            lines.append([named(arm, rows), str(len(rows)), *("-" if s is None else f"{s:.0f}" for s in found)])
+    for arm, rows in _along(result):
+        found = [seconds_until(curve_of(rows), measure, means[goal]) for goal in order]
+        lines.append([named(arm, rows), str(len(rows)), *("-" if s is None else f"{s:.0f}" for s in found)])
     form = form_of(measure)
     headings = [f"{named(goal, goals[goal])} ({format(means[goal], form)})" for goal in order]
     return table(["arm", "seeds", *headings], lines) if lines and order else ""

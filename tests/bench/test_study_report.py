@@ -91,8 +91,10 @@ def test_a_long_study_tells_where_arms_turn_and_when_they_equal_best_of_n():
         result
     )
     assert study_report.seeds_of(result) == "Seeds of the arms: 0, 1; but 0 of SRPO."
-    del result["rows"][4]["curve"]  # the last row of ReFL: what was judged elsewhere is left out
-    assert "ReFL" not in study_report.turns_table(result)
+    del result["rows"][4]["curve"][0]  # of ReFL: what was judged after other steps is left out
+    assert "| ReFL | 1 | no | - | +30.0 | +0.300 |" in study_report.turns_table(result)
+    del result["rows"][5]["curve"]
+    assert "| ReFL | 1 | no | - | +30.0 | +0.300 |" in study_report.turns_table(result)
 
 
 def test_tables_of_a_study_without_curves_or_rows_are_fine():
