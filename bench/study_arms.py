@@ -139,7 +139,7 @@ def _best(gains: dict[str, list[float]]) -> str:
 
 def cost_key(settings: dict) -> str:
     """Return a key that is equal for settings with the same time a step."""
-    free = "learning_rate", "noise_level", "noise", "anchor_data_weight", "beta"
+    free = "learning_rate", "noise_level", "noise", "anchor_data_weight", "beta", "reward_scale"
     kept = lambda given: {key: value for key, value in given.items() if key not in free}
     options = {"method_kwargs": kept(settings["method_kwargs"])} if "method_kwargs" in settings else {}
     return json.dumps(kept(settings) | options, sort_keys=True)
