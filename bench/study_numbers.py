@@ -6,7 +6,6 @@ import statistics
 from rlhf.evaluation.statistics import student_t_975
 
 DEFAULT = "DRaFT-K"  # the default of the setting `method`
-AT_FULL_SIZE = ", at full size's prices"  # how names of arms of bench/cheaper.py end
 MEASURES = {  # heading, and whether the difference is in hundredths, relative to the base, or neither
     "trained": ("trained reward", None),
     "verifier": ("verifier, points", "hundredths"),
