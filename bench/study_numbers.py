@@ -10,7 +10,6 @@ from rlhf.evaluation.statistics import student_t_975
 
 RESULT, LONG_RESULT = (Path(__file__).parent / "results" / f"{name}.json" for name in ("study", "study_long"))
 DEFAULT = "DRaFT-K"  # the default of the setting `method`
-AT_FULL_SIZE = ", at full size's prices"  # how names of arms of bench/cheaper.py end
 MEASURES = {  # heading, and whether the difference is in hundredths, relative to the base, or neither
     "trained": ("trained reward", None),
     "verifier": ("verifier, points", "hundredths"),
