@@ -149,7 +149,7 @@ def with_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> 
     """Return the plan with a step drawn by its drift weight if the drift is to be measured."""
     if not (args.drift_weight or args.anchor_steps):
         return plan
-    weights = drift_step_weights(plan.sigmas, args.drift_weighting).cpu()
+    weights = drift_step_weights(plan.sigmas, even=args.guidance_gradient == "distill").cpu()
     step = int(torch.multinomial(weights, 1, generator=rng))
     return replace(plan, drift_step=step, drift_total=weights.sum().item())
 
