@@ -35,7 +35,7 @@ from rlhf.io import write_json
 
 EVAL_SEED = 11  # prompts on which no recipe was chosen
 COSTS = "seconds_per_step"  # of the result's environment: by `cost_key`
-SLOWER = 0.3  # by how much each run beside it makes a run slower; six took 2.5 times one's time on an H200
+SLOWER = 0.16  # by how much each run beside it makes a run slower; ten took 2.4 times as long as one on an H200
 START_SECONDS = 20  # of a run, apart from its steps
 BASE_TOLERANCE = 0.02  # of mean scores of the base: one or two of 128 videos, as devices round differently
 

@@ -81,7 +81,8 @@ def options(**changes) -> dict:
 
 POLICY_VARIANTS = [*RATES, options(noise_level=0.4), options(noise="sde"), options(noise="sde", noise_level=0.3)]
 VARIANTS = {  # the first of equal ones is kept
-    **dict.fromkeys([*GRADIENT, "PRFL"], GRADIENT_VARIANTS),
+    **dict.fromkeys(GRADIENT, GRADIENT_VARIANTS),
+    "PRFL": [{"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4, 3e-4)],
     "DRTune": [*GRADIENT_VARIANTS, *(rate | {"num_grad_steps": 2} for rate in RATES)],
     "LeapAlign": [*GRADIENT_VARIANTS, *(options(leap_discount=alpha) for alpha in (0.0, 1.0))],
     "Adjoint matching": [

@@ -125,6 +125,14 @@ def cheaper_table(result: dict) -> str:
     return f"{made_on(result)}\n\n{_arms_table(result, ('trained', 'verifier', 'clip', GAP, 'diversity'), last)}"
 
 
+def caching_table(result: dict) -> str:
+    """Return a row for each way to make a rollout cheaper, the most calls first."""
+    rows = sorted(result["rows"], key=lambda row: -row["calls"])
+    cells = [[f"`{r['arm']}`", f"{r['calls']:.1f}", f"{r['error']:.3f}", f"{r['score']:.3f}"] for r in rows]
+    headings = ["rollout", "branch calls", "error", "trained reward"]
+    return f"{made_on(result)} {rows[0]['videos']} videos.\n\n{table(headings, cells)}"
+
+
 def _arms_table(result: dict, measures: tuple[str, ...], last: tuple[str, Callable[[dict], object]]) -> str:
     headings = ["run", "seeds", *("gap" if m == GAP else MEASURES[m][0] for m in measures), last[0]]
     lines = [
@@ -215,6 +223,7 @@ TABLES = {
     "guidance.json": guidance_table,
     "methods.json": methods_table,
     "cheaper.json": cheaper_table,
+    "caching.json": caching_table,
     "step.json#exact": lambda result: step_table(result, exact=True),
     "step.json#cheaper": lambda result: step_table(result, exact=False),
     "step.json#compile": compile_table,
