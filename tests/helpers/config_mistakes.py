@@ -521,10 +521,4 @@ ROWS = [
         "expected 16 as in",
         "set it back, or start another output_dir",
     ),
-    Row(
-        {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "base_bits": 4},
-        "base_bits: got 4 with a model of Wan",
-        "expected None",
-        "use stream_weights",
-    ),
 ]
