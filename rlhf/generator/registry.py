@@ -29,6 +29,7 @@ from rlhf.io import read_object
 
 ROOMS = ("rlhf.contentv", "rlhf.wan")  # the first has the checkpoints whose class is not known
 CONTENTV_8B = "ByteDance/ContentV-8B"
+DEFAULT_MODEL = CONTENTV_8B  # where a model or its sizes are not named
 SAMPLING_FILE = "sampling.json"
 
 
