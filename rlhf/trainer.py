@@ -16,7 +16,7 @@ import torch
 from peft import PeftConfig
 from transformers import TrainerCallback
 
-from rlhf.adapter.lora_file import INITIAL_KEY
+from rlhf.adapter.lora_file import INITIAL_KEY, read_lora
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates
 from rlhf.config import RewardGradientConfig
@@ -128,6 +128,7 @@ class RewardGradientTrainer:
         self.state.global_step = self.resumed["step"]
         if checkpoint:
             load_checkpoint(checkpoint, self.masters, self.optimizer)
+            self.masters.require_scale(read_lora(checkpoint / "adapter.safetensors"))
             self.fields.refresh()
         self.sample_base, sample_tuned = map(self._video_sampler, (self.fields.base, self.fields.tuned))
         self.monitor = None
@@ -175,7 +176,10 @@ class RewardGradientTrainer:
         }
 
     def _gradient(self, step: int, plan: Plan) -> tuple[list[BatchResult], float]:
-        """Compute the gradient of all batches and processes; return its parts' results and norm."""
+        """Leave the gradient of all batches and processes in the master weights.
+
+        Returns the results of this process, one a batch, and the gradient's norm.
+        """
         is_anchor, micros = is_due(step + 1, self.args.anchor_steps), range(self.args.gradient_accumulation_steps)
         gradient = self._anchor_gradient if is_anchor else self._reward_gradient
         if plan.regression and not is_anchor:

@@ -1,5 +1,6 @@
 """The fp32 master weights of the trained parameters, as one flat vector."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 
 from rlhf.adapter.lora_file import INITIAL_KEY, PARTS
 from rlhf.adapter.lora_weights import Lora, LoraLayer
+from rlhf.config import ConfigError
 
 
 class MasterWeights:
@@ -133,6 +135,18 @@ class MasterWeights:
             )
         for name, piece in pieces.items():
             piece.copy_(tensors[name])
+
+    def require_scale(self, saved: Lora) -> None:
+        """Raise ConfigError unless each layer of a saved LoRA has this adapter's alpha / rank.
+
+        A LoRA with a remark is not looked at: a checkpoint of an older version states no scale.
+        """
+        if saved.remark:
+            return
+        for name, layer in self.trained_lora().layers.items():
+            if not math.isclose(layer.scale, saved.layers[name].scale, rel_tol=1e-6):
+                got = f"got alpha / rank {layer.scale:g} in {name}, expected {saved.layers[name].scale:g}"
+                raise ConfigError([f"peft_config: {got} as the run had; give that of the run that is resumed"])
 
     def _split(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """Return views of a flat vector in the shapes of the parameters, detached."""
