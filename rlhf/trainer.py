@@ -24,7 +24,9 @@ from rlhf.device import generator
 from rlhf.distributed.accelerator import any_process, describe_launch, make_accelerator
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import MakeVideos
+from rlhf.generator.files import model_sizes
 from rlhf.generator.flow import flow_sigmas
+from rlhf.generator.loading import linear_sizes
 from rlhf.generator.pipeline import VideoPipeline
 from rlhf.method.decode import Sampled, VideoSampler
 from rlhf.method.drift import velocity_distance
@@ -128,7 +130,8 @@ class RewardGradientTrainer:
         self.state.global_step = self.resumed["step"]
         if checkpoint:
             load_checkpoint(checkpoint, self.masters, self.optimizer)
-            self.masters.require_scale(read_lora(checkpoint / "adapter.safetensors"))
+            sizes = linear_sizes(model_sizes(args.model, self.pipe)["transformer"])
+            self.masters.require_scale(read_lora(checkpoint / "adapter.safetensors", sizes))
             self.fields.refresh()
         self.sample_base, sample_tuned = map(self._video_sampler, (self.fields.base, self.fields.tuned))
         self.monitor = None
