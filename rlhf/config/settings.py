@@ -196,7 +196,7 @@ class RewardGradientConfig:
     # Sampling. Each setting defaults to the model's own value.
     height: int | None = setting(None, "Video height in pixels.", least=1, most=16384)
     width: int | None = setting(None, "Video width in pixels.", least=1, most=16384)
-    num_frames: int | None = setting(None, "Frames of a video, 4k+1 for the Wan VAE.", least=1, most=10000)
+    num_frames: int | None = setting(None, "Frames of a video, 4k+1.", least=1, most=10000)
     num_inference_steps: int | None = setting(None, "Denoising steps N.", least=1, most=1000)
     guidance_scale: float | None = setting(
         None, "Classifier-free guidance g in v_neg + g (v_text - v_neg). 1 or less: no guidance.", above=0, most=1000
