@@ -18,20 +18,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, make_parser, read_rows, write_rows
 from hacking import COMMON, HACKED, ROOT, draw_frames, run
 from md_table import made_on, table
+from study_inputs import make_videos
 
 from rlhf.device import pick_device
-from rlhf.io import write_rows as write_lines
-from rlhf.nano import world
-from rlhf.run.video import to_uint8, write_video
+from rlhf.run.video import write_video
 
 RESULT, PICTURE = ROOT / "bench" / "results" / "anchor_data.json", ROOT / "bench" / "runs" / "anchor_data.png"
-VIDEOS, FPS = 64, 8
 SHORT = COMMON | {"eval_steps": 0}
 GRAIN, PREFERENCE = {"reward_funcs": [HACKED]}, {"reward_funcs": ["nano_preference"]}
 OFFLINE = {"method": "srpo", "num_grad_steps": 1}
@@ -54,17 +50,6 @@ ARMS = {
     | OFFLINE
     | {"method_kwargs": {"offline": True}, "learning_rate": 3e-4},
 }
-
-
-def make_videos(folder: Path) -> None:
-    """Write captioned videos of nano's world, and videos.jsonl."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(1)
-    scenes = world.sample_scenes(VIDEOS, generator)
-    captions = world.captions(scenes, generator)
-    for i, video in enumerate(world.render(scenes)):
-        write_video(folder / f"{i}.mp4", to_uint8(video), FPS)
-    write_lines(folder / "videos.jsonl", [{"file": f"{i}.mp4", "prompt": text} for i, text in enumerate(captions)])
 
 
 def run_arm(arm: str, device: str, folder: Path) -> dict:
@@ -99,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_rows(given.output, about, lambda row: row["arm"])
     with tempfile.TemporaryDirectory() as work:
         os.environ["CONTENTV_RLHF_CACHE"] = work
-        make_videos(folder := Path(work) / "videos")
+        make_videos(folder := Path(work) / "videos", ".mp4", write_video)
         for arm in given.only or ARMS:
             if arm not in rows or rows[arm]["settings"] != SHORT | ARMS[arm]:
                 rows[arm] = run_arm(arm, device.type, folder)

@@ -1,66 +1,79 @@
-"""Held-out gains of cheaper prefixes on nano at equal device time, over seeds.
+"""Held-out gains of cheaper steps on nano at equal device time of the full-size model, over seeds.
 
-    python bench/cheaper.py [--seeds 0 1 2] [--only plain ...] [--steps 40] [--device cuda]
-        [--devices 0 1] [--jobs 6]
+    python bench/cheaper.py [--seeds 0 1 2] [--only plain ...] [--steps 40] [--timed 2]
+        [--device cuda] [--devices 0 1] [--jobs 6]
 
 Every arm samples with 12 steps, the last two with gradient, so that there is a prefix to save; 64
 videos a step and the learning rate that the study chose for such late windows, since with the 16
 and 1e-3 of configs/nano.yaml plain gains too little to tell another arm from it. It trains for as
-many optimizer steps as fit into the time of --steps steps of "plain", each arm's step timed alone
-on a device, and is judged on videos of all 12 steps. nano is so small that calling operators takes
-most of its time; arms whose name ends with "at full size's prices" have as many steps as the
-seconds of a gradient in bench/results/step.json allow (33 frames, 25 steps). `python
-bench/tables.py` fills docs/performance.md.
+many optimizer steps as the full-size model makes in the time of --steps exact ones, by the seconds
+of a gradient in bench/results/step.json (33 frames, 25 steps). All videos are judged with 12 steps.
+`python bench/tables.py` fills bench/results/cheaper.md.
 
-Prediction: rollouts that are used again give the most gradients for their time, and lose little of
-the gain at 4 uses; fewer steps change the videos most; kept guidance and a float8 copy are hard to
-tell from plain.
+nano is so small that launching operators takes most of its time, so its own times say nothing about
+the full-size model's.
+
+Prediction: fewer steps before the window give the most; together they beat plain in every seed; the
+gradient of the text branch alone loses more than its time gains.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from nano_study import arguments, opened, run_of
+import study_runs
+from nano_study import arguments, opened
+from step_arms import EXACT_BEST, FA3, TOGETHER
 from study_arms import ROOT
-from study_numbers import AT_FULL_SIZE
 
 RESULT, STEP = (ROOT / "bench" / "results" / name for name in ("cheaper.json", "step.json"))
-PLAIN = "exact, nothing twice, compiled"
 SEEDS = [0, 1, 2]
 RECIPE = {"num_inference_steps": 12, "num_grad_steps": 2, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
 FLAGS = tuple(word for key, value in RECIPE.items() for word in (f"--{key}", str(value)))
-TOGETHER = "half the steps, guidance every 2nd step, rollouts used 4 times"
-ARMS = {
+CHEAP = {"prefix_steps": 3, "rollout_reuse": 4}  # 3 of 10 steps before the window
+ARMS = {  # but for plain: name in bench/step_arms.py
     "plain": {},
-    "float8 copy": {"sampling_weights": "float8"},
     "half the steps": {"prefix_steps": 5},
     "guidance every 2nd step": {"guidance_every": 2},
-    "rollouts used 2 times": {"rollout_reuse": 2},
     "rollouts used 4 times": {"rollout_reuse": 4},
-    "rollouts used 8 times": {"rollout_reuse": 8},
-    TOGETHER: {"prefix_steps": 5, "guidance_every": 2, "rollout_reuse": 4},
+    "float8 copy": {"sampling_weights": "float8"},
+    "gradient of the text branch": {"guidance_gradient": "none"},
+    "a quarter of the steps": {"prefix_steps": 3},
+    f"{TOGETHER}{FA3}": CHEAP,
+    f"{TOGETHER}, float8 copy{FA3}": CHEAP | {"sampling_weights": "float8"},
+    f"{TOGETHER}, gradient of the text branch{FA3}": CHEAP | {"guidance_gradient": "none"},
+    f"{TOGETHER.replace('4', '6')}{FA3}": CHEAP | {"rollout_reuse": 6},
+    f"{TOGETHER.replace('4', '8')}{FA3}": CHEAP | {"rollout_reuse": 8},
 }
 
 
-def full_size_prices() -> dict[str, float]:
-    """Seconds of a gradient at full size, plain's being 1, of the arms that were measured there."""
+def steps_at_full_size(plain_steps: int) -> dict[str, int]:
+    """Return by arm the optimizer steps in the time of `plain_steps` exact ones at full size.
+
+    An arm with FlashAttention-3 is held against the fastest exact arm with it, the others against
+    the fastest without. Arms that bench/step.py has not measured are left out.
+    """
     rows = [row for row in json.loads(STEP.read_text())["rows"] if row["phase"] == "step"]
     seconds = {row["arm"]: row["seconds_per_gradient"] for row in rows if (row["frames"], row["scored"]) == (33, 1)}
-    return {arm: seconds[arm] / seconds[PLAIN] for arm in ARMS if arm in seconds}
+    exact = {True: seconds[EXACT_BEST], False: seconds[EXACT_BEST.partition(FA3)[0]]}
+    found = {arm: round(plain_steps * exact[FA3 in arm] / seconds[arm]) for arm in ARMS if arm in seconds}
+    return {"plain": plain_steps} | found
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    prices = {arm + AT_FULL_SIZE: price for arm, price in full_size_prices().items()}
-    given = arguments(__doc__.splitlines()[0], [*ARMS, *prices], 40).parse_args(argv)
-    settings = {arm: ARMS[arm.removesuffix(AT_FULL_SIZE)] for arm in given.only}
-    steps = {arm: round(given.steps / prices[arm]) for arm in given.only if arm in prices}
+    given = arguments(__doc__.splitlines()[0], [*steps_at_full_size(1)], 40).parse_args(argv)
+    steps = steps_at_full_size(given.steps)
     with opened(given, RESULT, ARMS["plain"], flags=FLAGS) as study:
-        study.calibrate([*settings.values()])
-        pairs = [({"arm": arm, "seed": seed}, arm) for seed in given.seeds or SEEDS for arm in given.only]
-        study.run([run_of(study, about, settings[arm], steps.get(arm)) for about, arm in pairs])
+        study.calibrate([])
+        tasks = []
+        for seed in given.seeds or SEEDS:
+            for arm in given.only:
+                about = {"arm": arm, "seed": seed, "settings": ARMS[arm], "steps": steps[arm]}
+                tasks.append((about, partial(study_runs.train, ARMS[arm], seed, steps[arm], study.conditions)))
+        study.run(tasks)
 
 
 if __name__ == "__main__":

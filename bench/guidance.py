@@ -33,17 +33,16 @@ MODES, STEPS, BATCHES, BATCH = ("text", "none", "distill"), (1, 2, 4), 2, 2
 ADAPTERS = {"at the start (B = 0)": 0.0, "trained (B drawn, spread 0.02)": 0.02}
 
 
-def make_trainer(device: str | None) -> RewardGradientTrainer:
+def make_trainer(device: str | None, **settings) -> RewardGradientTrainer:
     """Return a trainer of nano."""
-    args = RewardGradientConfig(
-        output_dir=f"{tempfile.mkdtemp()}/run",
-        device=device,
-        eval_prompts="none",
-        report_to=["none"],
-        per_device_train_batch_size=BATCH,
-        max_steps=BATCHES,
-    )
-    return RewardGradientTrainer(args=args)
+    common = {
+        "output_dir": f"{tempfile.mkdtemp()}/run",
+        "device": device,
+        "report_to": ["none"],
+        "eval_prompts": "none",
+    }
+    sizes = {"per_device_train_batch_size": BATCH, "max_steps": BATCHES}
+    return RewardGradientTrainer(args=RewardGradientConfig(**common | sizes | settings))
 
 
 def shake(trainer: RewardGradientTrainer, spread: float) -> None:

@@ -34,7 +34,7 @@ GIB, PERIOD = 2**30, 0.02
 MARKS = "HOST_MEMORY_MARKS"  # variable with the file that a run writes its stages to
 FIFTH = {"transformer": 8, "text_encoder": 12, "text_encoder_2": 6, "text_encoder_3": 5}  # layers
 SMALL_VIDEO = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "gradient_accumulation_steps": 1}
-SHORT_TEXT = {"num_train_prompts": 2, "max_sequence_length": 16}
+SHORT_TEXT = {"max_sequence_length": 16}
 
 
 def parse_host_memory_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -12,15 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from md_table import table
 from nano_study import arguments, opened, run_of
-from study_arms import ROOT, SHIPPED
+from study_arms import ROOT, SHIPPED, SHIPPED_LONG
 
 RESULT = ROOT / "bench" / "results" / "main_job.json"
 SEEDS = [0, 1, 2]
-((ARM, SETTINGS),) = SHIPPED.items()
+((ARM, SETTINGS),), ((_, LONG_SETTINGS),) = SHIPPED.items(), SHIPPED_LONG.items()
 STEPS = 160
 LONG = "DRTune, long"
-JOBS = {ARM: (SETTINGS, STEPS)}
-JOBS |= {LONG: (SETTINGS | {"per_device_train_batch_size": 32, "learning_rate": 1e-3}, 450)}
+JOBS = {ARM: (SETTINGS, STEPS), LONG: (LONG_SETTINGS, 450)}
 
 
 def main_job_table(result: dict) -> str:

@@ -6,7 +6,6 @@ GONE = {  # arms of settings that the project no longer has: their rows stay in 
     "8-bit base",
     "8-bit optimizer",
     "merged copy",
-    "merged copy, at full size's prices",
     "draft_k, K = 4, block 2 whole",
 }
 LABELS = {  # name of an arm in the JSON files: what the tables call it

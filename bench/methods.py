@@ -38,7 +38,7 @@ ARMS = {
     "srpo": ONE | {"method": "srpo"},
     "draft_k, K = 4, guidance text": ALL | {"guidance_gradient": "text"},
     "draft_k, K = 4, guidance none": ALL | {"guidance_gradient": "none"},
-    "draft_k, K = 4, distilled": ALL | {"guidance_gradient": "distill", "drift_weight": 1.0, "drift_weighting": "even"},
+    "draft_k, K = 4, distilled": ALL | {"guidance_gradient": "distill", "drift_weight": 1.0},
     "draft_k, K = 4, drift 1": ALL | {"drift_weight": 1.0},
     "draft_k, K = 4, anchor 5": ALL | {"anchor_steps": 5},
     "draft_k, K = 4, average .9": ALL | {"ema_decay": 0.9},
@@ -50,7 +50,6 @@ ARMS = {
     "draft_k, K = 4, cosine": ALL | {"lr_scheduler_type": "cosine"},
     "draft_k, K = 4, robust reward": ALL | {"method_kwargs": {"reward_perturbation": 0.02}},
     "draft_k, K = 4, robust weights": ALL | {"method_kwargs": {"weight_perturbation": 0.05}},
-    "draft_k, K = 4, DoRA": ALL | {"lora_use_dora": True},
 }
 
 

@@ -24,9 +24,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, make_parser, read_rows, show_row, write_rows
+from study_inputs import DISTIL, make_head
 
-from rewards.distill import main as distill
-from rewards.models.latent_reward import NAME, read_facts
+from rewards.models.latent_reward import NAME
 from rlhf.config import RewardGradientConfig
 from rlhf.config.parse import CONFIGS, parse_config
 from rlhf.device import pick_device, synchronize
@@ -38,7 +38,6 @@ ROOT = Path(__file__).parents[1]
 RESULT, WORK = ROOT / "bench" / "results" / "prfl.json", ROOT / "bench" / "runs" / "prfl"
 HEAD, BASE = WORK / "head.safetensors", "base"
 JUDGES = ["nano_preference", "nano_verifier", "nano_clip"]
-DISTIL = {"videos": 1024, "epochs": 4, "blocks": 3}
 PRFL = {"method": "prfl", "reward_funcs": [NAME], "reward_kwargs": {NAME: {"path": str(HEAD), "recompute": False}}}
 ARMS = {
     "draft_k, K = 1": {"method": "draft_k", "reward_funcs": ["nano_preference"]},
@@ -121,12 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     device = pick_device(arguments.device)
     arguments.device = device.type
-    if not HEAD.exists():
-        flags = [f"--{name}={value}" for name, value in (DISTIL | {"videos": arguments.videos}).items()]
-        flags += ["--config=nano", f"--device={device.type}", "--cpu_threads=1", "--per_device_eval_batch_size=16"]
-        if distill(["--head", str(HEAD), "--num_eval_prompts=64", *flags]):
-            raise SystemExit("no head was distilled; see above")
-    about = environment(device) | {"head": read_facts(HEAD).figures}
+    head = make_head(HEAD, device.type, {"videos": arguments.videos, "cpu_threads": 1})
+    about = environment(device) | {"head": head}
     rows = read_rows(arguments.output, about, lambda row: (row["arm"], row["seed"], row["steps"], row["prompts"]))
     for seed in arguments.seeds:
         for arm in ARMS:

@@ -32,7 +32,9 @@ from rlhf.wan.facts import SMALL as SMALL_WAN
 from rlhf.wan.transformer import WanTransformer3DModel
 
 PEERS, STOCK = "peers' way", "stock autograd"
-TOGETHER = "half the steps, guidance every 2nd step, rollouts used 4 times"
+TOGETHER = "a quarter of the steps, rollouts used 4 times"
+FA3 = ", FlashAttention-3"
+EXACT_BEST = f"exact, nothing twice, compiled{FA3}, guidance together"
 ROOMY = {"vae_dtype": "bfloat16"}  # as the peers'; nothing is computed twice
 EXACT = ROOMY | {
     "gradient_checkpointing": True,
@@ -43,6 +45,7 @@ EXACT = ROOMY | {
     "decode_caches": "host",
 }
 FAST = ROOMY | {"compile_blocks": True}
+CHEAP = FAST | {"prefix_steps": 6, "rollout_reuse": 4}  # 6 of 24 steps before the window
 LEAPS, ADJOINT = {"method": "leap_align"}, {"method": "adjoint_matching"}
 PRFL = {"method": "prfl", "method_kwargs": {"drawn_steps": 1}}  # the last step: the longest way to it
 SMALL = EXACT | {"keep_attention": False, "stream_weights": True}
@@ -64,8 +67,8 @@ SETTINGS = {
     "exact, nothing twice": ROOMY,
     "exact, nothing twice, guidance together": ROOMY | {"guidance_together": True},
     "exact, nothing twice, compiled": FAST,
-    "exact, nothing twice, compiled, FlashAttention-3": FAST,
-    "exact, nothing twice, compiled, FlashAttention-3, guidance together": FAST | {"guidance_together": True},
+    f"exact, nothing twice, compiled{FA3}": FAST,
+    EXACT_BEST: FAST | {"guidance_together": True},
     "24 GiB": SMALL,
     # Methods that learn from the whole rollout, or from real videos instead.
     "srpo": EXACT | {"method": "srpo"},
@@ -84,8 +87,14 @@ SETTINGS = {
     "half the steps": FAST | {"prefix_steps": 12},
     "guidance every 2nd step": FAST | {"guidance_every": 2},
     "rollouts used 4 times": FAST | {"rollout_reuse": 4},
-    "rollouts used 8 times": FAST | {"rollout_reuse": 8},
-    TOGETHER: FAST | {"prefix_steps": 12, "guidance_every": 2, "rollout_reuse": 4},
+    "gradient of the text branch": FAST | {"guidance_gradient": "none"},
+    "a quarter of the steps": FAST | {"prefix_steps": 6},
+    # Several of them together, with FlashAttention-3 in no-grad steps.
+    f"{TOGETHER}{FA3}": CHEAP | {"guidance_together": True},
+    f"{TOGETHER}, float8 copy{FA3}": CHEAP | {"guidance_together": True, "sampling_weights": "float8"},
+    f"{TOGETHER}, gradient of the text branch{FA3}": CHEAP | {"guidance_gradient": "none"},
+    f"{TOGETHER.replace('4', '6')}{FA3}": CHEAP | {"guidance_together": True, "rollout_reuse": 6},
+    f"{TOGETHER.replace('4', '8')}{FA3}": CHEAP | {"guidance_together": True, "rollout_reuse": 8},
 }
 CAPS_GIB = {"24 GiB": 24}  # the device's memory is limited to this
 
@@ -198,7 +207,7 @@ class Rig:
         else:
             group = self.layout and self.layout.sequence_group
             self.chosen = set_up_blocks(self.transformer, ExecutionOptions.from_settings(self.args), self.device, group)
-            self._use_flash_attention_3("FlashAttention-3" in self.arm)
+            self._use_flash_attention_3(FA3 in self.arm)
         masters = MasterWeights(self.transformer)
         for name, piece in masters.named(masters.vector).items():
             if "lora_B" in name:  # zero at the start, where A has no gradient

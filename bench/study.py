@@ -1,14 +1,19 @@
-"""Reward gradients against gradient-free baselines on nano, at equal device time.
+"""Reward gradients against gradient-free methods on nano, at equal device time.
 
-    python bench/study.py [--sweep] [--only DRaFT-K Flow-GRPO] [--seeds 0 1 2 3 4]
+    python bench/study.py [--sweep] [--only DRaFT-K Flow-GRPO] [--seeds 0 1 2 3 4] [--limit 540]
         [--device cuda] [--devices 0 1] [--jobs 6] [--steps 80] [--output FILE] [--flags ...]
 
-1. Every arm's optimizer step is timed alone on a device, twice, and the faster time counts: what
+1. What arms share is made: a distilled head for PRFL, real videos (bench/study_inputs.py).
+2. Every arm's optimizer step is timed alone on a device, twice, and the faster time counts: what
    disturbs only adds, and the first steps of a process are slow. The budget is the time of --steps
    steps of the default recipe; each arm trains for as many steps as fit into it, whatever else then
    runs beside it, and its learning rate falls to 0 over these.
-2. Every arm is trained with every seed, --jobs of them at a time on each device, and judged on
-   held-out prompts.
+3. Every arm is trained with every seed, seed after seed and in the order of --only, --jobs of them
+   at a time on each device, and judged on held-out prompts.
+
+With --steps 400 or more the result is study_long.json, and every run is judged along its way, too:
+after the shares --curve of its steps. These are points of one schedule, whose learning rate falls
+to 0 only at the end.
 
 A stopped study goes on. --sweep tries each arm's variants on other seeds and prompts instead and
 writes study_sweep.json; the study takes the variants that gained most trained reward there. Then
@@ -18,7 +23,8 @@ writes study_sweep.json; the study takes the variants that gained most trained r
 Prediction: gradients of the reward gain more for their time than policy gradients, and far more for
 each query; all four steps in the window gain most on the verifier; drift control costs steps and
 trained reward, and narrows the distance of trained to held-out gain; the best of n is hard to beat
-while few videos are wanted.
+while few videos are wanted. In ten times the time DRaFT-K passes best-of-16 and turns; with drift
+control, an average of the weights or real videos it does not.
 """
 
 import sys
@@ -29,17 +35,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_runs
 from nano_study import EVAL_SEED, Study, arguments, opened, run_of
-from study_arms import ARMS, BEST_OF, DEFAULT, ROOT, SWEEP, VARIANTS, chosen_by_sweep, settings_of
+from study_arms import ARMS, BEST_OF, DEFAULT, SHIPPED_LONG, SWEEPS, VARIANTS, changed, chosen_by_sweeps, settings_of
+from study_inputs import make_inputs
+from study_numbers import LONG_RESULT, RESULT
 
-RESULT = ROOT / "bench" / "results" / "study.json"
 SEEDS, SWEEP_SEEDS = [0, 1, 2, 3, 4], [100]
 SWEEP_EVAL_SEED = 12  # other prompts, to choose by
 REPORT_AT, MOST_SAMPLES = [4, 16], 128
+LONG, CURVE = 400, [0.1, 0.2, 0.4, 0.7]  # steps of the default arm, and shares of an arm's steps
 
 
 def train_tasks(study: Study, arms: list[str], seeds: list[int], chosen: dict) -> list[tuple[dict, Callable]]:
     """Return the tasks of the study: every arm with its chosen settings, seed after seed."""
     settings = {arm: settings_of(arm, chosen) for arm in arms if arm != BEST_OF}
+    study.about |= make_inputs([*settings.values()], study.conditions.device)
     study.calibrate(list(settings.values()), BEST_OF in arms)
     tasks = []
     for seed in seeds:
@@ -53,12 +62,14 @@ def train_tasks(study: Study, arms: list[str], seeds: list[int], chosen: dict) -
 
 def sweep_tasks(study: Study, arms: list[str], seeds: list[int]) -> list[tuple[dict, Callable]]:
     """Every variant of every arm, without drift control."""
-    pairs = [(arm, variant) for arm in arms for variant in VARIANTS.get(arm, [])]
-    study.calibrate([ARMS[arm] | variant for arm, variant in pairs])
+    runs = [(arm, variant, changed(ARMS[arm], variant)) for arm in arms for variant in VARIANTS.get(arm, [])]
+    settings = [given for *_, given in runs]
+    study.about |= make_inputs(settings, study.conditions.device)
+    study.calibrate(settings)
     return [
-        run_of(study, {"arm": arm, "variant": variant, "seed": seed}, ARMS[arm] | variant)
+        run_of(study, {"arm": arm, "variant": variant, "seed": seed}, given)
         for seed in seeds
-        for arm, variant in pairs
+        for arm, variant, given in runs
     ]
 
 
@@ -71,15 +82,21 @@ def samples(study: Study) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser = arguments(__doc__.splitlines()[0], [*ARMS, BEST_OF], 80)
+    parser.set_defaults(only=[arm for arm in [*ARMS, BEST_OF] if arm not in SHIPPED_LONG])
     parser.add_argument("--sweep", action="store_true", help="choose settings, on other seeds and prompts")
-    parser.add_argument("--chosen_by", type=Path, default=SWEEP, help="a sweep's result (default: %(default)s)")
+    parser.add_argument("--chosen_by", type=Path, nargs="+", default=SWEEPS, help="sweeps; an arm's last one counts")
+    parser.add_argument("--curve", type=float, nargs="*", help=f"default: {CURVE}, none below {LONG} steps")
+    parser.add_argument("--costs_of", type=Path, help="a result of the same device, whose times of steps are taken")
     given, default = parser.parse_args(argv), settings_of(DEFAULT, {})
+    is_long = given.steps >= LONG
+    curve = tuple(CURVE if given.curve is None and is_long else given.curve or ())
     if given.sweep:
-        with opened(given, SWEEP, default, SWEEP_EVAL_SEED, diversity=False) as study:
+        with opened(given, SWEEPS[-1], default, SWEEP_EVAL_SEED, diversity=False, costs_of=given.costs_of) as study:
             study.run(sweep_tasks(study, given.only, given.seeds or SWEEP_SEEDS))
     else:
-        with opened(given, RESULT, default, EVAL_SEED) as study:
-            study.run(train_tasks(study, given.only, given.seeds or SEEDS, chosen_by_sweep(given.chosen_by)))
+        path = LONG_RESULT if is_long else RESULT
+        with opened(given, path, default, EVAL_SEED, curve=curve, costs_of=given.costs_of) as study:
+            study.run(train_tasks(study, given.only, given.seeds or SEEDS, chosen_by_sweeps(given.chosen_by)))
 
 
 if __name__ == "__main__":

@@ -1,97 +1,135 @@
 """The arms of bench/study.py, and the variants among which its sweep chooses."""
 
-import dataclasses
 import json
 from pathlib import Path
 
-from baselines import Policy
 from study_numbers import DEFAULT
 
-ROOT = Path(__file__).parents[1]
-SWEEP = ROOT / "bench" / "results" / "study_sweep.json"
-BEST_OF = "best-of-n"
-CONTROL = " + drift control"
-POLICY_KEYS = {field.name for field in dataclasses.fields(Policy)}
+from rlhf.config.parse import CONFIGS
+from rlhf.io import load_yaml
 
-GRADIENT = {  # by reward gradient; nano takes four denoising steps
-    "DRaFT-1": {"num_grad_steps": 1},
-    DEFAULT: {"num_grad_steps": 4},
-    "DRaFT-LV": {"method": "draft_lv", "num_grad_steps": 1},
-    "AlignProp": {"method": "alignprop", "num_grad_steps": 4},
-    "ReFL": {"method": "refl", "num_grad_steps": 1, "method_kwargs": {"jump_steps": 2}},
-    "DRTune": {"method": "drtune", "num_grad_steps": 4},
-    "SRPO": {"method": "srpo", "num_grad_steps": 1},
-    "LeapAlign": {"method": "leap_align", "num_grad_steps": 1},
+ROOT = Path(__file__).parents[1]
+SWEEPS = [ROOT / "bench" / "results" / f"{name}.json" for name in ("study_sweep_former_judges", "study_sweep")]
+WORK = "bench/runs/study"  # below ROOT: what is made once for all runs, see bench/study_inputs.py
+HEAD, VIDEOS = f"{WORK}/head.safetensors", f"{WORK}/videos"
+BEST_OF = "best-of-n"
+CONTROL, REAL = " + drift control", " + real videos"  # endings of arms that take the settings chosen without
+DDPO = "ddpo"  # in place of a method: `baselines.DDPOTrainer`, with the options of flow_grpo
+
+
+def changed(settings: dict, *changes: dict) -> dict:
+    """Return settings with changes; those of method_kwargs are changed one by one."""
+    for change in changes:
+        options = settings.get("method_kwargs", {}) | change.get("method_kwargs", {})
+        settings = settings | change | ({"method_kwargs": options} if options else {})
+    return settings
+
+
+def shipped(config: str) -> dict:
+    """Return what a file of configs/ sets of all that arms change."""
+    given = load_yaml((CONFIGS / config).read_text())
+    names = "method", "num_grad_steps", "learning_rate", "per_device_train_batch_size", "ema_decay"
+    return {name: given[name] for name in names}
+
+
+ONE_STEP, ALL_STEPS = {"num_grad_steps": 1}, {"num_grad_steps": 4}  # nano takes four denoising steps
+GRADIENT = {
+    "DRaFT-1": ONE_STEP,
+    DEFAULT: ALL_STEPS,
+    "DRaFT-LV": ONE_STEP | {"method": "draft_lv"},
+    "AlignProp": ALL_STEPS | {"method": "alignprop"},
+    "ReFL": ONE_STEP | {"method": "refl", "method_kwargs": {"jump_steps": 2}},
+    "DRTune": ALL_STEPS | {"method": "drtune"},
+    "SRPO": ONE_STEP | {"method": "srpo"},
+    "LeapAlign": ONE_STEP | {"method": "leap_align"},
 }
-ADJOINT = {"Adjoint matching": {"method": "adjoint_matching", "num_grad_steps": 1}}  # reward_scale controls its drift
-# Videos of a rollout: more than of a gradient's step, for a policy gradient is the noisier one.
+# Adjoint matching's reward_scale controls its drift. PRFL's head predicts the trained reward.
+REWARD = {"latent_reward": {"path": HEAD, "recompute": False}}
+JUDGES = ["nano_preference", "nano_verifier", "nano_clip"]
+FURTHER = {
+    "Adjoint matching": ONE_STEP | {"method": "adjoint_matching"},
+    "PRFL": ONE_STEP
+    | {"method": "prfl", "reward_funcs": ["latent_reward"], "reward_kwargs": REWARD, "eval_reward_funcs": JUDGES},
+    "SRPO offline": ONE_STEP | {"method": "srpo", "anchor_data": VIDEOS, "method_kwargs": {"offline": True}},
+}
+REAL_VIDEOS = {"anchor_data": VIDEOS, "method_kwargs": {"anchor_data_steps": 1, "anchor_data_weight": 0.1}}
+# By scores alone. More videos a step than with a gradient, for scores are the noisier signal.
+NFT = ONE_STEP | {"method": "nft", "per_device_train_batch_size": 32, "learning_rate": 3e-3}
 POLICY = {
-    "Flow-GRPO": {"per_device_train_batch_size": 64, "group_size": 8},
-    "DDPO": {"per_device_train_batch_size": 64, "group_size": 1},
+    "Flow-GRPO": ONE_STEP
+    | {"method": "flow_grpo", "per_device_train_batch_size": 64, "method_kwargs": {"group_size": 8}},
+    "DDPO": ONE_STEP | {"method": DDPO, "per_device_train_batch_size": 64},
 }
-SHIPPED = {  # configs/nano.yaml, whatever is chosen
-    "DRTune as shipped": {
-        "method": "drtune",
-        "num_grad_steps": 4,
-        "learning_rate": 3e-3,
-        "per_device_train_batch_size": 8,
-        "ema_decay": 0.95,
-    }
-}
+SHIPPED = {"DRTune as shipped": shipped("nano.yaml")}  # whatever is chosen
+SHIPPED_LONG = {"DRTune long as shipped": shipped("nano_long.yaml")}  # made for a long budget
 DRIFT = {"drift_weight": 1.0}
-KL = {"kl_weight": 0.04}  # the published weight for GenEval
-ARMS = {name + end: arm | more for name, arm in GRADIENT.items() for end, more in (("", {}), (CONTROL, DRIFT))} | {
-    name + end: arm | more for name, arm in POLICY.items() for end, more in (("", {}), (CONTROL, KL))
-}
-ARMS |= ADJOINT | SHIPPED
+KL = {"method_kwargs": {"kl_weight": 0.04}}  # the published weight for GenEval
+ARMS = {name + end: arm | more for name, arm in GRADIENT.items() for end, more in (("", {}), (CONTROL, DRIFT))}
+ARMS |= FURTHER | {DEFAULT + REAL: changed(GRADIENT[DEFAULT], REAL_VIDEOS)} | {"NFT": NFT}
+ARMS |= {name + end: changed(arm, more) for name, arm in POLICY.items() for end, more in (("", {}), (CONTROL, KL))}
+ARMS |= SHIPPED | SHIPPED_LONG
 
 RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]
+LOW_RATES = [{"learning_rate": 1e-4}, *RATES[:2]]
 GRADIENT_VARIANTS = [*RATES, {"per_device_train_batch_size": 32}]
-POLICY_VARIANTS = [
-    *RATES,
-    {"learning_rate": 3e-3, "noise_level": 0.4},
-    {"noise": "sde", "noise_level": 0.3},
-    {"noise": "sde"},
-    {"updates": 1},
-    {"updates": 4, "clip_range": 1e-2},
-    {"passes": 2, "clip_range": 1e-2},
-    {"per_device_train_batch_size": 128},
-    {"per_device_train_batch_size": 32},
-]
-VARIANTS = {  # the first of equal ones is kept; an arm with drift control takes what was chosen for the same without
+
+
+def options(**changes) -> dict:
+    """Return a variant of method_kwargs."""
+    return {"method_kwargs": changes}
+
+
+POLICY_VARIANTS = [*RATES, options(noise_level=0.4), options(noise="sde"), options(noise="sde", noise_level=0.3)]
+VARIANTS = {  # the first of equal ones is kept
     **dict.fromkeys(GRADIENT, GRADIENT_VARIANTS),
+    "PRFL": [{"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4, 3e-4)],
     "DRTune": [*GRADIENT_VARIANTS, *(rate | {"num_grad_steps": 2} for rate in RATES)],
-    "LeapAlign": [*GRADIENT_VARIANTS, *({"method_kwargs": {"leap_discount": alpha}} for alpha in (0.0, 1.0))],
+    "LeapAlign": [*GRADIENT_VARIANTS, *(options(leap_discount=alpha) for alpha in (0.0, 1.0))],
     "Adjoint matching": [
         *GRADIENT_VARIANTS,
-        *({"method_kwargs": {"reward_scale": c}} for c in (0.01, 0.1, 10.0)),
-        {"method_kwargs": {"adjoint_steps": 2}},
+        *(options(reward_scale=c) for c in (0.01, 0.1, 10.0)),
+        options(adjoint_steps=2),
     ],
-    "SRPO": [*GRADIENT_VARIANTS, {"learning_rate": 1e-4}],
-    "Flow-GRPO": [*POLICY_VARIANTS, {"group_size": 4}, {"group_size": 16}],
-    "DDPO": POLICY_VARIANTS,
+    "SRPO": [*GRADIENT_VARIANTS, LOW_RATES[0]],
+    "SRPO offline": [*LOW_RATES, {"per_device_train_batch_size": 32}],
+    "NFT": [
+        *({"learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)),
+        {"per_device_train_batch_size": 64},
+        options(beta=0.3),
+        options(num_levels=4),
+        options(group_size=16),
+    ],
+    "Flow-GRPO": [
+        *POLICY_VARIANTS,
+        {"per_device_train_batch_size": 128},
+        {"per_device_train_batch_size": 128, "learning_rate": 3e-3},
+        options(group_size=16),
+    ],
+    "DDPO": [*POLICY_VARIANTS, {"per_device_train_batch_size": 128}],
 }
 
 
 def settings_of(arm: str, chosen: dict[str, dict]) -> dict:
     """Return what an arm changes in configs/nano.yaml, `chosen` by the sweep included."""
-    return ARMS[arm] | chosen.get(arm.removesuffix(CONTROL), {})
+    return changed(ARMS[arm], chosen.get(arm.removesuffix(CONTROL).removesuffix(REAL), {}))
 
 
-def chosen_by_sweep(path: Path = SWEEP) -> dict[str, dict]:
-    """Return by arm the variant with the highest mean trained reward; {} without a sweep.
+def chosen_by_sweeps(paths: list[Path] = SWEEPS) -> dict[str, dict]:
+    """Return by arm the variant with the highest mean trained reward, in the last sweep with it.
 
-    Held-out judges have no say in it. Only variants with as many seeds as the arm's most are
-    compared.
+    Held-out judges have no say in it. Only rows with settings that the arm has today count, and of
+    these variants those with as many seeds as the arm's most.
     """
-    if not path.exists():
-        return {}
-    gains: dict[str, dict[str, list[float]]] = {}
-    for row in json.loads(path.read_text())["rows"]:
-        if "error" not in row:
-            of_arm = gains.setdefault(row["arm"], {})
-            of_arm.setdefault(json.dumps(row["variant"]), []).append(row["trained"]["diff"])
-    return {arm: json.loads(_best(of_arm)) for arm, of_arm in gains.items()}
+    chosen = {}
+    for path in paths:
+        gains: dict[str, dict[str, list[float]]] = {}
+        for row in json.loads(path.read_text())["rows"] if path.exists() else ():
+            of_today = row["arm"] in ARMS and row["settings"] == changed(ARMS[row["arm"]], row["variant"])
+            if "error" not in row and of_today:
+                of_arm = gains.setdefault(row["arm"], {})
+                of_arm.setdefault(json.dumps(row["variant"]), []).append(row["trained"]["diff"])
+        chosen |= {arm: json.loads(_best(of_arm)) for arm, of_arm in gains.items()}
+    return chosen
 
 
 def _best(gains: dict[str, list[float]]) -> str:
@@ -100,13 +138,9 @@ def _best(gains: dict[str, list[float]]) -> str:
     return max(whole, key=lambda variant: sum(whole[variant]))
 
 
-def split(settings: dict) -> tuple[dict, Policy | None]:
-    """Split an arm's settings into those of the run and of the policy gradient, if any."""
-    policy = {key: value for key, value in settings.items() if key in POLICY_KEYS}
-    return {k: v for k, v in settings.items() if k not in policy}, Policy(**policy) if policy else None
-
-
 def cost_key(settings: dict) -> str:
     """Return a key that is equal for settings with the same time a step."""
-    free = {"learning_rate", "noise_level", "clip_range", "noise"}
-    return json.dumps({key: value for key, value in settings.items() if key not in free}, sort_keys=True)
+    free = "learning_rate", "noise_level", "noise", "anchor_data_weight", "beta", "reward_scale"
+    kept = lambda given: {key: value for key, value in given.items() if key not in free}
+    options = {"method_kwargs": kept(settings["method_kwargs"])} if "method_kwargs" in settings else {}
+    return json.dumps(kept(settings) | options, sort_keys=True)

@@ -10,7 +10,18 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from study_arms import CONTROL
-from study_numbers import MEASURES, by_arm, gains, mean_interval, named
+from study_numbers import (
+    LONG_RESULT,
+    MEASURES,
+    RESULT,
+    best_of_rows,
+    by_arm,
+    curve_of,
+    gains,
+    judged_along,
+    mean_interval,
+    named,
+)
 
 ROOT = Path(__file__).parents[1]
 NEAR = 1.5  # points of the verifier: less than a name is high
@@ -63,9 +74,27 @@ def plot_costs(result: dict, path: Path) -> None:
     _finish(figure, axes, path)
 
 
+def plot_frontier(result: dict, path: Path) -> None:
+    """Draw the verifier against the diversity: each arm, with its way there as a line."""
+    figure = Figure(figsize=(9, 5.5))
+    axis = figure.subplots()
+    place = lambda rows: tuple(statistics.mean(gains(rows, m)) for m in ("diversity", "verifier"))
+    for arm, rows in (by_arm(result) | best_of_rows(result)).items():
+        x, y = place(rows)
+        curve = curve_of(judged_along(rows))
+        axis.plot([p["diversity"] for p in curve], [p["verifier"] for p in curve], color=color_of(arm), alpha=0.25)
+        fill = "white" if arm.endswith(CONTROL) else color_of(arm)
+        axis.plot(x, y, "o", color=color_of(arm), markerfacecolor=fill, markersize=5)
+        axis.annotate(named(arm, rows).strip("*"), (x, y), fontsize=7, textcoords="offset points", xytext=(5, 3))
+    axis.set_xlabel("diversity, % of the base's", fontsize=9)
+    axis.set_ylabel("verifier, points", fontsize=9)
+    axis.margins(x=0.12)
+    _finish(figure, [axis], path)
+
+
 def color_of(arm: str) -> str:
-    """Return blue: by reward gradient; orange: policy gradient; green: none."""
-    return "#2ca02c" if arm.startswith("best") else "#e8710a" if arm.startswith(("Flow", "DDPO")) else "#1f6feb"
+    """Return blue: by reward gradient; orange: by scores alone; green: not trained."""
+    return "#2ca02c" if arm.startswith("best") else "#e8710a" if arm.startswith(("Flow", "DDPO", "NFT")) else "#1f6feb"
 
 
 def _two_axes(width: float, height: float) -> tuple[Figure, list]:
@@ -85,6 +114,8 @@ def _finish(figure: Figure, axes: list, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    measured = json.loads((ROOT / "bench" / "results" / "study.json").read_text())
+    measured = json.loads(RESULT.read_text())
     plot_gains(measured, ROOT / "docs" / "images" / "study_gains.png")
     plot_costs(measured, ROOT / "docs" / "images" / "study_costs.png")
+    if LONG_RESULT.exists():
+        plot_frontier(json.loads(LONG_RESULT.read_text()), ROOT / "docs" / "images" / "study_frontier.png")

@@ -15,8 +15,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from baselines import PolicyGradientTrainer, best_of
-from study_arms import BEST_OF, DEFAULT, ROOT, settings_of, split
+from baselines import DDPOTrainer, best_of
+from study_arms import BEST_OF, DDPO, DEFAULT, JUDGES, ROOT, WORK, settings_of
 
 from rewards import RewardMix
 from rlhf.checks import check_config
@@ -26,13 +26,15 @@ from rlhf.device import generator, synchronize
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.measures import DIVERSITY, SINGLE_VIDEO_MEASURES, distance
 from rlhf.evaluation.statistics import paired_interval
+from rlhf.method.options import FlowGRPOOptions
 from rlhf.method.plan import make_plan
 from rlhf.method.rollout import draw_noise
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.monitor import gains
 from rlhf.training.rewards import open_rewards
 
-TRAINED, WARM_UP = "nano_preference", 3
+(TRAINED, *HELD_OUT), WARM_UP = JUDGES, 3
+CURVE_KEYS = {TRAINED: "trained"} | {name: name.removeprefix("nano_") for name in (*HELD_OUT, DIVERSITY)}
 START = {"method": "draft_k", "learning_rate": 1e-3, "per_device_train_batch_size": 16, "ema_decay": 0.0}
 SHARED = START | {  # what arms change; no pictures, no checkpoints; guidance in one batch is the same and faster
     "report_to": "none",
@@ -41,6 +43,7 @@ SHARED = START | {  # what arms change; no pictures, no checkpoints; guidance in
     "num_sample_prompts": 0,
     "overwrite_output_dir": True,
     "guidance_together": True,
+    "base_dir": ROOT,  # of paths in settings
 }
 
 
@@ -56,6 +59,7 @@ class Conditions:
     eval_batch: int = 64
     threads: int | None = None  # of a run on a CPU
     flags: tuple[str, ...] = ()  # further flags of train_rlhf.py
+    curve: tuple[float, ...] = ()  # shares of the steps after which a run is judged, too
 
     def args(self, settings: dict, seed: int, steps: int) -> RewardGradientConfig:
         """Return the checked settings of a run."""
@@ -73,6 +77,7 @@ class Conditions:
 def start_worker(counter, devices: list[int], threads: int) -> None:
     """Give this process its device and its share of the cores; called once in each."""
     sys.stderr = io.StringIO()  # progress bars of many runs at a time
+    os.environ["CONTENTV_RLHF_CACHE"] = str(ROOT / WORK / "cache")
     torch.set_num_threads(threads)
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
@@ -89,21 +94,28 @@ def guarded(task: Callable[[], list[dict]], about: dict) -> list[dict]:
         return [about | {"error": f"{type(error).__name__}: {error}"}]
 
 
-@lru_cache(maxsize=1)
+@lru_cache
 @torch.enable_grad()  # for their probe, wherever they are asked for first
-def judges_of(conditions: Conditions) -> dict[str, Callable]:
-    """Return the judges of the held-out videos."""
-    return open_rewards(conditions.args({}, 0, 1))
+def judges_of(conditions: Conditions, changes: str = "{}") -> dict[str, Callable]:
+    """Return the trained reward, then the judges of held-out videos. changes: settings as JSON."""
+    return open_rewards(conditions.args(json.loads(changes), 0, 1))
+
+
+def split(settings: dict) -> tuple[dict, FlowGRPOOptions | None]:
+    """Split an arm's settings into those of the run and the options of DDPO, if it is that."""
+    if settings.get("method") != DDPO:
+        return settings, None
+    run = {key: value for key, value in settings.items() if key not in ("method", "method_kwargs")}
+    return run, FlowGRPOOptions(**settings.get("method_kwargs", {}))
 
 
 def start(settings: dict, seed: int, steps: int, conditions: Conditions) -> RewardGradientTrainer:
     """Return a trainer of the arm, ready to step."""
-    settings, policy = split(settings)
-    args, judges = conditions.args(settings, seed, steps), judges_of(conditions)
-    if policy:
-        trainer = PolicyGradientTrainer(policy, args, opened_rewards=judges)
-    else:
-        trainer = RewardGradientTrainer(args=args, opened_rewards=judges)
+    settings, ddpo = split(settings)
+    args = conditions.args(settings, seed, steps)
+    own = settings if "reward_funcs" in settings else {}  # a reward that others do not train on
+    inputs = {"args": args, "opened_rewards": judges_of(conditions, json.dumps(own))}
+    trainer = DDPOTrainer(ddpo, **inputs) if ddpo else RewardGradientTrainer(**inputs)
     trainer._begin()  # its run folder, without what train() evaluates and writes around the steps
     return trainer
 
@@ -167,22 +179,27 @@ def start_base(seed: int, conditions: Conditions) -> RewardGradientTrainer:
 
 
 def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list[dict]:
-    """Train an arm; return its row without arm and seed."""
+    """Train an arm; return its row without arm and seed, and with its curve if there is one."""
     trainer = start(settings, seed, steps, conditions)
-    began = time.perf_counter()
-    rows = [trainer.step(step) for step in range(steps)]
-    with trainer.masters.use(trainer.masters.average):
-        tuned = trainer.monitor.held_out.evaluate("tuned", steps)
+    began, held_out, curve = time.perf_counter(), trainer.monitor.held_out, []
+    due = {max(1, round(share * steps)) for share in conditions.curve} | {steps}
+    for done in range(1, steps + 1):
+        last = trainer.step(done - 1)
+        if done in due:
+            with trainer.masters.use(trainer.masters.average):
+                tuned = held_out.evaluate("tuned", done)
+            means = tuned.means()
+            curve.append({"steps": done} | {short: means[name] for name, short in CURVE_KEYS.items() if name in means})
     found = {"steps": steps, "queries": steps * queries_per_step(trainer)}
-    found |= {"wall_seconds": time.perf_counter() - began, "last_reward": rows[-1].get("reward")}
-    base = Evaluation.load(base_path(conditions))
-    spreads = gains(base, tuned, {TRAINED: 1.0}, trainer.args.eval_reward_funcs)
+    found |= {"wall_seconds": time.perf_counter() - began, "last_reward": last.get("reward")}
+    spreads = gains(Evaluation.load(base_path(conditions)), tuned, {TRAINED: 1.0}, HELD_OUT)
+    found |= {"curve": curve} if conditions.curve else {}
     return [found | spreads | judged(tuned.scores, conditions)]
 
 
 def queries_per_step(trainer: RewardGradientTrainer) -> int:
     """Return the videos that the trained reward scores in a step, once for each gradient."""
-    if isinstance(trainer, PolicyGradientTrainer):
+    if isinstance(trainer, DDPOTrainer):
         return trainer.batches.size
     plan = make_plan(trainer.args, trainer.options, trainer.sigmas, generator("queries"))
     return trainer.batches.samples_per_step * plan.num_samples
@@ -191,7 +208,7 @@ def queries_per_step(trainer: RewardGradientTrainer) -> int:
 def judged(scores: dict[str, torch.Tensor], conditions: Conditions) -> dict:
     """Differences to the base on the same prompts by short name; the interval is over prompts."""
     base = Evaluation.load(base_path(conditions)).scores
-    pairs = {name: (base[name], scores_N[: len(base[name])].cpu()) for name, scores_N in scores.items()}
+    pairs = {name: (base[name], scores_N[: len(base[name])].cpu()) for name, scores_N in scores.items() if name in base}
     found = {name: paired_interval(*pair) for name, pair in pairs.items() if len(pair[0])}
     unknown = [name for name, row in found.items() if not torch.tensor(row["tuned"]).isfinite()]
     if unknown:

@@ -22,7 +22,7 @@ from hacking import hacking_table
 from main_job import main_job_table
 from md_table import GONE, label, made_on, table
 from step_tables import compile_table, less_memory_table, phase_cell, step_table
-from study_numbers import AT_FULL_SIZE, MEASURES, gains
+from study_numbers import MEASURES, gains
 
 OUT_OF_MEMORY = "out of memory"  # why a row of bench/reward_costs.py has no figures
 ROOT = Path(__file__).parents[1]
@@ -119,17 +119,18 @@ def methods_table(result: dict) -> str:
     return f"{made_on(result)}\n\n{_arms_table(result, measures, last)}"
 
 
-def cheaper_table(result: dict, at_full_size: bool) -> str:
-    """Return means of arms with equal device time, here or at full size; last, their steps."""
-    about = result["environment"]
-    is_shown = lambda arm: arm.endswith(AT_FULL_SIZE) == at_full_size or arm == "plain"
-    arms = [arm for arm in about["arms"] if is_shown(arm)]
-    rows = [row for row in result["rows"] if row["arm"] in arms]
-    shown = {"environment": about | {"arms": arms}, "rows": rows}
-    time = "" if at_full_size else f" {about['budget_seconds']:.0f} device-seconds of training each."
+def cheaper_table(result: dict) -> str:
+    """Return means of arms with equal device time at full size; last, their steps."""
     last = "optimizer steps", lambda row: row["steps"]
-    lines = _arms_table(shown, ("trained", "verifier", "clip", GAP), last)
-    return f"{made_on(shown)}{time}\n\n{lines.replace(AT_FULL_SIZE, '')}"
+    return f"{made_on(result)}\n\n{_arms_table(result, ('trained', 'verifier', 'clip', GAP, 'diversity'), last)}"
+
+
+def caching_table(result: dict) -> str:
+    """Return a row for each way to make a rollout cheaper, the most calls first."""
+    rows = sorted(result["rows"], key=lambda row: -row["calls"])
+    cells = [[f"`{r['arm']}`", f"{r['calls']:.1f}", f"{r['error']:.3f}", f"{r['score']:.3f}"] for r in rows]
+    headings = ["rollout", "branch calls", "error", "trained reward"]
+    return f"{made_on(result)} {rows[0]['videos']} videos.\n\n{table(headings, cells)}"
 
 
 def _arms_table(result: dict, measures: tuple[str, ...], last: tuple[str, Callable[[dict], object]]) -> str:
@@ -221,8 +222,8 @@ TABLES = {
     "reward_parity.json#scores": parity_scores_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,
-    "cheaper.json#own": lambda result: cheaper_table(result, at_full_size=False),
-    "cheaper.json#full": lambda result: cheaper_table(result, at_full_size=True),
+    "cheaper.json": cheaper_table,
+    "caching.json": caching_table,
     "step.json#exact": lambda result: step_table(result, exact=True),
     "step.json#cheaper": lambda result: step_table(result, exact=False),
     "step.json#compile": compile_table,

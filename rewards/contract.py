@@ -97,9 +97,28 @@ class RewardError(ValueError):
         super().__init__(f"reward {name!r}: got {got}; expected {expected}. {cure[:1].upper()}{cure[1:]}.")
 
 
-def reward_name(reward: Callable) -> str:
-    """Return the reward's `name`, else the name of its function or class."""
+def reward_name(reward: str | Callable) -> str:
+    """Return a reward's short name: of its spec, else its `name`, else of its function or class."""
+    if isinstance(reward, str):
+        return split_spec(reward)[0]
     return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Return the short name of a spec's reward, and the spec without a name given to it.
+
+    "large=clip_score" is clip_score, named large. The name is otherwise that of the built-in, class
+    or function, and "remote" for a server.
+    """
+    name, _, rest = spec.partition("=")
+    if rest and name.replace("-", "_").isidentifier():
+        return name, rest
+    return "remote" if is_url(spec) else spec.rsplit(":", 1)[-1], spec
+
+
+def is_url(spec: str) -> bool:
+    """Return whether a spec names a reward server."""
+    return spec.startswith(("http://", "https://"))
 
 
 def reward_attribute(reward: Callable, attribute: str) -> Any:

@@ -41,7 +41,7 @@ from rlhf.training.setup import base_dtype
 # Settings of the run that a head is distilled with; the others do not matter to it.
 READ = (
     *SAMPLING_KEYS,
-    *("model", "dtype", "device", "cpu_threads", "prompts", "eval_prompts", "num_train_prompts", "base_dir"),
+    *("model", "dtype", "device", "cpu_threads", "prompts", "eval_prompts", "base_dir"),
     *("reward_funcs", "reward_weights", "reward_kwargs", "reward_timeout", "normalise_rewards", "reward_mix"),
     *("reward_caps", "reward_targets", "attention_kernel", "guidance_together", "decode_chunk", "vae_dtype"),
     *("num_eval_prompts", "per_device_eval_batch_size", "eval_seed", "seed"),

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rewards.catalogue import CATALOGUE, ENTRY_POINT_GROUP, WEIGHTS
-from rewards.contract import RewardError, name_reward_in_errors, reward_time_limit
+from rewards.contract import RewardError, is_url, name_reward_in_errors, reward_time_limit, split_spec
 from rewards.isolation import keep_process_state
 from rewards.placement import OnDevice, reward_device, without_device
-from rewards.remote import Remote, check_url, is_url
+from rewards.remote import Remote, check_url
 from rlhf.io import describe_files, file_sha256
 
 IMPORT_TIMEOUT = 300.0  # seconds; imports of large packages from network disks take minutes
@@ -136,23 +136,6 @@ def check_spec(spec: str, base_dir: str | Path | None = None, kwargs: dict | Non
     source = _find_file(spec, where, base_dir) if where.endswith(".py") else _module_source(spec, where)
     if source is not None:
         _check_defined(spec, source, attribute)
-
-
-def split_spec(spec: str) -> tuple[str, str]:
-    """Return the short name of a spec's reward, and the spec without a name given to it.
-
-    "large=clip_score" is clip_score, named large. The name is otherwise that of the built-in, class
-    or function, and "remote" for a server.
-    """
-    name, _, rest = spec.partition("=")
-    if rest and name.replace("-", "_").isidentifier():
-        return name, rest
-    return "remote" if is_url(spec) else spec.rsplit(":", 1)[-1], spec
-
-
-def spec_name(spec: str) -> str:
-    """Return the short name of a spec's reward."""
-    return split_spec(spec)[0]
 
 
 def import_built_in(name: str) -> Callable:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from rewards.common.frames import check_positive
 from rewards.common.wire import PROTOCOL, TOKEN_VARIABLE, pack, unpack
-from rewards.contract import ATTRIBUTE_DEFAULTS, RewardError
+from rewards.contract import ATTRIBUTE_DEFAULTS, RewardError, is_url
 from rlhf.types import row_of
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts; each pause is twice the one before
@@ -187,11 +187,6 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx, grad_B):
         (gradient_BCTHW,) = ctx.saved_tensors
         return grad_B.reshape(-1, 1, 1, 1, 1) * gradient_BCTHW, None, None
-
-
-def is_url(spec: str) -> bool:
-    """Return whether a spec names a reward server."""
-    return spec.startswith(("http://", "https://"))
 
 
 def check_url(url: str) -> SplitResult:

@@ -15,8 +15,8 @@ from rewards.catalogue import CATALOGUE
 from rewards.cli.files import check_file, read_video
 from rewards.cli.flags import add_reading_flags, device, file_to_write, mapping
 from rewards.cli.table import format_table
-from rewards.contract import RewardError, frames_needed, refuse_latents
-from rewards.load import load_reward, spec_name, split_spec
+from rewards.contract import RewardError, frames_needed, refuse_latents, reward_name, split_spec
+from rewards.load import load_reward
 from rewards.mix import RewardMix
 from rlhf.types import Prompt
 
@@ -91,7 +91,7 @@ def load_rewards(specs: list[str], kwargs: dict) -> dict[str, Callable]:
 
 def by_name(specs: list[str]) -> dict[str, str]:
     """Return {short name: spec}. Raises ValueError for a name given twice."""
-    names = [spec_name(spec) for spec in specs]
+    names = [reward_name(spec) for spec in specs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         cure = f"leave one out, or name one: other={twice}"
         raise ValueError(f"--reward: got {twice!r} twice, expected each name once; {cure}")

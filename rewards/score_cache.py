@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rewards.catalogue import CATALOGUE
-from rewards.load import check_spec, named_files, source_digests, split_spec
+from rewards.contract import is_url, split_spec
+from rewards.load import check_spec, named_files, source_digests
 from rewards.placement import without_device
-from rewards.remote import is_url
 from rewards.score import NotScoredError, by_name, load_rewards, score
 from rlhf.io import file_fingerprint, file_sha256, write_whole
 from rlhf.types import fields_of, row_of

@@ -31,8 +31,9 @@ from rewards.contract import (
     check_scores,
     refuse_latents,
     reward_attribute,
+    reward_name,
 )
-from rewards.load import load_reward, source_digests, spec_name
+from rewards.load import load_reward, source_digests
 from rewards.remote import read_token
 from rewards.score_cache import digest, reward_identity
 from rlhf.types import Prompt, reworded
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         reward = load_reward(arguments.spec, **arguments.kwargs)
         identity = served_digest(arguments.spec, arguments.kwargs)
-        address, name = (arguments.host, arguments.port), spec_name(arguments.spec)
+        address, name = (arguments.host, arguments.port), reward_name(arguments.spec)
         where = arguments.device, identity, arguments.token, arguments.max_mib
         server = RewardServer(reward, name, address, *where)
     except RewardError as error:

@@ -175,7 +175,10 @@ class RewardGradientTrainer:
         }
 
     def _gradient(self, step: int, plan: Plan) -> tuple[list[BatchResult], float]:
-        """Compute the gradient of all batches and processes; return its parts' results and norm."""
+        """Leave the gradient of all batches and processes in the master weights.
+
+        Returns the results of this process, one a batch, and the gradient's norm.
+        """
         is_anchor, micros = is_due(step + 1, self.args.anchor_steps), range(self.args.gradient_accumulation_steps)
         gradient = self._anchor_gradient if is_anchor else self._reward_gradient
         if plan.regression and not is_anchor:

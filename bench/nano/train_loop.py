@@ -11,8 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from rlhf.device import capture, has_graphs
-
 STARTED = time.time()
 LOG_STEPS = 500
 
@@ -44,7 +42,8 @@ def train(
     """
     device = params[0].device
     rate = torch.zeros((), device=device)
-    kind = {"fused": device.type != "cpu", "capturable": has_graphs(device)}
+    has_graphs = device.type == "cuda"
+    kind = {"fused": device.type != "cpu", "capturable": has_graphs}
     optimizer = torch.optim.AdamW(params, lr=rate, weight_decay=0.01, betas=(0.9, 0.98), **kind)
     static = batch()
 
@@ -59,7 +58,7 @@ def train(
         return loss.detach()
 
     reset = lambda: optimizer.zero_grad(set_to_none=True)
-    replay = capture(step, reset) if has_graphs(device) else lambda: (reset(), step())[1]
+    replay = capture(step, reset) if has_graphs else lambda: (reset(), step())[1]
     started = time.time()
     for i in range(steps):
         rate.fill_(learning_rate * min(1.0, (i + 1) / 200) * max(0.02, 1 - i / steps))
@@ -69,3 +68,32 @@ def train(
         if i % LOG_STEPS == 0 or i == steps - 1:
             milliseconds = 1000 * (time.time() - started) / (i + 1)
             log(stage=name, step=i, loss=round(loss.item(), 4), step_ms=round(milliseconds, 1))
+
+
+def capture(step: Callable[[], torch.Tensor], reset: Callable[[], None]) -> Callable[[], torch.Tensor]:
+    """Capture a training step as one graph, after a warm-up on a side stream.
+
+    Args:
+        step: works on fixed tensors, copies nothing to the host, and returns its result.
+        reset: drops the gradients of a step.
+
+    Returns:
+        A function that replays the graph and returns the step's result, always the same tensor.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            reset()
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay

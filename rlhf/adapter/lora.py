@@ -25,9 +25,6 @@ def lora_config(args: RewardGradientConfig) -> LoraConfig:
         r=args.lora_rank,
         lora_alpha=args.lora_rank if args.lora_alpha is None else args.lora_alpha,
         target_modules=target_layers(args.lora_target_modules),
-        use_dora=args.lora_use_dora,
-        rank_pattern=args.lora_rank_pattern or {},
-        alpha_pattern=args.lora_alpha_pattern or {},
     )
 
 
@@ -37,13 +34,7 @@ def lora_settings(config: PeftConfig | None) -> dict:
         return {}
     layers = config.target_modules
     named = {"lora_target_modules": sorted(layers)} if isinstance(layers, list | set) else {}
-    return named | {
-        "lora_rank": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_use_dora": config.use_dora,
-        "lora_rank_pattern": config.rank_pattern or None,
-        "lora_alpha_pattern": config.alpha_pattern or None,
-    }
+    return named | {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
 
 
 def add_adapter(transformer: torch.nn.Module, config: PeftConfig, seed: int) -> None:

@@ -301,7 +301,7 @@ def _group(
         if match is None:
             raise _error(_format(key, family) or f"{key}, which belongs to no LoRA", "a LoRA")
         given, part, adapter = match[1], PARTS[match[2]], match[3]
-        name = next(_names(given, flat, known if sizes else None), None)
+        name = next(_matching_layers(given, flat, known if sizes else None), None)
         if name is None:
             unknown.append((key, given))
             continue
@@ -318,7 +318,7 @@ def _group(
     return layers, names
 
 
-def _names(given: str, flat: dict[str, str], known: dict[str, str] | None) -> Iterator[str]:
+def _matching_layers(given: str, flat: dict[str, str], known: dict[str, str] | None) -> Iterator[str]:
     """Yield the model's layer that a key may mean. known: layers by all their names, with dots."""
     name = _strip(given)
     if name in known if known is not None else name.startswith("transformer_blocks.") or name != given:

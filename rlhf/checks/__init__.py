@@ -117,10 +117,12 @@ def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
     """Yield problems of the videos' sizes, also the evaluation's, given the model's files."""
     stride = 2 ** len(sizes["vae"]["temperal_downsample"]) * spatial_patch(sizes["transformer"])
     stride_t = 2 ** sum(sizes["vae"]["temperal_downsample"])
-    given = {name: getattr(args, name) for name in (*VIDEO_SIZE, *(f"eval_{name}" for name in VIDEO_SIZE))}
-    for name, size in given.items():
-        if size is None:
-            continue
+    evaluated = args.eval_size or {}
+    for name in evaluated.keys() - set(VIDEO_SIZE):
+        yield f"eval_size: got {name!r}, expected {', '.join(VIDEO_SIZE)} or some of them; correct it"
+    given = [(name, getattr(args, name)) for name in VIDEO_SIZE]
+    given += [(f"eval_size: {name}", evaluated[name]) for name in VIDEO_SIZE if name in evaluated]
+    for name, size in given:
         if not name.endswith("num_frames") and (size < stride or size % stride):
             near = max(stride, round(size / stride) * stride)
             yield f"{name}={size} is not divisible by {stride} (VAE times patch of {args.model}); use {near}"

@@ -29,10 +29,10 @@ def execution_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 
 def _weight_problems(args) -> Iterator[str]:
-    """Yield conflicts between streamed, quantized, DoRA and sampling weights."""
+    """Yield conflicts between streamed, quantized and sampling weights."""
     if args.stream_weights and args.base_bits:
         yield "stream_weights and base_bits: got both, expected one: weights of few bits fit; leave one out"
-    for name in ("stream_weights", "base_bits", "lora_use_dora"):
+    for name in ("stream_weights", "base_bits"):
         if getattr(args, name) and args.sampling_weights != "own":
             yield f"sampling_weights: got {args.sampling_weights} with {name}, expected own; change one of the two"
     if args.base_bits and (missing := missing_library()):

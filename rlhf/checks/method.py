@@ -1,7 +1,6 @@
 """Check the settings of the method and the adapter against the others and the model."""
 
 import difflib
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,10 @@ from rlhf.run.checkpoint import find_checkpoint
 if TYPE_CHECKING:  # importing it takes seconds
     from rlhf.adapter.lora_weights import Lora
 
+PLAIN_LORA = (
+    "expected plain LoRA, since no adapter file holds the sum of a DoRA and another adapter; merge it "
+    "(python -m rlhf.export RUN --merged OUT), and name OUT as model"
+)
 # Elsewhere num_grad_steps keeps its default, so that it is never silently without effect.
 WITH_NUM_GRAD_STEPS = ("draft_k", "alignprop", "uniform", "drtune")
 
@@ -126,13 +129,10 @@ def _data_problems(args, options: MethodOptions) -> Iterator[str]:
 
 def _drift_problems(args) -> Iterator[str]:
     """Yield problems of drift, anchor steps and guidance distillation."""
-    if args.drift_weighting != "kl" and not (args.drift_weight or args.anchor_steps):
-        got = f"got {args.drift_weighting} without drift_weight or anchor_steps, on which it builds"
-        yield f"drift_weighting: {got}, expected kl; set one of these, or leave it out"
     if args.guidance_gradient == "distill" and not args.drift_weight:
         yield (
             "guidance_gradient: got distill with drift_weight 0, which would teach the adapter no guidance; set "
-            "drift_weight above 0, with drift_weighting even"
+            "drift_weight above 0"
         )
     if args.guidance_gradient == "distill" and args.guidance_scale <= 1:
         yield f"guidance_scale: got {args.guidance_scale} with distill, expected above 1: there is no guidance to teach"
@@ -141,16 +141,21 @@ def _drift_problems(args) -> Iterator[str]:
 
 
 def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[str]:
-    """Yield problems of the adapter. transformer: the model's config."""
-    if args.weight_decay and args.lora_use_dora:
-        yield (
-            f"weight_decay: got {args.weight_decay} with lora_use_dora, expected 0: it would pull the model's own "
-            "magnitudes to 0; hold them with drift_weight instead"
-        )
-    if args.lora_target_modules or args.lora_rank_pattern or args.lora_alpha_pattern:
-        from rlhf.generator.loading import linear_sizes  # takes seconds to import
+    """Yield a problem for each adapted layer that the model lacks. transformer: its config."""
+    if not args.lora_target_modules:
+        return
+    from rlhf.adapter.lora import LAYER_SETS, target_layers  # takes seconds to import
+    from rlhf.generator.loading import linear_sizes
 
-        yield from _target_problems(args, list(linear_sizes(transformer)))
+    layers = list(linear_sizes(transformer))
+    ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
+    ends |= {end.split(".", 1)[-1] for end in ends}
+    for target in target_layers(args.lora_target_modules):
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
+            cure = f"did you mean {near[0]!r}?" if near else "correct it"
+            expected = f"expected the end of a linear layer's name such as to_q, or {' or '.join(LAYER_SETS)}"
+            yield f"lora_target_modules: got {target!r}, {expected}; {cure}"
 
 
 def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None":
@@ -167,39 +172,7 @@ def read_initial(args: RewardGradientConfig, transformer: dict) -> "Lora | None"
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)
         source = run_of_checkpoint(checkpoint) / INITIAL_KEY
-    if args.lora_use_dora or (lora := read_lora_for(transformer, source)).has_magnitudes:
-        got = "lora_use_dora" if args.lora_use_dora else f"a DoRA, {source}"
-        expected = "expected plain LoRA, since no adapter file holds the sum of a DoRA and another adapter"
-        raise ValueError(
-            f"got {got}, {expected}; merge it (python -m rlhf.export RUN --merged OUT), and name OUT as model"
-        )
+    lora = read_lora_for(transformer, source)
+    if lora.has_magnitudes:
+        raise ValueError(f"got a DoRA, {source}, {PLAIN_LORA}")
     return lora
-
-
-def _target_problems(args, layers: list[str]) -> Iterator[str]:
-    """Yield a problem for each name or pattern that fits no linear layer."""
-    from rlhf.adapter.lora import LAYER_SETS, target_layers
-
-    ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
-    ends |= {end.split(".", 1)[-1] for end in ends}
-    for target in target_layers(args.lora_target_modules):
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
-            near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
-            cure = f"did you mean {near[0]!r}?" if near else "correct it"
-            expected = f"expected the end of a linear layer's name such as to_q, or {' or '.join(LAYER_SETS)}"
-            yield f"lora_target_modules: got {target!r}, {expected}; {cure}"
-    targets = tuple(f".{name}" for name in target_layers(args.lora_target_modules))
-    adapted = [name for name in layers if f".{name}".endswith(targets)]
-    for setting in ("lora_rank_pattern", "lora_alpha_pattern"):
-        for pattern in getattr(args, setting) or {}:
-            if not _matches(pattern, adapted):
-                expected = "expected the end of an adapted layer's name such as to_q, or a regular expression of it"
-                yield f"{setting}: got {pattern!r}, {expected}; correct it"
-
-
-def _matches(pattern: str, names: list[str]) -> bool:
-    """Return whether peft finds one of the names by the pattern."""
-    try:
-        return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
-    except re.error:
-        return False

@@ -16,10 +16,7 @@ from rlhf.run.checkpoint import (
 )
 from rlhf.run.folder import BEST
 
-FIXED_ON_RESUME = (
-    *("model", "lora_rank", "lora_alpha", "lora_target_modules"),
-    *("lora_use_dora", "lora_rank_pattern", "lora_alpha_pattern", "initial_adapter"),
-)
+FIXED_ON_RESUME = ("model", "lora_rank", "lora_alpha", "lora_target_modules", "initial_adapter")
 
 
 def start_problems(folder: Path) -> Iterator[str]:

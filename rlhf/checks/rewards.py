@@ -5,15 +5,10 @@ from collections.abc import Callable, Iterator
 
 from rewards import check_spec, reward_name
 from rewards.catalogue import CATALOGUE
-from rewards.contract import check_frames
-from rewards.load import resolve_paths, spec_name, split_spec
+from rewards.contract import check_frames, split_spec
+from rewards.load import resolve_paths
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.measures import MEASURES
-
-
-def short_name(reward: str | Callable) -> str:
-    """Return a reward's name in metrics: a built-in's name, else that of the class or function."""
-    return spec_name(reward) if isinstance(reward, str) else reward_name(reward)
 
 
 def problems_raised_by(check: Callable, *arguments) -> list[str]:
@@ -30,15 +25,15 @@ def problems_raised_by(check: Callable, *arguments) -> list[str]:
 def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | None) -> Iterator[str]:
     """Yield problems of the rewards and of their mix. rewards: in place of those that args name."""
     trained = args.reward_funcs if rewards is None else rewards
-    names = [short_name(reward) for reward in [*trained, *args.eval_reward_funcs]]
+    names = [reward_name(reward) for reward in [*trained, *args.eval_reward_funcs]]
     for spec in [*trained, *args.eval_reward_funcs]:
         if isinstance(spec, str):
-            kwargs = (args.reward_kwargs or {}).get(short_name(spec), {})
+            kwargs = (args.reward_kwargs or {}).get(reward_name(spec), {})
             yield from problems_raised_by(check_spec, spec, args.base_dir, kwargs)
             if split_spec(spec)[1] == "latent_reward" and isinstance(kwargs.get("path"), str):
                 yield from problems_raised_by(_check_head, kwargs["path"], args.base_dir)
             if split_spec(spec)[1] in CATALOGUE and "frames" in kwargs:
-                yield from problems_raised_by(check_frames, short_name(spec), kwargs["frames"])
+                yield from problems_raised_by(check_frames, reward_name(spec), kwargs["frames"])
     if not trained:
         yield "reward_funcs: got none, expected at least one reward; name one"
     for name in dict.fromkeys(n for n in names if names.count(n) > 1):
@@ -53,7 +48,7 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
     elif weights is not None and not any(weights):
         yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
     yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
-    yield from _mix_problems(args, [short_name(reward) for reward in trained])
+    yield from _mix_problems(args, [reward_name(reward) for reward in trained])
 
 
 def _check_head(path: str, base_dir: str | None) -> None:

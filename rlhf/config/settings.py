@@ -25,7 +25,7 @@ SAMPLING_KEYS = (
     "negative_prompt",
     "max_sequence_length",
 )
-VIDEO_SIZE = ("height", "width", "num_frames")  # each has an eval_ twin
+VIDEO_SIZE = ("height", "width", "num_frames")
 Method = Literal[
     "draft_k",
     "draft_lv",
@@ -144,9 +144,6 @@ class RewardGradientConfig:
         "Held-out prompts, in the forms of `prompts`; built-in set: nano_held_out. none: no "
         "evaluation and no sample videos.",
     )
-    num_train_prompts: int = setting(
-        4096, "Prompts drawn of a built-in set. A file is used whole.", least=1, most=10**6
-    )
     base_dir: str | None = setting(
         None, "Folder of relative paths of model, adapter, prompts and rewards. Default: the config file's."
     )
@@ -231,9 +228,6 @@ class RewardGradientConfig:
     drift_weight: float = setting(
         0.0, "Weight of the drift from the base, in nats per element of the latents.", least=0
     )
-    drift_weighting: Literal["kl", "even"] = setting(
-        "kl", "Weight of a step in the drift: kl (a KL divergence) or even (all alike)."
-    )
     anchor_steps: int = setting(
         0,
         "Every n-th optimizer step uses no reward and minimises the drift on samples of the base: "
@@ -316,16 +310,6 @@ class RewardGradientConfig:
         "Ends of names of the adapted layers; or attention (the eight projections) or all-linear (these and the "
         "feed-forward layers). Default: attention.",
     )
-    lora_use_dora: bool = setting(False, "Train the magnitudes, too (DoRA, arXiv 2402.09353).")
-    lora_rank_pattern: dict[str, int] | str | None = setting(
-        None,
-        "Ranks other than lora_rank, by name or regular expression of the layer; as a flag, in quotes.",
-        least=1,
-        most=4096,
-    )
-    lora_alpha_pattern: dict[str, int] | str | None = setting(
-        None, "Alphas other than lora_alpha, by name or regular expression of the layer.", least=1, most=65536
-    )
     initial_adapter: str | None = setting(
         None,
         "LoRA that the run starts from: a file, a folder such as RUN/adapter, or a hub id. It is "
@@ -384,14 +368,12 @@ class RewardGradientConfig:
         False, "Finish with the adapter that eval_reward_funcs rate best, of best_adapter/."
     )
     num_eval_prompts: int = setting(64, "Held-out prompts of an evaluation, from the first on.", least=1, most=10**6)
-    eval_height: int | None = setting(
-        None, "Height in pixels of evaluated and sample videos. Default: height.", least=1, most=16384
-    )
-    eval_width: int | None = setting(
-        None, "Width in pixels of evaluated and sample videos. Default: width.", least=1, most=16384
-    )
-    eval_num_frames: int | None = setting(
-        None, "Frames of evaluated and sample videos. Default: num_frames.", least=1, most=10000
+    eval_size: dict[str, int] | str | None = setting(
+        None,
+        "Size of evaluated and sample videos where it differs from the training's: {height: H, width: W, "
+        "num_frames: F}, or some of them; as a flag, in quotes.",
+        least=1,
+        most=16384,
     )
     per_device_eval_batch_size: int = setting(8, "Videos sampled at a time, evaluating.", least=1, most=10000)
     eval_seed: int = setting(0, "Seed of the evaluation's noise.", least=-(2**63), below=2**64)
@@ -438,8 +420,7 @@ def with_sampling(args: RewardGradientConfig, defaults: dict[str, Any]) -> Rewar
 
 def at_eval_size(args: RewardGradientConfig) -> RewardGradientConfig:
     """Return the settings with the video size of the evaluation in place of the training's."""
-    given = {name: getattr(args, f"eval_{name}") for name in VIDEO_SIZE}
-    return dataclasses.replace(args, **{name: value for name, value in given.items() if value is not None})
+    return dataclasses.replace(args, **args.eval_size or {})
 
 
 def field_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Devices: their choice, memory, timing and graphs. Only this package names vendors.
+"""Devices: their choice, memory and timing. Only this package names vendors.
 
 The device is the one the user names, an Ascend NPU if USE_ASCEND_NPU=1, or what the machine has.
 No function of another library is replaced. Attention is `F.scaled_dot_product_attention`
@@ -223,37 +223,3 @@ def energy_joules(device: torch.device) -> float | None:
         return None
     except pynvml.NVMLError:  # a device without the counter, a driver without the library
         return None
-
-
-def has_graphs(device: torch.device) -> bool:
-    """Return whether `capture` works on the device."""
-    return device.type == "cuda"
-
-
-def capture(step: Callable[[], torch.Tensor], reset: Callable[[], None]) -> Callable[[], torch.Tensor]:
-    """Capture a training step as one graph, after a warm-up on a side stream.
-
-    Args:
-        step: works on fixed tensors, copies nothing to the host, and returns its result.
-        reset: drops the gradients of a step.
-
-    Returns:
-        A function that replays the graph and returns the step's result, always the same tensor.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            reset()
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    reset()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return result
-
-    return replay

@@ -59,7 +59,7 @@ class Variant:
         return self.lora and read_lora_for(model_sizes(self.model)["transformer"], self.lora)
 
     def load(self, device: torch.device, quiet: bool = False) -> VideoPipeline:
-        """Return the pipeline, on the device; unless quiet, print how much the adapter changes."""
+        """Return the pipeline on the device, with the adapter; unless quiet, print its effect."""
         pipe = load_pipeline(self.model, device=device)
         pipe.set_progress_bar_config(disable=True)
         if self.adapter:

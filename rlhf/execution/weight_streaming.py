@@ -114,7 +114,7 @@ class _HostBlock:
         self.size = self.offsets.pop()
 
     def move_to(self, buffers: HostBuffers, pool: Executor) -> None:
-        """Copy the weights to host buffers by a pool's threads; drop the old ones."""
+        """Move the weights into host buffers, copied by a pool's threads; wait for all of them."""
         old = [p.data for p in self.parameters]
         pieces = [buffers.take(size) for size in self.sizes]
         self.runs = []  # offsets, and what lies there
@@ -134,7 +134,7 @@ class _HostBlock:
             slot[offset : offset + run.numel()].copy_(run, non_blocking=True)
 
     def read_from(self, slot: torch.Tensor) -> None:
-        """Let the parameters read their weights from a slot."""
+        """Make the parameters views of a slot of device memory that holds the block's weights."""
         for p, offset in zip(self.parameters, self.offsets, strict=True):
             p.data = _as(p, slot[offset:])
 

@@ -83,7 +83,7 @@ def export_adapter(
     family, is_comfyui = _find_family(trained, lora, model), convention == "comfyui"
     if lora.has_magnitudes and (scale != 1 or is_comfyui):
         got = f"scale: got {scale}" if scale != 1 else f"convention: got {convention}"
-        raise ValueError(f"{got} for an adapter with magnitudes (lora_use_dora), expected plain LoRA; use --merged")
+        raise ValueError(f"{got} for an adapter with magnitudes (DoRA), expected plain LoRA; use --merged")
     print(f"exporting {trained.origin}" + f"; {lora.remark}" * bool(lora.remark))
     with empty_folder_on_error(out):
         lora = lora.scaled(scale, fold=is_comfyui)

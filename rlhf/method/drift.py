@@ -17,13 +17,14 @@ import torch
 from rlhf.method.rollout import Velocity
 
 
-def drift_step_weights(sigmas: torch.Tensor, weighting: str) -> torch.Tensor:
-    """Return each step's drift weight (N,): |sigma_i - sigma_i+1|, for "kl" times (1 - s) / s.
+def drift_step_weights(sigmas: torch.Tensor, even: bool = False) -> torch.Tensor:
+    """Return each step's weight (N,) in the KL divergence: |sigma_i - sigma_i+1| (1 - s) / s.
 
-    s is the middle of the step, where the weight is finite in the first step and the last.
+    s is the middle of the step, where the weight is finite in the first step and the last. even:
+    without (1 - s) / s, for an adapter that learns guidance: the first steps need it as well.
     """
     length, middle = sigmas[:-1] - sigmas[1:], (sigmas[:-1] + sigmas[1:]) / 2
-    return length if weighting == "even" else length * (1 - middle) / middle
+    return length if even else length * (1 - middle) / middle
 
 
 def velocity_distance(tuned: Velocity, base: Velocity, x_BCTHW: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -106,16 +106,19 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
     return with_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
 
 
-def shorten_prefix(plan: Plan, steps: int | None) -> Plan:
+def shorten_prefix(plan: Plan, steps: int | None, exponent: float = 2.0) -> Plan:
     """Return the plan with at most `steps` steps before its window; None keeps all. Not exact.
 
-    The noise levels kept are evenly spaced by index; those of the window are unchanged.
+    Step i of n begins at index (i / n)^exponent of the window's start, so that more of the first
+    steps are kept, which settle what a video shows (bench/caching.py compares exponents; 1 is
+    evenly spaced). The noise levels of the window are unchanged.
     """
     window, sigmas = plan.window_start, plan.sigmas
     if not plan.grad_steps or steps is None or steps >= window:
         return plan
-    kept = torch.linspace(0, window, steps + 1).round().long().to(sigmas.device)
-    shortened = torch.cat([sigmas[kept], sigmas[window + 1 :]])
+    index = torch.arange(steps + 1)
+    kept = index.maximum((window * (index / steps) ** exponent).round().long())  # none of them twice
+    shortened = torch.cat([sigmas[kept.to(sigmas.device)], sigmas[window + 1 :]])
     return replace(plan, sigmas=shortened, grad_steps=[step - window + steps for step in plan.grad_steps])
 
 
@@ -146,7 +149,7 @@ def with_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> 
     """Return the plan with a step drawn by its drift weight if the drift is to be measured."""
     if not (args.drift_weight or args.anchor_steps):
         return plan
-    weights = drift_step_weights(plan.sigmas, args.drift_weighting).cpu()
+    weights = drift_step_weights(plan.sigmas, even=args.guidance_gradient == "distill").cpu()
     step = int(torch.multinomial(weights, 1, generator=rng))
     return replace(plan, drift_step=step, drift_total=weights.sum().item())
 

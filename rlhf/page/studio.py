@@ -69,7 +69,7 @@ class StudioApp:
     ):
         self.sampler, self.model, self.adapters, self.form = sampler, model, adapters, form
         self.folder, self.check, self.votes = folder, check, votes
-        self.actions = {"make": self.make, "vote": self.vote, "stop": self.stop}
+        self.actions = {"start": self.start, "vote": self.vote, "stop": self.stop}
         self.lock, self.made, self.told = threading.Lock(), {}, set()
         self.job: dict[str, Any] | None = None
         self.error, self.pair, self.single, self.stopped = "", None, None, False
@@ -96,7 +96,7 @@ class StudioApp:
         """Stop the sampling after its current denoising step."""
         self.stopped = True
 
-    def make(self, body: dict) -> None:
+    def start(self, body: dict) -> None:
         """Check a request and make its videos in a thread.
 
         Raises ValueError for a wrong request, or if another one runs.

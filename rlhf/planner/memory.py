@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rewards.catalogue import CATALOGUE
-from rewards.load import resolve_paths, split_spec
+from rewards.contract import split_spec
+from rewards.load import resolve_paths
 from rewards.models.latent_reward import NAME as LATENT_REWARD
 from rewards.models.latent_reward import read_facts
 from rlhf.config import RewardGradientConfig

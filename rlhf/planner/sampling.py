@@ -32,6 +32,7 @@ class SamplingPlan:
         return max(self.phases.values())
 
     def __str__(self) -> str:
+        """Return a line with the placement and the peak GiB of each phase."""
         peaks = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.phases.items())
         return f"{self.placement}; GiB expected: {peaks}"
 

@@ -96,9 +96,8 @@ class TracedModel:
     def _short_transformers(self) -> list[nn.Module]:
         """Transformers of three and four blocks; the whole one if blocks differ."""
         args, num_blocks = self.args, self.transformer.config.num_layers
-        named_layers = set(args.lora_target_modules or []) - set(LAYER_SETS)
-        blocks_differ = args.lora_rank_pattern or args.lora_alpha_pattern or named_layers
-        if blocks_differ or num_blocks <= TRACED_BLOCKS:
+        named_layers = set(args.lora_target_modules or []) - set(LAYER_SETS)  # blocks may differ
+        if named_layers or num_blocks <= TRACED_BLOCKS:
             return [self.transformer]
         config, dtype = self.card["transformer"], self.transformer.dtype
         lengths = (TRACED_BLOCKS - 1, TRACED_BLOCKS)

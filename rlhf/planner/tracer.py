@@ -132,7 +132,7 @@ def _call(func, args: tuple, kwargs: dict) -> tuple[object, Operation]:
     PyTorch's shape functions are slow Python. So a call with arguments like those of an earlier
     call takes its result's shapes from there, except for views.
     """
-    key = None if func.namespace == "c10d" else (func, _describe(args), _describe(kwargs))
+    key = None if func.namespace == "c10d" else (func, _cache_key(args), _cache_key(kwargs))
     if key in _KNOWN:
         make, operation = _KNOWN[key]
         return make(args), operation
@@ -140,11 +140,11 @@ def _call(func, args: tuple, kwargs: dict) -> tuple[object, Operation]:
     outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
     inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     operation = _operation(func, args, kwargs, out, inputs, outputs)
-    if key and args and out is args[0] and _describe(out) == key[1][0]:  # in place
+    if key and args and out is args[0] and _cache_key(out) == key[1][0]:  # in place
         _KNOWN[key] = (lambda args: args[0]), operation
     elif key and {*map(_storage_id, outputs)}.isdisjoint(map(_storage_id, inputs)):
         template = tree_map_only(torch.Tensor, _allocate_like, out)
-        if list(map(_describe, tree_leaves(template))) == list(map(_describe, tree_leaves(out))):
+        if list(map(_cache_key, tree_leaves(template))) == list(map(_cache_key, tree_leaves(out))):
             _KNOWN[key] = (lambda args: tree_map_only(torch.Tensor, _allocate_like, template)), operation
     return out, operation
 
@@ -152,14 +152,14 @@ def _call(func, args: tuple, kwargs: dict) -> tuple[object, Operation]:
 _KNOWN: dict[tuple, tuple[Callable, Operation]] = {}  # by operator and arguments
 
 
-def _describe(x: object) -> object:
+def _cache_key(x: object) -> object:
     """Return a hashable that is equal for arguments of equal shapes and values."""
     if isinstance(x, torch.Tensor):
         return x.shape, x.stride(), x.storage_offset(), x.dtype, x.device, x.untyped_storage().nbytes()
     if isinstance(x, (tuple, list)):
-        return tuple(map(_describe, x))
+        return tuple(map(_cache_key, x))
     if isinstance(x, dict):
-        return tuple((name, _describe(value)) for name, value in x.items())
+        return tuple((name, _cache_key(value)) for name, value in x.items())
     return type(x), x
 
 
@@ -171,7 +171,7 @@ def _storage_id(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -179,8 +179,8 @@ def _operation(func, args, kwargs, out, inputs, outputs) -> Operation:
     """Return an operator call's kind, dtype, FLOPs and moved bytes."""
     name = func.overloadpacket.__name__
     if func.namespace == "c10d":
-        return Operation("collective", _name(inputs[0].dtype), 0, _sent_bytes(name, inputs))
-    dtype = _name(outputs[0].dtype if outputs else torch.float32)
+        return Operation("collective", _dtype_name(inputs[0].dtype), 0, _sent_bytes(name, inputs))
+    dtype = _dtype_name(outputs[0].dtype if outputs else torch.float32)
     if func.overloadpacket in flop_registry:
         flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         kind = "conv" if name in CONVOLUTIONS else "matrix"
@@ -251,7 +251,7 @@ class _Attention(torch.autograd.Function):
 def _count_attention(query_BHNW: torch.Tensor, key_BHMW: torch.Tensor, products: int) -> None:
     """Count attention. products: matrix products of N x M x W for each head."""
     flops = 2 * products * query_BHNW.numel() * key_BHMW.shape[-2]
-    _get_current_dispatch_mode().count(Operation("attention", _name(query_BHNW.dtype), flops, 0))
+    _get_current_dispatch_mode().count(Operation("attention", _dtype_name(query_BHNW.dtype), flops, 0))
 
 
 class _FusedNorm(nn.Module):

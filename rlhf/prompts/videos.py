@@ -18,6 +18,7 @@ from rlhf.prompts import load_prompts
 from rlhf.prompts.files import as_prompt
 from rlhf.types import Prompt, fields_of
 
+NUM_BUILT_IN = 4096  # prompts that are drawn of a built-in set
 RATE_TOLERANCE = 0.01  # 23.976 frames a second count as 24
 
 
@@ -64,7 +65,7 @@ def load_train_prompts(args: RewardGradientConfig) -> list[str]:
     """Return the prompts to train on: those of `prompts`, or the captions of an offline run."""
     if is_offline(args):
         return [video.prompt for video in read_videos(args)]
-    return load_prompts(args.prompts, args.base_dir, args.num_train_prompts, args.seed)
+    return load_prompts(args.prompts, args.base_dir, NUM_BUILT_IN, args.seed)
 
 
 def entry_folder(content: str) -> Path:

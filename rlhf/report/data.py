@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from rewards.load import spec_name, split_spec
+from rewards.contract import reward_name, split_spec
 from rlhf.config import VIDEO_SIZE
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
@@ -145,7 +145,7 @@ class Run:
     @property
     def trained_names(self) -> list[str]:
         """Return the names of the rewards that are trained on: not those of weight 0."""
-        names = list(map(spec_name, self.config.get("reward_funcs") or self.summary.get("trained", {})))
+        names = list(map(reward_name, self.config.get("reward_funcs") or self.summary.get("trained", {})))
         weights = self.config.get("reward_weights") or [1.0] * len(names)
         return [name for name, weight in zip(names, weights, strict=False) if weight]
 
@@ -223,10 +223,10 @@ class Run:
     @property
     def eval_size(self) -> str:
         """Return the size of the evaluated videos in words, "" if it is that of the training."""
-        own = {name: self.config.get(f"eval_{name}") for name in VIDEO_SIZE}
-        if self.before or not any(value and value != self.config[name] for name, value in own.items()):
+        own = self.config.get("eval_size") or {}
+        if self.before or not any(value != self.config[name] for name, value in own.items()):
             return ""
-        height, width, frames = (value or self.config[name] for name, value in own.items())
+        height, width, frames = (own.get(name, self.config[name]) for name in VIDEO_SIZE)
         trained = "{height}x{width} with {num_frames} frames".format(**self.config)
         return f"{height}x{width} with {frames} frames; training used {trained}"
 

@@ -127,5 +127,5 @@ def vae_identity(vae: AutoencoderKLWan) -> str:
 
 
 def _key(caption: str) -> tuple[str, str]:
-    """Return what tells a video from the others of its folder."""
+    """Return a video's file and caption, which tell it from the others of its folder."""
     return row_of(caption)["file"], str(caption)

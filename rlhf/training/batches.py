@@ -37,10 +37,14 @@ def first_failure(results: list[BatchResult]) -> tuple:
     return next(iter(suspects), None), next(iter(errors), None)
 
 
-def finish_in_turn(begun: Iterable[Callable[[], BatchResult]]) -> list[BatchResult]:
-    """Return each function's result, in order; each is called after the next one has begun."""
+def finish_in_turn(pending: Iterable[Callable[[], BatchResult]]) -> list[BatchResult]:
+    """Return the results of functions that finish a batch each, in order.
+
+    pending: taking a function from it begins its batch. A batch is finished after the next one has
+    begun, so that one is sampled while another is scored.
+    """
     results, waiting = [], None
-    for finish in begun:
+    for finish in pending:
         results += [waiting()] if waiting else []
         waiting = finish
     return [*results, waiting()]

@@ -14,12 +14,12 @@ from rewards.contract import (
     check_prompts,
     require_differentiable,
     reward_attribute,
+    reward_name,
     reward_time_limit,
     scores_latents,
+    split_spec,
 )
-from rewards.load import split_spec
 from rlhf.checks import all_method_problems
-from rlhf.checks.rewards import short_name
 from rlhf.config import ConfigError, RewardGradientConfig, at_eval_size
 from rlhf.device import local_device
 from rlhf.generator.files import latent_sizes, model_sizes, transformer_digest
@@ -146,7 +146,7 @@ def _load_rewards(rewards: list[str | Callable], args, device: torch.device) -> 
     """Return frozen rewards by short name: specs loaded, callables taken as they are."""
     loaded, kwargs = {}, args.reward_kwargs or {}
     for reward in rewards:
-        name = short_name(reward)
+        name = reward_name(reward)
         if isinstance(reward, str):
             reward = load_reward(reward, args.base_dir, reward_timeout=args.reward_timeout, **kwargs.get(name, {}))
         if isinstance(reward, torch.nn.Module):

@@ -56,7 +56,7 @@ class Scorer:
 
     def begin(self, latents_BCTHW: torch.Tensor, prompts: list[str], step: int) -> Finish:
         """Begin to score finished latents for a regression, which may need no gradient of them."""
-        begin = self._begin if self.method in SCORES_ALONE else self._with_gradient
+        begin = self._begin_scores if self.method in SCORES_ALONE else self._score_with_gradient
         return begin(latents_BCTHW, prompts, step)
 
     def _views(self, sample: Sample, prompts: list[str], step: int) -> tuple[torch.Tensor | None, NoisyLatents]:
@@ -65,14 +65,16 @@ class Scorer:
         noisy = NoisyLatents(average(sample.noisy), sample.sigma, cond.prompt_embeds_BLD, cond.pooled_embeds_BP)
         return self.decode(average(sample.latents), step), noisy
 
-    def _with_gradient(self, latents_BCTHW: torch.Tensor, prompts: list[str], step: int) -> Finish:
+    def _score_with_gradient(self, latents_BCTHW: torch.Tensor, prompts: list[str], step: int) -> Finish:
+        """Score at once, and return a function that only returns the result."""
         sample = Sample(latents_BCTHW.requires_grad_())
         scores_B, scored = self.score(sample, prompts, step)
         (gradient,) = torch.autograd.grad(scores_B.sum(), sample.latents)
         return partial(tuple, (scores_B.detach(), gradient, scored))
 
     @torch.no_grad()
-    def _begin(self, latents_BCTHW: torch.Tensor, prompts: list[str], step: int) -> Finish:
+    def _begin_scores(self, latents_BCTHW: torch.Tensor, prompts: list[str], step: int) -> Finish:
+        """Begin to score without a gradient, and return a function that waits for the scores."""
         video, latents = self._views(Sample(latents_BCTHW), prompts, step)
         info, words = self.info(step) | {"latents": latents}, self.options.relative_words
         try:

@@ -16,7 +16,7 @@ from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.masters import MasterWeights
 from rlhf.adapter.merge import apply_lora
 from rlhf.checks import check_config
-from rlhf.checks.method import read_initial
+from rlhf.checks.method import PLAIN_LORA, read_initial
 from rlhf.config import ConfigError, RewardGradientConfig, at_eval_size, is_distilled
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import EvalOptions, HeldOut, MakeVideos
@@ -142,6 +142,8 @@ def _adapter_problems(model, args, peft_config) -> Iterator[str]:
         yield f"peft_config: got lora_dropout={dropped}, {expected}; leave it out"
     if not isinstance(peft_config, LoraConfig):
         return
+    if peft_config.use_dora and isinstance(args, RewardGradientConfig):
+        yield from _dora_problems(args)
     if not peft_config.target_modules:
         yield f"peft_config: got no target_modules, expected names of layers; those of the settings are {ATTENTION}"
     for name, value in other_fields(peft_config.to_dict()).items():
@@ -149,6 +151,17 @@ def _adapter_problems(model, args, peft_config) -> Iterator[str]:
     if isinstance(start := peft_config.init_lora_weights, str) and start not in IDENTITY_INITS:
         expected = "expected one that leaves the base's weights as they are, for it is what a run is compared with"
         yield f"peft_config: got init_lora_weights={start!r}, {expected}; leave it out, or use {IDENTITY_INITS[0]!r}"
+
+
+def _dora_problems(args: RewardGradientConfig) -> Iterator[str]:
+    """Yield the settings that a DoRA of peft_config does not work with."""
+    if args.weight_decay:
+        expected = "expected 0: it would pull the model's own magnitudes to 0"
+        yield f"weight_decay: got {args.weight_decay} with use_dora, {expected}; hold them with drift_weight instead"
+    if args.sampling_weights != "own":
+        yield f"sampling_weights: got {args.sampling_weights} with use_dora, expected own; change one of the two"
+    if args.initial_adapter:
+        yield f"initial_adapter: got use_dora in peft_config, {PLAIN_LORA}"
 
 
 def require_same_run(
@@ -272,7 +285,7 @@ def make_batches(prompts: list[str], pipe: VideoPipeline, args: RewardGradientCo
 def make_anchor_data(
     videos: list[Video], pipe: VideoPipeline, args: RewardGradientConfig, layout: Layout
 ) -> AnchorData:
-    """Return the real videos of a run, not encoded yet; none without `anchor_data`."""
+    """Return the real videos of a run, not encoded yet; an empty one without `anchor_data`."""
     if videos:
         captions = ", whose captions are the prompts of this run" if is_offline(args) else ""
         layout.accelerator.print(f"anchor_data: {len(videos)} videos of {args.anchor_data}{captions}")

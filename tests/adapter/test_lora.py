@@ -8,7 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_transformer
 
-from rlhf.adapter.lora import add_adapter, disable_adapter, lora_config
+from rlhf.adapter.lora import ATTENTION, add_adapter, disable_adapter, lora_config
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
@@ -22,9 +22,9 @@ def velocity(transformer) -> torch.Tensor:
     return adapted_model.velocity(transformer, INPUTS)
 
 
-def shaken(transformer, amount=0.3, **settings) -> MasterWeights:
+def shaken(transformer, amount=0.3, config=None, **settings) -> MasterWeights:
     """Add an adapter that does something."""
-    add_adapter(transformer, lora_config(RewardGradientConfig(**{"lora_rank": 4} | settings)), seed=0)
+    add_adapter(transformer, config or lora_config(RewardGradientConfig(**{"lora_rank": 4} | settings)), seed=0)
     masters = MasterWeights(transformer)
     noise = torch.randn(masters.vector.shape, generator=torch.Generator().manual_seed(1))
     masters.set(masters.vector.detach() + amount * noise)
@@ -118,18 +118,20 @@ def test_an_adapter_of_another_rank_is_not_loaded(rank):
 
 # ---------------------------------------- DoRA, patterns, the average
 
-EVERYTHING = {
-    "lora_rank": 4,
-    "lora_use_dora": True,
-    "lora_rank_pattern": {"to_q": 2},
-    "lora_alpha_pattern": {"to_q": 6},
-}
+EVERYTHING = LoraConfig(
+    r=4,
+    lora_alpha=4,
+    target_modules=ATTENTION,
+    use_dora=True,
+    rank_pattern={"to_q": 2},
+    alpha_pattern={"to_q": 6},
+)
 
 
 def with_dora():
     """Return a pipeline with everything that can be trained, and its masters."""
     pipe = tiny_pipeline()
-    return pipe, shaken(pipe.transformer, 0.05, **EVERYTHING)
+    return pipe, shaken(pipe.transformer, 0.05, EVERYTHING)
 
 
 def test_rank_and_alpha_patterns_and_magnitudes_are_as_asked():

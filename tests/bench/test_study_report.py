@@ -51,20 +51,62 @@ def test_what_is_found_is_told_also_where_a_baseline_wins():
     table = study_report.gains_table(RESULT)
     assert table.splitlines()[2].startswith("| DDPO | 3 | 80 | +0.403 ± 0.261 | +40.3 ± 26.1 | ")
     assert "| **DRaFT-K** | 3 | 80 | +0.200 ± 0.248 | +20.0 ± 24.8 | +0.200 ± 0.248 | +40.0 ± 49.7 |" in table
-    assert "| DDPO | 30.0 | +0.807 ± 0.522 | +80.7 ± 52.2 | +161.3 ± 104.4 | +161.3 ± 104.4 |" in (
-        study_report.cost_table(RESULT)
-    )
     assert "| DDPO | 2,000 | +0.202 ± 0.130 | +20.2 ± 13.0 | +40.3 ± 26.1 | +40.3 ± 26.1 |" in (
-        study_report.cost_table(RESULT, "reward queries")
+        study_report.queries_table(RESULT)
     )
     failed = RESULT["rows"] + [{"arm": "ReFL", "seed": 3, "error": "ValueError: nan"}]
     told = study_report.conditions(RESULT | {"rows": failed})
-    assert "All runs took 20 minutes. Runs that failed: ReFL, seed 3 (ValueError: nan)." in told
+    assert (
+        "Seeds of every arm: 0, 1, 2. All runs took 20 minutes. Runs that failed: ReFL, seed 3 (ValueError: nan)."
+        in told
+    )
+
+
+def long_result() -> dict:
+    """Return a long study with best-of-n: DRaFT-K turns, ReFL does not, SRPO has no curve."""
+    result = result_of({"best-of-n": [0.15, 0.15], "DRaFT-K": [0.1, 0.1], "ReFL": [0.3, 0.3], "SRPO": [0.0]})
+    ways = {"DRaFT-K": [(0.6, 0.7), (0.7, 0.6)], "ReFL": [(0.6, 0.6), (0.8, 0.8)]}  # trained reward and verifier
+    for row in result["rows"]:
+        row["settings"] |= {"n": 9} if row["arm"] == "best-of-n" else {}
+        if way := ways.get(row["arm"]):
+            row["curve"] = [
+                {"steps": 40 * i, "device_seconds": 15.0 * i, "trained": trained}
+                | dict.fromkeys(("verifier", "clip", "diversity"), verifier)
+                for i, (trained, verifier) in enumerate(way, 1)
+            ]
+    return result
+
+
+def test_a_long_study_tells_where_arms_turn_and_when_they_equal_best_of_n():
+    result = long_result()
+    turns = study_report.turns_table(result)
+    assert "| **DRaFT-K** | 2 | 40 of 80 | +20.0 | +10.0 | +0.200 |" in turns
+    assert "| ReFL | 2 | no | - | +30.0 | +0.300 |" in turns
+    assert "SRPO" not in turns
+    equals = study_report.equals_table(result).splitlines()
+    assert equals[0] == "| arm | seeds | best-of-n, n = 9 (+15.0) |"
+    assert "| **DRaFT-K** | 2 | 11 |" in equals  # three quarters of the way to +20 points
+    assert "| ReFL | 2 | 19 |" in equals
+    assert "| **DRaFT-K** | 2 | 40 (turns) | 15 | +0.100 | +20.0 | +0.200 | +40.0 |" in study_report.curves_table(
+        result
+    )
+    assert study_report.seeds_of(result) == "Seeds of the arms: 0, 1; but 0 of SRPO."
+    del result["rows"][4]["curve"][0]  # of ReFL: what was judged after other steps is left out
+    assert "| ReFL | 1 | no | - | +30.0 | +0.300 |" in study_report.turns_table(result)
+    del result["rows"][5]["curve"]
+    assert "| ReFL | 1 | no | - | +30.0 | +0.300 |" in study_report.turns_table(result)
+
+
+def test_tables_of_a_study_without_curves_or_rows_are_fine():
+    short = [study_report.TABLES[f"study_long.json#{part}"](RESULT) for part in ("turns", "equals", "curves")]
+    assert short == [""] * 3
+    empty = RESULT | {"rows": []}
+    assert all(isinstance(of(empty), str) for name, of in study_report.TABLES.items() if name.startswith("study_long"))
 
 
 def test_plots_are_drawn(tmp_path):
-    for draw in (study_plots.plot_gains, study_plots.plot_costs):
-        draw(RESULT, tmp_path / "plot.png")
+    for draw in (study_plots.plot_gains, study_plots.plot_costs, study_plots.plot_frontier):
+        draw(long_result(), tmp_path / "plot.png")
         assert 5_000 < (tmp_path / "plot.png").stat().st_size < 200_000
 
 

@@ -224,6 +224,10 @@ grad_steps: null
 num_draws: 4
 align_sigmas: [0.75, 0.96]
 relative_words: [sharp, dull]
+eval_width: 64
+eval_num_frames: null
+guidance_gradient: distill
+drift_weighting: even
 optim: adamw_torch_fused
 train_blocks: null
 decode_channels_last: true
@@ -236,12 +240,14 @@ def test_a_file_of_an_earlier_version_is_translated_and_one_paragraph_says_how(y
     args = parse_config(["--config", yaml_file(OLD)])
     assert (args.method, args.rollout_reuse) == ("srpo", 2)
     assert args.method_kwargs == {"num_draws": 4, "relative_words": ["sharp", "dull"]}
+    assert args.eval_size == {"width": 64}
     (record,) = caplog.records
     for words in (
         "settings.yaml: These settings are of an earlier version. rollout_uses is now rollout_reuse; grad_steps, ",
         "num_draws, align_sigmas, relative_words: now in method_kwargs, here {'num_draws': 4, 'relative_words': [",
+        "eval_width, eval_num_frames: now in eval_size, here {'width': 64}; ",
         "dry_run, memory_limit_gib: now only flags of the train command; ",
-        "optim, train_blocks, decode_channels_last: gone, without effect here.",
+        "optim, train_blocks, drift_weighting, decode_channels_last: gone, without effect here.",
     ):
         assert words in record.getMessage()
     assert "\n" not in record.getMessage()
@@ -254,6 +260,10 @@ def test_a_file_of_an_earlier_version_is_translated_and_one_paragraph_says_how(y
         ({"second_order_prefix": True}, "prefix_steps alone"),
         ({"optim": "adamw_bnb_8bit"}, "moments are float32"),
         ({"early_stopping_threshold": 0.1}, "any rise counts"),
+        ({"num_train_prompts": 64}, "into a file"),
+        ({"drift_weighting": "even"}, "distill alone weighs evenly"),
+        ({"lora_use_dora": True}, "peft_config=LoraConfig(use_dora=True, ...)"),
+        ({"lora_rank_pattern": {"to_q": 2}}, "peft_config=LoraConfig(rank_pattern=..., ...)"),
         ({"base_bits": 8}, "choose 4"),
         ({"sampling_weights": "merged"}, "choose own or float8"),
         ({"decode_caches": "recompute"}, "choose host"),
@@ -264,6 +274,14 @@ def test_what_was_in_use_and_is_gone_is_refused_with_its_cure(settings, cure):
     ((name, value),) = settings.items()
     assert problem.startswith(f"{name}: got {value!r}, which this version no longer has")
     assert cure in problem
+
+
+def test_what_had_no_effect_beside_the_others_is_dropped():
+    for settings in ({"prompts": "p.txt", "num_train_prompts": 9}, {"guidance_gradient": "distill"}):
+        old = {"drift_weighting": "even" if "guidance_gradient" in settings else "kl"} | settings
+        kept, told, problems = translate_old_settings(old)
+        assert (kept.keys() & {"num_train_prompts", "drift_weighting"}, problems) == (set(), [])
+        assert told.endswith("gone, without effect here.")
 
 
 def test_settings_of_today_are_left_as_they_are():

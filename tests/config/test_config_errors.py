@@ -25,7 +25,8 @@ from rlhf.config.parse import parse_config
 PACKAGE = Path(__file__).parents[2] / "rlhf"
 CHECKED = [path for room in ("checks", "config") for path in (PACKAGE / room).glob("*.py")]
 CHECKED += [PACKAGE / "method" / "options.py", PACKAGE / "prompts" / "__init__.py"]
-OTHERS = ("as_prompts", "check_sampling")  # tests/prompts/test_prompts.py, tests/export/test_demo.py
+# Of tests/prompts/test_prompts.py, tests/export/test_demo.py and tests/training/test_initial_adapter.py.
+OTHERS = ("as_prompts", "check_sampling", "read_initial")
 
 
 # ---------------------------------------------------------------------------------- making mistakes
@@ -88,8 +89,8 @@ def name_of(row: Row) -> str:
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_a_mistake_is_answered_with_what_was_got_what_was_expected_and_the_cure(row, project, monkeypatch):
     problems = told(row.mistake, project, monkeypatch)
-    got, expected = (part.replace("{tmp}", str(project)) for part in (row.got, row.expected))
-    answers = [p for p in problems if got in p and expected in p and row.cure in p]
+    got, expected, cure = row.told.replace("{tmp}", str(project)).split(" ... ")
+    answers = [p for p in problems if got in p and expected in p and cure in p]
     assert len(answers) == 1, problems
     for problem in problems:
         assert len(problem) < 800, "one paragraph"

@@ -142,6 +142,14 @@ def test_a_step_is_worked_out_of_its_parts(recipes):
     assert (recipes.costs_table({}), recipes.layouts_told({})) == ("Not measured yet.\n", "")
 
 
+def test_a_step_that_serves_several_gradients_is_told_by_one_of_them(recipes):
+    arm, *sizes = recipes.ARMS["contentv_8b_fast"]
+    row = {"arm": arm, "frames": 33, "scored": 1, "phase": "step", "seconds": 8.5, "peak_gib": 80.06}
+    result = {"environment": {"device": "NVIDIA X"}, "rows": [row | {"steps": 25, "seconds_per_gradient": 2.125}]}
+    told = recipes.measured("contentv_8b_fast", result)
+    assert told == "2.1 s a video and 80.1 GiB on one NVIDIA X, random weights, HPS v2.1."
+
+
 def test_heads_and_guide_say_what_the_results_say(recipes):
     found = recipes.read(recipes.RESULT)
     for path in FOR_8B:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from runs import OneProcess
 
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import EVAL_FINGERPRINT, EvalOptions, Evaluation, HeldOut, fingerprint
@@ -11,14 +12,6 @@ from rlhf.types import Prompt, row_of
 
 SHAPE = (16, 2, 2, 2)
 PROMPTS = [f"prompt {i}" for i in range(5)]
-
-
-class OneProcess:
-    num_processes, process_index, is_main_process, in_step = 1, 0, True, False
-    device = torch.device("cpu")
-
-    def reduce(self, tensor, how):
-        return tensor
 
 
 def make_videos(prompts, noise):

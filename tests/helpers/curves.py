@@ -17,6 +17,7 @@ from PIL import Image
 from rlhf.config import RewardGradientConfig
 from rlhf.io import write_rows
 from rlhf.nano import world
+from rlhf.prompts import load_prompts
 from rlhf.run.metrics import read_metrics
 from rlhf.run.video import to_uint8
 from rlhf.trainer import RewardGradientTrainer
@@ -34,7 +35,6 @@ COMMON = {
     "max_steps": STEPS,
     "learning_rate": 1e-3,
     "adam_epsilon": 1e-5,  # above rounding, so that other processors draw the same curve
-    "num_train_prompts": 64,
     "eval_prompts": "none",
     "report_to": ["none"],
 }
@@ -68,13 +68,10 @@ CURVES = {
     "distill": {
         "guidance_gradient": "distill",
         "drift_weight": 1.0,
-        "drift_weighting": "even",
         "learning_rate": 5e-4,  # for the same reason
     },
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
 }
-
-NO_GPU = ("flow_grpo", "prfl", "srpo_offline")  # curves that were not drawn on a GPU yet
 
 
 def draw(name: str, device: str = "cpu") -> dict[str, list[float]]:
@@ -83,7 +80,8 @@ def draw(name: str, device: str = "cpu") -> dict[str, list[float]]:
         args = RewardGradientConfig(output_dir=f"{folder}/run", device=device, **COMMON | CURVES[name])
         if name == "srpo_offline":
             args.anchor_data = str(draw_clips(Path(folder) / "videos"))
-        RewardGradientTrainer(args=args).train()
+        prompts = None if name == "srpo_offline" else load_prompts("nano_train", None, 64)
+        RewardGradientTrainer(args=args, train_dataset=prompts).train()
         rows = read_metrics(args.output_dir)
     return {key: [row[key] for row in rows if key in row] for key in KEYS}
 

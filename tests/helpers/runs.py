@@ -34,6 +34,16 @@ def assert_same_training(a, b):
         torch.testing.assert_close(tensor, saved_adapter(b)[name], rtol=1e-3, atol=2e-5)
 
 
+class OneProcess:
+    """The `Layout` of a process that is alone."""
+
+    num_processes, process_index, is_main_process, in_step = 1, 0, True, False
+    device = torch.device("cpu")
+
+    def reduce(self, tensor, how):
+        return tensor
+
+
 class At(TrainerCallback):
     """Does something after one step."""
 

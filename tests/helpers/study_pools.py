@@ -23,7 +23,7 @@ class Pool:
 
 
 class Pools:
-    jobs = 1
+    jobs = count = 1
 
     def timers(self):
         return [Pool(), Pool()]

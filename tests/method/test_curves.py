@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from curves import CURVES, KEYS, NO_GPU, STEPS, draw, stored
+from curves import CURVES, KEYS, STEPS, draw, stored
 
 from rlhf.config import METHODS
 
@@ -12,7 +12,6 @@ POINT, MEAN = 0.01, 0.002
 # On CUDA two runs differ, most where a gradient meets a kink of the reward: in 4 points of 20 at
 # most; the median residual was 1.1e-3 at most.
 MIDDLE, KINKS = 0.002, 5
-GPU = [name for name in CURVES if name not in NO_GPU]
 
 
 def off(new: dict, old: dict) -> dict[str, tuple[float, float]]:
@@ -38,7 +37,7 @@ def assert_same_but_for_kinks(new: dict, old: dict) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_method_has_its_curve(device):
     assert {settings.get("method", "draft_k") for settings in CURVES.values()} == set(METHODS)
-    for name in CURVES if device == "cpu" else GPU:
+    for name in CURVES:
         assert [len(stored(name, device)[key]) for key in ("loss", "grad_norm")] == [STEPS, STEPS]
 
 
@@ -59,13 +58,13 @@ def test_twenty_steps_are_what_they_were(name):
     assert all(point <= POINT and mean <= MEAN for point, mean in found.values()), found
 
 
-@pytest.mark.parametrize("name", GPU)
+@pytest.mark.parametrize("name", list(CURVES))
 def test_curves_of_a_gpu_are_those_of_a_cpu_but_for_kinks(name):
     assert_same_but_for_kinks(stored(name, "cuda"), stored(name))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("name", GPU)
+@pytest.mark.parametrize("name", list(CURVES))
 def test_twenty_steps_on_a_gpu_are_what_they_were(name):
     assert_same_but_for_kinks(draw(name, "cuda"), stored(name, "cuda"))

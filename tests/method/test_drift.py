@@ -15,8 +15,8 @@ from rlhf.method.velocity import velocity_field
 
 def test_weights_by_hand():
     sigmas = torch.tensor([1.0, 0.8, 0.0])
-    torch.testing.assert_close(drift_step_weights(sigmas, "even"), torch.tensor([0.2, 0.8]))
-    torch.testing.assert_close(drift_step_weights(sigmas, "kl"), torch.tensor([0.2 * 0.1 / 0.9, 0.8 * 0.6 / 0.4]))
+    torch.testing.assert_close(drift_step_weights(sigmas, even=True), torch.tensor([0.2, 0.8]))
+    torch.testing.assert_close(drift_step_weights(sigmas), torch.tensor([0.2 * 0.1 / 0.9, 0.8 * 0.6 / 0.4]))
 
 
 @pytest.mark.parametrize(("spread", "shift"), [(1.0, 0.5), (0.6, 1.0), (2.0, 3.0)])
@@ -34,18 +34,20 @@ def test_weighted_velocities_are_the_kl_divergence_of_gaussian_data(spread, shif
     for sigma in (sigmas[:-1] + sigmas[1:]) / 2:
         tuned, base = (lambda x, s, m=m: velocity(x, s, m) for m in (shift, 0.0))
         distances.append(velocity_distance(tuned, base, x, sigma))
-    divergence = drift_step_weights(sigmas, "kl") @ torch.stack(distances)
+    divergence = drift_step_weights(sigmas) @ torch.stack(distances)
     assert divergence.tolist() == pytest.approx([shift**2 / (2 * spread**2)] * 3, rel=1e-5)
 
 
 def test_one_drawn_step_stands_for_all_without_bias():
     """The mean over draws of total weight times distance is the weighted sum of distances."""
     sigmas, distance = torch.tensor([1.0, 0.9, 0.6, 0.0]), torch.tensor([1.0, 20.0, 3.0])
-    for weighting in ("kl", "even"):
-        args = RewardGradientConfig(drift_weight=0.1, drift_weighting=weighting)
+    for gradient in ("full", "distill"):
+        args = RewardGradientConfig(drift_weight=0.1, guidance_gradient=gradient)
         plans = [make_plan(args, MethodOptions(), sigmas, generator("drift", draw)) for draw in range(3000)]
         estimate = sum(p.drift_total * distance[p.drift_step].item() for p in plans) / len(plans)
-        assert estimate == pytest.approx((drift_step_weights(sigmas, weighting) @ distance).item(), rel=0.08)
+        assert estimate == pytest.approx(
+            (drift_step_weights(sigmas, even=gradient == "distill") @ distance).item(), rel=0.08
+        )
     assert make_plan(RewardGradientConfig(), MethodOptions(), sigmas, generator("drift", 0)).drift_step is None
 
 

@@ -118,7 +118,7 @@ def test_a_shortened_prefix_moves_the_window_alone():
     plan = plan_of("draft_k", TEN_STEPS, prefix_steps=2, drift_weight=0.1)
     assert plan.grad_steps == [2, 3, 4]
     assert torch.equal(plan.sigmas[2:], TEN_STEPS[7:])
-    assert plan.drift_total == pytest.approx(drift_step_weights(plan.sigmas, "kl").sum().item())
+    assert plan.drift_total == pytest.approx(drift_step_weights(plan.sigmas).sum().item())
     for whole in (plan_of("draft_k", TEN_STEPS, prefix_steps=20), plan_of("srpo", TEN_STEPS, prefix_steps=2)):
         assert torch.equal(whole.sigmas, TEN_STEPS)
 

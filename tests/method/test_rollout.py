@@ -146,12 +146,21 @@ SIX_STEPS = torch.tensor([1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0], dtype=torch.float
 
 @pytest.mark.parametrize(
     ("window", "steps", "expected"),
-    [(4, 2, [0, 2, 4, 5, 6]), (5, 5, range(7)), (3, 1, [0, 3, 4, 5, 6]), (5, 3, [0, 2, 3, 5, 6])],
+    [(4, 2, [0, 1, 4, 5, 6]), (5, 5, range(7)), (3, 1, [0, 3, 4, 5, 6]), (5, 4, [0, 1, 2, 3, 5, 6])],
 )
-def test_fewer_steps_keep_the_window(window, steps, expected):
+def test_fewer_steps_keep_the_window_and_more_of_the_first_steps(window, steps, expected):
     plan = shorten_prefix(Plan(SIX_STEPS, [window, 5]), steps)
     assert torch.equal(plan.sigmas, SIX_STEPS[list(expected)])
     assert plan.grad_steps == [steps, 5 - window + steps]
+
+
+def test_a_shortened_prefix_has_as_many_steps_as_asked_and_no_level_twice():
+    sigmas = torch.linspace(1, 0, 26)
+    for steps in range(1, 25):
+        shortened = shorten_prefix(Plan(sigmas, [24]), steps).sigmas
+        assert len(shortened) == steps + 2
+        assert (shortened.diff() < 0).all()
+        assert torch.equal(shortened[[0, -2, -1]], sigmas[[0, 24, 25]])
 
 
 class Guided:

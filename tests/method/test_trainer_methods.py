@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from runs import adapter, train
 from toy_rewards import PROMPTS, calm, redness, rows_without_cost
 
@@ -85,7 +86,6 @@ def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_pipe, ma
     args = make_args(
         guidance_gradient="distill",
         drift_weight=10.0,
-        drift_weighting="even",
         max_steps=25,
         learning_rate=1e-2,
         num_sample_prompts=0,
@@ -108,8 +108,9 @@ def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_pipe, ma
 
 
 def test_dora_trains_in_the_loop(make_pipe, make_args):
-    args = make_args(lora_use_dora=True, max_steps=2, drift_weight=0.1)
-    train(args, pipe=make_pipe())
+    args = make_args(max_steps=2, drift_weight=0.1)
+    config = LoraConfig(r=2, target_modules=["to_q"], use_dora=True)
+    RewardGradientTrainer(make_pipe(), redness, args, PROMPTS, peft_config=config).train()
     assert rows_without_cost(args)[1]["drift"] > 0
     assert adapter(args).isfinite().all()
 

@@ -57,7 +57,7 @@ def studio(model, tmp_path):
 
 
 def make(studio, **body) -> None:
-    studio.make(body)
+    studio.start(body)
     while studio.job:
         time.sleep(0.02)
 
@@ -190,7 +190,7 @@ def test_a_stopped_or_broken_request_says_so_and_the_page_goes_on(studio, monkey
 )
 def test_wrong_requests_start_nothing(studio, body, message):
     with pytest.raises(ValueError, match="got|divisible") as error:
-        studio.make(body)
+        studio.start(body)
     assert message in "; ".join(getattr(error.value, "problems", [str(error.value)]))
     assert studio.job is None
 

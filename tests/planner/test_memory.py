@@ -141,7 +141,7 @@ def test_an_evaluation_of_another_size_is_planned_at_that_size():
         model = TracedModel(args, card)
         return plan_memory(model, args, plan_rewards(model, args)), args
 
-    (small, args), (large, _) = plan(), plan(eval_height=128, eval_num_frames=41)
+    (small, args), (large, _) = plan(), plan(eval_size={"height": 128, "num_frames": 41})
     (trained, _) = plan(height=128, num_frames=41)
     assert args.height < 128
     table = trained.held["position table"]

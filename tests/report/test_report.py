@@ -37,7 +37,7 @@ def test_the_size_is_told_where_the_evaluation_has_its_own(finished):
     assert "judged at" not in read(finished).text
     config = finished / "config.yaml"
     before = config.read_text()
-    args = RewardGradientConfig(height=32, width=48, num_frames=9, eval_height=64, eval_num_frames=9)
+    args = RewardGradientConfig(height=32, width=48, num_frames=9, eval_size={"height": 64, "num_frames": 9})
     try:
         config.write_text(args.to_yaml())
         told = "judged at 64x48 with 9 frames; training used 32x48 with 9 frames."

@@ -9,9 +9,8 @@ import pytest
 import torch
 import yaml
 
-from rewards import check_spec, load_reward, probe
+from rewards import check_spec, load_reward, probe, reward_name
 from rewards.check import main
-from rewards.load import spec_name
 from rlhf.config import RewardGradientConfig
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +105,7 @@ def test_the_config_in_the_guide_names_rewards_that_exist():
         for spec in config.reward_funcs + config.eval_reward_funcs:
             check_spec(spec, ROOT / "configs")
         assert len(config.reward_weights) == len(config.reward_funcs)
-        assert set(config.reward_kwargs or {}) <= set(map(spec_name, config.reward_funcs))
+        assert set(config.reward_kwargs or {}) <= set(map(reward_name, config.reward_funcs))
 
 
 def test_the_guide_lists_every_built_in():

@@ -134,8 +134,6 @@ def test_the_backend_of_a_folder(folders):
         ({"model": "Vit-Nothing"}, ["no such model in open_clip"]),
         ({"model": "./absent/folder"}, ["./absent/folder", "a folder that exists"]),
         ({"model": "a/b", "backend": "clip"}, ["'transformers' or 'open_clip'"]),
-        ({"num_frames": 4}, ["num_frames=4", "frames='first'"]),
-        ({"num_frames": 0, "frames": "all"}, ["num_frames=0"]),
     ],
 )
 def test_what_is_missing_or_wrong_is_said(kwargs, parts):

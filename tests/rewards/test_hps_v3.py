@@ -1,5 +1,7 @@
 """HPSv3: text and score against transformers' own route; frames; what is refused."""
 
+from functools import partial
+
 import pytest
 import torch
 from reward_checks import (
@@ -39,10 +41,7 @@ def make(base, published):
     state = {name_in_445(key): tensor for key, tensor in model.state_dict().items()} | head
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, f"{base}/HPSv3.safetensors")
 
-    def make(dtype="float32", **settings):
-        return load_reward("hps_v3", checkpoint=f"{base}/HPSv3.safetensors", model=base, dtype=dtype, **settings)
-
-    return make
+    return partial(load_reward, "hps_v3", checkpoint=f"{base}/HPSv3.safetensors", model=base, dtype="float32")
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ import pytest
 import torch
 from processes import FOLDER, free_port, start
 from reward_checks import make_video
-from runs import At, adapter, saved_adapter, train
+from runs import At, OneProcess, adapter, saved_adapter, train
 from served import serve
 from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, rows_without_cost
 
-from rewards import RewardError, RewardMix, load_reward, probe
+from rewards import RewardError, RewardMix, load_reward, probe, reward_name
 from rewards.common.wire import pack, unpack
-from rewards.load import check_spec, source_digests, spec_name
+from rewards.load import check_spec, source_digests
 from rewards.remote import Remote
 from rewards.score_cache import ScoreCache, Scorer, reward_identity, score_conditions
 from rewards.serve import RewardServer, main, parse_serve_args, served_digest
@@ -65,14 +65,6 @@ def thread(reward, **options):
             yield server.url
         finally:
             server.shutdown()
-
-
-class OneProcess:
-    num_processes, process_index, is_main_process, in_step = 1, 0, True, False
-    device = torch.device("cpu")
-
-    def reduce(self, tensor, how):
-        return tensor
 
 
 def graded(reward, video, prompts, **info):
@@ -224,8 +216,8 @@ def test_a_server_that_is_not_there_or_is_another(quick):
     for wrong in ({"timeout": 0}, {"retries": -1}, {"retries": 1.5}):
         with pytest.raises(RewardError, match=f"got {next(iter(wrong))}="):
             load_reward("http://host:1", **wrong)
-    assert spec_name("http://host:1") == "remote"
-    assert spec_name("ocr=http://host:1") == "ocr"
+    assert reward_name("http://host:1") == "remote"
+    assert reward_name("ocr=http://host:1") == "ocr"
 
 
 def test_the_command_says_why_it_cannot_serve(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """ViCLIP: frames, pixels and score against a straight-line computation and torchvision."""
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -47,10 +48,7 @@ def checkpoint(tmp_path_factory, state):
 
 @pytest.fixture(scope="module")
 def make(checkpoint):
-    def make(**settings):
-        return load_reward("viclip", checkpoint=checkpoint, **settings)
-
-    return make
+    return partial(load_reward, "viclip", checkpoint=checkpoint)
 
 
 NAMES = {"norm1": "ln_1", "norm2": "ln_2", "out": "attn.out_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
@@ -156,6 +154,3 @@ def test_a_checkpoint_of_another_layout_is_refused(tmp_path, state):
     torch.save({"model": {k: v for k, v in state.items() if "ln_post" not in k}}, tmp_path / "a.pth")
     with pytest.raises(RewardError, match=r"ln_post\.bias is missing"):
         load_reward("viclip", checkpoint=str(tmp_path / "a.pth"))
-    torch.save({"model": {"visual.conv1.weight": torch.zeros(1)}}, tmp_path / "b.pth")
-    with pytest.raises(RewardError, match="vision_encoder.*of ViCLIP"):
-        load_reward("viclip", checkpoint=str(tmp_path / "b.pth"))

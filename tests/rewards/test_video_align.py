@@ -1,6 +1,7 @@
 """VideoAlign: frames, text and score against transformers' and peft's own route."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -50,10 +51,7 @@ def checkpoint(base, tuned):
 
 @pytest.fixture(scope="module")
 def make(base, checkpoint):
-    def make(dtype="float32", **settings):
-        return load_reward("video_align", checkpoint=checkpoint, model=base, dtype=dtype, **settings)
-
-    return make
+    return partial(load_reward, "video_align", checkpoint=checkpoint, model=base, dtype="float32")
 
 
 @pytest.fixture

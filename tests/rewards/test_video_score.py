@@ -1,6 +1,7 @@
 """VideoScore: frames, sizes, text and score against transformers' processor and model."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -68,10 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(folder):
-    def make(dtype="float32", **settings):
-        return load_reward("video_score", model=str(folder), dtype=dtype, **settings)
-
-    return make
+    return partial(load_reward, "video_score", model=str(folder), dtype="float32")
 
 
 def test_the_score_equals_transformers(folder, make):

@@ -166,7 +166,6 @@ def test_what_cannot_be_added_is_refused_before_anything_is_loaded(base, tmp_pat
     style(dora=True).save(tmp_path / "dora.safetensors")
     for changes, told in (
         ({"initial_adapter": str(tmp_path / "dora.safetensors")}, "got a DoRA, .*, expected plain LoRA"),
-        ({"lora_use_dora": True}, "got lora_use_dora, expected plain LoRA"),
         ({"initial_adapter": str(tmp_path)}, None),
     ):
         with pytest.raises(ConfigError, match=told or "got a DoRA"):

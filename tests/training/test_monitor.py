@@ -17,8 +17,7 @@ from runs import At, adapter, saved_adapter, train
 from safetensors.torch import load_file
 from toy_rewards import brightness, redness, rows_without_cost
 
-from rlhf.checks import check_config
-from rlhf.config import ConfigError, RewardGradientConfig
+from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation, HeldOut
 from rlhf.run.folder import BEST
 from rlhf.run.metrics import read_metrics
@@ -190,14 +189,10 @@ def test_the_best_adapter_of_another_run_does_not_replace_the_own_one(watch, tmp
 
 
 @pytest.mark.parametrize("asked", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}])
-def test_a_run_that_goes_by_gains_needs_some(watch, asked, tmp_path):
+def test_a_run_that_goes_by_gains_needs_some(watch, asked):
     with pytest.raises(TrainingError, match="scores all 2 held-out prompts of the base alike"):
         watch("constant", **asked)[0].begin(None, 0, None)
     watch("constant")[0].begin(None, 0, None)  # one that is only looked at does not
-    args = RewardGradientConfig(output_dir=str(tmp_path / "new"), eval_steps=1, num_eval_prompts=1, **asked)
-    args.eval_reward_funcs, args.eval_prompts = ["nano_clip"], "nano_held_out"
-    with pytest.raises(ConfigError, match="got one held-out prompt, expected two or more"):
-        check_config(args)
 
 
 # ----------------------------------------------------------------------------------- the whole loop
@@ -380,14 +375,13 @@ def test_nano_cheats_a_reward_and_is_caught_while_an_unguarded_run_breaks(make_a
 def test_an_evaluation_has_a_size_of_its_own(make_args, tmp_path, monkeypatch):
     """Base and tuned are alike without learning, and the base is that of a run that trains at this size."""
     size = {"height": 32, "width": 48, "num_frames": 9}
-    own = {f"eval_{name}": value for name, value in size.items()} | {"learning_rate": 0.0, "max_steps": 1}
     shapes = []
 
     def seen(video, prompts, **info):
         shapes.append(tuple(video.shape[2:]))
         return redness(video, prompts)
 
-    args = make_args(**own)
+    args = make_args(eval_size=size, learning_rate=0.0, max_steps=1)
     train(args, seen, evaluate=True)
     assert {*shapes} == {(5, 16, 32), (9, 32, 48)}
     base, tuned = (
@@ -409,5 +403,5 @@ def test_an_evaluation_has_a_size_of_its_own(make_args, tmp_path, monkeypatch):
     resumed = {"resume_from_checkpoint": "latest", "max_steps": 2}
     train(dataclasses.replace(args, **resumed), seen, evaluate=True)
     assert made == ["tuned"]
-    train(dataclasses.replace(args, **resumed | {"eval_height": 16, "max_steps": 3}), seen, evaluate=True)
+    train(dataclasses.replace(args, **resumed | {"eval_size": {"height": 16}, "max_steps": 3}), seen, evaluate=True)
     assert made == ["tuned", "base", "tuned"]

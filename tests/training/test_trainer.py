@@ -2,6 +2,7 @@
 should.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_a_step_descends_the_mean_over_its_plans_samples_and_the_drift(make_args
             rewards.append(redness(decode_video(trainer.pipe.vae, sample.latents), batch.prompts).mean())
             loss = loss + (rewards[-1] if sample.penalty else -rewards[-1]) / 2
     state = sample_euler(base if args.anchor_steps else tuned, batch.noise("train"), sigmas[: i + 1])[-1]
-    drift = drift_step_weights(sigmas, "kl").sum() * velocity_distance(tuned, base, state, sigmas[i]).mean()
+    drift = drift_step_weights(sigmas).sum() * velocity_distance(tuned, base, state, sigmas[i]).mean()
     (loss + (args.drift_weight or 1.0) * drift).backward()
     masters.collect_grad()
     expected = masters.vector.grad.clone()
@@ -196,6 +197,12 @@ def test_another_peft_config_and_a_model_by_path_which_go_on(make_args, tmp_path
     assert told["model"] == str(tmp_path / "model")
     assert (told["lora_rank"], told["lora_alpha"], told["lora_target_modules"]) == (2, 8, ["ff.net.2"])
     on = make_args(max_steps=2, resume_from_checkpoint="latest")
+    for other in ({"alpha_pattern": {"ff.net.2": 3}}, {"use_rslora": True}):  # of which no setting tells
+        wrong = dataclasses.replace(config, **other)
+        with pytest.raises(
+            ConfigError, match="peft_config: got (lora_alpha|alpha_pattern)=.*, expected .* as the run had"
+        ):
+            RewardGradientTrainer(tmp_path / "model", redness, on, PROMPTS, peft_config=wrong)
     trainer = RewardGradientTrainer(tmp_path / "model", redness, on, PROMPTS, peft_config=config)
     assert trainer.train()["steps"] == 2
 
@@ -280,3 +287,11 @@ def test_objects_that_are_none_of_ours_are_told(make_args, wrong, told):
     right = {"model": "nano", "reward_funcs": redness, "args": make_args(), "train_dataset": PROMPTS}
     with pytest.raises(ConfigError, match=told):
         RewardGradientTrainer(**right | wrong)
+
+
+def test_settings_that_a_dora_does_not_work_with_are_told_at_once(make_args):
+    args = make_args(weight_decay=0.1, initial_adapter="x", sampling_weights="float8")
+    told = "weight_decay: got 0.1 .* expected 0.*\n.*got float8 with use_dora, expected own.*\n.*expected plain LoRA"
+    dora = LoraConfig(target_modules=["to_q"], use_dora=True)
+    with pytest.raises(ConfigError, match=told):
+        RewardGradientTrainer("nano", redness, args, PROMPTS, peft_config=dora)

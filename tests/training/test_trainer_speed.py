@@ -117,7 +117,7 @@ def test_how_often_the_transformer_runs(make_args, settings, expected):
 
 @needs_float8
 def test_a_copy_of_a_distilled_model_samples_without_guidance(make_args):
-    distill = {"guidance_gradient": "distill", "drift_weight": 0.1, "drift_weighting": "even"}
+    distill = {"guidance_gradient": "distill", "drift_weight": 0.1}
     trainer, seen = stepper(make_args, sampling_weights="float8", **distill).trainer, []
     trainer.fields.copy.model.register_forward_pre_hook(lambda *_: seen.append(True))
     trainer.step(0)
