@@ -16,7 +16,7 @@ import torch
 from peft import PeftConfig
 from transformers import TrainerCallback
 
-from rlhf.adapter.lora_file import INITIAL_KEY, read_lora
+from rlhf.adapter.lora_file import INITIAL_KEY
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates
 from rlhf.config import RewardGradientConfig
@@ -24,9 +24,7 @@ from rlhf.device import generator
 from rlhf.distributed.accelerator import any_process, describe_launch, make_accelerator
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.held_out import MakeVideos
-from rlhf.generator.files import model_sizes
 from rlhf.generator.flow import flow_sigmas
-from rlhf.generator.loading import linear_sizes
 from rlhf.generator.pipeline import VideoPipeline
 from rlhf.method.decode import Sampled, VideoSampler
 from rlhf.method.drift import velocity_distance
@@ -130,8 +128,6 @@ class RewardGradientTrainer:
         self.state.global_step = self.resumed["step"]
         if checkpoint:
             load_checkpoint(checkpoint, self.masters, self.optimizer)
-            sizes = linear_sizes(model_sizes(args.model, self.pipe)["transformer"])
-            self.masters.require_scale(read_lora(checkpoint / "adapter.safetensors", sizes))
             self.fields.refresh()
         self.sample_base, sample_tuned = map(self._video_sampler, (self.fields.base, self.fields.tuned))
         self.monitor = None

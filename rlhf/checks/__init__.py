@@ -13,7 +13,7 @@ from rlhf.checks.parallel import parallel_problems
 from rlhf.checks.resume import resume_problems, start_problems
 from rlhf.checks.rewards import problems_raised_by, reward_problems
 from rlhf.config import VIDEO_SIZE, ConfigError, RewardGradientConfig, range_problems, with_sampling
-from rlhf.device import pick_device
+from rlhf.device import multiplies_bfloat16, pick_device
 from rlhf.generator.files import SamplingDefaults, model_sizes
 from rlhf.generator.registry import spatial_patch
 from rlhf.method.options import AUTO_CHOICES
@@ -37,7 +37,7 @@ def check_config(
     eval_prompts: list[str] | None = None,
     planned_processes: int | None = None,
 ) -> RewardGradientConfig:
-    """Check all settings and return them with the model's sampling defaults filled in.
+    """Check all settings and return them with the model's sampling defaults and the VAE's number format filled in.
 
     Args:
         args: the settings.
@@ -76,6 +76,9 @@ def check_config(
         problems += _video_problems(args, sizes)
     if problems := [*range_problems(args), *problems]:
         raise ConfigError(problems)
+    if args.vae_dtype == "auto":
+        fast = multiplies_bfloat16(pick_device(args.device))
+        args = dataclasses.replace(args, vae_dtype="bfloat16" if fast else "float32")
     return args
 
 

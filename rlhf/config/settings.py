@@ -56,6 +56,10 @@ class ConfigError(ValueError):
         noun = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"The settings have {noun}:\n{lines}")
 
+    def __reduce__(self):
+        """Return how a copy is made, in another process too."""
+        return type(self), (self.problems,)
+
 
 def setting(default: Any, help: str, **limits: float):
     """Return a dataclass field with a setting's default, help text and limits.
@@ -281,7 +285,9 @@ class RewardGradientConfig:
     base_bits: Literal[4] | None = setting(
         None, "4: round the frozen base to 4 bits (bitsandbytes). Default: not rounded."
     )
-    vae_dtype: Literal["float32", "bfloat16"] = setting("float32", "Number format of the VAE.")
+    vae_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "float32", "Number format of the VAE. auto: bfloat16 on a CPU that has instructions for it, else float32."
+    )
     decode_window: int | None = setting(
         None,
         "Consecutive frames scored, from a drawn one on; earlier latents get no gradient. Default: all.",
