@@ -141,7 +141,8 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
     try:
         if not tensors:
             raise _error("no tensor", "those of a LoRA")
-        by_layer, given = _group(tensors, sizes)
+        is_own = path.name in CHECKPOINT_FILES and (path.parent / "state.json").is_file()
+        by_layer, given = _group(tensors, sizes, is_own)
         is_kohya = config is None and all(key.startswith(FLAT_PREFIXES) for key in tensors)
         remark = _add_stated_alpha(by_layer, *map(metadata.get, KOHYA_KEYS)) if is_kohya else ""
         stated = config is not None or any("alpha" in parts for parts in by_layer.values())
@@ -286,9 +287,12 @@ def other_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _group(
-    tensors: dict[str, torch.Tensor], sizes: Sizes | None
+    tensors: dict[str, torch.Tensor], sizes: Sizes | None, is_own: bool
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
-    """Return each layer's a and b, its magnitude and alpha if given; and its name in the file."""
+    """Return each layer's a and b, its magnitude and alpha if given; and its name in the file.
+
+    is_own: the file is a run's checkpoint, which has the layers' names as they are.
+    """
     family = family_of_layers(sizes or ())
     known = {family.original_name(name): name for name in sizes} | {name: name for name in sizes} if family else {}
     flat = {given.replace(".", "_"): name for given, name in known.items()}
@@ -301,7 +305,7 @@ def _group(
         if match is None:
             raise _error(_format(key, family) or f"{key}, which belongs to no LoRA", "a LoRA")
         given, part, adapter = match[1], PARTS[match[2]], match[3]
-        name = next(_matching_layers(given, flat, known if sizes else None), None)
+        name = next(_matching_layers(given, flat, known if sizes else None, is_own), None)
         if name is None:
             unknown.append((key, given))
             continue
@@ -318,10 +322,12 @@ def _group(
     return layers, names
 
 
-def _matching_layers(given: str, flat: dict[str, str], known: dict[str, str] | None) -> Iterator[str]:
+def _matching_layers(
+    given: str, flat: dict[str, str], known: dict[str, str] | None, is_own: bool = False
+) -> Iterator[str]:
     """Yield the model's layer that a key may mean. known: layers by all their names, with dots."""
     name = _strip(given)
-    if name in known if known is not None else name.startswith("transformer_blocks.") or name != given:
+    if name in known if known is not None else is_own or name.startswith("transformer_blocks.") or name != given:
         yield known[name] if known is not None else name
     for prefix in FLAT_PREFIXES:
         name = given.removeprefix(prefix).lstrip("_")  # VideoX-Fun has one more

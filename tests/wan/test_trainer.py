@@ -80,6 +80,10 @@ def test_a_run_resumes_to_the_bit_and_diffusers_loads_what_it_exports(folder, ma
 
     run = Path(whole.output_dir)
     main([str(run), "--adapter", str(tmp_path / "adapter")])
+    main([str(run / "checkpoints" / "step-2"), "--adapter", str(tmp_path / "of the checkpoint")])
+    last, ended = (read_lora(tmp_path / name).layers for name in ("of the checkpoint", "adapter"))
+    assert last.keys() == ended.keys()
+    assert all(torch.equal(last[name].b, ended[name].b) for name in ended)
     main([str(run), "--merged", str(tmp_path / "merged")])
     ours = load_pipeline(folder)
     base = sample(ours)
