@@ -129,7 +129,6 @@ class RewardGradientTrainer:
         if checkpoint:
             load_checkpoint(checkpoint, self.masters, self.optimizer)
             self.masters.require_scale(read_lora(checkpoint / "adapter.safetensors"))
-            self.fields.refresh()
         self.sample_base, sample_tuned = map(self._video_sampler, (self.fields.base, self.fields.tuned))
         self.monitor = None
         if self.eval_prompts:
@@ -278,7 +277,6 @@ class RewardGradientTrainer:
         self.optimizer.zero_grad(set_to_none=False)
         masters.write()
         masters.update_averages(step)
-        self.fields.refresh()
 
     def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> MakeVideos:
         sampler = VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)
