@@ -75,18 +75,27 @@ def plot_costs(result: dict, path: Path) -> None:
 
 
 def plot_frontier(result: dict, path: Path) -> None:
-    """Draw the verifier against the diversity: each arm, with its way there as a line."""
+    """Draw the verifier against the diversity: each arm, with its way there as a line.
+
+    An arm that broke down is off the plot, and the title names it.
+    """
     figure = Figure(figsize=(9, 5.5))
     axis = figure.subplots()
     place = lambda rows: tuple(statistics.mean(gains(rows, m)) for m in ("diversity", "verifier"))
-    for arm, rows in (by_arm(result) | best_of_rows(result)).items():
-        x, y = place(rows)
+    arms = {arm: (rows, *place(rows)) for arm, rows in (by_arm(result) | best_of_rows(result)).items()}
+    off = [f"{arm} ({x:+.0f} %, {y:+.0f} points)" for arm, (_, x, y) in arms.items() if y < 0]
+    for arm, (rows, x, y) in arms.items():
+        if y < 0:
+            continue
         curve = curve_of(judged_along(rows))
         axis.plot([p["diversity"] for p in curve], [p["verifier"] for p in curve], color=color_of(arm), alpha=0.25)
         fill = "white" if arm.endswith(CONTROL) else color_of(arm)
         axis.plot(x, y, "o", color=color_of(arm), markerfacecolor=fill, markersize=5)
-        axis.annotate(named(arm, rows).strip("*"), (x, y), fontsize=7, textcoords="offset points", xytext=(5, 3))
-    axis.set_xlabel("diversity, % of the base's", fontsize=9)
+        side = {"xytext": (-5, 3), "ha": "right"} if arm.startswith("best") else {"xytext": (5, -9)}
+        axis.annotate(named(arm, rows).strip("*"), (x, y), fontsize=7, textcoords="offset points", **side)
+    if off:
+        axis.set_title(f"Off the plot: {', '.join(off)}", fontsize=9, loc="left")
+    axis.set_xlabel("diversity, tuned less base, % of the base's", fontsize=9)
     axis.set_ylabel("verifier, points", fontsize=9)
     axis.margins(x=0.12)
     _finish(figure, [axis], path)

@@ -114,7 +114,7 @@ def paired_table(result: dict) -> str:
         found = [against_default(arms, arm, m) for m in ("trained", "verifier")] if DEFAULT in arms else [None]
         if arm != DEFAULT and None not in found:
             lines.append([named(arm, arms[arm]), cell(*found[0]), cell(*found[1], "+.1f")])
-    return table(["arm", f"trained reward, less {DEFAULT}'s", "verifier, points"], lines)
+    return table(["arm", f"trained reward, less {DEFAULT}'s", "verifier, points"], lines) if lines else ""
 
 
 def settings_table(result: dict) -> str:
@@ -191,7 +191,8 @@ def findings(result: dict) -> str:
                 groups[group].append(arm)
         listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
         heading = MEASURES[measure][0].split(",")[0].capitalize()
-        lines.append(f"- {heading} against {DEFAULT}, paired by seed: {listed}.")
+        if listed:
+            lines.append(f"- {heading} against {DEFAULT}, paired by seed: {listed}.")
     return "\n".join(lines) + "\n"
 
 

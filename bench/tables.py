@@ -2,8 +2,8 @@
 
 The pages are bench/results/*.md, the guides in docs/ and README.md. What stands between `<!--
 table: bench/results/NAME.json -->` and `<!-- end of table -->` is replaced by that file's table, or
-by nothing while there is no such file; NAME.json#PART is one of several tables. A single result of
-bench/methods.py stands between `<!-- nano: ARM -->` and `<!-- / -->`.
+by nothing while there is no such file; NAME.json#PART is one of several tables. A single arm of
+bench/study.py stands between `<!-- study: ARM -->` and `<!-- / -->`.
 """
 
 import json
@@ -26,7 +26,7 @@ from study_numbers import MEASURES, gains
 
 OUT_OF_MEMORY = "out of memory"  # why a row of bench/reward_costs.py has no figures
 ROOT = Path(__file__).parents[1]
-METHODS = ROOT / "bench" / "results" / "methods.json"
+STUDY = ROOT / "bench" / "results" / "study.json"
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 GAP = "hacking_gap"
 
@@ -149,11 +149,13 @@ def _arms_table(result: dict, measures: tuple[str, ...], last: tuple[str, Callab
 
 
 def fill_cells(text: str, result: dict) -> str:
-    """Return the text with every single result replaced: mean gains of reward and verifier."""
+    """Return the text with every single arm filled: mean gains of reward, verifier, diversity."""
     for arm, rows in _by_arm(result).items():
-        trained, verifier = (statistics.mean(gains(rows, measure)) for measure in ("trained", "verifier"))
-        cell = re.compile(f"(<!-- nano: {re.escape(arm)} -->).*?(<!-- / -->)")
-        text = cell.sub(rf"\g<1>{trained:+.3f}, {verifier:+.1f}\g<2>", text)
+        trained, verifier, diversity = (
+            statistics.mean(gains(rows, measure)) for measure in ("trained", "verifier", "diversity")
+        )
+        cell = re.compile(f"(<!-- study: {re.escape(arm)} -->).*?(<!-- / -->)")
+        text = cell.sub(rf"\g<1>{trained:+.3f}, {verifier:+.1f}, {diversity:+.0f} %\g<2>", text)
     return text
 
 
@@ -245,7 +247,7 @@ def main() -> None:
     """Run the command."""
     for page in pages():
         text = page.read_text(encoding="utf-8")
-        if (filled := fill_cells(fill(text), json.loads(METHODS.read_text()))) != text:
+        if (filled := fill_cells(fill(text), json.loads(STUDY.read_text()))) != text:
             page.write_text(filled, encoding="utf-8")
             print(f"wrote {page.relative_to(ROOT)}")
 

@@ -16,7 +16,7 @@ import torch
 from peft import PeftConfig
 from transformers import TrainerCallback
 
-from rlhf.adapter.lora_file import INITIAL_KEY, read_lora
+from rlhf.adapter.lora_file import INITIAL_KEY
 from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates
 from rlhf.config import RewardGradientConfig
@@ -128,7 +128,6 @@ class RewardGradientTrainer:
         self.state.global_step = self.resumed["step"]
         if checkpoint:
             load_checkpoint(checkpoint, self.masters, self.optimizer)
-            self.masters.require_scale(read_lora(checkpoint / "adapter.safetensors"))
         self.sample_base, sample_tuned = map(self._video_sampler, (self.fields.base, self.fields.tuned))
         self.monitor = None
         if self.eval_prompts:

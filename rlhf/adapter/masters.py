@@ -1,11 +1,12 @@
 """The fp32 master weights of the trained parameters, as one flat vector."""
 
-import math
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.lora import LoraLayer as PeftLayer
 
 from rlhf.adapter.lora_file import INITIAL_KEY, PARTS
@@ -136,17 +137,15 @@ class MasterWeights:
         for name, piece in pieces.items():
             piece.copy_(tensors[name])
 
-    def require_scale(self, saved: Lora) -> None:
-        """Raise ConfigError unless each layer of a saved LoRA has this adapter's alpha / rank.
-
-        A LoRA with a remark is not looked at: a checkpoint of an older version states no scale.
-        """
-        if saved.remark:
-            return
-        for name, layer in self.trained_lora().layers.items():
-            if not math.isclose(layer.scale, saved.layers[name].scale, rel_tol=1e-6):
-                got = f"got alpha / rank {layer.scale:g} in {name}, expected {saved.layers[name].scale:g}"
-                raise ConfigError([f"peft_config: {got} as the run had; give that of the run that is resumed"])
+    def require_alphas(self, metadata: dict[str, str]) -> None:
+        """Raise ConfigError if a saved adapter, by its file's metadata, has other alphas."""
+        saved = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))  # older versions wrote none
+        own = self.trained_lora().config()
+        for key in ("lora_alpha", "alpha_pattern"):
+            expected = saved.get(f"transformer.{key}", own[key])
+            if own[key] != expected:
+                got = f"peft_config: got {key}={own[key]!r}, expected {expected!r} as the run had"
+                raise ConfigError([f"{got}; give that of the run that is resumed"])
 
     def _split(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """Return views of a flat vector in the shapes of the parameters, detached."""

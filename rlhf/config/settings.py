@@ -56,6 +56,10 @@ class ConfigError(ValueError):
         noun = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"The settings have {noun}:\n{lines}")
 
+    def __reduce__(self):
+        """Return how a copy is made, in another process too."""
+        return type(self), (self.problems,)
+
 
 def setting(default: Any, help: str, **limits: float):
     """Return a dataclass field with a setting's default, help text and limits.

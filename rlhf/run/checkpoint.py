@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
@@ -162,9 +162,14 @@ def _flush(path: Path) -> None:
 
 
 def load_checkpoint(path: Path, masters: "MasterWeights", optimizer: torch.optim.Optimizer) -> dict:
-    """Fill masters, module and optimizer from a checkpoint; return its state.json."""
+    """Fill masters, module and optimizer from a checkpoint; return its state.json.
+
+    Raises DamagedFileError, and ConfigError for an adapter with other alphas.
+    """
     state = read_state(path)
     load_vector(path / "adapter.safetensors", masters, masters.vector)
+    with safe_open(path / "adapter.safetensors", "pt") as file:
+        masters.require_alphas(file.metadata() or {})
     masters.write()
     for name, average in _averages(masters):  # it starts at the weights if the run kept none before
         file = path / f"{name}.safetensors"

@@ -1,74 +1,46 @@
-"""One run a folder: a lock file names the host and the process of the run that is going on."""
+"""One run a folder: the process that trains in it has a file locked, which names it."""
 
-import dataclasses
 import json
 import os
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from rlhf.config import ConfigError
 from rlhf.distributed.launch import RESTART_COUNT, TORCHRUN_MARK
-from rlhf.io import DamagedFileError, read_object
 
 LOCK = "run.lock"
 
 
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """A process. Its start tells it from a later process with its number."""
-
-    host: str
-    pid: int
-    started: str | None
-    boot: str = ""  # of the host's kernel
-    space: str = ""  # of process numbers: each container has its own
-    launch: str = "none"  # torchrun's name for it
-
-    @classmethod
-    def current(cls) -> "Holder":
-        """Return this process."""
-        boot = _read(Path("/proc/sys/kernel/random/boot_id"))
-        space = os.readlink("/proc/self/ns/pid") if boot else ""
-        launch = os.environ.get(TORCHRUN_MARK, "none")
-        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), boot, space, launch)
-
-    def is_gone(self) -> bool | None:
-        """Return whether the process has ended; None if that cannot be seen from here."""
-        here = Holder.current()
-        if here.launch == self.launch != "none" and int(os.environ.get(RESTART_COUNT, 0)) > 0:
-            return True  # torchrun ends all processes, also those of other hosts, before it starts new ones
-        if self.host != here.host or (self.boot == here.boot and self.space != here.space):
-            return None
-        return self.boot != here.boot or _start_of(self.pid) != self.started
-
-
 def lock_problem(folder: Path) -> str | None:
-    """Return who trains in a folder, with the cure; None if nobody does, or does no longer."""
-    path, expected = folder / LOCK, "expected one run a folder"
-    if not path.exists():
-        return None
+    """Return who trains in a folder, with the cure; None if nobody does, or does no longer.
+
+    The system unlocks the file of a process that ended. Of one on another host, or on a file system
+    without locks, it may not know.
+    """
+    path, here = folder / LOCK, _this_process()
     try:
-        holder = Holder(**read_object(path))
-        gone = holder.is_gone()
-    except (DamagedFileError, TypeError):
-        return f"output_dir={folder}: got {path}, which names no process, {expected}; remove it if no run goes on there"
-    if gone:
+        with path.open(encoding="utf-8") as file:
+            free, holder = _try_lock(file, shared=True), _read_holder(file)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    got = f"output_dir={folder}: got a folder in which process {holder.pid} on {holder.host} trains, {expected}"
-    if gone is None:
-        return f"{got}; choose another. From {socket.gethostname()} that process cannot be seen: if it ended, rm {path}"
-    return f"{got}; wait for it, stop it, or choose another"
+    got = f"output_dir={folder}: got a folder in which process {holder['pid']} on {holder['host']} trains"
+    got += ", expected one run a folder"
+    if free is False:
+        return f"{got}; wait for it, stop it, or choose another"
+    restarted = here["launch"] == holder["launch"] != "none" and int(os.environ.get(RESTART_COUNT, 0)) > 0
+    if restarted or (free and holder["host"] in (here["host"], "?")):
+        return None  # torchrun ends all processes, also those of other hosts, before it starts new ones
+    return f"{got}; choose another. From {here['host']} that process cannot be seen: if it ended, rm {path}"
 
 
 @contextmanager
 def lock_folder(folder: Path, wanted: bool) -> Iterator[None]:
     """Hold the folder's lock in the block, if wanted; make the folder.
 
-    A lock whose process has ended is taken over. Raises ConfigError if another run holds the lock,
-    or the folder cannot be made.
+    Raises ConfigError if another run holds the lock, or the folder cannot be made.
     """
     if not wanted:
         yield
@@ -81,31 +53,49 @@ def lock_folder(folder: Path, wanted: bool) -> Iterator[None]:
         raise ConfigError([f"output_dir={folder}: {got}; choose another"]) from error
     if problem := lock_problem(folder):
         raise ConfigError([problem])
-    path.unlink(missing_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        if _try_lock(file) is False or not _is_at(path, file):  # another start was faster
+            got = f"output_dir={folder}: got two starts at once, expected one run a folder; try again"
+            raise ConfigError([lock_problem(folder) or got])
+        try:
+            file.truncate(0)
+            json.dump(_this_process(), file)
+            file.flush()
+            yield
+        finally:
+            with suppress(OSError):  # a file that stays is not locked
+                path.unlink()
+
+
+def _this_process() -> dict:
+    launch = os.environ.get(TORCHRUN_MARK, "none")  # torchrun's name for it
+    return {"host": socket.gethostname(), "pid": os.getpid(), "launch": launch}
+
+
+def _read_holder(file: TextIO) -> dict:
+    """Return the process that a lock names, with "?" for what a kill cut short."""
+    unknown = {"host": "?", "pid": "?", "launch": "none"}
+    with suppress(ValueError, TypeError):
+        return unknown | json.load(file)
+    return unknown
+
+
+def _try_lock(file: TextIO, shared: bool = False) -> bool | None:
+    """Lock a file until it is closed; return whether that worked, None without locks of files.
+
+    shared: others may lock it so, too, which only look whether it is free.
+    """
+    import fcntl  # not on every system
+
     try:
-        file = path.open("x", encoding="utf-8")
-    except FileExistsError:  # another start was faster
-        raise ConfigError([lock_problem(folder) or f"output_dir={folder}: got two starts at once; try again"]) from None
-    try:
-        with file:
-            json.dump(dataclasses.asdict(Holder.current()), file)
-        yield
-    finally:
-        with suppress(OSError):  # a lock that stays is seen to be of a process that ended
-            path.unlink()
-
-
-def _start_of(pid: int) -> str | None:
-    """Return when a process of this host started, as the system writes it; None if it has ended."""
-    if Path("/proc/self/stat").exists():
-        fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-        return fields[19] if fields and fields[0] not in "ZX" else None  # Z, X: dead, and not yet removed
-    command = ["ps", "-o", "lstart=", "-p", str(pid)]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError:
-        return ""
+        return None
+    return True
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    """Return whether the open file is still the one at the path, which its holder removes."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))

@@ -15,6 +15,8 @@ import torch
 from nano_study import Study
 from study_pools import Pools
 
+from rewards.models.latent_reward import HeadFacts, LatentHead, save_head
+
 
 def conditions(tmp_path, **changes):
     return study_runs.Conditions("cpu", tmp_path, 11, **{"eval_prompts": 4, "diversity_prompts": 2} | changes)
@@ -38,6 +40,9 @@ def test_the_settings_of_every_arm_and_variant_are_accepted(arms, flags, tmp_pat
     (tmp_path / "configs").symlink_to(study_arms.ROOT / "configs")
     monkeypatch.setenv("CONTENTV_RLHF_CACHE", str(tmp_path / "cache"))
     study_inputs.make_videos(tmp_path / study_arms.VIDEOS)
+    monkeypatch.chdir(tmp_path)
+    facts = HeadFacts("nano", "", 1, {"nano_preference": 1.0}, 0.0, 1.0, {})
+    save_head(tmp_path / study_arms.HEAD, LatentHead(8), facts)
     for settings in {json.dumps(one) for one in arms}:
         run, ddpo = study_runs.split(json.loads(settings))
         args = conditions(tmp_path, flags=flags).args(run, 3, 8)

@@ -115,7 +115,7 @@ def test_tables_replace_what_stands_in_their_places(tmp_path):
     (tmp_path / "bench" / "results").mkdir(parents=True)
     text = "before\n<!-- table: bench/results/methods.json -->\nold\n<!-- end of table -->\n"
     text += "<!-- table: bench/results/study.json#conditions -->\n<!-- end of table -->\n"
-    text += "<!-- nano: DRaFT-K --><!-- / -->"
+    text += "<!-- study: DRaFT-K --><!-- / -->"
     assert tables.fill(text, tmp_path) == text.replace("old\n", "")
     for values in ([0.1, 0.3], [0.5]):
         result = result_of({"DRaFT-K": values})
@@ -125,7 +125,7 @@ def test_tables_replace_what_stands_in_their_places(tmp_path):
             (tmp_path / "bench" / "results" / f"{name}.json").write_text(json.dumps(result))
         text = tables.fill_cells(tables.fill(text, tmp_path), result)
     assert text.startswith("before\n<!-- table")
-    assert text.endswith("<!-- nano: DRaFT-K -->+0.500, +50.0<!-- / -->")
+    assert text.endswith("<!-- study: DRaFT-K -->+0.500, +50.0, +100 %<!-- / -->")
     assert text.count("Measured on a chip (2 cores), torch 2.15.") == 2
     assert text.count("Budget of each arm: 12.0 device-seconds") == 1
     assert "| `DRaFT-K` | 1 | +0.500 | +50.0 | +0.500 | +0.250 | +100.0 | 0.375 |" in text

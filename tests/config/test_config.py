@@ -1,6 +1,7 @@
 """Settings from YAML and flags; what is misspelt or of the wrong kind is named with its cure."""
 
 import dataclasses
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -185,8 +186,9 @@ def test_wrong_names_types_and_ranges_are_told_together(yaml_file):
     assert len(error.value.problems) == len(starts) + 1, error.value.problems
     for start in [*starts, "lora_rank: got 0"]:
         assert any(problem.startswith(start) for problem in error.value.problems), start
-    with pytest.raises(ConfigError, match="2 problems.*\n.*max_steps: got 'x'.*\n.*lora_rank: got 0"):
+    with pytest.raises(ConfigError, match="2 problems.*\n.*max_steps: got 'x'.*\n.*lora_rank: got 0") as error:
         RewardGradientConfig(max_steps="x", lora_rank=0)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value), "as from another process"
 
 
 def test_no_setting_may_be_abbreviated():

@@ -74,7 +74,6 @@ CURVES = {
 }
 
 
-
 def draw(name: str, device: str = "cpu") -> dict[str, list[float]]:
     """The curves of one entry; steps without a reward leave none."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, CONTENTV_RLHF_CACHE=folder):
