@@ -15,7 +15,8 @@ from rewards.cli.flags import file_to_write
 from rlhf.adapter.lora_file import read_lora_for
 from rlhf.adapter.merge import check_lora_scale
 from rlhf.checks import check_sampling
-from rlhf.generator.files import CONTENTV_8B, SamplingDefaults, model_sizes
+from rlhf.generator.files import SamplingDefaults, model_sizes
+from rlhf.generator.registry import CONTENTV_8B
 from rlhf.device import KNOWN_DEVICES, pick_device
 from rlhf.evaluation.sampler import Sampler
 from rlhf.page.server import add_address_flags

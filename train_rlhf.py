@@ -1,4 +1,4 @@
-"""Train ContentV by reward gradient: `accelerate launch train_rlhf.py [--config FILE]`.
+"""Train a generator by reward gradient: `accelerate launch train_rlhf.py [--config FILE]`.
 
 Without --config it runs configs/nano.yaml, the main job. Any setting is also a flag. The command
 is rlhf/train.py; an installed package has it as `contentv-rlhf`.

@@ -46,7 +46,8 @@ from rlhf.device import (
     time_call,
 )
 from rlhf.execution.attention import attention_function, time_kernels
-from rlhf.generator.files import CONTENTV_8B, model_sizes
+from rlhf.generator.files import model_sizes
+from rlhf.generator.registry import CONTENTV_8B
 from rlhf.planner.search import Planner
 from rlhf.planner.time import H200, Rates
 from rlhf.trainer import RewardGradientTrainer

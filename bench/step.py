@@ -4,9 +4,10 @@
     python bench/step.py --size "wan 1.3B" --frames 81 --output bench/results/wan_1_3b.json
     python bench/tables.py          writes the tables
 
-Rows go to bench/results/step.json arm by arm; a row replaces that of the same arm, frames, scored
+Rows go to bench/results/step.json one by one; a row replaces that of the same arm, frames, scored
 frames and phase. The run stops before a phase that would begin after --limit seconds; the same
-command then goes on with what is missing.
+command then goes on with what is missing. A phase that does not fit leaves a row that says so, with
+the memory that there was. A whole step is not begun if its last step (window) did not fit.
 
 The peers' way is that of VideoX-Fun's train_reward_lora.py (main branch, November 2026) with the
 same model and adapter: both branches of guidance in one batch, checkpointing by block, a graph in
@@ -56,8 +57,10 @@ from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
 from rlhf.method.velocity import velocity_field
+from rlhf.training.failures import out_of_memory
 
 RESULT = Path(__file__).parent / "results" / "step.json"
+OUT_OF_MEMORY = "out of memory"  # how the reason of a row without figures begins
 GIB, PROMPT = 2**30, ["a red fox runs through deep snow, slow motion"]
 INFO = {"fps": 24, "seed": 0, "step": 0}
 LATENT_PHASES = ("sampling", "segment", "step", "update")  # of an arm that decodes nothing
@@ -238,8 +241,10 @@ def measure(work: Callable[[], dict | None], device: torch.device, repeats: int,
             synchronize(device)
             seconds.append(time.perf_counter() - began)
             peaks.append(peak_memory(device) / GIB)
-    except torch.OutOfMemoryError:
-        return {"skipped": "out of memory"}
+    except RuntimeError as error:  # of the device, or of pinned host memory
+        if not out_of_memory(error):
+            raise
+        return {"skipped": OUT_OF_MEMORY}
     first = {} if warm else {"first_seconds": seconds[0]}
     timed, peaks = seconds[-repeats:], peaks[-repeats:]
     found = {"seconds": statistics.median(timed), "all": timed, "peak_gib": max(peaks)}
@@ -263,17 +268,25 @@ def compare(row: dict, gradients: Path, frames: int, scored: int) -> dict:
     return row
 
 
-def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device, out_of_time: Callable) -> list[dict]:
+def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device, out_of_time: Callable):
     """Yield the rows of the phases that begin in time."""
-    frames, rows = arguments.frames, []
+    frames, failed = arguments.frames, None
     told = {"arm": arm, "frames": frames, "scored": scored, "settings": SETTINGS[arm]}
+    limit_gib = CAPS_GIB.get(arm, (total_memory(device) or 0) / GIB)
     try:
         rig = Rig(arm, SIZES[arguments.size], frames, arguments.steps, scored, device)
+        of_latents = rig.args.method == "prfl"
+        bench = Bench(rig, make_latent_reward(rig) if of_latents else reward(), scored)
     except (ImportError, ValueError) as error:  # an option needs a library or device
-        return [told | {"phase": phase, "skipped": str(error)} for phase in phases]
-    of_latents = rig.args.method == "prfl"
-    bench = Bench(rig, make_latent_reward(rig) if of_latents else reward(), scored)
-    phases = [phase for phase in phases if not of_latents or phase in LATENT_PHASES]
+        failed = {"skipped": str(error)}
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        failed = {"skipped": f"{OUT_OF_MEMORY}: the weights", "limit_gib": limit_gib}
+    if failed:
+        yield from (told | {"phase": phase} | failed for phase in phases)
+        return
+    phases, no_window = [phase for phase in phases if not of_latents or phase in LATENT_PHASES], {}
     limit_memory(device, CAPS_GIB.get(arm))
     for phase in phases:
         if out_of_time():
@@ -281,15 +294,22 @@ def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device,
         row = told | {"phase": phase} | rig.chosen
         row |= {"steps": arguments.steps} if phase == "step" else {}
         warm = phase == "step" and {"sampling", "window"} <= set(phases)  # all of it was run before
-        row |= measure(getattr(bench, phase.replace(" ", "_")), device, arguments.repeats, warm)
+        if phase == "step" and no_window:
+            row |= no_window
+        else:
+            row |= measure(getattr(bench, phase.replace(" ", "_")), device, arguments.repeats, warm)
+        if "skipped" in row:
+            row["limit_gib"] = limit_gib
+            no_window = {"skipped": f"{OUT_OF_MEMORY}: its last step"} if phase == "window" else no_window
+            free_memory(device)
         if phase == "step" and "seconds" in row:
             row["seconds_per_gradient"] = row["seconds"] / rig.args.rollout_reuse
         if arguments.size == "full" and (least := floor_seconds(rig, phase)):
             row["floor_seconds"] = least
-        rows.append(compare(row, arguments.gradients, frames, scored) if "gradient" in row else row)
+        row = compare(row, arguments.gradients, frames, scored) if "gradient" in row else row
         show_row(row)
+        yield row
     limit_memory(device, None)
-    return rows
 
 
 def limit_memory(device: torch.device, gib: float | None) -> None:
@@ -340,9 +360,9 @@ def main(argv: list[str] | None = None) -> None:
         missing = [phase for phase in arguments.phases if arguments.again or phase not in done]
         if not missing or late():
             continue
-        found = run_arm(arm, missing, scored, reward, arguments, device, late)
-        rows |= {key(row): row for row in found}
-        write_rows(arguments.output, about, rows.values())
+        for row in run_arm(arm, missing, scored, reward, arguments, device, late):
+            rows[key(row)] = row
+            write_rows(arguments.output, about, rows.values())
         free_memory(device)
 
 

@@ -68,16 +68,31 @@ def _step_table(arms: dict[str, dict[str, dict]], exact: bool) -> str:
 def phase_cell(row: dict | None) -> str:
     """Return the seconds of a phase, and the share of them that is the kernels' floor."""
     if row is None or "seconds" not in row:
-        return "-" if row is None else row["skipped"]
+        return _reason(row)
     share = f" ({100 * row['floor_seconds'] / row['seconds']:.0f} % floor)" if "floor_seconds" in row else ""
     return f"{row.get('seconds_per_gradient', row['seconds']):.2f}{share}"
 
 
-def _exact_cells(rows: dict[str, dict]) -> list[str]:
+def _reason(row: dict | None) -> str:
+    """Return why a phase has no figures. -: it was not measured."""
+    if row is None:
+        return "-"
+    limit = f" at {row['limit_gib']:.0f} GiB" if row.get("limit_gib") else ""
+    return f"{row['skipped']}{limit}"
+
+
+def _peak(rows: dict[str, dict]) -> str:
+    """Return the largest peak in GiB, or the limit that a phase did not fit into."""
+    if limits := [row["limit_gib"] for row in rows.values() if row.get("limit_gib")]:
+        return f"over {max(limits):.0f}"
     peaks = [row["peak_gib"] for row in rows.values() if "peak_gib" in row]
+    return f"{max(peaks):.1f}" if peaks else "-"
+
+
+def _exact_cells(rows: dict[str, dict]) -> list[str]:
     against = [rows.get("window", {}).get(f"against {reference}") for reference in reversed(REFERENCES)]
     cosines = ["-" if one is None else f"{one['cosine']:.5f}, length {one['length']:.3f}" for one in against]
-    return [f"{max(peaks):.1f}" if peaks else "-", *cosines]
+    return [_peak(rows), *cosines]
 
 
 def _gradients_an_hour(rows: dict[str, dict]) -> str:
@@ -99,7 +114,7 @@ def less_memory_table(result: dict) -> str:
 
 def _seconds_and_gib(row: dict | None) -> str:
     if row is None or "seconds" not in row:
-        return "-" if row is None else row["skipped"]
+        return _reason(row)
     seconds = row["seconds"]
     time = f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
     return f"{time}, {row['peak_gib']:.1f} GiB"

@@ -11,7 +11,7 @@ from rewards.contract import check_generator, scores_latents
 from rewards.contract_probe import PROBE_PROMPTS, probe
 from rewards.load import load_reward
 from rlhf.generator.files import latent_sizes, model_sizes, transformer_digest
-from rlhf.generator.registry import CONTENTV_8B
+from rlhf.generator.registry import DEFAULT_MODEL
 from rlhf.types import Prompt
 
 
@@ -21,8 +21,10 @@ def parse_check_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("spec", help="built-in name, path/to/file.py:Class, package.module:Class or an entry point")
     parser.add_argument("--shape", type=_shape, default=(3, 17, 64, 64), help="C,T,H,W of a video (3,17,64,64)")
     parser.add_argument("--kwargs", type=mapping, default={}, help="arguments of the reward, for example '{frames: 8}'")
-    model = f"generator of the latents that a reward of latents gets: nano, a folder or a hub id; default {CONTENTV_8B}"
-    parser.add_argument("--model", default=CONTENTV_8B, help=model)
+    model = (
+        f"generator of the latents that a reward of latents gets: nano, a folder or a hub id; default {DEFAULT_MODEL}"
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=model)
     parser.add_argument("--device", type=device, default="cpu", help="where the reward runs; default cpu")
     parser.add_argument("--prompt", action="append", dest="prompts", help="a prompt of the test; may be repeated")
     row = "further fields of the prompts' row: {field: value}"

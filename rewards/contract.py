@@ -51,7 +51,7 @@ SPACES = ("pixels", "latents")
 class NoisyLatents:
     """Latents that rewards of space "latents" score, with the keywords that they get.
 
-    latents_BCTHW: x = (1 - sigma) x0 + sigma noise, float32, (B, 16, F, H/8, W/8) of a Wan VAE.
+    latents_BCTHW: x = (1 - sigma) x0 + sigma noise, float32, (B, 16, F, H/8, W/8).
     sigma: their noise level in [0, 1]: 1 is pure noise, 0 a finished video. One for the batch.
     text_BLD, pooled_BP: embeddings of the prompts, as the generator's transformer is given them.
     """

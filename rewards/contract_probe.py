@@ -69,7 +69,7 @@ def probe(
     info         further keywords for the reward, added to `PROBE_INFO`
     on_pass      called with a line for each check that passed
     gradient     False: of a reward that only evaluates
-    latents      the generator's sizes, for a reward of latents; default: ContentV-8B's
+    latents      the generator's sizes, for a reward of latents; default: those of `LatentSizes`
 
     Rewards with differentiable=False skip the gradient checks, too. Raises RewardError at the first
     check that fails.

@@ -1,4 +1,4 @@
-"""RLHF by reward gradient for ContentV: the generator, the trainer and the embedded nano model.
+"""RLHF by reward gradient for text-to-video: generators, the trainer and the embedded nano model.
 
 The public names load on first use, so that `import rlhf` does not import torch.
 """

@@ -1,4 +1,4 @@
-"""Train ContentV by reward gradient: the command behind train_rlhf.py and `contentv-rlhf`.
+"""Train a generator by reward gradient: the command behind train_rlhf.py and `contentv-rlhf`.
 
     contentv-rlhf [--config FILE] [--any_key value]
     accelerate launch -m rlhf.train [--config FILE] [--any_key value]     on several devices

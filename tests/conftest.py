@@ -64,16 +64,14 @@ def _tiny_vae():
     return tiny_vae()
 
 
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["contentv", "wan"])
+@pytest.fixture(params=[False, True], ids=["contentv", "wan"])
 def problem(request, monkeypatch):
     """The adapter's gradient of a tiny model of each generator, in float64 throughout."""
     keep_float64(monkeypatch)
     return Problem(wan=request.param)
 
 
-@pytest.fixture(
-    params=[tiny_pipeline, pytest.param(tiny_wan_pipeline, marks=pytest.mark.slow)], ids=["contentv", "wan"]
-)
+@pytest.fixture(params=[tiny_pipeline, tiny_wan_pipeline], ids=["contentv", "wan"])
 def make_pipe(request):
     """Makes the tiny pipeline of each generator."""
     return request.param

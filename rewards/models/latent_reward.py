@@ -20,7 +20,7 @@ from rewards.common.weights import Frozen
 from rewards.contract import RewardError
 from rlhf.generator.files import model_sizes, transformer_digest
 from rlhf.generator.first_blocks import FirstBlocks, first_blocks, load_first_blocks
-from rlhf.generator.registry import CONTENTV_8B
+from rlhf.generator.registry import DEFAULT_MODEL
 from rlhf.io import file_errors, save_tensors
 
 FORMAT = "contentv-rlhf latent reward 1"
@@ -114,8 +114,8 @@ class LatentReward(Frozen):
         dtype: torch.dtype = torch.bfloat16,
         recompute: bool = True,
     ) -> "LatentReward":
-        """Return the reward on random first blocks of a transformer's config, ContentV-8B's."""
-        reward, config = cls.__new__(cls), config or model_sizes(CONTENTV_8B)["transformer"]
+        """Return the reward on random first blocks of a config, by default of `DEFAULT_MODEL`."""
+        reward, config = cls.__new__(cls), config or model_sizes(DEFAULT_MODEL)["transformer"]
         transformer = nn.Module.to(first_blocks(config, blocks), dtype)
         transformer.to_empty(device=torch.get_default_device())
         reward._build(HeadFacts("", "", blocks, {}, 0.0, 1.0, {}), transformer, recompute)

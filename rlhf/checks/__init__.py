@@ -13,9 +13,9 @@ from rlhf.checks.parallel import parallel_problems
 from rlhf.checks.resume import resume_problems, start_problems
 from rlhf.checks.rewards import problems_raised_by, reward_problems
 from rlhf.config import VIDEO_SIZE, ConfigError, RewardGradientConfig, range_problems, with_sampling
-from rlhf.device import pick_device
+from rlhf.device import multiplies_bfloat16, pick_device
 from rlhf.generator.files import SamplingDefaults, model_sizes
-from rlhf.generator.registry import family_of_config, spatial_patch
+from rlhf.generator.registry import spatial_patch
 from rlhf.method.options import AUTO_CHOICES
 from rlhf.prompts import load_prompts
 from rlhf.run.folder import RUN_FILES, has_run
@@ -37,7 +37,7 @@ def check_config(
     eval_prompts: list[str] | None = None,
     planned_processes: int | None = None,
 ) -> RewardGradientConfig:
-    """Check all settings and return them with the model's sampling defaults filled in.
+    """Check all settings and return them with the model's sampling defaults and the VAE's number format filled in.
 
     Args:
         args: the settings.
@@ -70,12 +70,15 @@ def check_config(
             problems.append(f"initial_adapter: {error}")
         unguided = {"guidance_scale": 1.0} if initial and initial.distilled else {}
         args = with_sampling(args, sizes["sampling"] | unguided)
-        problems += [*_size_problems(args, sizes), *_family_problems(args, sizes)]
+        problems += _size_problems(args, sizes)
         problems += [*adapter_problems(args, sizes["transformer"]), *all_method_problems(args)]
         problems += parallel_problems(args, planned_processes)
         problems += _video_problems(args, sizes)
     if problems := [*range_problems(args), *problems]:
         raise ConfigError(problems)
+    if args.vae_dtype == "auto":
+        fast = multiplies_bfloat16(pick_device(args.device))
+        args = dataclasses.replace(args, vae_dtype="bfloat16" if fast else "float32")
     return args
 
 
@@ -135,15 +138,6 @@ def _video_problems(args, sizes: dict[str, dict]) -> list[str]:
     from rlhf.prompts.videos import video_problems  # takes a while to import
 
     return list(video_problems(args, sizes["sampling"]["fps"]))
-
-
-def _family_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
-    """Yield settings that do not work with the model's family."""
-    family = family_of_config(sizes["transformer"])
-    for name, why in family.unsupported.items():
-        expected = getattr(RewardGradientConfig, name)
-        if (got := getattr(args, name)) != expected:
-            yield f"{name}: got {got} with a model of {family.name}, expected {expected}: {why}"
 
 
 def _guard_problems(args, eval_prompts) -> Iterator[str]:

@@ -61,7 +61,7 @@ def parse_command(
 ) -> tuple[RewardGradientConfig, CommandFlags]:
     """Read `--config FILE` and flags: a flag beats the file, the file the default.
 
-    FILE may be the name of a shipped recipe, such as contentv_8b_hps, where there is no file of
+    FILE may be the name of a shipped recipe, such as nano_long, where there is no file of
     that name; without --config it is default_config. With resume_from_checkpoint and no --config,
     the run's own config.yaml is read. Settings of an earlier version are translated, and a warning
     says so. Raises ConfigError with every problem; a misspelt key is named with its nearest

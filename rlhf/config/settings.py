@@ -196,7 +196,7 @@ class RewardGradientConfig:
     # Sampling. Each setting defaults to the model's own value.
     height: int | None = setting(None, "Video height in pixels.", least=1, most=16384)
     width: int | None = setting(None, "Video width in pixels.", least=1, most=16384)
-    num_frames: int | None = setting(None, "Frames of a video, 4k+1 for the Wan VAE.", least=1, most=10000)
+    num_frames: int | None = setting(None, "Frames of a video, 4k+1.", least=1, most=10000)
     num_inference_steps: int | None = setting(None, "Denoising steps N.", least=1, most=1000)
     guidance_scale: float | None = setting(
         None, "Classifier-free guidance g in v_neg + g (v_text - v_neg). 1 or less: no guidance.", above=0, most=1000
@@ -285,7 +285,9 @@ class RewardGradientConfig:
     base_bits: Literal[4] | None = setting(
         None, "4: round the frozen base to 4 bits (bitsandbytes). Default: not rounded."
     )
-    vae_dtype: Literal["float32", "bfloat16"] = setting("float32", "Number format of the VAE.")
+    vae_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "float32", "Number format of the VAE. auto: bfloat16 on a CPU that has instructions for it, else float32."
+    )
     decode_window: int | None = setting(
         None,
         "Consecutive frames scored, from a drawn one on; earlier latents get no gradient. Default: all.",

@@ -104,6 +104,15 @@ def has_attention_kernels(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether the device is an x86 CPU with instructions that multiply bfloat16.
+
+    With them a convolution is twice as fast as in float32, without them far slower.
+    """
+    flags = CPU_INFO.read_text().split() if device.type == "cpu" and CPU_INFO.is_file() else []
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
 def is_plugin_device(device: torch.device) -> bool:
     """Return whether a plug-in adds the device to PyTorch, with the plug-in's own kernels."""
     return device.type == "npu"

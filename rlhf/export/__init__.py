@@ -1,7 +1,7 @@
 """Export what a run has trained: `python -m rlhf.export RUN --merged OUT` or `--adapter OUT`.
 
 RUN            a run, finished or interrupted, or one of its checkpoints, RUN/checkpoints/step-N
---merged       a complete pipeline, the adapter added to the weights; ContentV's code loads it, too
+--merged       a complete pipeline, the adapter added to the weights; the authors' code loads it
 --adapter      the LoRA weights alone, for `pipe.load_lora_weights(OUT)`
 --convention   keys of the adapter file: diffusers, or comfyui with the scale in the weights
 --scale s      multiply the adapter by s
@@ -37,8 +37,8 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     """Write a pipeline in diffusers layout: the run's base model, the adapter in its weights.
 
     All parts but the transformer are copied file by file, without paths of this machine. The
-    transformer is written in the dtype of loading: bfloat16 for ContentV-8B, which rounds the sum
-    of weight and adapter once.
+    transformer is written in the dtype of loading. bfloat16 rounds the sum of weight and adapter
+    once.
 
     run: folder of a training run, or of one of its checkpoints. out: new or empty folder. scale:
     factor of the adapter. model: name or path of the base model, if it is no longer where

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.generator.registry import (
-    CONTENTV_8B,
+    DEFAULT_MODEL,
     SAMPLING_FILE,
     LatentSizes,
     ModelFamily,
@@ -44,7 +44,7 @@ def resolve_model(model: str | Path) -> Path | str:
         return str(model)
     raise ValueError(
         f"model={str(model)!r} is no folder here, expected nano, the folder of a checkpoint in diffusers layout, or a "
-        f"hub id such as {CONTENTV_8B}; correct the name or the path"
+        f"hub id such as {DEFAULT_MODEL}; correct the name or the path"
     )
 
 

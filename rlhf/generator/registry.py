@@ -28,6 +28,7 @@ from rlhf.io import read_object
 
 ROOMS = ("rlhf.contentv", "rlhf.wan")  # the first has the checkpoints whose class is not known
 CONTENTV_8B = "ByteDance/ContentV-8B"
+DEFAULT_MODEL = CONTENTV_8B  # where a model or its sizes are not named
 SAMPLING_FILE = "sampling.json"
 
 
@@ -100,7 +101,6 @@ class ModelFamily:
     card: sentences of an export's model card, by the kind of export.
     fixed: keys whose other values are another model, by component; "" is model_index.json.
     licences: by model, as a model card's header has them.
-    unsupported: settings, and why they do not work.
     renamed: parts of the layers' names, and what they are in the authors' code.
     """
 
@@ -118,7 +118,6 @@ class ModelFamily:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
     licences: dict[str, dict[str, str]] = field(default_factory=dict)
-    unsupported: dict[str, str] = field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
 
     def encoder_tokens(self, card: dict[str, dict], max_sequence_length: int) -> dict[str, int]:

@@ -195,7 +195,7 @@ def _check_vae(vae) -> None:
     if vae.config.is_residual or vae.config.patch_size is not None:
         raise ValueError(
             f"VAE config has is_residual={vae.config.is_residual}, patch_size={vae.config.patch_size}, expected the "
-            "Wan2.1 decoder (False, None); use the VAE that ContentV was trained with"
+            "Wan2.1 decoder (False, None); use that VAE"
         )
 
 

@@ -17,7 +17,7 @@ def draw_sigmas(normal_B: torch.Tensor, shift: float) -> torch.Tensor:
     """Return noise levels (B,) in (0, 1) of unit normal draws: logit-normal, then shifted.
 
     This is how nano was trained, after SD3 (arXiv 2403.03206, eq. 19 and 23). shift: that of the
-    scheduler. The training code of ContentV and Wan is not published.
+    scheduler. The published generators come without training code.
     """
     u_B = normal_B.sigmoid()
     return shift * u_B / (1 + (shift - 1) * u_B)

@@ -1,1 +1,1 @@
-"""ContentV-nano, the embedded model: its world, judges and weights."""
+"""The embedded model nano: its world, judges and weights."""

@@ -1,4 +1,4 @@
-"""The world of ContentV-nano: captioned clips of one or two moving shapes.
+"""The world of nano: captioned clips of one or two moving shapes.
 
 A scene has six attributes and a position; its caption names the attributes in one of several
 wordings. Every sixth combination of colour, shape and motion is held out: no training clip and no

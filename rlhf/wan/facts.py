@@ -85,5 +85,4 @@ FAMILY = ModelFamily(
         "vae": {"is_residual": False, "patch_size": None},
     },
     licences={model: {"license": "apache-2.0"} for model in (WAN_1_3B, WAN_14B)},
-    unsupported={"base_bits": "4-bit weights were not tested with it; use stream_weights"},
 )

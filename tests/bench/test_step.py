@@ -86,11 +86,48 @@ def test_an_arm_whose_library_is_missing_says_so(tmp_path, monkeypatch):
     assert base["skipped"].startswith("base_bits=4 needs bitsandbytes")
 
 
-def test_what_does_not_fit_is_said():
-    def too_large():
-        raise torch.OutOfMemoryError("no room")
+def fail_with(message, error=torch.OutOfMemoryError):
+    def fail(*args, **kwargs):
+        raise error(message)
 
-    assert bench.measure(too_large, torch.device("cpu"), 2, warm=False) == {"skipped": "out of memory"}
+    return fail
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # of the device, of pinned host memory
+def test_a_phase_that_does_not_fit_leaves_a_row_that_says_so(tmp_path, monkeypatch, error):
+    """The others go on; a whole step is not begun after its last step failed."""
+    monkeypatch.setattr(bench.Bench, "window", fail_with("CUDA out of memory. Tried to allocate 80 GiB", error))
+    monkeypatch.setattr(bench.Bench, "step", fail_with("not to be begun", ValueError))
+    monkeypatch.setattr(bench, "total_memory", lambda device: 140 * 2**30)
+    phases = ["sampling", "window", "step"]
+    rows = run(tmp_path, "--size", "wan tiny", "--arms", "peers' way", "exact", "--phases", *phases)
+    assert [(row["arm"], row["phase"]) for row in rows] == [(a, p) for a in ("peers' way", "exact") for p in phases]
+    for sampled, window, step in (rows[:3], rows[3:]):
+        assert sampled["seconds"] > 0
+        assert "limit_gib" not in sampled
+        assert (window["skipped"], window["limit_gib"]) == ("out of memory", 140)
+        assert (step["skipped"], step["limit_gib"]) == ("out of memory: its last step", 140)
+    text = tables.TABLES["wan_14b.json"](json.loads((tmp_path / "step.json").read_text()))
+    told = "| out of memory at 140 GiB | out of memory: its last step at 140 GiB | over 140 | - | - |"
+    assert [line.partition("`VideoX")[1] != "" for line in text.splitlines() if line.endswith(told)] == [True, False]
+
+
+def test_weights_that_do_not_fit_leave_rows_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "Rig", fail_with("CUDA out of memory. Tried to allocate 80 GiB"))
+    (row,) = run(tmp_path, "--arms", "24 GiB", "--phases", "step")
+    assert (row["skipped"], row["limit_gib"]) == ("out of memory: the weights", 24)
+    monkeypatch.setattr(bench, "Rig", fail_with("no such kernel", RuntimeError))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        run(tmp_path, "--arms", "exact")
+
+
+def test_rows_are_written_one_by_one(tmp_path, monkeypatch):
+    """A run that is killed keeps the phases that it finished."""
+    monkeypatch.setattr(bench.Bench, "decode", fail_with("killed", KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--arms", "exact", "--phases", "sampling", "decode")
+    (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert row["phase"] == "sampling"
 
 
 def test_the_floor_is_that_of_the_published_sizes():

@@ -51,6 +51,17 @@ def test_sampling_settings_default_to_the_models_own():
     assert (args.height, args.width, args.guidance_scale, args.negative_prompt) == (1, 64, 0.0, "bad")
 
 
+@pytest.mark.parametrize(
+    ("flags", "chosen"), [("avx512f avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2 avx512f", "float32")]
+)
+def test_an_automatic_vae_is_in_bfloat16_on_a_cpu_that_multiplies_it(tmp_path, monkeypatch, flags, chosen):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+    monkeypatch.setattr("rlhf.device.CPU_INFO", tmp_path / "cpuinfo")
+    settings = MODEL | {"output_dir": str(tmp_path / "run"), "device": "cpu"}
+    assert check_config(RewardGradientConfig(**settings, vae_dtype="auto")).vae_dtype == chosen
+    assert check_config(RewardGradientConfig(**settings)).vae_dtype == "float32"
+
+
 def test_the_trackers_are_those_of_accelerate():
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 

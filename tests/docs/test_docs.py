@@ -1,6 +1,7 @@
 """The guides: code blocks run, what is named exists, tables are those of the results."""
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -176,8 +177,8 @@ def test_settings_of_a_migration_page_exist(page):
 
 @PAGE
 def test_settings_that_a_guide_names_exist(page):
-    if page.name.startswith(("migrate_", "architecture", "evaluation", "reward", "CONTRIBUTING")):
-        return  # which name others' settings, files, flags or rewards
+    if page.name.startswith(("migrate_", "architecture", "evaluation", "reward", "generator", "CONTRIBUTING")):
+        return  # which name others' settings, files, flags, rewards or attributes
     named = set(re.findall(r"`(?:--)?([a-z]+_[a-z_]+)(?:: [^`]*)?`", page.read_text()))
     known = {*SETTINGS, *METHODS, *METHOD_KWARGS, *OF_THE_COMMAND, *NO_SETTINGS}
     assert not {name for name in named - known if not name.startswith("on_")}
@@ -217,9 +218,11 @@ def test_tables_are_those_of_the_results():
     for page in made:
         text = page.read_text()
         assert tables.fill(text) == text, f"{page.name}: run `python bench/tables.py`"
-    cells = re.findall(r"<!-- nano: (.*?) -->", (ROOT / "docs" / "methods.md").read_text())
+    cells = re.findall(r"<!-- study: (.*?) -->", (ROOT / "docs" / "methods.md").read_text())
     assert len(cells) >= 10
-    assert all(f'"{arm}":' in (ROOT / "bench" / "methods.py").read_text() for arm in cells)
+    study = json.loads((ROOT / "bench" / "results" / "study.json").read_text())
+    assert {row["arm"] for row in study["rows"]} >= set(cells)
+    assert tables.fill_cells(page := (ROOT / "docs" / "methods.md").read_text(), study) == page
 
 
 def test_the_file_tree_is_of_today_and_every_file_has_a_caption():

@@ -45,6 +45,20 @@ def test_scores_are_compared_without_the_libraries_of_models():
     assert not modules & {"diffusers", "transformers", "peft", "accelerate"}
 
 
+def test_no_file_names_a_generator_but_those_that_may():
+    """Rooms, registry and the VAE that all share; the project's name and diffusers' are no generator's."""
+    may = {"contentv", "wan", "registry.py", "wan_decoder.py", "wan_encoder.py", "frozen_layers.py"}
+    may |= {"lora_file.py"}  # formats of files from elsewhere, by their names
+    names = re.compile(r"(?i:contentv)|\b[Ww]an\b|\b_?wan[_\d]|Wan[A-Z\d]")
+    others = r"contentv[-_]rlhf|contentv_reward_|contentv-nano|AutoencoderKLWan|wan_(de|en)coder|the Wan VAE's decoder"
+    found = {}
+    for path in (path for room in ("rewards", "rlhf") for path in (ROOT / room).rglob("*.py")):
+        text = re.sub(others, "", path.read_text(), flags=re.IGNORECASE)
+        if (hits := names.findall(text)) and not may.intersection(path.relative_to(ROOT).parts):
+            found[str(path.relative_to(ROOT))] = hits
+    assert not found
+
+
 def test_nothing_imports_or_requires_the_published_reward_packages():
     files = [path for room in ("rewards", "rlhf", "bench", "tests") for path in (ROOT / room).rglob("*.py")]
     assert len(files) > 50

@@ -21,8 +21,10 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 FOR_8B = [path for path in RECIPES if path.stem.startswith("contentv_8b_")]
 # Settings that neither tokens nor memory depend on.
 UNSIZED = ("gradient_accumulation_steps", "output_dir", "base_dir")
-PARAMETERS = {"wan21_t2v_1_3b": "1,418,996,800", "wan21_t2v_14b": "14,288,491,584"}  # else ContentV-8B's
-FULL_SIZE = FOR_8B + [path for path in RECIPES if path.stem in PARAMETERS]
+SMALL_WAN, LARGE_WAN = ("1,418,996,800", 24), ("14,288,491,584", 80)  # parameters, and GiB of the card
+OF_WAN = {f"wan21_t2v_1_3b{end}": SMALL_WAN for end in ("", "_mixed")}
+OF_WAN |= {f"wan21_t2v_14b{end}": LARGE_WAN for end in ("", "_mixed")}
+FULL_SIZE = FOR_8B + [path for path in RECIPES if path.stem in OF_WAN]
 named = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 named_full_size = pytest.mark.parametrize("path", FULL_SIZE, ids=lambda path: path.stem)
 
@@ -86,9 +88,9 @@ def test_recipes_for_several_devices_differ_only_in_their_number():
 
 
 @functools.cache
-def needs(settings: str) -> str:
+def needs(settings: str, device: str | None) -> str:
     """What the dry run prints."""
-    return plan_report(RewardGradientConfig(**json.loads(settings)))
+    return plan_report(RewardGradientConfig(**json.loads(settings)), device_name=device)
 
 
 def resolved(path: Path, tmp_path: Path) -> RewardGradientConfig:
@@ -104,13 +106,24 @@ def test_settings_pass_every_check_without_weights_or_network(path, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
+def guide_row(path: Path) -> str:
+    """Return the row of docs/wan.md about a recipe."""
+    (row,) = re.findall(rf"^\| `{path.name}` .*$", (ROOT / "docs" / "wan.md").read_text(), re.MULTILINE)
+    return row
+
+
 @pytest.mark.slow  # CI runs it
 @named_full_size
 def test_the_dry_run_passes(path, tmp_path):
     settings = {key: value for key, value in vars(resolved(path, tmp_path)).items() if key not in UNSIZED}
-    text = needs(json.dumps(settings, sort_keys=True))
-    for line in (f"{PARAMETERS.get(path.stem, '8,056,627,520')} parameters", "(the highest)"):
-        assert line in text
+    parameters, card = OF_WAN.get(path.stem, ("8,056,627,520", None))
+    text = needs(json.dumps(settings, sort_keys=True), "NVIDIA H200" if card else None)
+    assert f"{parameters} parameters" in text
+    gib = lambda before: float(re.search(rf"{re.escape(before)}\s+([\d.]+) GiB", text)[1])
+    peak, host = gib("(the highest)"), gib("Host memory:")
+    if card:
+        assert peak < card
+        assert f"| {card} GiB | {peak:.1f} GiB | {host:.0f} GiB |" in guide_row(path)
 
 
 def test_heads_and_guide_are_filled_from_what_was_measured(recipes, tmp_path):

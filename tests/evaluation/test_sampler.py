@@ -12,7 +12,8 @@ from rlhf.adapter.lora_file import read_lora
 from rlhf.evaluation.generate import sample
 from rlhf.evaluation.sampler import Placement, Sampler
 from rlhf.evaluation.video_set import Video
-from rlhf.generator.files import CONTENTV_8B, SamplingDefaults, model_sizes
+from rlhf.generator.files import SamplingDefaults, model_sizes
+from rlhf.generator.registry import CONTENTV_8B
 from rlhf.planner.sampling import GIB, PLACEMENTS, choose_plan, fit_sampling, plan_sampling
 from rlhf.planner.text_encoders import encoder_configs
 from rlhf.planner.time import H200

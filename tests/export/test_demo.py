@@ -14,8 +14,9 @@ from tiny import SAMPLING, tiny_pipeline
 
 from rlhf.adapter.lora_file import read_lora
 from rlhf.adapter.lora_weights import ADAPTER_FILE
-from rlhf.generator.files import CONTENTV_8B, NANO_PATH
+from rlhf.generator.files import NANO_PATH
 from rlhf.generator.loading import load_pipeline
+from rlhf.generator.registry import CONTENTV_8B
 from rlhf.run.video import to_uint8, write_video
 
 DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))

@@ -15,8 +15,9 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from rlhf.contentv.transformer import SD3Transformer3DModel
 from rlhf.generator import loading
-from rlhf.generator.files import CONTENTV_8B, NANO_PATH, model_folder, model_sizes, resolve_model
+from rlhf.generator.files import NANO_PATH, model_folder, model_sizes, resolve_model
 from rlhf.generator.loading import load_pipeline
+from rlhf.generator.registry import CONTENTV_8B
 
 PROMPT = "a red circle"
 

@@ -413,8 +413,4 @@ ROWS = [
         {"output_dir": "{tmp}/run", "resume_from_checkpoint": "latest", "lora_rank": 7},
         "lora_rank: got 7 ... expected 16 as in ... set it back, or start another output_dir",
     ),
-    Row(
-        {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "base_bits": 4},
-        "base_bits: got 4 with a model of Wan ... expected None ... use stream_weights",
-    ),
 ]

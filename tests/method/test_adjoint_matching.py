@@ -3,7 +3,6 @@
 import pytest
 import torch
 from problem import GUIDANCE, SIGMAS
-from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness
 
 from rlhf.method.adjoint_matching import AdjointMatching
@@ -13,9 +12,9 @@ from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.trainer import RewardGradientTrainer
 
 
-def first_update(make_args, **settings) -> torch.Tensor:
+def first_update(make_pipe, make_args, **settings) -> torch.Tensor:
     """The gradient of a first step, at an adapter that changes nothing yet."""
-    trainer = RewardGradientTrainer(tiny_pipeline(), redness, make_args(**settings), PROMPTS)
+    trainer = RewardGradientTrainer(make_pipe(), redness, make_args(**settings), PROMPTS)
     gradient = []
     trainer._update = lambda step, norm: gradient.append(trainer.masters.vector.grad.clone())
     trainer.step(0)
@@ -23,12 +22,12 @@ def first_update(make_args, **settings) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [3, 2])
-def test_at_the_base_the_gradient_is_that_of_the_last_steps_whatever_the_scale(make_args, steps):
+def test_at_the_base_the_gradient_is_that_of_the_last_steps_whatever_the_scale(make_pipe, make_args, steps):
     options = {"adjoint_steps": steps, "reward_scale": 7.0}
-    matched = first_update(make_args, method="adjoint_matching", method_kwargs=options)
-    exact = first_update(make_args, num_grad_steps=steps)
+    matched = first_update(make_pipe, make_args, method="adjoint_matching", method_kwargs=options)
+    exact = first_update(make_pipe, make_args, num_grad_steps=steps)
     torch.testing.assert_close(matched, exact, rtol=1e-3, atol=1e-5 * exact.abs().max().item())
-    other = first_update(make_args, num_grad_steps=1)
+    other = first_update(make_pipe, make_args, num_grad_steps=1)
     assert (other - exact).norm() > 0.05 * exact.norm(), "more steps have to matter"
 
 
@@ -48,7 +47,7 @@ def test_the_adjoint_is_that_of_the_base_along_the_tuned_rollout(problem, checkp
     adjoints = torch.autograd.grad(-p.loss(leaves[-1]), leaves)
 
     if checkpointed:
-        p.transformer.enable_gradient_checkpointing()
+        p.recompute_blocks()
     velocities = []
 
     def tuned_leaf(x, sigma):
@@ -157,12 +156,12 @@ class Kept:
         Kept.bytes -= self.tensor.nbytes
 
 
-def test_memory_is_that_of_one_step_whatever_their_number_is(make_args):
+def test_memory_is_that_of_one_step_whatever_their_number_is(make_pipe, make_args):
     peaks = []
     for method, steps in (("adjoint_matching", 3), ("adjoint_matching", 6), ("draft_k", 6)):
         settings = {"num_grad_steps": steps} if method == "draft_k" else {}
         args = make_args(method=method, num_inference_steps=steps, max_steps=1, **settings)
-        trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS)
+        trainer = RewardGradientTrainer(make_pipe(), redness, args, PROMPTS)
         Kept.bytes = Kept.peak = 0
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
             trainer.step(0)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from problem import GUIDANCE, Problem
+from problem import GUIDANCE
 from problem import SIGMAS as THREE_STEPS
 from runs import train
 from toy_rewards import count
@@ -80,9 +80,9 @@ def test_samples_of_many_stochastic_steps_have_the_datas_distribution(name, leve
 
 
 @pytest.mark.parametrize("kind", MOMENTS)
-def test_its_gradient_on_the_tiny_model_is_that_of_finite_differences(kind):
+def test_its_gradient_on_the_tiny_model_is_that_of_finite_differences(problem, kind):
     """The loss is written out anew with torch's normal distributions and their KL divergence."""
-    problem, scores = Problem(), torch.tensor([0.3, 1.0], dtype=torch.float64)
+    scores = torch.tensor([0.3, 1.0], dtype=torch.float64)
     tuned = velocity_field(problem.transformer, problem.cond, GUIDANCE)
     base = disable_adapter(problem.transformer)(tuned)
     grpo = FlowGRPO(group_size=2, kind=kind, level=0.6, kl_weight=0.5, clip=5.0)

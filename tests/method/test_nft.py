@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from problem import GUIDANCE, SIGMAS, Problem
+from problem import GUIDANCE, SIGMAS
 from runs import train
 from toy_rewards import count
 
@@ -63,8 +63,7 @@ def test_a_linear_reward_moves_the_mean_of_a_gaussian_as_the_theory_says():
     assert moved == pytest.approx(2 * c / beta, rel=0.02)
 
 
-def test_its_gradient_on_the_tiny_model_is_that_of_autograd_and_finite_differences():
-    problem = Problem()
+def test_its_gradient_on_the_tiny_model_is_that_of_autograd_and_finite_differences(problem):
     tuned = velocity_field(problem.transformer, problem.cond, GUIDANCE)
     nft = NFT(group_size=2, levels=[SIGMAS[0], SIGMAS[2]], beta=0.7, clip=5.0)
     scores = torch.tensor([0.3, 1.0], dtype=torch.float64)

@@ -15,23 +15,25 @@ from rlhf.method.rollout import RolloutCache, draw_noise, rollout, sample_euler
 from rlhf.method.velocity import Guidance, VelocityFields, velocity_field
 
 
-def test_rollout_equals_the_pipeline(tiny_pipe):
+def test_rollout_equals_the_pipeline(make_pipe):
+    pipe = make_pipe()
     noise, prompts = draw_noise((16, 2, 4, 4), 0, "test", [(0,), (1,)]), ["a cat", "rain"]
-    cond = encode_prompts(tiny_pipe, prompts, "ugly", 24)(prompts, "cpu")
-    velocity = velocity_field(tiny_pipe.transformer, cond, 2.5)
-    latents = sample_euler(velocity, noise, flow_sigmas(tiny_pipe.scheduler, 3))[-1]
+    cond = encode_prompts(pipe, prompts, "ugly", 24)(prompts, "cpu")
+    velocity = velocity_field(pipe.transformer, cond, 2.5)
+    latents = sample_euler(velocity, noise, flow_sigmas(pipe.scheduler, 3))[-1]
     sizes = replace(SAMPLING, width=32, num_frames=5, num_inference_steps=3, guidance_scale=2.5)
     how = sizes.call_arguments() | {"negative_prompt": ["ugly", "ugly"], "output_type": "latent"}
-    expected = tiny_pipe(prompts, latents=noise, **how).frames
+    expected = pipe(prompts, latents=noise, **how).frames
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_window_changes_no_latent_and_ends_in_a_graph(tiny_pipe):
+def test_the_window_changes_no_latent_and_ends_in_a_graph(make_pipe):
+    pipe = make_pipe()
     noise = draw_noise((16, 2, 4, 4), 0, "test", [(0,)])
-    cond = encode_prompts(tiny_pipe, ["rain"], "", 24)(["rain"], "cpu")
-    tiny_pipe.transformer.proj_out.requires_grad_(True)
-    sigmas = flow_sigmas(tiny_pipe.scheduler, 4)
-    velocity = velocity_field(tiny_pipe.transformer, cond, 3.0)
+    cond = encode_prompts(pipe, ["rain"], "", 24)(["rain"], "cpu")
+    pipe.transformer.proj_out.requires_grad_(True)
+    sigmas = flow_sigmas(pipe.scheduler, 4)
+    velocity = velocity_field(pipe.transformer, cond, 3.0)
     plain = sample_euler(velocity, noise, sigmas)
     windowed = rollout(velocity, velocity, noise, sigmas, [2, 3])
     assert all(torch.equal(a, b) for a, b in zip(plain, windowed, strict=True))

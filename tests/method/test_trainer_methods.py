@@ -147,14 +147,14 @@ def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_
 
 
 @pytest.mark.parametrize("method", ["leap_align", "adjoint_matching", "prfl"])
-def test_a_resumed_run_is_the_whole_run_to_the_bit(make_args, tmp_path, method):
+def test_a_resumed_run_is_the_whole_run_to_the_bit(make_pipe, make_args, tmp_path, method):
     robust = {} if method == "prfl" else {"reward_perturbation": 0.01}
     settings = {"method": method, "method_kwargs": {"weight_perturbation": 0.1} | robust}
     whole = make_args(output_dir=str(tmp_path / "whole"), max_steps=4, save_steps=2, **settings)
-    train(whole, rewards_of(method))
+    train(whole, rewards_of(method), pipe=make_pipe())
     again = f"{whole.output_dir}/checkpoints/step-2"
     rest = make_args(output_dir=str(tmp_path / "rest"), max_steps=4, resume_from_checkpoint=again, **settings)
-    train(rest, rewards_of(method))
+    train(rest, rewards_of(method), pipe=make_pipe())
     rest = make_args(output_dir=str(tmp_path / "rest"))
     assert torch.equal(adapter(rest), adapter(whole))
     assert rows_without_cost(rest) == rows_without_cost(whole)[2:]

@@ -38,6 +38,16 @@ def test_a_cost_is_a_line_through_what_was_measured():
     assert reward_cost("nano_verifier", {}, 1) is None
 
 
+def test_a_chunk_of_frames_bounds_the_peak_and_takes_time():
+    for name, chunk in (("motion_degree", 7), ("hps_v2_1", 8)):  # seven pairs are of eight frames
+        eight, whole = reward_cost(name, {}, 8), reward_cost(name, {}, 41)
+        chunked = reward_cost(name, {"chunk": chunk}, 41)
+        assert chunked.peak_bytes == eight.peak_bytes < 0.3 * whole.peak_bytes
+        assert chunked.seconds == pytest.approx(4 / 3 * whole.seconds)
+        assert reward_cost(name, {"chunk": 99}, 8).peak_bytes == eight.peak_bytes
+    assert reward_cost("video_align", {"chunk": 1}, 16) == reward_cost("video_align", {}, 16), "videos"
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "decoded", "scored"),
     [

@@ -5,7 +5,7 @@ from tiny import MAX_TOKENS, tiny_pipeline
 
 from rlhf.contentv.classes import CLASSES
 from rlhf.contentv.facts import TEXT_ENCODERS
-from rlhf.generator.files import CONTENTV_8B
+from rlhf.generator.registry import CONTENTV_8B
 from rlhf.generator.text import ENCODE_BATCH
 from rlhf.planner.text_encoders import encoder_configs, encoding_bytes
 

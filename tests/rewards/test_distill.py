@@ -4,10 +4,15 @@ import json
 
 import pytest
 import torch
+from runs import adapter
+from tiny_wan import save_tiny_wan
+from toy_rewards import PROMPTS
 
+from rewards import RewardError
 from rewards.distill import Videos, batches_of, main, parse_distill_args
 from rewards.models.latent_reward import read_facts
 from rlhf.generator.files import transformer_digest
+from rlhf.trainer import RewardGradientTrainer
 
 TINY = ["--height=16", "--width=16", "--num_frames=5", "--num_inference_steps=3", "--cpu_threads=1"]
 TINY += ["--guidance_scale=1", "--num_eval_prompts=12", "--per_device_eval_batch_size=16"]
@@ -39,6 +44,20 @@ def test_the_command_writes_a_head_with_its_figures(tmp_path, capsys):
     assert not head.with_suffix("").exists(), "there is no run"
     assert main(["--head", str(head), *TINY]) == 1
     assert "expected a new file" in capsys.readouterr().err
+
+
+def test_a_head_of_wan_trains_wan_and_is_refused_by_another(tmp_path, make_args):
+    wan = save_tiny_wan(tmp_path / "wan")
+    head = distil_darkness(tmp_path, f"--model={wan}", "--videos=8", "--epochs=2", "--num_eval_prompts=3")
+    facts = read_facts(head)
+    assert (facts.model, facts.blocks, facts.digest) == (str(wan), 1, transformer_digest(wan))
+    reward = {"reward_funcs": ["latent_reward"], "reward_kwargs": {"latent_reward": {"path": str(head)}}}
+    for method in ("draft_k", "prfl"):
+        args = make_args(model=str(wan), output_dir=str(tmp_path / method), method=method, **reward)
+        RewardGradientTrainer(None, None, args, PROMPTS).train()
+        assert adapter(args).abs().sum() > 0
+    with pytest.raises(RewardError, match="a run on nano, whose transformer is not the one"):
+        RewardGradientTrainer(None, None, make_args(output_dir=str(tmp_path / "other"), **reward), PROMPTS)
 
 
 @pytest.mark.slow

@@ -109,7 +109,9 @@ def test_offline_srpo_learns_at_real_videos_without_any_rollout(make_pipe, make_
     assert row["reward"] == pytest.approx(scores[0].item(), rel=1e-4)
 
 
-def test_a_resumed_run_is_the_whole_run_to_the_bit_and_encodes_nothing_again(make_args, tmp_path, folder, monkeypatch):
+def test_a_resumed_run_is_the_whole_run_to_the_bit_and_encodes_nothing_again(
+    make_pipe, make_args, tmp_path, folder, monkeypatch
+):
     """Resumed at step 2 of 4, after two of the steps' batches and one of the loss's."""
     settings = {"anchor_data": str(folder), "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 3}
     options = {"offline": True, "anchor_data_steps": 2}
@@ -121,7 +123,7 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit_and_encodes_nothing_again(mak
         trainer.train()
         return trainer
 
-    settings["model"] = whole.model = str(_saved_pipeline(tmp_path / "model"))
+    settings["model"] = whole.model = str(_saved(make_pipe(), tmp_path / "model"))
     first = run(whole)
     monkeypatch.setattr(rlhf.training.anchor_data, "encode_video", None)
     again = f"{whole.output_dir}/checkpoints/step-2"
@@ -136,12 +138,9 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit_and_encodes_nothing_again(mak
     assert order[0] == order[1]
 
 
-def _saved_pipeline(folder):
-    """A tiny ContentV on disk, so that text encoders are loaded, and released, as in a command."""
-    from tiny import SAMPLING, tiny_pipeline
-
-    tiny_pipeline().save_pretrained(folder)
-    SAMPLING.save(folder)
+def _saved(pipe, folder):
+    """A tiny model on disk, so that text encoders are loaded, and released, as in a command."""
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -207,10 +206,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_folder_that_does_not_fit_is_one_paragraph_before_any_weight(make_args, tmp_path, folder, mistake):
+def test_a_folder_that_does_not_fit_is_one_paragraph_before_any_weight(make_args, tiny_pipe, tmp_path, folder, mistake):
     change, message = MISTAKES[mistake]
     change(folder)
-    model = _saved_pipeline(tmp_path / "model")
+    model = _saved(tiny_pipe, tmp_path / "model")
     for weights in model.rglob("*.safetensors"):
         weights.unlink()
     args = make_args(model=str(model), anchor_data=str(folder), **OFFLINE)

@@ -122,7 +122,7 @@ def test_a_reward_may_refuse_the_generator(make_args, make_pipe, monkeypatch):
     for _ in range(2):
         RewardGradientTrainer(make_pipe(), quiet, make_args(), PROMPTS)
     other = make_pipe()
-    other.transformer.transformer_blocks[0].attn.to_q.weight.data[0, 0] += 1e-3
+    other.transformer.proj_out.weight.data[0, 0] += 1e-3
     with pytest.raises(RewardError, match="expected the first one"):
         RewardGradientTrainer(other, quiet, make_args(), PROMPTS)
 
