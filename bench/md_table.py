@@ -6,6 +6,8 @@ GONE = {  # arms of settings that the project no longer has: their rows stay in 
     "8-bit base",
     "8-bit optimizer",
     "merged copy",
+    "float8 copy",
+    "a quarter of the steps, rollouts used 4 times, float8 copy, FlashAttention-3",
     "draft_k, K = 4, block 2 whole",
 }
 LABELS = {  # name of an arm in the JSON files: what the tables call it

@@ -151,8 +151,6 @@ class Bench:
         rig.optimizer.step()
         rig.optimizer.zero_grad(set_to_none=False)
         rig.masters.write()
-        if rig.fields:
-            rig.fields.refresh()
 
     # ------------------------------------------------------------------------ what they are made of
 

@@ -83,7 +83,6 @@ SETTINGS = {
     "prfl, last step, nothing twice": ROOMY | PRFL,
     # Not exact.
     "4-bit base": EXACT | {"base_bits": 4},
-    "float8 copy": FAST | {"sampling_weights": "float8"},
     "half the steps": FAST | {"prefix_steps": 12},
     "guidance every 2nd step": FAST | {"guidance_every": 2},
     "rollouts used 4 times": FAST | {"rollout_reuse": 4},
@@ -91,7 +90,6 @@ SETTINGS = {
     "a quarter of the steps": FAST | {"prefix_steps": 6},
     # Several of them together, with FlashAttention-3 in no-grad steps.
     f"{TOGETHER}{FA3}": CHEAP | {"guidance_together": True},
-    f"{TOGETHER}, float8 copy{FA3}": CHEAP | {"guidance_together": True, "sampling_weights": "float8"},
     f"{TOGETHER}, gradient of the text branch{FA3}": CHEAP | {"guidance_gradient": "none"},
     f"{TOGETHER.replace('4', '6')}{FA3}": CHEAP | {"guidance_together": True, "rollout_reuse": 6},
     f"{TOGETHER.replace('4', '8')}{FA3}": CHEAP | {"guidance_together": True, "rollout_reuse": 8},
@@ -190,8 +188,8 @@ class Rig:
     def make_fields(self, layout: Layout | None) -> VelocityFields:
         """Return the velocity fields of the current settings."""
         args, group = self.args, layout and layout.guidance_group
-        step, weights = args.stepwise_backward, args.sampling_weights
-        return VelocityFields(self.transformer, self.masters, Guidance.from_settings(args), step, weights, group)
+        how = Guidance.from_settings(args), args.stepwise_backward, group
+        return VelocityFields(self.transformer, self.masters, *how)
 
     def noise(self, purpose: str) -> torch.Tensor:
         """(1, C, T, H, W), float32: always the same for the same purpose."""

@@ -128,7 +128,6 @@ class RewardGradientTrainer:
         self.state.global_step = self.resumed["step"]
         if checkpoint:
             load_checkpoint(checkpoint, self.masters, self.optimizer)
-            self.fields.refresh()
         self.sample_base, sample_tuned = map(self._video_sampler, (self.fields.base, self.fields.tuned))
         self.monitor = None
         if self.eval_prompts:
@@ -277,7 +276,6 @@ class RewardGradientTrainer:
         self.optimizer.zero_grad(set_to_none=False)
         masters.write()
         masters.update_averages(step)
-        self.fields.refresh()
 
     def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> MakeVideos:
         sampler = VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)

@@ -29,12 +29,9 @@ def execution_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 
 def _weight_problems(args) -> Iterator[str]:
-    """Yield conflicts between streamed, quantized and sampling weights."""
+    """Yield conflicts between streamed and quantized weights."""
     if args.stream_weights and args.base_bits:
         yield "stream_weights and base_bits: got both, expected one: weights of few bits fit; leave one out"
-    for name in ("stream_weights", "base_bits"):
-        if getattr(args, name) and args.sampling_weights != "own":
-            yield f"sampling_weights: got {args.sampling_weights} with {name}, expected own; change one of the two"
     if args.base_bits and (missing := missing_library()):
         yield missing
 
@@ -64,7 +61,6 @@ def _effect_problems(args, before: int) -> Iterator[str]:
     """Yield no-grad settings without effect because too few steps precede the window."""
     needed = {
         "guidance_every": (args.guidance_every > 1, 2),
-        "sampling_weights": (args.sampling_weights != "own", 1),
         "rollout_reuse": (args.rollout_reuse > 1, 1),
     }
     for name, (is_set, least) in needed.items():

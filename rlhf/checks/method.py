@@ -74,9 +74,6 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
     if args.method == "adjoint_matching" and args.drift_weight:
         expected = "expected 0: reward_scale already weighs the distance from the base"
         yield f"drift_weight: got {args.drift_weight} with method adjoint_matching, {expected}; leave it out"
-    if options.weight_perturbation and args.sampling_weights != "own":
-        got = f"got {options.weight_perturbation} with sampling_weights {args.sampling_weights}"
-        yield f"weight_perturbation: {got}, expected own, which is moved with the adapter; change one of the two"
     if args.method == "listed":
         listed = options.steps or []
         if not listed or len(set(listed)) < len(listed) or not all(0 <= i < steps for i in listed):
@@ -97,7 +94,7 @@ def _group_problems(args, options: MethodOptions) -> Iterator[str]:
         yield f"method_kwargs: num_levels: got {options.num_levels}, {expected}; lower it"
     if args.method not in SCORES_ALONE:
         return
-    unread = ((args, "balance_reward_gradients"), (args, "sampling_weights"), (args, "drift_weight"))
+    unread = ((args, "balance_reward_gradients"), (args, "drift_weight"))
     for given, name in (*unread, (options, "reward_perturbation")):
         got, default = getattr(given, name), getattr(type(given), name)
         if got != default:
@@ -121,7 +118,7 @@ def _data_problems(args, options: MethodOptions) -> Iterator[str]:
     if options.anchor_data_steps and args.guidance_gradient == "distill":
         expected = "expected full, text or none: real videos would teach the adapter to do without guidance"
         yield f"guidance_gradient: got distill with anchor_data_steps, {expected}; change one of the two"
-    for name in ("drift_weight", "guidance_every", "sampling_weights") if offline else ():
+    for name in ("drift_weight", "guidance_every") if offline else ():
         got, default = getattr(args, name), getattr(RewardGradientConfig, name)
         if got != default:
             yield f"{name}: got {got} with offline, which has no rollout, expected {default}; leave it out"

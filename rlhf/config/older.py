@@ -22,6 +22,7 @@ _PEFT_CONFIG = "give the trainer peft_config=LoraConfig({}, ...) in Python"
 REMOVED = {
     "second_order_prefix": (False, "prefix_steps alone takes fewer steps"),
     "optim": ("adamw_torch_fused", "leave it out: AdamW's moments are float32"),
+    "sampling_weights": ("own", "prefix_steps and rollout_reuse save more"),
     "train_blocks": (None, "adapt more layers by lora_target_modules, or use the version that began the run"),
     "num_train_prompts": (4096, "write the prompts into a file, and name it as prompts"),
     "drift_weighting": ("kl", "guidance_gradient distill alone weighs evenly; use the version that began the run"),
@@ -33,7 +34,6 @@ REMOVED = {
 }
 REMOVED_VALUES = {
     "base_bits": (8, "4, or stream_weights, which is exact"),
-    "sampling_weights": ("merged", "own or float8"),
     "decode_caches": ("recompute", "host"),
 }
 

@@ -297,9 +297,6 @@ class RewardGradientConfig:
         None, "Most no-grad steps before the window, while training. Default: all.", least=1
     )
     guidance_every: int = setting(1, "Compute the negative branch at every n-th of the no-grad steps only.", least=1)
-    sampling_weights: Literal["own", "float8"] = setting(
-        "own", "Weights of no-grad steps: own (the trained model) or float8 (a rounded copy)."
-    )
     rollout_reuse: int = setting(
         1, "Consecutive optimizer steps that start their window from the same rollout.", least=1
     )

@@ -215,11 +215,6 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
         patches = patches_BNK.view(B, T, H // p, W // p, p, p, self.out_channels)
         return torch.einsum("bthwpqc->bcthpwq", patches).reshape(B, self.out_channels, T, H, W)
 
-    @property
-    def shared_by_copies(self) -> list:
-        """The cache of position tables."""
-        return [self.pos_embed._tables]
-
     def position_bytes(self, tokens: int) -> int:
         """Return the bytes of the position table that `pos_embed` keeps."""
         return tokens * self.inner_dim * self.dtype.itemsize

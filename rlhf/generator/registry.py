@@ -12,7 +12,6 @@ TRANSFORMER, for latents (B, C, T, H, W):
         The velocity. timestep = 1000 sigma. P is 0 where a model has no pooled text.
     transformer_blocks, block_parts   the blocks, and how `rlhf.execution.blocks` runs them
     run_block, sequence_group         set by `rlhf.execution.apply`
-    shared_by_copies                  what else than tensors a copy for sampling shares
     position_bytes(tokens)            of a table of positions that it keeps
     trace_inputs(batch, latent_shape, text_tokens)   text, pooled text and timestep on "meta"
 Layers are named to_q, to_k, to_v and to_out.0, as the default LoRA expects them.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from rlhf.adapter.float8 import Float8Copy
 from rlhf.adapter.lora import disable_adapter
 from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
@@ -43,7 +42,6 @@ class VelocityFields:
     Args:
         transformer: the model with its adapter, whose trained numbers are those of `masters`.
         checkpoint_steps: run each velocity again in the backward pass (`rlhf.method.adjoint`).
-        sampling_weights: "own", or "float8": a rounded copy for the prefix (`rlhf.adapter.float8`).
         guidance_group: two processes that run one branch of guidance each; None for one process.
     """
 
@@ -53,14 +51,12 @@ class VelocityFields:
         masters: MasterWeights,
         guidance: Guidance,
         checkpoint_steps: bool = False,
-        sampling_weights: str = "own",
         guidance_group: Group | None = None,
     ):
         self.transformer, self.masters, self.guidance = transformer, masters, guidance
         self.guidance_group = guidance_group
         self.trained = CheckpointedTransformer(transformer, masters.params) if checkpoint_steps else transformer
         self.frozen = CheckpointedTransformer(transformer, ()) if checkpoint_steps else transformer
-        self.copy = Float8Copy(transformer) if sampling_weights == "float8" else None
 
     def base(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the model before training, without gradient."""
@@ -82,12 +78,12 @@ class VelocityFields:
 
     def prefix(self, cond: Conditioning, plan: Plan) -> Velocity:
         """Return the velocity of one rollout's no-grad steps: `tuned` or a cheaper one."""
-        model, guidance = self.transformer if self.copy is None else self.copy.model, self.guidance
+        guidance = self.guidance
         if guidance.every == 1:
-            return self._field(model, cond, self._sampling_gradient)
+            return self.tuned(cond)
         sigmas = plan.sigmas[:-1].tolist()
         no_grad = [sigma for i, sigma in enumerate(sigmas) if i not in plan.grad_steps]
-        return CachedGuidance(model, cond, guidance.scale, no_grad[:: guidance.every])
+        return CachedGuidance(self.transformer, cond, guidance.scale, no_grad[:: guidance.every])
 
     def window(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the current model for steps that carry the gradient."""
@@ -110,11 +106,6 @@ class VelocityFields:
                 return v.detach(), None if a is None else torch.autograd.grad(v, x, a)[0]
 
         return base_vjp
-
-    def refresh(self) -> None:
-        """Bring the sampling copy up to date after an optimizer step."""
-        if self.copy is not None:
-            self.copy.refresh()
 
     @property
     def _sampling_gradient(self) -> str:

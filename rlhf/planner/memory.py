@@ -9,8 +9,6 @@ The bytes are those that PyTorch counts as allocated. Rewards are taken as measu
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import nn
 
 from rewards.catalogue import CATALOGUE
 from rewards.contract import split_spec
@@ -29,7 +27,6 @@ MASTER_BYTES = 8  # float32 master weight and gradient
 MOMENT_BYTES = 8  # AdamW's two float32 moments
 EMA_BYTES = 4
 MOVED_BYTES = 8  # the moved and the former masters of `weight_perturbation`
-NOT_FLOAT8 = (".norm", "lora_", "base_layer")  # parts of names of linear layers
 
 
 @dataclass(frozen=True)
@@ -199,14 +196,13 @@ def _resident_bytes(model: TracedModel, args: RewardGradientConfig, rewards: Rew
     averages = bool(args.ema_decay) + hasattr(options, "old_decay")
     trained_bytes = MASTER_BYTES + MOMENT_BYTES + averages * EMA_BYTES
     trained_bytes += MOVED_BYTES if options.weight_perturbation else 0
-    held = {
+    return {
         "transformer": _base_bytes(model, args),
         "adapter and optimizer": model.adapter_bytes + model.num_trained * trained_bytes,
         "VAE": model.vae.num_parameters() * getattr(torch, args.vae_dtype).itemsize,
         "rewards": rewards.weight_bytes,
         "position table": _position_table_bytes(model),
     }
-    return held | ({"float8 copy": _float8_bytes(model)} if args.sampling_weights == "float8" else {})
 
 
 def _position_table_bytes(model: TracedModel) -> int:
@@ -228,14 +224,3 @@ def _gathered_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
     """Return the bytes that the transformer gathers of a sharded base: two blocks and the rest."""
     whole = 2 * model.frozen.largest_block + model.frozen.rest
     return model.itemsize * whole if args.shard_base else 0
-
-
-def _float8_bytes(model: TracedModel) -> int:
-    """Return the bytes of the float8 copy of the blocks' linear layers: one byte per weight."""
-    total = 0
-    for name, module in model.transformer.transformer_blocks.named_modules():
-        if isinstance(module, LoraLayer):
-            total += module.base_layer.weight.numel()
-        elif isinstance(module, nn.Linear) and not any(part in name for part in NOT_FLOAT8):
-            total += module.weight.numel()
-    return total

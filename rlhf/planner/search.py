@@ -137,6 +137,5 @@ class Planner:
 
 def _is_valid(settings: dict, model: TracedModel) -> bool:
     """Return whether at most one setting is about the base's weights, and sharding is possible."""
-    has_copy = settings["base_bits"] or settings["sampling_weights"] != "own"
-    about_weights = bool(has_copy) + settings["stream_weights"] + settings["shard_base"]
+    about_weights = bool(settings["base_bits"]) + settings["stream_weights"] + settings["shard_base"]
     return about_weights <= 1 and not (settings["shard_base"] and model.processes == 1)

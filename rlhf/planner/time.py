@@ -2,7 +2,7 @@
 
 An operator takes as long as its FLOPs or its memory traffic, whichever takes longer (the roofline
 model of Williams et al. 2009). A call takes at least as long as Python needs to launch its
-operators. Rewards take what was measured. Left out: `compile_blocks`, the gain of float8 and the
+operators. Rewards take what was measured. Left out: `compile_blocks`, the
 loss of 4-bit weights, evaluations, samples and checkpoints.
 """
 

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, PeftConfig
 
 from rewards import RewardMix, frames_needed, reward_name
-from rlhf.adapter.float8 import require_float8
 from rlhf.adapter.lora import ATTENTION, add_adapter, lora_config, lora_settings
 from rlhf.adapter.lora_file import IDENTITY_INITS, other_fields
 from rlhf.adapter.lora_weights import Lora
@@ -158,8 +157,6 @@ def _dora_problems(args: RewardGradientConfig) -> Iterator[str]:
     if args.weight_decay:
         expected = "expected 0: it would pull the model's own magnitudes to 0"
         yield f"weight_decay: got {args.weight_decay} with use_dora, {expected}; hold them with drift_weight instead"
-    if args.sampling_weights != "own":
-        yield f"sampling_weights: got {args.sampling_weights} with use_dora, expected own; change one of the two"
     if args.initial_adapter:
         yield f"initial_adapter: got use_dora in peft_config, {PLAIN_LORA}"
 
@@ -221,8 +218,6 @@ def describe_precision(args: RewardGradientConfig, pipe: VideoPipeline | None) -
 
 def find_base(args: RewardGradientConfig, device: torch.device) -> Checkpoint:
     """Return the checkpoint that args name. Raises ConfigError for what the device cannot run."""
-    if args.sampling_weights == "float8":
-        require_float8(device)  # before the model is loaded
     with _as_config_error():
         if args.attention_kernel not in ("auto", "default"):
             require_kernel(args.attention_kernel, device, base_dtype(args.dtype) or torch.bfloat16)
@@ -242,8 +237,8 @@ def make_fields(
     pipe: VideoPipeline, masters: MasterWeights, args: RewardGradientConfig, layout: Layout
 ) -> VelocityFields:
     """Return the velocity fields of a run."""
-    cheaper = args.stepwise_backward, args.sampling_weights
-    return VelocityFields(pipe.transformer, masters, Guidance.from_settings(args), *cheaper, layout.guidance_group)
+    how = Guidance.from_settings(args), args.stepwise_backward, layout.guidance_group
+    return VelocityFields(pipe.transformer, masters, *how)
 
 
 def make_decoder(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientConfig, device: torch.device) -> Decoder:

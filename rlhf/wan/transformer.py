@@ -25,7 +25,6 @@ class WanTransformer3DModel(diffusers.WanTransformer3DModel):
     """
 
     block_parts = WAN_BLOCK
-    shared_by_copies = ()
     sequence_group: Group | None = None  # ranks that share the tokens; needs a run_block
     run_block: BlockRunner | None = None  # None: PyTorch's attention, and no recomputation
     _supports_gradient_checkpointing = False  # by `run_block` instead

@@ -22,10 +22,10 @@ def problems(**settings):
         {},
         CHECKPOINTED | {"keep_attention": True, "offload_activations": True, "stream_weights": True},
         {"decode_chunk": 1, "decode_checkpoint": True, "decode_caches": "host", "decode_window": 5},
-        {"sampling_weights": "float8", "rollout_reuse": 2, "num_grad_steps": 49},
+        {"rollout_reuse": 2, "num_grad_steps": 49},
         {"guidance_every": 2, "num_grad_steps": 48},
         {"prefix_steps": 10, "guidance_every": 2, "rollout_reuse": 4},
-        {"sampling_weights": "float8", "method": "srpo", "guidance_every": 2},
+        {"method": "srpo", "guidance_every": 2},
         {"prefix_steps": 10, "method": "alignprop", "num_grad_steps": 4},
     ],
 )

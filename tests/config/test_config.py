@@ -267,7 +267,7 @@ def test_a_file_of_an_earlier_version_is_translated_and_one_paragraph_says_how(y
         ({"lora_use_dora": True}, "peft_config=LoraConfig(use_dora=True, ...)"),
         ({"lora_rank_pattern": {"to_q": 2}}, "peft_config=LoraConfig(rank_pattern=..., ...)"),
         ({"base_bits": 8}, "choose 4"),
-        ({"sampling_weights": "merged"}, "choose own or float8"),
+        ({"sampling_weights": "float8"}, "prefix_steps and rollout_reuse"),
         ({"decode_caches": "recompute"}, "choose host"),
     ],
 )

@@ -233,7 +233,6 @@ def test_a_layout_that_does_not_fit_names_those_that_do():
     [
         ({"guidance_parallel": 2, "guidance_gradient": "text"}, "guidance_gradient: got text with guidance_parallel 2"),
         ({"guidance_parallel": 2, "guidance_every": 2}, "guidance_every: got 2 with guidance_parallel 2"),
-        ({"shard_base": True, "sampling_weights": "float8"}, "shard_base: got sampling_weights=float8"),
         ({"shard_base": True, "gradient_checkpointing": True, "stream_weights": True}, "got stream_weights=True"),
     ],
 )

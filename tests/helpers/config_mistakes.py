@@ -285,10 +285,6 @@ ROWS = [
         "drift_weight: got 0.1 with method adjoint_matching ... expected 0 ... leave it out",
     ),
     Row(
-        {"method_kwargs": {"weight_perturbation": 0.1}, "sampling_weights": "float8"},
-        "weight_perturbation: got 0.1 with sampling_weights float8 ... expected own ... change one of the two",
-    ),
-    Row(
         {"method": "nft", "per_device_train_batch_size": 8, "method_kwargs": {"reward_perturbation": 0.1}},
         "reward_perturbation: got 0.1 with method nft ... expected 0 ... leave it out",
     ),
@@ -306,14 +302,10 @@ ROWS = [
         RECOMPUTED | {"stream_weights": True, "base_bits": 4},
         "stream_weights and base_bits: got both ... expected one ... leave one out",
     ),
-    Row(
-        RECOMPUTED | {"stream_weights": True, "sampling_weights": "float8"},
-        "sampling_weights: got float8 with stream_weights ... expected own ... change one of the two",
-    ),
     Row({"base_bits": 4}, "base_bits=4 needs bitsandbytes ... which is not installed ... pip install bitsandbytes"),
     Row(
-        {"sampling_weights": "float8", "num_grad_steps": 50},
-        "sampling_weights: got it with 0 of num_inference_steps=50 before the window ... "
+        {"rollout_reuse": 2, "num_grad_steps": 50},
+        "rollout_reuse: got it with 0 of num_inference_steps=50 before the window ... "
         "expected at least 1 ... lower num_grad_steps",
     ),
     Row(

@@ -25,8 +25,8 @@ MOVED = (
     "These settings are of an earlier version. rollout_uses is now rollout_reuse; grad_steps, jump_steps, num_draws, "
     "align_sigmas, align_delta, relative_words, relative_strength: now in method_kwargs, here {'num_draws': 1}; "
     "dry_run, memory_limit_gib, plan_device, plan_processes: now only flags of the train command; second_order_prefix, "
-    "optim, train_blocks, num_train_prompts, drift_weighting, early_stopping_threshold, lora_use_dora, "
-    "lora_rank_pattern, lora_alpha_pattern, decode_channels_last: gone, without effect here."
+    "optim, sampling_weights, train_blocks, num_train_prompts, drift_weighting, early_stopping_threshold, "
+    "lora_use_dora, lora_rank_pattern, lora_alpha_pattern, decode_channels_last: gone, without effect here."
 )
 
 

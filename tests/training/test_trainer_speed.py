@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from float8 import needs_float8
 from runs import saved_adapter
 from tiny import tiny_pipeline, tiny_vae
 from toy_rewards import PROMPTS, redness
@@ -68,7 +67,6 @@ def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain, setti
         {"guidance_every": 2},
         {"rollout_reuse": 2},
         {"decode_window": 2},
-        pytest.param({"sampling_weights": "float8"}, marks=needs_float8),
         {"vae_dtype": "bfloat16"},
     ],
 )
@@ -104,8 +102,6 @@ def stepper(make_args, **settings):
         ({"prefix_steps": 1}, [(2, 2)] * 3),
         ({"guidance_every": 3}, [(4, 2)] * 3),
         ({"guidance_together": True}, [(3, 1)] * 3),
-        pytest.param({"sampling_weights": "float8"}, [(0, 2)] * 3, marks=needs_float8),
-        pytest.param({"sampling_weights": "float8", "guidance_every": 3}, [(0, 2)] * 3, marks=needs_float8),
         ({"rollout_reuse": 3}, [(6, 2), (0, 2), (0, 2), (6, 2)]),
         ({"rollout_reuse": 2, "gradient_accumulation_steps": 2}, [(12, 4), (6, 4), (6, 4), (6, 4)]),
     ],
@@ -113,15 +109,6 @@ def stepper(make_args, **settings):
 def test_how_often_the_transformer_runs(make_args, settings, expected):
     calls = stepper(make_args, **settings)
     assert [calls.of_step(step) for step in range(len(expected))] == expected
-
-
-@needs_float8
-def test_a_copy_of_a_distilled_model_samples_without_guidance(make_args):
-    distill = {"guidance_gradient": "distill", "drift_weight": 0.1}
-    trainer, seen = stepper(make_args, sampling_weights="float8", **distill).trainer, []
-    trainer.fields.copy.model.register_forward_pre_hook(lambda *_: seen.append(True))
-    trainer.step(0)
-    assert len(seen) == 3, "the steps before the window, one branch each"
 
 
 def test_a_rollout_that_is_used_again_keeps_its_prompts_and_noise(make_args):
