@@ -1,4 +1,4 @@
-"""Processor time of a step of configs/nano.yaml on one CPU thread, by phase, and what makes it cheaper.
+"""Processor time of a step of configs/nano.yaml on one CPU thread, by phase and by setting.
 
     python bench/cpu_step.py [--rounds 3]        writes bench/results/cpu_step.json
 

@@ -37,7 +37,7 @@ def check_config(
     eval_prompts: list[str] | None = None,
     planned_processes: int | None = None,
 ) -> RewardGradientConfig:
-    """Check all settings and return them with the model's sampling defaults and the VAE's number format filled in.
+    """Check all settings and return them with defaults of the model and the device filled in.
 
     Args:
         args: the settings.
