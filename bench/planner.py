@@ -7,8 +7,8 @@ Rows go to bench/results/planner.json one by one; the same command goes on with 
 table goes to bench/results/planner.md.
 
 Four kinds of rows: what a device does in a second, for `rlhf.planner.time.RATES`; nano in the real
-trainer; ContentV-8B with random weights, by bench/step.py; and the rows of bench/results/step.json
-and scale.json, as they are. In rows that say "extrapolated", one denoising step was measured and
+trainer; ContentV-8B with random weights, by bench/step.py; and the rows of bench/results/step.json,
+step_2026.json and scale.json, as they are. In rows that say "extrapolated", one denoising step was measured and
 counted for all.
 
 Memory is what PyTorch calls allocated.
@@ -307,7 +307,8 @@ def predict(arguments: argparse.Namespace) -> None:
             print(f"{arm}: estimated", flush=True)
     if about["size"] == "full":
         read = lambda name: json.loads((RESULT.parent / name).read_text())
-        others = compare_steps(read("step.json")["rows"]) + compare_layouts(read("scale.json"))
+        steps = [*read("step_2026.json")["rows"], *read("step.json")["rows"]]
+        others = compare_steps(steps) + compare_layouts(read("scale.json"))
         rows |= {row["arm"]: row for row in others}
     write_rows(arguments.output, about, rows.values())
 

@@ -34,6 +34,8 @@ STEP_ARMS = (
     "exact, nothing twice, compiled",
     "exact, nothing twice, compiled, FlashAttention-3",
     "exact, nothing twice, compiled, FlashAttention-3, guidance together",
+    "a quarter of the steps",
+    "a quarter of the steps, rollouts used 4 times, FlashAttention-3",
     "leap_align",
     "leap_align, nothing twice",
     "adjoint_matching, last 4 steps",
