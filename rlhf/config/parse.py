@@ -63,7 +63,8 @@ def parse_command(
 
     FILE may be the name of a shipped recipe, such as nano_long, where there is no file of
     that name; without --config it is default_config. With resume_from_checkpoint and no --config,
-    the run's own config.yaml is read. Settings of an earlier version are translated, and a warning
+    the run's own config.yaml is read. The file's method_kwargs are those of its method: a flag for
+    another method leaves them out. Settings of an earlier version are translated, and a warning
     says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
     neighbour.
     """
@@ -75,6 +76,8 @@ def parse_command(
     path = None if source is None else _find_config(source)
     values, problems = _read_file(path, quiet=own is not None) if path else ({}, [])
     os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
+    if (method := take_flags(argv, "method")[0].method) and method != values.get("method"):
+        values.pop("method_kwargs", None)
     parsed: dict[type, Any] = {}
     try:
         given, unknown = _parse_flags(argv, values)

@@ -34,6 +34,16 @@ def test_a_flag_beats_the_file_and_the_file_the_default(yaml_file):
     assert args.gradient_checkpointing is False
 
 
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [([], {"steps": [0, 1]}), (["--method", "listed"], {"steps": [0, 1]}), (["--method", "draft_k"], None)]
+    + [(["--method=srpo", "--method_kwargs", "{num_draws: 2}"], {"num_draws": 2})],
+)
+def test_a_flag_for_another_method_leaves_out_the_options_of_the_files_method(yaml_file, flags, options):
+    path = yaml_file("method: listed\nmethod_kwargs: {steps: [0, 1]}")
+    assert parse_config(["--config", path, *flags]).method_kwargs == options
+
+
 def test_the_default_file_holds_without_config_and_config_may_have_an_equals_sign(yaml_file):
     path = yaml_file("max_steps: 7")
     assert parse_config(["--seed", "3"], default_config=path).max_steps == 7
