@@ -8,8 +8,8 @@ table goes to bench/results/planner.md.
 
 Four kinds of rows: what a device does in a second, for `rlhf.planner.time.RATES`; nano in the real
 trainer; ContentV-8B with random weights, by bench/step.py; and the rows of bench/results/step.json,
-step_2026.json and scale.json, as they are. In rows that say "extrapolated", one denoising step was measured and
-counted for all.
+step_2026.json and scale.json, as they are. In rows that say "extrapolated", one denoising step was
+measured and counted for all.
 
 Memory is what PyTorch calls allocated.
 

@@ -68,6 +68,7 @@ def fill_from_run(args: argparse.Namespace) -> None:
 
         folder, _ = find_run(args.from_run)
         run, started = read_settings(folder), folder / "initial_adapter"  # part of what the run calls its base
+        run |= run.get("eval_size") or {}  # the size at which the run itself was judged
         if args.base:
             args.lora = started if started.is_dir() else None
         elif not args.lora:

@@ -8,6 +8,7 @@ work, 1 if training cannot go on and 130 after Ctrl-C or SIGTERM, each with one 
 what to do.
 """
 
+import dataclasses
 import errno
 import os
 import shlex
@@ -43,6 +44,8 @@ def _run(argv: list[str] | None, insist: Callable[[], None]) -> int:
         from rlhf.distributed.layout import planned_processes
 
         processes = planned_processes(args, flags.plan_processes) if flags.dry_run else None
+        if flags.dry_run and flags.plan_device and args.vae_dtype == "auto":
+            args = dataclasses.replace(args, vae_dtype="float32")  # as a GPU chooses, whatever this CPU has
         # Before importing the trainer, which takes seconds.
         args = check_config(args, planned_processes=processes)
         if flags.dry_run:

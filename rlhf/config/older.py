@@ -1,6 +1,9 @@
 """Settings of earlier versions: where each of them moved, so that older runs can be read."""
 
+from contextlib import suppress
 from typing import Any
+
+from rlhf.config.coerce import coerce
 
 RENAMED = {"rollout_uses": "rollout_reuse"}
 # Settings that are now keys of a mapping: the mapping, the key, and the default that they had.
@@ -48,10 +51,11 @@ def translate_old_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], st
     kept = {RENAMED.get(name, name): value for name, value in settings.items() if name not in _GONE}
     moved = {}
     for name, (target, key, default) in MOVED.items():
-        if settings.get(name, default) != default:
+        if settings.get(name, default) not in (default, "none"):
             moved.setdefault(target, {})[key] = settings[name]
     for target, values in moved.items():
-        kept[target] = values | (kept.get(target) or {})
+        with suppress(TypeError, ValueError):  # what is no mapping stays for the check of its type
+            kept[target] = values | (coerce(kept.get(target), dict | None) or {})
     return kept, _paragraph(settings, moved), list(_problems(settings))
 
 
@@ -81,7 +85,7 @@ def _problems(settings: dict):
         yield "dry_run: got it among the settings, expected the flag --dry_run of the command; leave it out"
     for name, (_, cure) in REMOVED.items():
         unused = _value_without_effect(name, settings)
-        if cure and settings.get(name, unused) != unused:
+        if cure and (settings.get(name, unused) or None) != (unused or None):  # {} was as none
             yield f"{name}: got {settings[name]!r}, which this version no longer has, expected none; {cure}"
     for name, (value, cure) in REMOVED_VALUES.items():
         if settings.get(name) == value:

@@ -143,9 +143,16 @@ def save_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> N
 
 
 def load_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> None:
-    """Fill a flat vector of the masters from a file of `save_vector`. Raises DamagedFileError."""
+    """Fill a flat vector of the masters from a file of `save_vector`.
+
+    Raises DamagedFileError, and ConfigError for an adapter of another kind or rank.
+    """
     with file_errors(path):
-        masters.load(vector, load_file(path))
+        tensors = load_file(path)
+    try:
+        masters.load(vector, tensors)
+    except ValueError as error:  # the file is whole
+        raise ConfigError([f"peft_config: {path}: {error}"]) from None
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -164,7 +171,7 @@ def _flush(path: Path) -> None:
 def load_checkpoint(path: Path, masters: "MasterWeights", optimizer: torch.optim.Optimizer) -> dict:
     """Fill masters, module and optimizer from a checkpoint; return its state.json.
 
-    Raises DamagedFileError, and ConfigError for an adapter with other alphas.
+    Raises DamagedFileError, and ConfigError for an adapter of another kind, rank or scale.
     """
     state = read_state(path)
     load_vector(path / "adapter.safetensors", masters, masters.vector)

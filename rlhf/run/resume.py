@@ -18,6 +18,7 @@ from rlhf.types import row_of
 
 # Settings of a single launch, which may differ from launch to launch.
 LAUNCH_SETTINGS = ("output_dir", "base_dir", "overwrite_output_dir", "resume_from_checkpoint")
+EARLIER_SPACING = "drift_weighting"  # a setting of the versions whose prefix_steps were evenly spaced
 
 
 def resolve_resume(args: RewardGradientConfig) -> RewardGradientConfig:
@@ -90,6 +91,8 @@ def resume_message(path: Path, saved: dict, args: RewardGradientConfig, inputs: 
     before = {name: value for name, value in settings.items() if name in now and name not in LAUNCH_SETTINGS}
     changed = [f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if value != now[name]]
     message += f". Other settings than before: {', '.join(changed)}." if changed else "."
+    if EARLIER_SPACING in saved["settings"] and settings.get("prefix_steps") and args.prefix_steps:
+        message += " prefix_steps keeps more of the first steps than it did in the version that began the run."
     return f"{message}{_input_message(saved, inputs)}{_batch_message(saved, settings, args)} {moved}".rstrip()
 
 

@@ -296,6 +296,20 @@ def test_what_had_no_effect_beside_the_others_is_dropped():
         assert told.endswith("gone, without effect here.")
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"grad_steps": [1], "method_kwargs": "{num_draws: 3}"}, {"method_kwargs": {"steps": [1], "num_draws": 3}}),
+        ({"grad_steps": [1], "method_kwargs": "none"}, {"method_kwargs": {"steps": [1]}}),
+        ({"eval_height": 32, "eval_width": "none", "eval_size": [1]}, {"eval_size": [1]}),  # coercion refuses a list
+        ({"lora_rank_pattern": {}, "lora_alpha_pattern": None, "lora_use_dora": False}, {}),
+    ],
+)
+def test_values_of_earlier_versions_may_be_text_or_empty(given, expected):
+    kept, _, problems = translate_old_settings(given)
+    assert (kept, problems) == (expected, [])
+
+
 def test_settings_of_today_are_left_as_they_are():
     now = dataclasses.asdict(RewardGradientConfig(method="draft_lv", method_kwargs={"num_draws": 3}))
     assert translate_old_settings(now) == (now, "", [])

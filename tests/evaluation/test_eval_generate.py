@@ -87,6 +87,16 @@ def test_an_adapter_that_was_taught_guidance_is_sampled_without(run, tmp_path):
     assert [found.guidance_scale for found in alone.values()] == [None, 1.0], "of an adapter without its run, too"
 
 
+def test_videos_of_a_run_have_the_size_of_its_evaluation(run, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (other / "config.yaml").write_text(yaml.safe_dump(settings | {"height": 64, "eval_size": {"width": 48}}))
+    for flags, width in (([], 48), (["--width", "32"], 32)):
+        given = parse(["--output", "x", "--from_run", str(other), *flags])
+        assert (given.height, given.width) == (64, width)
+
+
 def test_an_interrupted_run_is_sampled_with_its_newest_whole_checkpoint(run, make_args, tmp_path, capsys):
     model = {"model": str(run.parent / "base"), "base_dir": str(run.parent), "prompts": "held_out.txt"}
     args = make_args(**model, max_steps=2, save_steps=1, learning_rate=0.3)

@@ -205,6 +205,16 @@ def test_another_number_of_processes_is_said_with_what_it_does_to_a_step(
     assert message.endswith(f" {told}") if told else "Processes" not in message
 
 
+@pytest.mark.parametrize(
+    ("saved", "steps", "is_said"),
+    [({"drift_weighting": "kl"}, 2, True), ({}, 2, False), ({"drift_weighting": "kl"}, None, False)],
+)
+def test_a_run_whose_prefix_was_spaced_evenly_is_told_so(make_args, saved, steps, is_said):
+    args = make_args(prefix_steps=steps)
+    message = resume_message(Path("step-1"), {"step": 1, "settings": vars(args) | saved}, args, {})
+    assert ("prefix_steps keeps more of the first steps than it did" in message) == is_said
+
+
 def test_a_checkpoint_whose_blocks_were_trained_whole_is_refused(make_args):
     args = make_args(max_steps=1)
     train(args)

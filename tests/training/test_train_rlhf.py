@@ -254,6 +254,14 @@ def test_the_dry_run_of_a_recipe_for_contentv_8b_prints_settings_and_needs(main,
     assert not (ROOT / "runs" / "contentv_8b_24gib").exists()
 
 
+def test_a_plan_for_a_gpu_takes_no_number_format_from_this_cpu(main, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("rlhf.checks.multiplies_bfloat16", lambda device: True)
+    flags = ["--vae_dtype", "auto", "--device", "cpu", "--dry_run", "--output_dir", str(tmp_path / "run")]
+    for further, chosen in (([], "bfloat16"), (["--plan_device", "NVIDIA H200"], "float32")):
+        assert main([*flags, *further]) == 0
+        assert f"vae_dtype: {chosen}\n" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not NANO_PATH.exists(), reason="the weights of nano are not trained yet")
 def test_the_main_job_in_small(main, tmp_path):
     flags = ["--max_steps", "1", "--warmup_steps", "0", "--num_eval_prompts", "2", "--per_device_train_batch_size", "1"]

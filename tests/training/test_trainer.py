@@ -197,11 +197,18 @@ def test_another_peft_config_and_a_model_by_path_which_go_on(make_args, tmp_path
     assert told["model"] == str(tmp_path / "model")
     assert (told["lora_rank"], told["lora_alpha"], told["lora_target_modules"]) == (2, 8, ["ff.net.2"])
     on = make_args(max_steps=2, resume_from_checkpoint="latest")
-    for other in ({"alpha_pattern": {"ff.net.2": 3}}, {"use_rslora": True}):  # of which no setting tells
+    scale, shape = (
+        "peft_config: got .*, expected .* as the run had",
+        "peft_config: .*: got a tensor of shape .*expected",
+    )
+    for other, told in (  # of which no setting tells
+        ({"alpha_pattern": {"ff.net.2": 3}}, scale),
+        ({"use_rslora": True}, scale),
+        ({"rank_pattern": {"ff.net.2": 3}}, shape),
+        ({"use_dora": True}, shape),
+    ):
         wrong = dataclasses.replace(config, **other)
-        with pytest.raises(
-            ConfigError, match="peft_config: got (lora_alpha|alpha_pattern)=.*, expected .* as the run had"
-        ):
+        with pytest.raises(ConfigError, match=told):
             RewardGradientTrainer(tmp_path / "model", redness, on, PROMPTS, peft_config=wrong)
     trainer = RewardGradientTrainer(tmp_path / "model", redness, on, PROMPTS, peft_config=config)
     assert trainer.train()["steps"] == 2
