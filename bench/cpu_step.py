@@ -64,6 +64,7 @@ for step in range(int(steps)):
 """
 ARMS = {
     "as shipped": ("kept",),
+    "DRTune, all four steps": ("kept", "--method", "drtune", "--num_grad_steps", "4"),
     "VAE in float32": ("kept", "--vae_dtype", "float32"),
     "guidance branches apart": ("kept", "--guidance_together", "false"),
     "freed memory returned": ("returned",),

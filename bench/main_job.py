@@ -17,7 +17,7 @@ from study_arms import ROOT, SHIPPED, SHIPPED_LONG
 RESULT = ROOT / "bench" / "results" / "main_job.json"
 SEEDS = [0, 1, 2]
 ((ARM, SETTINGS),), ((_, LONG_SETTINGS),) = SHIPPED.items(), SHIPPED_LONG.items()
-STEPS = 160
+STEPS = 110
 LONG = "DRTune, long"
 JOBS = {ARM: (SETTINGS, STEPS), LONG: (LONG_SETTINGS, 450)}
 

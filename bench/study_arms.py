@@ -28,8 +28,8 @@ def changed(settings: dict, *changes: dict) -> dict:
 def shipped(config: str) -> dict:
     """Return what a file of configs/ sets of all that arms change."""
     given = load_yaml((CONFIGS / config).read_text())
-    names = "method", "num_grad_steps", "learning_rate", "per_device_train_batch_size", "ema_decay"
-    return {name: given[name] for name in names}
+    names = "method", "num_grad_steps", "learning_rate", "per_device_train_batch_size", "ema_decay", "method_kwargs"
+    return {name: given[name] for name in names if name in given}
 
 
 ONE_STEP, ALL_STEPS = {"num_grad_steps": 1}, {"num_grad_steps": 4}  # nano takes four denoising steps
@@ -60,7 +60,7 @@ POLICY = {
     | {"method": "flow_grpo", "per_device_train_batch_size": 64, "method_kwargs": {"group_size": 8}},
     "DDPO": ONE_STEP | {"method": DDPO, "per_device_train_batch_size": 64},
 }
-SHIPPED = {"DRTune as shipped": shipped("nano.yaml")}  # whatever is chosen
+SHIPPED = {"first steps as shipped": shipped("nano.yaml")}  # whatever is chosen
 SHIPPED_LONG = {"DRTune long as shipped": shipped("nano_long.yaml")}  # made for a long budget
 DRIFT = {"drift_weight": 1.0}
 KL = {"method_kwargs": {"kl_weight": 0.04}}  # the published weight for GenEval
