@@ -1,6 +1,6 @@
 """The main job on this machine's CPU by its public command: gains of several seeds, and time.
 
-    python bench/main_job_cpu.py [--seeds 0 1 2] [--formats float32 bfloat16] [--beside]
+    python bench/main_job_cpu.py [--seeds 0 1 2] [--formats auto] [--beside]
 
 Other flags go to train_rlhf.py. Writes bench/results/main_job_cpu.json; runs that are in it are
 not made again. Machines of as many cores differ, so time is also stated as a multiple of a
@@ -21,12 +21,43 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, make_parser, show_row
+from md_table import table
 
-from rlhf.io import write_json
+from rlhf.config.parse import CONFIGS
+from rlhf.io import load_yaml, write_json
 
 ROOT = Path(__file__).parents[1]
+DIVERSITY = "--num_diversity_prompts"  # without this flag few are compared
 RESULT = ROOT / "bench" / "results" / "main_job_cpu.json"
 MEASURES = ("seconds", "steps", "trained", "held_out", "motion", "diversity", "saturation", "high_frequency")
+
+
+def recipe() -> dict:
+    """Return what configs/nano.yaml says of the training, which tells its rows from former ones."""
+    given = load_yaml((CONFIGS / "nano.yaml").read_text())
+    return {name: given.get(name) for name in ("method", "method_kwargs", "learning_rate", "max_steps")}
+
+
+def main_job_cpu_table(result: dict) -> str:
+    """Return a row for each run of today's recipe: base and tuned, with the paired interval."""
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: row["seed"]):
+        if row.get("recipe") != recipe():
+            continue
+        right = row["held_out"]["verifier"]
+        low, high = right["ci95"]
+        shown = f"{right['base']:.1%} → **{right['tuned']:.1%}**, {right['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        scores = [_change(row["trained"]["nano_preference"]), shown, _change(row["held_out"]["clip"])]
+        motion, diversity = (f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity"))
+        seen = diversity if DIVERSITY in row["flags"] else "-"
+        lines.append([str(row["seed"]), *scores, motion, seen, f"{row['wall_seconds']:.0f}"])
+    headings = ["preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
+    return table(["seed", *headings, "motion", "diversity", "seconds in all"], lines)
+
+
+def _change(row: dict) -> str:
+    low, high = row["ci95"]
+    return f"{row['base']:.3f} → {row['tuned']:.3f}, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def reference_seconds(repeats: int = 5) -> float:
@@ -63,7 +94,7 @@ def main() -> None:
     """Run the command."""
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--formats", nargs="*", default=["float32", "bfloat16"], help="number formats of the VAE")
+    parser.add_argument("--formats", nargs="*", default=["auto"], help="number formats of the VAE")
     parser.add_argument("--beside", action="store_true", help="say that other programs ran beside it")
     given, flags = parser.parse_known_args()
     rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
@@ -71,8 +102,8 @@ def main() -> None:
     for seed in given.seeds:
         for vae_dtype in given.formats:
             key = {"seed": seed, "vae_dtype": vae_dtype, "beside_others": given.beside, "device": about["device"]}
-            key |= {"flags": flags}
-            if any(all(row[name] == value for name, value in key.items()) for row in rows):
+            key |= {"flags": flags, "recipe": recipe()}
+            if any(all(row.get(name) == value for name, value in key.items()) for row in rows):
                 continue
             rows.append(key | run_job(seed, vae_dtype, flags) | {"environment": about})
             write_json(RESULT, {"command": "python bench/main_job_cpu.py", "rows": rows})

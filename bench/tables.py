@@ -20,6 +20,7 @@ from anchor_data import anchor_table
 from black_box import black_box_table
 from hacking import hacking_table
 from main_job import main_job_table
+from main_job_cpu import main_job_cpu_table
 from md_table import GONE, label, made_on, table
 from step_tables import compile_table, less_memory_table, phase_cell, step_table
 from study_numbers import MEASURES, gains
@@ -236,6 +237,7 @@ TABLES = {
     "scale.json#equality": equality_table,
     **study_report.TABLES,
     "main_job.json": main_job_table,
+    "main_job_cpu.json": main_job_cpu_table,
     "black_box.json": black_box_table,
     "hacking.json": hacking_table,
     "anchor_data.json": anchor_table,
