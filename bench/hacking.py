@@ -36,6 +36,9 @@ IMAGES = ROOT / "docs" / "images"
 HACKED = "grain=docs/examples/broken.py:grain"
 NO_GUARD = "no guard"
 COMMON = {
+    "method": "drtune",
+    "num_grad_steps": 4,
+    "learning_rate": 3e-3,
     "max_steps": 40,
     "eval_steps": 4,
     "num_eval_prompts": 32,

@@ -50,7 +50,14 @@ SHOWN, WARM_UP = 8, 2
 def settings_of(arm: str, seed: int, arguments) -> RewardGradientConfig:
     """Return the settings of an arm's run."""
     args = parse_config([], CONFIGS / "nano.yaml")
-    changes = {"num_grad_steps": 1, "eval_seed": 11, "num_eval_prompts": arguments.prompts, "report_to": []}
+    changes = {
+        "num_grad_steps": 1,
+        "method_kwargs": None,
+        "learning_rate": 3e-3,
+        "eval_seed": 11,
+        "num_eval_prompts": arguments.prompts,
+        "report_to": [],
+    }
     changes |= {"max_steps": arguments.steps, "seed": seed, "device": arguments.device, "warmup_steps": 2}
     changes |= {"output_dir": str(WORK / f"{arm} {seed}"), "overwrite_output_dir": True, "cpu_threads": 1}
     changes |= {"num_sample_prompts": SHOWN, "num_diversity_prompts": arguments.prompts}

@@ -64,8 +64,8 @@ def frames(path: Path) -> torch.Tensor:
 
 def run(folder: Path, *more: str) -> dict[str, torch.Tensor]:
     """Train nano and return the adapter."""
-    settings = "--max_steps 2 --per_device_train_batch_size 1 --num_grad_steps 2 --save_steps 1 --learning_rate 1e-3"
-    judged = "--eval_prompts none --eval_reward_funcs nano_verifier --report_to none"
+    settings = "--method draft_k --num_grad_steps 2 --max_steps 2 --per_device_train_batch_size 1 --learning_rate 1e-3"
+    judged = "--save_steps 1 --eval_prompts none --eval_reward_funcs nano_verifier --report_to none"
     assert train_rlhf.main([*f"{settings} {judged} --output_dir {folder}".split(), *more]) == 0
     return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
 
