@@ -15,7 +15,7 @@ from rlhf.generator.files import transformer_digest
 from rlhf.trainer import RewardGradientTrainer
 
 TINY = ["--height=16", "--width=16", "--num_frames=5", "--num_inference_steps=3", "--cpu_threads=1"]
-TINY += ["--guidance_scale=1", "--num_eval_prompts=12", "--per_device_eval_batch_size=16"]
+TINY += ["--guidance_scale=1", "--guidance_together=false", "--num_eval_prompts=12", "--per_device_eval_batch_size=16"]
 
 
 def distil_darkness(tmp_path, *flags):
