@@ -37,14 +37,15 @@ def main_job_table(result: dict) -> str:
             continue
         low, high = row["verifier"]["ci95"]
         right = f"{row['verifier']['base']:.1%} → **{row['verifier']['tuned']:.1%}**"
-        cells = [_change(row["trained"]), f"{right}, {row['verifier']['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"]
+        cells = [with_interval(row["trained"]), f"{right}, {row['verifier']['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"]
         relative = [f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity")]
-        lines.append([str(row["seed"]), *cells, _change(row["clip"]), *relative])
+        lines.append([str(row["seed"]), *cells, with_interval(row["clip"]), *relative])
     headings = ["preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
     return table(["seed", *headings, "motion", "diversity"], lines)
 
 
-def _change(row: dict) -> str:
+def with_interval(row: dict) -> str:
+    """Return base, tuned, and their difference with its confidence interval."""
     low, high = row["ci95"]
     return f"{row['base']:.3f} → {row['tuned']:.3f}, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
 

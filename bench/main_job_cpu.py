@@ -21,13 +21,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, make_parser, show_row
+from main_job import with_interval
 from md_table import table
 
 from rlhf.config.parse import CONFIGS
 from rlhf.io import load_yaml, write_json
 
 ROOT = Path(__file__).parents[1]
-DIVERSITY = "--num_diversity_prompts"  # without this flag few are compared
+DIVERSITY, EVAL_SEED = "--num_diversity_prompts", "--eval_seed"  # without the former few are compared
 RESULT = ROOT / "bench" / "results" / "main_job_cpu.json"
 MEASURES = ("seconds", "steps", "trained", "held_out", "motion", "diversity", "saturation", "high_frequency")
 
@@ -41,23 +42,20 @@ def recipe() -> dict:
 def main_job_cpu_table(result: dict) -> str:
     """Return a row for each run of today's recipe: base and tuned, with the paired interval."""
     lines = []
-    for row in sorted(result["rows"], key=lambda row: row["seed"]):
+    for row in result["rows"]:
         if row.get("recipe") != recipe():
             continue
         right = row["held_out"]["verifier"]
         low, high = right["ci95"]
         shown = f"{right['base']:.1%} → **{right['tuned']:.1%}**, {right['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        scores = [_change(row["trained"]["nano_preference"]), shown, _change(row["held_out"]["clip"])]
+        scores = [with_interval(row["trained"]["nano_preference"]), shown, with_interval(row["held_out"]["clip"])]
         motion, diversity = (f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity"))
         seen = diversity if DIVERSITY in row["flags"] else "-"
-        lines.append([str(row["seed"]), *scores, motion, seen, f"{row['wall_seconds']:.0f}"])
-    headings = ["preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
+        seconds = "-" if row["beside_others"] else f"{row['wall_seconds']:.0f}"
+        prompts = row["flags"][row["flags"].index(EVAL_SEED) + 1] if EVAL_SEED in row["flags"] else "0"
+        lines.append([str(row["seed"]), prompts, *scores, motion, seen, seconds])
+    headings = ["`eval_seed`", "preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
     return table(["seed", *headings, "motion", "diversity", "seconds in all"], lines)
-
-
-def _change(row: dict) -> str:
-    low, high = row["ci95"]
-    return f"{row['base']:.3f} → {row['tuned']:.3f}, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def reference_seconds(repeats: int = 5) -> float:

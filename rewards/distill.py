@@ -117,8 +117,8 @@ def distill(given: argparse.Namespace, args: RewardGradientConfig) -> dict:
         videos, held_out = sample_all(trainer, given, steps), sample_held_out(trainer, steps)
     sampled = time.perf_counter()
     if not (std := videos.scores_M.std().item()) > 0:
-        expected = "scores that differ"
-        raise RewardError(", ".join(args.reward_funcs), got=f"a spread of {std}", expected=expected, cure="train on it")
+        got, cure = f"a spread of {std} over the base's videos", "name a reward that tells them apart"
+        raise RewardError(", ".join(args.reward_funcs), got=got, expected="scores that differ", cure=cure)
     dtype = base_dtype(args.dtype)
     blocks = FirstBlocks(load_first_blocks(args.model, given.blocks, dtype).to(trainer.device))
     head, facts = train_head(trainer, blocks, videos, given.epochs)

@@ -322,9 +322,7 @@ def _group(
     return layers, names
 
 
-def _matching_layers(
-    given: str, flat: dict[str, str], known: dict[str, str] | None, is_own: bool = False
-) -> Iterator[str]:
+def _matching_layers(given: str, flat: dict[str, str], known: dict[str, str] | None, is_own: bool) -> Iterator[str]:
     """Yield the model's layer that a key may mean. known: layers by all their names, with dots."""
     name = _strip(given)
     if name in known if known is not None else is_own or name.startswith("transformer_blocks.") or name != given:
