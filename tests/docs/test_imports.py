@@ -7,42 +7,45 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 UNWANTED = {"hpsv2", "hpsv3", "ImageReward", "image-reward", "imscore", "aesthetic_predictor_v2_5"}
 
 
-def modules_after(code):
-    """Return the modules loaded after `code` in a fresh interpreter."""
-    code = f"import sys\n{code}\nprint(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return set(out.split())
+NAMES = "RewardGradientConfig, RewardGradientTrainer, load_pipeline"
+MODELS = {"diffusers", "transformers", "peft", "accelerate", "open_clip"}
+LIGHT = {  # statements in their order in one interpreter, and what is not imported after each
+    "import rewards": {"torch", "torchvision", "huggingface_hub", *MODELS},
+    "import rlhf": {"torch", "rlhf.trainer", *MODELS},
+    "import rlhf.checks": MODELS,
+    "import rlhf.evaluation.paired_sets": MODELS,
+}
 
 
-def test_import_rewards_loads_no_framework():
-    modules = modules_after("import rewards")
-    assert "rewards" in modules
-    assert not modules & {"torch", "torchvision", "transformers", "open_clip", "huggingface_hub"}
+@pytest.fixture(scope="module")
+def modules_after():
+    """The modules loaded after each statement, in a fresh interpreter."""
+    check = f"sorted(rlhf.__all__) == [x.__name__ for x in ({NAMES})] and not hasattr(rlhf, 'torch')"
+    statements = [*LIGHT, f"from rlhf import {NAMES}; assert {check}"]
+    code = "import sys\n" + "".join(
+        f"{statement}\nprint(*(name for name, module in sys.modules.items() if module))\n" for statement in statements
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(statements, map(str.split, done.stdout.splitlines()), strict=True))
 
 
-def test_import_rlhf_loads_no_framework_and_its_public_names_load_on_first_use():
-    modules = modules_after("import rlhf")
-    assert not modules & {"torch", "diffusers", "transformers", "rlhf.trainer"}
-    names = "RewardGradientConfig, RewardGradientTrainer, load_pipeline"
-    check = f"assert sorted(rlhf.__all__) == [x.__name__ for x in ({names})] and not hasattr(rlhf, 'torch')"
-    modules = modules_after(f"import rlhf\nfrom rlhf import {names}\n{check}")
-    assert {"rlhf.trainer", "rlhf.config", "rlhf.generator.loading"} <= modules
+@pytest.mark.parametrize("statement", LIGHT)
+def test_an_import_loads_no_library_that_takes_seconds(modules_after, statement):
+    assert statement.split()[-1] in modules_after[statement]
+    assert not LIGHT[statement].intersection(modules_after[statement])
 
 
-def test_settings_are_checked_before_the_libraries_that_take_seconds_are_imported():
-    modules = modules_after("import rlhf.checks")
-    assert "rlhf.checks" in modules
-    assert not modules & {"diffusers", "transformers", "peft", "accelerate", "open_clip"}
-
-
-def test_scores_are_compared_without_the_libraries_of_models():
-    modules = modules_after("import rlhf.evaluation.paired_sets")
-    assert "rlhf.evaluation.statistics" in modules
-    assert not modules & {"diffusers", "transformers", "peft", "accelerate"}
+def test_public_names_load_on_first_use_and_without_a_vendor(modules_after):
+    modules = {*list(modules_after.values())[-1]}
+    assert {"rlhf.trainer", "rlhf.config", "rlhf.generator.loading", "rlhf.device"} <= modules
+    assert "torch_npu" not in modules
 
 
 def test_no_file_names_a_generator_but_those_that_may():

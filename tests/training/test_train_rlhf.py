@@ -203,15 +203,15 @@ def test_a_reward_that_breaks_ends_with_1_and_its_name(main, project, capsys):
     assert "train_rlhf: reward 'redness': got the score nan" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--learing_rate", "1"], ["--reward_funcs", "reward.py:blind"]])
-def test_a_misspelt_key_and_a_reward_that_cannot_train_are_told_before_seconds_of_imports(project, flags):
+def test_a_misspelt_key_and_a_reward_that_cannot_train_are_told_before_seconds_of_imports(project):
     (project / "reward.py").write_text(REWARD.replace("redness", "blind").replace("return ", "return 0 *"))
-    argv = ["--config", str(project / "config.yaml"), *flags]
-    code = f"import sys; from rlhf.train import main; code = main({argv})"
-    code += "; print(code, 'diffusers' in sys.modules, 'peft' in sys.modules)"
+    flags = ["--learing_rate", "1"], ["--reward_funcs", "reward.py:blind"]
+    argvs = [["--config", str(project / "config.yaml"), *mistake] for mistake in flags]
+    code = f"import sys; from rlhf.train import main; codes = [main(argv) for argv in {argvs}]"
+    code += "; print(*codes, 'diffusers' in sys.modules, 'peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split()[1:] == ["False", "False"], done.stderr
-    assert "train_rlhf: " in done.stderr
+    assert done.stdout.split() == ["2", "1", "False", "False"], done.stderr
+    assert done.stderr.count("train_rlhf: ") == 2
 
 
 def test_ctrl_c_saves_and_a_second_run_goes_on(main, project):
