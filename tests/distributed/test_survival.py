@@ -72,10 +72,10 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-def test_ten_interruptions_at_random_steps_leave_no_trace(settings):
-    whole, parts = settings("whole"), settings("parts")
+def test_interruptions_at_random_steps_leave_no_trace(settings):
+    whole, parts = settings("whole", max_steps=8), settings("parts", max_steps=8)
     train(whole)
-    steps = sorted(random.Random(0).sample(range(1, EVERYTHING["max_steps"]), 10))
+    steps = sorted(random.Random(0).sample(range(1, 8), 6))
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     for i, step in enumerate(steps):
         with pytest.raises(TrainingInterrupted):
@@ -88,44 +88,37 @@ class Killed(BaseException):
     """Like a kill: nothing handles it."""
 
 
-@pytest.mark.parametrize("moment", ["before the third file", "before the rename", "after the rename"])
-def test_a_kill_in_the_middle_of_a_save_leaves_no_trace(settings, monkeypatch, moment):
-    """What a kill leaves on the disk, at the moments that differ; real kills are below."""
-    whole, parts = settings("whole", max_steps=4), settings("parts", max_steps=4)
-    train(whole)
-    calls, count = [], {"before the third file": 17, "before the rename": 20, "after the rename": 21}[moment]
+def fail_at(count: int, error: BaseException):
+    """A `_flush` that fails at a call: seven a save, of five files, their folder, and the one above."""
+    calls = []
 
-    def flush(path):  # seven a save: five files, their folder, and after the rename the folder above
+    def flush(path):
         calls.append(path)
-        if len(calls) == count:
-            raise Killed
+        if len(calls) >= count:
+            raise error
 
-    monkeypatch.setattr("rlhf.run.checkpoint._flush", flush)
-    with pytest.raises(Killed):
-        train(parts)
-    monkeypatch.undo()
-    left = sorted(p.name for p in (Path(parts.output_dir) / "checkpoints").iterdir())
-    assert left[-1] == ("step-3" if moment == "after the rename" else "step-3.tmp")
-    train(go_on(parts))
-    assert_same(whole, parts)
+    return flush
 
 
-def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(settings, monkeypatch):
-    whole, parts = settings("whole", max_steps=4), settings("parts", max_steps=4)
+def test_a_kill_or_a_full_disk_in_the_middle_of_a_save_leaves_no_trace(settings, monkeypatch):
+    """What a kill leaves on the disk, at the moments that differ; real kills are below."""
+    whole = settings("whole", max_steps=4)
     train(whole)
     full = OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        flush_once = []
-        patch.setattr("rlhf.run.checkpoint._flush", lambda path: flush_once.append(path) or (_fail(full, flush_once)))
-        with pytest.raises(SavingError, match="step-2 could not be written: the disk is full"):
-            train(parts)
-    train(go_on(parts))
-    assert_same(whole, parts)
-
-
-def _fail(error, calls) -> None:
-    if len(calls) > 10:  # in the second save
-        raise error
+    for moment, count, error, raised, left in (
+        ("in a file", 11, full, (SavingError, "step-2 could not be written: the disk is full"), "step-1"),
+        ("before the third file", 17, Killed(), (Killed, None), "step-3.tmp"),
+        ("before the rename", 20, Killed(), (Killed, None), "step-3.tmp"),
+        ("after the rename", 21, Killed(), (Killed, None), "step-3"),
+    ):
+        parts = settings(moment, max_steps=4)
+        with monkeypatch.context() as patch:
+            patch.setattr("rlhf.run.checkpoint._flush", fail_at(count, error))
+            with pytest.raises(raised[0], match=raised[1]):
+                train(parts)
+        assert max(p.name for p in (Path(parts.output_dir) / "checkpoints").iterdir()) == left, moment
+        train(go_on(parts))
+        assert_same(whole, parts)
 
 
 # ---------------------------------------- steps that cannot be taken

@@ -37,7 +37,7 @@ ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
 )
 def test_accumulated_batches_equal_one_large_batch_with_every_method(make_pipe, make_args, tmp_path, settings):
     """Choices belong to the step and noise to the sample: neither batches nor processes matter."""
-    settings |= {"adam_epsilon": 1e-4}  # else AdamW makes whole steps of what is rounding
+    settings |= {"adam_epsilon": 1e-4, "max_steps": 2}  # else AdamW makes whole steps of what is rounding
     many = make_args(output_dir=str(tmp_path / "a"), gradient_accumulation_steps=2, **settings)
     one = make_args(output_dir=str(tmp_path / "b"), per_device_train_batch_size=4, **settings)
     for args in (many, one):
@@ -150,10 +150,10 @@ def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_
 def test_a_resumed_run_is_the_whole_run_to_the_bit(make_pipe, make_args, tmp_path, method):
     robust = {} if method == "prfl" else {"reward_perturbation": 0.01}
     settings = {"method": method, "method_kwargs": {"weight_perturbation": 0.1} | robust}
-    whole = make_args(output_dir=str(tmp_path / "whole"), max_steps=4, save_steps=2, **settings)
+    whole = make_args(output_dir=str(tmp_path / "whole"), max_steps=3, save_steps=2, **settings)
     train(whole, rewards_of(method), pipe=make_pipe())
     again = f"{whole.output_dir}/checkpoints/step-2"
-    rest = make_args(output_dir=str(tmp_path / "rest"), max_steps=4, resume_from_checkpoint=again, **settings)
+    rest = make_args(output_dir=str(tmp_path / "rest"), max_steps=3, resume_from_checkpoint=again, **settings)
     train(rest, rewards_of(method), pipe=make_pipe())
     rest = make_args(output_dir=str(tmp_path / "rest"))
     assert torch.equal(adapter(rest), adapter(whole))
