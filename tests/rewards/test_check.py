@@ -1,7 +1,7 @@
 """`python -m rewards.check`, the example reward, and what docs/rewards.md names."""
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -65,9 +65,12 @@ def test_arguments_that_can_not_be_read(argv, capsys):
     assert "expected" in capsys.readouterr().err
 
 
-def test_it_runs_as_a_module():
-    command = [sys.executable, "-m", "rewards.check", "no_such_reward"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
+@pytest.mark.filterwarnings("ignore:'rewards.check' found in sys.modules")
+def test_it_runs_as_a_module(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check", "no_such_reward"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("rewards.check", run_name="__main__")
+    assert ended.value.code == 1
 
 
 # ---------------------------------------------------------------- the example

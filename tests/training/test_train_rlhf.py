@@ -58,10 +58,17 @@ def project(tmp_path):
     return tmp_path
 
 
-def test_a_shipped_config_goes_by_its_name(main, capsys, tmp_path, monkeypatch):
+def test_a_shipped_config_goes_by_its_name_and_its_dry_run_prints_settings_and_needs(
+    main, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    assert main(["--config", "nano", "--dry_run"]) == 0
-    assert "prompts: nano_train" in capsys.readouterr().out
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["--config", "contentv_8b_24gib", "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    for line in ("learning_rate: 1.0e-05", "lora_rank: 32", "stream_weights: true", "8,056,627,520 parameters"):
+        assert line in text
+    assert re.search(r"transformer calls of one process, per video +50$", text, re.MULTILINE)
+    assert not (tmp_path / "runs").exists()
     (tmp_path / "nano").mkdir()
     assert main(["--config", "nano", "--dry_run"]) == 2, "a folder of that name is no longer the shipped one"
     assert "--config: got nano, which is not a file" in capsys.readouterr().err
@@ -242,16 +249,6 @@ def wait_for(path: Path, process, seconds: float = 90) -> None:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_the_dry_run_of_a_recipe_for_contentv_8b_prints_settings_and_needs(main, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["--config", str(ROOT / "configs" / "contentv_8b_24gib.yaml"), "--dry_run"]) == 0
-    text = capsys.readouterr().out
-    for line in ("learning_rate: 1.0e-05", "lora_rank: 32", "stream_weights: true", "8,056,627,520 parameters"):
-        assert line in text
-    assert re.search(r"transformer calls of one process, per video +50$", text, re.MULTILINE)
-    assert not (ROOT / "runs" / "contentv_8b_24gib").exists()
 
 
 def test_a_plan_for_a_gpu_takes_no_number_format_from_this_cpu(main, capsys, monkeypatch, tmp_path):
