@@ -54,6 +54,14 @@ def tiny_pipe():
     return tiny_pipeline()
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """The folder of a tiny pipeline, for tests that leave it as it is."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(name="tiny_transformer")
 def _tiny_transformer():
     return tiny_transformer()

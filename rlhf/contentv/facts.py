@@ -1,6 +1,6 @@
 """ContentV's checkpoints: files, sizes and defaults, without importing torch."""
 
-from rlhf.generator.registry import CONTENTV_8B, ModelFamily
+from rlhf.generator.registry import CONTENTV_8B, T5_XXL, ModelFamily
 
 # Sizes of ContentV-8B, which are also the classes' defaults for keys that a config file leaves out.
 SIZES = {
@@ -32,14 +32,7 @@ TEXT_ENCODERS = {
         "num_attention_heads": 20,
         "projection_dim": 1280,
     },
-    "text_encoder_3": {
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-    },
+    "text_encoder_3": T5_XXL,
 }
 FAMILY = ModelFamily(
     name="ContentV",

@@ -30,6 +30,14 @@ ROOMS = ("rlhf.contentv", "rlhf.wan")  # the first has the checkpoints whose cla
 CONTENTV_8B = "ByteDance/ContentV-8B"
 DEFAULT_MODEL = CONTENTV_8B  # where a model or its sizes are not named
 SAMPLING_FILE = "sampling.json"
+T5_XXL = {  # sizes of the encoder of T5 v1.1 XXL, which several generators have
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 @dataclass(frozen=True)

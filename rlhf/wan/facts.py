@@ -1,6 +1,6 @@
 """Wan 2.1's text-to-video checkpoints: files, sizes and defaults, without importing torch."""
 
-from rlhf.generator.registry import ModelFamily, SamplingDefaults
+from rlhf.generator.registry import T5_XXL, ModelFamily, SamplingDefaults
 
 WAN_1_3B, WAN_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 VAE = {"temperal_downsample": [False, True, True]}
@@ -31,17 +31,7 @@ FAMILY = ModelFamily(
         model: {"transformer": sizes, "vae": VAE, "tokenizer": TOKENIZER}
         for model, sizes in {WAN_1_3B: SMALL, WAN_14B: LARGE}.items()
     },
-    text_encoders={  # the encoder of UMT5 XXL (arXiv 2304.09151)
-        "text_encoder": {
-            "vocab_size": 256384,
-            "d_model": 4096,
-            "d_ff": 10240,
-            "d_kv": 64,
-            "num_layers": 24,
-            "num_heads": 64,
-            "feed_forward_proj": "gated-gelu",
-        }
-    },
+    text_encoders={"text_encoder": {"vocab_size": 256384} | T5_XXL},  # of UMT5 XXL (arXiv 2304.09151)
     longest_encoder="text_encoder",
     blocks="blocks",
     text_widths=("text_dim",),

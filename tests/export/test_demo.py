@@ -23,13 +23,6 @@ DEMO = runpy.run_path(str(Path(__file__).parents[2] / "demo.py"))
 main, parse = DEMO["main"], DEMO["parse_demo_args"]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
 def demo(saved, output, *more) -> torch.Tensor:
     main(["--model_id", str(saved), "--prompt", "a star", "--device", "cpu", "--output", str(output), *more])
     return stored_frames(output)

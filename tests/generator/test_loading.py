@@ -22,13 +22,6 @@ from rlhf.generator.registry import CONTENTV_8B
 PROMPT = "a red circle"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def checkpoint(saved, tmp_path):
     """A copy that a test may spoil."""
