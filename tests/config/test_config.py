@@ -1,6 +1,7 @@
 """Settings from YAML and flags; what is misspelt or of the wrong kind is named with its cure."""
 
 import dataclasses
+import inspect
 import pickle
 from pathlib import Path
 
@@ -204,6 +205,17 @@ def test_wrong_names_types_and_ranges_are_told_together(yaml_file):
 def test_no_setting_may_be_abbreviated():
     with pytest.raises(ConfigError, match="'learning_rate'"):
         parse_config(["--learning", "1"])
+
+
+def test_a_setting_that_is_unknown_or_gone_is_explained_in_python_as_on_the_command_line():
+    names = {"eval_width": "it moved to eval_size", "optim": "it is gone; leave it out", "lora_rnk": "'lora_rank'"}
+    names |= {"rollout_uses": "it is now 'rollout_reuse'", "dry_run": "a flag of the train command"}
+    with pytest.raises(ConfigError) as error:
+        RewardGradientConfig(max_steps=3, **dict.fromkeys(names, 1))
+    for name, problem in zip(names, error.value.problems, strict=True):
+        assert problem.startswith(f"{name}: ")
+        assert names[name] in problem
+    assert list(inspect.signature(RewardGradientConfig).parameters) == field_names()
 
 
 def test_every_setting_has_a_help_text_that_ends_in_a_full_stop():
