@@ -36,7 +36,7 @@ class CommandFlags:
 
     dry_run: bool = setting(False, "Check and print the settings and what they need; load no weights.")
     memory_limit_gib: float | None = setting(
-        None, "Memory in GiB that the dry run plans for. Default: what this machine's device has.", above=0
+        None, "Memory in GiB of the accelerator that the dry run plans for. Default: what this machine's has.", above=0
     )
     plan_device: str | None = setting(
         None, "Device that the dry run predicts time for, such as 'NVIDIA H200'. Default: this machine's."
