@@ -278,6 +278,21 @@ def test_a_file_of_an_earlier_version_is_translated_and_one_paragraph_says_how(y
 
 
 @pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"rollout_uses": 2}, True),
+        ({"rollout_uses": 2, "drift_weighting": "even"}, False),
+        ({"rollout_reuse": 2}, False),
+    ],
+)
+def test_an_old_recipe_that_distils_is_told_that_the_weights_of_steps_changed(more, told):
+    """One that has nothing else of an earlier version cannot be known from one of today."""
+    _, paragraph, problems = translate_old_settings({"guidance_gradient": "distill"} | more)
+    assert ("now weighs all steps alike, where drift_weighting was kl by default" in paragraph) == told
+    assert problems == []
+
+
+@pytest.mark.parametrize(
     ("settings", "cure"),
     [
         ({"train_blocks": ["transformer_blocks.2"]}, "adapt more layers by lora_target_modules"),
