@@ -57,6 +57,8 @@ def project(tmp_path_factory):
     (tmp / "spoilt/checkpoints/step-3").mkdir(parents=True)
     (tmp / "linked").mkdir()
     (tmp / "linked" / "checkpoints").symlink_to(tmp / "run" / "checkpoints")
+    (tmp / "mixed" / "summary.json").mkdir(parents=True)
+    (tmp / "mixed" / "samples").touch()
     (tmp / "busy").mkdir()
     (tmp / "busy" / "run.lock").write_text('{"host": "another", "pid": 7, "started": "1"}')
     return tmp
