@@ -54,6 +54,8 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     except DamagedFileError as error:
         yield str(error)
         return
+    if state["step"] > args.max_steps:
+        yield f"max_steps: got {args.max_steps}, expected at least the {state['step']} steps of {path}; raise it"
     best = run_of_checkpoint(path) / BEST
     if args.load_best_model_at_end and state.get("guard") and not best.is_dir():
         yield (

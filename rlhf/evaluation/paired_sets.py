@@ -31,9 +31,11 @@ class Pairs:
 def read_pairs(base: Path, tuned: Path) -> Pairs:
     """Pair the scores of two scores.jsonl by prompt, averaged over the prompt's seeds.
 
-    Raises ValueError if a file is absent, if the two share no pair or no reward, or if a reward
-    scored them under different conditions.
+    Raises ValueError if a file is absent, if the two are one folder, if they share no pair or no
+    reward, or if a reward scored them under different conditions.
     """
+    if base.resolve() == tuned.resolve():
+        raise ValueError(f"{base} and {tuned}: got one folder twice, expected those of two models; correct one")
     left, right = _read_finite_scores(base), _read_finite_scores(tuned)
     keys = [key for key in left if key in right]
     rows = (*left.values(), *right.values())

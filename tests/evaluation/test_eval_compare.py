@@ -147,6 +147,7 @@ def test_prompts_of_nano_have_categories_of_their_own():
         (["--by", "{twice}"], "got two categories for 'x', expected one"),
         (["--by", "{by}"], "got no category for 'y' and 0 more"),
         (["{absent}"], "scores.jsonl: got no file there, expected the scores of a folder; run eval/score.py"),
+        (["{same}"], "got one folder twice, expected those of two models; correct one"),
         (["{strange}"], "got no prompt and seed in common"),
         (["{unscored}"], "got no reward with a score for every video in common"),
     ],
@@ -159,6 +160,7 @@ def test_mistakes_are_told(sets, tmp_path, flags, told, capsys):
     places = {name: tmp_path / name for name in ("absent", "strange", "unscored")} | {
         name: tmp_path / f"{name}.tsv" for name in ("by", "twice")
     }
+    places["same"] = sets[0]
     flags = [flag.format(**places) for flag in flags]
     folders = [sets[0], *([sets[1]] if flags[0] == "--by" else [])]
     assert SCRIPT["main"]([*map(str, folders), *flags]) == 2
