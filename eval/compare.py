@@ -115,6 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         pairs = read_pairs(args.base, args.tuned)
         rows = compare(pairs, categories(args.by, args.base, pairs.prompts))
+        if args.json:
+            folders = {"base": str(args.base), "tuned": str(args.tuned)}
+            write_json(args.json, folders | {"pairs": pairs.videos, "rows": rows})
     except (ValueError, OSError) as error:
         print(f"eval/compare.py: {error}", file=sys.stderr)
         return 2
@@ -125,9 +128,6 @@ def main(argv: list[str] | None = None) -> int:
         print(line)
     for name in pairs.left_out:
         print(f"Left out: {name}, which some videos have no score by; score both folders with it")
-    if args.json:
-        folders = {"base": str(args.base), "tuned": str(args.tuned)}
-        write_json(args.json, folders | {"pairs": pairs.videos, "rows": rows})
     return 0
 
 

@@ -165,3 +165,9 @@ def test_mistakes_are_told(sets, tmp_path, flags, told, capsys):
     folders = [sets[0], *([sets[1]] if flags[0] == "--by" else [])]
     assert SCRIPT["main"]([*map(str, folders), *flags]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_rows_that_find_no_room_on_the_disk_are_an_error_in_a_line(sets, tmp_path, capsys, file_limit):
+    with file_limit(10):
+        assert SCRIPT["main"]([*map(str, sets), "--json", str(tmp_path / "rows.json")]) == 2
+    assert "File too large" in capsys.readouterr().err
