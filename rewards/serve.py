@@ -215,10 +215,12 @@ def _read(message: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _refuse(got: str, expected: str) -> None:
+    """Raise RefusalError (status 400) for a malformed message."""
     raise RefusalError(400, got=got, expected=expected, cure="send what rewards.remote sends")
 
 
 def _all_are(values: Any, kind: type) -> bool:
+    """Return whether values is a list of this type alone."""
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
@@ -247,18 +249,21 @@ def parse_serve_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _port(text: str) -> int:
+    """Parse a port, 0 to 65535."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a port from 0 to 65535")
     return int(text)
 
 
 def _size(text: str) -> int:
+    """Parse a whole number of MiB, at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of MiB, 1 or more")
     return int(text)
 
 
 def _is_loopback(host: str) -> bool:
+    """Return whether a host name or address is this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

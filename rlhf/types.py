@@ -47,6 +47,7 @@ class _ClampStraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradient unchanged."""
         return grad, None, None
 
 

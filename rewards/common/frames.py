@@ -124,6 +124,7 @@ def _parse_num_frames(name: str, num_frames: int | str | None) -> tuple[str, flo
 
 
 def _require_info(name: str, num_frames: str, info: dict, key: str):
+    """Return info[key]; raise RewardError if it is missing. num_frames: for the message."""
     if key not in info:
         raise RewardError(name, got=f"no {key}", expected=f"{key}, which num_frames={num_frames!r} needs", cure=_CURE)
     return info[key]

@@ -107,6 +107,7 @@ def check_sampling(model: str, given: dict[str, Any], seed: int, device: str | N
 
 
 def _device_problems(args) -> list[str]:
+    """Return the problem of a numbered device, or of one that is not here."""
     if args.device is not None and ":" in args.device:
         kind = args.device.split(":")[0]
         return [f"device: got {args.device!r}, expected a kind; use {kind} and hide the other devices from the process"]
@@ -199,11 +200,12 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def _may_write(place: Path) -> bool:
-    """Return whether rank 0 can write to `place`; always True on other ranks, which never write."""
+    """Return whether `place` is a folder that rank 0 can write to; True on other ranks."""
     return os.environ.get("RANK", "0") != "0" or (place.is_dir() and os.access(place, os.W_OK))
 
 
 def _tracker_problems(args) -> Iterator[str]:
+    """Yield trackers of report_to that are unknown or not installed."""
     for name in args.report_to:
         if name not in TRACKERS:
             yield f"report_to: got {name!r}, expected some of {', '.join(TRACKERS)}, or none; correct it"

@@ -29,7 +29,7 @@ def execution_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 
 def _weight_problems(args) -> Iterator[str]:
-    """Yield conflicts between streamed and quantized weights."""
+    """Yield the conflict of stream_weights with base_bits, and a missing bitsandbytes."""
     if args.stream_weights and args.base_bits:
         yield "stream_weights and base_bits: got both, expected one: weights of few bits fit; leave one out"
     if args.base_bits and (missing := missing_library()):

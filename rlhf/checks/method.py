@@ -82,7 +82,7 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
 
 
 def _group_problems(args, options: MethodOptions) -> Iterator[str]:
-    """Yield problems of a method that compares the scores of a group of videos."""
+    """Yield problems of group size and num_levels, and settings that `SCORES_ALONE` ignore."""
     size, group, levels = args.per_device_train_batch_size, getattr(options, "group_size", 1), args.num_inference_steps
     if size % group:
         yield (

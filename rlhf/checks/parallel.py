@@ -31,6 +31,7 @@ def _guidance_problems(args) -> Iterator[str]:
 
 
 def _shard_problems(args, processes: int) -> Iterator[str]:
+    """Yield settings that conflict with shard_base, and a launch of a single process."""
     for name, plain in (("stream_weights", False), ("base_bits", None)):
         if (got := getattr(args, name)) != plain:
             yield f"shard_base: got {name}={got}, expected {plain}: it needs whole weights; leave one out"

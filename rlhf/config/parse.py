@@ -98,7 +98,10 @@ def parse_command(
 
 
 def _parse_flags(argv: list[str], defaults: dict) -> tuple[dict[str, Any], list[str]]:
-    """Return all settings and flags, as text where argv has them; and the unknown words."""
+    """Parse argv by TRL's parser, on top of the defaults.
+
+    Returns all settings and flags, uncast text where argv has them; and the unknown words.
+    """
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -183,6 +186,7 @@ def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
 
 
 def _unknown_key(key, value, path: Path) -> str:
+    """Return the problem of a config file's key: a section, or an unknown setting."""
     if isinstance(value, dict):
         cure = "write what is in it at the left margin"
         return f"{path.name}: key {key}: got a section, expected settings without sections; {cure}"
@@ -204,6 +208,7 @@ def _repeated_keys(path: Path, node: yaml.Node, section: str = "") -> list[str]:
 
 
 def _unknown_word(word: str) -> str:
+    """Return the problem of a word of the command line: an unknown flag, or a value without one."""
     if word.startswith("--"):
         return _unknown_setting(word[2:], "flag --")
     cure = f"did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else "name the setting before its value"
