@@ -178,7 +178,7 @@ class TracedModel:
     def _velocity_and_latents(
         self, model: nn.Module, speed: ExecutionOptions, batch: int
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
-        """Return a function from latents to the velocity, run as in training, and "meta" latents."""
+        """Return the function from latents to velocity, as in training, and "meta" latents."""
         family = family_of_config(self.card["transformer"])
         text_tokens = family.text_tokens(self.card, self.args.max_sequence_length)
         conditions = model.trace_inputs(batch, self.latent_shape, text_tokens)
