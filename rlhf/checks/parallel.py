@@ -9,7 +9,10 @@ from rlhf.distributed.layout import Sizes
 
 
 def parallel_problems(args: RewardGradientConfig, processes: int | None = None) -> Iterator[str]:
-    """Yield problems of launch, parallelism and sharding; processes: default: those started."""
+    """Yield problems of the launch, and of parallel settings with the number of processes.
+
+    processes: None for those that were started.
+    """
     yield from launch_problems()
     processes = processes or launcher_world_size()
     if args.sequence_parallel >= 1:

@@ -64,9 +64,9 @@ def parse_command(
     FILE may be the name of a shipped recipe, such as nano_long, where there is no file of
     that name; without --config it is default_config. With resume_from_checkpoint and no --config,
     the run's own config.yaml is read. The file's method_kwargs are those of its method: a flag for
-    another method leaves them out. Settings of an earlier version are translated, and a warning
-    says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
-    neighbour.
+    another method leaves them out. The file's `env`, as TRL has it, goes into os.environ. Settings
+    of an earlier version are translated, and a warning says so. Raises ConfigError with every
+    problem; a misspelt key is named with its nearest neighbour.
     """
     given, argv = take_flags(argv, "config")
     source, own = given.config, None

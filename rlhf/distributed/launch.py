@@ -38,7 +38,7 @@ def launcher_world_size() -> int:
 
 
 def launch_problems() -> Iterator[str]:
-    """Yield what the launcher asked for and cannot work, and variables of another launch."""
+    """Yield accelerate options that cannot work, and RANK variables that do not fit together."""
     for variable, name in WRAPPERS.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             yield (

@@ -126,7 +126,7 @@ def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
 
 
 def _adapter_problems(model, args, peft_config) -> Iterator[str]:
-    """Yield the problems of an adapter that the model has, and of peft_config's."""
+    """Yield the problem of a model that has an adapter already, and wrong fields of peft_config."""
     if getattr(args, "initial_adapter", None) and (
         merged := getattr(getattr(model, "transformer", None), "initial_adapter", None)
     ):
