@@ -63,7 +63,7 @@ class Videos:
 
 
 def parse_distill_args(argv: list[str] | None) -> tuple[argparse.Namespace, RewardGradientConfig]:
-    """Return the command's own flags and the settings. Raises ConfigError."""
+    """Return the command's own flags and the settings. Raises ConfigError for wrong ones."""
     parser = argparse.ArgumentParser(prog="python -m rewards.distill", description=__doc__.split("\n\n")[0])
     parser.add_argument("--head", type=Path, required=True, help="file to write, .safetensors")
     parser.add_argument("--blocks", type=int, help=f"of the transformer; default {PUBLISHED_BLOCKS}, at most half")

@@ -94,7 +94,7 @@ class Remote:
         self._raise(got, f"a reward server of protocol {PROTOCOL}", "correct the url, or use one version on both sides")
 
     def _score_message(self, video_BCTHW: torch.Tensor, prompts: list[str], info: dict, gradient: bool) -> bytes:
-        """Return the message that asks for the scores of a batch. Raises RewardError."""
+        """Return the message that asks for the scores of a batch. Raises RewardError as `_pack`."""
         facts = {"prompts": [str(prompt) for prompt in prompts], "info": {k: v for k, v in info.items() if k != "rows"}}
         rows = info.get("rows") or [row_of(prompt) for prompt in prompts]
         return self._pack(facts | {"rows": rows, "gradient": gradient}, video=video_BCTHW)
@@ -116,7 +116,7 @@ class Remote:
         return message
 
     def _send(self, path: str, message: bytes) -> dict[str, torch.Tensor]:
-        """Return the tensors of the answer to a message. Raises RewardError."""
+        """Return the tensors of the answer to a message. Raises RewardError if none comes."""
         answer = self._request_with_retries("POST", path, message)
         try:
             return unpack(answer)[1]

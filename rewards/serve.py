@@ -115,13 +115,16 @@ class RewardServer(ThreadingHTTPServer):
         return pack({}, **answer)
 
     def check_prompts(self, facts: dict[str, Any]) -> bytes:
-        """Let the reward check prompts; return an empty message. Raises RewardError."""
+        """Let the reward check prompts; return an empty message. Raises its RewardError."""
         with self.scoring:
             check_prompts(self.name, self.reward, self._prompts(facts))
         return pack({})
 
     def _prompts(self, facts: dict[str, Any]) -> list[Prompt]:
-        """Return the prompts of a message with their rows. Raises RefusalError."""
+        """Return the prompts of a message with their rows.
+
+        Raises RefusalError for a message to another reward (its digest) and malformed prompts.
+        """
         if facts.get("digest") != self.description["digest"]:
             got = f"a run that began with another reward than {self.name!r} as it is served now"
             expected, cure = "the same spec, settings, code and weights", "serve that one again, or begin a new run"
@@ -172,7 +175,7 @@ class RewardHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _message(self, paths: dict) -> bytes:
-        """Return the body of an allowed request. Raises RefusalError."""
+        """Return the body of an allowed request. Raises RefusalError for any other or a cut one."""
         length = self.headers.get("Content-Length", "0" if self.command == "GET" else "")
         size = int(length) if length.isdecimal() else None
         try:
@@ -207,7 +210,7 @@ class RewardHandler(BaseHTTPRequestHandler):
 
 
 def _read(message: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Unpack a message. Raises RefusalError."""
+    """Unpack a message. Raises RefusalError for a malformed one."""
     try:
         return unpack(message)
     except ValueError as error:

@@ -41,7 +41,8 @@ def choose_frames(name: str, num_frames: int | str | None, total: int, info: dic
     """Return the indices of the frames to score out of `total`: ascending, unique, at least one.
 
     Rewards of different `name` draw different random frames. info must hold `seed` and `step` for
-    random frames, and `fps`, the frame rate of the video, for a rate. Raises RewardError.
+    random frames, and `fps`, the frame rate of the video, for a rate. Raises RewardError if one is
+    missing.
     """
     kind, amount = _parse_num_frames(name, num_frames)
     if kind in ("fps", "every") and total > 1:

@@ -180,7 +180,10 @@ def subsample_indices(limit: int, total: int) -> list[int]:
 
 
 def load_scorer(name: str, model: str, dtype: torch.dtype) -> Idefics2Scorer:
-    """Load model, tokenizer and frame sizes from hub or folder. Raises RewardError."""
+    """Load model, tokenizer and frame sizes from hub or folder.
+
+    Raises RewardError for missing files, and a processor that splits images.
+    """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     config = from_pretrained(name, AutoConfig, model)

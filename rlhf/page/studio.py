@@ -110,7 +110,7 @@ class StudioApp:
         threading.Thread(target=self._make_videos, args=(request,), daemon=True).start()
 
     def parse_request(self, body: dict) -> Request:
-        """Return the request of a form, checked without weights. Raises ValueError."""
+        """Return the request of a form, checked without weights. Raises ValueError if wrong."""
         given = self.form | body
         for name, kind in KINDS.items():
             accepted = int | float if kind is float else kind  # JSON has 1 for 1.0

@@ -201,7 +201,7 @@ def _load_moments(saved: dict[str, torch.Tensor], masters: "MasterWeights", opti
 def read_state(path: Path) -> dict:
     """Return a checkpoint's state.json: step, settings, state of the batches and the guard.
 
-    Raises DamagedFileError.
+    Raises DamagedFileError, also for values of a wrong type and missing ones of the guard.
     """
     state = read_object(path / STATE)
     with file_errors(path / STATE):
