@@ -45,8 +45,11 @@ def _run(argv: list[str] | None, insist: Callable[[], None]) -> int:
         from rlhf.distributed.layout import planned_processes
 
         processes = planned_processes(args, flags.plan_processes) if flags.dry_run else None
-        if flags.dry_run and flags.plan_device and args.vae_dtype == "auto":
-            args = dataclasses.replace(args, vae_dtype="float32")  # as a GPU chooses, whatever this CPU has
+        if flags.dry_run and args.vae_dtype == "auto":
+            from rlhf.planner.text import plans_accelerator
+
+            if plans_accelerator(args, flags.memory_limit_gib, flags.plan_device):
+                args = dataclasses.replace(args, vae_dtype="float32")  # as a GPU chooses, whatever this CPU has
         # Before importing the trainer, which takes seconds.
         args = check_config(args, planned_processes=processes)
         if flags.dry_run:

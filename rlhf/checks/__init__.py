@@ -189,6 +189,9 @@ def _folder_problems(args, dry: bool) -> Iterator[str]:
     elif args.overwrite_output_dir and (links := [name for name in RUN_FILES if (folder / name).is_symlink()]):
         expected = "expected what can be removed without removing what others put there"
         yield f"overwrite_output_dir: got links in {folder}, {', '.join(links)}, {expected}; remove them yourself"
+    elif not args.overwrite_output_dir and (wrong := _wrong_kinds(folder)):
+        expected = "expected what a run leaves; move it away, or choose another"
+        yield f"output_dir={args.output_dir}: got {', '.join(wrong)} in it, {expected}"
     elif args.resume_from_checkpoint == "auto":
         yield from start_problems(folder)
     elif args.resume_from_checkpoint:
@@ -198,6 +201,12 @@ def _folder_problems(args, dry: bool) -> Iterator[str]:
             f"output_dir={args.output_dir} holds a run already, expected a new folder; choose another --output_dir, "
             "go on with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
+
+
+def _wrong_kinds(folder: Path) -> list[str]:
+    """Return the files of a run, which have an ending, that are folders here, and the reverse."""
+    found = [name for name in RUN_FILES if (folder / name).exists() and (folder / name).is_dir() == ("." in name)]
+    return [f"the {'folder' if '.' in name else 'file'} {name}" for name in found]
 
 
 def _nearest_existing(path: Path) -> Path:

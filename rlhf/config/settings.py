@@ -5,6 +5,8 @@ setting stand beside its field and nowhere else. `rlhf.checks` holds the checks 
 """
 
 import dataclasses
+import difflib
+import functools
 import math
 import os
 import typing
@@ -15,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from rlhf.config.coerce import coerce_all
+from rlhf.config.older import hint
 
 SAMPLING_KEYS = (
     "height",
@@ -126,6 +129,21 @@ def coerce_settings(values: Any) -> None:
         raise ConfigError([*problems, *range_problems(values)])
 
 
+def _explain_keywords(cls: type) -> type:
+    """Let the settings raise ConfigError for a keyword that is none of them, as for a flag."""
+    init = cls.__init__
+
+    @functools.wraps(init)  # keeps the signature
+    def explained(self, *values, **settings):
+        if unknown := [unknown_setting(name) for name in settings if name not in field_names()]:
+            raise ConfigError(unknown)
+        init(self, *values, **settings)
+
+    cls.__init__ = explained
+    return cls
+
+
+@_explain_keywords
 @dataclass
 class RewardGradientConfig:
     """Settings of `RewardGradientTrainer`. The help of each field gives its unit and its source."""
@@ -431,6 +449,16 @@ def at_eval_size(args: RewardGradientConfig) -> RewardGradientConfig:
 def field_names() -> list[str]:
     """Return the names of all settings."""
     return [f.name for f in dataclasses.fields(RewardGradientConfig)]
+
+
+def unknown_setting(word: str, where: str = "") -> str:
+    """Return the problem of an unknown setting; suggest its successor or the nearest name."""
+    name = word.split("=")[0].replace("-", "_")
+    if moved := hint(name):
+        return f"{where}{word}: no longer a setting; {moved}"
+    near = difflib.get_close_matches(name, field_names(), n=1, cutoff=0.5)
+    cure = f"did you mean {near[0]!r}?" if near else "`train_rlhf.py --help` lists the settings"
+    return f"{where}{word}: no such setting; {cure}"
 
 
 def is_distilled(settings: dict) -> bool:

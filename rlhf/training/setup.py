@@ -254,12 +254,10 @@ def make_decoder(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientCo
     )
 
 
-def make_scorer(
-    pipe: VideoPipeline, rewards: RewardMix, text: PromptCache, args: RewardGradientConfig, layout: Layout
-) -> Scorer:
+def make_scorer(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientConfig, layout: Layout) -> Scorer:
     """Return what scores the samples of a run's steps."""
     decode, options = make_decoder(pipe, rewards, args, layout.device), read_options(args.method, args.method_kwargs)
-    return Scorer(rewards, decode, text, layout, args.method, options, pipe.sampling.fps, args.seed)
+    return Scorer(rewards, decode, layout, args.method, options, pipe.sampling.fps, args.seed)
 
 
 def make_batches(prompts: list[str], pipe: VideoPipeline, args: RewardGradientConfig, layout: Layout) -> Batches:

@@ -46,6 +46,14 @@ def test_one_model_twice_is_not_different():
     assert all(row["ci95"] == [0.0, 0.0] and row["win_rate"] == 0.5 for row in rows)
 
 
+def test_differences_without_spread_are_said_to_be_so():
+    pairs = draw(0)
+    text = SCRIPT["describe"](compare(Pairs(pairs.prompts, pairs.base, pairs.base, 48, 0)))
+    assert text.count("no spread") == 4  # three rows and the line that explains it
+    assert "[+0" not in text
+    assert SCRIPT["describe"](compare(pairs)).count("no spread") == 1
+
+
 def test_a_known_shift_is_found_where_it_is():
     for seed in range(10):
         rows = {row["reward"]: row for row in compare(draw(seed, shift=1.5))}

@@ -408,6 +408,10 @@ ROWS = [
         {"output_dir": "{tmp}/busy"},
         "busy: got a folder in which process 7 on another trains ... expected one run a folder ... choose another",
     ),
+    Row(
+        {"output_dir": "{tmp}/mixed"},
+        "mixed: got the file samples, the folder summary.json in it ... expected what a run leaves ... move it away",
+    ),
     Row({"resume_from_checkpoint": "absent"}, "got no checkpoint there ... expected a folder such as ... correct the"),
     Row(
         {"output_dir": "{tmp}/run", "resume_from_checkpoint": "latest", "lora_rank": 7},
