@@ -196,7 +196,7 @@ class Bench:
         rig = self.rig
         if rig.by_hand:
             return guided(rig), guided(rig)
-        return rig.fields.prefix(rig.cond, self._plan()), rig.fields.window(rig.cond)
+        return rig.fields.tuned(rig.cond), rig.fields.window(rig.cond)
 
     def _peers_step(self, x: torch.Tensor, i: int, with_gradient: bool) -> torch.Tensor:
         """Return VideoX-Fun's velocity: x in bfloat16, and a graph also where none is needed."""

@@ -194,7 +194,7 @@ class RewardGradientTrainer:
         """Sample, score and back-propagate one batch: the loss is -R(x_N) + weight * drift."""
         batch = self.batches.batch(self.rollouts.rollout_index(step, micro), micro)
         cond = self.text(batch.prompts, self.device)
-        prefix, window = self.fields.prefix(cond, plan), self.fields.window(cond)
+        prefix, window = self.fields.tuned(cond), self.fields.window(cond)
 
         noise, start = batch.noise("train"), self.rollouts.get(step, micro)
         states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
@@ -231,7 +231,7 @@ class RewardGradientTrainer:
         batch, fields = self.batches.batch(step, micro), self.fields
         cond = self.text(batch.prompts, self.device)
         with self.masters.use(self.masters.old):
-            states = plan.regression.sample(fields.prefix(cond, plan), batch.noise, plan.sigmas)
+            states = plan.regression.sample(fields.tuned(cond), batch.noise, plan.sigmas)
         finish = self.scorer.begin(states[-1], batch.prompts, cond, step)
 
         def regress() -> BatchResult:

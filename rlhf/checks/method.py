@@ -68,9 +68,6 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
     if args.method in two_steps and steps < 2:
         expected = f"expected at least 2, since {two_steps[args.method]}"
         yield f"num_inference_steps: got {steps} with method {args.method}, {expected}; raise it"
-    if args.method == "flow_grpo" and args.guidance_every != 1:
-        expected = "expected 1: the velocity that samples is the one whose density is learnt"
-        yield f"guidance_every: got {args.guidance_every} with method flow_grpo, {expected}; leave it out"
     if (visited := getattr(options, "adjoint_steps", None) or 1) > steps:
         got = f"adjoint_steps={visited} exceeds num_inference_steps={steps}"
         yield f"method_kwargs: {got}, expected at most that; lower it"
@@ -124,10 +121,8 @@ def _data_problems(args, options: MethodOptions) -> Iterator[str]:
     if options.anchor_data_steps and args.guidance_gradient == "distill":
         expected = "expected full, text or none: real videos would teach the adapter to do without guidance"
         yield f"guidance_gradient: got distill with anchor_data_steps, {expected}; change one of the two"
-    for name in ("drift_weight", "guidance_every") if offline else ():
-        got, default = getattr(args, name), getattr(RewardGradientConfig, name)
-        if got != default:
-            yield f"{name}: got {got} with offline, which has no rollout, expected {default}; leave it out"
+    if offline and args.drift_weight:
+        yield f"drift_weight: got {args.drift_weight} with offline, which has no rollout, expected 0.0; leave it out"
 
 
 def _drift_problems(args) -> Iterator[str]:

@@ -318,7 +318,6 @@ class RewardGradientConfig:
     prefix_steps: int | None = setting(
         None, "Most no-grad steps before the window, while training. Default: all.", least=1
     )
-    guidance_every: int = setting(1, "Compute the negative branch at every n-th of the no-grad steps only.", least=1)
     rollout_reuse: int = setting(
         1, "Consecutive optimizer steps that start their window from the same rollout.", least=1
     )

@@ -32,7 +32,7 @@ from rlhf.types import Prompt, row_of
 SAMPLING_SETTINGS = (
     *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt"),
     *("max_sequence_length", "reward_kwargs"),
-    *("dtype", "base_bits", "vae_dtype", "guidance_every"),
+    *("dtype", "base_bits", "vae_dtype"),
 )
 EVAL_FINGERPRINT = (*SAMPLING_SETTINGS, "eval_seed", "num_diversity_prompts")
 MakeVideos = Callable[[list[str], torch.Tensor], Sampled]  # (prompts, noise_BCTHW) -> videos and latents

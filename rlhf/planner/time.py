@@ -7,7 +7,6 @@ loss of 4-bit weights, evaluations, samples and checkpoints.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from rlhf.config import RewardGradientConfig
@@ -83,8 +82,7 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
     no_grad = levels + has_drift + kl_steps + (adjoint > 0)
     constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * no_grad
     prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
-    prefix_steps = 0 if is_offline(args) else prefix_steps
-    prefix = prefix_steps + (branches - 1) * math.ceil(prefix_steps / args.guidance_every)
+    prefix = 0 if is_offline(args) else branches * prefix_steps
     every = read_options(args.method, args.method_kwargs).anchor_data_steps
     on_data = branches_per_batch(args) / every if every else 0  # real videos need no second branch
     return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps + on_data)
