@@ -11,6 +11,7 @@ from pathlib import Path
 
 NOTES, LIMIT = "RECIPE_NOTES", "RECIPE_LIMIT_GIB"  # variables: file that is written; device memory
 GIB, PERIOD = 2**30, 0.02
+SAMPLING = "evaluation before"  # the stage that follows the set-up
 
 
 class RandomWeights:
@@ -40,7 +41,7 @@ def note_stages() -> None:
     note_calls(setup, "make_fields", "rest of the set-up")
     from rlhf.trainer import RewardGradientTrainer
 
-    note_calls(RewardGradientTrainer, "train", "evaluation before")
+    note_calls(RewardGradientTrainer, "train", SAMPLING)
     note_calls(RewardGradientTrainer, "step", "step")
     note_calls(RewardGradientTrainer, "_save", "checkpoint and evaluation after")
 

@@ -15,6 +15,7 @@ bench/step.py that is like it.
 """
 
 import argparse
+import atexit
 import fcntl
 import json
 import os
@@ -31,7 +32,7 @@ import torch
 import yaml
 from environment import environment, make_parser, read_rows, write_rows
 from md_table import table
-from recipe_run import GIB, LIMIT, NOTES, PERIOD
+from recipe_run import GIB, LIMIT, NOTES, PERIOD, SAMPLING
 from small_card import build_folder
 
 from rlhf.checks import check_config
@@ -152,7 +153,7 @@ def changed_settings(recipe: dict, args: argparse.Namespace) -> dict:
 
 
 def with_random_rewards(settings: dict, folder: Path) -> dict:
-    """Return settings with random rewards: HPS v2.1 of the folder's file, others as they are built."""
+    """Return settings with random rewards: HPS v2.1 of the folder's file, others are built."""
     kwargs, specs = dict(settings.get("reward_kwargs") or {}), {}
     for key in ("reward_funcs", "eval_reward_funcs"):
         specs[key] = []
@@ -185,26 +186,25 @@ def limit_host(command: list[str], gb: float) -> tuple[list[str], str | None]:
     """Return the command under a limit of host memory, and what holds it; None for no limit."""
     if not gb:
         return command, None
-    size, root, group = str(int(gb * 1e9)), Path("/sys/fs/cgroup"), f"recipe-{os.getpid()}"
+    size, root = str(int(gb * 1e9)), Path("/sys/fs/cgroup")
     for parent, file in ((root, "memory.max"), (root / "memory", "memory.limit_in_bytes")):
+        limit = parent / f"recipe-{os.getpid()}" / file
         try:
-            if parent == root:
-                (root / "cgroup.subtree_control").write_text("+memory")
-            (parent / group).mkdir(exist_ok=True)
-            (parent / group / file).write_text(size)
-            enter = f'echo $$ > {parent / group}/cgroup.procs && exec "$@"'
-            return ["sh", "-c", enter, "sh", *command], f"cgroup, {file}"
-        except OSError:  # not mounted, or not ours to write
+            if (enabled := parent / "cgroup.subtree_control").exists():
+                enabled.write_text("+memory")
+            if (parent / "cgroup.procs").exists():  # no other folder
+                if not limit.parent.exists():
+                    limit.parent.mkdir()
+                    atexit.register(limit.parent.rmdir)
+                limit.write_text(size)
+                enter = f'echo $$ > {limit.parent}/cgroup.procs && exec "$@"'
+                return ["sh", "-c", enter, "sh", *command], f"cgroup, {file}"
+        except OSError:  # not ours to write
             continue
     if Path("/run/systemd/system").is_dir():
         return ["systemd-run", "--scope", "-p", f"MemoryMax={size}", *command], "systemd-run, MemoryMax"
-    return [
-        "sh",
-        "-c",
-        f'ulimit -d {int(size) // 1024} && exec "$@"',
-        "sh",
-        *command,
-    ], "ulimit -d, without pinned memory"
+    enter = f'ulimit -d {int(size) // 1024} && exec "$@"'
+    return ["sh", "-c", enter, "sh", *command], "ulimit -d, which does not count pinned memory"
 
 
 def measure(recipe: str, settings: dict, args: argparse.Namespace, processes: int, kind: str) -> dict:
@@ -241,7 +241,7 @@ def measure(recipe: str, settings: dict, args: argparse.Namespace, processes: in
         "host_limit_by": held_by,
         "seconds_a_video": sum(seconds[first:]) / (videos[-1] - videos[0] * first),
         "seconds_a_step": seconds,
-        "first_step_after_seconds": next(note["time"] for note in noted if note["stage"] == "step") - begins[0],
+        "start_seconds": next(note["time"] for note in noted if note["stage"] == SAMPLING) - begins[0],
         "device_gib": max(end["allocated_gib"], *(step["memory_gib"] for step in steps)),
         "driver_gib": end["driver_gib"],
         "host_anonymous_gib": max(anonymous for _, anonymous, _ in samples) / GIB,
@@ -333,7 +333,7 @@ def told(row: dict, about: dict) -> str:
     return (
         f"{row['seconds_a_video']:.1f} s a video, {row['device_gib']:.1f} GiB allocated of {row['driver_gib']:.1f} on "
         f"{devices}{limits}, random weights. Host memory {row['host_gib']:.1f} GiB "
-        f"({row['host_predicted_gib']:.1f} predicted), first step after {row['first_step_after_seconds']:.0f} s."
+        f"({row['host_predicted_gib']:.1f} predicted), it samples after {row['start_seconds']:.0f} s."
     )
 
 
@@ -345,7 +345,7 @@ def not_run(recipe: str) -> str:
 
 
 def measured(name: str, result: dict) -> str:
-    """Return what a recipe's head says of its arm's whole steps; without them, why it was not run."""
+    """Return what a recipe's head says of whole steps of its arm, or why it was not run."""
     found = cost(result, *ARMS[name]) if name in ARMS else None
     if found is None:
         return not_run(name)
@@ -412,14 +412,14 @@ def recipes_table(result: dict) -> str:
         "by the driver, GiB",
         "host, GiB",
         "predicted",
-        "first step, s",
+        "start-up, s",
     ]
     columns = ("seconds_a_video", "device_gib", "driver_gib", "host_gib", "host_predicted_gib")
     lines = []
     for name in names():
         numbers = [not_run(name), *[""] * 5]
         if row := rows.get(name):
-            numbers = [f"{row[column]:.1f}" for column in columns] + [f"{row['first_step_after_seconds']:.0f}"]
+            numbers = [f"{row[column]:.1f}" for column in columns] + [f"{row['start_seconds']:.0f}"]
         lines.append([f"`{name}.yaml`", *numbers])
     device = f"On {result['environment']['device']}:\n\n" if rows else ""
     return device + table(headings, lines)
