@@ -146,8 +146,8 @@ def smooth_random_videos(batch: int, shape: tuple[int, int, int, int], seed: int
     channels, frames, height, width = shape
     coarse = torch.rand(batch, channels, 3, 5, 5, generator=generator)
     smooth = F.interpolate(coarse, size=(max(frames, 3), height, width), mode="trilinear", align_corners=True)
-    grain = torch.rand(batch, *shape, generator=generator) - 0.5
-    return (0.05 + 0.9 * smooth[:, :, :frames] + 0.05 * grain).clamp(0.01, 0.99)
+    grain = torch.rand(batch, *shape, generator=generator).sub_(0.5).mul_(0.05)  # in place: whole videos are large
+    return smooth[:, :, :frames].mul_(0.9).add_(0.05).add_(grain).clamp_(0.01, 0.99)
 
 
 def _score_one(name, call, video_BCTHW, prompts, index, differentiable, where):
