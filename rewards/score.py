@@ -153,6 +153,7 @@ def score(rewards: dict, path: Path, prompt: str, arguments: argparse.Namespace)
 
 
 def _cells(row: dict) -> tuple[str, ...]:
+    """Return a file's row of the table: name, frames and scores."""
     return (row["file"], str(row["frames"]), *(f"{value:.5g}" for value in row["scores"].values()))
 
 

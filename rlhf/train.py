@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None, insist: Callable[[], None]) -> int:
+    """Parse and check the command, then train or print the plan; return the exit status."""
     try:
         args, flags = parse_command(sys.argv[1:] if argv is None else argv, CONFIGS / "nano.yaml")
         from rlhf.checks import check_config

@@ -25,6 +25,7 @@ _PEFT_CONFIG = "give the trainer peft_config=LoraConfig({}, ...) in Python"
 REMOVED = {
     "second_order_prefix": (False, "prefix_steps alone takes fewer steps"),
     "optim": ("adamw_torch_fused", "leave it out: AdamW's moments are float32"),
+    "guidance_every": (1, "prefix_steps saves more and loses less; or use the version that began the run"),
     "sampling_weights": ("own", "prefix_steps and rollout_reuse save more"),
     "train_blocks": (None, "adapt more layers by lora_target_modules, or use the version that began the run"),
     "num_train_prompts": (4096, "write the prompts into a file, and name it as prompts"),

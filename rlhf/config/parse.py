@@ -64,9 +64,9 @@ def parse_command(
     FILE may be the name of a shipped recipe, such as nano_long, where there is no file of
     that name; without --config it is default_config. With resume_from_checkpoint and no --config,
     the run's own config.yaml is read. The file's method_kwargs are those of its method: a flag for
-    another method leaves them out. Settings of an earlier version are translated, and a warning
-    says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
-    neighbour.
+    another method leaves them out. The file's `env`, as TRL has it, goes into os.environ. Settings
+    of an earlier version are translated, and a warning says so. Raises ConfigError with every
+    problem; a misspelt key is named with its nearest neighbour.
     """
     given, argv = take_flags(argv, "config")
     source, own = given.config, None
@@ -98,7 +98,10 @@ def parse_command(
 
 
 def _parse_flags(argv: list[str], defaults: dict) -> tuple[dict[str, Any], list[str]]:
-    """Return all settings and flags, as text where argv has them; and the unknown words."""
+    """Parse argv by TRL's parser, on top of the defaults.
+
+    Returns all settings and flags, uncast text where argv has them; and the unknown words.
+    """
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -183,6 +186,7 @@ def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
 
 
 def _unknown_key(key, value, path: Path) -> str:
+    """Return the problem of a config file's key: a section, or an unknown setting."""
     if isinstance(value, dict):
         cure = "write what is in it at the left margin"
         return f"{path.name}: key {key}: got a section, expected settings without sections; {cure}"
@@ -204,6 +208,7 @@ def _repeated_keys(path: Path, node: yaml.Node, section: str = "") -> list[str]:
 
 
 def _unknown_word(word: str) -> str:
+    """Return the problem of a word of the command line: an unknown flag, or a value without one."""
     if word.startswith("--"):
         return unknown_setting(word[2:], "flag --")
     cure = f"did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else "name the setting before its value"

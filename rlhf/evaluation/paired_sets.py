@@ -78,11 +78,13 @@ def compare(pairs: Pairs, category_of: Callable[[str], str] | None = None) -> li
 
 
 def _row(pairs: Pairs, reward: str, category: str, indices: list[int]) -> dict:
+    """Return the row of `compare` for one reward over the pairs at `indices`."""
     result = paired_test(pairs.base[reward][indices], pairs.tuned[reward][indices])
     return {"reward": reward, "category": category, "prompts": len(indices)} | result
 
 
 def _with_holm(rows: list[dict]) -> list[dict]:
+    """Return the rows with "p_holm" and "finding"."""
     adjusted = holm_correction([row["p"] for row in rows])
     return [row | {"p_holm": p, "finding": p < LEVEL} for row, p in zip(rows, adjusted, strict=True)]
 

@@ -80,6 +80,7 @@ def _useless(path: Path, error: OSError) -> str:
 
 
 def _this_process() -> dict:
+    """Return host, process id and torchrun's launch id of this process."""
     launch = os.environ.get(TORCHRUN_MARK, "none")  # torchrun's name for it
     return {"host": socket.gethostname(), "pid": os.getpid(), "launch": launch}
 

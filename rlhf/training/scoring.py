@@ -56,20 +56,22 @@ class Scorer:
         return scores_B, BatchResult(_columns(scores_B, raw, video), (seen, prompts, told), error)
 
     def begin(self, latents_BCTHW: torch.Tensor, prompts: list[str], cond: Conditioning, step: int) -> Finish:
-        """Begin to score finished latents for a regression, which may need no gradient of them."""
+        """Begin to score latents for a regression, with their gradient if the method uses it."""
         begin = self._begin_scores if self.method in SCORES_ALONE else self._score_with_gradient
         return begin(latents_BCTHW, prompts, cond, step)
 
     def _views(self, sample: Sample, cond: Conditioning, step: int) -> tuple[torch.Tensor | None, NoisyLatents]:
-        """Return the video of a sample, None if no reward sees it, and its latents."""
+        """Return a sample's video, None if no reward sees it, and its latents for rewards."""
         average = self.layout.average_grad
-        noisy = NoisyLatents(average(sample.noisy), sample.sigma, cond.prompt_embeds_BLD, cond.pooled_embeds_BP)
+        noisy = NoisyLatents(
+            average(sample.scored_latents), sample.sigma, cond.prompt_embeds_BLD, cond.pooled_embeds_BP
+        )
         return self.decode(average(sample.latents), step), noisy
 
     def _score_with_gradient(
         self, latents_BCTHW: torch.Tensor, prompts: list[str], cond: Conditioning, step: int
     ) -> Finish:
-        """Score at once, and return a function that only returns the result."""
+        """Score at once, with the gradient at the latents; return a function that returns both."""
         sample = Sample(latents_BCTHW.requires_grad_())
         scores_B, scored = self.score(sample, prompts, cond, step)
         (gradient,) = torch.autograd.grad(scores_B.sum(), sample.latents)
@@ -99,6 +101,7 @@ class Scorer:
 
 
 def _raise(error: Exception) -> NoReturn:
+    """Raise the error, for use as a `Finish`."""
     raise error
 
 
@@ -111,4 +114,5 @@ def _columns(
 
 
 def _saturated(video_BCTHW: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return the column of saturated shares, {} without a video."""
     return {} if video_BCTHW is None else {"saturated": saturated_share(video_BCTHW)}

@@ -297,6 +297,7 @@ def test_an_old_recipe_that_distils_is_told_that_the_weights_of_steps_changed(mo
     [
         ({"train_blocks": ["transformer_blocks.2"]}, "adapt more layers by lora_target_modules"),
         ({"second_order_prefix": True}, "prefix_steps alone"),
+        ({"guidance_every": 2}, "prefix_steps saves more"),
         ({"optim": "adamw_bnb_8bit"}, "moments are float32"),
         ({"early_stopping_threshold": 0.1}, "any rise counts"),
         ({"num_train_prompts": 64}, "into a file"),
