@@ -31,11 +31,11 @@ def test_all_problems_are_told_at_once(problems):
     assert told.startswith("The settings have 5 problems:")
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/step-1"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/step-1/state.json"])
 def test_a_folder_with_a_run_is_refused_unless_it_may_be_overwritten(problems, tmp_path, name):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
-    path.touch() if path.suffix else path.mkdir()
+    path.touch()
     assert "holds a run already" in problems()
     assert problems(overwrite_output_dir=True) == ""
 
