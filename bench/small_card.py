@@ -18,25 +18,22 @@ from statistics import median
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from environment import environment, make_parser, read_rows, show_row, write_rows
-from step_arms import SIZES, Size, random_transformer, random_vae
+from step_arms import SIZES, random_transformer, random_vae
+from transformers import T5TokenizerFast
 
-from rlhf.contentv.classes import CLASSES
-from rlhf.contentv.facts import TEXT_ENCODERS
-from rlhf.contentv.pipeline import ContentVPipeline
 from rlhf.device import peak_memory, pick_device, reset_peak_memory, synchronize, total_memory
 from rlhf.device.host import process_peak_memory
 from rlhf.evaluation.sampler import Sampler
 from rlhf.generator.files import NANO_PATH, SamplingDefaults, model_sizes
+from rlhf.generator.registry import family_of_config
 from rlhf.planner.sampling import GIB, PLACEMENTS, choose_plan, context_bytes, plan_sampling
 from rlhf.planner.text_encoders import encoder_configs
 
 RESULT = Path(__file__).parent / "results" / "small_card.json"
-CLIP_TOKENS = 77
 TINY_CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TINY_ENCODERS = {
-    "text_encoder": TINY_CLIP | {"projection_dim": 16},
-    "text_encoder_2": TINY_CLIP | {"projection_dim": 16},
-    "text_encoder_3": {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+TINY_ENCODER = {  # by the key of its layers: CLIP's, T5's
+    "num_hidden_layers": TINY_CLIP | {"projection_dim": 16},
+    "num_layers": {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
 }
 TINY_SAMPLING = SamplingDefaults(32, 48, 9, 3, 3.0, 8, 24)
 
@@ -54,27 +51,31 @@ def parse_small_card_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def build_folder(folder: Path, name: str, device: torch.device, layers: dict[str, int] | None = None) -> None:
-    """Write a model with random weights in the published layout, with nano's vocabularies.
+def build_folder(folder: Path, name: str, device: torch.device, divisor: int = 1) -> None:
+    """Write a model of `SIZES` with random weights and nano's vocabularies, as published.
 
-    layers: of its parts, in place of all.
+    divisor: of the numbers of layers of transformer and text encoders.
     """
-    size: Size = SIZES[name]
-    if layers:
-        size = replace(size, transformer=size.transformer | {"num_layers": layers["transformer"]})
-    encoders = {}
-    for part, config in (TEXT_ENCODERS if name == "full" else TINY_ENCODERS).items():
-        cls = CLASSES.text_encoders[part]
-        if layers:
-            config = config | {("num_layers" if "num_layers" in config else "num_hidden_layers"): layers[part]}
+    size, is_tiny, encoders, tokenizers = SIZES[name], "tiny" in name, {}, {}
+    family = family_of_config({"_class_name": size.classes[0].__name__})
+    for part, config in family.text_encoders.items():
+        layers = "num_layers" if "num_layers" in config else "num_hidden_layers"
+        config = config | (TINY_ENCODER[layers] if is_tiny else {layers: config[layers] // divisor})
+        cls = family.classes.text_encoders[part]
         with torch.device(device):
             encoders[part] = cls(cls.config_class(**config)).to(size.dtype).to("cpu")
-    tokenizers = {part: cls.from_pretrained(NANO_PATH / part) for part, cls in CLASSES.tokenizers.items()}
-    for part in ("tokenizer", "tokenizer_2"):
-        tokenizers[part].model_max_length = CLIP_TOKENS
-    transformer, vae = random_transformer(size, device).to("cpu"), random_vae(size, device).to("cpu")
-    pipe = ContentVPipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, **encoders, **tokenizers)
-    pipe.sampling = SamplingDefaults() if name == "full" else TINY_SAMPLING
+    for part, cls in family.classes.tokenizers.items():
+        of_nano = "tokenizer_3" if cls is T5TokenizerFast else part
+        tokenizers[part] = cls.from_pretrained(NANO_PATH / of_nano)
+        if part != "tokenizer_3":  # whose length is a setting
+            tokenizers[part].model_max_length = family.sizes["tokenizer"]["model_max_length"]
+    if divisor > 1:
+        layers = family.sizes["transformer"] | size.transformer
+        size = replace(size, transformer=size.transformer | {"num_layers": layers["num_layers"] // divisor})
+    parts = {"transformer": random_transformer(size, device), "vae": random_vae(size, device)}
+    parts = {part: model.to("cpu") for part, model in parts.items()} | encoders | tokenizers
+    pipe = family.classes.pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
+    pipe.sampling = TINY_SAMPLING if is_tiny else family.sampling
     pipe.save_pretrained(folder)
 
 
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     if not (args.folder / "model_index.json").is_file():
         build_folder(args.folder, args.size, device)
-        if args.size == "full":
+        if "tiny" not in args.size:
             return print(f"wrote {args.folder}; start again, so that host memory is that of sampling alone")
     about = environment(device) | {"size": args.size}
     key = lambda row: (row["limit_gib"], row["steps"])

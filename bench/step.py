@@ -176,7 +176,7 @@ class Bench:
         if not scores_latents(self.reward):
             return self.reward(self._video(sample.latents), PROMPT, **INFO)
         text, pooled = self.rig.cond.prompt_embeds_BLD, self.rig.cond.pooled_embeds_BP
-        return self.reward(sample.noisy, PROMPT, sigma=sample.sigma, text=text, pooled=pooled, **INFO)
+        return self.reward(sample.scored_latents, PROMPT, sigma=sample.sigma, text=text, pooled=pooled, **INFO)
 
     def _regress(self, plan: Plan) -> None:
         """Sample, score and back-propagate the loss terms of a regression."""

@@ -11,7 +11,10 @@ ENDING, FIXED = ("draft_k", "draft_lv", "alignprop", "refl", "prfl"), ("draft_k"
 
 
 def execution_problems(args: RewardGradientConfig) -> Iterator[str]:
-    """Yield problems of the execution options; args has all sampling keys set."""
+    """Yield execution options that lack an option on which they build, or exclude each other.
+
+    args has all sampling keys set.
+    """
     if args.decode_window is not None and args.decode_window >= args.num_frames:
         yield (
             f"decode_window={args.decode_window} is all of num_frames={args.num_frames}, expected fewer; lower it, or "
@@ -29,7 +32,7 @@ def execution_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 
 def _weight_problems(args) -> Iterator[str]:
-    """Yield conflicts between streamed and quantized weights."""
+    """Yield the conflict of stream_weights with base_bits, and a missing bitsandbytes."""
     if args.stream_weights and args.base_bits:
         yield "stream_weights and base_bits: got both, expected one: weights of few bits fit; leave one out"
     if args.base_bits and (missing := missing_library()):
@@ -37,7 +40,7 @@ def _weight_problems(args) -> Iterator[str]:
 
 
 def _prefix_problems(args) -> Iterator[str]:
-    """Yield problems of cheaper no-grad steps before the window."""
+    """Yield settings of cheaper no-grad steps that the method lacks or that have no effect."""
     for name, methods in (("prefix_steps", ENDING), ("rollout_reuse", FIXED)):
         if getattr(args, name) != getattr(RewardGradientConfig, name) and args.method not in methods:
             yield f"{name}: got it with method {args.method}, expected {', '.join(methods)}; change one of the two"

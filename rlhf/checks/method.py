@@ -21,7 +21,10 @@ WITH_NUM_GRAD_STEPS = ("draft_k", "alignprop", "uniform", "drtune")
 
 
 def method_problems(args: RewardGradientConfig) -> Iterator[str]:
-    """Yield problems of method, guidance and drift; args has all sampling keys set."""
+    """Yield problems of the method with its options, the number of steps, group, videos and drift.
+
+    args has all sampling keys set.
+    """
     if args.num_grad_steps != 1 and args.method not in WITH_NUM_GRAD_STEPS:
         yield (
             f"num_grad_steps: got {args.num_grad_steps} with method {args.method}, which does not read it; expected 1, "
@@ -39,7 +42,10 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 
 def _step_problems(args, options: MethodOptions) -> Iterator[str]:
-    """Yield problems of the numbers of sampling, gradient, jump and listed steps."""
+    """Yield numbers of steps that exceed num_inference_steps or that the method cannot use.
+
+    Also settings that flow_grpo and adjoint_matching cannot have.
+    """
     steps, early = args.num_inference_steps, getattr(options, "jump_steps", None) or 1
     if args.num_grad_steps > steps:
         yield (
@@ -79,7 +85,7 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
 
 
 def _group_problems(args, options: MethodOptions) -> Iterator[str]:
-    """Yield problems of a method that compares the scores of a group of videos."""
+    """Yield problems of group size and num_levels, and settings that `SCORES_ALONE` ignore."""
     size, group, levels = args.per_device_train_batch_size, getattr(options, "group_size", 1), args.num_inference_steps
     if size % group:
         yield (
@@ -100,7 +106,7 @@ def _group_problems(args, options: MethodOptions) -> Iterator[str]:
 
 
 def _data_problems(args, options: MethodOptions) -> Iterator[str]:
-    """Yield problems of real videos with the settings that read them or have no effect."""
+    """Yield settings of real videos without anchor_data, the reverse, and what cannot join."""
     offline = getattr(options, "offline", False)
     for name in ("anchor_data_steps", "offline"):
         if getattr(options, name, 0) and args.anchor_data is None:
@@ -120,7 +126,7 @@ def _data_problems(args, options: MethodOptions) -> Iterator[str]:
 
 
 def _drift_problems(args) -> Iterator[str]:
-    """Yield problems of drift, anchor steps and guidance distillation."""
+    """Yield distillation without drift_weight or without guidance, and anchor_steps of 1."""
     if args.guidance_gradient == "distill" and not args.drift_weight:
         yield (
             "guidance_gradient: got distill with drift_weight 0, which would teach the adapter no guidance; set "

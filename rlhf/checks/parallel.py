@@ -9,7 +9,10 @@ from rlhf.distributed.layout import Sizes
 
 
 def parallel_problems(args: RewardGradientConfig, processes: int | None = None) -> Iterator[str]:
-    """Yield problems of launch, parallelism and sharding; processes: default: those started."""
+    """Yield problems of the launch, and of parallel settings with the number of processes.
+
+    processes: None for those that were started.
+    """
     yield from launch_problems()
     processes = processes or launcher_world_size()
     if args.sequence_parallel >= 1:
@@ -31,6 +34,7 @@ def _guidance_problems(args) -> Iterator[str]:
 
 
 def _shard_problems(args, processes: int) -> Iterator[str]:
+    """Yield settings that conflict with shard_base, and a launch of a single process."""
     for name, plain in (("stream_weights", False), ("base_bits", None)):
         if (got := getattr(args, name)) != plain:
             yield f"shard_base: got {name}={got}, expected {plain}: it needs whole weights; leave one out"

@@ -77,6 +77,8 @@ def _paragraph(settings: dict, values: dict[str, dict]) -> str:
         parts.append(f"{flags}: now only flags of the train command")
     if removed := among(REMOVED):
         parts.append(f"{removed}: gone, without effect here")
+    if parts and settings.get("guidance_gradient") == "distill" and "drift_weighting" not in settings:
+        parts.append("guidance_gradient distill: now weighs all steps alike, where drift_weighting was kl by default")
     return f"These settings are of an earlier version. {'; '.join(parts)}." if parts else ""
 
 

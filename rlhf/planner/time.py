@@ -69,7 +69,7 @@ class CallCounts:
 
 
 def count_calls(args: RewardGradientConfig) -> CallCounts:
-    """Return how often a step calls the transformer; the maximum, where the method draws steps."""
+    """Return how often a step calls the transformer; at most, where the method draws steps."""
     draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
     levels = getattr(read_options(args.method, args.method_kwargs), "num_levels", 0)  # each by both policies
     leaps, adjoint = 2 * (args.method == "leap_align"), _adjoint_steps(args)
@@ -89,14 +89,14 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
 
 
 def _adjoint_steps(args: RewardGradientConfig) -> int:
-    """Return the steps at which adjoint_matching trains; 0 for another method."""
+    """Return the number of steps at which adjoint_matching trains; 0 for another method."""
     if args.method != "adjoint_matching":
         return 0
     return read_options(args.method, args.method_kwargs).adjoint_steps or args.num_inference_steps
 
 
 def _stochastic_steps(args: RewardGradientConfig) -> tuple[int, int]:
-    """Return the steps from which flow_grpo learns, and those of its KL; 0 for another method."""
+    """Return the numbers of steps in flow_grpo's loss and in its KL; 0 for another method."""
     if args.method != "flow_grpo":
         return 0, 0
     steps = args.num_inference_steps - 1

@@ -396,6 +396,14 @@ ROWS = [
         {"output_dir": "{tmp}/busy"},
         "busy: got a folder in which process 7 on another trains ... expected one run a folder ... choose another",
     ),
+    Row(
+        {"output_dir": "{tmp}/mixed"},
+        "mixed: got the file samples, the folder summary.json in it ... expected what a run leaves ... move it away",
+    ),
+    Row(
+        {"resume_from_checkpoint": "{tmp}/run/checkpoints/step-3", "output_dir": "{tmp}/on", "max_steps": 2},
+        "max_steps: got 2 ... expected at least the 3 steps of ... raise it",
+    ),
     Row({"resume_from_checkpoint": "absent"}, "got no checkpoint there ... expected a folder such as ... correct the"),
     Row(
         {"output_dir": "{tmp}/run", "resume_from_checkpoint": "latest", "lora_rank": 7},
