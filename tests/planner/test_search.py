@@ -21,6 +21,17 @@ def planner():
     return Planner(ARGS, CARD)
 
 
+@pytest.fixture(scope="module")
+def limit(planner) -> int:
+    """Bytes that the settings as they are do not fit into."""
+    return planner.estimate().memory.peak_bytes * 2 // 3
+
+
+@pytest.fixture(scope="module")
+def fitting(planner, limit):
+    return planner.find_fitting(limit)
+
+
 def changed(processes: int = 1, **settings) -> Planner:
     return Planner(dataclasses.replace(ARGS, **settings), CARD, processes=processes)
 
@@ -94,23 +105,20 @@ def test_text_encoders_that_take_most_are_named(planner, monkeypatch):
     assert "are needed for encoding prompts. To fit, use rewards with fewer weights, or a device" in text
 
 
-def test_proposals_fit_and_the_fastest_comes_first(planner):
-    limit = planner.estimate().memory.peak_bytes * 2 // 3
-    found = planner.find_fitting(limit)
-    assert len(found) > 1
-    assert all(estimate.memory.peak_bytes <= limit for estimate in found)
-    seconds = [estimate.step_seconds for estimate in found]
+def test_proposals_fit_and_the_fastest_comes_first(planner, limit, fitting):
+    assert len(fitting) > 1
+    assert all(estimate.memory.peak_bytes <= limit for estimate in fitting)
+    seconds = [estimate.step_seconds for estimate in fitting]
     assert seconds == sorted(seconds)
-    for i, estimate in enumerate(found):
-        assert not any(estimate.extends(other) for other in found[:i])
+    for i, estimate in enumerate(fitting):
+        assert not any(estimate.extends(other) for other in fitting[:i])
         assert not set(estimate.changes) & {name for choice in INEXACT_CHOICES for name in choice}
         assert planner.estimate(estimate.changes) == estimate
         check_config(RewardGradientConfig(eval_prompts="none", num_grad_steps=2, **estimate.changes))
 
 
-def test_settings_of_the_run_are_not_proposed(planner):
-    limit = planner.estimate().memory.peak_bytes * 2 // 3
-    best = planner.find_fitting(limit)[0]
+def test_settings_of_the_run_are_not_proposed(limit, fitting):
+    best = fitting[0]
     after = changed(**best.changes)
     assert after.estimate().memory == best.memory
     assert after.find_fitting(limit)[0].changes == {}
