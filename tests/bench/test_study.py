@@ -19,7 +19,7 @@ from rewards.models.latent_reward import HeadFacts, LatentHead, save_head
 
 
 def conditions(tmp_path, **changes):
-    return study_runs.Conditions("cpu", tmp_path, 11, **{"eval_prompts": 4, "diversity_prompts": 2} | changes)
+    return study_runs.Conditions("cpu", tmp_path, 11, **{"eval_prompts": 4, "diversity_videos": 2} | changes)
 
 
 VARIANTS = [
