@@ -24,8 +24,9 @@ class RandomWeights:
         from rewards.load import import_built_in
         from rlhf.device import local_device
 
-        with torch.device(device := local_device()):
-            return import_built_in(reward).random_init(**settings).to(device)
+        with torch.device(local_device()):
+            built_in = import_built_in(reward)
+            return getattr(built_in, "random_init", built_in)(**settings)
 
 
 def note_stages() -> None:

@@ -9,9 +9,8 @@ there (ContentV-8B 29 GiB, Wan 14 and 39): steps of one video on each device, an
 prompts before and after, the export of the adapter. Another process adds up the memory of all of
 the run's, by stage. A row is written when its recipe ends, and is not measured again.
 
-Without a word it writes the line `# Measured: ...` of each recipe, the table of docs/recipes.md and
-that of docs/contentv_8b.md. A recipe without a row gets the time and memory of the arm of
-bench/step.py that is like it.
+Without a word it writes the line `# Measured: ...` of each recipe that was run, the table of
+docs/recipes.md, and that of docs/contentv_8b.md, which is of bench/step.py.
 """
 
 import argparse
@@ -46,15 +45,6 @@ ROOT = Path(__file__).parents[1]
 RECIPES, RUN = ROOT / "configs", ROOT / "bench" / "recipe_run.py"
 RESULT, ROWS = (ROOT / "bench" / "results" / name for name in ("step.json", "recipes.json"))
 GUIDE, PAGE = (ROOT / "docs" / name for name in ("contentv_8b.md", "recipes.md"))
-ARMS = {  # recipe: arm, frames, frames that are scored, denoising steps
-    "contentv_8b_fast": ("a quarter of the steps, rollouts used 4 times, FlashAttention-3", 33, 1, 25),
-    "contentv_8b_mps": ("exact, compiled", 125, 1, 25),
-    "contentv_8b_all_frames": ("exact, compiled", 125, 125, 25),
-    "contentv_8b_24gib": ("24 GiB", 33, 33, 25),
-    "wan21_t2v_1_3b": ("exact", 81, 81, 25),
-    "wan21_t2v_14b": ("exact", 81, 81, 25),
-}
-OTHER_RESULTS = {"wan21_t2v_1_3b": "wan_1_3b.json", "wan21_t2v_14b": "wan_14b.json"}  # else step.json
 COSTS = {  # what a row says: arm, frames, frames that are scored, denoising steps
     "33 frames, the first scored, no recomputation, compiled": ("exact, nothing twice, compiled", 33, 1, 25),
     "33 frames, all scored, on 24 GiB (`contentv_8b_24gib.yaml`)": ("24 GiB", 33, 33, 25),
@@ -154,16 +144,14 @@ def changed_settings(recipe: dict, args: argparse.Namespace) -> dict:
 
 def with_random_rewards(settings: dict, folder: Path) -> dict:
     """Return settings with random rewards: HPS v2.1 of the folder's file, others are built."""
-    kwargs, specs = dict(settings.get("reward_kwargs") or {}), {}
+    kwargs, changed = dict(settings.get("reward_kwargs") or {}), {}
     for key in ("reward_funcs", "eval_reward_funcs"):
-        specs[key] = []
-        for name in settings.get(key) or []:
-            built = (
-                {"checkpoint": str(folder / "hps.pt")} if name == HPS else {"reward": name} if name != "flicker" else {}
-            )
-            kwargs[name] = kwargs.get(name, {}) | built
-            specs[key].append(f"{name}={RUN}:RandomWeights" if "reward" in built else name)
-    return settings | specs | {"reward_kwargs": kwargs}
+        rewards = settings.get(key) or []
+        changed[key] = [name if name == HPS else f"{name}={RUN}:RandomWeights" for name in rewards]
+        for name in rewards:
+            source = {"checkpoint": str(folder / "hps.pt")} if name == HPS else {"reward": name}
+            kwargs[name] = kwargs.get(name, {}) | source
+    return settings | changed | {"reward_kwargs": kwargs}
 
 
 def predict(settings: dict, processes: int, kind: str) -> Estimate:
@@ -201,8 +189,6 @@ def limit_host(command: list[str], gb: float) -> tuple[list[str], str | None]:
                 return ["sh", "-c", enter, "sh", *command], f"cgroup, {file}"
         except OSError:  # not ours to write
             continue
-    if Path("/run/systemd/system").is_dir():
-        return ["systemd-run", "--scope", "-p", f"MemoryMax={size}", *command], "systemd-run, MemoryMax"
     enter = f'ulimit -d {int(size) // 1024} && exec "$@"'
     return ["sh", "-c", enter, "sh", *command], "ulimit -d, which does not count pinned memory"
 
@@ -213,6 +199,8 @@ def measure(recipe: str, settings: dict, args: argparse.Namespace, processes: in
         output, notes, config = (Path(scratch) / name for name in ("run", "notes.jsonl", f"{recipe}.yaml"))
         config.write_text(yaml.safe_dump(settings | {"output_dir": str(output)}))
         devices = ["--cpu"] if kind == "cpu" else ["--multi_gpu"] * (processes > 1)
+        if kind == "cpu" and processes > 1:
+            devices = ["--config_file", str(RECIPES / "accelerate" / f"cpu_{processes}.yaml")]
         launch = ["accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1", *devices]
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(RUN), "--config", str(config)]
         export = ["rlhf.export", str(output), "--adapter", str(Path(scratch) / "adapter")]
@@ -231,6 +219,8 @@ def measure(recipe: str, settings: dict, args: argparse.Namespace, processes: in
         steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     *noted, end = noted
     seconds, videos = [step["seconds"] for step in steps], [step["samples"] for step in steps]
+    if videos[0] != processes:
+        raise RuntimeError(f"{recipe}: got {videos[0]} videos in the first step, expected one of each of {processes}")
     first = len(steps) > 1  # it compiles and pins memory
     stages = [{"stage": "launch and imports", "time": begins[0]}, *noted, {"stage": "export", "time": begins[1]}]
     return {
@@ -328,13 +318,18 @@ def measure_recipes(argv: list[str]) -> int:
 def told(row: dict, about: dict) -> str:
     """Return what a recipe's head says of a measured row."""
     devices = f"one {about['device']}" if row["devices"] == 1 else f"{row['devices']} {about['device']}"
-    limits = f", held to {row['limit_gib']:g} GiB" * bool(row["limit_gib"])
-    limits += f" and {row['host_limit_gb']:g} GB of the host" * bool(row["host_limit_gb"])
     return (
-        f"{row['seconds_a_video']:.1f} s a video, {row['device_gib']:.1f} GiB allocated of {row['driver_gib']:.1f} on "
-        f"{devices}{limits}, random weights. Host memory {row['host_gib']:.1f} GiB "
-        f"({row['host_predicted_gib']:.1f} predicted), it samples after {row['start_seconds']:.0f} s."
+        f"{row['seconds_a_video']:.1f} s a video, {row['device_gib']:.1f} GiB allocated, {row['driver_gib']:.1f} GiB by "
+        f"the driver on {devices}{limits_of(row)}, random weights. Host memory {row['host_gib']:.1f} GiB, "
+        f"{row['host_predicted_gib']:.1f} predicted; start-up {row['start_seconds']:.0f} s."
     )
+
+
+def limits_of(row: dict) -> str:
+    """Return the limits of a row's run; "" for none."""
+    limits = [f"{row['limit_gib']:g} GiB of the device"] * bool(row["limit_gib"])
+    limits += [f"{row['host_limit_gb']:g} GB of the host"] * bool(row["host_limit_gb"])
+    return f" held to {' and '.join(limits)}" * bool(limits)
 
 
 def not_run(recipe: str) -> str:
@@ -342,17 +337,6 @@ def not_run(recipe: str) -> str:
     devices = devices_needed(recipe)
     needs = f"it needs {devices} {'NPUs' if recipe.endswith('_npu') else 'devices'}"
     return f"not run: {needs}." if devices > 2 else "not measured."
-
-
-def measured(name: str, result: dict) -> str:
-    """Return what a recipe's head says of whole steps of its arm, or why it was not run."""
-    found = cost(result, *ARMS[name]) if name in ARMS else None
-    if found is None:
-        return not_run(name)
-    seconds, gib, how = found
-    device = result["environment"]["device"]
-    time = f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
-    return f"{time} s a video{how} and {gib:.1f} GiB on one {device}, random weights, HPS v2.1."
 
 
 def cost(result: dict, arm: str, frames: int, scored: int, steps: int) -> tuple[float, float, str] | None:
@@ -417,27 +401,27 @@ def recipes_table(result: dict) -> str:
     columns = ("seconds_a_video", "device_gib", "driver_gib", "host_gib", "host_predicted_gib")
     lines = []
     for name in names():
-        numbers = [not_run(name), *[""] * 5]
+        numbers = [not_run(name), *["-"] * 5]
         if row := rows.get(name):
             numbers = [f"{row[column]:.1f}" for column in columns] + [f"{row['start_seconds']:.0f}"]
-        lines.append([f"`{name}.yaml`", *numbers])
+        lines.append([f"`{name}.yaml`{limits_of(row) if row else ''}", *numbers])
     device = f"On {result['environment']['device']}:\n\n" if rows else ""
     return device + table(headings, lines)
 
 
 def write_costs(folder: Path = RECIPES, result: Path = RESULT, guide: Path = GUIDE, page: Path = PAGE) -> None:
-    """Write the heads of the recipes of a folder, and the tables of both pages."""
-    found, runs = read(result), read(result.with_name(ROWS.name))
+    """Write the heads of recipes that were run or cannot be, and the tables of both pages."""
+    runs = read(result.with_name(ROWS.name))
     rows = {row["recipe"]: row for row in runs.get("rows", [])}
-    costs = costs_table(found) + layouts_told(read(result.with_name("scale.json")))
+    costs = costs_table(read(result)) + layouts_told(read(result.with_name("scale.json")))
     for path, mark, text in ((guide, "costs", costs), (page, "runs", recipes_table(runs))):
         place = re.compile(PLACE.format(mark), re.DOTALL)
         write_changed(path, place.sub(lambda found, text=text: f"{found[1]}{text}{found[2]}", path.read_text()))
-    for path in sorted(path for path in folder.glob("*.yaml") if path.stem in names()):
-        name, other = path.stem, OTHER_RESULTS.get(path.stem)
-        arms = read(result.with_name(other)) if other else found
-        head = told(rows[name], runs["environment"]) if name in rows else measured(name, arms)
-        write_changed(path, LINE.sub(f"# Measured: {head}", path.read_text()))
+    for path in sorted(folder.glob("*.yaml")):
+        row = rows.get(path.stem)
+        if row or (path.stem in names() and devices_needed(path.stem) > 2):
+            head = told(row, runs["environment"]) if row else not_run(path.stem)
+            write_changed(path, LINE.sub(f"# Measured: {head}", path.read_text()))
 
 
 def write_changed(path: Path, text: str) -> None:
