@@ -77,7 +77,10 @@ def parse_measure_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--budget", action="store_true", help="print the predicted seconds alone")
     parser.add_argument("--device", help="kind of device (default: what the machine has)")
     parser.add_argument("--output", type=Path, default=ROWS, help="JSON file, which is extended")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.size != "full" and args.output == ROWS:
+        parser.error(f"--output: got {ROWS.name}, which is of full size, with --size {args.size}; name another file")
+    return args
 
 
 def names() -> list[str]:
@@ -280,6 +283,7 @@ def measure_recipes(argv: list[str]) -> int:
     args, began, failed = parse_measure_args(argv), time.monotonic(), False
     device = pick_device(args.device)
     about = environment(device) | {"size": args.size}
+    cores = about.pop("cores")  # machines of one device may have other numbers
     key = lambda row: tuple(row[name] for name in ("recipe", "limit_gib", "host_limit_gb"))
     for recipe in args.recipes:
         rows, wanted = read_rows(args.output, about, key), (recipe, args.limit_gib, args.host_limit_gb)
@@ -304,7 +308,11 @@ def measure_recipes(argv: list[str]) -> int:
             print(error, flush=True)
             failed = True
             continue
-        row |= {"host_predicted_gib": estimate.host.peak_bytes / GIB * processes, "predicted_seconds": seconds}
+        row |= {
+            "host_predicted_gib": estimate.host.peak_bytes / GIB * processes,
+            "predicted_seconds": seconds,
+            "cores": cores,
+        }
         row |= {"all_seconds": sum(stage["seconds"] for stage in row["stages"]), "changed": changed}
         with locked(args.folder):
             write_rows(args.output, about, (read_rows(args.output, about, key) | {wanted: row}).values())
@@ -319,7 +327,7 @@ def told(row: dict, about: dict) -> str:
     """Return what a recipe's head says of a measured row."""
     devices = f"one {about['device']}" if row["devices"] == 1 else f"{row['devices']} {about['device']}"
     return (
-        f"{row['seconds_a_video']:.1f} s a video, {row['device_gib']:.1f} GiB allocated, {row['driver_gib']:.1f} GiB by "
+        f"{row['seconds_a_video']:.1f} s a video, {row['device_gib']:.1f} GiB allocated, {row['driver_gib']:.1f} by "
         f"the driver on {devices}{limits_of(row)}, random weights. Host memory {row['host_gib']:.1f} GiB, "
         f"{row['host_predicted_gib']:.1f} predicted; start-up {row['start_seconds']:.0f} s."
     )
