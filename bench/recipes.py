@@ -36,7 +36,7 @@ from small_card import build_folder
 
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig, with_sampling
-from rlhf.device import pick_device
+from rlhf.device import RATED_KIND, pick_device
 from rlhf.generator.files import model_sizes
 from rlhf.planner.search import Estimate, Planner
 from rlhf.planner.text_encoders import encoder_configs
@@ -132,7 +132,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def changed_settings(recipe: dict, args: argparse.Namespace) -> dict:
     """Return the settings in which a run differs from its recipe, but for paths; None: left out."""
-    changed = SHORT_RUN | {"max_steps": max(args.steps, recipe.get("rollout_reuse", 1) + 1)}
+    changed = SHORT_RUN | {"max_steps": max(args.steps, recipe.get("rollout_reuse", 0) + 1)}
     if recipe.get("calibrate_rewards"):
         changed["calibrate_rewards"] = 2
     if args.size != "full":
@@ -296,7 +296,7 @@ def measure_recipes(argv: list[str]) -> int:
         settings["base_dir"] = str(RECIPES)
         if not args.budget:
             settings["model"] = str(prepare(args.folder, recipe, args.size, device))
-        estimate = predict(settings, processes, device.type)
+        estimate = predict(settings, processes, RATED_KIND if args.budget else device.type)
         seconds = predicted_seconds(settings, estimate)
         left_out = args.limit and time.monotonic() - began + seconds > args.limit
         print(f"{recipe}: {seconds:.0f} s predicted{', left out' * bool(left_out)}", flush=True)
