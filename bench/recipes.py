@@ -108,7 +108,7 @@ def prepare(folder: Path, recipe: str, size: str, device: torch.device) -> Path:
     of_recipe = next(name for start, name in MODELS.items() if recipe.startswith(start))
     if size == "tiny":
         of_recipe = "wan tiny" if of_recipe != "full" else "tiny"
-    model = folder / of_recipe.replace(" ", "_")
+    model = folder / size / of_recipe.replace(" ", "_")
     with locked(folder):
         if not (model / "model_index.json").is_file():
             build_folder(model, of_recipe, device, 5 if size == "fifth" else 1)
@@ -134,7 +134,7 @@ def changed_settings(recipe: dict, args: argparse.Namespace) -> dict:
     """Return the settings in which a run differs from its recipe, but for paths; None: left out."""
     changed = SHORT_RUN | {"max_steps": max(args.steps, recipe.get("rollout_reuse", 0) + 1)}
     if recipe.get("calibrate_rewards"):
-        changed["calibrate_rewards"] = 2
+        changed["calibrate_rewards"] = 2 if args.steps > 1 else 0
     if args.size != "full":
         changed |= SMALL_VIDEO | NO_REWARDS | {"reward_funcs": ["flicker"]}
     elif recipe["num_frames"] > args.eval_frames:
