@@ -10,7 +10,7 @@ from functools import wraps
 from pathlib import Path
 
 NOTES, LIMIT = "RECIPE_NOTES", "RECIPE_LIMIT_GIB"  # variables: file that is written; device memory
-GIB, PERIOD = 2**30, 0.02
+GIB, PERIOD = 2**30, 0.05  # seconds between two looks at the memory
 SAMPLING = "evaluation before"  # the stage that follows the set-up
 
 
