@@ -36,7 +36,6 @@ CHEAP = {"prefix_steps": 3, "rollout_reuse": 4}  # 3 of 10 steps before the wind
 ARMS = {  # but for plain: name in bench/step_arms.py
     "plain": {},
     "half the steps": {"prefix_steps": 5},
-    "guidance every 2nd step": {"guidance_every": 2},
     "rollouts used 4 times": {"rollout_reuse": 4},
     "gradient of the text branch": {"guidance_gradient": "none"},
     "a quarter of the steps": {"prefix_steps": 3},

@@ -1,8 +1,8 @@
-"""DRTune on nano with 8 videos a step, and configs/nano_long.yaml, on a GPU.
+"""DRTune on nano with 8 videos a step, on a GPU.
 
-    python bench/main_job.py [--seeds 0 1 2] [--only "DRTune, long"] [--device cuda] [--devices 0]
+    python bench/main_job.py [--seeds 0 1 2] [--device cuda] [--devices 0]
 
-The former was configs/nano.yaml; bench/main_job_cpu.py measures what that file is today. Writes
+It was configs/nano.yaml; bench/main_job_cpu.py measures what that file is today. Writes
 bench/results/main_job.json. Judged on prompts on which no setting was chosen.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from md_table import table
 from nano_study import arguments, opened, run_of
-from study_arms import ROOT, SHIPPED_LONG
+from study_arms import ROOT
 
 RESULT = ROOT / "bench" / "results" / "main_job.json"
 SEEDS = [0, 1, 2]
@@ -24,17 +24,12 @@ SETTINGS = {
     "per_device_train_batch_size": 8,
     "ema_decay": 0.95,
 }
-(LONG_SETTINGS,) = SHIPPED_LONG.values()
-LONG = "DRTune, long"
-JOBS = {ARM: (SETTINGS, STEPS), LONG: (LONG_SETTINGS, 450)}
 
 
 def main_job_table(result: dict) -> str:
     """Return a row for each seed: base and tuned, and the difference with its interval."""
     lines = []
     for row in sorted(result["rows"], key=lambda row: row["seed"]):
-        if row["arm"] != ARM:
-            continue
         low, high = row["verifier"]["ci95"]
         right = f"{row['verifier']['base']:.1%} → **{row['verifier']['tuned']:.1%}**"
         cells = [with_interval(row["trained"]), f"{right}, {row['verifier']['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"]
@@ -52,13 +47,10 @@ def with_interval(row: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    parser = arguments(__doc__.splitlines()[0], [*JOBS], STEPS)
-    parser.set_defaults(only=[ARM])
-    given = parser.parse_args(argv)
+    given = arguments(__doc__.splitlines()[0], [ARM], STEPS).parse_args(argv)
     with opened(given, RESULT, SETTINGS) as study:
-        study.calibrate([JOBS[arm][0] for arm in given.only])
-        pairs = [({"arm": arm, "seed": seed}, *JOBS[arm]) for seed in given.seeds or SEEDS for arm in given.only]
-        study.run([run_of(study, *pair) for pair in pairs])
+        study.calibrate([SETTINGS])
+        study.run([run_of(study, {"arm": ARM, "seed": seed}, SETTINGS, STEPS) for seed in given.seeds or SEEDS])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Other flags go to train_rlhf.py. Writes bench/results/main_job_cpu.json; runs that are in it are
 not made again. Machines of as many cores differ, so time is also stated as a multiple of a
 reference, a matrix product and a convolution that the machine runs before each job. `--beside` says
-that other programs run, too: the gains hold, the seconds don't.
+that other programs run, too: the gains hold, the seconds don't. After a job four videos of each
+held-out prompt tell its diversity: its own evaluation compares few pairs.
 """
 
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -23,12 +25,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, make_parser, show_row
 from main_job import with_interval
 from md_table import table
+from study_runs import Conditions, pair_distances, start
 
 from rlhf.config.parse import CONFIGS
+from rlhf.evaluation.statistics import paired_interval
 from rlhf.io import load_yaml, write_json
 
 ROOT = Path(__file__).parents[1]
-DIVERSITY, EVAL_SEED = "--num_diversity_prompts", "--eval_seed"  # without the former few are compared
+DIVERSITY, EVAL_SEED = "--num_diversity_prompts", "--eval_seed"  # of rows before four videos were compared
+VIDEOS = 4  # of each prompt
 RESULT = ROOT / "bench" / "results" / "main_job_cpu.json"
 MEASURES = ("seconds", "steps", "trained", "held_out", "motion", "diversity", "saturation", "high_frequency")
 
@@ -50,12 +55,25 @@ def main_job_cpu_table(result: dict) -> str:
         shown = f"{right['base']:.1%} → **{right['tuned']:.1%}**, {right['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
         scores = [with_interval(row["trained"]["nano_preference"]), shown, with_interval(row["held_out"]["clip"])]
         motion, diversity = (f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity"))
-        seen = diversity if DIVERSITY in row["flags"] else "-"
+        seen = diversity if DIVERSITY in row["flags"] or "diversity_videos" in row else "-"
         seconds = "-" if row["beside_others"] else f"{row['wall_seconds']:.0f}"
-        prompts = row["flags"][row["flags"].index(EVAL_SEED) + 1] if EVAL_SEED in row["flags"] else "0"
+        prompts = eval_seed(row["flags"])
         lines.append([str(row["seed"]), prompts, *scores, motion, seen, seconds])
     headings = ["`eval_seed`", "preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
     return table(["seed", *headings, "motion", "diversity", "seconds in all"], lines)
+
+
+def eval_seed(flags: list[str]) -> str:
+    """Return the seed of the held-out prompts."""
+    return flags[flags.index(EVAL_SEED) + 1] if EVAL_SEED in flags else "0"
+
+
+@lru_cache
+def distances(adapter: Path | None, seed: int) -> torch.Tensor:
+    """Return the mean distance of the pairs of each held-out prompt's videos; None: of the base."""
+    with tempfile.TemporaryDirectory() as work:
+        trainer = start({"initial_adapter": adapter} if adapter else {}, 0, 1, Conditions("cpu", Path(work), seed))
+        return pair_distances(trainer, VIDEOS, 16)
 
 
 def reference_seconds(repeats: int = 5) -> float:
@@ -83,9 +101,12 @@ def run_job(seed: int, vae_dtype: str, flags: list[str]) -> dict:
         wall = time.perf_counter() - start
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+        prompts = int(eval_seed(flags))
+        diversity = paired_interval(distances(None, prompts), distances(Path(folder) / "run" / "adapter", prompts))
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     times = {"wall_seconds": wall, "processor_seconds": processor, "reference_seconds": reference}
-    return {**times, "multiple_of_reference": wall / reference, **{key: summary[key] for key in MEASURES}}
+    found = {key: summary[key] for key in MEASURES} | {"diversity": diversity, "diversity_videos": VIDEOS}
+    return {**times, "multiple_of_reference": wall / reference, **found}
 
 
 def main() -> None:

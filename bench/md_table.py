@@ -4,6 +4,7 @@ GONE = {  # arms of settings that the project no longer has: their rows stay in 
     "exact, caches recomputed",
     "exact, VAE channels last",
     "8-bit base",
+    "guidance every 2nd step",
     "8-bit optimizer",
     "merged copy",
     "float8 copy",

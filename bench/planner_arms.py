@@ -40,7 +40,6 @@ STEP_ARMS = (
     "leap_align, nothing twice",
     "adjoint_matching, last 4 steps",
     "adjoint_matching, nothing twice",
-    "guidance every 2nd step",
 )
 CAPS_GIB = {"8B, 33 frames, 24 GiB": 24}
 

@@ -176,7 +176,7 @@ class Bench:
         if not scores_latents(self.reward):
             return self.reward(self._video(sample.latents), PROMPT, **INFO)
         text, pooled = self.rig.cond.prompt_embeds_BLD, self.rig.cond.pooled_embeds_BP
-        return self.reward(sample.noisy, PROMPT, sigma=sample.sigma, text=text, pooled=pooled, **INFO)
+        return self.reward(sample.scored_latents, PROMPT, sigma=sample.sigma, text=text, pooled=pooled, **INFO)
 
     def _regress(self, plan: Plan) -> None:
         """Sample, score and back-propagate the loss terms of a regression."""
@@ -196,7 +196,7 @@ class Bench:
         rig = self.rig
         if rig.by_hand:
             return guided(rig), guided(rig)
-        return rig.fields.prefix(rig.cond, self._plan()), rig.fields.window(rig.cond)
+        return rig.fields.tuned(rig.cond), rig.fields.window(rig.cond)
 
     def _peers_step(self, x: torch.Tensor, i: int, with_gradient: bool) -> torch.Tensor:
         """Return VideoX-Fun's velocity: x in bfloat16, and a graph also where none is needed."""

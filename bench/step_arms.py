@@ -84,7 +84,6 @@ SETTINGS = {
     # Not exact.
     "4-bit base": EXACT | {"base_bits": 4},
     "half the steps": FAST | {"prefix_steps": 12},
-    "guidance every 2nd step": FAST | {"guidance_every": 2},
     "rollouts used 4 times": FAST | {"rollout_reuse": 4},
     "gradient of the text branch": FAST | {"guidance_gradient": "none"},
     "a quarter of the steps": FAST | {"prefix_steps": 6},

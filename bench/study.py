@@ -35,7 +35,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_runs
 from nano_study import EVAL_SEED, Study, arguments, opened, run_of
-from study_arms import ARMS, BEST_OF, DEFAULT, SHIPPED_LONG, SWEEPS, VARIANTS, changed, chosen_by_sweeps, settings_of
+from study_arms import (
+    ARMS,
+    BEST_OF,
+    DEFAULT,
+    LONG_ARMS,
+    LONG_CHANGES,
+    SWEEPS,
+    VARIANTS,
+    changed,
+    chosen_by_sweeps,
+    settings_of,
+)
 from study_inputs import make_inputs
 from study_numbers import LONG_RESULT, RESULT
 
@@ -43,6 +54,7 @@ SEEDS, SWEEP_SEEDS = [0, 1, 2, 3, 4], [100]
 SWEEP_EVAL_SEED = 12  # other prompts, to choose by
 REPORT_AT, MOST_SAMPLES = [4, 16], 128
 LONG, CURVE = 400, [0.1, 0.2, 0.4, 0.7]  # steps of the default arm, and shares of an arm's steps
+DIVERSITY_VIDEOS = 4  # of each prompt in a long run: one pair leaves +-30 % of a run's diversity open
 
 
 def train_tasks(study: Study, arms: list[str], seeds: list[int], chosen: dict) -> list[tuple[dict, Callable]]:
@@ -82,7 +94,7 @@ def samples(study: Study) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser = arguments(__doc__.splitlines()[0], [*ARMS, BEST_OF], 80)
-    parser.set_defaults(only=[arm for arm in [*ARMS, BEST_OF] if arm not in SHIPPED_LONG])
+    parser.set_defaults(only=[arm for arm in [*ARMS, BEST_OF] if arm not in LONG_ARMS])
     parser.add_argument("--sweep", action="store_true", help="choose settings, on other seeds and prompts")
     parser.add_argument("--chosen_by", type=Path, nargs="+", default=SWEEPS, help="sweeps; an arm's last one counts")
     parser.add_argument("--curve", type=float, nargs="*", help=f"default: {CURVE}, none below {LONG} steps")
@@ -91,12 +103,16 @@ def main(argv: list[str] | None = None) -> None:
     is_long = given.steps >= LONG
     curve = tuple(CURVE if given.curve is None and is_long else given.curve or ())
     if given.sweep:
-        with opened(given, SWEEPS[-1], default, SWEEP_EVAL_SEED, diversity=False, costs_of=given.costs_of) as study:
+        with opened(given, SWEEPS[-1], default, SWEEP_EVAL_SEED, 0, costs_of=given.costs_of) as study:
             study.run(sweep_tasks(study, given.only, given.seeds or SWEEP_SEEDS))
     else:
         path = LONG_RESULT if is_long else RESULT
-        with opened(given, path, default, EVAL_SEED, curve=curve, costs_of=given.costs_of) as study:
-            study.run(train_tasks(study, given.only, given.seeds or SEEDS, chosen_by_sweeps(given.chosen_by)))
+        videos = DIVERSITY_VIDEOS if is_long else 2
+        with opened(given, path, default, EVAL_SEED, videos, curve=curve, costs_of=given.costs_of) as study:
+            chosen = chosen_by_sweeps(given.chosen_by)
+            for arm, more in LONG_CHANGES.items() if is_long else ():
+                chosen[arm] = changed(chosen.get(arm, {}), more)
+            study.run(train_tasks(study, given.only, given.seeds or SEEDS, chosen))
 
 
 if __name__ == "__main__":

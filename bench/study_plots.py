@@ -91,7 +91,8 @@ def plot_frontier(result: dict, path: Path) -> None:
         axis.plot([p["diversity"] for p in curve], [p["verifier"] for p in curve], color=color_of(arm), alpha=0.25)
         fill = "white" if arm.endswith(CONTROL) else color_of(arm)
         axis.plot(x, y, "o", color=color_of(arm), markerfacecolor=fill, markersize=5)
-        side = {"xytext": (-5, 3), "ha": "right"} if arm.startswith("best") else {"xytext": (5, -9)}
+        crowded = any(0 < x2 - x < 20 and abs(y2 - y) < 3 for _, x2, y2 in arms.values())  # on its right
+        side = {"xytext": (-5, 6), "ha": "right"} if crowded or arm.startswith("best") else {"xytext": (5, -9)}
         axis.annotate(named(arm, rows).strip("*"), (x, y), fontsize=7, textcoords="offset points", **side)
     if off:
         axis.set_title(f"Off the plot: {', '.join(off)}", fontsize=9, loc="left")

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class Conditions:
     work: Path  # folder of what runs write, of no value afterwards but the base's evaluation
     eval_seed: int
     eval_prompts: int = 128
-    diversity_prompts: int = 128
+    diversity_videos: int = 2  # of each prompt, all pairs of which are compared; 0: none
     eval_batch: int = 64
     threads: int | None = None  # of a run on a CPU
     flags: tuple[str, ...] = ()  # further flags of train_rlhf.py
@@ -64,7 +65,8 @@ class Conditions:
     def args(self, settings: dict, seed: int, steps: int) -> RewardGradientConfig:
         """Return the checked settings of a run."""
         words = SHARED | {"device": self.device, "eval_seed": self.eval_seed, "num_eval_prompts": self.eval_prompts}
-        words |= {"num_diversity_prompts": self.diversity_prompts, "per_device_eval_batch_size": self.eval_batch}
+        pairs = self.eval_prompts if self.diversity_videos == 2 else 0
+        words |= {"num_diversity_prompts": pairs, "per_device_eval_batch_size": self.eval_batch}
         words |= {"seed": seed, "max_steps": steps, "output_dir": self.work / f"run-{os.getpid()}"}
         words |= ({"cpu_threads": self.threads} if self.threads else {}) | settings
         word = lambda value: json.dumps(value) if isinstance(value, dict) else value
@@ -167,7 +169,7 @@ def base_path(conditions: Conditions) -> Path:
 def evaluate_base(conditions: Conditions) -> dict[str, float]:
     """Judge the base once for all runs; its means."""
     if not base_path(conditions).exists():
-        start_base(0, conditions).monitor.held_out.evaluate("base", 0).save(base_path(conditions))
+        evaluate(start_base(0, conditions), "base", 0, conditions).save(base_path(conditions))
     return Evaluation.load(base_path(conditions)).means()
 
 
@@ -181,13 +183,13 @@ def start_base(seed: int, conditions: Conditions) -> RewardGradientTrainer:
 def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list[dict]:
     """Train an arm; return its row without arm and seed, and with its curve if there is one."""
     trainer = start(settings, seed, steps, conditions)
-    began, held_out, curve = time.perf_counter(), trainer.monitor.held_out, []
+    began, curve = time.perf_counter(), []
     due = {max(1, round(share * steps)) for share in conditions.curve} | {steps}
     for done in range(1, steps + 1):
         last = trainer.step(done - 1)
         if done in due:
             with trainer.masters.use(trainer.masters.average):
-                tuned = held_out.evaluate("tuned", done)
+                tuned = evaluate(trainer, "tuned", done, conditions)
             means = tuned.means()
             curve.append({"steps": done} | {short: means[name] for name, short in CURVE_KEYS.items() if name in means})
     found = {"steps": steps, "queries": steps * queries_per_step(trainer)}
@@ -195,6 +197,24 @@ def train(settings: dict, seed: int, steps: int, conditions: Conditions) -> list
     spreads = gains(Evaluation.load(base_path(conditions)), tuned, {TRAINED: 1.0}, HELD_OUT)
     found |= {"curve": curve} if conditions.curve else {}
     return [found | spreads | judged(tuned.scores, conditions)]
+
+
+def evaluate(trainer: RewardGradientTrainer, name: str, step: int, conditions: Conditions) -> Evaluation:
+    """Judge the current model; its diversity is the mean over all pairs of a prompt's videos."""
+    found = trainer.monitor.held_out.evaluate(name, step)
+    if conditions.diversity_videos > 2:
+        found.scores[DIVERSITY] = pair_distances(trainer, conditions.diversity_videos, conditions.eval_batch)
+    return found
+
+
+@torch.no_grad()
+def pair_distances(trainer: RewardGradientTrainer, videos: int, batch: int) -> torch.Tensor:
+    """Return the mean distance of the pairs of `videos` videos of each held-out prompt, (N,)."""
+    found = []
+    for rows in torch.arange(len(trainer.eval_prompts)).split(batch):
+        made = [sample(trainer, trainer.args.eval_seed, rows.tolist(), number, chain=0) for number in range(videos)]
+        found.append(torch.stack([distance(a, b) for a, b in combinations(made, 2)]).mean(0).cpu())
+    return torch.cat(found)
 
 
 def queries_per_step(trainer: RewardGradientTrainer) -> int:

@@ -91,7 +91,7 @@ def describe(rows: list[dict]) -> str:
         f"{format_table([heads, *cells])}\n\n"
         f"{found} of {len(rows)} rows differ at the 5 % level (*), after Holm's correction for {corrected}.\n"
         "Intervals are not corrected: of twenty, one misses its true value by chance. 'better' is the share of\n"
-        "prompts that scored higher, equal ones counting half."
+        "prompts that scored higher, equal ones counting half. 'no spread': all differences are equal."
     )
 
 
@@ -102,7 +102,7 @@ def _cells(row: dict) -> tuple[str, ...]:
         f"{row['base']:.4f}",
         f"{row['tuned']:.4f}",
         f"{row['diff']:+.4f}",
-        f"[{low:+.4f}, {high:+.4f}]" if row["prompts"] > 1 else "-",
+        f"[{low:+.4f}, {high:+.4f}]" if low < high else "no spread" if row["prompts"] > 1 else "-",
         f"{row['win_rate']:.0%}",
         f"{row['p_holm']:.4f}",
         "*" if row["finding"] else "",
@@ -115,6 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         pairs = read_pairs(args.base, args.tuned)
         rows = compare(pairs, categories(args.by, args.base, pairs.prompts))
+        if args.json:
+            folders = {"base": str(args.base), "tuned": str(args.tuned)}
+            write_json(args.json, folders | {"pairs": pairs.videos, "rows": rows})
     except (ValueError, OSError) as error:
         print(f"eval/compare.py: {error}", file=sys.stderr)
         return 2
@@ -125,9 +128,6 @@ def main(argv: list[str] | None = None) -> int:
         print(line)
     for name in pairs.left_out:
         print(f"Left out: {name}, which some videos have no score by; score both folders with it")
-    if args.json:
-        folders = {"base": str(args.base), "tuned": str(args.tuned)}
-        write_json(args.json, folders | {"pairs": pairs.videos, "rows": rows})
     return 0
 
 

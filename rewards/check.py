@@ -33,6 +33,7 @@ def parse_check_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _shape(text: str) -> tuple[int, ...]:
+    """Parse the flag C,T,H,W: four numbers above 0."""
     parts = text.split(",")
     if len(parts) != 4 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected four numbers C,T,H,W, for example 3,17,64,64")
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_check(verdict: str, line: str) -> None:
+    """Print one line of the list of checks."""
     print(f"  {verdict}  {line}")
 
 

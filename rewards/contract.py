@@ -138,6 +138,7 @@ def reward_attribute(reward: Callable, attribute: str) -> Any:
 
 
 def _is_statistic(value: Any, positive: bool) -> bool:
+    """Return whether value is a finite number, above 0 if `positive`; text and bool are not."""
     try:
         number = math.nan if isinstance(value, str | bool) else float(value)
     except (TypeError, ValueError):

@@ -79,6 +79,7 @@ def probe(
 
 
 def _probe(reward, video_shape, prompts, device, name, info, on_pass, gradient, latents) -> ProbeReport:
+    """Run all checks of `probe`, whose arguments these are."""
     started = time.perf_counter()
     name = name or reward_name(reward)
     channels, total, height, width = video_shape
@@ -105,7 +106,7 @@ def _probe(reward, video_shape, prompts, device, name, info, on_pass, gradient, 
     on_pass(f"scores: shape (2,), float32, finite: {scores[0]:.4g}, {scores[1]:.4g}")
     rest = videos[second], [prompts[i] for i in second]
     others, other_grads = _score_one(name, called_with(second), *rest, 0, differentiable, where)
-    if not _close(scores[0], others[1]):
+    if not _is_close(scores[0], others[1]):
         _raise_unstable(name, call, videos[first], [prompts[i] for i in first], scores[0], others[1])
     with torch.no_grad():
         alone = called_with([0])(videos[:1].clone(), prompts[:1])
@@ -169,7 +170,7 @@ def _score_one(name, call, video_BCTHW, prompts, index, differentiable, where):
 
 
 def _call(name, reward, info, video_BCTHW, prompts) -> torch.Tensor:
-    """Return the scores, of other random numbers in each call.
+    """Call the reward after seeding PyTorch, Python and NumPy at random, and return its scores.
 
     Raises RewardError for an exception and for a video that the reward changed.
     """
@@ -213,15 +214,16 @@ def _check_gradient(name, grad_BCTHW, index, where) -> float:
     return own.norm().item()
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _is_close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two scalars agree within 1e-5 + 1e-4 |a|."""
     return bool((a - b).abs() <= 1e-5 + 1e-4 * a.abs())
 
 
 def _raise_unstable(name, call, video_BCTHW, prompts, score, swapped) -> None:
-    """Raise RewardError: the score changes at random, or with its batch neighbour."""
+    """Raise RewardError for a score that changed: at random, or else with its neighbour."""
     with torch.no_grad():
         repeated = call(video_BCTHW, prompts)[0]
-    if not _close(score, repeated):
+    if not _is_close(score, repeated):
         got = f"two scores for the same batch, {score:.6g} and {repeated:.6g}"
         cure = "call .eval() on the model (dropout) and draw no random numbers inside"
         raise RewardError(name, got=got, expected="the same score each time", cure=cure)

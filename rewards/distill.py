@@ -63,7 +63,7 @@ class Videos:
 
 
 def parse_distill_args(argv: list[str] | None) -> tuple[argparse.Namespace, RewardGradientConfig]:
-    """Return the command's own flags and the settings. Raises ConfigError."""
+    """Return the command's own flags and the settings. Raises ConfigError for wrong ones."""
     parser = argparse.ArgumentParser(prog="python -m rewards.distill", description=__doc__.split("\n\n")[0])
     parser.add_argument("--head", type=Path, required=True, help="file to write, .safetensors")
     parser.add_argument("--blocks", type=int, help=f"of the transformer; default {PUBLISHED_BLOCKS}, at most half")
@@ -161,7 +161,7 @@ def sample_held_out(trainer: RewardGradientTrainer, steps: int) -> Videos:
 
 
 def add_videos(found: Videos, trainer: RewardGradientTrainer, prompts: list[str], noise: torch.Tensor, draw) -> None:
-    """Sample and score a batch; keep its states at the levels that `draw(row)` names, from 0."""
+    """Sample and score a batch, and add it to `found`, with states at the levels of `draw(row)`."""
     states = sample_euler(trainer.fields.base(trainer.text(prompts, trainer.device)), noise, trainer.sigmas)
     video = trainer.scorer.decode(states[-1], 0)
     scores_B, _ = trainer.rewards(video, prompts, **trainer.scorer.info(0))
@@ -174,7 +174,10 @@ def add_videos(found: Videos, trainer: RewardGradientTrainer, prompts: list[str]
 
 
 def tokens_of(trainer: RewardGradientTrainer, blocks: FirstBlocks, videos: Videos, level: int, part: list) -> tuple:
-    """Return rows of videos, their tokens (B, N, E) and their noise level."""
+    """Compute the blocks' tokens of a batch of states at one level.
+
+    part: (row, state) of each. Returns the rows, the tokens (B, N, E) and the noise level.
+    """
     rows = [row for row, _ in part]
     cond = trainer.text([videos.prompts[row] for row in rows], trainer.device)
     latents, sigma = torch.stack([x for _, x in part]).to(trainer.device), trainer.sigmas[level].item()

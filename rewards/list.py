@@ -22,6 +22,7 @@ def main() -> None:
 
 
 def _describe_plugin(plugin: EntryPoint) -> str:
+    """Return a plug-in's line: name and module, and whether a built-in reward hides it."""
     hidden = f"; hidden by the built-in of this name, use {plugin.value}" if plugin.name in CATALOGUE else ""
     return f"{plugin.name}: {plugin.value}{hidden}"
 

@@ -54,14 +54,16 @@ def load_reward(
 
 
 def _load_reward(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
+    """Load a checked spec, on the device that kwargs name, if they do."""
     check_spec(spec, base_dir)
     if (device := kwargs.get("device")) is None:
-        return _load_here(spec, base_dir, reward_timeout, kwargs)
+        return _load_unplaced(spec, base_dir, reward_timeout, kwargs)
     reward_device(spec, device)  # before weights are loaded
-    return OnDevice(spec, _load_here(spec, base_dir, reward_timeout, kwargs), device)
+    return OnDevice(spec, _load_unplaced(spec, base_dir, reward_timeout, kwargs), device)
 
 
-def _load_here(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
+def _load_unplaced(spec: str, base_dir: str | Path | None, reward_timeout: float | None, kwargs: dict) -> Callable:
+    """Construct a class, bind a function or connect to a server, without regard to `device`."""
     kwargs = {key: resolve_paths(value, base_dir) for key, value in kwargs.items()}
     if spec in CATALOGUE:
         _require_weights_path(spec, kwargs)
@@ -78,9 +80,9 @@ def _load_here(spec: str, base_dir: str | Path | None, reward_timeout: float | N
 
 @contextmanager
 def _import_guard(spec: str, where: str, seconds: float = IMPORT_TIMEOUT) -> Iterator[None]:
-    """Keep the process's state in an import, and raise RewardError for all that it can come to.
+    """Import in the block: keep the process's state, and turn errors and exits into RewardError.
 
-    The import sees no arguments of the command line, which are not its own.
+    The imported code sees an empty command line. seconds: time limit.
     """
     try:
         with keep_process_state(), reward_time_limit(spec, "importing it", seconds):
@@ -156,13 +158,14 @@ def _require_weights_path(name: str, kwargs: dict) -> None:
 
 
 def _entry_point(name: str):
+    """Return the installed plug-in of this name, None if there is none."""
     return next(iter(entry_points(group=ENTRY_POINT_GROUP, name=name)), None)
 
 
 def _raise_unknown(spec: str, base_dir) -> NoReturn:
     """Raise RewardError for a spec that names no known reward; suggest the nearest name."""
     if spec.endswith(".py"):
-        _raise_unnamed(spec, _find_file(spec, spec, base_dir))
+        _raise_name_missing(spec, _find_file(spec, spec, base_dir))
     plugins = [e.name for e in entry_points(group=ENTRY_POINT_GROUP)]
     known = list(dict.fromkeys(built_in_names() + plugins))
     near = difflib.get_close_matches(spec, known, n=1)
@@ -175,7 +178,8 @@ def _raise_unknown(spec: str, base_dir) -> NoReturn:
     )
 
 
-def _raise_unnamed(spec: str, path: Path) -> NoReturn:
+def _raise_name_missing(spec: str, path: Path) -> NoReturn:
+    """Raise RewardError for a file without a :NAME; list the names that it defines."""
     names = sorted(_public_names(_parse_source(spec, path)))
     cure = f"name one of these: {', '.join(names) or 'it defines none yet'}"
     raise RewardError(spec, got="a file alone", expected=f"the class or function in it, {spec}:Name", cure=cure)

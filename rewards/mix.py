@@ -212,10 +212,12 @@ def _check_limits(caps: dict[str, float], targets: dict[str, float], names: list
 
 
 def _stated_statistics(reward) -> tuple[float, float] | None:
+    """Return the mean and std that a reward states for itself, None without std."""
     mean, std = reward_attribute(reward, "mean"), reward_attribute(reward, "std")
     return None if std is None else (mean or 0.0, std)
 
 
 def _max_frames(rewards) -> str | int:
+    """Return the most leading frames that any of the rewards needs, or "all"."""
     asked = [reward_attribute(reward, "frames") for reward in rewards if not scores_latents(reward)]
     return "all" if "all" in asked else max((1 if frames == "first" else frames for frames in asked), default=1)

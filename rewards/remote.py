@@ -94,13 +94,16 @@ class Remote:
         self._raise(got, f"a reward server of protocol {PROTOCOL}", "correct the url, or use one version on both sides")
 
     def _score_message(self, video_BCTHW: torch.Tensor, prompts: list[str], info: dict, gradient: bool) -> bytes:
-        """Return the message that asks for the scores of a batch. Raises RewardError."""
+        """Return the message that asks for the scores of a batch. Raises RewardError as `_pack`."""
         facts = {"prompts": [str(prompt) for prompt in prompts], "info": {k: v for k, v in info.items() if k != "rows"}}
         rows = info.get("rows") or [row_of(prompt) for prompt in prompts]
         return self._pack(facts | {"rows": rows, "gradient": gradient}, video=video_BCTHW)
 
     def _pack(self, facts: dict, **tensors: torch.Tensor) -> bytes:
-        """Return a message about the reward that was connected to. Raises RewardError."""
+        """Return a message with the served reward's digest.
+
+        Raises RewardError for facts that JSON does not have and for too many bytes.
+        """
         try:
             message = pack(facts | {"digest": self.source_digest}, **tensors)
         except (TypeError, ValueError) as error:
@@ -113,7 +116,7 @@ class Remote:
         return message
 
     def _send(self, path: str, message: bytes) -> dict[str, torch.Tensor]:
-        """Return the tensors of the answer to a message. Raises RewardError."""
+        """Return the tensors of the answer to a message. Raises RewardError if none comes."""
         answer = self._request_with_retries("POST", path, message)
         try:
             return unpack(answer)[1]
@@ -170,6 +173,7 @@ class Remote:
         self._raise(got, expected, cure)
 
     def _raise(self, got: str, expected: str, cure: str, source: Exception | None = None) -> None:
+        """Raise a RewardError that names this reward."""
         raise RewardError(self.name, got=got, expected=expected, cure=cure) from source
 
 
@@ -185,6 +189,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_B):
+        """Return the server's gradient times that of each score."""
         (gradient_BCTHW,) = ctx.saved_tensors
         return grad_B.reshape(-1, 1, 1, 1, 1) * gradient_BCTHW, None, None
 

@@ -59,8 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     scored, failed = ([row for row in rows if ("error" in row) == bad] for bad in (False, True))
     if scored:
         print(format_table([("file", "frames", *rewards), *(_cells(row) for row in scored)]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    try:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    except OSError as error:  # such as a full disk
+        print(f"rewards.score: --json: got {error}, expected room for a file; name another place", file=sys.stderr)
+        return 1
     for row in scored:
         if row["missing"]:
             print(f"rewards.score: {row['file']}: scored {row['missing']}", file=sys.stderr)
@@ -149,6 +153,7 @@ def score(rewards: dict, path: Path, prompt: str, arguments: argparse.Namespace)
 
 
 def _cells(row: dict) -> tuple[str, ...]:
+    """Return a file's row of the table: name, frames and scores."""
     return (row["file"], str(row["frames"]), *(f"{value:.5g}" for value in row["scores"].values()))
 
 

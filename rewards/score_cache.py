@@ -46,6 +46,7 @@ class ScoreCache:
             unfinished.write_text(json.dumps({"score": score}))
 
     def _path(self, key: str) -> Path:
+        """Return the file of a key's score."""
         return self.folder / key[:2] / f"{key}.json"
 
 
@@ -96,6 +97,7 @@ class Scorer:
         return {"scores": known | new["scores"]}
 
     def _rewards(self, names: Iterable[str]) -> dict[str, Callable]:
+        """Return the rewards of these names; load those that have not been used yet."""
         for name in names:
             if name not in self._loaded:
                 kwargs = {name: self.kwargs[name]} if name in self.kwargs else {}

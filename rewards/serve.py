@@ -115,13 +115,16 @@ class RewardServer(ThreadingHTTPServer):
         return pack({}, **answer)
 
     def check_prompts(self, facts: dict[str, Any]) -> bytes:
-        """Let the reward check prompts; return an empty message. Raises RewardError."""
+        """Let the reward check prompts; return an empty message. Raises its RewardError."""
         with self.scoring:
             check_prompts(self.name, self.reward, self._prompts(facts))
         return pack({})
 
     def _prompts(self, facts: dict[str, Any]) -> list[Prompt]:
-        """Return the prompts of a message with their rows. Raises RefusalError."""
+        """Return the prompts of a message with their rows.
+
+        Raises RefusalError for a message to another reward (its digest) and malformed prompts.
+        """
         if facts.get("digest") != self.description["digest"]:
             got = f"a run that began with another reward than {self.name!r} as it is served now"
             expected, cure = "the same spec, settings, code and weights", "serve that one again, or begin a new run"
@@ -172,7 +175,7 @@ class RewardHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _message(self, paths: dict) -> bytes:
-        """Return the body of an allowed request. Raises RefusalError."""
+        """Return the body of an allowed request. Raises RefusalError for any other or a cut one."""
         length = self.headers.get("Content-Length", "0" if self.command == "GET" else "")
         size = int(length) if length.isdecimal() else None
         try:
@@ -207,7 +210,7 @@ class RewardHandler(BaseHTTPRequestHandler):
 
 
 def _read(message: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Unpack a message. Raises RefusalError."""
+    """Unpack a message. Raises RefusalError for a malformed one."""
     try:
         return unpack(message)
     except ValueError as error:
@@ -215,10 +218,12 @@ def _read(message: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _refuse(got: str, expected: str) -> None:
+    """Raise RefusalError (status 400) for a malformed message."""
     raise RefusalError(400, got=got, expected=expected, cure="send what rewards.remote sends")
 
 
 def _all_are(values: Any, kind: type) -> bool:
+    """Return whether values is a list of this type alone."""
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
@@ -247,18 +252,21 @@ def parse_serve_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _port(text: str) -> int:
+    """Parse a port, 0 to 65535."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a port from 0 to 65535")
     return int(text)
 
 
 def _size(text: str) -> int:
+    """Parse a whole number of MiB, at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of MiB, 1 or more")
     return int(text)
 
 
 def _is_loopback(host: str) -> bool:
+    """Return whether a host name or address is this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

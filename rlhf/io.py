@@ -116,6 +116,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def _parse_line(line: str) -> Any:
+    """Return the value of a JSON line, None if it is malformed."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -166,6 +167,7 @@ def file_fingerprint(path: Path) -> dict:
 
 @cache
 def _hash(path: Path, size: int, *_version: int) -> dict:
+    """Return size and SHA-256; cached by path, size and the file's times (`_version`)."""
     return {"bytes": size, "sha256": file_sha256(path)}
 
 

@@ -38,14 +38,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None, insist: Callable[[], None]) -> int:
+    """Parse and check the command, then train or print the plan; return the exit status."""
     try:
         args, flags = parse_command(sys.argv[1:] if argv is None else argv, CONFIGS / "nano.yaml")
         from rlhf.checks import check_config
         from rlhf.distributed.layout import planned_processes
 
         processes = planned_processes(args, flags.plan_processes) if flags.dry_run else None
-        if flags.dry_run and flags.plan_device and args.vae_dtype == "auto":
-            args = dataclasses.replace(args, vae_dtype="float32")  # as a GPU chooses, whatever this CPU has
+        if flags.dry_run and args.vae_dtype == "auto":
+            from rlhf.planner.text import plans_accelerator
+
+            if plans_accelerator(args, flags.memory_limit_gib, flags.plan_device):
+                args = dataclasses.replace(args, vae_dtype="float32")  # as a GPU chooses, whatever this CPU has
         # Before importing the trainer, which takes seconds.
         args = check_config(args, planned_processes=processes)
         if flags.dry_run:

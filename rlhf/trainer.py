@@ -122,7 +122,7 @@ class RewardGradientTrainer:
             self.accelerator.print(remark)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
-        self.scorer = setup.make_scorer(self.pipe, self.rewards, self.text, args, self.layout)
+        self.scorer = setup.make_scorer(self.pipe, self.rewards, args, self.layout)
         self.callbacks = Callbacks(callbacks, args, self.accelerator, self.pipe.transformer, self.optimizer)
         self.state = self.callbacks.state
         self.state.global_step = self.resumed["step"]
@@ -194,7 +194,7 @@ class RewardGradientTrainer:
         """Sample, score and back-propagate one batch: the loss is -R(x_N) + weight * drift."""
         batch = self.batches.batch(self.rollouts.rollout_index(step, micro), micro)
         cond = self.text(batch.prompts, self.device)
-        prefix, window = self.fields.prefix(cond, plan), self.fields.window(cond)
+        prefix, window = self.fields.tuned(cond), self.fields.window(cond)
 
         noise, start = batch.noise("train"), self.rollouts.get(step, micro)
         states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
@@ -202,15 +202,17 @@ class RewardGradientTrainer:
         drift_state = states[plan.drift_step].detach() if self.args.drift_weight else None
 
         samples = gradient_samples(window, states, batch.noise, plan)
-        results = [self._sample_gradient(sample, batch.prompts, step, plan.num_samples) for sample in samples]
+        results = [self._sample_gradient(sample, batch.prompts, cond, step, plan.num_samples) for sample in samples]
         columns = results[0].columns | {"loss": torch.stack([result.columns["loss"] for result in results]).mean(0)}
         if weight := self.args.drift_weight:
             self._add_term(columns, "drift", weight, self._drift(cond, drift_state, plan))
         return BatchResult(columns, *first_failure(results))
 
-    def _sample_gradient(self, sample: Sample, prompts: list[str], step: int, num_samples: int) -> BatchResult:
+    def _sample_gradient(
+        self, sample: Sample, prompts: list[str], cond: Conditioning, step: int, num_samples: int
+    ) -> BatchResult:
         """Score and back-propagate one of a rollout's samples: the loss is -R."""
-        scores_B, scored = self.scorer.score(sample, prompts, step)
+        scores_B, scored = self.scorer.score(sample, prompts, cond, step)
         loss = reward_loss(scores_B)
         self._back_propagate(loss / num_samples)
         return self._result(scored, loss.expand(len(prompts)))
@@ -229,8 +231,8 @@ class RewardGradientTrainer:
         batch, fields = self.batches.batch(step, micro), self.fields
         cond = self.text(batch.prompts, self.device)
         with self.masters.use(self.masters.old):
-            states = plan.regression.sample(fields.prefix(cond, plan), batch.noise, plan.sigmas)
-        finish = self.scorer.begin(states[-1], batch.prompts, step)
+            states = plan.regression.sample(fields.tuned(cond), batch.noise, plan.sigmas)
+        finish = self.scorer.begin(states[-1], batch.prompts, cond, step)
 
         def regress() -> BatchResult:
             scores_B, gradient, scored = finish()
@@ -264,6 +266,7 @@ class RewardGradientTrainer:
         return columns
 
     def _back_propagate(self, loss: torch.Tensor) -> None:
+        """Back-propagate the loss over all batches and processes; add to the masters' gradient."""
         (loss / (self.args.gradient_accumulation_steps * self.layout.num_processes)).backward()
         self.masters.collect_grad()
 
@@ -278,6 +281,7 @@ class RewardGradientTrainer:
         masters.update_averages(step)
 
     def _video_sampler(self, field: Callable[[Conditioning], Velocity]) -> MakeVideos:
+        """Return a sampler of videos by a velocity field, which a signal may interrupt."""
         sampler = VideoSampler(field, self.text, self.pipe.vae, self.sigmas, self.args.decode_chunk)
 
         def sample(prompts: list[str], noise_BCTHW: torch.Tensor) -> Sampled:
@@ -323,7 +327,7 @@ class RewardGradientTrainer:
         return {"seconds": time.perf_counter() - self.started, "steps": done}
 
     def _begin(self) -> None:
-        """Start the run's folder; calibrate the rewards on videos of the base if need be."""
+        """Start the run's folder, with the initial adapter; calibrate the rewards if need be."""
         args, prompts = self.args, self.calibration_prompts
         self.accelerator.wait_for_everyone()  # all have read the folder before it changes
         if self.accelerator.is_main_process:
@@ -384,7 +388,7 @@ class RewardGradientTrainer:
     # --------------------------------------------------------------------------- restore and save
 
     def _find_checkpoint(self) -> tuple[Path | None, dict]:
-        """Return the checkpoint to resume and its state, at which the batches then are."""
+        """Return the checkpoint to resume, None for a new run, and its state; restore batches."""
         which = self.args.resume_from_checkpoint
         if not which:
             self.accelerator.print(restart_message(self.args), end="")

@@ -47,6 +47,7 @@ class _ClampStraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradient unchanged."""
         return grad, None, None
 
 
@@ -93,7 +94,7 @@ class Row(dict):
         raise KeyError(f"no field {name!r} in the row of the prompt, only {', '.join(map(str, super().keys()))}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return a field's value, or the default."""
+        """Return a field's value, or the default; the name counts as read."""
         self.read.add(name)
         return super().get(name, default)
 
@@ -102,11 +103,11 @@ class Row(dict):
         return super().__iter__()
 
     def keys(self):
-        """Return all names."""
+        """Return all names, which then count as read."""
         return dict.fromkeys(self).keys()
 
     def items(self):
-        """Return all names with their values."""
+        """Return all names with their values; all count as read."""
         return {name: self[name] for name in self}.items()
 
 

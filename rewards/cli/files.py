@@ -98,22 +98,26 @@ def visible_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
 def numbered_pictures(folder: Path) -> list[Path]:
     """Return a folder's pictures by the number at the end of their names.
 
+    A hyphen before the number is a minus where other names have none, else a part of the name.
+
     Raises ValueError for no picture, one of another kind or without a number, and numbers that are
     not evenly spaced.
     """
     pictures = visible_files(folder, STILLS)
-    numbers = {path: re.search(r"\d+$", path.stem) for path in pictures}
+    found = {path: re.search(r"(-?)(\d+)$", path.stem) for path in pictures}
     if not pictures:
         raise ValueError(f"{folder}: got a folder without pictures, expected a file, or numbered pictures")
     for path in sorted({*folder.iterdir()} - {*pictures}):
         if path.name[0] != "." and (mimetypes.guess_type(path)[0] or "").startswith("image/"):
             expected = f"only {', '.join(STILLS)} among numbered pictures"
             raise ValueError(f"{path}: got a picture of another kind, expected {expected}; convert it")
-    if unnumbered := [path for path in pictures if numbers[path] is None]:
+    if unnumbered := [path for path in pictures if found[path] is None]:
         expected = "only names that end in a number, as frame_012.png"
         raise ValueError(f"{unnumbered[0]}: got no number in the name, expected {expected}; move it away")
-    pictures.sort(key=lambda path: int(numbers[path][0]))
-    steps = [int(numbers[after][0]) - int(numbers[before][0]) for before, after in pairwise(pictures)]
+    signed = len({match[1] for match in found.values()}) == 2
+    numbers = {path: int(match[0] if signed else match[2]) for path, match in found.items()}
+    pictures.sort(key=numbers.get)
+    steps = [numbers[after] - numbers[before] for before, after in pairwise(pictures)]
     for step, (before, after) in zip(steps, pairwise(pictures), strict=True):
         if step != min(steps) or step == 0:
             expected = "evenly spaced numbers, each once"

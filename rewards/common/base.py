@@ -98,7 +98,7 @@ class FrameReward(ModelReward):
         return ()
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,), in at least float32."""
+        """Return the mean of `score_frames` (B,) over the selected frames, in at least float32."""
         video_BTCHW = pick_frames(self, video_BCTHW, info).transpose(1, 2)
         batch, count = video_BTCHW.shape[:2]
         with torch.autocast(video_BCTHW.device.type, enabled=False):

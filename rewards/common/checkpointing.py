@@ -17,6 +17,7 @@ def recompute_in_backward(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def _checkpointed_forward(forward, *args, **kwargs):
+    """Call forward, under PyTorch's checkpoint if gradients are enabled."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

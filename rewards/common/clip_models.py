@@ -224,10 +224,12 @@ def guess_backend(model: str, pretrained: str | None = None) -> str:
 
 
 def _is_open_clip_folder(model: str) -> bool:
+    """Return whether the folder has open_clip's config file."""
     return (Path(model).expanduser() / "open_clip_config.json").is_file()
 
 
 def _load_transformers(name: str, model: str) -> TransformersClip:
+    """Load a CLIP of transformers and its tokenizer. Raises RewardError."""
     from transformers import CLIPModel
 
     return TransformersClip(load_pretrained(name, CLIPModel, model), load_tokenizer(name, model, "model"))

@@ -41,7 +41,8 @@ def choose_frames(name: str, num_frames: int | str | None, total: int, info: dic
     """Return the indices of the frames to score out of `total`: ascending, unique, at least one.
 
     Rewards of different `name` draw different random frames. info must hold `seed` and `step` for
-    random frames, and `fps`, the frame rate of the video, for a rate. Raises RewardError.
+    random frames, and `fps`, the frame rate of the video, for a rate. Raises RewardError if one is
+    missing.
     """
     kind, amount = _parse_num_frames(name, num_frames)
     if kind in ("fps", "every") and total > 1:
@@ -124,6 +125,7 @@ def _parse_num_frames(name: str, num_frames: int | str | None) -> tuple[str, flo
 
 
 def _require_info(name: str, num_frames: str, info: dict, key: str):
+    """Return info[key]; raise RewardError if it is missing. num_frames: for the message."""
     if key not in info:
         raise RewardError(name, got=f"no {key}", expected=f"{key}, which num_frames={num_frames!r} needs", cure=_CURE)
     return info[key]

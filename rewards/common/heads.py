@@ -27,7 +27,8 @@ class LinearLayers(torch.nn.Sequential):
 def load_head(name: str, path: str, prefix: str, build: Callable[[int], torch.nn.Module]) -> torch.nn.Module:
     """Return build(width) with a file's float32 weights, `prefix` stripped from their keys.
 
-    The width of the embedding is read from the first matrix of the file. Raises RewardError.
+    The width of the embedding is read from the first matrix of the file. Raises RewardError for a
+    damaged file or another layout.
     """
     state = {key.removeprefix(prefix): tensor for key, tensor in load_state_dict(name, path).items()}
     tensors = {key: tensor.float() for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}

@@ -63,7 +63,7 @@ def missing_weights_error(
 
 
 def _hub_refusal(repository: str, error: Exception) -> tuple[str | None, str]:
-    """Return why the hub refuses a repository, None if it was not reached, and what to do."""
+    """Return why the hub refuses a repository (None for any other error), and the cure."""
     from huggingface_hub import errors
 
     while error is not None and not isinstance(error, errors.RepositoryNotFoundError):
@@ -178,6 +178,7 @@ def require_tensor(name: str, state: dict[str, torch.Tensor], key: str) -> torch
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a .safetensors or torch file on the CPU, mapped where possible."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

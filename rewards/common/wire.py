@@ -43,4 +43,5 @@ def _memory_order(tensor: torch.Tensor) -> list[int]:
 
 
 def _inverse(order: list[int]) -> list[int]:
+    """Return the inverse of a permutation."""
     return sorted(range(len(order)), key=order.__getitem__)

@@ -52,7 +52,10 @@ class HeadScore(FrameReward):
         self.head = head.to(torch.promote_types(self.dtype, torch.float32))
 
     def score_frames(self, frames_NCHW: torch.Tensor) -> torch.Tensor:
-        """Return scores (N,) of frames in [0, 1]."""
+        """Return the head's scores (N,) of the embeddings of frames in [0, 1].
+
+        Raises RewardError for embeddings of another width than the head's.
+        """
         embeds_NP = self.encoder.embed(frames_NCHW)
         width = next(self.head.parameters()).shape[1]
         if embeds_NP.shape[1] != width:

@@ -53,7 +53,7 @@ class Consistency(ModelReward):
         raise NotImplementedError
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,), in at least float32."""
+        """Return `consistency` (B,) of the selected frames' embeddings, in at least float32."""
         video_BCNHW = pick_frames(self, video_BCTHW, info)
         require_frames(self.name, video_BCNHW.shape[2], 2)
         frames_NCHW = video_BCNHW.transpose(1, 2).flatten(0, 1)
@@ -63,7 +63,11 @@ class Consistency(ModelReward):
 
 
 def consistency(embeds_BNP: torch.Tensor) -> torch.Tensor:
-    """Return VBench's consistency (B,) in [0, 1] of unit embeddings of at least 2 frames."""
+    """Return VBench's consistency (B,) in [0, 1] of unit embeddings of at least 2 frames.
+
+    Each later frame has the mean of its cosines with the previous and with the first frame, both
+    at least 0.
+    """
     later_BMP = embeds_BNP[:, 1:]  # M = N - 1
     previous_BM = (later_BMP * embeds_BNP[:, :-1]).sum(-1).clamp(min=0)
     first_BM = (later_BMP * embeds_BNP[:, :1]).sum(-1).clamp(min=0)

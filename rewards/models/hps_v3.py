@@ -79,7 +79,7 @@ class HpsV3(ModelReward):
         return cls(vlm, dtype=dtype, **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,), in at least float32."""
+        """Return the preference less `uncertainty` times its spread, (B,), mean over frames."""
         video_BCNHW = pick_frames(self, video_BCTHW, info)
         count = video_BCNHW.shape[2]
         texts = [PROMPT.format(text_prompt=prompt) for prompt in prompts]

@@ -95,7 +95,7 @@ class ImageReward(FrameReward):
         return tokens.input_ids, tokens.attention_mask
 
     def score_frames(self, frames_NCHW: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
-        """Return scores (N,) of frames in [0, 1]."""
+        """Return the model's scores (N,) of frames in [0, 1] with text by `encode_text`."""
         return self.model(preprocess(frames_NCHW, self.size).to(self.dtype), ids_NL, mask_NL)
 
 

@@ -40,7 +40,7 @@ class LatentHead(nn.Module):
         self.score = nn.Sequential(nn.Linear(queries * hidden + 1, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
     def forward(self, tokens_BNE: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Return scores (B,), float32."""
+        """Return standardised scores (B,), float32, of tokens at noise level sigma."""
         x = self.norm(tokens_BNE.float())
         weights_BNQ = self.key(x).softmax(1)
         pooled = torch.einsum("bnq,bnh->bqh", weights_BNQ, self.value(x)).flatten(1)
@@ -101,6 +101,7 @@ class LatentReward(Frozen):
         self.freeze()
 
     def _build(self, facts: HeadFacts, transformer: nn.Module, recompute: bool) -> None:
+        """Set up the module with the facts, these blocks and a head of random weights."""
         super().__init__()
         self.facts, self.mean, self.std = facts, facts.mean, facts.std
         self.blocks = FirstBlocks(transformer, recompute)
@@ -124,11 +125,12 @@ class LatentReward(Frozen):
         return reward.freeze()
 
     def check_generator(self, name: str, digest: str) -> None:
-        """Raise RewardError for another generator, or another base, than the head's."""
+        """Raise RewardError unless `digest` is that of the head's base. name: for the message."""
         self._require_base(self.facts, "a run on", name, digest)
 
     @staticmethod
     def _require_base(facts: HeadFacts, what: str, name: str | Path, digest: str) -> None:
+        """Raise RewardError unless `digest` is that of the head's base. what, name: its words."""
         if digest != facts.digest:
             raise RewardError(
                 NAME,

@@ -65,7 +65,7 @@ class MotionDegree(Frozen):
         return cls(raft_large(), **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,), in at least float32."""
+        """Return the mean of `motion` (B,) over pairs of adjacent selected frames."""
         video_BCNHW = pick_frames(self, video_BCTHW, info)
         require_frames(self.name, video_BCNHW.shape[2], 2)
         frames_BNCHW = video_BCNHW.transpose(1, 2)

@@ -112,7 +112,7 @@ class Mps(FrameReward):
     def score_frames(
         self, frames_NCHW: torch.Tensor, text_NLP: torch.Tensor, keep_NL: torch.Tensor, end_NP: torch.Tensor
     ) -> torch.Tensor:
-        """Return scores (N,) of frames in [0, 1], given the tensors of `encode_text`."""
+        """Return scaled cosines (N,) of frames in [0, 1] with their text, by `encode_text`."""
         pixels_NCHW = preprocess(frames_NCHW, self.size, fit=TransformersClip.fit).to(self.dtype)
         image_NP = self.mps(pixels_NCHW, text_NLP, keep_NL)
         return self.scale.to(end_NP.device) * (l2_normalize(image_NP) * end_NP).sum(-1)

@@ -79,7 +79,7 @@ class ViClip(FrozenReward):
         return cls(ViClipModel(SIZES), **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,), in at least float32."""
+        """Return the cosine (B,) of each video with its prompt, in at least float32."""
         chosen = middle_frames(self.model.vision_encoder.num_frames, video_BCTHW.shape[2])
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             video_BP = l2_normalize(apply_in_chunks(self._embed, self.chunk, video_BCTHW[:, :, chosen]))

@@ -86,7 +86,7 @@ class VideoAlign(FrozenReward):
         return cls(checkpoint=vlm, dtype=dtype, **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,), in at least float32."""
+        """Return the weighted sum (B,) of `dimensions`, in at least float32."""
         scores_B3 = self.dimensions(video_BCTHW, prompts, **info)
         return (scores_B3 * scores_B3.new_tensor(self.weights)).sum(1)
 

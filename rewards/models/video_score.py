@@ -93,7 +93,7 @@ class VideoScore(FrozenReward):
         return cls(model=random_scorer(SIZES, torch_dtype(cls.name, dtype)), dtype=dtype, **settings)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,), in at least float32."""
+        """Return the weighted sum (B,) of `aspects`, in at least float32."""
         scores_B5 = self.aspects(video_BCTHW, prompts)
         return (scores_B5 * scores_B5.new_tensor(self.weights)).sum(1)
 
@@ -180,7 +180,10 @@ def subsample_indices(limit: int, total: int) -> list[int]:
 
 
 def load_scorer(name: str, model: str, dtype: torch.dtype) -> Idefics2Scorer:
-    """Load model, tokenizer and frame sizes from hub or folder. Raises RewardError."""
+    """Load model, tokenizer and frame sizes from hub or folder.
+
+    Raises RewardError for missing files, and a processor that splits images.
+    """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     config = from_pretrained(name, AutoConfig, model)

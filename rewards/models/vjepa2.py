@@ -75,7 +75,7 @@ class VJepa2(FrozenReward):
         return cls(VJEPA2Model(VJEPA2Config()), **settings)  # the configuration's defaults are those of ViT-L
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,), in at least float32."""
+        """Return minus the `surprise` (B,) of frames at `RATE` a second, in at least float32."""
         require_frames(self.name, video_BCTHW.shape[2], MIN_FRAMES)
         chosen = clip_frames(video_BCTHW.shape[2], info.get("fps") or self.fps, info.get("times"))
         with torch.autocast(video_BCTHW.device.type, enabled=False):

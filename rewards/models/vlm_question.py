@@ -75,7 +75,7 @@ class VlmQuestion(ModelReward):
     ):
         super().__init__(dtype=dtype, frames=frames, num_frames=num_frames, **options)
         check_positive(self.name, max_pixels=max_pixels, max_tokens=max_tokens)
-        self.questions = _weigh(questions)
+        self.questions = _question_weights(questions)
         self.model, self.processor = self._load(model) if isinstance(model, str) else model
         self.differentiable, self.max_tokens = not generate, max_tokens
         if max_pixels is not None:
@@ -116,7 +116,7 @@ class VlmQuestion(ModelReward):
                 raise RewardError(self.name, got=got, expected=expected, cure="take it out of the prompt")
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,), in at least float32."""
+        """Return each video's weighted mean of the answers to all questions, (B,)."""
         self.check_prompts(prompts)
         chosen = choose_frames(self.name, self.num_frames, video_BCTHW.shape[2], info)
         clock = {"total_num_frames": video_BCTHW.shape[2], "fps": info.get("fps") or 1.0, "frames_indices": chosen}
@@ -130,7 +130,7 @@ class VlmQuestion(ModelReward):
             return apply_in_chunks(score, self.chunk, video_BCTHW[:, :, chosen], rows_B)
 
     def _ask_all(self, video_CTHW: torch.Tensor, prompt: str, clock: dict) -> torch.Tensor:
-        """Return the score, 0-d, of one video."""
+        """Return one video's weighted mean over questions of log-odds or written numbers, 0-d."""
         if video_CTHW.shape[1] == 1:  # the model reads frames in pairs
             video_CTHW = video_CTHW.expand(-1, 2, -1, -1)
             clock = clock | {"frames_indices": clock["frames_indices"] * 2}
@@ -204,8 +204,8 @@ def read_number(name: str, answer: str, question: str) -> float:
     return number
 
 
-def _weigh(questions: str | list[str] | dict[str, float]) -> dict[str, float]:
-    """Return {question: weight}. Raises RewardError for questions that are none."""
+def _question_weights(questions: str | list[str] | dict[str, float]) -> dict[str, float]:
+    """Return {question: weight}, 1 where none is given. Raises RewardError for anything else."""
     given = [questions] if isinstance(questions, str) else questions
     given = dict.fromkeys(given, 1.0) if isinstance(given, list | tuple) else given
     is_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

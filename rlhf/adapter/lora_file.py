@@ -98,6 +98,7 @@ def read_adapter_bytes(name: str | Path) -> bytes:
 
 
 def _download(hub_id: str) -> Path:
+    """Download an adapter from the hub; return its folder. Raises ValueError."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -112,11 +113,12 @@ def is_distilled_adapter(name: str | Path) -> bool:
     """Return whether an adapter is sampled without guidance; a run of an older version says so."""
     path = find_lora_file(name)
     with file_errors(path), safe_open(path, "pt") as file:
-        metadata = _complete(path, file.metadata() or {})
+        metadata = _complete_metadata(path, file.metadata() or {})
     return _is_distilled(path, metadata)
 
 
 def _is_distilled(path: Path, metadata: dict[str, str]) -> bool:
+    """Return whether guidance was distilled, by the file's metadata or its run's config.yaml."""
     config = path.absolute().parents[1] / "config.yaml"
     return DISTILLED_KEY in metadata or (config.is_file() and is_distilled(read_object(config)))
 
@@ -136,13 +138,13 @@ def read_lora(name: str | Path, sizes: Sizes | None = None) -> Lora:
     refuse_trained_blocks(path.parent)
     with file_errors(path), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        metadata = _complete(path, file.metadata() or {})
+        metadata = _complete_metadata(path, file.metadata() or {})
     config = _read_config(path, metadata)
     try:
         if not tensors:
             raise _error("no tensor", "those of a LoRA")
         is_own = path.name in CHECKPOINT_FILES and (path.parent / "state.json").is_file()
-        by_layer, given = _group(tensors, sizes, is_own)
+        by_layer, given = _group_by_layer(tensors, sizes, is_own)
         is_kohya = config is None and all(key.startswith(FLAT_PREFIXES) for key in tensors)
         remark = _add_stated_alpha(by_layer, *map(metadata.get, KOHYA_KEYS)) if is_kohya else ""
         stated = config is not None or any("alpha" in parts for parts in by_layer.values())
@@ -171,8 +173,8 @@ def read_lora_for(transformer: dict[str, Any], name: str | Path) -> Lora:
     return lora
 
 
-def _complete(path: Path, metadata: dict[str, str]) -> dict[str, str]:
-    """Return a file's metadata, with what checkpoints of older versions do not state.
+def _complete_metadata(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    """Return a file's metadata, completed by what a checkpoint of an older version lacks.
 
     Their scale is that of RUN/adapter, or of the settings, which do not know of a peft_config's
     use_rslora.
@@ -211,12 +213,12 @@ def _find_initial(path: Path) -> Lora:
 
 
 def _add_stated_alpha(by_layer: dict[str, dict[str, torch.Tensor]], alpha: str | None, rank: str | None) -> str:
-    """Give layers without an alpha that of kohya's metadata; return what tensors say otherwise.
+    """Fill in missing alphas from kohya's metadata, in place; return a remark on contradictions.
 
-    It is for kohya's own names alone: musubi-tuner's converter to other names multiplies the scale
-    into the weights and keeps the metadata.
+    Only for files with kohya's own names: musubi-tuner's converter to other names multiplies the
+    scale into the weights and keeps the metadata.
     """
-    alpha, rank = (_number(value) for value in (alpha, rank))
+    alpha, rank = (_finite_number(value) for value in (alpha, rank))
     alphas, ranks = set(), set()  # of tensors, other than those of the metadata
     for name, parts in by_layer.items():
         found = float(len(parts["a"])) if "a" in parts else rank
@@ -235,7 +237,8 @@ def _add_stated_alpha(by_layer: dict[str, dict[str, torch.Tensor]], alpha: str |
     return "; ".join(differ)
 
 
-def _number(text: str | None) -> float:
+def _finite_number(text: str | None) -> float:
+    """Return the number in a text; 0 for None, other text and numbers that are not finite."""
     try:
         value = float(text or 0)
     except ValueError:
@@ -244,6 +247,7 @@ def _number(text: str | None) -> float:
 
 
 def _error(got: str, expected: str, cure: str = CURE) -> ValueError:
+    """Return a ValueError of got, expected and cure."""
     return ValueError(f"got {got}, expected {expected}; {cure}")
 
 
@@ -275,21 +279,21 @@ def _read_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
         got = f"init_lora_weights={start!r}, with which the base was changed, too"
         cure = "save it again by peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
         raise ValueError(f"{path}: {_error(got, 'a LoRA of the unchanged base', cure)}")
-    for key, value in other_fields(config).items():
+    for key, value in unsupported_fields(config).items():
         raise ValueError(f"{path}: {_error(f'{key}={value!r}', 'plain LoRA or DoRA')}")
     return config
 
 
-def other_fields(config: dict[str, Any]) -> dict[str, Any]:
+def unsupported_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a LoraConfig that ask for more than plain LoRA or DoRA."""
     asked = {key: value for key, value in config.items() if value and key not in WITHOUT_EFFECT}
     return {key: value for key, value in asked.items() if (key, value) != ("bias", "none")}
 
 
-def _group(
+def _group_by_layer(
     tensors: dict[str, torch.Tensor], sizes: Sizes | None, is_own: bool
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
-    """Return each layer's a and b, its magnitude and alpha if given; and its name in the file.
+    """Return each layer's tensors by part, as in `PARTS`, and each layer's name in the file.
 
     is_own: the file is a run's checkpoint, which has the layers' names as they are.
     """
@@ -303,7 +307,7 @@ def _group(
     for key, tensor in renamed.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise _error(_format(key, family) or f"{key}, which belongs to no LoRA", "a LoRA")
+            raise _error(_foreign_format(key, family) or f"{key}, which belongs to no LoRA", "a LoRA")
         given, part, adapter = match[1], PARTS[match[2]], match[3]
         name = next(_matching_layers(given, flat, known if sizes else None, is_own), None)
         if name is None:
@@ -315,7 +319,7 @@ def _group(
         layers[name][part], names[name] = tensor, given
     if unknown:
         key, given = unknown[0]
-        got = _format(key, family) or "layers that this transformer does not have"
+        got = _foreign_format(key, family) or "layers that this transformer does not have"
         raise _error(f"{got}, {len({given for _, given in unknown})} of them, such as {given}", "layers of this model")
     if len(adapters) > 1:
         raise _error(f"{len(adapters)} adapters, {', '.join(sorted(adapters))}", "one", "save one of them alone")
@@ -324,7 +328,7 @@ def _group(
 
 def _matching_layers(given: str, flat: dict[str, str], known: dict[str, str] | None, is_own: bool) -> Iterator[str]:
     """Yield the model's layer that a key may mean. known: layers by all their names, with dots."""
-    name = _strip(given)
+    name = _strip_prefixes(given)
     if name in known if known is not None else is_own or name.startswith("transformer_blocks.") or name != given:
         yield known[name] if known is not None else name
     for prefix in FLAT_PREFIXES:
@@ -333,13 +337,14 @@ def _matching_layers(given: str, flat: dict[str, str], known: dict[str, str] | N
             yield flat[name]
 
 
-def _strip(name: str) -> str:
+def _strip_prefixes(name: str) -> str:
+    """Return a layer's name without the prefixes of all formats."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
 
 
-def _format(key: str, family: ModelFamily | None) -> str | None:
+def _foreign_format(key: str, family: ModelFamily | None) -> str | None:
     """Return the name of another format, or of a LoRA for another family than the model's."""
     own = family and f"LoRA of {family.name}"
     return next((name for pattern, name in FOREIGN.items() if name != own and re.search(pattern, key)), None)
@@ -373,6 +378,7 @@ def _read_layer(
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in float32, or in float64 if it is that already."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()  # float8 has no promotion
 
 
@@ -386,7 +392,7 @@ def _alpha(name: str, rank: int, given: torch.Tensor | None, config: dict | None
         raise _error(f"alpha {given.tolist()} for {name}", "a number above 0")
     if config is None:
         return float(rank) if given is None else given.item()
-    names = key.removeprefix(PREFIXES[0]) if key.startswith(PREFIXES[0]) else _strip(key), name
+    names = key.removeprefix(PREFIXES[0]) if key.startswith(PREFIXES[0]) else _strip_prefixes(key), name
     stated, alpha = (_by_pattern(config.get(f"{kind}_pattern") or {}, names) for kind in ("rank", "alpha"))
     stated, alpha = stated or config["r"], float(alpha or config["lora_alpha"])
     if stated != rank:

@@ -142,4 +142,5 @@ class Lora:
 
 
 def _whole(value: float) -> float | int:
+    """Return the value as an int if it is whole."""
     return int(value) if float(value).is_integer() else value

@@ -47,11 +47,11 @@ def apply_lora(transformer: torch.nn.Module, lora: Lora, scale: float = 1.0, mer
         scaled = replace(lora, layers=layers)
         metadata = {f"transformer.{key}": value for key, value in scaled.config().items()}
         transformer.load_lora_adapter(scaled.tensors(), prefix="transformer", metadata=metadata)
-    return _describe(count, changes, lora.remark)
+    return _effect_line(count, changes, lora.remark)
 
 
-def _describe(count: int, changes: dict[str, float], remark: str) -> str:
-    """Return the line of `apply_lora`. changes: by layer, over the norm of its weight."""
+def _effect_line(count: int, changes: dict[str, float], remark: str) -> str:
+    """Return the line of `apply_lora`. changes: relative change of each layer's weight."""
     changed = {name: change for name, change in changes.items() if change}
     line = f"LoRA: {len(changed)} of {count} linear layers changed"
     if changed:

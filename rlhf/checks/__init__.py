@@ -107,6 +107,7 @@ def check_sampling(model: str, given: dict[str, Any], seed: int, device: str | N
 
 
 def _device_problems(args) -> list[str]:
+    """Return the problem of a numbered device, or of one that is not here."""
     if args.device is not None and ":" in args.device:
         kind = args.device.split(":")[0]
         return [f"device: got {args.device!r}, expected a kind; use {kind} and hide the other devices from the process"]
@@ -114,7 +115,10 @@ def _device_problems(args) -> list[str]:
 
 
 def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
-    """Yield problems of the videos' sizes, also the evaluation's, given the model's files."""
+    """Yield heights, widths and frame numbers that VAE and patches do not divide.
+
+    Those of eval_size too, with its unknown names. sizes: of `model_sizes`.
+    """
     stride = 2 ** len(sizes["vae"]["temperal_downsample"]) * spatial_patch(sizes["transformer"])
     stride_t = 2 ** sum(sizes["vae"]["temperal_downsample"])
     evaluated = args.eval_size or {}
@@ -132,7 +136,7 @@ def _size_problems(args, sizes: dict[str, dict]) -> Iterator[str]:
 
 
 def _video_problems(args, sizes: dict[str, dict]) -> list[str]:
-    """Return the problems of the real videos, which are read only if they are asked for."""
+    """Return the problems of the files of anchor_data; [] without it."""
     if args.anchor_data is None:
         return []
     from rlhf.prompts.videos import video_problems  # takes a while to import
@@ -141,7 +145,7 @@ def _video_problems(args, sizes: dict[str, dict]) -> list[str]:
 
 
 def _guard_problems(args, eval_prompts) -> Iterator[str]:
-    """Yield problems of early stopping and of loading the best adapter, which need evaluations."""
+    """Yield what early stopping and loading the best adapter lack: evaluations of 2 prompts."""
     asked = [n for n in ("early_stopping_patience", "load_best_model_at_end") if getattr(args, n)]
     missing = [n for n in ("eval_steps", "eval_reward_funcs") if not getattr(args, n)]
     if args.eval_prompts is None and eval_prompts is None:
@@ -157,7 +161,7 @@ def _guard_problems(args, eval_prompts) -> Iterator[str]:
 
 
 def _clip_problems(args) -> Iterator[str]:
-    """Yield a limit of the gradient's norm that leaves no step, or none that float32 can square."""
+    """Yield the problem of a max_grad_norm with which no weight would move."""
     least = max(1e-12, 1e-3 * args.adam_epsilon)
     if 0 < args.max_grad_norm < least:
         yield (
@@ -167,7 +171,10 @@ def _clip_problems(args) -> Iterator[str]:
 
 
 def _folder_problems(args, dry: bool) -> Iterator[str]:
-    """Yield problems of output_dir, resuming and overwriting; dry: without write access."""
+    """Yield the first problem of output_dir: path, access, another run, resuming, overwriting.
+
+    dry: for a dry run, which needs no write access and no free folder.
+    """
     folder = Path(args.output_dir)
     if not args.output_dir:
         yield "output_dir: got an empty path, expected a folder; name one, such as . for where you are"
@@ -182,6 +189,9 @@ def _folder_problems(args, dry: bool) -> Iterator[str]:
     elif args.overwrite_output_dir and (links := [name for name in RUN_FILES if (folder / name).is_symlink()]):
         expected = "expected what can be removed without removing what others put there"
         yield f"overwrite_output_dir: got links in {folder}, {', '.join(links)}, {expected}; remove them yourself"
+    elif not args.overwrite_output_dir and (wrong := _wrong_kinds(folder)):
+        expected = "expected what a run leaves; move it away, or choose another"
+        yield f"output_dir={args.output_dir}: got {', '.join(wrong)} in it, {expected}"
     elif args.resume_from_checkpoint == "auto":
         yield from start_problems(folder)
     elif args.resume_from_checkpoint:
@@ -193,17 +203,24 @@ def _folder_problems(args, dry: bool) -> Iterator[str]:
         )
 
 
+def _wrong_kinds(folder: Path) -> list[str]:
+    """Return the files of a run, which have an ending, that are folders here, and the reverse."""
+    found = [name for name in RUN_FILES if (folder / name).exists() and (folder / name).is_dir() == ("." in name)]
+    return [f"the {'folder' if '.' in name else 'file'} {name}" for name in found]
+
+
 def _nearest_existing(path: Path) -> Path:
     """Return the path, or the nearest folder or file above it."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _may_write(place: Path) -> bool:
-    """Return whether rank 0 can write to `place`; always True on other ranks, which never write."""
+    """Return whether `place` is a folder that rank 0 can write to; True on other ranks."""
     return os.environ.get("RANK", "0") != "0" or (place.is_dir() and os.access(place, os.W_OK))
 
 
 def _tracker_problems(args) -> Iterator[str]:
+    """Yield trackers of report_to that are unknown or not installed."""
     for name in args.report_to:
         if name not in TRACKERS:
             yield f"report_to: got {name!r}, expected some of {', '.join(TRACKERS)}, or none; correct it"

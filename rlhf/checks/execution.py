@@ -11,7 +11,10 @@ ENDING, FIXED = ("draft_k", "draft_lv", "alignprop", "refl", "prfl"), ("draft_k"
 
 
 def execution_problems(args: RewardGradientConfig) -> Iterator[str]:
-    """Yield problems of the execution options; args has all sampling keys set."""
+    """Yield execution options that lack an option on which they build, or exclude each other.
+
+    args has all sampling keys set.
+    """
     if args.decode_window is not None and args.decode_window >= args.num_frames:
         yield (
             f"decode_window={args.decode_window} is all of num_frames={args.num_frames}, expected fewer; lower it, or "
@@ -29,7 +32,7 @@ def execution_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 
 def _weight_problems(args) -> Iterator[str]:
-    """Yield conflicts between streamed and quantized weights."""
+    """Yield the conflict of stream_weights with base_bits, and a missing bitsandbytes."""
     if args.stream_weights and args.base_bits:
         yield "stream_weights and base_bits: got both, expected one: weights of few bits fit; leave one out"
     if args.base_bits and (missing := missing_library()):
@@ -37,7 +40,7 @@ def _weight_problems(args) -> Iterator[str]:
 
 
 def _prefix_problems(args) -> Iterator[str]:
-    """Yield problems of cheaper no-grad steps before the window."""
+    """Yield settings of cheaper no-grad steps that the method lacks or that have no effect."""
     for name, methods in (("prefix_steps", ENDING), ("rollout_reuse", FIXED)):
         if getattr(args, name) != getattr(RewardGradientConfig, name) and args.method not in methods:
             yield f"{name}: got it with method {args.method}, expected {', '.join(methods)}; change one of the two"
@@ -47,25 +50,12 @@ def _prefix_problems(args) -> Iterator[str]:
             f"prefix_steps={args.prefix_steps}, but only {before} of num_inference_steps={args.num_inference_steps} "
             "come before the window; lower it"
         )
-    if args.method == "draft_k":
-        yield from _effect_problems(args, before)
+    if args.method == "draft_k" and args.rollout_reuse > 1 and before < 1:
+        yield (
+            f"rollout_reuse: got it with {before} of num_inference_steps={args.num_inference_steps} before the window, "
+            "expected at least 1; lower num_grad_steps, or leave it out"
+        )
     if args.rollout_reuse > 1 and args.drift_weight:
         yield "rollout_reuse: got drift_weight, which needs the states of every rollout, expected 0; leave one out"
-    if args.guidance_every > 1 and (args.guidance_scale <= 1 or args.guidance_gradient == "distill"):
-        yield f"guidance_every: got {args.guidance_every}, but nothing is guided here, expected 1; leave it out"
     if args.guidance_together and args.guidance_scale <= 1:
         yield f"guidance_together: got it with guidance_scale {args.guidance_scale}, which has one branch; leave it out"
-
-
-def _effect_problems(args, before: int) -> Iterator[str]:
-    """Yield no-grad settings without effect because too few steps precede the window."""
-    needed = {
-        "guidance_every": (args.guidance_every > 1, 2),
-        "rollout_reuse": (args.rollout_reuse > 1, 1),
-    }
-    for name, (is_set, least) in needed.items():
-        if is_set and before < least:
-            yield (
-                f"{name}: got it with {before} of num_inference_steps={args.num_inference_steps} before the window, "
-                f"expected at least {least}; lower num_grad_steps, or leave it out"
-            )

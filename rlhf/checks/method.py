@@ -21,7 +21,10 @@ WITH_NUM_GRAD_STEPS = ("draft_k", "alignprop", "uniform", "drtune")
 
 
 def method_problems(args: RewardGradientConfig) -> Iterator[str]:
-    """Yield problems of method, guidance and drift; args has all sampling keys set."""
+    """Yield problems of the method with its options, the number of steps, group, videos and drift.
+
+    args has all sampling keys set.
+    """
     if args.num_grad_steps != 1 and args.method not in WITH_NUM_GRAD_STEPS:
         yield (
             f"num_grad_steps: got {args.num_grad_steps} with method {args.method}, which does not read it; expected 1, "
@@ -39,7 +42,10 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
 
 
 def _step_problems(args, options: MethodOptions) -> Iterator[str]:
-    """Yield problems of the numbers of sampling, gradient, jump and listed steps."""
+    """Yield numbers of steps that exceed num_inference_steps or that the method cannot use.
+
+    Also settings that flow_grpo and adjoint_matching cannot have.
+    """
     steps, early = args.num_inference_steps, getattr(options, "jump_steps", None) or 1
     if args.num_grad_steps > steps:
         yield (
@@ -62,9 +68,6 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
     if args.method in two_steps and steps < 2:
         expected = f"expected at least 2, since {two_steps[args.method]}"
         yield f"num_inference_steps: got {steps} with method {args.method}, {expected}; raise it"
-    if args.method == "flow_grpo" and args.guidance_every != 1:
-        expected = "expected 1: the velocity that samples is the one whose density is learnt"
-        yield f"guidance_every: got {args.guidance_every} with method flow_grpo, {expected}; leave it out"
     if (visited := getattr(options, "adjoint_steps", None) or 1) > steps:
         got = f"adjoint_steps={visited} exceeds num_inference_steps={steps}"
         yield f"method_kwargs: {got}, expected at most that; lower it"
@@ -82,7 +85,7 @@ def _step_problems(args, options: MethodOptions) -> Iterator[str]:
 
 
 def _group_problems(args, options: MethodOptions) -> Iterator[str]:
-    """Yield problems of a method that compares the scores of a group of videos."""
+    """Yield problems of group size and num_levels, and settings that `SCORES_ALONE` ignore."""
     size, group, levels = args.per_device_train_batch_size, getattr(options, "group_size", 1), args.num_inference_steps
     if size % group:
         yield (
@@ -103,7 +106,7 @@ def _group_problems(args, options: MethodOptions) -> Iterator[str]:
 
 
 def _data_problems(args, options: MethodOptions) -> Iterator[str]:
-    """Yield problems of real videos with the settings that read them or have no effect."""
+    """Yield settings of real videos without anchor_data, the reverse, and what cannot join."""
     offline = getattr(options, "offline", False)
     for name in ("anchor_data_steps", "offline"):
         if getattr(options, name, 0) and args.anchor_data is None:
@@ -118,14 +121,12 @@ def _data_problems(args, options: MethodOptions) -> Iterator[str]:
     if options.anchor_data_steps and args.guidance_gradient == "distill":
         expected = "expected full, text or none: real videos would teach the adapter to do without guidance"
         yield f"guidance_gradient: got distill with anchor_data_steps, {expected}; change one of the two"
-    for name in ("drift_weight", "guidance_every") if offline else ():
-        got, default = getattr(args, name), getattr(RewardGradientConfig, name)
-        if got != default:
-            yield f"{name}: got {got} with offline, which has no rollout, expected {default}; leave it out"
+    if offline and args.drift_weight:
+        yield f"drift_weight: got {args.drift_weight} with offline, which has no rollout, expected 0.0; leave it out"
 
 
 def _drift_problems(args) -> Iterator[str]:
-    """Yield problems of drift, anchor steps and guidance distillation."""
+    """Yield distillation without drift_weight or without guidance, and anchor_steps of 1."""
     if args.guidance_gradient == "distill" and not args.drift_weight:
         yield (
             "guidance_gradient: got distill with drift_weight 0, which would teach the adapter no guidance; set "

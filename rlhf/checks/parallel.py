@@ -9,7 +9,10 @@ from rlhf.distributed.layout import Sizes
 
 
 def parallel_problems(args: RewardGradientConfig, processes: int | None = None) -> Iterator[str]:
-    """Yield problems of launch, parallelism and sharding; processes: default: those started."""
+    """Yield problems of the launch, and of parallel settings with the number of processes.
+
+    processes: None for those that were started.
+    """
     yield from launch_problems()
     processes = processes or launcher_world_size()
     if args.sequence_parallel >= 1:
@@ -22,7 +25,7 @@ def parallel_problems(args: RewardGradientConfig, processes: int | None = None) 
 
 def _guidance_problems(args) -> Iterator[str]:
     """Yield settings that conflict with guidance_parallel=2."""
-    needed = {"guidance_gradient": "full", "guidance_together": False, "guidance_every": 1}
+    needed = {"guidance_gradient": "full", "guidance_together": False}
     for name, value in needed.items():
         if (got := getattr(args, name)) != value:
             yield f"{name}: got {got} with guidance_parallel 2, expected {value}: both branches are run; change one"
@@ -31,6 +34,7 @@ def _guidance_problems(args) -> Iterator[str]:
 
 
 def _shard_problems(args, processes: int) -> Iterator[str]:
+    """Yield settings that conflict with shard_base, and a launch of a single process."""
     for name, plain in (("stream_weights", False), ("base_bits", None)):
         if (got := getattr(args, name)) != plain:
             yield f"shard_base: got {name}={got}, expected {plain}: it needs whole weights; leave one out"

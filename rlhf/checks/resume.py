@@ -20,7 +20,10 @@ FIXED_ON_RESUME = ("model", "lora_rank", "lora_alpha", "lora_target_modules", "i
 
 
 def start_problems(folder: Path) -> Iterator[str]:
-    """Yield what in a folder without a whole checkpoint would be lost by starting its run anew."""
+    """Yield damaged checkpoints and results in a folder, which a new run would replace.
+
+    Called where the folder has no undamaged checkpoint.
+    """
     saved = step_folders(folder / "checkpoints")
     results = [name for name in ("adapter", BEST, "summary.json") if (folder / name).exists()]
     if saved or results:
@@ -32,7 +35,7 @@ def start_problems(folder: Path) -> Iterator[str]:
 
 
 def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
-    """Yield what is wrong with the checkpoint that args resume from."""
+    """Yield why args cannot resume: no checkpoint, a damaged or older one, other settings."""
     try:
         path = find_checkpoint(args.resume_from_checkpoint, args.output_dir, quiet=True)  # the run will say more
     except ConfigError as error:
@@ -54,6 +57,8 @@ def resume_problems(args: RewardGradientConfig) -> Iterator[str]:
     except DamagedFileError as error:
         yield str(error)
         return
+    if state["step"] > args.max_steps:
+        yield f"max_steps: got {args.max_steps}, expected at least the {state['step']} steps of {path}; raise it"
     best = run_of_checkpoint(path) / BEST
     if args.load_best_model_at_end and state.get("guard") and not best.is_dir():
         yield (

@@ -23,7 +23,10 @@ def problems_raised_by(check: Callable, *arguments) -> list[str]:
 
 
 def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | None) -> Iterator[str]:
-    """Yield problems of the rewards and of their mix. rewards: in place of those that args name."""
+    """Yield rewards that are unknown or named twice, wrong weights and arguments, and a wrong mix.
+
+    rewards: in place of reward_funcs of args.
+    """
     trained = args.reward_funcs if rewards is None else rewards
     names = [reward_name(reward) for reward in [*trained, *args.eval_reward_funcs]]
     for spec in [*trained, *args.eval_reward_funcs]:
@@ -59,7 +62,7 @@ def _check_head(path: str, base_dir: str | None) -> None:
 
 
 def _mix_problems(args, trained: list[str]) -> Iterator[str]:
-    """Yield problems of reward caps, targets and calibration."""
+    """Yield problems of reward_caps, reward_targets, reward_mix and calibrate_rewards."""
     caps, targets = args.reward_caps or {}, args.reward_targets or {}
     yield from _unknown_rewards("reward_caps", caps, trained)
     yield from _unknown_rewards("reward_targets", targets, trained)

@@ -25,6 +25,7 @@ _PEFT_CONFIG = "give the trainer peft_config=LoraConfig({}, ...) in Python"
 REMOVED = {
     "second_order_prefix": (False, "prefix_steps alone takes fewer steps"),
     "optim": ("adamw_torch_fused", "leave it out: AdamW's moments are float32"),
+    "guidance_every": (1, "prefix_steps saves more and loses less; or use the version that began the run"),
     "sampling_weights": ("own", "prefix_steps and rollout_reuse save more"),
     "train_blocks": (None, "adapt more layers by lora_target_modules, or use the version that began the run"),
     "num_train_prompts": (4096, "write the prompts into a file, and name it as prompts"),
@@ -76,6 +77,8 @@ def _paragraph(settings: dict, values: dict[str, dict]) -> str:
         parts.append(f"{flags}: now only flags of the train command")
     if removed := among(REMOVED):
         parts.append(f"{removed}: gone, without effect here")
+    if parts and settings.get("guidance_gradient") == "distill" and "drift_weighting" not in settings:
+        parts.append("guidance_gradient distill: now weighs all steps alike, where drift_weighting was kl by default")
     return f"These settings are of an earlier version. {'; '.join(parts)}." if parts else ""
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import difflib
 import logging
 import os
 import typing
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from rlhf.config.coerce import coerce_all
-from rlhf.config.older import hint, translate_old_settings
+from rlhf.config.older import translate_old_settings
 from rlhf.config.settings import (
     ConfigError,
     RewardGradientConfig,
@@ -22,6 +21,7 @@ from rlhf.config.settings import (
     range_problems,
     range_text,
     setting,
+    unknown_setting,
 )
 from rlhf.io import CONTENT_ERRORS, load_yaml, run_of_checkpoint
 
@@ -36,7 +36,7 @@ class CommandFlags:
 
     dry_run: bool = setting(False, "Check and print the settings and what they need; load no weights.")
     memory_limit_gib: float | None = setting(
-        None, "Memory in GiB that the dry run plans for. Default: what this machine's device has.", above=0
+        None, "Memory in GiB of the accelerator that the dry run plans for. Default: what this machine's has.", above=0
     )
     plan_device: str | None = setting(
         None, "Device that the dry run predicts time for, such as 'NVIDIA H200'. Default: this machine's."
@@ -64,9 +64,9 @@ def parse_command(
     FILE may be the name of a shipped recipe, such as nano_long, where there is no file of
     that name; without --config it is default_config. With resume_from_checkpoint and no --config,
     the run's own config.yaml is read. The file's method_kwargs are those of its method: a flag for
-    another method leaves them out. Settings of an earlier version are translated, and a warning
-    says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
-    neighbour.
+    another method leaves them out. The file's `env`, as TRL has it, goes into os.environ. Settings
+    of an earlier version are translated, and a warning says so. Raises ConfigError with every
+    problem; a misspelt key is named with its nearest neighbour.
     """
     given, argv = take_flags(argv, "config")
     source, own = given.config, None
@@ -98,7 +98,10 @@ def parse_command(
 
 
 def _parse_flags(argv: list[str], defaults: dict) -> tuple[dict[str, Any], list[str]]:
-    """Return all settings and flags, as text where argv has them; and the unknown words."""
+    """Parse argv by TRL's parser, on top of the defaults.
+
+    Returns all settings and flags, uncast text where argv has them; and the unknown words.
+    """
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -183,10 +186,11 @@ def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
 
 
 def _unknown_key(key, value, path: Path) -> str:
+    """Return the problem of a config file's key: a section, or an unknown setting."""
     if isinstance(value, dict):
         cure = "write what is in it at the left margin"
         return f"{path.name}: key {key}: got a section, expected settings without sections; {cure}"
-    return _unknown_setting(str(key), f"{path.name}: key ")
+    return unknown_setting(str(key), f"{path.name}: key ")
 
 
 def _repeated_keys(path: Path, node: yaml.Node, section: str = "") -> list[str]:
@@ -204,17 +208,8 @@ def _repeated_keys(path: Path, node: yaml.Node, section: str = "") -> list[str]:
 
 
 def _unknown_word(word: str) -> str:
+    """Return the problem of a word of the command line: an unknown flag, or a value without one."""
     if word.startswith("--"):
-        return _unknown_setting(word[2:], "flag --")
+        return unknown_setting(word[2:], "flag --")
     cure = f"did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else "name the setting before its value"
     return f"got {word!r} without a flag, expected --KEY VALUE; {cure}"
-
-
-def _unknown_setting(word: str, where: str) -> str:
-    """Return the problem of an unknown setting; suggest its successor or the nearest name."""
-    name = word.split("=")[0].replace("-", "_")
-    if moved := hint(name):
-        return f"{where}{word}: no longer a setting; {moved}"
-    near = difflib.get_close_matches(name, field_names(), n=1, cutoff=0.5)
-    cure = f"did you mean {near[0]!r}?" if near else "`train_rlhf.py --help` lists the settings"
-    return f"{where}{word}: no such setting; {cure}"

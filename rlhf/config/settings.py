@@ -5,6 +5,8 @@ setting stand beside its field and nowhere else. `rlhf.checks` holds the checks 
 """
 
 import dataclasses
+import difflib
+import functools
 import math
 import os
 import typing
@@ -15,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from rlhf.config.coerce import coerce_all
+from rlhf.config.older import hint
 
 SAMPLING_KEYS = (
     "height",
@@ -81,14 +84,16 @@ def setting(default: Any, help: str, **limits: float):
 
 def range_text(f: dataclasses.Field) -> str:
     """Return the range of a setting in words, such as "at least 0, less than 1"; "" for none."""
-    return _words(f.metadata["limits"])
+    return _limits_text(f.metadata["limits"])
 
 
-def _words(limits: dict[str, float]) -> str:
-    return ", ".join(f"{RANGE_WORDS[name]} {_number(limit)}" for name, limit in limits.items())
+def _limits_text(limits: dict[str, float]) -> str:
+    """Return limits in words, such as "at least 0, less than 1"."""
+    return ", ".join(f"{RANGE_WORDS[name]} {_limit_text(limit)}" for name, limit in limits.items())
 
 
-def _number(value: float) -> str:
+def _limit_text(value: float) -> str:
+    """Return a limit as text, 2**64 as a power."""
     return {2**64: "2**64", -(2**63): "-2**63"}.get(value, f"{value:g}")
 
 
@@ -100,14 +105,16 @@ def range_problems(values: Any, where: str = "") -> Iterator[str]:
         for key, value in pairs:
             if type(value) in (int, float) and not _in_range(value, **bounds):
                 got = f"got {value}" + (f" for {key!r}" if key else "")
-                yield f"{where}{f.name}: {got}, expected {_words(bounds)}; correct its value"
+                yield f"{where}{f.name}: {got}, expected {_limits_text(bounds)}; correct its value"
 
 
 def _as_list(value: Any) -> list:
+    """Return a list unchanged, else a list of the value."""
     return value if isinstance(value, list) else [value]
 
 
 def _in_range(value, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf) -> bool:
+    """Return whether the value is within all limits, as of `setting`."""
     return least <= value <= most and above < value < below
 
 
@@ -122,6 +129,21 @@ def coerce_settings(values: Any) -> None:
         raise ConfigError([*problems, *range_problems(values)])
 
 
+def _explain_keywords(cls: type) -> type:
+    """Let the settings raise ConfigError for a keyword that is none of them, as for a flag."""
+    init = cls.__init__
+
+    @functools.wraps(init)  # keeps the signature
+    def explained(self, *values, **settings):
+        if unknown := [unknown_setting(name) for name in settings if name not in field_names()]:
+            raise ConfigError(unknown)
+        init(self, *values, **settings)
+
+    cls.__init__ = explained
+    return cls
+
+
+@_explain_keywords
 @dataclass
 class RewardGradientConfig:
     """Settings of `RewardGradientTrainer`. The help of each field gives its unit and its source."""
@@ -296,7 +318,6 @@ class RewardGradientConfig:
     prefix_steps: int | None = setting(
         None, "Most no-grad steps before the window, while training. Default: all.", least=1
     )
-    guidance_every: int = setting(1, "Compute the negative branch at every n-th of the no-grad steps only.", least=1)
     rollout_reuse: int = setting(
         1, "Consecutive optimizer steps that start their window from the same rollout.", least=1
     )
@@ -427,6 +448,16 @@ def at_eval_size(args: RewardGradientConfig) -> RewardGradientConfig:
 def field_names() -> list[str]:
     """Return the names of all settings."""
     return [f.name for f in dataclasses.fields(RewardGradientConfig)]
+
+
+def unknown_setting(word: str, where: str = "") -> str:
+    """Return the problem of an unknown setting; suggest its successor or the nearest name."""
+    name = word.split("=")[0].replace("-", "_")
+    if moved := hint(name):
+        return f"{where}{word}: no longer a setting; {moved}"
+    near = difflib.get_close_matches(name, field_names(), n=1, cutoff=0.5)
+    cure = f"did you mean {near[0]!r}?" if near else "`train_rlhf.py --help` lists the settings"
+    return f"{where}{word}: no such setting; {cure}"
 
 
 def is_distilled(settings: dict) -> bool:

@@ -13,7 +13,8 @@ import torch
 from torch.backends import cuda, cudnn, mkldnn
 
 
-def _attribute(owner, name: str) -> tuple[Callable, Callable]:
+def _get_and_set(owner, name: str) -> tuple[Callable, Callable]:
+    """Return functions that read and write an attribute; the name may have dots."""
     return partial(attrgetter(name), owner), partial(setattr, owner, name)
 
 
@@ -30,13 +31,14 @@ def _older_precision() -> tuple[str | None, bool | None]:
 
 
 def _accelerator():
-    """Return the module of this machine's accelerator, such as torch.cuda; None before its use."""
+    """Return the accelerator's module, such as torch.cuda; None if none is initialised."""
     device = torch.accelerator.current_accelerator()
     module = device and torch.get_device_module(device)
     return module if module and getattr(module, "is_initialized", module.is_available)() else None
 
 
 def _accelerator_state() -> torch.Tensor | None:
+    """Return the accelerator's random state, None before its use."""
     module = _accelerator()
     return module and module.get_rng_state()
 
@@ -49,11 +51,11 @@ SWITCHES = (
     ),
     (lambda: _older_precision()[0], lambda value: value and torch.set_float32_matmul_precision(value)),
     (lambda: _older_precision()[1], lambda value: value is not None and setattr(cudnn, "allow_tf32", value)),
-    *(_attribute(owner, "fp32_precision") for owner in (torch.backends, cudnn, mkldnn, cuda.matmul)),
-    *(_attribute(owner, "fp32_precision") for owner in (cudnn.conv, cudnn.rnn)),
-    *(_attribute(owner, "fp32_precision") for owner in (mkldnn.matmul, mkldnn.conv, mkldnn.rnn)),
-    *(_attribute(cuda.matmul, f"allow_{dtype}_reduced_precision_reduction") for dtype in ("fp16", "bf16")),
-    *(_attribute(cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
+    *(_get_and_set(owner, "fp32_precision") for owner in (torch.backends, cudnn, mkldnn, cuda.matmul)),
+    *(_get_and_set(owner, "fp32_precision") for owner in (cudnn.conv, cudnn.rnn)),
+    *(_get_and_set(owner, "fp32_precision") for owner in (mkldnn.matmul, mkldnn.conv, mkldnn.rnn)),
+    *(_get_and_set(cuda.matmul, f"allow_{dtype}_reduced_precision_reduction") for dtype in ("fp16", "bf16")),
+    *(_get_and_set(cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     (cuda.math_sdp_enabled, cuda.enable_math_sdp),

@@ -38,7 +38,7 @@ def launcher_world_size() -> int:
 
 
 def launch_problems() -> Iterator[str]:
-    """Yield what the launcher asked for and cannot work, and variables of another launch."""
+    """Yield accelerate options that cannot work, and RANK variables that do not fit together."""
     for variable, name in WRAPPERS.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             yield (
@@ -106,6 +106,7 @@ def outlive_launcher() -> None:
 
 
 def _is_child_of_main_thread(parent: int) -> bool:
+    """Return whether the parent's first thread started this process; False if unknown."""
     try:
         return str(os.getpid()) in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     except OSError:  # no Linux, or a kernel without this file
@@ -118,6 +119,7 @@ def _set_death_signal(number: int) -> bool:
 
 
 def _watch_parent(parent: int) -> None:
+    """Send SIGTERM to this process once it has another parent; runs in a thread."""
     while not _ended.wait(WATCH_SECONDS):
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)

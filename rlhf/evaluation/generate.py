@@ -132,4 +132,5 @@ def write_settings(folder: Path, variant: Variant, sampling: SamplingDefaults) -
 
 
 def _settings(variant: Variant, sampling: SamplingDefaults) -> dict:
+    """Return the content of generate.json: the variant's identity and the sampling settings."""
     return variant.identity() | asdict(sampling)

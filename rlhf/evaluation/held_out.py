@@ -32,7 +32,7 @@ from rlhf.types import Prompt, row_of
 SAMPLING_SETTINGS = (
     *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt"),
     *("max_sequence_length", "reward_kwargs"),
-    *("dtype", "base_bits", "vae_dtype", "guidance_every"),
+    *("dtype", "base_bits", "vae_dtype"),
 )
 EVAL_FINGERPRINT = (*SAMPLING_SETTINGS, "eval_seed", "num_diversity_prompts")
 MakeVideos = Callable[[list[str], torch.Tensor], Sampled]  # (prompts, noise_BCTHW) -> videos and latents
@@ -69,10 +69,10 @@ class Evaluation:
 
 
 def fingerprint(args: RewardGradientConfig, names: tuple[str, ...]) -> dict:
-    """Return the settings of these names as they come back from a JSON file.
+    """Return what must be equal for two evaluations to be comparable, as JSON would return it.
 
-    With what identifies the files of the model, and of rewards if they have any. The devices of
-    rewards do not count.
+    These are the settings of these names, and what identifies the files of the model and of
+    rewards. The devices of rewards do not count.
     """
     sources = source_digests([*args.reward_funcs, *args.eval_reward_funcs], args.base_dir, args.reward_kwargs)
     settings = {name: vars(args).get(name) for name in names} | ({"sources": sources} if sources else {})
@@ -187,19 +187,19 @@ class HeldOut:
         return evaluation
 
     def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
-        """Return the base's evaluation; a resumed run reads it if made with equal settings."""
+        """Read the base's evaluation in a resumed run of equal settings, else make and save it."""
         path = self.folder / "evaluation" / "base.safetensors"
         kept = Evaluation.load(path) if resumed and path.is_file() else None
         # Together, since times of files may differ from host to host.
-        if not self._sum_over_processes(torch.tensor([1.0 - self._is_own(kept)])).item():
+        if not self._sum_over_processes(torch.tensor([1.0 - self._is_reusable(kept)])).item():
             return kept
         base = self.evaluate("base", 0, make_videos)
         if self._is_main:
             base.save(path)
         return base
 
-    def _is_own(self, kept: Evaluation | None) -> bool:
-        """Return whether an evaluation has this run's prompts, settings and judges."""
+    def _is_reusable(self, kept: Evaluation | None) -> bool:
+        """Return whether a saved evaluation has this run's prompts, settings and judges."""
         if kept is None:
             return False
         rows = [[*map(row_of, prompts)] for prompts in (kept.prompts, self.prompts)]
@@ -232,12 +232,15 @@ class HeldOut:
         return own_NCTHW[: min(shown, count) if self._is_main else 0]
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of values over all processes, on the CPU."""
         return self.layout.reduce(values.to(self.layout.device), "sum").cpu()
 
     def _write(self, step: int, videos_NCTHW: torch.Tensor) -> None:
+        """Write sample videos, if there are any, and show them in the trackers."""
         if len(videos_NCTHW):  # on the main process alone
             self.show(step, write_samples(self.folder / "samples", step, self.prompts, videos_NCTHW, self.fps))
 
     @property
     def _is_main(self) -> bool:
+        """Return whether this is the main process."""
         return self.layout.is_main_process

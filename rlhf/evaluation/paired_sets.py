@@ -31,9 +31,11 @@ class Pairs:
 def read_pairs(base: Path, tuned: Path) -> Pairs:
     """Pair the scores of two scores.jsonl by prompt, averaged over the prompt's seeds.
 
-    Raises ValueError if a file is absent, if the two share no pair or no reward, or if a reward
-    scored them under different conditions.
+    Raises ValueError if a file is absent, if the two are one folder, if they share no pair or no
+    reward, or if a reward scored them under different conditions.
     """
+    if base.resolve() == tuned.resolve():
+        raise ValueError(f"{base} and {tuned}: got one folder twice, expected those of two models; correct one")
     left, right = _read_finite_scores(base), _read_finite_scores(tuned)
     keys = [key for key in left if key in right]
     rows = (*left.values(), *right.values())
@@ -76,11 +78,13 @@ def compare(pairs: Pairs, category_of: Callable[[str], str] | None = None) -> li
 
 
 def _row(pairs: Pairs, reward: str, category: str, indices: list[int]) -> dict:
+    """Return the row of `compare` for one reward over the pairs at `indices`."""
     result = paired_test(pairs.base[reward][indices], pairs.tuned[reward][indices])
     return {"reward": reward, "category": category, "prompts": len(indices)} | result
 
 
 def _with_holm(rows: list[dict]) -> list[dict]:
+    """Return the rows with "p_holm" and "finding"."""
     adjusted = holm_correction([row["p"] for row in rows])
     return [row | {"p_holm": p, "finding": p < LEVEL} for row, p in zip(rows, adjusted, strict=True)]
 

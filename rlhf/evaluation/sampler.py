@@ -117,7 +117,7 @@ class Sampler:
         return visit_device(getattr(self.pipe, name), self.device)
 
     def _set_up(self) -> None:
-        """Bring the transformer to where it runs."""
+        """Move the transformer to the device, or stream its weights; only in the first call."""
         if not self.is_set_up:
             options = ExecutionOptions(stream_weights=self.placement.stream_weights)
             set_up_blocks(self.pipe.transformer, options, self.device)

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf.evaluation.measures import MEASURES
+from rlhf.evaluation.measures import DIVERSITY, MEASURES
 
 if TYPE_CHECKING:  # imports diffusers, which a comparison of scores does without
     from rlhf.evaluation.held_out import Evaluation
 
 INTERVAL = "95 % confidence interval, paired t"
+TOO_FEW = "too few videos to tell"
 WILSON = "95 % confidence interval, Wilson"
 LEVEL = 0.05  # of false findings
+RELEVANT_CHANGE = 0.15  # of the base's mean: an interval that reaches further hides changes that matter
 Z_975 = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
@@ -47,6 +49,25 @@ def paired_interval(base_N: torch.Tensor, tuned_N: torch.Tensor) -> dict:
     half = student_t_975(count - 1) * error
     means = {"base": base_N.double().mean().item(), "tuned": tuned_N.double().mean().item()}
     return means | {"diff": diff, "ci95": [diff - half, diff + half]}
+
+
+def describe_change(name: str, row: dict) -> str:
+    """Return in words what the interval in a row of `paired_interval` says.
+
+    name: of the judge or measure. row: with "prompts", their number, and "verdict" as in a report,
+    where these are known. Only scores whose 0 means none, which are measures and verdicts, are
+    compared with `RELEVANT_CHANGE`.
+    """
+    low, high = row["ci95"]
+    if row.get("prompts") == 1:
+        return "one prompt is not enough"
+    if low > 0 or high < 0:
+        return "higher" if low > 0 else "lower"
+    half, mean = (high - low) / 2, row["base"] or row["tuned"]
+    if (name in MEASURES or row.get("verdict")) and half > RELEVANT_CHANGE * mean:
+        more = "num_diversity_prompts" if name == DIVERSITY else "num_eval_prompts"
+        return f"{100 * row['diff'] / mean:+.0f} ± {100 * half / mean:.0f} %: {TOO_FEW}; raise {more}"
+    return "no clear change"
 
 
 def rank_correlation(a_N: torch.Tensor, b_N: torch.Tensor) -> float:

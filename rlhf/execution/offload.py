@@ -47,14 +47,21 @@ class HostBuffers:
         return self.slabs[i][start : start + size]
 
     def _wanted(self) -> int:
-        """Return the bytes of the next allocation, a power of two; unexpected ones double."""
+        """Return the bytes of the next slab, a power of two.
+
+        They are the expected bytes that are left, or else as many as are in use, so that slabs
+        double.
+        """
         known = min(self.left, LARGEST_SLAB)
         wanted = known if known > 0 else min(max(sum(self.used), SMALLEST_SLAB), LARGE_SLAB)
         return 1 << (wanted.bit_length() - 1)
 
 
 def host_bytes(sizes: list[int], expected: bool = False) -> int:
-    """Return the bytes that `HostBuffers` allocates for buffers of these sizes."""
+    """Return the bytes that `HostBuffers` allocates for buffers of these sizes.
+
+    expected: their sum is announced first, so slabs are made to fit.
+    """
     buffers = HostBuffers(False, sum(sizes) * expected)
     with torch.device("meta"):
         for size in sizes:

@@ -123,7 +123,7 @@ class _HostBlock:
                 self.runs[-1] = self.runs[-1][0], before.as_strided((before.numel() + piece.numel(),), (1,))
             else:
                 self.runs.append((offset, piece))
-        self.home = [_as(p, piece) for p, piece in zip(self.parameters, pieces, strict=True)]
+        self.home = [_view_like(p, piece) for p, piece in zip(self.parameters, pieces, strict=True)]
         list(pool.map(torch.Tensor.copy_, self.home, old))
         self.leave_device()
         drop_file_pages(old)
@@ -136,7 +136,7 @@ class _HostBlock:
     def read_from(self, slot: torch.Tensor) -> None:
         """Make the parameters views of a slot of device memory that holds the block's weights."""
         for p, offset in zip(self.parameters, self.offsets, strict=True):
-            p.data = _as(p, slot[offset:])
+            p.data = _view_like(p, slot[offset:])
 
     def leave_device(self) -> None:
         """Let the parameters read their weights from host memory."""
@@ -145,11 +145,11 @@ class _HostBlock:
 
 
 def _are_adjacent(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether bytes follow others in one storage."""
+    """Return whether `second` begins where `first` ends, in one storage."""
     storages = {x.untyped_storage().data_ptr() for x in (first, second)}
     return len(storages) == 1 and first.storage_offset() + first.numel() == second.storage_offset()
 
 
-def _as(p: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-    """Return the beginning of bytes as a tensor like p."""
+def _view_like(p: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """Return the first bytes of data as a view with the dtype and shape of p."""
     return data[: p.numel() * p.element_size()].view(p.dtype).view(p.shape)

@@ -55,7 +55,7 @@ def export_merged(run: Path, out: Path, scale: float = 1.0, model: str | None = 
     print(apply_lora(transformer, lora, scale, merge=True))
     with empty_folder_on_error(out):
         transformer.save_pretrained(out / "transformer")
-        _add_merged(out / "transformer" / family.config_files["transformer"], config, lora)
+        _record_merged_lora(out / "transformer" / family.config_files["transformer"], config, lora)
         for name in set(family.config_files) - {"transformer"}:
             shutil.copytree(base / name, out / name)
         guidance = {"guidance_scale": 1.0} if lora.distilled else {}
@@ -117,8 +117,8 @@ def _find_family(trained: Trained, lora: Lora, model: str | None) -> ModelFamily
     return family
 
 
-def _add_merged(path: Path, base: dict, lora: Lora) -> None:
-    """Name in the transformer's config what its weights hold, so that nothing is added twice."""
+def _record_merged_lora(path: Path, base: dict, lora: Lora) -> None:
+    """Add the LoRA's identity to the exported config, so that none is merged twice."""
     write_json(path, read_object(path) | {MERGED_KEY: [*base.get(MERGED_KEY, ()), lora.identity]})
 
 

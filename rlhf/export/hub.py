@@ -63,4 +63,5 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
 
 
 def _error(got: str, expected_and_cure: str) -> ValueError:
+    """Return a ValueError that names --push_to_hub."""
     return ValueError(f"--push_to_hub: got {got}, expected {expected_and_cure}")

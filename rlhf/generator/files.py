@@ -139,7 +139,7 @@ def family_of_folder(folder: Path) -> ModelFamily:
 
 
 def _check_fixed(folder: Path, family: ModelFamily, configs: dict[str, dict]) -> None:
-    """Raise ValueError for a value that another architecture has."""
+    """Raise ValueError for config values other than `family.fixed`, as of image to video."""
     for name, fixed in family.fixed.items():
         for key, expected in fixed.items():
             got = configs[name].get(key, expected)
@@ -188,7 +188,7 @@ def model_folder(model: str | Path, files: list[str] | None = None) -> Path:
 
 
 def describe_download(hub_id: str, error: Exception) -> tuple[str, str]:
-    """Return what came of downloading a repository that is not in the cache, and the cure."""
+    """Return got and cure of a failed download: gated, not found, offline or broken off."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

@@ -48,7 +48,7 @@ class Decoder:
         return decode_video(self.vae, latents_BCTHW, last, self.chunk, self.checkpoint, first, self.caches)
 
     def window(self, step: int) -> tuple[int, int]:
-        """Return (first, end) of the frames that are scored in this step; end is exclusive."""
+        """Draw the step's window of scored frames; return (first, end), end exclusive."""
         room = self.frames - self.window_size + 1
         first = int(torch.randint(room, (), generator=generator("window", self.seed, step))) if room > 1 else 0
         return first, first + self.window_size

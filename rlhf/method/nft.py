@@ -55,7 +55,7 @@ class NFT(Regression):
     clip: float
 
     def losses(self, rollout: ScoredRollout) -> Iterator[torch.Tensor]:
-        """Yield the loss (B,) of each noise level, on its own noise."""
+        """Yield `nft_loss` (B,) / num_levels at each noise level, with noise of its own."""
         x0_BCTHW = rollout.states[-1]
         r_B = optimality(rollout.scores_B, self.group_size, self.clip)
         for number, sigma in enumerate(self.levels):

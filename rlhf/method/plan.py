@@ -58,8 +58,8 @@ class Sample:
     sigma: float = 0.0  # its noise level
 
     @property
-    def noisy(self) -> torch.Tensor:
-        """Return what rewards of latents see."""
+    def scored_latents(self) -> torch.Tensor:
+        """Return the latents that rewards of latents score: the noisy `state` if there is one."""
         return self.latents if self.state is None else self.state
 
 

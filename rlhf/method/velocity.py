@@ -1,9 +1,9 @@
-"""The velocity fields of a run: base, tuned without and with gradient, and cheaper ones.
+"""The velocity fields of a run: base, and tuned without and with gradient.
 
 Guidance is v = v_neg + g (v_text - v_neg) (arXiv 2207.12598).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from rlhf.config import RewardGradientConfig
 from rlhf.execution.collectives import Group, all_gather, copy_to_group
 from rlhf.generator.flow import guided_velocity
 from rlhf.method.adjoint import CheckpointedTransformer
-from rlhf.method.plan import Plan
 from rlhf.method.regression import VelocityVJP
 from rlhf.method.rollout import Velocity
 from rlhf.types import Conditioning
@@ -27,13 +26,12 @@ class Guidance:
 
     scale: float  # g; at 1 or less there is no guidance
     gradient: str = "full"  # as in `velocity_field`
-    every: int = 1  # no-grad steps between two evaluations of the guidance direction, in training
     together: bool = False  # both branches in one batch
 
     @classmethod
     def from_settings(cls, args: RewardGradientConfig) -> "Guidance":
         """Return the options of classifier-free guidance that a run's settings give."""
-        return cls(args.guidance_scale, args.guidance_gradient, args.guidance_every, args.guidance_together)
+        return cls(args.guidance_scale, args.guidance_gradient, args.guidance_together)
 
 
 class VelocityFields:
@@ -75,15 +73,6 @@ class VelocityFields:
                 return self.tuned(cond)(x, sigma)
 
         return old
-
-    def prefix(self, cond: Conditioning, plan: Plan) -> Velocity:
-        """Return the velocity of one rollout's no-grad steps: `tuned` or a cheaper one."""
-        guidance = self.guidance
-        if guidance.every == 1:
-            return self.tuned(cond)
-        sigmas = plan.sigmas[:-1].tolist()
-        no_grad = [sigma for i, sigma in enumerate(sigmas) if i not in plan.grad_steps]
-        return CachedGuidance(self.transformer, cond, guidance.scale, no_grad[:: guidance.every])
 
     def window(self, cond: Conditioning) -> Velocity:
         """Return the velocity of the current model for steps that carry the gradient."""
@@ -152,28 +141,6 @@ def velocity_field(
         return v_text + (scale - 1) * direction
 
     return full if gradient == "full" or scale <= 1 else one_sided
-
-
-class CachedGuidance:
-    """The velocity of one rollout's no-grad steps with v_text - v_neg kept over steps. Not exact.
-
-    v = v_text + (g - 1) (v_text - v_neg)', where ()' is the value at the last of `refresh_sigmas`:
-    the negative branch runs at these noise levels alone. Make one for each rollout.
-    """
-
-    def __init__(
-        self, transformer: Callable, cond: Conditioning, guidance_scale: float, refresh_sigmas: Iterable[float]
-    ):
-        self.transformer, self.cond, self.guidance_scale = transformer, cond, guidance_scale
-        self.refresh_sigmas, self.direction = frozenset(refresh_sigmas), None
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Return the velocity at a state (B, C, T, H, W)."""
-        v_text = guided_velocity(self.transformer, x, sigma, self.cond, 1.0)
-        if sigma.item() in self.refresh_sigmas:
-            v_neg = guided_velocity(self.transformer, x, sigma, self.cond.negative, 1.0)
-            self.direction = v_text - v_neg
-        return v_text + (self.guidance_scale - 1) * self.direction
 
 
 def split_velocity(transformer: Callable, cond: Conditioning, guidance_scale: float, group: Group) -> Velocity:

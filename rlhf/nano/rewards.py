@@ -54,7 +54,7 @@ class NanoPreference(Frozen):
                 raise RewardError(self.name, got=f"the prompt {prompt!r}, of which it knows no word", **CURE)
 
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,)."""
+        """Return the cosine (B,) of each video with its prompt, in [-1, 1]."""
         ids = judges.word_ids(prompts).to(video_BCTHW.device)
         with torch.autocast(video_BCTHW.device.type, enabled=False):
             return self.model(video_BCTHW.float(), ids)
@@ -86,7 +86,7 @@ class NanoVerifier(Frozen):
 
     @torch.no_grad()
     def forward(self, video_BCTHW: torch.Tensor, prompts: list[str], **info) -> torch.Tensor:
-        """Return scores (B,)."""
+        """Return 1 (B,) where the model sees all attributes that the prompt names, else 0."""
         wanted = [world.read_caption(prompt) for prompt in prompts]
         right = torch.ones(len(prompts), dtype=torch.bool, device=video_BCTHW.device)
         for key, logits in self.model(video_BCTHW.float()).items():

@@ -112,12 +112,15 @@ class _Handler(BaseHTTPRequestHandler):
         return is_local and origin in (None, f"http://{host}")
 
     def _send_state(self) -> None:
+        """Send the page's state as JSON."""
         self._send(json.dumps(self.app.state()).encode(), "application/json")
 
     def _fail(self, status: HTTPStatus, message: str) -> None:
+        """Send a JSON object with the error."""
         self._send(json.dumps({"error": message}).encode(), "application/json", status)
 
     def _send(self, body: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+        """Send a response with headers that forbid caching and foreign content."""
         self.send_response(status)
         for name, value in {
             "Content-Type": kind,

@@ -68,6 +68,6 @@ class SetsApp:
 
 
 def _settings_of(folder: Path) -> dict:
-    """Return how a folder's videos were made, as far as it says so."""
+    """Return the folder's path and its generate.json, if it has one."""
     made = folder / SETTINGS_FILE
     return {"folder": str(folder.resolve())} | (read_object(made) if made.is_file() else {})

@@ -43,7 +43,7 @@ class Request:
     blind: bool
 
     def settings(self, model: str) -> dict:
-        """Return the settings of a model's video that `video`, the shared part, does not have."""
+        """Return what a model's video is made with, without what `video` holds for all."""
         variant, sampling = self.variants[model], asdict(self.sampling[model])
         made = variant.identity() | {"adapter": variant.lora and str(variant.lora)} | sampling
         return {name: value for name, value in made.items() if name not in self.video}
@@ -110,7 +110,7 @@ class StudioApp:
         threading.Thread(target=self._make_videos, args=(request,), daemon=True).start()
 
     def parse_request(self, body: dict) -> Request:
-        """Return the request of a form, checked without weights. Raises ValueError."""
+        """Return the request of a form, checked without weights. Raises ValueError if wrong."""
         given = self.form | body
         for name, kind in KINDS.items():
             accepted = int | float if kind is float else kind  # JSON has 1 for 1.0
@@ -219,4 +219,5 @@ class _Progress:
 
 
 def _digest(content: Any) -> str:
+    """Return 16 digits of the content's SHA-256, as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

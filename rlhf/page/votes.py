@@ -122,6 +122,7 @@ class Votes:
         return self.pairs[key].files.get(self.sides[key].get(side)) if key in self.pairs else None
 
     def _find(self, settings: dict[str, dict]) -> dict | None:
+        """Return the comparison with these settings of both models, None if there is none."""
         return next((c for c in self.comparisons if all(c[model] == settings[model] for model in MODELS)), None)
 
 

@@ -1,7 +1,7 @@
 """Peak host memory of one process of a run, by phase.
 
-The bytes are those of the process's pages, with the pages of files that it has mapped. Weights are
-mapped until they move to a device, so each phase counts what it reads, and one copy of it.
+The bytes are those of the process's pages, mapped files included. Weights stay mapped until they
+move to a device. Each phase therefore counts one copy of the weights that it reads.
 """
 
 from dataclasses import dataclass

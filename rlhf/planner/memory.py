@@ -68,7 +68,7 @@ class RewardNeeds:
 def plan_rewards(model: TracedModel, args: RewardGradientConfig, kind: str = RATED_KIND) -> RewardNeeds:
     """Return what the rewards need for one batch, and the weights of the judges.
 
-    kind: of the run's devices. A reward on another device takes time, but no memory of these.
+    kind: of the run's devices. A reward on another device takes time, but none of their memory.
     """
     fps, batch, kwargs = model.card["sampling"]["fps"], args.per_device_train_batch_size, args.reward_kwargs or {}
     trained, judges = (list(map(split_spec, specs)) for specs in (args.reward_funcs, args.eval_reward_funcs))
@@ -115,7 +115,7 @@ def latent_reward(model: TracedModel, kwargs: dict, args: RewardGradientConfig) 
 
 
 def _is_elsewhere(device: str | None, kind: str, processes: int) -> bool:
-    """Return whether a reward's `device` is none of those of the run's processes on one host."""
+    """Return whether no process of the run, all taken as on one host, uses a reward's `device`."""
     name, _, number = (device or kind).partition(":")
     return name != kind or int(number or 0) >= processes
 
@@ -125,10 +125,10 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return what one rank holds all the time, and the peak of each phase above it.
 
-    args: those of model, but for settings about speed and memory. rewards: `plan_rewards` of the
-    same args.
-    encoder_bytes: what encoding the prompts takes in the encoder that takes most. Of what is held,
-        only the rewards are there by then.
+    args: the settings of `model`; only those about speed and memory may differ.
+    rewards: `plan_rewards` of the same args.
+    encoder_bytes: memory to encode the prompts with the largest encoder. It is in use before the
+        transformer is loaded, when only the rewards are held.
     """
     batch = args.per_device_train_batch_size
     branch = model.transformer_call(args, batch * branches_per_batch(args))
@@ -162,17 +162,20 @@ def plan_memory(
 
 
 def num_graphs(args: RewardGradientConfig) -> int:
-    """Return how many graphs of transformer calls exist at once without `stepwise_backward`."""
+    """Return how many autograd graphs of transformer calls exist at once.
+
+    With `stepwise_backward` each is built only in its own backward pass.
+    """
     return max_graphs(args) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
 
 
 def branches_per_batch(args: RewardGradientConfig) -> int:
-    """Return how many guidance branches run as one batch."""
+    """Return 2 if both guidance branches run as one batch, else 1."""
     return 2 if args.guidance_together and args.guidance_scale > 1 else 1
 
 
 def branches_per_rank(args: RewardGradientConfig) -> int:
-    """Return how many guidance branches one rank runs."""
+    """Return how many guidance branches one rank runs, 1 or 2."""
     return 2 // args.guidance_parallel if args.guidance_scale > 1 else 1
 
 
@@ -221,6 +224,6 @@ def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 
 
 def _gathered_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
-    """Return the bytes that the transformer gathers of a sharded base: two blocks and the rest."""
+    """Return the bytes of gathered weights of a sharded base, two blocks and the rest; else 0."""
     whole = 2 * model.frozen.largest_block + model.frozen.rest
     return model.itemsize * whole if args.shard_base else 0

@@ -26,7 +26,7 @@ class RewardCost:
 
 
 def decoded_frames(name: str, settings: dict, total: int) -> int:
-    """Return how many leading frames, of `total`, a built-in reward needs decoded: 0 of latents."""
+    """Return how many leading frames of `total` a built-in reward needs; 0 if it scores latents."""
     if CATALOGUE[name].input.startswith("latents"):
         return 0
     frames = settings.get("frames", "first" if CATALOGUE[name].frames.startswith("first") else "all")
@@ -49,9 +49,10 @@ def reward_cost(name: str, settings: dict, frames: int) -> RewardCost | None:
     """Return the cost of a batch with `frames` scored frames; None for an unmeasured reward.
 
     Costs are linear in the frames, through the measurements of 1 and 8 frames. Where 1 frame was
-    not measured, they are proportional to the frames from 8 frames on, and constant below. A
-    `chunk` of frames, or of pairs of frames, bounds the peak; running forward again takes about a
-    third of the time more. A `chunk` of videos is not counted.
+    not measured, they are proportional to the frames from 8 frames on, and constant below.
+
+    The peak is that of one `chunk` of frames or of pairs of frames. Their recomputation adds a
+    third of the time. A `chunk` of videos is not counted.
     """
     default = "bfloat16" if CATALOGUE[name].bytes_each == 2 else "float32"
     if (row := COSTS.get(f"{name} {settings.get('dtype', default)}")) is None:

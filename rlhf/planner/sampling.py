@@ -98,7 +98,7 @@ def fit_sampling(
 
 
 def context_bytes(device: torch.device) -> int:
-    """Return what a process takes of a device besides PyTorch's memory: as measured, or now."""
+    """Return a process's bytes outside of PyTorch's: measured for a known device, else read now."""
     rates = RATES.get(describe(device))
     return rates.context_bytes if rates else non_pytorch_memory(device)
 

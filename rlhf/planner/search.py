@@ -136,6 +136,9 @@ class Planner:
 
 
 def _is_valid(settings: dict, model: TracedModel) -> bool:
-    """Return whether at most one setting is about the base's weights, and sharding is possible."""
+    """Return whether at most one of base_bits, stream_weights and shard_base is set.
+
+    shard_base also needs several processes.
+    """
     about_weights = bool(settings["base_bits"]) + settings["stream_weights"] + settings["shard_base"]
     return about_weights <= 1 and not (settings["shard_base"] and model.processes == 1)

@@ -17,6 +17,10 @@ from rlhf.planner.time import ACCURACY, H200, RATES, count_calls
 GIB = 2**30
 NUM_SHOWN = 5  # settings that fit
 ON_A_CPU = "A process on a CPU needs more: its libraries, and freed memory that it keeps. Neither is estimated."
+SOME_ACCELERATOR = "an accelerator"
+ABSENT = (
+    f"Planned for {SOME_ACCELERATOR} of the memory given, for this machine has none. --device cpu plans for its CPU."
+)
 
 
 def plan_report(
@@ -29,7 +33,8 @@ def plan_report(
 
     Args:
         args: checked settings.
-        memory_limit_gib: memory of the device to plan for. None: what this machine's device has.
+        memory_limit_gib: memory of the device to plan for; see `plans_accelerator`. None: what
+            this machine's device has.
         device_name: a key of `RATES`, whose rates give the time. None: this machine's device.
         processes: ranks to plan for, one a device. None: those that were started.
 
@@ -54,21 +59,29 @@ def plan_report(
     card = model_sizes(args.model)
     args = with_sampling(args, card["sampling"])
     limit = int(memory_limit_gib * GIB) if memory_limit_gib else None
-    kind, elsewhere = RATED_KIND, device_name is not None
-    if device_name is None:
-        device = local_device(args.device)
+    device = None if device_name else local_device(args.device)
+    absent = device is not None and device.type == "cpu" and plans_accelerator(args, memory_limit_gib, device_name)
+    if absent:
+        device, device_name = None, SOME_ACCELERATOR
+    kind, elsewhere = RATED_KIND, device is None
+    if device is not None:
         device_name, limit, kind = describe(device), limit or total_memory(device), device.type
     rates = RATES.get(device_name, H200)
-    context_bytes = rates.context_bytes if device_name in RATES else non_pytorch_memory(device)
+    context_bytes = rates.context_bytes if elsewhere or device_name in RATES else non_pytorch_memory(device)
     planner = Planner(args, card, rates, encoder_configs(args.model), processes, kind)
     estimate = planner.estimate()
     texts = [args.to_yaml(), format_sizes(planner), format_memory(planner, estimate, context_bytes)]
-    texts += [ON_A_CPU] * (kind == "cpu")
+    texts += [ON_A_CPU] * (kind == "cpu") + [ABSENT] * absent
     texts.append(format_host(estimate.host, processes, None if elsewhere else host_memory()))
     texts.append(format_time(planner, estimate, device_name))
     if limit is not None:
         texts.append(format_fit(planner, estimate, limit, context_bytes, device_name))
     return "\n\n".join(text.rstrip() for text in texts)
+
+
+def plans_accelerator(args: RewardGradientConfig, memory_limit_gib: float | None, device_name: str | None) -> bool:
+    """Return whether these flags of a dry run ask for an accelerator, whatever this machine has."""
+    return bool(device_name or (memory_limit_gib and args.device != "cpu"))
 
 
 def format_sizes(planner: Planner) -> str:

@@ -7,7 +7,6 @@ loss of 4-bit weights, evaluations, samples and checkpoints.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from rlhf.config import RewardGradientConfig
@@ -70,7 +69,7 @@ class CallCounts:
 
 
 def count_calls(args: RewardGradientConfig) -> CallCounts:
-    """Return how often a step calls the transformer; the maximum, where the method draws steps."""
+    """Return how often a step calls the transformer; at most, where the method draws steps."""
     draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
     levels = getattr(read_options(args.method, args.method_kwargs), "num_levels", 0)  # each by both policies
     leaps, adjoint = 2 * (args.method == "leap_align"), _adjoint_steps(args)
@@ -83,22 +82,21 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
     no_grad = levels + has_drift + kl_steps + (adjoint > 0)
     constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * no_grad
     prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
-    prefix_steps = 0 if is_offline(args) else prefix_steps
-    prefix = prefix_steps + (branches - 1) * math.ceil(prefix_steps / args.guidance_every)
+    prefix = 0 if is_offline(args) else branches * prefix_steps
     every = read_options(args.method, args.method_kwargs).anchor_data_steps
     on_data = branches_per_batch(args) / every if every else 0  # real videos need no second branch
     return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps + on_data)
 
 
 def _adjoint_steps(args: RewardGradientConfig) -> int:
-    """Return the steps at which adjoint_matching trains; 0 for another method."""
+    """Return the number of steps at which adjoint_matching trains; 0 for another method."""
     if args.method != "adjoint_matching":
         return 0
     return read_options(args.method, args.method_kwargs).adjoint_steps or args.num_inference_steps
 
 
 def _stochastic_steps(args: RewardGradientConfig) -> tuple[int, int]:
-    """Return the steps from which flow_grpo learns, and those of its KL; 0 for another method."""
+    """Return the numbers of steps in flow_grpo's loss and in its KL; 0 for another method."""
     if args.method != "flow_grpo":
         return 0, 0
     steps = args.num_inference_steps - 1

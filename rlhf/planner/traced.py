@@ -162,7 +162,7 @@ class TracedModel:
         settings = [getattr(args, name) for name in TRANSFORMER_SETTINGS]
 
         def trace(model: nn.Module) -> TracedCall:
-            velocity, x = self._prepare(model, ExecutionOptions.from_settings(args), batch)
+            velocity, x = self._velocity_and_latents(model, ExecutionOptions.from_settings(args), batch)
             return trace_call(velocity, x, model, with_gradient=with_gradient, to_input=to_latents)
 
         def trace_all() -> TracedCall:
@@ -175,10 +175,10 @@ class TracedModel:
 
         return self._trace_once(("transformer", batch, with_gradient, to_latents, *settings), trace_all)
 
-    def _prepare(
+    def _velocity_and_latents(
         self, model: nn.Module, speed: ExecutionOptions, batch: int
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
-        """Return the transformer as a function of latents, and latents."""
+        """Return the function from latents to velocity, as in training, and "meta" latents."""
         family = family_of_config(self.card["transformer"])
         text_tokens = family.text_tokens(self.card, self.args.max_sequence_length)
         conditions = model.trace_inputs(batch, self.latent_shape, text_tokens)
@@ -204,7 +204,7 @@ class TracedModel:
     def decoder_call(
         self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True
     ) -> TracedCall:
-        """Trace decoding the leading frames. A `decode_window` lies in their middle."""
+        """Trace decoding the leading frames; with a `decode_window`, the frames in their middle."""
         if frames == 0:  # all rewards score latents
             return NOTHING
         settings = [getattr(args, name) for name in DECODER_SETTINGS]
@@ -253,7 +253,7 @@ class TracedModel:
         return call, sum(p.nbytes for p in cut.parameters()) + cut.position_bytes(self.num_tokens)
 
     def nano_preference_call(self, batch: int, frames: int) -> TracedCall:
-        """Trace the reward nano_preference, whose cost was not measured at full size."""
+        """Trace the reward nano_preference at the run's size, since `COSTS` does not have it."""
         from rlhf.nano.judges import MAX_WORDS, Preference
 
         with torch.device("meta"):
@@ -280,7 +280,7 @@ def max_grad_steps(args: RewardGradientConfig) -> int:
 
 
 def max_graphs(args: RewardGradientConfig) -> int:
-    """Return the largest number of velocities of a batch whose graphs exist at once."""
+    """Return how many velocities of a batch have a graph at the same time, at most."""
     return 2 if args.method == "leap_align" else max(1, max_grad_steps(args))
 
 

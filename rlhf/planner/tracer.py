@@ -123,6 +123,7 @@ class Trace(TorchDispatchMode):
         weakref.finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:
+        """Subtract a freed storage from the live bytes."""
         self.live_bytes -= self.live.pop(key)
 
 
@@ -164,14 +165,17 @@ def _cache_key(x: object) -> object:
 
 
 def _allocate_like(x: torch.Tensor) -> torch.Tensor:
+    """Return an empty "meta" tensor with the shape, strides and dtype of x."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def _storage_id(tensor: torch.Tensor) -> int:
+    """Return what identifies a tensor's storage while it lives."""
     return tensor.untyped_storage()._cdata
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
+    """Return the name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -215,6 +219,7 @@ def _moves_nothing(func, name: str, inputs, outputs) -> bool:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of all elements."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -231,6 +236,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value):
+        """Return an empty result; count the two products, and save what a fused kernel saves."""
         result = torch.empty_like(query)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, result, log_sum_exp)
@@ -258,6 +264,7 @@ class _FusedNorm(nn.Module):
     """An RMS norm as one kernel. On "meta" PyTorch would take the norm apart."""
 
     def forward(self, hidden_states):
+        """Return the stand-in's result."""
         return _RmsNorm.apply(hidden_states)
 
 
@@ -266,11 +273,13 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
+        """Return a tensor like x; save what the kernel saves."""
         ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
         return torch.neg(x)
 
     @staticmethod
     def backward(ctx, grad):
+        """Return a tensor like x; it moves as many bytes as the kernel."""
         (x, _) = ctx.saved_tensors
         return torch.add(x, grad)
 
@@ -302,6 +311,7 @@ class _MetaGroup:
         self.smallest_bytes, self.previous, self.offloaded = smallest_bytes, previous, []
 
     def pack(self, tensor):
+        """Record a large tensor as offloaded; return small ones and parameters as they are."""
         if _bytes([tensor]) < self.smallest_bytes or isinstance(tensor, nn.Parameter):
             return tensor
         self.offloaded.append(_Offloaded(tensor))
@@ -319,6 +329,7 @@ class _MetaGroup:
         return tensor
 
     def prefetch(self) -> None:
+        """Make offloaded tensors live again, unless they are or were already."""
         for saved in self.offloaded:
             if saved.tensor is None and not saved.is_returned:
                 saved.tensor = torch.empty_strided(saved.shape, saved.stride, dtype=saved.dtype, device="meta")

@@ -79,4 +79,5 @@ def shuffled_indices(num_prompts: int, seed: int, start: int, count: int) -> lis
 
 @lru_cache(maxsize=4)
 def _permutation(num_prompts: int, seed: int, epoch: int) -> list[int]:
+    """Return the order of the prompts in an epoch, drawn from seed and epoch."""
     return torch.randperm(num_prompts, generator=generator("prompt order", seed, epoch)).tolist()

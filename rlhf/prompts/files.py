@@ -49,23 +49,25 @@ def as_prompt(row: Any, where: str) -> Prompt:
     fields = dict(row) if isinstance(row, Mapping) else row_of(row)
     text, negative = fields.get("prompt"), fields.get("negative_prompt")
     if not isinstance(text, str) or not isinstance(negative, str | None):
-        raise ConfigError([f"{where}: got {_clip(row)}, expected {ROW}; correct it"])
+        raise ConfigError([f"{where}: got {_shorten(row)}, expected {ROW}; correct it"])
     if "\0" in text or (text.strip() and not any(map(_is_visible, text))):
-        raise ConfigError([f"{where}: got {_clip(text)}, expected visible text; write a prompt, or delete it"])
+        raise ConfigError([f"{where}: got {_shorten(text)}, expected visible text; write a prompt, or delete it"])
     try:
         fields = json.loads(json.dumps(fields, allow_nan=False, default=lambda value: value.tolist()))
         json.dumps(fields, ensure_ascii=False).encode()  # half of a pair of surrogates has no UTF-8
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         expected = "expected fields that JSON can hold, so that a resumed run reads the same"
-        raise ConfigError([f"{where}: got {_clip(row)} ({error}), {expected}; leave the field out"]) from None
+        raise ConfigError([f"{where}: got {_shorten(row)} ({error}), {expected}; leave the field out"]) from None
     return Prompt(text, fields)
 
 
 def _is_visible(letter: str) -> bool:
+    """Return whether a letter prints anything."""
     return unicodedata.category(letter) not in INVISIBLE and letter not in BLANK_LETTERS
 
 
-def _clip(value: Any) -> str:
+def _shorten(value: Any) -> str:
+    """Return repr(value), cut off after 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
@@ -77,7 +79,7 @@ def _text_rows(text: str, where: str) -> Iterator[tuple[str, str]]:
     for number, line in lines[:1]:
         if NO_TEXT.match(line):
             expected = "expected a prompt a line; let its name end in .csv, .tsv or .jsonl, as what it is"
-            raise ConfigError([f"{where}, line {number}: got {_clip(line)}, {expected}"])
+            raise ConfigError([f"{where}, line {number}: got {_shorten(line)}, {expected}"])
     yield from ((f"line {number}", line) for number, line in lines)
 
 
@@ -90,7 +92,7 @@ def _table_rows(text: str, where: str) -> Iterator[tuple[str, dict]]:
         named = [name for name in columns if name]  # tables of pandas have a first column without a name
         if "prompt" not in named or len(set(named)) < len(named):
             expected = "expected different ones, one of them 'prompt'; rename the column"
-            raise ConfigError([f"{where}, line 1: got the columns {_clip(columns)}, {expected}"])
+            raise ConfigError([f"{where}, line 1: got the columns {_shorten(columns)}, {expected}"])
         for cells in reader:
             if len(cells) != len(columns) and cells:
                 raise csv.Error(f"{len(cells)} cells for {len(columns)} columns")

@@ -53,6 +53,7 @@ def read_videos(args: RewardGradientConfig) -> list[Video]:
 
 
 def _caption(folder: Path, video: Video) -> Prompt:
+    """Return the caption as a prompt with its "file". Raises ValueError for an empty one."""
     name = relative_name(folder, video.path)
     if not video.prompt.strip():
         raise ValueError(f"{video.path}: got no caption, expected a text that says what it shows; write one")
@@ -104,7 +105,10 @@ def _misfit(path: Path, size: ClipSize) -> str | None:
 
 @cache  # a command checks its settings, and the trainer does so again
 def _wrong_content(path: Path, size: ClipSize, content: str) -> str | None:
-    """Return what of a file does not fit, in words; a file whose latents are cached fits."""
+    """Return the size, length or frame rate that does not fit, in words; None if the video fits.
+
+    A video whose latents are cached fits, and is not read.
+    """
     if any(entry_folder(content).glob(f"{size}-*")):
         return None
     video = read_video(path, size.num_frames, size.fps)

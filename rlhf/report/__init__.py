@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from rlhf.config import ConfigError, RewardGradientConfig
-from rlhf.evaluation.statistics import INTERVAL
+from rlhf.evaluation.statistics import INTERVAL, describe_change
 from rlhf.io import write_whole
 from rlhf.report.data import Run, Sample, run_cost, training_table
 from rlhf.report.plots import draw_svg, panels
@@ -101,6 +101,7 @@ def write_report(
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": lambda value: "–" if value is None else f"{value:.5g}",
+        "meaning": lambda row: describe_change(row["name"], row),
         "signed": lambda value: f"{value:+.4f}".replace("-", "−"),
     }
     content = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from rewards.cli.table import format_table
-from rlhf.evaluation.statistics import INTERVAL
+from rlhf.evaluation.statistics import INTERVAL, TOO_FEW, describe_change
 from rlhf.io import write_json
 from rlhf.report.contact_sheet import CONTACT_SHEET, draw_contact_sheet
 
@@ -23,13 +23,19 @@ def write_results(
 
 
 def summary_table(summary: dict) -> str:
-    """Return the summary as text: a row for each trained reward, held-out judge and measure."""
+    """Return the summary as text: a row for each reward, judge and measure.
+
+    Below is a line for each measure that has too few videos to tell.
+    """
     rows = [("", "base", "tuned", "difference", INTERVAL)]
     for group in ("trained", "held_out"):
         named = summary[group].items()
         rows += [_cells(f"{name} ({group.replace('_', '-')})", row) for name, row in named]
-    rows += [_cells(name, summary[name]) for name in ("motion", "diversity") if summary[name]]
-    return format_table(rows, numbers=True)
+    measures = {name: summary[name] for name in ("motion", "diversity") if summary[name]}
+    rows += [_cells(name, row) for name, row in measures.items()]
+    meanings = {name: describe_change(name, row) for name, row in measures.items()}
+    notes = [f"{name}: {meaning}" for name, meaning in meanings.items() if TOO_FEW in meaning]
+    return "\n".join([format_table(rows, numbers=True), *notes])
 
 
 def _cells(name: str, row: dict) -> tuple[str, ...]:

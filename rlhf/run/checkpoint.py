@@ -107,7 +107,7 @@ def _write_files(folder: Path, step: int, masters: "MasterWeights", optimizer, s
 
 
 def _averages(masters: "MasterWeights") -> list[tuple[str, torch.Tensor]]:
-    """Return the averages of the weights that a run keeps, by the name of their file."""
+    """Return the EMA weights and the old policy's, those that exist, with their file names."""
     kept = ("average", masters.average), ("old", masters.old)
     return [(name, average) for name, average in kept if average is not None]
 
@@ -156,6 +156,7 @@ def load_vector(path: Path, masters: "MasterWeights", vector: torch.Tensor) -> N
 
 
 def _cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return detached, contiguous copies on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -189,6 +190,7 @@ def load_checkpoint(path: Path, masters: "MasterWeights", optimizer: torch.optim
 
 
 def _load_moments(saved: dict[str, torch.Tensor], masters: "MasterWeights", optimizer, updates: int) -> None:
+    """Fill AdamW's moments from tensors by parameter name, and its number of updates."""
     moments = {key: torch.empty_like(masters.vector, requires_grad=False) for key in MOMENTS}
     for key, vector in moments.items():
         masters.load(vector, {n: saved[f"{key}.{n}"] for n in masters.names})
@@ -199,7 +201,7 @@ def _load_moments(saved: dict[str, torch.Tensor], masters: "MasterWeights", opti
 def read_state(path: Path) -> dict:
     """Return a checkpoint's state.json: step, settings, state of the batches and the guard.
 
-    Raises DamagedFileError.
+    Raises DamagedFileError, also for values of a wrong type and missing ones of the guard.
     """
     state = read_object(path / STATE)
     with file_errors(path / STATE):

@@ -26,6 +26,8 @@ def lock_problem(folder: Path) -> str | None:
             free, holder = _try_lock(file, shared=True), _read_holder(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:  # such as a folder of that name
+        return _useless(path, error)
     got = f"output_dir={folder}: got a folder in which process {holder['pid']} on {holder['host']} trains"
     got += ", expected one run a folder"
     if free is False:
@@ -53,7 +55,11 @@ def lock_folder(folder: Path, wanted: bool) -> Iterator[None]:
         raise ConfigError([f"output_dir={folder}: {got}; choose another"]) from error
     if problem := lock_problem(folder):
         raise ConfigError([problem])
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([_useless(path, error)]) from error
+    with file:
         if _try_lock(file) is False or not _is_at(path, file):  # another start was faster
             got = f"output_dir={folder}: got two starts at once, expected one run a folder; try again"
             raise ConfigError([lock_problem(folder) or got])
@@ -67,7 +73,14 @@ def lock_folder(folder: Path, wanted: bool) -> Iterator[None]:
                 path.unlink()
 
 
+def _useless(path: Path, error: OSError) -> str:
+    """Return the problem of a lock that cannot be opened."""
+    got = f"got {path}, which cannot be opened as a file ({error.strerror})"
+    return f"output_dir={path.parent}: {got}, expected the lock of a run, or none; move it away, or choose another"
+
+
 def _this_process() -> dict:
+    """Return host, process id and torchrun's launch id of this process."""
     launch = os.environ.get(TORCHRUN_MARK, "none")  # torchrun's name for it
     return {"host": socket.gethostname(), "pid": os.getpid(), "launch": launch}
 

@@ -71,10 +71,12 @@ def describe_inputs(
 
 
 def _describe_prompts(prompts: list[str]) -> str:
+    """Return the number of prompts and a digest of their rows."""
     return f"{len(prompts)} prompts, digest {_digest([*map(row_of, prompts)])}"
 
 
 def _digest(content) -> str:
+    """Return 16 digits of the content's SHA-256, as JSON."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

@@ -44,7 +44,7 @@ class StopRequest:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
             wanted = [n for n in self.SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._request) for number in wanted}
+            self._before = {number: signal.signal(number, self._on_signal) for number in wanted}
         return self
 
     def __exit__(self, *_):
@@ -64,7 +64,8 @@ class StopRequest:
         finally:
             self._open = False
 
-    def _request(self, number, _):
+    def _on_signal(self, number, _):
+        """Request the stop at the first signal, and interrupt at the second."""
         if not self.requested:
             self.requested, self._first = True, time.monotonic()
             outlive_launcher()  # it ends at Ctrl-C, too, and the step is to be finished
@@ -85,6 +86,7 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _say(self, text: str) -> None:
+        """Write a line to stderr, safe in a signal handler, if this process speaks."""
         if self.speaks:
             with suppress(OSError):  # of a terminal that is gone
                 os.write(2, f"\n{text}\n".encode())  # print() may be what the signal interrupts

@@ -81,6 +81,7 @@ class AnchorData:
         return torch.stack([self._load(caption) for caption in captions]).to(self.layout.device)
 
     def _load(self, caption: str) -> torch.Tensor:
+        """Read a video's cached latents."""
         path = self.files[_key(caption)]
         with file_errors(path), safe_open(path, "pt") as file:
             return file.get_tensor("latents")
@@ -97,7 +98,7 @@ class AnchorData:
         return {"anchor_data": self.batches.state(done)} if self.videos else {}
 
     def restore(self, saved: dict) -> None:
-        """Continue from a checkpoint's state."""
+        """Continue the order of the videos from a checkpoint's state, if there are any."""
         if self.videos:
             self.batches.restore(saved["step"], saved.get("anchor_data", {}))
 

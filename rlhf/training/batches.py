@@ -38,10 +38,10 @@ def first_failure(results: list[BatchResult]) -> tuple:
 
 
 def finish_in_turn(pending: Iterable[Callable[[], BatchResult]]) -> list[BatchResult]:
-    """Return the results of functions that finish a batch each, in order.
+    """Call functions that each finish a batch, one batch late; return their results in order.
 
-    pending: taking a function from it begins its batch. A batch is finished after the next one has
-    begun, so that one is sampled while another is scored.
+    pending: taking a function from it begins its batch. A batch is finished only after the next
+    one has begun, so that one is sampled while another is scored.
     """
     results, waiting = [], None
     for finish in pending:
@@ -99,7 +99,10 @@ class Batches:
         return {"samples": self.samples_before(step), "place": place, "processes": processes}
 
     def restore(self, step: int, saved: dict) -> None:
-        """Continue from a checkpoint's step and `state`, saved by any number of processes."""
+        """Set the position in the order of samples to that of a checkpoint after `step` steps.
+
+        saved: its `state`, of any number of processes. {} counts from the step at today's size.
+        """
         rollout = step // self.reuse
         self.origin = step, saved.get("samples", self.samples_before(step))
         self.start = rollout, saved.get("place", self.samples_before(rollout))
@@ -113,6 +116,7 @@ class Batches:
         return self.samples_before(step) / self.group_size / len(self.prompts)
 
     def _place(self, rollout: int) -> int:
+        """Return the position of a rollout's first sample in the order of samples."""
         return self.start[1] + (rollout - self.start[0]) * self.samples_per_step
 
     def prompts_from_rollout(self, rollout: int) -> list[str]:

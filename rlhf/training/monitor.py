@@ -181,6 +181,7 @@ class HeldOutMonitor:
         return summary
 
     def _evaluate(self, name: str, done: int) -> tuple[Evaluation, dict[str, float]]:
+        """Evaluate the current model, keep that as the latest; return it and its gains."""
         evaluation = self.held_out.evaluate(name, done)
         self.latest = done, evaluation
         return evaluation, self._gains(evaluation)
@@ -202,15 +203,17 @@ class HeldOutMonitor:
         return metrics
 
     def _gains(self, evaluation: Evaluation) -> dict[str, float]:
+        """Return the gains of an evaluation over the base."""
         return gains(self.base, evaluation, self.trained, self.held_out_judges)
 
     @property
     def _gain_key(self) -> list:
-        """Prompts, settings and judges, which must be equal for gains to be comparable."""
+        """Return prompts, settings and judges, which must be equal for gains to be comparable."""
         return [self.base.prompts, self.base.settings, self.held_out_judges]
 
     @property
     def _best_summary(self) -> str:
+        """Return the best step and its gain as text."""
         return f"{self.guard.best_step}, {self.guard.best_gain:+.2f} spreads above the base"
 
     def _copy_best(self) -> None:
@@ -220,6 +223,7 @@ class HeldOutMonitor:
             shutil.copytree(theirs, self.best_folder)
 
     def _save_best(self) -> None:
+        """Save the current adapter and its masters as the best, on the main process."""
         if self.is_main:
             self.masters.save_adapter(self.best_folder / ADAPTER_FILE)
             save_vector(self.best_folder / MASTERS_FILE, self.masters, self.masters.vector)

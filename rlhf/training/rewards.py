@@ -91,7 +91,10 @@ def open_rewards(
 
 
 def latent_problems(args: RewardGradientConfig, trained: dict[str, Callable]) -> list[str]:
-    """Return the settings that do not fit the space of the rewards to train on, by short name."""
+    """Return the problems of rewards of latents with other settings, and of prfl without one.
+
+    trained: the rewards to train on, by short name.
+    """
     latent = [name for name in trained if scores_latents(trained[name])]
     if args.method == "prfl" and not any(_weights(trained, args)[name] for name in latent):
         got = f"got prfl with {', '.join(trained)}, expected a reward of latents among those trained on"
@@ -134,6 +137,7 @@ def choose_method(
 
 
 def _weights(trained: dict[str, Callable], args) -> dict[str, float]:
+    """Return each trained reward's weight, 1 by default."""
     return dict(zip(trained, args.reward_weights or [1.0] * len(trained), strict=True))
 
 

@@ -11,13 +11,13 @@ import torch
 from rewards import RewardError, RewardMix
 from rewards.contract import NoisyLatents
 from rlhf.distributed.layout import Layout
-from rlhf.generator.text import PromptCache
 from rlhf.generator.wan_decoder import saturated_share
 from rlhf.method.decode import Decoder
 from rlhf.method.losses import score, start_score
 from rlhf.method.options import SCORES_ALONE, MethodOptions
 from rlhf.method.plan import Sample
 from rlhf.training.batches import BatchResult
+from rlhf.types import Conditioning
 
 # () -> scores (B,), their gradient at the latents or None, and what is logged of the batch
 Finish = Callable[[], tuple[torch.Tensor, torch.Tensor | None, BatchResult]]
@@ -29,7 +29,6 @@ class Scorer:
 
     rewards: RewardMix
     decode: Decoder
-    text: PromptCache
     layout: Layout
     method: str
     options: MethodOptions
@@ -40,10 +39,12 @@ class Scorer:
         """Return the `info` keyword arguments of rewards in a step: fps, seed and step."""
         return {"fps": self.fps, "seed": self.seed, "step": step}
 
-    def score(self, sample: Sample, prompts: list[str], step: int) -> tuple[torch.Tensor, BatchResult]:
+    def score(
+        self, sample: Sample, prompts: list[str], cond: Conditioning, step: int
+    ) -> tuple[torch.Tensor, BatchResult]:
         """Decode and score a sample; return the scores (B,) with graph, and what is logged."""
         options, info, error = self.options, self.info(step), None
-        video, latents = self._views(sample, prompts, step)
+        video, latents = self._views(sample, cond, step)
         how = options.relative_words, options.relative_strength, sample.penalty, options.reward_perturbation
         try:
             scores_B, raw = score(self.rewards, video, prompts, info | {"latents": latents}, *how)
@@ -54,28 +55,32 @@ class Scorer:
         told = info | {"latents": replace(latents, latents_BCTHW=latents.latents_BCTHW.detach())}
         return scores_B, BatchResult(_columns(scores_B, raw, video), (seen, prompts, told), error)
 
-    def begin(self, latents_BCTHW: torch.Tensor, prompts: list[str], step: int) -> Finish:
-        """Begin to score finished latents for a regression, which may need no gradient of them."""
+    def begin(self, latents_BCTHW: torch.Tensor, prompts: list[str], cond: Conditioning, step: int) -> Finish:
+        """Begin to score latents for a regression, with their gradient if the method uses it."""
         begin = self._begin_scores if self.method in SCORES_ALONE else self._score_with_gradient
-        return begin(latents_BCTHW, prompts, step)
+        return begin(latents_BCTHW, prompts, cond, step)
 
-    def _views(self, sample: Sample, prompts: list[str], step: int) -> tuple[torch.Tensor | None, NoisyLatents]:
-        """Return the video of a sample, None if no reward sees it, and its latents."""
-        cond, average = self.text(prompts, self.layout.device), self.layout.average_grad
-        noisy = NoisyLatents(average(sample.noisy), sample.sigma, cond.prompt_embeds_BLD, cond.pooled_embeds_BP)
+    def _views(self, sample: Sample, cond: Conditioning, step: int) -> tuple[torch.Tensor | None, NoisyLatents]:
+        """Return a sample's video, None if no reward sees it, and its latents for rewards."""
+        average = self.layout.average_grad
+        noisy = NoisyLatents(
+            average(sample.scored_latents), sample.sigma, cond.prompt_embeds_BLD, cond.pooled_embeds_BP
+        )
         return self.decode(average(sample.latents), step), noisy
 
-    def _score_with_gradient(self, latents_BCTHW: torch.Tensor, prompts: list[str], step: int) -> Finish:
-        """Score at once, and return a function that only returns the result."""
+    def _score_with_gradient(
+        self, latents_BCTHW: torch.Tensor, prompts: list[str], cond: Conditioning, step: int
+    ) -> Finish:
+        """Score at once, with the gradient at the latents; return a function that returns both."""
         sample = Sample(latents_BCTHW.requires_grad_())
-        scores_B, scored = self.score(sample, prompts, step)
+        scores_B, scored = self.score(sample, prompts, cond, step)
         (gradient,) = torch.autograd.grad(scores_B.sum(), sample.latents)
         return partial(tuple, (scores_B.detach(), gradient, scored))
 
     @torch.no_grad()
-    def _begin_scores(self, latents_BCTHW: torch.Tensor, prompts: list[str], step: int) -> Finish:
+    def _begin_scores(self, latents_BCTHW: torch.Tensor, prompts: list[str], cond: Conditioning, step: int) -> Finish:
         """Begin to score without a gradient, and return a function that waits for the scores."""
-        video, latents = self._views(Sample(latents_BCTHW), prompts, step)
+        video, latents = self._views(Sample(latents_BCTHW), cond, step)
         info, words = self.info(step) | {"latents": latents}, self.options.relative_words
         try:
             finish = start_score(self.rewards, video, prompts, info, words, self.options.relative_strength)
@@ -96,6 +101,7 @@ class Scorer:
 
 
 def _raise(error: Exception) -> NoReturn:
+    """Raise the error, for use as a `Finish`."""
     raise error
 
 
@@ -108,4 +114,5 @@ def _columns(
 
 
 def _saturated(video_BCTHW: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return the column of saturated shares, {} without a video."""
     return {} if video_BCTHW is None else {"saturated": saturated_share(video_BCTHW)}

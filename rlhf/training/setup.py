@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig
 
 from rewards import RewardMix, frames_needed, reward_name
 from rlhf.adapter.lora import ATTENTION, add_adapter, lora_config, lora_settings
-from rlhf.adapter.lora_file import IDENTITY_INITS, other_fields
+from rlhf.adapter.lora_file import IDENTITY_INITS, unsupported_fields
 from rlhf.adapter.lora_weights import Lora
 from rlhf.adapter.masters import MasterWeights
 from rlhf.adapter.merge import apply_lora
@@ -126,7 +126,7 @@ def _wrong_types(model, reward_funcs, args, peft_config) -> Iterator[str]:
 
 
 def _adapter_problems(model, args, peft_config) -> Iterator[str]:
-    """Yield the problems of an adapter that the model has, and of peft_config's."""
+    """Yield the problem of a model that has an adapter already, and wrong fields of peft_config."""
     if getattr(args, "initial_adapter", None) and (
         merged := getattr(getattr(model, "transformer", None), "initial_adapter", None)
     ):
@@ -145,7 +145,7 @@ def _adapter_problems(model, args, peft_config) -> Iterator[str]:
         yield from _dora_problems(args)
     if not peft_config.target_modules:
         yield f"peft_config: got no target_modules, expected names of layers; those of the settings are {ATTENTION}"
-    for name, value in other_fields(peft_config.to_dict()).items():
+    for name, value in unsupported_fields(peft_config.to_dict()).items():
         yield f"peft_config: got {name}={value!r}, expected its default: a run trains LoRA alone; leave it out"
     if isinstance(start := peft_config.init_lora_weights, str) and start not in IDENTITY_INITS:
         expected = "expected one that leaves the base's weights as they are, for it is what a run is compared with"
@@ -254,12 +254,10 @@ def make_decoder(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientCo
     )
 
 
-def make_scorer(
-    pipe: VideoPipeline, rewards: RewardMix, text: PromptCache, args: RewardGradientConfig, layout: Layout
-) -> Scorer:
+def make_scorer(pipe: VideoPipeline, rewards: RewardMix, args: RewardGradientConfig, layout: Layout) -> Scorer:
     """Return what scores the samples of a run's steps."""
     decode, options = make_decoder(pipe, rewards, args, layout.device), read_options(args.method, args.method_kwargs)
-    return Scorer(rewards, decode, text, layout, args.method, options, pipe.sampling.fps, args.seed)
+    return Scorer(rewards, decode, layout, args.method, options, pipe.sampling.fps, args.seed)
 
 
 def make_batches(prompts: list[str], pipe: VideoPipeline, args: RewardGradientConfig, layout: Layout) -> Batches:

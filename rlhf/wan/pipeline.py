@@ -42,7 +42,7 @@ class WanPipeline(VideoPipeline, diffusers.WanPipeline):
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels of an edge of a latent pixel."""
+        """Pixels of the video along an edge of one latent pixel."""
         return self.vae_scale_factor_spatial
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:

@@ -48,7 +48,7 @@ def test_arms_train_for_as_many_steps_as_the_full_size_model_would_in_the_same_t
     assert "| `half the steps` | 2 | +0.150 (+0.100 to +0.200) | +15.0 (+10.0 to +20.0) |" in table
     assert table.splitlines()[-1].endswith("| +0.250 (+0.250 to +0.250) | +20.0 (+20.0 to +20.0) | 60 |")
     with pytest.raises(SystemExit):
-        cheaper.main(["--only", "guidance every 2nd step", *flags])  # not measured at full size
+        cheaper.main(["--only", "a quarter of the steps", *flags])  # not measured at full size
 
 
 def test_methods_train_for_as_many_steps(made, tmp_path):

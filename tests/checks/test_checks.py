@@ -31,9 +31,11 @@ def test_all_problems_are_told_at_once(problems):
     assert told.startswith("The settings have 5 problems:")
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/step-1/state.json"])
 def test_a_folder_with_a_run_is_refused_unless_it_may_be_overwritten(problems, tmp_path, name):
-    (tmp_path / "run" / name / "step-1").mkdir(parents=True)
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
     assert "holds a run already" in problems()
     assert problems(overwrite_output_dir=True) == ""
 

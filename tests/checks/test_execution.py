@@ -23,9 +23,7 @@ def problems(**settings):
         CHECKPOINTED | {"keep_attention": True, "offload_activations": True, "stream_weights": True},
         {"decode_chunk": 1, "decode_checkpoint": True, "decode_caches": "host", "decode_window": 5},
         {"rollout_reuse": 2, "num_grad_steps": 49},
-        {"guidance_every": 2, "num_grad_steps": 48},
-        {"prefix_steps": 10, "guidance_every": 2, "rollout_reuse": 4},
-        {"method": "srpo", "guidance_every": 2},
+        {"prefix_steps": 10, "rollout_reuse": 4},
         {"prefix_steps": 10, "method": "alignprop", "num_grad_steps": 4},
     ],
 )

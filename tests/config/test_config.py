@@ -1,6 +1,7 @@
 """Settings from YAML and flags; what is misspelt or of the wrong kind is named with its cure."""
 
 import dataclasses
+import inspect
 import pickle
 from pathlib import Path
 
@@ -206,6 +207,17 @@ def test_no_setting_may_be_abbreviated():
         parse_config(["--learning", "1"])
 
 
+def test_a_setting_that_is_unknown_or_gone_is_explained_in_python_as_on_the_command_line():
+    names = {"eval_width": "it moved to eval_size", "optim": "it is gone; leave it out", "lora_rnk": "'lora_rank'"}
+    names |= {"rollout_uses": "it is now 'rollout_reuse'", "dry_run": "a flag of the train command"}
+    with pytest.raises(ConfigError) as error:
+        RewardGradientConfig(max_steps=3, **dict.fromkeys(names, 1))
+    for name, problem in zip(names, error.value.problems, strict=True):
+        assert problem.startswith(f"{name}: ")
+        assert names[name] in problem
+    assert list(inspect.signature(RewardGradientConfig).parameters) == field_names()
+
+
 def test_every_setting_has_a_help_text_that_ends_in_a_full_stop():
     for f in [f for kind in (RewardGradientConfig, *METHOD_OPTIONS.values()) for f in dataclasses.fields(kind)]:
         assert f.metadata["help"].endswith((".", "none.")), f.name
@@ -266,10 +278,26 @@ def test_a_file_of_an_earlier_version_is_translated_and_one_paragraph_says_how(y
 
 
 @pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"rollout_uses": 2}, True),
+        ({"rollout_uses": 2, "drift_weighting": "even"}, False),
+        ({"rollout_reuse": 2}, False),
+    ],
+)
+def test_an_old_recipe_that_distils_is_told_that_the_weights_of_steps_changed(more, told):
+    """One that has nothing else of an earlier version cannot be known from one of today."""
+    _, paragraph, problems = translate_old_settings({"guidance_gradient": "distill"} | more)
+    assert ("now weighs all steps alike, where drift_weighting was kl by default" in paragraph) == told
+    assert problems == []
+
+
+@pytest.mark.parametrize(
     ("settings", "cure"),
     [
         ({"train_blocks": ["transformer_blocks.2"]}, "adapt more layers by lora_target_modules"),
         ({"second_order_prefix": True}, "prefix_steps alone"),
+        ({"guidance_every": 2}, "prefix_steps saves more"),
         ({"optim": "adamw_bnb_8bit"}, "moments are float32"),
         ({"early_stopping_threshold": 0.1}, "any rise counts"),
         ({"num_train_prompts": 64}, "into a file"),

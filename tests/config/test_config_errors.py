@@ -25,8 +25,8 @@ from rlhf.config.parse import parse_config
 PACKAGE = Path(__file__).parents[2] / "rlhf"
 CHECKED = [path for room in ("checks", "config") for path in (PACKAGE / room).glob("*.py")]
 CHECKED += [PACKAGE / "method" / "options.py", PACKAGE / "prompts" / "__init__.py"]
-# Of tests/prompts/test_prompts.py, tests/export/test_demo.py and tests/training/test_initial_adapter.py.
-OTHERS = ("as_prompts", "check_sampling", "read_initial")
+# Tested beside what they are of: in prompts/test_prompts, export/test_demo, training/test_initial_adapter, test_config.
+OTHERS = ("as_prompts", "check_sampling", "read_initial", "_explain_keywords", "explained")
 
 
 # ---------------------------------------------------------------------------------- making mistakes
@@ -57,6 +57,8 @@ def project(tmp_path_factory):
     (tmp / "spoilt/checkpoints/step-3").mkdir(parents=True)
     (tmp / "linked").mkdir()
     (tmp / "linked" / "checkpoints").symlink_to(tmp / "run" / "checkpoints")
+    (tmp / "mixed" / "summary.json").mkdir(parents=True)
+    (tmp / "mixed" / "samples").touch()
     (tmp / "busy").mkdir()
     (tmp / "busy" / "run.lock").write_text('{"host": "another", "pid": 7, "started": "1"}')
     return tmp

@@ -43,7 +43,7 @@ EVERYTHING = {  # drift, an average, draws of the method, an evaluation on the w
     "eval": PROMPTS[:3],
     "max_steps": 2,
 }
-CHEAPER = {"guidance_every": 2, "num_grad_steps": 1, "max_steps": 2}
+CHEAPER = {"prefix_steps": 1, "rollout_reuse": 2, "num_grad_steps": 1, "max_steps": 2}
 ADJOINT = {"method": "adjoint_matching", "num_grad_steps": 1, "max_steps": 2}
 PRFL = {"method": "prfl", "reward": "calm", "num_grad_steps": 1, "max_steps": 2}
 LEAPS = {"method": "leap_align", "num_grad_steps": 1, "max_steps": 2}
@@ -232,7 +232,7 @@ def test_a_layout_that_does_not_fit_names_those_that_do():
     ("settings", "told"),
     [
         ({"guidance_parallel": 2, "guidance_gradient": "text"}, "guidance_gradient: got text with guidance_parallel 2"),
-        ({"guidance_parallel": 2, "guidance_every": 2}, "guidance_every: got 2 with guidance_parallel 2"),
+        ({"guidance_parallel": 2, "guidance_together": True}, "guidance_together: got True with guidance_parallel 2"),
         ({"shard_base": True, "gradient_checkpointing": True, "stream_weights": True}, "got stream_weights=True"),
     ],
 )

@@ -46,6 +46,14 @@ def test_one_model_twice_is_not_different():
     assert all(row["ci95"] == [0.0, 0.0] and row["win_rate"] == 0.5 for row in rows)
 
 
+def test_differences_without_spread_are_said_to_be_so():
+    pairs = draw(0)
+    text = SCRIPT["describe"](compare(Pairs(pairs.prompts, pairs.base, pairs.base, 48, 0)))
+    assert text.count("no spread") == 4  # three rows and the line that explains it
+    assert "[+0" not in text
+    assert SCRIPT["describe"](compare(pairs)).count("no spread") == 1
+
+
 def test_a_known_shift_is_found_where_it_is():
     for seed in range(10):
         rows = {row["reward"]: row for row in compare(draw(seed, shift=1.5))}
@@ -139,6 +147,7 @@ def test_prompts_of_nano_have_categories_of_their_own():
         (["--by", "{twice}"], "got two categories for 'x', expected one"),
         (["--by", "{by}"], "got no category for 'y' and 0 more"),
         (["{absent}"], "scores.jsonl: got no file there, expected the scores of a folder; run eval/score.py"),
+        (["{same}"], "got one folder twice, expected those of two models; correct one"),
         (["{strange}"], "got no prompt and seed in common"),
         (["{unscored}"], "got no reward with a score for every video in common"),
     ],
@@ -151,7 +160,14 @@ def test_mistakes_are_told(sets, tmp_path, flags, told, capsys):
     places = {name: tmp_path / name for name in ("absent", "strange", "unscored")} | {
         name: tmp_path / f"{name}.tsv" for name in ("by", "twice")
     }
+    places["same"] = sets[0]
     flags = [flag.format(**places) for flag in flags]
     folders = [sets[0], *([sets[1]] if flags[0] == "--by" else [])]
     assert SCRIPT["main"]([*map(str, folders), *flags]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_rows_that_find_no_room_on_the_disk_are_an_error_in_a_line(sets, tmp_path, capsys, file_limit):
+    with file_limit(10):
+        assert SCRIPT["main"]([*map(str, sets), "--json", str(tmp_path / "rows.json")]) == 2
+    assert "File too large" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_every_setting_that_makes_another_video_or_score_makes_the_base_anew(hel
     assert held_out(num_sample_prompts=0).base(resumed=True) is not anew
     changes = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.5}
     changes |= {"negative_prompt": "dark", "max_sequence_length": 9, "reward_kwargs": {"pixel": {"a": 1}}}
-    changes |= {"dtype": "bfloat16", "base_bits": 4, "vae_dtype": "bfloat16", "guidance_every": 2}
+    changes |= {"dtype": "bfloat16", "base_bits": 4, "vae_dtype": "bfloat16"}
     changes |= {"eval_seed": 4, "num_diversity_prompts": 2}
     for name, value in changes.items():
         assert held_out(num_sample_prompts=0, **{name: value}).base(resumed=True) is anew, name

@@ -9,6 +9,7 @@ from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.measures import MEASURES
 from rlhf.evaluation.statistics import (
     LEVEL,
+    describe_change,
     holm_correction,
     paired_interval,
     paired_test,
@@ -103,3 +104,36 @@ def test_summary_has_the_agreed_form():
     assert set(summary["held_out"]) == {"verifier"}
     assert set(summary["motion"]) == set(summary["held_out"]["verifier"]) == {"base", "tuned", "diff", "ci95"}
     assert summary["held_out"]["verifier"]["diff"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "diff", "half", "more", "meaning"),
+    [
+        ("diversity", -0.33, 0.34, {"prompts": 64}, "-33 ± 34 %: too few videos to tell; raise num_diversity_prompts"),
+        ("motion", 0.05, 0.16, {"prompts": 64}, "+5 ± 16 %: too few videos to tell; raise num_eval_prompts"),
+        (
+            "right",
+            0.1,
+            0.2,
+            {"prompts": 64, "verdict": True},
+            "+10 ± 20 %: too few videos to tell; raise num_eval_prompts",
+        ),
+        ("motion", 0.05, 0.14, {}, "no clear change"),
+        ("motion", 0.05, 0.04, {}, "higher"),
+        ("diversity", -0.5, 0.4, {}, "lower"),
+        ("any", 0.1, 9.0, {"verdict": False}, "no clear change"),
+        ("motion", 0.05, 0.0, {"prompts": 1}, "one prompt is not enough"),
+    ],
+)
+def test_a_change_is_only_called_unclear_where_the_interval_would_show_one_that_matters(
+    name, diff, half, more, meaning
+):
+    """In the units of a base of 2, for the percentages are of the base."""
+    row = {"base": 2.0, "tuned": 2.0 + 2 * diff, "diff": 2 * diff, "ci95": [2 * (diff - half), 2 * (diff + half)]}
+    assert describe_change(name, row | more) == meaning
+
+
+def test_a_measure_that_was_and_stays_zero_has_no_clear_change():
+    assert describe_change("saturation", paired_interval(torch.zeros(3), torch.zeros(3))) == "no clear change"
+    rising = paired_interval(torch.zeros(3), torch.tensor([0.0, 0.0, 1.0]))
+    assert "+100 ± 430 %" in describe_change("saturation", rising)

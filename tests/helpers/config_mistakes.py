@@ -265,10 +265,6 @@ ROWS = [
         "expected at least 2, since its last step has no noise ... raise it",
     ),
     Row(
-        {"method": "flow_grpo", "guidance_every": 2, "per_device_train_batch_size": 8},
-        "guidance_every: got 2 with method flow_grpo ... expected 1: the velocity that samples ... leave it out",
-    ),
-    Row(
         {"method": "leap_align", "num_inference_steps": 1},
         "num_inference_steps: got 1 with method leap_align ... expected at least 2 ... raise it",
     ),
@@ -308,10 +304,6 @@ ROWS = [
         "rollout_reuse: got it with 0 of num_inference_steps=50 before the window ... "
         "expected at least 1 ... lower num_grad_steps",
     ),
-    Row(
-        {"guidance_every": 2, "num_grad_steps": 49},
-        "guidance_every: got it with 1 of num_inference_steps=50 ... expected at least 2 ... lower num_grad_steps",
-    ),
     Row({"rollout_reuse": 2, "method": "alignprop", "num_grad_steps": 2}, "got it with ... draft_lv ... change one of"),
     Row({"decode_caches": "host"}, "decode_caches: got host without ... expected both ... set that, too"),
     Row({"prefix_steps": 1, "method": "srpo"}, "prefix_steps: got it with ... expected draft_k ... change one of"),
@@ -319,10 +311,6 @@ ROWS = [
     Row({"prefix_steps": 49}, "prefix_steps=49 ... only 49 of num_inference_steps=50 come before ... lower it"),
     Row({"guidance_together": True, "guidance_scale": 1.0}, "guidance_together: got it ... which has one ... leave it"),
     Row({"rollout_reuse": 2, "drift_weight": 1.0}, "rollout_reuse: got drift_weight ... expected 0 ... leave one out"),
-    Row(
-        {"guidance_every": 2, "guidance_scale": 1.0},
-        "guidance_every: got 2 ... nothing is guided here, expected 1 ... leave it out",
-    ),
     # ------------------------------------------------------------------------------ several devices
     Row(
         {"sequence_parallel": 3},
@@ -407,6 +395,14 @@ ROWS = [
     Row(
         {"output_dir": "{tmp}/busy"},
         "busy: got a folder in which process 7 on another trains ... expected one run a folder ... choose another",
+    ),
+    Row(
+        {"output_dir": "{tmp}/mixed"},
+        "mixed: got the file samples, the folder summary.json in it ... expected what a run leaves ... move it away",
+    ),
+    Row(
+        {"resume_from_checkpoint": "{tmp}/run/checkpoints/step-3", "output_dir": "{tmp}/on", "max_steps": 2},
+        "max_steps: got 2 ... expected at least the 3 steps of ... raise it",
     ),
     Row({"resume_from_checkpoint": "absent"}, "got no checkpoint there ... expected a folder such as ... correct the"),
     Row(

@@ -148,7 +148,7 @@ def toy_gradient(plan: Plan) -> float:
     )
     for sample in samples:
         assert sample.sigma == plan.sigmas[-1]
-        total = (sample.latents.sum() + 2 * sample.noisy.sum()) / 3
+        total = (sample.latents.sum() + 2 * sample.scored_latents.sum()) / 3
         ((-1 if sample.penalty else 1) * total / plan.num_samples).backward()
     return theta.grad.item()
 

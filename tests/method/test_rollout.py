@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from problem import GUIDANCE, SIGMAS, STEPS
-from tiny import SAMPLING, tiny_conditioning, tiny_transformer
+from tiny import SAMPLING
 
-from rlhf.adapter.masters import MasterWeights
-from rlhf.generator.flow import flow_sigmas, guided_velocity
+from rlhf.generator.flow import flow_sigmas
 from rlhf.generator.text import encode_prompts
 from rlhf.method.plan import Plan, shorten_prefix
 from rlhf.method.rollout import RolloutCache, draw_noise, rollout, sample_euler
-from rlhf.method.velocity import Guidance, VelocityFields, velocity_field
+from rlhf.method.velocity import velocity_field
 
 
 def test_rollout_equals_the_pipeline(make_pipe):
@@ -163,43 +162,6 @@ def test_a_shortened_prefix_has_as_many_steps_as_asked_and_no_level_twice():
         assert len(shortened) == steps + 2
         assert (shortened.diff() < 0).all()
         assert torch.equal(shortened[[0, -2, -1]], sigmas[[0, 24, 25]])
-
-
-class Guided:
-    """A rollout of six steps by a model that notes which guidance branch it runs."""
-
-    def __init__(self):
-        self.model, self.cond, self.text = tiny_transformer().double(), tiny_conditioning(dtype=torch.float64), []
-        self.model.register_forward_pre_hook(
-            lambda _, args: self.text.append(torch.equal(args[1], self.cond.prompt_embeds_BLD))
-        )
-        self.model.proj_out.requires_grad_(True)
-        self.noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    def latents(self, grad_steps=(), **guidance):
-        masters = MasterWeights(self.model)
-        fields, plan = VelocityFields(self.model, masters, Guidance(**guidance)), Plan(SIX_STEPS, list(grad_steps))
-        prefix, window = fields.prefix(self.cond, plan), fields.window(self.cond)
-        return rollout(prefix, window, self.noise, plan.sigmas, plan.grad_steps)[-1]
-
-
-def test_the_negative_branch_runs_once_in_so_many_no_grad_steps_and_always_in_the_window():
-    both, text_alone, guided = [True, False], [True], Guided()
-    guided.latents([5], scale=3.0, every=3)
-    assert guided.text == both + text_alone * 2 + both + text_alone + both
-    guided.text.clear()
-    guided.latents([1], scale=3.0, every=2)
-    assert guided.text == both + both + text_alone + both + text_alone + both, "steps with gradient do not count"
-
-
-def test_cached_guidance_is_exact_for_one_step_and_near_for_more():
-    guided = Guided()
-    fields = [{"scale": 3.0}, {"scale": 3.0, "every": 1}, {"scale": 3.0, "every": 2}, {"scale": 1.0}]
-    exact, once, cached, none = (guided.latents(**field) for field in fields)
-    velocity = lambda x, sigma: guided_velocity(guided.model, x, sigma, guided.cond, 3.0)
-    assert torch.equal(exact, sample_euler(velocity, guided.noise, SIX_STEPS)[-1])
-    assert torch.equal(once, exact)
-    assert 1e-4 * (none - exact).norm() < (cached - exact).norm() < 0.5 * (none - exact).norm()
 
 
 def test_a_rollout_is_sampled_once_and_reused_as_often_as_asked():

@@ -53,7 +53,6 @@ def test_the_rates_are_those_that_were_measured():
         },
         {"method": "adjoint_matching", "method_kwargs": {"adjoint_steps": 2}},
         {"num_inference_steps": 6, "prefix_steps": 3},
-        {"num_inference_steps": 6, "guidance_every": 2},
     ],
 )
 def test_calls_are_those_that_a_training_step_makes(make_args, settings):

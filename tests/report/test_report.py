@@ -58,6 +58,15 @@ def test_worst_ten_come_first_and_the_others_are_a_click_away(finished):
     assert [hidden for _, hidden in cards] == [False] * 10 + [True] * 2
 
 
+def test_the_report_names_the_verdict_of_every_row(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    summary["diversity"] |= {"base": 0.5, "diff": -0.1, "ci95": [-0.2, 0.0]}
+    (finished / "summary.json").write_text(json.dumps(summary))
+    page = read(finished)
+    assert "-20 ± 20 %: too few videos to tell; raise num_diversity_prompts" in page.text
+    assert page.text.count("no clear change") == 3  # of measures that stayed as they were
+
+
 def test_prompts_without_videos_are_told(finished):
     assert "other held-out prompts" not in read(finished).text
     for folder in (finished / "samples").iterdir():

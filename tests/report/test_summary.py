@@ -19,6 +19,13 @@ def test_table_has_a_line_for_each_judge_and_measure():
     assert len({len(line) for line in lines}) == 1
 
 
+def test_below_the_table_are_the_measures_that_too_few_videos_have():
+    wide = {"base": 0.1, "tuned": 0.07, "diff": -0.03, "ci95": [-0.061, 0.001]}
+    text = summary_table({"trained": {"clip": ROW}, "held_out": {}, "motion": ROW, "diversity": wide})
+    assert text.splitlines()[-1] == "diversity: -30 ± 31 %: too few videos to tell; raise num_diversity_prompts"
+    assert text.count("too few") == 1
+
+
 def test_one_prompt_has_no_interval():
     row = paired_interval(torch.tensor([0.5]), torch.tensor([0.75]))
     summary = {"trained": {"clip": row}, "held_out": {}, "motion": ROW, "diversity": {}}

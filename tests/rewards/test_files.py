@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps, ImageSequence
 
-from rewards.cli.files import read_video
+from rewards.cli.files import numbered_pictures, read_video
 from rlhf.run.video import write_video
 
 FAULTS = Path(__file__).parents[1] / "data" / "faults"  # FFmpeg's command line, Pillow and OpenCV made them
@@ -417,6 +417,20 @@ def test_pictures_of_another_size_are_refused(tmp_path):
         Image.new("RGB", (8 * i, 8)).save(tmp_path / f"{i}.png")
     with pytest.raises(ValueError, match=r"2.png: got 16x8 pixels, expected 8x8 pixels, as 1.png has"):
         read_video(tmp_path, fps=8)
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered"),
+    [
+        (["f0", "f-1", "f-2", "f1"], ["f-2", "f-1", "f0", "f1"]),  # times around an event
+        (["f-10", "f-9", "f-8"], ["f-8", "f-9", "f-10"]),
+        (["10", "9", "8"], ["8", "9", "10"]),
+    ],
+)
+def test_a_hyphen_is_a_minus_only_where_other_names_have_none(tmp_path, names, ordered):
+    for name in names:
+        (tmp_path / f"{name}.png").touch()
+    assert [path.stem for path in numbered_pictures(tmp_path)] == ordered
 
 
 def test_an_animation_among_numbered_pictures_is_refused(tmp_path):

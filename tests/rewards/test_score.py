@@ -196,3 +196,12 @@ def test_scores_by_other_weights_are_not_of_equal_conditions(tmp_path):
     assert score_conditions("aesthetic", {"weights": str(weights)}, None) == before
     weights.write_bytes(b"two")
     assert score_conditions("aesthetic", {"weights": str(weights)}, None) != before
+
+
+def test_scores_that_find_no_room_on_the_disk_are_shown_and_the_place_is_named(folder, tmp_path, capsys, file_limit):
+    command = [str(folder / "clip.gif"), "--reward", "flicker", "--json", str(tmp_path / "scores.json")]
+    with file_limit(10):
+        assert main(command) == 1
+    told = capsys.readouterr()
+    assert "clip.gif" in told.out
+    assert "--json: got [Errno 27] File too large" in told.err

@@ -5,9 +5,11 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from runs import At, train
@@ -52,6 +54,31 @@ def test_a_lock_that_has_no_room_on_the_disk_is_not_left_behind(tmp_path, file_l
     with pytest.raises(OSError, match="File too large"), file_limit(10), lock_folder(tmp_path, wanted=True):
         pytest.fail("held a lock that names nobody")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_place_of_the_lock_is_named_with_the_cure(tmp_path, make_args):
+    (tmp_path / "run" / LOCK).mkdir(parents=True)
+    cure = r"run\.lock, which cannot be opened as a file \(Is a directory\), expected .* move it away"
+    assert re.search(cure, lock_problem(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=cure):
+        train(make_args(max_steps=1))
+
+
+def test_a_lock_that_may_only_be_read_is_named_with_the_cure(tmp_path, monkeypatch):
+    """Of another user; the rights are pretended, for root may everything."""
+    may, error = Path.open, PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", **how: may(path, mode, **how) if mode == "r" else fail(error)
+    )
+    with (
+        pytest.raises(ConfigError, match=r"run\.lock, which cannot be opened .*Permission denied"),
+        lock_folder(tmp_path, True),
+    ):
+        pytest.fail("held a lock that cannot be written")
+
+
+def fail(error: Exception):
+    raise error
 
 
 HOLDING = """

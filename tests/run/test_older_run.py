@@ -25,8 +25,9 @@ MOVED = (
     "These settings are of an earlier version. rollout_uses is now rollout_reuse; grad_steps, jump_steps, num_draws, "
     "align_sigmas, align_delta, relative_words, relative_strength: now in method_kwargs, here {'num_draws': 1}; "
     "dry_run, memory_limit_gib, plan_device, plan_processes: now only flags of the train command; second_order_prefix, "
-    "optim, sampling_weights, train_blocks, num_train_prompts, drift_weighting, early_stopping_threshold, "
-    "lora_use_dora, lora_rank_pattern, lora_alpha_pattern, decode_channels_last: gone, without effect here."
+    "optim, guidance_every, sampling_weights, train_blocks, num_train_prompts, drift_weighting, "
+    "early_stopping_threshold, lora_use_dora, lora_rank_pattern, lora_alpha_pattern, decode_channels_last: gone, "
+    "without effect here."
 )
 
 
@@ -99,7 +100,7 @@ def test_it_goes_on_and_one_paragraph_says_which_settings_moved_where(tmp_path, 
     monkeypatch.chdir(tmp_path)
     run = shutil.copytree(OLDER / "run", tmp_path / "runs" / "run")
     args = parse_config(["--resume_from_checkpoint", str(run / "checkpoints" / "step-3"), "--max_steps", "4"], run)
-    assert (args.rollout_reuse, args.guidance_every, args.method_kwargs) == (2, 2, {"num_draws": 1})
+    assert (args.rollout_reuse, args.lora_rank, args.method_kwargs) == (2, 2, {"num_draws": 1})
 
     RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS).train()
     rows = read_metrics(run)

@@ -256,10 +256,19 @@ def test_the_dry_run_of_a_recipe_for_contentv_8b_prints_settings_and_needs(main,
 
 def test_a_plan_for_a_gpu_takes_no_number_format_from_this_cpu(main, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("rlhf.checks.multiplies_bfloat16", lambda device: True)
-    flags = ["--vae_dtype", "auto", "--device", "cpu", "--dry_run", "--output_dir", str(tmp_path / "run")]
-    for further, chosen in (([], "bfloat16"), (["--plan_device", "NVIDIA H200"], "float32")):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **how: None)
+    flags = ["--vae_dtype", "auto", "--dry_run", "--output_dir", str(tmp_path / "run")]
+    on_the_cpu, limit = ["--device", "cpu"], ["--memory_limit_gib", "24"]
+    for further, chosen, device in (
+        ([], "bfloat16", "A process on a CPU needs more"),
+        ([*on_the_cpu, *limit], "bfloat16", "A process on a CPU needs more"),
+        ([*on_the_cpu, "--plan_device", "NVIDIA H200"], "float32", "Time on NVIDIA H200"),
+        (limit, "float32", "Planned for an accelerator of the memory given, for this machine has none."),
+    ):
         assert main([*flags, *further]) == 0
-        assert f"vae_dtype: {chosen}\n" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert f"vae_dtype: {chosen}\n" in text
+        assert device in text
 
 
 @pytest.mark.skipif(not NANO_PATH.exists(), reason="the weights of nano are not trained yet")

@@ -18,6 +18,7 @@ from rlhf.adapter.lora import disable_adapter
 from rlhf.config import ConfigError
 from rlhf.config.parse import parse_config
 from rlhf.device import generator
+from rlhf.generator.text import PromptCache
 from rlhf.generator.wan_decoder import decode_video
 from rlhf.method.drift import drift_step_weights, velocity_distance
 from rlhf.method.plan import gradient_samples, make_plan
@@ -37,6 +38,17 @@ def test_the_reward_rises_on_prompts_it_was_not_trained_on(make_args):
     assert row["diff"] == pytest.approx(row["tuned"] - row["base"], abs=1e-6)
     rows = read_metrics(Path(args.output_dir))
     assert sum(r["reward"] for r in rows[-3:]) > sum(r["reward"] for r in rows[:3])
+
+
+@pytest.mark.parametrize("method", ["draft_k", "srpo", "nft"])
+def test_the_embeddings_of_a_batch_go_to_the_device_once(make_args, monkeypatch, method):
+    options = {"group_size": 2} if method == "nft" else None
+    args = make_args(max_steps=2, gradient_accumulation_steps=2, method=method, method_kwargs=options)
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, args, PROMPTS, None)
+    looked_up, find = [], PromptCache.__call__
+    monkeypatch.setattr(PromptCache, "__call__", lambda text, *a: looked_up.append(a) or find(text, *a))
+    trainer.train()
+    assert len(looked_up) == 4, "steps times batches"
 
 
 def test_what_a_run_leaves(make_args):

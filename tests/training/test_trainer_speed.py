@@ -64,7 +64,6 @@ def test_exact_settings_train_the_same_adapter(make_args, tmp_path, plain, setti
     "settings",
     [
         {"prefix_steps": 1},
-        {"guidance_every": 2},
         {"rollout_reuse": 2},
         {"decode_window": 2},
         {"vae_dtype": "bfloat16"},
@@ -100,7 +99,6 @@ def stepper(make_args, **settings):
         ({}, [(6, 2)] * 3),
         ({"stepwise_backward": True}, [(8, 2)] * 3),
         ({"prefix_steps": 1}, [(2, 2)] * 3),
-        ({"guidance_every": 3}, [(4, 2)] * 3),
         ({"guidance_together": True}, [(3, 1)] * 3),
         ({"rollout_reuse": 3}, [(6, 2), (0, 2), (0, 2), (6, 2)]),
         ({"rollout_reuse": 2, "gradient_accumulation_steps": 2}, [(12, 4), (6, 4), (6, 4), (6, 4)]),
