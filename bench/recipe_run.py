@@ -89,7 +89,7 @@ def main() -> int:
     if has_device and (limit := float(os.environ[LIMIT])):
         device = local_device()
         share = (limit * GIB - context_bytes(device)) / total_memory(device)
-        torch.get_device_module(device).set_per_process_memory_fraction(share, device)
+        torch.get_device_module(device).set_per_process_memory_fraction(share, device.index or 0)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return train.main()
     if has_device:

@@ -4,10 +4,11 @@
     python bench/recipes.py measure --folder DIR --size tiny --device cpu     every part, in minutes
     python bench/recipes.py
 
-`measure` runs recipes by `accelerate launch`, with random weights that DIR gets if they are not
-there (ContentV-8B 29 GiB, Wan 14 and 39): steps of one video on each device, an evaluation of two
-prompts before and after, the export of the adapter. Another process adds up the memory of all of
-the run's, by stage. A row is written when its recipe ends, and is not measured again.
+`measure` runs recipes by `accelerate launch`, with random weights that `build` writes to DIR first
+if they are not there (ContentV-8B 29 GiB, Wan 14 and 39): steps of one video on each device, an
+evaluation of two prompts before and after, the export of the adapter. Another process adds up the
+memory of all of the run's, by stage. A row is written when its recipe ends, and is not measured
+again.
 
 Without a word it writes the line `# Measured: ...` of each recipe that was run, the table of
 docs/recipes.md, and that of docs/contentv_8b.md, which is of bench/step.py.
@@ -77,10 +78,7 @@ def parse_measure_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--budget", action="store_true", help="print the predicted seconds alone")
     parser.add_argument("--device", help="kind of device (default: what the machine has)")
     parser.add_argument("--output", type=Path, default=ROWS, help="JSON file, which is extended")
-    args = parser.parse_args(argv)
-    if args.size != "full" and args.output == ROWS:
-        parser.error(f"--output: got {ROWS.name}, which is of full size, with --size {args.size}; name another file")
-    return args
+    return parser.parse_args(argv)
 
 
 def names() -> list[str]:
@@ -103,22 +101,29 @@ def can_run(recipe: str, device: torch.device) -> bool:
     return devices_needed(recipe) <= there and recipe.endswith("_npu") == (device.type == "npu")
 
 
-def prepare(folder: Path, recipe: str, size: str, device: torch.device) -> Path:
-    """Write a recipe's model and the file of HPS v2.1, if they are not there; return the model."""
-    of_recipe = next(name for start, name in MODELS.items() if recipe.startswith(start))
+def model_folder(folder: Path, recipe: str, size: str) -> tuple[Path, str]:
+    """Return where a recipe's model is, and its name in `SIZES`."""
+    name = next(name for start, name in MODELS.items() if recipe.startswith(start))
     if size == "tiny":
-        of_recipe = "wan tiny" if of_recipe != "full" else "tiny"
-    model = folder / size / of_recipe.replace(" ", "_")
-    with locked(folder):
-        if not (model / "model_index.json").is_file():
-            build_folder(model, of_recipe, device, 5 if size == "fifth" else 1)
-        if size != "tiny" and not (folder / "hps.pt").is_file():
+        name = "tiny" if name == "full" else "wan tiny"
+    return (folder / size / name.replace(" ", "_")).resolve(), name
+
+
+def build(argv: list[str]) -> int:
+    """Write the recipes' models and the file of HPS v2.1, if they are not there; return 0."""
+    args = parse_measure_args(argv)
+    device = pick_device(args.device)
+    with locked(args.folder):
+        for model, name in (model_folder(args.folder, recipe, args.size) for recipe in args.recipes):
+            if not (model / "model_index.json").is_file():
+                build_folder(model, name, device, 5 if args.size == "fifth" else 1)
+        if args.size != "tiny" and not (args.folder / "hps.pt").is_file():
             from rewards.models.hps import random_open_clip
 
             with torch.device(device):
                 state = random_open_clip().half().cpu().state_dict()  # as published
-            torch.save({"state_dict": state}, folder / "hps.pt")
-    return model
+            torch.save({"state_dict": state}, args.folder / "hps.pt")
+    return 0
 
 
 @contextmanager
@@ -281,6 +286,10 @@ def tree_memory(root: int) -> tuple[int, int]:
 def measure_recipes(argv: list[str]) -> int:
     """Measure each recipe that the result file does not have yet; return the exit status."""
     args, began, failed = parse_measure_args(argv), time.monotonic(), False
+    if args.size != "full" and args.output == ROWS:
+        raise SystemExit(
+            f"--output: got {ROWS.name}, which is of full size, with --size {args.size}; name another file"
+        )
     device = pick_device(args.device)
     about = environment(device) | {"size": args.size}
     cores = about.pop("cores")  # machines of one device may have other numbers
@@ -295,7 +304,10 @@ def measure_recipes(argv: list[str]) -> int:
         settings = {name: value for name, value in (of_recipe | changed).items() if value is not None}
         settings["base_dir"] = str(RECIPES)
         if not args.budget:
-            settings["model"] = str(prepare(args.folder, recipe, args.size, device))
+            flags = ["--folder", args.folder, "--size", args.size, "--recipes", recipe]
+            flags += ["--device", args.device] if args.device else []
+            subprocess.run([sys.executable, __file__, "build", *map(str, flags)], check=True)  # it leaves no context
+            settings["model"] = str(model_folder(args.folder, recipe, args.size)[0])
         estimate = predict(settings, processes, RATED_KIND if args.budget else device.type)
         seconds = predicted_seconds(settings, estimate)
         left_out = args.limit and time.monotonic() - began + seconds > args.limit
@@ -442,8 +454,8 @@ def write_changed(path: Path, text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["measure"]:
-        return measure_recipes(argv[1:])
+    if argv[:1] in (["measure"], ["build"]):
+        return {"measure": measure_recipes, "build": build}[argv[0]](argv[1:])
     make_parser(__doc__).parse_args(argv)
     write_costs()
     return 0
