@@ -10,7 +10,7 @@ from functools import wraps
 from pathlib import Path
 
 NOTES, LIMIT = "RECIPE_NOTES", "RECIPE_LIMIT_GIB"  # variables: file that is written; device memory
-GIB, PERIOD = 2**30, 0.02
+GIB, PERIOD = 2**30, 0.05  # seconds between two looks at the memory
 SAMPLING = "evaluation before"  # the stage that follows the set-up
 
 
@@ -24,8 +24,9 @@ class RandomWeights:
         from rewards.load import import_built_in
         from rlhf.device import local_device
 
-        with torch.device(device := local_device()):
-            return import_built_in(reward).random_init(**settings).to(device)
+        with torch.device(local_device()):
+            built_in = import_built_in(reward)
+            return getattr(built_in, "random_init", built_in)(**settings)
 
 
 def note_stages() -> None:
@@ -88,7 +89,7 @@ def main() -> int:
     if has_device and (limit := float(os.environ[LIMIT])):
         device = local_device()
         share = (limit * GIB - context_bytes(device)) / total_memory(device)
-        torch.get_device_module(device).set_per_process_memory_fraction(share, device)
+        torch.get_device_module(device).set_per_process_memory_fraction(share, device.index or 0)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return train.main()
     if has_device:

@@ -4,14 +4,14 @@
     python bench/recipes.py measure --folder DIR --size tiny --device cpu     every part, in minutes
     python bench/recipes.py
 
-`measure` runs recipes by `accelerate launch`, with random weights that DIR gets if they are not
-there (ContentV-8B 29 GiB, Wan 14 and 39): steps of one video on each device, an evaluation of two
-prompts before and after, the export of the adapter. Another process adds up the memory of all of
-the run's, by stage. A row is written when its recipe ends, and is not measured again.
+`measure` runs recipes by `accelerate launch`, with random weights that `build` writes to DIR first
+if they are not there (ContentV-8B 29 GiB, Wan 14 and 39): steps of one video on each device, an
+evaluation of two prompts before and after, the export of the adapter. Another process adds up the
+memory of all of the run's, by stage. A row is written when its recipe ends, and is not measured
+again.
 
-Without a word it writes the line `# Measured: ...` of each recipe, the table of docs/recipes.md and
-that of docs/contentv_8b.md. A recipe without a row gets the time and memory of the arm of
-bench/step.py that is like it.
+Without a word it writes the line `# Measured: ...` of each recipe that was run, the table of
+docs/recipes.md, and that of docs/contentv_8b.md, which is of bench/step.py.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from small_card import build_folder
 
 from rlhf.checks import check_config
 from rlhf.config import RewardGradientConfig, with_sampling
-from rlhf.device import pick_device
+from rlhf.device import RATED_KIND, pick_device
 from rlhf.generator.files import model_sizes
 from rlhf.planner.search import Estimate, Planner
 from rlhf.planner.text_encoders import encoder_configs
@@ -46,15 +46,6 @@ ROOT = Path(__file__).parents[1]
 RECIPES, RUN = ROOT / "configs", ROOT / "bench" / "recipe_run.py"
 RESULT, ROWS = (ROOT / "bench" / "results" / name for name in ("step.json", "recipes.json"))
 GUIDE, PAGE = (ROOT / "docs" / name for name in ("contentv_8b.md", "recipes.md"))
-ARMS = {  # recipe: arm, frames, frames that are scored, denoising steps
-    "contentv_8b_fast": ("a quarter of the steps, rollouts used 4 times, FlashAttention-3", 33, 1, 25),
-    "contentv_8b_mps": ("exact, compiled", 125, 1, 25),
-    "contentv_8b_all_frames": ("exact, compiled", 125, 125, 25),
-    "contentv_8b_24gib": ("24 GiB", 33, 33, 25),
-    "wan21_t2v_1_3b": ("exact", 81, 81, 25),
-    "wan21_t2v_14b": ("exact", 81, 81, 25),
-}
-OTHER_RESULTS = {"wan21_t2v_1_3b": "wan_1_3b.json", "wan21_t2v_14b": "wan_14b.json"}  # else step.json
 COSTS = {  # what a row says: arm, frames, frames that are scored, denoising steps
     "33 frames, the first scored, no recomputation, compiled": ("exact, nothing twice, compiled", 33, 1, 25),
     "33 frames, all scored, on 24 GiB (`contentv_8b_24gib.yaml`)": ("24 GiB", 33, 33, 25),
@@ -110,22 +101,29 @@ def can_run(recipe: str, device: torch.device) -> bool:
     return devices_needed(recipe) <= there and recipe.endswith("_npu") == (device.type == "npu")
 
 
-def prepare(folder: Path, recipe: str, size: str, device: torch.device) -> Path:
-    """Write a recipe's model and the file of HPS v2.1, if they are not there; return the model."""
-    of_recipe = next(name for start, name in MODELS.items() if recipe.startswith(start))
+def model_folder(folder: Path, recipe: str, size: str) -> tuple[Path, str]:
+    """Return where a recipe's model is, and its name in `SIZES`."""
+    name = next(name for start, name in MODELS.items() if recipe.startswith(start))
     if size == "tiny":
-        of_recipe = "wan tiny" if of_recipe != "full" else "tiny"
-    model = folder / of_recipe.replace(" ", "_")
-    with locked(folder):
-        if not (model / "model_index.json").is_file():
-            build_folder(model, of_recipe, device, 5 if size == "fifth" else 1)
-        if size != "tiny" and not (folder / "hps.pt").is_file():
+        name = "tiny" if name == "full" else "wan tiny"
+    return (folder / size / name.replace(" ", "_")).resolve(), name
+
+
+def build(argv: list[str]) -> int:
+    """Write the recipes' models and the file of HPS v2.1, if they are not there; return 0."""
+    args = parse_measure_args(argv)
+    device = pick_device(args.device)
+    with locked(args.folder):
+        for model, name in (model_folder(args.folder, recipe, args.size) for recipe in args.recipes):
+            if not (model / "model_index.json").is_file():
+                build_folder(model, name, device, 5 if args.size == "fifth" else 1)
+        if args.size != "tiny" and not (args.folder / "hps.pt").is_file():
             from rewards.models.hps import random_open_clip
 
             with torch.device(device):
                 state = random_open_clip().half().cpu().state_dict()  # as published
-            torch.save({"state_dict": state}, folder / "hps.pt")
-    return model
+            torch.save({"state_dict": state}, args.folder / "hps.pt")
+    return 0
 
 
 @contextmanager
@@ -139,9 +137,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def changed_settings(recipe: dict, args: argparse.Namespace) -> dict:
     """Return the settings in which a run differs from its recipe, but for paths; None: left out."""
-    changed = SHORT_RUN | {"max_steps": max(args.steps, recipe.get("rollout_reuse", 1) + 1)}
+    changed = SHORT_RUN | {"max_steps": max(args.steps, recipe.get("rollout_reuse", 0) + 1)}
     if recipe.get("calibrate_rewards"):
-        changed["calibrate_rewards"] = 2
+        changed["calibrate_rewards"] = 2 if args.steps > 1 else 0
     if args.size != "full":
         changed |= SMALL_VIDEO | NO_REWARDS | {"reward_funcs": ["flicker"]}
     elif recipe["num_frames"] > args.eval_frames:
@@ -154,16 +152,14 @@ def changed_settings(recipe: dict, args: argparse.Namespace) -> dict:
 
 def with_random_rewards(settings: dict, folder: Path) -> dict:
     """Return settings with random rewards: HPS v2.1 of the folder's file, others are built."""
-    kwargs, specs = dict(settings.get("reward_kwargs") or {}), {}
+    kwargs, changed = dict(settings.get("reward_kwargs") or {}), {}
     for key in ("reward_funcs", "eval_reward_funcs"):
-        specs[key] = []
-        for name in settings.get(key) or []:
-            built = (
-                {"checkpoint": str(folder / "hps.pt")} if name == HPS else {"reward": name} if name != "flicker" else {}
-            )
-            kwargs[name] = kwargs.get(name, {}) | built
-            specs[key].append(f"{name}={RUN}:RandomWeights" if "reward" in built else name)
-    return settings | specs | {"reward_kwargs": kwargs}
+        rewards = settings.get(key) or []
+        changed[key] = [name if name == HPS else f"{name}={RUN}:RandomWeights" for name in rewards]
+        for name in rewards:
+            source = {"checkpoint": str(folder / "hps.pt")} if name == HPS else {"reward": name}
+            kwargs[name] = kwargs.get(name, {}) | source
+    return settings | changed | {"reward_kwargs": kwargs}
 
 
 def predict(settings: dict, processes: int, kind: str) -> Estimate:
@@ -201,8 +197,6 @@ def limit_host(command: list[str], gb: float) -> tuple[list[str], str | None]:
                 return ["sh", "-c", enter, "sh", *command], f"cgroup, {file}"
         except OSError:  # not ours to write
             continue
-    if Path("/run/systemd/system").is_dir():
-        return ["systemd-run", "--scope", "-p", f"MemoryMax={size}", *command], "systemd-run, MemoryMax"
     enter = f'ulimit -d {int(size) // 1024} && exec "$@"'
     return ["sh", "-c", enter, "sh", *command], "ulimit -d, which does not count pinned memory"
 
@@ -213,6 +207,8 @@ def measure(recipe: str, settings: dict, args: argparse.Namespace, processes: in
         output, notes, config = (Path(scratch) / name for name in ("run", "notes.jsonl", f"{recipe}.yaml"))
         config.write_text(yaml.safe_dump(settings | {"output_dir": str(output)}))
         devices = ["--cpu"] if kind == "cpu" else ["--multi_gpu"] * (processes > 1)
+        if kind == "cpu" and processes > 1:
+            devices = ["--config_file", str(RECIPES / "accelerate" / f"cpu_{processes}.yaml")]
         launch = ["accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1", *devices]
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(RUN), "--config", str(config)]
         export = ["rlhf.export", str(output), "--adapter", str(Path(scratch) / "adapter")]
@@ -231,6 +227,8 @@ def measure(recipe: str, settings: dict, args: argparse.Namespace, processes: in
         steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     *noted, end = noted
     seconds, videos = [step["seconds"] for step in steps], [step["samples"] for step in steps]
+    if videos[0] != processes:
+        raise RuntimeError(f"{recipe}: got {videos[0]} videos in the first step, expected one of each of {processes}")
     first = len(steps) > 1  # it compiles and pins memory
     stages = [{"stage": "launch and imports", "time": begins[0]}, *noted, {"stage": "export", "time": begins[1]}]
     return {
@@ -288,8 +286,13 @@ def tree_memory(root: int) -> tuple[int, int]:
 def measure_recipes(argv: list[str]) -> int:
     """Measure each recipe that the result file does not have yet; return the exit status."""
     args, began, failed = parse_measure_args(argv), time.monotonic(), False
+    if args.size != "full" and args.output == ROWS:
+        raise SystemExit(
+            f"--output: got {ROWS.name}, which is of full size, with --size {args.size}; name another file"
+        )
     device = pick_device(args.device)
     about = environment(device) | {"size": args.size}
+    cores = about.pop("cores")  # machines of one device may have other numbers
     key = lambda row: tuple(row[name] for name in ("recipe", "limit_gib", "host_limit_gb"))
     for recipe in args.recipes:
         rows, wanted = read_rows(args.output, about, key), (recipe, args.limit_gib, args.host_limit_gb)
@@ -301,8 +304,11 @@ def measure_recipes(argv: list[str]) -> int:
         settings = {name: value for name, value in (of_recipe | changed).items() if value is not None}
         settings["base_dir"] = str(RECIPES)
         if not args.budget:
-            settings["model"] = str(prepare(args.folder, recipe, args.size, device))
-        estimate = predict(settings, processes, device.type)
+            flags = ["--folder", args.folder, "--size", args.size, "--recipes", recipe]
+            flags += ["--device", args.device] if args.device else []
+            subprocess.run([sys.executable, __file__, "build", *map(str, flags)], check=True)  # it leaves no context
+            settings["model"] = str(model_folder(args.folder, recipe, args.size)[0])
+        estimate = predict(settings, processes, RATED_KIND if args.budget else device.type)
         seconds = predicted_seconds(settings, estimate)
         left_out = args.limit and time.monotonic() - began + seconds > args.limit
         print(f"{recipe}: {seconds:.0f} s predicted{', left out' * bool(left_out)}", flush=True)
@@ -314,7 +320,11 @@ def measure_recipes(argv: list[str]) -> int:
             print(error, flush=True)
             failed = True
             continue
-        row |= {"host_predicted_gib": estimate.host.peak_bytes / GIB * processes, "predicted_seconds": seconds}
+        row |= {
+            "host_predicted_gib": estimate.host.peak_bytes / GIB * processes,
+            "predicted_seconds": seconds,
+            "cores": cores,
+        }
         row |= {"all_seconds": sum(stage["seconds"] for stage in row["stages"]), "changed": changed}
         with locked(args.folder):
             write_rows(args.output, about, (read_rows(args.output, about, key) | {wanted: row}).values())
@@ -328,13 +338,18 @@ def measure_recipes(argv: list[str]) -> int:
 def told(row: dict, about: dict) -> str:
     """Return what a recipe's head says of a measured row."""
     devices = f"one {about['device']}" if row["devices"] == 1 else f"{row['devices']} {about['device']}"
-    limits = f", held to {row['limit_gib']:g} GiB" * bool(row["limit_gib"])
-    limits += f" and {row['host_limit_gb']:g} GB of the host" * bool(row["host_limit_gb"])
     return (
-        f"{row['seconds_a_video']:.1f} s a video, {row['device_gib']:.1f} GiB allocated of {row['driver_gib']:.1f} on "
-        f"{devices}{limits}, random weights. Host memory {row['host_gib']:.1f} GiB "
-        f"({row['host_predicted_gib']:.1f} predicted), it samples after {row['start_seconds']:.0f} s."
+        f"{row['seconds_a_video']:.1f} s a video, {row['device_gib']:.1f} GiB allocated, {row['driver_gib']:.1f} by "
+        f"the driver on {devices}{limits_of(row)}, random weights. Host memory {row['host_gib']:.1f} GiB, "
+        f"{row['host_predicted_gib']:.1f} predicted; start-up {row['start_seconds']:.0f} s."
     )
+
+
+def limits_of(row: dict) -> str:
+    """Return the limits of a row's run; "" for none."""
+    limits = [f"{row['limit_gib']:g} GiB of the device"] * bool(row["limit_gib"])
+    limits += [f"{row['host_limit_gb']:g} GB of the host"] * bool(row["host_limit_gb"])
+    return f" held to {' and '.join(limits)}" * bool(limits)
 
 
 def not_run(recipe: str) -> str:
@@ -342,17 +357,6 @@ def not_run(recipe: str) -> str:
     devices = devices_needed(recipe)
     needs = f"it needs {devices} {'NPUs' if recipe.endswith('_npu') else 'devices'}"
     return f"not run: {needs}." if devices > 2 else "not measured."
-
-
-def measured(name: str, result: dict) -> str:
-    """Return what a recipe's head says of whole steps of its arm, or why it was not run."""
-    found = cost(result, *ARMS[name]) if name in ARMS else None
-    if found is None:
-        return not_run(name)
-    seconds, gib, how = found
-    device = result["environment"]["device"]
-    time = f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
-    return f"{time} s a video{how} and {gib:.1f} GiB on one {device}, random weights, HPS v2.1."
 
 
 def cost(result: dict, arm: str, frames: int, scored: int, steps: int) -> tuple[float, float, str] | None:
@@ -417,27 +421,27 @@ def recipes_table(result: dict) -> str:
     columns = ("seconds_a_video", "device_gib", "driver_gib", "host_gib", "host_predicted_gib")
     lines = []
     for name in names():
-        numbers = [not_run(name), *[""] * 5]
+        numbers = [not_run(name), *["-"] * 5]
         if row := rows.get(name):
             numbers = [f"{row[column]:.1f}" for column in columns] + [f"{row['start_seconds']:.0f}"]
-        lines.append([f"`{name}.yaml`", *numbers])
+        lines.append([f"`{name}.yaml`{limits_of(row) if row else ''}", *numbers])
     device = f"On {result['environment']['device']}:\n\n" if rows else ""
     return device + table(headings, lines)
 
 
 def write_costs(folder: Path = RECIPES, result: Path = RESULT, guide: Path = GUIDE, page: Path = PAGE) -> None:
-    """Write the heads of the recipes of a folder, and the tables of both pages."""
-    found, runs = read(result), read(result.with_name(ROWS.name))
+    """Write the heads of recipes that were run or cannot be, and the tables of both pages."""
+    runs = read(result.with_name(ROWS.name))
     rows = {row["recipe"]: row for row in runs.get("rows", [])}
-    costs = costs_table(found) + layouts_told(read(result.with_name("scale.json")))
+    costs = costs_table(read(result)) + layouts_told(read(result.with_name("scale.json")))
     for path, mark, text in ((guide, "costs", costs), (page, "runs", recipes_table(runs))):
         place = re.compile(PLACE.format(mark), re.DOTALL)
         write_changed(path, place.sub(lambda found, text=text: f"{found[1]}{text}{found[2]}", path.read_text()))
-    for path in sorted(path for path in folder.glob("*.yaml") if path.stem in names()):
-        name, other = path.stem, OTHER_RESULTS.get(path.stem)
-        arms = read(result.with_name(other)) if other else found
-        head = told(rows[name], runs["environment"]) if name in rows else measured(name, arms)
-        write_changed(path, LINE.sub(f"# Measured: {head}", path.read_text()))
+    for path in sorted(folder.glob("*.yaml")):
+        row = rows.get(path.stem)
+        if row or (path.stem in names() and devices_needed(path.stem) > 2):
+            head = told(row, runs["environment"]) if row else not_run(path.stem)
+            write_changed(path, LINE.sub(f"# Measured: {head}", path.read_text()))
 
 
 def write_changed(path: Path, text: str) -> None:
@@ -450,8 +454,8 @@ def write_changed(path: Path, text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["measure"]:
-        return measure_recipes(argv[1:])
+    if argv[:1] in (["measure"], ["build"]):
+        return {"measure": measure_recipes, "build": build}[argv[0]](argv[1:])
     make_parser(__doc__).parse_args(argv)
     write_costs()
     return 0

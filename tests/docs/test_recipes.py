@@ -4,6 +4,8 @@ import functools
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ def test_keys_are_known_and_prompt_files_exist(path):
 @named
 def test_the_head_says_what_was_measured(path):
     (told,) = re.findall(r"^# Measured: (.*)$", head(path), re.MULTILINE)
-    assert told == "not measured." or re.search(r"\d+ s .*\d+\.\d Gi?B .*on ", told)
+    assert told.startswith(("not measured.", "not run: it needs ")) or re.search(r"\d+ s .*\d+\.\d Gi?B .*on ", told)
 
 
 @named_full_size
@@ -126,24 +128,36 @@ def test_the_dry_run_passes(path, tmp_path):
         assert f"| {card} GiB | {peak:.1f} GiB | {host:.0f} GiB |" in guide_row(path)
 
 
-def test_heads_and_guide_are_filled_from_what_was_measured(recipes, tmp_path):
+ROW = {"recipe": "contentv_8b_24gib", "devices": 1, "limit_gib": 22.5, "host_limit_gb": 0.0, "seconds_a_video": 19.84}
+ROW |= {"device_gib": 16.9, "driver_gib": 18.02, "host_gib": 27.1, "host_predicted_gib": 29.4, "start_seconds": 44.4}
+
+
+def test_heads_and_pages_are_filled_from_what_was_measured(recipes, tmp_path):
     row = {"arm": "24 GiB", "frames": 33, "scored": 33, "phase": "step", "steps": 25, "seconds": 61.4, "peak_gib": 9.04}
-    result = {"environment": {"device": "NVIDIA X"}, "rows": [row]}
-    (tmp_path / "step.json").write_text(json.dumps(result))
-    guide = tmp_path / "guide.md"
-    guide.write_text("before\n<!-- costs -->\nold\n<!-- end of costs -->\nafter")
-    for name in ("24gib", "hps"):
+    about = {"environment": {"device": "NVIDIA X"}}
+    (tmp_path / "step.json").write_text(json.dumps(about | {"rows": [row]}))
+    (tmp_path / "recipes.json").write_text(json.dumps(about | {"rows": [ROW]}))
+    pages = [tmp_path / f"{mark}.md" for mark in ("costs", "runs")]
+    for page in pages:
+        page.write_text(f"before\n<!-- {page.stem} -->\nold\n<!-- end of {page.stem} -->\nafter")
+    for name in ("24gib", "hps", "8_devices"):
         path = tmp_path / f"contentv_8b_{name}.yaml"
         path.write_text((ROOT / "configs" / path.name).read_text())
-    recipes.main(tmp_path, tmp_path / "step.json", guide)
+    recipes.write_costs(tmp_path, tmp_path / "step.json", *pages)
     told = (tmp_path / "contentv_8b_24gib.yaml").read_text()
-    assert "# Measured: 61 s a video and 9.0 GiB on one NVIDIA X, random weights, HPS v2.1.\n" in told
-    assert "# Measured: not measured.\n" in (tmp_path / "contentv_8b_hps.yaml").read_text()
-    assert "| 33 frames, all scored, on 24 GiB (`contentv_8b_24gib.yaml`) | 61 | 9 | 68 |" in guide.read_text()
-    assert guide.read_text().startswith("before\n<!-- costs -->\nOne NVIDIA X")
+    assert "# Measured: 19.8 s a video, 16.9 GiB allocated, 18.0 by the driver on one NVIDIA X held to 22.5 " in told
+    assert "Host memory 27.1 GiB, 29.4 predicted; start-up 44 s.\n" in told
+    assert (tmp_path / "contentv_8b_hps.yaml").read_text() == (ROOT / "configs" / "contentv_8b_hps.yaml").read_text()
+    assert "# Measured: not run: it needs 8 devices.\n" in (tmp_path / "contentv_8b_8_devices.yaml").read_text()
+    costs, runs = (page.read_text() for page in pages)
+    assert "| 33 frames, all scored, on 24 GiB (`contentv_8b_24gib.yaml`) | 61 | 9 | 68 |" in costs
+    assert "| `contentv_8b_24gib.yaml` held to 22.5 GiB of the device | 19.8 | 16.9 | 18.0 | 27.1 | 29.4 | 44 |" in runs
+    assert "| `contentv_8b_npu.yaml` | not run: it needs 8 NPUs. | - |" in runs
+    assert costs.startswith("before\n<!-- costs -->\nOne NVIDIA X")
+    assert runs.endswith("<!-- end of runs -->\nafter")
     for changed in ({"seconds": None}, {"scored": 1}, {"steps": 50}, {"phase": "window"}):
         other = {key: value for key, value in (row | changed).items() if value is not None}
-        assert recipes.measured("contentv_8b_24gib", result | {"rows": [other]}) == "not measured."
+        assert recipes.cost({"rows": [other]}, "24 GiB", 33, 33, 25) is None
 
 
 def test_a_step_is_worked_out_of_its_parts(recipes):
@@ -156,30 +170,79 @@ def test_a_step_is_worked_out_of_its_parts(recipes):
 
 
 def test_a_step_that_serves_several_gradients_is_told_by_one_of_them(recipes):
-    arm, *sizes = recipes.ARMS["contentv_8b_fast"]
-    row = {"arm": arm, "frames": 33, "scored": 1, "phase": "step", "seconds": 8.5, "peak_gib": 80.06}
-    result = {"environment": {"device": "NVIDIA X"}, "rows": [row | {"steps": 25, "seconds_per_gradient": 2.125}]}
-    told = recipes.measured("contentv_8b_fast", result)
-    assert told == "2.1 s a video and 80.1 GiB on one NVIDIA X, random weights, HPS v2.1."
+    row = {"arm": "fast", "frames": 33, "scored": 1, "phase": "step", "seconds": 8.5, "peak_gib": 80.06}
+    found = recipes.cost({"rows": [row | {"steps": 25, "seconds_per_gradient": 2.125}]}, "fast", 33, 1, 25)
+    assert found == (2.125, 80.06, "")
 
 
-def test_heads_and_guide_say_what_the_results_say(recipes):
-    found = recipes.read(recipes.RESULT)
-    for path in FOR_8B:
-        line = f"# Measured: {recipes.measured(path.stem, found)}\n"
-        assert line in path.read_text(), "run `python bench/recipes.py`"
-    told = recipes.costs_table(found) + recipes.layouts_told(recipes.read(recipes.RESULT.with_name("scale.json")))
+def test_heads_and_pages_say_what_the_results_say(recipes):
+    costs, runs = recipes.read(recipes.RESULT), recipes.read(recipes.ROWS)
+    for row in {row["recipe"]: row for row in runs.get("rows", [])}.values():
+        line = f"# Measured: {recipes.told(row, runs['environment'])}\n"
+        assert line in (ROOT / "configs" / f"{row['recipe']}.yaml").read_text(), "run `python bench/recipes.py`"
+    told = recipes.costs_table(costs) + recipes.layouts_told(recipes.read(recipes.RESULT.with_name("scale.json")))
     assert told in recipes.GUIDE.read_text(), "run `python bench/recipes.py`"
+    assert recipes.recipes_table(runs) in recipes.PAGE.read_text(), "run `python bench/recipes.py`"
 
 
-def test_arms_of_the_heads_have_the_recipes_settings(recipes, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    from step_arms import SETTINGS
+def test_a_measured_run_is_the_recipe_but_for_what_its_row_names(recipes, tmp_path):
+    args = recipes.parse_measure_args(["--folder", str(tmp_path)])
+    settings = {path.stem: yaml.safe_load(path.read_text()) for path in FULL_SIZE}
+    assert set(args.recipes) == set(settings)
+    changed = {name: recipes.changed_settings(recipe, args) for name, recipe in settings.items()}
+    assert changed["contentv_8b_24gib"] == recipes.SHORT_RUN | {"max_steps": 3}
+    assert changed["contentv_8b_fast"]["max_steps"] == 5, "a first step, and a new rollout in one of four"
+    assert changed["contentv_8b_mps"]["eval_size"] == {"num_frames": 33}
+    assert changed["contentv_8b_mixed"]["calibrate_rewards"] == 2
+    needed = {
+        name: recipes.devices_needed(name) for name in ("contentv_8b_npu", "contentv_8b_4_devices", "wan21_t2v_14b")
+    }
+    assert [*needed.values()] == [8, 4, 1]
+    given = recipes.with_random_rewards(settings["wan21_t2v_1_3b_mixed"], tmp_path)
+    assert given["reward_funcs"][0] == "hps_v2_1"
+    assert given["reward_funcs"][1].startswith("video_align=")
+    assert given["reward_kwargs"]["hps_v2_1"]["num_frames"] == "random 4"
+    assert given["reward_kwargs"]["video_align"] == {"dimension": "overall", "reward": "video_align"}
 
-    for name, (arm, frames, scored, steps) in recipes.ARMS.items():
-        settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-        for key, value in SETTINGS[arm].items():
-            if scored > 1 or key not in ("decode_checkpoint", "decode_caches"):
-                assert settings.get(key, getattr(RewardGradientConfig(), key)) == value, (name, key)
-        assert (settings["num_frames"], settings["num_inference_steps"]) == (frames, steps)
-        assert settings["num_grad_steps"] == 1
+
+def test_stages_have_the_peaks_of_their_own_samples(recipes):
+    begins = [{"stage": name, "time": time} for name, time in (("a", 0.0), ("step", 2.0), ("step", 4.0), ("b", 6.0))]
+    samples = [
+        (time, *(2**30 * n for n in gib)) for time, gib in ((1.0, (1, 5)), (3.0, (2, 3)), (5.0, (4, 4)), (6.5, (1, 1)))
+    ]
+    found = recipes.by_stage(begins, samples)
+    assert [(row["stage"], row["anonymous_gib"], row["total_gib"]) for row in found] == [
+        ("a", 1, 5),
+        ("step", 4, 4),
+        ("b", 1, 1),
+    ]
+    assert found[1]["seconds"] == 4.0
+
+
+def test_a_limit_of_host_memory_holds(recipes):
+    code = "import numpy; print(int(numpy.ones(600_000_000, 'u1').sum()))"
+    for gb, holds in ((0.4, True), (4.0, False)):
+        command, held_by = recipes.limit_host([sys.executable, "-c", code], gb)
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert held_by
+        assert (run.returncode != 0) == holds
+        assert ("600000000" in run.stdout) != holds
+    assert recipes.limit_host(["true"], 0) == (["true"], None)
+
+
+@pytest.mark.slow
+def test_a_tiny_run_is_measured_once(recipes, tmp_path):
+    flags = ["--folder", str(tmp_path), "--size", "tiny", "--device", "cpu", "--output", str(tmp_path / "o.json")]
+    flags += ["--recipes", "contentv_8b_24gib", "contentv_8b_npu"]
+    assert recipes.main(["measure", *flags, "--limit", "1"]) == 0
+    assert not (tmp_path / "o.json").exists(), "no run begins that would not end"
+    assert recipes.main(["measure", *flags]) == 0
+    (row,) = first = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert row["recipe"] == "contentv_8b_24gib"
+    assert len(row["seconds_a_step"]) == 3
+    assert {"launch and imports", "rewards", "transformer and VAE", "step", "export"} <= {
+        s["stage"] for s in row["stages"]
+    }
+    assert 0.5 < row["host_anonymous_gib"] < row["host_gib"] < 4
+    assert recipes.main(["measure", *flags]) == 0
+    assert json.loads((tmp_path / "o.json").read_text())["rows"] == first
