@@ -98,7 +98,7 @@ def devices_needed(recipe: str) -> int:
 def can_run(recipe: str, device: torch.device) -> bool:
     """Return whether this machine has a recipe's devices."""
     there = torch.accelerator.device_count() if device.type != "cpu" else os.cpu_count()
-    return devices_needed(recipe) <= there and recipe.endswith("_npu") == (device.type == "npu")
+    return devices_needed(recipe) <= there and (not recipe.endswith("_npu") or recipe.endswith(device.type))
 
 
 def model_folder(folder: Path, recipe: str, size: str) -> tuple[Path, str]:
