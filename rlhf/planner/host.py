@@ -44,8 +44,8 @@ def plan_host(
 ) -> HostPlan:
     """Return the host memory of one process.
 
-    memory: of its device; on a CPU the device's memory is the host's. encoder_bytes: weights of the
-    largest text encoder. kind: of the device.
+    memory: the plan of device memory; on a CPU it counts as host memory. encoder_bytes: weights of
+    the largest text encoder. kind: the device's kind, such as "cuda".
     """
     streamed = _pinned_bytes(model) if args.stream_weights else 0
     offloaded, moved = _offloaded_bytes(model, args, rewards), model.itemsize * model.frozen.largest_block
@@ -66,7 +66,7 @@ def plan_host(
 
 
 def _pinned_bytes(model: TracedModel) -> int:
-    """Return the bytes of the blocks' frozen weights in the buffers of `HostBuffers`."""
+    """Return the host bytes that `HostBuffers` allocates for the blocks' frozen weights."""
     blocks = model.transformer.transformer_blocks
     return host_bytes([p.nbytes for p in blocks.parameters() if not p.requires_grad], expected=True)
 

@@ -68,7 +68,8 @@ class RewardNeeds:
 def plan_rewards(model: TracedModel, args: RewardGradientConfig, kind: str = RATED_KIND) -> RewardNeeds:
     """Return what the rewards need for one batch, and the weights of the judges.
 
-    kind: of the run's devices. A reward on another device takes time, but none of their memory.
+    kind: the kind of the run's devices, such as "cuda". A reward on another device
+    takes time, but none of their memory.
     """
     fps, batch, kwargs = model.card["sampling"]["fps"], args.per_device_train_batch_size, args.reward_kwargs or {}
     trained, judges = (list(map(split_spec, specs)) for specs in (args.reward_funcs, args.eval_reward_funcs))
@@ -115,7 +116,10 @@ def latent_reward(model: TracedModel, kwargs: dict, args: RewardGradientConfig) 
 
 
 def _is_elsewhere(device: str | None, kind: str, processes: int) -> bool:
-    """Return whether no process of the run, all taken as on one host, uses a reward's `device`."""
+    """Return whether a reward's `device` is none of the run's devices.
+
+    All processes are assumed to be on one host, with the devices 0 to `processes` - 1.
+    """
     name, _, number = (device or kind).partition(":")
     return name != kind or int(number or 0) >= processes
 
@@ -125,7 +129,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return what one rank holds all the time, and the peak of each phase above it.
 
-    args: the settings of `model`; only those about speed and memory may differ.
+    args: the settings of `model`, apart from settings of speed and memory, which may differ.
     rewards: `plan_rewards` of the same args.
     encoder_bytes: memory to encode the prompts with the largest encoder. It is in use before the
         transformer is loaded, when only the rewards are held.
@@ -164,7 +168,7 @@ def plan_memory(
 def num_graphs(args: RewardGradientConfig) -> int:
     """Return how many autograd graphs of transformer calls exist at once.
 
-    With `stepwise_backward` each is built only in its own backward pass.
+    `stepwise_backward` is ignored here. With it, a graph exists only during its backward pass.
     """
     return max_graphs(args) * max(1, grad_branches_per_rank(args) // branches_per_batch(args))
 
@@ -224,6 +228,9 @@ def _base_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
 
 
 def _gathered_bytes(model: TracedModel, args: RewardGradientConfig) -> int:
-    """Return the bytes of gathered weights of a sharded base, two blocks and the rest; else 0."""
+    """Return the bytes of the gathered weights of a sharded base; 0 for another base.
+
+    These are two blocks and all weights outside of the blocks.
+    """
     whole = 2 * model.frozen.largest_block + model.frozen.rest
     return model.itemsize * whole if args.shard_base else 0

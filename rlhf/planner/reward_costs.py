@@ -51,8 +51,8 @@ def reward_cost(name: str, settings: dict, frames: int) -> RewardCost | None:
     Costs are linear in the frames, through the measurements of 1 and 8 frames. Where 1 frame was
     not measured, they are proportional to the frames from 8 frames on, and constant below.
 
-    The peak is that of one `chunk` of frames or of pairs of frames. Their recomputation adds a
-    third of the time. A `chunk` of videos is not counted.
+    The peak is that of one `chunk` of frames or of pairs of frames. Recomputing the chunks
+    adds a third of the time. A `chunk` of videos is not counted.
     """
     default = "bfloat16" if CATALOGUE[name].bytes_each == 2 else "float32"
     if (row := COSTS.get(f"{name} {settings.get('dtype', default)}")) is None:
@@ -66,7 +66,7 @@ def reward_cost(name: str, settings: dict, frames: int) -> RewardCost | None:
 
 
 def _interpolate(measured: dict[int, float], frames: int) -> float:
-    """Return the cost of so many frames on the line through the measured ones, by frames."""
+    """Return the cost of `frames` on the line through the costs that were measured."""
     low, high = min(measured), max(measured)
     if low == high:
         return measured[high] * max(1.0, frames / high)

@@ -42,8 +42,9 @@ def plan_sampling(
 ) -> list[SamplingPlan]:
     """Return a plan for each placement, the fastest first.
 
-    card, encoders: of `model_sizes` and `encoder_configs`. context: of `context_bytes`. An adapter
-    is counted as one of the default rank.
+    card: as `model_sizes` returns it. encoders: as `encoder_configs` returns them. context: the
+    bytes outside of PyTorch, as `context_bytes` returns them. An adapter is counted at the default
+    rank.
     """
     settings = sampling.call_arguments()
     args = RewardGradientConfig(model=model, decode_chunk=1, **settings)
@@ -85,8 +86,8 @@ def fit_sampling(
 ) -> SamplingPlan | None:
     """Return the fastest plan for a device within a limit; None without a limit.
 
-    chosen: the plan by which the model was loaded, which is kept. Raises ValueError on a CPU, where
-    there is nothing to move, and if no plan fits.
+    chosen: the plan with which the model was loaded. Its placement is kept. Raises ValueError on a
+    CPU, where there is nothing to move, and if no plan fits.
     """
     if limit_gib is None:
         return None
@@ -98,7 +99,10 @@ def fit_sampling(
 
 
 def context_bytes(device: torch.device) -> int:
-    """Return a process's bytes outside of PyTorch's: measured for a known device, else read now."""
+    """Return the device memory in bytes that a process takes outside of PyTorch.
+
+    For devices in `RATES` the value is stored. For others it is read from the device.
+    """
     rates = RATES.get(describe(device))
     return rates.context_bytes if rates else non_pytorch_memory(device)
 

@@ -43,7 +43,7 @@ INEXACT_CHOICES = (
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The device's and the host's memory and the time of a run after changes of its settings."""
+    """Memory and time of a run with changed settings, for the device and the host."""
 
     changes: dict
     memory: MemoryPlan
@@ -61,10 +61,11 @@ class Estimate:
 
 
 class Planner:
-    """Estimates for one of `processes` ranks of a run, on devices of a kind of `KNOWN_DEVICES`.
+    """Estimates of memory and time for one of the `processes` ranks of a run.
 
-    args: the run's settings, with all sampling keys set. card: of `model_sizes`. encoders: of
-    `encoder_configs`; without them, encoding the prompts takes no memory.
+    args: the run's settings, with all sampling keys set. card: as `model_sizes` returns it.
+    encoders: as `encoder_configs` returns them; without them, encoding the prompts takes no memory.
+    kind: the kind of the devices, one of `KNOWN_DEVICES`.
     """
 
     def __init__(
@@ -97,8 +98,8 @@ class Planner:
     def find_fitting(self, limit: int) -> list[Estimate]:
         """Return estimates that need at most `limit` bytes, the fastest first. [] if there is none.
 
-        The first choice of `INEXACT_CHOICES` that helps is taken, and only if no exact choice fits.
-        An estimate that extends a faster one is left out.
+        If no exact choice fits, `INEXACT_CHOICES` are tried in order until one fits. An estimate is
+        left out if it only adds changes to a faster one.
         """
         for inexact in self._inexact_choices():
             estimates = map(self.estimate, self._combinations(inexact))
@@ -125,7 +126,10 @@ class Planner:
                 yield choice
 
     def _combinations(self, inexact: dict) -> list[dict]:
-        """Return the valid combinations of exact choices with an inexact one, as changes."""
+        """Return the changes of each valid combination of exact choices.
+
+        inexact: changes that every combination adds.
+        """
         own, found = vars(self.args), []
         for choices in itertools.product(*EXACT_CHOICES):
             wanted = {name: value for choice in (*choices, inexact) for name, value in choice.items()}

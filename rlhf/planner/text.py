@@ -36,7 +36,7 @@ def plan_report(
         memory_limit_gib: memory of the device to plan for; see `plans_accelerator`. None: what
             this machine's device has.
         device_name: a key of `RATES`, whose rates give the time. None: this machine's device.
-        processes: ranks to plan for, one a device. None: those that were started.
+        processes: ranks to plan for, one a device. None: as many as were launched.
 
     Raises ConfigError for a flag that cannot be planned for.
     """
@@ -80,7 +80,7 @@ def plan_report(
 
 
 def plans_accelerator(args: RewardGradientConfig, memory_limit_gib: float | None, device_name: str | None) -> bool:
-    """Return whether these flags of a dry run ask for an accelerator, whatever this machine has."""
+    """Return whether the flags ask for an accelerator, even if this machine has none."""
     return bool(device_name or (memory_limit_gib and args.device != "cpu"))
 
 
@@ -126,7 +126,10 @@ def format_memory(planner: Planner, estimate: Estimate, context_bytes: int) -> s
 
 
 def format_host(host: HostPlan, processes: int, available: int | None) -> str:
-    """Return a line about host memory. available: bytes of this machine; None plans for another."""
+    """Return a line about host memory.
+
+    available: the host memory of this machine. None if the plan is for another machine.
+    """
     each = " for each process" if processes > 1 else ""
     line = (
         f"Host memory: {_format_bytes(host.peak_bytes)}{each}, within {HOST_ACCURACY:.0%}, most for {host.peak_phase}."

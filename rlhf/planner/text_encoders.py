@@ -25,10 +25,10 @@ def encoding_bytes(
     dtype: torch.dtype,
     batch: int = ENCODE_BATCH,
 ) -> int:
-    """Return the bytes of all weights, and of one batch of prompts in the encoder that takes most.
+    """Return the bytes of all weights, plus the largest peak of encoding one batch of prompts.
 
-    classes: of the encoders, by name. tokens: length of a prompt, by encoder. batch: prompts; 0
-    counts the weights alone.
+    classes: encoder classes, by name. tokens: prompt length, by encoder name. batch: number of
+    prompts; with 0, only the weights are counted.
     """
     weight_bytes, peak_bytes = 0, 0
     for name, config in configs.items():

@@ -1,9 +1,11 @@
-"""Time of an optimizer step, from counted work over a device's rates: right within 35 %.
+"""Time of an optimizer step, estimated from operation counts and a device's speeds.
+
+The estimates are within 35 % of the measured times.
 
 An operator takes as long as its FLOPs or its memory traffic, whichever takes longer (the roofline
 model of Williams et al. 2009). A call takes at least as long as Python needs to launch its
-operators. Rewards take what was measured. Left out: `compile_blocks`, the
-loss of 4-bit weights, evaluations, samples and checkpoints.
+operators. The times of rewards are measured. Left out: `compile_blocks`, the slowdown of 4-bit
+weights, evaluations, samples and checkpoints.
 """
 
 import dataclasses
@@ -61,7 +63,10 @@ RATES = {
 
 @dataclass(frozen=True)
 class CallCounts:
-    """Transformer calls of one rank for a video and step: averages, if rollouts are reused."""
+    """Transformer calls of one rank, for one video and one optimizer step.
+
+    If rollouts are reused, the counts are averages.
+    """
 
     prefix: float  # no-grad steps before the window
     constant: float  # calls without gradient in the window, and those of the drift
@@ -69,7 +74,10 @@ class CallCounts:
 
 
 def count_calls(args: RewardGradientConfig) -> CallCounts:
-    """Return how often a step calls the transformer; at most, where the method draws steps."""
+    """Return how often a step calls the transformer.
+
+    If a method draws its steps at random, the count is that of the costliest draw.
+    """
     draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
     levels = getattr(read_options(args.method, args.method_kwargs), "num_levels", 0)  # each by both policies
     leaps, adjoint = 2 * (args.method == "leap_align"), _adjoint_steps(args)
@@ -137,7 +145,7 @@ def plan_time(model: TracedModel, args: RewardGradientConfig, rewards: RewardNee
 
 
 def phase_seconds(phase: Phase, rates: Rates) -> float:
-    """Return a phase's seconds: of the device, or of launching if that takes longer."""
+    """Return a phase's device time or launch time in seconds, whichever is longer."""
     on_device = sum(count * rates.operation_seconds(operation) for operation, count in phase.work.items())
     return max(on_device, phase.launches * rates.launch_seconds)
 
@@ -156,7 +164,7 @@ def _weight_copy_seconds(model: TracedModel, args: RewardGradientConfig, rates: 
 
 
 def _share_of_others(size: float, processes: int) -> float:
-    """Return the part of `size`, divided evenly over processes, that the other processes have."""
+    """Return the part of `size` that other processes hold, if all hold equal parts."""
     return size * (processes - 1) / processes
 
 

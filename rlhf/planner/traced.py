@@ -69,8 +69,8 @@ class FrozenCounts(NamedTuple):
 class TracedModel:
     """A run's transformer and decoder on "meta", for one of `processes` ranks.
 
-    args: the run's settings, with all sampling keys set. Methods take the same settings with other
-    values for speed and memory. Each distinct call is traced once.
+    args: the run's settings, with all sampling keys set. The `args` of a method may differ from
+    them in settings of speed and memory. Each distinct call is traced once.
     card: the model's sizes, as `rlhf.generator.files.model_sizes` returns them.
     """
 
@@ -204,7 +204,10 @@ class TracedModel:
     def decoder_call(
         self, args: RewardGradientConfig, batch: int, frames: int, with_gradient: bool = True
     ) -> TracedCall:
-        """Trace decoding the leading frames; with a `decode_window`, the frames in their middle."""
+        """Trace decoding the leading `frames`.
+
+        A `decode_window` is placed in the middle of these frames.
+        """
         if frames == 0:  # all rewards score latents
             return NOTHING
         settings = [getattr(args, name) for name in DECODER_SETTINGS]
@@ -235,9 +238,10 @@ class TracedModel:
         return self._trace_once(("decoder", batch, frames, with_gradient, *settings), trace_all)
 
     def latent_reward_call(self, batch: int, count: int, recompute: bool) -> tuple[TracedCall, int]:
-        """Trace the reward latent_reward on its first blocks; return the call and bytes of weights.
+        """Trace the transformer blocks that `latent_reward` uses.
 
-        The head on the blocks is left out: it is small.
+        Return the call and the bytes of their weights. The head on the blocks is small and left
+        out.
         """
         large = self.transformer.num_parameters() > BFLOAT16_PARAMETERS
         with torch.device("meta"):
@@ -294,8 +298,8 @@ def trace_call(
 ) -> TracedCall:
     """Trace function(x) without gradient, then with gradient, then its backward pass.
 
-    modules: their own tensors are not counted. to_input: x needs a gradient. skip_no_grad: leave
-    out the call without gradient if there is one with it.
+    modules: their own tensors are not counted. to_input: x needs a gradient. skip_no_grad: with
+    `with_gradient`, do not trace the no-grad call.
     """
     with Trace(*modules) as trace:
         trace.ignore(x)

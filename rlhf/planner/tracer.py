@@ -1,8 +1,8 @@
 """Count memory, FLOPs and bytes moved of code that runs on tensors without storage.
 
-Tensors on PyTorch's "meta" device have shapes and lifetimes, but no numbers. The functions that
-train run on such tensors in about a second, and a `Trace` counts what the same functions would need
-on an accelerator at full size.
+Tensors on PyTorch's "meta" device have shapes and lifetimes, but no numbers. On such tensors
+the training functions run in about a second. A `Trace` counts what the same functions would need on
+an accelerator at full size.
 
 Shape legend: B batch, H heads, N tokens, W width of a head.
 """
@@ -130,8 +130,8 @@ class Trace(TorchDispatchMode):
 def _call(func, args: tuple, kwargs: dict) -> tuple[object, Operation]:
     """Call an operator. Return its result and what it costs.
 
-    PyTorch's shape functions are slow Python. So a call with arguments like those of an earlier
-    call takes its result's shapes from there, except for views.
+    PyTorch's shape functions are slow Python. The result's shapes are therefore cached by operator
+    and arguments. Views are not cached.
     """
     key = None if func.namespace == "c10d" else (func, _cache_key(args), _cache_key(kwargs))
     if key in _KNOWN:
@@ -170,7 +170,7 @@ def _allocate_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def _storage_id(tensor: torch.Tensor) -> int:
-    """Return what identifies a tensor's storage while it lives."""
+    """Return an id of a tensor's storage, which is unique while the storage exists."""
     return tensor.untyped_storage()._cdata
 
 
@@ -194,7 +194,7 @@ def _operation(func, args, kwargs, out, inputs, outputs) -> Operation:
 
 
 def _sent_bytes(name: str, tensors: list[torch.Tensor]) -> int:
-    """Return the bytes that each rank sends. tensors: the buffer of the result comes first."""
+    """Return the bytes that each rank sends. tensors: the collective's inputs, its result first."""
     size = dist.get_world_size()
     return RING_PASSES[name] * _bytes(tensors[:1]) * (size - 1) // size
 
@@ -227,7 +227,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Stand in for attention inside a trace: (B, H, N, W), and M keys and values."""
+    """Stand in for attention inside a trace. query is (B, H, N, W); key and value (B, H, M, W)."""
     return _Attention.apply(query, key, value)
 
 
@@ -269,7 +269,7 @@ class _FusedNorm(nn.Module):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """An RMS norm that keeps its input and one number a row, and moves as many bytes."""
+    """A stand-in for a fused RMS norm, with the same saved tensors and the same bytes moved."""
 
     @staticmethod
     def forward(ctx, x):
@@ -329,7 +329,7 @@ class _MetaGroup:
         return tensor
 
     def prefetch(self) -> None:
-        """Make offloaded tensors live again, unless they are or were already."""
+        """Make offloaded tensors live again. Skip those that are live or were already returned."""
         for saved in self.offloaded:
             if saved.tensor is None and not saved.is_returned:
                 saved.tensor = torch.empty_strided(saved.shape, saved.stride, dtype=saved.dtype, device="meta")
