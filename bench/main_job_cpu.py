@@ -32,7 +32,7 @@ from rlhf.evaluation.statistics import paired_interval
 from rlhf.io import load_yaml, write_json
 
 ROOT = Path(__file__).parents[1]
-DIVERSITY, EVAL_SEED = "--num_diversity_prompts", "--eval_seed"  # of rows before four videos were compared
+EVAL_SEED = "--eval_seed"
 VIDEOS = 4  # of each prompt
 RESULT = ROOT / "bench" / "results" / "main_job_cpu.json"
 MEASURES = ("seconds", "steps", "trained", "held_out", "motion", "diversity", "saturation", "high_frequency")
@@ -55,7 +55,7 @@ def main_job_cpu_table(result: dict) -> str:
         shown = f"{right['base']:.1%} → **{right['tuned']:.1%}**, {right['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
         scores = [with_interval(row["trained"]["nano_preference"]), shown, with_interval(row["held_out"]["clip"])]
         motion, diversity = (f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity"))
-        seen = diversity if DIVERSITY in row["flags"] or "diversity_videos" in row else "-"
+        seen = diversity if "diversity_videos" in row else "-"
         seconds = "-" if row["beside_others"] else f"{row['wall_seconds']:.0f}"
         prompts = eval_seed(row["flags"])
         lines.append([str(row["seed"]), prompts, *scores, motion, seen, seconds])
