@@ -1,7 +1,7 @@
 """Peak host memory of one process of a run, by phase.
 
 The bytes are those of the process's pages, mapped files included. Weights stay mapped until they
-move to a device. Each phase therefore counts one copy of the weights that it reads.
+move to a device. Each phase counts the weights that it reads once.
 """
 
 from dataclasses import dataclass

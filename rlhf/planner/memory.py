@@ -1,5 +1,4 @@
-"""Peak memory of one rank, by phase: the traced calls put together in the order in which the
-trainer makes them.
+"""Peak memory of one rank, by phase. Each phase adds up traced calls, as the trainer makes them.
 
 The bytes are those that PyTorch counts as allocated. Rewards are taken as measured
 (`rlhf.planner.reward_costs`). A process takes more of a device: the vendor's context and kernels
@@ -129,7 +128,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return what one rank holds all the time, and the peak of each phase above it.
 
-    args: the settings of `model`, apart from settings of speed and memory, which may differ.
+    args: may differ from `model.args` only in settings of speed and memory.
     rewards: `plan_rewards` of the same args.
     encoder_bytes: memory to encode the prompts with the largest encoder. It is in use before the
         transformer is loaded, when only the rewards are held.

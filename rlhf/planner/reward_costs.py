@@ -52,7 +52,7 @@ def reward_cost(name: str, settings: dict, frames: int) -> RewardCost | None:
     not measured, they are proportional to the frames from 8 frames on, and constant below.
 
     The peak is that of one `chunk` of frames or of pairs of frames. Recomputing the chunks
-    adds a third of the time. A `chunk` of videos is not counted.
+    adds a third of the time. Rewards that chunk by whole videos are costed as without `chunk`.
     """
     default = "bfloat16" if CATALOGUE[name].bytes_each == 2 else "float32"
     if (row := COSTS.get(f"{name} {settings.get('dtype', default)}")) is None:

@@ -98,8 +98,8 @@ class Planner:
     def find_fitting(self, limit: int) -> list[Estimate]:
         """Return estimates that need at most `limit` bytes, the fastest first. [] if there is none.
 
-        If no exact choice fits, `INEXACT_CHOICES` are tried in order until one fits. An estimate is
-        left out if it only adds changes to a faster one.
+        If no choice that keeps the gradient exact fits, `INEXACT_CHOICES` are tried in order. An
+        estimate is left out if it only adds changes to a faster one.
         """
         for inexact in self._inexact_choices():
             estimates = map(self.estimate, self._combinations(inexact))

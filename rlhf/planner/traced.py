@@ -69,8 +69,8 @@ class FrozenCounts(NamedTuple):
 class TracedModel:
     """A run's transformer and decoder on "meta", for one of `processes` ranks.
 
-    args: the run's settings, with all sampling keys set. The `args` of a method may differ from
-    them in settings of speed and memory. Each distinct call is traced once.
+    args: the run's settings, with all sampling keys set. Functions of this class that take `args`
+        accept other settings of speed and memory. Each distinct call is traced once.
     card: the model's sizes, as `rlhf.generator.files.model_sizes` returns them.
     """
 
@@ -123,7 +123,7 @@ class TracedModel:
 
     @cached_property
     def itemsize(self) -> int:
-        """Bytes of a number of the transformer's frozen weights."""
+        """Bytes of one element of the transformer's frozen weights."""
         return self.transformer.dtype.itemsize
 
     @cached_property
@@ -298,8 +298,8 @@ def trace_call(
 ) -> TracedCall:
     """Trace function(x) without gradient, then with gradient, then its backward pass.
 
-    modules: their own tensors are not counted. to_input: x needs a gradient. skip_no_grad: with
-    `with_gradient`, do not trace the no-grad call.
+    modules: their own tensors are not counted. to_input: x needs a gradient. skip_no_grad: leave
+    out the call without gradient; ignored unless `with_gradient`.
     """
     with Trace(*modules) as trace:
         trace.ignore(x)

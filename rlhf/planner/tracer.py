@@ -194,7 +194,7 @@ def _operation(func, args, kwargs, out, inputs, outputs) -> Operation:
 
 
 def _sent_bytes(name: str, tensors: list[torch.Tensor]) -> int:
-    """Return the bytes that each rank sends. tensors: the collective's inputs, its result first."""
+    """Return the bytes that each rank sends. tensors: the collective's; the first gets its result."""
     size = dist.get_world_size()
     return RING_PASSES[name] * _bytes(tensors[:1]) * (size - 1) // size
 
@@ -264,7 +264,7 @@ class _FusedNorm(nn.Module):
     """An RMS norm as one kernel. On "meta" PyTorch would take the norm apart."""
 
     def forward(self, hidden_states):
-        """Return the stand-in's result."""
+        """Return the result of `_RmsNorm`."""
         return _RmsNorm.apply(hidden_states)
 
 
@@ -285,7 +285,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def use_fused_norms(transformer: nn.Module) -> None:
-    """Have each query and key norm count as one kernel, in place."""
+    """Change the norms of queries and keys in place, so that each counts as one kernel."""
     for module in transformer.modules():
         if isinstance(module, nn.RMSNorm | RMSNorm):
             module.__class__ = _FusedNorm
