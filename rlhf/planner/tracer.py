@@ -194,7 +194,7 @@ def _operation(func, args, kwargs, out, inputs, outputs) -> Operation:
 
 
 def _sent_bytes(name: str, tensors: list[torch.Tensor]) -> int:
-    """Return the bytes that each rank sends. tensors: the collective's; the first gets its result."""
+    """Return the bytes that each rank sends. tensors: the collective's; the first is its result."""
     size = dist.get_world_size()
     return RING_PASSES[name] * _bytes(tensors[:1]) * (size - 1) // size
 
