@@ -398,7 +398,9 @@ class RewardGradientConfig:
         most=16384,
     )
     per_device_eval_batch_size: int = setting(8, "Videos sampled at a time, evaluating.", least=1, most=10000)
-    eval_seed: int = setting(0, "Seed of the evaluation's noise.", least=-(2**63), below=2**64)
+    eval_seed: int = setting(
+        0, "Seed of the evaluation's noise, and of prompts that are drawn from a set.", least=-(2**63), below=2**64
+    )
     num_diversity_prompts: int = setting(
         4, "Held-out prompts sampled a second time, to measure how far samples differ.", least=0
     )

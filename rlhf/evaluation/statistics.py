@@ -56,7 +56,7 @@ def describe_change(name: str, row: dict) -> str:
 
     name: of the judge or measure. row: with "prompts", their number, and "verdict" as in a report,
     where these are known. Only scores whose 0 means none, which are measures and verdicts, are
-    compared with `RELEVANT_CHANGE`.
+    compared with `RELEVANT_CHANGE`. An interval wider than the mean itself is not shown.
     """
     low, high = row["ci95"]
     if row.get("prompts") == 1:
@@ -66,7 +66,8 @@ def describe_change(name: str, row: dict) -> str:
     half, mean = (high - low) / 2, row["base"] or row["tuned"]
     if (name in MEASURES or row.get("verdict")) and half > RELEVANT_CHANGE * mean:
         more = "num_diversity_prompts" if name == DIVERSITY else "num_eval_prompts"
-        return f"{100 * row['diff'] / mean:+.0f} ± {100 * half / mean:.0f} %: {TOO_FEW}; raise {more}"
+        told = f"{100 * row['diff'] / mean:+.0f} ± {100 * half / mean:.0f} %: " if half < mean else ""
+        return f"{told}{TOO_FEW}; raise {more}"
     return "no clear change"
 
 
