@@ -35,7 +35,7 @@ from rlhf.io import write_json
 
 EVAL_SEED = 11  # prompts on which no recipe was chosen
 COSTS = "seconds_per_step"  # of the result's environment: by `cost_key`
-SLOWER = 0.16  # by how much each run beside it makes a run slower; ten took 2.4 times as long as one on an H200
+SLOWER = 0.16  # by how much each run beside it makes a run slower, until one ended: ten took 2.4 times as long as one
 START_SECONDS = 20  # of a run, apart from its steps
 BASE_TOLERANCE = 0.02  # of mean scores of the base: one or two of 128 videos, as devices round differently
 
@@ -82,11 +82,12 @@ class Study:
         default: dict,
         limit: float = math.inf,
         costs_of: Path | None = None,
+        slower: float = SLOWER,
     ):
         self.path, self.conditions, self.pools = path, conditions, pools
         self.steps, self.timed, self.limit = steps, timed, limit
         self.default = default  # settings of the arm whose steps are the budget
-        self.began, self.slower = time.perf_counter(), 1 + SLOWER * (pools.jobs - 1)
+        self.began, self.slower = time.perf_counter(), 1 + slower * (pools.jobs - 1)
         kept = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
         self.about, self.rows = kept["environment"], kept["rows"]
         self.machine = environment(pick_device(conditions.device))
@@ -270,8 +271,8 @@ def opened(
             (*flags, *given.flags),
             curve,
         )
-        limit = given.limit or math.inf
-        yield Study(given.output or path, conditions, given.steps, given.timed, pools, default, limit, costs_of)
+        of_time = given.limit or math.inf, costs_of, given.slower
+        yield Study(given.output or path, conditions, given.steps, given.timed, pools, default, *of_time)
 
 
 def arguments(about: str, arms: list[str], steps: int) -> argparse.ArgumentParser:
@@ -287,6 +288,9 @@ def arguments(about: str, arms: list[str], steps: int) -> argparse.ArgumentParse
     parser.add_argument("--devices", type=int, nargs="+", default=[0], help="which of them (default: 0)")
     parser.add_argument("--jobs", type=int, help="runs at a time on a device; default: 1 on a CPU, else 6")
     parser.add_argument("--limit", type=float, help="seconds after which no run is to be under way; default: none")
+    parser.add_argument(
+        "--slower", type=float, default=SLOWER, help="by how much a run slows each beside it (default: %(default)s)"
+    )
     parser.add_argument("--eval_prompts", type=int, default=128, help="held-out prompts (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="the result's file")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train_rlhf.py, last")

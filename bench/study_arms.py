@@ -66,7 +66,11 @@ LONG_ARMS = {  # made for a long budget
     "DRTune, 32 videos": ALL_STEPS
     | {"method": "drtune", "learning_rate": 1e-3, "per_device_train_batch_size": 32, "ema_decay": 0.95},
 }
-LONG_CHANGES = {"NFT": {"learning_rate": 3e-4}}  # at 1e-3 and 3e-3 it broke down within 420 steps
+LONG_CHANGES = {  # a tenth of the chosen rate, at which they broke down
+    "NFT": {"learning_rate": 3e-4},
+    "PRFL": {"learning_rate": 3e-6},
+    "SRPO offline": {"learning_rate": 1e-5},
+}
 DRIFT = {"drift_weight": 1.0}
 KL = {"method_kwargs": {"kl_weight": 0.04}}  # the published weight for GenEval
 ARMS = {name + end: arm | more for name, arm in GRADIENT.items() for end, more in (("", {}), (CONTROL, DRIFT))}
