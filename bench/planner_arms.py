@@ -39,6 +39,7 @@ STEP_ARMS = (
     "leap_align",
     "leap_align, nothing twice",
     "adjoint_matching, last 4 steps",
+    "adjoint_matching, last 4 steps, nothing twice",
     "adjoint_matching, nothing twice",
 )
 CAPS_GIB = {"8B, 33 frames, 24 GiB": 24}
