@@ -77,7 +77,7 @@ def plot_costs(result: dict, path: Path) -> None:
 def plot_frontier(result: dict, path: Path) -> None:
     """Draw the verifier against the diversity: each arm, with its way there as a line.
 
-    An arm that broke down is off the plot, and the title names it.
+    A dashed line joins the bests of n. The title names arms that broke down, which are off the plot.
     """
     figure = Figure(figsize=(9, 5.5))
     axis = figure.subplots()
@@ -92,8 +92,10 @@ def plot_frontier(result: dict, path: Path) -> None:
         fill = "white" if arm.endswith(CONTROL) else color_of(arm)
         axis.plot(x, y, "o", color=color_of(arm), markerfacecolor=fill, markersize=5)
         crowded = any(0 < x2 - x < 20 and abs(y2 - y) < 3 for _, x2, y2 in arms.values())  # on its right
-        side = {"xytext": (-5, 6), "ha": "right"} if crowded or arm.startswith("best") else {"xytext": (5, -9)}
+        side = {"xytext": (-5, 6), "ha": "right"} if crowded else {"xytext": (6, -4)}
         axis.annotate(named(arm, rows).strip("*"), (x, y), fontsize=7, textcoords="offset points", **side)
+    best = [(0, 0), *sorted((x, y) for arm, (_, x, y) in arms.items() if arm.startswith("best"))[::-1]]
+    axis.plot(*zip(*best, strict=True), "--", color=color_of("best"), alpha=0.5, zorder=1)
     if off:
         axis.set_title(f"Off the plot: {', '.join(off)}", fontsize=9, loc="left")
     axis.set_xlabel("diversity, tuned less base, % of the base's", fontsize=9)

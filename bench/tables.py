@@ -3,7 +3,7 @@
 The pages are bench/results/*.md, the guides in docs/ and README.md. What stands between `<!--
 table: bench/results/NAME.json -->` and `<!-- end of table -->` is replaced by that file's table, or
 by nothing while there is no such file; NAME.json#PART is one of several tables. A single arm of
-bench/study.py stands between `<!-- study: ARM -->` and `<!-- / -->`.
+bench/study.py stands between `<!-- study: ARM -->` and `<!-- / -->`; `long` is of its long budget.
 """
 
 import json
@@ -23,11 +23,11 @@ from main_job import main_job_table
 from main_job_cpu import main_job_cpu_table
 from md_table import GONE, label, made_on, table
 from step_tables import compile_table, less_memory_table, phase_cell, step_table
-from study_numbers import MEASURES, gains
+from study_numbers import LONG_RESULT, MEASURES, RESULT, gains
 
 OUT_OF_MEMORY = "out of memory"  # why a row of bench/reward_costs.py has no figures
 ROOT = Path(__file__).parents[1]
-STUDY = ROOT / "bench" / "results" / "study.json"
+STUDIES = {"study": RESULT.name, "long": LONG_RESULT.name}  # by the word that a single arm's place has
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 GAP = "hacking_gap"
 
@@ -149,14 +149,16 @@ def _arms_table(result: dict, measures: tuple[str, ...], last: tuple[str, Callab
     return table(headings, lines)
 
 
-def fill_cells(text: str, result: dict) -> str:
+def fill_cells(text: str, root: Path = ROOT) -> str:
     """Return the text with every single arm filled: mean gains of reward, verifier, diversity."""
-    for arm, rows in _by_arm(result).items():
-        trained, verifier, diversity = (
-            statistics.mean(gains(rows, measure)) for measure in ("trained", "verifier", "diversity")
-        )
-        cell = re.compile(f"(<!-- study: {re.escape(arm)} -->).*?(<!-- / -->)")
-        text = cell.sub(rf"\g<1>{trained:+.3f}, {verifier:+.1f}, {diversity:+.0f} %\g<2>", text)
+    paths = {study: root / "bench" / "results" / name for study, name in STUDIES.items()}
+    for study, path in paths.items():
+        for arm, rows in _by_arm(json.loads(path.read_text())).items() if path.exists() else ():
+            trained, verifier, diversity = (
+                statistics.mean(gains(rows, measure)) for measure in ("trained", "verifier", "diversity")
+            )
+            cell = re.compile(f"(<!-- {study}: {re.escape(arm)} -->).*?(<!-- / -->)")
+            text = cell.sub(rf"\g<1>{trained:+.3f}, {verifier:+.1f}, {diversity:+.0f} %\g<2>", text)
     return text
 
 
@@ -249,7 +251,7 @@ def main() -> None:
     """Run the command."""
     for page in pages():
         text = page.read_text(encoding="utf-8")
-        if (filled := fill_cells(fill(text), json.loads(STUDY.read_text()))) != text:
+        if (filled := fill_cells(fill(text))) != text:
             page.write_text(filled, encoding="utf-8")
             print(f"wrote {page.relative_to(ROOT)}")
 

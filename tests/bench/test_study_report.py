@@ -123,7 +123,7 @@ def test_tables_replace_what_stands_in_their_places(tmp_path):
         result["rows"] = [row | {"hacking_gap": 0.25} for row in result["rows"]]
         for name in ("methods", "study"):
             (tmp_path / "bench" / "results" / f"{name}.json").write_text(json.dumps(result))
-        text = tables.fill_cells(tables.fill(text, tmp_path), result)
+        text = tables.fill_cells(tables.fill(text, tmp_path), tmp_path)
     assert text.startswith("before\n<!-- table")
     assert text.endswith("<!-- study: DRaFT-K -->+0.500, +50.0, +100 %<!-- / -->")
     assert text.count("Measured on a chip (2 cores), torch 2.15.") == 2
