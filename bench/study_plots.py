@@ -77,7 +77,7 @@ def plot_costs(result: dict, path: Path) -> None:
 def plot_frontier(result: dict, path: Path) -> None:
     """Draw the verifier against the diversity: each arm, with its way there as a line.
 
-    A dashed line joins the bests of n. The title names arms that broke down, which are off the plot.
+    A dashed line joins the bests of n. The title names arms that broke down; they are off the plot.
     """
     figure = Figure(figsize=(9, 5.5))
     axis = figure.subplots()
