@@ -13,7 +13,7 @@ SWEEPS = [ROOT / "bench" / "results" / f"{name}.json" for name in ("study_sweep_
 WORK = "bench/runs/study"  # below ROOT: what is made once for all runs, see bench/study_inputs.py
 HEAD, VIDEOS = f"{WORK}/head.safetensors", f"{WORK}/videos"
 BEST_OF = "best-of-n"
-CONTROL, REAL = " + drift control", " + real videos"  # endings of arms that take the settings chosen without
+CONTROL = " + drift control"  # ending of arms that take the settings chosen without
 DDPO = "ddpo"  # in place of a method: `baselines.DDPOTrainer`, with the options of flow_grpo
 
 
@@ -52,7 +52,13 @@ FURTHER = {
     | {"method": "prfl", "reward_funcs": ["latent_reward"], "reward_kwargs": REWARD, "eval_reward_funcs": JUDGES},
     "SRPO offline": ONE_STEP | {"method": "srpo", "anchor_data": VIDEOS, "method_kwargs": {"offline": True}},
 }
-REAL_VIDEOS = {"anchor_data": VIDEOS, "method_kwargs": {"anchor_data_steps": 1, "anchor_data_weight": 0.1}}
+VARIED = {  # endings of DRaFT-K's arms, which take its settings
+    " + real videos": {"anchor_data": VIDEOS, "method_kwargs": {"anchor_data_steps": 1, "anchor_data_weight": 0.1}},
+    " + moved video": {"method_kwargs": {"reward_perturbation": 0.005}},
+    " + moved adapter": {"method_kwargs": {"weight_perturbation": 0.05}},
+    ", all linear layers": {"lora_target_modules": ["all-linear"]},
+    ", cosine": {"lr_scheduler_type": "cosine"},
+}
 # By scores alone. More videos a step than with a gradient, for scores are the noisier signal.
 NFT = ONE_STEP | {"method": "nft", "per_device_train_batch_size": 32, "learning_rate": 3e-3}
 POLICY = {
@@ -74,7 +80,7 @@ LONG_CHANGES = {  # a tenth of the chosen rate, at which they broke down
 DRIFT = {"drift_weight": 1.0}
 KL = {"method_kwargs": {"kl_weight": 0.04}}  # the published weight for GenEval
 ARMS = {name + end: arm | more for name, arm in GRADIENT.items() for end, more in (("", {}), (CONTROL, DRIFT))}
-ARMS |= FURTHER | {DEFAULT + REAL: changed(GRADIENT[DEFAULT], REAL_VIDEOS)} | {"NFT": NFT}
+ARMS |= FURTHER | {DEFAULT + end: changed(GRADIENT[DEFAULT], more) for end, more in VARIED.items()} | {"NFT": NFT}
 ARMS |= {name + end: changed(arm, more) for name, arm in POLICY.items() for end, more in (("", {}), (CONTROL, KL))}
 ARMS |= SHIPPED | LONG_ARMS
 
@@ -120,7 +126,8 @@ VARIANTS = {  # the first of equal ones is kept
 
 def settings_of(arm: str, chosen: dict[str, dict]) -> dict:
     """Return what an arm changes in configs/nano.yaml, `chosen` by the sweep included."""
-    return changed(ARMS[arm], chosen.get(arm.removesuffix(CONTROL).removesuffix(REAL), {}))
+    plain = next((arm.removesuffix(end) for end in (CONTROL, *VARIED) if arm.endswith(end)), arm)
+    return changed(ARMS[arm], chosen.get(plain, {}))
 
 
 def chosen_by_sweeps(paths: list[Path] = SWEEPS) -> dict[str, dict]:
