@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "bench" / "results" / "symptoms.md").read_text()
 EXPECTED = {  # symptom: what its command says, as regular expressions
     "memory": [r"can't allocate memory"],
-    "memory_cured": [r"^ +1 +0\.72"],
-    "cheated": [r"^ +8 .* 3\d\.\d", r"preference \(held-out\) +0\.82\d+ +0\.0"],
+    "memory_cured": [r"^ +1 +0\.66"],
+    "cheated": [r"^ +8 .* 2\d\.\d", r"preference \(held-out\) +0\.71\d+ +0\.0"],
     "guarded": [r"did not rise in 2 evaluations; the best was step 0", r"^4 steps"],
     "flat": [r"got a gradient of exactly zero; expected a non-zero gradient"],
     "capped": [r"^ +2 +0\.3 +\S+ +0 "],
     "infinite": [r"norm nan, expected a finite number; it comes from the reward unburnt", r"step-0; go on with"],
-    "one_by_one": [r"^ +3 +0\.82"],
-    "together": [r"^ +3 +0\.82"],
+    "one_by_one": [r"^ +3 +0\.70"],
+    "together": [r"^ +3 +0\.70"],
 }
 
 
