@@ -188,13 +188,13 @@ def main(argv: list[str] | None = None) -> None:
     todo = [arm for arm in given.only or ARMS if arm not in rows]
     with ThreadPoolExecutor(given.jobs) as pool:
         for row in pool.map(lambda arm: run_arm(arm, device.type), todo):
-            rows[row["arm"]] = row
-            ordered = [rows[arm] for arm in ARMS if arm in rows]
-            write_rows(given.output, about, ordered)
-            print(hacking_table({"environment": about, "rows": ordered}), flush=True)
+            found = rows | {row["arm"]: row}
+            rows = {arm: found[arm] for arm in ARMS if arm in found}
+            write_rows(given.output, about, rows.values())
+            print(hacking_table({"environment": about, "rows": [*rows.values()]}), flush=True)
     if given.output == RESULT:
-        draw_frames(ordered, IMAGES / "hacking_frames.png")
-        draw_curves(ordered, IMAGES / "hacking_curves.png")
+        draw_frames([*rows.values()], IMAGES / "hacking_frames.png")
+        draw_curves([*rows.values()], IMAGES / "hacking_curves.png")
 
 
 if __name__ == "__main__":
