@@ -30,7 +30,7 @@ PROGRAMS |= {"python", "python3", "ruff", "source", "ulimit"}
 METHOD_KWARGS = {name for kind in METHOD_OPTIONS.values() for name in kind.__dataclass_fields__}
 NO_SETTINGS = {"enable_gradient_checkpointing", "set_attention_backend", "max_restarts", "nano_preference", "s_m"}
 NO_SETTINGS |= {"vlm_question"}
-NO_SETTINGS |= {"grad_norm", "memory_gib", "wan_decoder", "save_lora_weights", "npu_rms_norm", "no_grad", "comet_ml"}
+NO_SETTINGS |= {"grad_norm", "memory_gib", "save_lora_weights", "npu_rms_norm", "no_grad", "comet_ml"}
 OF_THE_COMMAND = {"memory_limit_gib", "plan_device", "plan_processes", "dry_run"}
 SETTINGS = set(field_names())
 
