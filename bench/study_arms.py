@@ -158,5 +158,6 @@ def cost_key(settings: dict) -> str:
     """Return a key that is equal for settings with the same time a step."""
     free = "learning_rate", "noise_level", "noise", "anchor_data_weight", "beta", "reward_scale"
     kept = lambda given: {key: value for key, value in given.items() if key not in free}
-    options = {"method_kwargs": kept(settings["method_kwargs"])} if "method_kwargs" in settings else {}
-    return json.dumps(kept(settings) | options, sort_keys=True)
+    options = kept(settings.get("method_kwargs", {}))
+    settings = {key: value for key, value in kept(settings).items() if key != "method_kwargs"}
+    return json.dumps(settings | ({"method_kwargs": options} if options else {}), sort_keys=True)

@@ -20,9 +20,10 @@ from pathlib import Path
 from rewards.cli.files import check_file
 from rewards.cli.flags import add_reading_flags, mapping
 from rewards.cli.table import format_table
-from rewards.score import NotScoredError, print_failures, resolve_prompts
+from rewards.contract import RewardError
+from rewards.score import NotScoredError, print_failures, prompt_reader
 from rewards.score_cache import ScoreCache, Scorer, content_sha256, default_cache_folder
-from rlhf.evaluation.video_set import SCORES, Video, read_set, relative_name, require_files
+from rlhf.evaluation.video_set import MANIFEST, SCORES, Video, read_set, relative_name, require_files
 from rlhf.io import file_errors, read_rows, write_rows
 from rlhf.types import fields_of
 
@@ -79,7 +80,9 @@ def checked_set(folder: Path, args: argparse.Namespace) -> list[Video]:
     require_files(videos)
     for video in videos:
         check_file(video.path, args.fps)
-        resolve_prompts([video.path], [video.prompt] if video.prompt else None, args.rewards)
+        if not video.prompt.strip() and (reader := prompt_reader(args.rewards)):
+            got, cure = f"no prompt of {video.path}", f"write one into {folder / MANIFEST}"
+            raise RewardError(reader, got=got, expected="text that says what it shows", cure=cure)
     return videos
 
 

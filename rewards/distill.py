@@ -143,8 +143,9 @@ def sample_all(trainer: RewardGradientTrainer, given: argparse.Namespace, steps:
             draw = lambda row, number=number: torch.randperm(
                 steps, generator=generator("distill levels", trainer.args.seed, number, row)
             )[: given.levels]
-            add_videos(found, trainer, batch.prompts, batch.noise("distill"), draw)
-            bar.update(len(batch.prompts))
+            prompts = batch.prompts[: given.videos - len(found.prompts)]
+            add_videos(found, trainer, prompts, batch.noise("distill")[: len(prompts)], draw)
+            bar.update(len(prompts))
     return found
 
 

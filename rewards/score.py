@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rewards.catalogue import CATALOGUE
@@ -47,12 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     """Print a table with a row for each file and return the exit status."""
     arguments = parse_score_args(argv)
     try:
-        files = [check_file(path, arguments.fps) for path in arguments.files]
+        files = [Path(path).expanduser() for path in arguments.files]
         prompts = resolve_prompts(files, arguments.prompts, arguments.rewards)
         fields = one_for_each("--row", arguments.rows or [{}], len(files))
         prompts = [Prompt(*pair) for pair in zip(prompts, fields, strict=True)]
-        rewards = load_rewards(arguments.rewards, arguments.kwargs)
-        rows = [_try_score(rewards, *pair, arguments) for pair in zip(files, prompts, strict=True)]
+        pairs = [*zip(files, prompts, strict=True)]
+        checked = [_try(_check, *pair, arguments) for pair in pairs]
+        rewards = {} if all(checked) else load_rewards(arguments.rewards, arguments.kwargs)
+        make_row = partial(score, rewards)
+        rows = [row or _try(make_row, *pair, arguments) for row, pair in zip(checked, pairs, strict=True)]
     except (ValueError, OSError) as error:  # RewardError is a ValueError
         print(f"rewards.score: {error}", file=sys.stderr)
         return 1
@@ -108,11 +112,15 @@ def resolve_prompts(files: list[Path], prompts: list[str] | None, specs: list[st
     Raises ValueError unless there are one or as many prompts as files; RewardError if a reward
     needs a missing prompt.
     """
-    names = [split_spec(spec)[1] for spec in specs]
-    reader = next((name for name in names if name in CATALOGUE and "prompt" in CATALOGUE[name].input), None)
-    if not prompts and reader:
+    if not prompts and (reader := prompt_reader(specs)):
         raise RewardError(reader, got="no prompt", expected="a description of the file", cure='add --prompt "..."')
     return one_for_each("--prompt", prompts or [""], len(files))
+
+
+def prompt_reader(specs: list[str]) -> str | None:
+    """Return the name of the first built-in reward that reads the prompt, None if none does."""
+    names = [split_spec(spec)[1] for spec in specs]
+    return next((name for name in names if name in CATALOGUE and "prompt" in CATALOGUE[name].input), None)
 
 
 def one_for_each(flag: str, values: list, count: int) -> list:
@@ -122,10 +130,19 @@ def one_for_each(flag: str, values: list, count: int) -> list:
     return values * count if len(values) == 1 else values
 
 
-def _try_score(rewards: dict, path: Path, prompt: str, arguments: argparse.Namespace) -> dict:
-    """Return the row of `score`, or {"file", "prompt", "error"}."""
+def _check(path: Path, prompt: str, arguments: argparse.Namespace) -> dict:
+    """Return {}. Raises NotScoredError for a file that is absent or of another kind."""
     try:
-        return score(rewards, path, prompt, arguments)
+        check_file(path, arguments.fps)
+    except ValueError as error:
+        raise NotScoredError(str(error)) from error
+    return {}
+
+
+def _try(make_row: Callable, path: Path, prompt: str, arguments: argparse.Namespace) -> dict:
+    """Return the row that is made, or {"file", "prompt", "error"}."""
+    try:
+        return make_row(path, prompt, arguments)
     except NotScoredError as error:
         if arguments.strict:
             raise

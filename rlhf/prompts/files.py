@@ -50,7 +50,7 @@ def as_prompt(row: Any, where: str) -> Prompt:
     text, negative = fields.get("prompt"), fields.get("negative_prompt")
     if not isinstance(text, str) or not isinstance(negative, str | None):
         raise ConfigError([f"{where}: got {_shorten(row)}, expected {ROW}; correct it"])
-    if "\0" in text or (text.strip() and not any(map(_is_visible, text))):
+    if "\0" in text or not any(map(_is_visible, text)):
         raise ConfigError([f"{where}: got {_shorten(text)}, expected visible text; write a prompt, or delete it"])
     try:
         fields = json.loads(json.dumps(fields, allow_nan=False, default=lambda value: value.tolist()))

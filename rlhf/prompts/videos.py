@@ -53,10 +53,8 @@ def read_videos(args: RewardGradientConfig) -> list[Video]:
 
 
 def _caption(folder: Path, video: Video) -> Prompt:
-    """Return the caption as a prompt with its "file". Raises ValueError for an empty one."""
+    """Return the caption as a prompt with its "file". Raises ConfigError for an empty one."""
     name = relative_name(folder, video.path)
-    if not video.prompt.strip():
-        raise ValueError(f"{video.path}: got no caption, expected a text that says what it shows; write one")
     caption = as_prompt({**fields_of(video.prompt), "prompt": str(video.prompt), "file": name}, str(video.path))
     caption.read.add("file")
     return caption

@@ -249,6 +249,16 @@ def test_a_kill_while_scores_are_written_leaves_those_that_were_there(folder, ru
     assert scores(folder) == before
 
 
+def test_a_blank_prompt_is_told_to_rewards_that_read_it(folder, run):
+    manifest = (folder / "videos.jsonl").read_text()
+    (folder / "videos.jsonl").write_text(manifest.replace("prompt 1", " "))
+    status, _, error = run(folder, "--reward", "clip_score")
+    assert status == 2
+    assert f"got no prompt of {folder / '1.mp4'}; expected text" in error
+    assert f"Write one into {folder / 'videos.jsonl'}" in error
+    assert run(folder, "--reward", "flicker")[0] == 0
+
+
 def test_one_bad_video_is_named_and_the_others_are_scored(folder, run):
     (folder / "1.mp4").write_bytes(b"not a video")
     status, told, error = run(folder, "--reward", "flicker")

@@ -62,6 +62,8 @@ REFUSED = {
     "cells.csv": (b"prompt,n\na cat, asleep,3\n", "line 2: got 3 cells for 2 columns, .* into double quotes"),
     "open.csv": (b'prompt,n\n"a cat,3\n', "line 2: got unexpected end of data, expected a cell a column"),
     "blank.csv": (b"prompt,n\n,3\n", "blank.csv, line 2: got .*, expected a string, or a row such as"),
+    "empty_row.jsonl": (b'{"prompt": "a"}\n{"prompt": ""}\n', "empty_row.jsonl, line 2: got '', expected visible text"),
+    "blank_row.jsonl": (b'{"prompt": " \\n"}\n', "line 1: got .*, expected visible text; write a prompt, or delete it"),
     "number.jsonl": (
         b'{"prompt": "a"}\n\n{"prompt": 3}\n',
         "number.jsonl, line 3: got {'prompt': 3}, expected a string",
@@ -113,7 +115,7 @@ def test_a_file_is_looked_for_beside_the_config_then_in_the_working_directory(tm
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
-    prompts = ["# no comment", "two\nlines", Prompt(" zwölf \u2028 Boxkämpfer", {"n": [1, None]}), ""]
+    prompts = ["# no comment", "two\nlines", Prompt(" zwölf \u2028 Boxkämpfer", {"n": [1, None]})]
     write_prompts(tmp_path / "p.jsonl", prompts)
     read = load_prompts("p.jsonl", tmp_path, count=1)
     assert [row_of(prompt) for prompt in read] == [row_of(prompt) for prompt in prompts]
@@ -147,6 +149,7 @@ def test_a_datasets_dataset_works():
         ([], "got no rows, expected strings or rows with a 'prompt'"),
         ("a red fox", "got the string 'a red fox', expected strings or rows with a 'prompt'"),
         ({"train": ["a"]}, "got a dict of 'train', expected strings or rows with a 'prompt'"),
+        (["a", " "], "dataset, row 1: got ' ', expected visible text"),
         (["a", {"prompt": 3}], "dataset, row 1: got {'prompt': 3}, expected a string, or a row"),
         ([{"text": "a" * 10**6}], "dataset, row 0: got {'text': 'aaa.* ..., expected a string, or a row"),
         ([{"prompt": "a", "image": object()}], "row 0: .* expected fields that JSON can hold.*leave the field out"),

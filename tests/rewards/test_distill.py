@@ -30,17 +30,20 @@ def distil_darkness(tmp_path, *flags):
 
 def test_the_command_writes_a_head_with_its_figures(tmp_path, capsys):
     head = distil_darkness(
-        tmp_path, "--videos=8", "--epochs=2", "--num_eval_prompts=3", "--per_device_eval_batch_size=7"
+        tmp_path, "--videos=10", "--epochs=2", "--num_eval_prompts=3", "--per_device_eval_batch_size=7"
     )
     told, facts = json.loads(head.with_suffix(".json").read_text()), read_facts(head)
     assert told == vars(facts)
     assert (facts.model, facts.blocks, facts.digest) == ("nano", 1, transformer_digest("nano"))
     assert facts.reward["reward_funcs"] == [f"{tmp_path}/dark.py:dark"]
     rows = facts.figures["levels"]
+    assert facts.figures["videos"] == 10, "though a batch has eight"
     assert [row["n"] for row in rows] == [6] * 3
     assert [row["sigma"] for row in rows] == pytest.approx([6 / 7, 0.6, 0])  # shift 3; no method scores pure noise
     assert facts.std > 0
-    assert "rank correlation" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "rank correlation" in told.out
+    assert "10/10" in told.err
     assert not head.with_suffix("").exists(), "there is no run"
     assert main(["--head", str(head), *TINY]) == 1
     assert "expected a new file" in capsys.readouterr().err

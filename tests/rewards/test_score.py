@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     images[0].save(folder / "picture.png")
     images[0].save(folder / "picture.JPG")
     (folder / "broken.mp4").write_bytes(b"not a video")
+    (folder / "words.txt").write_text("no video, either")
     (folder / "frames").mkdir()
     for i, image in enumerate(images):
         image.save(folder / "frames" / f"{i}.png")
@@ -109,23 +110,24 @@ def test_rewards_are_told_rate_and_times(folder, asked, tmp_path):
 
 
 def test_the_others_are_scored_and_what_fails_is_listed(folder, tmp_path, capsys):
-    files = [str(folder / name) for name in ("broken.mp4", "clip.mp4", "picture.png", "clip.gif")]
+    files = [str(folder / name) for name in ("broken.mp4", "clip.mp4", "picture.png", "clip.gif", "words.txt")]
     command = [*files, "--reward", "flicker", "--json", str(tmp_path / "scores.json")]
     assert main(command) == 1
     out, error = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()[2:]] == [files[1], files[3]]
-    broken, picture, last = error.splitlines()
+    broken, picture, words, last = error.splitlines()
     assert broken.startswith(f"rewards.score: {files[0]}: got a file that can't be decoded")
     assert picture.startswith(f"rewards.score: {files[2]}: reward 'flicker': got 1 frame(s)")
-    assert last == "rewards.score: 2 of 4 files were not scored"
+    assert words.startswith(f"rewards.score: {files[4]}: got '.txt', expected one of .mp4")
+    assert last == "rewards.score: 3 of 5 files were not scored"
     rows = json.loads((tmp_path / "scores.json").read_text())
     assert [row["file"] for row in rows] == files
-    assert [f"rewards.score: {row['error']}" for row in rows if "error" in row] == [broken, picture]
+    assert [f"rewards.score: {row['error']}" for row in rows if "error" in row] == [broken, picture, words]
 
     assert main([*command, "--strict"]) == 1
     out, error = capsys.readouterr()
     assert out == ""
-    assert error.splitlines() == [broken], "it stops at the first"
+    assert error.splitlines() == [words], "it stops at the first, before rewards are loaded"
 
 
 def test_a_truncated_video_is_scored_if_allowed_and_said(tmp_path, capsys):

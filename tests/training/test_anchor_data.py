@@ -192,7 +192,7 @@ MISTAKES = {
     "no folder": (shutil.rmtree, "got no folder there, expected one with videos; correct the path"),
     "no captions": (lambda f: (f / "videos.jsonl").unlink(), "got neither videos.jsonl nor prompts.txt, expected one"),
     "an empty list": (lambda f: (f / "videos.jsonl").write_text(""), "got no videos, expected one or more"),
-    "a blank caption": (_blank_caption, "0.mp4: got no caption, expected a text that says what it shows; write one"),
+    "a blank caption": (_blank_caption, "0.mp4: got ' ', expected visible text; write a prompt"),
     "an absent video": (lambda f: (f / "3.mp4").unlink(), "3.mp4: got 1 of 4 videos missing, expected all of them"),
     "a bad file": (_cut, r"1.mp4: got .* can't be decoded .*\(1 of 4 videos do not fit\)"),
     "another size": (
