@@ -28,6 +28,7 @@ from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.config.parse import CONFIGS, parse_config
 from rlhf.config.settings import SAMPLING_KEYS
 from rlhf.device import generator
+from rlhf.distributed.launch import launcher_world_size
 from rlhf.evaluation.statistics import rank_correlation
 from rlhf.generator.files import model_sizes, transformer_digest
 from rlhf.generator.first_blocks import FirstBlocks, first_blocks, load_first_blocks
@@ -85,6 +86,12 @@ def parse_distill_args(argv: list[str] | None) -> tuple[argparse.Namespace, Rewa
         problems.append(f"initial_adapter: got {args.initial_adapter}, expected a base without one; {cure}")
     if args.eval_prompts is None:
         problems.append("eval_prompts: got none, expected held-out prompts, on which the head is judged; name some")
+    if args.calibrate_rewards:
+        cure = "set it to 0, or let the rewards state what was measured"
+        got, expected = args.calibrate_rewards, "0, since a head predicts scores by the mean and std that rewards state"
+        problems.append(f"calibrate_rewards: got {got}, expected {expected}; {cure}")
+    if (count := launcher_world_size()) > 1:
+        problems.append(f"processes: got {count}, expected one, which samples all videos; start without a launcher")
     if problems:
         raise ConfigError(problems)
     config = model_sizes(args.model)["transformer"]

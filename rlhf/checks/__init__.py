@@ -11,7 +11,7 @@ from rlhf.checks.execution import execution_problems
 from rlhf.checks.method import adapter_problems, method_problems, read_initial
 from rlhf.checks.parallel import parallel_problems
 from rlhf.checks.resume import resume_problems, start_problems
-from rlhf.checks.rewards import problems_raised_by, reward_problems
+from rlhf.checks.rewards import built_in_latent_problems, problems_raised_by, reward_problems
 from rlhf.config import VIDEO_SIZE, ConfigError, RewardGradientConfig, range_problems, with_sampling
 from rlhf.device import multiplies_bfloat16, pick_device
 from rlhf.generator.files import SamplingDefaults, model_sizes
@@ -74,6 +74,7 @@ def check_config(
         problems += [*adapter_problems(args, sizes["transformer"]), *all_method_problems(args)]
         problems += parallel_problems(args, planned_processes)
         problems += _video_problems(args, sizes)
+        problems += [] if problems else built_in_latent_problems(args, rewards)
     if problems := [*range_problems(args), *problems]:
         raise ConfigError(problems)
     if args.vae_dtype == "auto":

@@ -30,6 +30,7 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
             f"num_grad_steps: got {args.num_grad_steps} with method {args.method}, which does not read it; expected 1, "
             f"or method {' or '.join(WITH_NUM_GRAD_STEPS)}; change one of the two"
         )
+    offline = False
     try:
         options = read_options(args.method, args.method_kwargs)
     except ConfigError as error:
@@ -38,7 +39,8 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
         yield from _step_problems(args, options)
         yield from _group_problems(args, options)
         yield from _data_problems(args, options)
-    yield from _drift_problems(args)
+        offline = getattr(options, "offline", False)
+    yield from _drift_problems(args, offline)
 
 
 def _step_problems(args, options: MethodOptions) -> Iterator[str]:
@@ -125,9 +127,14 @@ def _data_problems(args, options: MethodOptions) -> Iterator[str]:
         yield f"drift_weight: got {args.drift_weight} with offline, which has no rollout, expected 0.0; leave it out"
 
 
-def _drift_problems(args) -> Iterator[str]:
-    """Yield distillation without drift_weight or without guidance, and anchor_steps of 1."""
-    if args.guidance_gradient == "distill" and not args.drift_weight:
+def _drift_problems(args, offline: bool) -> Iterator[str]:
+    """Yield distillation without drift or without guidance, and anchor_steps of 1."""
+    if args.guidance_gradient == "distill" and (offline or args.method in (*SCORES_ALONE, "adjoint_matching")):
+        yield (
+            f"guidance_gradient: got distill with method {args.method}{' offline' * offline}, which has no "
+            "drift_weight to teach guidance, expected full, text or none; change one of the two"
+        )
+    elif args.guidance_gradient == "distill" and not args.drift_weight:
         yield (
             "guidance_gradient: got distill with drift_weight 0, which would teach the adapter no guidance; set "
             "drift_weight above 0"
@@ -150,7 +157,7 @@ def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[
     ends |= {end.split(".", 1)[-1] for end in ends}
     for target in target_layers(args.lora_target_modules):
         if not any(f".{name}".endswith(f".{target}") for name in layers):
-            near = difflib.get_close_matches(target, ends, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(target, [*LAYER_SETS, *ends], n=1, cutoff=0.4)
             cure = f"did you mean {near[0]!r}?" if near else "correct it"
             expected = f"expected the end of a linear layer's name such as to_q, or {' or '.join(LAYER_SETS)}"
             yield f"lora_target_modules: got {target!r}, {expected}; {cure}"

@@ -9,6 +9,7 @@ from rewards.contract import check_frames, split_spec
 from rewards.load import resolve_paths
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.evaluation.measures import MEASURES
+from rlhf.method.options import read_options
 
 
 def problems_raised_by(check: Callable, *arguments) -> list[str]:
@@ -52,6 +53,47 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
         yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
     yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
     yield from _mix_problems(args, [reward_name(reward) for reward in trained])
+
+
+def built_in_latent_problems(args: RewardGradientConfig, rewards: list[str | Callable] | None) -> list[str]:
+    """Return `latent_problems` where all rewards are built in, so that none has to be loaded.
+
+    args has a method and options without a problem. rewards: as in `reward_problems`.
+    """
+    trained = args.reward_funcs if rewards is None else rewards
+    names = [split_spec(reward)[1] if isinstance(reward, str) else "" for reward in trained]
+    if args.method == "auto" or not CATALOGUE.keys() >= set(names):
+        return []
+    inputs = [CATALOGUE[name].input for name in names]
+    return latent_problems(args, {reward_name(r): "latents" in i for r, i in zip(trained, inputs, strict=True)})
+
+
+def latent_problems(args: RewardGradientConfig, trained: dict[str, bool]) -> list[str]:
+    """Return the problems of rewards of latents with other settings, and of prfl without one.
+
+    trained: whether each reward to train on scores latents, by short name.
+    """
+    latent, weights = [name for name in trained if trained[name]], args.reward_weights or [1.0] * len(trained)
+    if args.method == "prfl" and not any(map(all, zip(trained.values(), weights, strict=True))):
+        got = f"got prfl with {', '.join(trained)}, expected a reward of latents among those trained on"
+        cure = "distil one by `python -m rewards.distill`, or choose method refl, which decodes an estimate"
+        return [f"method: {got}, since it scores videos that are not finished; {cure}"]
+    if not latent:
+        return []
+    named, options = f"the reward {latent[0]} of latents", read_options(args.method, args.method_kwargs)
+    return [
+        f"{setting}: got {got} with {named}, expected none: {why}; leave one of the two out"
+        for setting, got, why in (
+            ("relative_words", options.relative_words, "its text is that of the prompts alone"),
+            ("reward_perturbation", options.reward_perturbation, "the step is one of pixels"),
+            (
+                "balance_reward_gradients",
+                args.balance_reward_gradients,
+                "its gradients would be of pixels",
+            ),
+        )
+        if got
+    ]
 
 
 def _check_head(path: str, base_dir: str | None) -> None:

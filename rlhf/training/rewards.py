@@ -1,7 +1,7 @@
 """A run's rewards and judges: loaded, probed and mixed, without importing diffusers."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,11 @@ from rewards.contract import (
     split_spec,
 )
 from rlhf.checks import all_method_problems
+from rlhf.checks.rewards import latent_problems
 from rlhf.config import ConfigError, RewardGradientConfig, at_eval_size
 from rlhf.device import local_device
 from rlhf.generator.files import latent_sizes, model_sizes, transformer_digest
-from rlhf.method.options import SCORES_ALONE, WITH_GRADIENT, WITHOUT_GRADIENT, read_options
+from rlhf.method.options import SCORES_ALONE, WITH_GRADIENT, WITHOUT_GRADIENT
 from rlhf.prompts import load_prompts
 from rlhf.prompts.videos import load_train_prompts
 
@@ -65,7 +66,8 @@ def open_rewards(
     for name in trained:
         if weights[name] and with_gradient:
             require_differentiable(name, trained[name])
-    if problems := latent_problems(chosen, trained):
+    in_latents = {name: scores_latents(reward) for name, reward in trained.items()}
+    if problems := [*latent_problems(chosen, in_latents), *_scale_problems(args, trained)]:
         raise ConfigError(problems)
     judges = _load_rewards(args.eval_reward_funcs, args, device)
     shapes = [(3, sized.num_frames, sized.height, sized.width) for sized in (args, at_eval_size(args))]
@@ -90,28 +92,15 @@ def open_rewards(
     return trained | judges
 
 
-def latent_problems(args: RewardGradientConfig, trained: dict[str, Callable]) -> list[str]:
-    """Return the problems of rewards of latents with other settings, and of prfl without one.
-
-    trained: the rewards to train on, by short name.
-    """
-    latent = [name for name in trained if scores_latents(trained[name])]
-    if args.method == "prfl" and not any(_weights(trained, args)[name] for name in latent):
-        got = f"got prfl with {', '.join(trained)}, expected a reward of latents among those trained on"
-        cure = "distil one by `python -m rewards.distill`, or choose method refl, which decodes an estimate"
-        return [f"method: {got}, since it scores videos that are not finished; {cure}"]
-    if not latent:
-        return []
-    named, options = f"the reward {latent[0]} of latents", read_options(args.method, args.method_kwargs)
-    found = []
-    for setting, got, why in (
-        ("relative_words", options.relative_words, "its text is that of the prompts alone"),
-        ("reward_perturbation", options.reward_perturbation, "the step is one of pixels"),
-        ("balance_reward_gradients", args.balance_reward_gradients, "a gradient of pixels and one of latents differ"),
-    ):
-        if got:
-            found.append(f"{setting}: got {got} with {named}, expected none: {why}; leave one of the two out")
-    return found
+def _scale_problems(args: RewardGradientConfig, trained: dict[str, Callable]) -> Iterator[str]:
+    """Yield the problem of a lowest reward among some with and some without mean and spread."""
+    if args.reward_mix != "min" or not args.normalise_rewards or args.calibrate_rewards:
+        return
+    weights = _weights(trained, args)
+    raw = [name for name in trained if weights[name] and reward_attribute(trained[name], "std") is None]
+    if raw and len(raw) < sum(weight != 0 for weight in weights.values()):
+        got, expected = f"min with {', '.join(raw)}, which states no spread", "all rewards on one scale"
+        yield f"reward_mix: got {got}, expected {expected}; set calibrate_rewards, such as to 32"
 
 
 def choose_method(

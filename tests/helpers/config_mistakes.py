@@ -235,6 +235,14 @@ ROWS = [
         "would teach the adapter no guidance ... set drift_weight above 0",
     ),
     Row(
+        {"guidance_gradient": "distill", "method": "adjoint_matching"},
+        "guidance_gradient: got distill with method adjoint_matching ... expected full, text or none ... change one of",
+    ),
+    Row(
+        {"guidance_gradient": "distill", "method": "srpo", "method_kwargs": {"offline": True}},
+        "guidance_gradient: got distill with method srpo offline ... expected full, text or none ... change one of",
+    ),
+    Row(
         {"guidance_gradient": "distill", "drift_weight": 1, "guidance_scale": 1},
         "guidance_scale: got 1.0 with distill ... expected above 1 ... there is no guidance to teach",
     ),
@@ -284,11 +292,16 @@ ROWS = [
         {"method": "nft", "per_device_train_batch_size": 8, "method_kwargs": {"reward_perturbation": 0.1}},
         "reward_perturbation: got 0.1 with method nft ... expected 0 ... leave it out",
     ),
+    Row(
+        {"method": "prfl"},
+        "method: got prfl with clip_score ... expected a reward of latents ... distil one by `python -m",
+    ),
     Row({"reward_mix": "min"}, "reward_mix: got min with the rewards clip_score ... expected at least two ... add one"),
     Row(
         {"reward_mix": "min", "reward_funcs": ["clip_score", "hps_v2"], "reward_weights": [1, -1]},
         "reward_mix: got min with reward_weights [1.0, -1.0] ... expected none below 0 ... correct them",
     ),
+    Row({"lora_target_modules": ["all_linear"]}, "got 'all_linear' ... expected the end of ... mean 'all-linear'?"),
     Row({"lora_target_modules": ["to_qq"]}, "got 'to_qq' ... expected the end of a linear layer's ... mean 'to_q'?"),
     # ----------------------------------------------------------------------------- speed and memory
     Row({"decode_checkpoint": True}, "decode_checkpoint: got no decode_chunk ... expected one ... set it to 1"),

@@ -79,6 +79,7 @@ def test_a_head_ranks_unseen_videos_better_the_less_noise_there_is(tmp_path):
         (["--eval_prompts", "none"], "eval_prompts: got none, expected held-out prompts"),
         (["--initial_adapter", "some"], "initial_adapter: got some, expected a base without one"),
         (["--reward_funcs", "latent_reward"], "got no `path`"),
+        (["--calibrate_rewards", "8"], "calibrate_rewards: got 8, expected 0, since a head predicts"),
         (["--learning_rat", "1"], "learning_rate"),
     ],
 )
@@ -86,6 +87,12 @@ def test_what_cannot_work_is_told_before_weights_are_loaded(tmp_path, monkeypatc
     monkeypatch.setattr("rlhf.training.setup.find_base", lambda *_: pytest.fail("loaded"))
     assert main(["--head", str(tmp_path / "x.safetensors"), *flags]) == 1
     assert part in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--head", str(tmp_path / "x.safetensors")]) == 1
+    assert "processes: got 2, expected one" in capsys.readouterr().err
 
 
 def test_batches_are_of_one_level_and_hold_each_state_once():

@@ -11,6 +11,7 @@ from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, brightness, redness, rows_without_cost
 
 from rewards import RewardError, RewardMix
+from rlhf.config import ConfigError
 from rlhf.method.decode import Sampled
 from rlhf.trainer import RewardGradientTrainer
 from rlhf.training.calibrate import CALIBRATION, base_scores, restore_calibration
@@ -134,3 +135,15 @@ def test_a_gradient_that_cannot_be_balanced_is_told_as_its_rewards_not_as_anothe
     args = make_args(max_steps=2, balance_reward_gradients=True, max_skipped_steps=1)
     with pytest.raises(RewardError, match="'edge': got a gradient of norm nan at the pixels for prompt"):
         train(args, [edge, brightness])
+
+
+def test_the_lowest_of_rewards_on_two_scales_is_refused_unless_calibrated(make_args):
+    def stated(video, prompts, **info):
+        return redness(video, prompts)
+
+    stated.mean, stated.std = 0.0, 0.5
+    args = make_args(reward_mix="min", max_steps=1)
+    with pytest.raises(ConfigError, match="reward_mix: got min with redness, which states no spread.*set calib"):
+        RewardGradientTrainer(tiny_pipeline(), [stated, redness], args, PROMPTS)
+    for settings in ({"calibrate_rewards": 2}, {"normalise_rewards": False}):
+        RewardGradientTrainer(tiny_pipeline(), [stated, redness], dataclasses.replace(args, **settings), PROMPTS)
