@@ -79,8 +79,10 @@ def parse_distill_args(argv: list[str] | None) -> tuple[argparse.Namespace, Rewa
         for name, least in (("videos", 2), ("levels", 1), ("epochs", 1))
         if getattr(given, name) < least
     ]
-    if given.head.suffix != ".safetensors" or given.head.exists():
-        problems.append(f"--head: got {given.head}, expected a new file .safetensors; choose another name")
+    if given.head.suffix != ".safetensors" or given.head.exists() or given.head.with_suffix(".json").exists():
+        problems.append(
+            f"--head: got {given.head}, expected a new file .safetensors, and none beside it .json; choose another name"
+        )
     if args.initial_adapter:
         cure = "merge it (python -m rlhf.export RUN --merged OUT), and name OUT as model"
         problems.append(f"initial_adapter: got {args.initial_adapter}, expected a base without one; {cure}")

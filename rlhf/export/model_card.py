@@ -14,6 +14,7 @@ from rlhf.adapter.lora_weights import ADAPTER_FILE
 from rlhf.evaluation.statistics import INTERVAL
 from rlhf.generator.files import HUB_ID
 from rlhf.generator.registry import ModelFamily, families
+from rlhf.method.options import SCORES_ALONE
 from rlhf.report import settings_rows
 from rlhf.report.contact_sheet import CONTACT_SHEET
 from rlhf.report.data import Run
@@ -86,6 +87,7 @@ def write_card(export: Export, out: Path) -> Path:
         merged=export.kind == "merged",
         convention=export.kind,
         trained=run.trained_names,
+        way=_way(run.config.get("method"), " and ".join(run.trained_names) or "a reward"),
         steps=run.exported_step if is_result else export.step,
         is_result=is_result,
         initial=initial,
@@ -127,10 +129,18 @@ def header(base: Base, kind: str, family: ModelFamily) -> ModelCardData:
     relation = "finetune" if kind == "merged" else "adapter"
     known = {"base_model": base.name, "base_model_relation": relation}
     known = base.header | (known if HUB_ID.fullmatch(base.name) else {})
-    tags = ["text-to-video", "rlhf", "reward-gradient", family.name.lower()] + ["lora"] * (kind != "merged")
+    tags = ["text-to-video", "rlhf", family.name.lower()] + ["lora"] * (kind != "merged")
     # Not diffusers, whose snippet the Hub would show: its DiffusionPipeline does not know all
     # families.
     return ModelCardData(library_name="contentv-rlhf", pipeline_tag="text-to-video", tags=tags, **known)
+
+
+def _way(method: str | None, rewards: str) -> str:
+    """Return what trained the adapter."""
+    if method in SCORES_ALONE:
+        return f"by the scores of {rewards}, without their gradient"
+    way = "the denoiser" if method == "prfl" else "the decoder and the denoiser"
+    return f"by reward gradient: the gradient of {rewards} went back through {way}"
 
 
 def _machine(run: Run) -> str:

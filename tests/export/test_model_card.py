@@ -78,6 +78,20 @@ def test_a_reward_of_weight_0_is_not_called_trained_and_a_named_one_has_its_lice
     assert table["reward `human`"] == ["Apache-2.0"]
 
 
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("draft_k", "by reward gradient: the gradient of redness went back through the decoder and the denoiser."),
+        ("prfl", "by reward gradient: the gradient of redness went back through the denoiser."),
+        ("nft", "by the scores of redness, without their gradient."),
+    ],
+)
+def test_the_card_says_what_trained_the_adapter(run, tmp_path, method, way):
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(text) | {"method": method}))
+    assert f"in 6 optimizer steps of contentv-rlhf\n{way}" in card(run, tmp_path).text
+
+
 def test_the_table_is_that_of_the_run(run, tmp_path):
     text = card(run, tmp_path).text
     summary = json.loads((run / "summary.json").read_text())

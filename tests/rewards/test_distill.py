@@ -89,6 +89,12 @@ def test_what_cannot_work_is_told_before_weights_are_loaded(tmp_path, monkeypatc
     assert part in capsys.readouterr().err
 
 
+def test_the_file_beside_a_head_is_not_written_over(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("mine")
+    assert main(["--head", str(tmp_path / "x.safetensors")]) == 1
+    assert "expected a new file .safetensors, and none beside it .json" in capsys.readouterr().err
+
+
 def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["--head", str(tmp_path / "x.safetensors")]) == 1
