@@ -33,7 +33,7 @@ from rlhf.device import pick_device
 from rlhf.distributed.accelerator import available_cores
 from rlhf.io import write_json
 
-EVAL_SEED = 11  # prompts on which no recipe was chosen
+EVAL_SEED = 11  # prompts on which only rates and the scale of long runs were chosen
 COSTS = "seconds_per_step"  # of the result's environment: by `cost_key`
 SLOWER = 0.16  # by how much each run beside it makes a run slower, until one ended: ten took 2.4 times as long as one
 START_SECONDS = 20  # of a run, apart from its steps

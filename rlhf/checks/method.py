@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.config import ConfigError, RewardGradientConfig
 from rlhf.io import run_of_checkpoint
-from rlhf.method.options import SCORES_ALONE, MethodOptions, read_options
+from rlhf.method.options import SCORES_ALONE, MethodOptions, is_offline, read_options
 from rlhf.run.checkpoint import find_checkpoint
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -39,7 +39,7 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
         yield from _step_problems(args, options)
         yield from _group_problems(args, options)
         yield from _data_problems(args, options)
-        offline = getattr(options, "offline", False)
+        offline = is_offline(args)
     yield from _drift_problems(args, offline)
 
 

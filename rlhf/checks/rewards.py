@@ -86,11 +86,7 @@ def latent_problems(args: RewardGradientConfig, trained: dict[str, bool]) -> lis
         for setting, got, why in (
             ("relative_words", options.relative_words, "its text is that of the prompts alone"),
             ("reward_perturbation", options.reward_perturbation, "the step is one of pixels"),
-            (
-                "balance_reward_gradients",
-                args.balance_reward_gradients,
-                "its gradients would be of pixels",
-            ),
+            ("balance_reward_gradients", args.balance_reward_gradients, "its gradients would be of pixels"),
         )
         if got
     ]
