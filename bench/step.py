@@ -293,7 +293,7 @@ def run_arm(arm: str, phases: list[str], scored: int, reward, arguments, device,
             break
         row = told | {"phase": phase} | rig.chosen
         row |= {"steps": arguments.steps} if phase == "step" else {}
-        warm = phase == "step" and {"sampling", "window"} <= set(phases)  # all of it was run before
+        warm = phase == "step" and ({"sampling", "window"} <= set(phases) or "segment" in phases)  # run before
         if phase == "step" and no_window:
             row |= no_window
         else:

@@ -156,7 +156,7 @@ def _best(gains: dict[str, list[float]]) -> str:
 
 def cost_key(settings: dict) -> str:
     """Return a key that is equal for settings with the same time a step."""
-    free = "learning_rate", "noise_level", "noise", "anchor_data_weight", "beta", "reward_scale"
+    free = "learning_rate", "lr_scheduler_type", "noise_level", "noise", "anchor_data_weight", "beta", "reward_scale"
     kept = lambda given: {key: value for key, value in given.items() if key not in free}
     options = kept(settings.get("method_kwargs", {}))
     settings = {key: value for key, value in kept(settings).items() if key != "method_kwargs"}
