@@ -101,9 +101,7 @@ class Study:
             other = json.loads(costs_of.read_text())["environment"]
             self._require_same(costs_of, other, {"device": self.machine["device"]})
             self.about |= {key: other[key] for key in (*self.machine, COSTS, "seconds_per_sample") if key in other}
-        costs = self.about.get(COSTS, {})  # earlier keys may have empty options
-        today = {key: cost_key(json.loads(key)) for key in costs}
-        self.costs = self.about[COSTS] = {today[key]: costs.get(today[key], costs[key]) for key in costs}
+        self.costs = self.about.setdefault(COSTS, {})
 
     @staticmethod
     def _require_same(path: Path, kept: dict, now: dict) -> None:

@@ -166,11 +166,12 @@ def compare_steps(rows: list[dict]) -> list[dict]:
     """Return rows for the whole steps of bench/results/step.json."""
     found = []
     for row in rows:
-        if row["phase"] == "step" and (settings := settings_of_step(row)) is not None:
+        if "seconds" in row and row["phase"] == "step" and (settings := settings_of_step(row)) is not None:
             estimate = planner_of(settings, CONTENTV_8B).estimate()
             measured = {"peak_gib": row["peak_gib"], "seconds": row["seconds_per_gradient"]}
             prediction = {"peak_gib": estimate.memory.peak_bytes / GIB, "seconds": estimate.step_seconds}
-            found.append(compare({"arm": f"step.py: {row['arm']}", "measured": measured}, prediction))
+            arm = f"step.py: {row['arm']}, {row['frames']} frames, {row['scored']} scored, {row['steps']} steps"
+            found.append(compare({"arm": arm, "measured": measured}, prediction))
     return found
 
 
@@ -309,6 +310,7 @@ def predict(arguments: argparse.Namespace) -> None:
         read = lambda name: json.loads((RESULT.parent / name).read_text())
         steps = [*read("step_2026.json")["rows"], *read("step.json")["rows"]]
         others = compare_steps(steps) + compare_layouts(read("scale.json"))
+        rows = {arm: row for arm, row in rows.items() if not arm.startswith("step.py: ")}
         rows |= {row["arm"]: row for row in others}
     write_rows(arguments.output, about, rows.values())
 

@@ -30,6 +30,7 @@ FULL = {
 # Whole steps of bench/step.py that are compared.
 STEP_ARMS = (
     "24 GiB",
+    "exact",
     "exact, nothing twice",
     "exact, nothing twice, compiled",
     "exact, nothing twice, compiled, FlashAttention-3",

@@ -6,10 +6,13 @@ import statistics
 import sys
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from study_arms import CONTROL
+from study_arms import CONTROL, VARIED
 from study_numbers import (
     LONG_RESULT,
     MEASURES,
@@ -24,7 +27,7 @@ from study_numbers import (
 )
 
 ROOT = Path(__file__).parents[1]
-NEAR = 1.5  # points of the verifier: less than a name is high
+SIDES = [((6, -3), "left"), ((-6, -3), "right"), ((0, 6), "center"), ((0, -12), "center")]  # of a name, the best first
 
 
 def plot_gains(result: dict, path: Path) -> None:
@@ -49,22 +52,18 @@ def plot_costs(result: dict, path: Path) -> None:
     An arm that cheats is low on the right of the left plot. A line leads from an arm to the one
     with drift control, which is a ring without a name.
     """
-    arms = by_arm(result)
+    arms = {arm: rows for arm, rows in by_arm(result).items() if not arm.endswith(tuple(VARIED))}
     figure, axes = _two_axes(9, 4.5)
     places = {
         arm: (statistics.mean(gains(rows, "trained")), rows[0]["queries"], statistics.mean(gains(rows, "verifier")))
         for arm, rows in arms.items()
     }
     for arm, place in places.items():
-        plain, name = places.get(arm.removesuffix(CONTROL), place), "" if arm.endswith(CONTROL) else arm
-        color, fill = color_of(arm), color_of(arm) if name else "white"
+        plain = places.get(arm.removesuffix(CONTROL), place)
+        color, fill = color_of(arm), "white" if arm.endswith(CONTROL) else color_of(arm)
         for axis, x in enumerate(place[:2]):
             axes[axis].plot([plain[axis], x], [plain[2], place[2]], color=color, linewidth=0.7, alpha=0.5, zorder=1)
             axes[axis].plot(x, place[2], "o", color=color, markerfacecolor=fill, markersize=5)
-            others = [other for key, other in places.items() if not key.endswith(CONTROL)]
-            left = any(other[axis] > x and abs(other[2] - place[2]) < NEAR for other in others)  # room for the name
-            side = {"xytext": (-5, 3), "ha": "right"} if left else {"xytext": (5, 3)}
-            axes[axis].annotate(name, (x, place[2]), fontsize=7, textcoords="offset points", **side)
     axes[0].set_xlabel("trained reward, tuned less base", fontsize=9)
     axes[1].set_xlabel("videos that the trained reward scored", fontsize=9)
     axes[1].set_xscale("log")
@@ -72,10 +71,13 @@ def plot_costs(result: dict, path: Path) -> None:
     for axis in axes:
         axis.margins(x=0.12)
     _finish(figure, axes, path)
+    for number, axis in enumerate(axes):
+        _name(axis, {arm: (at[number], at[2]) for arm, at in places.items() if not arm.endswith(CONTROL)})
+    figure.savefig(path, dpi=110)
 
 
 def plot_frontier(result: dict, path: Path) -> None:
-    """Draw the verifier against the diversity: each arm, with its way there as a line.
+    """Draw the verifier against the diversity: each arm, and the way of each method as a line.
 
     A dashed line joins the bests of n. The title names arms that broke down; they are off the plot.
     """
@@ -87,13 +89,10 @@ def plot_frontier(result: dict, path: Path) -> None:
     for arm, (rows, x, y) in arms.items():
         if y < 0:
             continue
-        curve = curve_of(judged_along(rows))
+        curve = curve_of(judged_along(rows)) * (not arm.endswith((CONTROL, *VARIED)))
         axis.plot([p["diversity"] for p in curve], [p["verifier"] for p in curve], color=color_of(arm), alpha=0.25)
         fill = "white" if arm.endswith(CONTROL) else color_of(arm)
         axis.plot(x, y, "o", color=color_of(arm), markerfacecolor=fill, markersize=5)
-        crowded = any(0 < x2 - x < 20 and abs(y2 - y) < 3 for _, x2, y2 in arms.values())  # on its right
-        side = {"xytext": (-5, 6), "ha": "right"} if crowded else {"xytext": (6, -4)}
-        axis.annotate(named(arm, rows).strip("*"), (x, y), fontsize=7, textcoords="offset points", **side)
     best = [(0, 0), *sorted((x, y) for arm, (_, x, y) in arms.items() if arm.startswith("best"))[::-1]]
     axis.plot(*zip(*best, strict=True), "--", color=color_of("best"), alpha=0.5, zorder=1)
     if off:
@@ -102,6 +101,8 @@ def plot_frontier(result: dict, path: Path) -> None:
     axis.set_ylabel("verifier, points", fontsize=9)
     axis.margins(x=0.12)
     _finish(figure, [axis], path)
+    _name(axis, {named(arm, rows).strip("*"): (x, y) for arm, (rows, x, y) in arms.items() if y >= 0})
+    figure.savefig(path, dpi=110)
 
 
 def color_of(arm: str) -> str:
@@ -113,6 +114,24 @@ def _two_axes(width: float, height: float) -> tuple[Figure, list]:
     """Return a figure of a size in inches, and its axes side by side; no display is needed."""
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, 2, sharey=True)
+
+
+def _name(axis: Axes, places: dict[str, tuple[float, float]]) -> None:
+    """Write names beside their points, where they cover no other if there is such a place."""
+    renderer, inside = FigureCanvasAgg(axis.figure).get_renderer(), axis.get_window_extent()
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in axis.transData.transform([*places.values()])]
+    for name, place in places.items():
+        tries = []
+        for offset, side in SIDES:
+            note = axis.annotate(name, place, xytext=offset, ha=side, fontsize=7, textcoords="offset points")
+            box = note.get_window_extent(renderer)
+            bad = sum(box.overlaps(other) for other in taken) + (box.x0 < inside.x0 or box.x1 > inside.x1)
+            tries.append((bad, len(tries), note, box))
+        *_, kept, box = min(tries)
+        taken.append(box)
+        for *_, note, _ in tries:
+            if note is not kept:
+                note.remove()
 
 
 def _finish(figure: Figure, axes: list, path: Path) -> None:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 
 from md_table import table
-from study_arms import CONTROL
+from study_arms import CONTROL, VARIED
 from study_numbers import (
     DEFAULT,
     MEASURES,
@@ -197,8 +197,13 @@ def findings(result: dict) -> str:
 
 
 def _is_main(arm: str) -> bool:
-    """Return whether an arm had the common budget and no drift control."""
-    return not arm.endswith(CONTROL) and not re.fullmatch(r"best-of-\d+", arm)
+    """Return whether an arm is a method as it is, with the common budget."""
+    return not arm.endswith((CONTROL, *VARIED)) and not re.fullmatch(r"best-of-\d+", arm)
+
+
+def _is_varied(arm: str) -> bool:
+    """Return whether an arm is the default recipe, or that with one change."""
+    return arm == DEFAULT or (arm.startswith(DEFAULT) and arm.endswith((CONTROL, *VARIED)))
 
 
 PARTS = {
@@ -206,6 +211,7 @@ PARTS = {
     "findings": findings,
     "gains": gains_table,
     "main": lambda result: gains_table(result, ("trained", "verifier", "diversity"), shown=_is_main),
+    "varied": lambda result: gains_table(result, ("trained", "verifier", "clip", "diversity"), shown=_is_varied),
     "queries": queries_table,
     "paired": paired_table,
     "settings": settings_table,

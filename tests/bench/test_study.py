@@ -141,15 +141,11 @@ def test_arms_get_the_same_time_and_failures_are_told_and_made_again(fake_runs, 
     assert len(again["rows"]) == len(result["rows"])
 
 
-def test_a_cost_is_found_by_settings_and_also_under_a_key_with_empty_options(fake_runs, tmp_path):
+def test_settings_with_the_same_time_a_step_have_one_key():
     plain, scaled = ({"method": "adjoint_matching"} | more for more in ({}, {"method_kwargs": {"reward_scale": 3.0}}))
     assert study_arms.cost_key(plain) == study_arms.cost_key(scaled)
+    assert study_arms.cost_key(plain) == study_arms.cost_key(plain | {"lr_scheduler_type": "cosine"})
     assert study_arms.cost_key(plain) != study_arms.cost_key({"method_kwargs": {"adjoint_steps": 2}} | plain)
-    result = run_study(tmp_path, ["DRaFT-K"])
-    result["environment"]["seconds_per_step"]['{"method": "adjoint_matching", "method_kwargs": {}}'] = 0.125
-    (tmp_path / "study.json").write_text(json.dumps(result))
-    made = Study(tmp_path / "study.json", conditions(tmp_path), 10, 3, Pools(), {})
-    assert made.steps_of(plain) == 160
 
 
 def test_other_conditions_do_not_go_into_the_same_file(fake_runs, tmp_path):
