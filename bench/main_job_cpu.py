@@ -23,7 +23,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, make_parser, show_row
-from main_job import with_interval
 from md_table import table
 from study_runs import Conditions, pair_distances, start
 
@@ -61,6 +60,12 @@ def main_job_cpu_table(result: dict) -> str:
         lines.append([str(row["seed"]), prompts, *scores, motion, seen, seconds])
     headings = ["`eval_seed`", "preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
     return table(["seed", *headings, "motion", "diversity", "seconds in all"], lines)
+
+
+def with_interval(row: dict) -> str:
+    """Return base, tuned, and their difference with its confidence interval."""
+    low, high = row["ci95"]
+    return f"{row['base']:.3f} → {row['tuned']:.3f}, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def eval_seed(flags: list[str]) -> str:

@@ -52,12 +52,15 @@ FURTHER = {
     | {"method": "prfl", "reward_funcs": ["latent_reward"], "reward_kwargs": REWARD, "eval_reward_funcs": JUDGES},
     "SRPO offline": ONE_STEP | {"method": "srpo", "anchor_data": VIDEOS, "method_kwargs": {"offline": True}},
 }
+TWO_REWARDS = {"reward_funcs": JUDGES[::2], "eval_reward_funcs": JUDGES[1:2], "calibrate_rewards": 32}
 VARIED = {  # endings of DRaFT-K's arms, which take its settings
     " + real videos": {"anchor_data": VIDEOS, "method_kwargs": {"anchor_data_steps": 1, "anchor_data_weight": 0.1}},
     " + moved video": {"method_kwargs": {"reward_perturbation": 0.005}},
     " + moved adapter": {"method_kwargs": {"weight_perturbation": 0.05}},
     ", all linear layers": {"lora_target_modules": ["all-linear"]},
     ", cosine": {"lr_scheduler_type": "cosine"},
+    ", sum of two rewards": TWO_REWARDS,  # the CLIP score is trained, too
+    ", lower of two rewards": TWO_REWARDS | {"reward_mix": "min"},
 }
 # By scores alone. More videos a step than with a gradient, for scores are the noisier signal.
 NFT = ONE_STEP | {"method": "nft", "per_device_train_batch_size": 32, "learning_rate": 3e-3}

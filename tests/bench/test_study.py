@@ -4,6 +4,7 @@ import json
 import math
 
 import cheaper
+import main_job
 import methods
 import nano_study
 import pytest
@@ -33,6 +34,7 @@ VARIANTS = [
         ([*study_arms.ARMS.values(), *VARIANTS], ()),
         ([*methods.ARMS.values()], ()),
         ([*cheaper.ARMS.values()], cheaper.FLAGS),
+        ([study_arms.changed(study_arms.shipped("nano.yaml"), change) for change, _ in main_job.ARMS.values()], ()),
     ],
 )
 def test_the_settings_of_every_arm_and_variant_are_accepted(arms, flags, tmp_path, monkeypatch):
