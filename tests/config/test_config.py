@@ -231,6 +231,7 @@ def test_help_gives_choices_and_ranges(capsys):
     assert f"{{{','.join(METHODS)},auto}}" in text
     assert "Range: at least 0, less than 1." in text
     assert "--memory_limit_gib" in text, "a flag of the command"
+    assert text.startswith("usage: train_rlhf.py [--config FILE_OR_RECIPE] [--SETTING VALUE ...] Defaults are those of")
 
 
 def test_flags_of_the_command_are_no_settings(yaml_file):
