@@ -407,7 +407,7 @@ def layouts_told(result: dict) -> str:
 
 
 def recipes_table(result: dict) -> str:
-    """Return a row for each recipe of full size: what its run took, or why there was none."""
+    """Return a row for each recipe of full size that was run, and a line that names the others."""
     rows = {row["recipe"]: row for row in result.get("rows", [])}
     headings = [
         "recipe",
@@ -419,14 +419,17 @@ def recipes_table(result: dict) -> str:
         "start-up, s",
     ]
     columns = ("seconds_a_video", "device_gib", "driver_gib", "host_gib", "host_predicted_gib")
-    lines = []
-    for name in names():
-        numbers = [not_run(name), *["-"] * 5]
-        if row := rows.get(name):
-            numbers = [f"{row[column]:.1f}" for column in columns] + [f"{row['start_seconds']:.0f}"]
-        lines.append([f"`{name}.yaml`{limits_of(row) if row else ''}", *numbers])
-    device = f"On {result['environment']['device']}:\n\n" if rows else ""
-    return device + table(headings, lines)
+    lines = [
+        [f"`{name}.yaml`{limits_of(rows[name])}", *(f"{rows[name][column]:.1f}" for column in columns)]
+        + [f"{rows[name]['start_seconds']:.0f}"]
+        for name in names()
+        if name in rows
+    ]
+    if not lines:
+        return "No recipe was run as a whole yet.\n"
+    others = [f"`{name}.yaml`" for name in names() if name not in rows]
+    not_run = f"\nNot run: {', '.join(others)}.\n" if others else ""
+    return f"On {result['environment']['device']}:\n\n{table(headings, lines)}{not_run}"
 
 
 def write_costs(folder: Path = RECIPES, result: Path = RESULT, guide: Path = GUIDE, page: Path = PAGE) -> None:

@@ -1,4 +1,4 @@
-"""Pages of raw results for the site: mkdocs shows bench/results/*.md as results/*.md."""
+"""Raw results for the site: bench/results/*.md as pages, bench/results/*.json as files."""
 
 from pathlib import Path
 
@@ -8,11 +8,13 @@ FOLDER = Path(__file__).parents[1] / "bench" / "results"
 
 
 def on_files(files, config, **_):
-    """Add a page for each file of raw results, with links to the guides as the site has them."""
+    """Add all raw results; links of a page to the guides become those of the site."""
     for path in sorted(FOLDER.glob("*.md")):
         text = path.read_text(encoding="utf-8").replace("](../../docs/", "](../")
         page = File.generated(config, f"results/{path.name}", content=text, inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(page)
+    for path in sorted(FOLDER.glob("*.json")):
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 
 

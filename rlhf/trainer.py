@@ -33,7 +33,7 @@ from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
 from rlhf.method.rollout import Velocity, rollout, sample_euler
-from rlhf.prompts import unread_message
+from rlhf.prompts import shared_message, unread_message
 from rlhf.report import report_at_end
 from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from rlhf.run.folder import start_run_folder
@@ -120,6 +120,8 @@ class RewardGradientTrainer:
         self.optimizer = make_optimizer(self.masters.vector, args)
         for remark in slow_updates(args, self.masters.vector.numel()):
             self.accelerator.print(remark)
+        if shared := shared_message(train_prompts, self.eval_prompts):
+            self.accelerator.print(shared)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
         self.scorer = setup.make_scorer(self.pipe, self.rewards, args, self.layout)

@@ -157,7 +157,7 @@ def _guard_problems(args, eval_prompts) -> Iterator[str]:
             "reward that is not trained on; set them"
         )
     if asked and 1 in (args.num_eval_prompts, len(eval_prompts or [])):
-        got = "got one held-out prompt, expected two or more: gains are in spreads over prompts"
+        got = "got one held-out prompt, expected two or more: gains are in standard deviations over prompts"
         yield f"{' and '.join(asked)}: {got}; raise num_eval_prompts"
 
 

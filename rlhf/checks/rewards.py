@@ -48,7 +48,8 @@ def reward_problems(args: RewardGradientConfig, rewards: list[str | Callable] | 
         yield f"reward_funcs and eval_reward_funcs: got {name!r}, {expected}; rename the class or function"
     weights = args.reward_weights
     if weights is not None and len(weights) != len(trained):
-        yield f"reward_weights: got {len(weights)}, expected {len(trained)}, one for each of reward_funcs; correct them"
+        expected = f"expected {len(trained)}, one for each of reward_funcs"
+        yield f"reward_weights: got {len(weights)}, {expected}; correct them, or give --reward_weights none"
     elif weights is not None and not any(weights):
         yield "reward_weights: got only zeros, expected one that is not; nothing would be learnt"
     yield from _unknown_rewards("reward_kwargs", args.reward_kwargs, names)
@@ -123,5 +124,5 @@ def _unknown_rewards(key: str, given: dict | None, names: list[str]) -> Iterator
     for name in given or {}:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the rewards are {', '.join(names)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"the rewards are {', '.join(names)}; give --{key} none"
             yield f"{key}: got {name!r}, expected a reward of this run; {hint}"

@@ -32,7 +32,7 @@ def coerce(value: Any, annotation: Any) -> Any:
     Raises TypeError, ValueError or OverflowError where no reading makes sense.
     """
     kind, *others = _kinds(annotation)
-    if type(None) in others and (value is None or value == "none"):
+    if type(None) in others and (value is None or value == "none" or value == ["none"]):  # a list, of a flag
         return None
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is Literal:

@@ -118,7 +118,13 @@ def _parse_flags(argv: list[str], defaults: dict) -> tuple[dict[str, Any], list[
                 action.metavar = f"{{{','.join(map(str, action.choices))}}}"
             action.type = action.choices = None  # the dataclass casts, and finds all problems at once
 
-    parser = Parser([RewardGradientConfig, CommandFlags], prog="train_rlhf.py", allow_abbrev=False)
+    parser = Parser(
+        [RewardGradientConfig, CommandFlags],
+        prog="train_rlhf.py",
+        usage="%(prog)s [--config FILE_OR_RECIPE] [--SETTING VALUE ...]",
+        description="Defaults are those of the file or recipe, without --config those of nano.yaml.",
+        allow_abbrev=False,
+    )
     parser.set_defaults_with_config(**defaults)
     given, rest = parser.parse_known_args(argv)
     return vars(given), [word for word in rest if word.startswith("--")] or rest  # a value follows its flag

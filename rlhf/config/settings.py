@@ -215,18 +215,23 @@ class RewardGradientConfig:
     )
     eval_reward_funcs: list[str] = setting([], "Rewards that only evaluate; they need no gradient.")
 
-    # Sampling. Each setting defaults to the model's own value.
-    height: int | None = setting(None, "Video height in pixels.", least=1, most=16384)
-    width: int | None = setting(None, "Video width in pixels.", least=1, most=16384)
-    num_frames: int | None = setting(None, "Frames of a video, 4k+1.", least=1, most=10000)
-    num_inference_steps: int | None = setting(None, "Denoising steps N.", least=1, most=1000)
+    # Sampling.
+    height: int | None = setting(None, "Video height in pixels. Default: the model's.", least=1, most=16384)
+    width: int | None = setting(None, "Video width in pixels. Default: the model's.", least=1, most=16384)
+    num_frames: int | None = setting(None, "Frames of a video, 4k+1. Default: the model's.", least=1, most=10000)
+    num_inference_steps: int | None = setting(None, "Denoising steps N. Default: the model's.", least=1, most=1000)
     guidance_scale: float | None = setting(
-        None, "Classifier-free guidance g in v_neg + g (v_text - v_neg). 1 or less: no guidance.", above=0, most=1000
+        None,
+        "Classifier-free guidance g in v_neg + g (v_text - v_neg). 1 or less: no guidance. Default: the model's.",
+        above=0,
+        most=1000,
     )
     negative_prompt: str | None = setting(
-        None, "Prompt of the negative branch of guidance, where a prompt's row has no `negative_prompt` of its own."
+        None, "Prompt of the negative branch of guidance, where a prompt's row has none. Default: the model's."
     )
-    max_sequence_length: int | None = setting(None, "Tokens of the T5 text encoder.", least=1, most=512)
+    max_sequence_length: int | None = setting(
+        None, "Tokens of the T5 text encoder. Default: the model's.", least=1, most=512
+    )
 
     # The gradient. docs/methods.md compares the methods.
     method: Literal[Method, "auto"] = setting(

@@ -203,7 +203,10 @@ def describe_download(hub_id: str, error: Exception) -> tuple[str, str]:
         got = "no folder here, nothing in the Hugging Face cache, and no network by HF_HUB_OFFLINE"
         return got, f"correct the name, or run `hf download {hub_id}` where there is a network"
     got = f"no folder here, nothing in the Hugging Face cache, and a failed download ({one_line(error)})"
-    return got, f"try again, or run `hf download {hub_id}` where there is a network and pass its folder"
+    return (
+        got,
+        f"correct the path, try again, or run `hf download {hub_id}` where there is a network and pass its folder",
+    )
 
 
 def check_weights(folder: Path, cure: str) -> Path:

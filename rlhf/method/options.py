@@ -160,7 +160,7 @@ class FlowGRPOOptions(MethodOptions):
         "velocity of the base a step.",
         least=0,
     )
-    advantage_clip: float = setting(5.0, "Largest advantage, in spreads of the group.", above=0)
+    advantage_clip: float = setting(5.0, "Largest advantage, in standard deviations of the group.", above=0)
 
 
 @dataclass(frozen=True)

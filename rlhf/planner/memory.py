@@ -20,7 +20,7 @@ from rlhf.method.options import SCORES_ALONE, read_options
 from rlhf.planner.reward_costs import decoded_frames, reward_cost, scored_frames
 from rlhf.planner.traced import TracedCall, TracedModel, max_graphs
 
-ENCODING = "encoding prompts"
+ENCODING, EVALUATION = "encoding prompts", "evaluation"
 # Bytes of one trained parameter.
 MASTER_BYTES = 8  # float32 master weight and gradient
 MOMENT_BYTES = 8  # AdamW's two float32 moments
@@ -160,7 +160,7 @@ def plan_memory(
     if args.anchor_data:
         phases["encoding videos"] = model.encoder_call(args).no_grad.added_bytes
     if args.eval_prompts:
-        phases["evaluation"] = gathered + _evaluation_bytes(model, args)
+        phases[EVALUATION] = gathered + _evaluation_bytes(model, args)
     return MemoryPlan(held, phases)
 
 

@@ -9,7 +9,7 @@ from rlhf.distributed.layout import Sizes, planned_processes
 from rlhf.generator.files import model_sizes
 from rlhf.method.options import WITH_GRADIENT, WITHOUT_GRADIENT
 from rlhf.planner.host import HOST_ACCURACY, HostPlan
-from rlhf.planner.memory import ENCODING
+from rlhf.planner.memory import ENCODING, EVALUATION
 from rlhf.planner.search import INEXACT_CHOICES, Estimate, Planner
 from rlhf.planner.text_encoders import encoder_configs
 from rlhf.planner.time import ACCURACY, H200, RATES, count_calls
@@ -168,7 +168,9 @@ def format_fit(planner: Planner, estimate: Estimate, memory: int, context_bytes:
     fitting = planner.find_fitting(limit)
     if not fitting:
         least = planner.smallest_memory()
-        lower = "" if least.peak_phase == ENCODING else "lower num_frames, height and width or the batch size, "
+        batch = f"per_device_{'eval' if least.peak_phase == EVALUATION else 'train'}_batch_size"
+        lower = f"lower {f'{batch}, ' * (getattr(planner.args, batch) > 1)}num_frames, or height and width; "
+        lower *= least.peak_phase != ENCODING
         return (
             f"{verdict} No memory setting is enough: with all of them, "
             f"{_format_bytes(least.peak_bytes + context_bytes)} are needed for {least.peak_phase}. "

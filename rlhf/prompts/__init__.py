@@ -68,6 +68,14 @@ def unread_message(prompts: Iterable[str], guided: bool) -> str | None:
     return f"Fields of the prompts' rows that nothing has read: {', '.join(unread)}." if unread else None
 
 
+def shared_message(train: Iterable[str], held_out: list[str]) -> str | None:
+    """Return a line about held-out prompts that are trained on, too; None for none."""
+    trained = set(train)
+    if not (shared := sum(prompt in trained for prompt in held_out)):
+        return None
+    return f"{shared} of {len(held_out)} held-out prompts are trained on, too: their gain says nothing about new ones."
+
+
 def shuffled_indices(num_prompts: int, seed: int, start: int, count: int) -> list[int]:
     """Return prompt indices at positions start .. start+count-1 of endless shuffled epochs.
 

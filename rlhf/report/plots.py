@@ -49,8 +49,8 @@ def panels(run: Run) -> list[Panel]:
         _eval_series(run, "eval/gain_held_out", "held out", "gain_held_out", SECOND),
     ]
     gap = _eval_series(run, "eval/hacking_gap", "", "hacking_gap")
-    found.append(Panel("gain over the base, in spreads", gains))
-    found.append(Panel("hacking gap: trained less held-out gain", [gap]))
+    found.append(Panel("gain over the base, standard deviations", gains))
+    found.append(Panel("hacking gap: trained minus held-out gain", [gap]))
     lines = {
         "drift": "drift from the base",
         "data_loss": "flow-matching loss on real videos",

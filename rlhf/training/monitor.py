@@ -214,7 +214,7 @@ class HeldOutMonitor:
     @property
     def _best_summary(self) -> str:
         """Return the best step and its gain as text."""
-        return f"{self.guard.best_step}, {self.guard.best_gain:+.2f} spreads above the base"
+        return f"{self.guard.best_step}, {self.guard.best_gain:+.2f} standard deviations above the base"
 
     def _copy_best(self) -> None:
         """Copy the best adapter from the resumed run's folder, if it is another folder."""

@@ -181,6 +181,13 @@ def test_what_is_written_is_what_is_read(yaml_file):
     assert again.report_to == []
 
 
+def test_the_flag_none_unsets_what_a_file_sets(yaml_file):
+    given = {"reward_weights": "[1, 2]", "reward_caps": "{x: 1}", "lora_target_modules": "[to_q]", "height": "64"}
+    path = yaml_file("\n".join(f"{name}: {value}" for name, value in given.items()))
+    args = parse_config(["--config", path, *(word for name in given for word in (f"--{name}", "none"))])
+    assert [getattr(args, name) for name in given] == [None] * 4
+
+
 def test_wrong_names_types_and_ranges_are_told_together(yaml_file):
     path = yaml_file("max_steps: ten\nlora_rank: 0\nlearing_rate: 1\n")
     with pytest.raises(ConfigError) as error:
@@ -231,6 +238,7 @@ def test_help_gives_choices_and_ranges(capsys):
     assert f"{{{','.join(METHODS)},auto}}" in text
     assert "Range: at least 0, less than 1." in text
     assert "--memory_limit_gib" in text, "a flag of the command"
+    assert text.startswith("usage: train_rlhf.py [--config FILE_OR_RECIPE] [--SETTING VALUE ...] Defaults are those of")
 
 
 def test_flags_of_the_command_are_no_settings(yaml_file):

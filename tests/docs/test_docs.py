@@ -263,10 +263,11 @@ def test_a_setting_is_in_a_recipe_or_a_row_says_when_to_change_it():
 
 @pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="mkdocs is not installed: pip install -e '.[docs]'")
 def test_the_site_builds_and_no_link_is_dead(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "api" / "index.html").is_file()
+    assert (tmp_path / "site" / "results" / "study_long_trials.json").is_file()
     assert 'href="../results/study/"' in (tmp_path / "site" / "study" / "index.html").read_text()

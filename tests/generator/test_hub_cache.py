@@ -113,7 +113,7 @@ def server():
         ("gated", "got a gated repository", "accept its terms at {server}/org/gated, then `hf auth login`"),
         ("absent", "no repository of the Hugging Face Hub that may be read", "correct the name, or `hf auth login`"),
         ("private", "no repository of the Hugging Face Hub that may be read", "with a token that may read it"),
-        ("busy", "a failed download (", "try again, or run `hf download org/busy` where there is a network"),
+        ("busy", "a failed download (", "correct the path, try again, or run `hf download org/busy` where"),
     ],
 )
 @pytest.mark.parametrize("ask", [model_folder, find_lora_file])

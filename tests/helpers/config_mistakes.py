@@ -115,7 +115,7 @@ ROWS = [
         "got 'motion' ... expected another name than those of the measures of every evaluation (motion, saturation ... "
         "rename the class or function",
     ),
-    Row({"reward_weights": [1, 2]}, "reward_weights: got 2 ... expected 1 ... correct them"),
+    Row({"reward_weights": [1, 2]}, "reward_weights: got 2 ... expected 1 ... or give --reward_weights none"),
     Row({"reward_weights": [0]}, "reward_weights: got only zeros ... expected one that is not ... nothing would be"),
     Row({"reward_kwargs": {"clip_scor": {}}}, "got 'clip_scor' ... expected a reward of this run ... did you mean"),
     Row(
@@ -123,7 +123,10 @@ ROWS = [
         "got frames='half' ... expected 'first', 'all' ... expected",
     ),
     Row({"eval_reward_funcs": ["nano_verifer"]}, "nano_verifer ... expected one of aesthetic ... nano_verifier"),
-    Row({"reward_caps": {"x": 0.3}}, "got 'x' ... expected a reward of this run ... the rewards are clip_score"),
+    Row(
+        {"reward_caps": {"x": 0.3}},
+        "got 'x' ... expected a reward of this run ... are clip_score; give --reward_caps none",
+    ),
     Row({"reward_targets": {"clip_scor": 1}}, "got 'clip_scor' ... expected a reward of this run ... did you mean"),
     Row(
         {"reward_caps": {"clip_score": 1}, "reward_targets": {"clip_score": 1}},

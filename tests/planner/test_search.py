@@ -137,7 +137,18 @@ def test_the_verdict_in_words(planner):
     assert "one step" not in unknown
     hopeless = verdict(2 * CONTEXT)
     assert "No memory setting is enough: with all of them" in hopeless
-    assert "lower num_frames" in hopeless
+    assert "To fit, lower per_device_train_batch_size, num_frames, or height and width; use rewards" in hopeless
+
+
+def test_the_batch_size_to_lower_is_that_of_the_highest_phase():
+    one = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    for settings, told in (
+        (one, "num_frames"),
+        (one | {"eval_prompts": "nano_held_out", "per_device_eval_batch_size": 8}, "per_device_eval_batch_size"),
+    ):
+        planner = changed(**settings)
+        hopeless = format_fit(planner, planner.estimate(), 2 * CONTEXT, CONTEXT, DEVICE)
+        assert f"To fit, lower {told}, " in hopeless
 
 
 def test_a_changed_gradient_comes_last_and_is_said(planner):

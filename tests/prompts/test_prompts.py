@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf.config import ConfigError
-from rlhf.prompts import as_prompts, load_prompts, shuffled_indices, unread_message
+from rlhf.prompts import as_prompts, load_prompts, shared_message, shuffled_indices, unread_message
 from rlhf.run.folder import write_prompts
 from rlhf.types import Prompt, row_of, rows_of
 
@@ -194,6 +194,12 @@ def test_a_field_that_nothing_reads_is_named(read):
         assert unread_message(["plain"], guided=False) is None
     else:
         assert told is None or told == f"{expected}negative_prompt."
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted():
+    assert shared_message([CIRCLE, Prompt(STARS, {"a": 1})], [STARS, "rain"]).startswith("1 of 2 held-out prompts are")
+    assert shared_message([CIRCLE], [STARS, "rain"]) is None
+    assert shared_message([CIRCLE], []) is None
 
 
 def test_a_reward_cannot_change_a_row_for_others():

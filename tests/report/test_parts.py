@@ -20,8 +20,8 @@ def test_curves_of_everything_that_was_logged(finished):
     assert titles == [
         "redness (trained on)",
         "nano_verifier (held out)",
-        "gain over the base, in spreads",
-        "hacking gap: trained less held-out gain",
+        "gain over the base, standard deviations",
+        "hacking gap: trained minus held-out gain",
         "drift from the base",
         "gradient norm, before clipping",
         "seconds a step",
@@ -42,7 +42,7 @@ def test_a_best_adapter_that_was_loaded_stands_where_it_was_made(finished):
     run = Run(finished)
     assert run.status.endswith("6 of 6 steps, the result is the adapter of step 2")
     found = {panel.title: panel for panel in panels(run)}
-    redness, gain = found["redness (trained on)"], found["gain over the base, in spreads"].series[0]
+    redness, gain = found["redness (trained on)"], found["gain over the base, standard deviations"].series[0]
     assert redness.result_step == 2
     tuned = summary["trained"]["redness"]["tuned"]
     assert redness.series[1].points | {0: 0} == pytest.approx({0: 0, 2: tuned, 4: 0.54, 6: 0.56})

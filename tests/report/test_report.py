@@ -30,7 +30,7 @@ def test_its_numbers_are_those_of_the_files(finished):
         mean = sum(values[-10:]) / len(values[-10:])
         assert page.cells[name] == pytest.approx([values[0], values[-1], mean, min(values), max(values)])
     assert set(page.cells) >= set(rows[-1]) - {"step"}
-    assert "After training, 7 of 10 held-out prompts are shown right; before, 10." in page.text
+    assert "After training, 8 of 12 held-out prompts are shown right; before, 12." in page.text
 
 
 def test_the_size_is_told_where_the_evaluation_has_its_own(finished):

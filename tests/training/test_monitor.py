@@ -253,7 +253,7 @@ def test_a_cheated_reward_stops_the_run_and_the_best_adapter_is_the_result(guard
     assert torch.equal(adapter(args), adapter(args, "best_adapter"))
     told = capsys.readouterr().out
     assert "The held-out rewards did not rise in 2 evaluations; the best was step 0" in told
-    assert "\nThe result is the adapter of step 0, +0.00 spreads above the base.\n" in told
+    assert "\nThe result is the adapter of step 0, +0.00 standard deviations above the base.\n" in told
 
 
 def test_a_reward_that_judges_agree_with_runs_to_its_end_and_its_best_is_late(guarded):

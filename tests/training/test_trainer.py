@@ -261,6 +261,7 @@ def test_rows_reach_rewards_and_judges_of_a_run_and_of_the_run_that_resumes_it(m
         runs[name] = {step: rows for step, rows in seen.items() if step}
         told = capsys.readouterr().out
         assert told.count("Fields of the prompts' rows that nothing has read: typo.") == 1, told
+        assert " held-out prompts are trained on, too" in told, "the last of them are"
         assert set(runs[name]) == {1, 2}
     assert runs["whole"] == runs["parts"]
     assert_same_training(*(make_args(output_dir=str(tmp_path / name)) for name in runs))
