@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from rlhf.adapter.lora_file import INITIAL_KEY
 from rlhf.adapter.lora_weights import ADAPTER_FILE
-from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates
+from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates, unreached_steps
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
 from rlhf.distributed.accelerator import any_process, describe_launch, make_accelerator
@@ -118,7 +118,9 @@ class RewardGradientTrainer:
         self.choices |= chosen
         self.data.encode(self.pipe.vae)
         self.optimizer = make_optimizer(self.masters.vector, args)
-        for remark in slow_updates(args, self.masters.vector.numel()):
+        every = {"anchor_steps": args.anchor_steps, "anchor_data_steps": self.options.anchor_data_steps}
+        rare = unreached_steps(args.max_steps, **every, eval_steps=args.eval_steps)
+        for remark in (*slow_updates(args, self.masters.vector.numel()), *rare):
             self.accelerator.print(remark)
         self.fields = setup.make_fields(self.pipe, self.masters, args, self.layout)
         self.sigmas = flow_sigmas(self.pipe.scheduler, args.num_inference_steps, self.device)
