@@ -30,12 +30,13 @@ def summarize(base: "Evaluation", tuned: "Evaluation", trained: list[str], secon
     {"seconds", "steps", "trained": {name: row}, "held_out": {name: row}, "motion": row,
     "saturation": row, "high_frequency": row, "diversity": row}, with rows as of `paired_interval`.
     trained: the rewards that were trained on; all others are held out, and have their name without
-    the prefix "nano_".
+    the prefix "nano_", unless another judge has that name.
     """
     # In the order of the settings: a base that is read from a file may have more judges.
     rows = {n: paired_interval(base.scores[n], tuned_N) for n, tuned_N in tuned.scores.items() if len(tuned_N)}
     measures = {name: rows.pop(name, {}) for name in MEASURES}
-    held_out = {name.removeprefix("nano_"): row for name, row in rows.items() if name not in trained}
+    short = lambda name: name if (cut := name.removeprefix("nano_")) in rows else cut
+    held_out = {short(name): row for name, row in rows.items() if name not in trained}
     summary = {"seconds": seconds, "steps": steps, "trained": {n: rows[n] for n in trained}}
     return summary | {"held_out": held_out} | measures
 

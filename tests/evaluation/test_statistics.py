@@ -106,6 +106,17 @@ def test_summary_has_the_agreed_form():
     assert summary["held_out"]["verifier"]["diff"] == pytest.approx(0.5)
 
 
+def test_no_judge_takes_the_row_of_another_whose_name_it_is_but_for_the_prefix():
+    def evaluation(shift):
+        scores = {"trained": 0.1, "clip": 0.2, "nano_clip": 0.5, "nano_verifier": 0.7, "nano_trained": 0.9}
+        scores = {name: torch.tensor([value, value + shift]) for name, value in scores.items()}
+        return Evaluation(["a", "b"], scores, torch.zeros(0))
+
+    held_out = summarize(evaluation(0.0), evaluation(0.1), ["trained"], seconds=1.0, steps=1)["held_out"]
+    means = {name: row["base"] for name, row in held_out.items()}
+    assert means == pytest.approx({"clip": 0.2, "nano_clip": 0.5, "verifier": 0.7, "nano_trained": 0.9})
+
+
 @pytest.mark.parametrize(
     ("name", "diff", "half", "more", "meaning"),
     [
