@@ -85,6 +85,15 @@ def test_differences_without_spread_have_an_interval_and_a_p_value(shift, count,
     assert row["p"] == p
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_spread_that_is_rounding_is_none(dtype):
+    """Of 0.2 - 0.1 and 0.3 - 0.2 the spread is 2e-17, and t would be 5e15."""
+    base = torch.tensor([0.1, 0.2], dtype=dtype)
+    assert paired_test(base, base + 0.1)["p"] == 0.5
+    assert paired_test(base, base * (1 + 1e-7))["p"] == 1.0
+    assert paired_test(base, base + torch.tensor([0.1, 0.1001], dtype=dtype))["p"] < 0.01
+
+
 def test_holm_by_hand():
     assert holm_correction([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm_correction([0.6, 0.5]) == [1.0, 1.0]
