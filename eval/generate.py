@@ -129,7 +129,7 @@ def make_videos(
 
     variant = Variant(args.model, args.lora, args.merge, args.scale)
     variant.check()
-    check_settings(args.output, variant, sampling)
+    check_settings(args.output, variant, sampling, videos)
     listed = merge_manifest(args.output, videos) if manifest else []
     config = RewardGradientConfig(device=args.device, output_dir=str(args.output), report_to=[])
     accelerator = make_accelerator(config)

@@ -197,6 +197,14 @@ def require_differentiable(name: str, reward: Callable) -> None:
         raise RewardError(name, got="differentiable=False", expected=expected, cure=cure)
 
 
+def require_graph(name: str, scores_B: torch.Tensor) -> None:
+    """Raise RewardError for scores in training that no gradient leads back from."""
+    if not scores_B.requires_grad:
+        got, expected = "scores without a gradient in this step", "a gradient in every step"
+        cure = "look for a detach, a no_grad or a stored score that only some videos meet"
+        raise RewardError(name, got=got, expected=expected, cure=f"{cure}; of a constant, return it + 0 * video.mean()")
+
+
 def scores_latents(reward: Callable) -> bool:
     """Return whether the reward scores latents in place of the decoded video."""
     return reward_attribute(reward, "space") == "latents"

@@ -202,20 +202,31 @@ def source_digests(
 ) -> dict[str, str]:
     """Return what identifies the files that define rewards, {} if none do.
 
-    {short name: SHA-256} of the source of rewards other than the built-in ones; of a server, the
-    digest that it states. {"name: file": digest} of what the arguments of rewards name. kwargs:
-    these arguments, by name. Code that a file imports does not count.
+    {short name: SHA-256} of the source of rewards other than the built-in ones, after the own name
+    of one that was given another; of a server, the digest that it states. {"name: file": digest} of
+    what the arguments of rewards name. kwargs: these arguments, by name. Code that a file imports
+    does not count.
     """
-    digests, files = {}, {}
+    digests = {}
     for name, spec in (split_spec(spec) for spec in specs if isinstance(spec, str)):
         if is_url(spec):
             digests[name] = load_reward(spec, base_dir, **(kwargs or {}).get(name, {})).source_digest
-        elif where := spec.rpartition(":")[0]:
-            is_file = where.endswith(".py")
-            files[name] = _find_file(spec, where, base_dir) if is_file else _module_source(spec, where)
-    digests |= {name: file_sha256(path) for name, path in files.items() if path is not None}
+            continue
+        path, own = _source_file(spec, base_dir), split_spec(spec)[0]
+        told = [own] * (name != own) + ([] if path is None else [file_sha256(path)])
+        digests |= {name: " ".join(told)} if told else {}
     named = {name: named_files(given, base_dir) for name, given in (kwargs or {}).items()}
     return digests | {f"{name}: {text}": found for name, files in named.items() for text, found in files.items()}
+
+
+def _source_file(spec: str, base_dir: str | Path | None) -> Path | None:
+    """Return the Python file of a reward, None for a built-in one and for one without source."""
+    if ":" not in spec and spec not in CATALOGUE and (plugin := _entry_point(spec)):
+        spec = plugin.value
+    where = spec.rpartition(":")[0]
+    if not where:
+        return None
+    return _find_file(spec, where, base_dir) if where.endswith(".py") else _module_source(spec, where)
 
 
 def named_files(kwargs: Any, base_dir: str | Path | None = None) -> dict[str, str]:

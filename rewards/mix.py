@@ -17,6 +17,7 @@ from rewards.contract import (
     frames_needed,
     leading_info,
     require_differentiable,
+    require_graph,
     reward_attribute,
     scores_latents,
 )
@@ -94,7 +95,8 @@ class RewardMix:
 
         Each reward gets the video or the latents, whichever it scores; what none scores may be
         None. `info` is passed on to every reward, and with it the row of each prompt. Raises
-        RewardError, with reward and prompt, for scores that are not finite or have the wrong shape.
+        RewardError, with reward and prompt, for scores that are not finite or have the wrong shape,
+        and in training for those of a trained reward that have no gradient.
         """
         terms, breakdown = [], {}
         for name in self.rewards:
@@ -161,8 +163,6 @@ class RewardMix:
         """
         pixels_BCTHW = video_BCTHW.detach().requires_grad_()
         scores_B, term_B = self._score_and_transform(name, pixels_BCTHW, prompts, info)
-        if not term_B.requires_grad:  # the scores do not depend on these pixels
-            return scores_B, term_B
         (grad_BCTHW,) = torch.autograd.grad(term_B.sum(), pixels_BCTHW)  # scores know nothing of their neighbours
         norm_B = grad_BCTHW.flatten(1).norm(dim=1)
         if bad := (~torch.isfinite(norm_B)).nonzero().flatten().tolist():
@@ -183,6 +183,8 @@ class RewardMix:
         with torch.set_grad_enabled(with_gradient):
             scores_B = call_guarded(name, reward, video_BCTHW, prompts, info, *told)
         check_scores(name, scores_B, prompts, video_BCTHW)
+        if with_gradient and video_BCTHW.requires_grad:
+            require_graph(name, scores_B)
         return at_least_float32(scores_B)
 
     def _transform(self, name, scores_B: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rewards.catalogue import CATALOGUE
-from rewards.contract import is_url, split_spec
+from rewards.contract import is_url, reward_name, split_spec
 from rewards.load import check_spec, named_files, source_digests
 from rewards.placement import without_device
 from rewards.score import NotScoredError, by_name, load_rewards, score
-from rlhf.io import file_fingerprint, file_sha256, write_whole
+from rlhf.io import file_fingerprint, write_whole
 from rlhf.types import fields_of, row_of
 
 CACHE_VARIABLE = "CONTENTV_RLHF_CACHE"
@@ -116,8 +116,7 @@ def reward_identity(spec: str, kwargs: dict, reading: dict | None = None) -> str
     name, spec = split_spec(spec)
     if is_url(spec):
         return json.dumps([SCORES_VERSION, source_digests([f"{name}={spec}"], kwargs={name: kwargs}), reading])
-    where, kwargs = Path(spec.rsplit(":", 1)[0]), without_device(kwargs)
-    source = file_sha256(where) if where.suffix == ".py" else ""
+    source, kwargs = source_digests([spec]).get(reward_name(spec), ""), without_device(kwargs)
     return json.dumps([SCORES_VERSION, spec, kwargs, reading, source, named_files(kwargs)], sort_keys=True)
 
 
@@ -134,7 +133,9 @@ def score_conditions(spec: str, kwargs: dict, max_frames: int | None) -> dict:
     where, _, attribute = spec.rpartition(":")
     conditions: dict = {"version": SCORES_VERSION, "reward": spec}
     if Path(where).suffix == ".py":
-        conditions |= {"reward": f"{Path(where).name}:{attribute}", "source": file_sha256(Path(where))[:12]}
+        conditions["reward"] = f"{Path(where).name}:{attribute}"
+    if source := source_digests([spec]).get(reward_name(spec)):
+        conditions["source"] = source[:12]
     given = {"kwargs": without_device(kwargs), "files": named_files(kwargs), "max_frames": max_frames}
     return conditions | {name: value for name, value in given.items() if value}
 

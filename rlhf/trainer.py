@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from rlhf.adapter.lora_file import INITIAL_KEY
 from rlhf.adapter.lora_weights import ADAPTER_FILE
-from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates
+from rlhf.adapter.optimizer import clip_gradient, is_due, learning_rate, make_optimizer, slow_updates, unreached_steps
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
 from rlhf.distributed.accelerator import any_process, describe_launch, make_accelerator
@@ -35,6 +35,7 @@ from rlhf.method.regression import ScoredRollout
 from rlhf.method.rollout import Velocity, rollout, sample_euler
 from rlhf.prompts import shared_message, unread_message
 from rlhf.report import report_at_end
+from rlhf.report.summary import remove_results
 from rlhf.run.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from rlhf.run.folder import start_run_folder
 from rlhf.run.lock import lock_folder
@@ -118,7 +119,9 @@ class RewardGradientTrainer:
         self.choices |= chosen
         self.data.encode(self.pipe.vae)
         self.optimizer = make_optimizer(self.masters.vector, args)
-        for remark in slow_updates(args, self.masters.vector.numel()):
+        every = {"anchor_steps": args.anchor_steps, "anchor_data_steps": self.options.anchor_data_steps}
+        rare = unreached_steps(args.max_steps, **every, eval_steps=args.eval_steps)
+        for remark in (*slow_updates(args, self.masters.vector.numel()), *rare):
             self.accelerator.print(remark)
         if shared := shared_message(train_prompts, self.eval_prompts):
             self.accelerator.print(shared)
@@ -325,6 +328,8 @@ class RewardGradientTrainer:
                     self.masters.save_adapter(self.folder / "adapter" / ADAPTER_FILE)
                 if self.monitor:
                     return self.monitor.finish(done, self.started)
+                if self.accelerator.is_main_process:
+                    remove_results(self.folder)
         self.accelerator.print(f"Nothing was evaluated. The adapter: {self.folder / 'adapter'}")
         return {"seconds": time.perf_counter() - self.started, "steps": done}
 
@@ -383,6 +388,7 @@ class RewardGradientTrainer:
             return {}
         args = self.args
         evaluate = self.callbacks.is_requested("evaluate") or is_due(done, args.eval_steps)
+        evaluate |= args.load_best_model_at_end and done == args.max_steps  # the last step may be the best
         sample = is_due(done, args.sample_steps) and done < args.max_steps
         self.stop.doing = f"the evaluation of step {done}" if evaluate else self.stop.doing
         return self.monitor.evaluate_or_sample(done, evaluate, sample)

@@ -31,6 +31,13 @@ def learning_rate(step: int, args: RewardGradientConfig) -> float:
     return args.learning_rate * min(warm_up, left)
 
 
+def unreached_steps(max_steps: int, **every: int) -> Iterator[str]:
+    """Yield a remark for each setting of every n-th step, by name, of which a run has no step."""
+    for name, n in every.items():
+        if n > max_steps:
+            yield f"{name}={n} is above max_steps={max_steps}: no step of the run is one of them"
+
+
 def slow_updates(args: RewardGradientConfig, numbers: int) -> Iterator[str]:
     """Yield why so many trained numbers move far less than `learning_rate` a step, if they do."""
     if not args.learning_rate:

@@ -112,9 +112,12 @@ def save_video(path: Path, video_TCHW: torch.Tensor, fps: int) -> None:
         write_video(unfinished, video_TCHW.transpose(0, 1), fps)
 
 
-def check_settings(folder: Path, variant: Variant, sampling: SamplingDefaults) -> None:
-    """Raise ValueError if the videos in the folder were made with other settings."""
+def check_settings(folder: Path, variant: Variant, sampling: SamplingDefaults, videos: list[Video]) -> None:
+    """Raise ValueError if some of the videos are there, made with other or unknown settings."""
     path, wanted = folder / SETTINGS_FILE, _settings(variant, sampling)
+    if not path.is_file() and (there := next((video.path for video in videos if video.path.exists()), None)):
+        got = f"got no file that says how {there.name} was made"
+        raise ValueError(f"{path}: {got}, expected it, to continue; choose another output folder")
     found = read_object(path) if path.is_file() else wanted
     if "newest" in (found.get("model_files") or "newest"):  # of older versions, or before a download
         found = found | {"model_files": wanted["model_files"]}

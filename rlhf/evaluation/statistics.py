@@ -21,6 +21,7 @@ TOO_FEW = "too few videos to tell"
 WILSON = "95 % confidence interval, Wilson"
 LEVEL = 0.05  # of false findings
 RELEVANT_CHANGE = 0.15  # of the base's mean: an interval that reaches further hides changes that matter
+ROUNDING = 1e-6  # of float32 scores, relative, as in `rewards.mix.has_spread`
 Z_975 = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
@@ -30,12 +31,13 @@ def summarize(base: "Evaluation", tuned: "Evaluation", trained: list[str], secon
     {"seconds", "steps", "trained": {name: row}, "held_out": {name: row}, "motion": row,
     "saturation": row, "high_frequency": row, "diversity": row}, with rows as of `paired_interval`.
     trained: the rewards that were trained on; all others are held out, and have their name without
-    the prefix "nano_".
+    the prefix "nano_", unless another judge has that name.
     """
     # In the order of the settings: a base that is read from a file may have more judges.
     rows = {n: paired_interval(base.scores[n], tuned_N) for n, tuned_N in tuned.scores.items() if len(tuned_N)}
     measures = {name: rows.pop(name, {}) for name in MEASURES}
-    held_out = {name.removeprefix("nano_"): row for name, row in rows.items() if name not in trained}
+    short = lambda name: name if (cut := name.removeprefix("nano_")) in rows else cut
+    held_out = {short(name): row for name, row in rows.items() if name not in trained}
     summary = {"seconds": seconds, "steps": steps, "trained": {n: rows[n] for n in trained}}
     return summary | {"held_out": held_out} | measures
 
@@ -120,11 +122,17 @@ def wilson_interval(rate: float, count: int) -> list[float]:
 
 
 def _mean_and_error(base_N: torch.Tensor, tuned_N: torch.Tensor) -> tuple[float, float, int]:
-    """Return mean and standard error of the differences, and their number."""
+    """Return mean and standard error of the differences, and their number.
+
+    A spread that float32 rounding of the scores explains is none, and then so is such a mean.
+    """
     difference_N = (tuned_N - base_N).double()
-    count = len(difference_N)
-    error = difference_N.std().item() / math.sqrt(count) if count > 1 else 0.0
-    return difference_N.mean().item(), error, count
+    count, mean = len(difference_N), difference_N.mean().item()
+    spread = difference_N.std().item() if count > 1 else 0.0
+    rounding = ROUNDING * torch.cat([base_N, tuned_N]).abs().max().item()
+    if spread > rounding:
+        return mean, spread / math.sqrt(count), count
+    return mean if abs(mean) > rounding else 0.0, 0.0, count
 
 
 def student_t_975(degrees: int) -> float:

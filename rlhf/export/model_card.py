@@ -97,7 +97,7 @@ def write_card(export: Export, out: Path) -> Path:
         count=next((row["prompts"] for row in rows if "prompts" in row), None),
         picture=PICTURE if is_result and picture.is_file() else None,
         prompt=repr(run.evaluations[0].prompts[0] if run.evaluations else "a red fox in the snow"),
-        prompts=_file_name(run.config.get("prompts")),
+        prompts=_file_name(run.config.get("anchor_data" if _is_offline(run.config) else "prompts")),
         eval_prompts=_file_name(run.config.get("eval_prompts")),
         machine=_machine(run),
         distilled=export.distilled,
@@ -166,6 +166,11 @@ def _adapter_name(setting: str | None) -> str | None:
         return setting
     parts = [part for part in Path(setting).parts if part not in ("adapter", ADAPTER_FILE)]
     return parts[-1]
+
+
+def _is_offline(settings: dict) -> bool:
+    """Return whether a run with these settings trained on the captions of its anchor_data."""
+    return settings.get("method") == "srpo" and bool((settings.get("method_kwargs") or {}).get("offline"))
 
 
 def _file_name(setting: str | None) -> str | None:

@@ -59,9 +59,9 @@ class Run:
 
     @cached_property
     def summary(self) -> dict:
-        """Return summary.json, {} of a run that did not finish."""
+        """Return summary.json, {} of a run that did not finish, or went on since and did not."""
         path = self.folder / "summary.json"
-        summary = read_object(path) if path.is_file() else {}
+        summary = read_object(path) if path.is_file() and self.is_finished else {}
         with file_errors(path):
             if summary and not isinstance(summary["steps"], int):
                 raise TypeError(f"steps is {summary['steps']!r}")
@@ -77,9 +77,10 @@ class Run:
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, Evaluation] | None:
-        """Return the evaluations of the base and of the tuned model, None unless both exist."""
+        """Return a finished run's evaluations of base and tuned model; None unless both exist."""
         paths = [self.folder / "evaluation" / f"{name}.safetensors" for name in ("base", "tuned")]
-        return tuple(map(Evaluation.load, paths)) if all(path.is_file() for path in paths) else None
+        exist = self.is_finished and all(path.is_file() for path in paths)
+        return tuple(map(Evaluation.load, paths)) if exist else None
 
     @property
     def steps(self) -> int:

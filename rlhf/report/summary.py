@@ -22,6 +22,12 @@ def write_results(
     print(f"{summary['steps']} steps in {summary['seconds']:.0f} s. Before and after: {page}")
 
 
+def remove_results(folder: Path) -> None:
+    """Remove the results of an adapter that the run has replaced by one that is not evaluated."""
+    for path in (folder / "summary.json", folder / CONTACT_SHEET, folder / "evaluation" / "tuned.safetensors"):
+        path.unlink(missing_ok=True)
+
+
 def summary_table(summary: dict) -> str:
     """Return the summary as text: a row for each reward, judge and measure.
 

@@ -73,7 +73,7 @@ def save_checkpoint(
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             _flush(folder)
-        old = checkpoints(folder)[: -keep or None] if keep else []
+        old = _older_than_newest(folder, step, keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise SavingError(_write_error(final, error)) from error
@@ -83,6 +83,15 @@ def save_checkpoint(
         except OSError as error:
             logger.warning(f"{path}: this old checkpoint could not be removed ({error}); remove it yourself")
     return final
+
+
+def _older_than_newest(folder: Path, step: int, keep: int) -> list[Path]:
+    """Return the checkpoints up to `step` but the newest `keep`; [] for 0.
+
+    Those of later steps, from which the run did not resume since they are damaged, do not count.
+    """
+    saved = [path for path in checkpoints(folder) if int(path.name[5:]) <= step]
+    return saved[:-keep] if keep else []
 
 
 def _write_error(path: Path, error: Exception) -> str:
@@ -219,7 +228,7 @@ def step_folders(folder: Path) -> list[Path]:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    numbers = sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal())
+    numbers = sorted({int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal()})
     return [folder / f"step-{number}" for number in numbers]
 
 

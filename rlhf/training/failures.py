@@ -99,8 +99,7 @@ def broken_rewards(
         if mix.latent_rewards:
             told["latents"] = replace(info["latents"], latents_BCTHW=x)
         scores_B, _ = mix(x, prompts, **told)
-        grad = torch.autograd.grad(scores_B.sum(), x)[0] if scores_B.requires_grad else torch.zeros(())
-        broken[name] = not bool(torch.isfinite(grad).all())
+        broken[name] = not bool(torch.isfinite(torch.autograd.grad(scores_B.sum(), x)[0]).all())
     return broken
 
 

@@ -12,6 +12,7 @@ from rewards.catalogue import CATALOGUE
 from rewards.contract import (
     check_generator,
     check_prompts,
+    frames_needed,
     require_differentiable,
     reward_attribute,
     reward_name,
@@ -67,7 +68,8 @@ def open_rewards(
         if weights[name] and with_gradient:
             require_differentiable(name, trained[name])
     in_latents = {name: scores_latents(reward) for name, reward in trained.items()}
-    if problems := [*latent_problems(chosen, in_latents), *_scale_problems(args, trained)]:
+    problems = [*latent_problems(chosen, in_latents), *_scale_problems(args, trained), *_window_problems(args, trained)]
+    if problems:
         raise ConfigError(problems)
     judges = _load_rewards(args.eval_reward_funcs, args, device)
     shapes = [(3, sized.num_frames, sized.height, sized.width) for sized in (args, at_eval_size(args))]
@@ -101,6 +103,14 @@ def _scale_problems(args: RewardGradientConfig, trained: dict[str, Callable]) ->
     if raw and len(raw) < sum(weight != 0 for weight in weights.values()):
         got, expected = f"min with {', '.join(raw)}, which states no spread", "all rewards on one scale"
         yield f"reward_mix: got {got}, expected {expected}; set calibrate_rewards, such as to 32"
+
+
+def _window_problems(args: RewardGradientConfig, trained: dict[str, Callable]) -> Iterator[str]:
+    """Yield the problem of a decode_window that holds every frame that is decoded."""
+    frames = max(frames_needed(reward, args.num_frames) for reward in trained.values())
+    if args.decode_window is not None and args.decode_window >= frames:
+        to_decode = f"with {frames} of {args.num_frames} frames to decode for {', '.join(trained)}"
+        yield f"decode_window: got {args.decode_window} {to_decode}, expected fewer; lower it, or leave it out"
 
 
 def choose_method(

@@ -92,11 +92,11 @@ def check_inputs(
     args = check_config(args, pipe, rewards, train_prompts, eval_prompts)
     if args.resume_from_checkpoint == "auto":  # there is nothing to go on from
         args.resume_from_checkpoint = None
-    if (offline := is_offline(args)) and train_prompts is not None:
+    if is_offline(args) and train_prompts is not None:
         got, expected = "got prompts of a run that is offline", "expected none: it trains on captions"
         raise ConfigError([f"train_dataset: {got}, {expected} of {args.anchor_data}; leave it out"])
     train_prompts = train_prompts or load_train_prompts(args)
-    if offline or train_dataset is not None:
+    if train_dataset is not None:
         args.prompts = prompt_snapshot(args, "prompts")
     if eval_prompts is not None:
         args.eval_prompts = prompt_snapshot(args, "eval_prompts")

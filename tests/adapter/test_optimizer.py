@@ -49,6 +49,13 @@ def test_updates_far_below_the_learning_rate_are_said_at_the_start(make_args, ca
     assert [*slow_updates(make_args(learning_rate=0.0), 10**6)] == ["learning_rate=0: no weight moves"]
 
 
+def test_terms_of_every_nth_step_that_no_step_has_are_said_at_the_start(make_args, capsys):
+    train(make_args(anchor_steps=3, max_steps=2, eval_steps=2))
+    told = capsys.readouterr().out
+    assert "anchor_steps=3 is above max_steps=2: no step of the run is one of them" in told
+    assert "eval_steps=2 is above" not in told
+
+
 def test_a_short_gradient_is_left_as_it_is():
     gradient = torch.tensor([0.3, -0.4])
     clip_gradient(gradient, norm=0.5, limit=1.0)

@@ -291,3 +291,6 @@ def test_videos_of_two_kinds_do_not_share_a_folder(run, tmp_path, capsys):
         assert SCRIPT["main"](["--from_run", str(run), "--output", str(tmp_path), "--device", "cpu", *flags]) == 2
         assert told in capsys.readouterr().err
     assert json.loads((tmp_path / "generate.json").read_text())["scale"] == 1.0
+    (tmp_path / "generate.json").unlink()  # as of videos that something else made
+    assert SCRIPT["main"](["--from_run", str(run), "--output", str(tmp_path), "--device", "cpu", "--scale", "0.5"]) == 2
+    assert "generate.json: got no file that says how 0000-seed0.mp4 was made, expected it" in capsys.readouterr().err

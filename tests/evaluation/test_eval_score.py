@@ -1,17 +1,20 @@
 """Scores of any videos by any rewards, kept by content: what is known is not scored again."""
 
+import importlib
 import json
 import runpy
 import shutil
+import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from rewards import score_cache
+from rewards import load, score_cache
 from rewards.cli.files import read_video
-from rewards.score_cache import ScoreCache, Scorer, reward_identity
+from rewards.score_cache import ScoreCache, Scorer, reward_identity, score_conditions
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.video_set import prompt_from_name, read_set
 from rlhf.run.video import write_video
@@ -161,6 +164,29 @@ def test_rewards_read_the_rows_of_the_list_and_another_row_is_scored_anew(folder
         assert [row["count"] for row in scores(folder)] == [number, number + 1, number + 2]
 
 
+@pytest.mark.parametrize("spec", ["own_package.judge:length", "shiny"])
+def test_a_reward_of_a_package_that_was_changed_is_scored_anew_and_compared_with_none_before(
+    folder, run, tmp_path, monkeypatch, spec
+):
+    """A module or a plug-in of an installed package."""
+    plugin = EntryPoint("shiny", "own_package.judge:length", load.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(load, "entry_points", lambda group, name=None: [plugin] * (name in (None, "shiny")))
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for factor in (1, 3):
+        (tmp_path / "own_package" / "judge.py").write_text(REWARD.format(factor=factor))
+        for name in ("own_package", "own_package.judge"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        assert run(folder, "--reward", spec)[0] == 0
+        found.append([*map(float, scores(folder)[0].values()), score_conditions(spec, {}, None)])
+    assert [score for score, _ in found] == [8, 24]
+    assert found[0][1] != found[1][1]
+
+
 @pytest.mark.parametrize(
     ("reward", "settings", "file"),
     [
@@ -169,7 +195,11 @@ def test_rewards_read_the_rows_of_the_list_and_another_row_is_scored_anew(folder
         ("clip_score", {"model": "{}/model"}, "model/model.safetensors"),
         ("clip_score", {"model": "local-dir:{}/model"}, "model/model.safetensors"),
         ("clip_score", {"model": "{}/model"}, "model/vision/model.safetensors"),
-        ("own:Mine", {"text": "long " * 1000, "heads": ["absent", {"first": "{}/head.pt"}]}, "head.pt"),
+        (
+            "rewards.models.pixels:Flicker",
+            {"text": "long " * 1000, "heads": ["absent", {"first": "{}/head.pt"}]},
+            "head.pt",
+        ),
     ],
 )
 def test_the_content_of_weights_that_settings_name_counts(reward, settings, file, tmp_path, monkeypatch):

@@ -85,6 +85,15 @@ def test_differences_without_spread_have_an_interval_and_a_p_value(shift, count,
     assert row["p"] == p
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_spread_that_is_rounding_is_none(dtype):
+    """Of 0.2 - 0.1 and 0.3 - 0.2 the spread is 2e-17, and t would be 5e15."""
+    base = torch.tensor([0.1, 0.2], dtype=dtype)
+    assert paired_test(base, base + 0.1)["p"] == 0.5
+    assert paired_test(base, base * (1 + 1e-7))["p"] == 1.0
+    assert paired_test(base, base + torch.tensor([0.1, 0.1001], dtype=dtype))["p"] < 0.01
+
+
 def test_holm_by_hand():
     assert holm_correction([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm_correction([0.6, 0.5]) == [1.0, 1.0]
@@ -104,6 +113,17 @@ def test_summary_has_the_agreed_form():
     assert set(summary["held_out"]) == {"verifier"}
     assert set(summary["motion"]) == set(summary["held_out"]["verifier"]) == {"base", "tuned", "diff", "ci95"}
     assert summary["held_out"]["verifier"]["diff"] == pytest.approx(0.5)
+
+
+def test_no_judge_takes_the_row_of_another_whose_name_it_is_but_for_the_prefix():
+    def evaluation(shift):
+        scores = {"trained": 0.1, "clip": 0.2, "nano_clip": 0.5, "nano_verifier": 0.7, "nano_trained": 0.9}
+        scores = {name: torch.tensor([value, value + shift]) for name, value in scores.items()}
+        return Evaluation(["a", "b"], scores, torch.zeros(0))
+
+    held_out = summarize(evaluation(0.0), evaluation(0.1), ["trained"], seconds=1.0, steps=1)["held_out"]
+    means = {name: row["base"] for name, row in held_out.items()}
+    assert means == pytest.approx({"clip": 0.2, "nano_clip": 0.5, "verifier": 0.7, "nano_trained": 0.9})
 
 
 @pytest.mark.parametrize(

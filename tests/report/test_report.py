@@ -141,15 +141,19 @@ def test_a_run_that_ended_early_has_a_report(started, leave):
 
 
 def test_a_run_that_went_on_and_was_killed_or_failed_is_not_finished(finished):
-    """Although the adapter of its first end is still there."""
+    """Although the adapter and the result of its first end are still there."""
     assert "finished: 6 of 6 steps" in Run(finished).status
+    rows = Run(finished).result_rows()
     record_start(finished, "cpu")
     assert Run(finished).status.startswith("not finished"), "killed, or still running"
     record_end(finished, "RewardError: broken")
     assert Run(finished).status.startswith("not finished")
+    assert Run(finished).result_rows() == [], "the base may have been judged anew since"
+    assert not any(sample.scores for sample in Run(finished).samples())
     record_start(finished, "cpu")
     record_end(finished)
     assert Run(finished).status == "finished: 6 of 6 steps"
+    assert Run(finished).result_rows() == rows != []
 
 
 def test_seconds_are_those_of_all_parts(started):

@@ -199,9 +199,14 @@ def test_a_gradient_that_is_not_finite_can_not_be_balanced_and_names_its_prompt(
         RewardMix({"edge": edge}, balance=True)(video, PROMPTS)
 
 
-def test_scores_that_do_not_depend_on_the_pixels_are_added_to_balanced_ones(video):
-    mix = RewardMix({"a": Mean(), "constant": lambda video, prompts, **info: torch.ones(len(prompts))}, balance=True)
-    torch.testing.assert_close(mix(video, PROMPTS)[0], video.mean(dim=(1, 2, 3, 4)) + 1)
+@pytest.mark.parametrize("balance", [False, True])
+def test_a_trained_reward_that_has_lost_its_gradient_is_named_and_only_in_training(video, balance):
+    mix = RewardMix({"a": Mean(), "kept": lambda v, p, **info: v.mean((1, 2, 3, 4)).detach()}, balance=balance)
+    with pytest.raises(RewardError, match="'kept': got scores without a gradient in this step; expected a gradient"):
+        mix(video, PROMPTS)
+    with torch.no_grad():
+        mix(video, PROMPTS)
+    mix(video.detach(), PROMPTS)
 
 
 def test_balancing_goes_through_what_made_the_video():
@@ -354,6 +359,7 @@ def test_prompts_info_and_the_process_stay_as_they_are(video, tmp_path, monkeypa
     seen, rows, argv = [], [{"camera": "still"}], sys.argv[:]
 
     def harm(video, prompts, rows, **info):
+        scores = video.mean(dim=(1, 2, 3, 4))
         prompts[0], rows[0]["camera"] = "photo of it", "moves"
         torch.set_grad_enabled(False)
         torch.set_default_dtype(torch.float64)
@@ -362,7 +368,7 @@ def test_prompts_info_and_the_process_stay_as_they_are(video, tmp_path, monkeypa
         sys.argv.append("--harm")
         for seed in (torch.manual_seed, random.seed, numpy.random.seed):
             seed(0)
-        return video.mean(dim=(1, 2, 3, 4))
+        return scores
 
     def fine(video, prompts, rows, **info):
         seen.append((prompts, rows, torch.is_grad_enabled(), torch.zeros(1).dtype, torch.zeros(1).device.type))

@@ -176,6 +176,17 @@ def test_only_the_newest_are_kept_by_number(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["step-10", "step-11"]
 
 
+def test_damaged_ones_of_later_steps_and_other_folders_do_not_count_as_newest(tmp_path):
+    masters, optimizer = trained(0)
+    for step in (1, 2, 5):
+        save_checkpoint(tmp_path, step, masters, optimizer, {})
+    (tmp_path / "step-5" / "adapter.safetensors").write_bytes(b"cut")
+    (tmp_path / "step-03").mkdir()
+    save_checkpoint(tmp_path, 3, masters, optimizer, {}, keep=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-3", "step-5"]
+    assert newest_undamaged_checkpoint(tmp_path) == tmp_path / "step-3"
+
+
 def test_an_old_one_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, caplog):
     masters, optimizer = trained(0)
     save_checkpoint(tmp_path, 1, masters, optimizer, {})

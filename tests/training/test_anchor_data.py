@@ -7,12 +7,14 @@ import pytest
 import torch
 from real_videos import CAPTIONS, write_videos
 from runs import adapter, train
+from tiny import tiny_pipeline
 from toy_rewards import PROMPTS, redness, rows_without_cost
 
 import rlhf.training.anchor_data
 from rewards.cli.files import read_video
 from rlhf.checks import check_config
 from rlhf.config import ConfigError
+from rlhf.config.parse import CONFIGS, parse_config
 from rlhf.device import generator
 from rlhf.generator.wan_decoder import decode_video
 from rlhf.generator.wan_encoder import encode_video
@@ -136,6 +138,17 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit_and_encodes_nothing_again(
     assert state["place"] == 6
     order = [trainer.data.batches.batch(1, 0).prompts for trainer in (first, second)]
     assert order[0] == order[1]
+
+
+def test_a_run_that_leaves_offline_trains_on_its_prompts_and_not_on_captions(make_args, tmp_path, folder):
+    (tmp_path / "mine.txt").write_text("\n".join(PROMPTS))
+    args = make_args(anchor_data=str(folder), prompts=str(tmp_path / "mine.txt"), max_steps=1, **OFFLINE)
+    RewardGradientTrainer(tiny_pipeline(), redness, args).train()
+    changes = ["--method", "draft_k", "--anchor_data", "none", "--resume_from_checkpoint", "latest"]
+    online = parse_config(["--output_dir", args.output_dir, *changes, "--max_steps", "2"], CONFIGS / "nano.yaml")
+    assert online.method_kwargs is None
+    trainer = RewardGradientTrainer(tiny_pipeline(), redness, online)
+    assert sorted(trainer.batches.prompts) == sorted(PROMPTS)
 
 
 def _saved(pipe, folder):

@@ -19,6 +19,7 @@ from toy_rewards import brightness, redness, rows_without_cost
 
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation, HeldOut
+from rlhf.report.data import Run
 from rlhf.run.folder import BEST
 from rlhf.run.metrics import read_metrics
 from rlhf.run.signals import TrainingInterrupted
@@ -315,6 +316,16 @@ def test_the_last_adapter_is_evaluated_once_unless_another_is_the_result(guarded
     assert torch.equal(adapter(args), adapter(args, "best_adapter")) == best
 
 
+def test_the_last_step_is_a_candidate_for_the_best_whenever_evaluations_are_due(guarded):
+    """The result was the base, untrained, where no evaluation was due before the end."""
+    args = guarded("rosiness", max_steps=3, eval_steps=5, learning_rate=3e-2, load_best_model_at_end=True)
+    summary = run(args)
+    assert summary["best"]["step"] == 3
+    assert summary["trained"]["redness"]["diff"] > 0
+    state = json.loads((Path(args.output_dir) / "checkpoints" / "step-3" / "state.json").read_text())
+    assert state["guard"]["best_step"] == 3, "a resumed run knows of it"
+
+
 def test_the_base_of_an_older_run_is_made_anew_for_measures_that_it_lacks(guarded):
     args = guarded(max_steps=1)
     run(args)
@@ -323,6 +334,26 @@ def test_the_base_of_an_older_run_is_made_anew_for_measures_that_it_lacks(guarde
     dataclasses.replace(kept, scores={n: s for n, s in kept.scores.items() if n != "saturation"}).save(path)
     assert run(dataclasses.replace(args, resume_from_checkpoint="latest"))["saturation"]["base"] >= 0
     assert "saturation" in Evaluation.load(path).scores
+
+
+def test_a_judge_of_the_same_name_that_is_another_judges_the_base_anew(guarded):
+    args = guarded(max_steps=1, eval_reward_funcs=["judge=judge.py:rosiness", "other=flicker"])
+    run(args)
+    for judges in (["judge=judge.py:paleness", "other=flicker"], ["judge=judge.py:paleness", "other=frame_difference"]):
+        found = run(dataclasses.replace(args, eval_reward_funcs=judges, resume_from_checkpoint="latest"))["held_out"]
+        fresh = dataclasses.replace(args, eval_reward_funcs=judges, output_dir=f"{args.output_dir}-{judges[1]}")
+        assert found == run(fresh)["held_out"]
+
+
+def test_a_result_that_is_of_an_earlier_adapter_does_not_stay(guarded):
+    args = guarded(max_steps=1)
+    run(args)
+    folder = Path(args.output_dir)
+    unjudged = {"eval_prompts": None, "eval_reward_funcs": [], "eval_steps": 0}
+    train(dataclasses.replace(args, max_steps=2, resume_from_checkpoint="latest", **unjudged))
+    assert Run(folder).exported_step == 2
+    assert Run(folder).result_rows() == []
+    assert not (folder / "evaluation" / "tuned.safetensors").exists()
 
 
 def test_every_reward_that_is_not_trained_counts_as_held_out(guarded):

@@ -175,6 +175,7 @@ def after(step: int, bad):
     [
         (lambda v: redness(v, 0) * math.nan, RewardError, "reward 'turncoat': got the score nan for prompt"),
         (lambda v: redness(v, 0).sum(), RewardError, r"reward 'turncoat': got scores of shape \(\)"),
+        (lambda v: redness(v, 0).detach(), RewardError, "reward 'turncoat': got scores without a gradient in this"),
         (lambda v: (redness(v, 0) - redness(v, 0)).sqrt(), TrainingError, "comes from the reward turncoat"),
         (lambda v: redness(v, 0) * 0, TrainingError, "The gradient at the adapter is exactly zero"),
     ],
@@ -286,6 +287,16 @@ class Late:
     def check_prompts(self, prompts):
         time.sleep(60)
 """
+
+
+@pytest.mark.parametrize(("frames", "told"), [("first", "1 of 5"), (3, "3 of 5")])
+def test_a_window_of_all_frames_that_are_decoded_is_refused(make_args, frames, told):
+    def leading(video, prompts, **info):
+        return redness(video, prompts)
+
+    leading.frames = frames
+    with pytest.raises(ConfigError, match=f"decode_window: got 3 with {told} frames to decode for leading"):
+        RewardGradientTrainer(tiny_pipeline(), leading, make_args(decode_window=3), PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["reward", "Late"])
