@@ -10,8 +10,8 @@ from rlhf.adapter.lora_weights import Lora
 
 
 def check_lora_scale(scale: float) -> None:
-    """Raise ValueError for a scale that is not finite."""
-    if not math.isfinite(scale):
+    """Raise ValueError for a scale that is not finite in float32."""
+    if not abs(scale) <= torch.finfo(torch.float32).max:
         raise ValueError(f"scale: got {scale}, expected a finite number, such as 1 or 0.5; correct it")
 
 

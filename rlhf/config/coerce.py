@@ -32,12 +32,14 @@ def coerce(value: Any, annotation: Any) -> Any:
     Raises TypeError, ValueError or OverflowError where no reading makes sense.
     """
     kind, *others = _kinds(annotation)
-    if type(None) in others and (value is None or value == "none" or value == ["none"]):  # a list, of a flag
+    unset = value in ("none", ["none"])  # a list, of a flag
+    if type(None) in others and (value is None or unset):
         return None
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is Literal:
         return inner[[str(choice) for choice in inner].index(str(value))]
     if origin is list:
+        value = [] if unset else value
         return [coerce(item, inner[0]) for item in (value if isinstance(value, list | tuple) else [value])]
     if origin is dict:
         value = _parse_mapping(value) if isinstance(value, str) else value

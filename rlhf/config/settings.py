@@ -419,8 +419,6 @@ class RewardGradientConfig:
 
     def __post_init__(self):
         coerce_settings(self)
-        if self.report_to == ["none"]:
-            self.report_to = []
         self._complete_paths()
 
     def _complete_paths(self) -> None:

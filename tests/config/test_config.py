@@ -186,6 +186,9 @@ def test_the_flag_none_unsets_what_a_file_sets(yaml_file):
     path = yaml_file("\n".join(f"{name}: {value}" for name, value in given.items()))
     args = parse_config(["--config", path, *(word for name in given for word in (f"--{name}", "none"))])
     assert [getattr(args, name) for name in given] == [None] * 4
+    path = yaml_file("eval_reward_funcs: [nano_clip]\nreport_to: [tensorboard]")
+    args = parse_config(["--config", path, "--eval_reward_funcs", "none", "--report_to", "none"])
+    assert args.eval_reward_funcs == args.report_to == []
 
 
 def test_wrong_names_types_and_ranges_are_told_together(yaml_file):
