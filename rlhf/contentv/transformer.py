@@ -103,7 +103,6 @@ class SD3Transformer3DModel(SD3Transformer2DModel):
     """
 
     _no_split_modules = ["JointTransformerBlock", "PatchEmbed3D"]
-    _repeated_blocks = ["JointTransformerBlock"]
     block_parts = JOINT_BLOCK
 
     @register_to_config

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def read_environment(folder: Path) -> list[dict]:
     return [row for row in read_log(folder / ENVIRONMENT) if whole(row)]
 
 
+@cache
 def _version(package: str) -> str | None:
     """Return the version of an installed package, None if it is not installed."""
     try:

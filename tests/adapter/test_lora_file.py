@@ -214,7 +214,6 @@ def changed(**changes) -> dict[str, torch.Tensor]:
 
 
 NAN = torch.full((4, 32), torch.nan)
-MORE = {"lora": torch.zeros(2, 2)}
 REFUSED = {
     "nothing": ({}, {"format": "pt"}, "got no tensor"),
     "a missing half": (changed(B=None), {}, f"got no lora_B for {Q}, expected both halves"),

@@ -193,7 +193,7 @@ def test_points_along_the_way_have_their_share_of_the_seconds(fake_runs, tmp_pat
 
 def test_one_run_of_each_kind(tmp_path):
     """Nano itself, small and for two steps: what a row holds, and how often the reward is asked."""
-    flags = ("--height", "32", "--width", "32", "--num_frames", "5", "--per_device_train_batch_size", "8")
+    flags = ("--height", "32", "--width", "32", "--num_frames", "5", "--per_device_train_batch_size", "4")
     small = conditions(tmp_path, eval_batch=4, threads=1, flags=flags, curve=(0.5,))
     assert study_runs.evaluate_base(small)["nano_verifier"] >= 0
     queries = {}
@@ -207,7 +207,7 @@ def test_one_run_of_each_kind(tmp_path):
         for name in ("trained", "verifier", "clip", "diversity"):
             assert row["curve"][-1][name] == pytest.approx(row[name]["tuned"])
         assert row["hacking_gap"] == pytest.approx(row["gain_trained"] - row["gain_held_out"])
-    assert [*queries.values()] == [2 * 8 * 3, 2 * 8]  # DRaFT-LV scores its rollout and two draws
+    assert [*queries.values()] == [2 * 4 * 3, 2 * 4]  # DRaFT-LV scores its rollout and two draws
     rows = study_runs.best_of_n(0, 3, [1, 8], 0.5, small)
     assert [(row["arm"], row["device_seconds"]) for row in rows] == [("best-of-1", 2.0), ("best-of-n", 6.0)]
     assert rows[1]["trained"]["tuned"] > rows[0]["trained"]["tuned"]  # chosen by it

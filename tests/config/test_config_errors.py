@@ -153,7 +153,8 @@ def test_every_error_of_the_checks_has_a_row(project, monkeypatch):
     sys.settrace(trace)
     try:
         for row in ROWS:
-            told(row.mistake, project, monkeypatch)
+            with monkeypatch.context() as patch:
+                told(row.mistake, project, patch)
     finally:
         sys.settrace(before)
         threading.settrace(None)

@@ -163,13 +163,6 @@ def test_latents_of_another_size_are_refused(shape):
         model(torch.zeros(shape), *rest)
 
 
-def test_the_repeated_block_can_be_compiled_alone():
-    model = tiny_transformer()
-    expected = model(*arguments()).sample
-    model.compile_repeated_blocks(backend="eager", fullgraph=True)
-    torch.testing.assert_close(model(*arguments()).sample, expected, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("dtype", "weight_dtype", "rounding"),
     [

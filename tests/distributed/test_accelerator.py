@@ -1,13 +1,9 @@
-"""Threads of a process, the rendezvous, and what happens when a process is lost."""
+"""Threads of a process, and the rendezvous."""
 
-import time
 from datetime import timedelta
 
-import many_runs
 import pytest
 import torch.distributed as dist
-from processes import start
-from toy_rewards import PROMPTS
 
 from rlhf.distributed import accelerator as parallel
 
@@ -60,22 +56,3 @@ def test_a_start_has_its_own_keys_on_one_host(monkeypatch):
 
     assert keys(0, 2) != keys(1, 2)
     assert keys(0, 1) == keys(1, 1)
-
-
-def test_a_killed_process_ends_the_other_one_with_an_error_in_time(tmp_path):
-    own = {"max_steps": 1000, "per_device_train_batch_size": 1, "ddp_timeout": 20, "save_steps": 1}
-    first, second = start(many_runs.train, tmp_path / "run", own)
-    while not list(tmp_path.glob("run/checkpoints/step-?/manifest.json")):
-        assert first.process.is_alive(), first.output.read_text()
-        time.sleep(0.05)
-    second.process.kill()
-    first.finish(codes=(1,), timeout=20 + 10)
-    assert list(tmp_path.glob("run/checkpoints/step-*")), "the last good state is kept"
-
-
-@pytest.mark.slow
-def test_a_stuck_process_ends_the_other_one_with_an_error_in_time(tmp_path):
-    own = {"reward": "stuck", "prompts": PROMPTS, "per_device_train_batch_size": 1, "ddp_timeout": 6}
-    first, second = start(many_runs.train, tmp_path / "run", own)
-    assert first.finish(codes=(1,), timeout=90), "it says why"
-    second.process.kill()

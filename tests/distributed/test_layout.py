@@ -1,12 +1,14 @@
 """Several processes train as one does: the same gradients, the same adapter, in every layout."""
 
+import json
 import os
+import time
 from types import SimpleNamespace
 
 import many_runs
 import pytest
 import torch
-from processes import together
+from processes import start, together
 from real_videos import write_videos
 from toy_rewards import PROMPTS
 
@@ -16,13 +18,13 @@ from rlhf.distributed.layout import Sizes
 from rlhf.run.metrics import COST, read_metrics
 
 RECOMPUTING = {"gradient_checkpointing": True, "keep_attention": True, "stepwise_backward": True}
-SHORT = {"max_steps": 3}
+SHORT = {"max_steps": 2}
 # Four videos a step in each of them.
 OF_TWO = {
-    "data": {"per_device_train_batch_size": 2, "eval": PROMPTS[:3], "sample_steps": 2},
+    "data": {"per_device_train_batch_size": 2, "eval": PROMPTS[:3], "sample_steps": 1},
     "guidance": {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "sequence": {"per_device_train_batch_size": 4, "sequence_parallel": 2, "eval": PROMPTS[:3], **RECOMPUTING},
-    "sharded": {"per_device_train_batch_size": 2, "shard_base": True, "eval": PROMPTS[:3], "sample_steps": 2}
+    "sharded": {"per_device_train_batch_size": 2, "shard_base": True, "eval": PROMPTS[:3], "sample_steps": 1}
     | RECOMPUTING,
 }
 OF_FOUR = {
@@ -103,7 +105,7 @@ def difference(gradient, expected) -> float:
 
 def assert_same_training(several, alone):
     for one in several:
-        assert len(one["gradients"]) == len(alone["gradients"]) == 3
+        assert len(one["gradients"]) == len(alone["gradients"]) == 2
         assert difference(one["gradients"][0], alone["gradients"][0]) < 1e-5
         for gradient, expected in zip(one["gradients"], alone["gradients"], strict=True):
             torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
@@ -190,7 +192,7 @@ def test_evaluation_is_shared_and_the_result_the_same(of_two, alone, name):
 
 @pytest.mark.parametrize("name", ["data", "sharded"])
 def test_samples_are_made_by_all_and_written_by_one(of_two, name):
-    for step in (0, 2, 3):
+    for step in (0, 1, 2):
         folder = of_two["folder"] / name / "samples" / f"step-{step:06d}"
         assert sorted(os.listdir(folder)) == ["00.mp4", "01.mp4", "02.mp4", "prompts.txt"]
 
@@ -210,6 +212,42 @@ def test_fewer_prompts_than_processes_are_enough(of_two):
 def test_a_process_with_other_prompts_is_named(of_two):
     for one in of_two["fewer prompts"]:
         assert "prompts: got others on process 1 than on process 0" in one["error"]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """One process for a step, two for the next, one for the last: as one for all of them."""
+    whole = many_runs.run(tmp_path / "whole", {"per_device_train_batch_size": 2, "max_steps": 3})
+    one, two = {"per_device_train_batch_size": 2}, {"per_device_train_batch_size": 1, "resume_from_checkpoint": "auto"}
+    many_runs.run(tmp_path / "run", one | {"max_steps": 1})
+    together(many_runs.runs, tmp_path, {"run": two | {"max_steps": 2}}, processes=2)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-2" / "state.json").read_text())
+    assert (state["processes"], state["samples"]) == (2, 4)
+    parts = many_runs.run(tmp_path / "run", one | {"max_steps": 3, "resume_from_checkpoint": "latest"})
+    torch.testing.assert_close(parts["weights"], whole["weights"], rtol=0, atol=1e-6)
+    columns = [[row["reward"] for row in read_metrics(tmp_path / name)] for name in ("run", "whole")]
+    assert columns[0] == pytest.approx(columns[1], rel=1e-5)
+
+
+# ---------------------------------------- a process that is lost
+
+
+def test_a_killed_process_ends_the_other_one_with_an_error_in_time(tmp_path):
+    own = {"max_steps": 1000, "per_device_train_batch_size": 1, "ddp_timeout": 20, "save_steps": 1}
+    first, second = start(many_runs.train, tmp_path / "run", own)
+    while not list(tmp_path.glob("run/checkpoints/step-?/manifest.json")):
+        assert first.process.is_alive(), first.output.read_text()
+        time.sleep(0.05)
+    second.process.kill()
+    first.finish(codes=(1,), timeout=20 + 10)
+    assert list(tmp_path.glob("run/checkpoints/step-*")), "the last good state is kept"
+
+
+@pytest.mark.slow
+def test_a_stuck_process_ends_the_other_one_with_an_error_in_time(tmp_path):
+    own = {"reward": "stuck", "prompts": PROMPTS, "per_device_train_batch_size": 1, "ddp_timeout": 6}
+    first, second = start(many_runs.train, tmp_path / "run", own)
+    assert first.finish(codes=(1,), timeout=90), "it says why"
+    second.process.kill()
 
 
 # ---------------------------------------- settings

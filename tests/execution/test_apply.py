@@ -89,10 +89,10 @@ def test_a_device_without_a_compiler_is_told_before_the_model_is_loaded(monkeypa
     def fails(graph, inputs):
         raise OSError("no compiler at all\nand more of it")
 
-    compile_with = torch.compile
-    require_compiler(CPU)
+    compile_with, backends = torch.compile, iter(["aot_eager", fails])
     monkeypatch.setattr("rlhf.training.setup.Checkpoint.find", lambda *_, **__: pytest.fail("loaded"))
-    monkeypatch.setattr(torch, "compile", lambda work: compile_with(work, backend=fails))
+    monkeypatch.setattr(torch, "compile", lambda work: compile_with(work, backend=next(backends)))
+    require_compiler(CPU)
     torch._dynamo.reset()  # what was compiled above
     told = "compile_blocks: got true on cpu, where torch.compile fails .*no compiler at all.*; install it or use"
     with pytest.raises(ConfigError, match=told) as raised:

@@ -3,7 +3,6 @@
 $CHROMIUM names the program; else chromium or google-chrome is looked for.
 """
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -99,10 +98,6 @@ class Chromium:
             assert time.monotonic() < until, f"{expression} stayed {value!r}"
             time.sleep(0.1)
         return value
-
-    def screenshot(self, path: Path) -> None:
-        """Write what is on the screen to a PNG file."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def press(self, key: str) -> None:
         """A key as a person would press it: "Tab", "Enter" or " "."""

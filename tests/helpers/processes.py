@@ -6,7 +6,9 @@ import socket
 import sys
 import tempfile
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["many_runs"])
@@ -34,8 +36,8 @@ def start(function, *arguments, processes: int = 2, **environment: str) -> list[
     if processes > 1:
         common |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    if str(FOLDER) not in sys.path:
-        sys.path.insert(0, str(FOLDER))
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # where it finds what to load
+        forkserver.ensure_running()
     started = []
     for rank in range(processes):
         with tempfile.NamedTemporaryFile(prefix=f"process-{rank}-", delete=False) as file:

@@ -53,7 +53,7 @@ def tiny_pipeline(seed: int = 0) -> ContentVPipeline:
         tokenizer=clip,
         text_encoder_2=draw(transformers.CLIPTextModelWithProjection(_clip_config(clip_2)), seed + 2),
         tokenizer_2=clip_2,
-        text_encoder_3=draw(transformers.T5EncoderModel(_t5_config(t5)), seed + 3),
+        text_encoder_3=draw(transformers.T5EncoderModel(transformers.T5Config(**t5_sizes(t5))), seed + 3),
         tokenizer_3=t5,
     )
     pipe.sampling = SAMPLING
@@ -102,10 +102,6 @@ def _clip_config(tokenizer) -> transformers.CLIPTextConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _t5_config(tokenizer) -> transformers.T5Config:
-    return transformers.T5Config(**t5_sizes(tokenizer))
 
 
 def t5_sizes(tokenizer) -> dict:

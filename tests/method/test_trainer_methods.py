@@ -4,35 +4,31 @@ import pytest
 import torch
 from peft import LoraConfig
 from runs import adapter, train
+from tiny import tiny_pipeline
+from tiny_wan import tiny_wan_pipeline
 from toy_rewards import PROMPTS, calm, redness, rows_without_cost
 
 from rlhf.generator.flow import guided_velocity
 from rlhf.method.rollout import draw_noise
 from rlhf.trainer import RewardGradientTrainer
 
+ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
+OF_TEXT = {"guidance_gradient": "text"}
+
 
 def rewards_of(method: str) -> list:
     return [redness, calm] if method == "prfl" else [redness]
 
 
-ANCHORED = {"drift_weight": 0.1, "anchor_steps": 2}
-
-
 @pytest.mark.parametrize(
-    "settings",
+    ("make_pipe", "settings"),
     [
-        {"method": "draft_lv"},
-        {
-            "method": "drtune",
-            "num_grad_steps": 2,
-            "method_kwargs": {"jump_steps": 2},
-            "drift_weight": 0.1,
-            "anchor_steps": 2,
-        },
-        {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}, "guidance_gradient": "text"},
-        {"method": "leap_align", "drift_weight": 0.1},
-        {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}},
-        {"method": "prfl", "reward_weights": [1.0, 0.5], "drift_weight": 0.1},
+        (tiny_pipeline, {"method": "draft_lv"}),
+        (tiny_wan_pipeline, {"method": "drtune", "num_grad_steps": 2, "method_kwargs": {"jump_steps": 2}} | ANCHORED),
+        (tiny_pipeline, {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}} | OF_TEXT),
+        (tiny_wan_pipeline, {"method": "leap_align", "drift_weight": 0.1}),
+        (tiny_pipeline, {"method": "adjoint_matching", "method_kwargs": {"reward_scale": 0.1}}),
+        (tiny_wan_pipeline, {"method": "prfl", "reward_weights": [1.0, 0.5], "drift_weight": 0.1}),
     ],
 )
 def test_accumulated_batches_equal_one_large_batch_with_every_method(make_pipe, make_args, tmp_path, settings):
@@ -47,11 +43,11 @@ def test_accumulated_batches_equal_one_large_batch_with_every_method(make_pipe, 
     torch.testing.assert_close(adapter(many), adapter(one), rtol=1e-3, atol=3e-5)
 
 
-def test_drift_is_logged_and_held_down_by_its_weight(make_pipe, make_args, tmp_path):
+def test_drift_is_logged_and_held_down_by_its_weight(make_args, tmp_path):
     drifts = []
     for weight in (1e-6, 30.0):
         args = make_args(output_dir=str(tmp_path / str(weight)), max_steps=8, drift_weight=weight, learning_rate=3e-2)
-        train(args, pipe=make_pipe())
+        train(args)
         rows = rows_without_cost(args)
         found = [row["drift"] for row in rows]
         assert found[0] == 0
@@ -60,7 +56,7 @@ def test_drift_is_logged_and_held_down_by_its_weight(make_pipe, make_args, tmp_p
     assert drifts[1] < 0.5 * drifts[0]
 
 
-def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_pipe, make_args):
+def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(tiny_pipe, make_args):
     asked = []
 
     def counted(video, prompts, **info):
@@ -68,7 +64,7 @@ def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_pipe, mak
         return redness(video, prompts)
 
     args = make_args(max_steps=6, anchor_steps=3, learning_rate=3e-2)
-    trainer = RewardGradientTrainer(make_pipe(), counted, args, PROMPTS)
+    trainer = RewardGradientTrainer(tiny_pipe, counted, args, PROMPTS)
     trainer.train()
     assert sum(asked) == 4
     of_anchors = [row for row in rows_without_cost(args) if "reward" not in row]
@@ -82,15 +78,11 @@ def test_an_anchor_step_asks_no_reward_and_pulls_back_to_the_base(make_pipe, mak
     assert after < 0.5 * before
 
 
-def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_pipe, make_args):
-    args = make_args(
-        guidance_gradient="distill",
-        drift_weight=10.0,
-        max_steps=25,
-        learning_rate=1e-2,
-        num_sample_prompts=0,
-    )
-    trainer = RewardGradientTrainer(make_pipe(), lambda v, p, **info: redness(v, p) * 1e-3, args, PROMPTS, PROMPTS)
+def test_distillation_teaches_the_unguided_adapter_the_guided_base(make_args):
+    faint = lambda video, prompts, **info: redness(video, prompts) * 1e-3
+    distill = {"guidance_gradient": "distill", "drift_weight": 10.0, "learning_rate": 1e-2}
+    args = make_args(max_steps=25, num_sample_prompts=0, **distill)
+    trainer = RewardGradientTrainer(tiny_wan_pipeline(), faint, args, PROMPTS, PROMPTS)
     base = trainer.pipe.transformer
     trainer.train()
     found = [row["drift"] for row in rows_without_cost(args)]
@@ -115,7 +107,9 @@ def test_dora_trains_in_the_loop(make_pipe, make_args):
     assert adapter(args).isfinite().all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "adjoint_matching"}])
+@pytest.mark.parametrize(
+    ("make_pipe", "settings"), [(tiny_pipeline, {}), (tiny_wan_pipeline, {"method": "adjoint_matching"})]
+)
 def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_pipe, make_args, tmp_path, settings):
     """Two plain gradients, the second at the moved adapter, are one robust one."""
 
@@ -146,7 +140,10 @@ def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_
         assert moved["loss"] > expected["loss"], "it is the worse adapter"
 
 
-@pytest.mark.parametrize("method", ["leap_align", "adjoint_matching", "prfl"])
+@pytest.mark.parametrize(
+    ("make_pipe", "method"),
+    [(tiny_pipeline, "leap_align"), (tiny_wan_pipeline, "adjoint_matching"), (tiny_pipeline, "prfl")],
+)
 def test_a_resumed_run_is_the_whole_run_to_the_bit(make_pipe, make_args, tmp_path, method):
     robust = {} if method == "prfl" else {"reward_perturbation": 0.01}
     settings = {"method": method, "method_kwargs": {"weight_perturbation": 0.1} | robust}

@@ -13,7 +13,7 @@ from rlhf.planner.search import INEXACT_CHOICES, Planner
 from rlhf.planner.text import format_fit, format_memory, format_sizes, format_time, plan_report
 
 CONTEXT, DEVICE = 1000, "NVIDIA H200"
-PIPE, ARGS, CARD = tiny(eval_prompts="none", num_frames=9, reward_funcs=["mine.py:Mine"], lora_rank=1)
+PIPE, ARGS, CARD = tiny(6, eval_prompts="none", num_frames=9, reward_funcs=["mine.py:Mine"], lora_rank=1)
 
 
 @pytest.fixture(scope="module")

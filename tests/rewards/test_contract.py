@@ -1,9 +1,7 @@
 """The reward contract: defaults, error messages, and a probe that catches each breach."""
 
 import functools
-import subprocess
 import sys
-from importlib.metadata import entry_points
 
 import numpy
 import pytest
@@ -12,7 +10,6 @@ import torch
 from rewards import RewardError, frames_needed, probe
 from rewards.contract import call_reward
 from rewards.contract_probe import PROBE_PROMPTS
-from rlhf.plugins import GROUP
 
 SHAPE = (3, 5, 16, 16)
 WEIGHTS_HW = torch.linspace(0, 1, 256).reshape(16, 16)
@@ -248,21 +245,6 @@ def test_attributes_outside_the_contract(attributes):
 def test_the_name_in_the_message_can_be_given():
     with pytest.raises(RewardError, match="my_reward"):
         probe(detached, SHAPE, name="my_reward")
-
-
-@pytest.mark.skipif(bool(entry_points(group=GROUP)), reason="an accelerator's plug-in brings torch with it")
-@pytest.mark.parametrize(
-    ("statement", "heavy"),
-    [
-        ("import rewards.list; rewards.list.main()", ""),
-        ("from rewards import RewardMix, load_reward, probe; load_reward('flicker')", "numpy torch"),
-    ],
-)
-def test_import_is_light(statement, heavy):
-    names = ("numpy", "torch", "torchvision", "open_clip", "transformers")
-    code = f"import sys; {statement}; print('heavy', *[name for name in {names} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1].split()[1:] == heavy.split(), done.stderr
 
 
 def test_unknown_names_of_the_package_are_attribute_errors():

@@ -14,7 +14,7 @@ import many_runs
 import pytest
 import torch
 from checkpoints import write_manifest
-from processes import FOLDER, free_port, together
+from processes import FOLDER, free_port
 from tiny import tiny_pipeline, tiny_transformer
 from toy_rewards import PROMPTS, redness
 
@@ -266,20 +266,6 @@ def test_samples_are_counted_on_when_a_step_has_more_of_them(make_args):
     prompts = [trainer.batches.prompts_at(i, 1)[0] for i in range(2)] + trainer.batches.batch(2, 0).prompts
     assert sorted(prompts) == sorted(PROMPTS)
     assert [row["samples"] for row in read_metrics(Path(args.output_dir))] == [1, 2, 6]
-
-
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """One process for two steps, two for two, one for the last: as one for all of them."""
-    whole = many_runs.run(tmp_path / "whole", {"per_device_train_batch_size": 2})
-    one, two = {"per_device_train_batch_size": 2}, {"per_device_train_batch_size": 1, "resume_from_checkpoint": "auto"}
-    many_runs.run(tmp_path / "run", one | {"max_steps": 2})
-    together(many_runs.runs, tmp_path, {"run": two | {"max_steps": 4}}, processes=2)
-    state = json.loads((tmp_path / "run" / "checkpoints" / "step-4" / "state.json").read_text())
-    assert (state["processes"], state["samples"]) == (2, 8)
-    parts = many_runs.run(tmp_path / "run", one | {"resume_from_checkpoint": "latest"})
-    torch.testing.assert_close(parts["weights"], whole["weights"], rtol=0, atol=1e-6)
-    columns = [[row["reward"] for row in read_metrics(tmp_path / name)] for name in ("run", "whole")]
-    assert columns[0] == pytest.approx(columns[1], rel=1e-5)
 
 
 @pytest.mark.slow
