@@ -61,14 +61,14 @@ class Run:
     def summary(self) -> dict:
         """Return summary.json, {} of a run that did not finish, or went on since and did not."""
         path = self.folder / "summary.json"
-        summary = read_object(path) if path.is_file() and self.is_finished else {}
+        summary = read_object(path) if path.is_file() else {}
         with file_errors(path):
             if summary and not isinstance(summary["steps"], int):
                 raise TypeError(f"steps is {summary['steps']!r}")
             for group in GROUPS:
                 for row in summary[group].values() if group in summary else []:
                     tuple(map(float, (row["base"], row["tuned"], row["diff"], *row["ci95"])))
-        return summary
+        return summary if self.is_finished else {}
 
     @cached_property
     def environment(self) -> list[dict]:
