@@ -188,6 +188,7 @@ def test_a_ctrl_c_that_a_library_swallows_still_ends_the_command(main, project, 
         return settings[0] if settings else SimpleNamespace(train=lambda: pytest.fail("trained"))
 
     monkeypatch.setattr(where, swallow)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background ignore it
     assert main(["--config", str(project / "config.yaml")]) == 130
     assert "train_rlhf: interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
