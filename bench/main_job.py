@@ -3,7 +3,7 @@
     python bench/main_job.py [--seeds 100 101 ...] [--only shipped ...] [--device cuda]
         [--devices 0 1] [--jobs 8]
 
-Each arm changes configs/nano.yaml, and takes as many steps as take its time on a CPU. Runs of equal
+Each arm changes configs/nano.yaml, and takes about as many passes in all. Runs of equal
 settings differ by up to 30 % in diversity, so ten seeds of each are made. The prompts are neither
 those of README's rows, which bench/main_job_cpu.py measures, nor the study's. Writes
 bench/results/main_job.json.
@@ -26,7 +26,7 @@ from study_report import cell, form_of
 
 RESULT = ROOT / "bench" / "results" / "main_job.json"
 SEEDS, EVAL_SEED, STEPS = [*range(100, 110)], 14, 140
-ARMS = {  # settings, and steps that take the time of the shipped recipe's on two cores
+ARMS = {  # settings, and steps for about the shipped recipe's time by counts of passes, not timed
     "shipped": ({}, STEPS),
     "rate 2e-3": ({"learning_rate": 2e-3}, STEPS),
     "rate 2.2e-3": ({"learning_rate": 2.2e-3}, STEPS),
@@ -47,7 +47,7 @@ ARMS = {  # settings, and steps that take the time of the shipped recipe's on tw
 
 
 def main_job_table(result: dict) -> str:
-    """Return a row for each arm: means over seeds with intervals, and how many seeds lose much."""
+    """Return a row for each arm: means over seeds with intervals, and the worst seed's loss."""
     lines = []
     for arm, rows in by_arm(result).items():
         cells = [cell(*mean_interval(gains(rows, m)), form_of(m)) for m in ("trained", "verifier", "clip", "diversity")]

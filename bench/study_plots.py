@@ -70,10 +70,8 @@ def plot_costs(result: dict, path: Path) -> None:
     axes[0].set_ylabel("verifier, points", fontsize=9)
     for axis in axes:
         axis.margins(x=0.12)
-    _finish(figure, axes, path)
-    for number, axis in enumerate(axes):
-        _name(axis, {arm: (at[number], at[2]) for arm, at in places.items() if not arm.endswith(CONTROL)})
-    figure.savefig(path, dpi=110)
+    plain = {arm: place for arm, place in places.items() if not arm.endswith(CONTROL)}
+    _finish(figure, axes, path, *({arm: (place[i], place[2]) for arm, place in plain.items()} for i in (0, 1)))
 
 
 def plot_frontier(result: dict, path: Path) -> None:
@@ -100,9 +98,7 @@ def plot_frontier(result: dict, path: Path) -> None:
     axis.set_xlabel("diversity, tuned less base, % of the base's", fontsize=9)
     axis.set_ylabel("verifier, points", fontsize=9)
     axis.margins(x=0.12)
-    _finish(figure, [axis], path)
-    _name(axis, {named(arm, rows).strip("*"): (x, y) for arm, (rows, x, y) in arms.items() if y >= 0})
-    figure.savefig(path, dpi=110)
+    _finish(figure, [axis], path, {named(arm, rows).strip("*"): (x, y) for arm, (rows, x, y) in arms.items() if y >= 0})
 
 
 def color_of(arm: str) -> str:
@@ -134,12 +130,15 @@ def _name(axis: Axes, places: dict[str, tuple[float, float]]) -> None:
                 note.remove()
 
 
-def _finish(figure: Figure, axes: list, path: Path) -> None:
+def _finish(figure: Figure, axes: list, path: Path, *names: dict[str, tuple[float, float]]) -> None:
+    """Write a figure. names: of each axis's points, by name."""
     for axis in axes:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
+    for axis, places in zip(axes, names, strict=False):
+        _name(axis, places)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
