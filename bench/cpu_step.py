@@ -1,4 +1,4 @@
-"""Processor time of a step of configs/nano.yaml on one CPU thread, by phase and by setting.
+"""Processor time of a step of configs/nano.yaml without drift control on one CPU thread, by phase and setting.
 
     python bench/cpu_step.py [--rounds 3]        writes bench/results/cpu_step.json
 
@@ -31,7 +31,8 @@ from rlhf.trainer import RewardGradientTrainer
 folder, steps, memory, *flags = sys.argv[1:]
 if memory == "returned":
     rlhf.distributed.accelerator.keep_freed_memory = lambda: None
-fixed = "--config configs/nano.yaml --device cpu --cpu_threads 1 --num_eval_prompts 2 --report_to none"
+fixed = "--config configs/nano.yaml --device cpu --cpu_threads 1 --num_eval_prompts 2"
+fixed += " --report_to none --drift_weight 0"
 trainer = RewardGradientTrainer(args=parse_config([*fixed.split(), "--output_dir", folder, *flags]))
 decode, back_propagate = trainer.scorer.decode, trainer._back_propagate
 last, phases = 0.0, {}

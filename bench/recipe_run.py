@@ -65,16 +65,15 @@ def note(stage: str, **more) -> None:
         file.write(json.dumps({"stage": stage, "time": time.time()} | more) + "\n")
 
 
-def watch_driver(peak: list[int]) -> None:
-    """Keep the largest bytes in use on the first device, as its driver counts them, without end."""
+def watch_driver(peak: list[int], ended: threading.Event) -> None:
+    """Keep the largest bytes in use on the first device, as its driver counts them."""
     import torch
 
     module = torch.get_device_module()
-    while True:
+    while not ended.wait(PERIOD):
         if module.is_initialized():
             free, total = module.mem_get_info(0)
             peak[0] = max(peak[0], total - free)
-        time.sleep(PERIOD)
 
 
 def main() -> int:
@@ -92,10 +91,17 @@ def main() -> int:
         torch.get_device_module(device).set_per_process_memory_fraction(share, device.index or 0)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return train.main()
-    if has_device:
-        threading.Thread(target=watch_driver, args=(peak,), daemon=True).start()
     note_stages()
-    status = train.main()
+    ended = threading.Event()
+    watch = threading.Thread(target=watch_driver, args=(peak, ended))
+    if has_device:
+        watch.start()
+    try:
+        status = train.main()
+    finally:  # a thread inside the driver's library at the interpreter's end aborts the process
+        ended.set()
+        if has_device:
+            watch.join()
     note("end", driver_gib=peak[0] / GIB, allocated_gib=peak_memory(local_device()) / GIB if has_device else 0.0)
     return status
 

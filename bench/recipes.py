@@ -54,6 +54,7 @@ COSTS = {  # what a row says: arm, frames, frames that are scored, denoising ste
     "125 frames, the first scored, VideoX-Fun's step": ("peers' way", 125, 1, 25),
 }
 PLACE = r"(<!-- {0} -->\n).*?(<!-- end of {0} -->)"
+SHARED_BELOW = 4 * 2**20  # KiB: of a larger process all pages count as its own, for telling takes too long
 LINE = re.compile(r"^# Measured: .*$", re.MULTILINE)
 MODELS = {"contentv_8b": "full", "wan21_t2v_1_3b": "wan 1.3B", "wan21_t2v_14b": "wan 14B"}  # of `small_card.SIZES`
 HPS = "hps_v2_1"
@@ -261,21 +262,31 @@ def by_stage(begins: list[dict], samples: list[tuple]) -> list[dict]:
     return found
 
 
+def proc_fields(path: Path) -> dict[str, int]:
+    """Return the fields of a file of /proc that begin with a number; sizes are in KiB."""
+    found = re.findall(r"^(\w+):[ \t]+(\d+)", path.read_text(), re.MULTILINE)
+    return {name: int(value) for name, value in found}
+
+
 def tree_memory(root: int) -> tuple[int, int]:
     """Return the anonymous and the total bytes of a process and all that it started.
 
-    Anonymous: what cannot be read again from a file. Total: with the pages of mapped files.
+    Anonymous: what cannot be read again from a file. Total: with the pages of mapped files. Pages
+    that small processes share, such as a compiler's workers, count once.
     """
     parents, sizes = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             try:
-                fields = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+                fields = proc_fields(folder / "status")
+                kib = [fields.get(name, 0) for name in ("RssAnon", "RssShmem", "RssFile")]
+                if sum(kib) < SHARED_BELOW:  # here a page of n processes counts as 1/n
+                    rollup = proc_fields(folder / "smaps_rollup")
+                    kib = [rollup.get(name, 0) for name in ("Pss_Anon", "Pss_Shmem", "Pss_File")]
             except OSError:  # it has ended
                 continue
-            kib = [int(fields.get(name, "0 kB").split()[0]) for name in ("RssAnon", "RssShmem", "RssFile")]
             pid = int(folder.name)
-            parents[pid], sizes[pid] = int(fields["PPid"]), (1024 * (kib[0] + kib[1]), 1024 * sum(kib))
+            parents[pid], sizes[pid] = fields["PPid"], (1024 * (kib[0] + kib[1]), 1024 * sum(kib))
     tree, found = {root}, -1
     while found != len(tree):
         found = len(tree)

@@ -36,7 +36,14 @@ from rlhf.training.rewards import open_rewards
 
 (TRAINED, *HELD_OUT), WARM_UP = JUDGES, 3
 CURVE_KEYS = {TRAINED: "trained"} | {name: name.removeprefix("nano_") for name in (*HELD_OUT, DIVERSITY)}
-START = {"method": "draft_k", "learning_rate": 1e-3, "per_device_train_batch_size": 16, "ema_decay": 0.0}
+START = {
+    "method": "draft_k",
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16,
+    "ema_decay": 0.0,
+    "max_grad_norm": 0.3,
+    "drift_weight": 0.0,
+}
 SHARED = START | {  # what arms change; no pictures, no checkpoints; guidance in one batch is the same and faster
     "report_to": "none",
     "save_steps": 0,

@@ -15,6 +15,7 @@ from rlhf.planner.traced import TracedModel
 # worked out of the host memory of two runs on an H200.
 CPU_PROCESS_BYTES, PROCESS_BYTES = int(0.9 * 2**30), 2 * 2**30
 HOST_ACCURACY = 0.15
+FILE_BYTES = 10**10  # diffusers writes files of at most so many bytes, and maps one at a time
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def plan_host(
         phases = {
             "loading rewards": rewards.largest_bytes,
             ENCODING: encoder_bytes,
-            "loading the transformer": streamed + moved if streamed else whole,
+            "loading the transformer": streamed + moved if streamed else min(whole, FILE_BYTES),
             "training": streamed + offloaded,
         }
     process = CPU_PROCESS_BYTES if kind == "cpu" else PROCESS_BYTES

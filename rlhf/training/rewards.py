@@ -23,7 +23,7 @@ from rewards.contract import (
 from rlhf.checks import all_method_problems
 from rlhf.checks.rewards import latent_problems
 from rlhf.config import ConfigError, RewardGradientConfig, at_eval_size
-from rlhf.device import local_device
+from rlhf.device import local_device, return_freed_memory
 from rlhf.generator.files import latent_sizes, model_sizes, transformer_digest
 from rlhf.method.options import SCORES_ALONE, WITH_GRADIENT, WITHOUT_GRADIENT
 from rlhf.prompts import load_prompts
@@ -72,6 +72,8 @@ def open_rewards(
     if problems:
         raise ConfigError(problems)
     judges = _load_rewards(args.eval_reward_funcs, args, device)
+    if device.type != "cpu":
+        return_freed_memory()
     shapes = [(3, sized.num_frames, sized.height, sized.width) for sized in (args, at_eval_size(args))]
     card = model_sizes(args.model, pipe)
     info, sizes = {"fps": card["sampling"]["fps"], "seed": args.seed, "step": 0}, latent_sizes(card)

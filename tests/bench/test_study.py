@@ -34,7 +34,7 @@ VARIANTS = [
         ([*study_arms.ARMS.values(), *VARIANTS], ()),
         ([*methods.ARMS.values()], ()),
         ([*cheaper.ARMS.values()], cheaper.FLAGS),
-        ([study_arms.changed(study_arms.shipped("nano.yaml"), change) for change, _ in main_job.ARMS.values()], ()),
+        ([study_arms.changed(study_arms.FIRST_STEPS, change) for change, _ in main_job.ARMS.values()], ()),
     ],
 )
 def test_the_settings_of_every_arm_and_variant_are_accepted(arms, flags, tmp_path, monkeypatch):
@@ -53,6 +53,17 @@ def test_the_settings_of_every_arm_and_variant_are_accepted(arms, flags, tmp_pat
         given = vars(args) | {"anchor_data": args.anchor_data and study_arms.VIDEOS}  # made absolute
         assert all(given[name] == value for name, value in run.items())
         assert ddpo is None or args.method == "draft_k"
+
+
+def test_the_main_job_is_the_arm_that_its_sweep_chose():
+    change, steps = main_job.ARMS[main_job.CHOSEN]
+    expected = study_arms.changed(study_arms.FIRST_STEPS, change, {"max_steps": steps})
+    given = load_yaml((study_arms.CONFIGS / "nano.yaml").read_text())
+    assert {name: given[name] for name in expected} == expected
+    rows = by_arm(json.loads(main_job.RESULT.read_text()))
+    kept = {arm: mean_interval(gains(found, "verifier"))[0] for arm, found in rows.items()
+            if mean_interval(gains(found, "diversity"))[0] > -15}
+    assert max(kept, key=kept.get) == main_job.CHOSEN
 
 
 def test_the_sweep_chooses_by_the_trained_reward_alone(tmp_path):
