@@ -1,9 +1,10 @@
-"""Processor time of a step of configs/nano.yaml without drift control on one CPU thread, by phase and setting.
+"""Processor time of a step of configs/nano.yaml on one CPU thread, by phase and by setting.
 
     python bench/cpu_step.py [--rounds 3]        writes bench/results/cpu_step.json
 
-Arms change one thing each. They take turns in rounds, a process each, and are compared by processor
-time, which other programs disturb little. The median step counts; the first of a process does not.
+Without drift control. Arms change one thing each. They take turns in rounds, a process each, and
+are compared by processor time, which other programs disturb little. The median step counts; the
+first of a process does not.
 
 Prediction: the decoder takes most of a step, and half of that in bfloat16 on a processor that
 multiplies it; page faults take two fifths if freed memory goes back to the system.

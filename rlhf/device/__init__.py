@@ -21,8 +21,8 @@ from rlhf.device.host import drop_file_pages as drop_file_pages
 from rlhf.device.host import generator as generator
 from rlhf.device.host import host_memory as host_memory
 from rlhf.device.host import keep_freed_memory as keep_freed_memory
-from rlhf.device.host import return_freed_memory as return_freed_memory
 from rlhf.device.host import process_peak_memory
+from rlhf.device.host import return_freed_memory as return_freed_memory
 
 KNOWN_DEVICES = ("cuda", "npu", "mps", "cpu")
 RATED_KIND = "cuda"  # of the devices whose rates the planner knows

@@ -14,9 +14,11 @@ import study_inputs
 import study_runs
 import torch
 from nano_study import Study
+from study_numbers import by_arm, gains, mean_interval
 from study_pools import Pools
 
 from rewards.models.latent_reward import HeadFacts, LatentHead, save_head
+from rlhf.io import load_yaml
 
 
 def conditions(tmp_path, **changes):
@@ -61,8 +63,11 @@ def test_the_main_job_is_the_arm_that_its_sweep_chose():
     given = load_yaml((study_arms.CONFIGS / "nano.yaml").read_text())
     assert {name: given[name] for name in expected} == expected
     rows = by_arm(json.loads(main_job.RESULT.read_text()))
-    kept = {arm: mean_interval(gains(found, "verifier"))[0] for arm, found in rows.items()
-            if mean_interval(gains(found, "diversity"))[0] > -15}
+    kept = {
+        arm: mean_interval(gains(found, "verifier"))[0]
+        for arm, found in rows.items()
+        if mean_interval(gains(found, "diversity"))[0] > -15
+    }
     assert max(kept, key=kept.get) == main_job.CHOSEN
 
 
