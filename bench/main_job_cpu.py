@@ -27,7 +27,6 @@ from md_table import table
 from study_runs import Conditions, pair_distances, start
 
 from rlhf.config.parse import CONFIGS
-from rlhf.device import multiplies_bfloat16
 from rlhf.evaluation.statistics import paired_interval
 from rlhf.io import load_yaml, write_json
 
@@ -41,8 +40,7 @@ MEASURES = ("seconds", "steps", "trained", "held_out", "motion", "diversity", "s
 def recipe() -> dict:
     """Return what configs/nano.yaml says of the training, which tells its rows from former ones."""
     given = load_yaml((CONFIGS / "nano.yaml").read_text())
-    names = ("method", "method_kwargs", "learning_rate", "max_steps", "max_grad_norm", "drift_weight")
-    return {name: given.get(name) for name in names}
+    return {name: given.get(name) for name in ("method", "method_kwargs", "learning_rate", "max_steps")}
 
 
 def main_job_cpu_table(result: dict) -> str:
@@ -59,9 +57,9 @@ def main_job_cpu_table(result: dict) -> str:
         seen = diversity if "diversity_videos" in row else "-"
         seconds = "-" if row["beside_others"] else f"{row['wall_seconds']:.0f}"
         prompts = eval_seed(row["flags"])
-        lines.append([str(row["seed"]), prompts, *scores, motion, seen, f"{seconds} ({row['decoder']})"])
+        lines.append([str(row["seed"]), prompts, *scores, motion, seen, seconds])
     headings = ["`eval_seed`", "preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
-    return table(["seed", *headings, "motion", "diversity", "seconds in all (decoder)"], lines)
+    return table(["seed", *headings, "motion", "diversity", "seconds in all"], lines)
 
 
 def with_interval(row: dict) -> str:
@@ -128,8 +126,7 @@ def main() -> None:
     for seed in given.seeds:
         for vae_dtype in given.formats:
             key = {"seed": seed, "vae_dtype": vae_dtype, "beside_others": given.beside, "device": about["device"]}
-            picked = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
-            key |= {"flags": flags, "recipe": recipe(), "decoder": picked if vae_dtype == "auto" else vae_dtype}
+            key |= {"flags": flags, "recipe": recipe()}
             if any(all(row.get(name) == value for name, value in key.items()) for row in rows):
                 continue
             rows.append(key | run_job(seed, vae_dtype, flags) | {"environment": about})

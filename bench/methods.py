@@ -44,10 +44,8 @@ ARMS = {
     "draft_k, K = 4, average .9": ALL | {"ema_decay": 0.9},
     "leap_align": ONE | {"method": "leap_align"},
     "adjoint_matching": ONE | {"method": "adjoint_matching"},
-    "draft_k, K = 4, alpha 4 r": ALL | {"lora_alpha": 64},
-    "draft_k, K = 4, all-linear": ALL | {"lora_target_modules": ["all-linear"]},
-    "draft_k, K = 4, all-linear, alpha 4 r": ALL | {"lora_target_modules": ["all-linear"], "lora_alpha": 64},
-    "draft_k, K = 4, cosine": ALL | {"lr_scheduler_type": "cosine"},
+    "draft_k, K = 1, four times the alpha": ONE | {"lora_alpha": 64},
+    "draft_k, K = 1, four times the rate": ONE | {"learning_rate": 4e-3},
     "draft_k, K = 4, robust reward": ALL | {"method_kwargs": {"reward_perturbation": 0.02}},
     "draft_k, K = 4, robust weights": ALL | {"method_kwargs": {"weight_perturbation": 0.05}},
 }

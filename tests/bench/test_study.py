@@ -14,7 +14,6 @@ import study_inputs
 import study_runs
 import torch
 from nano_study import Study
-from study_numbers import by_arm, gains, mean_interval
 from study_pools import Pools
 
 from rewards.models.latent_reward import HeadFacts, LatentHead, save_head
@@ -57,18 +56,14 @@ def test_the_settings_of_every_arm_and_variant_are_accepted(arms, flags, tmp_pat
         assert ddpo is None or args.method == "draft_k"
 
 
-def test_the_main_job_is_the_arm_that_its_sweep_chose():
-    change, steps = main_job.ARMS[main_job.CHOSEN]
-    expected = study_arms.changed(study_arms.FIRST_STEPS, change, {"max_steps": steps})
+def test_the_sweep_of_the_main_job_begins_with_the_shipped_recipe():
     given = load_yaml((study_arms.CONFIGS / "nano.yaml").read_text())
-    assert {name: given[name] for name in expected} == expected
-    rows = by_arm(json.loads(main_job.RESULT.read_text()))
-    kept = {
-        arm: mean_interval(gains(found, "verifier"))[0]
-        for arm, found in rows.items()
-        if mean_interval(gains(found, "diversity"))[0] > -15
+    expected = study_arms.FIRST_STEPS | {
+        "max_grad_norm": study_runs.START["max_grad_norm"],
+        "max_steps": main_job.STEPS,
     }
-    assert max(kept, key=kept.get) == main_job.CHOSEN
+    assert {name: given[name] for name in expected} == expected
+    assert "drift_weight" not in given
 
 
 def test_the_sweep_chooses_by_the_trained_reward_alone(tmp_path):
