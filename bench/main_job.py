@@ -10,7 +10,7 @@ bench/results/main_job.json.
 
 Prediction: a smaller rate loses less diversity and gains less; a little drift control keeps more
 diversity than a smaller rate at the same gain; cosine changes nothing. Found: a smaller rate gains
-as much; drift control loses less, but nothing differs significantly but what gains less.
+as much; drift control loses less diversity, though not significantly.
 """
 
 import sys
