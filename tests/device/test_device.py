@@ -204,3 +204,21 @@ print(last)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert int(done.stdout) < 1000  # untouched pages would be 16,384
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the function is glibc's")
+def test_freed_memory_is_returned():
+    code = """
+import resource, torch
+from rlhf.device import return_freed_memory
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // 2**20
+torch.ones(16 * 2**20 // 4)  # freed: from here on smaller tensors come from the heap
+tensors = [torch.ones(8 * 2**20 // 4) for _ in range(20)]
+last = torch.ones(2**20 // 4)  # above them
+tensors.clear()
+kept = resident()
+return_freed_memory()
+print(kept - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) > 100  # of 160 MiB
