@@ -12,7 +12,7 @@ from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation, HeldOut, MakeVideos
 from rlhf.evaluation.statistics import summarize
-from rlhf.io import run_of_checkpoint
+from rlhf.io import file_fingerprint, run_of_checkpoint
 from rlhf.report.summary import write_results
 from rlhf.run.checkpoint import GUARD_STATE, load_vector, save_vector
 from rlhf.run.folder import BEST
@@ -118,9 +118,10 @@ class HeldOutMonitor:
             return
         self._require_gain()
         if saved and saved.get("told_in", self._gain_key) == self._gain_key:
-            self.guard = dataclasses.replace(self.guard, **{name: saved[name] for name in GUARD_STATE})
             self._copy_best()
-            return
+            if self._holds_best(saved):
+                self.guard = dataclasses.replace(self.guard, **{name: saved[name] for name in GUARD_STATE})
+                return
         with self.masters.use(self.masters.average):
             if first:  # resumed without a comparable guard: the adapter so far is not the base
                 evaluation, found = self._evaluate(f"step {first}", first)
@@ -153,7 +154,8 @@ class HeldOutMonitor:
         """Return the guard's state for `begin` of a resumed run."""
         if self.guard is None:
             return None
-        return {name: getattr(self.guard, name) for name in GUARD_STATE} | {"told_in": self._gain_key}
+        kept = {"told_in": self._gain_key, "best": self._best_digest()}
+        return {name: getattr(self.guard, name) for name in GUARD_STATE} | kept
 
     def load_best(self, done: int) -> None:
         """Make the best adapter the current one on all processes, after `done` steps."""
@@ -222,8 +224,25 @@ class HeldOutMonitor:
         if self.is_main and self.resume_from != "latest" and theirs.is_dir() and not self.best_folder.exists():
             shutil.copytree(theirs, self.best_folder)
 
+    def _holds_best(self, saved: dict) -> bool:
+        """Return whether the best adapter is that of a checkpoint's guard, by the main process.
+
+        It is another if the run went on after the checkpoint and found a better one.
+        """
+        other = self.is_main and self._best_digest() not in (None, saved.get("best", self._best_digest()))
+        if other:
+            got, expected = "got the best adapter of a later step", f"expected that of step {saved['best_step']}"
+            print(f"{self.best_folder}: {got}, {expected}; the adapter to go on from counts as the best so far")
+        layout = self.held_out.layout
+        return not layout.reduce(torch.tensor(float(other), device=layout.device), "sum").item()
+
+    def _best_digest(self) -> str | None:
+        """Return the SHA-256 of the best adapter's masters, None without them."""
+        path = self.best_folder / MASTERS_FILE
+        return file_fingerprint(path)["sha256"] if path.is_file() else None
+
     def _save_best(self) -> None:
         """Save the current adapter and its masters as the best, on the main process."""
         if self.is_main:
+            save_vector(self.best_folder / MASTERS_FILE, self.masters, self.masters.vector)  # first: it is checked
             self.masters.save_adapter(self.best_folder / ADAPTER_FILE)
-            save_vector(self.best_folder / MASTERS_FILE, self.masters, self.masters.vector)
