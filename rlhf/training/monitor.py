@@ -231,7 +231,7 @@ class HeldOutMonitor:
         """
         other = self.is_main and self._best_digest() not in (None, saved.get("best", self._best_digest()))
         if other:
-            got, expected = "got the best adapter of a later step", f"expected that of step {saved['best_step']}"
+            got, expected = "got another adapter, as of a later step", f"expected that of step {saved['best_step']}"
             print(f"{self.best_folder}: {got}, {expected}; the adapter to go on from counts as the best so far")
         layout = self.held_out.layout
         return not layout.reduce(torch.tensor(float(other), device=layout.device), "sum").item()
