@@ -22,25 +22,37 @@ from rlhf.training.failures import TrainingError
 MASTERS_FILE = "masters.safetensors"
 
 
-def gain(name: str, base: Evaluation, tuned: Evaluation) -> float | None:
+def gain(name: str, base: Evaluation, tuned: Evaluation, target: float | None = None) -> float | None:
     """Return how far a judge's mean rose, in standard deviations of the base's scores over prompts.
 
-    None if these scores differ by no more than the rounding of float32.
+    With a target, how much nearer to it the scores came. None if the base's scores differ by no
+    more than the rounding of float32.
     """
-    before = base.scores[name].double()
+    before, after = base.scores[name].double(), tuned.scores[name].double()
     if not has_spread(before):
         return None
-    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item()
+    spread = before.std()
+    if target is not None:
+        before, after = -(before - target).abs(), -(after - target).abs()
+    return ((after.mean() - before.mean()) / spread).item()
 
 
-def gains(base: Evaluation, tuned: Evaluation, trained: dict[str, float], held_out: list[str]) -> dict[str, float]:
+def gains(
+    base: Evaluation,
+    tuned: Evaluation,
+    trained: dict[str, float],
+    held_out: list[str],
+    targets: dict[str, float] | None = None,
+) -> dict[str, float]:
     """Return gain_trained, gain_held_out and their difference hacking_gap, as far as defined.
 
     Args:
         trained: the weight of each reward that is trained on, for their weighted mean.
         held_out: the other judges, for their mean.
+        targets: of trained rewards that have one, in units of the raw score.
     """
-    pairs = [(weight, gain(name, base, tuned)) for name, weight in trained.items() if weight]
+    targets = targets or {}
+    pairs = [(weight, gain(name, base, tuned, targets.get(name))) for name, weight in trained.items() if weight]
     pairs = [(weight, value) for weight, value in pairs if value is not None]
     others = [value for name in held_out if (value := gain(name, base, tuned)) is not None]
     found = {}
@@ -89,7 +101,7 @@ class HeldOutMonitor:
     """A run's held-out evaluations, guard and results, of the averaged adapter if there is one.
 
     Args:
-        trained: the weight of each reward that is trained on.
+        trained: the weight of each reward that is trained on. targets: as in `gains`.
         notify: receives every evaluation as the event on_evaluate.
         guard: None for a run without one.
         resume_from: the setting resume_from_checkpoint.
@@ -103,9 +115,10 @@ class HeldOutMonitor:
         notify: Notify,
         guard: Guard | None = None,
         resume_from: str | None = None,
+        targets: dict[str, float] | None = None,
     ):
         self.held_out, self.trained, self.masters, self.notify = held_out, trained, masters, notify
-        self.guard, self.resume_from, self.folder = guard, resume_from, held_out.folder
+        self.guard, self.resume_from, self.folder, self.targets = guard, resume_from, held_out.folder, targets
         self.best_folder, self.is_main = self.folder / BEST, held_out.layout.is_main_process
         self.held_out_judges = [name for name in held_out.judges if name not in trained]
         self.latest: tuple[int, Evaluation] | None = None  # steps taken, and the evaluation then
@@ -206,7 +219,7 @@ class HeldOutMonitor:
 
     def _gains(self, evaluation: Evaluation) -> dict[str, float]:
         """Return the gains of an evaluation over the base."""
-        return gains(self.base, evaluation, self.trained, self.held_out_judges)
+        return gains(self.base, evaluation, self.trained, self.held_out_judges, self.targets)
 
     @property
     def _gain_key(self) -> list:

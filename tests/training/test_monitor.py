@@ -63,6 +63,16 @@ def test_trained_gains_are_weighted_and_a_negative_weight_wants_less():
     assert gains(BASE, TUNED, {"constant": 1.0, "judge": 0.0}, ["constant"]) == {}
 
 
+def test_a_trained_gain_with_a_target_is_that_of_coming_nearer(guarded):
+    for target, expected in ((5.0, 2.0), (0.0, -2.0), (3.0, 0.0)):  # 1 and 3 become 3 and 5
+        found = gains(BASE, TUNED, {"taught": 1.0, "judge": 0.0}, [], {"taught": target, "other": 0.0})
+        assert found == {"gain_trained": pytest.approx(expected / SPREAD)}
+    args = guarded(max_steps=1, reward_targets={"redness": -9.0})
+    found = run(args)
+    before = Evaluation.load(Path(args.output_dir) / "evaluation" / "base.safetensors").scores["redness"]
+    assert found["gain_trained"] == pytest.approx(-found["trained"]["redness"]["diff"] / before.std().item(), rel=1e-4)
+
+
 def test_a_guard_stops_after_its_patience_and_remembers_the_best_of_which_the_base_is_the_first():
     guard = Guard(patience=2)
     seen = []
