@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check_sampling(args.model_id, given, args.seed, args.device)
         check_lora_scale(args.scale)
+        if args.scale != 1 and not args.lora:
+            raise ValueError(f"--scale: got {args.scale:g} without --lora, expected an adapter to scale; name one")
         card = model_sizes(args.model_id)
         loras = [read_lora_for(card["transformer"], name) for name in args.lora]
         if loras and not args.serve and args.guidance_scale is None and loras[0].distilled:

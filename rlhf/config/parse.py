@@ -64,9 +64,9 @@ def parse_command(
     FILE may be the name of a shipped recipe, such as nano_long, where there is no file of
     that name; without --config it is default_config. With resume_from_checkpoint and no --config,
     the run's own config.yaml is read. The file's method_kwargs are those of its method: a flag for
-    another method leaves them out. The file's `env`, as TRL has it, goes into os.environ. Settings
-    of an earlier version are translated, and a warning says so. Raises ConfigError with every
-    problem; a misspelt key is named with its nearest neighbour.
+    another method leaves them out. Settings of an earlier version are translated, and a warning
+    says so. Raises ConfigError with every problem; a misspelt key is named with its nearest
+    neighbour.
     """
     given, argv = take_flags(argv, "config")
     source, own = given.config, None
@@ -75,7 +75,6 @@ def parse_command(
         source, argv = own or default_config, ["--overwrite_output_dir", "false"] * bool(own) + argv
     path = None if source is None else _find_config(source)
     values, problems = _read_file(path, quiet=own is not None) if path else ({}, [])
-    os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
     if (method := take_flags(argv, "method")[0].method) and method != values.get("method"):
         values.pop("method_kwargs", None)
     parsed: dict[type, Any] = {}
@@ -186,13 +185,16 @@ def _read_file(path: Path, quiet: bool) -> tuple[dict, list[str]]:
         logger.warning(f"{path}: {moved}")
     known = {key: value for key, value in values.items() if key in field_names()}
     right, wrong = coerce_all(known, typing.get_type_hints(RewardGradientConfig))
-    problems = [_unknown_key(key, value, path) for key, value in values.items() if key not in {*known, "env"}]
+    problems = [_unknown_key(key, value, path) for key, value in values.items() if key not in known]
     problems += [f"{path.name}: {problem}" for problem in gone or wrong]
-    return right | {"env": values.get("env", {})}, problems + _repeated_keys(path, tree)
+    return right, problems + _repeated_keys(path, tree)
 
 
 def _unknown_key(key, value, path: Path) -> str:
     """Return the problem of a config file's key: a section, or an unknown setting."""
+    if key == "env":  # of TRL's files; a resumed run would not have it
+        cure = "set environment variables where the command starts"
+        return f"{path.name}: key env: got {value!r}, expected settings alone; {cure}"
     if isinstance(value, dict):
         cure = "write what is in it at the left margin"
         return f"{path.name}: key {key}: got a section, expected settings without sections; {cure}"

@@ -4,6 +4,7 @@ Shape legend: B batch, N prompts, C channels, T frames, H height, W width.
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from rlhf.distributed.accelerator import local_batches
 from rlhf.distributed.layout import Layout
 from rlhf.evaluation.measures import DIVERSITY, MEASURES, SINGLE_VIDEO_MEASURES, distance
 from rlhf.generator.files import describe_model
-from rlhf.io import file_errors, save_tensors
+from rlhf.io import DamagedFileError, file_errors, save_tensors
 from rlhf.method.decode import Sampled
 from rlhf.method.rollout import draw_noise
 from rlhf.run.metrics import progress_bar
@@ -35,6 +36,7 @@ SAMPLING_SETTINGS = (
     *("dtype", "base_bits", "vae_dtype"),
 )
 EVAL_FINGERPRINT = (*SAMPLING_SETTINGS, "eval_seed", "num_diversity_prompts")
+logger = logging.getLogger(__name__)
 MakeVideos = Callable[[list[str], torch.Tensor], Sampled]  # (prompts, noise_BCTHW) -> videos and latents
 
 
@@ -188,8 +190,12 @@ class HeldOut:
 
     def base(self, resumed: bool, make_videos: MakeVideos | None = None) -> Evaluation:
         """Read the base's evaluation in a resumed run of equal settings, else make and save it."""
-        path = self.folder / "evaluation" / "base.safetensors"
-        kept = Evaluation.load(path) if resumed and path.is_file() else None
+        path, kept = self.folder / "evaluation" / "base.safetensors", None
+        if resumed and path.is_file():
+            try:
+                kept = Evaluation.load(path)
+            except DamagedFileError:
+                logger.warning(f"{path}: got a damaged file; evaluating the base anew")
         # Together, since times of files may differ from host to host.
         if not self._sum_over_processes(torch.tensor([1.0 - self._is_reusable(kept)])).item():
             return kept

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +32,17 @@ class Pairs:
 def read_pairs(base: Path, tuned: Path) -> Pairs:
     """Pair the scores of two scores.jsonl by prompt, averaged over the prompt's seeds.
 
+    Videos that repeat prompt and seed may differ in their rows or noise. They have partners only
+    if the other set has as many of them: the mean is then the same in any order.
+
     Raises ValueError if a file is absent, if the two are one folder, if they share no pair or no
     reward, or if a reward scored them under different conditions.
     """
     if base.resolve() == tuned.resolve():
         raise ValueError(f"{base} and {tuned}: got one folder twice, expected those of two models; correct one")
     left, right = _read_finite_scores(base), _read_finite_scores(tuned)
-    keys = [key for key in left if key in right]
+    counts = [Counter(key[:2] for key in scores) for scores in (left, right)]
+    keys = [key for key in left if key in right and counts[0][key[:2]] == counts[1][key[:2]]]
     rows = (*left.values(), *right.values())
     scored = dict.fromkeys(name for row in rows for name in row)
     rewards = [name for name in scored if all(name in row for row in rows)]

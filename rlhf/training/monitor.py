@@ -12,7 +12,7 @@ from rlhf.adapter.masters import MasterWeights
 from rlhf.config import RewardGradientConfig
 from rlhf.evaluation.held_out import Evaluation, HeldOut, MakeVideos
 from rlhf.evaluation.statistics import summarize
-from rlhf.io import run_of_checkpoint
+from rlhf.io import file_fingerprint, run_of_checkpoint
 from rlhf.report.summary import write_results
 from rlhf.run.checkpoint import GUARD_STATE, load_vector, save_vector
 from rlhf.run.folder import BEST
@@ -22,25 +22,37 @@ from rlhf.training.failures import TrainingError
 MASTERS_FILE = "masters.safetensors"
 
 
-def gain(name: str, base: Evaluation, tuned: Evaluation) -> float | None:
+def gain(name: str, base: Evaluation, tuned: Evaluation, target: float | None = None) -> float | None:
     """Return how far a judge's mean rose, in standard deviations of the base's scores over prompts.
 
-    None if these scores differ by no more than the rounding of float32.
+    With a target, how much nearer to it the scores came. None if the base's scores differ by no
+    more than the rounding of float32.
     """
-    before = base.scores[name].double()
+    before, after = base.scores[name].double(), tuned.scores[name].double()
     if not has_spread(before):
         return None
-    return ((tuned.scores[name].double().mean() - before.mean()) / before.std()).item()
+    spread = before.std()
+    if target is not None:
+        before, after = -(before - target).abs(), -(after - target).abs()
+    return ((after.mean() - before.mean()) / spread).item()
 
 
-def gains(base: Evaluation, tuned: Evaluation, trained: dict[str, float], held_out: list[str]) -> dict[str, float]:
+def gains(
+    base: Evaluation,
+    tuned: Evaluation,
+    trained: dict[str, float],
+    held_out: list[str],
+    targets: dict[str, float] | None = None,
+) -> dict[str, float]:
     """Return gain_trained, gain_held_out and their difference hacking_gap, as far as defined.
 
     Args:
         trained: the weight of each reward that is trained on, for their weighted mean.
         held_out: the other judges, for their mean.
+        targets: of trained rewards that have one, in units of the raw score.
     """
-    pairs = [(weight, gain(name, base, tuned)) for name, weight in trained.items() if weight]
+    targets = targets or {}
+    pairs = [(weight, gain(name, base, tuned, targets.get(name))) for name, weight in trained.items() if weight]
     pairs = [(weight, value) for weight, value in pairs if value is not None]
     others = [value for name in held_out if (value := gain(name, base, tuned)) is not None]
     found = {}
@@ -89,7 +101,7 @@ class HeldOutMonitor:
     """A run's held-out evaluations, guard and results, of the averaged adapter if there is one.
 
     Args:
-        trained: the weight of each reward that is trained on.
+        trained: the weight of each reward that is trained on. targets: as in `gains`.
         notify: receives every evaluation as the event on_evaluate.
         guard: None for a run without one.
         resume_from: the setting resume_from_checkpoint.
@@ -103,9 +115,10 @@ class HeldOutMonitor:
         notify: Notify,
         guard: Guard | None = None,
         resume_from: str | None = None,
+        targets: dict[str, float] | None = None,
     ):
         self.held_out, self.trained, self.masters, self.notify = held_out, trained, masters, notify
-        self.guard, self.resume_from, self.folder = guard, resume_from, held_out.folder
+        self.guard, self.resume_from, self.folder, self.targets = guard, resume_from, held_out.folder, targets
         self.best_folder, self.is_main = self.folder / BEST, held_out.layout.is_main_process
         self.held_out_judges = [name for name in held_out.judges if name not in trained]
         self.latest: tuple[int, Evaluation] | None = None  # steps taken, and the evaluation then
@@ -118,9 +131,10 @@ class HeldOutMonitor:
             return
         self._require_gain()
         if saved and saved.get("told_in", self._gain_key) == self._gain_key:
-            self.guard = dataclasses.replace(self.guard, **{name: saved[name] for name in GUARD_STATE})
             self._copy_best()
-            return
+            if self._holds_best(saved):
+                self.guard = dataclasses.replace(self.guard, **{name: saved[name] for name in GUARD_STATE})
+                return
         with self.masters.use(self.masters.average):
             if first:  # resumed without a comparable guard: the adapter so far is not the base
                 evaluation, found = self._evaluate(f"step {first}", first)
@@ -153,7 +167,8 @@ class HeldOutMonitor:
         """Return the guard's state for `begin` of a resumed run."""
         if self.guard is None:
             return None
-        return {name: getattr(self.guard, name) for name in GUARD_STATE} | {"told_in": self._gain_key}
+        kept = {"told_in": self._gain_key, "best": self._best_digest()}
+        return {name: getattr(self.guard, name) for name in GUARD_STATE} | kept
 
     def load_best(self, done: int) -> None:
         """Make the best adapter the current one on all processes, after `done` steps."""
@@ -204,7 +219,7 @@ class HeldOutMonitor:
 
     def _gains(self, evaluation: Evaluation) -> dict[str, float]:
         """Return the gains of an evaluation over the base."""
-        return gains(self.base, evaluation, self.trained, self.held_out_judges)
+        return gains(self.base, evaluation, self.trained, self.held_out_judges, self.targets)
 
     @property
     def _gain_key(self) -> list:
@@ -222,8 +237,25 @@ class HeldOutMonitor:
         if self.is_main and self.resume_from != "latest" and theirs.is_dir() and not self.best_folder.exists():
             shutil.copytree(theirs, self.best_folder)
 
+    def _holds_best(self, saved: dict) -> bool:
+        """Return whether the best adapter is that of a checkpoint's guard, by the main process.
+
+        It is another if the run went on after the checkpoint and found a better one.
+        """
+        other = self.is_main and self._best_digest() not in (None, saved.get("best", self._best_digest()))
+        if other:
+            got, expected = "got another adapter, as of a later step", f"expected that of step {saved['best_step']}"
+            print(f"{self.best_folder}: {got}, {expected}; the adapter to go on from counts as the best so far")
+        layout = self.held_out.layout
+        return not layout.reduce(torch.tensor(float(other), device=layout.device), "sum").item()
+
+    def _best_digest(self) -> str | None:
+        """Return the SHA-256 of the best adapter's masters, None without them."""
+        path = self.best_folder / MASTERS_FILE
+        return file_fingerprint(path)["sha256"] if path.is_file() else None
+
     def _save_best(self) -> None:
         """Save the current adapter and its masters as the best, on the main process."""
         if self.is_main:
+            save_vector(self.best_folder / MASTERS_FILE, self.masters, self.masters.vector)  # first: it is checked
             self.masters.save_adapter(self.best_folder / ADAPTER_FILE)
-            save_vector(self.best_folder / MASTERS_FILE, self.masters, self.masters.vector)

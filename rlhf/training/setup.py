@@ -313,7 +313,8 @@ def make_monitor(
 ) -> HeldOutMonitor:
     """Return the monitor of a run's held-out prompts, with its guard."""
     weights = {name: weight for name, weight in rewards.weights.items() if weight}
-    return HeldOutMonitor(held_out, weights, masters, notify, Guard.from_settings(args), args.resume_from_checkpoint)
+    guard, resume_from = Guard.from_settings(args), args.resume_from_checkpoint
+    return HeldOutMonitor(held_out, weights, masters, notify, guard, resume_from, rewards.targets)
 
 
 def latent_shape(pipe: VideoPipeline, video: RewardGradientConfig | SamplingDefaults) -> tuple[int, int, int, int]:

@@ -96,11 +96,14 @@ def test_pairs_are_of_one_prompt_and_seed_and_seeds_of_a_prompt_count_once(sets)
 
 
 def test_videos_of_one_prompt_and_seed_all_count(tmp_path):
-    base = write(tmp_path / "base", [("x", 0, {"r": 1}), ("x", 0, {"r": 3}), ("y", 0, {"r": 5}), ("x", 0, {"r": 9})])
+    base = write(tmp_path / "base", [("x", 0, {"r": 1}), ("x", 0, {"r": 3}), ("y", 0, {"r": 5})])
     tuned = write(tmp_path / "tuned", [("x", 0, {"r": 2}), ("y", 0, {"r": 6}), ("x", 0, {"r": 6})])
     pairs = read_pairs(base, tuned)
-    assert (pairs.videos, pairs.unpaired) == (3, 1)
+    assert (pairs.videos, pairs.unpaired) == (3, 0)
     assert (pairs.base["r"].tolist(), pairs.tuned["r"].tolist()) == ([2, 5], [4, 6])
+    fewer = write(tmp_path / "fewer", [("x", 0, {"r": 6}), ("y", 0, {"r": 6})])  # of which x is not known
+    pairs = read_pairs(base, fewer)
+    assert (pairs.prompts, pairs.videos, pairs.unpaired) == (["y"], 1, 3)
 
 
 def test_a_score_that_is_not_finite_is_no_finding(sets, tmp_path, capsys):

@@ -168,6 +168,7 @@ def test_another_model_needs_a_prompt(capsys):
             "--fps 1000000": "fps: got 1000000, expected at least 1 and at most 1000",
             "--memory_limit_gib 12": "memory_limit_gib: got 12 on a CPU, expected an accelerator",
             "--scale nan": "scale: got nan, expected a finite number",
+            "--scale 0.5": "--scale: got 0.5 without --lora, expected an adapter to scale; name one",
             "--serve --port 99999": "--host 127.0.0.1 --port 99999: got",
             "--max_sequence_length 513": "max_sequence_length: got 513, expected at least 1, at most 512",
         }.items()

@@ -56,6 +56,7 @@ ROWS = [
         "optimizer:\n  seed: 2",
         "key optimizer: got a section ... expected settings without sections ... at the left margin",
     ),
+    Row("env: {A: b}", "key env: got {'A': 'b'} ... expected settings alone ... where the command starts"),
     Row("max_steps: ten", "config.yaml: max_steps: got 'ten' ... expected a whole number ... correct its value"),
     Row("- a\n- list", "got list ... expected lines of the form 'key: value' ... correct the file"),
     Row(["--memory_limit_gib", "0"], "memory_limit_gib: got 0.0 ... expected more than 0 ... correct its value"),

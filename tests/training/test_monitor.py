@@ -63,6 +63,16 @@ def test_trained_gains_are_weighted_and_a_negative_weight_wants_less():
     assert gains(BASE, TUNED, {"constant": 1.0, "judge": 0.0}, ["constant"]) == {}
 
 
+def test_a_trained_gain_with_a_target_is_that_of_coming_nearer(guarded):
+    for target, expected in ((5.0, 2.0), (0.0, -2.0), (3.0, 0.0)):  # 1 and 3 become 3 and 5
+        found = gains(BASE, TUNED, {"taught": 1.0, "judge": 0.0}, [], {"taught": target, "other": 0.0})
+        assert found == {"gain_trained": pytest.approx(expected / SPREAD)}
+    args = guarded(max_steps=1, reward_targets={"redness": -9.0})
+    found = run(args)
+    before = Evaluation.load(Path(args.output_dir) / "evaluation" / "base.safetensors").scores["redness"]
+    assert found["gain_trained"] == pytest.approx(-found["trained"]["redness"]["diff"] / before.std().item(), rel=1e-4)
+
+
 def test_a_guard_stops_after_its_patience_and_remembers_the_best_of_which_the_base_is_the_first():
     guard = Guard(patience=2)
     seen = []
@@ -105,7 +115,7 @@ def watch(tmp_path):
         held_out = types.SimpleNamespace(
             folder=tmp_path,
             judges={"taught": None, judge: None},
-            layout=types.SimpleNamespace(is_main_process=False),
+            layout=types.SimpleNamespace(is_main_process=False, device="cpu", reduce=lambda tensor, how: tensor),
             base=lambda resumed, make: bases.append((resumed, make)) or BASE,
             bases=bases,
             evaluate=lambda name, step: asked.append((name, step, averaged[0])) or TUNED,
@@ -290,6 +300,20 @@ def test_the_best_adapter_comes_along_into_another_folder(guarded, tmp_path):
     other = dataclasses.replace(args, output_dir=str(tmp_path / "other"), max_steps=3, resume_from_checkpoint=saved)
     assert run(other)["best"] == first["best"]
     assert torch.equal(adapter(other), adapter(args))
+
+
+def test_a_best_adapter_of_a_step_after_the_checkpoint_is_not_that_of_the_resumed_run(guarded, tmp_path):
+    """Neither in the folder of a killed run, nor in another that goes on from an older checkpoint."""
+    args = guarded("rosiness", max_steps=3, save_steps=1, learning_rate=3e-2, load_best_model_at_end=True)
+    assert run(args)["best"]["step"] == 3
+    saved = str(Path(args.output_dir) / "checkpoints" / "step-1")
+    other = dataclasses.replace(args, output_dir=str(tmp_path / "other"), resume_from_checkpoint=saved)
+    still = dataclasses.replace(other, max_steps=2, learning_rate=0.0)  # nothing better than step 1 follows
+    summary = run(still)
+    assert summary["best"]["step"] == 1
+    assert summary["gain_held_out"] == pytest.approx(summary["best"]["gain_held_out"])
+    assert torch.equal(adapter(still), adapter(still, "best_adapter"))
+    assert not torch.equal(adapter(still), adapter(args))
 
 
 def test_a_run_that_goes_on_with_fewer_judges_reads_the_base_and_lists_them_in_their_order(guarded):
