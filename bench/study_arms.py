@@ -78,7 +78,7 @@ POLICY = {
     | {"method": "flow_grpo", "per_device_train_batch_size": 64, "method_kwargs": {"group_size": 8}},
     "DDPO": ONE_STEP | {"method": DDPO, "per_device_train_batch_size": 64},
 }
-LONG_ARMS = {  # made for a long budget; but the first, which was made for a short one
+LONG_ARMS = {  # run at a long budget alone; the first was made for a short one
     "first two steps": FIRST_STEPS,
     "Adjoint matching as shipped": shipped("nano_long.yaml"),
     "DRTune, 32 videos": ALL_STEPS
