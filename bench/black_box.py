@@ -35,8 +35,6 @@ SETTINGS = {
     "per_device_train_batch_size": 32,
     "learning_rate": 3e-3,
     "max_steps": 200,
-    "max_grad_norm": 0.3,
-    "drift_weight": 0,
     "eval_seed": 11,
     "num_diversity_prompts": 128,
     "per_device_eval_batch_size": 64,

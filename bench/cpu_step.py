@@ -2,9 +2,8 @@
 
     python bench/cpu_step.py [--rounds 3]        writes bench/results/cpu_step.json
 
-Without drift control. Arms change one thing each. They take turns in rounds, a process each, and
-are compared by processor time, which other programs disturb little. The median step counts; the
-first of a process does not.
+Arms change one thing each. They take turns in rounds, a process each, and are compared by processor
+time, which other programs disturb little. The median step counts; the first of a process does not.
 
 Prediction: the decoder takes most of a step, and half of that in bfloat16 on a processor that
 multiplies it; page faults take two fifths if freed memory goes back to the system.
@@ -32,8 +31,7 @@ from rlhf.trainer import RewardGradientTrainer
 folder, steps, memory, *flags = sys.argv[1:]
 if memory == "returned":
     rlhf.distributed.accelerator.keep_freed_memory = lambda: None
-fixed = "--config configs/nano.yaml --device cpu --cpu_threads 1 --num_eval_prompts 2"
-fixed += " --report_to none --drift_weight 0"
+fixed = "--config configs/nano.yaml --device cpu --cpu_threads 1 --num_eval_prompts 2 --report_to none"
 trainer = RewardGradientTrainer(args=parse_config([*fixed.split(), "--output_dir", folder, *flags]))
 decode, back_propagate = trainer.scorer.decode, trainer._back_propagate
 last, phases = 0.0, {}

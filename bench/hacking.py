@@ -46,8 +46,6 @@ COMMON = {
     "num_sample_prompts": 6,
     "per_device_train_batch_size": 4,
     "ema_decay": 0,
-    "max_grad_norm": 0.3,
-    "drift_weight": 0,
     "eval_reward_funcs": "nano_verifier",
     "report_to": "none",
 }

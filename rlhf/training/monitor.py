@@ -242,7 +242,8 @@ class HeldOutMonitor:
 
         It is another if the run went on after the checkpoint and found a better one.
         """
-        other = self.is_main and self._best_digest() not in (None, saved.get("best", self._best_digest()))
+        digest = self._best_digest() if self.is_main else None
+        other = digest not in (None, saved.get("best", digest))
         if other:
             got, expected = "got another adapter, as of a later step", f"expected that of step {saved['best_step']}"
             print(f"{self.best_folder}: {got}, {expected}; the adapter to go on from counts as the best so far")

@@ -72,8 +72,6 @@ def open_rewards(
     if problems:
         raise ConfigError(problems)
     judges = _load_rewards(args.eval_reward_funcs, args, device)
-    if device.type != "cpu":
-        return_freed_memory()
     shapes = [(3, sized.num_frames, sized.height, sized.width) for sized in (args, at_eval_size(args))]
     card = model_sizes(args.model, pipe)
     info, sizes = {"fps": card["sampling"]["fps"], "seed": args.seed, "step": 0}, latent_sizes(card)
@@ -93,6 +91,8 @@ def open_rewards(
             for shape in seen:
                 graded = gradient and shape == shapes[0]
                 probe(reward, shape, asked[:3], device, name=name, info=info, gradient=graded, latents=sizes)
+    if device.type != "cpu":
+        return_freed_memory()
     return trained | judges
 
 
