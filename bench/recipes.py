@@ -44,7 +44,7 @@ from rlhf.planner.text_encoders import encoder_configs
 
 ROOT = Path(__file__).parents[1]
 RECIPES, RUN = ROOT / "configs", ROOT / "bench" / "recipe_run.py"
-RESULT, ROWS = (ROOT / "bench" / "results" / name for name in ("step.json", "recipes.json"))
+RESULT, ROWS, AGAIN = (ROOT / "bench" / "results" / f"{name}.json" for name in ("step", "recipes", "recipes_again"))
 GUIDE, PAGE = (ROOT / "docs" / name for name in ("contentv_8b.md", "recipes.md"))
 COSTS = {  # what a row says: arm, frames, frames that are scored, denoising steps
     "33 frames, the first scored, no recomputation, compiled": ("exact, nothing twice, compiled", 33, 1, 25),
@@ -417,9 +417,13 @@ def layouts_told(result: dict) -> str:
     )
 
 
-def recipes_table(result: dict) -> str:
-    """Return a row for each recipe of full size that was run, and a line that names the others."""
+def recipes_table(result: dict, again: dict) -> str:
+    """Return a row for each run of a recipe of full size, and a line that names the other recipes.
+
+    A recipe's second run, of `again`, follows its first.
+    """
     rows = {row["recipe"]: row for row in result.get("rows", [])}
+    second = {row["recipe"]: row for row in again.get("rows", [])}
     headings = [
         "recipe",
         "a video, s",
@@ -430,11 +434,12 @@ def recipes_table(result: dict) -> str:
         "start-up, s",
     ]
     columns = ("seconds_a_video", "device_gib", "driver_gib", "host_gib", "host_predicted_gib")
+    runs = [(f"`{name}.yaml`{limits_of(rows[name])}", rows[name]) for name in names() if name in rows]
+    runs += [(f"{run}, again", second[row["recipe"]]) for run, row in runs if row["recipe"] in second]
+    runs.sort(key=lambda run: run[0])
     lines = [
-        [f"`{name}.yaml`{limits_of(rows[name])}", *(f"{rows[name][column]:.1f}" for column in columns)]
-        + [f"{rows[name]['start_seconds']:.0f}"]
-        for name in names()
-        if name in rows
+        [run, *(f"{row[column]:.1f}" if column in row else "-" for column in columns), f"{row['start_seconds']:.0f}"]
+        for run, row in runs
     ]
     if not lines:
         return "No recipe was run as a whole yet.\n"
@@ -448,7 +453,8 @@ def write_costs(folder: Path = RECIPES, result: Path = RESULT, guide: Path = GUI
     runs = read(result.with_name(ROWS.name))
     rows = {row["recipe"]: row for row in runs.get("rows", [])}
     costs = costs_table(read(result)) + layouts_told(read(result.with_name("scale.json")))
-    for path, mark, text in ((guide, "costs", costs), (page, "runs", recipes_table(runs))):
+    tables = (guide, "costs", costs), (page, "runs", recipes_table(runs, read(result.with_name(AGAIN.name))))
+    for path, mark, text in tables:
         place = re.compile(PLACE.format(mark), re.DOTALL)
         write_changed(path, place.sub(lambda found, text=text: f"{found[1]}{text}{found[2]}", path.read_text()))
     for path in sorted(folder.glob("*.yaml")):

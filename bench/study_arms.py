@@ -18,10 +18,13 @@ DDPO = "ddpo"  # in place of a method: `baselines.DDPOTrainer`, with the options
 
 
 def changed(settings: dict, *changes: dict) -> dict:
-    """Return settings with changes; those of method_kwargs are changed one by one."""
+    """Return settings with changes; those of method_kwargs one by one, unless the method is another."""
     for change in changes:
-        options = settings.get("method_kwargs", {}) | change.get("method_kwargs", {})
-        settings = settings | change | ({"method_kwargs": options} if options else {})
+        options = {} if "method" in change else settings.get("method_kwargs", {})
+        options = options | change.get("method_kwargs", {})
+        settings = settings | change | {"method_kwargs": options}
+        if not options:
+            del settings["method_kwargs"]
     return settings
 
 

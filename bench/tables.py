@@ -227,6 +227,7 @@ TABLES = {
     "reward_parity.json#scores": parity_scores_table,
     "guidance.json": guidance_table,
     "methods.json": methods_table,
+    "alpha.json": methods_table,
     "cheaper.json": cheaper_table,
     "caching.json": caching_table,
     "step.json#exact": lambda result: step_table(result, exact=True),

@@ -4,6 +4,7 @@ The bytes are those of the process's pages, mapped files included. Weights stay 
 move to a device. Each phase counts the weights that it reads once.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from rlhf.config import RewardGradientConfig
@@ -78,4 +79,13 @@ def _offloaded_bytes(model: TracedModel, args: RewardGradientConfig, rewards: Re
     branch = model.transformer_call(args, batch * branches_per_batch(args)).forward.offloaded
     decoder = model.decoder_call(args, batch, rewards.decoded_frames).forward.offloaded
     graphs = 1 if args.stepwise_backward else num_graphs(args)
-    return host_bytes([*branch.elements()] * graphs) + host_bytes([*decoder.elements()])
+    return host_bytes(_in_turn(branch) * graphs) + host_bytes(_in_turn(decoder))
+
+
+def _in_turn(buffers: Counter[int]) -> list[int]:
+    """Return the sizes of buffers in an order as of a run, in which no size waits for another.
+
+    The order matters: small buffers fill what large ones leave of a slab.
+    """
+    places = ((i / number, size) for size, number in buffers.items() for i in range(number))
+    return [size for _, size in sorted(places)]

@@ -137,6 +137,8 @@ def test_heads_and_pages_are_filled_from_what_was_measured(recipes, tmp_path):
     about = {"environment": {"device": "NVIDIA X"}}
     (tmp_path / "step.json").write_text(json.dumps(about | {"rows": [row]}))
     (tmp_path / "recipes.json").write_text(json.dumps(about | {"rows": [ROW]}))
+    again = {name: value for name, value in ROW.items() if not name.startswith("host_")} | {"seconds_a_video": 20.12}
+    (tmp_path / "recipes_again.json").write_text(json.dumps(about | {"rows": [again | {"host_limit_gb": 0.0}]}))
     pages = [tmp_path / f"{mark}.md" for mark in ("costs", "runs")]
     for page in pages:
         page.write_text(f"before\n<!-- {page.stem} -->\nold\n<!-- end of {page.stem} -->\nafter")
@@ -153,7 +155,8 @@ def test_heads_and_pages_are_filled_from_what_was_measured(recipes, tmp_path):
     assert "| 33 frames, all scored, on 24 GiB (`contentv_8b_24gib.yaml`) | 61 | 9 | 68 |" in costs
     assert "| `contentv_8b_24gib.yaml` held to 22.5 GiB of the device | 19.8 | 16.9 | 18.0 | 27.1 | 29.4 | 44 |" in runs
     assert re.search(r"\nNot run: .*`contentv_8b_npu.yaml`.*\.\n<!-- end", runs)
-    assert recipes.recipes_table({}) == "No recipe was run as a whole yet.\n"
+    assert "| `contentv_8b_24gib.yaml` held to 22.5 GiB of the device, again | 20.1 | 16.9 | 18.0 | - | - | 44 |" in runs
+    assert recipes.recipes_table({}, {}) == "No recipe was run as a whole yet.\n"
     assert costs.startswith("before\n<!-- costs -->\nOne NVIDIA X")
     assert runs.endswith("<!-- end of runs -->\nafter")
     for changed in ({"seconds": None}, {"scored": 1}, {"steps": 50}, {"phase": "window"}):
@@ -183,7 +186,7 @@ def test_heads_and_pages_say_what_the_results_say(recipes):
         assert line in (ROOT / "configs" / f"{row['recipe']}.yaml").read_text(), "run `python bench/recipes.py`"
     told = recipes.costs_table(costs) + recipes.layouts_told(recipes.read(recipes.RESULT.with_name("scale.json")))
     assert told in recipes.GUIDE.read_text(), "run `python bench/recipes.py`"
-    assert recipes.recipes_table(runs) in recipes.PAGE.read_text(), "run `python bench/recipes.py`"
+    assert recipes.recipes_table(runs, recipes.read(recipes.AGAIN)) in recipes.PAGE.read_text(), "run `python bench/recipes.py`"
 
 
 def test_a_measured_run_is_the_recipe_but_for_what_its_row_names(recipes, tmp_path):
