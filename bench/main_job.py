@@ -4,13 +4,15 @@
         [--devices 0 1] [--jobs 10]
 
 Each arm changes the study's `first two steps`, and takes about as many passes in all. Runs of equal
-settings differ widely in diversity, so ten seeds of each are made. The prompts are neither those of
-README's rows, which bench/main_job_cpu.py measures, nor the study's. Writes
+settings differ widely in diversity, so five or ten seeds of each are made. The prompts are neither
+those of README's rows, which bench/main_job_cpu.py measures, nor the study's. Writes
 bench/results/main_job.json.
 
 Prediction: a smaller rate loses less diversity and gains less; a little drift control keeps more
 diversity than a smaller rate at the same gain; cosine changes nothing. Found: a smaller rate gains
-as much; drift control loses less diversity, though not significantly.
+as much; drift control loses less diversity, though not significantly. Of a cap it was predicted
+that it spares the videos that are right, and of adjoint matching that it keeps most: the first does
+not, the second does, and gains less.
 """
 
 import sys

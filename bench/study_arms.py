@@ -18,7 +18,7 @@ DDPO = "ddpo"  # in place of a method: `baselines.DDPOTrainer`, with the options
 
 
 def changed(settings: dict, *changes: dict) -> dict:
-    """Return settings with changes; those of method_kwargs one by one, unless the method is another."""
+    """Return settings with changes: of method_kwargs one by one, unless the method is another."""
     for change in changes:
         options = {} if "method" in change else settings.get("method_kwargs", {})
         options = options | change.get("method_kwargs", {})
