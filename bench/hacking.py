@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ RESULT = ROOT / "bench" / "results" / "hacking.json"
 IMAGES = ROOT / "docs" / "images"
 HACKED = "grain=docs/examples/broken.py:grain"
 NO_GUARD = "no guard"
+EQUAL_GAIN = 4.0  # of the hacked reward, at which the arms' hacking gaps are compared
 COMMON = {
     "method": "drtune",
     "num_grad_steps": 4,
@@ -127,14 +129,30 @@ def turning_step(row: dict) -> int | None:
     return worse[0] if worse else None
 
 
+def gap_at(row: dict, gain: float) -> float | None:
+    """Return the hacking gap where the trained reward first reaches a gain, both in spreads.
+
+    It is interpolated between evaluations, the base's included; None if the gain is never reached.
+    """
+    points = [(0.0, 0.0), *((point["eval/gain_trained"], point["eval/hacking_gap"]) for point in row["curve"])]
+    for (gain_before, gap_before), (gain_after, gap_after) in pairwise(points):
+        if gain_before < gain <= gain_after:
+            share = (gain - gain_before) / (gain_after - gain_before)
+            return gap_before + share * (gap_after - gap_before)
+    return None
+
+
 def hacking_table(result: dict) -> str:
     """Return a row for each arm: what the reward gains, and what becomes of the videos."""
-    headings = ["guard", "steps", "hacked reward, spreads", "verifier, base → tuned", "below the base from step"]
+    headings = ["guard", "steps", "hacked reward, spreads", f"hacking gap at +{EQUAL_GAIN:g} spreads"]
+    headings += ["verifier, base → tuned", "below the base from step"]
     lines = []
     for row in result["rows"]:
         summary, turned = row["summary"], turning_step(row)
         verifier = summary["held_out"]["verifier"]
+        gap = gap_at(row, EQUAL_GAIN)
         cells = [row["arm"], str(summary["steps"]), f"{summary['gain_trained']:+.1f}"]
+        cells.append("-" if gap is None else f"{gap:.1f}")
         cells += [f"{verifier['base']:.0%} → {verifier['tuned']:.0%}", "never" if turned is None else str(turned)]
         cells += [f"{summary[m]['tuned'] / summary[m]['base'] - 1:+.0%}" for m in ("high_frequency", "diversity")]
         lines.append(cells)

@@ -42,6 +42,8 @@ STEP_ARMS = (
     "adjoint_matching, last 4 steps",
     "adjoint_matching, last 4 steps, nothing twice",
     "adjoint_matching, nothing twice",
+    "prfl, last step",
+    "prfl, last step, nothing twice",
 )
 CAPS_GIB = {"8B, 33 frames, 24 GiB": 24}
 

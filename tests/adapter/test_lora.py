@@ -197,6 +197,17 @@ def test_the_average_follows_the_vector_and_stands_in_for_it():
     assert torch.equal(masters.params[0].flatten(), current[: masters.params[0].numel()])
 
 
+@pytest.mark.parametrize("layers", [None, ["all-linear"]])
+def test_a_set_of_layers_is_what_it_names(tiny_transformer, layers):
+    """All linear layers of the blocks; by default those of attention, without the feed-forward ones."""
+    add_adapter(tiny_transformer, lora_config(RewardGradientConfig(lora_target_modules=layers)), seed=0)
+    blocks = tiny_transformer.transformer_blocks.named_modules()
+    linear = {name for name, m in blocks if isinstance(m, torch.nn.Linear) and ".lora_" not in name}
+    linear = {name.removesuffix(".base_layer") for name in linear if "norm" not in name}
+    adapted = {name for name, m in tiny_transformer.transformer_blocks.named_modules() if hasattr(m, "lora_A")}
+    assert adapted == {name for name in linear if layers or ".ff" not in name}
+
+
 def test_an_adapters_description_stays_as_it_was_written(tiny_transformer):
     """The next run of a notebook is given the same object."""
     config = LoraConfig(r=2, target_modules="all-linear")

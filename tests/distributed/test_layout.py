@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import start, together
 from real_videos import write_videos
-from toy_rewards import PROMPTS
+from toy_rewards import PROMPTS, ROBUST
 
 from rlhf.checks import check_config
 from rlhf.config import ConfigError, RewardGradientConfig
@@ -49,6 +49,7 @@ EVERYTHING = {  # drift, an average, draws of the method, an evaluation on the w
 CHEAPER = {"prefix_steps": 1, "rollout_reuse": 2, "num_grad_steps": 1, "max_steps": 2}
 ADJOINT = {"method": "adjoint_matching", "num_grad_steps": 1, "max_steps": 2}
 PRFL = {"method": "prfl", "reward": "calm", "num_grad_steps": 1, "max_steps": 2}
+ROBUSTLY = ROBUST | {"reward": "both", "max_steps": 2}
 LEAPS = {"method": "leap_align", "num_grad_steps": 1, "max_steps": 2}
 # A loss on real videos beside rollouts that start at real videos, two batches a step or two branches.
 REAL = {"method": "srpo", "num_grad_steps": 1, "max_steps": 2, "prompts": None, "anchor_data": "videos"}
@@ -59,6 +60,8 @@ OTHERS = {
     "leaps": LEAPS | {"per_device_train_batch_size": 2},
     "prfl": PRFL | {"per_device_train_batch_size": 2},
     "prfl of parts": PRFL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
+    "robust": ROBUSTLY | {"per_device_train_batch_size": 2},
+    "robust of parts": ROBUSTLY | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "adjoint": ADJOINT | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "adjoint of parts": ADJOINT | {"per_device_train_batch_size": 4, "sequence_parallel": 2} | RECOMPUTING,
     "cheaper": CHEAPER | {"per_device_train_batch_size": 4, "sequence_parallel": 2},
@@ -141,8 +144,13 @@ def test_two_processes_do_everything_as_one_does(of_two, tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "settings"),
-    [(["leaps"], LEAPS), (["adjoint", "adjoint of parts"], ADJOINT), (["prfl", "prfl of parts"], PRFL)],
-    ids=["leaps", "adjoint", "prfl"],
+    [
+        (["leaps"], LEAPS),
+        (["adjoint", "adjoint of parts"], ADJOINT),
+        (["prfl", "prfl of parts"], PRFL),
+        (["robust", "robust of parts"], ROBUSTLY),
+    ],
+    ids=["leaps", "adjoint", "prfl", "robust"],
 )
 def test_methods_with_gradients_of_their_own_train_on_two_processes_as_on_one(of_two, tmp_path, names, settings):
     assert_as_alone(of_two, tmp_path, names, settings)

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from PIL import Image
+from toy_rewards import ROBUST
 
 from rlhf.config import RewardGradientConfig
 from rlhf.io import write_rows
@@ -71,7 +72,9 @@ CURVES = {
         "learning_rate": 5e-4,  # for the same reason
     },
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
+    "robust": ROBUST | {"reward_funcs": ["nano_preference", "nano_clip"], "learning_rate": 5e-4},
 }
+CPU_ALONE = ("robust",)  # the curve of an H200 is not drawn yet
 
 
 def draw(name: str, device: str = "cpu") -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tiny import tiny_pipeline, tiny_transformer
 from tiny_wan import tiny_wan_pipeline, tiny_wan_transformer
-from toy_rewards import PROMPTS, calm, redness
+from toy_rewards import PROMPTS, brightness, calm, redness
 
 import rlhf.run.checkpoint
 import rlhf.trainer
@@ -79,6 +79,7 @@ def stuck_on_the_second(video, prompts, **info):
 
 
 REWARDS = {"redness": redness, "calm": [redness, calm], "broken": broken_on_the_second, "stuck": stuck_on_the_second}
+REWARDS["both"] = [redness, brightness]
 
 
 def run(output: Path, own: dict) -> dict:

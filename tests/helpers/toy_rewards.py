@@ -36,4 +36,11 @@ def rows_without_cost(args: RewardGradientConfig) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in COST} for row in read_metrics(Path(args.output_dir))]
 
 
+# What may stand beside any method: both perturbations, the lower of two rewards, cosine, feed-forward layers.
+ROBUST = {
+    "method_kwargs": {"reward_perturbation": 0.01, "weight_perturbation": 0.1},
+    "reward_mix": "min",
+    "lr_scheduler_type": "cosine",
+    "lora_target_modules": ["all-linear"],
+}
 PROMPTS = ["a red fox", "two blue birds", "rain", "a town at night", "the sea", "one leaf falls"]

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from runs import adapter, train
 from tiny import tiny_pipeline
 from tiny_wan import tiny_wan_pipeline
-from toy_rewards import PROMPTS, calm, redness, rows_without_cost
+from toy_rewards import PROMPTS, ROBUST, brightness, calm, redness, rows_without_cost
 
 from rlhf.generator.flow import guided_velocity
 from rlhf.method.rollout import draw_noise
@@ -141,17 +141,19 @@ def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_
 
 
 @pytest.mark.parametrize(
-    ("make_pipe", "method"),
-    [(tiny_pipeline, "leap_align"), (tiny_wan_pipeline, "adjoint_matching"), (tiny_pipeline, "prfl")],
+    ("make_pipe", "rewards", "settings"),
+    [
+        (tiny_pipeline, [redness, brightness], ROBUST | {"method": "leap_align"}),
+        (tiny_wan_pipeline, [redness, brightness], ROBUST | {"method": "adjoint_matching"}),
+        (tiny_pipeline, [redness, calm], {"method": "prfl", "method_kwargs": {"weight_perturbation": 0.1}}),
+    ],
 )
-def test_a_resumed_run_is_the_whole_run_to_the_bit(make_pipe, make_args, tmp_path, method):
-    robust = {} if method == "prfl" else {"reward_perturbation": 0.01}
-    settings = {"method": method, "method_kwargs": {"weight_perturbation": 0.1} | robust}
+def test_a_resumed_run_is_the_whole_run_to_the_bit(make_pipe, make_args, tmp_path, rewards, settings):
     whole = make_args(output_dir=str(tmp_path / "whole"), max_steps=3, save_steps=2, **settings)
-    train(whole, rewards_of(method), pipe=make_pipe())
+    train(whole, rewards, pipe=make_pipe())
     again = f"{whole.output_dir}/checkpoints/step-2"
     rest = make_args(output_dir=str(tmp_path / "rest"), max_steps=3, resume_from_checkpoint=again, **settings)
-    train(rest, rewards_of(method), pipe=make_pipe())
+    train(rest, rewards, pipe=make_pipe())
     rest = make_args(output_dir=str(tmp_path / "rest"))
     assert torch.equal(adapter(rest), adapter(whole))
     assert rows_without_cost(rest) == rows_without_cost(whole)[2:]
