@@ -56,9 +56,9 @@ def main_job_cpu_table(result: dict) -> str:
         motion, diversity = (f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity"))
         seen = diversity if "diversity_videos" in row else "-"
         seconds = "-" if row["beside_others"] else f"{row['wall_seconds']:.0f}"
-        prompts = eval_seed(row["flags"])
-        lines.append([str(row["seed"]), prompts, *scores, motion, seen, seconds])
-    headings = ["`eval_seed`", "preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
+        about = [str(row["seed"]), eval_seed(row["flags"]), row["device"].replace("(R)", "").removesuffix(" Processor")]
+        lines.append([*about, *scores, motion, seen, seconds])
+    headings = ["`eval_seed`", "processor", "preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
     return table(["seed", *headings, "motion", "diversity", "seconds in all"], lines)
 
 

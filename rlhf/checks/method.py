@@ -149,14 +149,14 @@ def adapter_problems(args: RewardGradientConfig, transformer: dict) -> Iterator[
     """Yield a problem for each adapted layer that the model lacks. transformer: its config."""
     if not args.lora_target_modules:
         return
-    from rlhf.adapter.lora import LAYER_SETS, target_layers  # takes seconds to import
+    from rlhf.adapter.lora import LAYER_SETS  # takes seconds to import
     from rlhf.generator.loading import linear_sizes
 
     layers = list(linear_sizes(transformer))
     ends = {name.split("blocks.")[-1].split(".", 1)[-1] for name in layers}  # to_q of transformer_blocks.3.attn.to_q
     ends |= {end.split(".", 1)[-1] for end in ends}
-    for target in target_layers(args.lora_target_modules):
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
+    for target in args.lora_target_modules:
+        if target not in LAYER_SETS and not any(f".{name}".endswith(f".{target}") for name in layers):
             near = difflib.get_close_matches(target, [*LAYER_SETS, *ends], n=1, cutoff=0.4)
             cure = f"did you mean {near[0]!r}?" if near else "correct it"
             expected = f"expected the end of a linear layer's name such as to_q, or {' or '.join(LAYER_SETS)}"

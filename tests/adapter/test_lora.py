@@ -7,6 +7,7 @@ from adapted_model import arguments
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_transformer
+from tiny_wan import tiny_wan_transformer
 
 from rlhf.adapter.lora import ATTENTION, add_adapter, disable_adapter, lora_config
 from rlhf.adapter.lora_weights import ADAPTER_FILE
@@ -197,15 +198,16 @@ def test_the_average_follows_the_vector_and_stands_in_for_it():
     assert torch.equal(masters.params[0].flatten(), current[: masters.params[0].numel()])
 
 
-@pytest.mark.parametrize("layers", [None, ["all-linear"]])
-def test_a_set_of_layers_is_what_it_names(tiny_transformer, layers):
-    """All linear layers of the blocks; by default those of attention, without the feed-forward ones."""
-    add_adapter(tiny_transformer, lora_config(RewardGradientConfig(lora_target_modules=layers)), seed=0)
-    blocks = tiny_transformer.transformer_blocks.named_modules()
-    linear = {name for name, m in blocks if isinstance(m, torch.nn.Linear) and ".lora_" not in name}
-    linear = {name.removesuffix(".base_layer") for name in linear if "norm" not in name}
-    adapted = {name for name, m in tiny_transformer.transformer_blocks.named_modules() if hasattr(m, "lora_A")}
-    assert adapted == {name for name in linear if layers or ".ff" not in name}
+@pytest.mark.parametrize("layers", [None, ["attention"], ["all-linear"]])
+@pytest.mark.parametrize("make_transformer", [tiny_transformer, tiny_wan_transformer])
+def test_a_set_of_layers_is_what_it_names(make_transformer, layers):
+    """All linear layers of the blocks, or those of attention, by default; of either generator."""
+    transformer = make_transformer()
+    blocks = next(module for name, module in transformer.named_children() if name.endswith("blocks"))
+    linear = {name for name, m in blocks.named_modules() if isinstance(m, torch.nn.Linear) and "norm" not in name}
+    add_adapter(transformer, lora_config(RewardGradientConfig(lora_target_modules=layers)), seed=0)
+    adapted = {name for name, m in blocks.named_modules() if hasattr(m, "lora_A")}
+    assert adapted == {name for name in linear if layers == ["all-linear"] or ".ff" not in name}
 
 
 def test_an_adapters_description_stays_as_it_was_written(tiny_transformer):
