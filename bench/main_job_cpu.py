@@ -58,8 +58,9 @@ def main_job_cpu_table(result: dict) -> str:
         seconds = "-" if row["beside_others"] else f"{row['wall_seconds']:.0f}"
         about = [str(row["seed"]), eval_seed(row["flags"]), row["device"].replace("(R)", "").removesuffix(" Processor")]
         lines.append([*about, *scores, motion, seen, seconds])
-    headings = ["`eval_seed`", "processor", "preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
-    return table(["seed", *headings, "motion", "diversity", "seconds in all"], lines)
+    headings = ["preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
+    about = ["seed", "`eval_seed`", "processor"]
+    return table([*about, *headings, "motion", "diversity", "seconds in all"], lines)
 
 
 def with_interval(row: dict) -> str:

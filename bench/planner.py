@@ -36,6 +36,7 @@ from planner_arms import CAPS_GIB, FULL, NANO, STEPS, settings_of, settings_of_l
 from step import Bench, limit_memory, measure
 from step_arms import SIZES, Rig, make_reward
 
+from rewards.models.latent_reward import PUBLISHED_BLOCKS, HeadFacts, LatentHead, save_head
 from rlhf.config import RewardGradientConfig, with_sampling
 from rlhf.device import (
     describe,
@@ -164,9 +165,17 @@ def compare(row: dict, prediction: dict) -> dict:
 
 def compare_steps(rows: list[dict]) -> list[dict]:
     """Return rows for the whole steps of bench/results/step.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        head = Path(folder) / "head.safetensors"  # of the latent reward that was measured
+        save_head(head, LatentHead(8), HeadFacts("", "", PUBLISHED_BLOCKS, {}, 0.0, 1.0, {}))
+        return _compare_steps(rows, head)
+
+
+def _compare_steps(rows: list[dict], head: Path) -> list[dict]:
+    """Return rows for the whole steps, those of prfl with the latent reward of a file."""
     found = []
     for row in rows:
-        if "seconds" in row and row["phase"] == "step" and (settings := settings_of_step(row)) is not None:
+        if "seconds" in row and row["phase"] == "step" and (settings := settings_of_step(row, head)) is not None:
             estimate = planner_of(settings, CONTENTV_8B).estimate()
             measured = {"peak_gib": row["peak_gib"], "seconds": row["seconds_per_gradient"]}
             prediction = {"peak_gib": estimate.memory.peak_bytes / GIB, "seconds": estimate.step_seconds}

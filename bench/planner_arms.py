@@ -1,5 +1,7 @@
 """Settings of the runs that bench/planner.py compares."""
 
+from pathlib import Path
+
 import scale_arms
 from step_arms import EXACT, ROOMY, SIZES, SMALL
 
@@ -60,11 +62,18 @@ def settings_of(arm: str, size: str) -> dict:
     return full_settings(frames, scored, STEPS, size) | changes
 
 
-def settings_of_step(row: dict) -> dict | None:
-    """Return the settings of a row of bench/results/step.json; None if it is not compared."""
+def settings_of_step(row: dict, head: Path) -> dict | None:
+    """Return the settings of a row of bench/results/step.json; None if it is not compared.
+
+    head: the file of the latent reward with which prfl was measured.
+    """
     if row["arm"] not in STEP_ARMS:
         return None
-    return full_settings(row["frames"], row["scored"], row["steps"]) | row["settings"]
+    settings = full_settings(row["frames"], row["scored"], row["steps"]) | row["settings"]
+    if settings.get("method") == "prfl":
+        kwargs = {"path": str(head), "recompute": settings.get("gradient_checkpointing", False)}
+        settings |= {"reward_funcs": ["latent_reward"], "reward_kwargs": {"latent_reward": kwargs}}
+    return settings
 
 
 def settings_of_layout(row: dict, about: dict) -> dict:
