@@ -30,7 +30,9 @@ from study_report import cell, form_of
 RESULT = ROOT / "bench" / "results" / "main_job.json"
 SEEDS, EVAL_SEED, STEPS = [*range(100, 110)], 14, 140
 DRIFT_AND_NORM = {"drift_weight": 0.1, "max_grad_norm": 0.2}
+MORE_DRIFT = DRIFT_AND_NORM | {"drift_weight": 0.2, "learning_rate": 3e-3}
 ADJOINT = {"method": "adjoint_matching", "learning_rate": 3e-3}
+ADJOINT_SCALED = [ADJOINT | {"method_kwargs": {"reward_scale": c}} for c in (1.0, 2.0, 3.0)]
 ARMS = {  # settings, and steps for about the first arm's time by counts of passes, not timed
     "configs/nano.yaml": ({}, STEPS),
     "rate 2e-3": ({"learning_rate": 2e-3}, STEPS),
@@ -43,23 +45,20 @@ ARMS = {  # settings, and steps for about the first arm's time by counts of pass
     "drift .1": ({"drift_weight": 0.1}, 105),
     "drift .3": ({"drift_weight": 0.3}, 105),
     "drift .3, rate 3e-3": ({"drift_weight": 0.3, "learning_rate": 3e-3}, 105),
-    "drift .1, norm .2": ({"drift_weight": 0.1, "max_grad_norm": 0.2}, 105),
-    "drift .1, norm .2, rate 3e-3": ({"drift_weight": 0.1, "max_grad_norm": 0.2, "learning_rate": 3e-3}, 105),
-    "drift .2, norm .2, rate 3e-3": ({"drift_weight": 0.2, "max_grad_norm": 0.2, "learning_rate": 3e-3}, 105),
+    "drift .1, norm .2": (DRIFT_AND_NORM, 105),
     "drift .1, norm .2, 125 steps": (DRIFT_AND_NORM, 125),
-    "drift .2, norm .2, rate 3e-3, 125 steps": (DRIFT_AND_NORM | {"drift_weight": 0.2, "learning_rate": 3e-3}, 125),
+    "drift .1, norm .2, rate 3e-3": (DRIFT_AND_NORM | {"learning_rate": 3e-3}, 105),
+    "drift .2, norm .2, rate 3e-3": (MORE_DRIFT, 105),
+    "drift .2, norm .2, rate 3e-3, 125 steps": (MORE_DRIFT, 125),
     "rate 2e-3, drift .05": ({"learning_rate": 2e-3, "drift_weight": 0.05}, 110),
     "cap of .7": ({"reward_caps": {"nano_preference": 0.7}}, STEPS),
     "cap of .75": ({"reward_caps": {"nano_preference": 0.75}}, STEPS),
     "cap of .8": ({"reward_caps": {"nano_preference": 0.8}}, STEPS),
     "cap of .75, drift .1, norm .2": (DRIFT_AND_NORM | {"reward_caps": {"nano_preference": 0.75}}, 110),
-    "adjoint matching": (ADJOINT | {"method_kwargs": {"reward_scale": 1.0}}, 90),
-    "adjoint matching, scale 2": (ADJOINT | {"method_kwargs": {"reward_scale": 2.0}}, 90),
-    "adjoint matching, scale 3": (ADJOINT | {"method_kwargs": {"reward_scale": 3.0}}, 90),
-    "adjoint matching, scale 3, rate 4e-3": (
-        ADJOINT | {"method_kwargs": {"reward_scale": 3.0}, "learning_rate": 4e-3},
-        90,
-    ),
+    "adjoint matching": (ADJOINT_SCALED[0], 90),
+    "adjoint matching, scale 2": (ADJOINT_SCALED[1], 90),
+    "adjoint matching, scale 3": (ADJOINT_SCALED[2], 90),
+    "adjoint matching, scale 3, rate 4e-3": (ADJOINT_SCALED[2] | {"learning_rate": 4e-3}, 90),
     "moved adapter": ({"method_kwargs": {"weight_perturbation": 0.05}}, 70),
     "16 videos": ({"per_device_train_batch_size": 16}, 80),
 }
