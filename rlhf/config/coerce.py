@@ -40,9 +40,12 @@ def coerce(value: Any, annotation: Any) -> Any:
         return inner[[str(choice) for choice in inner].index(str(value))]
     if origin is list:
         value = [] if unset else value
+        text = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(text, str) and text[:1] + text[-1:] == "[]":  # of a flag, as in YAML
+            value = _parse_yaml(text)
         return [coerce(item, inner[0]) for item in (value if isinstance(value, list | tuple) else [value])]
     if origin is dict:
-        value = _parse_mapping(value) if isinstance(value, str) else value
+        value = _parse_yaml(value) if isinstance(value, str) else value
         items = _require_type(value, dict).items()
         return {_require_type(name, str): coerce(item, inner[1] if inner else Any) for name, item in items}
     if kind in (int, float):
@@ -102,7 +105,7 @@ def require_no_nan(value: Any) -> Any:
     return value
 
 
-def _parse_mapping(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     """Parse JSON, or YAML as typed in a shell, such as {nano_preference: 0.3}."""
     try:
         return json.loads(text)  # first, for YAML takes 1e-5 for text

@@ -8,7 +8,7 @@ VBench: `PROMPT-0.mp4`.
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,28 @@ def pair_keys(prompts_and_seeds: Iterable[tuple[str, int]]) -> list[Key]:
         keys.append((prompt, seed, seen[prompt, seed]))
         seen[prompt, seed] += 1
     return keys
+
+
+def pair_videos(first: list[Video], second: list[Video]) -> dict[Key, tuple[Video, Video]]:
+    """Return the pairs of videos of two models by key, in the order of the first.
+
+    Videos that repeat prompt and seed have partners only if the other set repeats them with the
+    same rows in the same order: their noise depends on their place.
+    """
+    keyed, rows = [], []
+    for videos in (first, second):
+        keyed.append(dict(zip(pair_keys((video.prompt, video.seed) for video in videos), videos, strict=True)))
+        rows.append(defaultdict(list))
+        for video in videos:
+            rows[-1][str(video.prompt), video.seed].append(row_of(video.prompt))
+    left, right = keyed
+    found = {}
+    for key in left:
+        if key in right:
+            one, other = (of_set[str(key[0]), key[1]] for of_set in rows)
+            if one == other or len(one) == len(other) == 1:
+                found[key] = left[key], right[key]
+    return found
 
 
 def require_files(videos: list[Video]) -> None:

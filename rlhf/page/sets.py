@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 from rlhf.evaluation.generate import SETTINGS_FILE
-from rlhf.evaluation.video_set import pair_keys, read_set, require_files
+from rlhf.evaluation.video_set import pair_videos, read_set, require_files
 from rlhf.io import read_object
 from rlhf.page.votes import MODELS, Pair, Votes, describe_pair
 
@@ -23,22 +23,21 @@ class SetsApp:
         for model, folder in folders.items():
             videos = read_set(folder)
             require_files(videos)
-            keys = pair_keys((video.prompt, video.seed) for video in videos)
-            found[model] = dict(zip(keys, videos, strict=True))
+            found[model] = videos
         base, tuned = (found[model] for model in MODELS)
-        keys = [key for key in base if key in tuned]
-        if not keys:
+        pairs = pair_videos(base, tuned)
+        if not pairs:
             got = f"{folders['base']} and {folders['tuned']}: got no prompt and seed in common"
             raise ValueError(f"{got}, expected some; make both with the same prompts and seeds")
-        self.unpaired = len(base) + len(tuned) - 2 * len(keys)
+        self.unpaired = len(base) + len(tuned) - 2 * len(pairs)
         self.settings = {model: _settings_of(folder) for model, folder in folders.items()}
         self.pairs = [
             Pair(
                 {"prompt": str(key[0]), "seed": key[1]} | ({"repeat": key[2]} if key[2] else {}),
                 self.settings,
-                {model: found[model][key].path for model in MODELS},
+                {model: video.path for model, video in zip(MODELS, pair, strict=True)},
             )
-            for key in keys
+            for key, pair in pairs.items()
         ]
         order.shuffle(self.pairs)
         self.shown: Pair | None = None

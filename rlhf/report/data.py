@@ -11,7 +11,7 @@ from rlhf.config import VIDEO_SIZE
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.statistics import paired_test
-from rlhf.evaluation.video_set import SCORES, pair_keys, read_set
+from rlhf.evaluation.video_set import SCORES, pair_videos, read_set
 from rlhf.io import file_errors, read_object, single_line
 from rlhf.run.environment import read_environment
 from rlhf.run.folder import PROMPTS, read_settings
@@ -239,17 +239,14 @@ class Run:
 
     def _samples_of_sets(self) -> list[Sample]:
         """Return the pairs of videos that both sets have, with the scores in both."""
-        sets, scores, samples = [], [], []
-        for folder in (self.before, self.after):
-            videos, path = read_set(folder), folder / SCORES
-            sets.append(dict(zip(pair_keys((video.prompt, video.seed) for video in videos), videos, strict=True)))
-            scores.append(read_scores(path) if path.is_file() else {})
-        before, after = sets
-        for key, video in before.items():
-            if key in after and video.path.is_file() and after[key].path.is_file():
+        folders, samples = (self.before, self.after), []
+        paths = [folder / SCORES for folder in folders]
+        scores = [read_scores(path) if path.is_file() else {} for path in paths]
+        for key, (before, after) in pair_videos(*map(read_set, folders)).items():
+            if before.path.is_file() and after.path.is_file():
                 left, right = (found.get(key, {}) for found in scores)
                 both = {name: (left[name], right[name]) for name in left if name in right}
-                samples.append(Sample(video.prompt, video.path, after[key].path, both))
+                samples.append(Sample(before.prompt, before.path, after.path, both))
         return samples
 
 

@@ -126,6 +126,7 @@ reward_kwargs: {large: {frames: all, model: org/small}, steady: {num_frames: 4}}
 
 def test_a_small_number_in_json_is_no_text():
     assert parse_config(["--reward_kwargs", '{"a": {"eps": 1e-5}}']).reward_kwargs["a"]["eps"] == 1e-5
+    assert parse_config(["--lora_target_modules", "[to_q, ff.net.2]"]).lora_target_modules == ["to_q", "ff.net.2"]
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rlhf.evaluation.paired_sets import ALL, Pairs, compare, read_pairs
+from rlhf.evaluation.video_set import Video, pair_videos
 from rlhf.nano.world import held_out_prompts
+from rlhf.types import Prompt
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "compare.py"))
 CATEGORIES = "abcd"
@@ -104,6 +106,16 @@ def test_videos_of_one_prompt_and_seed_all_count(tmp_path):
     fewer = write(tmp_path / "fewer", [("x", 0, {"r": 6}), ("y", 0, {"r": 6})])  # of which x is not known
     pairs = read_pairs(base, fewer)
     assert (pairs.prompts, pairs.videos, pairs.unpaired) == (["y"], 1, 3)
+
+
+def test_repeated_prompts_are_paired_by_their_rows(tmp_path):
+    """As by eval/vote.py and the report: where rows or their order differ, so may the noise."""
+    blue, green = (Prompt("x", {"prompt": "x", "negative_prompt": colour}) for colour in ("blue", "green"))
+    videos = lambda *prompts: [Video(tmp_path / f"{i}.mp4", prompt, 0) for i, prompt in enumerate(prompts)]
+    assert len(pair_videos(videos(blue, green), videos(blue, green))) == 2
+    assert not pair_videos(videos(blue, green), videos(green, blue))
+    assert list(pair_videos(videos(blue, green, "y"), videos(green, "y"))) == [("y", 0, 0)]
+    assert len(pair_videos(videos(blue), videos(green))) == 1, "two negative prompts may be compared"
 
 
 def test_a_score_that_is_not_finite_is_no_finding(sets, tmp_path, capsys):
