@@ -206,6 +206,7 @@ def _check_gradient(name, grad_BCTHW, index, where) -> float:
     own, other = grad_BCTHW[index], grad_BCTHW[1 - index]
     if own.abs().max() == 0:
         cure = "look for rounding, argmax or a clamp that saturates on an ordinary video"
+        cure += "; for a reward of some prompts alone, put one of these first"
         raise RewardError(name, got="a gradient of exactly zero", expected="a non-zero gradient", cure=cure)
     if other.abs().max() > 1e-6 * own.abs().max():
         got = f"a gradient of norm {other.norm():.3g} at the {where} of another video of the batch"

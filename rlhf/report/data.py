@@ -146,9 +146,18 @@ class Run:
     @property
     def trained_names(self) -> list[str]:
         """Return the names of the rewards that are trained on: not those of weight 0."""
+        return [name for name, weight in self._weights.items() if weight]
+
+    @property
+    def not_raised(self) -> list[str]:
+        """Return the names of rewards of which more is not better: with a target or lowered."""
+        lowered = [name for name, weight in self._weights.items() if weight < 0]
+        return [*lowered, *(self.config.get("reward_targets") or {})]
+
+    @property
+    def _weights(self) -> dict[str, float]:
         names = list(map(reward_name, self.config.get("reward_funcs") or self.summary.get("trained", {})))
-        weights = self.config.get("reward_weights") or [1.0] * len(names)
-        return [name for name, weight in zip(names, weights, strict=False) if weight]
+        return dict(zip(names, self.config.get("reward_weights") or [1.0] * len(names), strict=False))
 
     @property
     def reward_names(self) -> list[str]:

@@ -67,6 +67,18 @@ def test_the_report_names_the_verdict_of_every_row(finished):
     assert page.text.count("no clear change") == 3  # of measures that stayed as they were
 
 
+@pytest.mark.parametrize("aim", [{"reward_targets": {"redness": 0.3}}, {"reward_weights": [-1.0]}])
+def test_more_of_a_reward_that_is_not_to_rise_is_neither_good_nor_bad(finished, aim):
+    summary = json.loads((finished / "summary.json").read_text())
+    summary["trained"]["redness"] |= {"diff": 0.2, "ci95": [0.1, 0.3]}
+    (finished / "summary.json").write_text(json.dumps(summary))
+    tile = lambda: re.search(r'redness, [^<]*</dt><dd class="(\w+)">', write_report(finished).read_text())[1]
+    assert tile() == "up"
+    args = RewardGradientConfig(reward_funcs=["x.py:redness"], **aim)
+    (finished / "config.yaml").write_text(args.to_yaml())
+    assert tile() == "unclear"
+
+
 def test_prompts_without_videos_are_told(finished):
     assert "other held-out prompts" not in read(finished).text
     for folder in (finished / "samples").iterdir():
