@@ -202,6 +202,7 @@ def test_points_along_the_way_have_their_share_of_the_seconds(fake_runs, tmp_pat
     assert [(point["steps"], point["device_seconds"]) for point in row["curve"]] == [(20, 10.0), (40, 20.0)]
 
 
+@pytest.mark.slow  # CI runs it
 def test_one_run_of_each_kind(tmp_path):
     """Nano itself, small and for two steps: what a row holds, and how often the reward is asked."""
     flags = ("--height", "32", "--width", "32", "--num_frames", "5", "--per_device_train_batch_size", "4")

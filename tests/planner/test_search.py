@@ -140,6 +140,7 @@ def test_the_verdict_in_words(planner):
     assert "To fit, lower per_device_train_batch_size, num_frames, or height and width; use rewards" in hopeless
 
 
+@pytest.mark.slow  # CI runs it
 def test_the_batch_size_to_lower_is_that_of_the_highest_phase():
     one = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     for settings, told in (
