@@ -352,6 +352,9 @@ class RewardGradientTrainer:
         with self.stop as stop, log:
             for name, choice in self.choices.items():
                 log.say(f"{name}: {choice}")
+            if stopped := self.monitor and self.monitor.stop:  # before this part of the run
+                log.say(f"{stopped} To go on, raise early_stopping_patience.")
+                return done
             for done in range(first + 1, args.max_steps + 1):
                 self.callbacks.begin_step()
                 metrics, stop.doing = None, f"step {done}"

@@ -267,6 +267,16 @@ def test_a_cheated_reward_stops_the_run_and_the_best_adapter_is_the_result(guard
     assert "\nThe result is the adapter of step 0, +0.00 standard deviations above the base.\n" in told
 
 
+def test_a_run_that_stopped_goes_on_only_with_more_patience(guarded, tmp_path, capsys):
+    settings = {"max_steps": 9, "learning_rate": 3e-2, "early_stopping_patience": 1, "save_steps": 1}
+    args = guarded(**settings)
+    assert run(args)["steps"] == 1
+    again = dataclasses.replace(args, max_steps=10, resume_from_checkpoint="latest")
+    assert run(again)["steps"] == 1
+    assert "did not rise in 1 evaluations" in capsys.readouterr().out
+    assert run(dataclasses.replace(again, early_stopping_patience=3))["steps"] == 3
+
+
 def test_a_reward_that_judges_agree_with_runs_to_its_end_and_its_best_is_late(guarded):
     args = guarded("rosiness", max_steps=4, learning_rate=3e-2, early_stopping_patience=2)
     summary = run(args)
