@@ -85,20 +85,16 @@ def pair_videos(first: list[Video], second: list[Video]) -> dict[Key, tuple[Vide
     Videos that repeat prompt and seed have partners only if the other set repeats them with the
     same rows in the same order: their noise depends on their place.
     """
-    keyed, rows = [], []
+    keyed, rows = [], []  # of each set; rows by prompt and seed
     for videos in (first, second):
         keyed.append(dict(zip(pair_keys((video.prompt, video.seed) for video in videos), videos, strict=True)))
         rows.append(defaultdict(list))
-        for video in videos:
-            rows[-1][str(video.prompt), video.seed].append(row_of(video.prompt))
+        for key, video in keyed[-1].items():
+            rows[-1][key[:2]].append(row_of(video.prompt))
     left, right = keyed
-    found = {}
-    for key in left:
-        if key in right:
-            one, other = (of_set[str(key[0]), key[1]] for of_set in rows)
-            if one == other or len(one) == len(other) == 1:
-                found[key] = left[key], right[key]
-    return found
+    repeats = lambda key: [of_set[key[:2]] for of_set in rows]
+    are_alike = lambda one, other: one == other or len(one) == len(other) == 1
+    return {key: (left[key], right[key]) for key in left if key in right and are_alike(*repeats(key))}
 
 
 def require_files(videos: list[Video]) -> None:

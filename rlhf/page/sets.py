@@ -17,18 +17,15 @@ class SetsApp:
 
     def __init__(self, folders: dict[str, Path], votes: Votes, order: random.Random):
         self.votes, self.actions = votes, {"vote": self.vote, "next": self.next}
-        found = {}
         if folders["base"].resolve() == folders["tuned"].resolve():
             raise ValueError(f"{folders['tuned']}: got the same folder twice, expected two; correct one")
-        for model, folder in folders.items():
-            videos = read_set(folder)
+        base, tuned = (read_set(folders[model]) for model in MODELS)
+        for videos in (base, tuned):
             require_files(videos)
-            found[model] = videos
-        base, tuned = (found[model] for model in MODELS)
         pairs = pair_videos(base, tuned)
         if not pairs:
             got = f"{folders['base']} and {folders['tuned']}: got no prompt and seed in common"
-            raise ValueError(f"{got}, expected some; make both with the same prompts and seeds")
+            raise ValueError(f"{got}, expected some; make both with the same prompts, in one order, and seeds")
         self.unpaired = len(base) + len(tuned) - 2 * len(pairs)
         self.settings = {model: _settings_of(folder) for model, folder in folders.items()}
         self.pairs = [

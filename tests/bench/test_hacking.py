@@ -22,6 +22,13 @@ def test_stored_rows_are_those_of_the_arms_and_not_made_again(tmp_path, monkeypa
     assert drawn == {"frames": stored, "curves": stored}
 
 
+def test_the_gap_at_an_equal_gain_lies_between_evaluations():
+    curve = [{"eval/gain_trained": gain, "eval/hacking_gap": gap} for gain, gap in ((1.0, 0.5), (5.0, 6.5), (3.0, 9.0))]
+    assert hacking.gap_at({"curve": curve}, 0.5) == 0.25, "from the base on"
+    assert hacking.gap_at({"curve": curve}, 4.0) == 5.0, "where it is first reached"
+    assert hacking.gap_at({"curve": curve}, 6.0) is None
+
+
 def test_a_new_row_comes_in_the_order_of_the_arms(tmp_path, monkeypatch):
     stored = json.loads(hacking.RESULT.read_text())
     first, *others = stored["rows"]
