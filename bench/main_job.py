@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_runs
 from md_table import table
 from nano_study import arguments, opened
-from study_arms import FIRST_STEPS, ROOT, changed
+from study_arms import FIRST_STEPS, ROOT, TWO_REWARDS, changed
 from study_numbers import by_arm, gains, mean_interval
 from study_report import cell, form_of
 
@@ -59,6 +59,15 @@ ARMS = {  # settings, and steps for about the first arm's time by counts of pass
     "adjoint matching, scale 2": (ADJOINT_SCALED[1], 90),
     "adjoint matching, scale 3": (ADJOINT_SCALED[2], 90),
     "adjoint matching, scale 3, rate 4e-3": (ADJOINT_SCALED[2] | {"learning_rate": 4e-3}, 90),
+    "adjoint matching, 110 steps": (ADJOINT_SCALED[0], 110),
+    "adjoint matching, 110 steps, rate 4e-3": (ADJOINT_SCALED[0] | {"learning_rate": 4e-3}, 110),
+    "adjoint matching, 110 steps, average of .9": (ADJOINT_SCALED[0] | {"ema_decay": 0.9}, 110),
+    "adjoint matching, 110 steps, norm 1": (ADJOINT_SCALED[0] | {"max_grad_norm": 1.0}, 110),
+    "adjoint matching, 100 steps, sum of two rewards": (ADJOINT_SCALED[0] | TWO_REWARDS, 100),
+    "sum of two rewards": (TWO_REWARDS, 130),
+    "sum of two rewards, rate 2e-3": (TWO_REWARDS | {"learning_rate": 2e-3}, 130),
+    "rate 2e-3, average of .98": ({"learning_rate": 2e-3, "ema_decay": 0.98}, STEPS),
+    "average of .98": ({"ema_decay": 0.98}, STEPS),
     "moved adapter": ({"method_kwargs": {"weight_perturbation": 0.05}}, 70),
     "16 videos": ({"per_device_train_batch_size": 16}, 80),
 }

@@ -46,7 +46,8 @@ EXACT = ROOMY | {
 }
 FAST = ROOMY | {"compile_blocks": True}
 CHEAP = FAST | {"prefix_steps": 6, "rollout_reuse": 4}  # 6 of 24 steps before the window
-LEAPS, ADJOINT = {"method": "leap_align"}, {"method": "adjoint_matching"}
+LEAPS, ADJOINT, SRPO = ({"method": name} for name in ("leap_align", "adjoint_matching", "srpo"))
+OFFLINE = {"method_kwargs": {"offline": True}}
 PRFL = {"method": "prfl", "method_kwargs": {"drawn_steps": 1}}  # the last step: the longest way to it
 SMALL = EXACT | {"keep_attention": False, "stream_weights": True}
 # TFLOP/s on an H200: bf16 products, measured; attention with heads of 64, as published for
@@ -71,10 +72,13 @@ SETTINGS = {
     EXACT_BEST: FAST | {"guidance_together": True},
     "24 GiB": SMALL,
     # Methods that learn from the whole rollout, or from real videos instead.
-    "srpo": EXACT | {"method": "srpo"},
-    "srpo, offline": EXACT | {"method": "srpo", "method_kwargs": {"offline": True}},
+    "srpo": EXACT | SRPO,
+    "srpo, nothing twice": ROOMY | SRPO,
+    "srpo, offline": EXACT | SRPO | OFFLINE,
+    "srpo, offline, nothing twice": ROOMY | SRPO | OFFLINE,
     "leap_align": EXACT | LEAPS,
     "leap_align, nothing twice": ROOMY | LEAPS,
+    "leap_align, nothing twice, step by step": ROOMY | LEAPS | {"stepwise_backward": True},
     "adjoint_matching, last 4 steps": EXACT | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
     "adjoint_matching, last 4 steps, nothing twice": ROOMY | ADJOINT | {"method_kwargs": {"adjoint_steps": 4}},
     "adjoint_matching, nothing twice": ROOMY | ADJOINT,
