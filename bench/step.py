@@ -52,7 +52,8 @@ from rlhf.device import generator, peak_memory, pick_device, reset_peak_memory, 
 from rlhf.generator.flow import euler_step
 from rlhf.generator.wan_decoder import saturated_share, unnormalise
 from rlhf.generator.wan_encoder import encode_video
-from rlhf.method.options import is_offline, read_options
+from rlhf.method.losses import score
+from rlhf.method.options import is_offline
 from rlhf.method.plan import Plan, Sample, gradient_samples, make_plan
 from rlhf.method.regression import ScoredRollout
 from rlhf.method.rollout import RolloutCache, Velocity, rollout, sample_euler
@@ -139,10 +140,20 @@ class Bench:
             self._regress(self._plan())
             return self.update()
         for number in range(rig.args.rollout_reuse):
-            for sample in self._rollouts(rollouts, number):
-                (-self._score(sample).mean()).backward()
-                rig.masters.collect_grad()
+            self._gradient(rollouts, number)
+            if rig.options.weight_perturbation:
+                masters, unit = rig.masters, rig.masters.vector.grad / rig.masters.vector.grad.norm()
+                moved = masters.vector.detach() + rig.options.weight_perturbation * unit
+                rig.optimizer.zero_grad(set_to_none=False)
+                with masters.use(moved):
+                    self._gradient(rollouts, number)
             self.update()
+
+    def _gradient(self, rollouts: RolloutCache, number: int) -> None:
+        """Leave the gradient of the batch's samples in the master weights."""
+        for sample in self._rollouts(rollouts, number):
+            (-self._score(sample).mean()).backward()
+            self.rig.masters.collect_grad()
 
     def update(self) -> None:
         """From an accumulated gradient to the adapter that the modules compute with."""
@@ -174,7 +185,9 @@ class Bench:
     def _score(self, sample: Sample) -> torch.Tensor:
         """Return the scores (1,) of a sample, decoded unless the reward is one of latents."""
         if not scores_latents(self.reward):
-            return self.reward(self._video(sample.latents), PROMPT, **INFO)
+            rewards = lambda *given, **told: (self.reward(*given, **told), {})
+            length = self.rig.options.reward_perturbation
+            return score(rewards, self._video(sample.latents), PROMPT, INFO, perturbation=length)[0]
         text, pooled = self.rig.cond.prompt_embeds_BLD, self.rig.cond.pooled_embeds_BP
         return self.reward(sample.scored_latents, PROMPT, sigma=sample.sigma, text=text, pooled=pooled, **INFO)
 
@@ -216,9 +229,8 @@ class Bench:
         return (video.float().clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
 
     def _plan(self):
-        args = self.rig.args
-        options = read_options(args.method, args.method_kwargs)
-        return make_plan(args, options, self.rig.sigmas, generator("bench", "plan"))
+        rig = self.rig
+        return make_plan(rig.args, rig.options, rig.sigmas, generator("bench", "plan"))
 
 
 def guided(rig: Rig, together: bool = False) -> Velocity:

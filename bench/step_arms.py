@@ -25,6 +25,7 @@ from rlhf.execution.offload import HostMemory
 from rlhf.generator.flow import flow_sigmas
 from rlhf.generator.wan_decoder import decode_unclamped, unnormalise
 from rlhf.method.decode import Decoder
+from rlhf.method.options import read_options
 from rlhf.method.velocity import Guidance, VelocityFields
 from rlhf.types import Conditioning
 from rlhf.wan.facts import LARGE as LARGE_WAN
@@ -71,6 +72,9 @@ SETTINGS = {
     f"exact, nothing twice, compiled{FA3}": FAST,
     EXACT_BEST: FAST | {"guidance_together": True},
     "24 GiB": SMALL,
+    # With the robust gradients, as the study has them.
+    "exact, nothing twice, moved video": ROOMY | {"method_kwargs": {"reward_perturbation": 0.005}},
+    "exact, nothing twice, moved adapter": ROOMY | {"method_kwargs": {"weight_perturbation": 0.05}},
     # Methods that learn from the whole rollout, or from real videos instead.
     "srpo": EXACT | SRPO,
     "srpo, nothing twice": ROOMY | SRPO,
@@ -173,6 +177,7 @@ class Rig:
         self.arm, self.size, self.device, self.layout = arm, size, device, layout
         common = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": 6.0, "lora_rank": 32}
         self.args = args = RewardGradientConfig(**common | (SETTINGS[arm] if settings is None else settings))
+        self.options = read_options(args.method, args.method_kwargs)
         self.by_hand = arm in (PEERS, STOCK)  # as diffusers runs it
         vae_dtype = getattr(torch, args.vae_dtype)
         self.vae = random_vae(size, device).to(vae_dtype)

@@ -74,7 +74,6 @@ CURVES = {
     "drift": {"drift_weight": 0.1, "anchor_steps": 5},
     "robust": ROBUST | {"reward_funcs": ["nano_preference", "nano_clip"], "learning_rate": 5e-4},
 }
-CPU_ALONE = ("robust",)  # the curve of an H200 is not drawn yet
 
 
 def draw(name: str, device: str = "cpu") -> dict[str, list[float]]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from curves import CPU_ALONE, CURVES, KEYS, STEPS, draw, stored
+from curves import CURVES, KEYS, STEPS, draw, stored
 
 from rlhf.config import METHODS
 
@@ -37,7 +37,7 @@ def assert_same_but_for_kinks(new: dict, old: dict) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_method_has_its_curve(device):
     assert {settings.get("method", "draft_k") for settings in CURVES.values()} == set(METHODS)
-    for name in CURVES if device == "cpu" else ON_CUDA:
+    for name in CURVES:
         assert [len(stored(name, device)[key]) for key in ("loss", "grad_norm")] == [STEPS, STEPS]
 
 
@@ -49,7 +49,6 @@ def test_curves_of_different_methods_are_further_apart_than_what_is_let_pass():
             assert any(point > POINT or mean > MEAN for point, mean in found.values()), (name, other, found)
 
 
-ON_CUDA = [name for name in CURVES if name not in CPU_ALONE]
 ALL = [name if name == "draft_k" else pytest.param(name, marks=pytest.mark.slow) for name in CURVES]
 
 
@@ -59,13 +58,13 @@ def test_twenty_steps_are_what_they_were(name):
     assert all(point <= POINT and mean <= MEAN for point, mean in found.values()), found
 
 
-@pytest.mark.parametrize("name", ON_CUDA)
+@pytest.mark.parametrize("name", CURVES)
 def test_curves_of_a_gpu_are_those_of_a_cpu_but_for_kinks(name):
     assert_same_but_for_kinks(stored(name, "cuda"), stored(name))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("name", ON_CUDA)
+@pytest.mark.parametrize("name", CURVES)
 def test_twenty_steps_on_a_gpu_are_what_they_were(name):
     assert_same_but_for_kinks(draw(name, "cuda"), stored(name, "cuda"))
