@@ -64,6 +64,17 @@ def test_a_rollout_used_again_counts_for_each_use(rows):
     assert row["seconds_per_gradient"] == pytest.approx(row["seconds"] / 4)
 
 
+def test_a_robust_gradient_scores_twice(tmp_path, monkeypatch):
+    reward, scored = sys.modules["step_arms"].TinyReward, []
+    forward = reward.forward
+    monkeypatch.setattr(reward, "forward", lambda *given, **told: scored.append(None) or forward(*given, **told))
+    counts = []
+    for arm in ("", ", moved video", ", moved adapter"):
+        run(tmp_path, "--arms", f"exact, nothing twice{arm}", "--phases", "step")  # twice, the first one untimed
+        counts.append(len(scored))
+    assert counts == [2, 6, 10]
+
+
 def test_rows_that_are_there_are_not_measured_again(tmp_path, capsys):
     flags = ("--arms", "exact, nothing twice", "--phases", "sampling")
     first = run(tmp_path, *flags)
