@@ -58,6 +58,7 @@ SHARED_BELOW = 4 * 2**20  # KiB: of a larger process all pages count as its own,
 LINE = re.compile(r"^# Measured: .*$", re.MULTILINE)
 MODELS = {"contentv_8b": "full", "wan21_t2v_1_3b": "wan 1.3B", "wan21_t2v_14b": "wan 14B"}  # of `small_card.SIZES`
 HPS = "hps_v2_1"
+RANDOM = {"motion_degree": {"temperature": 10.0}}  # random flow is so long that the score's gradient would round to 0
 SHORT_RUN = {"gradient_accumulation_steps": 1, "num_eval_prompts": 2, "num_diversity_prompts": 0, "report_to": []}
 SMALL_VIDEO = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 8, "max_sequence_length": 16}
 NO_REWARDS = dict.fromkeys(("reward_kwargs", "reward_weights", "reward_caps", "eval_reward_funcs"))
@@ -159,7 +160,7 @@ def with_random_rewards(settings: dict, folder: Path) -> dict:
         changed[key] = [name if name == HPS else f"{name}={RUN}:RandomWeights" for name in rewards]
         for name in rewards:
             source = {"checkpoint": str(folder / "hps.pt")} if name == HPS else {"reward": name}
-            kwargs[name] = kwargs.get(name, {}) | source
+            kwargs[name] = kwargs.get(name, {}) | source | RANDOM.get(name, {})
     return settings | changed | {"reward_kwargs": kwargs}
 
 
