@@ -27,12 +27,15 @@ from study_arms import FIRST_STEPS, ROOT, TWO_REWARDS, changed
 from study_numbers import by_arm, gains, mean_interval
 from study_report import cell, form_of
 
+from rlhf.adapter.lora import ATTENTION
+
 RESULT = ROOT / "bench" / "results" / "main_job.json"
 SEEDS, EVAL_SEED, STEPS = [*range(100, 110)], 14, 140
 DRIFT_AND_NORM = {"drift_weight": 0.1, "max_grad_norm": 0.2}
 MORE_DRIFT = DRIFT_AND_NORM | {"drift_weight": 0.2, "learning_rate": 3e-3}
 ADJOINT = {"method": "adjoint_matching", "learning_rate": 3e-3}
 ADJOINT_SCALED = [ADJOINT | {"method_kwargs": {"reward_scale": c}} for c in (1.0, 2.0, 3.0)]
+TEXT, VIDEO = ATTENTION[4:], ATTENTION[:4]
 ARMS = {  # settings, and steps for about the first arm's time by counts of passes, not timed
     "configs/nano.yaml": ({}, STEPS),
     "rate 2e-3": ({"learning_rate": 2e-3}, STEPS),
@@ -70,6 +73,25 @@ ARMS = {  # settings, and steps for about the first arm's time by counts of pass
     "average of .98": ({"ema_decay": 0.98}, STEPS),
     "moved adapter": ({"method_kwargs": {"weight_perturbation": 0.05}}, 70),
     "16 videos": ({"per_device_train_batch_size": 16}, 80),
+    "text layers": ({"lora_target_modules": TEXT}, STEPS),
+    "text layers, rate 5e-3": ({"lora_target_modules": TEXT, "learning_rate": 5e-3}, STEPS),
+    "text keys and values, rate 5e-3": ({"lora_target_modules": TEXT[1:3], "learning_rate": 5e-3}, STEPS),
+    "video layers": ({"lora_target_modules": VIDEO}, STEPS),
+    "queries, rate 5e-3": ({"lora_target_modules": VIDEO[:1], "learning_rate": 5e-3}, STEPS),
+    "rank 8": ({"lora_rank": 8}, STEPS),
+    "rank 4": ({"lora_rank": 4}, STEPS),
+    "rank 4, norm .2": ({"lora_rank": 4, "max_grad_norm": 0.2}, STEPS),
+    "rank 4, norm .1": ({"lora_rank": 4, "max_grad_norm": 0.1}, STEPS),
+    "rank 4, rate 3e-3": ({"lora_rank": 4, "learning_rate": 3e-3}, STEPS),
+    "rank 4, drift .05": ({"lora_rank": 4, "drift_weight": 0.05}, 110),
+    "rank 2": ({"lora_rank": 2}, STEPS),
+    "rank 2, norm .2": ({"lora_rank": 2, "max_grad_norm": 0.2}, STEPS),
+    "text branch": ({"guidance_gradient": "text"}, STEPS),
+    "first step": ({"method_kwargs": {"steps": [0]}}, 150),
+    "second step": ({"method_kwargs": {"steps": [1]}}, 150),
+    "second step, rank 4": ({"method_kwargs": {"steps": [1]}, "lora_rank": 4}, 150),
+    "second step, norm .2": ({"method_kwargs": {"steps": [1]}, "max_grad_norm": 0.2}, 150),
+    "second and third step": ({"method_kwargs": {"steps": [1, 2]}}, STEPS),
 }
 
 

@@ -41,6 +41,7 @@ START = {
     "learning_rate": 1e-3,
     "per_device_train_batch_size": 16,
     "ema_decay": 0.0,
+    "lora_rank": 16,
     "max_grad_norm": 0.3,
     "drift_weight": 0.0,
 }

@@ -260,7 +260,10 @@ class RewardGradientTrainer:
 
     def _drift(self, cond: Conditioning, x_BCTHW: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Return the drift (B,) at the plan's step, with gradient."""
-        tuned, base = self.fields.window(cond), self.fields.base(cond)
+        if self.options.drift_branch == "negative":
+            tuned, base = self.fields.negative(cond)
+        else:
+            tuned, base = self.fields.window(cond), self.fields.base(cond)
         return plan.drift_total * velocity_distance(tuned, base, x_BCTHW, plan.sigmas[plan.drift_step])
 
     def _add_term(self, columns: dict, name: str, weight: float, loss_B: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
         yield from _step_problems(args, options)
         yield from _group_problems(args, options)
         yield from _data_problems(args, options)
+        yield from _drift_branch_problems(args, options)
         offline = is_offline(args)
     yield from _drift_problems(args, offline)
 
@@ -125,6 +126,21 @@ def _data_problems(args, options: MethodOptions) -> Iterator[str]:
         yield f"guidance_gradient: got distill with anchor_data_steps, {expected}; change one of the two"
     if offline and args.drift_weight:
         yield f"drift_weight: got {args.drift_weight} with offline, which has no rollout, expected 0.0; leave it out"
+
+
+def _drift_branch_problems(args, options: MethodOptions) -> Iterator[str]:
+    """Yield what the drift of the negative branch alone cannot go with."""
+    if options.drift_branch == "guided":
+        return
+    got, cure = "method_kwargs: drift_branch: got negative", "expected guided; change one of the two"
+    if not args.drift_weight:
+        yield f"{got} with drift_weight 0, which leaves it unread, {cure}"
+    if args.guidance_scale is not None and args.guidance_scale <= 1:
+        yield f"{got} with guidance_scale {args.guidance_scale}, which has no such branch, {cure}"
+    if args.guidance_gradient == "distill":
+        yield f"{got} with guidance_gradient distill, which learns the guided one, {cure}"
+    if args.anchor_steps:
+        yield f"{got} with anchor_steps, whose loss is of the guided one, {cure}"
 
 
 def _drift_problems(args, offline: bool) -> Iterator[str]:

@@ -21,7 +21,8 @@ def drift_step_weights(sigmas: torch.Tensor, even: bool = False) -> torch.Tensor
     """Return each step's weight (N,) in the KL divergence: |sigma_i - sigma_i+1| (1 - s) / s.
 
     s is the middle of the step, where the weight is finite in the first step and the last. even:
-    without (1 - s) / s, for an adapter that learns guidance: the first steps need it as well.
+    without (1 - s) / s, where the first steps need it as well: for an adapter that learns guidance,
+    and for the negative branch alone.
     """
     length, middle = sigmas[:-1] - sigmas[1:], (sigmas[:-1] + sigmas[1:]) / 2
     return length if even else length * (1 - middle) / middle

@@ -15,7 +15,7 @@ from rlhf.config.coerce import coerce_all
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Options of every method: relative scores (2509.06942), robust gradients, real videos."""
+    """Options of every method: relative scores (2509.06942), robust gradients, drift, videos."""
 
     relative_words: list[str] | None = setting(
         None,
@@ -37,6 +37,11 @@ class MethodOptions:
         least=0,
     )
 
+    drift_branch: Literal["guided", "negative"] = setting(
+        "guided",
+        "Velocity that drift_weight holds near the base's: guided, by its KL divergence, or that of the negative "
+        "prompt alone, alike at all steps. The second costs half, and leaves free what a prompt asks for.",
+    )
     anchor_data_steps: int = setting(
         0,
         "Every n-th optimizer step adds the loss of flow matching on real videos, those of the setting anchor_data, "

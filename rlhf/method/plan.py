@@ -103,7 +103,7 @@ def make_plan(args: RewardGradientConfig, options: MethodOptions, sigmas: torch.
             plan = Plan(sigmas, [], regression=AdjointMatching(options.reward_scale, steps))
         case "leap_align":
             plan = Plan(sigmas, [], leaps=draw_leaps(options, num_steps, rng))
-    return with_drift(shorten_prefix(plan, args.prefix_steps), args, rng)
+    return with_drift(shorten_prefix(plan, args.prefix_steps), args, options, rng)
 
 
 def shorten_prefix(plan: Plan, steps: int | None, exponent: float = 2.0) -> Plan:
@@ -145,11 +145,12 @@ def draw_regression(options: NFTOptions, sigmas: torch.Tensor, rng: torch.Genera
     return NFT(options.group_size, [sigmas[i] for i in drawn], options.beta, options.advantage_clip)
 
 
-def with_drift(plan: Plan, args: RewardGradientConfig, rng: torch.Generator) -> Plan:
+def with_drift(plan: Plan, args: RewardGradientConfig, options: MethodOptions, rng: torch.Generator) -> Plan:
     """Return the plan with a step drawn by its drift weight if the drift is to be measured."""
     if not (args.drift_weight or args.anchor_steps):
         return plan
-    weights = drift_step_weights(plan.sigmas, even=args.guidance_gradient == "distill").cpu()
+    even = args.guidance_gradient == "distill" or options.drift_branch == "negative"
+    weights = drift_step_weights(plan.sigmas, even).cpu()
     step = int(torch.multinomial(weights, 1, generator=rng))
     return replace(plan, drift_step=step, drift_total=weights.sum().item())
 

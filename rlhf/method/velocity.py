@@ -82,6 +82,13 @@ class VelocityFields:
         """Return the velocity of the current model without guidance, with gradient."""
         return self._field(self.trained, cond, "distill")
 
+    def negative(self, cond: Conditioning) -> tuple[Velocity, Velocity]:
+        """Return the negative branch's velocities: tuned, with gradient, and base, without."""
+        negative = cond.negative_embeds_BLD, cond.negative_pooled_BP
+        cond = Conditioning(*negative, *negative)  # with two processes each finds it where it looks
+        tuned, base = self.unguided(cond), self._field(self.transformer, cond, "distill")
+        return tuned, disable_adapter(self.transformer)(base)
+
     def base_vjp(self, cond: Conditioning) -> VelocityVJP:
         """Return the base's velocity with its vector-Jacobian product at a state."""
         velocity = self._field(self.frozen, cond)

@@ -78,11 +78,13 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
 
     If a method draws its steps at random, the count is that of the costliest draw.
     """
-    draws = getattr(read_options(args.method, args.method_kwargs), "num_draws", 0)
-    levels = getattr(read_options(args.method, args.method_kwargs), "num_levels", 0)  # each by both policies
+    options, window = read_options(args.method, args.method_kwargs), max_grad_steps(args)
+    draws = getattr(options, "num_draws", 0)
+    levels = getattr(options, "num_levels", 0)  # each by both policies
     leaps, adjoint = 2 * (args.method == "leap_align"), _adjoint_steps(args)
     stochastic, kl_steps = _stochastic_steps(args)
-    has_drift, window = bool(args.drift_weight), max_grad_steps(args)
+    of_negative = bool(args.drift_weight) and options.drift_branch == "negative"
+    has_drift = bool(args.drift_weight) and not of_negative
     # The adjoint takes the base's gradient at all of its steps but the first, where it ends.
     grad_steps = window + draws + levels + leaps + stochastic + adjoint + max(0, adjoint - 1) + has_drift
     branches = 1 if args.guidance_gradient == "distill" else branches_per_rank(args)
@@ -91,9 +93,12 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
     constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * no_grad
     prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
     prefix = 0 if is_offline(args) else branches * prefix_steps
-    every = read_options(args.method, args.method_kwargs).anchor_data_steps
-    on_data = branches_per_batch(args) / every if every else 0  # real videos need no second branch
-    return CallCounts(prefix / args.rollout_reuse, constant, grad_branches * grad_steps + on_data)
+    single = branches_per_batch(args)  # a pass that needs no second branch
+    constant += single * of_negative
+    on_data = single / options.anchor_data_steps if options.anchor_data_steps else 0
+    return CallCounts(
+        prefix / args.rollout_reuse, constant, grad_branches * grad_steps + single * of_negative + on_data
+    )
 
 
 def _adjoint_steps(args: RewardGradientConfig) -> int:

@@ -54,10 +54,13 @@ LEAPS = {"method": "leap_align", "num_grad_steps": 1, "max_steps": 2}
 # A loss on real videos beside rollouts that start at real videos, two batches a step or two branches.
 REAL = {"method": "srpo", "num_grad_steps": 1, "max_steps": 2, "prompts": None, "anchor_data": "videos"}
 REAL |= {"method_kwargs": {"offline": True, "anchor_data_steps": 1}}
+NEGATIVE = {"drift_weight": 1.0, "method_kwargs": {"drift_branch": "negative"}, "num_grad_steps": 1, "max_steps": 2}
 OTHERS = {
     "real videos": REAL | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "real videos, guidance": REAL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "leaps": LEAPS | {"per_device_train_batch_size": 2},
+    "negative": NEGATIVE | {"per_device_train_batch_size": 2},
+    "negative of parts": NEGATIVE | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "prfl": PRFL | {"per_device_train_batch_size": 2},
     "prfl of parts": PRFL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},
     "robust": ROBUSTLY | {"per_device_train_batch_size": 2},
@@ -146,11 +149,12 @@ def test_two_processes_do_everything_as_one_does(of_two, tmp_path):
     ("names", "settings"),
     [
         (["leaps"], LEAPS),
+        (["negative", "negative of parts"], NEGATIVE),
         (["adjoint", "adjoint of parts"], ADJOINT),
         (["prfl", "prfl of parts"], PRFL),
         (["robust", "robust of parts"], ROBUSTLY),
     ],
-    ids=["leaps", "adjoint", "prfl", "robust"],
+    ids=["leaps", "negative", "adjoint", "prfl", "robust"],
 )
 def test_methods_with_gradients_of_their_own_train_on_two_processes_as_on_one(of_two, tmp_path, names, settings):
     assert_as_alone(of_two, tmp_path, names, settings)

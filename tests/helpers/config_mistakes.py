@@ -250,6 +250,22 @@ ROWS = [
         {"guidance_gradient": "distill", "drift_weight": 1, "guidance_scale": 1},
         "guidance_scale: got 1.0 with distill ... expected above 1 ... there is no guidance to teach",
     ),
+    Row(
+        {"method_kwargs": {"drift_branch": "negative"}},
+        "drift_branch: got negative with drift_weight 0 ... expected guided ... change one of the two",
+    ),
+    Row(
+        {"method_kwargs": {"drift_branch": "negative"}, "drift_weight": 1, "guidance_scale": 1},
+        "drift_branch: got negative with guidance_scale 1.0 ... expected guided ... change one of the two",
+    ),
+    Row(
+        {"method_kwargs": {"drift_branch": "negative"}, "drift_weight": 1, "guidance_gradient": "distill"},
+        "drift_branch: got negative with guidance_gradient distill ... expected guided ... change one of the two",
+    ),
+    Row(
+        {"method_kwargs": {"drift_branch": "negative"}, "drift_weight": 1, "anchor_steps": 2},
+        "drift_branch: got negative with anchor_steps ... expected guided ... change one of the two",
+    ),
     Row({"anchor_steps": 1}, "anchor_steps: got 1 ... expected 0 or at least 2 ... raise it"),
     Row(
         {"method_kwargs": {"anchor_data_steps": 2}},

@@ -4,13 +4,12 @@ import pytest
 import torch
 from problem import GUIDANCE, SIGMAS
 
-from rlhf.adapter.lora import disable_adapter
 from rlhf.config import RewardGradientConfig
 from rlhf.device import generator
 from rlhf.method.drift import drift_step_weights, velocity_distance
 from rlhf.method.options import MethodOptions
 from rlhf.method.plan import make_plan
-from rlhf.method.velocity import velocity_field
+from rlhf.method.velocity import Guidance, VelocityFields, velocity_field
 
 
 def test_weights_by_hand():
@@ -41,20 +40,23 @@ def test_weighted_velocities_are_the_kl_divergence_of_gaussian_data(spread, shif
 def test_one_drawn_step_stands_for_all_without_bias():
     """The mean over draws of total weight times distance is the weighted sum of distances."""
     sigmas, distance = torch.tensor([1.0, 0.9, 0.6, 0.0]), torch.tensor([1.0, 20.0, 3.0])
-    for gradient in ("full", "distill"):
-        args = RewardGradientConfig(drift_weight=0.1, guidance_gradient=gradient)
-        plans = [make_plan(args, MethodOptions(), sigmas, generator("drift", draw)) for draw in range(3000)]
-        estimate = sum(p.drift_total * distance[p.drift_step].item() for p in plans) / len(plans)
-        assert estimate == pytest.approx(
-            (drift_step_weights(sigmas, even=gradient == "distill") @ distance).item(), rel=0.08
+    for gradient, branch in (("full", "guided"), ("distill", "guided"), ("full", "negative")):
+        args, options = (
+            RewardGradientConfig(drift_weight=0.1, guidance_gradient=gradient),
+            MethodOptions(drift_branch=branch),
         )
+        plans = [make_plan(args, options, sigmas, generator("drift", draw)) for draw in range(3000)]
+        estimate = sum(p.drift_total * distance[p.drift_step].item() for p in plans) / len(plans)
+        even = (gradient, branch) != ("full", "guided")
+        assert estimate == pytest.approx((drift_step_weights(sigmas, even) @ distance).item(), rel=0.08)
     assert make_plan(RewardGradientConfig(), MethodOptions(), sigmas, generator("drift", 0)).drift_step is None
 
 
-def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(problem):
+@pytest.mark.parametrize("branch", ["guided", "negative"])
+def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(problem, branch):
     p, sigma = problem, SIGMAS[1]
-    tuned = velocity_field(p.transformer, p.cond, GUIDANCE)
-    base = disable_adapter(p.transformer)(tuned)
+    fields = VelocityFields(p.transformer, p.masters, Guidance(GUIDANCE))
+    tuned, base = fields.negative(p.cond) if branch == "negative" else (fields.window(p.cond), fields.base(p.cond))
     drift_B = velocity_distance(tuned, base, p.noise, sigma)
     assert drift_B.shape == (2,)
     assert (drift_B > 0).all()
@@ -74,6 +76,9 @@ def test_drift_is_zero_at_the_base_and_its_gradient_that_of_the_tuned_velocity(p
 
     rate = torch.ones((), requires_grad=True)
     assert not velocity_distance(base, lambda x, s: rate * x, p.noise, sigma).requires_grad
+    unguided = velocity_field(p.transformer, p.cond.negative if branch == "negative" else p.cond, 1.0)
+    with torch.no_grad():
+        assert torch.equal(tuned(p.noise, sigma), unguided(p.noise, sigma)) == (branch == "negative")
 
     p.masters.set(torch.zeros_like(p.masters.vector))  # A = B = 0
     assert velocity_distance(tuned, base, p.noise, sigma).tolist() == [0, 0]
