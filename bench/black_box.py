@@ -34,6 +34,7 @@ SETTINGS = {
     "num_grad_steps": 1,
     "per_device_train_batch_size": 32,
     "learning_rate": 3e-3,
+    "max_grad_norm": 0.3,
     "max_steps": 200,
     "eval_seed": 11,
     "num_diversity_prompts": 128,

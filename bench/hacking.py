@@ -48,6 +48,7 @@ COMMON = {
     "num_sample_prompts": 6,
     "per_device_train_batch_size": 4,
     "ema_decay": 0,
+    "max_grad_norm": 0.3,
     "eval_reward_funcs": "nano_verifier",
     "report_to": "none",
 }

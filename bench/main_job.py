@@ -35,9 +35,11 @@ DRIFT_AND_NORM = {"drift_weight": 0.1, "max_grad_norm": 0.2}
 MORE_DRIFT = DRIFT_AND_NORM | {"drift_weight": 0.2, "learning_rate": 3e-3}
 ADJOINT = {"method": "adjoint_matching", "learning_rate": 3e-3}
 ADJOINT_SCALED = [ADJOINT | {"method_kwargs": {"reward_scale": c}} for c in (1.0, 2.0, 3.0)]
+NEGATIVE_DRIFT = {"method_kwargs": {"negative_drift_weight": 0.5}}
+SHIPPED = "negative drift .5, norm .2"  # configs/nano.yaml
 TEXT, VIDEO = ATTENTION[4:], ATTENTION[:4]
 ARMS = {  # settings, and steps for about the first arm's time by counts of passes, not timed
-    "configs/nano.yaml": ({}, STEPS),
+    "first two steps": ({}, STEPS),
     "rate 2e-3": ({"learning_rate": 2e-3}, STEPS),
     "rate 3e-3": ({"learning_rate": 3e-3}, STEPS),
     "cosine": ({"lr_scheduler_type": "cosine"}, STEPS),
@@ -45,6 +47,7 @@ ARMS = {  # settings, and steps for about the first arm's time by counts of pass
     "norm .2": ({"max_grad_norm": 0.2}, STEPS),
     "norm .1": ({"max_grad_norm": 0.1}, STEPS),
     "norm .2, rate 2e-3": ({"max_grad_norm": 0.2, "learning_rate": 2e-3}, STEPS),
+    SHIPPED: (NEGATIVE_DRIFT | {"max_grad_norm": 0.2}, 125),
     "drift .1": ({"drift_weight": 0.1}, 105),
     "drift .3": ({"drift_weight": 0.3}, 105),
     "drift .3, rate 3e-3": ({"drift_weight": 0.3, "learning_rate": 3e-3}, 105),

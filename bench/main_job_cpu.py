@@ -40,7 +40,7 @@ MEASURES = ("seconds", "steps", "trained", "held_out", "motion", "diversity", "s
 def recipe() -> dict:
     """Return what configs/nano.yaml says of the training, which tells its rows from former ones."""
     given = load_yaml((CONFIGS / "nano.yaml").read_text())
-    names = ("method", "method_kwargs", "learning_rate", "max_grad_norm", "drift_weight", "max_steps")
+    names = ("method", "method_kwargs", "learning_rate", "max_grad_norm", "max_steps")
     return {name: given.get(name) for name in names}
 
 

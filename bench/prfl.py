@@ -54,6 +54,7 @@ def settings_of(arm: str, seed: int, arguments) -> RewardGradientConfig:
         "num_grad_steps": 1,
         "method_kwargs": None,
         "learning_rate": 3e-3,
+        "max_grad_norm": 0.3,
         "eval_seed": 11,
         "num_eval_prompts": arguments.prompts,
         "report_to": [],

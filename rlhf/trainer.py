@@ -96,6 +96,7 @@ class RewardGradientTrainer:
         judges = opened_rewards or open_rewards(args, inputs.rewards, *prompts, self.device, inputs.pipe)
         self.args, chosen = args, _ = choose_method(args, dict(list(judges.items())[: len(inputs.rewards)]))
         self.options = read_options(args.method, args.method_kwargs)
+        self.drift_weight = args.drift_weight or self.options.negative_drift_weight
         self.rewards = mix_rewards(judges, len(inputs.rewards), args)
 
         base = None if inputs.pipe else setup.find_base(args, self.device)
@@ -204,13 +205,13 @@ class RewardGradientTrainer:
         noise, start = batch.noise("train"), self.rollouts.get(step, micro)
         states = rollout(prefix, window, noise, plan.sigmas, plan.grad_steps, plan.detach_input, start)
         self.rollouts.put(step, micro, states[plan.window_start])
-        drift_state = states[plan.drift_step].detach() if self.args.drift_weight else None
+        drift_state = states[plan.drift_step].detach() if self.drift_weight else None
 
         samples = gradient_samples(window, states, batch.noise, plan)
         results = [self._sample_gradient(sample, batch.prompts, cond, step, plan.num_samples) for sample in samples]
         columns = results[0].columns | {"loss": torch.stack([result.columns["loss"] for result in results]).mean(0)}
-        if weight := self.args.drift_weight:
-            self._add_term(columns, "drift", weight, self._drift(cond, drift_state, plan))
+        if self.drift_weight:
+            self._add_term(columns, "drift", self.drift_weight, self._drift(cond, drift_state, plan))
         return BatchResult(columns, *first_failure(results))
 
     def _sample_gradient(
@@ -260,7 +261,7 @@ class RewardGradientTrainer:
 
     def _drift(self, cond: Conditioning, x_BCTHW: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Return the drift (B,) at the plan's step, with gradient."""
-        if self.options.drift_branch == "negative":
+        if self.options.negative_drift_weight:
             tuned, base = self.fields.negative(cond)
         else:
             tuned, base = self.fields.window(cond), self.fields.base(cond)

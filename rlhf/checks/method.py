@@ -39,7 +39,7 @@ def method_problems(args: RewardGradientConfig) -> Iterator[str]:
         yield from _step_problems(args, options)
         yield from _group_problems(args, options)
         yield from _data_problems(args, options)
-        yield from _drift_branch_problems(args, options)
+        yield from _negative_drift_problems(args, options)
         offline = is_offline(args)
     yield from _drift_problems(args, offline)
 
@@ -128,19 +128,25 @@ def _data_problems(args, options: MethodOptions) -> Iterator[str]:
         yield f"drift_weight: got {args.drift_weight} with offline, which has no rollout, expected 0.0; leave it out"
 
 
-def _drift_branch_problems(args, options: MethodOptions) -> Iterator[str]:
+def _negative_drift_problems(args, options: MethodOptions) -> Iterator[str]:
     """Yield what the drift of the negative branch alone cannot go with."""
-    if options.drift_branch == "guided":
+    if not options.negative_drift_weight:
         return
-    got, cure = "method_kwargs: drift_branch: got negative", "expected guided; change one of the two"
-    if not args.drift_weight:
-        yield f"{got} with drift_weight 0, which leaves it unread, {cure}"
-    if args.guidance_scale is not None and args.guidance_scale <= 1:
-        yield f"{got} with guidance_scale {args.guidance_scale}, which has no such branch, {cure}"
-    if args.guidance_gradient == "distill":
-        yield f"{got} with guidance_gradient distill, which learns the guided one, {cure}"
-    if args.anchor_steps:
-        yield f"{got} with anchor_steps, whose loss is of the guided one, {cure}"
+    offline = getattr(options, "offline", False)
+    refused = {
+        "drift_weight": args.drift_weight > 0,
+        "anchor_steps": args.anchor_steps > 0,
+        "rollout_reuse": args.rollout_reuse > 1,
+        "guidance_scale": args.guidance_scale is not None and args.guidance_scale <= 1,
+        "guidance_gradient": args.guidance_gradient == "distill",
+        "method": offline or args.method in (*SCORES_ALONE, "adjoint_matching"),
+    }
+    for name in (name for name, is_refused in refused.items() if is_refused):
+        yield (
+            f"method_kwargs: negative_drift_weight: got {options.negative_drift_weight} with {name} "
+            f"{getattr(args, name)}{' offline' * (offline and name == 'method')}, expected 0.0: it needs the states "
+            "of rollouts with guidance, and no other drift; leave one of the two out"
+        )
 
 
 def _drift_problems(args, offline: bool) -> Iterator[str]:

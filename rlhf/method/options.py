@@ -37,10 +37,11 @@ class MethodOptions:
         least=0,
     )
 
-    drift_branch: Literal["guided", "negative"] = setting(
-        "guided",
-        "Velocity that drift_weight holds near the base's: guided, by its KL divergence, or that of the negative "
-        "prompt alone, alike at all steps. The second costs half, and leaves free what a prompt asks for.",
+    negative_drift_weight: float = setting(
+        0.0,
+        "Weight of the drift of the negative prompt's velocity alone, mean square over latent elements, in place of "
+        "drift_weight. It costs half, and holds what prompts leave open, not what they ask for. 0: none.",
+        least=0,
     )
     anchor_data_steps: int = setting(
         0,

@@ -147,9 +147,9 @@ def draw_regression(options: NFTOptions, sigmas: torch.Tensor, rng: torch.Genera
 
 def with_drift(plan: Plan, args: RewardGradientConfig, options: MethodOptions, rng: torch.Generator) -> Plan:
     """Return the plan with a step drawn by its drift weight if the drift is to be measured."""
-    if not (args.drift_weight or args.anchor_steps):
+    if not (args.drift_weight or options.negative_drift_weight or args.anchor_steps):
         return plan
-    even = args.guidance_gradient == "distill" or options.drift_branch == "negative"
+    even = args.guidance_gradient == "distill" or options.negative_drift_weight > 0
     weights = drift_step_weights(plan.sigmas, even).cpu()
     step = int(torch.multinomial(weights, 1, generator=rng))
     return replace(plan, drift_step=step, drift_total=weights.sum().item())

@@ -83,8 +83,7 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
     levels = getattr(options, "num_levels", 0)  # each by both policies
     leaps, adjoint = 2 * (args.method == "leap_align"), _adjoint_steps(args)
     stochastic, kl_steps = _stochastic_steps(args)
-    of_negative = bool(args.drift_weight) and options.drift_branch == "negative"
-    has_drift = bool(args.drift_weight) and not of_negative
+    has_drift, of_negative = bool(args.drift_weight), bool(options.negative_drift_weight)
     # The adjoint takes the base's gradient at all of its steps but the first, where it ends.
     grad_steps = window + draws + levels + leaps + stochastic + adjoint + max(0, adjoint - 1) + has_drift
     branches = 1 if args.guidance_gradient == "distill" else branches_per_rank(args)

@@ -56,12 +56,10 @@ def test_the_settings_of_every_arm_and_variant_are_accepted(arms, flags, tmp_pat
         assert ddpo is None or args.method == "draft_k"
 
 
-def test_the_sweep_of_the_main_job_begins_with_the_shipped_recipe():
+def test_the_shipped_recipe_is_an_arm_of_the_sweep():
     given = load_yaml((study_arms.CONFIGS / "nano.yaml").read_text())
-    expected = study_arms.FIRST_STEPS | {
-        "max_grad_norm": study_runs.START["max_grad_norm"],
-        "max_steps": main_job.STEPS,
-    }
+    change, steps = main_job.ARMS[main_job.SHIPPED]
+    expected = study_arms.changed(study_arms.FIRST_STEPS, change) | {"max_steps": steps}
     assert {name: given[name] for name in expected} == expected
     assert "drift_weight" not in given
 

@@ -54,7 +54,7 @@ LEAPS = {"method": "leap_align", "num_grad_steps": 1, "max_steps": 2}
 # A loss on real videos beside rollouts that start at real videos, two batches a step or two branches.
 REAL = {"method": "srpo", "num_grad_steps": 1, "max_steps": 2, "prompts": None, "anchor_data": "videos"}
 REAL |= {"method_kwargs": {"offline": True, "anchor_data_steps": 1}}
-NEGATIVE = {"drift_weight": 1.0, "method_kwargs": {"drift_branch": "negative"}, "num_grad_steps": 1, "max_steps": 2}
+NEGATIVE = {"method_kwargs": {"negative_drift_weight": 1.0}, "num_grad_steps": 1, "max_steps": 2}
 OTHERS = {
     "real videos": REAL | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "real videos, guidance": REAL | {"per_device_train_batch_size": 4, "guidance_parallel": 2},

@@ -251,20 +251,24 @@ ROWS = [
         "guidance_scale: got 1.0 with distill ... expected above 1 ... there is no guidance to teach",
     ),
     Row(
-        {"method_kwargs": {"drift_branch": "negative"}},
-        "drift_branch: got negative with drift_weight 0 ... expected guided ... change one of the two",
+        {"method_kwargs": {"negative_drift_weight": 1}, "drift_weight": 1},
+        "negative_drift_weight: got 1.0 with drift_weight 1.0 ... expected 0.0 ... leave one of the two out",
     ),
     Row(
-        {"method_kwargs": {"drift_branch": "negative"}, "drift_weight": 1, "guidance_scale": 1},
-        "drift_branch: got negative with guidance_scale 1.0 ... expected guided ... change one of the two",
+        {"method_kwargs": {"negative_drift_weight": 1}, "guidance_scale": 1},
+        "negative_drift_weight: got 1.0 with guidance_scale 1.0 ... expected 0.0 ... leave one of the two out",
     ),
     Row(
-        {"method_kwargs": {"drift_branch": "negative"}, "drift_weight": 1, "guidance_gradient": "distill"},
-        "drift_branch: got negative with guidance_gradient distill ... expected guided ... change one of the two",
+        {"method_kwargs": {"negative_drift_weight": 1}, "rollout_reuse": 2},
+        "negative_drift_weight: got 1.0 with rollout_reuse 2 ... expected 0.0 ... leave one of the two out",
     ),
     Row(
-        {"method_kwargs": {"drift_branch": "negative"}, "drift_weight": 1, "anchor_steps": 2},
-        "drift_branch: got negative with anchor_steps ... expected guided ... change one of the two",
+        {"method_kwargs": {"negative_drift_weight": 1}, "anchor_steps": 2},
+        "negative_drift_weight: got 1.0 with anchor_steps 2 ... expected 0.0 ... leave one of the two out",
+    ),
+    Row(
+        {"method_kwargs": {"negative_drift_weight": 1}, "method": "adjoint_matching"},
+        "negative_drift_weight: got 1.0 with method adjoint_matching ... expected 0.0 ... leave one of the two out",
     ),
     Row({"anchor_steps": 1}, "anchor_steps: got 1 ... expected 0 or at least 2 ... raise it"),
     Row(

@@ -40,14 +40,12 @@ def test_weighted_velocities_are_the_kl_divergence_of_gaussian_data(spread, shif
 def test_one_drawn_step_stands_for_all_without_bias():
     """The mean over draws of total weight times distance is the weighted sum of distances."""
     sigmas, distance = torch.tensor([1.0, 0.9, 0.6, 0.0]), torch.tensor([1.0, 20.0, 3.0])
-    for gradient, branch in (("full", "guided"), ("distill", "guided"), ("full", "negative")):
-        args, options = (
-            RewardGradientConfig(drift_weight=0.1, guidance_gradient=gradient),
-            MethodOptions(drift_branch=branch),
-        )
+    for gradient, weight, negative in (("full", 0.1, 0), ("distill", 0.1, 0), ("full", 0, 0.1)):
+        args = RewardGradientConfig(drift_weight=weight, guidance_gradient=gradient)
+        options = MethodOptions(negative_drift_weight=negative)
         plans = [make_plan(args, options, sigmas, generator("drift", draw)) for draw in range(3000)]
         estimate = sum(p.drift_total * distance[p.drift_step].item() for p in plans) / len(plans)
-        even = (gradient, branch) != ("full", "guided")
+        even = gradient == "distill" or negative > 0
         assert estimate == pytest.approx((drift_step_weights(sigmas, even) @ distance).item(), rel=0.08)
     assert make_plan(RewardGradientConfig(), MethodOptions(), sigmas, generator("drift", 0)).drift_step is None
 

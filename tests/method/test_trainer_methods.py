@@ -23,7 +23,7 @@ def rewards_of(method: str) -> list:
 @pytest.mark.parametrize(
     ("make_pipe", "settings"),
     [
-        (tiny_pipeline, {"method": "draft_lv", "drift_weight": 0.1, "method_kwargs": {"drift_branch": "negative"}}),
+        (tiny_pipeline, {"method": "draft_lv", "method_kwargs": {"negative_drift_weight": 0.1}}),
         (tiny_wan_pipeline, {"method": "drtune", "num_grad_steps": 2, "method_kwargs": {"jump_steps": 2}} | ANCHORED),
         (tiny_pipeline, {"method": "srpo", "method_kwargs": {"relative_words": ["good", "bad"]}} | OF_TEXT),
         (tiny_wan_pipeline, {"method": "leap_align", "drift_weight": 0.1}),

@@ -42,7 +42,7 @@ def test_the_rates_are_those_that_were_measured():
         {"num_grad_steps": 2, "guidance_gradient": "distill", "drift_weight": 1.0},
         {"method": "refl", "method_kwargs": {"jump_steps": 1}, "guidance_scale": 1.0},
         {"method": "leap_align", "drift_weight": 1.0},
-        {"drift_weight": 1.0, "method_kwargs": {"drift_branch": "negative"}},
+        {"method_kwargs": {"negative_drift_weight": 1.0}},
         {"method": "prfl", "method_kwargs": {"drawn_steps": 1}},
         {"method": "adjoint_matching"},
         {"method": "flow_grpo", "per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}},
