@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
+from rlhf.checks import check_config
 from rlhf.config import METHODS, ConfigError, RewardGradientConfig, field_names
 from rlhf.config.older import translate_old_settings
-from rlhf.config.parse import parse_command, parse_config
+from rlhf.config.parse import CONFIGS, parse_command, parse_config
 from rlhf.method.options import METHOD_OPTIONS
 from rlhf.run.folder import read_settings
 
@@ -43,6 +44,17 @@ def test_a_flag_beats_the_file_and_the_file_the_default(yaml_file):
 def test_a_flag_for_another_method_leaves_out_the_options_of_the_files_method(yaml_file, flags, options):
     path = yaml_file("method: listed\nmethod_kwargs: {steps: [0, 1]}")
     assert parse_config(["--config", path, *flags]).method_kwargs == options
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_flag_alone_starts_every_method_from_the_shipped_recipe(method):
+    needed = {
+        "listed": ["--method_kwargs", "{steps: [1]}"],
+        "alignprop": ["--num_grad_steps", "2"],
+        "nft": ["--per_device_train_batch_size", "32"],
+    }
+    args = check_config(parse_config(["--method", method, *needed.get(method, [])], CONFIGS / "nano.yaml"))
+    assert (args.method, args.drift_weight) == (method, 0)
 
 
 def test_the_default_file_holds_without_config_and_config_may_have_an_equals_sign(yaml_file):
