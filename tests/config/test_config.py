@@ -46,7 +46,7 @@ def test_a_flag_for_another_method_leaves_out_the_options_of_the_files_method(ya
     assert parse_config(["--config", path, *flags]).method_kwargs == options
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"prfl"}))  # which needs a reward of latents
 def test_a_flag_alone_starts_every_method_from_the_shipped_recipe(method):
     needed = {
         "listed": ["--method_kwargs", "{steps: [1]}"],

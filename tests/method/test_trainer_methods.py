@@ -8,6 +8,7 @@ from tiny import tiny_pipeline
 from tiny_wan import tiny_wan_pipeline
 from toy_rewards import PROMPTS, ROBUST, brightness, calm, redness, rows_without_cost
 
+from rlhf.generator import wan_decoder
 from rlhf.generator.flow import guided_velocity
 from rlhf.method.rollout import draw_noise
 from rlhf.trainer import RewardGradientTrainer
@@ -111,8 +112,11 @@ def test_dora_trains_in_the_loop(make_pipe, make_args):
     ("make_pipe", "settings"),
     [(tiny_pipeline, {"num_grad_steps": 3}), (tiny_wan_pipeline, {"method": "adjoint_matching"})],
 )
-def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_pipe, make_args, tmp_path, settings):
+def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(
+    make_pipe, make_args, tmp_path, settings, monkeypatch
+):
     """Two plain gradients, the second at the moved adapter, are one robust one."""
+    monkeypatch.setattr(wan_decoder, "clamp_straight_through", lambda video, low, high: video)  # for the difference
 
     def trainer(name, **more):
         args = make_args(output_dir=str(tmp_path / name), method_kwargs=more, **settings)
@@ -144,7 +148,7 @@ def test_a_robust_step_takes_the_gradient_at_the_adapter_moved_up_its_loss(make_
             plain.masters.vector.grad.zero_()
             plain.masters.set(at + shift * unit)
             ends.append(plain.step(0)["loss"])
-        assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(gradients[0].norm().item(), rel=1e-2)
+        assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(gradients[0].norm().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
