@@ -86,7 +86,7 @@ def read_suites(path: Path, dimensions: list[str] | None) -> dict[str, list[str]
         ) from error
     suites: dict[str, list[str]] = {}
     for dimension in dimensions or SUITES:
-        prompts = [prompt for prompt, of in rows if dimension in of]
+        prompts = list(dict.fromkeys(prompt for prompt, of in rows if dimension in of))
         if not prompts:
             got = f"no prompt for {dimension}"
             raise ValueError(f"{path}: got {got}, expected some; take the file of VBench's text-to-video")

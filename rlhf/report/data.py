@@ -11,7 +11,7 @@ from rlhf.config import VIDEO_SIZE
 from rlhf.evaluation.held_out import Evaluation
 from rlhf.evaluation.paired_sets import read_pairs, read_scores
 from rlhf.evaluation.statistics import paired_test
-from rlhf.evaluation.video_set import SCORES, pair_videos, read_set
+from rlhf.evaluation.video_set import SCORES, Video, pair_videos, read_set
 from rlhf.io import file_errors, read_object, single_line
 from rlhf.run.environment import read_environment
 from rlhf.run.folder import PROMPTS, read_settings
@@ -29,11 +29,7 @@ class Sample:
     before: Path
     after: Path
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)  # by judge: before, after
-
-    @property
-    def gains(self) -> dict[str, float]:
-        """Return after - before, by judge."""
-        return {judge: after - before for judge, (before, after) in self.scores.items()}
+    gains: dict[str, float] = field(default_factory=dict)  # by judge: how much better it is after
 
 
 @dataclass(frozen=True)
@@ -216,7 +212,7 @@ class Run:
         step = int(folders[-1].name.removeprefix("step-"))
         is_result = self.summary and step == self.summary["steps"]
         return [
-            Sample(a.prompt, a.path, b.path, self._scores(i, a.prompt) if is_result else {})
+            self._sample(a, b, self._scores(i, a.prompt) if is_result else {})
             for i, (a, b) in enumerate(zip(first, last, strict=False))
             if a.prompt == b.prompt and a.path.is_file() and b.path.is_file()
         ]
@@ -255,8 +251,16 @@ class Run:
             if before.path.is_file() and after.path.is_file():
                 left, right = (found.get(key, {}) for found in scores)
                 both = {name: (left[name], right[name]) for name in left if name in right}
-                samples.append(Sample(before.prompt, before.path, after.path, both))
+                samples.append(self._sample(before, after, both))
         return samples
+
+    def _sample(self, before: Video, after: Video, scores: dict[str, tuple[float, float]]) -> Sample:
+        """Return a pair of videos; a reward that is lowered or has a target gains by getting there."""
+        targets, gains = self.config.get("reward_targets") or {}, {}
+        for name, (old, new) in scores.items():
+            gain = abs(old - targets[name]) - abs(new - targets[name]) if name in targets else new - old
+            gains[name] = -gain if self._weights.get(name, 1.0) < 0 and name not in targets else gain
+        return Sample(before.prompt, before.path, after.path, scores, gains)
 
 
 def training_table(metrics: list[dict]) -> list[dict]:

@@ -96,6 +96,9 @@ def test_dimensions_of_one_suite_share_its_videos(full_info, tmp_path):
     suites = read_suites(full_info, asked)
     assert list(suites) == ["subject_consistency", "overall_consistency"]
     assert len(vbench_videos(tmp_path, suites)) == 2 * 15
+    rows = json.loads(full_info.read_text())
+    (tmp_path / "twice.json").write_text(json.dumps([*rows, rows[6]]))
+    assert read_suites(tmp_path / "twice.json", asked) == suites, "a prompt that is listed twice counts once"
 
 
 @pytest.mark.skipif(

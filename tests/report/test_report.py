@@ -58,6 +58,15 @@ def test_worst_ten_come_first_and_the_others_are_a_click_away(finished):
     assert [hidden for _, hidden in cards] == [False] * 10 + [True] * 2
 
 
+@pytest.mark.parametrize("change", [{"reward_weights": [-1.0]}, {"reward_targets": {"redness": 0.0}}])
+def test_a_reward_that_is_lowered_or_has_a_target_is_worst_where_it_moved_away(finished, monkeypatch, change):
+    monkeypatch.setattr(Run, "config", Run(finished).config | {"reward_weights": None} | change)
+    for sample in Run(finished).samples():
+        before, after = sample.scores["redness"]
+        assert sample.gains["redness"] == (abs(before) - abs(after) if "reward_targets" in change else before - after)
+    assert sum(sample.gains["redness"] < 0 for sample in Run(finished).samples())
+
+
 def test_the_report_names_the_verdict_of_every_row(finished):
     summary = json.loads((finished / "summary.json").read_text())
     summary["diversity"] |= {"base": 0.5, "diff": -0.1, "ci95": [-0.2, 0.0]}
