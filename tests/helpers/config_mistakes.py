@@ -250,25 +250,18 @@ ROWS = [
         {"guidance_gradient": "distill", "drift_weight": 1, "guidance_scale": 1},
         "guidance_scale: got 1.0 with distill ... expected above 1 ... there is no guidance to teach",
     ),
-    Row(
-        {"method_kwargs": {"negative_drift_weight": 1}, "drift_weight": 1},
-        "negative_drift_weight: got 1.0 with drift_weight 1.0 ... expected 0.0 ... leave one of the two out",
-    ),
-    Row(
-        {"method_kwargs": {"negative_drift_weight": 1}, "guidance_scale": 1},
-        "negative_drift_weight: got 1.0 with guidance_scale 1.0 ... expected 0.0 ... leave one of the two out",
-    ),
-    Row(
-        {"method_kwargs": {"negative_drift_weight": 1}, "rollout_reuse": 2},
-        "negative_drift_weight: got 1.0 with rollout_reuse 2 ... expected 0.0 ... leave one of the two out",
-    ),
-    Row(
-        {"method_kwargs": {"negative_drift_weight": 1}, "anchor_steps": 2},
-        "negative_drift_weight: got 1.0 with anchor_steps 2 ... expected 0.0 ... leave one of the two out",
-    ),
-    Row(
-        {"method_kwargs": {"negative_drift_weight": 1}, "method": "adjoint_matching"},
-        "negative_drift_weight: got 1.0 with method adjoint_matching ... expected 0.0 ... leave one of the two out",
+    *(
+        Row(
+            {"method_kwargs": {"negative_drift_weight": 1}, name: value},
+            f"negative_drift_weight: got 1.0 with {name} {value} ... expected 0.0 ... leave one of the two out",
+        )
+        for name, value in (
+            ("drift_weight", 1.0),
+            ("guidance_scale", 1.0),
+            ("rollout_reuse", 2),
+            ("anchor_steps", 2),
+            ("method", "adjoint_matching"),
+        )
     ),
     Row({"anchor_steps": 1}, "anchor_steps: got 1 ... expected 0 or at least 2 ... raise it"),
     Row(
