@@ -255,7 +255,7 @@ class Run:
         return samples
 
     def _sample(self, before: Video, after: Video, scores: dict[str, tuple[float, float]]) -> Sample:
-        """Return a pair of videos; a reward with a target, or a lowered one, gains by nearing it."""
+        """Return a pair of videos; a reward with a target or a lowered one gains by nearing it."""
         targets, gains = self.config.get("reward_targets") or {}, {}
         for name, (old, new) in scores.items():
             gain = abs(old - targets[name]) - abs(new - targets[name]) if name in targets else new - old
