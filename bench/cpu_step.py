@@ -32,7 +32,6 @@ folder, steps, memory, *flags = sys.argv[1:]
 if memory == "returned":
     rlhf.distributed.accelerator.keep_freed_memory = lambda: None
 fixed = "--config configs/nano.yaml --device cpu --cpu_threads 1 --num_eval_prompts 2 --report_to none"
-fixed += ' --method_kwargs {"steps":[0,1]}'  # without the drift, a pass of which would count as the reward's
 trainer = RewardGradientTrainer(args=parse_config([*fixed.split(), "--output_dir", folder, *flags]))
 decode, back_propagate = trainer.scorer.decode, trainer._back_propagate
 last, phases = 0.0, {}

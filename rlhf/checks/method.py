@@ -132,21 +132,20 @@ def _negative_drift_problems(args, options: MethodOptions) -> Iterator[str]:
     """Yield what the drift of the negative branch alone cannot go with."""
     if not options.negative_drift_weight:
         return
-    offline = getattr(options, "offline", False)
+    has_no_rollout = getattr(options, "offline", False) or args.method in (*SCORES_ALONE, "adjoint_matching")
+    without_guidance = args.guidance_scale is not None and args.guidance_scale <= 1
     refused = {
-        "drift_weight": args.drift_weight > 0,
-        "anchor_steps": args.anchor_steps > 0,
-        "rollout_reuse": args.rollout_reuse > 1,
-        "guidance_scale": args.guidance_scale is not None and args.guidance_scale <= 1,
-        "guidance_gradient": args.guidance_gradient == "distill",
-        "method": offline or args.method in (*SCORES_ALONE, "adjoint_matching"),
+        "drift_weight": (args.drift_weight > 0, "a step measures one drift; set one of the two to 0"),
+        "anchor_steps": (args.anchor_steps > 0, "their loss is of the guided velocity; leave one of the two out"),
+        "rollout_reuse": (args.rollout_reuse > 1, "it needs the states of every rollout; leave one of the two out"),
+        "guidance_scale": (without_guidance, "there is no negative branch; set that above 1, or leave this out"),
+        "guidance_gradient": (args.guidance_gradient == "distill", "the adapter has no negative branch; leave it out"),
+        "method": (has_no_rollout, "it has no reward's gradient through a rollout to go beside; leave it out"),
     }
-    for name in (name for name, is_refused in refused.items() if is_refused):
-        yield (
-            f"method_kwargs: negative_drift_weight: got {options.negative_drift_weight} with {name} "
-            f"{getattr(args, name)}{' offline' * (offline and name == 'method')}, expected 0.0: it needs the states "
-            "of rollouts with guidance, and no other drift; leave one of the two out"
-        )
+    for name, (is_refused, why) in refused.items():
+        if is_refused:
+            got = f"got {options.negative_drift_weight} with {name} {getattr(args, name)}"
+            yield f"method_kwargs: negative_drift_weight: {got}, expected 0.0, for {why}"
 
 
 def _drift_problems(args, offline: bool) -> Iterator[str]:

@@ -40,7 +40,7 @@ class MethodOptions:
     negative_drift_weight: float = setting(
         0.0,
         "Weight of the drift of the negative prompt's velocity alone, mean square over latent elements, in place of "
-        "drift_weight. It costs half, and holds what prompts leave open, not what they ask for. 0: none.",
+        "drift_weight. It costs one branch, and holds what prompts leave open, not what they ask for. 0: none.",
         least=0,
     )
     anchor_data_steps: int = setting(

@@ -92,12 +92,9 @@ def count_calls(args: RewardGradientConfig) -> CallCounts:
     constant = (branches - grad_branches) * grad_steps + branches_per_rank(args) * no_grad
     prefix_steps = min(args.num_inference_steps - window, args.prefix_steps or args.num_inference_steps)
     prefix = 0 if is_offline(args) else branches * prefix_steps
-    single = branches_per_batch(args)  # a pass that needs no second branch
-    constant += single * of_negative
-    on_data = single / options.anchor_data_steps if options.anchor_data_steps else 0
-    return CallCounts(
-        prefix / args.rollout_reuse, constant, grad_branches * grad_steps + single * of_negative + on_data
-    )
+    on_data = 1 / options.anchor_data_steps if options.anchor_data_steps else 0  # no second branch, as of the negative
+    with_gradient = grad_branches * grad_steps + of_negative + on_data
+    return CallCounts(prefix / args.rollout_reuse, constant + of_negative, with_gradient)
 
 
 def _adjoint_steps(args: RewardGradientConfig) -> int:

@@ -253,14 +253,14 @@ ROWS = [
     *(
         Row(
             {"method_kwargs": {"negative_drift_weight": 1}, name: value},
-            f"negative_drift_weight: got 1.0 with {name} {value} ... expected 0.0 ... leave one of the two out",
+            f"negative_drift_weight: got 1.0 with {name} {value} ... expected 0.0 ... {cure}",
         )
-        for name, value in (
-            ("drift_weight", 1.0),
-            ("guidance_scale", 1.0),
-            ("rollout_reuse", 2),
-            ("anchor_steps", 2),
-            ("method", "adjoint_matching"),
+        for name, value, cure in (
+            ("drift_weight", 1.0, "set one of the two to 0"),
+            ("guidance_scale", 1.0, "set that above 1, or leave this out"),
+            ("rollout_reuse", 2, "leave one of the two out"),
+            ("anchor_steps", 2, "leave one of the two out"),
+            ("method", "adjoint_matching", "leave it out"),
         )
     ),
     Row({"anchor_steps": 1}, "anchor_steps: got 1 ... expected 0 or at least 2 ... raise it"),

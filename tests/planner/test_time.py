@@ -43,6 +43,7 @@ def test_the_rates_are_those_that_were_measured():
         {"method": "refl", "method_kwargs": {"jump_steps": 1}, "guidance_scale": 1.0},
         {"method": "leap_align", "drift_weight": 1.0},
         {"method_kwargs": {"negative_drift_weight": 1.0}},
+        {"method_kwargs": {"negative_drift_weight": 1.0}, "guidance_together": True},
         {"method": "prfl", "method_kwargs": {"drawn_steps": 1}},
         {"method": "adjoint_matching"},
         {"method": "flow_grpo", "per_device_train_batch_size": 2, "method_kwargs": {"group_size": 2}},
@@ -59,8 +60,10 @@ def test_the_rates_are_those_that_were_measured():
 def test_calls_are_those_that_a_training_step_makes(make_args, settings):
     pipe, args = tiny_pipeline(), make_args(**{"per_device_train_batch_size": 1, "max_steps": 1} | settings)
     trainer = RewardGradientTrainer(pipe, [redness, calm] if args.method == "prfl" else redness, args, PROMPTS)
-    calls = []
-    pipe.transformer.register_forward_hook(lambda module, inputs, output: calls.append(output[0].requires_grad))
+    calls, batch = [], args.per_device_train_batch_size
+    pipe.transformer.register_forward_hook(  # both branches may be one batch
+        lambda module, inputs, output: calls.extend([output[0].requires_grad] * (len(output[0]) // batch))
+    )
     trainer._begin()
     trainer.step(0)
     found = count_calls(trainer.args)
