@@ -138,11 +138,10 @@ def _mean_and_error(base_N: torch.Tensor, tuned_N: torch.Tensor) -> tuple[float,
 def student_t_975(degrees: int) -> float:
     """Return the 97.5 % quantile of Student's t with so many degrees of freedom.
 
-    It is exact up to two degrees, then Cornish and Fisher's expansion (within 0.2 % of the quantile
-    from five degrees on).
+    It is exact up to four degrees, then Cornish and Fisher's expansion, within 0.2 %.
     """
-    if degrees < 3:
-        return (0.0, 12.7062, 4.3027)[degrees]
+    if degrees < 5:
+        return (0.0, 12.7062, 4.3027, 3.1824, 2.7764)[degrees]
     z = Z_975
     return (
         z

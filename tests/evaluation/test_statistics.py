@@ -29,7 +29,7 @@ DRAWS = {
 
 @pytest.mark.parametrize(("freedom", "quantile"), QUANTILES)
 def test_students_t_is_that_of_the_tables(freedom, quantile):
-    assert student_t_975(freedom) == pytest.approx(quantile, rel=0.01 if freedom < 5 else 2e-3)
+    assert student_t_975(freedom) == pytest.approx(quantile, rel=1e-4 if freedom < 5 else 2e-3)
     assert student_t_tail(quantile, freedom) == pytest.approx(0.05, abs=1e-5)
     assert student_t_tail(0.0, freedom) == 1.0
 
