@@ -12,7 +12,8 @@ Prediction: a smaller rate loses less diversity and gains less; a little drift c
 diversity than a smaller rate at the same gain; cosine changes nothing. Found: a smaller rate gains
 as much; drift control loses less diversity, though not significantly. Of a cap it was predicted
 that it spares the videos that are right, and of adjoint matching that it keeps most: the first does
-not, the second does, and gains less.
+not, the second does, and gains less. Arms of other ranks, layers and steps have no prediction, and
+those of `negative_drift_weight` were not run yet.
 """
 
 import sys

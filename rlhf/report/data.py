@@ -258,8 +258,10 @@ class Run:
         """Return a pair of videos; a reward with a target or a lowered one gains by nearing it."""
         targets, gains = self.config.get("reward_targets") or {}, {}
         for name, (old, new) in scores.items():
-            gain = abs(old - targets[name]) - abs(new - targets[name]) if name in targets else new - old
-            gains[name] = -gain if self._weights.get(name, 1.0) < 0 and name not in targets else gain
+            if name in targets:
+                gains[name] = abs(old - targets[name]) - abs(new - targets[name])
+            else:
+                gains[name] = old - new if self._weights.get(name, 1.0) < 0 else new - old
         return Sample(before.prompt, before.path, after.path, scores, gains)
 
 
