@@ -49,6 +49,8 @@ ARMS = {  # settings, and steps for about the first arm's time by counts of pass
     "norm .1": ({"max_grad_norm": 0.1}, STEPS),
     "norm .2, rate 2e-3": ({"max_grad_norm": 0.2, "learning_rate": 2e-3}, STEPS),
     **{f"negative drift {weight:g}, norm .2": (change, 125) for weight, change in NEGATIVE_DRIFT.items()},
+    "negative drift 0.5, norm .2, rate 3.5e-3": (NEGATIVE_DRIFT[0.5] | {"learning_rate": 3.5e-3}, 125),
+    "negative drift 0.5, norm .3": (NEGATIVE_DRIFT[0.5] | {"max_grad_norm": 0.3}, 125),
     "drift .1": ({"drift_weight": 0.1}, 105),
     "drift .3": ({"drift_weight": 0.3}, 105),
     "drift .3, rate 3e-3": ({"drift_weight": 0.3, "learning_rate": 3e-3}, 105),
