@@ -6,7 +6,8 @@ Other flags go to train_rlhf.py. Writes bench/results/main_job_cpu.json; runs th
 not made again. Machines of as many cores differ, so time is also stated as a multiple of a
 reference, a matrix product and a convolution that the machine runs before each job. `--beside` says
 that other programs run, too: the gains hold, the seconds don't. After a job four videos of each
-held-out prompt tell its diversity: its own evaluation compares few pairs.
+held-out prompt tell its diversity and the verifier's gain: its own evaluation has one of each, and
+compares few pairs.
 """
 
 import json
@@ -24,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from environment import environment, make_parser, show_row
 from md_table import table
-from study_runs import Conditions, pair_distances, start
+from study_runs import Conditions, judge, pair_distance, several, start
 
 from rlhf.config.parse import CONFIGS
 from rlhf.evaluation.statistics import paired_interval
@@ -32,7 +33,8 @@ from rlhf.io import load_yaml, write_json
 
 ROOT = Path(__file__).parents[1]
 EVAL_SEED = "--eval_seed"
-VIDEOS = 4  # of each prompt
+VIDEOS, VERIFIER = 4, "nano_verifier"  # videos of each prompt, and their judge
+SEVERAL = "verifier_several"
 RESULT = ROOT / "bench" / "results" / "main_job_cpu.json"
 MEASURES = ("seconds", "steps", "trained", "held_out", "motion", "diversity", "saturation", "high_frequency")
 
@@ -50,18 +52,27 @@ def main_job_cpu_table(result: dict) -> str:
     for row in result["rows"]:
         if row.get("recipe") != recipe():
             continue
-        right = row["held_out"]["verifier"]
-        low, high = right["ci95"]
-        shown = f"{right['base']:.1%} → **{right['tuned']:.1%}**, {right['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        scores = [with_interval(row["trained"]["nano_preference"]), shown, with_interval(row["held_out"]["clip"])]
+        right = [share_right(row["held_out"]["verifier"]), share_right(row[SEVERAL]) if SEVERAL in row else "-"]
+        scores = [with_interval(row["trained"]["nano_preference"]), *right, with_interval(row["held_out"]["clip"])]
         motion, diversity = (f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity"))
         seen = diversity if "diversity_videos" in row else "-"
         seconds = "-" if row["beside_others"] else f"{row['wall_seconds']:.0f}"
         about = [str(row["seed"]), eval_seed(row["flags"]), row["device"].replace("(R)", "").removesuffix(" Processor")]
         lines.append([*about, *scores, motion, seen, seconds])
-    headings = ["preference model (trained)", "verifier, all attributes right", "CLIP score (held out)"]
+    headings = [
+        "preference model (trained)",
+        "verifier, all attributes right",
+        "of four videos",
+        "CLIP score (held out)",
+    ]
     about = ["seed", "`eval_seed`", "processor"]
     return table([*about, *headings, "motion", "diversity", "seconds in all"], lines)
+
+
+def share_right(row: dict) -> str:
+    """Return the base's and the tuned share, and their difference with its confidence interval."""
+    low, high = row["ci95"]
+    return f"{row['base']:.1%} → **{row['tuned']:.1%}**, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def with_interval(row: dict) -> str:
@@ -76,11 +87,20 @@ def eval_seed(flags: list[str]) -> str:
 
 
 @lru_cache
-def distances(adapter: Path | None, seed: int) -> torch.Tensor:
-    """Return the mean distance of the pairs of each held-out prompt's videos; None: of the base."""
-    with tempfile.TemporaryDirectory() as work:
-        trainer = start({"initial_adapter": adapter} if adapter else {}, 0, 1, Conditions("cpu", Path(work), seed))
-        return pair_distances(trainer, VIDEOS, 16)
+def of_several(adapter: Path | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the distance of the pairs of each held-out prompt's videos, and the share right, (N,).
+
+    adapter: None for the base. seed: of the prompts. The distance is the mean over all pairs.
+    """
+    distances, rights = [], []
+    with tempfile.TemporaryDirectory() as work, torch.no_grad():
+        conditions = Conditions("cpu", Path(work), seed)
+        trainer = start({"initial_adapter": adapter} if adapter else {}, 0, 1, conditions)
+        for prompts, made in several(trainer, VIDEOS, 16):
+            distances.append(pair_distance(made))
+            scores = [judge(video, video, prompts, trainer, conditions) for video in made]
+            rights.append(torch.stack([score[VERIFIER] for score in scores]).mean(0))
+    return torch.cat(distances), torch.cat(rights)
 
 
 def reference_seconds(repeats: int = 5) -> float:
@@ -109,11 +129,12 @@ def run_job(seed: int, vae_dtype: str, flags: list[str]) -> dict:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
         prompts = int(eval_seed(flags))
-        diversity = paired_interval(distances(None, prompts), distances(Path(folder) / "run" / "adapter", prompts))
+        both = zip(of_several(None, prompts), of_several(Path(folder) / "run" / "adapter", prompts), strict=True)
+        diversity, right = (paired_interval(*pair) for pair in both)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     times = {"wall_seconds": wall, "processor_seconds": processor, "reference_seconds": reference}
     found = {key: summary[key] for key in MEASURES} | {"diversity": diversity, "diversity_videos": VIDEOS}
-    return {**times, "multiple_of_reference": wall / reference, **found}
+    return {**times, "multiple_of_reference": wall / reference, **found, SEVERAL: right}
 
 
 def main() -> None:

@@ -28,6 +28,11 @@ def changed(settings: dict, *changes: dict) -> dict:
     return settings
 
 
+def options(**changes) -> dict:
+    """Return a variant of method_kwargs."""
+    return {"method_kwargs": changes}
+
+
 FIRST_STEPS = {  # without drift control: where bench/main_job.py begins
     "method": "listed",
     "learning_rate": 2.5e-3,
@@ -81,11 +86,20 @@ POLICY = {
     | {"method": "flow_grpo", "per_device_train_batch_size": 64, "method_kwargs": {"group_size": 8}},
     "DDPO": ONE_STEP | {"method": DDPO, "per_device_train_batch_size": 64},
 }
+DRTUNE_32 = ALL_STEPS | {
+    "method": "drtune",
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 32,
+    "ema_decay": 0.95,
+}
 LONG_ARMS = {  # run at a long budget alone; the first was made for a short one
     "first two steps": FIRST_STEPS,
     "Adjoint matching as shipped": shipped("nano_long.yaml"),
-    "DRTune, 32 videos": ALL_STEPS
-    | {"method": "drtune", "learning_rate": 1e-3, "per_device_train_batch_size": 32, "ema_decay": 0.95},
+    "DRTune, 32 videos": DRTUNE_32,
+    **{
+        f"DRTune, 32 videos, negative drift {weight:g}": changed(DRTUNE_32, options(negative_drift_weight=weight))
+        for weight in (0.5, 2.0)
+    },
 }
 LONG_CHANGES = {  # a tenth of the chosen rate, at which they broke down
     "NFT": {"learning_rate": 3e-4},
@@ -102,11 +116,6 @@ ARMS |= LONG_ARMS
 RATES = [{"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)]
 LOW_RATES = [{"learning_rate": 1e-4}, *RATES[:2]]
 GRADIENT_VARIANTS = [*RATES, {"per_device_train_batch_size": 32}]
-
-
-def options(**changes) -> dict:
-    """Return a variant of method_kwargs."""
-    return {"method_kwargs": changes}
 
 
 POLICY_VARIANTS = [*RATES, options(noise_level=0.4), options(noise="sde"), options(noise="sde", noise_level=0.3)]
@@ -174,5 +183,7 @@ def cost_key(settings: dict) -> str:
     free = "learning_rate", "lr_scheduler_type", "noise_level", "noise", "anchor_data_weight", "beta", "reward_scale"
     kept = lambda given: {key: value for key, value in given.items() if key not in free}
     options = kept(settings.get("method_kwargs", {}))
+    if options.get("negative_drift_weight"):
+        options["negative_drift_weight"] = "any"  # weight: they cost the same
     settings = {key: value for key, value in kept(settings).items() if key != "method_kwargs"}
     return json.dumps(settings | ({"method_kwargs": options} if options else {}), sort_keys=True)

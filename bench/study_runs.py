@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
@@ -218,11 +218,19 @@ def evaluate(trainer: RewardGradientTrainer, name: str, step: int, conditions: C
 @torch.no_grad()
 def pair_distances(trainer: RewardGradientTrainer, videos: int, batch: int) -> torch.Tensor:
     """Return the mean distance of the pairs of `videos` videos of each held-out prompt, (N,)."""
-    found = []
-    for rows in torch.arange(len(trainer.eval_prompts)).split(batch):
-        made = [sample(trainer, trainer.args.eval_seed, rows.tolist(), number, chain=0) for number in range(videos)]
-        found.append(torch.stack([distance(a, b) for a, b in combinations(made, 2)]).mean(0).cpu())
-    return torch.cat(found)
+    return torch.cat([pair_distance(made) for _, made in several(trainer, videos, batch)])
+
+
+def pair_distance(made: list[torch.Tensor]) -> torch.Tensor:
+    """Return the mean distance of all pairs of videos of equal prompts, (B,)."""
+    return torch.stack([distance(a, b) for a, b in combinations(made, 2)]).mean(0).cpu()
+
+
+def several(trainer: RewardGradientTrainer, videos: int, batch: int) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+    """Yield held-out prompts and `videos` videos of them, `batch` at a time."""
+    for rows in map(torch.Tensor.tolist, torch.arange(len(trainer.eval_prompts)).split(batch)):
+        made = [sample(trainer, trainer.args.eval_seed, rows, number, chain=0) for number in range(videos)]
+        yield [trainer.eval_prompts[i] for i in rows], made
 
 
 def queries_per_step(trainer: RewardGradientTrainer) -> int:

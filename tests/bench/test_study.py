@@ -157,6 +157,8 @@ def test_settings_with_the_same_time_a_step_have_one_key():
     assert study_arms.cost_key(plain) == study_arms.cost_key(scaled)
     assert study_arms.cost_key(plain) == study_arms.cost_key(plain | {"lr_scheduler_type": "cosine"})
     assert study_arms.cost_key(plain) != study_arms.cost_key({"method_kwargs": {"adjoint_steps": 2}} | plain)
+    of_drift = [study_arms.cost_key(plain | study_arms.options(negative_drift_weight=w)) for w in (0.0, 0.5, 2.0)]
+    assert of_drift[0] != of_drift[1] == of_drift[2], "any weight takes the same time, none takes less"
 
 
 def test_other_conditions_do_not_go_into_the_same_file(fake_runs, tmp_path):
