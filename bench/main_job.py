@@ -38,7 +38,7 @@ MORE_DRIFT = DRIFT_AND_NORM | {"drift_weight": 0.2, "learning_rate": 3e-3}
 ADJOINT = {"method": "adjoint_matching", "learning_rate": 3e-3}
 ADJOINT_SCALED = [ADJOINT | {"method_kwargs": {"reward_scale": c}} for c in (1.0, 2.0, 3.0)]
 NEGATIVE_DRIFT = {w: {"max_grad_norm": 0.2, "method_kwargs": {"negative_drift_weight": w}} for w in (0.1, 0.25, 0.5)}
-SHIPPED = "negative drift 0.5, norm .3"  # configs/nano.yaml
+SHIPPED = "norm .2"  # configs/nano.yaml
 TEXT, VIDEO = ATTENTION[4:], ATTENTION[:4]
 ARMS = {  # settings, and steps for about the first arm's time by counts of passes, not timed
     "first two steps": ({}, STEPS),
@@ -46,12 +46,12 @@ ARMS = {  # settings, and steps for about the first arm's time by counts of pass
     "rate 3e-3": ({"learning_rate": 3e-3}, STEPS),
     "cosine": ({"lr_scheduler_type": "cosine"}, STEPS),
     "average of .9": ({"ema_decay": 0.9}, STEPS),
-    "norm .2": ({"max_grad_norm": 0.2}, STEPS),
+    SHIPPED: ({"max_grad_norm": 0.2}, STEPS),
     "norm .1": ({"max_grad_norm": 0.1}, STEPS),
     "norm .2, rate 2e-3": ({"max_grad_norm": 0.2, "learning_rate": 2e-3}, STEPS),
     **{f"negative drift {weight:g}, norm .2": (change, 125) for weight, change in NEGATIVE_DRIFT.items()},
     "negative drift 0.5, norm .2, rate 3.5e-3": (NEGATIVE_DRIFT[0.5] | {"learning_rate": 3.5e-3}, 125),
-    SHIPPED: (NEGATIVE_DRIFT[0.5] | {"max_grad_norm": 0.3}, 125),
+    "negative drift 0.5, norm .3": (NEGATIVE_DRIFT[0.5] | {"max_grad_norm": 0.3}, 125),
     "drift .1": ({"drift_weight": 0.1}, 105),
     "drift .3": ({"drift_weight": 0.3}, 105),
     "drift .3, rate 3e-3": ({"drift_weight": 0.3, "learning_rate": 3e-3}, 105),
