@@ -224,6 +224,10 @@ def test_one_run_of_each_kind(tmp_path):
     assert [(row["arm"], row["device_seconds"]) for row in rows] == [("best-of-1", 2.0), ("best-of-n", 6.0)]
     assert rows[1]["trained"]["tuned"] > rows[0]["trained"]["tuned"]  # chosen by it
     assert study_runs.seconds_per_step(study_arms.settings_of("DRaFT-1", {}), 1, small) > 0
+    ((prompts, made),) = study_runs.several(study_runs.start_base(0, small), 3, 4)
+    pairs = [study_runs.distance(made[i], made[k]) for i, k in ((0, 1), (0, 2), (1, 2))]
+    torch.testing.assert_close(study_runs.pair_distance(made), sum(pairs) / 3)
+    assert len(prompts) == len(made[0]) == 4
 
 
 def test_a_run_that_diverged_is_an_error(tmp_path, monkeypatch):

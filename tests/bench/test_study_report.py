@@ -3,6 +3,7 @@
 import json
 import math
 
+import main_job_cpu
 import pytest
 import study_numbers
 import study_plots
@@ -137,3 +138,19 @@ def test_the_sweeps_table_shows_every_variant():
     table = study_report.sweep_table({"rows": rows})
     assert "| DDPO | learning_rate 1 | 3 | +0.403 | +40.3 |" in table
     assert "| DDPO | learning_rate 3 | 1 | failed | failed |" in table
+
+
+def test_rows_of_the_main_job_are_those_of_todays_recipe():
+    gain = {"base": 0.25, "tuned": 0.5, "diff": 0.25, "ci95": [0.125, 0.375]}
+    about = {"device": "a chip", "flags": [], "beside_others": True, "motion": gain, "diversity": gain}
+    about |= {"trained": {"nano_preference": gain}, "held_out": {"verifier": gain, "clip": gain}}
+    rows = [{"seed": 3, "recipe": main_job_cpu.recipe()}, {"seed": 4, "recipe": {}}, {"seed": 5}]
+    rows[0] |= {"diversity_videos": 4, main_job_cpu.SEVERAL: gain | {"tuned": 0.75}}
+    rows.append(rows[0] | {"seed": 6, "flags": ["--eval_seed", "9"]})
+    del rows[-1][main_job_cpu.SEVERAL]
+    *_, first, second = main_job_cpu.main_job_cpu_table({"rows": [about | row for row in rows]}).strip().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (first, second)]
+    assert [row[:2] for row in cells] == [["3", "0"], ["6", "9"]]
+    assert cells[0][4] == "25.0% → **50.0%**, +0.250 [+0.125, +0.375]"
+    assert [row[5] for row in cells] == ["25.0% → **75.0%**, +0.250 [+0.125, +0.375]", "-"]
+    assert cells[0][-2:] == ["+100.0%", "-"], "diversity; seconds beside other programs are not told"
