@@ -34,7 +34,7 @@ from rlhf.io import load_yaml, write_json
 ROOT = Path(__file__).parents[1]
 EVAL_SEED = "--eval_seed"
 VIDEOS, VERIFIER = 4, "nano_verifier"  # videos of each prompt, and their judge
-SEVERAL = "verifier_several"
+SEVERAL, SHARES = "verifier_several", "{:.1%} → **{:.1%}**"
 RESULT = ROOT / "bench" / "results" / "main_job_cpu.json"
 MEASURES = ("seconds", "steps", "trained", "held_out", "motion", "diversity", "saturation", "high_frequency")
 
@@ -52,33 +52,25 @@ def main_job_cpu_table(result: dict) -> str:
     for row in result["rows"]:
         if row.get("recipe") != recipe():
             continue
-        right = [share_right(row["held_out"]["verifier"]), share_right(row[SEVERAL]) if SEVERAL in row else "-"]
+        right = [
+            with_interval(found, SHARES) if found else "-" for found in (row["held_out"]["verifier"], row.get(SEVERAL))
+        ]
         scores = [with_interval(row["trained"]["nano_preference"]), *right, with_interval(row["held_out"]["clip"])]
         motion, diversity = (f"{row[m]['tuned'] / row[m]['base'] - 1:+.1%}" for m in ("motion", "diversity"))
         seen = diversity if "diversity_videos" in row else "-"
         seconds = "-" if row["beside_others"] else f"{row['wall_seconds']:.0f}"
         about = [str(row["seed"]), eval_seed(row["flags"]), row["device"].replace("(R)", "").removesuffix(" Processor")]
         lines.append([*about, *scores, motion, seen, seconds])
-    headings = [
-        "preference model (trained)",
-        "verifier, all attributes right",
-        "of four videos",
-        "CLIP score (held out)",
-    ]
+    right = ["verifier, all attributes right", "the same, four videos a prompt"]
+    headings = ["preference model (trained)", *right, "CLIP score (held out)"]
     about = ["seed", "`eval_seed`", "processor"]
     return table([*about, *headings, "motion", "diversity", "seconds in all"], lines)
 
 
-def share_right(row: dict) -> str:
-    """Return the base's and the tuned share, and their difference with its confidence interval."""
+def with_interval(row: dict, form: str = "{:.3f} → {:.3f}") -> str:
+    """Return base and tuned in this form, and their difference with its confidence interval."""
     low, high = row["ci95"]
-    return f"{row['base']:.1%} → **{row['tuned']:.1%}**, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def with_interval(row: dict) -> str:
-    """Return base, tuned, and their difference with its confidence interval."""
-    low, high = row["ci95"]
-    return f"{row['base']:.3f} → {row['tuned']:.3f}, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{form.format(row['base'], row['tuned'])}, {row['diff']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def eval_seed(flags: list[str]) -> str:
